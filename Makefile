@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Each target makes .venv and installs what it needs when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+JOBS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint check docs constraints clean
+
+help:  ## Show what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,track]'
+	touch $@
+
+demo: $(READY)  ## Train on the drawn town, score on town and country, draw pictures, print a table
+	$(BIN)/overfly benchmark recipes/demo --seeds 1 --split test --out $(DEMO)
+	@echo; echo "pictures:"; ls -d $(CURDIR)/$(DEMO)/*/samples
+
+test: $(READY)  ## Run the tests
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY)  ## Format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+check: lint test  ## All that must pass before a change lands
+
+docs: $(READY)  ## Write the pages that are made from the code
+	$(BIN)/python docs/build.py
+
+constraints: $(READY)  ## Pin what is installed now
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+
+clean:  ## Remove the environment and the caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

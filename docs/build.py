@@ -1,0 +1,67 @@
+"""Write docs/reference.md: every setting that a recipe can hold, from the code's own docstrings."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from overfly.catalogue import GROUPS
+from overfly.recipe import Model, Recipe, Validation
+
+PAGE = Path(__file__).parent / "reference.md"
+
+
+def settings(kind: type[BaseModel], skip: frozenset[str] = frozenset()) -> list[str]:
+    """A Markdown table of a kind's settings."""
+    rows = []
+    for name, field in kind.model_fields.items():
+        if name in skip:
+            continue
+        default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+        rows.append(f"| `{name}` | {default} | {' '.join((field.description or '').split())} |")
+    return ["| setting | default | meaning |", "|---|---|---|", *rows, ""] if rows else ["No settings.", ""]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return f"`{value.get('name', 'its defaults')}`"
+    return "none" if value is None else f"`{value}`".replace("|", "\\|")
+
+
+def sentence(kind: type[object]) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((kind.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [
+        "# Every setting of a recipe",
+        "",
+        "Made by `make docs` from the code; `overfly list` shows the same names in a terminal.",
+        "",
+        "## Recipe",
+        "",
+        *settings(Recipe),
+        "## model",
+        "",
+        *settings(Model),
+        "## validation",
+        "",
+        *settings(Validation),
+    ]
+    for group, choice in GROUPS.items():
+        lines += [f"## {group}", ""]
+        for name, kind in sorted(choice.kinds.items()):
+            lines += [f"### `{name}`", "", sentence(kind), "", *settings(kind)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written: {PAGE}", file=sys.stderr)

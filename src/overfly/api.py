@@ -1,0 +1,385 @@
+"""What overfly does, as functions. The command line is made of these, their arguments and their docstrings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import ValidationError
+
+from overfly import benchmark as benchmarks
+from overfly.catalogue import Catalogue, catalogue
+from overfly.core import device as machines
+from overfly.core.errors import RecipeError
+from overfly.data import check as checks
+from overfly.data.domain import SPLITS, Domain, Split
+from overfly.data.download import Fetched, fetch_loveda
+from overfly.data.statistics import Statistics, statistics
+from overfly.data.synthetic import Scene, write_world
+from overfly.models.registry import build
+from overfly.recipe import Recipe, explain, load, parse, set_value
+from overfly.results import Checked, Drawn, Evaluation, Measured, Tabulated, Trained
+from overfly.scoring.samples import Samples
+from overfly.scoring.scores import Scores
+from overfly.scoring.speed import measure
+from overfly.training.assess import assess, roles
+from overfly.training.carry_out import carry_out
+from overfly.training.fit import Engine, launch
+from overfly.training.progress import Transfers
+from overfly.training.run import Run
+from overfly.views.curves import curves
+from overfly.views.panels import confusion_figure, panels
+
+__all__ = ["benchmark", "data_check", "data_draw", "data_fetch", "data_stats", "evaluate", "list_kinds", "speed", "train"]
+
+Cache = Literal["memory", "disk", "off"]
+
+
+def _as_path(kind: Any, tokens: Any) -> Path:  # noqa: ARG001  (the shape that cyclopts calls)
+    return Path(tokens[0].value)
+
+
+Written = Annotated[Path | str | Recipe, Parameter(accepts_keys=False, n_tokens=1, converter=_as_path)]
+"""A recipe as a value, or, as on the command line, the path of one."""
+
+
+def train(
+    recipe: Written,
+    *overrides: str,
+    out: Path = Path("runs"),
+    device: str = "auto",
+    devices: int = 1,
+    workers: int = 0,
+    checkpoint_every: int = 200,
+    journal_every: int = 10,
+    cache: Cache = "memory",
+    track: bool = False,
+    quiet: bool = False,
+) -> Trained:
+    """Train a network by a recipe, or go on with a run that was cut off.
+
+    Args:
+        recipe: a recipe file, or the folder of a run.
+        overrides: settings to change, such as optim.lr=0.005 or source.root=/data/loveda.
+        out: folder that the run's own folder is made in.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        devices: how many of them, one process each.
+        workers: processes that read pictures, for each device; 0 reads between the steps.
+        checkpoint_every: steps between two checkpoints; a run that is cut off goes on from the last.
+        journal_every: steps that one line of the journal averages.
+        cache: where decoded pictures are kept: memory, disk or off.
+        track: write TensorBoard curves too (extra: track).
+        quiet: print no progress.
+
+    Returns:
+        The run: its folder, and whether it was there already.
+    """
+    path = Path(recipe) if not isinstance(recipe, Recipe) else None
+    if path is not None and (path / "recipe.yaml").is_file():
+        out = path
+    value = load(recipe, *overrides)
+    engine = Engine(
+        device, devices, workers, checkpoint_every, journal_every, _cache(cache), track=track, quiet=quiet
+    )
+    run = carry_out(value, out, launch(value, engine), engine)
+    return Trained(run.path)
+
+
+def evaluate(
+    run: Path | str,
+    *overrides: str,
+    domain: str = "both",
+    split: Split = "val",
+    window: int | None = None,
+    overlap: float = 0.25,
+    device: str = "auto",
+    workers: int = 0,
+    pictures: bool = True,
+) -> Evaluation:
+    """Score a run on labelled pictures: IoU of each class, boundaries, calibration; and draw what it sees.
+
+    Args:
+        run: the folder of a finished run.
+        overrides: settings of the domain to change, such as root=/data/loveda.
+        domain: source, target or both of the run's recipe; or the file or name of another domain.
+        split: train, val or test.
+        window: side of overlapping windows in pixels; left out, whole pictures are predicted at once.
+        overlap: share of a window that the next one covers again.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        workers: threads that read ahead.
+        pictures: draw panels and confusion matrices into the run's folder samples.
+
+    Returns:
+        Scores by domain and split, as they are written to scores.json.
+    """
+    opened = Run.open(run)
+    chosen = roles(opened, domain) if domain in ("source", "target", "both") else [(domain, _domain(domain))]
+    scores, drawn = {}, []
+    for key, place in chosen:
+        place = _changed(place, overrides)
+        name = place.title if key == domain and domain not in ("source", "target", "both") else key
+        samples = Samples() if pictures else None
+        found = assess(
+            opened, place, name, split,
+            device=machines.pick(device), window=window, overlap=overlap, samples=samples, workers=workers,
+        )  # fmt: skip
+        scores[f"{name}/{split}"] = found
+        if samples is not None:
+            drawn += _draw(opened, f"{name}-{split}", place, found, samples)
+    return Evaluation(opened.path, scores, list(dict.fromkeys(drawn)))
+
+
+def benchmark(
+    recipes: list[str],
+    *,
+    seeds: str = "3",
+    out: Path = Path("runs"),
+    table: Path | None = None,
+    split: Split = "val",
+    size: int = 512,
+    device: str = "auto",
+    devices: int = 1,
+    workers: int = 0,
+    checkpoint_every: int = 200,
+    cache: Cache = "memory",
+    quiet: bool = False,
+) -> Tabulated:
+    """Train recipes with several seeds, score them on both domains and write one table.
+
+    What is trained and scored already is not done again; what was cut off goes on.
+
+    Args:
+        recipes: recipe files, folders of them, and settings to change in all of them, such as source.root=/data/loveda.
+        seeds: how many, from 0; or which, such as 0,1,5.
+        out: folder of the runs.
+        table: folder for table.md and table.json; left out, that of the runs.
+        split: the split that is scored.
+        size: side of the image that size and speed of the networks are given for.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        devices: how many of them, one process each.
+        workers: processes that read pictures.
+        checkpoint_every: steps between two checkpoints.
+        cache: where decoded pictures are kept: memory, disk or off.
+        quiet: print no progress.
+
+    Returns:
+        The table.
+    """
+    overrides = [entry for entry in recipes if "=" in entry and not Path(entry).exists()]
+    files = benchmarks.expand([entry for entry in recipes if entry not in overrides])
+    if not files:
+        raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")
+    numbers = _seeds(seeds)
+    engine = Engine(device, devices, workers, checkpoint_every, cache=_cache(cache), quiet=quiet)
+    fabric = launch(load(files[0], *overrides), engine)
+    done = benchmarks.study(
+        files, overrides, numbers, out=out, fabric=fabric, engine=engine, split=split, draw=_draw, workers=workers
+    )
+    found = benchmarks.tabulate(done, numbers, split, size=size, device=str(fabric.device))
+    folder = table or out
+    if fabric.is_global_zero:
+        benchmarks.write(found, folder)
+    return Tabulated(found, folder)
+
+
+def speed(
+    network: str,
+    *,
+    size: int = 512,
+    batch: list[int] | None = None,
+    classes: int = 7,
+    bands: int = 3,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: Literal["32", "bf16", "16"] = "32",
+    warmup: int = 10,
+    repeats: int = 50,
+    macs_of_batch: int | None = None,
+    json: bool = False,
+) -> Measured:
+    """Measure a network: parameters, multiply-accumulates of one image, latency, images/s, memory.
+
+    Heads that only training reads are off. Times are synchronised and taken after a warm-up.
+
+    Args:
+        network: the name of a network, or the folder of a run.
+        size: side of the image in pixels.
+        batch: batch sizes to time; 1 where none is given.
+        classes: classes of a network given by name.
+        bands: bands of a network given by name.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        threads: threads of the processor.
+        precision: 32, or mixed with bf16 or 16.
+        warmup: passes before the clock starts.
+        repeats: passes that are timed.
+        macs_of_batch: count a batch of this size too.
+        json: print JSON instead of a table.
+
+    Returns:
+        Size and speed, and how they were measured.
+    """
+    if Path(network).is_dir():
+        module = Run.open(network).segmenter()
+        name, bands = module.architecture, module.bands
+        found = measure(
+            module, size=size, batches=batch or [1], bands=bands, device=machines.pick(device), warmup=warmup,
+            repeats=repeats, threads=threads, precision=precision, macs_of_batch=[macs_of_batch] if macs_of_batch else [],
+        )  # fmt: skip
+    else:
+        name = network
+        found = measure(
+            build(network, classes, training_heads=True, bands=bands), size=size, batches=batch or [1], bands=bands,
+            device=machines.pick(device), warmup=warmup, repeats=repeats, threads=threads, precision=precision,
+            macs_of_batch=[macs_of_batch] if macs_of_batch else [],
+        )  # fmt: skip
+    return Measured(name, found, as_json=json)
+
+
+def list_kinds() -> Catalogue:
+    """List everything a recipe can name: networks, weights, domains, methods, losses, optimisers, augmentations."""
+    return catalogue()
+
+
+def data_draw(
+    root: Path,
+    *,
+    scenes: list[Scene] | None = None,
+    size: int = 256,
+    train: int = 400,
+    val: int = 60,
+    test: int = 60,
+    workers: int = 1,
+) -> Drawn:
+    """Draw the world that needs no download, in LoveDA's own layout.
+
+    Args:
+        root: folder to write, the root of a loveda domain.
+        scenes: urban, rural or both.
+        size: side of each picture in pixels.
+        train: pictures of each scene for training.
+        val: pictures of each scene for validation.
+        test: pictures of each scene without masks.
+        workers: processes that draw.
+
+    Returns:
+        The folder, and how many pictures it holds.
+    """
+    count = write_world(root, size=size, train=train, val=val, test=test, scenes=tuple(scenes or ("urban", "rural")), workers=workers)  # fmt: skip
+    return Drawn(root, count)
+
+
+def data_fetch(
+    name: Literal["loveda"],
+    *,
+    root: Path = Path("data/loveda"),
+    splits: list[Split] | None = None,
+    base: str | None = None,
+    keep_archives: bool = False,
+) -> Fetched:
+    """Download a public dataset, check it and unpack it; a broken download goes on where it stopped.
+
+    Args:
+        name: the dataset.
+        root: folder to unpack into.
+        splits: train, val, test; all where none is given.
+        base: another address to fetch from.
+        keep_archives: keep the downloaded archives.
+
+    Returns:
+        What was fetched, and the licence that it comes with.
+    """
+    del name
+    with Transfers() as shown:
+        return fetch_loveda(
+            root, tuple(splits or SPLITS), base=base, progress=shown.update, keep_archives=keep_archives
+        )
+
+
+def data_stats(domain: str, *overrides: str, split: Split = "train", limit: int | None = None) -> Statistics:
+    """Estimate the mean and standard deviation of each band, for a domain's or a recipe's settings.
+
+    Args:
+        domain: the file or the name of a domain, or a recipe file (its source).
+        overrides: settings of the domain, such as root=/data/loveda scene=urban.
+        split: train, val or test.
+        limit: pictures to look at, evenly spread; all where left out.
+
+    Returns:
+        Mean, standard deviation, smallest and largest value of each band.
+    """
+    return statistics(_domain(domain, overrides), split, limit=limit)
+
+
+def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) -> Checked:
+    """Go through every picture of a domain: what cannot be read, class shares, sizes, bands.
+
+    Args:
+        domain: the file or the name of a domain, or a recipe file (its source).
+        overrides: settings of the domain, such as root=/data/loveda scene=urban.
+        splits: train, val, test; all that are there where none is given.
+
+    Returns:
+        The findings. The command exits with status 1 where a file is bad.
+    """
+    return Checked(checks.check(_domain(domain, overrides), splits))
+
+
+def _draw(run: Run, name: str, domain: Domain, scores: Scores, samples: Samples) -> list[Path]:
+    """Draw panels, the confusion matrix and the curves of training into the run's folder."""
+    folder = run.path / "samples"
+    folder.mkdir(exist_ok=True)
+    drawn = [folder / f"{name}.png", folder / f"{name}-confusion.png", folder / "curves.png"]
+    panels(samples, domain.classes, drawn[0])
+    confusion_figure(scores.confusion, domain.classes, drawn[1])
+    curves(list(run.journal.rows()), drawn[2])
+    return drawn
+
+
+def _cache(cache: Cache) -> Path | str | None:
+    from overfly.core.fetch import cache_folder
+
+    return {"memory": "memory", "off": None, "disk": cache_folder() / "pictures"}[cache]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or numbers == [0]:
+        raise RecipeError(f"--seeds {text} is no number of seeds; write how many, such as 3, or which, such as 0,1,5")
+    return numbers if "," in text else list(range(numbers[0]))
+
+
+def _domain(text: str, overrides: tuple[str, ...] = ()) -> Domain:
+    """A domain from a file, a recipe's source, or a name."""
+    values: object = {"name": text}
+    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+        try:
+            values = parse(Path(text).read_text(encoding="utf-8"))
+        except OSError:
+            raise RecipeError(f"{text} is not there; give the file or the name of a domain") from None
+    if isinstance(values, dict) and "source" in values:
+        values = values["source"]
+    if not isinstance(values, dict):
+        raise RecipeError(f"{text} holds no domain; write 'name: folder' and its settings")
+    for override in overrides:
+        set_value(values, override)
+    try:
+        return Domain.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"domain {text}")) from None
+
+
+def _changed(domain: Domain, overrides: tuple[str, ...]) -> Domain:
+    """A domain with other settings."""
+    if not overrides:
+        return domain
+    values = domain.model_dump(mode="json")
+    for override in overrides:
+        set_value(values, override)
+    try:
+        return Domain.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"domain {domain.name}")) from None

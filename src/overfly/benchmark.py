@@ -1,0 +1,303 @@
+"""Recipes × seeds → one table, mean ± deviation. Runs what is missing, goes on with what was cut off."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from lightning_fabric import Fabric
+
+from overfly.core.errors import RecipeError
+from overfly.core.optim import Optim, Schedule
+from overfly.core.spec import Spec, Whole
+from overfly.data.domain import Domain, Split
+from overfly.models.registry import build
+from overfly.recipe import Recipe, load
+from overfly.scoring.samples import Samples
+from overfly.scoring.scores import Scores
+from overfly.scoring.speed import Speed, measure
+from overfly.training.assess import Role, assess, recorded
+from overfly.training.carry_out import carry_out
+from overfly.training.fit import Engine
+from overfly.training.run import Run
+
+
+Draw = Callable[[Run, str, Domain, Scores, Samples], object]
+"""Makes pictures: run, what to call them, the domain, its scores, and a few pictures with their predictions."""
+
+
+class Figure(Spec):
+    """One quantity over seeds."""
+
+    mean: float | None
+    """Mean over the seeds; none where no seed has it."""
+    deviation: float | None
+    """Standard deviation over the seeds (n - 1); none for a single one."""
+    values: tuple[float | None, ...]
+    """One value a seed."""
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Figure:
+        """Mean and deviation of the values that are there."""
+        there = [value for value in values if value is not None]
+        return cls(
+            mean=statistics.fmean(there) if there else None,
+            deviation=statistics.stdev(there) if len(there) > 1 else None,
+            values=tuple(values),
+        )
+
+    def percent(self) -> str:
+        """As a table shows it: ``57.31 ± 0.42``, in percent."""
+        if self.mean is None:
+            return "–"
+        spread = f" ± {100 * self.deviation:.2f}" if self.deviation is not None else ""
+        return f"{100 * self.mean:.2f}{spread}"
+
+
+class Row(Spec):
+    """One recipe over all its seeds."""
+
+    recipe: str
+    """The recipe's file, without its ending."""
+    version: Whole
+    """Number of the row below its network."""
+    model: str
+    """Network."""
+    method: str
+    """How it was trained."""
+    augmentation: str
+    """Names of the augmentations."""
+    source: str
+    """Where labels came from."""
+    batch: int
+    """Pictures in a step."""
+    criterion: str
+    """Supervised loss."""
+    optimizer: str
+    """Optimiser with its settings."""
+    scheduler: str
+    """Learning-rate schedule with its settings."""
+    length: str
+    """Epochs, or steps."""
+    miou: dict[str, Figure]
+    """mIoU, 0 to 1, by the title of the place it was measured in."""
+    classes: dict[str, dict[str, Figure]]
+    """IoU of each class by the title of the place."""
+    minutes: Figure
+    """Minutes of training."""
+    runs: tuple[str, ...]
+    """Folders of the runs, one a seed."""
+    split: Split
+    """The split that was scored."""
+    labels_opened: int
+    """How often the target's labels were read, all seeds together."""
+
+
+class Network(Spec):
+    """One network of the table."""
+
+    name: str
+    """Its name."""
+    parameters_training: int
+    """Parameters, the heads that only training reads included."""
+    speed: Speed
+    """Its size and speed without those heads."""
+
+
+class Table(Spec):
+    """What a benchmark found."""
+
+    seeds: tuple[int, ...]
+    """The seeds."""
+    machine: dict[str, Any]
+    """Where it was trained."""
+    networks: tuple[Network, ...]
+    """Size and speed of each network."""
+    rows: tuple[Row, ...]
+    """One a recipe."""
+
+    def markdown(self) -> str:
+        """The table in the form of the README that overfly began with, with deviations."""
+        places = list(dict.fromkeys(place for row in self.rows for place in row.miou))
+        groups = [(network, [row for row in self.rows if row.model == network.name]) for network in self.networks]
+        environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+        return environment.from_string(TEMPLATE).render(table=self, groups=groups, places=places)
+
+
+TEMPLATE = """\
+{% for network, rows in groups %}
+### `{{ network.name }}`
+
+| version | recipe | method | data aug | src domain | batch size | criterion | optimizer | scheduler | length |\
+{% for place in places %} mIoU (%) ({{ place }}) |{% endfor %}
+
+|---|---|---|---|---|---|---|---|---|---|{% for place in places %}---|{% endfor %}
+
+{% for row in rows %}
+| {{ row.version }} | {{ row.recipe }} | {{ row.method }} | {{ row.augmentation }} | {{ row.source }} | {{ row.batch }} \
+| {{ row.criterion }} | {{ row.optimizer }} | {{ row.scheduler }} | {{ row.length }} |\
+{% for place in places %} {{ row.miou[place].percent() if place in row.miou else "–" }} |{% endfor %}
+
+{% endfor %}
+
+Parameters: {{ "{:,}".format(network.speed.parameters) }} \
+({{ "{:,}".format(network.parameters_training) }} with the heads that only training reads).
+Multiply-accumulates of one image of {{ network.speed.size[0] }}×{{ network.speed.size[1] }}: \
+{{ "%.3f"|format(network.speed.macs / 1e9) }} G.
+{% set timing = network.speed.timings[0] %}
+Latency, batch 1: p50 {{ "%.1f"|format(timing.p50_ms) }} ms, p95 {{ "%.1f"|format(timing.p95_ms) }} ms, mean \
+{{ "%.1f"|format(timing.mean_ms) }} ± {{ "%.1f"|format(timing.std_ms) }} ms ({{ network.speed.machine.device }}, \
+{{ network.speed.machine.threads }} threads, torch {{ network.speed.machine.torch }}).
+
+{% endfor %}
+mIoU is of one confusion matrix over the whole split ({{ table.rows[0].split }}), mean ± standard deviation over the \
+seeds {{ table.seeds|join(", ") }}. Trained on: {{ table.machine.device }}.
+"""
+
+
+def expand(recipes: Sequence[Path | str]) -> list[Path]:
+    """The recipe files that some paths, folders and patterns mean, each once.
+
+    Raises:
+        RecipeError: one of them means none.
+    """
+    found: list[Path] = []
+    for entry in recipes:
+        path = Path(entry)
+        if path.is_dir():
+            files = sorted(path.glob("*.yaml"))
+        elif any(mark in str(entry) for mark in "*?["):
+            anchor = Path(path.anchor) if path.is_absolute() else Path()
+            files = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
+        else:
+            files = [path]
+        if not files:
+            raise RecipeError(f"{entry} means no recipe; give YAML files, or a folder of them")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def study(
+    recipes: Sequence[Path],
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    out: Path,
+    fabric: Fabric,
+    engine: Engine,
+    split: Split,
+    draw: Draw | None = None,
+    workers: int = 0,
+) -> dict[Path, list[Run]]:
+    """Train and score every recipe with every seed, as far as it has not been done.
+
+    All recipes are read before the first is trained, so that a mistake in the last one is not found hours later.
+
+    Args:
+        recipes: their files.
+        overrides: settings to change in all of them.
+        seeds: each recipe is trained once with each.
+        out: folder of the runs.
+        fabric: launched.
+        engine: how, not what.
+        split: which pictures are scored.
+        draw: makes pictures of what was scored.
+        workers: threads that read ahead while scoring.
+    """
+    planned = [(path, [load(path, *overrides, f"seed={seed}") for seed in seeds]) for path in recipes]
+    done: dict[Path, list[Run]] = {}
+    for path, versions in planned:
+        for recipe in versions:
+            run = carry_out(recipe, out, fabric, engine)
+            if fabric.is_global_zero:
+                _score(run, split, fabric, draw, workers)
+            fabric.barrier()
+            done.setdefault(path, []).append(run)
+    return done
+
+
+def tabulate(
+    done: Mapping[Path, Sequence[Run]], seeds: Sequence[int], split: Split, *, size: int, device: str
+) -> Table:
+    """The table of finished and scored runs."""
+    rows: list[Row] = []
+    for path, runs in done.items():
+        version = sum(row.model == runs[0].recipe.model.name for row in rows)
+        rows.append(_row(path, runs, version, split))
+    networks = []
+    for name in dict.fromkeys(row.model for row in rows):
+        recipe = next(runs[0].recipe for runs in done.values() if runs[0].recipe.model.name == name)
+        domain = recipe.source or recipe.domain("target")
+        full = build(name, len(domain.classes), training_heads=True, bands=domain.bands)
+        speed = measure(full, size=size, bands=domain.bands, device=device)
+        parameters = sum(parameter.numel() for parameter in full.parameters())
+        networks.append(Network(name=name, parameters_training=parameters, speed=speed))
+    machine = next(iter(done.values()))[0].machine
+    return Table(seeds=tuple(seeds), machine=machine, networks=tuple(networks), rows=tuple(rows))
+
+
+def write(table: Table, out: Path) -> None:
+    """Write ``table.md`` and ``table.json``."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(table.markdown(), encoding="utf-8")
+    (out / "table.json").write_text(json.dumps(table.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+
+
+def _score(run: Run, split: Split, fabric: Fabric, draw: Draw | None, workers: int) -> None:
+    for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
+        if domain is None or recorded(run, key, split) is not None:
+            continue
+        if any(item.label is not None for item in domain.items(split)):
+            samples = Samples()
+            found = assess(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
+            if draw is not None:
+                draw(run, f"{key}-{split}", domain, found, samples)
+
+
+def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
+    recipe = runs[0].recipe
+    roles: tuple[tuple[Role, Any], ...] = (("source", recipe.source), ("target", recipe.target))
+    miou: dict[str, Figure] = {}
+    classes: dict[str, dict[str, Figure]] = {}
+    for key, domain in roles:
+        found = [recorded(run, key, split) for run in runs]
+        if domain is None or all(scores is None for scores in found):
+            continue
+        miou[domain.title] = Figure.of([scores.miou if scores else None for scores in found])
+        classes[domain.title] = {
+            name: Figure.of([scores.classes[name].iou if scores else None for scores in found])
+            for name in domain.classes.names
+        }
+    origin = recipe.start if isinstance(recipe.start, Recipe) else recipe
+    labelled = recipe.source or origin.source
+    return Row(
+        recipe=path.stem,
+        version=version,
+        model=recipe.model.name,
+        method=recipe.method.name,
+        augmentation=", ".join(entry.name for entry in recipe.augment) or "none",
+        source=labelled.title if labelled else "none",
+        batch=recipe.batch,
+        criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
+        optimizer=_settings(recipe.optim) if recipe.method.needs_source else "none",
+        scheduler=_settings(recipe.schedule) if recipe.method.needs_source else "none",
+        length=f"{recipe.epochs:g} epochs" if recipe.epochs else f"{recipe.steps or 20_000} steps",
+        miou=miou,
+        classes=classes,
+        minutes=Figure.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
+        runs=tuple(run.path.name for run in runs),
+        split=split,
+        labels_opened=sum(run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs),
+    )
+
+
+def _settings(value: Optim | Schedule) -> str:
+    """A value with what matters of it: ``SGD(lr: 0.01, momentum: 0.9, weight_decay: 0.0005)``."""
+    shown = {key: entry for key, entry in value.model_dump().items() if key != "name" and entry not in (0, 1.0, True, False)}
+    inside = ", ".join(f"{key}: {entry:g}" if isinstance(entry, float) else f"{key}: {entry}" for key, entry in shown.items())
+    title = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "poly": "PolynomialLR"}.get(value.name, value.name)
+    return f"{title}({inside})" if inside else title

@@ -1,0 +1,82 @@
+"""The API's functions as commands, nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from overfly import __version__, api
+from overfly.core.errors import OverflyError
+
+WRONG = 2
+"""Exit status where the user can put it right."""
+
+HELP = """
+Segmentation of aerial imagery in real time, in the place you have labels for and in the place you do not.
+
+A recipe is a YAML file; every setting of it can be changed behind it: overfly train recipe.yaml optim.lr=0.005
+"""
+
+
+def words(name: str) -> tuple[str, ...]:
+    """The words that call a function: ``data_draw`` is ``data draw``, ``list_kinds`` is ``list``."""
+    return ("list",) if name == "list_kinds" else tuple(name.split("_"))
+
+
+def application() -> App:
+    """The command line: one command for each name in ``overfly.api.__all__``."""
+    app = App(
+        name="overfly",
+        help=HELP,
+        version=__version__,
+        help_format="plaintext",
+        default_parameter=Parameter(negative=()),
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+    )
+    groups: dict[str, App] = {}
+    for name in api.__all__:
+        function: Callable[..., Any] = getattr(api, name)
+        *group, command = words(name)
+        place = app
+        for word in group:
+            if word not in groups:
+                groups[word] = App(name=word, help="Look at, draw and fetch imagery.")
+                app.command(groups[word])
+            place = groups[word]
+        place.command(function, name=command)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a mistake of the user's is one sentence and exit status 2."""
+    status = 0
+    try:
+        result = application()(list(sys.argv[1:] if arguments is None else arguments))
+        if result is not None:
+            Console(soft_wrap=True, highlight=False, markup=False).print(result)
+        status = int(getattr(result, "exit_status", 0))
+    except OverflyError as error:
+        status = fail(str(error))
+    except CycloptsError as error:
+        status = fail(f"{str(error).strip().rstrip('.')}; see overfly --help")
+    except KeyboardInterrupt:
+        status = fail("stopped; the same command goes on from the last checkpoint")
+    except BrokenPipeError:
+        sys.stderr.close()
+    sys.exit(status)
+
+
+def fail(sentence: str) -> int:
+    """Say what is wrong; the status to exit with."""
+    print(f"overfly: {' '.join(sentence.split())}", file=sys.stderr)
+    return WRONG
+
+
+if __name__ == "__main__":
+    main()

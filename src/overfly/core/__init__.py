@@ -1,0 +1,1 @@
+"""Values, records and errors that everything else is written in. Imports nothing of ours."""

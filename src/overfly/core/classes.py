@@ -1,0 +1,76 @@
+"""The classes of a label set: names, colours, and how one set maps onto another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from overfly.core.records import IGNORE, UInt8
+from overfly.core.spec import Spec
+
+Colour = tuple[
+    Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
+]
+"""Red, green, blue, each 0 to 255."""
+
+PALETTE: tuple[Colour, ...] = (
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
+    (120, 120, 120), (136, 34, 85), (17, 119, 51), (221, 204, 119), (51, 34, 136), (68, 170, 153), (170, 68, 153),
+)  # fmt: skip
+"""Colours that the colour-blind can tell apart (Okabe and Ito, 2008; Tol, 2021), for classes that bring none."""
+
+
+class Classes(Spec):
+    """Names and display colours of K classes, in the order of their ids 0 to K-1; 255 is ignored everywhere."""
+
+    names: tuple[str, ...]
+    """Name of each class, in the order of the ids."""
+    colours: tuple[Colour, ...] = ()
+    """Display colour of each class; left out, a palette that the colour-blind can tell apart."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_mapping(cls, value: object) -> object:
+        """Accept ``{building: [255, 0, 0], road: [255, 255, 0]}`` and plain lists of names too."""
+        if isinstance(value, list | tuple):
+            return {"names": tuple(value)}
+        if isinstance(value, Mapping) and value and "names" not in value:
+            return {"names": tuple(value), "colours": tuple(value.values())}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not 1 <= len(self.names) < IGNORE:
+            raise ValueError(f"a label set has 1 to {IGNORE - 1} classes, this one {len(self.names)}")
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"class names must differ; {', '.join(twice)} stands more than once")
+        if self.colours and len(self.colours) != len(self.names):
+            raise ValueError(f"{len(self.names)} classes need {len(self.names)} colours, not {len(self.colours)}")
+        if not self.colours:
+            colours = tuple(PALETTE[i % len(PALETTE)] for i in range(len(self.names)))
+            object.__setattr__(self, "colours", colours)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def paint(self, label: UInt8) -> UInt8:
+        """Colour a label (H, W) of class ids as a picture (H, W, 3); ignored pixels are black."""
+        table = np.zeros((256, 3), np.uint8)
+        table[: len(self.colours)] = self.colours
+        painted: UInt8 = table[label]
+        return painted
+
+    def index(self, name: str) -> int:
+        """Id of the class called ``name``.
+
+        Raises:
+            ValueError: there is no such class; the message lists those that exist.
+        """
+        if name not in self.names:
+            raise ValueError(f"no class is called {name!r}; there are: {', '.join(self.names)}")
+        return self.names.index(name)

@@ -1,0 +1,59 @@
+"""Which device to use, and what machine this is."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overfly.core.errors import RecipeError
+
+
+def pick(name: str = "auto") -> torch.device:
+    """The device called ``name``; ``auto`` is the first GPU where there is one, else the processor.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"no device is called {name!r}; use auto, cpu, cuda, cuda:1 or mps") from None
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(device.type, False):
+        raise RecipeError(f"there is no {device.type} device on this machine; use --device cpu, or leave it out")
+    return device
+
+
+def processor() -> str:
+    """Name of the processor, as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The machine in words that let a figure be read: device, processor, cores, threads, versions."""
+    device = torch.device(device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "type": device.type,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }

@@ -1,0 +1,38 @@
+"""What can go wrong, as sentences: each message names the thing, what is wrong with it and what to do next."""
+
+from __future__ import annotations
+
+
+class OverflyError(Exception):
+    """Base of all errors that a user can act on. The command line prints its message and exits with status 2."""
+
+
+class RecipeError(OverflyError):
+    """A recipe, or a setting of one, that cannot be carried out."""
+
+
+class DataError(OverflyError):
+    """A file or folder of imagery that is missing, broken, or not what it claims to be."""
+
+
+class WeightsError(OverflyError):
+    """A file of weights that is missing, damaged, or made for another network."""
+
+
+class RunError(OverflyError):
+    """A run folder that is missing, incomplete, or belongs to another recipe."""
+
+
+class FetchError(OverflyError):
+    """A download that failed or does not match its checksum."""
+
+
+class TrainingError(OverflyError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+
+class MissingExtraError(OverflyError):
+    """An optional dependency that is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}; install it with: pip install 'overfly[{extra}]'")

@@ -1,0 +1,203 @@
+"""Optimisers and learning-rate schedules, as values of a recipe."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from pydantic import model_validator
+from torch import nn
+
+from overfly.core.spec import Choice, NonNegative, Positive, Share, Whole
+
+
+class Optim(Choice, ABC):
+    """How weights follow their gradients."""
+
+    lr: Positive = 0.01
+    """Learning rate at the top of the schedule."""
+    weight_decay: NonNegative = 5e-4
+    """Strength of weight decay."""
+    head: Positive = 1.0
+    """Learning rate of the decoder and class layers, as a multiple of the encoder's."""
+    decay_norms: bool = True
+    """Whether weight decay also pulls on normalisation weights and biases."""
+
+    @abstractmethod
+    def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimiser of these parameter groups."""
+
+    def optimizer(self, module: nn.Module, heads: Iterable[str] = ()) -> torch.optim.Optimizer:
+        """The optimiser of all trainable parameters of a module.
+
+        Args:
+            module: whose parameters are trained.
+            heads: prefixes of parameter names that learn at ``head`` times the rate.
+        """
+        prefixes = tuple(heads)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            is_head = any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+            decay = self.weight_decay if self.decay_norms or parameter.ndim > 1 else 0.0
+            groups.setdefault((self.lr * (self.head if is_head else 1.0), decay), []).append(parameter)
+        return self.create(
+            [
+                {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+                for (lr, decay), parameters in groups.items()
+            ]
+        )
+
+
+class SGD(Optim, name="sgd"):
+    """Stochastic gradient descent with momentum."""
+
+    momentum: Share = 0.9
+    """Share of the last step that is carried into the next."""
+    nesterov: bool = False
+    """Look ahead along the momentum (Nesterov, 1983)."""
+
+    def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """`torch.optim.SGD`."""
+        return torch.optim.SGD(list(groups), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+class Adam(Optim, name="adam"):
+    """Adam (Kingma and Ba, 2015)."""
+
+    lr: Positive = 1e-3
+    """Learning rate at the top of the schedule."""
+    weight_decay: NonNegative = 0.0
+    """Strength of weight decay, added to the gradient."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Memory of the mean and of the square of the gradient."""
+
+    def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """`torch.optim.Adam`."""
+        return torch.optim.Adam(list(groups), lr=self.lr, betas=self.betas)
+
+
+class AdamW(Optim, name="adamw"):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    lr: Positive = 1e-3
+    """Learning rate at the top of the schedule."""
+    weight_decay: NonNegative = 0.01
+    """Strength of weight decay, apart from the gradient."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Memory of the mean and of the square of the gradient."""
+
+    def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """`torch.optim.AdamW`."""
+        return torch.optim.AdamW(list(groups), lr=self.lr, betas=self.betas)
+
+
+class Schedule(Choice, ABC):
+    """The learning rate over the steps of a run, as a share of its top."""
+
+    warmup: Whole = 0
+    """Steps over which the rate first rises in a line from nearly nothing."""
+
+    @abstractmethod
+    def shape(self, progress: float) -> float:
+        """Share of the top rate at ``progress`` (0 to 1) through the steps after the warm-up."""
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of the top rate at ``step`` (counted from 0) of ``steps``."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return self.shape((step - self.warmup) / max(1, steps - self.warmup))
+
+
+class Constant(Schedule, name="constant"):
+    """The same rate to the end."""
+
+    def shape(self, progress: float) -> float:  # noqa: ARG002
+        """Always 1."""
+        return 1.0
+
+
+class Poly(Schedule, name="poly"):
+    """Polynomial decay to zero: (1 - progress) ** power."""
+
+    power: Positive = 0.9
+    """Exponent; 1 is a straight line."""
+
+    def shape(self, progress: float) -> float:
+        """(1 - progress) ** power."""
+        return float(max(0.0, 1.0 - progress) ** self.power)
+
+
+class Cosine(Schedule, name="cosine"):
+    """Half a cosine from the top to ``floor``."""
+
+    floor: Share = 0.0
+    """Share of the top rate that is left at the end."""
+
+    def shape(self, progress: float) -> float:
+        """Half a cosine."""
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class StepDecay(Schedule, name="step"):
+    """A lower rate after each milestone."""
+
+    milestones: tuple[Share, ...] = (0.6, 0.9)
+    """Where the rate falls, as shares of the steps."""
+    gamma: Share = 0.1
+    """What the rate is multiplied by at each milestone."""
+
+    def shape(self, progress: float) -> float:
+        """``gamma`` to the number of milestones that are past."""
+        return float(self.gamma ** sum(progress >= milestone for milestone in self.milestones))
+
+
+class OneCycle(Schedule, name="one_cycle"):
+    """Rise along a cosine, then fall along one (Smith and Topin, 2018)."""
+
+    rise: Share = 0.3
+    """Share of the steps on the way up."""
+    start: Share = 0.04
+    """Share of the top rate at the first step."""
+    end: Share = 4e-6
+    """Share of the top rate at the last step."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> OneCycle:
+        if not 0 < self.rise < 1:
+            raise ValueError(f"rise lies between 0 and 1, both excluded, not at {self.rise}")
+        return self
+
+    def shape(self, progress: float) -> float:
+        """Two half cosines."""
+        if progress < self.rise:
+            low, done = self.start, progress / self.rise
+            return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * done))
+        done = min(1.0, (progress - self.rise) / (1 - self.rise))
+        return self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group's rate to ``factor`` of its top."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Constant",
+    "Cosine",
+    "OneCycle",
+    "Optim",
+    "Poly",
+    "Schedule",
+    "StepDecay",
+    "set_rate",
+]

@@ -1,0 +1,71 @@
+"""The records that cross borders: from data to methods, from networks to losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE = 255
+"""The id of pixels that have no class: never trained on, never scored, never pasted."""
+
+Array = NDArray[Any]
+Drawing = Callable[[], Array]
+"""A picture that is made when it is asked for instead of read from a file; it pickles, so that workers can make it."""
+
+
+class Item(NamedTuple):
+    """One picture of a domain.
+
+    Attributes:
+        name: unique within its split and fit for a file's stem, such as ``Rural_12``.
+        image: file, or drawing, of shape (H, W, C) in the sensor's own range.
+        label: file, or drawing, of shape (H, W) as the domain stores it; None where there is none.
+    """
+
+    name: str
+    image: Path | Drawing
+    label: Path | Drawing | None = None
+
+
+class Labelled(NamedTuple):
+    """Images (B, C, H, W), float, in the sensor's own range, and labels (B, H, W), int64, class ids or `IGNORE`."""
+
+    image: Tensor
+    label: Tensor
+
+
+class Batch(NamedTuple):
+    """What a method sees in one step. The target has no labels: it cannot be cheated on.
+
+    A part that the method does not need is empty: its first dimension is 0.
+    """
+
+    source: Labelled
+    target: Tensor
+
+
+class Logits(NamedTuple):
+    """What a network gives, before any softmax.
+
+    Attributes:
+        main: class scores (B, K, h, w), at the network's own stride or, from a `Segmenter`, at the image's size.
+        aux: class scores of auxiliary heads, each (B, K, h, w); empty without training heads.
+        boundary: scores of "a class boundary runs here" (B, 1, h, w), or None.
+        features: the encoder's last feature map (B, F, h', w'), or None.
+    """
+
+    main: Tensor
+    aux: tuple[Tensor, ...] = ()
+    boundary: Tensor | None = None
+    features: Tensor | None = None
+
+
+Losses = Mapping[str, Tensor]
+"""Named scalar terms. The step minimises their sum and the journal keeps each."""
+
+UInt8 = NDArray[np.uint8]

@@ -1,0 +1,366 @@
+"""Polygons, textures, shadows: the tools that the drawn world is drawn with, on numpy arrays.
+
+Everything here is plain IEEE arithmetic on seeded numbers (no sine, no matrix product, no platform's own normal
+variates), so that a picture has the same bytes on every machine. Lengths are pixels, x to the right, y down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from overfly.core.records import UInt8
+
+Float = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+Vector = tuple[float, float]
+Colour = tuple[float, float, float]
+Window = tuple[slice, slice]
+Found = tuple[Window, Bool] | None
+"""A window of the sheet and which of its pixels are meant; None where nothing lies on the sheet."""
+
+
+class Corner(NamedTuple):
+    """A corner of a convex polygon, and how far from the edge that starts here a filling keeps."""
+
+    x: float
+    y: float
+    margin: float = 0.0
+
+
+Polygon = Sequence[Corner]
+"""Corners of a convex polygon, in the order in which its inside lies at the right hand on a map with y down."""
+
+
+class Dice:
+    """Seeded numbers, all made from raw bits, so that they do not depend on the platform."""
+
+    def __init__(self, *key: int) -> None:
+        self._generator = np.random.default_rng(key)
+
+    def between(self, low: float, high: float) -> float:
+        """A number from ``low`` to ``high``, evenly spread."""
+        return low + (high - low) * self._generator.random()
+
+    def chance(self, share: float) -> bool:
+        """True in ``share`` of the calls."""
+        return bool(self._generator.random() < share)
+
+    def count(self, low: int, high: int) -> int:
+        """A whole number from ``low`` to ``high``, both included."""
+        return low + int(self._generator.random() * (high - low + 1))
+
+    def pick(self, shares: Sequence[float]) -> int:
+        """An index, each as often as its share of the sum."""
+        left = self._generator.random() * sum(shares)
+        for index, share in enumerate(shares):
+            left -= share
+            if left < 0:
+                return index
+        return len(shares) - 1
+
+    def one_of(self, colours: Sequence[Colour]) -> Colour:
+        """One of the colours, each as often as the others."""
+        return colours[self.count(0, len(colours) - 1)]
+
+    def noise(self, height: int, width: int) -> UInt8:
+        """White noise (height, width), 0 to 255."""
+        return np.frombuffer(self._generator.bytes(height * width), np.uint8).reshape(height, width)
+
+    def tint(self, colour: Colour, tone: float, hue: float = 0.0) -> Colour:
+        """The colour, lighter or darker by up to ``tone`` and each band by up to ``hue``."""
+        shift = self.between(-tone, tone)
+        red, green, blue = colour
+        return (
+            red + shift + self.between(-hue, hue),
+            green + shift + self.between(-hue, hue),
+            blue + shift + self.between(-hue, hue),
+        )
+
+
+def direction(slope: float) -> Vector:
+    """A unit vector, at twice the angle whose tangent is ``slope``; -1 to 1 gives -90° to 90°."""
+    square = slope * slope
+    return (1 - square) / (1 + square), 2 * slope / (1 + square)
+
+
+def normalised(x: float, y: float) -> Vector:
+    """The vector (x, y) at length 1."""
+    length = sqrt(x * x + y * y)
+    return x / length, y / length
+
+
+def rectangle(centre: Vector, along: Vector, length: float, width: float) -> list[Corner]:
+    """A rectangle around ``centre``, ``length`` along the unit vector and ``width`` across."""
+    (cx, cy), (ux, uy) = centre, along
+    ax, ay, bx, by = ux * length / 2, uy * length / 2, -uy * width / 2, ux * width / 2
+    return [
+        Corner(cx - ax - bx, cy - ay - by), Corner(cx + ax - bx, cy + ay - by),
+        Corner(cx + ax + bx, cy + ay + by), Corner(cx - ax + bx, cy - ay + by),
+    ]  # fmt: skip
+
+
+def clip(polygon: Polygon, normal: Vector, offset: float, margin: float = 0.0) -> list[Corner]:
+    """The part of a convex polygon where ``normal · (x, y) >= offset``; the new edge gets ``margin``."""
+    kept: list[Corner] = []
+    for start, end in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
+        before = normal[0] * start.x + normal[1] * start.y - offset
+        after = normal[0] * end.x + normal[1] * end.y - offset
+        if before >= 0:
+            kept.append(start)
+        if (before >= 0) != (after >= 0):
+            t = before / (before - after)
+            x, y = start.x + t * (end.x - start.x), start.y + t * (end.y - start.y)
+            kept.append(Corner(x, y, margin if before >= 0 else start.margin))
+    return kept
+
+
+def shrunk(polygon: Polygon, inset: float = 0.0) -> list[Corner]:
+    """The polygon inside its margins and ``inset``; empty where nothing is left."""
+    left = [Corner(corner.x, corner.y) for corner in polygon]
+    for start, end in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
+        dx, dy = end.x - start.x, end.y - start.y
+        if dx * dx + dy * dy > 1e-9 and len(left) > 2:
+            normal = normalised(-dy, dx)
+            left = clip(left, normal, normal[0] * start.x + normal[1] * start.y + start.margin + inset)
+    return left if len(left) > 2 else []
+
+
+def extent(polygon: Polygon, along: Vector) -> tuple[float, float]:
+    """Least and greatest ``along · (x, y)`` over a polygon."""
+    values = [along[0] * corner.x + along[1] * corner.y for corner in polygon]
+    return min(values), max(values)
+
+
+def centre_of(polygon: Polygon) -> Vector:
+    """Mean of the corners."""
+    return sum(c.x for c in polygon) / len(polygon), sum(c.y for c in polygon) / len(polygon)
+
+
+def subdivide(
+    dice: Dice,
+    polygon: Polygon,
+    along: Vector,
+    *,
+    limit: tuple[float, float],
+    margins: Sequence[float],
+    sheet: Sheet,
+    skew: float = 0.0,
+) -> list[list[Corner]]:
+    """Cut a polygon again and again across its longer side, as land is parcelled.
+
+    Args:
+        dice: where to cut.
+        polygon: what to cut.
+        along: one of the two directions of the cuts; the other stands across.
+        limit: a part is cut while it is longer than this along, or across, that direction.
+        margins: half the width of the strip left free at the first cut, the second, and all further ones.
+        sheet: parts outside it are dropped.
+        skew: how far a cut may turn, as a tangent.
+    """
+    low_x, high_x, low_y, high_y = *extent(polygon, (1.0, 0.0)), *extent(polygon, (0.0, 1.0))
+    if high_x < 0 or high_y < 0 or low_x > sheet.size or low_y > sheet.size:
+        return []
+    across = (-along[1], along[0])
+    sides = extent(polygon, along), extent(polygon, across)
+    excess = [(high - low) / most for (low, high), most in zip(sides, limit, strict=True)]
+    if max(excess) <= 1:
+        return [list(polygon)]
+    chosen = 0 if excess[0] >= excess[1] else 1
+    axis, other = (along, across) if chosen == 0 else (across, along)
+    lean = dice.between(-skew, skew)
+    normal = normalised(axis[0] + lean * other[0], axis[1] + lean * other[1])
+    low, high = extent(polygon, normal)
+    offset = low + (high - low) * dice.between(0.36, 0.64)
+    margin, rest = margins[0], margins[1:] or margins
+    halves = clip(polygon, normal, offset, margin), clip(polygon, (-normal[0], -normal[1]), -offset, margin)
+    return [
+        part
+        for half in halves
+        if len(half) > 2
+        for part in subdivide(dice, half, along, limit=limit, margins=rest, sheet=sheet, skew=skew)
+    ]
+
+
+@dataclass
+class Sheet:
+    """A square picture in the making: what lies where, its colour before light, its height and relief."""
+
+    size: int
+    material: UInt8 = field(init=False)
+    colour: Float = field(init=False)
+    height: Float = field(init=False)
+    relief: Float = field(init=False)
+    wooded: Float = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = (self.size, self.size)
+        self.material = np.zeros(shape, np.uint8)
+        self.colour = np.zeros((*shape, 3), np.float32)
+        self.height, self.relief, self.wooded = (np.zeros(shape, np.float32) for _ in range(3))
+        self.centres: Float = (np.arange(self.size) + 0.5).astype(np.float32)
+
+    def window(self, low_x: float, high_x: float, low_y: float, high_y: float) -> Window | None:
+        """The rows and columns that cover a box, None where it lies outside."""
+        left, right = max(0, int(low_x) - 1), min(self.size, int(high_x) + 2)
+        top, bottom = max(0, int(low_y) - 1), min(self.size, int(high_y) + 2)
+        return (slice(top, bottom), slice(left, right)) if left < right and top < bottom else None
+
+    def inside(self, polygon: Polygon, inset: float = 0.0) -> Found:
+        """A window around a polygon, and which of its pixels lie inside by more than ``inset`` and the margins."""
+        window = self.window(*extent(polygon, (1.0, 0.0)), *extent(polygon, (0.0, 1.0)))
+        if window is None or len(polygon) < 3:
+            return None
+        ys, xs = self.centres[window[0], None], self.centres[None, window[1]]
+        mask = np.ones((ys.shape[0], xs.shape[1]), bool)
+        for start, end in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
+            dx, dy = end.x - start.x, end.y - start.y
+            length = sqrt(dx * dx + dy * dy)
+            if length > 1e-6:
+                nx, ny = -dy / length, dx / length
+                least = nx * start.x + ny * start.y + start.margin + inset
+                mask &= xs * nx + (ys * ny - least) >= 0
+        return window, mask
+
+    def near(self, start: Vector, end: Vector, radius: float) -> Found:
+        """A window around a stretch of a line, and which of its pixels lie within ``radius`` of it."""
+        (x0, y0), (x1, y1) = start, end
+        window = self.window(min(x0, x1) - radius, max(x0, x1) + radius, min(y0, y1) - radius, max(y0, y1) + radius)
+        if window is None:
+            return None
+        ys, xs = self.centres[window[0], None] - y0, self.centres[None, window[1]] - x0
+        dx, dy = x1 - x0, y1 - y0
+        square = max(dx * dx + dy * dy, 1e-6)
+        t = np.clip(xs * (dx / square) + ys * (dy / square), 0, 1)
+        gap_x, gap_y = xs - t * dx, ys - t * dy
+        return window, gap_x * gap_x + gap_y * gap_y <= radius * radius
+
+    def paint(self, where: Found, colour: Colour, material: int | None = None, height: float | None = 0.0) -> None:
+        """Give the pixels a colour and, unless None, a material and a height; relief and trees there go."""
+        if where is None:
+            return
+        window, mask = where
+        self.colour[window][mask] = colour
+        if material is not None:
+            self.material[window][mask] = material
+            self.relief[window][mask] = 0
+            self.wooded[window][mask] = 0
+        if height is not None:
+            self.height[window][mask] = height
+
+    def furrow(
+        self,
+        where: Found,
+        across: Vector,
+        period: float,
+        depth: float,
+        *,
+        tracks: float = 0.0,
+        track_depth: float = 0.0,
+    ) -> None:
+        """Lay parallel ridges over the pixels.
+
+        Args:
+            where: the pixels.
+            across: unit vector across the ridges.
+            period: from one ridge to the next.
+            depth: how much lighter the ridges and darker the furrows are, of 255.
+            tracks: how many ridges lie between two wheel tracks; 0 for none.
+            track_depth: how much darker the tracks are, of 255.
+        """
+        if where is None:
+            return
+        window, mask = where
+        ys, xs = self.centres[window[0], None], self.centres[None, window[1]]
+        phase = xs * (across[0] / period) + ys * (across[1] / period)
+        wave = (np.abs(phase - np.floor(phase) - 0.5) * 4 - 1) * depth
+        if tracks:
+            phase /= tracks
+            wave[phase - np.floor(phase) < 1.4 / (period * tracks)] = -track_depth
+        self.relief[window][mask] = wave[mask]
+
+
+def clouds(dice: Dice, size: int, cell: int) -> Float:
+    """Smooth noise (size, size), -1 to 1, whose lumps are about ``cell`` pixels wide."""
+    cells = -(-size // cell) + 3
+    grid = Image.fromarray(dice.noise(cells, cells))
+    left, top = dice.between(0.5, 1.5), dice.between(0.5, 1.5)
+    box = (left, top, left + size / cell, top + size / cell)
+    grown = grid.resize((size, size), Image.Resampling.BICUBIC, box)
+    return np.asarray(grown, np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def grain(dice: Dice, size: int, radius: float) -> Float:
+    """Noise (size, size), about -1 to 1, blurred over ``radius`` pixels and stretched back to contrast."""
+    blurred = Image.fromarray(dice.noise(size, size)).filter(ImageFilter.GaussianBlur(radius))
+    return (np.asarray(blurred, np.float32) - np.float32(127.5)) * np.float32((1 + 3 * radius) / 127.5)
+
+
+def moved(array: Float, right: int, down: int) -> Float:
+    """The array moved by whole pixels; what comes in from outside is 0."""
+    size = array.shape[0]
+    out = np.zeros_like(array)
+    rows, columns = slice(max(0, down), size + min(0, down)), slice(max(0, right), size + min(0, right))
+    from_rows, from_columns = slice(max(0, -down), size + min(0, -down)), slice(max(0, -right), size + min(0, -right))
+    out[rows, columns] = array[from_rows, from_columns]
+    return out
+
+
+def shaded(height: Float, away: Vector, slope: float, highest: float) -> Bool:
+    """Which pixels lie in the shadow of something.
+
+    Args:
+        height: height (S, S), in pixels.
+        away: unit vector on the ground, away from the sun.
+        slope: height that the light loses over one pixel of ground; low for a low sun.
+        highest: greatest height that occurs.
+    """
+    shadow = np.zeros(height.shape, bool)
+    reach = int(highest / slope) + 1
+    for step in range(1, reach + 1):
+        right, down = round(away[0] * step), round(away[1] * step)
+        shadow |= moved(height, right, down) - np.float32(step * slope) > height
+    return shadow
+
+
+class Crowns(NamedTuple):
+    """The crown of the nearest tree at each pixel (S, S).
+
+    Attributes:
+        right: how far the pixel lies to the right of the tree, in spacings.
+        down: how far it lies below.
+        square: square of the distance.
+        number: the tree's own number, 0 to 1.
+    """
+
+    right: Float
+    down: Float
+    square: Float
+    number: Float
+
+
+def crowns(dice: Dice, size: int, spacing: int) -> Crowns:
+    """One tree in every cell of a grid, anywhere in it (a cellular texture; Worley, 1996)."""
+    cells = -(-size // spacing) + 2
+    trees = [
+        np.repeat(np.repeat(dice.noise(cells, cells).astype(np.float32) / np.float32(256), spacing, 0), spacing, 1)
+        for _ in range(3)
+    ]
+    place = (np.arange(size) % spacing + np.float32(0.5)) / np.float32(spacing)
+    best = Crowns(*(np.full((size, size), 9, np.float32) for _ in range(4)))
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            top, left = (1 + down) * spacing, (1 + right) * spacing
+            x, y, number = (tree[top : top + size, left : left + size] for tree in trees)
+            dx, dy = (place - right).astype(np.float32) - x, (place - down).astype(np.float32)[:, None] - y
+            square = dx * dx + dy * dy
+            closer = square < best.square
+            for kept, new in zip(best, (dx, dy, square, number), strict=True):
+                np.copyto(kept, new, where=closer)
+    return best

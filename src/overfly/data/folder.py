@@ -1,0 +1,262 @@
+"""My own folder of images, with or without masks: any naming, any coding of the classes, any split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from overfly.core.classes import Classes, Colour
+from overfly.core.errors import DataError
+from overfly.core.records import IGNORE, Item, UInt8
+from overfly.core.spec import Count, Metres, Positive
+from overfly.data import listing, reading
+from overfly.data.domain import SPLITS, Domain, Split, SplitError
+from overfly.data.labels import UNKNOWN, from_colours, from_numbers, from_palette, unknown_colours, unknown_numbers
+
+Number = Annotated[int, Field(ge=0, le=65535)]
+"""A number that a mask may store."""
+Part = Annotated[float, Field(gt=0, le=1)]
+"""A share of the pictures."""
+Code = TypeVar("Code", int, Colour)
+
+
+class Folder(Domain, name="folder"):
+    """Pictures in folders of one's own.
+
+    * Format: PNG, JPEG, TIFF, GeoTIFF (more than four bands, or 16 bits in colour: extra ``geo``).
+    * Masks: PNG or TIFF of numbers, of a palette, or of RGB colours; none at all for a target.
+    * Bands, resolution, classes, licence: whatever the settings say; run ``overfly data check`` over them.
+
+    Images and masks pair by what the wildcards of their patterns stand for: ``Tile */images/*.jpg`` and
+    ``Tile */masks/*.png`` pair ``Tile 4/images/a.jpg`` with ``Tile 4/masks/a.png``; of two directories, files of one
+    stem pair. The wildcards name the picture, too: ``4_a``. Pixels that an image declares as no data are ignored.
+    """
+
+    root: Path
+    """Folder that the other paths are relative to."""
+    classes: Classes
+    """Names of the classes, as a list or with a display colour each: ``{building: [60, 16, 152], …}``."""
+    images: str = "images"
+    """Directory or glob of the images below the root; ``{split}`` stands for the split's name."""
+    masks: str | None = None
+    """Directory or glob of the masks, with as many wildcards as ``images``; left out, nothing has a label."""
+    splits: dict[Split, Part | str | tuple[str, ...]] = Field(default_factory=dict)
+    """How to split: shares ``{train: 0.8, val: 0.2}``, list files ``{train: train.txt, …}`` (a name or path a line),
+    globs ``{train: "*_00[1-6]", …}`` over the pictures' names (with a slash: over paths below the root), or, where the
+    patterns hold ``{split}``, what to put there; left out, every picture is for training."""
+    seed: int = 0
+    """Draws the shares: a picture's split hangs on its name and this number alone."""
+    label_format: Literal["auto", "index", "rgb"] = "auto"
+    """What a mask's pixels are: class numbers (``index``) or colours (``rgb``); a palette picture can be read either
+    way. ``auto`` tells by the bands, and a palette by which of ``colours`` and ``ids`` is given."""
+    colours: dict[str, tuple[Colour, ...]] = Field(default_factory=dict)
+    """Colours of each class in the masks, one or several; left out, the display colours of ``classes``."""
+    ids: dict[str, tuple[Number, ...]] = Field(default_factory=dict)
+    """Numbers of each class in the masks, one or several; left out, 0, 1, 2 … in the order of ``classes``."""
+    mapping: dict[str, str | None] = Field(default_factory=dict)
+    """For masks with another label set: which of ``classes`` a name in ``colours`` or ``ids`` is; null ignores it."""
+    ignore: tuple[Number | Colour, ...] = ()
+    """Numbers and colours in the masks that are no class: not learnt, not scored; 255 always is one."""
+    unknown: Literal["error", "ignore"] = "error"
+    """What to do with numbers and colours that are neither a class nor listed under ``ignore``."""
+    bands: Count = 3
+    """Number of bands of the images; opacity is not counted."""
+    peak: Positive = 255.0
+    """Value of the brightest pixel that the sensor can give: 255 for 8 bits, 65535 for 16, 1 for most floats."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each band, in the images' own range; ``overfly data stats`` measures it."""
+    std: tuple[Positive, ...] | None = None
+    """Standard deviation of each band, likewise."""
+    ground: Metres | None = None
+    """Length of a pixel on the ground in metres, if it is known."""
+
+    @field_validator("colours", mode="before")
+    @classmethod
+    def _several_colours(cls, value: Any) -> Any:
+        """Accept one colour in place of a list of colours."""
+        if not isinstance(value, Mapping):
+            return value
+        single = {name for name, entry in value.items() if isinstance(entry, list | tuple) and _is_colour(entry)}
+        return {name: (entry,) if name in single else entry for name, entry in value.items()}
+
+    @field_validator("ids", mode="before")
+    @classmethod
+    def _several_ids(cls, value: Any) -> Any:
+        """Accept one number in place of a list of numbers."""
+        if not isinstance(value, Mapping):
+            return value
+        return {name: (entry,) if isinstance(entry, int) else entry for name, entry in value.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        known = {*self.colours, *self.ids, *self.classes.names}
+        for name in (*self.colours, *self.ids, *self.mapping):
+            final = self.mapping.get(name, name)
+            if name not in known:
+                raise ValueError(f"mapping speaks of {name!r}, which neither colours, ids nor classes name")
+            if final is not None and final not in self.classes.names:
+                there = ", ".join(self.classes.names)
+                raise ValueError(f"{name!r} is none of the classes ({there}); say under mapping which one it is")
+        self._table(self.colours, self._ignored_colours(), "colour")
+        self._table(self.ids, self._ignored_numbers(), "number")
+        for what, values in (("mean", self.mean), ("std", self.std)):
+            if (values is None) != (self.mean is None):
+                raise ValueError("mean and std go together; give both or neither")
+            if values is not None and len(values) != self.bands:
+                raise ValueError(f"{what} has {len(values)} numbers, and there are {self.bands} bands")
+        self._see_patterns()
+        return self
+
+    def _see_patterns(self) -> None:
+        shares = [rule for rule in self.splits.values() if isinstance(rule, float)]
+        if shares and len(shares) < len(self.splits):
+            raise ValueError("splits mix shares with lists or globs; use one kind")
+        if sum(shares) > 1 + 1e-9:
+            raise ValueError(f"the shares of the splits add up to {sum(shares):g}, more than 1")
+        inserted = "{split}" in self.images
+        if inserted and not all(isinstance(rule, str) for rule in self.splits.values()):
+            raise ValueError("images holds {split}, so splits gives the text to put there: {train: Train, val: Val}")
+        if self.masks is None:
+            return
+        if inserted != ("{split}" in self.masks):
+            raise ValueError("{split} must stand in both images and masks, or in neither")
+        count, other = listing.wildcards(self.images), listing.wildcards(self.masks)
+        if count != other:
+            raise ValueError(f"images has {count} wildcards and masks {other}; files pair by what wildcards stand for")
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each band, where they are given."""
+        return None if self.mean is None or self.std is None else (self.mean, self.std)
+
+    def items(self, split: Split) -> Sequence[Item]:
+        """The pictures of a split, in natural order of what the wildcards stand for.
+
+        Raises:
+            SplitError: the settings name no such split, or its directory is not there.
+            DataError: nothing is found, images and masks do not pair, or the splits overlap.
+        """
+        root = self.root.expanduser()
+        if not root.is_dir():
+            raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
+        inserted = "{split}" in self.images
+        if self.splits or not inserted:
+            self._see_split(split)
+        word = str(self.splits.get(split, split)) if inserted else ""
+        images = self.images.replace("{split}", word)
+        masks = self.masks.replace("{split}", word) if self.masks is not None else None
+        found = listing.pictures(root, images, masks, lenient=inserted and split == "test")
+        if not found:
+            kind = SplitError if inserted else DataError
+            raise kind(f"{root} holds no images {images}; correct the domain's root or images")
+        if self.splits and not inserted:
+            rules: dict[str, listing.Rule] = {name: self.splits[name] for name in SPLITS if name in self.splits}
+            found = listing.choose(found, split, rules, root, self.seed)
+        return [Item(picture.name, picture.image, picture.mask) for picture in found]
+
+    def read_label(self, item: Item) -> UInt8:
+        """The label of an item (H, W), class ids 0 to K-1 or 255.
+
+        Raises:
+            DataError: there is none, or it is broken, of another size than the image, in a form that the settings
+                exclude, or holds numbers or colours without a meaning.
+        """
+        source = reading.label_of(item)
+        pixels = reading.read_label_pixels(source)
+        reading.check_size(item, pixels.values)
+        coded = self._coded_as(reading.place(source), pixels)
+        try:
+            label = self._decoded(pixels, coded)
+        except ValueError as error:
+            raise DataError(f"{reading.place(source)} cannot be understood: {error}") from None
+        self._settle_unknown(reading.place(source), pixels, label, coded)
+        blank = reading.nodata_mask(item.image, bands=self.bands)
+        if blank is not None:
+            label[blank] = IGNORE
+        return label
+
+    def _decoded(self, pixels: reading.LabelPixels, coded: str) -> UInt8:
+        if coded == "index":
+            return from_numbers(
+                pixels.values, self._table(self.ids or self._first_ids(), self._ignored_numbers(), "number")
+            )
+        colours = self._table(self.colours or self._display(), self._ignored_colours(), "colour")
+        if pixels.palette is None:
+            return from_colours(pixels.values, colours)
+        return from_palette(pixels.values, pixels.palette, colours)
+
+    def _see_split(self, split: Split) -> None:
+        if split not in (self.splits or ("train",)):
+            raise SplitError(
+                f"the folder {self.root} has no split {split}; name one in the domain's splits, "
+                "such as {train: 0.8, val: 0.2}"
+            )
+
+    def _coded_as(self, place: str, pixels: reading.LabelPixels) -> Literal["index", "rgb"]:
+        if pixels.values.ndim == 3:
+            if self.label_format == "index":
+                raise DataError(f"{place} holds colours, and label_format is index; set label_format to rgb")
+            return "rgb"
+        if pixels.palette is None:
+            if self.label_format == "rgb":
+                raise DataError(f"{place} holds numbers, and label_format is rgb; set label_format to index or auto")
+            return "index"
+        if self.label_format != "auto":
+            return self.label_format
+        if bool(self.colours) == bool(self.ids):
+            raise DataError(
+                f"{place} is a palette picture; set label_format to index if its numbers are the classes, "
+                "or to rgb if its colours are"
+            )
+        return "rgb" if self.colours else "index"
+
+    def _settle_unknown(self, place: str, pixels: reading.LabelPixels, label: UInt8, coded: str) -> None:
+        odd = label == UNKNOWN
+        if not odd.any():
+            return
+        if self.unknown == "error":
+            found = (
+                unknown_numbers(pixels.values, label)
+                if coded == "index"
+                else unknown_colours(pixels.values, label, pixels.palette)
+            )
+            what, where = ("numbers", "ids") if coded == "index" else ("colours", "colours")
+            raise DataError(
+                f"{place} holds {what} of no class: {found}; add them to {where} or ignore, or set unknown to ignore"
+            )
+        label[odd] = IGNORE
+
+    def _table(self, coded: Mapping[str, tuple[Code, ...]], ignored: Iterable[Code], what: str) -> dict[Code, int]:
+        """Class id of each colour or number."""
+        meaning: dict[Code, int] = {}
+        for name, codes in coded.items():
+            final = self.mapping.get(name, name)
+            number = IGNORE if final is None else self.classes.index(final)
+            for code in codes:
+                if meaning.setdefault(code, number) != number:
+                    raise ValueError(f"the {what} {code} stands for two classes; give each class {what}s of its own")
+        for code in ignored:
+            if meaning.setdefault(code, IGNORE) != IGNORE:
+                raise ValueError(f"the {what} {code} is a class and ignored, too; take it from one of the two")
+        return meaning
+
+    def _first_ids(self) -> dict[str, tuple[int, ...]]:
+        return {name: (number,) for number, name in enumerate(self.classes.names)}
+
+    def _display(self) -> dict[str, tuple[Colour, ...]]:
+        return {name: (colour,) for name, colour in zip(self.classes.names, self.classes.colours, strict=True)}
+
+    def _ignored_colours(self) -> tuple[Colour, ...]:
+        return tuple(entry for entry in self.ignore if isinstance(entry, tuple))
+
+    def _ignored_numbers(self) -> tuple[int, ...]:
+        claimed = {number for numbers in self.ids.values() for number in numbers}
+        always = () if IGNORE in claimed else (IGNORE,)
+        return (*always, *(entry for entry in self.ignore if isinstance(entry, int)))
+
+
+def _is_colour(entry: Sequence[Any]) -> bool:
+    return len(entry) == 3 and all(isinstance(number, int) for number in entry)

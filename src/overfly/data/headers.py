@@ -1,0 +1,233 @@
+"""What a file of imagery says of itself, asked at the cost of its header: kind, size, bands, type, no data.
+
+The first bytes tell what a file is, not its ending. Pillow reads what it reads without loss; the rest (more than four
+bands, 16 bits in colour, JPEG 2000) is left to rasterio (extra ``geo``).
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from PIL import Image, TiffImagePlugin
+
+from overfly.core.errors import DataError, MissingExtraError
+
+Kind = Literal["png", "jpeg", "tiff", "jp2"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2")
+"""Endings by which the pictures of a directory are known."""
+
+LARGEST = 178_956_970
+"""Pixels beyond which a picture is not read as a whole; Pillow's own limit."""
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_OTHERS = (
+    ((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf"), "an archive"),
+    ((b"GIF8", b"BM", b"RIFF", b"\x89HDF", b"\x93NUMPY"), "in another format"),
+)
+
+
+class Facts(NamedTuple):
+    """What a file says of itself in its header.
+
+    Attributes:
+        height: rows.
+        width: columns.
+        bands: bands as stored, a last one of opacity included.
+        dtype: type in which the picture is handed out: uint8, uint16 or float32.
+        alpha: whether the last band is opacity.
+        palette: whether the numbers are entries of a table of colours.
+        nodata: the number that stands for "nothing was measured here", or None.
+        kind: what the first bytes say.
+        scale: factor by which Pillow spreads grey of 1, 2 or 4 bits to 0..255.
+        engine: who reads the pixels.
+    """
+
+    height: int
+    width: int
+    bands: int
+    dtype: str
+    alpha: bool = False
+    palette: bool = False
+    nodata: float | None = None
+    kind: Kind = "png"
+    scale: int = 1
+    engine: Literal["pillow", "rasterio"] = "pillow"
+
+
+def facts(path: Path) -> Facts:
+    """What the header of a picture says.
+
+    Raises:
+        DataError: the file is missing, empty, not a picture, or larger than can be read as a whole.
+        MissingExtraError: it takes rasterio to read it.
+    """
+    kind = kind_of(path)
+    found = {"png": _png_facts, "jpeg": _jpeg_facts, "tiff": _tiff_facts, "jp2": _rasterio_facts}[kind](path)
+    if found.height * found.width > LARGEST:
+        _too_large(path)
+    return found._replace(kind=kind)
+
+
+def kind_of(path: Path) -> Kind:
+    """What the first bytes of a file say it is.
+
+    Raises:
+        DataError: the file is missing, cannot be opened, or is something else; the message says what it looks like.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; check the path, or fetch the file") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened ({error.strerror}); check what it is and who may read it") from None
+    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if start.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "tiff"
+    if start.startswith((b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")):
+        return "jp2"
+    raise DataError(f"{path} is {_likeness(start)}, not a PNG, JPEG or TIFF; download or export it again")
+
+
+def broken(path: Path, error: BaseException) -> DataError:
+    """The sentence for a file that a decoder gave up on."""
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return DataError(f"{path} is truncated or damaged ({reason}); copy, download or export it again")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open with Pillow; its warnings are about metadata, and its limit on pixels is told as ours.
+
+    Raises:
+        DataError: the file is damaged or too large, seen on opening or while the pixels are read within.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+                yield image
+    except Image.DecompressionBombError:
+        _too_large(path)
+    except _BROKEN as error:
+        raise broken(path, error) from error
+
+
+@contextmanager
+def raster(path: Path) -> Iterator[Any]:
+    """Open with rasterio.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        DataError: the file is damaged, seen on opening or while the pixels are read within.
+    """
+    try:
+        import rasterio
+        from rasterio.errors import RasterioError
+    except ImportError:
+        raise MissingExtraError("rasterio", "geo", f"reading {path}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with rasterio.open(path) as dataset:
+                yield dataset
+    except (RasterioError, *_BROKEN) as error:
+        raise broken(path, error) from error
+
+
+def _likeness(start: bytes) -> str:
+    text = start.lstrip().lower()
+    if not start:
+        return "empty"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    for starts, likeness in _OTHERS:
+        if start.startswith(starts):
+            return likeness
+    return "text" if start.isascii() and b"\0" not in start else "of an unknown format or damaged in its first bytes"
+
+
+def _too_large(path: Path) -> NoReturn:
+    raise DataError(f"{path} has more than {LARGEST / 1e6:.0f} million pixels; cut it into tiles")
+
+
+def _png_facts(path: Path) -> Facts:
+    with path.open("rb") as file:
+        head = file.read(26)
+    if len(head) < 26 or head[12:16] != b"IHDR":
+        raise broken(path, ValueError("the header is cut short"))
+    width, height, depth, colour = struct.unpack(">IIBB", head[16:26])
+    if colour not in _PNG_BANDS or depth not in (1, 2, 4, 8, 16):
+        raise broken(path, ValueError("the header makes no sense"))
+    return Facts(
+        height,
+        width,
+        bands=_PNG_BANDS[colour],
+        dtype="uint16" if depth == 16 else "uint8",
+        alpha=colour in (4, 6),
+        palette=colour == 3,
+        scale=255 // (2**depth - 1) if colour == 0 and depth < 8 else 1,
+        engine="rasterio" if depth == 16 and colour != 0 else "pillow",
+    )
+
+
+def _jpeg_facts(path: Path) -> Facts:
+    with opened(path) as image:
+        return Facts(image.height, image.width, len(image.getbands()), "uint8")
+
+
+def _tiff_facts(path: Path) -> Facts:
+    """Facts of a TIFF: Pillow's where Pillow gives the pixels as they are stored, else rasterio's."""
+    found = None
+    try:
+        with opened(path) as image:
+            found = _plain_tiff(image)
+    except DataError:
+        pass
+    return found or _rasterio_facts(path)
+
+
+def _plain_tiff(image: Image.Image) -> Facts | None:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return None
+    tags = image.tag_v2
+    bands, depths, photometric = tags.get(277, 1), set(tags.get(258, (1,))), tags.get(262)
+    eight = depths == {8} and (bands in (1, 3) or (bands == 4 and tags.get(338) == (2,)))
+    modes = {"L", "P", "RGB", "RGBA"} if eight else {"I;16", "I;16B", "F"} if bands == 1 else set()
+    if image.mode not in modes or photometric not in (1, 2, 3, 6) or len(image.getbands()) != bands:
+        return None
+    dtype = "uint8" if eight else "float32" if image.mode == "F" else "uint16"
+    try:
+        nodata = float(str(tags[42113]).strip("\0 ")) if 42113 in tags else None
+    except ValueError:
+        nodata = None
+    return Facts(image.height, image.width, bands, dtype, image.mode == "RGBA", image.mode == "P", nodata)
+
+
+def _rasterio_facts(path: Path) -> Facts:
+    with raster(path) as dataset:
+        meaning = [colour.name for colour in dataset.colorinterp]
+        dtype = dataset.dtypes[0]
+        return Facts(
+            dataset.height,
+            dataset.width,
+            dataset.count,
+            dtype if dtype in ("uint8", "uint16") else "float32",
+            alpha=dataset.count > 1 and meaning[-1] == "alpha",
+            palette=meaning[0] == "palette",
+            nodata=dataset.nodata,
+            engine="rasterio",
+        )

@@ -1,0 +1,210 @@
+"""Which files make up a folder of pictures: globs, the pairing of images with masks, and splits."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from overfly.core.errors import DataError
+from overfly.data.headers import SUFFIXES
+
+Key = tuple[str, ...]
+"""What a glob's wildcards stood for, in their order: what an image and its mask have in common."""
+
+Rule = float | str | tuple[str, ...]
+"""How a split is chosen: a share, a list file ``.txt``, or globs."""
+
+_WILDCARD = re.compile(r"\*\*/|\*+|\?|\[!?\]?[^]]*\]")
+
+
+class Picture(NamedTuple):
+    """An image and, if there are masks, its mask.
+
+    Attributes:
+        name: what the wildcards stood for, joined by underscores.
+        relative: path of the image below the root, with forward slashes.
+        image: its file.
+        mask: file of its mask, or None.
+    """
+
+    name: str
+    relative: str
+    image: Path
+    mask: Path | None
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """Sorting key that puts ``tile_2`` before ``tile_10``."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+
+
+def wildcards(pattern: str) -> int:
+    """Number of wildcards in a glob; a directory counts as one, for the names in it."""
+    return len(_WILDCARD.findall(pattern)) or 1
+
+
+def expression(pattern: str) -> re.Pattern[str]:
+    """A glob as a regular expression in which each wildcard is a group."""
+    parts, end = [], 0
+    for found in _WILDCARD.finditer(pattern):
+        wildcard = found.group()
+        parts.append(re.escape(pattern[end : found.start()]))
+        if wildcard == "**/":
+            parts.append("((?:[^/]+/)*)")
+        elif wildcard.startswith("["):
+            inside = wildcard[1:-1].replace("\\", r"\\")
+            parts.append(f"([^{inside[1:]}])" if inside.startswith("!") else f"([{inside}])")
+        else:
+            parts.append("([^/])" if wildcard == "?" else "([^/]*)")
+        end = found.end()
+    return re.compile("".join(parts) + re.escape(pattern[end:]))
+
+
+def matching(root: Path, pattern: str) -> dict[Key, Path]:
+    """The pictures of a directory or a glob below ``root``, by what the wildcards stood for, in natural order.
+
+    Raises:
+        DataError: two files of a directory differ in their ending alone.
+    """
+    pattern = pattern.rstrip("/")
+    place = root / pattern
+    found: list[tuple[Key, Path]]
+    if place.is_dir():
+        found = [((path.stem,), path) for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
+    elif place.is_file():
+        found = [((place.stem,), place)]
+    else:
+        regular = expression(pattern)
+        relative = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - pathlib's gives no relative paths
+        tried = ((regular.fullmatch(name.replace("\\", "/")), root / name) for name in relative)
+        found = [(match.groups(), path) for match, path in tried if match and path.is_file()]
+    found.sort(key=lambda entry: ([natural(part) for part in entry[0]], str(entry[1])))
+    files: dict[Key, Path] = {}
+    for key, path in found:
+        if key in files:
+            raise DataError(f"{files[key]} and {path} have one name; keep one of them, or name them by a glob")
+        files[key] = path
+    return files
+
+
+def pictures(root: Path, images: str, masks: str | None, *, lenient: bool = False) -> list[Picture]:
+    """The images below ``root``, each with the mask whose wildcards stand for the same.
+
+    Args:
+        root: folder that both patterns are relative to.
+        images: directory or glob.
+        masks: directory or glob, or None where there are none.
+        lenient: whether it will do if no mask is there at all.
+
+    Raises:
+        DataError: an image has no mask or a mask no image (the first is named, all are counted), or two pictures
+            would have one name.
+    """
+    found = matching(root, images)
+    labels = matching(root, masks) if masks is not None else {}
+    if masks is not None and not (lenient and not labels):
+        _see_pairs(found, labels, root / masks, "image", "mask")
+        _see_pairs(labels, found, root / images, "mask", "image")
+    named: dict[str, Picture] = {}
+    for key, path in found.items():
+        name = "_".join(part for part in "/".join(key).split("/") if part) or path.stem
+        if name in named:
+            raise DataError(f"{named[name].image} and {path} would both be called {name}; rename one of them")
+        named[name] = Picture(name, path.relative_to(root).as_posix(), path, labels.get(key))
+    return list(named.values())
+
+
+def choose(listed: Sequence[Picture], split: str, rules: Mapping[str, Rule], root: Path, seed: int) -> list[Picture]:
+    """The pictures of one split.
+
+    A share is drawn by the picture's name and the seed alone, so that more pictures change no other's split.
+
+    Raises:
+        DataError: a rule matches nothing, a list names what is not there, or two splits share a picture.
+    """
+    rule = rules[split]
+    if isinstance(rule, float):
+        chosen = _by_share(
+            listed, split, {name: share for name, share in rules.items() if isinstance(share, float)}, seed
+        )
+    else:
+        taken = {name: _by_name(listed, other, root) for name, other in rules.items() if not isinstance(other, float)}
+        for other, names in taken.items():
+            both = sorted(taken[split] & names, key=natural) if other != split else []
+            if both:
+                raise DataError(
+                    f"{both[0]} is in the split {split} and in {other}, as are {len(both) - 1} more pictures; "
+                    "a picture that is learnt from must not be scored: correct the splits"
+                )
+        chosen = [picture for picture in listed if picture.name in taken[split]]
+    if not chosen:
+        raise DataError(f"the split {split} ({rule}) takes none of {_some(listed)} in {root}; correct the splits")
+    return chosen
+
+
+def _see_pairs(these: Mapping[Key, Path], those: Mapping[Key, Path], where: Path, this: str, that: str) -> None:
+    alone = [path for key, path in these.items() if key not in those]
+    if alone:
+        raise DataError(
+            f"{alone[0]} has no {that} in {where} ({len(alone)} of {len(these)} {this}s have none); "
+            "add it, take the file away, or correct the patterns"
+        )
+
+
+def _some(listed: Sequence[Picture]) -> str:
+    return f"the {len(listed)} pictures ({', '.join(picture.name for picture in listed[:2])}, …)"
+
+
+def _by_share(listed: Iterable[Picture], split: str, shares: Mapping[str, float], seed: int) -> list[Picture]:
+    start = 0.0
+    for name, share in shares.items():
+        if name == split:
+            break
+        start += share
+    return [picture for picture in listed if start <= _draw(picture.name, seed) < start + shares[split]]
+
+
+def _draw(name: str, seed: int) -> float:
+    """A number in [0, 1) that hangs on the name and the seed alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6]) / 2**48
+
+
+def _by_name(listed: Sequence[Picture], rule: str | tuple[str, ...], root: Path) -> set[str]:
+    if isinstance(rule, str) and rule.endswith(".txt"):
+        return _from_list(listed, root, rule)
+    patterns = (rule,) if isinstance(rule, str) else rule
+
+    def taken(picture: Picture) -> bool:
+        return any(fnmatchcase(picture.relative if "/" in pattern else picture.name, pattern) for pattern in patterns)
+
+    return {picture.name for picture in listed if taken(picture)}
+
+
+def _from_list(listed: Sequence[Picture], root: Path, rule: str) -> set[str]:
+    """Names of the pictures that a text file lists, one a line: name, stem, file name, or path below the root."""
+    path = root / rule
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the list {path} cannot be read ({error}); check the path in the domain's splits") from None
+    known: dict[str, set[str]] = {}
+    for picture in listed:
+        relative = Path(picture.relative)
+        aliases = (picture.name, picture.relative, relative.with_suffix("").as_posix(), relative.name, relative.stem)
+        for alias in aliases:
+            known.setdefault(alias, set()).add(picture.name)
+    chosen: set[str] = set()
+    for line in lines:
+        if not line or line.startswith("#"):
+            continue
+        names = known.get(line.replace("\\", "/").removeprefix("./"), set())
+        if len(names) != 1:
+            fault = f"stands for {len(names)} pictures" if names else f"is none of {_some(listed)}"
+            raise DataError(f"the list {path} names {line}, which {fault}; write its name, or its path below {root}")
+        chosen |= names
+    return chosen

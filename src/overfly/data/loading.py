@@ -1,0 +1,130 @@
+"""From domains to batches. What a step sees is a function of (seed, step): resuming costs nothing and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from overfly.core.errors import DataError
+from overfly.core.records import IGNORE, Array, Batch, Item, Labelled, UInt8
+from overfly.data.cache import open_picture
+from overfly.data.check import label_counts
+from overfly.data.domain import Domain
+from overfly.data.sampling import Counts, Sampling, crop
+
+
+@dataclass
+class Stream:
+    """One domain's part of every batch.
+
+    Attributes:
+        domain: where pictures come from.
+        items: those of one split; labels taken away where training must not see them.
+        sampling: how pictures are chosen.
+        batch: pictures in a step, over all ranks.
+        crop: side of the square that is cut out, in pixels.
+        resize: side that pictures are first resized to, or None.
+        seed: of the run; the streams of one run differ by ``key``.
+        key: number of the stream.
+        cache: folder of decoded pictures, "memory", or None.
+    """
+
+    domain: Domain
+    items: Sequence[Item]
+    sampling: Sampling
+    batch: int
+    crop: int
+    resize: int | None
+    seed: int
+    key: int
+    cache: Path | str | None = None
+    counts: Counts | None = None
+    _kept: dict[str, tuple[Array, UInt8]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise DataError(f"the {self.domain.name} domain has no pictures in this split; check its folders")
+        if self.sampling.needs_counts and self.counts is None:
+            if any(item.label is None for item in self.items):
+                raise DataError(f"sampling {self.sampling.name!r} needs labels, and {self.items[0].name} has none")
+            self.counts = np.stack([label_counts(self.domain, item) for item in self.items])
+
+    def chosen(self, step: int, slots: Sequence[int]) -> list[tuple[Item, int]]:
+        """The items of a step, each with the class it was chosen for."""
+        seed = self.seed * 16 + self.key
+        picks = [self.sampling.picture(seed, step, slot, self.batch, len(self.items), self.counts) for slot in slots]
+        return [(self.items[index], wanted) for index, wanted in picks]
+
+    def read(self, step: int, slots: Sequence[int]) -> Labelled:
+        """Images (B, C, crop, crop), float, sensor range, and labels (B, crop, crop), int64, of some slots of a step."""
+        images, labels = [], []
+        for slot, (item, wanted) in zip(slots, self.chosen(step, slots), strict=True):
+            image, label = self._open(item)
+            random = np.random.default_rng([self.seed, self.key, step, slot])
+            image, label = crop(image, label, self.crop, random, self.sampling, wanted)
+            images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
+            labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
+        return Labelled(torch.stack(images), torch.stack(labels))
+
+    def _open(self, item: Item) -> tuple[Array, UInt8]:
+        if item.name in self._kept:
+            return self._kept[item.name]
+        folder = Path(self.cache) if self.cache not in (None, "memory") else None
+        image, label = open_picture(self.domain, item, self.resize, folder)
+        if label is None:
+            label = np.full(image.shape[:2], IGNORE, np.uint8)
+        if self.cache == "memory":
+            self._kept[item.name] = image, label
+        return image, label
+
+
+class Steps(Dataset[Batch]):
+    """The batch of each step, by its number."""
+
+    def __init__(self, source: Stream | None, target: Stream | None, rank: int = 0, world: int = 1) -> None:
+        self.source, self.target, self.rank, self.world = source, target, rank, world
+
+    def __getitem__(self, step: int) -> Batch:
+        """What this rank sees of a step."""
+        empty = Labelled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
+        source = self.source.read(step, self._slots(self.source)) if self.source else empty
+        target = self.target.read(step, self._slots(self.target)).image if self.target else empty.image
+        return Batch(source, target)
+
+    def names(self, step: int) -> list[str]:
+        """Names of the pictures that this rank sees in a step."""
+        streams = [stream for stream in (self.source, self.target) if stream]
+        return [item.name for stream in streams for item, _ in stream.chosen(step, self._slots(stream))]
+
+    def _slots(self, stream: Stream) -> list[int]:
+        return list(range(self.rank, stream.batch, self.world))
+
+
+class _Range(torch.utils.data.Sampler[int]):
+    """The numbers from ``start`` to ``stop``."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.numbers = range(start, stop)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def loader(steps: Steps, start: int, stop: int, *, workers: int, pin: bool) -> DataLoader[Batch]:
+    """Batches of the steps from ``start`` up to ``stop``, made by ``workers`` processes (0: by this one)."""
+    return DataLoader(
+        steps,
+        batch_size=None,
+        sampler=_Range(start, stop),
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=2 if workers else None,
+    )

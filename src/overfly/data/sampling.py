@@ -1,0 +1,133 @@
+"""Which picture, and which part of it, each step sees."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overfly.core.records import Array, UInt8
+from overfly.core.spec import Choice, Positive, Share, Whole
+
+Counts = NDArray[np.int64]
+"""Labelled pixels of each class in each picture, (pictures, K)."""
+
+
+class Sampling(Choice, ABC):
+    """How pictures and crops are chosen. The choice is a function of (seed, step, slot) alone."""
+
+    needs_counts: ClassVar[bool] = False
+    """Whether it must know the labelled pixels of each class in each picture."""
+
+    @abstractmethod
+    def picture(
+        self, seed: int, step: int, slot: int, batch: int, count: int, counts: Counts | None
+    ) -> tuple[int, int]:
+        """Index of a picture and the class it was chosen for (-1: none in particular).
+
+        Args:
+            seed: of the run and the stream.
+            step: from 0.
+            slot: place in the batch, 0 to ``batch`` - 1.
+            batch: pictures in a step.
+            count: pictures in the split.
+            counts: labelled pixels of each class, where `needs_counts`.
+        """
+
+    def fits(self, label: UInt8, wanted: int) -> bool:  # noqa: ARG002
+        """Whether a crop of the label shows enough of the wanted class."""
+        return True
+
+
+class Uniform(Sampling, name="uniform"):
+    """Every picture once, in a new order each epoch; crops anywhere."""
+
+    def picture(
+        self, seed: int, step: int, slot: int, batch: int, count: int, counts: Counts | None
+    ) -> tuple[int, int]:  # noqa: ARG002
+        """The next picture of a permutation drawn from (seed, epoch)."""
+        epoch, place = divmod(step * batch + slot, count)
+        return int(_permutation(seed, epoch, count)[place]), -1
+
+
+class Rare(Sampling, name="rare"):
+    """Rare-class sampling (Hoyer et al., 2022, DAFormer, section 3.2): first a class, the rarer the more often.
+
+    A class c with share f_c of the labelled pixels is drawn with probability softmax((1 - f) / temperature); then a
+    picture that shows it; then crops until one shows it.
+    """
+
+    temperature: Positive = 0.01
+    """Low: the rarest classes almost alone; high: all classes alike."""
+    pixels: Whole = 1000
+    """Pixels of the class that a picture must have in all to count as showing it (or the most that any has)."""
+    crop_share: Share = 0.005
+    """Share of a crop that the class must fill, if it can be had in ten tries."""
+
+    needs_counts: ClassVar[bool] = True
+
+    def picture(
+        self, seed: int, step: int, slot: int, batch: int, count: int, counts: Counts | None
+    ) -> tuple[int, int]:  # noqa: ARG002
+        """A class by its rarity, then a picture that shows it."""
+        if counts is None:
+            raise ValueError("rare-class sampling needs the class counts of every picture")
+        random = np.random.default_rng([seed, step, slot, 1])
+        probability = self.probabilities(counts)
+        wanted = int(random.choice(len(probability), p=probability))
+        enough = np.flatnonzero(counts[:, wanted] >= min(self.pixels, counts[:, wanted].max()))
+        return int(random.choice(enough)), wanted
+
+    def probabilities(self, counts: Counts) -> NDArray[np.float64]:
+        """Probability of each class (K,); 0 for classes that no picture shows."""
+        pixels = counts.sum(0).astype(float)
+        share = pixels / max(1.0, pixels.sum())
+        score = np.where(pixels > 0, (1 - share) / self.temperature, -np.inf)
+        weight = np.exp(score - score.max())
+        result: NDArray[np.float64] = weight / weight.sum()
+        return result
+
+    def fits(self, label: UInt8, wanted: int) -> bool:
+        """Whether the wanted class fills its share of the crop."""
+        return wanted < 0 or bool((label == wanted).mean() >= self.crop_share)
+
+
+def crop(
+    image: Array, label: UInt8, size: int, random: np.random.Generator, sampling: Sampling, wanted: int
+) -> tuple[Array, UInt8]:
+    """A square part of a picture.
+
+    Args:
+        image: (H, W, C).
+        label: (H, W).
+        size: side of the crop; a smaller picture is mirrored outwards, with its label ignored there.
+        random: chooses the place.
+        sampling: says whether a place will do.
+        wanted: the class that the picture was chosen for, or -1.
+
+    Returns:
+        Image (size, size, C) and label (size, size).
+    """
+    height, width = label.shape
+    if height < size or width < size:
+        below, right = max(0, size - height), max(0, size - width)
+        image = np.pad(image, ((0, below), (0, right), (0, 0)), mode="symmetric")
+        label = np.pad(label, ((0, below), (0, right)), constant_values=255)
+        height, width = label.shape
+    for _ in range(10):
+        top = int(random.integers(height - size + 1))
+        left = int(random.integers(width - size + 1))
+        part = label[top : top + size, left : left + size]
+        if sampling.fits(part, wanted):
+            break
+    return image[top : top + size, left : left + size], part
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The order of ``count`` pictures in one epoch."""
+    order: NDArray[np.int64] = np.random.default_rng([seed, epoch, 0]).permutation(count)
+    return order

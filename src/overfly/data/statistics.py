@@ -1,0 +1,121 @@
+"""Mean, spread and range of each band of a domain's images, in one pass and constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overfly.core.errors import DataError
+from overfly.core.records import Array, Item
+from overfly.core.spec import Count, NonNegative, Spec
+from overfly.data import reading
+from overfly.data.domain import Domain, Split
+
+Float64 = NDArray[np.float64]
+
+
+class Statistics(Spec):
+    """Figures of each band, over all pixels that were measured, in the images' own range."""
+
+    mean: tuple[float, ...]
+    """Mean of each band."""
+    std: tuple[NonNegative, ...]
+    """Standard deviation of each band, of the population."""
+    minimum: tuple[float, ...]
+    """Smallest value of each band."""
+    maximum: tuple[float, ...]
+    """Largest value of each band."""
+    pixels: Count
+    """Pixels counted; those declared as no data are left out."""
+    pictures: Count
+    """Images read."""
+
+
+class _Sums(NamedTuple):
+    """Count, mean and sum of squared deviations; merges without loss (Chan, Golub, LeVeque, 1979)."""
+
+    number: int
+    mean: Float64
+    squares: Float64
+    low: Float64
+    high: Float64
+
+    def merged(self, other: _Sums) -> _Sums:
+        if not self.number or not other.number:
+            return self if self.number else other
+        number = self.number + other.number
+        apart = other.mean - self.mean
+        return _Sums(
+            number,
+            self.mean + apart * (other.number / number),
+            self.squares + other.squares + apart**2 * (self.number * other.number / number),
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+        )
+
+
+def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statistics:
+    """Figures of the images of a split; labels are not opened.
+
+    Args:
+        domain: whose images.
+        split: which of its splits.
+        limit: number of images, spread evenly over the split; None takes all.
+
+    Raises:
+        DataError: an image cannot be read, or no pixel of any was measured.
+    """
+    items = spread(domain.items(split), limit)
+    total = _merged(_measured(domain, item) for item in items)
+    if total is None or not total.number:
+        raise DataError(f"no pixel of the split {split} was measured; check the no-data value its images declare")
+    return Statistics(
+        mean=tuple(total.mean.tolist()),
+        std=tuple(np.sqrt(total.squares / total.number).tolist()),
+        minimum=tuple(total.low.tolist()),
+        maximum=tuple(total.high.tolist()),
+        pixels=total.number,
+        pictures=len(items),
+    )
+
+
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most ``limit`` items, spread evenly over all."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[int((at + 0.5) * len(items) / limit)] for at in range(limit)]
+
+
+def _merged(parts: Iterable[_Sums]) -> _Sums | None:
+    total: _Sums | None = None
+    for part in parts:
+        total = part if total is None else total.merged(part)
+    return total
+
+
+def _measured(domain: Domain, item: Item) -> _Sums:
+    image = domain.read_image(item)
+    blank = reading.nodata_mask(item.image, bands=domain.bands)
+    pixels = image.reshape(-1, image.shape[-1]) if blank is None else image[~blank]
+    if not len(pixels):
+        nothing = np.zeros(image.shape[-1])
+        return _Sums(0, nothing, nothing, nothing, nothing)
+    columns = [_column(pixels[:, band]) for band in range(pixels.shape[1])]
+    mean, squares = (np.array(figures) for figures in zip(*columns, strict=True))
+    low, high = pixels.min(axis=0).astype(np.float64), pixels.max(axis=0).astype(np.float64)
+    return _Sums(len(pixels), mean, squares, low, high)
+
+
+def _column(values: Array) -> tuple[float, float]:
+    """Mean and sum of squared deviations of the values (N,) of a band; integers are counted, which is faster."""
+    if values.dtype in (np.uint8, np.uint16):
+        counts = np.bincount(values)
+        levels = np.arange(len(counts), dtype=np.float64)
+        mean = float(counts @ levels) / len(values)
+        return mean, float(counts @ np.square(levels - mean))
+    exact = values.astype(np.float64)
+    mean = float(exact.mean())
+    return mean, float(np.square(exact - mean).sum())

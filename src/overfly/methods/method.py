@@ -1,0 +1,72 @@
+"""What a method must say: the networks it needs, and what to minimise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from overfly.core.optim import Optim
+from overfly.core.records import Batch, Logits, Losses
+from overfly.core.spec import Choice
+from overfly.ops.criterion import Criterion, CrossEntropy
+
+
+class Networks(nn.Module):
+    """All the networks of a method: everything that training changes and a checkpoint holds."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+
+N = TypeVar("N", bound=Networks)
+
+
+class Method(Choice, ABC, Generic[N]):
+    """A way to train or adapt: a value (its settings) that says which networks it needs and what to minimise.
+
+    A method returns named losses. It never calls ``backward``, never logs, and never knows a dataset.
+    """
+
+    needs_source: ClassVar[bool] = True
+    """Whether a step reads labelled images of the source."""
+    needs_target: ClassVar[bool] = True
+    """Whether a step reads unlabelled images of the target."""
+
+    criterion: Criterion = CrossEntropy()
+    """The supervised loss on labelled images."""
+
+    @abstractmethod
+    def networks(self, student: nn.Module) -> N:
+        """Surround the student with the other networks that the method needs."""
+
+    @abstractmethod
+    def losses(self, nets: N, batch: Batch) -> Losses:
+        """One step of the paper's algorithm: named terms whose sum is minimised.
+
+        Random choices come from torch's global generator, which the loop seeds by (seed, step, rank).
+        """
+
+    def after_step(self, nets: N, step: int) -> None:
+        """What follows the optimiser, such as the teacher's update. ``step`` counts from 0."""
+
+    def optimizers(self, nets: N, optim: Optim) -> list[Optimizer]:
+        """The optimisers of a step; by default one, of the student. None: nothing is minimised."""
+        return [optim.optimizer(nets.student, getattr(nets.student, "heads", ()))]
+
+    def deployed(self, nets: N) -> nn.Module:
+        """The network that is validated, saved and shipped; by default the student."""
+        return nets.student
+
+    def supervised(self, logits: Logits, label: Tensor, weight: Tensor | None = None) -> Losses:
+        """The criterion's terms for logits at the label's size.
+
+        Args:
+            logits: class scores (B, K, H, W) and those of the training heads.
+            label: class ids (B, H, W), 255 where there is none.
+            weight: of each pixel, (B, H, W) or (B, 1, 1), 0 to 1.
+        """
+        return self.criterion.terms(logits, label, weight)

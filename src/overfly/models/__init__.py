@@ -1,0 +1,24 @@
+"""Networks, the segmenter around them, and where their weights come from. A new architecture is added to this list."""
+
+from __future__ import annotations
+
+from overfly.models import deeplabv2, lraspp, pidnet
+from overfly.models.network import Network
+from overfly.models.registry import build, names, register
+from overfly.models.segmenter import Segmenter
+from overfly.models.weights import NAMED, Report, load_weights
+
+BUILT_IN = (deeplabv2, lraspp, pidnet)
+"""The modules whose builders are always known."""
+
+__all__ = [
+    "BUILT_IN",
+    "NAMED",
+    "Network",
+    "Report",
+    "Segmenter",
+    "build",
+    "load_weights",
+    "names",
+    "register",
+]

@@ -1,0 +1,149 @@
+"""DeepLabV2 on ResNet-101: dilated stages and four dilated classifiers (Chen et al., TPAMI 2018).
+
+The form is the one that domain adaptation compares itself with (Tsai et al., AdaptSegNet, CVPR 2018), without a
+second scale. Names inside the ResNet are torchvision's.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from overfly.core.records import Logits
+from overfly.models.network import Network
+from overfly.models.registry import register
+
+DILATIONS = (6, 12, 18, 24)
+"""Dilations of the four classifiers."""
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 convolutions to four times the planes, with a shortcut (He et al., CVPR 2016)."""
+
+    def __init__(self, inputs: int, planes: int, stride: int, dilation: int, project: bool) -> None:
+        super().__init__()
+        outputs = planes * 4
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            if project
+            else None
+        )
+        self.stride = stride
+        self.halve_at_first(True)
+
+    def halve_at_first(self, first: bool) -> None:
+        """Put the stride into the first convolution (Caffe's ResNet) or into the second (torchvision's)."""
+        self.conv1.stride = (self.stride, self.stride) if first else (1, 1)
+        self.conv2.stride = (1, 1) if first else (self.stride, self.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, 4 planes, ⌈H / stride⌉, ⌈W / stride⌉)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def _stage(inputs: int, planes: int, blocks: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    first = Bottleneck(inputs, planes, stride, dilation, project=True)
+    rest = [Bottleneck(planes * 4, planes, 1, dilation, project=False) for _ in range(1, blocks)]
+    return nn.Sequential(first, *rest)
+
+
+class DeepLabV2(Network):
+    """ResNet at output stride 8 (stages 3 and 4 dilated by 2 and 4) and the sum of four dilated 3×3 classifiers.
+
+    ResNets come in two kinds that share names and shapes: the first block of stage 2 halves its map in the 1×1
+    convolution (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `adopt` recognises which kind a checkpoint is, and
+    the state dict remembers it (``_extra_state``), so that either gives the outputs it was trained for.
+
+    Args:
+        classes: number of classes K.
+        bands: number of bands C of the images.
+        blocks: blocks of each stage.
+    """
+
+    stride = 8
+    heads = ("classifier",)
+    first = "conv1"
+
+    def __init__(self, classes: int, bands: int, blocks: tuple[int, int, int, int] = (3, 4, 23, 3)) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(bands, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)
+        self.layer1 = _stage(64, 64, blocks[0])
+        self.layer2 = _stage(256, 128, blocks[1], stride=2)
+        self.layer3 = _stage(512, 256, blocks[2], dilation=2)
+        self.layer4 = _stage(1024, 512, blocks[3], dilation=4)
+        classifiers = [nn.Conv2d(2048, classes, 3, padding=dilation, dilation=dilation) for dilation in DILATIONS]
+        self.classifier = nn.ModuleList(classifiers)
+        self.halves_at_first = True
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for classifier in classifiers:
+            nn.init.normal_(classifier.weight, std=0.01)
+
+    def forward(self, image: Tensor) -> Logits:
+        """Scores at about an 8th of the size, from normalised images (B, C, H, W).
+
+        Returns:
+            main (B, K, h, w), where h = ⌈H/8⌉ or, because the pool rounds up, one more; features (B, 2048, h, w).
+        """
+        x = self.maxpool(F.relu(self.bn1(self.conv1(image))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        scores = self.classifier[0](x)
+        for classifier in self.classifier[1:]:
+            scores = scores + classifier(x)
+        return Logits(scores, features=x)
+
+    def get_extra_state(self) -> Tensor:
+        """Which kind of ResNet this is, for the state dict: 1 where stage 2 halves in its first convolution."""
+        return torch.tensor(int(self.halves_at_first))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Become the kind of ResNet that a state dict says."""
+        self.halves_at_first = bool(state)
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                module.halve_at_first(self.halves_at_first)
+
+    def adopt(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Rename the class layers of the AdaptSegNet family; tell Caffe's ResNet from torchvision's.
+
+        Its files with two levels hold the class layers of stage 4 as ``layer6`` and those of stage 3, which this
+        network does not have, as ``layer5``.
+        """
+        main = "layer6" if any(name.startswith("layer6.") for name in state) else "layer5"
+        spelling = re.compile(rf"^(?:{main}|classifier)\.conv2d_list\.")
+        renamed = {spelling.sub("classifier.", name): tensor for name, tensor in state.items()}
+        if "_extra_state" in state:
+            return renamed, ()
+        if any(".conv2d_list." in name for name in state):
+            renamed["_extra_state"] = torch.tensor(1)
+            note = (
+                "a checkpoint of the AdaptSegNet family: stage 2 halves in its 1×1 convolution; the family's images "
+                "are blue, green, red, 0 to 255, less their mean (104.0, 116.7, 122.7)"
+            )
+            return renamed, (note,)
+        if "fc.weight" in state or not any(name.startswith("classifier.") for name in state):
+            renamed["_extra_state"] = torch.tensor(0)
+            return renamed, ("a ResNet as torchvision trains it: stage 2 now halves in its 3×3 convolution",)
+        return renamed, ()
+
+
+@register
+def deeplabv2_resnet101(classes: int = 7, training_heads: bool = True, bands: int = 3) -> Network:
+    """DeepLabV2-ResNet101: 43.0 million parameters, 185 GMAC for a 3×512×512 image of 7 classes, no training heads."""
+    del training_heads  # it has none
+    return DeepLabV2(classes, bands)

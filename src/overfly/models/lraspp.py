@@ -1,0 +1,155 @@
+"""A light decoder on MobileNetV2, for real-time networks that start from ImageNet weights.
+
+The encoder is MobileNetV2 (Sandler et al., CVPR 2018) with torchvision's names, its last stage dilated so that nothing
+is coarser than a 16th. The decoder is LR-ASPP (Howard et al., MobileNetV3, ICCV 2019), which weights context by a mean
+of the whole picture, with one skip more: finer maps of an 8th and a 4th join it, so that roads and roofs keep edges.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from overfly.core.records import Logits
+from overfly.models.network import Network
+from overfly.models.registry import register
+
+
+class Row(NamedTuple):
+    """One row of table 2 of the MobileNetV2 paper."""
+
+    expansion: int
+    planes: int
+    blocks: int
+    stride: int
+    dilation: int = 1
+
+
+ROWS = (
+    Row(1, 16, 1, 1),
+    Row(6, 24, 2, 2),
+    Row(6, 32, 3, 2),
+    Row(6, 64, 4, 2),
+    Row(6, 96, 3, 1),
+    Row(6, 160, 3, 1, dilation=2),  # stride 2 in the paper
+    Row(6, 320, 1, 1, dilation=2),
+)
+QUARTER, EIGHTH = 3, 6
+"""Indices of the last blocks at a 4th and at an 8th of the size."""
+
+
+def _conv_bn_relu6(inputs: int, outputs: int, size: int = 1, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())
+
+
+def _depthwise(planes: int, stride: int, dilation: int) -> nn.Sequential:
+    conv = nn.Conv2d(planes, planes, 3, stride, dilation, dilation, groups=planes, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(planes), nn.ReLU6())
+
+
+def _separable(inputs: int, outputs: int) -> nn.Sequential:
+    """A 3×3 convolution of each plane, then a 1×1 convolution across planes."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.ReLU(),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+def _resize(image: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(image, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class InvertedResidual(nn.Module):
+    """Widen by 1×1, convolve each plane by 3×3, narrow by 1×1; add the input where shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        widen = [] if expansion == 1 else [_conv_bn_relu6(inputs, inner)]
+        self.conv = nn.Sequential(
+            *widen,
+            _depthwise(inner, stride, dilation),
+            nn.Conv2d(inner, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, outputs, ⌈H / stride⌉, ⌈W / stride⌉)."""
+        out: Tensor = self.conv(x)
+        return x + out if self.adds else out
+
+
+def mobilenet_v2_features(bands: int) -> nn.Sequential:
+    """MobileNetV2 up to its 320 planes, at a 16th of the size; the 1280 planes for its classifier are left out.
+
+    In a dilated stage the block that no longer halves keeps undilated taps, as it saw its input undilated before.
+    """
+    blocks: list[nn.Module] = [_conv_bn_relu6(bands, 32, 3, 2)]
+    inputs, before = 32, 1
+    for row in ROWS:
+        for i in range(row.blocks):
+            dilation = before if i == 0 else row.dilation
+            blocks.append(InvertedResidual(inputs, row.planes, row.expansion, row.stride if i == 0 else 1, dilation))
+            inputs = row.planes
+        before = row.dilation
+    return nn.Sequential(*blocks)
+
+
+class LRASPP(Network):
+    """MobileNetV2 with an LR-ASPP decoder that ends at a 4th of the size.
+
+    Args:
+        classes: number of classes K.
+        training_heads: whether to add ``auxiliary``, class scores at a 16th.
+        bands: number of bands C of the images.
+    """
+
+    stride = 4
+    heads = ("context", "gate", "at_eighth", "at_quarter", "auxiliary", "classifier")
+    training_heads = ("auxiliary",)
+    first = "features.0.0"
+
+    def __init__(self, classes: int, training_heads: bool, bands: int) -> None:
+        super().__init__()
+        self.features = mobilenet_v2_features(bands)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        self.context = nn.Sequential(nn.Conv2d(320, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(320, 256, 1), nn.Sigmoid())
+        self.at_eighth = _separable(256 + 32, 128)
+        self.at_quarter = _separable(128 + 24, 64)
+        self.auxiliary = nn.Conv2d(256, classes, 1) if training_heads else None
+        self.classifier = nn.Conv2d(64, classes, 1)
+
+    def forward(self, image: Tensor) -> Logits:
+        """Scores at a 4th of the size, from normalised images (B, C, H, W).
+
+        Returns:
+            main (B, K, ⌈H/4⌉, ⌈W/4⌉); with training heads aux (B, K, ⌈H/16⌉, ⌈W/16⌉); features (B, 320, ⌈H/16⌉,
+            ⌈W/16⌉).
+        """
+        quarter = self.features[: QUARTER + 1](image)
+        eighth = self.features[QUARTER + 1 : EIGHTH + 1](quarter)
+        coarse = self.features[EIGHTH + 1 :](eighth)
+
+        context = self.context(coarse) * self.gate(coarse)
+        aux = () if self.auxiliary is None else (self.auxiliary(context),)
+        fine = self.at_eighth(torch.cat([_resize(context, eighth), eighth], 1))
+        fine = self.at_quarter(torch.cat([_resize(fine, quarter), quarter], 1))
+        return Logits(self.classifier(fine), aux, features=coarse)
+
+
+@register
+def lraspp_mobilenet_v2(classes: int = 7, training_heads: bool = True, bands: int = 3) -> Network:
+    """LR-ASPP on MobileNetV2: 2.0 million parameters, for training from ImageNet weights on little data."""
+    return LRASPP(classes, training_heads, bands)

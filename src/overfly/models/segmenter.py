@@ -1,0 +1,247 @@
+"""Segmenter: a network with its normalisation and its class names. What is trained, saved, scored and exported."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from overfly.core.classes import Classes
+from overfly.core.errors import DataError, OverflyError, RecipeError, WeightsError
+from overfly.core.records import Logits
+from overfly.models.network import Network
+from overfly.models.registry import build
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of red, green and blue over ImageNet, as a share of the peak."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of red, green and blue over ImageNet, as a share of the peak."""
+
+FORMAT = "overfly.segmenter/1"
+"""What the metadata of a saved file calls itself."""
+
+
+class Segmenter(nn.Module):
+    """Images (B, C, H, W) in the sensor's own range in, `Logits` at the size of the image out.
+
+    Args:
+        network: what maps normalised images to `Logits` at its own stride.
+        classes: names and colours of the K classes that the network tells apart.
+        architecture: the network's name in the registry.
+        mean: mean of each band, in the sensor's own range.
+        std: standard deviation of each band, in the sensor's own range.
+        peak: value of the brightest pixel that the sensor can give.
+
+    Attributes:
+        network: the network itself.
+        classes: the classes.
+        architecture: the network's name in the registry.
+        bands: number of bands C.
+        peak: value of the brightest pixel that the sensor can give.
+        mean: buffer (1, C, 1, 1).
+        std: buffer (1, C, 1, 1).
+
+    Raises:
+        RecipeError: mean and std are not one positive number a band.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: Network,
+        classes: Classes,
+        *,
+        architecture: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        peak: float = 255.0,
+    ) -> None:
+        super().__init__()
+        if not mean or len(mean) != len(std) or min(std) <= 0:
+            raise RecipeError(
+                f"the normalisation needs one mean and one standard deviation above 0 for each band, not mean "
+                f"{list(mean)} and std {list(std)}; estimate them with: overfly data stats"
+            )
+        self.network = network
+        self.classes = classes
+        self.architecture = architecture
+        self.bands = len(mean)
+        self.peak = float(peak)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    @property
+    def stride(self) -> int:
+        """Sides of images that are multiples of this are not padded."""
+        stride: int = self.network.stride
+        return stride
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Prefixes of this module's parameters that ImageNet weights never hold."""
+        return tuple(f"network.{prefix}" for prefix in self.network.heads)
+
+    def forward(self, image: Tensor) -> Logits:
+        """Scores at the image's size.
+
+        Args:
+            image: (B, C, H, W), any number type, in the sensor's own range. Sides that are no multiple of the stride
+                are padded on the right and below by repeating the last pixels, and the scores are cut back.
+
+        Returns:
+            main, aux and boundary upsampled to H × W (bilinear, corners not aligned); features as the network gives
+            them.
+
+        Raises:
+            DataError: the images do not have the bands that the network reads.
+        """
+        if image.ndim != 4 or image.shape[1] != self.bands:
+            raise DataError(
+                f"{self.architecture} reads images (B, {self.bands}, H, W), not {tuple(image.shape)}; give it "
+                f"{self.bands} bands, or build a network with another number of bands"
+            )
+        height, width = image.shape[-2:]
+        normalised = (image.to(self.mean.dtype) - self.mean) / self.std
+        below, right = -height % self.stride, -width % self.stride
+        if below or right:
+            normalised = F.pad(normalised, (0, right, 0, below), mode="replicate")
+        size = (height + below, width + right)
+
+        def enlarge(scores: Tensor) -> Tensor:
+            return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
+
+        out = self.network(normalised)
+        return Logits(
+            main=enlarge(out.main),
+            aux=tuple(enlarge(scores) for scores in out.aux),
+            boundary=None if out.boundary is None else enlarge(out.boundary),
+            features=out.features,
+        )
+
+    if TYPE_CHECKING:  # torch types a module's call as Any
+
+        def __call__(self, image: Tensor) -> Logits:
+            """See `forward`."""
+
+    def scores(self, image: Tensor) -> Tensor:
+        """Class scores before any softmax, (B, K, H, W), of images (B, C, H, W) in the sensor's own range."""
+        main: Tensor = self(image).main
+        return main
+
+    def without_training_heads(self) -> Self:
+        """A copy without the heads that only training reads; its class scores are the same."""
+        lighter = copy.deepcopy(self)
+        lighter.network.drop_training_heads()
+        return lighter
+
+    def save(self, path: Path | str) -> Path:
+        """Write one safetensors file that holds the weights and all that is needed to use them.
+
+        The file appears whole or not at all: it is written under another name in the same folder and then renamed.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {
+            "format": FORMAT,
+            "architecture": self.architecture,
+            "classes": self.classes.model_dump(mode="json"),
+            "bands": self.bands,
+            "peak": self.peak,
+            "training_heads": self.network.has_training_heads,
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, unfinished, metadata={key: json.dumps(value) for key, value in about.items()})
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str, training_heads: bool | None = None) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            path: a file that `save` wrote.
+            training_heads: None keeps the training heads that the file holds. False leaves them out. True builds them
+                in any case; where the file has none they start from random weights.
+
+        Raises:
+            WeightsError: the file is missing, damaged, not one of ours, or needs a network that is not known here.
+        """
+        about, tensors = read_segmenter_file(Path(path))
+        held = bool(about["training_heads"])
+        wanted = held if training_heads is None else training_heads
+        try:
+            classes = Classes.model_validate(about["classes"])
+            network = build(about["architecture"], len(classes), wanted, about["bands"])
+            made = cls(
+                network,
+                classes,
+                architecture=about["architecture"],
+                mean=tensors["mean"].flatten().tolist(),
+                std=tensors["std"].flatten().tolist(),
+                peak=about["peak"],
+            )
+        except (OverflyError, ValueError, TypeError, KeyError) as error:
+            raise WeightsError(
+                f"{path} describes a network that cannot be built here ({error}); install the plug-in or the version "
+                "of overfly that wrote it"
+            ) from error
+        own = made.state_dict()
+        heads = tuple(f"network.{name}." for name in network.training_heads)
+        missing = [name for name in own if name not in tensors and not (wanted and not held and name.startswith(heads))]
+        extra = [name for name in tensors if name not in own and not (held and not wanted and name.startswith(heads))]
+        shaped = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+        if missing or extra or shaped:
+            name = (missing + extra + shaped)[0]
+            raise WeightsError(
+                f"{path} does not fit {made.architecture} as this version builds it ({len(missing)} tensors missing, "
+                f"{len(extra)} not known, {len(shaped)} of another shape; first: {name}); load it with the version of "
+                "overfly that wrote it"
+            )
+        made.load_state_dict(tensors, strict=False)
+        return made
+
+
+def read_segmenter_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file that `Segmenter.save` wrote.
+
+    Raises:
+        WeightsError: the file is missing, damaged or not one of ours.
+    """
+    if not path.is_file():
+        raise WeightsError(f"there is no file of weights at {path}; give the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); copy or train it again") from error
+    try:
+        about = {key: json.loads(value) for key, value in metadata.items()}
+    except json.JSONDecodeError:
+        about = {}
+    if about.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path} holds bare weights and says nothing of their network, classes and normalisation; build the "
+            "network by name and read the file with overfly.load_weights"
+        )
+    return about, tensors

@@ -1,0 +1,1 @@
+"""Pure functions: the words that methods are written in."""

@@ -1,0 +1,126 @@
+"""The supervised loss as a value of a recipe: which terms, and what each weighs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from overfly.core.errors import RecipeError
+from overfly.core.records import IGNORE, Logits
+from overfly.core.spec import Choice, NonNegative, Pixels, Share, Whole
+from overfly.ops.boundary import boundaries
+from overfly.ops.losses import boundary_loss, cross_entropy, dice_loss, ohem_cross_entropy
+
+
+class Criterion(Choice, ABC):
+    """What a network is told about its scores where the label is known. Heads that a network lacks drop their terms."""
+
+    aux: NonNegative = 0.4
+    """Weight of the cross-entropy of each auxiliary head."""
+    boundary: NonNegative = 20.0
+    """Weight of the balanced binary cross-entropy of the boundary head."""
+    width: Pixels = 4
+    """Width of the boundaries that the boundary head learns, in pixels."""
+    class_weights: tuple[NonNegative, ...] = ()
+    """Weight of each class, in the order of the ids; left out, all weigh the same."""
+
+    @abstractmethod
+    def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+        """The terms of the main head, by name."""
+
+    def terms(
+        self, logits: Logits, label: Tensor, weight: Tensor | None = None, *, where: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted terms whose sum is minimised.
+
+        Args:
+            logits: scores at the label's size.
+            label: class ids (B, H, W) or `IGNORE`.
+            weight: what each pixel counts, broadcasts to (B, H, W); multiplies every term's loss at that pixel.
+            where: True at pixels whose boundaries may be trusted, broadcasts to (B, H, W): in mixed images the source's
+                pixels. It concerns the boundary head alone; left out, all pixels with a class are.
+
+        Returns:
+            Scalars by name: ``main``, then ``aux`` and ``boundary`` where the network has these heads.
+
+        Raises:
+            RecipeError: the number of class weights is not that of the classes.
+            ValueError: scores and label differ in size.
+        """
+        terms = self.main(logits, label, weight)
+        if logits.aux and self.aux:
+            classes = self._classes(logits.main)
+            each = [cross_entropy(scores, label, weight=weight, class_weight=classes) for scores in logits.aux]
+            terms["aux"] = self.aux * torch.stack(each).sum()
+        if logits.boundary is not None and self.boundary:
+            valid = label != IGNORE
+            if where is not None:
+                valid = valid & where.bool()
+            edges = boundaries(label, self.width, valid)
+            terms["boundary"] = boundary_loss(logits.boundary, edges, self.boundary, valid=valid, pixel_weight=weight)
+        return terms
+
+    def _classes(self, scores: Tensor) -> Tensor | None:
+        """The class weights as a tensor (K,) on the scores' device."""
+        if not self.class_weights:
+            return None
+        if len(self.class_weights) != scores.shape[1]:
+            raise RecipeError(
+                f"criterion.class_weights has {len(self.class_weights)} weights and the network {scores.shape[1]} "
+                f"classes; give one weight a class, or leave it out"
+            )
+        return torch.tensor(self.class_weights, dtype=torch.float32, device=scores.device)
+
+
+class CrossEntropy(Criterion, name="cross_entropy"):
+    """Cross-entropy of every head, and the boundary head's own loss."""
+
+    def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+        """Cross-entropy, mean over the valid pixels."""
+        return {
+            "main": cross_entropy(logits.main, label, weight=weight, class_weight=self._classes(logits.main)),
+        }
+
+
+class Ohem(Criterion, name="ohem"):
+    """PIDNet's training loss: hard pixels alone, and once more where the network sees a boundary (Xu et al., 2023).
+
+    The sum is ``0.4 CE(aux) + OHEM(main) + 20 BCE(boundary) + OHEM(main at predicted boundaries)``, with the weights of
+    the published configurations.
+    """
+
+    threshold: Share = 0.9
+    """Pixels whose true class has a probability below this are hard."""
+    min_kept: Whole = 131072
+    """How many pixels of a batch are kept at least, hard or not."""
+    boundary_threshold: Share = 0.8
+    """Probability of a boundary above which a pixel counts in the term ``at_boundary``."""
+
+    def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+        """OHEM cross-entropy; with a boundary head also that of the pixels it is sure of."""
+        terms = {"main": self._ohem(logits.main, label, weight)}
+        if logits.boundary is not None:
+            seen = logits.boundary.detach().float().sigmoid().squeeze(1) > self.boundary_threshold
+            terms["at_boundary"] = self._ohem(logits.main, label.masked_fill(~seen, IGNORE), weight)
+        return terms
+
+    def _ohem(self, scores: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+        classes = self._classes(scores)
+        return ohem_cross_entropy(scores, label, self.threshold, self.min_kept, class_weight=classes, weight=weight)
+
+
+class Dice(Criterion, name="dice"):
+    """Cross-entropy plus the soft Dice loss, which weighs small classes like large ones (Milletari et al., 2016)."""
+
+    dice: NonNegative = 1.0
+    """Weight of the Dice loss."""
+
+    def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+        """Cross-entropy and Dice loss."""
+        classes = self._classes(logits.main)
+        return {
+            "main": cross_entropy(logits.main, label, weight=weight, class_weight=classes),
+            "dice": self.dice * dice_loss(logits.main, label, weight=weight),
+        }

@@ -1,0 +1,312 @@
+"""The recipe: an experiment as a value. The same thing in a file, in Python and on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+import yaml
+from pydantic import BeforeValidator, ValidationError, model_validator
+
+from overfly import data, methods  # noqa: F401  (their kinds are known once they are imported)
+from overfly.core.errors import RecipeError
+from overfly.core.optim import SGD, Optim, Poly, Schedule
+from overfly.core.spec import Count, Pixels, Positive, Spec, Whole, load_plugins
+from overfly.data.domain import Domain, Split
+from overfly.data.sampling import Sampling, Uniform
+from overfly.methods.method import Method
+from overfly.methods.source_only import SourceOnly
+from overfly.models import names
+from overfly.ops import colour, geometry  # noqa: F401
+from overfly.ops.augment import Augment
+
+
+class Model(Spec):
+    """The network that is trained."""
+
+    name: str = "pidnet_s"
+    """Architecture, one of those that `overfly list` shows."""
+    weights: str | None = None
+    """Weights to start from: a file, ``package:NAME/FILE`` inside an installed package, or a name of `overfly list`."""
+    sha256: str | None = None
+    """What the file of weights must hash to."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each band in the sensor's own range; left out: ImageNet's with weights, else the source's."""
+    std: tuple[Positive, ...] | None = None
+    """Standard deviation of each band; left out like the mean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.name not in names():
+            load_plugins()
+        if self.name not in names():
+            raise ValueError(f"no model is called {self.name!r}; there are: {', '.join(names())}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std are given together or not at all")
+        return self
+
+
+class Validation(Spec):
+    """Watching the source's held-out labels during training. The target's are never read."""
+
+    every: Whole = 0
+    """Steps between two validations; 0: none, and the last weights are kept."""
+    split: Split = "val"
+    """Split of the source that is scored."""
+    select: Literal["best", "last"] = "best"
+    """Whether the weights of the best validation are kept, or the last."""
+    patience: Whole = 0
+    """Validations without a new best after which training stops; 0: never."""
+
+
+class Recipe(Spec):
+    """Everything that decides what a run ends in; what only decides how fast (device, workers) is not part of it."""
+
+    source: Domain | None = None
+    """Labelled imagery; none for source-free adaptation, which begins from ``start``."""
+    target: Domain | None = None
+    """Imagery to work on too; training never sees its labels."""
+    start: Annotated[Recipe | Path | None, BeforeValidator(lambda value: _nested(value))] = None
+    """What to begin from: a run folder, a Segmenter's file, or another recipe, trained first with the same seed."""
+    model: Model = Model()
+    """The network."""
+    method: Method[Any] = SourceOnly()
+    """How it is trained or adapted."""
+    optim: Optim = SGD(lr=1e-2)
+    """How weights follow gradients."""
+    schedule: Schedule = Poly()
+    """The learning rate over the steps."""
+    augment: tuple[Augment, ...] = ()
+    """What is done to the source's images and labels, in this order, before normalisation."""
+    sampling: Sampling = Uniform()
+    """How the source's pictures and crops are chosen."""
+    validation: Validation = Validation()
+    """Watching the source's held-out labels."""
+    resize: Pixels | None = None
+    """Side of the square that pictures are resized to when read; none: as they are."""
+    crop: Pixels = 512
+    """Side of the square that is cut from each picture."""
+    batch: Count = 6
+    """Pictures of each domain in one batch, over all devices."""
+    accumulate: Count = 1
+    """Batches whose gradients one step averages."""
+    steps: Count | None = None
+    """Steps of the optimiser; 20,000 where neither steps nor epochs are given."""
+    epochs: Positive | None = None
+    """The length of training in passes over the source, instead of ``steps``."""
+    clip: Positive | None = None
+    """Bound on the norm of the gradient."""
+    seed: Whole = 0
+    """What all random choices are drawn from."""
+    precision: Literal["32", "bf16", "16"] = "32"
+    """Arithmetic of the networks: full, or mixed with bfloat16 or half floats."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_start(cls, value: object) -> object:
+        """A recipe that starts from another's run has that one's network and seed."""
+        if isinstance(value, Mapping) and value.get("start") is not None:
+            start = _nested(value["start"])
+            if isinstance(start, Recipe):
+                start = start.model_copy(update={"seed": int(value.get("seed", 0))})
+                return {"model": start.model, **value, "start": start}
+        return value
+
+    @model_validator(mode="after")
+    def _carried_out(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.method.needs_source and self.source is None:
+            raise ValueError(f"method {self.method.name} learns from labelled images; say where they are under source")
+        if self.method.needs_target and self.target is None:
+            raise ValueError(f"method {self.method.name} adapts to a target; say where its images are under target")
+        if self.source is None and self.start is None:
+            raise ValueError("a recipe without a source begins from a run or weights; name them under start")
+        if self.epochs is not None and self.source is None:
+            raise ValueError("epochs are passes over the source; without a source give steps")
+        if self.validation.every and self.source is None:
+            raise ValueError("validation reads the source's labels; without a source leave validation.every at 0")
+        if self.source and self.target and self.source.classes.names != self.target.classes.names:
+            raise ValueError(
+                f"source and target have different classes ({', '.join(self.source.classes.names)}, and "
+                f"{', '.join(self.target.classes.names)}); bring them together with the folder domain's mapping"
+            )
+        return self
+
+    def domain(self, role: Literal["source", "target"]) -> Domain:
+        """The source or the target.
+
+        Raises:
+            RecipeError: the recipe has none.
+        """
+        found = self.source if role == "source" else self.target
+        if found is None:
+            raise RecipeError(f"this recipe has no {role}; add one under {role}")
+        return found
+
+    def length(self, pictures: int) -> int:
+        """Steps of the optimiser, for a source of so many pictures."""
+        if self.epochs is not None:
+            return max(1, round(self.epochs * pictures / (self.batch * self.accumulate)))
+        return self.steps or 20_000
+
+    def save(self, path: Path) -> None:
+        """Write the recipe, every setting resolved, as YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: a YAML file, a run folder, a mapping, or a recipe.
+        overrides: settings to change, such as ``method.ema=0.99``; the value is read as YAML. Those of a domain
+            (``source.root=...``) hold for the recipe under ``start`` too.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or a setting is unknown or out of range; the message names it.
+    """
+    named = "the recipe"
+    if isinstance(recipe, Recipe):
+        values = recipe.model_dump(mode="json")
+    elif isinstance(recipe, Mapping):
+        values = dict(recipe)
+    else:
+        path = Path(recipe)
+        path = path / "recipe.yaml" if path.is_dir() else path
+        named, values = str(path), _read(path)
+        values = _anchored(values, path.parent)
+    for override in overrides:
+        _spell_out(values, override)
+        set_value(values, override)
+        inner = values.get("start")
+        if isinstance(inner, dict) and inner.get(override.split(".")[0]) and override.startswith(("source.", "target.")):
+            set_value(inner, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, named)) from None
+
+
+def explain(error: ValidationError, named: str) -> str:
+    """All that pydantic found, as one sentence with dotted keys."""
+    found = []
+    for entry in error.errors():
+        key = ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("function-", "Recipe")))
+        what = entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "extra_forbidden":
+            what = "there is no such setting"
+        given = entry.get("input")
+        shown = f" (given: {given!r})" if isinstance(given, str | int | float) and entry["type"] != "value_error" else ""
+        found.append(f"{key}: {what}{shown}" if key else what)
+    return f"{named} cannot be used: {'; '.join(dict.fromkeys(found))}; correct this and try again"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers may be written 1e-3, which YAML 1.1 takes for a word."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse(text: str) -> Any:
+    """A value written as YAML."""
+    return yaml.load(text, _Loader)  # noqa: S506  (a safe loader with one more number format)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path} is not there; give a recipe file or a run folder") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path} cannot be read as YAML ({reason}); correct it and try again") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds no settings; a recipe is a YAML mapping such as 'source: ...'")
+    return cast(dict[str, Any], values)
+
+
+def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Take ``start: other.yaml`` to mean the file beside this one, and read it."""
+    start = values.get("start")
+    if isinstance(start, str) and start.endswith((".yaml", ".yml")):
+        beside = folder / start
+        path = beside if beside.exists() else Path(start)
+        nested = _anchored(_read(path), path.parent)
+        return {**values, "start": nested}
+    return values
+
+
+def _nested(value: object) -> object:
+    """A recipe inside a recipe, where ``start`` is one."""
+    return Recipe.model_validate(value) if isinstance(value, Mapping) else value
+
+
+def _spell_out(values: dict[str, Any], override: str) -> None:
+    """Write down a default before one of its settings is changed."""
+    top, dot, _ = override.partition("=")[0].partition(".")
+    field = Recipe.model_fields.get(top)
+    if dot and field is not None and values.get(top) is None and isinstance(field.default, Spec):
+        values[top] = field.default.model_dump(mode="json")
+
+
+def set_value(values: dict[str, Any], override: str) -> None:
+    """Change one setting in place.
+
+    Args:
+        values: settings, as a mapping of mappings, lists and plain values.
+        override: ``dotted.key=value``, the value as YAML.
+
+    Raises:
+        RecipeError: this is no key=value, or the key leads through a plain value.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{override!r} changes no setting; write key=value, such as method.ema=0.99")
+    try:
+        value = parse(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"{override!r} holds a value that is not YAML; quote it") from None
+    *parents, last = key.split(".")
+    place: Any = values
+    for parent in parents:
+        place = _descend(place, parent, key)
+    if isinstance(place, list):
+        place[_index(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _descend(place: Any, part: str, key: str) -> Any:
+    if isinstance(place, list):
+        index = _index(place, part, key)
+        if isinstance(place[index], str):
+            place[index] = {"name": place[index]}
+        return place[index]
+    if isinstance(place.get(part), str):
+        place[part] = {"name": place[part]}
+    if place.get(part) is None:
+        place[part] = {}
+    if not isinstance(place[part], dict | list):
+        raise RecipeError(f"{key}: {part} is a plain value and has no settings below it")
+    return place[part]
+
+
+def _index(place: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise RecipeError(f"{key}: {part!r} is no entry of a list of {len(place)}; count from 0")
+    return int(part)
+
+
+Recipe.model_rebuild()
+__all__ = ["Model", "Recipe", "Validation", "explain", "load", "parse", "set_value"]

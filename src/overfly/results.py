@@ -1,0 +1,145 @@
+"""What the API's functions return: values that print themselves as a person wants to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown
+from rich.table import Table
+
+from overfly.benchmark import Table as Benchmark
+from overfly.data.check import Report
+from overfly.scoring.scores import Scores
+from overfly.scoring.speed import Speed
+from overfly.training.run import Run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained run."""
+
+    path: Path
+
+    @property
+    def run(self) -> Run:
+        """The run's folder as an object."""
+        return Run.open(self.path)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield f"trained: {self.path}"
+        yield f"score it with: overfly evaluate {self.path}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one run, by domain and split."""
+
+    path: Path
+    scores: Mapping[str, Scores]
+    pictures: Sequence[Path] = field(default_factory=list)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield scores_table(self.scores)
+        yield f"written: {self.path / 'scores.json'}"
+        for picture in self.pictures:
+            yield f"drawn:   {picture}"
+
+
+def scores_table(scores: Mapping[str, Scores]) -> Table:
+    """IoU of each class, and what they mean together, a column a domain."""
+    table = Table(title="IoU in percent", title_justify="left")
+    table.add_column("")
+    for key, found in scores.items():
+        table.add_column(f"{key} ({found.images} images)", justify="right")
+    names = dict.fromkeys(name for found in scores.values() for name in found.classes)
+    for name in names:
+        ious = [found.classes[name].iou if name in found.classes else None for found in scores.values()]
+        table.add_row(name, *(_percent(iou) for iou in ious))
+    table.add_section()
+    table.add_row("mIoU", *(_percent(found.miou) for found in scores.values()), style="bold")
+    table.add_row("pixel accuracy", *(_percent(found.accuracy) for found in scores.values()))
+    table.add_row("mean F1", *(_percent(found.f1) for found in scores.values()))
+    table.add_row("boundary mIoU", *(_percent(found.boundary_miou) for found in scores.values()))
+    table.add_row("calibration error", *(_percent(found.calibration.ece) for found in scores.values()))
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """A benchmark's table."""
+
+    table: Benchmark
+    folder: Path
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if console.is_terminal:
+            yield Markdown(self.table.markdown())
+        else:
+            yield self.table.markdown()
+        yield f"written: {self.folder / 'table.md'}, {self.folder / 'table.json'}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Size and speed of a network."""
+
+    name: str
+    speed: Speed
+    as_json: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        found = self.speed
+        if self.as_json:
+            yield found.model_dump_json(indent=2)
+            return
+        height, width = found.size
+        yield f"{self.name}: {found.parameters:,} parameters (without the heads that only training reads)"
+        yield f"one image of {found.bands}×{height}×{width}: {found.macs / 1e9:.3f} G multiply-accumulates"
+        for batch, macs in found.macs_of_batch.items():
+            yield f"a batch of {batch}: {macs / 1e9:.3f} G multiply-accumulates"
+        table = Table()
+        for heading in ("batch", "p50 ms", "p95 ms", "p99 ms", "mean ± sd ms", "images/s", "peak memory"):
+            table.add_column(heading, justify="right")
+        for timing in found.timings:
+            memory = "–" if timing.peak_memory_mb is None else f"{timing.peak_memory_mb:.0f} MB"
+            table.add_row(
+                str(timing.batch), f"{timing.p50_ms:.2f}", f"{timing.p95_ms:.2f}", f"{timing.p99_ms:.2f}",
+                f"{timing.mean_ms:.2f} ± {timing.std_ms:.2f}", f"{timing.images_per_second:.1f}", memory,
+            )  # fmt: skip
+        yield table
+        machine = found.machine
+        yield f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, precision {found.precision}"
+        yield f"{found.repeats} passes after {found.warmup} of warm-up; {found.method}; memory: {found.memory}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn world on disk."""
+
+    root: Path
+    pictures: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield f"drawn: {self.pictures} pictures in LoveDA's layout below {self.root}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `overfly data check` found."""
+
+    report: Report
+
+    @property
+    def exit_status(self) -> int:
+        """1 where a file is bad."""
+        return int(bool(self.report.bad))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield str(self.report)

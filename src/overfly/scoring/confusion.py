@@ -1,0 +1,153 @@
+"""One confusion matrix a split: counts that add up over batches, windows and ranks, and the scores they give.
+
+A class that occurs neither in the labels nor in the predictions has no IoU (NaN) and is left out of means. A class that
+is predicted somewhere but never labelled has IoU 0, and that counts. This is the field's definition: the intersection
+and the union are summed over the whole split before they are divided, and pixels without a label are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, distributed
+
+from overfly.core.records import IGNORE
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """Counts (K, K), int64: rows are the labels, columns the predictions.
+
+    Scores are float64 tensors (K,) or floats, 0 to 1, NaN where nothing defines them.
+    """
+
+    counts: Tensor
+
+    @classmethod
+    def empty(cls, classes: int) -> Self:
+        """No pixel yet, for ``classes`` classes."""
+        return cls(torch.zeros(classes, classes, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, prediction: Tensor, label: Tensor, classes: int, ignore: int = IGNORE) -> Self:
+        """Count pixels.
+
+        Args:
+            prediction: class ids 0 to K-1, of any shape and integer type.
+            label: class ids 0 to K-1 or ``ignore``, of the same shape.
+            classes: number of classes K.
+            ignore: pixels with this label are left out, whatever is predicted there.
+
+        Raises:
+            ValueError: shapes differ, or an id outside 0 to K-1 that is not ignored.
+        """
+        if prediction.shape != label.shape:
+            raise ValueError(f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape")
+        valid = label != ignore
+        row, column = label[valid].long(), prediction[valid].long()
+        for name, ids in (("label", row), ("prediction", column)):
+            if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= classes):
+                raise ValueError(
+                    f"{name} ids run from {int(ids.min())} to {int(ids.max())}, but the classes are 0 to {classes - 1}"
+                )
+        counts = torch.bincount(row * classes + column, minlength=classes * classes)
+        return cls(counts.reshape(classes, classes))
+
+    def __add__(self, other: Confusion) -> Confusion:
+        return Confusion(self.counts + other.counts.to(self.counts.device))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Confusion) and torch.equal(self.counts, other.counts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def reduce(self, add: Callable[[Tensor], Tensor] | None = None) -> Confusion:
+        """The sum over all ranks.
+
+        Args:
+            add: sums a tensor over ranks, such as ``lambda counts: fabric.all_reduce(counts, reduce_op="sum")``; left
+                out, `torch.distributed` where it is initialised, and itself where it is not.
+        """
+        return Confusion((add or over_ranks)(self.counts).to(self.counts.device))
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels were counted."""
+        return int(self.counts.sum())
+
+    @property
+    def labelled(self) -> Tensor:
+        """Pixels of each class in the labels (K,), int64."""
+        return self.counts.sum(1)
+
+    @property
+    def predicted(self) -> Tensor:
+        """Pixels of each class in the predictions (K,), int64."""
+        return self.counts.sum(0)
+
+    @property
+    def hits(self) -> Tensor:
+        """Pixels of each class that are predicted as labelled (K,), int64."""
+        return self.counts.diagonal()
+
+    @property
+    def iou(self) -> Tensor:
+        """Intersection over union of each class (K,)."""
+        return self.hits.double() / (self.labelled + self.predicted - self.hits).double()
+
+    @property
+    def f1(self) -> Tensor:
+        """F1 (Dice) of each class (K,): the harmonic mean of precision and recall."""
+        return 2 * self.hits.double() / (self.labelled + self.predicted).double()
+
+    @property
+    def recall(self) -> Tensor:
+        """Share of each class's labelled pixels that are found (K,), also called class accuracy; NaN if unlabelled."""
+        return self.hits.double() / self.labelled.double()
+
+    @property
+    def precision(self) -> Tensor:
+        """Share of each class's predicted pixels that are right (K,); NaN if never predicted."""
+        return self.hits.double() / self.predicted.double()
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur in labels or predictions; NaN where no pixel was counted."""
+        return float(self.iou.nanmean())
+
+    @property
+    def mean_f1(self) -> float:
+        """Mean F1 over the classes that occur in labels or predictions; NaN where no pixel was counted."""
+        return float(self.f1.nanmean())
+
+    @property
+    def mean_recall(self) -> float:
+        """Mean recall over the classes that occur in the labels; NaN where no pixel was counted."""
+        return float(self.recall.nanmean())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pixels that are predicted as labelled; NaN where no pixel was counted."""
+        return float(self.hits.sum().double() / self.counts.sum().double())
+
+    @property
+    def kappa(self) -> float:
+        """Agreement beyond chance (Cohen, 1960), -1 to 1; NaN where chance alone would agree everywhere."""
+        total = self.counts.sum().double()
+        chance = (self.labelled.double() * self.predicted.double()).sum() / total**2
+        return float((self.hits.sum().double() / total - chance) / (1 - chance))
+
+
+def over_ranks(counts: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks of `torch.distributed`; where that is not initialised, the tensor itself."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return counts
+    total = counts.clone().cuda() if distributed.get_backend() == "nccl" else counts.clone()
+    distributed.all_reduce(total)
+    return total.to(counts.device)
+
+
+__all__ = ["Confusion", "over_ranks"]

@@ -1,0 +1,84 @@
+"""Scoring a run and writing down what was found, and how often labels were opened for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from overfly.core.errors import DataError
+from overfly.data.domain import Domain, Split
+from overfly.scoring.samples import Samples
+from overfly.scoring.score import score
+from overfly.scoring.scores import Scores
+from overfly.training.run import Run
+
+Role = Literal["source", "target"]
+
+
+def assess(
+    run: Run,
+    domain: Domain,
+    key: str,
+    split: Split,
+    *,
+    device: torch.device | str = "cpu",
+    window: int | None = None,
+    overlap: float = 0.25,
+    samples: Samples | None = None,
+    workers: int = 0,
+) -> Scores:
+    """Score a run's network on a split and record it in ``scores.json``.
+
+    Args:
+        run: finished.
+        domain: whose labels are read.
+        key: what the domain is called in ``scores.json``: source, target, or a name.
+        split: which pictures.
+        device: where the network runs.
+        window: side of overlapping windows in pixels; None: whole pictures.
+        overlap: share of a window that the next one covers again.
+        samples: keeps a few pictures to draw.
+        workers: threads that read ahead.
+
+    Raises:
+        DataError: no picture of the split has a label.
+        RunError: the run is not finished.
+    """
+    found = score(
+        run.segmenter(), domain, split,
+        resize=run.recipe.resize, device=device, window=window, overlap=overlap, samples=samples, workers=workers,
+    )  # fmt: skip
+    scores = run.scores
+    opened = scores.get("labels_opened", {})
+    before = opened.get(f"{key}/{split}", {"times": 0, "images": 0})
+    opened[f"{key}/{split}"] = {"times": before["times"] + 1, "images": before["images"] + found.labels_opened}
+    scores[f"{key}/{split}"] = found.model_dump(mode="json")
+    scores["labels_opened"] = opened
+    run.record("scores.json", scores)
+    run.journal.write(run_length(run), event="scored", domain=key, split=split, miou=found.miou)
+    return found
+
+
+def recorded(run: Run, key: str, split: Split) -> Scores | None:
+    """What was found earlier, or None; reading it opens no label."""
+    values = run.scores.get(f"{key}/{split}")
+    return Scores.model_validate(values) if values else None
+
+
+def run_length(run: Run) -> int:
+    """The last step that the journal knows."""
+    return max((int(row.get("step", 0)) for row in run.journal.rows()), default=0)
+
+
+def roles(run: Run, which: str) -> list[tuple[str, Domain]]:
+    """The domains of a run's recipe that ``which`` means: source, target or both.
+
+    Raises:
+        DataError: the recipe has no such domain.
+    """
+    pairs = [("source", run.recipe.source), ("target", run.recipe.target)]
+    chosen = [(key, domain) for key, domain in pairs if domain is not None and which in (key, "both")]
+    if not chosen:
+        raise DataError(f"{run.path} has no {which} domain; name a domain file instead, such as --domain mine.yaml")
+    return chosen

@@ -1,0 +1,88 @@
+"""What a run begins with: the streams of its data and its first network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from overfly.core.errors import RecipeError
+from overfly.data.domain import Domain, without_labels
+from overfly.data.loading import Stream
+from overfly.data.sampling import Uniform
+from overfly.data.statistics import statistics
+from overfly.models.registry import build
+from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
+from overfly.models.weights import load_weights
+from overfly.recipe import Recipe
+
+ESTIMATED_FROM = 200
+"""Pictures that mean and standard deviation are estimated from where nobody has given them."""
+
+
+def streams(recipe: Recipe, cache: Path | str | None = None) -> tuple[Stream | None, Stream | None]:
+    """The source with its labels and the target without, as far as the method reads them."""
+    method = recipe.method
+    found: list[Stream | None] = []
+    for key, (role, needed) in enumerate((("source", method.needs_source), ("target", method.needs_target))):
+        if not needed:
+            found.append(None)
+            continue
+        domain = recipe.domain("source" if role == "source" else "target")
+        items = list(domain.items("train"))
+        found.append(
+            Stream(
+                domain,
+                items if role == "source" else without_labels(items),
+                recipe.sampling if role == "source" else Uniform(),
+                batch=recipe.batch,
+                crop=recipe.crop,
+                resize=recipe.resize,
+                seed=recipe.seed,
+                key=key,
+                cache=cache,
+            )
+        )
+    return found[0], found[1]
+
+
+def first_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
+    """The network that training begins with, its training heads on.
+
+    Raises:
+        RecipeError: the network to start from does not fit the domains.
+        WeightsError: the weights do not fit the network.
+    """
+    domain = recipe.source or recipe.domain("target")
+    if start is not None:
+        segmenter = Segmenter.load(start)
+        if segmenter.classes.names != domain.classes.names:
+            raise RecipeError(
+                f"{start} knows the classes {', '.join(segmenter.classes.names)}, the {domain.name} domain has "
+                f"{', '.join(domain.classes.names)}; bring them together with the folder domain's mapping"
+            )
+        return segmenter
+    network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
+    if recipe.model.weights is not None:
+        load_weights(network, recipe.model.weights, sha256=recipe.model.sha256)
+    mean, std = normalisation(recipe, domain)
+    return Segmenter(
+        network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, peak=domain.peak
+    )
+
+
+def normalisation(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each band in the sensor's range: given, ImageNet's with weights, or the data's."""
+    model = recipe.model
+    if model.mean is not None and model.std is not None:
+        if len(model.mean) != domain.bands or len(model.std) != domain.bands:
+            raise RecipeError(
+                f"model.mean and model.std need {domain.bands} numbers each, one a band, not {len(model.mean)} and "
+                f"{len(model.std)}"
+            )
+        return model.mean, model.std
+    if model.weights is not None and domain.bands == len(IMAGENET_MEAN):
+        mean, std = (tuple(value * domain.peak for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return mean, std
+    if domain.statistics is not None:
+        return domain.statistics
+    found = statistics(domain, "train", limit=ESTIMATED_FROM)
+    return tuple(found.mean), tuple(max(value, 1e-6) for value in found.std)

@@ -1,0 +1,38 @@
+"""What several tests need: a small network with every kind of head, and recipes of a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from overfly.recipe import Recipe
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Figures must not depend on how many cores a machine has, nor tests fight over them."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small() -> dict[str, Any]:
+    """A recipe of a few steps on the drawn world, as a mapping."""
+    return {
+        "source": {"name": "drawn", "scene": "urban", "size": 64, "train": 4, "val": 2, "test": 2},
+        "target": {"name": "drawn", "scene": "rural", "size": 64, "train": 4, "val": 2, "test": 2},
+        "optim": {"name": "sgd", "lr": 0.01},
+        "crop": 64,
+        "batch": 2,
+        "steps": 3,
+    }
+
+
+@pytest.fixture
+def recipe(small: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate(small)

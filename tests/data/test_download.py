@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fileserver import FileServer, Served, md5, serving
+from overfly.core.errors import DataError, FetchError
+from overfly.data import download
+from overfly.data.domain import Split
+from overfly.data.download import LOVEDA, Archive, fetch_loveda
+
+FOLDERS: dict[Split, str] = {"train": "Train", "val": "Val", "test": "Test"}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def archive_of(split: Split, *, urban: int = 3, rural: int = 2, masks: bool = True) -> bytes:
+    """A zip as LoveDA's, with files that are pictures in name only."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for scene, count in (("Urban", urban), ("Rural", rural)):
+            for number in range(count):
+                name = f"{FOLDERS[split]}/{scene}/{{}}/{number}.png"
+                archive.writestr(name.format("images_png"), f"{split} {scene} {number}" * 200)
+                if masks and split != "test":
+                    archive.writestr(name.format("masks_png"), b"mask")
+    return packed.getvalue()
+
+
+@pytest.fixture
+def file_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    with serving(monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def bodies(file_server: FileServer, monkeypatch: pytest.MonkeyPatch) -> dict[Split, bytes]:
+    """The three archives, small, served where ``OVERFLY_LOVEDA_URL`` points to, and known by their checksums."""
+    made = {split: archive_of(split) for split in FOLDERS}
+    monkeypatch.setenv("OVERFLY_LOVEDA_URL", f"{file_server.address}/")
+    publish(monkeypatch, file_server, made)
+    return made
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, server: FileServer, made: dict[Split, bytes]) -> None:
+    known = {split: old._replace(md5=md5(made[split])) if split in made else old for split, old in LOVEDA.items()}
+    monkeypatch.setattr(download, "LOVEDA", known)
+    for split, body in made.items():
+        server.add(f"{FOLDERS[split]}.zip", body)
+
+
+def asked(server: FileServer) -> list[str]:
+    return [path for path, _ in server.requests]
+
+
+def test_the_facts_of_the_record() -> None:
+    assert LOVEDA["train"] == Archive("Train.zip", "de2b196043ed9b4af1690b3f9a7d558f", 5044)
+    assert LOVEDA["val"] == Archive("Val.zip", "84cae2577468ff0b5386758bb386d31d", 3338)
+    assert LOVEDA["test"] == Archive("Test.zip", "a489be0090465e01fb067795d24e6b47", 1796, masks=False)
+    assert download.LOVEDA_URL == "https://zenodo.org/records/5706578/files"
+
+
+@pytest.mark.usefixtures("bodies")
+def test_brings_all_three_and_says_the_licence(file_server: FileServer, tmp_path: Path) -> None:
+    seen: list[str] = []
+    got = fetch_loveda(tmp_path / "loveda", progress=lambda what, _done, _total: seen.append(what))
+    assert asked(file_server) == ["/Train.zip", "/Val.zip", "/Test.zip"]
+    assert [(part.split, part.files, part.fetched, part.archive) for part in got.splits] == [
+        ("train", 10, True, None), ("val", 10, True, None), ("test", 5, True, None),
+    ]  # fmt: skip
+    assert "CC BY-NC-SA 4.0" in got.licence
+    assert "Google Earth" in got.licence
+    assert "no commercial use" in got.licence
+    assert str(got).splitlines() == [
+        f"fetched: {got.root / 'Train'} (10 pictures and masks)",
+        f"fetched: {got.root / 'Val'} (10 pictures and masks)",
+        f"fetched: {got.root / 'Test'} (5 pictures and masks)",
+        f"licence: {got.licence}",
+    ]
+    assert names(got.root) == ["Test", "Train", "Val"]
+    assert (got.root / "Train/Urban/images_png/2.png").read_text() == "train Urban 2" * 200
+    assert (got.root / "Val/Rural/masks_png/1.png").read_bytes() == b"mask"
+    assert list(dict.fromkeys(seen)) == [
+        f"{verb} {name}.zip" for name in FOLDERS.values() for verb in ("fetch", "unpack")
+    ]
+
+
+@pytest.mark.usefixtures("bodies")
+def test_what_is_complete_is_skipped(file_server: FileServer, tmp_path: Path) -> None:
+    fetch_loveda(tmp_path, ["val"])
+    before = len(file_server.requests)
+    got = fetch_loveda(tmp_path, ["val", "val"])
+    assert [(part.split, part.files, part.fetched) for part in got.splits] == [("val", 10, False)]
+    assert len(file_server.requests) == before
+    assert [part.fetched for part in fetch_loveda(tmp_path, ["val", "test"]).splits] == [False, True]
+
+
+@pytest.mark.usefixtures("bodies")
+def test_the_address_may_be_given(file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFLY_LOVEDA_URL", "http://127.0.0.1:9/nobody")
+    fetch_loveda(tmp_path, ["test"], base=file_server.address)
+    assert asked(file_server) == ["/Test.zip"]
+
+
+def test_a_broken_transfer_is_taken_up(file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]) -> None:
+    file_server.add("Train.zip", Served(bodies["train"], breaks=[1000, 0, 0, 0, 0]))
+    with pytest.raises(FetchError, match=r"1\.0 kB that came are kept"):
+        fetch_loveda(tmp_path, ["train"])
+    assert not (tmp_path / "Train").exists()
+    file_server.requests.clear()
+    file_server.files["/Train.zip"].breaks.clear()
+    assert fetch_loveda(tmp_path, ["train"]).splits[0].files == 10
+    assert file_server.ranges() == ["bytes=1000-"]
+
+
+@pytest.mark.usefixtures("bodies")
+def test_archives_are_kept_when_asked_for(file_server: FileServer, tmp_path: Path) -> None:
+    got = fetch_loveda(tmp_path, ["train"], keep_archives=True)
+    assert got.splits[0].archive == tmp_path / "Train.zip"
+    shutil.rmtree(tmp_path / "Train")
+    again = fetch_loveda(tmp_path, ["train"])
+    assert again.splits[0].fetched
+    assert again.splits[0].archive == tmp_path / "Train.zip", "it was there before: it stays"
+    assert (tmp_path / "Train.zip").exists()
+    assert len(file_server.requests) == 1
+
+
+def test_a_wrong_checksum_leaves_nothing(file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]) -> None:
+    file_server.add("Train.zip", bodies["train"][:-100])  # whole for the server, cut off for us
+    with pytest.raises(FetchError, match=md5(bodies["train"])):
+        fetch_loveda(tmp_path, ["train"])
+    assert names(tmp_path) == []
+
+
+def test_a_damaged_archive_with_the_right_checksum(
+    file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[Split, bytes]
+) -> None:
+    publish(monkeypatch, file_server, {"train": bodies["train"][:-100]})
+    with pytest.raises(FetchError, match="not an intact zip archive"):
+        fetch_loveda(tmp_path, ["train"])
+    assert names(tmp_path) == ["Train.zip"]
+
+
+def test_an_archive_that_reaches_outside(
+    file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[Split, bytes]
+) -> None:
+    packed = io.BytesIO(bodies["train"])
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr("Train/../../evil.png", b"evil")
+    publish(monkeypatch, file_server, {"train": packed.getvalue()})
+    with pytest.raises(FetchError, match="not safe to unpack"):
+        fetch_loveda(tmp_path / "root", ["train"])
+    assert names(tmp_path) == ["root"]
+    assert names(tmp_path / "root") == ["Train.zip"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [archive_of("train", urban=0), archive_of("train", masks=False), archive_of("val")],
+    ids=["no urban", "no masks", "val"],
+)
+def test_an_archive_of_something_else(
+    file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    publish(monkeypatch, file_server, {"train": body})
+    with pytest.raises(FetchError, match="not LoveDA's layout"):
+        fetch_loveda(tmp_path, ["train"], base=file_server.address)
+    assert not (tmp_path / "Train").exists()
+
+
+@pytest.mark.usefixtures("bodies")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_stopped_while_unpacking_there_is_no_split(tmp_path: Path, error: type[BaseException]) -> None:
+    def stop(what: str, done: int, total: int | None) -> None:
+        if what == "unpack Train.zip" and total and done > total / 2:
+            raise error("stop")
+
+    with pytest.raises((KeyboardInterrupt, FetchError)):
+        fetch_loveda(tmp_path, ["train"], progress=stop)
+    assert names(tmp_path) == ["Train.zip"]
+    assert fetch_loveda(tmp_path, ["train"]).splits[0].files == 10
+
+
+@pytest.mark.usefixtures("bodies")
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".Train.unpacking-x" / "Train").mkdir(parents=True)
+    (tmp_path / ".Train.lock").touch()
+    fetch_loveda(tmp_path, ["train"])
+    assert names(tmp_path) == ["Train"]
+
+
+@pytest.mark.usefixtures("bodies")
+def test_a_partial_split_is_named_and_left_alone(file_server: FileServer, tmp_path: Path) -> None:
+    fetch_loveda(tmp_path, ["train"])
+    file_server.requests.clear()
+    (tmp_path / "Train/Urban/masks_png/1.png").unlink()
+    with pytest.raises(DataError, match=r"Train holds 9 pictures and masks .* has 10: .*move it away"):
+        fetch_loveda(tmp_path, ["val", "train"])
+    assert file_server.requests == [], "nothing is fetched before all is known to have room"
+    assert len(list((tmp_path / "Train").rglob("*.png"))) == 9
+
+
+@pytest.mark.usefixtures("bodies")
+def test_a_split_unpacked_by_hand_counts_by_its_size(tmp_path: Path) -> None:
+    for scene, count in (("Urban", 1796 - 5), ("Rural", 4)):
+        folder = tmp_path / "Test" / scene / "images_png"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.png").touch()
+    with pytest.raises(DataError, match="holds 1795 pictures and masks where LoveDA's test split has 1796"):
+        fetch_loveda(tmp_path, ["test"])
+    (tmp_path / "Test/Rural/images_png/4.png").touch()
+    assert not fetch_loveda(tmp_path, ["test"]).splits[0].fetched
+
+
+@pytest.mark.usefixtures("bodies")
+def test_things_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "Val").mkdir()  # empty: nothing is lost
+    assert fetch_loveda(tmp_path, ["val"]).splits[0].fetched
+    (tmp_path / "Train").write_text("mine")
+    with pytest.raises(DataError, match="in the way"):
+        fetch_loveda(tmp_path, ["train"])
+    (tmp_path / "Test").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="in the way"):
+        fetch_loveda(tmp_path, ["test"])
+    with pytest.raises(FetchError, match="cannot be made"):
+        fetch_loveda(tmp_path / "Train" / "root", ["train"])
+    with pytest.raises(DataError, match="no split 'dev'; it has: train, val, test"):
+        fetch_loveda(tmp_path, ["dev"])  # type: ignore[list-item]
+
+
+@pytest.mark.usefixtures("bodies")
+def test_a_broken_receipt_is_no_receipt(tmp_path: Path) -> None:
+    fetch_loveda(tmp_path, ["test"])
+    receipt = tmp_path / "Test" / download.RECEIPT
+    assert json.loads(receipt.read_text())["files"] == 5
+    for text in ("{", "[]", '{"files": null}'):
+        receipt.write_text(text)
+        with pytest.raises(DataError, match="has 1796"):
+            fetch_loveda(tmp_path, ["test"])
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_at_once(
+    file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[Split, bytes], locks: bool
+) -> None:
+    """With locks one fetches and the other waits; without, both may do the work, and neither harms the split."""
+    if not locks:
+        monkeypatch.setattr("overfly.core.fetch._take", lambda _: None)
+    file_server.add("Train.zip", Served(bodies["train"], pace=0.02))
+    got: list[bool] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            got.append(fetch_loveda(tmp_path, ["train"]).splits[0].fetched)
+        except FetchError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list((tmp_path / "Train").rglob("*.png"))) == 10
+    if locks:
+        assert (sorted(got), errors) == ([False, False, True], [])
+        assert len(file_server.requests) == 1
+        assert names(tmp_path) == ["Train"]
+    else:
+        assert any(got)
+
+
+@pytest.mark.usefixtures("bodies")
+def test_a_split_has_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_server: FileServer) -> None:
+    """Six entries that share one body and say 4 GB each."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("Train/Urban/images_png/0.png", b"")
+    raw = packed.getvalue()
+    directory = raw.index(b"PK\x01\x02")
+    huge = raw[: directory + 24] + (0xF0000000).to_bytes(4, "little") + raw[directory + 28 :]
+    entry = huge[directory : raw.index(b"PK\x05\x06")]
+    end = bytearray(huge[raw.index(b"PK\x05\x06") :])
+    end[8:12] = (6).to_bytes(2, "little") * 2
+    end[12:16] = (6 * len(entry)).to_bytes(4, "little")
+    entries = b"".join(entry.replace(b"/0.png", b"/%d.png" % i) for i in range(6))
+    publish(monkeypatch, file_server, {"train": huge[:directory] + entries + bytes(end)})
+    with pytest.raises(FetchError, match=r"6 files of 24\.2 GB, more than the plausible"):
+        fetch_loveda(tmp_path, ["train"])
+    assert names(tmp_path) == ["Train.zip"]

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from overfly.core.errors import DataError
+from overfly.core.records import Array
+from overfly.data.domain import Domain, SplitError, without_labels
+from overfly.data.folder import Folder
+
+DUBAI = Path(__file__).parents[2] / ".." / "shared" / "data" / "dubai"
+COLOURS = {
+    "building": (60, 16, 152),
+    "land": (132, 41, 246),
+    "road": (110, 193, 228),
+    "vegetation": (254, 221, 58),
+    "water": (226, 169, 41),
+}
+
+
+def folder(**settings: Any) -> Folder:
+    found = Domain.model_validate({"name": "folder", "masks": "masks", **settings})
+    assert isinstance(found, Folder)
+    assert Domain.model_validate(found.model_dump(mode="json")) == found
+    return found
+
+
+def pair(root: Path, mask: Array | Image.Image | None, name: str = "a") -> Path:
+    (root / "images").mkdir(exist_ok=True)
+    (root / "masks").mkdir(exist_ok=True)
+    Image.fromarray(np.full((2, 2, 3), 7, np.uint8)).save(root / "images" / f"{name}.png")
+    if mask is not None:
+        mask = Image.fromarray(mask) if isinstance(mask, np.ndarray) else mask
+        mask.save(root / "masks" / f"{name}.png")
+    return root
+
+
+def label(domain: Domain) -> list[list[int]]:
+    read = domain.read_label(domain.items("train")[0])
+    assert read.dtype == np.uint8
+    found: list[list[int]] = read.tolist()
+    return found
+
+
+def rgb(*colours: tuple[int, int, int]) -> Array:
+    return np.array(colours, np.uint8).reshape(2, 2, 3)
+
+
+def palette(*colours: tuple[int, int, int]) -> Image.Image:
+    picture = Image.frombytes("P", (2, 2), bytes(range(4)))
+    picture.putpalette([value for colour in colours for value in colour])
+    return picture
+
+
+def test_numbers_are_the_order_of_the_classes(tmp_path: Path) -> None:
+    pair(tmp_path, np.array([[0, 1], [2, 255]], np.uint8))
+    assert label(folder(root=tmp_path, classes=["a", "b", "c"])) == [[0, 1], [2, 255]]
+
+
+def test_numbers_of_ones_own_several_a_class_and_several_ignored(tmp_path: Path) -> None:
+    pair(tmp_path, np.array([[7, 1], [300, 9]], np.uint16))
+    domain = folder(root=tmp_path, classes=["a", "b"], ids={"a": 7, "b": [1, 300]}, ignore=[9, 10])
+    assert label(domain) == [[0, 1], [1, 255]]
+
+
+def test_colours_and_ignored_colours(tmp_path: Path) -> None:
+    pair(tmp_path, rgb((1, 1, 1), (2, 2, 2), (9, 9, 9), (8, 8, 8)))
+    domain = folder(root=tmp_path, classes={"a": [1, 1, 1], "b": [2, 2, 2]}, ignore=[[9, 9, 9], [8, 8, 8]])
+    assert label(domain) == [[0, 1], [255, 255]]
+
+
+def test_a_palette_is_read_as_it_is_said_and_else_asked_about(tmp_path: Path) -> None:
+    pair(tmp_path, palette((9, 9, 9), (2, 2, 2), (1, 1, 1), (1, 1, 1)))
+    classes = {"a": [1, 1, 1], "b": [2, 2, 2], "c": [9, 9, 9], "d": [3, 3, 3]}
+    assert label(folder(root=tmp_path, classes=classes, label_format="index")) == [[0, 1], [2, 3]]
+    assert label(folder(root=tmp_path, classes=classes, label_format="rgb")) == [[2, 1], [0, 0]]
+    assert label(folder(root=tmp_path, classes=classes, ids={"a": [0, 1], "d": [2, 3]})) == [[0, 0], [3, 3]]
+    with pytest.raises(DataError, match=r"a\.png is a palette picture; set label_format to index .* rgb"):
+        label(folder(root=tmp_path, classes=classes))
+
+
+def test_two_label_sets_meet_in_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    pair(tmp_path / "one", np.array([[0, 1], [2, 3]], np.uint8))
+    pair(tmp_path / "two", rgb((1, 1, 1), (2, 2, 2), (3, 3, 3), (1, 1, 1)))
+    final = ["built", "green"]
+    one = folder(
+        root=tmp_path / "one",
+        classes=final,
+        ids={"house": 0, "street": 1, "forest": 2, "cloud": 3},
+        mapping={"house": "built", "street": "built", "forest": "green", "cloud": None},
+    )
+    two = folder(
+        root=tmp_path / "two",
+        classes=final,
+        colours={"green": [[1, 1, 1], [2, 2, 2]], "roof": [3, 3, 3]},
+        mapping={"roof": "built"},
+    )
+    assert label(one) == [[0, 0], [1, 255]]
+    assert label(two) == [[1, 1], [0, 1]]
+    assert one.classes == two.classes
+
+
+def test_unknown_is_an_error_or_ignored(tmp_path: Path) -> None:
+    pair(tmp_path, rgb((1, 1, 1), (2, 2, 2), (9, 9, 9), (9, 9, 9)))
+    classes = {"a": [1, 1, 1], "b": [2, 2, 2]}
+    with pytest.raises(DataError, match=r"a\.png holds colours of no class: 9,9,9 \(2 pixels\); add them to colours"):
+        label(folder(root=tmp_path, classes=classes))
+    assert label(folder(root=tmp_path, classes=classes, unknown="ignore")) == [[0, 1], [255, 255]]
+    pair(tmp_path, np.array([[0, 1], [2, 254]], np.uint8))
+    with pytest.raises(DataError, match=r"holds numbers of no class: 2 \(1 pixels\), 254 \(1 pixels\)"):
+        label(folder(root=tmp_path, classes=classes))
+
+
+def test_a_mask_of_another_form_or_size_is_named(tmp_path: Path) -> None:
+    pair(tmp_path, np.zeros((2, 2), np.uint8))
+    with pytest.raises(DataError, match=r"a\.png holds numbers, and label_format is rgb"):
+        label(folder(root=tmp_path, classes=["a"], label_format="rgb"))
+    with pytest.raises(DataError, match="the number 0 is a class and ignored"):
+        label(folder(root=tmp_path, classes=["a"], ignore=[0]))
+    pair(tmp_path, np.zeros((3, 2), np.uint8))
+    with pytest.raises(DataError, match="2×3 pixels"):
+        label(folder(root=tmp_path, classes=["a"]))
+
+
+def test_without_masks_everything_else_works(tmp_path: Path) -> None:
+    pair(tmp_path, None)
+    domain = folder(root=tmp_path, classes=["a", "b"], masks=None)
+    (item,) = domain.items("train")
+    assert item.label is None
+    assert domain.read_image(item).shape == (2, 2, 3)
+    with pytest.raises(DataError, match="has no mask"):
+        domain.read_label(item)
+    with pytest.raises(SplitError, match="has no split val"):
+        domain.items("val")
+
+
+def test_pixels_without_data_are_ignored(tmp_path: Path) -> None:
+    pair(tmp_path, np.array([[0, 1], [1, 0]], np.uint8))
+    image = np.full((2, 2, 4), 255, np.uint8)
+    image[0, 1, 3] = 0
+    Image.fromarray(image).save(tmp_path / "images" / "a.png")
+    assert label(folder(root=tmp_path, classes=["a", "b"])) == [[0, 255], [1, 0]]
+
+
+def test_split_directories(tmp_path: Path) -> None:
+    for name in ("training", "validation", "test"):
+        (tmp_path / name).mkdir()
+        pair(tmp_path / name, None if name == "test" else np.zeros((2, 2), np.uint8), name=f"{name[:2]}_1")
+    domain = folder(
+        root=tmp_path,
+        classes=["a"],
+        images="{split}/images/*.png",
+        masks="{split}/masks/*.png",
+        splits={"train": "training", "val": "validation", "test": "test"},
+    )
+    found = [
+        [(item.name, item.label is not None) for item in domain.items(split)] for split in ("train", "val", "test")
+    ]
+    assert found == [[("tr_1", True)], [("va_1", True)], [("te_1", False)]]
+    plain = folder(root=tmp_path, classes=["a"], images="{split}/images", masks=None)
+    assert len(plain.items("test")) == 1
+    with pytest.raises(SplitError, match="train/images"):
+        plain.items("train")
+
+
+def test_settings_of_images_reach_the_domain(tmp_path: Path) -> None:
+    domain = folder(root=tmp_path, classes=["a"], bands=2, peak=1.0, mean=[0.5, 0.4], std=[0.1, 0.2], ground=0.3)
+    assert (domain.bands, domain.peak, domain.ground) == (2, 1.0, 0.3)
+    assert domain.statistics == ((0.5, 0.4), (0.1, 0.2))
+    assert folder(root=tmp_path, classes=["a"]).statistics is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mapping": {"x": "a"}}, "mapping speaks of 'x'"),
+        ({"ids": {"x": 1}}, r"'x' is none of the classes \(a, b\)"),
+        ({"colours": {"a": [1, 1, 1], "b": [1, 1, 1]}}, "stands for two classes"),
+        ({"ids": {"a": 1, "b": [2, 1]}}, "the number 1 stands for two classes"),
+        ({"ids": {"a": 1, "b": 2}, "ignore": [2]}, "is a class and ignored"),
+        ({"mean": [1.0, 1.0, 1.0]}, "mean and std go together"),
+        ({"mean": [1.0], "std": [1.0]}, "there are 3 bands"),
+        ({"splits": {"train": 0.8, "val": 0.3}}, "more than 1"),
+        ({"splits": {"train": 0.8, "val": "*"}}, "mix shares"),
+        ({"images": "{split}/a", "masks": "b"}, "in both images and masks"),
+        ({"images": "*/a/*.png", "masks": "b/*.png"}, "images has 2 wildcards and masks 1"),
+        ({"classes": ["a", "a"]}, "class names must differ"),
+        ({"label_fromat": "rgb"}, "label_fromat"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_at_once(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        folder(**{"root": tmp_path, "classes": ["a", "b"], **settings})
+
+
+def test_folders_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        folder(root=tmp_path / "nowhere", classes=["a"]).items("train")
+    with pytest.raises(DataError, match="holds no images images"):
+        folder(root=tmp_path, classes=["a"]).items("train")
+
+
+@pytest.mark.skipif(not DUBAI.is_dir(), reason="the Dubai tiles do not lie beside this repository")
+@pytest.mark.parametrize(("tiles", "count"), [("48", 18), ("1356", 36)])
+def test_dubai(tiles: str, count: int) -> None:
+    settings = {
+        "root": DUBAI,
+        "images": f"Tile [{tiles}]/images/*.jpg",
+        "masks": f"Tile [{tiles}]/masks/*.png",
+        "splits": {"train": "*_00[1-6]", "val": "*_00[7-9]"},
+        "label_format": "rgb",
+        "classes": COLOURS,
+    }
+    domain = folder(**settings, ignore=[(155, 155, 155), (0, 0, 0)])
+    train, val = domain.items("train"), domain.items("val")
+    assert (len(train), len(val)) == (count * 2 // 3, count // 3)
+    assert len({item.name for item in (*train, *val)}) == count
+    for tile in tiles:
+        assert [sum(item.name.startswith(f"{tile}_") for item in items) for items in (train, val)] == [6, 3]
+    assert isinstance(train[0].label, Path)
+    raw = np.asarray(Image.open(train[0].label).convert("RGB")).reshape(-1, 3)
+    read = domain.read_label(train[0]).ravel()
+    for number, colour in enumerate(COLOURS.values()):
+        assert ((raw == colour).all(axis=1) == (read == number)).all()
+    assert all(item.label is None for item in without_labels(train))

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overfly.core.errors import DataError
+from overfly.data.listing import Picture, Rule, choose, expression, matching, natural, pictures, wildcards
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def names(found: list[Picture]) -> list[str]:
+    return [picture.name for picture in found]
+
+
+LISTED = [
+    Picture(f"{tile}_{k}", f"Tile {tile}/images/{k}.jpg", Path("i"), None) for tile in (4, 8) for k in range(1, 10)
+]
+
+
+def test_natural_order() -> None:
+    assert sorted(["b10", "b9", "a", "b1c2", "10", "9"], key=natural) == ["9", "10", "a", "b1c2", "b9", "b10"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "groups"),
+    [
+        ("Tile [48]/images/*.jpg", "Tile 4/images/a.jpg", ("4", "a")),
+        ("Tile [48]/images/*.jpg", "Tile 5/images/a.jpg", None),
+        ("Tile [!48]/*.jpg", "Tile 5/a.jpg", ("5", "a")),
+        ("**/*.tif", "a/b/c.tif", ("a/b/", "c")),
+        ("**/*.tif", "c.tif", ("", "c")),
+        ("im?/*_rgb.png", "im1/x_rgb.png", ("1", "x")),
+        ("a.b/*.png", "aXb/c.png", None),
+        ("*.png", "a/b.png", None),
+    ],
+)
+def test_globs_tell_what_their_wildcards_stand_for(pattern: str, path: str, groups: tuple[str, ...] | None) -> None:
+    match = expression(pattern).fullmatch(path)
+    assert (match and match.groups()) == groups
+    assert expression(pattern).groups == wildcards(pattern)
+
+
+def test_directories_pair_by_stem(tmp_path: Path) -> None:
+    touch(tmp_path, "i/b10.jpg", "i/b9.JPG", "i/b9.txt", "m/b9.png", "m/b10.tif")
+    found = pictures(tmp_path, "i", "m/")
+    assert [(each.name, each.image.name, each.mask and each.mask.name) for each in found] == [
+        ("b9", "b9.JPG", "b9.png"),
+        ("b10", "b10.jpg", "b10.tif"),
+    ]
+
+
+def test_globs_pair_by_wildcards_and_mix_with_directories(tmp_path: Path) -> None:
+    touch(tmp_path, "T 1/i/a.jpg", "T 2/i/a.jpg", "T 1/m/a_mask.png", "T 2/m/a_mask.png")
+    found = pictures(tmp_path, "T */i/*.jpg", "T */m/*_mask.png")
+    assert names(found) == ["1_a", "2_a"]
+    assert [str(each.mask.parent.parent.name) for each in found if each.mask] == ["T 1", "T 2"]
+    assert names(pictures(tmp_path, "T 1/i", "T 1/m/*_mask.png")) == ["a"]
+    assert names(pictures(tmp_path, "**/*.jpg", None)) == ["T 1_i_a", "T 2_i_a"]
+
+
+def test_what_does_not_pair_is_named_and_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "i/a.jpg", "i/b.jpg", "i/c.jpg", "m/c.png")
+    with pytest.raises(DataError, match=r"i/a\.jpg has no mask in .*/m \(2 of 3 images"):
+        pictures(tmp_path, "i", "m")
+    touch(tmp_path, "m/a.png", "m/b.png", "m/x.png")
+    with pytest.raises(DataError, match=r"m/x\.png has no image .*1 of 4 masks"):
+        pictures(tmp_path, "i", "m")
+
+
+def test_names_must_differ(tmp_path: Path) -> None:
+    touch(tmp_path, "i/a.jpg", "i/a.png", "j/a_b/c.png", "j/a/b_c.png")
+    with pytest.raises(DataError, match=r"a\.jpg and .*a\.png have one name"):
+        matching(tmp_path, "i")
+    with pytest.raises(DataError, match="would both be called a_b_c"):
+        pictures(tmp_path, "j/*/*.png", None)
+
+
+def test_split_by_globs_over_names_and_paths() -> None:
+    rules: dict[str, Rule] = {"train": "*_[1-6]", "val": ("Tile 4/*/[789].jpg", "8_[789]")}
+    train, val = (choose(LISTED, split, rules, Path(), 0) for split in rules)
+    assert len(train) == 12
+    assert names(val) == ["4_7", "4_8", "4_9", "8_7", "8_8", "8_9"]
+
+
+def test_splits_must_not_share_pictures_nor_be_empty() -> None:
+    with pytest.raises(DataError, match="4_6 is in the split train and in val"):
+        choose(LISTED, "train", {"train": "*_[1-6]", "val": "*_[6-9]"}, Path(), 0)
+    with pytest.raises(DataError, match="takes none of the 18 pictures"):
+        choose(LISTED, "val", {"val": "nothing*"}, Path(), 0)
+
+
+def test_split_by_lists(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("# chosen by hand\n4_1\n\nTile 8/images/2.jpg\nTile 8/images/3\n")
+    assert names(choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)) == ["4_1", "8_2", "8_3"]
+    (tmp_path / "train.txt").write_text("7.jpg\n")
+    with pytest.raises(DataError, match=r"names 7\.jpg, which stands for 2 pictures"):
+        choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
+    (tmp_path / "train.txt").write_text("9_9\n")
+    with pytest.raises(DataError, match="names 9_9, which is none of"):
+        choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
+    with pytest.raises(DataError, match=r"val\.txt cannot be read"):
+        choose(LISTED, "val", {"val": "val.txt"}, tmp_path, 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(200, 400), st.floats(0.2, 0.6))
+def test_shares_are_disjoint_steady_and_about_right(seed: int, count: int, share: float) -> None:
+    listed = [Picture(f"p{number}", "", Path(), None) for number in range(count)]
+    rules = {"train": share, "val": 1 - share}
+    train, val = (set(names(choose(listed, split, rules, Path(), seed))) for split in rules)
+    assert train | val == {picture.name for picture in listed}
+    assert not train & val
+    assert abs(len(train) / count - share) < 0.2
+    fewer = set(names(choose(listed[: count // 2], "train", rules, Path(), seed)))
+    assert fewer == {name for name in train if int(name[1:]) < count // 2}

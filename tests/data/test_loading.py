@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overfly.core.errors import DataError
+from overfly.core.records import IGNORE
+from overfly.data.domain import Domain, without_labels
+from overfly.data.loading import Steps, Stream, loader
+from overfly.data.sampling import Rare, Uniform, crop
+
+
+def stream(**changes: Any) -> Stream:
+    domain = Domain.model_validate({"name": "drawn", "scene": "urban", "size": 64, "train": 5})
+    values = {"sampling": Uniform(), "batch": 4, "crop": 32, "resize": None, "seed": 3, "key": 0}
+    return Stream(domain, list(domain.items("train")), **(values | changes))
+
+
+def test_a_step_is_the_same_whoever_asks_and_whenever() -> None:
+    steps = Steps(stream(), stream(key=1))
+    late = list(loader(steps, 6, 8, workers=0, pin=False))
+    early = list(loader(Steps(stream(cache="memory"), stream(key=1)), 0, 8, workers=0, pin=False))
+    assert len(late) == 2
+    for one, other in zip(late, early[6:], strict=True):
+        assert torch.equal(one.source.image, other.source.image)
+        assert torch.equal(one.source.label, other.source.label)
+        assert torch.equal(one.target, other.target)
+    assert not torch.equal(early[0].source.image, early[1].source.image)
+
+
+def test_ranks_share_a_batch_without_overlap() -> None:
+    whole = Steps(stream(), None)[2].source.image
+    parts = [Steps(stream(), None, rank, 2)[2].source.image for rank in (0, 1)]
+    assert torch.equal(whole[0::2], parts[0])
+    assert torch.equal(whole[1::2], parts[1])
+    assert Steps(stream(), None)[2].target.shape[0] == 0
+
+
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 10_000))
+@settings(deadline=None, max_examples=30)
+def test_every_epoch_shows_every_picture_once(count: int, batch: int, seed: int) -> None:
+    seen = [Uniform().picture(seed, place // batch, place % batch, batch, count, None)[0] for place in range(2 * count)]
+    assert Counter(seen[:count]) == Counter(seen[count:]) == Counter(range(count))
+
+
+def test_rare_classes_come_more_often_and_their_crops_show_them() -> None:
+    counts = np.array([[10_000, 0, 50], [10_000, 0, 0], [9_000, 0, 0]])
+    rare = Rare(temperature=0.1)
+    share = rare.probabilities(counts)
+    assert share[1] == 0
+    assert share[2] > 0.99
+    assert share.sum() == pytest.approx(1)
+    picks = [rare.picture(0, step, 0, 1, 3, counts) for step in range(50)]
+    assert all(picture == 0 for picture, wanted in picks if wanted == 2)
+    label = np.zeros((64, 64), np.uint8)
+    label[:16, :16] = 2
+    hits = [
+        (crop(np.zeros((64, 64, 1)), label, 16, np.random.default_rng(i), rare, 2)[1] == 2).any() for i in range(40)
+    ]
+    plain = [
+        (crop(np.zeros((64, 64, 1)), label, 16, np.random.default_rng(i), Uniform(), -1)[1] == 2).any()
+        for i in range(40)
+    ]
+    assert sum(hits) > sum(plain)
+
+
+def test_a_picture_smaller_than_the_crop_is_mirrored_and_ignored_there() -> None:
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
+    label = np.ones((3, 4), np.uint8)
+    part, ids = crop(image, label, 6, np.random.default_rng(0), Uniform(), -1)
+    assert part.shape == (6, 6, 1)
+    assert (ids[:3, :4] == 1).all()
+    assert (ids[3:] == IGNORE).all()
+    assert (part[3, :4] == part[2, :4]).all()
+
+
+def test_streams_that_cannot_be() -> None:
+    domain = stream().domain
+    with pytest.raises(DataError, match="no pictures"):
+        Stream(domain, [], Uniform(), 1, 8, None, 0, 0)
+    with pytest.raises(DataError, match="needs labels"):
+        Stream(domain, without_labels(domain.items("train")), Rare(), 1, 8, None, 0, 0)
+
+
+def test_names_of_a_step_are_those_that_were_read() -> None:
+    steps = Steps(stream(), None)
+    names = steps.names(1)
+    assert len(names) == 4
+    by_name = {item.name: item for item in steps.source.items} if steps.source else {}
+    image = steps[1].source.image
+    for name, part in zip(names, image, strict=True):
+        whole = stream().domain.read_image(by_name[name]).transpose(2, 0, 1).astype(np.float32)
+        windows = np.lib.stride_tricks.sliding_window_view(whole[0], (32, 32))
+        assert (windows == part[0].numpy()).all((2, 3)).any()

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from overfly.ops.windows import blend_weights, cut, sliding, starts, windows
+
+sides = st.integers(1, 60)
+overlaps = st.floats(0, 0.95)
+
+
+@settings(deadline=None, max_examples=60)
+@given(height=sides, width=sides, size=st.integers(1, 40), overlap=overlaps)
+def test_windows_cover_every_pixel_and_nothing_else(height: int, width: int, size: int, overlap: float) -> None:
+    covered = torch.zeros(height, width, dtype=torch.int64)
+    for window in windows(height, width, size, overlap):
+        assert (window.height, window.width) == (min(size, height), min(size, width))
+        assert window.top >= 0
+        assert window.left >= 0
+        assert window.top + window.height <= height
+        assert window.left + window.width <= width
+        covered[window.rows, window.columns] += 1
+    assert covered.min() >= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(length=st.integers(1, 400), size=st.integers(1, 64), overlap=overlaps)
+def test_neighbours_overlap_by_at_least_what_was_asked(length: int, size: int, overlap: float) -> None:
+    at = starts(length, size, overlap)
+    stride = max(1, round(size * (1 - overlap)))
+    assert at[0] == 0
+    assert all(0 < after - before <= stride for before, after in pairwise(at))
+    assert at[-1] == max(0, length - size)
+
+
+def test_windows_of_a_large_raster_come_row_by_row() -> None:
+    places = windows(20_000, 20_000, 512, 0.25)
+    assert len(places) == 52 * 52
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_blend_weights_taper_and_stay_positive(size: int) -> None:
+    weights = blend_weights(size)
+    assert weights.shape == (size, size)
+    assert weights.min() > 0
+    assert weights.max() == 1
+    torch.testing.assert_close(weights, weights.T)
+    torch.testing.assert_close(weights, weights.flip(0))
+    assert weights[0, 0] == weights.min()
+
+
+def test_half_overlap_adds_up_to_a_constant_inside() -> None:
+    weights = blend_weights(8)[4]
+    torch.testing.assert_close(weights[4:] + weights[:4], torch.full((4,), float(weights[3] + weights[7])))
+
+
+def test_cut_pads_by_repeating_the_border() -> None:
+    image = torch.arange(6.0).reshape(1, 2, 3)
+    (window,) = windows(2, 3, 4, 0.0)
+    patch = cut(image, window, 4)
+    assert patch.tolist() == [[[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]]]
+    torch.testing.assert_close(cut(image[None], window, 4)[0], patch)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    size=st.integers(1, 24),
+    overlap=st.floats(0, 0.9),
+    batch=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_a_pointwise_network_gives_the_whole_images_scores(
+    shape: tuple[int, int], size: int, overlap: float, batch: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(2, 3, *shape, generator=generator)
+    weight = torch.randn(4, 3, 1, 1, generator=generator)
+
+    def predict(patch: Tensor) -> Tensor:
+        assert len(patch) <= batch
+        assert patch.shape[-2:] == (size, size)
+        return nn.functional.conv2d(patch, weight)
+
+    whole = nn.functional.conv2d(image, weight)
+    torch.testing.assert_close(sliding(predict, image, size, overlap, batch), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sliding(predict, image[1], size, overlap, batch), whole[1], atol=1e-4, rtol=1e-4)
+
+
+def test_no_seams_where_windows_disagree() -> None:
+    """Each window answers with its own mean level; on a ramp, the blend must climb without a step between windows."""
+    ramp = torch.linspace(0, 255, 256).expand(1, 64, 256)
+
+    def predict(patch: Tensor) -> Tensor:
+        return patch.mean((2, 3), keepdim=True).expand(-1, -1, *patch.shape[-2:])
+
+    blended = sliding(predict, ramp, size=64, overlap=0.5)[0]
+    climb = blended.diff(dim=1)
+    assert climb.min() >= -1e-3
+    assert climb.max() < 3
+    apart = sliding(predict, ramp, size=64, overlap=0.0)[0].diff(dim=1)
+    assert apart.max() > 60
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="below 1, not 1"):
+        windows(10, 10, 4, 1.0)
+    with pytest.raises(ValueError, match="at least one pixel"):
+        windows(10, 10, 0, 0.5)
+    with pytest.raises(ValueError, match=r"scores of a window are \(2, 2\)"):
+        sliding(lambda patch: patch[..., ::2, ::2], torch.zeros(3, 8, 8), 4)
+    with pytest.raises(ValueError, match="empty"):
+        sliding(lambda patch: patch, torch.zeros(0, 3, 8, 8), 4)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overfly.api import benchmark
+from overfly.benchmark import Figure, expand
+from overfly.core.errors import RecipeError
+from overfly.recipe import load
+
+
+def test_figures_are_means_with_deviations() -> None:
+    assert Figure.of([0.5, 0.7]).percent() == "60.00 ± 14.14"
+    assert Figure.of([0.5]).percent() == "50.00"
+    assert Figure.of([None, None]).percent() == "–"
+    assert Figure.of([0.5, None]).values == (0.5, None)
+
+
+def test_a_table_of_two_rows_runs_once_and_reads_labels_once(small: dict[str, Any], tmp_path: Path) -> None:
+    load(small, "steps=2").save(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text(
+        "start: a.yaml\nsource: {name: drawn, scene: urban, size: 64, val: 2}\n"
+        "target: {name: drawn, scene: rural, size: 64, val: 2}\nmethod: recalibrate\ncrop: 64\nbatch: 2\nsteps: 2\n"
+    )
+    runs = tmp_path / "runs"
+    settings = {"seeds": "2", "out": runs, "table": tmp_path / "table", "size": 64, "device": "cpu", "quiet": True}
+    found = benchmark([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "augment=[]"], **settings)
+    assert len(list(runs.glob("*/recipe.yaml"))) == 4
+    rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["source_only", "recalibrate"]
+    assert [row["source"] for row in rows] == ["Urban", "Urban"]
+    assert all(len(row["miou"]["Rural"]["values"]) == 2 for row in rows)
+    assert [row["labels_opened"] for row in rows] == [2, 2]
+    text = (tmp_path / "table" / "table.md").read_text()
+    for part in ("### `pidnet_s`", "SGD(lr: 0.01, weight_decay: 0.0005, momentum: 0.9)", "mIoU (%) (Urban)", "±",
+                 "7,624,167", "7,717,839", "G.", "p50"):  # fmt: skip
+        assert part in text
+    header, rule, *body = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in (header, rule, *body)}) == 1
+    again = benchmark([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "augment=[]"], **settings)
+    assert [row.labels_opened for row in again.table.rows] == [2, 2]
+    assert [row.miou for row in again.table.rows] == [row.miou for row in found.table.rows]
+
+
+def test_a_mistake_in_the_last_recipe_is_found_before_the_first_is_trained(small: dict[str, Any], tmp_path: Path) -> None:
+    load(small).save(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("stepps: 1\n")
+    with pytest.raises(RecipeError, match=r"b\.yaml"):
+        benchmark([str(tmp_path)], out=tmp_path / "runs", device="cpu", quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_paths_folders_and_patterns(tmp_path: Path) -> None:
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).touch()
+    both = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    assert expand([tmp_path]) == expand([tmp_path / "*.yaml"]) == expand([*both, *both]) == both
+    with pytest.raises(RecipeError, match="means no recipe"):
+        expand([tmp_path / "c*.yaml"])

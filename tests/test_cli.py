@@ -1,0 +1,114 @@
+"""The command line as a stranger meets it: what it prints, and how it answers mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from overfly import cli
+from overfly.recipe import load
+
+
+def overfly(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+    return int(left.value.code or 0)
+
+
+@pytest.fixture
+def file(small: dict[str, Any], tmp_path: Path) -> Path:
+    load(small).save(tmp_path / "recipe.yaml")
+    return tmp_path / "recipe.yaml"
+
+
+def test_train_evaluate_and_look(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert overfly("train", file, "steps=2", "--out", tmp_path / "runs", "--device", "cpu") == 0
+    shown = capsys.readouterr()
+    run = Path(shown.out.split("trained: ")[1].splitlines()[0])
+    assert (run / "recipe.yaml").is_file()
+    assert "step 2/2" in shown.err
+    assert "images/s" in shown.err
+    assert overfly("evaluate", run, "--device", "cpu") == 0
+    shown = capsys.readouterr()
+    assert "mIoU" in shown.out
+    assert "agriculture" in shown.out
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["labels_opened"] == {"source/val": {"times": 1, "images": 2}, "target/val": {"times": 1, "images": 2}}
+    assert 0 <= scores["target/val"]["miou"] <= 1
+    for picture in ("source-val.png", "target-val-confusion.png", "curves.png"):
+        with Image.open(run / "samples" / picture) as drawn:
+            assert np.asarray(drawn).std() > 0
+    assert overfly("evaluate", run, "size=32", "--domain", "target", "--split", "test", "--device", "cpu") == 0
+    assert "target/test" in json.loads((run / "scores.json").read_text())
+    assert overfly("speed", run, "--size", "64", "--repeats", "2", "--warmup", "1", "--device", "cpu") == 0
+    assert "7,624,167 parameters" in capsys.readouterr().out
+
+
+def test_speed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--size", "64", "--repeats", "2", "--warmup", "0", "--device", "cpu")
+    assert overfly("speed", "pidnet_s", "--batch", "1", "--batch", "2", "--macs-of-batch", "6", "--json", *settings) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [timing["batch"] for timing in found["timings"]] == [1, 2]
+    assert found["macs_of_batch"]["6"] == 6 * found["macs"]
+    assert found["machine"]["device"]
+
+
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overfly("list") == 0
+    shown = capsys.readouterr().out
+    for name in ("pidnet_s", "deeplabv2_resnet101", "loveda", "folder", "drawn", "recalibrate", "ohem", "dihedral", "poly"):
+        assert name in shown
+
+
+def test_draw_check_and_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "world"
+    draw = ("data", "draw", root, "--size", "64", "--train", "3", "--val", "1", "--test", "1")
+    assert overfly(*draw) == 0
+    assert "below" in capsys.readouterr().out
+    assert overfly("data", "check", "loveda", f"root={root}", "scene=urban") == 0
+    assert "building" in capsys.readouterr().out
+    assert overfly("data", "stats", "loveda", f"root={root}", "scene=urban") == 0
+    assert "mean" in capsys.readouterr().out
+    broken = root / "Train" / "Urban" / "images_png"
+    next(broken.glob("*.png")).write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    assert overfly("data", "check", "loveda", f"root={root}", "scene=urban") == 1
+    assert str(broken) in capsys.readouterr().out
+
+
+MISTAKES = [
+    (["train", "nowhere.yaml"], "nowhere.yaml is not there"),
+    (["train", "{file}", "optim.lr=fast"], "optim"),
+    (["train", "{file}", "mehtod=dacs"], "mehtod: there is no such setting"),
+    (["train", "{file}", "--device", "tpu"], "no device is called 'tpu'"),
+    (["train", "{file}", "source={name: loveda, root: /nowhere, scene: urban}"], "/nowhere"),
+    (["train", "{file}", "model.weights=/nowhere.pth"], "/nowhere.pth"),
+    (["train", "{file}", "start=/nowhere"], "/nowhere is not there"),
+    (["evaluate", "{folder}"], "no recipe.yaml"),
+    (["evaluate", "/nowhere"], "/nowhere is not there"),
+    (["benchmark", "{folder}/no*.yaml"], "means no recipe"),
+    (["benchmark", "{file}", "--seeds", "many"], "--seeds many"),
+    (["speed", "unet"], "unet"),
+    (["data", "check", "no_such_domain"], "no domain is called 'no_such_domain'"),
+    (["data", "draw"], "root"),
+    (["fly"], "fly"),
+    (["train", "{file}", "--devices", "some"], "devices"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), MISTAKES, ids=[" ".join(mistake[0])[:40] for mistake in MISTAKES])
+def test_mistakes_are_answered_in_one_sentence(
+    arguments: list[str], named: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [entry.replace("{file}", str(file)).replace("{folder}", str(tmp_path)) for entry in arguments]
+    out = tmp_path / "runs"
+    assert overfly(*filled, *(["--out", str(out)] if arguments[0] in ("train", "benchmark") else [])) == 2
+    shown = capsys.readouterr()
+    assert named in shown.err
+    assert "Traceback" not in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert not list(out.glob("*"))

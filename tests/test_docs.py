@@ -1,0 +1,66 @@
+"""Documents are run, so that they stay true."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from overfly import cli
+from overfly.recipe import Recipe
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+RECIPES = [
+    (page, block)
+    for page in PAGES
+    if page.exists()
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    if re.search(r"^(source|start):", block, re.MULTILINE)
+]
+COMMANDS = [
+    (page, line.strip())
+    for page in PAGES
+    if page.exists()
+    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip().startswith("overfly ")
+]
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    spec = importlib.util.spec_from_file_location("docs_build", REPOSITORY / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run `make docs`"
+
+
+@pytest.mark.parametrize(("page", "block"), RECIPES, ids=lambda value: value.name if isinstance(value, Path) else "")
+def test_every_recipe_in_the_documents_is_one(page: Path, block: str) -> None:
+    del page
+    values = yaml.safe_load(block)
+    if not isinstance(values.get("start"), str):
+        Recipe.model_validate(values)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_every_command_in_the_documents_is_understood(page: Path, line: str) -> None:
+    del page
+    words = [word for word in shlex.split(line, comments=True)[1:] if word not in ("|", "&&")]
+    if "--help" not in words:
+        cli.application().parse_args(words, print_error=False, exit_on_error=False)
+
+
+def test_documents_link_to_files_that_are_there() -> None:
+    for page in PAGES:
+        if not page.exists():
+            continue
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http", "mailto:")):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from overfly.core.errors import RecipeError
+from overfly.recipe import Recipe, load, parse
+
+RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+
+
+def test_a_recipe_survives_its_file(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.save(tmp_path / "a.yaml")
+    assert load(tmp_path / "a.yaml") == recipe
+    assert load(recipe) == recipe
+    assert load(recipe.model_dump(mode="json")) == recipe
+
+
+def test_settings_of_a_kind_are_written_too(small: dict[str, Any], tmp_path: Path) -> None:
+    found = load(
+        small, "method.criterion={name: ohem, threshold: 0.5}", "augment=[{name: scale_jitter, low: 0.7}]",
+        "optim={name: adamw, betas: [0.5, 0.6]}",
+    )  # fmt: skip
+    found.save(tmp_path / "a.yaml")
+    again = load(tmp_path / "a.yaml")
+    assert again == found
+    assert again.method.criterion.model_dump()["threshold"] == 0.5
+    assert again.augment[0].model_dump()["low"] == 0.7
+    assert again.model_dump()["source"]["scene"] == "urban"
+
+
+def test_overrides_reach_every_depth(small: dict[str, Any]) -> None:
+    found = load(small, "optim.lr=1e-3", "source.size=32", "augment=[dihedral]", "augment.0.p=0.5", "steps=7")
+    assert found.optim.lr == 1e-3
+    assert found.source is not None
+    assert found.source.model_dump()["size"] == 32
+    assert found.augment[0].p == 0.5
+    assert found.steps == 7
+    assert load(small, "method.criterion=ohem", "method.criterion.min_kept=5").method.criterion.min_kept == 5
+    assert load(small, "model.mean=[1,2,3]", "model.std=[1,1,1]").model.mean == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepps=3", "stepps: there is no such setting"),
+        ("optim.lr=-1", "optim"),
+        ("optim.lr=fast", "optim.*lr.*fast"),
+        ("model=unet", "no model is called 'unet'; there are: .*pidnet_s"),
+        ("method=dance", "no method is called 'dance'"),
+        ("source=null", "say where they are under source"),
+        ("epochs=2", "steps or epochs, not both"),
+        ("nonsense", "write key=value"),
+        ("steps.x=3", "plain value"),
+    ],
+)
+def test_what_is_wrong_is_named(small: dict[str, Any], override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load(small, override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_start_recipe_is_part_of_the_value_and_has_the_same_seed(small: dict[str, Any], tmp_path: Path) -> None:
+    load(small, "model=pidnet_m").save(tmp_path / "first.yaml")
+    (tmp_path / "second.yaml").write_text(
+        "start: first.yaml\ntarget: {name: drawn, scene: rural}\nmethod: recalibrate\nsteps: 2\n"
+    )
+    found = load(tmp_path / "second.yaml", "seed=5", "target.size=128")
+    assert isinstance(found.start, Recipe)
+    assert found.seed == found.start.seed == 5
+    assert found.model.name == "pidnet_m"
+    assert found.start.target is not None
+    assert found.start.target.model_dump()["size"] == 128
+    found.save(tmp_path / "third.yaml")
+    assert load(tmp_path / "third.yaml") == found
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not there"):
+        load(tmp_path / "no.yaml")
+    for text in ("a: [", "just words", "\x00"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=r"bad\.yaml"):
+            load(tmp_path / "bad.yaml")
+
+
+def test_numbers_may_be_written_as_people_do() -> None:
+    assert parse("1e-3") == 0.001
+    assert parse("{a: 5E2}") == {"a": 500.0}
+    assert parse("1e") == "1e"
+
+
+def test_length_in_epochs(small: dict[str, Any]) -> None:
+    del small["steps"]
+    assert load(small, "epochs=20", "batch=6").length(2522) == round(20 * 2522 / 6)
+    assert load(small).length(5) == 20_000
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_file_loads(path: Path) -> None:
+    assert load(path).seed == 0
