@@ -26,7 +26,14 @@ def test_a_table_of_two_rows_runs_once_and_reads_labels_once(small: dict[str, An
         "target: {name: drawn, scene: rural, size: 64, val: 2}\nmethod: recalibrate\ncrop: 64\nbatch: 2\nsteps: 2\n"
     )
     runs = tmp_path / "runs"
-    settings = {"seeds": "2", "out": runs, "table": tmp_path / "table", "size": 64, "device": "cpu", "quiet": True}
+    settings: dict[str, Any] = {
+        "seeds": "2",
+        "out": runs,
+        "table": tmp_path / "table",
+        "size": 64,
+        "device": "cpu",
+        "quiet": True,
+    }
     found = benchmark([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "augment=[]"], **settings)
     assert len(list(runs.glob("*/recipe.yaml"))) == 4
     rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
@@ -45,7 +52,9 @@ def test_a_table_of_two_rows_runs_once_and_reads_labels_once(small: dict[str, An
     assert [row.miou for row in again.table.rows] == [row.miou for row in found.table.rows]
 
 
-def test_a_mistake_in_the_last_recipe_is_found_before_the_first_is_trained(small: dict[str, Any], tmp_path: Path) -> None:
+def test_a_mistake_in_the_last_recipe_is_found_before_the_first_is_trained(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
     load(small).save(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("stepps: 1\n")
     with pytest.raises(RecipeError, match=r"b\.yaml"):

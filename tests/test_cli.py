@@ -51,7 +51,9 @@ def test_train_evaluate_and_look(file: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_speed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("--size", "64", "--repeats", "2", "--warmup", "0", "--device", "cpu")
-    assert overfly("speed", "pidnet_s", "--batch", "1", "--batch", "2", "--macs-of-batch", "6", "--json", *settings) == 0
+    assert (
+        overfly("speed", "pidnet_s", "--batch", "1", "--batch", "2", "--macs-of-batch", "6", "--json", *settings) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert [timing["batch"] for timing in found["timings"]] == [1, 2]
     assert found["macs_of_batch"]["6"] == 6 * found["macs"]
@@ -61,7 +63,17 @@ def test_speed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert overfly("list") == 0
     shown = capsys.readouterr().out
-    for name in ("pidnet_s", "deeplabv2_resnet101", "loveda", "folder", "drawn", "recalibrate", "ohem", "dihedral", "poly"):
+    for name in (
+        "pidnet_s",
+        "deeplabv2_resnet101",
+        "loveda",
+        "folder",
+        "drawn",
+        "recalibrate",
+        "ohem",
+        "dihedral",
+        "poly",
+    ):
         assert name in shown
 
 
@@ -88,7 +100,7 @@ MISTAKES = [
     (["train", "{file}", "source={name: loveda, root: /nowhere, scene: urban}"], "/nowhere"),
     (["train", "{file}", "model.weights=/nowhere.pth"], "/nowhere.pth"),
     (["train", "{file}", "start=/nowhere"], "/nowhere is not there"),
-    (["evaluate", "{folder}"], "no recipe.yaml"),
+    (["evaluate", "{folder}/empty"], "no recipe.yaml"),
     (["evaluate", "/nowhere"], "/nowhere is not there"),
     (["benchmark", "{folder}/no*.yaml"], "means no recipe"),
     (["benchmark", "{file}", "--seeds", "many"], "--seeds many"),
@@ -106,6 +118,7 @@ def test_mistakes_are_answered_in_one_sentence(
 ) -> None:
     filled = [entry.replace("{file}", str(file)).replace("{folder}", str(tmp_path)) for entry in arguments]
     out = tmp_path / "runs"
+    (tmp_path / "empty").mkdir()
     assert overfly(*filled, *(["--out", str(out)] if arguments[0] in ("train", "benchmark") else [])) == 2
     shown = capsys.readouterr()
     assert named in shown.err

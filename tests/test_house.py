@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
 import overfly
+from conftest import REPOSITORY
 from overfly import api, cli
 
 SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 
+from conftest import REPOSITORY
 from overfly.core.errors import RecipeError
 from overfly.recipe import Recipe, load, parse
 
@@ -39,7 +39,10 @@ def test_overrides_reach_every_depth(small: dict[str, Any]) -> None:
     assert found.source.model_dump()["size"] == 32
     assert found.augment[0].p == 0.5
     assert found.steps == 7
-    assert load(small, "method.criterion=ohem", "method.criterion.min_kept=5").method.criterion.min_kept == 5
+    assert (
+        load(small, "method.criterion=ohem", "method.criterion.min_kept=5").method.criterion.model_dump()["min_kept"]
+        == 5
+    )
     assert load(small, "model.mean=[1,2,3]", "model.std=[1,1,1]").model.mean == (1, 2, 3)
 
 

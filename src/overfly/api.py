@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import ValidationError
+from torch import nn
 
 from overfly import benchmark as benchmarks
 from overfly.catalogue import Catalogue, catalogue
@@ -31,7 +32,17 @@ from overfly.training.run import Run
 from overfly.views.curves import curves
 from overfly.views.panels import confusion_figure, panels
 
-__all__ = ["benchmark", "data_check", "data_draw", "data_fetch", "data_stats", "evaluate", "list_kinds", "speed", "train"]
+__all__ = [
+    "benchmark",
+    "data_check",
+    "data_draw",
+    "data_fetch",
+    "data_stats",
+    "evaluate",
+    "list_kinds",
+    "speed",
+    "train",
+]
 
 Cache = Literal["memory", "disk", "off"]
 
@@ -79,9 +90,7 @@ def train(
     if path is not None and (path / "recipe.yaml").is_file():
         out = path
     value = load(recipe, *overrides)
-    engine = Engine(
-        device, devices, workers, checkpoint_every, journal_every, _cache(cache), track=track, quiet=quiet
-    )
+    engine = Engine(device, devices, workers, checkpoint_every, journal_every, _cache(cache), track=track, quiet=quiet)
     run = carry_out(value, out, launch(value, engine), engine)
     return Trained(run.path)
 
@@ -116,8 +125,8 @@ def evaluate(
     opened = Run.open(run)
     chosen = roles(opened, domain) if domain in ("source", "target", "both") else [(domain, _domain(domain))]
     scores, drawn = {}, []
-    for key, place in chosen:
-        place = _changed(place, overrides)
+    for key, stated in chosen:
+        place = _changed(stated, overrides)
         name = place.title if key == domain and domain not in ("source", "target", "both") else key
         samples = Samples() if pictures else None
         found = assess(
@@ -220,19 +229,24 @@ def speed(
         Size and speed, and how they were measured.
     """
     if Path(network).is_dir():
-        module = Run.open(network).segmenter()
-        name, bands = module.architecture, module.bands
-        found = measure(
-            module, size=size, batches=batch or [1], bands=bands, device=machines.pick(device), warmup=warmup,
-            repeats=repeats, threads=threads, precision=precision, macs_of_batch=[macs_of_batch] if macs_of_batch else [],
-        )  # fmt: skip
+        trained = Run.open(network).segmenter()
+        name, bands = trained.architecture, trained.bands
+        module: nn.Module = trained
     else:
         name = network
-        found = measure(
-            build(network, classes, training_heads=True, bands=bands), size=size, batches=batch or [1], bands=bands,
-            device=machines.pick(device), warmup=warmup, repeats=repeats, threads=threads, precision=precision,
-            macs_of_batch=[macs_of_batch] if macs_of_batch else [],
-        )  # fmt: skip
+        module = build(network, classes, training_heads=True, bands=bands)
+    found = measure(
+        module,
+        size=size,
+        batches=batch or [1],
+        bands=bands,
+        device=machines.pick(device),
+        warmup=warmup,
+        repeats=repeats,
+        threads=threads,
+        precision=precision,
+        macs_of_batch=[macs_of_batch] if macs_of_batch else [],
+    )
     return Measured(name, found, as_json=json)
 
 
@@ -265,7 +279,15 @@ def data_draw(
     Returns:
         The folder, and how many pictures it holds.
     """
-    count = write_world(root, size=size, train=train, val=val, test=test, scenes=tuple(scenes or ("urban", "rural")), workers=workers)  # fmt: skip
+    count = write_world(
+        root,
+        size=size,
+        train=train,
+        val=val,
+        test=test,
+        scenes=tuple(scenes or ("urban", "rural")),
+        workers=workers,
+    )
     return Drawn(root, count)
 
 

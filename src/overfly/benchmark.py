@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from overfly.core.errors import RecipeError
 from overfly.core.optim import Optim, Schedule
 from overfly.core.spec import Spec, Whole
-from overfly.data.domain import Domain, Split
+from overfly.data.domain import Domain, Split, SplitError
 from overfly.models.registry import build
 from overfly.recipe import Recipe, load
 from overfly.scoring.samples import Samples
@@ -24,7 +24,6 @@ from overfly.training.assess import Role, assess, recorded
 from overfly.training.carry_out import carry_out
 from overfly.training.fit import Engine
 from overfly.training.run import Run
-
 
 Draw = Callable[[Run, str, Domain, Scores, Samples], object]
 """Makes pictures: run, what to call them, the domain, its scores, and a few pictures with their predictions."""
@@ -138,8 +137,8 @@ TEMPLATE = """\
 |---|---|---|---|---|---|---|---|---|---|{% for place in places %}---|{% endfor %}
 
 {% for row in rows %}
-| {{ row.version }} | {{ row.recipe }} | {{ row.method }} | {{ row.augmentation }} | {{ row.source }} | {{ row.batch }} \
-| {{ row.criterion }} | {{ row.optimizer }} | {{ row.scheduler }} | {{ row.length }} |\
+| {{ row.version }} | {{ row.recipe }} | {{ row.method }} | {{ row.augmentation }} | {{ row.source }} \
+| {{ row.batch }} | {{ row.criterion }} | {{ row.optimizer }} | {{ row.scheduler }} | {{ row.length }} |\
 {% for place in places %} {{ row.miou[place].percent() if place in row.miou else "–" }} |{% endfor %}
 
 {% endfor %}
@@ -251,11 +250,19 @@ def _score(run: Run, split: Split, fabric: Fabric, draw: Draw | None, workers: i
     for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
         if domain is None or recorded(run, key, split) is not None:
             continue
-        if any(item.label is not None for item in domain.items(split)):
+        if _labelled(domain, split):
             samples = Samples()
             found = assess(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
             if draw is not None:
                 draw(run, f"{key}-{split}", domain, found, samples)
+
+
+def _labelled(domain: Domain, split: Split) -> bool:
+    """Whether a domain has this split, and labels in it."""
+    try:
+        return any(item.label is not None for item in domain.items(split))
+    except SplitError:
+        return False
 
 
 def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
@@ -291,13 +298,19 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
         minutes=Figure.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
         runs=tuple(run.path.name for run in runs),
         split=split,
-        labels_opened=sum(run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs),
+        labels_opened=sum(
+            run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs
+        ),
     )
 
 
 def _settings(value: Optim | Schedule) -> str:
     """A value with what matters of it: ``SGD(lr: 0.01, momentum: 0.9, weight_decay: 0.0005)``."""
-    shown = {key: entry for key, entry in value.model_dump().items() if key != "name" and entry not in (0, 1.0, True, False)}
-    inside = ", ".join(f"{key}: {entry:g}" if isinstance(entry, float) else f"{key}: {entry}" for key, entry in shown.items())
+    shown = {
+        key: entry for key, entry in value.model_dump().items() if key != "name" and entry not in (0, 1.0, True, False)
+    }
+    inside = ", ".join(
+        f"{key}: {entry:g}" if isinstance(entry, float) else f"{key}: {entry}" for key, entry in shown.items()
+    )
     title = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "poly": "PolynomialLR"}.get(value.name, value.name)
     return f"{title}({inside})" if inside else title

@@ -66,6 +66,11 @@ class Validation(Spec):
     """Validations without a new best after which training stops; 0: never."""
 
 
+def _nested(value: object) -> object:
+    """A recipe inside a recipe, where ``start`` is one."""
+    return Recipe.model_validate(value) if isinstance(value, Mapping) else value
+
+
 class Recipe(Spec):
     """Everything that decides what a run ends in; what only decides how fast (device, workers) is not part of it."""
 
@@ -73,7 +78,7 @@ class Recipe(Spec):
     """Labelled imagery; none for source-free adaptation, which begins from ``start``."""
     target: Domain | None = None
     """Imagery to work on too; training never sees its labels."""
-    start: Annotated[Recipe | Path | None, BeforeValidator(lambda value: _nested(value))] = None
+    start: Annotated[Recipe | Path | None, BeforeValidator(_nested)] = None
     """What to begin from: a run folder, a Segmenter's file, or another recipe, trained first with the same seed."""
     model: Model = Model()
     """The network."""
@@ -107,6 +112,18 @@ class Recipe(Spec):
     """What all random choices are drawn from."""
     precision: Literal["32", "bf16", "16"] = "32"
     """Arithmetic of the networks: full, or mixed with bfloat16 or half floats."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classes_of_source(cls, value: object) -> object:
+        """A target folder without masks need not repeat the classes: they are the source's."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("target"), Mapping) or not value.get("source"):
+            return value
+        target = value["target"]
+        if target.get("name") == "folder" and "classes" not in target and not target.get("masks"):
+            source = Domain.model_validate(value["source"])
+            return {**value, "source": source, "target": {**target, "classes": source.classes}}
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -187,7 +204,11 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
         _spell_out(values, override)
         set_value(values, override)
         inner = values.get("start")
-        if isinstance(inner, dict) and inner.get(override.split(".")[0]) and override.startswith(("source.", "target.")):
+        if (
+            isinstance(inner, dict)
+            and inner.get(override.split(".")[0])
+            and override.startswith(("source.", "target."))
+        ):
             set_value(inner, override)
     try:
         return Recipe.model_validate(values)
@@ -204,7 +225,9 @@ def explain(error: ValidationError, named: str) -> str:
         if entry["type"] == "extra_forbidden":
             what = "there is no such setting"
         given = entry.get("input")
-        shown = f" (given: {given!r})" if isinstance(given, str | int | float) and entry["type"] != "value_error" else ""
+        shown = (
+            f" (given: {given!r})" if isinstance(given, str | int | float) and entry["type"] != "value_error" else ""
+        )
         found.append(f"{key}: {what}{shown}" if key else what)
     return f"{named} cannot be used: {'; '.join(dict.fromkeys(found))}; correct this and try again"
 
@@ -245,11 +268,6 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         nested = _anchored(_read(path), path.parent)
         return {**values, "start": nested}
     return values
-
-
-def _nested(value: object) -> object:
-    """A recipe inside a recipe, where ``start`` is one."""
-    return Recipe.model_validate(value) if isinstance(value, Mapping) else value
 
 
 def _spell_out(values: dict[str, Any], override: str) -> None:

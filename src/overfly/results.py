@@ -115,7 +115,7 @@ class Measured:
             )  # fmt: skip
         yield table
         machine = found.machine
-        yield f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, precision {found.precision}"
+        yield f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {found.precision} bits"
         yield f"{found.repeats} passes after {found.warmup} of warm-up; {found.method}; memory: {found.memory}"
 
 

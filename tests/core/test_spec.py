@@ -73,7 +73,9 @@ def test_a_plugin_is_found_when_its_name_is_unknown(monkeypatch: pytest.MonkeyPa
             class Pear(Fruit, name="late_pear"):
                 """From outside."""
 
-    monkeypatch.setattr("overfly.core.spec.entry_points", lambda group: [Plugin()] if group == "overfly.plugins" else [])
+    monkeypatch.setattr(
+        "overfly.core.spec.entry_points", lambda group: [Plugin()] if group == "overfly.plugins" else []
+    )
     assert Basket.model_validate({"fruit": "late_pear"}).fruit.name == "late_pear"
     del Fruit.kinds["late_pear"]
     load_plugins()

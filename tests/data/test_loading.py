@@ -13,12 +13,12 @@ from overfly.core.errors import DataError
 from overfly.core.records import IGNORE
 from overfly.data.domain import Domain, without_labels
 from overfly.data.loading import Steps, Stream, loader
-from overfly.data.sampling import Rare, Uniform, crop
+from overfly.data.sampling import Place, Rare, Uniform, crop
 
 
 def stream(**changes: Any) -> Stream:
     domain = Domain.model_validate({"name": "drawn", "scene": "urban", "size": 64, "train": 5})
-    values = {"sampling": Uniform(), "batch": 4, "crop": 32, "resize": None, "seed": 3, "key": 0}
+    values: dict[str, Any] = {"sampling": Uniform(), "batch": 4, "crop": 32, "resize": None, "seed": 3, "key": 0}
     return Stream(domain, list(domain.items("train")), **(values | changes))
 
 
@@ -45,7 +45,10 @@ def test_ranks_share_a_batch_without_overlap() -> None:
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 10_000))
 @settings(deadline=None, max_examples=30)
 def test_every_epoch_shows_every_picture_once(count: int, batch: int, seed: int) -> None:
-    seen = [Uniform().picture(seed, place // batch, place % batch, batch, count, None)[0] for place in range(2 * count)]
+    seen = [
+        Uniform().picture(Place(seed, place // batch, place % batch, batch, count), None)[0]
+        for place in range(2 * count)
+    ]
     assert Counter(seen[:count]) == Counter(seen[count:]) == Counter(range(count))
 
 
@@ -56,15 +59,18 @@ def test_rare_classes_come_more_often_and_their_crops_show_them() -> None:
     assert share[1] == 0
     assert share[2] > 0.99
     assert share.sum() == pytest.approx(1)
-    picks = [rare.picture(0, step, 0, 1, 3, counts) for step in range(50)]
+    picks = [rare.picture(Place(0, step, 0, 1, 3), counts) for step in range(50)]
     assert all(picture == 0 for picture, wanted in picks if wanted == 2)
     label = np.zeros((64, 64), np.uint8)
     label[:16, :16] = 2
     hits = [
-        (crop(np.zeros((64, 64, 1)), label, 16, np.random.default_rng(i), rare, 2)[1] == 2).any() for i in range(40)
+        (
+            crop(np.zeros((64, 64, 1)), label, 16, np.random.default_rng(i), lambda part: rare.fits(part, 2))[1] == 2
+        ).any()
+        for i in range(40)
     ]
     plain = [
-        (crop(np.zeros((64, 64, 1)), label, 16, np.random.default_rng(i), Uniform(), -1)[1] == 2).any()
+        (crop(np.zeros((64, 64, 1)), label, 16, np.random.default_rng(i), lambda part: True)[1] == 2).any()
         for i in range(40)
     ]
     assert sum(hits) > sum(plain)
@@ -73,7 +79,7 @@ def test_rare_classes_come_more_often_and_their_crops_show_them() -> None:
 def test_a_picture_smaller_than_the_crop_is_mirrored_and_ignored_there() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
     label = np.ones((3, 4), np.uint8)
-    part, ids = crop(image, label, 6, np.random.default_rng(0), Uniform(), -1)
+    part, ids = crop(image, label, 6, np.random.default_rng(0), lambda part: True)
     assert part.shape == (6, 6, 1)
     assert (ids[:3, :4] == 1).all()
     assert (ids[3:] == IGNORE).all()

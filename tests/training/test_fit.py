@@ -89,7 +89,7 @@ def kill_and_resume(recipe: Path, out: Path, devices: int, after: int) -> None:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_kill_nine_changes_nothing(small: dict[str, Any], tmp_path: Path, devices: int) -> None:
-    recipe = load(small, "steps=8", "augment=[dihedral]")
+    recipe = load(small, "steps=8", "batch=4", "augment=[dihedral]")
     recipe.save(tmp_path / "recipe.yaml")
     kill_and_resume(tmp_path / "recipe.yaml", tmp_path / "cut", devices, after=3)
     runs = list((tmp_path / "cut").glob("*/recipe.yaml"))
@@ -99,7 +99,9 @@ def test_kill_nine_changes_nothing(small: dict[str, Any], tmp_path: Path, device
     else:
         command = [sys.executable, "-m", "overfly.cli", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
         command += ["--devices", "2", "--out", str(tmp_path / "whole"), "--quiet"]
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=120
+        )
         whole = Run.open(next((tmp_path / "whole").glob("*/recipe.yaml")).parent)
     assert equal(Run.open(runs[0].parent), whole)
 
@@ -191,6 +193,8 @@ def test_a_damaged_checkpoint_is_named(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_batch_that_devices_cannot_share(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="batch of 2 cannot be shared by 3"):
         train(recipe, out=tmp_path, devices=3, device="cpu")
+    with pytest.raises(RecipeError, match="two pictures on each device"):
+        train(recipe, out=tmp_path, devices=2, device="cpu")
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

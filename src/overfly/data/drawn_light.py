@@ -52,7 +52,7 @@ SUMMER = Look(
 )  # fmt: skip
 """The town's: high sun, clear air, sharp and quiet."""
 AUTUMN = Look(
-    leaves=((58, 78, 40), (74, 88, 44), (98, 92, 48), (50, 72, 40)),
+    leaves=((54, 76, 42), (68, 88, 46), (92, 92, 50), (48, 70, 44)),
     spacing=(6, 8), sun=(0.5, 1.0), slope=(0.45, 0.8), shade=(0.55, 0.56, 0.6),
     gain=(1.02, 0.99, 0.92), exposure=(0.9, 1.1), haze=(0.06, 0.2), veil=(182, 186, 182),
     blur=(0.6, 0.95), noise=(2.5, 5),

@@ -35,19 +35,19 @@ TOWN: Paints = {
     "shed": ((84, 118, 170), (206, 208, 212), (120, 150, 184), (142, 86, 72)),
 }
 COUNTRY: Paints = {
-    "lawn": ((112, 116, 72), (126, 122, 80), (96, 106, 66), (136, 128, 92)),
-    "paving": ((160, 150, 132), (146, 138, 124)),
-    "asphalt": ((150, 148, 142), (168, 164, 154), (124, 122, 120)),
-    "track": ((168, 150, 122), (152, 132, 106), (182, 168, 140)),
-    "water": ((82, 102, 92), (66, 90, 82), (112, 120, 108), (60, 84, 94)),
-    "soil": ((160, 116, 84), (176, 128, 92), (142, 112, 86), (188, 166, 134)),
-    "floor": ((52, 58, 32), (60, 60, 36)),
+    "lawn": ((100, 116, 72), (116, 124, 80), (92, 108, 66), (128, 128, 88)),
+    "paving": ((152, 148, 138), (140, 136, 128), (160, 150, 134)),
+    "asphalt": ((112, 112, 112), (128, 126, 124), (96, 97, 100), (146, 144, 138)),
+    "track": ((150, 136, 114), (138, 126, 108), (164, 152, 130)),
+    "water": ((66, 88, 84), (58, 78, 80), (98, 110, 96), (52, 72, 84)),
+    "soil": ((168, 128, 94), (176, 138, 104), (152, 124, 96), (188, 168, 136)),
+    "floor": ((44, 54, 34), (52, 58, 36)),
     "crop": (
-        (154, 142, 84), (168, 152, 100), (112, 122, 62), (134, 108, 80), (96, 116, 58), (172, 164, 72), (124, 128, 80),
+        (146, 136, 84), (160, 148, 96), (110, 124, 64), (132, 112, 82), (94, 118, 58), (164, 158, 76), (118, 128, 74),
     ),
-    "flat": ((176, 172, 164), (150, 146, 140)),
-    "gable": ((132, 96, 78), (112, 100, 92), (98, 98, 100), (154, 104, 78)),
-    "shed": ((72, 110, 170), (150, 164, 184), (196, 196, 196)),
+    "flat": ((184, 182, 178), (158, 156, 152), (206, 202, 194)),
+    "gable": ((146, 90, 70), (124, 96, 82), (108, 108, 112), (158, 104, 80)),
+    "shed": ((78, 114, 170), (156, 168, 186), (202, 202, 204)),
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _houses(place: Place, block: Polygon, along: Vector) -> None:
     if dice.chance(0.6):
         place.ground(sheet.inside(block, 3), "lawn", M.LAWN)
     kind = ("gable", "flat")[dice.count(0, 1)]
-    lot = (dice.between(40, 84), dice.between(28, 42))
+    lot = (dice.between(32, 84), dice.between(24, 42))
     height = dice.between(6, 16)
     place.wood(sheet.inside(block, 3), dice.between(0.05, 0.25))
     for part in subdivide(dice, block, along, limit=lot, margins=(0.0,), sheet=sheet):
@@ -207,8 +207,8 @@ def country(sheet: Sheet, dice: Dice) -> None:
         place.road(stream, wide + 7, place.colour("lawn"), M.LAWN)
         place.road(stream, wide, place.colour("water"), M.WATER)
     for _ in range(dice.count(1, 2)):
-        lane, paved = place.course(16), dice.chance(0.4)
-        wide = dice.between(8, 11) if paved else dice.between(6.5, 9)
+        lane, paved = place.course(14), dice.chance(0.6)
+        wide = dice.between(8.5, 12) if paved else dice.between(7, 9)
         place.road(lane, wide + 4, place.colour("lawn"), M.BUND)
         place.road(lane, wide, place.colour("asphalt" if paved else "track"), M.ASPHALT if paved else M.TRACK)
         if dice.chance(0.9):
@@ -248,22 +248,22 @@ def _wild(place: Place) -> None:
 def _hamlet(place: Place, lane: list[Vector]) -> None:
     """Small houses on both sides of a stretch of the lane, each in its garden; often a second row behind."""
     dice, sheet = place.dice, place.sheet
-    first = dice.count(3, 8)
+    first = dice.count(2, 7)
     rows = (-1, 1, -2, 2) if dice.chance(0.7) else (-1, 1)
-    for index in range(first, min(first + dice.count(3, 6), len(lane) - 1)):
+    for index in range(first, min(first + dice.count(3, 5), len(lane) - 1)):
         (x0, y0), (x1, y1) = lane[index], lane[index + 1]
         ux, uy = normalised(x1 - x0, y1 - y0)
         for row in rows:
             if dice.chance(0.15):
                 continue
-            off = row * dice.between(17, 20)
+            off = row * dice.between(19, 22)
             spot = ((x0 + x1) / 2 - uy * off, (y0 + y1) / 2 + ux * off)
             lean = dice.between(-0.15, 0.15)
             turned = normalised(ux - uy * lean, uy + ux * lean)
-            yard = sheet.inside(rectangle(spot, turned, 31, 29))
+            yard = sheet.inside(rectangle(spot, turned, 36, 33))
             if yard is not None:
                 garden = (yard[0], yard[1] & ~np.isin(sheet.material[yard[0]], TAKEN))
                 place.ground(garden, "paving" if dice.chance(0.3) else "lawn", M.LAWN)
                 place.wood(garden, 0.12)
             kind = ("gable", "gable", "shed", "flat")[dice.count(0, 3)]
-            place.building(spot, turned, (dice.between(16, 25), dice.between(12, 16), dice.between(3, 6)), kind)
+            place.building(spot, turned, (dice.between(19, 29), dice.between(13, 18), dice.between(4, 7)), kind)

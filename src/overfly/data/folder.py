@@ -37,6 +37,8 @@ class Folder(Domain, name="folder"):
 
     root: Path
     """Folder that the other paths are relative to."""
+    title: str = "Folder"
+    """What tables and run folders call this place."""
     classes: Classes
     """Names of the classes, as a list or with a display colour each: ``{building: [60, 16, 152], …}``."""
     images: str = "images"

@@ -1,4 +1,4 @@
-"""From domains to batches. What a step sees is a function of (seed, step): resuming costs nothing and changes nothing."""
+"""From domains to batches. What a step sees is a function of (seed, step): resuming costs nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from overfly.core.records import IGNORE, Array, Batch, Item, Labelled, UInt8
 from overfly.data.cache import open_picture
 from overfly.data.check import label_counts
 from overfly.data.domain import Domain
-from overfly.data.sampling import Counts, Sampling, crop
+from overfly.data.sampling import Counts, Place, Sampling, crop
+
+MEMORY_BYTES = 2 * 2**30
+"""Decoded pictures that one process keeps of one domain; what is over it is decoded again each time."""
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Stream:
         resize: side that pictures are first resized to, or None.
         seed: of the run; the streams of one run differ by ``key``.
         key: number of the stream.
-        cache: folder of decoded pictures, "memory", or None.
+        cache: folder of decoded pictures, "memory" (up to `MEMORY_BYTES`), or None.
     """
 
     domain: Domain
@@ -45,6 +48,7 @@ class Stream:
     cache: Path | str | None = None
     counts: Counts | None = None
     _kept: dict[str, tuple[Array, UInt8]] = field(default_factory=dict, repr=False)
+    _bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -56,17 +60,18 @@ class Stream:
 
     def chosen(self, step: int, slots: Sequence[int]) -> list[tuple[Item, int]]:
         """The items of a step, each with the class it was chosen for."""
-        seed = self.seed * 16 + self.key
-        picks = [self.sampling.picture(seed, step, slot, self.batch, len(self.items), self.counts) for slot in slots]
+        seed, count = self.seed * 16 + self.key, len(self.items)
+        places = [Place(seed, step, slot, self.batch, count) for slot in slots]
+        picks = [self.sampling.picture(place, self.counts) for place in places]
         return [(self.items[index], wanted) for index, wanted in picks]
 
     def read(self, step: int, slots: Sequence[int]) -> Labelled:
-        """Images (B, C, crop, crop), float, sensor range, and labels (B, crop, crop), int64, of some slots of a step."""
+        """Images (B, C, crop, crop) in the sensor's range, and labels (B, crop, crop), of some slots of a step."""
         images, labels = [], []
         for slot, (item, wanted) in zip(slots, self.chosen(step, slots), strict=True):
             image, label = self._open(item)
             random = np.random.default_rng([self.seed, self.key, step, slot])
-            image, label = crop(image, label, self.crop, random, self.sampling, wanted)
+            image, label = crop(image, label, self.crop, random, lambda part: self.sampling.fits(part, wanted))
             images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
             labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
         return Labelled(torch.stack(images), torch.stack(labels))
@@ -78,8 +83,9 @@ class Stream:
         image, label = open_picture(self.domain, item, self.resize, folder)
         if label is None:
             label = np.full(image.shape[:2], IGNORE, np.uint8)
-        if self.cache == "memory":
+        if self.cache == "memory" and self._bytes < MEMORY_BYTES:
             self._kept[item.name] = image, label
+            self._bytes += image.nbytes + label.nbytes
         return image, label
 
 

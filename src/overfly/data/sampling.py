@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,24 @@ Counts = NDArray[np.int64]
 """Labelled pixels of each class in each picture, (pictures, K)."""
 
 
+class Place(NamedTuple):
+    """One place in the stream of pictures.
+
+    Attributes:
+        seed: of the run and the stream.
+        step: from 0.
+        slot: place in the batch, 0 to ``batch`` - 1.
+        batch: pictures in a step.
+        count: pictures in the split.
+    """
+
+    seed: int
+    step: int
+    slot: int
+    batch: int
+    count: int
+
+
 class Sampling(Choice, ABC):
     """How pictures and crops are chosen. The choice is a function of (seed, step, slot) alone."""
 
@@ -23,17 +42,11 @@ class Sampling(Choice, ABC):
     """Whether it must know the labelled pixels of each class in each picture."""
 
     @abstractmethod
-    def picture(
-        self, seed: int, step: int, slot: int, batch: int, count: int, counts: Counts | None
-    ) -> tuple[int, int]:
+    def picture(self, place: Place, counts: Counts | None) -> tuple[int, int]:
         """Index of a picture and the class it was chosen for (-1: none in particular).
 
         Args:
-            seed: of the run and the stream.
-            step: from 0.
-            slot: place in the batch, 0 to ``batch`` - 1.
-            batch: pictures in a step.
-            count: pictures in the split.
+            place: which place in the stream.
             counts: labelled pixels of each class, where `needs_counts`.
         """
 
@@ -45,12 +58,10 @@ class Sampling(Choice, ABC):
 class Uniform(Sampling, name="uniform"):
     """Every picture once, in a new order each epoch; crops anywhere."""
 
-    def picture(
-        self, seed: int, step: int, slot: int, batch: int, count: int, counts: Counts | None
-    ) -> tuple[int, int]:  # noqa: ARG002
+    def picture(self, place: Place, counts: Counts | None) -> tuple[int, int]:  # noqa: ARG002
         """The next picture of a permutation drawn from (seed, epoch)."""
-        epoch, place = divmod(step * batch + slot, count)
-        return int(_permutation(seed, epoch, count)[place]), -1
+        epoch, turn = divmod(place.step * place.batch + place.slot, place.count)
+        return int(_permutation(place.seed, epoch, place.count)[turn]), -1
 
 
 class Rare(Sampling, name="rare"):
@@ -69,13 +80,11 @@ class Rare(Sampling, name="rare"):
 
     needs_counts: ClassVar[bool] = True
 
-    def picture(
-        self, seed: int, step: int, slot: int, batch: int, count: int, counts: Counts | None
-    ) -> tuple[int, int]:  # noqa: ARG002
+    def picture(self, place: Place, counts: Counts | None) -> tuple[int, int]:
         """A class by its rarity, then a picture that shows it."""
         if counts is None:
             raise ValueError("rare-class sampling needs the class counts of every picture")
-        random = np.random.default_rng([seed, step, slot, 1])
+        random = np.random.default_rng([place.seed, place.step, place.slot, 1])
         probability = self.probabilities(counts)
         wanted = int(random.choice(len(probability), p=probability))
         enough = np.flatnonzero(counts[:, wanted] >= min(self.pixels, counts[:, wanted].max()))
@@ -96,7 +105,7 @@ class Rare(Sampling, name="rare"):
 
 
 def crop(
-    image: Array, label: UInt8, size: int, random: np.random.Generator, sampling: Sampling, wanted: int
+    image: Array, label: UInt8, size: int, random: np.random.Generator, fits: Callable[[UInt8], bool]
 ) -> tuple[Array, UInt8]:
     """A square part of a picture.
 
@@ -105,8 +114,7 @@ def crop(
         label: (H, W).
         size: side of the crop; a smaller picture is mirrored outwards, with its label ignored there.
         random: chooses the place.
-        sampling: says whether a place will do.
-        wanted: the class that the picture was chosen for, or -1.
+        fits: whether the label of a place will do; the tenth place is taken in any case.
 
     Returns:
         Image (size, size, C) and label (size, size).
@@ -121,7 +129,7 @@ def crop(
         top = int(random.integers(height - size + 1))
         left = int(random.integers(width - size + 1))
         part = label[top : top + size, left : left + size]
-        if sampling.fits(part, wanted):
+        if fits(part):
             break
     return image[top : top + size, left : left + size], part
 

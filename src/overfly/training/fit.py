@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -72,6 +72,8 @@ def launch(recipe: Recipe, engine: Engine) -> Fabric:
     """Start the processes of a run."""
     if recipe.batch % engine.devices:
         raise RecipeError(f"a batch of {recipe.batch} cannot be shared by {engine.devices} devices; change one of them")
+    if recipe.batch == engine.devices:
+        raise RecipeError("batch normalisation needs two pictures on each device or more; raise batch")
     device = machines.pick(engine.device)
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
     devices: Any = [device.index] if device.index is not None and engine.devices == 1 else engine.devices
@@ -257,8 +259,8 @@ class Training:
         if self.main:
             self.journal.write(number, event="not finite", terms=terms, items=names)
         raise TrainingError(
-            f"the loss is not finite at step {number} ({terms}; pictures: {names}); lower optim.lr or set clip, or look "
-            f"at these pictures with `overfly data check`; the last good checkpoint is kept: {kept}"
+            f"the loss is not finite at step {number} ({terms}; pictures: {names}); lower optim.lr or set clip, or "
+            f"look at these pictures with `overfly data check`; the last good checkpoint is kept: {kept}"
         )
 
     def validate(self, number: int) -> bool:

@@ -60,10 +60,10 @@ class TensorBoard:
             from overfly.core.errors import MissingExtraError
 
             raise MissingExtraError("tensorboard", "track", "following a run in TensorBoard") from None
-        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One point on each curve."""
         for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self.writer.flush()  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from overfly.core.errors import RecipeError
@@ -62,11 +63,9 @@ def first_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
         return segmenter
     network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
     if recipe.model.weights is not None:
-        load_weights(network, recipe.model.weights, sha256=recipe.model.sha256)
+        print(load_weights(network, recipe.model.weights, sha256=recipe.model.sha256), file=sys.stderr)
     mean, std = normalisation(recipe, domain)
-    return Segmenter(
-        network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, peak=domain.peak
-    )
+    return Segmenter(network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, peak=domain.peak)
 
 
 def normalisation(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
