@@ -58,6 +58,8 @@ def page() -> str:
     for group, choice in GROUPS.items():
         lines += [f"## {group}", ""]
         for name, kind in sorted(choice.kinds.items()):
+            if not kind.__module__.startswith("overfly."):  # a plug-in's
+                continue
             lines += [f"### `{name}`", "", sentence(kind), "", *settings(kind)]
     return "\n".join(lines).rstrip() + "\n"
 

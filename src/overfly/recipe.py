@@ -71,6 +71,11 @@ def _nested(value: object) -> object:
     return Recipe.model_validate(value) if isinstance(value, Mapping) else value
 
 
+def _word(value: object) -> object:
+    """Take the number 32 to mean the word "32"."""
+    return str(value) if isinstance(value, int) else value
+
+
 class Recipe(Spec):
     """Everything that decides what a run ends in; what only decides how fast (device, workers) is not part of it."""
 
@@ -110,7 +115,7 @@ class Recipe(Spec):
     """Bound on the norm of the gradient."""
     seed: Whole = 0
     """What all random choices are drawn from."""
-    precision: Literal["32", "bf16", "16"] = "32"
+    precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_word)] = "32"
     """Arithmetic of the networks: full, or mixed with bfloat16 or half floats."""
 
     @model_validator(mode="before")

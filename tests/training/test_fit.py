@@ -204,8 +204,8 @@ def test_mixed_precision_trains(small: dict[str, Any], tmp_path: Path, precision
 
 
 def test_every_method_is_resumed_exactly_and_trains_every_weight(small: dict[str, Any], tmp_path: Path) -> None:
-    for name in Method.kinds:
-        if name in ("stops", "poisoned"):
+    for name, kind in Method.kinds.items():
+        if not kind.__module__.startswith("overfly."):
             continue
         start = {"start": small} if name == "recalibrate" else {}
         run = trained(load({**small, **start, "method": name, "steps": 3}), tmp_path / name)

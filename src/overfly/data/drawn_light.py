@@ -52,8 +52,8 @@ SUMMER = Look(
 )  # fmt: skip
 """The town's: high sun, clear air, sharp and quiet."""
 AUTUMN = Look(
-    leaves=((54, 76, 42), (68, 88, 46), (92, 92, 50), (48, 70, 44)),
-    spacing=(6, 8), sun=(0.5, 1.0), slope=(0.45, 0.8), shade=(0.55, 0.56, 0.6),
+    leaves=((52, 78, 44), (66, 88, 48), (88, 92, 50), (48, 72, 46)),
+    spacing=(7, 9), sun=(0.5, 1.0), slope=(0.45, 0.8), shade=(0.55, 0.56, 0.6),
     gain=(1.02, 0.99, 0.92), exposure=(0.9, 1.1), haze=(0.06, 0.2), veil=(182, 186, 182),
     blur=(0.6, 0.95), noise=(2.5, 5),
 )  # fmt: skip
@@ -87,7 +87,8 @@ def plant(sheet: Sheet, dice: Dice, look: Look, away: tuple[float, float]) -> No
     reach = np.where(density < 1, np.float32(0.3), np.float32(0.56))
     material = sheet.material
     stands = (nearest.number < density) & (nearest.square < reach) & (material != Material.ROOF)
-    stands &= ((material != Material.ASPHALT) & (material != Material.WATER)) | (nearest.square < np.float32(0.1))
+    kept_clear = np.isin(material, (Material.ASPHALT, Material.TRACK, Material.WATER))
+    stands &= ~kept_clear | (nearest.square < np.float32(0.1))
     first, second = (np.array(dice.one_of(look.leaves), np.float32) for _ in range(2))
     number = nearest.number[stands]
     mix, tone = (number * 7 % 1)[:, None], (number * 31 % 1)[:, None]

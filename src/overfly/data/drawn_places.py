@@ -40,7 +40,7 @@ COUNTRY: Paints = {
     "asphalt": ((112, 112, 112), (128, 126, 124), (96, 97, 100), (146, 144, 138)),
     "track": ((150, 136, 114), (138, 126, 108), (164, 152, 130)),
     "water": ((66, 88, 84), (58, 78, 80), (98, 110, 96), (52, 72, 84)),
-    "soil": ((168, 128, 94), (176, 138, 104), (152, 124, 96), (188, 168, 136)),
+    "soil": ((176, 132, 96), (188, 150, 114), (164, 132, 100), (198, 178, 146)),
     "floor": ((44, 54, 34), (52, 58, 36)),
     "crop": (
         (146, 136, 84), (160, 148, 96), (110, 124, 64), (132, 112, 82), (94, 118, 58), (164, 158, 76), (118, 128, 74),
@@ -207,7 +207,7 @@ def country(sheet: Sheet, dice: Dice) -> None:
         place.road(stream, wide + 7, place.colour("lawn"), M.LAWN)
         place.road(stream, wide, place.colour("water"), M.WATER)
     for _ in range(dice.count(1, 2)):
-        lane, paved = place.course(14), dice.chance(0.6)
+        lane, paved = place.course(14), dice.chance(0.7)
         wide = dice.between(8.5, 12) if paved else dice.between(7, 9)
         place.road(lane, wide + 4, place.colour("lawn"), M.BUND)
         place.road(lane, wide, place.colour("asphalt" if paved else "track"), M.ASPHALT if paved else M.TRACK)

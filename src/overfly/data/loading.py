@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class Stream:
         for slot, (item, wanted) in zip(slots, self.chosen(step, slots), strict=True):
             image, label = self._open(item)
             random = np.random.default_rng([self.seed, self.key, step, slot])
-            image, label = crop(image, label, self.crop, random, lambda part: self.sampling.fits(part, wanted))
+            image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, wanted=wanted))
             images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
             labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
         return Labelled(torch.stack(images), torch.stack(labels))

@@ -25,14 +25,14 @@ class Place(NamedTuple):
         step: from 0.
         slot: place in the batch, 0 to ``batch`` - 1.
         batch: pictures in a step.
-        count: pictures in the split.
+        pictures: in the split.
     """
 
     seed: int
     step: int
     slot: int
     batch: int
-    count: int
+    pictures: int
 
 
 class Sampling(Choice, ABC):
@@ -60,8 +60,8 @@ class Uniform(Sampling, name="uniform"):
 
     def picture(self, place: Place, counts: Counts | None) -> tuple[int, int]:  # noqa: ARG002
         """The next picture of a permutation drawn from (seed, epoch)."""
-        epoch, turn = divmod(place.step * place.batch + place.slot, place.count)
-        return int(_permutation(place.seed, epoch, place.count)[turn]), -1
+        epoch, turn = divmod(place.step * place.batch + place.slot, place.pictures)
+        return int(_permutation(place.seed, epoch, place.pictures)[turn]), -1
 
 
 class Rare(Sampling, name="rare"):

@@ -75,6 +75,8 @@ def launch(recipe: Recipe, engine: Engine) -> Fabric:
     if recipe.batch == engine.devices:
         raise RecipeError("batch normalisation needs two pictures on each device or more; raise batch")
     device = machines.pick(engine.device)
+    if recipe.precision == "16" and device.type == "cpu":
+        raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
     devices: Any = [device.index] if device.index is not None and engine.devices == 1 else engine.devices
     strategy = DDPStrategy(process_group_backend="nccl" if device.type == "cuda" else "gloo")

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 from overfly.core.errors import RecipeError
+from overfly.core.transfer import human_size
+from overfly.data.cache import estimate
 from overfly.data.domain import Domain, without_labels
 from overfly.data.loading import Stream
 from overfly.data.sampling import Uniform
@@ -29,6 +31,9 @@ def streams(recipe: Recipe, cache: Path | str | None = None) -> tuple[Stream | N
             continue
         domain = recipe.domain("source" if role == "source" else "target")
         items = list(domain.items("train"))
+        if isinstance(cache, Path):
+            needed_bytes = estimate(domain, items, recipe.resize)
+            print(f"decoded pictures of {domain.title} take {human_size(needed_bytes)} in {cache}", file=sys.stderr)
         found.append(
             Stream(
                 domain,

@@ -1,0 +1,75 @@
+"""Every recipe that is shipped trains two steps on the drawn world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from overfly.api import benchmark, data_draw, train
+from overfly.recipe import Recipe, load
+
+RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+SMALL = ["crop=64", "batch=2", "epochs=null", "steps=2", "schedule.warmup=0"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    data_draw(root / "loveda", size=64, train=3, val=1, test=1)
+    return root / "loveda"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_trains(path: Path, world: Path, tmp_path: Path) -> None:
+    loveda = path.parent.name == "loveda"
+    changes = [*SMALL, *(["resize=64"] if loveda else [])]
+    for role, scene in (("source", "urban"), ("target", "rural")):
+        if loveda:
+            changes.append(f"{role}.root={world}")
+        else:
+            changes.append(f"{role}={{name: drawn, scene: {scene}, size: 64, train: 3, val: 1, test: 1}}")
+    values = yaml.safe_load(path.read_text())
+    if "start" in values:
+        changes += [f"start.{change}" for change in changes]
+    if values.get("model") and "weights" in values["model"]:
+        changes.append("model.weights=null")
+    if "start" in values and "light" in path.stem:
+        changes += ["start.model.weights=null", "start.model.sha256=null"]
+    recipe = load(path, *changes)
+    assert isinstance(recipe, Recipe)
+    assert train(recipe, out=tmp_path, device="cpu", quiet=True).run.finished
+
+
+def test_the_research_table_has_every_row_in_one_form() -> None:
+    recipes = {path.stem: load(path) for path in RECIPES if path.parent.name == "loveda"}
+    rows = {
+        (recipe.model.name, recipe.source.title, recipe.method.criterion.name)
+        for recipe in recipes.values()
+        if recipe.source
+    }
+    assert rows == {
+        ("deeplabv2_resnet101", "Rural", "cross_entropy"),
+        ("pidnet_s", "Rural", "cross_entropy"),
+        ("pidnet_s", "Urban", "cross_entropy"),
+        ("pidnet_s", "Rural", "ohem"),
+        ("pidnet_s", "Urban", "ohem"),
+    }
+    for recipe in recipes.values():
+        optim, schedule = recipe.optim.model_dump(), recipe.schedule.model_dump()
+        assert (optim["name"], optim["lr"], optim["momentum"], optim["weight_decay"]) == ("sgd", 0.01, 0.9, 5e-4)
+        assert (schedule["name"], schedule["power"]) == ("poly", 0.9)
+        assert (recipe.resize, recipe.crop, recipe.batch, recipe.epochs) == (512, 512, 6, 20)
+        assert recipe.augment == ()
+
+
+def test_the_research_table_is_made_of_the_drawn_world_by_changing_the_root(world: Path, tmp_path: Path) -> None:
+    small = ["resize=64", "crop=64", "batch=2", "epochs=1", "optim.lr=1e-5"]
+    small += [f"source.root={world}", f"target.root={world}"]
+    files = [str(path) for path in RECIPES if path.parent.name == "loveda" and "pidnet" in path.stem]
+    found = benchmark([*files, *small], seeds="1", out=tmp_path, size=64, device="cpu", quiet=True).table
+    assert [row.length for row in found.rows] == ["1 epochs"] * 4
+    assert all(set(row.miou) == {"Urban", "Rural"} for row in found.rows)
+    assert found.rows[0].optimizer == "SGD(lr: 1e-05, weight_decay: 0.0005, momentum: 0.9)"
