@@ -7,7 +7,8 @@ import pytest
 
 from conftest import REPOSITORY
 from overfly.core.errors import RecipeError
-from overfly.recipe import Recipe, load, parse
+from overfly.core.settings import parse
+from overfly.recipe import Recipe, load
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY
 
+from conftest import REPOSITORY
 from overfly.api import benchmark, data_draw, train
 from overfly.recipe import Recipe, load
 
@@ -72,4 +72,4 @@ def test_the_research_table_is_made_of_the_drawn_world_by_changing_the_root(worl
     found = benchmark([*files, *small], seeds="1", out=tmp_path, size=64, device="cpu", quiet=True).table
     assert [row.length for row in found.rows] == ["1 epochs"] * 4
     assert all(set(row.miou) == {"Urban", "Rural"} for row in found.rows)
-    assert found.rows[0].optimizer == "SGD(lr: 1e-05, weight_decay: 0.0005, momentum: 0.9)"
+    assert found.rows[0].optimizer == "SGD(lr: 1e-05, momentum: 0.9, weight_decay: 0.0005)"

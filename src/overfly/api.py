@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from cyclopts import Parameter
-from pydantic import ValidationError
 from torch import nn
 
 from overfly import benchmark as benchmarks
+from overfly.arguments import LARGEST, Cache, Written, cache_of, changed, domain_of, see_bounds, seeds_of
 from overfly.catalogue import Catalogue, catalogue
 from overfly.core import device as machines
-from overfly.core.errors import RecipeError
+from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.data import check as checks
 from overfly.data.domain import SPLITS, Domain, Split
 from overfly.data.download import Fetched, fetch_loveda
 from overfly.data.statistics import Statistics, statistics
 from overfly.data.synthetic import Scene, write_world
 from overfly.models.registry import build
-from overfly.recipe import Recipe, explain, load, parse, set_value
+from overfly.recipe import load
 from overfly.results import Checked, Drawn, Evaluation, Measured, Tabulated, Trained
 from overfly.scoring.samples import Samples
 from overfly.scoring.scores import Scores
 from overfly.scoring.speed import measure
-from overfly.training.assess import assess, roles
+from overfly.training.assess import assess, labelled, roles
 from overfly.training.carry_out import carry_out
-from overfly.training.fit import Engine, launch
+from overfly.training.engine import Engine, launch, on_main
 from overfly.training.progress import Transfers
 from overfly.training.run import Run
 from overfly.views.curves import curves
@@ -43,16 +43,6 @@ __all__ = [
     "speed",
     "train",
 ]
-
-Cache = Literal["memory", "disk", "off"]
-
-
-def _as_path(kind: Any, tokens: Any) -> Path:  # noqa: ARG001  (the shape that cyclopts calls)
-    return Path(tokens[0].value)
-
-
-Written = Annotated[Path | str | Recipe, Parameter(accepts_keys=False, n_tokens=1, converter=_as_path)]
-"""A recipe as a value, or, as on the command line, the path of one."""
 
 
 def train(
@@ -84,13 +74,14 @@ def train(
         quiet: print no progress.
 
     Returns:
-        The run: its folder, and whether it was there already.
+        The run's folder.
     """
-    path = Path(recipe) if not isinstance(recipe, Recipe) else None
-    if path is not None and (path / "recipe.yaml").is_file():
-        out = path
+    if isinstance(recipe, Path | str) and (Path(recipe) / "recipe.yaml").is_file() and not overrides:
+        out = Path(recipe)
     value = load(recipe, *overrides)
-    engine = Engine(device, devices, workers, checkpoint_every, journal_every, _cache(cache), track=track, quiet=quiet)
+    engine = Engine(
+        device, devices, workers, checkpoint_every, journal_every, cache_of(cache), track=track, quiet=quiet
+    )
     run = carry_out(value, out, launch(value, engine), engine)
     return Trained(run.path)
 
@@ -113,7 +104,7 @@ def evaluate(
         overrides: settings of the domain to change, such as root=/data/loveda.
         domain: source, target or both of the run's recipe; or the file or name of another domain.
         split: train, val or test.
-        window: side of overlapping windows in pixels; left out, whole pictures are predicted at once.
+        window: side of overlapping windows in pixels; 0: whole pictures; left out: as the recipe says.
         overlap: share of a window that the next one covers again.
         device: auto, cpu, cuda, cuda:1 or mps.
         workers: threads that read ahead.
@@ -123,20 +114,28 @@ def evaluate(
         Scores by domain and split, as they are written to scores.json.
     """
     opened = Run.open(run)
-    chosen = roles(opened, domain) if domain in ("source", "target", "both") else [(domain, _domain(domain))]
+    named = domain in ("source", "target", "both")
+    chosen = roles(opened, domain) if named else [(domain, domain_of(domain))]
+    places = [(key if named else place.title, changed(place, overrides)) for key, place in chosen]
+    told = [f"{key} has no labels in {split}, and is left out" for key, place in places if not labelled(place, split)]
+    if len(told) == len(places):
+        raise DataError(
+            f"{' and '.join(key for key, _ in places)}: no picture of {split} has a label; nothing to score"
+        )
+    if pictures:
+        _samples(opened)
     scores, drawn = {}, []
-    for key, stated in chosen:
-        place = _changed(stated, overrides)
-        name = place.title if key == domain and domain not in ("source", "target", "both") else key
+    for key, place in places:
+        if not labelled(place, split):
+            continue
         samples = Samples() if pictures else None
-        found = assess(
-            opened, place, name, split,
+        scores[f"{key}/{split}"] = assess(
+            opened, place, key, split,
             device=machines.pick(device), window=window, overlap=overlap, samples=samples, workers=workers,
         )  # fmt: skip
-        scores[f"{name}/{split}"] = found
         if samples is not None:
-            drawn += _draw(opened, f"{name}-{split}", place, found, samples)
-    return Evaluation(opened.path, scores, list(dict.fromkeys(drawn)))
+            drawn += _draw(opened, f"{key}-{split}", place, scores[f"{key}/{split}"], samples)
+    return Evaluation(opened.path, scores, list(dict.fromkeys(drawn)), told)
 
 
 def benchmark(
@@ -175,20 +174,23 @@ def benchmark(
     Returns:
         The table.
     """
-    overrides = [entry for entry in recipes if "=" in entry and not Path(entry).exists()]
+    overrides = [entry for entry in recipes if "=" in entry and not entry.endswith((".yaml", ".yml"))]
     files = benchmarks.expand([entry for entry in recipes if entry not in overrides])
     if not files:
         raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")
-    numbers = _seeds(seeds)
-    engine = Engine(device, devices, workers, checkpoint_every, cache=_cache(cache), quiet=quiet)
+    numbers = seeds_of(seeds)
+    if not 8 <= size <= LARGEST:
+        raise RecipeError(f"--size {size} is no size of an image; take 8 to {LARGEST}")
+    if any(place.exists() and not place.is_dir() for place in (out, table or out)):
+        raise RecipeError(f"{table or out} is a file; give a folder to write to")
+    engine = Engine(device, devices, workers, checkpoint_every, cache=cache_of(cache), quiet=quiet)
     fabric = launch(load(files[0], *overrides), engine)
     done = benchmarks.study(
         files, overrides, numbers, out=out, fabric=fabric, engine=engine, split=split, draw=_draw, workers=workers
     )
-    found = benchmarks.tabulate(done, numbers, split, size=size, device=str(fabric.device))
+    found = on_main(fabric, lambda: benchmarks.tabulate(done, numbers, split, size=size, device=str(fabric.device)))
     folder = table or out
-    if fabric.is_global_zero:
-        benchmarks.write(found, folder)
+    on_main(fabric, lambda: benchmarks.write(found, folder))
     return Tabulated(found, folder)
 
 
@@ -228,6 +230,11 @@ def speed(
     Returns:
         Size and speed, and how they were measured.
     """
+    see_bounds(
+        {"size": (size, 1, LARGEST), "classes": (classes, 1, 254), "bands": (bands, 1, 1000)}
+        | {"warmup": (warmup, 0, 10**6), "threads": (threads or 1, 1, 8 * (os.cpu_count() or 1))}
+        | {"macs-of-batch": (1 if macs_of_batch is None else macs_of_batch, 1, 10**6)}
+    )
     if Path(network).is_dir():
         trained = Run.open(network).segmenter()
         name, bands = trained.architecture, trained.bands
@@ -330,7 +337,7 @@ def data_stats(domain: str, *overrides: str, split: Split = "train", limit: int 
     Returns:
         Mean, standard deviation, smallest and largest value of each band.
     """
-    return statistics(_domain(domain, overrides), split, limit=limit)
+    return statistics(domain_of(domain, overrides), split, limit=limit)
 
 
 def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) -> Checked:
@@ -344,64 +351,23 @@ def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) 
     Returns:
         The findings. The command exits with status 1 where a file is bad.
     """
-    return Checked(checks.check(_domain(domain, overrides), splits))
+    return Checked(checks.check(domain_of(domain, overrides), splits))
+
+
+def _samples(run: Run) -> Path:
+    """The folder of a run's pictures, made."""
+    folder = run.path / "samples"
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file, and pictures are drawn into a folder of this name; move it away")
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _draw(run: Run, name: str, domain: Domain, scores: Scores, samples: Samples) -> list[Path]:
     """Draw panels, the confusion matrix and the curves of training into the run's folder."""
-    folder = run.path / "samples"
-    folder.mkdir(exist_ok=True)
+    folder = _samples(run)
     drawn = [folder / f"{name}.png", folder / f"{name}-confusion.png", folder / "curves.png"]
     panels(samples, domain.classes, drawn[0])
     confusion_figure(scores.confusion, domain.classes, drawn[1])
     curves(list(run.journal.rows()), drawn[2])
     return drawn
-
-
-def _cache(cache: Cache) -> Path | str | None:
-    from overfly.core.fetch import cache_folder
-
-    return {"memory": "memory", "off": None, "disk": cache_folder() / "pictures"}[cache]
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 0 or numbers == [0]:
-        raise RecipeError(f"--seeds {text} is no number of seeds; write how many, such as 3, or which, such as 0,1,5")
-    return numbers if "," in text else list(range(numbers[0]))
-
-
-def _domain(text: str, overrides: tuple[str, ...] = ()) -> Domain:
-    """A domain from a file, a recipe's source, or a name."""
-    values: object = {"name": text}
-    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
-        try:
-            values = parse(Path(text).read_text(encoding="utf-8"))
-        except OSError:
-            raise RecipeError(f"{text} is not there; give the file or the name of a domain") from None
-    if isinstance(values, dict) and "source" in values:
-        values = values["source"]
-    if not isinstance(values, dict):
-        raise RecipeError(f"{text} holds no domain; write 'name: folder' and its settings")
-    for override in overrides:
-        set_value(values, override)
-    try:
-        return Domain.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(explain(error, f"domain {text}")) from None
-
-
-def _changed(domain: Domain, overrides: tuple[str, ...]) -> Domain:
-    """A domain with other settings."""
-    if not overrides:
-        return domain
-    values = domain.model_dump(mode="json")
-    for override in overrides:
-        set_value(values, override)
-    try:
-        return Domain.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(explain(error, f"domain {domain.name}")) from None

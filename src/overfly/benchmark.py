@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from lightning_fabric import Fabric
 from overfly.core.errors import RecipeError
 from overfly.core.optim import Optim, Schedule
 from overfly.core.spec import Spec, Whole
-from overfly.data.domain import Domain, Split, SplitError
+from overfly.data.domain import Domain, Split
 from overfly.models.registry import build
 from overfly.recipe import Recipe, load
 from overfly.scoring.samples import Samples
 from overfly.scoring.scores import Scores
 from overfly.scoring.speed import Speed, measure
-from overfly.training.assess import Role, assess, recorded
+from overfly.training.assess import Role, assess, labelled, recorded
 from overfly.training.carry_out import carry_out
-from overfly.training.fit import Engine
+from overfly.training.engine import Engine, on_main
 from overfly.training.run import Run
 
 Draw = Callable[[Run, str, Domain, Scores, Samples], object]
@@ -212,9 +213,7 @@ def study(
     for path, versions in planned:
         for recipe in versions:
             run = carry_out(recipe, out, fabric, engine)
-            if fabric.is_global_zero:
-                _score(run, split, fabric, draw, workers)
-            fabric.barrier()
+            on_main(fabric, partial(_score, run, split, fabric, draw, workers))
             done.setdefault(path, []).append(run)
     return done
 
@@ -248,21 +247,13 @@ def write(table: Table, out: Path) -> None:
 
 def _score(run: Run, split: Split, fabric: Fabric, draw: Draw | None, workers: int) -> None:
     for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
-        if domain is None or recorded(run, key, split) is not None:
+        if domain is None or recorded(run, key, split, domain) is not None:
             continue
-        if _labelled(domain, split):
+        if labelled(domain, split):
             samples = Samples()
             found = assess(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
             if draw is not None:
                 draw(run, f"{key}-{split}", domain, found, samples)
-
-
-def _labelled(domain: Domain, split: Split) -> bool:
-    """Whether a domain has this split, and labels in it."""
-    try:
-        return any(item.label is not None for item in domain.items(split))
-    except SplitError:
-        return False
 
 
 def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
@@ -271,23 +262,24 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
     miou: dict[str, Figure] = {}
     classes: dict[str, dict[str, Figure]] = {}
     for key, domain in roles:
-        found = [recorded(run, key, split) for run in runs]
+        found = [recorded(run, key, split, domain) for run in runs] if domain is not None else []
         if domain is None or all(scores is None for scores in found):
             continue
-        miou[domain.title] = Figure.of([scores.miou if scores else None for scores in found])
-        classes[domain.title] = {
+        title = f"{domain.title} ({key})" if domain.title in miou else domain.title
+        miou[title] = Figure.of([scores.miou if scores else None for scores in found])
+        classes[title] = {
             name: Figure.of([scores.classes[name].iou if scores else None for scores in found])
             for name in domain.classes.names
         }
     origin = recipe.start if isinstance(recipe.start, Recipe) else recipe
-    labelled = recipe.source or origin.source
+    origin_source = recipe.source or origin.source
     return Row(
         recipe=path.stem,
         version=version,
         model=recipe.model.name,
         method=recipe.method.name,
         augmentation=", ".join(entry.name for entry in recipe.augment) or "none",
-        source=labelled.title if labelled else "none",
+        source=origin_source.title if origin_source else "none",
         batch=recipe.batch,
         criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
         optimizer=_settings(recipe.optim) if recipe.method.needs_source else "none",
@@ -306,11 +298,14 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
 
 def _settings(value: Optim | Schedule) -> str:
     """A value with what matters of it: ``SGD(lr: 0.01, momentum: 0.9, weight_decay: 0.0005)``."""
-    shown = {
-        key: entry for key, entry in value.model_dump().items() if key != "name" and entry not in (0, 1.0, True, False)
-    }
-    inside = ", ".join(
-        f"{key}: {entry:g}" if isinstance(entry, float) else f"{key}: {entry}" for key, entry in shown.items()
-    )
+    always = ("lr", "momentum", "weight_decay", "power")
+    fields = type(value).model_fields
+    shown = {key: getattr(value, key) for key in fields if key in always or getattr(value, key) != fields[key].default}
+    ordered = sorted(shown, key=lambda key: always.index(key) if key in always else len(always))
+    inside = ", ".join(f"{key}: {_short(shown[key])}" for key in ordered)
     title = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "poly": "PolynomialLR"}.get(value.name, value.name)
     return f"{title}({inside})" if inside else title
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from rich.console import Console
 from overfly import __version__, api
 from overfly.core.errors import OverflyError
 
+FIRST = os.environ.get("LOCAL_RANK", "0") == "0"
+"""Whether this is the process that speaks, of the several that train together."""
 WRONG = 2
 """Exit status where the user can put it right."""
 
@@ -34,7 +37,8 @@ def application() -> App:
         help=HELP,
         version=__version__,
         help_format="plaintext",
-        default_parameter=Parameter(negative=()),
+        default_parameter=Parameter(negative_iterable=(), negative_none=()),
+        suppress_keyboard_interrupt=False,
         exit_on_error=False,
         print_error=False,
         result_action="return_value",
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     status = 0
     try:
         result = application()(list(sys.argv[1:] if arguments is None else arguments))
-        if result is not None:
+        if result is not None and FIRST:
             Console(soft_wrap=True, highlight=False, markup=False).print(result)
         status = int(getattr(result, "exit_status", 0))
     except OverflyError as error:
@@ -66,15 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CycloptsError as error:
         status = fail(f"{str(error).strip().rstrip('.')}; see overfly --help")
     except KeyboardInterrupt:
-        status = fail("stopped; the same command goes on from the last checkpoint")
+        status = fail("stopped; the same command goes on where it can")
     except BrokenPipeError:
         sys.stderr.close()
+    except OSError as error:
+        status = fail(f"{error.filename or 'a file'}: {error.strerror or error}; put this right and try again")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        status = fail("this does not fit the memory; lower batch, crop or size, or use a larger machine")
     sys.exit(status)
 
 
 def fail(sentence: str) -> int:
     """Say what is wrong; the status to exit with."""
-    print(f"overfly: {' '.join(sentence.split())}", file=sys.stderr)
+    if FIRST:
+        print(f"overfly: {' '.join(sentence.split())}", file=sys.stderr)
     return WRONG
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from overfly import data, methods  # noqa: F401  (their kinds are known once they are imported)
 from overfly.core.errors import RecipeError
 from overfly.core.optim import SGD, Optim, Poly, Schedule
+from overfly.core.settings import explain, read_mapping, set_value
 from overfly.core.spec import Count, Pixels, Positive, Spec, Whole, load_plugins
 from overfly.data.domain import Domain, Split
 from overfly.data.sampling import Sampling, Uniform
@@ -50,6 +51,8 @@ class Model(Spec):
             raise ValueError(f"no model is called {self.name!r}; there are: {', '.join(names())}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std are given together or not at all")
+        if self.sha256 is not None and self.weights is None:
+            raise ValueError("sha256 says what a file of weights must hash to; name the file under weights")
         return self
 
 
@@ -68,7 +71,15 @@ class Validation(Spec):
 
 def _nested(value: object) -> object:
     """A recipe inside a recipe, where ``start`` is one."""
+    if value is not None and not isinstance(value, Mapping | str | Path | Recipe):
+        raise ValueError("give a run folder, a Segmenter's file, or a recipe")
     return Recipe.model_validate(value) if isinstance(value, Mapping) else value
+
+
+def _seeded(recipe: Recipe, seed: Any) -> Recipe:
+    """A recipe with another seed, as deep as it starts from others."""
+    start = _seeded(recipe.start, seed) if isinstance(recipe.start, Recipe) else recipe.start
+    return recipe.model_copy(update={"seed": seed, "start": start})
 
 
 def _word(value: object) -> object:
@@ -101,9 +112,12 @@ class Recipe(Spec):
     """Watching the source's held-out labels."""
     resize: Pixels | None = None
     """Side of the square that pictures are resized to when read; none: as they are."""
-    crop: Pixels = 512
+    crop: Annotated[int, Field(ge=8, le=16384)] = 512
     """Side of the square that is cut from each picture."""
-    batch: Count = 6
+    window: Pixels | None = None
+    """Side of the overlapping windows in which pictures are scored, after any resize; none: whole pictures. A network
+    with global context that learnt from small crops does better in windows of their size."""
+    batch: Annotated[int, Field(ge=1, le=65536)] = 6
     """Pictures of each domain in one batch, over all devices."""
     accumulate: Count = 1
     """Batches whose gradients one step averages."""
@@ -113,7 +127,7 @@ class Recipe(Spec):
     """The length of training in passes over the source, instead of ``steps``."""
     clip: Positive | None = None
     """Bound on the norm of the gradient."""
-    seed: Whole = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """What all random choices are drawn from."""
     precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_word)] = "32"
     """Arithmetic of the networks: full, or mixed with bfloat16 or half floats."""
@@ -126,8 +140,11 @@ class Recipe(Spec):
             return value
         target = value["target"]
         if target.get("name") == "folder" and "classes" not in target and not target.get("masks"):
-            source = Domain.model_validate(value["source"])
-            return {**value, "source": source, "target": {**target, "classes": source.classes}}
+            source = value["source"]
+            if isinstance(source, Mapping) and "classes" in source:
+                return {**value, "target": {**target, "classes": source["classes"]}}
+            known = Domain.model_validate(source)
+            return {**value, "source": known, "target": {**target, "classes": known.classes}}
         return value
 
     @model_validator(mode="before")
@@ -137,8 +154,10 @@ class Recipe(Spec):
         if isinstance(value, Mapping) and value.get("start") is not None:
             start = _nested(value["start"])
             if isinstance(start, Recipe):
-                start = start.model_copy(update={"seed": int(value.get("seed", 0))})
+                start = _seeded(start, value.get("seed", 0))
                 return {"model": start.model, **value, "start": start}
+            if "model" not in value and (Path(str(start)) / "recipe.yaml").is_file():
+                return {**value, "model": read_mapping(Path(str(start)) / "recipe.yaml").get("model")}
         return value
 
     @model_validator(mode="after")
@@ -151,8 +170,10 @@ class Recipe(Spec):
             raise ValueError(f"method {self.method.name} adapts to a target; say where its images are under target")
         if self.source is None and self.start is None:
             raise ValueError("a recipe without a source begins from a run or weights; name them under start")
-        if self.epochs is not None and self.source is None:
-            raise ValueError("epochs are passes over the source; without a source give steps")
+        if self.method.needs_start and self.start is None and self.model.weights is None:
+            raise ValueError(f"method {self.method.name} changes a trained network; name a run or recipe under start")
+        if self.epochs is not None and (self.source is None or not self.method.needs_source):
+            raise ValueError(f"epochs are passes over the source, which {self.method.name} does not read; give steps")
         if self.validation.every and self.source is None:
             raise ValueError("validation reads the source's labels; without a source leave validation.every at 0")
         if self.source and self.target and self.source.classes.names != self.target.classes.names:
@@ -160,6 +181,13 @@ class Recipe(Spec):
                 f"source and target have different classes ({', '.join(self.source.classes.names)}, and "
                 f"{', '.join(self.target.classes.names)}); bring them together with the folder domain's mapping"
             )
+        if self.source and self.target and self.source.bands != self.target.bands:
+            raise ValueError(
+                f"source has {self.source.bands} bands and target {self.target.bands}; give both the same bands"
+            )
+        weights, domain = self.method.criterion.class_weights, self.source or self.target
+        if weights and domain and len(weights) != len(domain.classes):
+            raise ValueError(f"class_weights has {len(weights)} numbers, and there are {len(domain.classes)} classes")
         return self
 
     def domain(self, role: Literal["source", "target"]) -> Domain:
@@ -195,25 +223,22 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
     Raises:
         RecipeError: the file is missing or not YAML, or a setting is unknown or out of range; the message names it.
     """
-    named = "the recipe"
+    named, file = "the recipe", Path("recipe.yaml")
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(mode="json")
     elif isinstance(recipe, Mapping):
-        values = dict(recipe)
+        values = deepcopy(dict(recipe))
     else:
-        path = Path(recipe)
-        path = path / "recipe.yaml" if path.is_dir() else path
-        named, values = str(path), _read(path)
-        values = _anchored(values, path.parent)
+        file = Path(recipe)
+        file = file / "recipe.yaml" if file.is_dir() else file
+        named, values = str(file), read_mapping(file)
+    values = _anchored(values, file)
     for override in overrides:
         _spell_out(values, override)
         set_value(values, override)
-        inner = values.get("start")
-        if (
-            isinstance(inner, dict)
-            and inner.get(override.split(".")[0])
-            and override.startswith(("source.", "target."))
-        ):
+        values = _anchored(values, Path("recipe.yaml"))
+        inner, top = values.get("start"), override.split(".")[0]
+        if isinstance(inner, dict) and inner.get(top) and override.startswith(("source.", "target.")):
             set_value(inner, override)
     try:
         return Recipe.model_validate(values)
@@ -221,58 +246,17 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
         raise RecipeError(explain(error, named)) from None
 
 
-def explain(error: ValidationError, named: str) -> str:
-    """All that pydantic found, as one sentence with dotted keys."""
-    found = []
-    for entry in error.errors():
-        key = ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("function-", "Recipe")))
-        what = entry["msg"].removeprefix("Value error, ")
-        if entry["type"] == "extra_forbidden":
-            what = "there is no such setting"
-        given = entry.get("input")
-        shown = (
-            f" (given: {given!r})" if isinstance(given, str | int | float) and entry["type"] != "value_error" else ""
-        )
-        found.append(f"{key}: {what}{shown}" if key else what)
-    return f"{named} cannot be used: {'; '.join(dict.fromkeys(found))}; correct this and try again"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written 1e-3, which YAML 1.1 takes for a word."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def parse(text: str) -> Any:
-    """A value written as YAML."""
-    return yaml.load(text, _Loader)  # noqa: S506  (a safe loader with one more number format)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path} is not there; give a recipe file or a run folder") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path} cannot be read as YAML ({reason}); correct it and try again") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no settings; a recipe is a YAML mapping such as 'source: ...'")
-    return cast(dict[str, Any], values)
-
-
-def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _anchored(values: dict[str, Any], file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Take ``start: other.yaml`` to mean the file beside this one, and read it."""
     start = values.get("start")
-    if isinstance(start, str) and start.endswith((".yaml", ".yml")):
-        beside = folder / start
-        path = beside if beside.exists() else Path(start)
-        nested = _anchored(_read(path), path.parent)
-        return {**values, "start": nested}
-    return values
+    if not isinstance(start, str) or not start.endswith((".yaml", ".yml")):
+        return values
+    beside = file.parent / start
+    path = beside if beside.exists() else Path(start)
+    seen = (*seen, file.resolve())
+    if path.resolve() in seen:
+        raise RecipeError(f"{file} starts from itself through {path}; name another recipe under start")
+    return {**values, "start": _anchored(read_mapping(path), path, seen)}
 
 
 def _spell_out(values: dict[str, Any], override: str) -> None:
@@ -283,53 +267,5 @@ def _spell_out(values: dict[str, Any], override: str) -> None:
         values[top] = field.default.model_dump(mode="json")
 
 
-def set_value(values: dict[str, Any], override: str) -> None:
-    """Change one setting in place.
-
-    Args:
-        values: settings, as a mapping of mappings, lists and plain values.
-        override: ``dotted.key=value``, the value as YAML.
-
-    Raises:
-        RecipeError: this is no key=value, or the key leads through a plain value.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"{override!r} changes no setting; write key=value, such as method.ema=0.99")
-    try:
-        value = parse(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"{override!r} holds a value that is not YAML; quote it") from None
-    *parents, last = key.split(".")
-    place: Any = values
-    for parent in parents:
-        place = _descend(place, parent, key)
-    if isinstance(place, list):
-        place[_index(place, last, key)] = value
-    else:
-        place[last] = value
-
-
-def _descend(place: Any, part: str, key: str) -> Any:
-    if isinstance(place, list):
-        index = _index(place, part, key)
-        if isinstance(place[index], str):
-            place[index] = {"name": place[index]}
-        return place[index]
-    if isinstance(place.get(part), str):
-        place[part] = {"name": place[part]}
-    if place.get(part) is None:
-        place[part] = {}
-    if not isinstance(place[part], dict | list):
-        raise RecipeError(f"{key}: {part} is a plain value and has no settings below it")
-    return place[part]
-
-
-def _index(place: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise RecipeError(f"{key}: {part!r} is no entry of a list of {len(place)}; count from 0")
-    return int(part)
-
-
 Recipe.model_rebuild()
-__all__ = ["Model", "Recipe", "Validation", "explain", "load", "parse", "set_value"]
+__all__ = ["Model", "Recipe", "Validation", "load"]

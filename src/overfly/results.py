@@ -40,9 +40,11 @@ class Evaluation:
     path: Path
     scores: Mapping[str, Scores]
     pictures: Sequence[Path] = field(default_factory=list)
+    told: Sequence[str] = field(default_factory=list)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield scores_table(self.scores)
+        yield from self.told
         yield f"written: {self.path / 'scores.json'}"
         for picture in self.pictures:
             yield f"drawn:   {picture}"

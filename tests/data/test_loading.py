@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.errors import DataError
-from overfly.core.records import IGNORE, UInt8
+from overfly.core.records import IGNORE, Batch, UInt8
 from overfly.data.domain import Domain, without_labels
 from overfly.data.loading import Steps, Stream, loader
 from overfly.data.sampling import Place, Rare, Uniform, crop
@@ -32,18 +32,20 @@ def test_a_step_is_the_same_whoever_asks_and_whenever() -> None:
     early = list(loader(Steps(stream(cache="memory"), stream(key=1)), 0, 8, workers=0, pin=False))
     assert len(late) == 2
     for one, other in zip(late, early[6:], strict=True):
+        assert isinstance(one, Batch)
+        assert isinstance(other, Batch)
         assert torch.equal(one.source.image, other.source.image)
         assert torch.equal(one.source.label, other.source.label)
         assert torch.equal(one.target, other.target)
-    assert not torch.equal(early[0].source.image, early[1].source.image)
+    assert not torch.equal(Steps(stream(), None).batch(0).source.image, Steps(stream(), None).batch(1).source.image)
 
 
 def test_ranks_share_a_batch_without_overlap() -> None:
-    whole = Steps(stream(), None)[2].source.image
-    parts = [Steps(stream(), None, rank, 2)[2].source.image for rank in (0, 1)]
+    whole = Steps(stream(), None).batch(2).source.image
+    parts = [Steps(stream(), None, rank, 2).batch(2).source.image for rank in (0, 1)]
     assert torch.equal(whole[0::2], parts[0])
     assert torch.equal(whole[1::2], parts[1])
-    assert Steps(stream(), None)[2].target.shape[0] == 0
+    assert Steps(stream(), None).batch(2).target.shape[0] == 0
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 10_000))
@@ -102,7 +104,7 @@ def test_names_of_a_step_are_those_that_were_read() -> None:
     names = steps.names(1)
     assert len(names) == 4
     by_name = {item.name: item for item in steps.source.items} if steps.source else {}
-    image = steps[1].source.image
+    image = steps.batch(1).source.image
     for name, part in zip(names, image, strict=True):
         whole = stream().domain.read_image(by_name[name]).transpose(2, 0, 1).astype(np.float32)
         windows = np.lib.stride_tricks.sliding_window_view(whole[0], (32, 32))

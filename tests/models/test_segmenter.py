@@ -184,3 +184,54 @@ def test_files_of_another_version_are_named(key: str, value: object, said: str, 
     save_file(tensors, path, metadata={name: json.dumps(entry) for name, entry in {**about, key: value}.items()})
     with pytest.raises(WeightsError, match=said):
         Segmenter.load(path)
+
+
+@pytest.mark.parametrize("name", ["mean", "network.classifier.weight"])
+@pytest.mark.parametrize(
+    ("value", "said"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (1j, "not plain real numbers")]
+)
+def test_values_that_no_network_can_use_are_named(
+    name: str, value: complex, said: str, saved: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(saved)
+    about, tensors = read_segmenter_file(path)
+    tensors[name] = tensors[name].to(torch.complex64 if isinstance(value, complex) else torch.float32)
+    tensors[name].view(-1)[0] = torch.tensor(value)
+    save_file(tensors, path, metadata={key: json.dumps(entry) for key, entry in about.items()})
+    with pytest.raises(WeightsError, match=said) as refusal:
+        Segmenter.load(path)
+    assert str(path) in str(refusal.value)
+    assert f"({name}:" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("best.pth", r"no network file of overfly.*\.pth belong under model\.weights"),
+        ("best.pt", r"no network file of overfly.*\.pt belong under model\.weights"),
+        ("recipe.yaml", r"no network file of overfly.*a recipe.*model\.weights"),
+        ("notes", r"no network file of overfly.*model\.weights"),
+        ("best.safetensors", "damaged"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"model:\n  name: pidnet_s\n", b"PK\x03\x04" + bytes(200)])
+def test_files_of_other_kinds_are_told_where_they_belong(name: str, said: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=said) as refusal:
+        Segmenter.load(tmp_path / name)
+    assert str(tmp_path / name) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["training_heads", "classes", "bands", "peak", "architecture"])
+def test_a_description_that_lacks_something_or_is_nonsense_is_named(key: str, saved: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(saved)
+    about, tensors = read_segmenter_file(path)
+    lacking = {name: entry for name, entry in about.items() if name != key}
+    for described in (lacking, {**lacking, key: [{"a": -1}]} if key != "training_heads" else lacking):
+        save_file(tensors, path, metadata={name: json.dumps(entry) for name, entry in described.items()})
+        with pytest.raises(WeightsError, match="cannot be built here") as refusal:
+            Segmenter.load(path)
+        assert "\n" not in str(refusal.value)

@@ -366,3 +366,26 @@ def test_other_bands_answer_a_grey_picture_alike(bands: int, tmp_path: Path) -> 
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert report.mismatched == ()
     assert f"read 3 bands and now reads {bands}" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(float("nan"), "not finite"), (1e300, "not finite"), (1j, "not plain real numbers")]
+)
+def test_values_that_no_network_can_use_are_refused(value: complex, said: str, tmp_path: Path) -> None:
+    network = build("lraspp_mobilenet_v2")
+    before, state = snapshot(network), snapshot(network)
+    name = f"{network.first}.weight"
+    state[name] = state[name].to(torch.complex64 if isinstance(value, complex) else torch.float64)
+    state[name].view(-1)[7] = torch.tensor(value, dtype=state[name].dtype)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=said) as refusal:
+        load_weights(network, tmp_path / "w.pth")
+    assert str(tmp_path / "w.pth") in str(refusal.value)
+    assert name in str(refusal.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+def test_values_that_are_not_taken_may_be_anything(tmp_path: Path) -> None:
+    network = build("lraspp_mobilenet_v2")
+    torch.save({**network.state_dict(), "fc.weight": torch.tensor([float("nan")])}, tmp_path / "w.pth")
+    assert load_weights(network, tmp_path / "w.pth").unexpected == ("fc.weight",)

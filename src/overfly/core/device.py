@@ -12,23 +12,30 @@ import torch
 from overfly.core.errors import RecipeError
 
 
-def pick(name: str = "auto") -> torch.device:
+def pick(name: str = "auto", devices: int = 1) -> torch.device:
     """The device called ``name``; ``auto`` is the first GPU where there is one, else the processor.
+
+    Args:
+        name: auto, cpu, cuda, cuda:1 or mps.
+        devices: how many of the kind will be used.
 
     Raises:
         RecipeError: there is no such device here.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"no device is called {name!r}; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not here.get(device.type, False):
         raise RecipeError(f"there is no {device.type} device on this machine; use --device cpu, or leave it out")
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if max(devices, (device.index or 0) + 1) > there:
+        raise RecipeError(f"this machine has {there} {device.type} device(s); ask for no more")
     return device
 
 

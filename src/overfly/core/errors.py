@@ -31,6 +31,10 @@ class TrainingError(OverflyError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+class NotFiniteError(OverflyError):
+    """A network whose scores are not finite."""
+
+
 class MissingExtraError(OverflyError):
     """An optional dependency that is not installed."""
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -20,13 +21,21 @@ from pydantic import (
     model_validator,
 )
 
+
+def _no_truth(value: Any) -> Any:
+    """True is no number of anything."""
+    if isinstance(value, bool):
+        raise ValueError(f"a number is meant, not {str(value).lower()}")
+    return value
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 """A part of a whole, 0 to 1."""
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_no_truth), Field(ge=1)]
 """How many: 1 or more."""
-Whole = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, BeforeValidator(_no_truth), Field(ge=0)]
 """How many, where none is an answer: 0 or more."""
-Pixels = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, BeforeValidator(_no_truth), Field(ge=1)]
 """A length in pixels."""
 Metres = Annotated[float, Field(gt=0)]
 """A length on the ground."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from overfly.core.errors import DataError
-from overfly.core.records import IGNORE, Item
+from overfly.core.records import IGNORE, Array, Item
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
 
@@ -95,20 +95,25 @@ def check(
         progress: called after each picture.
 
     Raises:
-        DataError: the domain has none of the splits; the message is that of the first.
+        DataError: the domain has none of the splits, or the same is wrong with all that it has: the settings or the
+            folder as a whole; the message is that of the first.
     """
     reports: list[SplitReport] = []
     absent: dict[Split, str] = {}
+    faults: list[DataError] = []
     for split in SPLITS if splits is None else splits:
         try:
             items = domain.items(split)
         except SplitError as error:
             absent[split] = str(error)
         except DataError as error:
+            faults.append(error)
             problem = Problem(picture="", sentence=str(error))
             reports.append(SplitReport(split=split, pictures=0, labelled=0, problems=(problem,)))
         else:
             reports.append(_checked(domain, split, items, progress))
+    if faults and len(faults) == len(reports) and len({str(fault) for fault in faults}) == 1:
+        raise faults[0]
     if not reports:
         raise SplitError(next(iter(absent.values()), "no split was asked for; name one of train, val, test"))
     return Report(domain=domain.name, splits=tuple(reports), absent=absent)
@@ -121,6 +126,21 @@ def label_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
         DataError: the label cannot be read.
     """
     return _counts(domain, item)[: len(domain.classes)]
+
+
+def above_peak(domain: Domain, item: Item, image: Array) -> str | None:
+    """The sentence for an image (H, W, C) brighter than its domain's peak; None where all is well."""
+    if image.dtype.kind == "u" and np.iinfo(image.dtype).max <= domain.peak:
+        return None
+    highest = image.max()
+    if highest <= domain.peak:
+        return None
+    return f"{place(item)} holds {highest:g}, above the domain's peak {domain.peak:g}; correct the peak or the file"
+
+
+def place(item: Item) -> str:
+    """An item as words for a message: its file, or its name where it is drawn."""
+    return str(item.image) if isinstance(item.image, Path) else item.name
 
 
 def _counts(domain: Domain, item: Item) -> NDArray[np.int64]:
@@ -175,7 +195,6 @@ def _see_image(
     domain: Domain, item: Item, sizes: Counter[str], bands: Counter[int], dtypes: Counter[str]
 ) -> Iterator[str]:
     """Count what an image is; yield what is wrong with it."""
-    place = item.image if isinstance(item.image, Path) else item.name
     try:
         image = domain.read_image(item)
     except DataError as error:
@@ -184,7 +203,8 @@ def _see_image(
     sizes[f"{image.shape[1]}×{image.shape[0]}"] += 1
     bands[image.shape[2]] += 1
     dtypes[str(image.dtype)] += 1
-    if image.max() > domain.peak:
-        yield f"{place} holds {image.max():g}, above the domain's peak {domain.peak:g}; correct the peak or the file"
+    above = above_peak(domain, item, image)
+    if above is not None:
+        yield above
     elif image.min() == image.max():
-        yield f"{place} is one colour throughout; take it away, or export it again"
+        yield f"{place(item)} is one colour throughout; take it away, or export it again"

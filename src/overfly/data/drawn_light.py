@@ -52,9 +52,9 @@ SUMMER = Look(
 )  # fmt: skip
 """The town's: high sun, clear air, sharp and quiet."""
 AUTUMN = Look(
-    leaves=((52, 78, 44), (66, 88, 48), (88, 92, 50), (48, 72, 46)),
+    leaves=((52, 80, 45), (66, 92, 51), (84, 94, 52), (48, 73, 47)),
     spacing=(7, 9), sun=(0.5, 1.0), slope=(0.45, 0.8), shade=(0.55, 0.56, 0.6),
-    gain=(1.02, 0.99, 0.92), exposure=(0.9, 1.1), haze=(0.06, 0.2), veil=(182, 186, 182),
+    gain=(1.02, 0.99, 0.94), exposure=(0.9, 1.1), haze=(0.06, 0.2), veil=(182, 186, 182),
     blur=(0.6, 0.95), noise=(2.5, 5),
 )  # fmt: skip
 """The country's: low sun from elsewhere, haze, a coarser and noisier sensor with a warm cast."""

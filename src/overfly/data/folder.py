@@ -142,7 +142,8 @@ class Folder(Domain, name="folder"):
             DataError: nothing is found, images and masks do not pair, or the splits overlap.
         """
         root = self.root.expanduser()
-        if not root.is_dir():
+        listing.see_name(root)
+        if not _is_dir(root):
             raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
         inserted = "{split}" in self.images
         if self.splits or not inserted:
@@ -258,6 +259,13 @@ class Folder(Domain, name="folder"):
         claimed = {number for numbers in self.ids.values() for number in numbers}
         always = () if IGNORE in claimed else (IGNORE,)
         return (*always, *(entry for entry in self.ignore if isinstance(entry, int)))
+
+
+def _is_dir(root: Path) -> bool:
+    try:
+        return root.is_dir()
+    except OSError:
+        return False
 
 
 def _is_colour(entry: Sequence[Any]) -> bool:

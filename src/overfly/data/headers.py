@@ -6,6 +6,7 @@ bands, 16 bits in colour, JPEG 2000) is left to rasterio (extra ``geo``).
 
 from __future__ import annotations
 
+import stat
 import struct
 import warnings
 import zlib
@@ -71,6 +72,10 @@ def facts(path: Path) -> Facts:
     """
     kind = kind_of(path)
     found = {"png": _png_facts, "jpeg": _jpeg_facts, "tiff": _tiff_facts, "jp2": _rasterio_facts}[kind](path)
+    if not found.height * found.width:
+        raise DataError(
+            f"{path} is {found.width}×{found.height} pixels, an empty picture; take it away or export it again"
+        )
     if found.height * found.width > LARGEST:
         _too_large(path)
     return found._replace(kind=kind)
@@ -80,9 +85,12 @@ def kind_of(path: Path) -> Kind:
     """What the first bytes of a file say it is.
 
     Raises:
-        DataError: the file is missing, cannot be opened, or is something else; the message says what it looks like.
+        DataError: the file is missing, no regular file, cannot be opened, or is something else; the message says what
+            it looks like.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path} is {_no_file(path)}, not a file; take it away, or put the picture in its place")
         with path.open("rb") as file:
             start = file.read(64)
     except FileNotFoundError:
@@ -144,6 +152,11 @@ def raster(path: Path) -> Iterator[Any]:
                 yield dataset
     except (RasterioError, *_BROKEN) as error:
         raise broken(path, error) from error
+
+
+def _no_file(path: Path) -> str:
+    """What stands where a file should: opening a pipe or a device could wait for ever."""
+    return "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else "a device or a socket"
 
 
 def _likeness(start: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -18,6 +19,9 @@ Key = tuple[str, ...]
 
 Rule = float | str | tuple[str, ...]
 """How a split is chosen: a share, a list file ``.txt``, or globs."""
+
+NAMED = 20
+"""Pictures without a partner that a message names; it counts them all."""
 
 _WILDCARD = re.compile(r"\*\*/|\*+|\?|\[!?\]?[^]]*\]")
 
@@ -57,8 +61,9 @@ def expression(pattern: str) -> re.Pattern[str]:
         if wildcard == "**/":
             parts.append("((?:[^/]+/)*)")
         elif wildcard.startswith("["):
-            inside = wildcard[1:-1].replace("\\", r"\\")
-            parts.append(f"([^{inside[1:]}])" if inside.startswith("!") else f"([{inside}])")
+            negated = wildcard.startswith("[!")
+            inside = re.sub(r"([\\\[&|~^])", r"\\\1", wildcard[1 + negated : -1])
+            parts.append(f"([{'^' * negated}{inside}])")
         else:
             parts.append("([^/])" if wildcard == "?" else "([^/]*)")
         end = found.end()
@@ -69,27 +74,50 @@ def matching(root: Path, pattern: str) -> dict[Key, Path]:
     """The pictures of a directory or a glob below ``root``, by what the wildcards stood for, in natural order.
 
     Raises:
-        DataError: two files of a directory differ in their ending alone.
+        DataError: two files of a directory differ in their ending alone, the pattern makes no sense, a folder cannot
+            be read, or a file's name is not valid UTF-8.
     """
     pattern = pattern.rstrip("/")
-    place = root / pattern
-    found: list[tuple[Key, Path]]
-    if place.is_dir():
-        found = [((path.stem,), path) for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
-    elif place.is_file():
-        found = [((place.stem,), place)]
-    else:
-        regular = expression(pattern)
-        relative = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - pathlib's gives no relative paths
-        tried = ((regular.fullmatch(name.replace("\\", "/")), root / name) for name in relative)
-        found = [(match.groups(), path) for match, path in tried if match and path.is_file()]
+    try:
+        found = _found(root, pattern)
+    except (re.error, ValueError):
+        raise DataError(f"{pattern!r} is no path or glob that can be looked for below {root}; correct it") from None
+    except OSError as error:
+        raise DataError(f"{root / pattern} cannot be read ({error.strerror}); correct the path or its rights") from None
     found.sort(key=lambda entry: ([natural(part) for part in entry[0]], str(entry[1])))
     files: dict[Key, Path] = {}
     for key, path in found:
+        see_name(path)
         if key in files:
             raise DataError(f"{files[key]} and {path} have one name; keep one of them, or name them by a glob")
         files[key] = path
     return files
+
+
+def see_name(path: Path) -> None:
+    """See that a path can be shown and written down.
+
+    Raises:
+        DataError: its bytes are not valid UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise DataError(f"the name of {shown} is not valid UTF-8; rename it") from None
+
+
+def _found(root: Path, pattern: str) -> list[tuple[Key, Path]]:
+    """What a directory or a glob matches. Pipes and the like are listed, too: whoever reads them says so."""
+    place = root / pattern
+    if place.is_dir():
+        return [((path.stem,), path) for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
+    if place.is_file():
+        return [((place.stem,), place)]
+    regular = expression(pattern)
+    relative = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - pathlib's gives no relative paths
+    tried = ((regular.fullmatch(name.replace("\\", "/")), root / name) for name in relative)
+    return [(match.groups(), path) for match, path in tried if match and not path.is_dir()]
 
 
 def pictures(root: Path, images: str, masks: str | None, *, lenient: bool = False) -> list[Picture]:
@@ -102,14 +130,13 @@ def pictures(root: Path, images: str, masks: str | None, *, lenient: bool = Fals
         lenient: whether it will do if no mask is there at all.
 
     Raises:
-        DataError: an image has no mask or a mask no image (the first is named, all are counted), or two pictures
-            would have one name.
+        DataError: there are no masks, an image has none or a mask no image (`NAMED` are named, all are counted), or
+            two pictures would have one name.
     """
     found = matching(root, images)
     labels = matching(root, masks) if masks is not None else {}
     if masks is not None and not (lenient and not labels):
-        _see_pairs(found, labels, root / masks, "image", "mask")
-        _see_pairs(labels, found, root / images, "mask", "image")
+        _see_pairs(found, labels, root, images, masks)
     named: dict[str, Picture] = {}
     for key, path in found.items():
         name = "_".join(part for part in "/".join(key).split("/") if part) or path.stem
@@ -147,13 +174,24 @@ def choose(listed: Sequence[Picture], split: str, rules: Mapping[str, Rule], roo
     return chosen
 
 
-def _see_pairs(these: Mapping[Key, Path], those: Mapping[Key, Path], where: Path, this: str, that: str) -> None:
-    alone = [path for key, path in these.items() if key not in those]
-    if alone:
-        raise DataError(
-            f"{alone[0]} has no {that} in {where} ({len(alone)} of {len(these)} {this}s have none); "
-            "add it, take the file away, or correct the patterns"
-        )
+def _see_pairs(found: Mapping[Key, Path], labels: Mapping[Key, Path], root: Path, images: str, masks: str) -> None:
+    if found and not labels:
+        raise DataError(f"{root} holds no masks {masks}; correct the domain's masks, or leave them out of a target's")
+    faults = []
+    for these, those, where, this, that in (
+        (found, labels, masks, "image", "mask"),
+        (labels, found, images, "mask", "image"),
+    ):
+        alone = [path for key, path in these.items() if key not in those] if those else []
+        if alone:
+            also = ", ".join(path.relative_to(root).as_posix() for path in alone[1:NAMED])
+            also += ", …" if len(alone) > NAMED else ""
+            faults.append(
+                f"{alone[0]} has no {that} in {root / where} ({len(alone)} of {len(these)} {this}s have none"
+                + (f": also {also})" if also else ")")
+            )
+    if faults:
+        raise DataError(f"{', and '.join(faults)}; add what is missing, take the file away, or correct the patterns")
 
 
 def _some(listed: Sequence[Picture]) -> str:
@@ -171,7 +209,7 @@ def _by_share(listed: Iterable[Picture], split: str, shares: Mapping[str, float]
 
 def _draw(name: str, seed: int) -> float:
     """A number in [0, 1) that hangs on the name and the seed alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6]) / 2**48
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()[:6]) / 2**48
 
 
 def _by_name(listed: Sequence[Picture], rule: str | tuple[str, ...], root: Path) -> set[str]:
@@ -188,10 +226,17 @@ def _by_name(listed: Sequence[Picture], rule: str | tuple[str, ...], root: Path)
 def _from_list(listed: Sequence[Picture], root: Path, rule: str) -> set[str]:
     """Names of the pictures that a text file lists, one a line: name, stem, file name, or path below the root."""
     path = root / rule
+    fault = ""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the list {path} cannot be read ({error}); check the path in the domain's splits") from None
+        if not path.is_file():
+            fault = "no regular file" if path.exists() else "no such file"
+        lines = [] if fault else [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        fault = error.strerror or "it cannot be opened"
+    except ValueError:
+        fault = "it is not UTF-8 text"
+    if fault:
+        raise DataError(f"the list {path} cannot be read ({fault}); check the path in the domain's splits")
     known: dict[str, set[str]] = {}
     for picture in listed:
         relative = Path(picture.relative)

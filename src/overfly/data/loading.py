@@ -11,15 +11,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Batch, Item, Labelled, UInt8
 from overfly.data.cache import open_picture
-from overfly.data.check import label_counts
+from overfly.data.check import above_peak, label_counts, place
 from overfly.data.domain import Domain
 from overfly.data.sampling import Counts, Place, Sampling, crop
 
 MEMORY_BYTES = 2 * 2**30
 """Decoded pictures that one process keeps of one domain; what is over it is decoded again each time."""
+
+LONGEST = 16_384
+"""Longest side of a crop, or of a picture as it is resized, in pixels."""
+
+BEYOND = 8
+"""How many times the longer side of its picture a crop may be: the rest is mirrored."""
 
 
 @dataclass
@@ -36,6 +42,13 @@ class Stream:
         seed: of the run; the streams of one run differ by ``key``.
         key: number of the stream.
         cache: folder of decoded pictures, "memory" (up to `MEMORY_BYTES`), or None.
+        counts: labelled pixels of each class in each picture, where the sampling needs them; None reads every mask.
+        labelled: whether every picture must have a mask, and one mask at least a pixel to learn from. Masks are read
+            until one has: as a rule the first alone.
+
+    Raises:
+        RecipeError: crop or resize is out of range.
+        DataError: there are no pictures, or no labels where there must be some.
     """
 
     domain: Domain
@@ -48,16 +61,42 @@ class Stream:
     key: int
     cache: Path | str | None = None
     counts: Counts | None = None
+    labelled: bool = False
     _kept: dict[str, tuple[Array, UInt8]] = field(default_factory=dict, repr=False)
     _bytes: int = 0
+    _seen: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         if not self.items:
             raise DataError(f"the {self.domain.name} domain has no pictures in this split; check its folders")
+        for setting, side in (("crop", self.crop), ("resize", self.resize)):
+            if side is not None and not 1 <= side <= LONGEST:
+                raise RecipeError(f"{setting} is {side} pixels, and 1 to {LONGEST} will do; correct {setting}")
+        if self.labelled or self.sampling.needs_counts:
+            self._see_labels()
+
+    def _see_labels(self) -> None:
+        without = [item for item in self.items if item.label is None]
+        if without and self.labelled:
+            raise DataError(
+                f"the source {self.domain.title} has no masks for {len(without)} of {len(self.items)} pictures, the "
+                f"first {place(without[0])}; set source.masks"
+            )
+        if without and self.counts is None:
+            raise DataError(
+                f"sampling {self.sampling.name!r} needs labels, and {place(without[0])} has none; set sampling to uniform"
+            )
         if self.sampling.needs_counts and self.counts is None:
-            if any(item.label is None for item in self.items):
-                raise DataError(f"sampling {self.sampling.name!r} needs labels, and {self.items[0].name} has none")
             self.counts = np.stack([label_counts(self.domain, item) for item in self.items])
+        if self.counts is None:
+            something = any(label_counts(self.domain, item).any() for item in self.items)
+        else:
+            something = bool(self.counts.any())
+        if not something:
+            raise DataError(
+                f"the masks of {self.domain.title} are ignored in every pixel of all {len(self.items)} pictures, the "
+                f"first {place(self.items[0])}; correct the masks, or what the domain says that they mean"
+            )
 
     def chosen(self, step: int, slots: Sequence[int]) -> list[tuple[Item, int]]:
         """The items of a step, each with the class it was chosen for."""
@@ -68,9 +107,23 @@ class Stream:
 
     def read(self, step: int, slots: Sequence[int]) -> Labelled:
         """Images (B, C, crop, crop) in the sensor's range, and labels (B, crop, crop), of some slots of a step."""
+        try:
+            return self._read(step, slots)
+        except MemoryError:
+            raise RecipeError(
+                f"pictures of batch {self.batch} and crop {self.crop} do not fit into memory; make one of them smaller"
+            ) from None
+
+    def _read(self, step: int, slots: Sequence[int]) -> Labelled:
         images, labels = [], []
         for slot, (item, wanted) in zip(slots, self.chosen(step, slots), strict=True):
             image, label = self._open(item)
+            longer = max(image.shape[:2])
+            if self.crop > BEYOND * longer:
+                raise RecipeError(
+                    f"crop is {self.crop}, more than {BEYOND} times the longer side {longer} of {place(item)}; set "
+                    f"crop to {longer} or so"
+                )
             random = np.random.default_rng([self.seed, self.key, step, slot])
             image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, wanted=wanted))
             images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
@@ -82,6 +135,11 @@ class Stream:
             return self._kept[item.name]
         folder = Path(self.cache) if self.cache not in (None, "memory") else None
         image, label = open_picture(self.domain, item, self.resize, folder)
+        if item.name not in self._seen:
+            above = above_peak(self.domain, item, image)
+            if above is not None:
+                raise DataError(above)
+            self._seen.add(item.name)
         if label is None:
             label = np.full(image.shape[:2], IGNORE, np.uint8)
         if self.cache == "memory" and self._bytes < MEMORY_BYTES:
@@ -90,14 +148,27 @@ class Stream:
         return image, label
 
 
-class Steps(Dataset[Batch]):
+class Steps(Dataset[Batch | OverflyError]):
     """The batch of each step, by its number."""
 
     def __init__(self, source: Stream | None, target: Stream | None, rank: int = 0, world: int = 1) -> None:
         self.source, self.target, self.rank, self.world = source, target, rank, world
 
-    def __getitem__(self, step: int) -> Batch:
-        """What this rank sees of a step."""
+    def __getitem__(self, step: int) -> Batch | OverflyError:
+        """What this rank sees of a step; or what is wrong, as a value, which worker processes hand on whole."""
+        try:
+            return self.batch(step)
+        except MissingExtraError as error:
+            return DataError(str(error))
+        except OverflyError as error:
+            return error
+
+    def batch(self, step: int) -> Batch:
+        """What this rank sees of a step.
+
+        Raises:
+            OverflyError: a picture cannot be read.
+        """
         empty = Labelled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
         source = self.source.read(step, self._slots(self.source)) if self.source else empty
         target = self.target.read(step, self._slots(self.target)).image if self.target else empty.image
@@ -125,7 +196,7 @@ class _Range(torch.utils.data.Sampler[int]):
         return len(self.numbers)
 
 
-def loader(steps: Steps, start: int, stop: int, *, workers: int, pin: bool) -> DataLoader[Batch]:
+def loader(steps: Steps, start: int, stop: int, *, workers: int, pin: bool) -> DataLoader[Batch | OverflyError]:
     """Batches of the steps from ``start`` up to ``stop``, made by ``workers`` processes (0: by this one)."""
     return DataLoader(
         steps,

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from overfly.core.errors import DataError
 from overfly.core.records import Array, UInt8
 from overfly.core.spec import Choice, Positive, Share, Whole
 
@@ -68,7 +69,7 @@ class Rare(Sampling, name="rare"):
     """Rare-class sampling (Hoyer et al., 2022, DAFormer, section 3.2): first a class, the rarer the more often.
 
     A class c with share f_c of the labelled pixels is drawn with probability softmax((1 - f) / temperature); then a
-    picture that shows it; then crops until one shows it.
+    picture that shows it; then crops until one shows it. Every mask is read once at the start, to count its pixels.
     """
 
     temperature: Positive = 0.01
@@ -91,8 +92,14 @@ class Rare(Sampling, name="rare"):
         return int(random.choice(enough)), wanted
 
     def probabilities(self, counts: Counts) -> NDArray[np.float64]:
-        """Probability of each class (K,); 0 for classes that no picture shows."""
+        """Probability of each class (K,); 0 for classes that no picture shows.
+
+        Raises:
+            DataError: no picture shows any class.
+        """
         pixels = counts.sum(0).astype(float)
+        if not pixels.any():
+            raise DataError("rare-class sampling finds no labelled pixel in any mask; check what the masks ignore")
         share = pixels / max(1.0, pixels.sum())
         score = np.where(pixels > 0, (1 - share) / self.temperature, -np.inf)
         weight = np.exp(score - score.max())

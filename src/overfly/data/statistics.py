@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import Array, Item
 from overfly.core.spec import Count, NonNegative, Spec
 from overfly.data import reading
@@ -63,11 +63,14 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
     Args:
         domain: whose images.
         split: which of its splits.
-        limit: number of images, spread evenly over the split; None takes all.
+        limit: number of images, 1 or more, spread evenly over the split; None takes all.
 
     Raises:
+        RecipeError: the limit is below 1.
         DataError: an image cannot be read, or no pixel of any was measured.
     """
+    if limit is not None and limit < 1:
+        raise RecipeError(f"--limit {limit} looks at no picture; --limit is 1 or more, or left out to look at all")
     items = spread(domain.items(split), limit)
     total = _merged(_measured(domain, item) for item in items)
     if total is None or not total.number:

@@ -35,6 +35,8 @@ class Method(Choice, ABC, Generic[N]):
     """Whether a step reads labelled images of the source."""
     needs_target: ClassVar[bool] = True
     """Whether a step reads unlabelled images of the target."""
+    needs_start: ClassVar[bool] = False
+    """Whether it only changes a network that is trained already."""
 
     criterion: Criterion = CrossEntropy()
     """The supervised loss on labelled images."""

@@ -21,6 +21,7 @@ class Recalibrate(Method[Networks], name="recalibrate"):
     """
 
     needs_source: ClassVar[bool] = False
+    needs_start: ClassVar[bool] = True
 
     def networks(self, student: nn.Module) -> Networks:
         """The student, its statistics forgotten."""

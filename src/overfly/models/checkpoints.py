@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
+import pickletools
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,6 +36,14 @@ All are torchvision's ImageNet classifiers; ``_imagenet_v2`` marks those of its 
 
 PACKAGE = "package:"
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights")
+NUMBERS = frozenset(
+    {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    }
+)
+"""Types of the tensors that are taken: real numbers, one an element."""
+SAVE_AGAIN = "where it came from, save it again with torch.save(model.state_dict(), path)"
 PREFIXES = ("model.", "module.", "network.", "net.", "Scale.", "_orig_mod.")
 
 
@@ -100,8 +108,11 @@ def check_digest(path: Path, sha256: str) -> None:
     wanted = sha256.strip().lower()
     if not 8 <= len(wanted) <= 64 or set(wanted) - set("0123456789abcdef"):
         raise WeightsError(f"{sha256!r} is no SHA-256; give its 64 hex digits, or at least the first 8")
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(_unreadable(path, error)) from error
     if not got.startswith(wanted):
         raise WeightsError(
             f"{path} has the SHA-256 {got}, but {wanted} was demanded; fetch the file again, or correct the recipe"
@@ -114,13 +125,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     ``.safetensors`` files and those that ``torch.save`` wrote are read; nothing in them is ever run.
 
     Raises:
-        WeightsError: the file is damaged, holds no named tensors, or holds objects whose loading would run code.
+        WeightsError: the file is damaged, holds no named tensors, wraps them in themselves, or holds objects whose
+            loading would run code.
     """
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    opened: set[int] = set()
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
+        opened.add(id(content))
+        if id(inner) in opened:
+            raise WeightsError(f"{path} holds a state dict that contains itself; {SAVE_AGAIN}")
         content = inner
     found = {}
     if isinstance(content, Mapping):
@@ -130,6 +146,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} holds no tensors by name; save a state dict: torch.save(network.state_dict(), path)"
         )
     return found
+
+
+def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that no network could compute with.
+
+    Args:
+        path: the file that they were read from, for the message.
+        tensors: tensors by name; those that the network will not take need not be given.
+
+    Raises:
+        WeightsError: one is not an ordinary tensor of real numbers, or holds NaN or infinity (also where the value is
+            beyond the range of 32 bits).
+    """
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        if not plain or tensor.dtype not in NUMBERS:
+            kind = str(tensor.dtype if plain else f"{tensor.layout} on {tensor.device.type}").replace("torch.", "")
+            raise WeightsError(
+                f"{path} holds values that are not plain real numbers ({name}: {kind}), which no "
+                "network here can take; save its weights as float32, or give another file"
+            )
+        bad = tensor.numel() - int(tensor.float().isfinite().sum())
+        if bad:
+            raise WeightsError(
+                f"{path} holds values that are not finite ({name}: {bad} of {tensor.numel()} are NaN, infinite or "
+                "beyond float32), as after training that diverged; give another file, or an earlier checkpoint"
+            )
 
 
 def strip_prefixes(tensors: Mapping[str, Tensor], own: tuple[str, ...]) -> dict[str, Tensor]:
@@ -152,24 +195,116 @@ def strip_prefixes(tensors: Mapping[str, Tensor], own: tuple[str, ...]) -> dict[
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); fetch or save it again") from error
+    except OSError as error:
+        raise WeightsError(_unreadable(path, error)) from error
+    except Exception as error:  # the library raises many kinds for a file that is not what it says
+        raise WeightsError(
+            f"{path} is damaged or no safetensors file ({first_line(error)}); fetch or save it again"
+        ) from error
 
 
 def _read_torch(path: Path) -> Any:
     try:
+        _check_zip(path)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what cannot be read is said below
+            warnings.simplefilter("ignore")  # what cannot be read is said below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        with path.open("rb") as file:
-            pickled = file.read(2).startswith((b"PK", b"\x80"))
-        if pickled and any(word in str(error) for word in ("Unsupported", "unrecognized", "not allowed")):
+    except WeightsError:
+        raise
+    except OSError as error:
+        raise WeightsError(_unreadable(path, error)) from error
+    except Exception as error:  # the unpickler raises nearly every kind there is for bytes that are no pickle
+        if _runs_code(path):
             raise WeightsError(
-                f"{path} holds more than tensors and loading it would run code from the file, so it was refused; where "
-                "it came from, save the state dict alone: torch.save(network.state_dict(), path)"
+                f"{path} holds more than tensors and loading it would run code from the file, so it was refused; "
+                f"{SAVE_AGAIN}"
             ) from error
         raise WeightsError(f"{path} is damaged or no file of weights; fetch or save it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), "it ends early")
-        raise WeightsError(f"{path} is damaged or no file of weights ({reason}); fetch or save it again") from error
+
+
+def _check_zip(path: Path) -> None:
+    """Compare every part of a file of ``torch.save`` with its checksum, which ``torch.load`` does not look at.
+
+    Raises:
+        WeightsError: a part differs from its checksum, or the archive is broken.
+    """
+    if not _is_zip(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.serialization.set_crc32_options(False) writes 0 for every checksum: then there is nothing to compare
+            broken = archive.testzip() if any(part.CRC for part in archive.infolist()) else None
+    except OSError:
+        raise
+    except Exception as error:  # zlib's, struct's and zipfile's own, by where the damage is
+        raise WeightsError(
+            f"{path} is damaged: its archive cannot be read ({first_line(error)}); fetch or save it again"
+        ) from error
+    if broken is not None:
+        raise WeightsError(
+            f"{path} is damaged: its part {broken!r} does not match its checksum; fetch or save it again"
+        )
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _runs_code(path: Path) -> bool:
+    """Whether a file that ``torch.load`` refused is a whole pickle that names more than tensors; runs nothing."""
+    try:
+        if not _is_zip(path):
+            with path.open("rb") as file:
+                return any(not _is_plain(name) for name in _named(file))
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.namelist()
+            pickles = [part for part in parts if part.endswith("/data.pkl")]
+            if any(part.endswith("/constants.pkl") for part in parts):  # TorchScript: a program
+                return True
+            for part in pickles:
+                with archive.open(part) as file:
+                    if any(not _is_plain(name) for name in _named(file)):
+                        return True
+    except Exception:  # damage shows as any kind of error, and then it is damage that is to be said
+        return False
+    return False
+
+
+def _named(file: IO[bytes]) -> Iterator[str]:
+    """What the pickles in a file import, as "module name", of those that are whole.
+
+    Files of ``torch.save`` before its zip hold five pickles in a row, and then the values.
+    """
+    for _ in range(5):
+        names: list[str] = []
+        try:
+            for operation, argument, _position in pickletools.genops(file):
+                if operation.name in {"GLOBAL", "INST"}:
+                    names.append(str(argument))
+                elif operation.name in {"STACK_GLOBAL", "OBJ", "EXT1", "EXT2", "EXT4"}:
+                    names.append(operation.name)
+        except Exception:  # the end of the file, or bytes that are no pickle
+            return
+        yield from names
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a pickle of nothing but tensors imports this."""
+    module, _, what = name.partition(" ")
+    if module in {"torch", "torch.storage"}:
+        return (
+            what.endswith("Storage") or what in {"Size", "device"} or isinstance(getattr(torch, what, 0), torch.dtype)
+        )
+    return name in {"collections OrderedDict", "torch.nn.parameter Parameter"} or name.startswith(
+        ("torch._utils _rebuild_", "torch._tensor _rebuild_")
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} cannot be read ({error.strerror or first_line(error)}); look at its permissions and its disk"

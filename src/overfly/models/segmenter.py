@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError, RecipeError, WeightsError
 from overfly.core.records import Logits
+from overfly.models.checkpoints import check_values, first_line
 from overfly.models.network import Network
 from overfly.models.registry import build
 
@@ -184,12 +185,14 @@ class Segmenter(nn.Module):
                 in any case; where the file has none they start from random weights.
 
         Raises:
-            WeightsError: the file is missing, damaged, not one of ours, or needs a network that is not known here.
+            WeightsError: the file is missing, damaged, not one of ours, holds values that are not finite, or needs a
+                network that is not known here.
         """
         about, tensors = read_segmenter_file(Path(path))
-        held = bool(about["training_heads"])
-        wanted = held if training_heads is None else training_heads
+        check_values(Path(path), tensors)
         try:
+            held = bool(about["training_heads"])
+            wanted = held if training_heads is None else training_heads
             classes = Classes.model_validate(about["classes"])
             network = build(about["architecture"], len(classes), wanted, about["bands"])
             made = cls(
@@ -200,9 +203,10 @@ class Segmenter(nn.Module):
                 std=tensors["std"].flatten().tolist(),
                 peak=about["peak"],
             )
-        except (OverflyError, ValueError, TypeError, KeyError) as error:
+        except (OverflyError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            why = " ".join(str(error).split())
             raise WeightsError(
-                f"{path} describes a network that cannot be built here ({error}); install the plug-in or the version "
+                f"{path} describes a network that cannot be built here ({why}); install the plug-in or the version "
                 "of overfly that wrote it"
             ) from error
         own = made.state_dict()
@@ -233,15 +237,36 @@ def read_segmenter_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); copy or train it again") from error
+    except Exception as error:  # the library raises many kinds for a file that is not what it says
+        raise WeightsError(_no_segmenter_file(path, error)) from error
     try:
         about = {key: json.loads(value) for key, value in metadata.items()}
-    except json.JSONDecodeError:
+    except ValueError:
         about = {}
     if about.get("format") != FORMAT:
         raise WeightsError(
-            f"{path} holds bare weights and says nothing of their network, classes and normalisation; build the "
-            "network by name and read the file with overfly.load_weights"
+            f"{path} holds bare weights and says nothing of their network, classes and normalisation; name the file as "
+            "model.weights in a recipe, or build the network by name and read the file with overfly.load_weights"
         )
     return about, tensors
+
+
+def _no_segmenter_file(path: Path, error: Exception) -> str:
+    """What a file is that safetensors cannot read, by its name, and where it belongs."""
+    suffix = path.suffix.lower()
+    if suffix in {".pth", ".pt", ".tar", ".ckpt", ".bin", ".pkl"}:
+        return (
+            f"{path} is no network file of overfly, which is one .safetensors file with the network's description; "
+            f"bare weights such as a {suffix} belong under model.weights in a recipe"
+        )
+    if suffix in {".yaml", ".yml"}:
+        return (
+            f"{path} is no network file of overfly but, by its name, a recipe; give the .safetensors file that a run "
+            "of it wrote (a .pth of bare weights goes under model.weights)"
+        )
+    if suffix != ".safetensors":
+        return (
+            f"{path} is no network file of overfly ({first_line(error)}); give a .safetensors file that a run wrote (a "
+            ".pth of bare weights goes under model.weights)"
+        )
+    return f"{path} is damaged or no safetensors file ({first_line(error)}); copy or train it again"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overfly.core.errors import WeightsError
-from overfly.models.checkpoints import NAMED, check_digest, locate, read_tensors, strip_prefixes
+from overfly.models.checkpoints import NAMED, check_digest, check_values, locate, read_tensors, strip_prefixes
 from overfly.models.network import Network
 from overfly.models.segmenter import Segmenter
 
@@ -69,8 +69,9 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
         What was loaded and what was not.
 
     Raises:
-        WeightsError: the file is missing, damaged, would run code, has another digest, or fits less than half of the
-            network apart from its heads. The network is then as it was.
+        WeightsError: the file is missing, damaged, would run code, has another digest, holds values for the network
+            that are NaN, infinite or no real numbers, or fits less than half of the network apart from its heads. The
+            network is then as it was.
         FetchError: a named file cannot be fetched.
     """
     if isinstance(network, Segmenter):
@@ -82,9 +83,11 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
     notes: tuple[str, ...] = ()
     if isinstance(network, Network):
         state, notes = network.adopt(state)
+    own = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
+    check_values(file, {name: tensor for name, tensor in state.items() if name in own})
+    if isinstance(network, Network):
         state, said = _fit_bands(network, state)
         notes += said
-    own = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     fitting = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
     report = Report(
         source=file,
@@ -121,6 +124,8 @@ def _fit_bands(network: Network, state: dict[str, Tensor]) -> tuple[dict[str, Te
     if mine is None or theirs is None or theirs.ndim != 4 or mine.shape[1] == theirs.shape[1]:
         return state, ()
     before, now = theirs.shape[1], mine.shape[1]
+    if before == 0 or theirs[:, 0].shape != mine[:, 0].shape:
+        return state, ()
     adapted = (theirs.float().mean(1, keepdim=True) * (before / now)).expand(-1, now, -1, -1)
     note = f"{name} read {before} bands and now reads {now}: each has their mean, times {before}/{now}"
     return {**state, name: adapted}, (note,)

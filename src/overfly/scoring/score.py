@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError, OverflyError, RecipeError
+from overfly.core.errors import DataError, NotFiniteError, RecipeError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.ops.windows import sliding
@@ -176,7 +176,7 @@ def _counted(scores: Tensor, picture: Picture, domain: Domain, protocol: Protoco
         )
     highest, prediction = scores.max(0)
     if not bool(highest.isfinite().all()):
-        raise OverflyError(
+        raise NotFiniteError(
             f"the network gives scores that are not finite on {picture.item.name}; its weights or its mean and "
             "standard deviation are broken, so train again or take another checkpoint"
         )

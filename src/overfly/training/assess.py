@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 
-from overfly.core.errors import DataError
-from overfly.data.domain import Domain, Split
+from overfly.core.errors import DataError, RecipeError
+from overfly.data.domain import Domain, Split, SplitError
 from overfly.scoring.samples import Samples
 from overfly.scoring.score import score
 from overfly.scoring.scores import Scores
 from overfly.training.run import Run
 
 Role = Literal["source", "target"]
+SMALLEST_WINDOW = 16
+"""Side of a window in pixels below which scoring would take for ever and mean nothing."""
+MOST_OVERLAP = 0.9
+"""Share of a window that the next may cover again."""
 
 
 def assess(
@@ -36,7 +41,7 @@ def assess(
         key: what the domain is called in ``scores.json``: source, target, or a name.
         split: which pictures.
         device: where the network runs.
-        window: side of overlapping windows in pixels; None: whole pictures.
+        window: side of overlapping windows in pixels; 0: whole pictures; None: as the recipe says.
         overlap: share of a window that the next one covers again.
         samples: keeps a few pictures to draw.
         workers: threads that read ahead.
@@ -45,9 +50,14 @@ def assess(
         DataError: no picture of the split has a label.
         RunError: the run is not finished.
     """
+    chosen = (run.recipe.window if window is None else window) or None
+    if chosen is not None and chosen < SMALLEST_WINDOW:
+        raise RecipeError(f"windows of {chosen} pixels are too small; take {SMALLEST_WINDOW} or more, or 0 for none")
+    if not 0 <= overlap <= MOST_OVERLAP:
+        raise RecipeError(f"an overlap of {overlap:g} is none; take a share from 0 to {MOST_OVERLAP}")
     found = score(
         run.segmenter(), domain, split,
-        resize=run.recipe.resize, device=device, window=window, overlap=overlap, samples=samples, workers=workers,
+        resize=run.recipe.resize, device=device, window=chosen, overlap=overlap, samples=samples, workers=workers,
     )  # fmt: skip
     scores = run.scores
     opened = scores.get("labels_opened", {})
@@ -60,10 +70,22 @@ def assess(
     return found
 
 
-def recorded(run: Run, key: str, split: Split) -> Scores | None:
-    """What was found earlier, or None; reading it opens no label."""
-    values = run.scores.get(f"{key}/{split}")
-    return Scores.model_validate(values) if values else None
+def recorded(run: Run, key: str, split: Split, domain: Domain) -> Scores | None:
+    """What was found earlier for this domain in the recipe's own way of scoring, or None; reading it opens no label."""
+    try:
+        found = Scores.model_validate(run.scores[f"{key}/{split}"])
+    except (KeyError, ValidationError):
+        return None
+    same = (found.protocol.resize, found.protocol.window) == (run.recipe.resize, run.recipe.window)
+    return found if same and found.domain == domain.model_dump(mode="json") else None
+
+
+def labelled(domain: Domain, split: Split) -> bool:
+    """Whether a domain has this split, and labels in it."""
+    try:
+        return any(item.label is not None for item in domain.items(split))
+    except SplitError:
+        return False
 
 
 def run_length(run: Run) -> int:

@@ -9,7 +9,8 @@ from lightning_fabric import Fabric
 
 from overfly.core.errors import RecipeError
 from overfly.recipe import Recipe
-from overfly.training.fit import Engine, fit, prepare
+from overfly.training.engine import Engine, fabric_of, on_main
+from overfly.training.fit import fit, prepare
 from overfly.training.run import Run
 
 
@@ -31,18 +32,24 @@ def carry_out(recipe: Recipe, out: Path, fabric: Fabric, engine: Engine) -> Run:
         start = carry_out(recipe.start, parent, fabric, engine).weights
     elif recipe.start is not None:
         start = weights_of(recipe.start)
-    done = Run.find(out, recipe)
-    if done is not None and done.finished:
+    done = on_main(fabric, lambda: _done(out, recipe))
+    if done is not None:
         if fabric.is_global_zero and not engine.quiet:
-            print(f"{done.path.name}: trained already", file=sys.stderr, flush=True)
-        return done
+            print(f"{done.name}: trained already", file=sys.stderr, flush=True)
+        return Run(done)
+    fabric = fabric_of(recipe, fabric, engine)
     prepared = prepare(recipe, fabric, engine, start)
-    path = Run.place(out, recipe).path if fabric.is_global_zero else None
-    run = Run(Path(fabric.broadcast(str(path))))
+    run = Run(on_main(fabric, lambda: Run.place(out, recipe).path))
     if not fabric.is_global_zero:
         return fit(run, prepared, fabric, engine)
     with run.locked():
         return fit(run, prepared, fabric, engine)
+
+
+def _done(out: Path, recipe: Recipe) -> Path | None:
+    """The finished run of a recipe in or below a folder, or None."""
+    run = Run(out) if (out / "recipe.yaml").is_file() else Run.find(out, recipe)
+    return run.path if run is not None and run.finished and run.recipe == recipe else None
 
 
 def weights_of(start: Path) -> Path:
@@ -53,7 +60,7 @@ def weights_of(start: Path) -> Path:
     """
     if start.is_dir():
         run = Run.open(start)
-        if not run.weights.exists():
+        if not run.finished:
             raise RecipeError(f"start: {start} has no trained network yet; finish it with `overfly train {start}`")
         return run.weights
     if not start.is_file():

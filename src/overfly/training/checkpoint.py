@@ -15,6 +15,11 @@ from torch.optim import Optimizer
 from overfly.core.errors import RunError
 from overfly.methods.method import Networks
 
+DAMAGE = (
+    RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
+)  # fmt: skip
+"""What reading a damaged or foreign checkpoint raises."""
+
 
 def save_state(
     path: Path, state: dict[str, Any], nets: Networks, optimizers: Sequence[Optimizer], fabric: Fabric
@@ -34,12 +39,17 @@ def save_state(
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "precision": fabric.strategy.precision.state_dict(),
     }
+    path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(whole, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(whole, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise RunError(f"{path} cannot be written ({reason}); free space; the checkpoint before is kept") from None
 
 
 def load_state(path: Path, nets: Networks, optimizers: Sequence[Optimizer], fabric: Fabric) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def load_state(path: Path, nets: Networks, optimizers: Sequence[Optimizer], fabr
         if whole["precision"]:
             fabric.strategy.precision.load_state_dict(whole["precision"])
         found: dict[str, Any] = whole["state"]
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path} cannot be resumed from ({reason}); delete it to train from the start") from None
     return found

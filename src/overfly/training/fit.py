@@ -2,92 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from overfly.core import device as machines
-from overfly.core.errors import RecipeError, TrainingError
+from overfly.core.errors import NotFiniteError, OverflyError, RecipeError, TrainingError
 from overfly.core.optim import set_rate
 from overfly.core.records import Batch, Labelled, Losses
 from overfly.data.loading import Steps, loader
-from overfly.methods.method import Method, Networks
+from overfly.methods.method import Networks
 from overfly.models.segmenter import Segmenter
 from overfly.ops.augment import augment
 from overfly.recipe import Recipe
 from overfly.scoring.score import score
 from overfly.training.checkpoint import load_state, save_state
+from overfly.training.engine import Engine, Step
 from overfly.training.progress import Progress
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How a run is carried out; nothing here changes what it ends in."""
-
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    devices: int = 1
-    """Processes, one a device."""
-    workers: int = 0
-    """Processes that read pictures, for each device; 0: none beside the training itself."""
-    checkpoint_every: int = 200
-    """Steps between two checkpoints."""
-    journal_every: int = 10
-    """Steps that one journal line averages."""
-    cache: Path | str | None = "memory"
-    """Where decoded pictures are kept: a folder, "memory", or None."""
-    track: bool = False
-    """Whether to write TensorBoard curves."""
-    quiet: bool = False
-    """Whether to print nothing."""
-
-
-class Step(nn.Module):
-    """The one module that Fabric wraps: a method with its networks."""
-
-    def __init__(self, method: Method[Any], nets: Networks) -> None:
-        super().__init__()
-        self.method = method
-        self.nets = nets
-
-    def forward(self, batch: Batch) -> Losses:
-        """The method's losses."""
-        losses: Losses = self.method.losses(self.nets, batch)
-        return losses
-
-
-def launch(recipe: Recipe, engine: Engine) -> Fabric:
-    """Start the processes of a run."""
-    if recipe.batch % engine.devices:
-        raise RecipeError(f"a batch of {recipe.batch} cannot be shared by {engine.devices} devices; change one of them")
-    if recipe.batch == engine.devices:
-        raise RecipeError("batch normalisation needs two pictures on each device or more; raise batch")
-    device = machines.pick(engine.device)
-    if recipe.precision == "16" and device.type == "cpu":
-        raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")
-    accelerator = {"cuda": "gpu"}.get(device.type, device.type)
-    devices: Any = [device.index] if device.index is not None and engine.devices == 1 else engine.devices
-    strategy = DDPStrategy(process_group_backend="nccl" if device.type == "cuda" else "gloo")
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        strategy=strategy if engine.devices > 1 else "auto",
-        precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[recipe.precision],  # type: ignore[arg-type]
-    )
-    fabric.launch()
-    return fabric
 
 
 @dataclass(frozen=True)
@@ -98,6 +42,8 @@ class Prepared:
     """What each step sees."""
     nets: Networks
     """Every network of the method, at its beginning."""
+    optimizers: list[Optimizer]
+    """The method's; none where nothing is minimised."""
     length: int
     """Steps of the optimiser."""
 
@@ -115,10 +61,15 @@ def prepare(recipe: Recipe, fabric: Fabric, engine: Engine, start: Path | None =
         OverflyError: data, weights and recipe do not go together.
     """
     source, target = streams(recipe, engine.cache)
-    steps = Steps(source, target, fabric.global_rank, fabric.world_size)
     torch.manual_seed(recipe.seed)
     nets = recipe.method.networks(first_segmenter(recipe, start))
-    return Prepared(steps, nets, recipe.length(len(source.items) if source else 0))
+    optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
+    shares = (fabric.global_rank, fabric.world_size) if optimizers else (0, 1)  # (0, 1): all do the same work
+    steps = Steps(source, target, *shares)
+    first = steps[0]  # what is wrong with the data is best said before there is a folder
+    if isinstance(first, OverflyError):
+        raise first
+    return Prepared(steps, nets, optimizers, recipe.length(len(source.items) if source else 0))
 
 
 def fit(run: Run, prepared: Prepared, fabric: Fabric, engine: Engine) -> Run:
@@ -147,14 +98,21 @@ class Training:
         self.run, self.fabric, self.engine, self.recipe = run, fabric, engine, run.recipe
         self.steps, self.nets, self.length = prepared.steps, prepared.nets, prepared.length
         nets = self.nets
-        self.state: dict[str, Any] = {"step": 0, "best": None, "best_step": 0, "stale": 0, "stopped": False}
-        self.optimizers: list[Optimizer] = self.recipe.method.optimizers(nets, self.recipe.optim)
-        module = Step(self.recipe.method, nets)
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "best": None,
+            "best_step": 0,
+            "stale": 0,
+            "stopped": False,
+            "took_s": 0.0,
+        }
+        self.optimizers = prepared.optimizers
+        self.module = Step(self.recipe.method, nets)
         if self.optimizers:
-            self.step, *wrapped = fabric.setup(module, *self.optimizers)
+            self.step, *wrapped = fabric.setup(self.module, *self.optimizers)
             self.wrapped = wrapped
         else:
-            self.step, self.wrapped = fabric.to_device(module), []
+            self.step, self.wrapped = fabric.to_device(self.module), []
         self.main = fabric.is_global_zero
         self.journal = run.journal
         self.began = time.monotonic()
@@ -163,10 +121,17 @@ class Training:
         """Take up the last checkpoint, or write down that the run begins."""
         if self.run.checkpoint.exists():
             self.state |= load_state(self.run.checkpoint, self.nets, self.optimizers, self.fabric)
+            if self.state.get("processes", self.fabric.world_size) != self.fabric.world_size:
+                raise RecipeError(
+                    f"{self.run.path} was begun with --devices {self.state['processes']} and would end otherwise with "
+                    f"{self.fabric.world_size}; go on with as many, or delete the folder"
+                )
+        self.state["processes"] = self.fabric.world_size
         if self.main:
             self.journal.rewind(self.state["step"])
-            machine = self.run.machine or {"started": datetime.now(UTC).isoformat(), "took_s": 0.0}
-            machine |= machines.describe(self.fabric.device) | {"processes": self.fabric.world_size, "finished": None}
+            machine = self.run.machine or {"started": datetime.now(UTC).isoformat()}
+            machine |= machines.describe(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
+            machine |= {"processes": self.fabric.world_size, "finished": None}
             self.run.record("machine.json", machine)
             if self.engine.track:
                 from overfly.training.journal import TensorBoard
@@ -190,20 +155,20 @@ class Training:
             )
         )
         progress = Progress(self.run.path.name, first, self.length, quiet=self.engine.quiet or not self.main)
-        window: list[dict[str, Tensor]] = []
+        recent: list[dict[str, Tensor]] = []
         with progress:
             for number in range(first, self.length):
                 factor = recipe.schedule.factor(number, self.length)
                 set_rate(self.optimizers, factor)
-                window.append(self.one(number, batches))
+                recent.append(self.one(number, batches))
                 self.state["step"] = number + 1
                 if (number + 1) % self.engine.journal_every == 0 or number + 1 == self.length:
-                    figures = {key: float(value) for key, value in _mean(window).items()}
+                    figures = {key: float(value) for key, value in _mean(recent).items()}
                     figures["lr"] = recipe.optim.lr * factor
                     progress.update(number + 1, figures, recipe.batch * accumulate)
                     if self.main:
                         self.journal.write(number + 1, **figures)
-                    window.clear()
+                    recent.clear()
                 stop = self.state["stopped"] = self.validate(number + 1)
                 if stop or (number + 1) % self.engine.checkpoint_every == 0 or number + 1 == self.length:
                     self.save()
@@ -217,10 +182,13 @@ class Training:
         self.step.train()
         for part in range(accumulate):
             micro = number * accumulate + part
-            batch = self.prepare(next(batches), micro)
-            last = part == accumulate - 1
+            found = next(batches)
+            if isinstance(found, OverflyError):
+                raise found
+            self.module.batch = self.prepare(found, micro)
+            last = part == accumulate - 1 or not self.optimizers
             with nullcontext() if last else self.fabric.no_backward_sync(self.step):
-                losses: Losses = self.step(batch)
+                losses: Losses = self.step()
                 self.check(losses, number, micro)
                 if losses:
                     self.fabric.backward(torch.stack(list(losses.values())).sum() / accumulate)
@@ -251,36 +219,61 @@ class Training:
         """Stop where a loss is not finite, before it reaches the weights."""
         if not losses:
             return
-        finite = torch.stack([value.detach() for value in losses.values()]).isfinite()
-        bad = self.fabric.all_reduce((~finite.all()).float(), reduce_op="sum") if self.fabric.world_size > 1 else None
-        if bool(finite.all()) if bad is None else not float(torch.as_tensor(bad)):
+        finite = bool(torch.stack([value.detach() for value in losses.values()]).isfinite().all())
+        terms = ", ".join(f"{key} = {value.item()}" for key, value in losses.items()) if not finite else ""
+        if self.fabric.world_size > 1:
+            bad = float(torch.as_tensor(self.fabric.all_reduce(torch.tensor(float(not finite)), reduce_op="sum")))
+            if not bad:
+                return
+            found: list[Any] = [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(found, (terms, self.steps.names(micro)))
+            terms, pictures = next(entry for entry in found if entry[0])
+        elif finite:
             return
-        terms = ", ".join(f"{key} = {float(value.detach())}" for key, value in losses.items())
-        names = ", ".join(self.steps.names(micro))
-        kept = self.run.checkpoint if self.run.checkpoint.exists() else "none yet"
+        else:
+            pictures = self.steps.names(micro)
+        names = ", ".join(pictures)
         if self.main:
             self.journal.write(number, event="not finite", terms=terms, items=names)
         raise TrainingError(
             f"the loss is not finite at step {number} ({terms}; pictures: {names}); lower optim.lr or set clip, or "
-            f"look at these pictures with `overfly data check`; the last good checkpoint is kept: {kept}"
+            f"look at these pictures with `overfly data check`; the last good checkpoint is kept: {self._kept()}"
         )
+
+    def _kept(self) -> str:
+        return str(self.run.checkpoint) if self.run.checkpoint.exists() else "none yet"
+
+    def check_weights(self) -> None:
+        """Refuse to keep weights that are not finite: a finite loss may still have had a gradient that was not."""
+        for name, value in self.nets.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise TrainingError(
+                    f"{name} is not finite after step {self.state['step']}; lower optim.lr or set clip; the last good "
+                    f"checkpoint is kept: {self._kept()}"
+                )
 
     def validate(self, number: int) -> bool:
         """Score the source's held-out labels when it is time; whether training should stop."""
         rule = self.recipe.validation
         if not rule.every or (number % rule.every and number != self.length):
             return False
-        network = self.recipe.method.deployed(self.nets)
-        if self.main:
+        self.check_weights()
+        try:
             found = score(
-                network, self.recipe.domain("source"), rule.split,
-                resize=self.recipe.resize, device=self.fabric.device,
-            )  # fmt: skip
-            self.journal.write(number, event="validation", source_miou=found.miou)
-            value = found.miou or 0.0
-        else:
-            value = 0.0
-        value = float(self.fabric.broadcast(value))
+                self.recipe.method.deployed(self.nets),
+                self.recipe.domain("source"),
+                rule.split,
+                resize=self.recipe.resize,
+                window=self.recipe.window,
+                device=self.fabric.device,
+                workers=min(self.engine.workers, 1),
+                shard=(self.fabric.global_rank, self.fabric.world_size),
+            ).miou
+        except NotFiniteError:  # statistics of the first steps may not hold yet
+            found = None
+        value = found or 0.0
+        if self.main:
+            self.journal.write(number, event="validation", source_miou=found)
         if self.state["best"] is None or value > self.state["best"]:
             self.state |= {"best": value, "best_step": number, "stale": 0}
             if rule.select == "best":
@@ -297,6 +290,8 @@ class Training:
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
+        self.check_weights()
+        self.state["took_s"] = self.took()
         if self.main:
             save_state(self.run.checkpoint, self.state, self.nets, self.optimizers, self.fabric)
         self.fabric.barrier()
@@ -307,17 +302,23 @@ class Training:
         if not rule.every or rule.select == "last" or not self.run.weights.exists():
             self.keep()
         if self.main:
-            machine = self.run.machine
-            took = float(machine.get("took_s") or 0.0) + time.monotonic() - self.began
             finished = datetime.now(UTC).isoformat()
-            self.run.record("machine.json", machine | {"took_s": round(took, 1), "finished": finished})
+            self.run.record("machine.json", self.run.machine | {"took_s": round(self.took(), 1), "finished": finished})
         self.fabric.barrier()
 
+    def took(self) -> float:
+        """Seconds of training, those before an interruption counted in as far as a checkpoint knows of them."""
+        now = time.monotonic()
+        total = float(self.state["took_s"]) + now - self.began
+        self.began = now
+        self.state["took_s"] = total
+        return total
 
-def _mean(window: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
+
+def _mean(rows: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
     """Mean of each term over the steps that had it."""
-    keys = dict.fromkeys(key for row in window for key in row)
-    return {key: torch.stack([row[key] for row in window if key in row]).mean() for key in keys}
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: torch.stack([row[key] for row in rows if key in row]).mean() for key in keys}
 
 
-__all__ = ["Engine", "Prepared", "Step", "Training", "fit", "launch", "prepare"]
+__all__ = ["Prepared", "Training", "fit", "prepare"]

@@ -34,17 +34,17 @@ class Journal:
         """All lines, oldest first; a last line that was cut off is left out."""
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict):
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
                 yield row
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step: a resumed run writes them again."""
-        kept = [json.dumps(row) for row in self.rows() if row.get("step", 0) <= step]
+        kept = [json.dumps(row) for row in self.rows() if row["step"] <= step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)

@@ -15,8 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from overfly.core.errors import RunError
+from overfly.core.settings import explain
 from overfly.models.segmenter import Segmenter
-from overfly.recipe import Recipe, explain
+from overfly.recipe import Recipe
 from overfly.training.journal import Journal
 
 Scores = dict[str, Any]
@@ -81,7 +82,7 @@ class Run:
             try:
                 if Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) == recipe:
                     return cls(file.parent)
-            except (ValidationError, yaml.YAMLError, OSError):
+            except (ValueError, yaml.YAMLError, OSError):
                 continue
         return None
 
@@ -97,7 +98,7 @@ class Run:
             return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
         except ValidationError as error:
             raise RunError(explain(error, str(file))) from None
-        except yaml.YAMLError:
+        except (ValueError, yaml.YAMLError, OSError):
             raise RunError(f"{file} is no YAML any more; restore it, or train again") from None
 
     @property
@@ -143,7 +144,7 @@ class Run:
         Raises:
             RunError: training has not come to its end.
         """
-        if not self.weights.exists():
+        if not self.finished:
             raise RunError(f"{self.path} has no trained network yet; run `overfly train {self.path}` to go on with it")
         return Segmenter.load(self.weights)
 
@@ -172,7 +173,7 @@ class Run:
             return {}
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+        except ValueError:
             raise RunError(f"{path} is damaged; delete it and run the command that wrote it again") from None
         return values if isinstance(values, dict) else {}
 

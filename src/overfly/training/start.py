@@ -45,6 +45,7 @@ def streams(recipe: Recipe, cache: Path | str | None = None) -> tuple[Stream | N
                 seed=recipe.seed,
                 key=key,
                 cache=cache,
+                labelled=role == "source",
             )
         )
     return found[0], found[1]
@@ -64,6 +65,16 @@ def first_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
             raise RecipeError(
                 f"{start} knows the classes {', '.join(segmenter.classes.names)}, the {domain.name} domain has "
                 f"{', '.join(domain.classes.names)}; bring them together with the folder domain's mapping"
+            )
+        if segmenter.architecture != recipe.model.name:
+            raise RecipeError(
+                f"{start} holds {segmenter.architecture}, and the recipe asks for {recipe.model.name}; "
+                f"write model: {segmenter.architecture}, or start from another run"
+            )
+        if segmenter.bands != domain.bands:
+            raise RecipeError(
+                f"{start} reads {segmenter.bands} bands, and the {domain.title} domain has {domain.bands}; "
+                "give them the same bands"
             )
         return segmenter
     network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)

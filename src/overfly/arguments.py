@@ -1,0 +1,84 @@
+"""What the API's functions take, made into values: recipes, domains, seeds, and options within their ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import ValidationError
+
+from overfly.core.errors import RecipeError
+from overfly.core.fetch import cache_folder
+from overfly.core.settings import explain, read_mapping, set_value
+from overfly.data.domain import Domain
+from overfly.recipe import Recipe
+
+Cache = Literal["memory", "disk", "off"]
+LARGEST = 16384
+"""Side of the largest image that is measured, in pixels."""
+
+
+def _as_path(kind: Any, tokens: Any) -> Path:  # noqa: ARG001  (the shape that cyclopts calls)
+    return Path(tokens[0].value)
+
+
+Written = Annotated[Path | str | Recipe, Parameter(accepts_keys=False, n_tokens=1, converter=_as_path)]
+"""A recipe as a value, or, as on the command line, the path of one."""
+
+
+def see_bounds(options: dict[str, tuple[int, int, int]]) -> None:
+    """Refuse an option that is out of its range: value, least, most."""
+    for name, (value, least, most) in options.items():
+        if not least <= value <= most:
+            raise RecipeError(f"--{name} {value} is out of range; take {least} to {most}")
+
+
+def cache_of(cache: Cache) -> Path | str | None:
+    """Where decoded pictures are kept, as the loader takes it."""
+    return {"memory": "memory", "off": None, "disk": cache_folder() / "pictures"}[cache]
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that ``3`` (how many) or ``0,1,5`` (which) means.
+
+    Raises:
+        RecipeError: it means none.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or numbers == [0]:
+        raise RecipeError(f"--seeds {text} is no number of seeds; write how many, such as 3, or which, such as 0,1,5")
+    return list(dict.fromkeys(numbers)) if "," in text else list(range(numbers[0]))
+
+
+def domain_of(text: str, overrides: tuple[str, ...] = ()) -> Domain:
+    """A domain from a file, a recipe's source, or a name."""
+    values: object = {"name": text}
+    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+        values = read_mapping(Path(text), "domain or recipe")
+    if isinstance(values, dict) and "source" in values:
+        values = values["source"]
+    if not isinstance(values, dict):
+        raise RecipeError(f"{text} holds no domain; write 'name: folder' and its settings")
+    for override in overrides:
+        set_value(values, override)
+    try:
+        return Domain.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"domain {text}")) from None
+
+
+def changed(domain: Domain, overrides: tuple[str, ...]) -> Domain:
+    """A domain with other settings."""
+    if not overrides:
+        return domain
+    values = domain.model_dump(mode="json")
+    for override in overrides:
+        set_value(values, override)
+    try:
+        return Domain.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"domain {domain.name}")) from None

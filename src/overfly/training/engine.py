@@ -1,0 +1,141 @@
+"""How a run is carried out: devices, processes, precision. What it ends in is the recipe's to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import nn
+
+from overfly.core import device as machines
+from overfly.core.errors import OverflyError, RecipeError, TrainingError
+from overfly.core.records import Batch, Labelled, Losses
+from overfly.methods.method import Method, Networks
+from overfly.recipe import Recipe
+
+T = TypeVar("T")
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+"""What Fabric calls a recipe's precision."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run is carried out. The number of devices is part of what a run ends in, the rest changes only how fast."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    devices: int = 1
+    """Processes, one a device."""
+    workers: int = 0
+    """Processes that read pictures, for each device; 0: none beside the training itself."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints."""
+    journal_every: int = 10
+    """Steps that one journal line averages."""
+    cache: Path | str | None = "memory"
+    """Where decoded pictures are kept: a folder, "memory", or None."""
+    track: bool = False
+    """Whether to write TensorBoard curves."""
+    quiet: bool = False
+    """Whether to print nothing."""
+
+    def __post_init__(self) -> None:
+        least = {"devices": 1, "workers": 0, "checkpoint_every": 1, "journal_every": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                option = name.replace("_", "-")
+                raise RecipeError(f"--{option} {getattr(self, name)} is too few; take {bound} or more")
+
+
+class Step(nn.Module):
+    """The one module that Fabric wraps: a method with its networks.
+
+    The batch is handed over beside the call: mixed precision casts what a call is given, and pictures must reach the
+    Segmenter's normalisation in full precision.
+    """
+
+    def __init__(self, method: Method[Any], nets: Networks) -> None:
+        super().__init__()
+        self.method = method
+        self.nets = nets
+        self.batch = Batch(Labelled(torch.empty(0), torch.empty(0)), torch.empty(0))
+
+    def forward(self) -> Losses:
+        """The method's losses on the batch."""
+        losses: Losses = self.method.losses(self.nets, self.batch)
+        return losses
+
+
+def launch(recipe: Recipe, engine: Engine) -> Fabric:
+    """Start the processes of a run.
+
+    Raises:
+        RecipeError: recipe and devices do not go together.
+    """
+    if recipe.batch % engine.devices:
+        raise RecipeError(f"a batch of {recipe.batch} cannot be shared by {engine.devices} devices; change one of them")
+    if recipe.batch == engine.devices:
+        raise RecipeError("batch normalisation needs two pictures on each device or more; raise batch")
+    device = machines.pick(engine.device, engine.devices)
+    if recipe.precision == "16" and device.type == "cpu":
+        raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")
+    accelerator = {"cuda": "gpu"}.get(device.type, device.type)
+    devices: Any = [device.index] if device.index is not None and engine.devices == 1 else engine.devices
+    criterion = recipe.method.criterion
+    strategy = DDPStrategy(
+        process_group_backend="nccl" if device.type == "cuda" else "gloo",
+        find_unused_parameters=criterion.aux == 0 or criterion.boundary == 0,
+    )
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy if engine.devices > 1 else "auto",
+        precision=PRECISIONS[recipe.precision],
+    )
+    fabric.launch()
+    return fabric
+
+
+def fabric_of(recipe: Recipe, fabric: Fabric, engine: Engine) -> Fabric:
+    """A fabric with this recipe's precision and a loss scale of its own.
+
+    Raises:
+        RecipeError: several processes are running, and this recipe needs others than they were started for.
+    """
+    if fabric.world_size == 1:
+        return launch(recipe, engine)
+    same = type(fabric.strategy.precision) is type(Fabric(precision=PRECISIONS[recipe.precision]).strategy.precision)
+    if not same or recipe.precision == "16" or recipe.batch % fabric.world_size or recipe.batch == fabric.world_size:
+        raise RecipeError(
+            "these recipes differ in precision or cannot share their batch, and several processes serve them together; "
+            "run them one by one"
+        )
+    return fabric
+
+
+def on_main(fabric: Fabric, work: Callable[[], T]) -> T:
+    """Do something in the first process alone; all get its result, or its error.
+
+    Args:
+        fabric: launched.
+        work: what to do; its result travels to the other processes.
+    """
+    if fabric.world_size == 1:
+        return work()
+    found: tuple[T | None, OverflyError | None] = (None, None)
+    if fabric.is_global_zero:
+        try:
+            found = (work(), None)
+        except OverflyError as error:
+            found = (None, error)
+        except OSError as error:
+            found = (None, TrainingError(f"{error.filename}: {error.strerror}; put this right and try again"))
+    result, wrong = fabric.broadcast(found)
+    if wrong is not None:
+        raise wrong
+    return result  # type: ignore[return-value]
