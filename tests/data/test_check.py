@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,37 @@ def test_values_above_the_peak_and_missing_masks(tmp_path: Path) -> None:
     assert len(report.bad) == 3
     assert "peak" in report.bad[0].sentence
     (tmp_path / "masks" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"images/2\.png has no mask .*1 of 3 images"):
+        check(domain, ["train"])
+
+
+def test_a_fault_of_the_whole_folder_is_one_sentence(tmp_path: Path) -> None:
+    domain = write(tmp_path, 4).model_copy(update={"splits": {"train": "train.txt", "val": "val.txt"}})
+    with pytest.raises(DataError, match="no such file"):
+        check(domain)
+    (tmp_path / "train.txt").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(DataError, match="not UTF-8 text"):
+        check(domain)
+    with pytest.raises(DataError, match="not a folder"):
+        check(domain.model_copy(update={"root": tmp_path / "nowhere"}))
+
+
+def test_a_fault_of_one_split_is_a_finding(tmp_path: Path) -> None:
+    report = check(write(tmp_path, 4).model_copy(update={"splits": {"train": "*", "val": "nothing*"}}))
+    assert [split.pictures for split in report.splits] == [4, 0]
+    assert [problem.sentence.startswith("the split val") for problem in report.bad] == [True]
+
+
+def test_pipes_and_empty_pictures_are_one_finding_each(tmp_path: Path) -> None:
+    domain = write(tmp_path, 4)
+    (tmp_path / "images" / "1.png").unlink()
+    os.mkfifo(tmp_path / "images" / "1.png")
+    small = (tmp_path / "images" / "2.png").read_bytes()
+    (tmp_path / "images" / "2.png").write_bytes(small[:16] + bytes(8) + small[24:])
     report = check(domain, ["train"])
-    assert [problem.sentence.split(" has no mask")[0] for problem in report.bad] == [str(tmp_path / "images" / "2.png")]
+    assert [problem.picture for problem in report.bad] == ["1", "2"]
+    for problem, said in zip(report.bad, ("pipe", "0×0"), strict=True):
+        assert said in problem.sentence
 
 
 def test_images_alone(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def test_natural_order() -> None:
         ("im?/*_rgb.png", "im1/x_rgb.png", ("1", "x")),
         ("a.b/*.png", "aXb/c.png", None),
         ("*.png", "a/b.png", None),
+        ("[[&^]*.png", "[b.png", ("[", "b")),
+        ("[^a]*.png", "bc.png", None),
     ],
 )
 def test_globs_tell_what_their_wildcards_stand_for(pattern: str, path: str, groups: tuple[str, ...] | None) -> None:
@@ -74,6 +77,40 @@ def test_what_does_not_pair_is_named_and_counted(tmp_path: Path) -> None:
     touch(tmp_path, "m/a.png", "m/b.png", "m/x.png")
     with pytest.raises(DataError, match=r"m/x\.png has no image .*1 of 4 masks"):
         pictures(tmp_path, "i", "m")
+    touch(tmp_path, *(f"i/{number}.jpg" for number in range(30)))
+    with pytest.raises(DataError) as caught:
+        pictures(tmp_path, "i", "m")
+    assert "i/0.jpg has no mask" in str(caught.value)
+    assert "30 of 33 images" in str(caught.value)
+    assert "m/x.png has no image" in str(caught.value)
+    assert str(caught.value).count(".jpg") == 20
+    with pytest.raises(DataError, match="holds no masks nowhere"):
+        pictures(tmp_path, "i", "nowhere")
+
+
+@pytest.mark.parametrize("pattern", ["[z-a]*.png", "a\0b/*.png", "x" * 300, "x" * 300 + "*"])
+def test_patterns_that_cannot_be_looked_for(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(DataError, match="correct"):
+        matching(touch(tmp_path, "a.png"), pattern)
+
+
+def test_names_that_cannot_be_shown(tmp_path: Path) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    for pattern in (".", "*.png"):
+        with pytest.raises(DataError, match=r"\\xff\.png is not valid UTF-8") as caught:
+            matching(tmp_path, pattern)
+        assert str(caught.value).encode()
+    odd = Picture(os.fsdecode(b"\xff"), "", Path(), None)
+    assert choose([odd], "train", {"train": 1.0}, Path(), 0) == [odd]
+
+
+def test_patterns_may_lead_elsewhere(tmp_path: Path) -> None:
+    touch(tmp_path, "i/a.jpg", "root/b.jpg")
+    found = pictures(tmp_path / "root", str(tmp_path / "i"), None)
+    assert [picture.relative for picture in found] == [(tmp_path / "i" / "a.jpg").as_posix()]
 
 
 def test_names_must_differ(tmp_path: Path) -> None:

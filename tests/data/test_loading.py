@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, Batch, UInt8
 from overfly.data.domain import Domain, without_labels
 from overfly.data.loading import Steps, Stream, loader
@@ -97,6 +99,68 @@ def test_streams_that_cannot_be() -> None:
         Stream(domain, [], Uniform(), 1, 8, None, 0, 0)
     with pytest.raises(DataError, match="needs labels"):
         Stream(domain, without_labels(domain.items("train")), Rare(), 1, 8, None, 0, 0)
+
+
+def folder(root: Path, mask: int | None, image: int = 9, side: int = 8) -> Domain:
+    """Three pictures of 16 bits, whose masks hold one number throughout."""
+    settings: dict[str, Any] = {"name": "folder", "root": root, "classes": ["a", "b"], "bands": 1, "title": "Town"}
+    for kind in ("images", "masks")[: 1 + (mask is not None)]:
+        (root / kind).mkdir()
+        for number in range(3):
+            value = np.full((side, side), image if kind == "images" else mask, np.uint16 if kind == "images" else "u1")
+            Image.fromarray(value).save(root / kind / f"{number}.png")
+    return Domain.model_validate(settings | ({"masks": "masks"} if mask is not None else {}))
+
+
+def of(domain: Domain, **changes: Any) -> Stream:
+    values: dict[str, Any] = {"sampling": Uniform(), "batch": 1, "crop": 8, "resize": None, "seed": 0, "key": 0}
+    return Stream(domain, domain.items("train"), **(values | changes))
+
+
+def test_a_source_has_masks(tmp_path: Path) -> None:
+    domain = folder(tmp_path, None)
+    assert (of(domain).read(0, [0]).label == IGNORE).all()
+    with pytest.raises(DataError, match=r"source Town has no masks .*images/0\.png; set source\.masks"):
+        of(domain, labelled=True)
+
+
+@pytest.mark.parametrize("changes", [{"labelled": True}, {"sampling": Rare()}, {"sampling": Rare(), "labelled": True}])
+def test_masks_that_are_all_ignored_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    domain = folder(tmp_path, IGNORE)
+    with pytest.raises(DataError, match=r"masks of Town are ignored in every pixel of all 3 pictures"):
+        of(domain, **changes)
+    with pytest.raises(DataError, match="no labelled pixel"):
+        Rare().probabilities(np.zeros((3, 2), np.int64))
+
+
+def test_one_mask_is_read_to_see_that_there_are_labels(tmp_path: Path) -> None:
+    domain = folder(tmp_path, 1)
+    (tmp_path / "masks" / "1.png").write_bytes(b"")
+    assert of(domain, labelled=True).labelled
+
+
+def test_pictures_above_the_peak_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\.png holds 300, above the domain's peak 255"):
+        of(folder(tmp_path, None, image=300)).read(0, [0])
+
+
+def test_crops_beyond_reason_are_refused(tmp_path: Path) -> None:
+    domain = folder(tmp_path, None)
+    assert of(domain, crop=64).read(0, [0]).image.shape == (1, 1, 64, 64)
+    with pytest.raises(RecipeError, match=r"crop is 65, more than 8 times the longer side 8 of .*\.png"):
+        of(domain, crop=65).read(0, [0])
+    for setting in ("crop", "resize"):
+        with pytest.raises(RecipeError, match=f"{setting} is 16385 pixels"):
+            of(domain, **{setting: 16385})
+
+
+def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("overfly.data.loading.open_picture", full)
+    with pytest.raises(RecipeError, match="batch 4 and crop 32 do not fit into memory"):
+        stream().read(0, [0])
 
 
 def test_names_of_a_step_are_those_that_were_read() -> None:

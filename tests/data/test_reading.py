@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -192,6 +193,14 @@ def bad_image(kind: str, path: Path) -> None:
         Image.fromarray(whole[..., 0]).save(path)
     elif kind == "folder":
         path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "nothing":
+        Image.fromarray(whole).save(path)
+        start = path.read_bytes()
+        path.write_bytes(start[:16] + bytes(8) + start[24:])
     elif kind != "missing":
         path.write_bytes(
             {
@@ -210,7 +219,7 @@ def bad_image(kind: str, path: Path) -> None:
         ("corrupt", "truncated or damaged"), ("palette", "palette"), ("grey", "1 band, 3 are expected"),
         ("missing", "does not exist"), ("html", "a web page"), ("empty", "empty"),
         ("lfs", "Git LFS"), ("zip", "archive"),
-        ("folder", "cannot be opened"),
+        ("folder", "is a folder"), ("pipe", "is a pipe"), ("device", "is a device"), ("nothing", "0×0 pixels"),
     ],
 )  # fmt: skip
 def test_a_bad_image_is_named_in_one_sentence(tmp_path: Path, kind: str, said: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import Array, Item
 from overfly.data.domain import Domain, Split
 from overfly.data.folder import Folder
@@ -86,6 +86,12 @@ def test_no_pixel_at_all_is_an_error(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(tmp_path / "images" / "0.png")
     with pytest.raises(DataError, match="no pixel of the split train"):
         statistics(domain, "train")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit: int) -> None:
+    with pytest.raises(RecipeError, match="--limit is 1 or more"):
+        statistics(Given(dtype="uint8", seed=0), "train", limit)
 
 
 def test_a_limit_is_spread_over_the_split() -> None:

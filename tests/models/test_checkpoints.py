@@ -17,7 +17,7 @@ from torch import nn
 from torch.serialization import set_crc32_options
 
 from overfly.core.errors import WeightsError
-from overfly.models.checkpoints import check_values, read_tensors
+from overfly.models.checkpoints import check_digest, check_values, read_tensors
 
 STATE = {"conv.weight": torch.arange(5000.0), "conv.bias": torch.ones(3), "count": torch.tensor(4)}
 
@@ -57,6 +57,16 @@ def test_bytes_zeroed_inside_an_archive_are_found(part: str, tmp_path: Path) -> 
     assert f"damaged: its part 'w/{part}' does not match its checksum" in refusal(path)
 
 
+def test_a_part_that_claims_to_be_a_folder_is_found(tmp_path: Path) -> None:
+    """Torch's reader passes over it and leaves its values undefined."""
+    path = tmp_path / "w.pth"
+    torch.save(STATE, path)
+    content = path.read_bytes()
+    entry = content.rindex(b"w/data/0")  # in the directory at the end; its attributes stand 8 bytes before the name
+    path.write_bytes(content[: entry - 8] + b"\x10" + content[entry - 7 :])
+    assert "damaged: its part 'w/data/0'" in refusal(path)
+
+
 def test_archives_saved_without_checksums_are_read(tmp_path: Path) -> None:
     set_crc32_options(False)
     try:
@@ -67,7 +77,7 @@ def test_archives_saved_without_checksums_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(content=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode), st.just(b"PK\x03\x04junk")))
 def test_garbage_of_any_kind_is_refused(content: bytes, suffix: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("garbage") / f"w.{suffix}"
@@ -186,3 +196,17 @@ def test_values_that_are_no_finite_real_numbers_are_refused(tensor: torch.Tensor
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int64])
 def test_finite_real_numbers_of_any_width_are_taken(dtype: torch.dtype) -> None:
     check_values(Path("w.pth"), {"conv": torch.ones(2).to(dtype), "none": torch.empty(0, dtype=dtype)})
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_file_that_the_disk_keeps_back_is_not_called_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept_back(path: Path, mode: str) -> None:
+        raise PermissionError(13, f"Permission denied to {mode}", str(path))
+
+    monkeypatch.setattr(Path, "open", kept_back)
+    with pytest.raises(WeightsError, match=r"cannot be read.*Permission denied"):
+        read_tensors(tmp_path / name)
+    with pytest.raises(WeightsError, match=r"cannot be read.*Permission denied"):
+        check_digest(tmp_path / name, "0" * 64)

@@ -17,10 +17,13 @@ from torch import Tensor
 from overfly.api import train
 from overfly.core.errors import RecipeError, RunError, TrainingError
 from overfly.core.records import Batch, Losses
+from overfly.data.loading import Steps
 from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
 from overfly.recipe import Recipe, load
+from overfly.training.fit import Training
 from overfly.training.run import Run
+from overfly.training.start import first_segmenter, streams
 
 
 def weights(run: Run) -> dict[str, Tensor]:
@@ -203,14 +206,45 @@ def test_mixed_precision_trains(small: dict[str, Any], tmp_path: Path, precision
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 
 
-def test_every_method_is_resumed_exactly_and_trains_every_weight(small: dict[str, Any], tmp_path: Path) -> None:
-    for name, kind in Method.kinds.items():
-        if not kind.__module__.startswith("overfly."):
-            continue
-        start = {"start": small} if name == "recalibrate" else {}
-        run = trained(load({**small, **start, "method": name, "steps": 3}), tmp_path / name)
-        assert run.finished, name
-        assert all(tensor.isfinite().all() for tensor in weights(run).values()), name
+METHODS = [name for name, kind in Method.kinds.items() if kind.__module__.startswith("overfly.")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_resumed_exactly(name: str, small: dict[str, Any], tmp_path: Path) -> None:
+    start = {"start": small} if Method.kinds[name].needs_start else {}
+    recipe = load({**small, **start, "method": name, "steps": 4})
+    whole = trained(recipe, tmp_path / "whole")
+    saves: list[int] = []
+    original = Training.save
+
+    def stop_after_two(self: Training) -> None:
+        original(self)
+        if self.state["step"] == 2 and self.recipe == recipe:
+            saves.append(2)
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "save", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            trained(recipe, tmp_path / "cut", checkpoint_every=2)
+    assert saves == [2]
+    assert equal(trained(recipe, tmp_path / "cut"), whole)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_weight_that_a_method_trains_gets_a_gradient(name: str, small: dict[str, Any]) -> None:
+    start = {"start": small} if Method.kinds[name].needs_start else {}
+    recipe = load({**small, **start, "method": name, "batch": 4})
+    source, target = streams(recipe)
+    nets = recipe.method.networks(first_segmenter(load(small)))
+    optimizers = recipe.method.optimizers(nets, recipe.optim)
+    wanted = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
+    trains = {key: parameter for key, parameter in nets.named_parameters() if id(parameter) in wanted}
+    losses = recipe.method.losses(nets.train(), Steps(source, target).batch(0))
+    assert bool(losses) == bool(trains)
+    if losses:
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
+    assert not [key for key, parameter in trains.items() if parameter.grad is None or not parameter.grad.any()]
 
 
 def test_reading_processes_change_nothing(small: dict[str, Any], tmp_path: Path) -> None:

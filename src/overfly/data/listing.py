@@ -142,7 +142,7 @@ def pictures(root: Path, images: str, masks: str | None, *, lenient: bool = Fals
         name = "_".join(part for part in "/".join(key).split("/") if part) or path.stem
         if name in named:
             raise DataError(f"{named[name].image} and {path} would both be called {name}; rename one of them")
-        named[name] = Picture(name, path.relative_to(root).as_posix(), path, labels.get(key))
+        named[name] = Picture(name, _below(root, path), path, labels.get(key))
     return list(named.values())
 
 
@@ -184,14 +184,19 @@ def _see_pairs(found: Mapping[Key, Path], labels: Mapping[Key, Path], root: Path
     ):
         alone = [path for key, path in these.items() if key not in those] if those else []
         if alone:
-            also = ", ".join(path.relative_to(root).as_posix() for path in alone[1:NAMED])
+            also = ", ".join(_below(root, path) for path in alone[1:NAMED])
             also += ", …" if len(alone) > NAMED else ""
             faults.append(
                 f"{alone[0]} has no {that} in {root / where} ({len(alone)} of {len(these)} {this}s have none"
                 + (f": also {also})" if also else ")")
             )
     if faults:
-        raise DataError(f"{', and '.join(faults)}; add what is missing, take the file away, or correct the patterns")
+        raise DataError(f"{', and '.join(faults)}; add what is missing, take the rest away, or correct the patterns")
+
+
+def _below(root: Path, path: Path) -> str:
+    """A file's path below the root; the whole path where the patterns lead elsewhere."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
 def _some(listed: Sequence[Picture]) -> str:

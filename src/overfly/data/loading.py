@@ -84,7 +84,7 @@ class Stream:
             )
         if without and self.counts is None:
             raise DataError(
-                f"sampling {self.sampling.name!r} needs labels, and {place(without[0])} has none; set sampling to uniform"
+                f"sampling {self.sampling.name!r} needs labels, and {place(without[0])} has none; make it uniform"
             )
         if self.sampling.needs_counts and self.counts is None:
             self.counts = np.stack([label_counts(self.domain, item) for item in self.items])

@@ -108,11 +108,9 @@ def check_digest(path: Path, sha256: str) -> None:
     wanted = sha256.strip().lower()
     if not 8 <= len(wanted) <= 64 or set(wanted) - set("0123456789abcdef"):
         raise WeightsError(f"{sha256!r} is no SHA-256; give its 64 hex digits, or at least the first 8")
-    try:
-        with path.open("rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise WeightsError(_unreadable(path, error)) from error
+    _check_readable(path)
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
     if not got.startswith(wanted):
         raise WeightsError(
             f"{path} has the SHA-256 {got}, but {wanted} was demanded; fetch the file again, or correct the recipe"
@@ -193,10 +191,9 @@ def strip_prefixes(tensors: Mapping[str, Tensor], own: tuple[str, ...]) -> dict[
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _check_readable(path)
     try:
         return load_file(path)
-    except OSError as error:
-        raise WeightsError(_unreadable(path, error)) from error
     except Exception as error:  # the library raises many kinds for a file that is not what it says
         raise WeightsError(
             f"{path} is damaged or no safetensors file ({first_line(error)}); fetch or save it again"
@@ -204,6 +201,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
+    _check_readable(path)
     try:
         _check_zip(path)
         with warnings.catch_warnings():
@@ -211,8 +209,6 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
-    except OSError as error:
-        raise WeightsError(_unreadable(path, error)) from error
     except Exception as error:  # the unpickler raises nearly every kind there is for bytes that are no pickle
         if _runs_code(path):
             raise WeightsError(
@@ -232,17 +228,19 @@ def _check_zip(path: Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            # what is marked as a folder (0x10) is passed over by torch's reader: its values would be left undefined
+            broken = next((part.filename for part in parts if part.external_attr & 0x10), None)
             # torch.serialization.set_crc32_options(False) writes 0 for every checksum: then there is nothing to compare
-            broken = archive.testzip() if any(part.CRC for part in archive.infolist()) else None
-    except OSError:
-        raise
+            if broken is None and any(part.CRC for part in parts):
+                broken = archive.testzip()
     except Exception as error:  # zlib's, struct's and zipfile's own, by where the damage is
         raise WeightsError(
             f"{path} is damaged: its archive cannot be read ({first_line(error)}); fetch or save it again"
         ) from error
     if broken is not None:
         raise WeightsError(
-            f"{path} is damaged: its part {broken!r} does not match its checksum; fetch or save it again"
+            f"{path} is damaged: its part {broken!r} does not match its checksum or is no file; fetch or save it again"
         )
 
 
@@ -306,5 +304,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path} cannot be read ({error.strerror or first_line(error)}); look at its permissions and its disk"
+def _check_readable(path: Path) -> None:
+    """Tell a file that the disk or its permissions keep back from one that is damaged."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror or first_line(error)}); look at its permissions and its disk"
+        ) from error
