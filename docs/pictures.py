@@ -1,0 +1,46 @@
+"""Draw docs/images/two_domains.png from the runs of `make demo`.
+
+python docs/pictures.py runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from overfly.data.domain import Domain
+from overfly.recipe import Recipe
+from overfly.scoring.samples import Sample, Samples
+from overfly.scoring.score import score
+from overfly.training.run import Run
+from overfly.views.panels import comparison
+
+PICTURE = Path(__file__).parent / "images" / "two_domains.png"
+
+
+def sample(run: Run, domain: Domain, place: int) -> Sample:
+    """What a run says of one picture of a domain's test split, evenly spread places counted from 0."""
+    samples = Samples(spread=6, extremes=False)
+    score(run.segmenter(), domain, "test", resize=run.recipe.resize, window=run.recipe.window, samples=samples)
+    return list(samples)[place]
+
+
+def main() -> None:
+    """Find the two runs below a folder and draw both domains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--places", type=int, nargs=2, default=(1, 4))
+    settings = parser.parse_args()
+    runs = {run.recipe.method.name: run for run in (Run(file.parent) for file in settings.runs.glob("*/recipe.yaml"))}
+    names = {"source_only": "trained on town alone", "recalibrate": "recalibrated on country"}
+    recipe: Recipe = runs["source_only"].recipe
+    rows = {
+        domain.title: {words: sample(runs[method], domain, place) for method, words in names.items()}
+        for domain, place in zip((recipe.domain("source"), recipe.domain("target")), settings.places, strict=True)
+    }
+    PICTURE.parent.mkdir(exist_ok=True)
+    print(comparison(rows, recipe.domain("source").classes, PICTURE, side=256))
+
+
+if __name__ == "__main__":
+    main()
