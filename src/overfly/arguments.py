@@ -63,12 +63,7 @@ def domain_of(text: str, overrides: tuple[str, ...] = ()) -> Domain:
         values = values["source"]
     if not isinstance(values, dict):
         raise RecipeError(f"{text} holds no domain; write 'name: folder' and its settings")
-    for override in overrides:
-        set_value(values, override)
-    try:
-        return Domain.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(explain(error, f"domain {text}")) from None
+    return _valid(values, overrides, f"domain {text}")
 
 
 def changed(domain: Domain, overrides: tuple[str, ...]) -> Domain:
@@ -76,9 +71,13 @@ def changed(domain: Domain, overrides: tuple[str, ...]) -> Domain:
     if not overrides:
         return domain
     values = domain.model_dump(mode="json")
+    return _valid(values, overrides, f"domain {domain.name}")
+
+
+def _valid(values: dict[str, Any], overrides: tuple[str, ...], named: str) -> Domain:
     for override in overrides:
         set_value(values, override)
     try:
         return Domain.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(explain(error, f"domain {domain.name}")) from None
+        raise RecipeError(explain(error, named)) from None

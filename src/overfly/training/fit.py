@@ -164,7 +164,8 @@ class Training:
                 self.state["step"] = number + 1
                 if (number + 1) % self.engine.journal_every == 0 or number + 1 == self.length:
                     figures = {key: float(value) for key, value in _mean(recent).items()}
-                    figures["lr"] = recipe.optim.lr * factor
+                    if self.optimizers:
+                        figures["lr"] = recipe.optim.lr * factor
                     progress.update(number + 1, figures, recipe.batch * accumulate)
                     if self.main:
                         self.journal.write(number + 1, **figures)
