@@ -45,8 +45,10 @@ def test_a_table_of_two_rows_runs_once_and_reads_labels_once(small: dict[str, An
     for part in ("### `pidnet_s`", "SGD(lr: 1e-05, momentum: 0.9, weight_decay: 0.0005)", "mIoU (%) (Urban)", "±",
                  "7,624,167", "7,717,839", "G.", "p50"):  # fmt: skip
         assert part in text
-    header, rule, *body = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in (header, rule, *body)}) == 1
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert [len(block) for block in tables] == [4, 4, 4]
+    assert all(len({line.count("|") for line in block}) == 1 for block in tables)
+    assert all("agriculture" in block[0] for block in tables[1:])
     again = benchmark([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "augment=[]"], **settings)
     assert [row.labels_opened for row in again.table.rows] == [2, 2]
     assert [row.miou for row in again.table.rows] == [row.miou for row in found.table.rows]

@@ -64,3 +64,22 @@ def test_documents_link_to_files_that_are_there() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http", "mailto:")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    small = [f'"{role}.{name}"' for role in ("source", "target") for name in ("train=6", "test=2", "size=128")]
+    code = block.replace('"recipes/', f'"{REPOSITORY}/recipes/').replace(
+        '"steps=100"', ", ".join(['"steps=1"', *small])
+    )
+    assert code != block
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102  (our own README)
+    assert getattr(names["scores"], "shape", None) == (1, 7, 256, 256)
+
+
+def test_nothing_in_the_documents_is_left_to_fill_in() -> None:
+    for page in PAGES:
+        assert "<!--" not in page.read_text(encoding="utf-8"), page

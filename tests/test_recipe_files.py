@@ -70,6 +70,6 @@ def test_the_research_table_is_made_of_the_drawn_world_by_changing_the_root(worl
     small += [f"source.root={world}", f"target.root={world}"]
     files = [str(path) for path in RECIPES if path.parent.name == "loveda" and "pidnet" in path.stem]
     found = benchmark([*files, *small], seeds="1", out=tmp_path, size=64, device="cpu", quiet=True).table
-    assert [row.length for row in found.rows] == ["1 epochs"] * 4
+    assert [row.length for row in found.rows] == ["1 epoch"] * 4
     assert all(set(row.miou) == {"Urban", "Rural"} for row in found.rows)
     assert found.rows[0].optimizer == "SGD(lr: 1e-05, momentum: 0.9, weight_decay: 0.0005)"

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from overfly import benchmark as benchmarks
-from overfly.arguments import LARGEST, Cache, Written, cache_of, changed, domain_of, see_bounds, seeds_of
+from overfly.arguments import LARGEST, Cache, Written, cache_of, changed, domain_of, domains_of, see_bounds, seeds_of
 from overfly.catalogue import Catalogue, catalogue
 from overfly.core import device as machines
 from overfly.core.errors import DataError, RecipeError, RunError
@@ -188,7 +188,10 @@ def benchmark(
     done = benchmarks.study(
         files, overrides, numbers, out=out, fabric=fabric, engine=engine, split=split, draw=_draw, workers=workers
     )
-    found = on_main(fabric, lambda: benchmarks.tabulate(done, numbers, split, size=size, device=str(fabric.device)))
+    place = str(fabric.device)
+    found = on_main(
+        fabric, lambda: benchmarks.tabulate(done, numbers, split, size=size, device=place, changed=overrides)
+    )
     folder = table or out
     on_main(fabric, lambda: benchmarks.write(found, folder))
     return Tabulated(found, folder)
@@ -341,17 +344,17 @@ def data_stats(domain: str, *overrides: str, split: Split = "train", limit: int 
 
 
 def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) -> Checked:
-    """Go through every picture of a domain: what cannot be read, class shares, sizes, bands.
+    """Go through every picture of a domain, or of both of a recipe: what cannot be read, class shares, sizes, bands.
 
     Args:
-        domain: the file or the name of a domain, or a recipe file (its source).
-        overrides: settings of the domain, such as root=/data/loveda scene=urban.
+        domain: a recipe file, or the file or the name of a domain.
+        overrides: settings to change, such as root=/data/loveda of a domain, or source.root=/data/loveda of a recipe.
         splits: train, val, test; all that are there where none is given.
 
     Returns:
         The findings. The command exits with status 1 where a file is bad.
     """
-    return Checked(checks.check(domain_of(domain, overrides), splits))
+    return Checked({name: checks.check(place, splits) for name, place in domains_of(domain, overrides).items()})
 
 
 def _samples(run: Run) -> Path:

@@ -12,7 +12,7 @@ from overfly.core.errors import RecipeError
 from overfly.core.fetch import cache_folder
 from overfly.core.settings import explain, read_mapping, set_value
 from overfly.data.domain import Domain
-from overfly.recipe import Recipe
+from overfly.recipe import Recipe, load
 
 Cache = Literal["memory", "disk", "off"]
 LARGEST = 16384
@@ -64,6 +64,22 @@ def domain_of(text: str, overrides: tuple[str, ...] = ()) -> Domain:
     if not isinstance(values, dict):
         raise RecipeError(f"{text} holds no domain; write 'name: folder' and its settings")
     return _valid(values, overrides, f"domain {text}")
+
+
+def domains_of(text: str, overrides: tuple[str, ...] = ()) -> dict[str, Domain]:
+    """The domains that a text means, by what to call them: both of a recipe's file, else one.
+
+    Raises:
+        RecipeError: it means none.
+    """
+    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+        values = read_mapping(Path(text), "domain or recipe")
+        if {"source", "target", "start"} & set(values):
+            recipe = load(text, *overrides)
+            roles = {"source": recipe.source, "target": recipe.target}
+            return {f"{role} {domain.title}": domain for role, domain in roles.items() if domain is not None}
+    domain = domain_of(text, overrides)
+    return {domain.title: domain}
 
 
 def changed(domain: Domain, overrides: tuple[str, ...]) -> Domain:

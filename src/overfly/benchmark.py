@@ -119,6 +119,10 @@ class Table(Spec):
     """Size and speed of each network."""
     rows: tuple[Row, ...]
     """One a recipe."""
+    data: tuple[str, ...]
+    """The places, and where their pictures lie."""
+    changed: tuple[str, ...] = ()
+    """Settings that were changed in every recipe."""
 
     def markdown(self) -> str:
         """The table in the form of the README that overfly began with, with deviations."""
@@ -144,16 +148,33 @@ TEMPLATE = """\
 
 {% endfor %}
 
-Parameters: {{ "{:,}".format(network.speed.parameters) }} \
-({{ "{:,}".format(network.parameters_training) }} with the heads that only training reads).
-Multiply-accumulates of one image of {{ network.speed.size[0] }}×{{ network.speed.size[1] }}: \
-{{ "%.3f"|format(network.speed.macs / 1e9) }} G.
-{% set timing = network.speed.timings[0] %}
-Latency, batch 1: p50 {{ "%.1f"|format(timing.p50_ms) }} ms, p95 {{ "%.1f"|format(timing.p95_ms) }} ms, mean \
-{{ "%.1f"|format(timing.mean_ms) }} ± {{ "%.1f"|format(timing.std_ms) }} ms ({{ network.speed.machine.device }}, \
-{{ network.speed.machine.threads }} threads, torch {{ network.speed.machine.torch }}).
+{% for place in places if rows[0].classes.get(place) %}
+IoU (%) of each class, {{ place }}:
+
+| recipe |{% for name in rows[0].classes[place] %} {{ name }} |{% endfor %}
+
+|---|{% for name in rows[0].classes[place] %}---|{% endfor %}
+
+{% for row in rows if place in row.classes %}
+| {{ row.recipe }} |{% for figure in row.classes[place].values() %} {{ figure.percent() }} |{% endfor %}
 
 {% endfor %}
+
+{% endfor %}
+* Parameters: {{ "{:,}".format(network.speed.parameters) }} \
+({{ "{:,}".format(network.parameters_training) }} with the heads that only training reads).
+* Multiply-accumulates of one image of {{ network.speed.size[0] }}×{{ network.speed.size[1] }}: \
+{{ "%.3f"|format(network.speed.macs / 1e9) }} G.
+{% set timing = network.speed.timings[0] %}
+* Latency, batch 1: p50 {{ "%.1f"|format(timing.p50_ms) }} ms, p95 {{ "%.1f"|format(timing.p95_ms) }} ms, \
+p99 {{ "%.1f"|format(timing.p99_ms) }} ms, mean {{ "%.1f"|format(timing.mean_ms) }} ± \
+{{ "%.1f"|format(timing.std_ms) }} ms ({{ network.speed.machine.device }}, {{ network.speed.machine.threads }} \
+thread(s), torch {{ network.speed.machine.torch }}).
+
+{% endfor %}
+Data: {{ table.data|join("; ") }}.\
+{% if table.changed %} Changed in every recipe: {{ table.changed|join(", ") }}.{% endif %}
+
 mIoU is of one confusion matrix over the whole split ({{ table.rows[0].split }}), mean ± standard deviation over the \
 seeds {{ table.seeds|join(", ") }}. Trained on: {{ table.machine.device }}.
 """
@@ -219,7 +240,13 @@ def study(
 
 
 def tabulate(
-    done: Mapping[Path, Sequence[Run]], seeds: Sequence[int], split: Split, *, size: int, device: str
+    done: Mapping[Path, Sequence[Run]],
+    seeds: Sequence[int],
+    split: Split,
+    *,
+    size: int,
+    device: str,
+    changed: Sequence[str] = (),
 ) -> Table:
     """The table of finished and scored runs."""
     rows: list[Row] = []
@@ -235,13 +262,22 @@ def tabulate(
         parameters = sum(parameter.numel() for parameter in full.parameters())
         networks.append(Network(name=name, parameters_training=parameters, speed=speed))
     machine = next(iter(done.values()))[0].machine
-    return Table(seeds=tuple(seeds), machine=machine, networks=tuple(networks), rows=tuple(rows))
+    recipes = [runs[0].recipe for runs in done.values()]
+    places = [domain for recipe in recipes for domain in (recipe.source, recipe.target) if domain is not None]
+    return Table(
+        seeds=tuple(seeds),
+        machine=machine,
+        networks=tuple(networks),
+        rows=tuple(rows),
+        data=tuple(dict.fromkeys(map(_origin, places))),
+        changed=tuple(changed),
+    )
 
 
 def write(table: Table, out: Path) -> None:
     """Write ``table.md`` and ``table.json``."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table.markdown(), encoding="utf-8")
+    (out / "table.md").write_text(table.markdown().rstrip() + "\n", encoding="utf-8")
     (out / "table.json").write_text(json.dumps(table.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
 
 
@@ -284,7 +320,9 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
         criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
         optimizer=_settings(recipe.optim) if recipe.method.needs_source else "none",
         scheduler=_settings(recipe.schedule) if recipe.method.needs_source else "none",
-        length=f"{recipe.epochs:g} epochs" if recipe.epochs else f"{recipe.steps or 20_000} steps",
+        length=f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
+        if recipe.epochs
+        else f"{recipe.steps or 20_000} steps",
         miou=miou,
         classes=classes,
         minutes=Figure.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
@@ -294,6 +332,18 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
             run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs
         ),
     )
+
+
+def _length(recipe: Recipe) -> str:
+    if recipe.epochs is None:
+        return f"{recipe.length(0)} steps"
+    return f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
+
+
+def _origin(domain: Domain) -> str:
+    """A place, and where its pictures come from."""
+    root = getattr(domain, "root", None)
+    return f"{domain.title} ({domain.name}{f', {root}' if root is not None else ''})"
 
 
 def _settings(value: Optim | Schedule) -> str:

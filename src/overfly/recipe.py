@@ -135,11 +135,11 @@ class Recipe(Spec):
     @model_validator(mode="before")
     @classmethod
     def _classes_of_source(cls, value: object) -> object:
-        """A target folder without masks need not repeat the classes: they are the source's."""
+        """A target folder need not repeat the classes: left out, they are the source's."""
         if not isinstance(value, Mapping) or not isinstance(value.get("target"), Mapping) or not value.get("source"):
             return value
         target = value["target"]
-        if target.get("name") == "folder" and "classes" not in target and not target.get("masks"):
+        if target.get("name") == "folder" and "classes" not in target:
             source = value["source"]
             if isinstance(source, Mapping) and "classes" in source:
                 return {**value, "target": {**target, "classes": source["classes"]}}

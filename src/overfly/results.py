@@ -136,12 +136,14 @@ class Drawn:
 class Checked:
     """What `overfly data check` found."""
 
-    report: Report
+    reports: Mapping[str, Report]
 
     @property
     def exit_status(self) -> int:
         """1 where a file is bad."""
-        return int(bool(self.report.bad))
+        return int(any(report.bad for report in self.reports.values()))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield str(self.report)
+        for name, report in self.reports.items():
+            yield f"== {name}"
+            yield str(report)

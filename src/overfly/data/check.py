@@ -78,7 +78,7 @@ class Report(Spec):
             if split.empty:
                 told += [f"  {split.empty} masks are ignored in every pixel"]
             told += [f"  wrong: {problem.sentence}" for problem in split.problems]
-        told += [f"{split}: {reason}" for split, reason in self.absent.items()]
+        told += [f"no {split} split: {reason}" for split, reason in self.absent.items()]
         return "\n".join(told)
 
 

@@ -40,7 +40,8 @@ class Folder(Domain, name="folder"):
     title: str = "Folder"
     """What tables and run folders call this place."""
     classes: Classes
-    """Names of the classes, as a list or with a display colour each: ``{building: [60, 16, 152], …}``."""
+    """Names of the classes, as a list or with a display colour each: ``{building: [60, 16, 152], …}``; a recipe's
+    target may leave them out, they are then the source's."""
     images: str = "images"
     """Directory or glob of the images below the root; ``{split}`` stands for the split's name."""
     masks: str | None = None

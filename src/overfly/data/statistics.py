@@ -33,6 +33,17 @@ class Statistics(Spec):
     pictures: Count
     """Images read."""
 
+    def __str__(self) -> str:
+        """Lines to put into a recipe, under its domain."""
+        rows = {"mean": self.mean, "std": self.std}
+        told = [f"{name}: [{', '.join(f'{value:.6g}' for value in values)}]" for name, values in rows.items()]
+        lowest, highest = (", ".join(f"{value:g}" for value in values) for values in (self.minimum, self.maximum))
+        return "\n".join([*told, f"# {self.pictures} pictures; smallest {lowest}; largest {highest}"])
+
+    def __rich__(self) -> str:
+        """The same in a terminal."""
+        return str(self)
+
 
 class _Sums(NamedTuple):
     """Count, mean and sum of squared deviations; merges without loss (Chan, Golub, LeVeque, 1979)."""

@@ -139,14 +139,14 @@ class Run:
         partial.replace(path)
 
     def segmenter(self) -> Segmenter:
-        """The network that the run ended in.
+        """The network that the run ended in, in evaluation mode.
 
         Raises:
             RunError: training has not come to its end.
         """
         if not self.finished:
             raise RunError(f"{self.path} has no trained network yet; run `overfly train {self.path}` to go on with it")
-        return Segmenter.load(self.weights)
+        return Segmenter.load(self.weights).eval()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -41,6 +41,8 @@ def curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: float = 
     from matplotlib.figure import Figure
 
     losses, rates, measured = collected(rows)
+    if all(len(points) < 2 for points in measured.values()) and losses:  # a single score is no curve
+        measured = {}
     parts = [part for part in (losses, rates, measured) if part]
     if not parts:
         raise RunError("the journal holds no figures yet, so there is nothing to draw; train some steps first")
