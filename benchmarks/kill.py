@@ -28,7 +28,7 @@ optim: {name: adamw, lr: 1e-3}
 augment: [dihedral, scale_jitter, colour_jitter]
 validation: {every: 10}
 crop: 64
-batch: 2
+batch: {batch}
 steps: 40
 """
 
@@ -70,7 +70,7 @@ def main() -> int:
     root = settings.out or Path(tempfile.mkdtemp(prefix="overfly-kill-"))
     root.mkdir(parents=True, exist_ok=True)
     recipe = root / "recipe.yaml"
-    recipe.write_text(RECIPE)
+    recipe.write_text(RECIPE.replace("{batch}", str(2 * settings.devices)))
     subprocess.run(command(recipe, root / "whole", settings.devices), check=True, stdout=subprocess.DEVNULL)
     whole = load_file(next((root / "whole").glob("*/checkpoints/best.safetensors")))
     equal = 0
