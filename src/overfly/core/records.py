@@ -64,6 +64,15 @@ class Logits(NamedTuple):
     boundary: Tensor | None = None
     features: Tensor | None = None
 
+    def of(self, images: slice) -> Logits:
+        """The logits of some images of the batch."""
+        return Logits(
+            self.main[images],
+            tuple(scores[images] for scores in self.aux),
+            None if self.boundary is None else self.boundary[images],
+            None if self.features is None else self.features[images],
+        )
+
 
 Losses = Mapping[str, Tensor]
 """Named scalar terms. The step minimises their sum and the journal keeps each."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +21,20 @@ class Networks(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
+
+
+class TeacherStudent(Networks):
+    """A student and a teacher that follows it; the teacher is always in evaluation mode and never has gradients."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__(student)
+        self.teacher = copy.deepcopy(student).requires_grad_(requires_grad=False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the student's mode; the teacher stays as it is."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
 
 N = TypeVar("N", bound=Networks)

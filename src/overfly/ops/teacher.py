@@ -1,0 +1,98 @@
+"""A teacher that follows the student, and the labels it gives to images that have none."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from overfly.core.records import IGNORE
+
+
+class Pseudo(NamedTuple):
+    """What a teacher says of images without labels.
+
+    Attributes:
+        label: most probable class (B, H, W), int64.
+        probability: its probability (B, H, W), 0 to 1.
+    """
+
+    label: Tensor
+    probability: Tensor
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, keep: float, step: int) -> None:
+    """Move the teacher a little towards the student: parameters and buffers, batch-normalisation statistics included.
+
+    ``teacher = k teacher + (1 - k) student`` with ``k = min(1 - 1 / (step + 1), keep)``, so that the first steps are a
+    plain average (Tarvainen and Valpola, 2017). Buffers that are no floats, such as counters, are copied.
+
+    Args:
+        teacher: changed in place; of the student's structure.
+        student: left alone.
+        keep: share of the teacher that is kept once training is under way, 0 to 1.
+        step: from 0.
+    """
+    share = min(1 - 1 / (step + 1), keep)
+    own = teacher.state_dict()
+    for name, value in student.state_dict().items():
+        if value.is_floating_point():
+            own[name].lerp_(value.to(own[name].dtype), 1 - share)
+        else:
+            own[name].copy_(value)
+
+
+@torch.no_grad()
+def pseudo_label(logits: Tensor) -> Pseudo:
+    """The most probable class of each pixel, and its probability.
+
+    Args:
+        logits: class scores (B, K, H, W).
+    """
+    probability, label = logits.float().softmax(1).max(1)
+    return Pseudo(label, probability)
+
+
+def share_above(probability: Tensor, threshold: float) -> Tensor:
+    """Share of each image's pixels above a probability (B, 1, 1): the weight of DACS (Tranheden et al., 2021)."""
+    return (probability > threshold).float().mean((1, 2), keepdim=True)
+
+
+def local_quality(probability: Tensor, threshold: float = 0.7, size: int = 7) -> Tensor:
+    """LDQ: share of sure pixels in the surroundings of each pixel (B, H, W) (Li et al., 2022, Remote Sensing 14:4942).
+
+    Args:
+        probability: of the most probable class (B, H, W).
+        threshold: probability from which a pixel is sure.
+        size: side of the square surroundings in pixels, odd; beyond the border nothing counts.
+    """
+    sure = (probability >= threshold).float()[:, None]
+    return nn.functional.avg_pool2d(sure, size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
+
+
+def surest(pseudo: Pseudo, share: float, classes: int, ceiling: float = 1.0) -> Tensor:
+    """Threshold of each class (K,) that keeps the surest share of its pixels (Zou et al., 2018, CBST).
+
+    Args:
+        pseudo: labels and probabilities.
+        share: share of each class's pixels to keep, 0 to 1.
+        classes: K.
+        ceiling: a threshold above this is lowered to it: what is so sure is always kept.
+
+    Returns:
+        Thresholds (K,); that of a class without any pixel is not a number.
+    """
+    found = torch.full((classes,), float("nan"), device=pseudo.label.device)
+    for index in range(classes):
+        values = pseudo.probability[pseudo.label == index]
+        if len(values):
+            rank = min(len(values), max(1, round(len(values) * (1 - share)) + 1))
+            found[index] = values.kthvalue(rank).values.clamp(max=ceiling)
+    return found
+
+
+def keep_above(pseudo: Pseudo, thresholds: Tensor) -> Tensor:
+    """Pseudo-labels (B, H, W) with `IGNORE` where the probability is below the threshold of its class (K,)."""
+    return pseudo.label.masked_fill(pseudo.probability < thresholds[pseudo.label], IGNORE)
