@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(value: object) -> str:
-    console = Console(width=300, record=True, quiet=True)
-    console.print(value)
-    return console.export_text()
+    console = Console(width=300, file=io.StringIO(), soft_wrap=True, highlight=False)
+    with console.capture() as captured:
+        console.print(value)
+    return captured.get()
 
 
 def test_every_network_is_a_candidate_once(runs: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
+from overfly.models.segmenter import Segmenter, read_segmenter_file
 from overfly.scoring.estimate import Estimate, estimate
 from overfly.scoring.ranking import best, regret, spearman
 from overfly.scoring.scores import Scores
@@ -124,12 +124,15 @@ def places(runs: Sequence[Run]) -> list[Place]:
     """Every network of some runs, each once: kept validations in order, then what the run ended in if it is another."""
     found = []
     for run in runs:
-        own = [
-            Place(run, step, final=run.finished and filecmp.cmp(run.weights, file, shallow=False))
-            for step, file in run.kept.items()
-        ]
+        own = [Place(run, step, final=run.finished and _same(run.weights, file)) for step, file in run.kept.items()]
         found += own if any(place.final for place in own) or not run.finished else [*own, Place(run, None, final=True)]
     return found
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same weights; their bytes may differ, for what describes them has no order."""
+    first, second = (read_segmenter_file(file)[1] for file in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def choose(
@@ -163,15 +166,14 @@ def choose(
     if study and not labelled(target, "val"):
         raise DataError(f"the target {target.title} has no labels in val, and a study needs them; leave out --study")
     compared = reference.segmenter() if reference is not None else None
+    if reference is not None and compared is not None:
+        _see_classes(reference, compared, target)
     networks = places(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
     figures, guesses, truths = [], [], []
     for place in networks:
         network = place.run.segmenter(place.step)
-        if network.classes.names != target.classes.names:
-            raise RecipeError(
-                f"{place.run.path} tells other classes apart than the target {target.title}; leave it out"
-            )
+        _see_classes(place.run, network, target)
         found = _looked(place, network, target, sight, compared)
         source = _source_miou(place, sight.device) if same_source else None
         figures.append(found.model_copy(update={"source_miou": source}))
@@ -228,6 +230,11 @@ def target_of(runs: Sequence[Run]) -> Domain:
             "validate the runs of one target at a time"
         )
     return next(iter(found.values())).recipe.domain("target")
+
+
+def _see_classes(run: Run, network: Segmenter, target: Domain) -> None:
+    if network.classes.names != target.classes.names:
+        raise RecipeError(f"{run.path} tells other classes apart than the target {target.title}; leave it out")
 
 
 def _looked(place: Place, network: nn.Module, target: Domain, sight: Sight, reference: nn.Module | None) -> LabelFree:
