@@ -115,7 +115,7 @@ def test_estimates_and_agreement_where_asked_for(runs: Path) -> None:
     assert candidate["estimate"]["low"] <= candidate["estimate"]["miou"] <= candidate["estimate"]["high"]
     assert candidate["estimate"]["labels_opened"] == 0
     assert candidate["figures"]["agreement"] > 0
-    assert {"estimate", "agreement", "committee"} <= set(values["chosen"])
+    assert {"expected", "agreement", "committee"} <= set(values["chosen"])
 
 
 def test_what_cannot_be_validated(runs: Path, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ class Verdict(Spec):
     candidates: tuple[Candidate, ...]
     """Best of the committee first."""
     chosen: dict[str, str]
-    """What each validator, the committee and, where asked for, the estimate chooses."""
+    """What each validator chooses, the committee, and, with estimates, the mIoU that calibrated confidences expect: the
+    correction for shift, which differs from network to network, is too noisy to rank by."""
     study: dict[str, Trust] | None = None
     """For each validator, how well it chose; where labels were opened for study."""
     labels_opened: Whole
@@ -278,7 +279,7 @@ def _columns(candidates: Sequence[Candidate]) -> dict[str, list[float | None]]:
         name: [candidate.figures.figures()[name] for candidate in candidates] for name in VALIDATORS
     }
     columns["committee"] = [candidate.committee for candidate in candidates]
-    columns["estimate"] = [each.estimate.miou if each.estimate else None for each in candidates]
+    columns["expected"] = [each.estimate.expected if each.estimate else None for each in candidates]
     return {name: column for name, column in columns.items() if all(value is not None for value in column)}
 
 
