@@ -102,7 +102,8 @@ def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Ca
     Args:
         scores: class scores of pixels (K, N), before any softmax.
         label: their true classes (N,), `IGNORE` left out.
-        groups: which picture each pixel is of (N,); constants are tried out on the odd ones. None: no constants.
+        groups: which picture each pixel is of (N,); constants must help the odd ones when fitted on the even ones, and
+            the other way round. None: no constants.
     """
     known = label != IGNORE
     scores, label = scores[:, known].double(), label[known]
@@ -112,9 +113,12 @@ def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Ca
     held = groups[known] % 2 == 1
     if not bool(held.any()) or bool(held.all()):
         return plain
-    tried = [_fitted(scores[:, ~held], label[~held], classwise=each) for each in (False, True)]
-    loss = [_loss(each(scores[:, held]), label[held]) for each in tried]
-    return _fitted(scores, label, classwise=True) if loss[1] < loss[0] else plain
+    for fit, test in ((~held, held), (held, ~held)):
+        tried = [_fitted(scores[:, fit], label[fit], classwise=each) for each in (False, True)]
+        loss = [_loss(each(scores[:, test]), label[test]) for each in tried]
+        if loss[1] >= loss[0]:
+            return plain
+    return _fitted(scores, label, classwise=True)
 
 
 def expected_confusion(probability: Tensor, classes: int) -> Tensor:
