@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from overfly.api import benchmark, evaluate, speed, train
+from overfly.api import benchmark, evaluate, speed, train, validate
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.data.domain import Domain
@@ -28,4 +28,5 @@ __all__ = [
     "load_weights",
     "speed",
     "train",
+    "validate",
 ]

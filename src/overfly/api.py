@@ -9,28 +9,24 @@ from typing import Literal
 from torch import nn
 
 from overfly import benchmark as benchmarks
-from overfly.arguments import LARGEST, Cache, Written, cache_of, changed, domain_of, domains_of, see_bounds, seeds_of
+from overfly import choice
+from overfly.arguments import LARGEST, Cache, Written, cache_of, changed, domain_of, see_bounds, seeds_of
 from overfly.catalogue import Catalogue, catalogue
 from overfly.core import device as machines
-from overfly.core.errors import DataError, RecipeError, RunError
-from overfly.data import check as checks
-from overfly.data.domain import SPLITS, Domain, Split
-from overfly.data.download import Fetched, fetch_loveda
-from overfly.data.statistics import Statistics, statistics
-from overfly.data.synthetic import Scene, write_world
+from overfly.core.errors import DataError, RecipeError
+from overfly.data.domain import Split
+from overfly.imagery import data_check, data_draw, data_fetch, data_stats
 from overfly.models.registry import build
 from overfly.recipe import load
-from overfly.results import Checked, Drawn, Evaluation, Measured, Tabulated, Trained
+from overfly.results import Evaluation, Measured, Tabulated, Trained, Validated
 from overfly.scoring.samples import Samples
-from overfly.scoring.scores import Scores
 from overfly.scoring.speed import measure
+from overfly.scoring.validators import COMMITTEE
 from overfly.training.assess import assess, labelled, roles
 from overfly.training.carry_out import carry_out
 from overfly.training.engine import Engine, launch, on_main
-from overfly.training.progress import Transfers
 from overfly.training.run import Run
-from overfly.views.curves import curves
-from overfly.views.panels import confusion_figure, panels
+from overfly.views.gallery import draw, samples_folder
 
 __all__ = [
     "benchmark",
@@ -42,6 +38,7 @@ __all__ = [
     "list_kinds",
     "speed",
     "train",
+    "validate",
 ]
 
 
@@ -123,7 +120,7 @@ def evaluate(
             f"{' and '.join(key for key, _ in places)}: no picture of {split} has a label; nothing to score"
         )
     if pictures:
-        _samples(opened)
+        samples_folder(opened)
     scores, drawn = {}, []
     for key, place in places:
         if not labelled(place, split):
@@ -134,7 +131,7 @@ def evaluate(
             device=machines.pick(device), window=window, overlap=overlap, samples=samples, workers=workers,
         )  # fmt: skip
         if samples is not None:
-            drawn += _draw(opened, f"{key}-{split}", place, scores[f"{key}/{split}"], samples)
+            drawn += draw(opened, f"{key}-{split}", place, scores[f"{key}/{split}"], samples)
     return Evaluation(opened.path, scores, list(dict.fromkeys(drawn)), told)
 
 
@@ -186,7 +183,7 @@ def benchmark(
     engine = Engine(device, devices, workers, checkpoint_every, cache=cache_of(cache), quiet=quiet)
     fabric = launch(load(files[0], *overrides), engine)
     done = benchmarks.study(
-        files, overrides, numbers, out=out, fabric=fabric, engine=engine, split=split, draw=_draw, workers=workers
+        files, overrides, numbers, out=out, fabric=fabric, engine=engine, split=split, draw=draw, workers=workers
     )
     place = str(fabric.device)
     found = on_main(
@@ -260,117 +257,50 @@ def speed(
     return Measured(name, found, as_json=json)
 
 
+def validate(
+    runs: list[str],
+    *,
+    study: bool = False,
+    estimate: bool = False,
+    committee: list[str] | None = None,
+    reference: str | None = None,
+    split: Split = "train",
+    limit: int = 24,
+    crop: int = 512,
+    device: str = "auto",
+    out: Path | None = None,
+    json: bool = False,
+) -> Validated:
+    """Rank runs and their kept checkpoints without target labels; on request, study how well that works with them.
+
+    Args:
+        runs: folders of finished runs of one target, or folders of such; validation.keep_all keeps their checkpoints.
+        study: open the target's labels in val: each validator's rank correlation with the truth, and its regret.
+        estimate: estimate each network's target mIoU too, with an interval made on shifted source pictures.
+        committee: validators that vote, each by its ranks; left out: masked_miou, views_miou and source_miou.
+        reference: a run, such as source-only, whose predictions all are compared with (agreement).
+        split: target pictures that are looked at, labels taken away.
+        limit: how many of them, evenly spread.
+        crop: longest side that is cut from their middle, in pixels.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        out: folder for validators.json.
+        json: print JSON instead of tables.
+
+    Returns:
+        Every candidate's figures, and who is chosen.
+    """
+    see_bounds({"limit": (limit, 1, 10**6), "crop": (crop, 16, LARGEST)})
+    verdict = choice.choose(
+        choice.gather(runs),
+        members=committee or COMMITTEE,
+        reference=Run.open(reference) if reference is not None else None,
+        estimates=estimate,
+        study=study,
+        sight=choice.Sight(split, limit, crop, machines.pick(device)),
+    )
+    return Validated(verdict, choice.write(verdict, out) if out is not None else None, as_json=json)
+
+
 def list_kinds() -> Catalogue:
     """List everything a recipe can name: networks, weights, domains, methods, losses, optimisers, augmentations."""
     return catalogue()
-
-
-def data_draw(
-    root: Path,
-    *,
-    scenes: list[Scene] | None = None,
-    size: int = 256,
-    train: int = 400,
-    val: int = 60,
-    test: int = 60,
-    workers: int = 1,
-) -> Drawn:
-    """Draw the world that needs no download, in LoveDA's own layout.
-
-    Args:
-        root: folder to write, the root of a loveda domain.
-        scenes: urban, rural or both.
-        size: side of each picture in pixels.
-        train: pictures of each scene for training.
-        val: pictures of each scene for validation.
-        test: pictures of each scene without masks.
-        workers: processes that draw.
-
-    Returns:
-        The folder, and how many pictures it holds.
-    """
-    count = write_world(
-        root,
-        size=size,
-        train=train,
-        val=val,
-        test=test,
-        scenes=tuple(scenes or ("urban", "rural")),
-        workers=workers,
-    )
-    return Drawn(root, count)
-
-
-def data_fetch(
-    name: Literal["loveda"],
-    *,
-    root: Path = Path("data/loveda"),
-    splits: list[Split] | None = None,
-    base: str | None = None,
-    keep_archives: bool = False,
-) -> Fetched:
-    """Download a public dataset, check it and unpack it; a broken download goes on where it stopped.
-
-    Args:
-        name: the dataset.
-        root: folder to unpack into.
-        splits: train, val, test; all where none is given.
-        base: another address to fetch from.
-        keep_archives: keep the downloaded archives.
-
-    Returns:
-        What was fetched, and the licence that it comes with.
-    """
-    del name
-    with Transfers() as shown:
-        return fetch_loveda(
-            root, tuple(splits or SPLITS), base=base, progress=shown.update, keep_archives=keep_archives
-        )
-
-
-def data_stats(domain: str, *overrides: str, split: Split = "train", limit: int | None = None) -> Statistics:
-    """Estimate the mean and standard deviation of each band, for a domain's or a recipe's settings.
-
-    Args:
-        domain: the file or the name of a domain, or a recipe file (its source).
-        overrides: settings of the domain, such as root=/data/loveda scene=urban.
-        split: train, val or test.
-        limit: pictures to look at, evenly spread; all where left out.
-
-    Returns:
-        Mean, standard deviation, smallest and largest value of each band.
-    """
-    return statistics(domain_of(domain, overrides), split, limit=limit)
-
-
-def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) -> Checked:
-    """Go through every picture of a domain, or of both of a recipe: what cannot be read, class shares, sizes, bands.
-
-    Args:
-        domain: a recipe file, or the file or the name of a domain.
-        overrides: settings to change, such as root=/data/loveda of a domain, or source.root=/data/loveda of a recipe.
-        splits: train, val, test; all that are there where none is given.
-
-    Returns:
-        The findings. The command exits with status 1 where a file is bad.
-    """
-    return Checked({name: checks.check(place, splits) for name, place in domains_of(domain, overrides).items()})
-
-
-def _samples(run: Run) -> Path:
-    """The folder of a run's pictures, made."""
-    folder = run.path / "samples"
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file, and pictures are drawn into a folder of this name; move it away")
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def _draw(run: Run, name: str, domain: Domain, scores: Scores, samples: Samples) -> list[Path]:
-    """Draw panels, the confusion matrix and the curves of training into the run's folder."""
-    folder = _samples(run)
-    drawn = [folder / f"{name}.png", folder / f"{name}-confusion.png", folder / "curves.png"]
-    panels(samples, domain.classes, drawn[0])
-    confusion_figure(scores.confusion, domain.classes, drawn[1])
-    curves(list(run.journal.rows()), drawn[2])
-    return drawn

@@ -57,7 +57,7 @@ class Model(Spec):
 
 
 class Validation(Spec):
-    """Watching the source's held-out labels during training. The target's are never read."""
+    """Watching training by the source's held-out labels and by pictures of the target. Its labels are never read."""
 
     every: Whole = 0
     """Steps between two validations; 0: none, and the last weights are kept."""
@@ -67,6 +67,18 @@ class Validation(Spec):
     """Whether the weights of the best validation are kept, or the last."""
     patience: Whole = 0
     """Validations without a new best after which training stops; 0: never."""
+    target: bool = False
+    """Look at fixed pictures of the target's train split too, without labels, and write the label-free figures of the
+    network (entropy, consistency, agreement with its teacher, …) into the journal."""
+    keep_all: bool = False
+    """Keep each validation's weights as checkpoints/step-N.safetensors, for `overfly validate` to choose from."""
+
+    @model_validator(mode="after")
+    def _watched(self) -> Self:
+        if (self.target or self.keep_all) and not self.every:
+            named = "target" if self.target else "keep_all"
+            raise ValueError(f"{named} says what is done at every validation; say under every how often that is")
+        return self
 
 
 def _nested(value: object) -> object:
@@ -174,8 +186,10 @@ class Recipe(Spec):
             raise ValueError(f"method {self.method.name} changes a trained network; name a run or recipe under start")
         if self.epochs is not None and (self.source is None or not self.method.needs_source):
             raise ValueError(f"epochs are passes over the source, which {self.method.name} does not read; give steps")
-        if self.validation.every and self.source is None:
-            raise ValueError("validation reads the source's labels; without a source leave validation.every at 0")
+        if self.validation.every and self.source is None and not self.validation.target:
+            raise ValueError("validation reads the source's labels; without a source set validation.target or every: 0")
+        if self.validation.target and self.target is None:
+            raise ValueError("validation.target looks at pictures of the target; say where they are under target")
         if self.source and self.target and self.source.classes.names != self.target.classes.names:
             raise ValueError(
                 f"source and target have different classes ({', '.join(self.source.classes.names)}, and "

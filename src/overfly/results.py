@@ -11,6 +11,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from overfly.benchmark import Table as Benchmark
+from overfly.choice import Candidate, Verdict
 from overfly.data.check import Report
 from overfly.scoring.scores import Scores
 from overfly.scoring.speed import Speed
@@ -147,3 +148,70 @@ class Checked:
         for name, report in self.reports.items():
             yield f"== {name}"
             yield str(report)
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Networks ranked without target labels."""
+
+    verdict: Verdict
+    written: Path | None = None
+    as_json: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        verdict = self.verdict
+        if self.as_json:
+            yield verdict.model_dump_json(indent=2)
+            return
+        yield _candidates_table(verdict.candidates, verdict.members)
+        if verdict.study is not None:
+            yield _study_table(verdict)
+        chosen = verdict.candidates[0]
+        yield f"chosen by the committee ({', '.join(verdict.members)}): {chosen.run}, {chosen.checkpoint}"
+        if verdict.study is None:
+            yield f"target labels opened: {verdict.labels_opened}"
+        else:
+            yield f"this is a study: its true scores rest on {verdict.labels_opened} opened target labels"
+        if self.written is not None:
+            yield f"written: {self.written}"
+
+
+COLUMNS = {
+    "source_miou": "source mIoU", "information": "information", "bnm": "BNM", "masked_miou": "masked mIoU",
+    "views_miou": "views mIoU", "masked": "masked", "views": "views", "agreement": "agreement", "snd": "SND",
+    "entropy": "entropy",
+}  # fmt: skip
+"""What the table calls the validators, most trusted first."""
+
+
+def _candidates_table(candidates: Sequence[Candidate], members: Sequence[str]) -> Table:
+    """Every figure of every candidate in percent, best of the committee first; members of the committee in bold."""
+    table = Table(title="label-free figures in percent, higher is better", title_justify="left")
+    table.add_column("run, checkpoint", overflow="fold")
+    shown = [name for name in COLUMNS if any(each.figures.figures()[name] is not None for each in candidates)]
+    for name in shown:
+        table.add_column(COLUMNS[name], justify="right", style="bold" if name in members else None)
+    table.add_column("committee", justify="right")
+    estimated, studied = any(each.estimate for each in candidates), any(each.truth is not None for each in candidates)
+    if estimated:
+        table.add_column("estimated mIoU", justify="right")
+    if studied:
+        table.add_column("true mIoU", justify="right")
+    for each in candidates:
+        guess = each.estimate
+        low_to_high = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
+        more = [low_to_high] * estimated + [_percent(each.truth)] * studied
+        figures = [_percent(each.figures.figures()[name]) for name in shown]
+        table.add_row(each.title, *figures, _percent(each.committee), *more)
+    return table
+
+
+def _study_table(verdict: Verdict) -> Table:
+    """How well each validator chose, least regret first."""
+    table = Table(title="study: validators against true target mIoU", title_justify="left")
+    for heading in ("validator", "rank correlation", "regret", "chosen"):
+        table.add_column(heading, justify="left" if heading in ("validator", "chosen") else "right")
+    for name, trust in sorted((verdict.study or {}).items(), key=lambda entry: entry[1].regret):
+        correlation = "–" if trust.correlation is None else f"{trust.correlation:+.2f}"
+        table.add_row(COLUMNS.get(name, name), correlation, _percent(trust.regret), trust.chosen)
+    return table

@@ -32,6 +32,7 @@ def assess(
     overlap: float = 0.25,
     samples: Samples | None = None,
     workers: int = 0,
+    checkpoint: int | None = None,
 ) -> Scores:
     """Score a run's network on a split and record it in ``scores.json``.
 
@@ -45,6 +46,7 @@ def assess(
         overlap: share of a window that the next one covers again.
         samples: keeps a few pictures to draw.
         workers: threads that read ahead.
+        checkpoint: the step of a kept validation, to score its weights instead of the run's own.
 
     Raises:
         DataError: no picture of the split has a label.
@@ -56,24 +58,27 @@ def assess(
     if not 0 <= overlap <= MOST_OVERLAP:
         raise RecipeError(f"an overlap of {overlap:g} is none; take a share from 0 to {MOST_OVERLAP}")
     found = score(
-        run.segmenter(), domain, split,
+        run.segmenter(checkpoint), domain, split,
         resize=run.recipe.resize, device=device, window=chosen, overlap=overlap, samples=samples, workers=workers,
     )  # fmt: skip
     scores = run.scores
     opened = scores.get("labels_opened", {})
     before = opened.get(f"{key}/{split}", {"times": 0, "images": 0})
     opened[f"{key}/{split}"] = {"times": before["times"] + 1, "images": before["images"] + found.labels_opened}
-    scores[f"{key}/{split}"] = found.model_dump(mode="json")
+    place = scores if checkpoint is None else scores.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
+    place[f"{key}/{split}"] = found.model_dump(mode="json")
     scores["labels_opened"] = opened
     run.record("scores.json", scores)
-    run.journal.write(run_length(run), event="scored", domain=key, split=split, miou=found.miou)
+    step = run_length(run) if checkpoint is None else checkpoint
+    run.journal.write(step, event="scored", domain=key, split=split, miou=found.miou)
     return found
 
 
-def recorded(run: Run, key: str, split: Split, domain: Domain) -> Scores | None:
+def recorded(run: Run, key: str, split: Split, domain: Domain, checkpoint: int | None = None) -> Scores | None:
     """What was found earlier for this domain in the recipe's own way of scoring, or None; reading it opens no label."""
     try:
-        found = Scores.model_validate(run.scores[f"{key}/{split}"])
+        place = run.scores if checkpoint is None else run.scores["checkpoints"][f"step-{checkpoint}"]
+        found = Scores.model_validate(place[f"{key}/{split}"])
     except (KeyError, ValidationError):
         return None
     same = (found.protocol.resize, found.protocol.window) == (run.recipe.resize, run.recipe.window)

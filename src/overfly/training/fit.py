@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from overfly.core import device as machines
-from overfly.core.errors import NotFiniteError, OverflyError, RecipeError, TrainingError
+from overfly.core.errors import OverflyError, RecipeError, TrainingError
 from overfly.core.optim import set_rate
 from overfly.core.records import Batch, Labelled, Losses
 from overfly.data.loading import Steps, loader
@@ -26,12 +26,12 @@ from overfly.methods.method import Networks
 from overfly.models.segmenter import Segmenter
 from overfly.ops.augment import augment
 from overfly.recipe import Recipe
-from overfly.scoring.score import score
 from overfly.training.checkpoint import load_state, save_state
 from overfly.training.engine import Engine, Step
 from overfly.training.progress import Progress
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
+from overfly.training.watch import Watch, journalled
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Training:
             self.step, self.wrapped = fabric.to_device(self.module), []
         self.main = fabric.is_global_zero
         self.journal = run.journal
+        self.watch = Watch(self.recipe, self.nets, fabric)
         self.began = time.monotonic()
 
     def begin(self) -> None:
@@ -254,40 +255,38 @@ class Training:
                 )
 
     def validate(self, number: int) -> bool:
-        """Score the source's held-out labels when it is time; whether training should stop."""
+        """Look at source and target when it is time; whether training should stop."""
         rule = self.recipe.validation
         if not rule.every or (number % rule.every and number != self.length):
             return False
         self.check_weights()
-        try:
-            found = score(
-                self.recipe.method.deployed(self.nets),
-                self.recipe.domain("source"),
-                rule.split,
-                resize=self.recipe.resize,
-                window=self.recipe.window,
-                device=self.fabric.device,
-                workers=min(self.engine.workers, 1),
-                shard=(self.fabric.global_rank, self.fabric.world_size),
-            ).miou
-        except NotFiniteError:  # statistics of the first steps may not hold yet
-            found = None
-        value = found or 0.0
+        found = self.watch.source(min(self.engine.workers, 1)) if self.recipe.source else None
         if self.main:
             self.journal.write(number, event="validation", source_miou=found)
+        if rule.target:
+            figures = self.watch.target(found)
+            if self.main and figures is not None:
+                self.journal.write(number, event="label-free", **journalled(figures))
+        if rule.keep_all:
+            self.keep(self.run.weights_at(number))
+        return self.chosen(number, found or 0.0) if self.recipe.source else False
+
+    def chosen(self, number: int, value: float) -> bool:
+        """Keep the best by the source's held-out labels; whether there was no better one for too long."""
+        rule = self.recipe.validation
         if self.state["best"] is None or value > self.state["best"]:
             self.state |= {"best": value, "best_step": number, "stale": 0}
             if rule.select == "best":
-                self.keep()
+                self.keep(self.run.weights)
         else:
             self.state["stale"] += 1
         return bool(rule.patience and self.state["stale"] >= rule.patience)
 
-    def keep(self) -> None:
-        """Write the network as it stands as the run's own."""
+    def keep(self, path: Path) -> None:
+        """Write the network as it stands."""
         network = self.recipe.method.deployed(self.nets)
         if self.main and isinstance(network, Segmenter):
-            network.save(self.run.weights)
+            network.save(path)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -301,7 +300,7 @@ class Training:
         """Keep the last weights unless a better validation was kept, and write down that the run is whole."""
         rule = self.recipe.validation
         if not rule.every or rule.select == "last" or not self.run.weights.exists():
-            self.keep()
+            self.keep(self.run.weights)
         if self.main:
             finished = datetime.now(UTC).isoformat()
             self.run.record("machine.json", self.run.machine | {"took_s": round(self.took(), 1), "finished": finished})

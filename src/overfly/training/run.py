@@ -111,6 +111,17 @@ class Run:
         """The network that the run ends in: weights, classes, normalisation."""
         return self.path / "checkpoints" / "best.safetensors"
 
+    def weights_at(self, step: int) -> Path:
+        """Where the weights of a validation are kept, if the recipe says so."""
+        return self.path / "checkpoints" / f"step-{step}.safetensors"
+
+    @property
+    def kept(self) -> dict[int, Path]:
+        """The weights that validations kept, by step, earliest first."""
+        found = (self.path / "checkpoints").glob("step-*.safetensors")
+        steps = sorted(int(number) for file in found if (number := file.stem.removeprefix("step-")).isdigit())
+        return {step: self.weights_at(step) for step in steps}
+
     @property
     def journal(self) -> Journal:
         """What happened, line by line."""
@@ -138,12 +149,19 @@ class Run:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
 
-    def segmenter(self) -> Segmenter:
-        """The network that the run ended in, in evaluation mode.
+    def segmenter(self, step: int | None = None) -> Segmenter:
+        """The network that the run ended in, or that of a kept validation, in evaluation mode.
+
+        Args:
+            step: of a validation whose weights were kept.
 
         Raises:
-            RunError: training has not come to its end.
+            RunError: training has not come to its end, or kept no weights at this step.
         """
+        if step is not None:
+            if not self.weights_at(step).is_file():
+                raise RunError(f"{self.path} kept no weights at step {step}; train it with validation.keep_all")
+            return Segmenter.load(self.weights_at(step)).eval()
         if not self.finished:
             raise RunError(f"{self.path} has no trained network yet; run `overfly train {self.path}` to go on with it")
         return Segmenter.load(self.weights).eval()

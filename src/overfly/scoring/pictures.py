@@ -1,0 +1,122 @@
+"""The fixed pictures that label-free figures are taken on, and what a network predicts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from overfly.core.errors import DataError, NotFiniteError
+from overfly.core.records import Array, Item, Logits
+from overfly.data.domain import Domain, Split, without_labels
+from overfly.data.statistics import spread
+from overfly.ops.windows import sliding
+
+
+def unlabelled(
+    domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
+) -> Iterator[Tensor]:
+    """Pictures of a split, evenly spread and always the same; their labels are taken away before anything is read.
+
+    Args:
+        domain: whose pictures.
+        split: which of them.
+        limit: how many at most; None: all.
+        resize: side of the square that each is first resized to.
+        crop: longest side that is cut from the middle of each; None: the whole picture.
+
+    Yields:
+        (C, H, W), float, in the sensor's own range.
+
+    Raises:
+        DataError: the split has no pictures, or one cannot be read.
+    """
+    items = spread(without_labels(domain.items(split)), limit)
+    if not items:
+        raise DataError(f"split {split} of the {domain.title} domain has no pictures to look at; choose another split")
+    for item in items:
+        yield middle(_resized(as_tensor(domain.read_image(item)), resize), crop)
+
+
+def labelled_pairs(
+    domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `unlabelled`, each with its label (H, W), int64, brought to the picture's size by nearest neighbour.
+
+    This opens labels: it is for the source.
+
+    Raises:
+        DataError: no picture of the split has a label.
+    """
+    items: Sequence[Item] = spread([item for item in domain.items(split) if item.label is not None], limit)
+    if not items:
+        raise DataError(f"split {split} of the {domain.title} domain has no labels; choose another split")
+    for item in items:
+        image = _resized(as_tensor(domain.read_image(item)), resize)
+        label = torch.from_numpy(domain.read_label(item).astype(np.int64))
+        if label.shape != image.shape[-2:]:
+            label = F.interpolate(label[None, None].float(), image.shape[-2:], mode="nearest-exact")[0, 0].long()
+        yield middle(image, crop), middle(label, crop)
+
+
+def as_tensor(image: Array) -> Tensor:
+    """An image (H, W, C) of any number type as (C, H, W), float32."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))
+
+
+def middle(image: Tensor, crop: int | None) -> Tensor:
+    """The middle of (..., H, W), no side longer than ``crop``."""
+    height, width = image.shape[-2:]
+    if crop is None or max(height, width) <= crop:
+        return image
+    rows, columns = min(crop, height), min(crop, width)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[..., top : top + rows, left : left + columns].contiguous()
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, image: Tensor, window: int | None = None) -> Tensor:
+    """Class scores of one picture, before any softmax, at its own size.
+
+    Args:
+        network: images (B, C, H, W) in the sensor's range to `Logits` at their size, in evaluation mode.
+        image: (C, H, W), on the network's device.
+        window: side of overlapping windows for pictures that are larger; None: the whole picture.
+
+    Returns:
+        (K, H, W), float32.
+
+    Raises:
+        NotFiniteError: a score is not finite.
+    """
+
+    def main(patch: Tensor) -> Tensor:
+        logits: Logits = network(patch)
+        return logits.main.float()
+
+    larger = window is not None and max(image.shape[-2:]) > window
+    scores = sliding(main, image[None], window)[0] if larger and window is not None else main(image[None])[0]
+    if not bool(scores.isfinite().all()):
+        raise NotFiniteError(
+            "the network gives scores that are not finite; its weights or its mean and standard deviation are broken, "
+            "so train again or take another checkpoint"
+        )
+    return scores
+
+
+def sampled(height: int, width: int, pixels: int, *draw: int) -> Tensor:
+    """Places of ``pixels`` random pixels in a flattened picture (pixels,); the same for the same ``draw``."""
+    seed = int(np.random.SeedSequence(draw).generate_state(1)[0])
+    return torch.randint(height * width, (pixels,), generator=torch.Generator().manual_seed(seed))
+
+
+def _resized(image: Tensor, side: int | None) -> Tensor:
+    if side is None or image.shape[-2:] == (side, side):
+        return image
+    return F.interpolate(image[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+__all__ = ["as_tensor", "labelled_pairs", "middle", "predict", "sampled", "unlabelled"]
