@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +55,8 @@ class DSBN(Method[TeacherStudent], name="dsbn"):
 
     def networks(self, student: nn.Module) -> TeacherStudent:
         """Student and teacher with two normalisations wherever there was one."""
-        if isinstance(student, Segmenter):
-            replace(student.network, _BatchNorm, DomainNorm, skip=student.network.training_heads)
-        else:
-            replace(student, _BatchNorm, DomainNorm)
+        network = cast(Segmenter, student).network
+        replace(network, _BatchNorm, DomainNorm, skip=network.training_heads)
         return TeacherStudent(student)
 
     def losses(self, nets: TeacherStudent, batch: Batch) -> Losses:
