@@ -19,8 +19,9 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Figures must not depend on how many cores a machine has, nor tests fight over them."""
+    """Figures must not depend on how many cores a machine has, nor tests fight over them, nor on the tests before."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

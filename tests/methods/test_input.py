@@ -19,14 +19,14 @@ def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> N
     recipe = load(small, "method=fda")
     batch = Steps(*streams(recipe)).batch(0)
     batch = batch._replace(target=batch.source.image)
-    plain: SourceOnly = SourceOnly()
     methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColourTransfer(), ColourTransfer(each=True)]
     for method in methods:
-        nets, same = (each.networks(first_segmenter(recipe)).train() for each in (method, plain))
-        same.load_state_dict(nets.state_dict())
-        found, expected = method.losses(nets, batch), plain.losses(same, batch)
-        assert found.keys() == expected.keys()
-        assert all(torch.allclose(found[key], expected[key], rtol=1e-3) for key in found)
+        nets = method.networks(first_segmenter(recipe)).train()
+        shown: list[torch.Tensor] = []
+        nets.student.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))
+        found = method.losses(nets, batch)
+        assert found.keys() == SourceOnly().losses(nets, batch).keys()
+        assert torch.allclose(shown[0], batch.source.image, atol=1e-2)
 
 
 def test_images_stay_in_the_sensors_range_and_labels_as_they_are(small: dict[str, Any]) -> None:
