@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from overfly.recipe import Recipe
+from overfly.methods.method import Method
+from overfly.recipe import Recipe, load
+from overfly.training.start import first_segmenter
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -16,8 +19,9 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Figures must not depend on how many cores a machine has, nor tests fight over them."""
+    """Figures must not depend on how many cores a machine has, nor tests fight over them, nor on the tests before."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -36,3 +40,19 @@ def small() -> dict[str, Any]:
 @pytest.fixture
 def recipe(small: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(small)
+
+
+@pytest.fixture
+def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
+    """From a method's name to a small recipe that has what the method needs: a trained start, a teacher."""
+    special: dict[str, Callable[[], dict[str, Any]]] = {
+        "daformer": lambda: {"warmup": 1},
+        "distil": lambda: {"teacher": str(first_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
+    }
+
+    def made(name: str, **changes: Any) -> Recipe:
+        method = {"name": name, **special.get(name, dict)()}
+        start = {"start": small} if Method.kinds[name].needs_start else {}
+        return load({**small, **start, "method": method, **changes})
+
+    return made

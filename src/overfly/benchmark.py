@@ -318,8 +318,8 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
         source=origin_source.title if origin_source else "none",
         batch=recipe.batch,
         criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
-        optimizer=_settings(recipe.optim) if recipe.method.needs_source else "none",
-        scheduler=_settings(recipe.schedule) if recipe.method.needs_source else "none",
+        optimizer=_settings(recipe.optim) if recipe.method.trains else "none",
+        scheduler=_settings(recipe.schedule) if recipe.method.trains else "none",
         length=f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
         if recipe.epochs
         else f"{recipe.steps or 20_000} steps",

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from overfly.core.records import Batch, Losses
 from overfly.data.loading import Steps
 from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
+from overfly.models.registry import build
 from overfly.recipe import Recipe, load
 from overfly.training.fit import Training
 from overfly.training.run import Run
@@ -210,9 +212,8 @@ METHODS = [name for name, kind in Method.kinds.items() if kind.__module__.starts
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_resumed_exactly(name: str, small: dict[str, Any], tmp_path: Path) -> None:
-    start = {"start": small} if Method.kinds[name].needs_start else {}
-    recipe = load({**small, **start, "method": name, "steps": 4})
+def test_every_method_is_resumed_exactly(name: str, recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = recipe_of(name, steps=4)
     whole = trained(recipe, tmp_path / "whole")
     saves: list[int] = []
     original = Training.save
@@ -229,19 +230,22 @@ def test_every_method_is_resumed_exactly(name: str, small: dict[str, Any], tmp_p
             trained(recipe, tmp_path / "cut", checkpoint_every=2)
     assert saves == [2]
     assert equal(trained(recipe, tmp_path / "cut"), whole)
+    described = build(recipe.model.name, 7).state_dict().keys()
+    assert {key.removeprefix("network.") for key in weights(whole)} - {"mean", "std"} == described
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_weight_that_a_method_trains_gets_a_gradient(name: str, small: dict[str, Any]) -> None:
-    start = {"start": small} if Method.kinds[name].needs_start else {}
-    recipe = load({**small, **start, "method": name, "batch": 4})
+def test_every_weight_that_a_method_trains_gets_a_gradient(
+    name: str, recipe_of: Callable[..., Recipe], small: dict[str, Any]
+) -> None:
+    recipe = recipe_of(name, batch=4)
     source, target = streams(recipe)
     nets = recipe.method.networks(first_segmenter(load(small)))
     optimizers = recipe.method.optimizers(nets, recipe.optim)
     wanted = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
     trains = {key: parameter for key, parameter in nets.named_parameters() if id(parameter) in wanted}
     losses = recipe.method.losses(nets.train(), Steps(source, target).batch(0))
-    assert bool(losses) == bool(trains)
+    assert bool(losses) == bool(trains) == recipe.method.trains
     if losses:
         torch.autograd.backward(torch.stack(list(losses.values())).sum())
     assert not [key for key, parameter in trains.items() if parameter.grad is None or not parameter.grad.any()]

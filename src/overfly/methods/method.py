@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from overfly.core.optim import Optim
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import Choice
+from overfly.models.segmenter import Segmenter
 from overfly.ops.criterion import Criterion, CrossEntropy
 
 
@@ -21,6 +22,11 @@ class Networks(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
+
+    @property
+    def segmenter(self) -> Segmenter:
+        """The student, with its classes and its sensor's range."""
+        return cast(Segmenter, self.student)
 
 
 class TeacherStudent(Networks):
@@ -50,8 +56,13 @@ class Method(Choice, ABC, Generic[N]):
     """Whether a step reads labelled images of the source."""
     needs_target: ClassVar[bool] = True
     """Whether a step reads unlabelled images of the target."""
+    takes_source: ClassVar[bool] = False
+    """Whether a step also reads labelled images of the source where the recipe has one."""
     needs_start: ClassVar[bool] = False
     """Whether it only changes a network that is trained already."""
+
+    trains: ClassVar[bool] = True
+    """Whether anything is minimised."""
 
     criterion: Criterion = CrossEntropy()
     """The supervised loss on labelled images."""
@@ -78,12 +89,24 @@ class Method(Choice, ABC, Generic[N]):
         """The network that is validated, saved and shipped; by default the student."""
         return nets.student
 
-    def supervised(self, logits: Logits, label: Tensor, weight: Tensor | None = None) -> Losses:
+    def supervised(
+        self, logits: Logits, label: Tensor, weight: Tensor | None = None, *, where: Tensor | None = None
+    ) -> Losses:
         """The criterion's terms for logits at the label's size.
 
         Args:
             logits: class scores (B, K, H, W) and those of the training heads.
             label: class ids (B, H, W), 255 where there is none.
             weight: of each pixel, (B, H, W) or (B, 1, 1), 0 to 1.
+            where: True at pixels whose boundaries may be trusted (B, H, W): in mixed images the source's.
         """
-        return self.criterion.terms(logits, label, weight)
+        return self.criterion.terms(logits, label, weight, where=where)
+
+    def imitated(self, logits: Logits, label: Tensor, weight: Tensor | None = None) -> Losses:
+        """The criterion's terms for pseudo-labels: no boundary of a pseudo-label is ever learnt."""
+        return self.criterion.model_copy(update={"boundary": 0.0}).terms(logits, label, weight)
+
+
+def named(prefix: str, terms: Losses, weight: float = 1.0) -> dict[str, Tensor]:
+    """Terms whose names begin with what they are of, times a weight."""
+    return {f"{prefix}_{name}": weight * term for name, term in terms.items()}

@@ -13,12 +13,12 @@ from typing import Annotated, Self
 import torch
 from kornia.enhance import adjust_hue
 from kornia.filters import gaussian_blur2d
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Generator, Tensor
 
 from overfly.core.records import Labelled
 from overfly.core.spec import NonNegative, Positive, Share
-from overfly.ops.augment import Augment, log_uniform, ordered, uniform
+from overfly.ops.augment import Augment, augment, log_uniform, ordered, uniform
 
 LUMA = (0.299, 0.587, 0.114)
 """Share of red, green and blue in the brightness that the eye sees (ITU-R BT.601)."""
@@ -170,3 +170,24 @@ class GaussianNoise(ColourAugment, name="gaussian_noise"):
         strength = _per_image(uniform((len(image),), self.low, self.high, generator), image)
         noise = torch.randn(image.shape, generator=generator)
         return image + strength * noise.to(image.device, image.dtype)
+
+
+def _colours_alone(augments: tuple[Augment, ...]) -> tuple[Augment, ...]:
+    for each in augments:
+        if not isinstance(each, ColourAugment):
+            known = ", ".join(sorted(name for name, kind in Augment.kinds.items() if issubclass(kind, ColourAugment)))
+            raise ValueError(f"{each.name} moves pixels away from their pseudo-labels; choose among: {known}")
+    return augments
+
+
+Strong = Annotated[tuple[Augment, ...], AfterValidator(_colours_alone)]
+"""Augmentations that change colour and sharpness alone, so that pseudo-labels still fit."""
+
+
+def recoloured(image: Tensor, augments: tuple[Augment, ...], peak: float) -> Tensor:
+    """A view of images (B, C, H, W), 0 to ``peak``, by augmentations of colour; the same range.
+
+    Random numbers come from torch's generator on the CPU.
+    """
+    none = torch.zeros(len(image), 1, 1, dtype=torch.int64, device=image.device)
+    return augment(Labelled(image, none), augments, peak=peak, generator=torch.default_generator).image

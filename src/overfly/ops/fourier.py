@@ -33,16 +33,19 @@ def _frequency(length: int) -> Tensor:
     return cycles.round().abs()
 
 
-def match_colours(image: Tensor, style: Tensor) -> Tensor:
+def match_colours(image: Tensor, style: Tensor, *, each: bool = True) -> Tensor:
     """The image with each band's mean and standard deviation of the style (after Reinhard et al., 2001).
 
     Args:
         image: (B, C, H, W), float.
-        style: (B, C, H', W').
+        style: (B, C, H', W'); where images are not matched one by one, any number of them.
+        each: whether every image gets the mean and spread of its own style image, or the whole batch, as one, those of
+            all style images: differences between images, as between water and fields, then stay.
 
     Returns:
         (B, C, H, W); values may leave the sensor's range.
     """
-    spread, mean = torch.std_mean(image, (2, 3), keepdim=True)
-    other_spread, other_mean = torch.std_mean(style, (2, 3), keepdim=True)
+    over = (2, 3) if each else (0, 2, 3)
+    spread, mean = torch.std_mean(image, over, keepdim=True)
+    other_spread, other_mean = torch.std_mean(style, over, keepdim=True)
     return (image - mean) / spread.clamp_min(1e-6) * other_spread + other_mean

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from overfly.core.records import Logits
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -33,3 +39,56 @@ def collecting_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in training.items():
             part.training = mode
+
+
+@torch.no_grad()
+def blend_statistics(module: nn.Module, other: nn.Module, share: float) -> None:
+    """Move a module's running means and variances a share of the way to those of another of the same structure.
+
+    Means and variances are blended each by itself, as published (Schneider et al., 2020, arXiv:2006.16971).
+    The variance of a mixture would also hold ``share (1 - share)`` times the squared distance of the means; it is left
+    out, since a batch at test time comes from one domain alone, and this would shrink every feature that has moved.
+
+    Args:
+        module: changed in place.
+        other: left alone.
+        share: 0 keeps the module's own to the last bit, 1 takes the other's.
+    """
+    for own, given in zip(batch_norms(module), batch_norms(other), strict=True):
+        for name in ("running_mean", "running_var"):
+            getattr(own, name).lerp_(getattr(given, name), share)
+
+
+def replace(module: nn.Module, kind: type[M], make: Callable[[M], nn.Module], skip: Collection[str] = ()) -> None:
+    """Put another part in the place of every part of a kind, at any depth.
+
+    Args:
+        module: changed in place.
+        kind: of the parts to replace.
+        make: from a part to what takes its place.
+        skip: names of direct children that are left as they are.
+    """
+    for name, part in module.named_children():
+        if name in skip:
+            continue
+        if isinstance(part, kind):
+            setattr(module, name, make(part))
+        else:
+            replace(part, kind, make)
+
+
+def together(student: nn.Module, *images: Tensor) -> list[Logits]:
+    """Logits of several groups of images, by one forward pass: batch normalisation sees them as one batch.
+
+    Separate passes in training would normalise each group by itself and blend running statistics that fit none.
+
+    Args:
+        student: returns `Logits`.
+        images: groups (B_i, C, H, W) of the same size.
+    """
+    logits: Logits = student(torch.cat(images))
+    found, begin = [], 0
+    for group in images:
+        found.append(logits.of(slice(begin, begin + len(group))))
+        begin += len(group)
+    return found

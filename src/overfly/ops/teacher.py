@@ -72,27 +72,71 @@ def local_quality(probability: Tensor, threshold: float = 0.7, size: int = 7) ->
     return nn.functional.avg_pool2d(sure, size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
 
 
-def surest(pseudo: Pseudo, share: float, classes: int, ceiling: float = 1.0) -> Tensor:
+def surest(pseudo: Pseudo, share: float | Tensor, classes: int, ceiling: float = 1.0) -> Tensor:
     """Threshold of each class (K,) that keeps the surest share of its pixels (Zou et al., 2018, CBST).
 
     Args:
         pseudo: labels and probabilities.
-        share: share of each class's pixels to keep, 0 to 1.
+        share: share of each class's pixels to keep, 0 to 1; for all, or of each class (K,). One pixel is kept at least.
         classes: K.
         ceiling: a threshold above this is lowered to it: what is so sure is always kept.
 
     Returns:
         Thresholds (K,); that of a class without any pixel is not a number.
     """
+    shares = torch.as_tensor(share, dtype=torch.float64).cpu().expand(classes).tolist()
     found = torch.full((classes,), float("nan"), device=pseudo.label.device)
     for index in range(classes):
         values = pseudo.probability[pseudo.label == index]
         if len(values):
-            rank = min(len(values), max(1, round(len(values) * (1 - share)) + 1))
+            rank = min(len(values), max(1, round(len(values) * (1 - shares[index])) + 1))
             found[index] = values.kthvalue(rank).values.clamp(max=ceiling)
     return found
 
 
 def keep_above(pseudo: Pseudo, thresholds: Tensor) -> Tensor:
-    """Pseudo-labels (B, H, W) with `IGNORE` where the probability is below the threshold of its class (K,)."""
-    return pseudo.label.masked_fill(pseudo.probability < thresholds[pseudo.label], IGNORE)
+    """Pseudo-labels (B, H, W) with `IGNORE` where the probability is below the threshold of its class.
+
+    Args:
+        pseudo: labels and probabilities.
+        thresholds: of each class (K,), or of each image and class (B, K).
+    """
+    each = thresholds.expand(len(pseudo.label), -1)
+    limit = each.gather(1, pseudo.label.flatten(1)).view_as(pseudo.probability)
+    return pseudo.label.masked_fill(pseudo.probability < limit, IGNORE)
+
+
+def moved(before: Tensor, found: Tensor, keep: float) -> Tensor:
+    """Thresholds (K,) that follow those of the last images as a moving average.
+
+    Args:
+        before: until now (K,); 0 where a class was not met yet, which then takes what is found as it is.
+        found: of the last images (K,); not a number where they do not show the class, which then stays as it was.
+        keep: share of the old, 0 to 1.
+    """
+    blended = torch.where(before > 0, torch.lerp(found, before, keep), found)
+    return torch.where(found.isnan(), before, blended)
+
+
+def instance_thresholds(pseudo: Pseudo, before: Tensor, share: float, hardness: float, keep: float) -> Tensor:
+    """Thresholds of every image (B, K) and class, which follow what the images show (Mei et al., 2020, IAST).
+
+    Image by image the surest ``share * t ** hardness`` of each class's pixels sets a threshold, where t is the one
+    before: classes that are hard, whose thresholds are low, keep fewer. The threshold moves towards it.
+
+    Args:
+        pseudo: labels and probabilities of B images.
+        before: thresholds that the images before left (K,), each above 0.
+        share: share of the pixels to keep of a class whose threshold is 1 (alpha of the paper).
+        hardness: how much fewer are kept of a hard class (gamma).
+        keep: share of the old threshold (beta).
+
+    Returns:
+        The thresholds after each image; the last row is the next ``before``.
+    """
+    rows = []
+    for label, probability in zip(pseudo.label, pseudo.probability, strict=True):
+        found = surest(Pseudo(label, probability), share * before**hardness, len(before))
+        before = moved(before, found, keep)
+        rows.append(before)
+    return torch.stack(rows)

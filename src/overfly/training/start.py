@@ -25,7 +25,8 @@ def streams(recipe: Recipe, cache: Path | str | None = None) -> tuple[Stream | N
     """The source with its labels and the target without, as far as the method reads them."""
     method = recipe.method
     found: list[Stream | None] = []
-    for key, (role, needed) in enumerate((("source", method.needs_source), ("target", method.needs_target))):
+    reads_source = method.needs_source or (method.takes_source and recipe.source is not None)
+    for key, (role, needed) in enumerate((("source", reads_source), ("target", method.needs_target))):
         if not needed:
             found.append(None)
             continue

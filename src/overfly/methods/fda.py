@@ -1,0 +1,47 @@
+"""FDA: Fourier domain adaptation (Yang and Soatto, 2020, arXiv:2004.05498)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from overfly.core.records import Batch, Losses
+from overfly.core.spec import NonNegative
+from overfly.methods.method import Method, Networks
+from overfly.ops.fourier import swap_low_frequencies
+from overfly.ops.information import charbonnier_entropy
+from overfly.ops.normalise import together
+
+
+class FDA(Method[Networks], name="fda"):
+    """Give source images the low frequencies of target images and learn from them (Yang and Soatto, 2020).
+
+    Each source image takes the amplitudes of the target image beside it and keeps its own phases, in the sensor's own
+    range, and is clamped to it. The paper averages networks of several betas; here one beta makes one network.
+    """
+
+    beta: Annotated[float, Field(ge=0, le=0.5)] = 0.01
+    """Half the side of the swapped square of the spectrum, as a share of the image's side; the paper takes 0.01 to
+    0.09. Below one cycle per image (0.01 of 64 pixels) the mean colour alone is swapped."""
+    entropy: NonNegative = 0.005
+    """Weight of the robust entropy of the target's predictions; at 0 the student never sees target images as such."""
+    power: NonNegative = 2.0
+    """Exponent of that entropy (eta of the paper): the higher, the less pixels count that are nearly sure."""
+
+    def networks(self, student: nn.Module) -> Networks:
+        """The student alone."""
+        return Networks(student)
+
+    def losses(self, nets: Networks, batch: Batch) -> Losses:
+        """The criterion on restyled source images, and the entropy on the target."""
+        image, label = batch.source
+        restyled = swap_low_frequencies(image, batch.target, self.beta).clamp(0, nets.segmenter.peak)
+        if not self.entropy:
+            return self.supervised(nets.student(restyled), label)
+        source, target = together(nets.student, restyled, batch.target)
+        return {
+            **self.supervised(source, label),
+            "entropy": self.entropy * charbonnier_entropy(target.main, self.power),
+        }

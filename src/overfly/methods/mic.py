@@ -1,0 +1,42 @@
+"""MIC: masked image consistency (Hoyer et al., 2023, arXiv:2212.01322)."""
+
+from __future__ import annotations
+
+from overfly.core.records import Batch, Losses
+from overfly.core.spec import NonNegative, Pixels, Share
+from overfly.methods.dacs import DACS, MixNetworks
+from overfly.methods.method import named
+from overfly.ops.colour import recoloured
+from overfly.ops.masking import block_mask, cover
+from overfly.ops.normalise import together
+
+
+class MIC(DACS, name="mic"):
+    """DACS, and target images with random squares covered must get the labels of the whole ones (Hoyer et al., 2023).
+
+    Source, mixed and covered images go through the student in one pass.
+    """
+
+    ema: Share = 0.999
+    """Share of the teacher that is kept at every step."""
+    block: Pixels = 64
+    """Side of the covered squares in pixels; the paper takes 64 for crops of 1024, 32 at half that resolution."""
+    ratio: Share = 0.7
+    """Share of the squares that are covered."""
+    masked: NonNegative = 1.0
+    """Weight of the covered images' terms."""
+
+    def losses(self, nets: MixNetworks, batch: Batch) -> Losses:
+        """DACS, and the teacher's labels on covered target images."""
+        image, label = batch.source
+        if nets.steps < self.warmup:
+            return self.on_source(nets, nets.student(image), label)
+        mix = self.mix(nets, batch)
+        view = recoloured(batch.target, self.strong, nets.segmenter.peak)
+        covered = cover(view, block_mask(view, self.block, self.ratio))
+        source, mixed, masked = together(nets.student, image, mix.image, covered)
+        return {
+            **self.on_source(nets, source, label),
+            **self.on_mixed(mixed, mix),
+            **named("masked", self.imitated(masked, mix.pseudo, mix.quality), self.masked),
+        }

@@ -1,0 +1,40 @@
+"""Tent: entropy minimised over normalisation alone (Wang et al., 2021, arXiv:2006.10726)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from overfly.core.records import Batch, Losses
+from overfly.methods.method import Method, Networks
+from overfly.ops.freezing import freeze_unreached
+from overfly.ops.losses import mean_entropy
+from overfly.ops.normalise import batch_norms, collecting_statistics
+
+
+class Tent(Method[Networks], name="tent"):
+    """Minimise the entropy of target predictions over the scales and shifts of batch normalisation (Wang et al., 2021).
+
+    Batches are normalised by their own statistics, and the running ones follow them; they are what the network is
+    deployed with. The paper adapts at test time; here it is done once, on the target's training images. Thirty steps or
+    so are needed for the statistics alone to arrive at the target.
+    """
+
+    needs_source: ClassVar[bool] = False
+    needs_start: ClassVar[bool] = True
+
+    def networks(self, student: nn.Module) -> Networks:
+        """The student, all frozen but the scales and shifts that its class scores depend on."""
+        student.requires_grad_(False)
+        for norm in batch_norms(student):
+            norm.requires_grad_(True)
+        nets = Networks(student)
+        freeze_unreached(student, nets.segmenter.bands, lambda logits: (logits.main,))
+        return nets
+
+    def losses(self, nets: Networks, batch: Batch) -> Losses:
+        """The entropy of the target's predictions."""
+        with collecting_statistics(nets.student):
+            logits = nets.student(batch.target)
+        return {"entropy": mean_entropy(logits.main)}

@@ -1,0 +1,210 @@
+"""Self-training: what each method shows its student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from overfly.core.records import IGNORE, Batch, Labelled
+from overfly.data.loading import Steps
+from overfly.methods.cbst import CBST
+from overfly.methods.dacs import DACS, GCW_KEEP
+from overfly.methods.daformer import AnchoredNetworks, DAFormer
+from overfly.methods.iast import IAST
+from overfly.methods.method import Method, Networks, TeacherStudent
+from overfly.methods.mic import MIC
+from overfly.methods.source_free import SourceFree
+from overfly.ops.colour import ColourJitter
+from overfly.ops.geometry import Dihedral
+from overfly.recipe import Recipe, load
+from overfly.training.start import first_segmenter, streams
+
+TEACHERS = ["cbst", "dacs", "daformer", "dsbn", "iast", "mic", "source_free"]
+Case = tuple[Recipe, Batch]
+
+
+@pytest.fixture
+def case(small: dict[str, Any]) -> Case:
+    recipe = load(small, "method=dacs")
+    return recipe, Steps(*streams(recipe)).batch(0)
+
+
+class Seen:
+    """The batches that a student is shown in training."""
+
+    def __init__(self, nets: Networks) -> None:
+        self.images: list[Tensor] = []
+        nets.student.register_forward_pre_hook(lambda _, given: self.images.append(given[0]))
+
+
+def run(method: Method[Any], case: Case, teach: Tensor | None = None) -> tuple[Any, Seen, dict[str, Tensor]]:
+    """One step's losses, with a teacher whose scores may be given."""
+    torch.manual_seed(0)
+    nets = method.networks(first_segmenter(case[0])).train()
+    if teach is not None:
+        nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
+    seen = Seen(nets)
+    torch.manual_seed(0)
+    return nets, seen, dict(method.losses(nets, case[1]))
+
+
+def scores_of(label: Tensor, sure: float) -> Tensor:
+    """Scores of 7 classes whose most probable one is the label's, all equally sure."""
+    return sure * torch.nn.functional.one_hot(label, 7).permute(0, 3, 1, 2).float()
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
+    name: str, recipe_of: Callable[..., Recipe]
+) -> None:
+    recipe = recipe_of(name)
+    nets = recipe.method.networks(first_segmenter(recipe)).train()
+    assert isinstance(nets, TeacherStudent)
+    assert not any(part.training for part in nets.teacher.modules())
+    assert not any(weight.requires_grad for weight in nets.teacher.parameters())
+    seen = Seen(nets)
+    before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}
+    recipe.method.losses(nets, Steps(*streams(recipe)).batch(0))
+    assert len(seen.images) == 1
+    assert all(torch.equal(value, before[key]) for key, value in nets.teacher.state_dict().items())
+    recipe.method.after_step(nets, 0)
+    own = nets.teacher.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in nets.student.state_dict().items())
+    kept = recipe.method.deployed(nets).state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in kept.items() if key in own)
+
+
+@pytest.mark.parametrize("sure", [0.0, 50.0])
+def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: Case, sure: float) -> None:
+    (image, label), target = case[1]
+    pseudo = torch.randint(0, 7, label.shape)
+    method = DACS(strong=())
+    nets = method.networks(first_segmenter(case[0])).train()
+    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=scores_of(pseudo, sure)))
+    torch.manual_seed(0)
+    mix = method.mix(nets, case[1])
+    expected = pseudo if sure else torch.zeros_like(pseudo)
+    assert mix.cut.any()
+    assert torch.equal(mix.label, torch.where(mix.cut, label, expected))
+    assert torch.allclose(mix.image, torch.where(mix.cut[:, None], image, target), atol=1e-3)
+    assert (mix.weight[mix.cut] == 1).all()
+    assert (mix.weight[~mix.cut] == float(sure > 0)).all()
+    assert not (mix.label == IGNORE).any()
+
+
+def test_boundaries_are_learnt_from_source_pixels_alone(case: Case) -> None:
+    teach = scores_of(torch.randint(0, 7, case[1].source.label.shape), 50.0)
+    unlabelled = case[1]._replace(
+        source=Labelled(case[1].source.image, torch.full_like(case[1].source.label, IGNORE)),
+    )
+    for method in (DACS(), MIC(), DAFormer(warmup=0)):
+        _, _, losses = run(method, (case[0], unlabelled), teach)
+        assert losses["mixed_main"] > 0
+        assert losses["mixed_boundary"] == 0
+        assert losses["source_main"] == 0
+    for name in ("cbst", "iast"):
+        _, _, losses = run(Method.kind(name)(), case, teach)
+        assert not [key for key in losses if "boundary" in key and not key.startswith("source")]
+
+
+def test_geometry_cannot_be_a_strong_augmentation() -> None:
+    with pytest.raises(ValueError, match="dihedral moves pixels away from their pseudo-labels"):
+        DACS(strong=(ColourJitter(), Dihedral()))
+
+
+def test_gradual_class_weights_follow_the_source(case: Case) -> None:
+    nets, _, losses = run(DACS(gcw=True), case)
+    label = case[1].source.label
+    shares = torch.stack([(label == index).sum() / (label != IGNORE).sum() for index in range(7)])
+    assert torch.allclose(nets.shares, GCW_KEEP / 7 + (1 - GCW_KEEP) * shares)
+    plain, _, without = run(DACS(), case)
+    assert torch.allclose(plain.shares, torch.full((7,), 1 / 7))
+    assert losses["source_main"] != without["source_main"]
+    assert losses["mixed_main"] == without["mixed_main"]
+
+
+def test_local_quality_weighs_pixel_by_pixel(case: Case) -> None:
+    label = torch.zeros_like(case[1].source.label)
+    teach = scores_of(label, 50.0)
+    teach[..., :32] = 0  # the left half is not sure
+    method = DACS(ldq=True, strong=())
+    nets = method.networks(first_segmenter(case[0])).train()
+    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
+    mix = method.mix(nets, case[1])
+    assert (mix.quality[:, :, :29] == 0).all()
+    assert (mix.quality[:, :, 35:] == 1).all()
+
+
+def test_warm_up_is_the_source_alone(case: Case) -> None:
+    nets, seen, losses = run(DACS(warmup=1), case)
+    assert len(seen.images[0]) == 2
+    assert not [key for key in losses if key.startswith("mixed")]
+    nets.steps += 1
+    assert "mixed_main" in DACS(warmup=1).losses(nets, case[1])
+
+
+def test_daformer_stays_near_its_beginning(case: Case) -> None:
+    method = DAFormer()
+    nets = method.networks(first_segmenter(case[0])).train()
+    assert isinstance(nets, AnchoredNetworks)
+    assert not any(part.training for part in nets.anchor.modules())
+    nets.student.eval()
+    assert method.losses(nets, case[1])["feature_distance"] < 1e-5
+    with torch.no_grad():
+        next(nets.student.parameters()).mul_(3)
+    assert method.losses(nets, case[1])["feature_distance"] > 1e-4
+    nothing = DAFormer(things=(6,))
+    batch = case[1]._replace(source=case[1].source._replace(label=torch.zeros_like(case[1].source.label)))
+    assert nothing.losses(nets, batch)["feature_distance"] == 0
+
+
+def test_mic_covers_target_images_alone(case: Case) -> None:
+    _, seen, losses = run(MIC(block=8, ratio=0.7, strong=()), case)
+    source, _, masked = seen.images[0].chunk(3)
+    assert torch.equal(source, case[1].source.image)
+    target = case[1].target
+    same = (masked - target).abs().amax(1) < 1e-2
+    assert 0.1 < same.float().mean() < 0.6
+    mean = target.mean((2, 3), keepdim=True).expand_as(target).movedim(1, -1)
+    assert torch.allclose(masked.movedim(1, -1)[~same], mean[~same], atol=1e-2)
+    assert {"masked_main", "masked_aux"} <= losses.keys()
+
+
+def test_cbst_raises_its_share_and_keeps_it_of_every_class(case: Case) -> None:
+    method = CBST(share=0.2, final=0.6, rise=10, keep=0.0)
+    assert [method.share_at(step) for step in (0, 5, 10, 99)] == pytest.approx([0.2, 0.4, 0.6, 0.6])
+    label = torch.randint(0, 7, case[1].source.label.shape)
+    noisy = scores_of(label, 6.0) + torch.rand(len(label), 7, *label.shape[1:])
+    nets, _, _ = run(method, case, noisy)
+    probability, pseudo = noisy.softmax(1).max(1)
+    for index in range(7):
+        own = probability[pseudo == index]
+        assert abs((own >= nets.thresholds[index]).float().mean() - 0.2) < 0.01
+    nets.steps += 1
+    saved = nets.state_dict()
+    assert int(saved["steps"]) == 1
+    assert all(value.isfinite().all() for value in saved.values() if value.is_floating_point())
+
+
+def test_iast_thresholds_follow_the_images(case: Case) -> None:
+    label = torch.zeros_like(case[1].source.label)
+    low, _, _ = run(IAST(), case, scores_of(label, 2.0))
+    high, _, losses = run(IAST(), case, scores_of(label, 50.0))
+    assert low.thresholds[0] < 0.9 < high.thresholds[0]
+    assert torch.equal(low.thresholds[1:], high.thresholds[1:])
+    assert losses["entropy"] == 0  # nothing is ignored
+    assert losses["uniform"] > 0
+
+
+def test_source_free_never_looks_at_the_source(case: Case) -> None:
+    empty = Labelled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
+    nets, seen, losses = run(SourceFree(strong=()), (case[0], Batch(empty, case[1].target)))
+    assert torch.allclose(seen.images[0], case[1].target, atol=1e-3)
+    assert set(losses) == {"target_main", "target_aux", "information"}
+    frozen = {name for name, weight in nets.student.named_parameters() if not weight.requires_grad}
+    assert frozen
+    assert all(name.startswith("network.seghead_d.") for name in frozen)

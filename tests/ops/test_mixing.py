@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overfly.core.records import IGNORE, Labelled
+from overfly.ops.mixing import class_mask, paste
+
+
+def labels(seed: int, classes: int, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, classes, (count, 8, 8), generator=generator)
+    label[torch.rand(label.shape, generator=generator) < 0.2] = IGNORE
+    return label
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.integers(1, 9), st.sampled_from([0.25, 0.5, 0.7, 1.0]))
+def test_a_share_of_the_classes_is_cut_whole_and_never_ignored_pixels(seed: int, classes: int, share: float) -> None:
+    label = labels(seed, classes)
+    torch.manual_seed(seed)
+    mask = class_mask(label, share)
+    assert not mask[label == IGNORE].any()
+    for each, cut in zip(label, mask, strict=True):
+        present = set(each.unique().tolist()) - {IGNORE}
+        chosen = set(each[cut].unique().tolist())
+        assert all(bool(cut[each == index].all()) for index in chosen)
+        if len(present) > 1:
+            assert len(chosen) == math.ceil(len(present) * share - 1e-9)
+
+
+def test_a_single_class_is_cut_half_of_the_time_and_none_never() -> None:
+    torch.manual_seed(0)
+    single = torch.zeros(400, 2, 2, dtype=torch.int64)
+    found = class_mask(single).flatten(1)
+    assert 0.4 < found[:, 0].float().mean() < 0.6
+    assert (found.all(1) == found.any(1)).all()
+    assert not class_mask(torch.full((3, 2, 2), IGNORE)).any()
+
+
+def test_images_choose_each_for_itself_and_a_seed_repeats_it() -> None:
+    label = labels(0, 6, 1).expand(20, -1, -1)
+    torch.manual_seed(1)
+    first = class_mask(label)
+    torch.manual_seed(1)
+    assert torch.equal(first, class_mask(label))
+    assert len({tuple(mask.flatten().tolist()) for mask in first}) > 5
+
+
+def test_a_pasted_crop_keeps_its_labels_under_the_mask() -> None:
+    over = Labelled(torch.rand(2, 3, 8, 8), labels(1, 4))
+    under = Labelled(torch.rand(2, 3, 8, 8), labels(2, 4))
+    mask = class_mask(over.label)
+    mixed = paste(mask, over, under)
+    assert torch.equal(mixed.label[mask], over.label[mask])
+    assert torch.equal(mixed.label[~mask], under.label[~mask])
+    wide = mask[:, None].expand_as(over.image)
+    assert torch.equal(mixed.image[wide], over.image[wide])
+    assert torch.equal(mixed.image[~wide], under.image[~wide])
+    assert torch.equal(paste(mask, over.label, under.label), mixed.label)
+
+
+def test_an_image_is_not_pasted_onto_a_label() -> None:
+    with pytest.raises(TypeError, match="both images, both labels"):
+        paste(torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 3, 2, 2), Labelled(*[torch.zeros(1, 3, 2, 2)] * 2))  # type: ignore[type-var]
