@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from itertools import accumulate
 from typing import ClassVar, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -37,6 +39,17 @@ class TeacherStudent(Networks):
         return self
 
 
+def together(student: nn.Module, *images: Tensor) -> list[Logits]:
+    """One forward pass of several sets of images (B, C, H, W), which share H and W; the logits of each set.
+
+    In train mode batch normalisation so sees all of them at once: batch and running statistics are those of the
+    domains together, and of no domain alone.
+    """
+    logits: Logits = student(torch.cat(images))
+    ends = list(accumulate(len(part) for part in images))
+    return [logits.of(slice(end - len(part), end)) for part, end in zip(images, ends, strict=True)]
+
+
 N = TypeVar("N", bound=Networks)
 
 
@@ -55,6 +68,11 @@ class Method(Choice, ABC, Generic[N]):
 
     criterion: Criterion = CrossEntropy()
     """The supervised loss on labelled images."""
+
+    @property
+    def leaves_weights_out(self) -> bool:
+        """Whether some step gives some trainable weight no gradient; several processes must know."""
+        return self.criterion.aux == 0 or self.criterion.boundary == 0
 
     @abstractmethod
     def networks(self, student: nn.Module) -> N:

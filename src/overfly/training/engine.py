@@ -86,10 +86,9 @@ def launch(recipe: Recipe, engine: Engine) -> Fabric:
         raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
     devices: Any = [device.index] if device.index is not None and engine.devices == 1 else engine.devices
-    criterion = recipe.method.criterion
     strategy = DDPStrategy(
         process_group_backend="nccl" if device.type == "cuda" else "gloo",
-        find_unused_parameters=criterion.aux == 0 or criterion.boundary == 0,
+        find_unused_parameters=recipe.method.leaves_weights_out,
     )
     fabric = Fabric(
         accelerator=accelerator,
