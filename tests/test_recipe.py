@@ -7,7 +7,10 @@ import pytest
 
 from conftest import REPOSITORY
 from overfly.core.errors import RecipeError
+from overfly.core.optim import Adam
 from overfly.core.settings import parse
+from overfly.methods.adaptsegnet import AdaptSegNet
+from overfly.ops.criterion import CrossEntropy
 from overfly.recipe import Recipe, load
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
@@ -31,6 +34,18 @@ def test_settings_of_a_kind_are_written_too(small: dict[str, Any], tmp_path: Pat
     assert again.method.criterion.model_dump()["threshold"] == 0.5
     assert again.augment[0].model_dump()["low"] == 0.7
     assert again.model_dump()["source"]["scene"] == "urban"
+
+
+def test_a_setting_of_a_default_inside_a_method_is_changed_alone(small: dict[str, Any]) -> None:
+    found = load(small, "method=adaptsegnet", "method.critic.lr=3e-4", "method.criterion.aux=0.1").method
+    assert found == AdaptSegNet(critic=Adam(lr=3e-4, betas=(0.9, 0.99)), criterion=CrossEntropy(aux=0.1))
+
+
+def test_a_method_that_is_given_as_a_value_keeps_its_settings(recipe: Recipe) -> None:
+    method = AdaptSegNet(levels="multi", weight=0.5)
+    found = Recipe(source=recipe.source, target=recipe.target, method=method)
+    assert found.method == method
+    assert load(found.model_dump(mode="json")) == found
 
 
 def test_overrides_reach_every_depth(small: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from overfly import data, methods  # noqa: F401  (their kinds are known once the
 from overfly.core.errors import RecipeError
 from overfly.core.optim import SGD, Optim, Poly, Schedule
 from overfly.core.settings import explain, read_mapping, set_value
-from overfly.core.spec import Count, Pixels, Positive, Spec, Whole, load_plugins
+from overfly.core.spec import Choice, Count, Pixels, Positive, Spec, Whole, load_plugins
 from overfly.data.domain import Domain, Split
 from overfly.data.sampling import Sampling, Uniform
 from overfly.methods.method import Method
@@ -274,11 +274,26 @@ def _anchored(values: dict[str, Any], file: Path, seen: tuple[Path, ...] = ()) -
 
 
 def _spell_out(values: dict[str, Any], override: str) -> None:
-    """Write down a default before one of its settings is changed."""
-    top, dot, _ = override.partition("=")[0].partition(".")
-    field = Recipe.model_fields.get(top)
-    if dot and field is not None and values.get(top) is None and isinstance(field.default, Spec):
-        values[top] = field.default.model_dump(mode="json")
+    """Write down a default before one of its settings is changed, as deep as the override goes."""
+    owner: type[Spec] = Recipe
+    for key in override.partition("=")[0].split(".")[:-1]:
+        field = owner.model_fields.get(key)
+        if field is None:
+            return
+        if values.get(key) is None and isinstance(field.default, Spec):
+            values[key] = field.default.model_dump(mode="json")
+        kinds = field.annotation
+        if not (isinstance(kinds, type) and issubclass(kinds, Choice)):
+            return
+        if isinstance(values.get(key), str):
+            values[key] = {"name": values[key]}
+        inner = values.get(key)
+        if not isinstance(inner, dict):
+            return
+        try:
+            owner, values = kinds.kind(str(inner.get("name"))), inner
+        except ValueError:  # said when the recipe is validated
+            return
 
 
 Recipe.model_rebuild()

@@ -93,7 +93,7 @@ class Choice(Spec):
     @model_validator(mode="wrap")
     @classmethod
     def _choose(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
-        if isinstance(value, cls):
+        if isinstance(value, cls.__pydantic_generic_metadata__["origin"] or cls):
             return value
         if isinstance(value, str):
             value = {"name": value}

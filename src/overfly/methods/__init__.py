@@ -1,14 +1,19 @@
 """One paper a file. Each method is a value that says which networks it needs and what to minimise."""
 
 from overfly.methods import (
+    adaptsegnet,
+    advent,
     cbst,
+    clan,
     colour_transfer,
     dacs,
     daformer,
     distil,
     dsbn,
+    fada,
     fda,
     iast,
+    mcd,
     mic,
     recalibrate,
     source_free,
@@ -18,14 +23,19 @@ from overfly.methods import (
 )
 
 __all__ = [
+    "adaptsegnet",
+    "advent",
     "cbst",
+    "clan",
     "colour_transfer",
     "dacs",
     "daformer",
     "distil",
     "dsbn",
+    "fada",
     "fda",
     "iast",
+    "mcd",
     "mic",
     "recalibrate",
     "source_free",

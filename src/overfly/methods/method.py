@@ -67,6 +67,11 @@ class Method(Choice, ABC, Generic[N]):
     criterion: Criterion = CrossEntropy()
     """The supervised loss on labelled images."""
 
+    @property
+    def leaves_weights_out(self) -> bool:
+        """Whether some step gives some trainable weight no gradient; several processes must know."""
+        return self.criterion.aux == 0 or self.criterion.boundary == 0
+
     @abstractmethod
     def networks(self, student: nn.Module) -> N:
         """Surround the student with the other networks that the method needs."""

@@ -59,6 +59,17 @@ def _stage(inputs: int, planes: int, blocks: int, stride: int = 1, dilation: int
     return nn.Sequential(first, *rest)
 
 
+class SumOf(nn.ModuleList):
+    """The sum of what several layers make of one map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the layers' sum."""
+        total: Tensor = self[0](x)
+        for layer in self[1:]:
+            total = total + layer(x)
+        return total
+
+
 class DeepLabV2(Network):
     """ResNet at output stride 8 (stages 3 and 4 dilated by 2 and 4) and the sum of four dilated 3×3 classifiers.
 
@@ -75,6 +86,7 @@ class DeepLabV2(Network):
     stride = 8
     heads = ("classifier",)
     first = "conv1"
+    class_layer = "classifier"
 
     def __init__(self, classes: int, bands: int, blocks: tuple[int, int, int, int] = (3, 4, 23, 3)) -> None:
         super().__init__()
@@ -86,7 +98,7 @@ class DeepLabV2(Network):
         self.layer3 = _stage(512, 256, blocks[2], dilation=2)
         self.layer4 = _stage(1024, 512, blocks[3], dilation=4)
         classifiers = [nn.Conv2d(2048, classes, 3, padding=dilation, dilation=dilation) for dilation in DILATIONS]
-        self.classifier = nn.ModuleList(classifiers)
+        self.classifier = SumOf(classifiers)
         self.halves_at_first = True
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -102,10 +114,7 @@ class DeepLabV2(Network):
         """
         x = self.maxpool(F.relu(self.bn1(self.conv1(image))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        scores = self.classifier[0](x)
-        for classifier in self.classifier[1:]:
-            scores = scores + classifier(x)
-        return Logits(scores, features=x)
+        return Logits(self.classifier(x), features=x)
 
     def get_extra_state(self) -> Tensor:
         """Which kind of ResNet this is, for the state dict: 1 where stage 2 halves in its first convolution."""

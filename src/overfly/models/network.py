@@ -18,12 +18,15 @@ class Network(nn.Module):
             of the learning rate.
         training_heads: names of the submodules that only training reads; None where they have been left out.
         first: name of the convolution that reads the image's bands.
+        class_layer: name of the submodule that reads one map and gives `Logits.main`; methods with two class layers
+            make a second of its kind. Empty: there is no such submodule, and those methods are not to be had.
     """
 
     stride: int = 1
     heads: tuple[str, ...] = ()
     training_heads: tuple[str, ...] = ()
     first: str = ""
+    class_layer: str = ""
 
     def forward(self, image: Tensor) -> Logits:
         """Class scores and, with training heads, auxiliary and boundary scores of normalised images (B, C, H, W)."""

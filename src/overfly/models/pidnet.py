@@ -235,6 +235,7 @@ class PIDNet(Network):
     )
     training_heads = ("seghead_p", "seghead_d")
     first = "conv1.0"
+    class_layer = "final_layer"
 
     def __init__(
         self,

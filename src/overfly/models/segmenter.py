@@ -117,18 +117,18 @@ class Segmenter(nn.Module):
         below, right = -height % self.stride, -width % self.stride
         if below or right:
             normalised = F.pad(normalised, (0, right, 0, below), mode="replicate")
-        size = (height + below, width + right)
-
-        def enlarge(scores: Tensor) -> Tensor:
-            return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
-
         out = self.network(normalised)
         return Logits(
-            main=enlarge(out.main),
-            aux=tuple(enlarge(scores) for scores in out.aux),
-            boundary=None if out.boundary is None else enlarge(out.boundary),
+            main=self.enlarge(out.main, height, width),
+            aux=tuple(self.enlarge(scores, height, width) for scores in out.aux),
+            boundary=None if out.boundary is None else self.enlarge(out.boundary, height, width),
             features=out.features,
         )
+
+    def enlarge(self, scores: Tensor, height: int, width: int) -> Tensor:
+        """Scores (B, K, h, w) of one of the network's heads at the size of the image, H × W."""
+        size = (height + -height % self.stride, width + -width % self.stride)
+        return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 
     if TYPE_CHECKING:  # torch types a module's call as Any
 

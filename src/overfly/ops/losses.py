@@ -177,6 +177,31 @@ def dice_loss(logits: Tensor, label: Tensor, *, weight: Tensor | None = None, ig
     return _ratio(loss.sum(), present.sum()) * _ratio(counts.sum(), valid.sum()).detach()
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Class probabilities (B, K, H, W) of class scores (B, K, H, W), in float32 under autocast."""
+    return _full_precision(logits).softmax(1)
+
+
+def self_information(logits: Tensor) -> Tensor:
+    """Weighted self-information ``-p log p`` of each class at each pixel, divided by log K; its sum is the `entropy`.
+
+    Source: ADVENT (Vu et al., 2019), section 3.2.
+
+    Args:
+        logits: class scores (B, K, H, W) with K of 2 or more.
+
+    Returns:
+        (B, K, H, W), 0 or above; 0 everywhere where the network is sure.
+
+    Raises:
+        ValueError: there is only one class.
+    """
+    if logits.shape[1] < 2:
+        raise ValueError("the entropy of a single class is not defined; it needs 2 classes or more")
+    log_probability = _full_precision(logits).log_softmax(1)
+    return -(log_probability.exp() * log_probability) / math.log(logits.shape[1])
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the class probabilities at each pixel, divided by log K: 0 is sure of one class, 1 is uniform.
 
@@ -191,10 +216,7 @@ def entropy(logits: Tensor) -> Tensor:
     Raises:
         ValueError: there is only one class.
     """
-    if logits.shape[1] < 2:
-        raise ValueError("the entropy of a single class is not defined; it needs 2 classes or more")
-    log_probability = _full_precision(logits).log_softmax(1)
-    return -(log_probability.exp() * log_probability).sum(1) / math.log(logits.shape[1])
+    return self_information(logits).sum(1)
 
 
 def mean_entropy(logits: Tensor, where: Tensor | None = None) -> Tensor:

@@ -86,11 +86,10 @@ def launch(recipe: Recipe, engine: Engine) -> Fabric:
         raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
     devices: Any = [device.index] if device.index is not None and engine.devices == 1 else engine.devices
-    method, criterion = recipe.method, recipe.method.criterion
-    unsupervised = method.takes_source and recipe.source is None  # a boundary head then learns nothing
+    unsupervised = recipe.method.takes_source and recipe.source is None  # a boundary head then learns nothing
     strategy = DDPStrategy(
         process_group_backend="nccl" if device.type == "cuda" else "gloo",
-        find_unused_parameters=criterion.aux == 0 or criterion.boundary == 0 or unsupervised,
+        find_unused_parameters=recipe.method.leaves_weights_out or unsupervised,
     )
     fabric = Fabric(
         accelerator=accelerator,

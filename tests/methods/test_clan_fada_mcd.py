@@ -1,0 +1,198 @@
+"""What makes CLAN, FADA and MCD what they are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from adversaries import assert_same_gradients, backward, batch, student, twice, with_several_class_layers
+from torch import Tensor, nn
+
+from overfly.core.optim import SGD
+from overfly.core.records import Logits
+from overfly.methods.clan import alignment, disagreement
+from overfly.methods.fada import FADA, of_source, of_target
+from overfly.methods.mcd import MCD, discrepancy
+from overfly.methods.twins import Views, class_layer, look, second_class_layer
+from overfly.models import Segmenter, build, names
+from overfly.ops.losses import self_information
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_network_names_the_layer_that_gives_its_scores(name: str) -> None:
+    with torch.device("meta"):
+        net = Segmenter(build(name, 3), student().classes, architecture=name, mean=(0.0,) * 3, std=(1.0,) * 3)
+        given: list[tuple[Tensor, Tensor]] = []
+        class_layer(net).register_forward_hook(lambda _, inputs, output: given.append((inputs[0], output)))
+        logits = net.network(torch.zeros(2, 3, 64, 64))
+        assert len(given) == 1
+        assert given[0][1] is logits.main
+        twin = second_class_layer(net)
+        (views,), read = look(net, twin, torch.zeros(2, 3, 64, 64))
+    assert views.twin.shape == views.logits.main.shape == (2, 3, 64, 64)
+    assert read.shape == given[0][0].shape
+
+
+@pytest.mark.parametrize("net", [student, with_several_class_layers])
+def test_the_second_class_layer_sees_what_the_first_sees(net: Any) -> None:
+    segmenter = net()
+    twin = second_class_layer(segmenter)
+    layer = class_layer(segmenter)
+    assert all(not torch.equal(a, b) for a, b in zip(twin.parameters(), layer.parameters(), strict=True) if a.ndim > 1)
+    images = batch(72).target[:, :, :70]  # sides that are no multiple of the stride
+    (views,), _ = look(segmenter, copy.deepcopy(layer), images)
+    torch.testing.assert_close(views.twin, views.logits.main)
+    (first, second), read = look(segmenter, twin, images, images[:1])
+    assert (len(first.twin), len(second.logits.main), len(read)) == (2, 1, 3)
+    assert not torch.allclose(first.twin, first.logits.main)
+    assert not layer._forward_pre_hooks
+
+
+def test_advents_critic_sees_nothing_of_sure_predictions() -> None:
+    sure = torch.tensor([80.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    assert self_information(sure).max() < 1e-30
+    unsure = self_information(torch.zeros(1, 3, 2, 2))
+    torch.testing.assert_close(unsure, torch.full((1, 3, 2, 2), 1 / 3))
+
+
+def test_clan_weighs_pixels_by_disagreement() -> None:
+    one = torch.zeros(1, 3, 1, 3)
+    other = torch.zeros(1, 3, 1, 3)
+    one[:, 0] = 3.0
+    other[0, :, 0, 0] = torch.tensor([3.0, 0.0, 0.0])
+    other[0, :, 0, 1] = torch.tensor([1.0, 0.0, 0.0])
+    other[0, :, 0, 2] = torch.tensor([0.0, 0.0, 9.0])
+    found = disagreement(Views(Logits(one), other))[0, 0]
+    assert found[0].item() == pytest.approx(0, abs=1e-6)
+    assert 0.05 < found[1] < found[2] <= 1
+    far = Views(Logits(torch.tensor([90.0, 0.0]).view(1, 2, 1, 1)), torch.tensor([0.0, 90.0]).view(1, 2, 1, 1))
+    assert disagreement(far).item() == pytest.approx(1)
+
+
+def test_clan_compares_kernels_by_their_angle() -> None:
+    one = nn.Conv2d(3, 4, 1)
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other.weight.mul_(5)
+        assert one.bias is not None
+        one.bias.add_(7)
+    assert alignment(one, other).item() == pytest.approx(1)
+    with torch.no_grad():
+        other.weight.neg_()
+    assert alignment(one, other).item() == pytest.approx(-1)
+
+
+def test_fada_truth_is_a_distribution_over_domain_and_class() -> None:
+    method, seen = FADA(ceiling=1.0), batch()
+    logits = student()(seen.target)
+    assert logits.features is not None
+    soft = method.soft_label(logits)
+    assert soft.shape == (2, 3, *logits.features.shape[-2:])
+    assert not soft.requires_grad
+    ones = torch.ones(2, *soft.shape[-2:], dtype=soft.dtype)
+    for truth, empty in ((of_source(soft), slice(3, 6)), (of_target(soft), slice(0, 3))):
+        assert truth.shape[1] == 6
+        torch.testing.assert_close(truth.sum(1), ones)
+        assert not truth[:, empty].any()
+
+
+def test_fada_softens_by_temperature_and_cuts_the_sure() -> None:
+    scores = torch.tensor([1.8, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    logits = Logits(scores, features=torch.zeros(1, 1, 2, 2))
+    expected = torch.tensor([1.0, 0.0, 0.0]).softmax(0)
+    torch.testing.assert_close(FADA().soft_label(logits)[0, :, 0, 0], expected)
+    sure = FADA().soft_label(logits._replace(main=scores * 50))
+    assert sure[0, :, 1, 1].tolist() == pytest.approx([0.9, 0.0, 0.0])
+
+
+def test_mcd_discrepancy_is_zero_for_equal_scores_and_grows() -> None:
+    scores = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert discrepancy(scores, scores + 1).item() == pytest.approx(0, abs=1e-7)
+    found = [discrepancy(scores, scores * factor).item() for factor in (1.5, 2.0, -5.0)]
+    assert 0 < found[0] < found[1] < found[2] <= 2 / 3
+    opposite = torch.tensor([99.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    assert discrepancy(opposite, opposite.roll(1, 1)).item() == pytest.approx(2 / 3)
+
+
+def small_scores(net: Segmenter, twin: nn.Module | None, images: Tensor) -> Tensor:
+    """Scores of target images at the class layer's own size, with the second class layer in place of the first."""
+    weights: dict[str, Tensor] = (
+        {} if twin is None else {f"classifier.{name}": value for name, value in twin.named_parameters()}
+    )
+    normalised = (images.double() - net.mean) / net.std
+    logits: Logits = torch.func.functional_call(net.network, weights, (normalised,))
+    return logits.main[2:]
+
+
+def test_mcd_at_once_gives_each_weight_the_gradient_of_its_phases() -> None:
+    method, seen = MCD(disagree=0.7, agree=0.3), batch()
+    one, two = twice(method.networks(student()))
+    backward(method.losses(one, seen).values())
+
+    net: Any = two.student
+    twin: Any = two.twin
+    images = torch.cat([seen.source.image, seen.target])
+    heads = {id(p) for layer in (net.network.classifier, twin) for p in layer.parameters()}
+
+    def learn(class_layers: bool, features: bool) -> None:
+        for parameter in two.parameters():
+            parameter.requires_grad_(class_layers if id(parameter) in heads else features)
+
+    phase_a = MCD(update="in_turn").losses(two, seen)
+    assert set(phase_a) == {"main", "aux", "twin_main"}
+    backward(phase_a.values())
+    learn(class_layers=True, features=False)
+    backward([-0.7 * discrepancy(small_scores(net, None, images), small_scores(net, twin, images))])
+    learn(class_layers=False, features=True)
+    backward([0.3 * discrepancy(small_scores(net, None, images), small_scores(net, twin, images))])
+    learn(class_layers=True, features=True)
+    assert_same_gradients(one, two)
+
+
+def test_mcd_in_turn_trains_in_each_phase_what_the_paper_trains() -> None:
+    method, seen = MCD(update="in_turn", repeats=2), batch()
+    nets = method.networks(student()).double().train()
+    assert method.leaves_weights_out
+    assert not MCD().leaves_weights_out
+    heads = {id(p) for layer in (class_layer(nets.student), nets.twin) for p in layer.parameters()}
+    others = {id(p) for p in nets.parameters()} - heads
+    auxiliary = {id(p) for name, p in nets.named_parameters() if "auxiliary" in name}
+    turns = []
+    for step in range(6):
+        terms = method.losses(nets, seen)
+        turns.append(" ".join(terms))
+        backward(terms.values())
+        trained = {id(p) for p in nets.parameters() if p.grad is not None}
+        expected = {0: heads | others, 1: heads, 2: others - auxiliary}[min(step % 4, 2)]
+        assert trained == expected
+        nets.zero_grad()
+        method.after_step(nets, step)
+    assert turns == ["main aux twin_main", "disagree main twin_main", "agree", "agree", *turns[:2]]
+    assert int(nets.turn) == 6
+    assert "turn" in nets.state_dict()
+
+
+def test_mcd_phase_b_has_the_gradient_of_the_source_and_of_disagreement() -> None:
+    method, seen = MCD(update="in_turn", disagree=0.5), batch()
+    one, two = twice(method.networks(student()))
+    method.after_step(one, 0)
+    backward(method.losses(one, seen).values())
+    net: Any = two.student
+    twin: Any = two.twin
+    images = torch.cat([seen.source.image, seen.target])
+    (source, _), _ = look(net, twin, seen.source.image, seen.target)
+    terms = [
+        method.supervised(Logits(scores), seen.source.label)["main"] for scores in (source.logits.main, source.twin)
+    ]
+    terms.append(-0.5 * discrepancy(small_scores(net, None, images), small_scores(net, twin, images)))
+    backward(terms)
+    for layer, other in ((class_layer(one.student), class_layer(net)), (one.twin, twin)):
+        assert_same_gradients(layer, other)
+
+
+def test_the_second_class_layer_learns_at_the_rate_of_heads() -> None:
+    method = MCD()
+    *_, twin = method.optimizers(method.networks(student()), SGD(lr=0.01, head=10.0))
+    assert [group["initial_lr"] for group in twin.param_groups] == [0.1]
