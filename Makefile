@@ -36,6 +36,7 @@ check: lint test  ## All that must pass before a change lands
 
 docs: $(READY)  ## Write the pages that are made from the code
 	$(BIN)/python docs/build.py
+	$(BIN)/python docs/methods.py
 
 constraints: $(READY)  ## Pin what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,12 +33,27 @@ COMMANDS = [
 ]
 
 
-def test_the_reference_is_what_the_code_says() -> None:
-    spec = importlib.util.spec_from_file_location("docs_build", REPOSITORY / "docs" / "build.py")
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", REPOSITORY / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_every_method_has_the_page_that_its_code_says() -> None:
+    module = script("methods")
+    pages: dict[Path, str] = module.pages()
+    there = set(module.FOLDER.glob("*.md"))
+    assert there == set(pages), "run `make docs`"
+    for file, text in pages.items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name}: run `make docs`"
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    module = script("build")
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run `make docs`"
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from cyclopts import Parameter
 from torch import nn
 
+from overfly import adaptation, choice, proposal
 from overfly import benchmark as benchmarks
-from overfly import choice
 from overfly.arguments import LARGEST, Cache, Written, cache_of, changed, domain_of, see_bounds, seeds_of
 from overfly.catalogue import Catalogue, catalogue
 from overfly.core import device as machines
@@ -18,7 +19,7 @@ from overfly.data.domain import Split
 from overfly.imagery import data_check, data_draw, data_fetch, data_stats
 from overfly.models.registry import build
 from overfly.recipe import load
-from overfly.results import Evaluation, Measured, Tabulated, Trained, Validated
+from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
 from overfly.scoring.samples import Samples
 from overfly.scoring.speed import measure
 from overfly.scoring.validators import COMMITTEE
@@ -29,6 +30,7 @@ from overfly.training.run import Run
 from overfly.views.gallery import draw, samples_folder
 
 __all__ = [
+    "adapt",
     "benchmark",
     "data_check",
     "data_draw",
@@ -81,6 +83,61 @@ def train(
     )
     run = carry_out(value, out, launch(value, engine), engine)
     return Trained(run.path)
+
+
+def adapt(
+    recipe: Written | None = None,
+    *overrides: str,
+    images_a: Path | None = None,
+    masks_a: Path | None = None,
+    images_b: Path | None = None,
+    classes: Path | None = None,
+    start: Annotated[Path | None, Parameter(name=["--from"])] = None,
+    budget: str = "30m",
+    out: Path = Path("runs"),
+    device: str = "auto",
+    devices: int = 1,
+    workers: int = 0,
+    checkpoint_every: int = 200,
+    cache: Cache = "memory",
+    quiet: bool = False,
+) -> Adapted:
+    """Adapt to images without labels, and say whether the result is better than what it began from.
+
+    Three networks are looked at without target labels: source only, recalibrated and adapted. One is recommended and
+    kept as best.safetensors; where adaptation would do harm, that is the one it began from. Give a recipe, or your own
+    folders: A with masks, B without; or, where A's imagery cannot leave its owner, a trained run (--from) and B.
+
+    Args:
+        recipe: a recipe file whose method adapts.
+        overrides: settings to change, such as method.ema=0.999.
+        images_a: folder or pattern of the labelled images.
+        masks_a: folder or pattern of their masks.
+        images_b: folder or pattern of the images to adapt to.
+        classes: YAML file of the classes: names, or names and their colours in the masks; other settings of the folder
+            domain beside them where needed.
+        start: run or weights to adapt, without its source's images.
+        budget: the time that there is for own folders, such as 90s, 10m or 2h.
+        out: folder of the runs.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        devices: how many of them, one process each.
+        workers: processes that read pictures, for each device.
+        checkpoint_every: steps between two checkpoints.
+        cache: where decoded pictures are kept: memory, disk or off.
+        quiet: print no progress.
+
+    Returns:
+        The verdict, and where the recommended network lies.
+    """
+    engine = Engine(device, devices, workers, checkpoint_every, cache=cache_of(cache), quiet=quiet)
+    own = proposal.Own(images_a, masks_a, images_b, classes, start)
+    if isinstance(recipe, Path | str) and "=" in str(recipe) and not Path(recipe).exists():
+        recipe, overrides = None, (str(recipe), *overrides)
+    if recipe is not None and own != proposal.Own():
+        raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")
+    value = load(recipe if recipe is not None else proposal.of_folders(own, budget, engine), *overrides)
+    run, verdict = adaptation.adapt(value, out, launch(value, engine), engine)
+    return Adapted(run.path, verdict)
 
 
 def evaluate(

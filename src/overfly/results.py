@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown
 from rich.table import Table
 
+from overfly.adaptation import Verdict as Adaptation
 from overfly.benchmark import Table as Benchmark
 from overfly.choice import Candidate, Verdict
 from overfly.data.check import Report
@@ -32,6 +33,33 @@ class Trained:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield f"trained: {self.path}"
         yield f"score it with: overfly evaluate {self.path}"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adaptation, and whether to use it."""
+
+    path: Path
+    verdict: Adaptation
+
+    @property
+    def run(self) -> Run:
+        """The adapted run's folder as an object."""
+        return Run.open(self.path)
+
+    @property
+    def best(self) -> Path:
+        """File of the recommended network."""
+        return self.path / "best.safetensors"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Markdown(self.verdict.table())
+        yield f"verdict: {self.verdict.sentence}"
+        for role, standing in self.verdict.networks.items():
+            yield from (f"  against {role}: {reason}" for reason in standing.against)
+        yield f"target labels opened: {self.verdict.labels_opened}"
+        yield f"recommended network: {self.best}"
+        yield f"report: {self.path / 'verdict.md'}"
 
 
 @dataclass(frozen=True)

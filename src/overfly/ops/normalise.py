@@ -41,6 +41,24 @@ def collecting_statistics(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+@contextmanager
+def keeping_statistics(module: nn.Module, *, active: bool = True) -> Iterator[None]:
+    """Batch normalisations normalise by their running statistics and leave them alone; all else trains.
+
+    Args:
+        module: whose parts are switched.
+        active: False changes nothing.
+    """
+    switched = [norm for norm in batch_norms(module) if norm.training] if active else []
+    for norm in switched:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in switched:
+            norm.train()
+
+
 @torch.no_grad()
 def blend_statistics(module: nn.Module, other: nn.Module, share: float) -> None:
     """Move a module's running means and variances a share of the way to those of another of the same structure.

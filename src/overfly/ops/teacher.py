@@ -55,6 +55,45 @@ def pseudo_label(logits: Tensor) -> Pseudo:
     return Pseudo(label, probability)
 
 
+@torch.no_grad()
+def seen_at(teacher: nn.Module, image: Tensor, scale: float) -> Tensor:
+    """Class probabilities (B, K, H, W) of images seen larger or smaller, and turned by a random quarter or mirrored.
+
+    The turn is drawn once for all images from torch's generator on the CPU; the probabilities are turned and scaled
+    back.
+
+    Args:
+        teacher: images (B, C, H, W) to `Logits` at their size.
+        image: (B, C, H, W), square unless quarter turns do not matter, in the sensor's range.
+        scale: 2 shows things at twice their size.
+    """
+    quarters, mirrored = int(torch.randint(4, ())), bool(torch.randint(2, ()))
+    size = (image.shape[-2], image.shape[-1])
+    seen = image
+    if scale != 1:
+        larger = [max(8, round(side * scale)) for side in size]
+        seen = nn.functional.interpolate(image, size=larger, mode="bilinear", antialias=scale < 1)
+    seen = (seen.flip(-1) if mirrored else seen).rot90(quarters, (-2, -1))
+    found: Tensor = teacher(seen).main.float().softmax(1).rot90(-quarters, (-2, -1))
+    found = found.flip(-1) if mirrored else found
+    return found if scale == 1 else nn.functional.interpolate(found, size=size, mode="bilinear")
+
+
+def debiased(probability: Tensor, shares: Tensor, power: float) -> Tensor:
+    """Probabilities with classes that are said often made dearer (after Wang et al., 2022, DebiasPL).
+
+    Args:
+        probability: (B, K, H, W), summing to 1.
+        shares: how often each class is said (K,), such as a moving average of the mean probabilities.
+        power: 0 changes nothing; 1 evens all classes out.
+
+    Returns:
+        (B, K, H, W), summing to 1.
+    """
+    dearer = probability / shares.clamp_min(1e-6).view(1, -1, 1, 1) ** power
+    return dearer / dearer.sum(1, keepdim=True)
+
+
 def share_above(probability: Tensor, threshold: float) -> Tensor:
     """Share of each image's pixels above a probability (B, 1, 1): the weight of DACS (Tranheden et al., 2021)."""
     return (probability > threshold).float().mean((1, 2), keepdim=True)

@@ -1,0 +1,285 @@
+"""Adaptation that does no harm: three networks, looked at without labels, and one of them recommended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from pydantic import Field
+
+from overfly.core.errors import RecipeError
+from overfly.core.spec import Share, Spec, Whole
+from overfly.data.domain import Split
+from overfly.methods.recalibrate import Recalibrate
+from overfly.methods.source_only import SourceOnly
+from overfly.models.segmenter import Segmenter
+from overfly.recipe import Recipe
+from overfly.scoring.estimate import Estimate, estimate
+from overfly.scoring.gate import Gate
+from overfly.scoring.pictures import predict, unlabelled
+from overfly.scoring.samples import Sample
+from overfly.scoring.score import evaluating
+from overfly.scoring.validators import LabelFree, look
+from overfly.training.assess import assess, labelled, recorded
+from overfly.training.carry_out import carry_out, weights_of
+from overfly.training.engine import Engine, on_main
+from overfly.training.run import Run
+from overfly.views.panels import comparison
+
+Role = Literal["source only", "recalibrated", "adapted"]
+BEFORE: Role = "source only"
+"""The network that the others are measured against."""
+RECALIBRATION = {"batch": 16, "steps": 25}
+"""How much of the target the recalibrated network sees."""
+LOOKED_AT = 24
+"""Target pictures that networks are looked at on."""
+CROP = 512
+"""Longest side that is cut from the middle of these."""
+
+
+class Standing(Spec):
+    """One of the three networks."""
+
+    run: str
+    """Its run's folder, or the file of its weights."""
+    figures: LabelFree
+    """What can be said of it without target labels."""
+    against: tuple[str, ...] = ()
+    """What speaks against it; empty where nothing does."""
+    estimate: Estimate | None = None
+    """Estimated mIoU on the target with an interval: an estimate, no measurement."""
+    truth: dict[str, Share | None] = Field(default_factory=dict)
+    """mIoU against labels, by domain and split, where it was measured earlier; it had no part in the verdict."""
+
+
+class Verdict(Spec):
+    """Which network to use in the target, and why."""
+
+    recommended: Role
+    """The network to use."""
+    networks: dict[Role, Standing]
+    """All that were looked at."""
+    gate: Gate
+    """What a network had to hold."""
+    target: dict[str, Any]
+    """The target as a recipe names it."""
+    labels_opened: Whole
+    """Target labels that were read for training, choice and verdict: 0."""
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        refused = [role for role, standing in self.networks.items() if standing.against]
+        if self.recommended == BEFORE:
+            return f"use the source-only network: {' and '.join(refused) or 'nothing else'} would do harm here"
+        tail = f"; {' and '.join(refused)} would do harm here" if refused else ""
+        return f"use the {self.recommended} network: nothing speaks against it{tail}"
+
+    def table(self) -> str:
+        """The networks and their label-free figures in percent, as a Markdown table."""
+        rows = [
+            "| network | source | masked | views | as before | target, estimated | |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for role, standing in self.networks.items():
+            seen = standing.figures
+            guess = standing.estimate
+            between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
+            word = "recommended" if role == self.recommended else "refused" if standing.against else ""
+            cells = [seen.source_miou, seen.masked_miou, seen.views_miou, seen.agreement]
+            rows.append(f"| {role} | {' | '.join(_percent(cell) for cell in cells)} | {between} | {word} |")
+        return "\n".join(rows)
+
+    def report(self) -> str:
+        """All of it as a Markdown page."""
+        against = [f"- {role}: {reason}." for role, each in self.networks.items() for reason in each.against]
+        return "\n".join(
+            [
+                "# Verdict", "", self.sentence[0].upper() + self.sentence[1:] + ".", "", self.table(), "",
+                *(["What speaks against a network:", "", *against, ""] if against else []),
+                "All figures are mIoU in percent. *Source* is measured on the source's held-out labels. *Masked* "
+                "and *views* compare predictions on target pictures as they are with those half covered, and turned, "
+                "scaled and recoloured; *as before* compares them with the source-only network's. *Target* is an "
+                "estimate with its interval, and had no part in the verdict. "
+                f"Target labels opened: {self.labels_opened}.", "",
+                "![Target pictures and what each network says](samples/verdict.png)", "",
+            ]
+        )  # fmt: skip
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def beside(recipe: Recipe) -> dict[Role, Recipe | Path]:
+    """The recipes of the three networks: what adaptation begins from, the same recalibrated, and the recipe itself.
+
+    A recipe that starts from another recipe, a run or weights begins from that; any other is given a source-only
+    network trained by its own settings.
+
+    Raises:
+        RecipeError: the recipe does not adapt, or names no target.
+    """
+    if recipe.target is None:
+        raise RecipeError("adapt needs the images to adapt to; say where they are under target")
+    if isinstance(recipe.method, SourceOnly):
+        raise RecipeError("method source_only does not adapt; name another under method, such as overfly")
+    before: Recipe | Path
+    if recipe.start is not None:
+        before = recipe.start
+    else:
+        plain = {"method": SourceOnly(criterion=recipe.method.criterion), "target": recipe.target}
+        before = recipe.model_copy(update=plain)
+    found: dict[Role, Recipe | Path] = {BEFORE: before}
+    if not isinstance(recipe.method, Recalibrate):
+        found["recalibrated"] = Recipe(
+            source=recipe.source,
+            target=recipe.target,
+            start=before,
+            model=recipe.model,
+            method=Recalibrate(),
+            crop=recipe.crop,
+            window=recipe.window,
+            resize=recipe.resize,
+            seed=recipe.seed,
+            **RECALIBRATION,
+        )
+    return {**found, "adapted": recipe}
+
+
+def adapt(
+    recipe: Recipe, out: Path, fabric: Fabric, engine: Engine, *, gate: Gate | None = None, estimates: bool = True
+) -> tuple[Run, Verdict]:
+    """Train the three networks, look at them without target labels, and recommend one.
+
+    What was trained already, by this recipe or another that shares it, is not trained again. The verdict, the pictures
+    and the recommended network (``best.safetensors``) lie in the folder of the adapted run.
+
+    Args:
+        recipe: of the adapted network.
+        out: folder of the runs.
+        fabric: launched.
+        engine: how, not what.
+        gate: what a network must hold; left out, `Gate` by its defaults.
+        estimates: whether to estimate each network's mIoU on the target.
+
+    Raises:
+        OverflyError: recipe, data or weights do not go together.
+    """
+    plans = beside(recipe)
+    runs: dict[Role, Run | Path] = {}
+    for role, plan in plans.items():
+        if isinstance(plan, Recipe):
+            runs[role] = carry_out(plan, out, fabric, engine)
+        else:
+            runs[role] = Run.open(plan) if plan.is_dir() else weights_of(plan)
+    adapted = runs["adapted"]
+    if not isinstance(adapted, Run):
+        raise RecipeError("the adapted network needs a recipe of its own")
+    verdict = on_main(fabric, lambda: _judge(recipe, runs, gate or Gate(), fabric.device, estimates))
+    if fabric.is_global_zero:
+        _keep(adapted, verdict, recipe, runs, fabric.device)
+    return adapted, verdict
+
+
+def _judge(
+    recipe: Recipe, runs: Mapping[Role, Run | Path], gate: Gate, device: torch.device, estimates: bool
+) -> Verdict:
+    """Look at every network on the same target pictures, labels taken away."""
+    target = recipe.domain("target")
+    networks = {role: _network(run) for role, run in runs.items()}
+    sight: dict[str, Any] = {"limit": LOOKED_AT, "crop": CROP, "resize": recipe.resize, "device": device}
+    figures: dict[str, LabelFree] = {}
+    guesses: dict[Role, Estimate] = {}
+    for role, network in networks.items():
+        found = look(network, target, "train", reference=networks[BEFORE], window=recipe.window, **sight)
+        figures[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
+        if estimates and recipe.source is not None and labelled(recipe.source, "val"):
+            guesses[role] = estimate(network, recipe.source, target, window=recipe.window, **sight)
+    chosen, reasons = gate.recommend(BEFORE, figures)
+    standings = {
+        role: Standing(
+            run=str(run.path if isinstance(run, Run) else run),
+            figures=figures[role],
+            against=reasons.get(role, ()),
+            estimate=guesses.get(role),
+            truth=_truth(run, recipe),
+        )
+        for role, run in runs.items()
+    }
+    return Verdict(
+        recommended=chosen,
+        networks=standings,
+        gate=gate,
+        target=target.model_dump(mode="json"),
+        labels_opened=sum(each.labels_opened for each in figures.values()),
+    )
+
+
+def _network(run: Run | Path) -> Segmenter:
+    return run.segmenter() if isinstance(run, Run) else Segmenter.load(run)
+
+
+def _source_miou(recipe: Recipe, run: Run | Path, device: torch.device) -> float | None:
+    """MIoU on the source's held-out labels; measured once."""
+    split = recipe.validation.split
+    if recipe.source is None or not isinstance(run, Run) or not labelled(recipe.source, split):
+        return None
+    return (
+        recorded(run, "source", split, recipe.source) or assess(run, recipe.source, "source", split, device=device)
+    ).miou
+
+
+def _truth(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
+    """What ``scores.json`` holds already; nothing is opened for it."""
+    if not isinstance(run, Run):
+        return {}
+    splits: tuple[Split, ...] = ("val", "test")
+    found = {}
+    for key, domain in (("source", recipe.source), ("target", recipe.target)):
+        for split in splits:
+            scores = recorded(run, key, split, domain) if domain is not None else None
+            if scores is not None:
+                found[f"{key}/{split}"] = scores.miou
+    return found
+
+
+def _keep(
+    adapted: Run, verdict: Verdict, recipe: Recipe, runs: Mapping[Role, Run | Path], device: torch.device
+) -> None:
+    """Write the verdict, the recommended network and pictures of all three into the adapted run's folder."""
+    chosen = runs[verdict.recommended]
+    unfinished = adapted.path / ".best.safetensors"
+    shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, unfinished)
+    unfinished.replace(adapted.path / "best.safetensors")
+    adapted.record("verdict.json", verdict.model_dump(mode="json"))
+    (adapted.path / "verdict.md").write_text(verdict.report(), encoding="utf-8")
+    _draw(adapted.path / "samples" / "verdict.png", recipe, runs, device)
+
+
+def _draw(path: Path, recipe: Recipe, runs: Mapping[Role, Run | Path], device: torch.device) -> None:
+    """Target pictures as every network sees them; no label is read."""
+    target = recipe.domain("target")
+    pictures = list(unlabelled(target, "train", limit=4, resize=recipe.resize, crop=CROP))
+    rows: dict[str, dict[str, Sample]] = {f"target {place + 1}": {} for place in range(len(pictures))}
+    for role, run in runs.items():
+        network = _network(run).to(device)
+        with evaluating(network), torch.inference_mode():
+            for place, image in enumerate(pictures):
+                ids = predict(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
+                name = f"target {place + 1}"
+                rows[name][role] = Sample(name, image.permute(1, 2, 0).numpy().astype(_kind(target.peak)), ids)
+    comparison(rows, target.classes, path)
+
+
+def _kind(peak: float) -> type[np.generic]:
+    """The number type of pictures with this brightest value, so that they are shown in their own range."""
+    return np.uint8 if peak == 255 else np.uint16 if peak > 1 else np.float32
+
+
+__all__ = ["BEFORE", "Role", "Standing", "Verdict", "adapt", "beside"]

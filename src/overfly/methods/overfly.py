@@ -1,0 +1,120 @@
+"""Our own adaptation, for batch-normalised real-time networks and imagery seen from above."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from overfly.core.records import IGNORE, Batch, Labelled, Losses
+from overfly.core.spec import NonNegative, Pixels, Positive, Share
+from overfly.methods.method import Method, TeacherStudent, named
+from overfly.ops.augment import augment
+from overfly.ops.colour import ColourJitter, GaussianBlur, Strong, recoloured
+from overfly.ops.criterion import Criterion, CrossEntropy
+from overfly.ops.geometry import Dihedral
+from overfly.ops.masking import block_mask, cover
+from overfly.ops.mixing import class_mask, paste
+from overfly.ops.normalise import keeping_statistics, together
+from overfly.ops.teacher import Pseudo, debiased, follow, keep_above, moved, seen_at, surest
+
+MEMORY = 0.95
+"""Share of the old thresholds and class shares that is kept at every step."""
+
+
+class OverflyNetworks(TeacherStudent):
+    """Student and teacher, how sure a label of each class must be, and how often the teacher says each class."""
+
+    thresholds: Tensor
+    shares: Tensor
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__(student)
+        classes = len(self.segmenter.classes)
+        self.register_buffer("thresholds", torch.zeros(classes))
+        self.register_buffer("shares", torch.full((classes,), 1 / classes))
+
+
+class Overfly(Method[OverflyNetworks], name="overfly"):
+    """A teacher labels the target at several ground resolutions; the student learns from that and from the source.
+
+    The teacher, a moving average of weights and statistics in evaluation mode, sees each target image at every one of
+    `scales`, turned by a random quarter or mirrored, and averages: what a network says at the wrong resolution is its
+    commonest error from place to place. Classes that it says too often are made dearer (`debias`; Wang et al., 2022,
+    DebiasPL), and of every class the surest share is learnt from (Zou et al., 2018, CBST), on images into which half
+    of a source image's classes are pasted (Olsson et al., 2021, ClassMix). Source and mixed images go through the
+    student in one pass; by default batch normalisation keeps the statistics of the network that it began from, since
+    statistics that follow the target follow its class shares too. Boundaries are learnt from source pixels alone, and
+    weigh less than in training from scratch. The teacher is what is deployed. Begin from a trained network (`start`).
+    """
+
+    criterion: Criterion = CrossEntropy(boundary=1.0)
+    """The supervised loss."""
+    ema: Share = 0.99
+    """Share of the teacher that is kept at every step."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0, 1.5)
+    """Sizes at which the teacher sees each target image: 1.5 shows things half as large again. The square of each is
+    what it costs."""
+    debias: NonNegative = 0.5
+    """How much dearer a class is that the teacher says often: its probabilities are divided by its share to this power;
+    0: not at all."""
+    keep: Share = 0.8
+    """Share of each class's pixels, the surest, that is learnt from."""
+    mix: Share = 0.5
+    """Share of each source image's classes that are pasted onto the target, rounded up; 0: none are."""
+    strong: Strong = (ColourJitter(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
+    """What is done to the colours of what the student sees of the target."""
+    masked: Share = 0.0
+    """Share of squares of the target's part that are covered (Hoyer et al., 2023, MIC)."""
+    block: Pixels = 16
+    """Side of these squares in pixels."""
+    weight: NonNegative = 2.0
+    """Weight of the mixed images' terms."""
+    statistics: Literal["kept", "joint"] = "kept"
+    """Batch normalisation of the student: the statistics that it began with, or those of source and mixed images."""
+
+    def networks(self, student: nn.Module) -> OverflyNetworks:
+        """The student and its teacher."""
+        return OverflyNetworks(student)
+
+    def losses(self, nets: OverflyNetworks, batch: Batch) -> Losses:
+        """The criterion on source images, and on target images with a part of the source pasted."""
+        source, peak = batch.source, nets.segmenter.peak
+        nothing = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
+        target, _ = augment(
+            Labelled(batch.target, nothing), (Dihedral(),), peak=peak, generator=torch.default_generator
+        )
+        label = self.labels(nets, target)
+        cut = class_mask(source.label, self.mix) if self.mix else torch.zeros_like(source.label, dtype=torch.bool)
+        mixed = paste(cut, source, Labelled(target, label))
+        view = recoloured(mixed.image, self.strong, peak)
+        if self.masked:
+            view = cover(view, block_mask(view, self.block, self.masked) & ~cut[:, None])
+        with keeping_statistics(nets.student, active=self.statistics == "kept"):
+            of_source, of_mixed = together(nets.student, source.image, view)
+        counts = (mixed.label != IGNORE).float().mean()  # a mean over all pixels, so that few sure ones weigh little
+        return {
+            **named("source", self.supervised(of_source, source.label)),
+            **named("mixed", self.supervised(of_mixed, mixed.label, where=cut), self.weight * float(counts)),
+        }
+
+    @torch.no_grad()
+    def labels(self, nets: OverflyNetworks, target: Tensor) -> Tensor:
+        """The teacher's labels of target images (B, H, W), `IGNORE` where it is not among the surest of their class."""
+        found = [seen_at(nets.teacher, target, scale) for scale in self.scales]
+        probability = torch.stack(found).mean(0)
+        nets.shares.lerp_(probability.mean((0, 2, 3)), 1 - MEMORY)
+        sureness, label = debiased(probability, nets.shares, self.debias).max(1)
+        pseudo = Pseudo(label, sureness)
+        nets.thresholds.copy_(moved(nets.thresholds, surest(pseudo, self.keep, len(nets.shares)), MEMORY))
+        return keep_above(pseudo, nets.thresholds)
+
+    def after_step(self, nets: OverflyNetworks, step: int) -> None:
+        """The teacher follows the student."""
+        follow(nets.teacher, nets.student, self.ema, step)
+
+    def deployed(self, nets: OverflyNetworks) -> nn.Module:
+        """The teacher."""
+        return nets.teacher

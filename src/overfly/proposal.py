@@ -1,0 +1,261 @@
+"""A recipe for somebody's own folders: what it takes from the data, the machine and the time there is."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning_fabric import Fabric
+from pydantic import ValidationError
+
+from overfly.core.errors import DataError, RecipeError
+from overfly.core.optim import AdamW, Poly
+from overfly.core.settings import explain, read_mapping
+from overfly.data.domain import Domain
+from overfly.data.folder import Folder
+from overfly.data.headers import facts
+from overfly.data.statistics import spread, statistics
+from overfly.methods.method import Method
+from overfly.methods.overfly import Overfly
+from overfly.methods.source_free import SourceFree
+from overfly.methods.source_only import SourceOnly
+from overfly.models.segmenter import Segmenter
+from overfly.ops.colour import ColourJitter
+from overfly.ops.geometry import Dihedral, ScaleJitter
+from overfly.recipe import Recipe
+from overfly.training.carry_out import weights_of
+from overfly.training.engine import Engine, Step, launch
+from overfly.training.fit import prepare
+
+CROPS = {"cpu": 256, "cuda": 512, "mps": 384}
+"""Largest crop by the kind of device, in pixels."""
+BATCHES = {"cpu": 4, "cuda": 8, "mps": 4}
+"""Pictures of each domain in a step."""
+LOOKED_AT = 50
+"""Pictures whose sizes are read, and from which mean and standard deviation are estimated."""
+FEWEST, MOST = 50, 40_000
+"""Steps of one training below which nothing is learnt, and above which little more is."""
+PARTS = {"source": 0.45, "adapted": 0.4}
+"""Shares of the time for the two trainings; the rest goes to reading, recalibration, looking and scoring."""
+
+
+def seconds(budget: str) -> float:
+    """The seconds that ``90s``, ``10m`` or ``2h`` means.
+
+    Raises:
+        RecipeError: it means none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", budget.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise RecipeError(f"--budget {budget} is no time; write it as 90s, 10m or 2h")
+    return float(match[1]) * {"s": 1, "": 60, "m": 60, "h": 3600}[match[2]]
+
+
+def folder(title: str, images: Path, settings: Mapping[str, Any], masks: Path | None = None) -> Folder:
+    """The domain of a folder of images, with or without masks, its mean and standard deviation estimated.
+
+    Args:
+        title: what tables call it.
+        images: folder or pattern.
+        settings: of the domain, such as classes.
+        masks: folder or pattern.
+
+    Raises:
+        OverflyError: there is nothing there, or it cannot be read.
+    """
+    for option, path in (("images", images), ("masks", masks)):
+        if path is not None and not any(mark in str(path) for mark in "*?[") and not path.is_dir():
+            raise DataError(f"{path} is no folder of {option}; give a folder, or a pattern in quotes")
+    root = Path(os.path.commonpath([path.absolute() for path in (images, masks) if path is not None]))
+    while any(mark in str(root) for mark in "*?["):
+        root = root.parent
+    root = root.parent if root == images.absolute() else root
+    paths = {"images": images, "masks": masks}
+    values: dict[str, Any] = {
+        key: str(path.absolute().relative_to(root)) for key, path in paths.items() if path is not None
+    }
+    if masks is not None:
+        values["splits"] = {"train": 0.85, "val": 0.15}
+    try:
+        found = Folder(root=root, title=title, **{**settings, **values})
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"the folder {images}")) from None
+    if found.mean is not None:
+        return found
+    measured = statistics(found, "train", limit=LOOKED_AT)
+    return found.model_copy(
+        update={
+            "mean": tuple(round(v, 3) for v in measured.mean),
+            "std": tuple(round(max(v, 1e-3), 3) for v in measured.std),
+        }
+    )
+
+
+def classes_of(file: Path) -> dict[str, Any]:
+    """Settings of a folder from a file of classes: names, names with colours, or settings with ``classes`` among them.
+
+    Raises:
+        RecipeError: the file is missing or holds none of these.
+    """
+    if not file.is_file():
+        raise RecipeError(f"{file} is not there; give a YAML file of classes, such as {{building: [255, 0, 0], …}}")
+    try:
+        held = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        held = None
+    if isinstance(held, list) and held:
+        return {"classes": held}
+    if not isinstance(held, dict) or not held:
+        raise RecipeError(f"{file} holds no classes; write a list of names, or a name and its colour a line")
+    values = read_mapping(file, "file of classes")
+    return values if "classes" in values else {"classes": values}
+
+
+def crop_for(domains: list[Domain], device: torch.device) -> int:
+    """Side of the crop: as large as device and pictures allow, a multiple of 32, 64 at least."""
+    sides = []
+    for domain in domains:
+        for item in spread(list(domain.items("train")), LOOKED_AT):
+            if isinstance(item.image, Path):
+                size = facts(item.image)
+                sides.append(min(size.height, size.width))
+    middle = sorted(sides)[len(sides) // 2] if sides else CROPS[device.type]
+    return max(64, min(CROPS.get(device.type, 256), middle) // 32 * 32)
+
+
+def propose(
+    source: Domain | None,
+    target: Domain,
+    method: Method[Any],
+    *,
+    start: Path | None,
+    budget: float,
+    fabric: Fabric,
+    model: str = "pidnet_s",
+) -> Recipe:
+    """A recipe whose trainings fit a time on this machine.
+
+    Args:
+        source: labelled images; None where the network alone is there.
+        target: images to adapt to.
+        method: how.
+        start: run or weights to begin from; without it a source-only training comes first.
+        budget: seconds for everything.
+        fabric: launched; a few steps of each training are timed on its device.
+        model: network, where there is no start.
+
+    Raises:
+        RecipeError: the time is too short.
+    """
+    device = fabric.device
+    crop = crop_for([domain for domain in (source, target) if domain is not None], device)
+    augment = (Dihedral(), ScaleJitter(), ColourJitter())
+    shared: dict[str, Any] = {
+        "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(device.type, 4),
+        "augment": augment, "clip": 10.0,
+    }  # fmt: skip
+    network: dict[str, Any] = {"model": model} if start is None else {"start": start}
+    plain = Recipe(**shared, **network, method=SourceOnly()) if source is not None else None
+    adapted = Recipe(**shared, **network, method=method, optim=AdamW(lr=5e-4), schedule=Poly(power=1.0))
+    times = {"adapted": step_seconds(adapted, fabric)}
+    if plain is not None and start is None:
+        times["source"] = step_seconds(plain, fabric)
+    steps = {name: int(PARTS[name] * budget / each) for name, each in times.items()}
+    if min(steps.values()) < FEWEST:
+        need = max(FEWEST * each / PARTS[name] for name, each in times.items())
+        raise RecipeError(
+            f"--budget {budget:g}s is too short for {FEWEST} steps of each training here; give "
+            f"{int(need / 60) + 1}m or more"
+        )
+    if plain is None or start is not None:
+        return adapted.model_copy(update={"steps": min(MOST, steps["adapted"])})
+    first = plain.model_copy(update={"steps": min(MOST, steps["source"]), "optim": AdamW(lr=2e-3), "schedule": Poly()})
+    return adapted.model_copy(update={"steps": min(MOST, steps["adapted"]), "start": first})
+
+
+def step_seconds(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
+    """Seconds of one step of a recipe on this device: forward and backward, after one to warm up, the median."""
+    file = None
+    if isinstance(recipe.start, Path):
+        file = weights_of(recipe.start)
+    prepared = prepare(recipe, fabric, Engine(quiet=True), file)
+    module = fabric.to_device(Step(recipe.method, prepared.nets))
+    module.train()
+    found = []
+    for number in range(repeats + 1):
+        begun = time.monotonic()
+        batch = prepared.steps[number]
+        if isinstance(batch, Exception):
+            raise batch
+        module.batch = fabric.to_device(batch)
+        losses = module()
+        if losses:
+            torch.autograd.backward(torch.stack(list(losses.values())).sum())
+        if fabric.device.type == "cuda":
+            torch.cuda.synchronize(fabric.device)
+        found.append(time.monotonic() - begun)
+    return sorted(found[1:])[repeats // 2]
+
+
+def classes_from(start: Path) -> dict[str, Any]:
+    """The classes and bands of a trained network, as settings of a folder."""
+    network = Segmenter.load(weights_of(start))
+    return {"classes": network.classes, "bands": network.bands, "peak": network.peak}
+
+
+@dataclass(frozen=True)
+class Own:
+    """What somebody has: A with masks, or a network trained on it, and B."""
+
+    images_a: Path | None = None
+    """Folder or pattern of the labelled images."""
+    masks_a: Path | None = None
+    """Folder or pattern of their masks."""
+    images_b: Path | None = None
+    """Folder or pattern of the images to adapt to."""
+    classes: Path | None = None
+    """File of the classes."""
+    start: Path | None = None
+    """Run or weights, where the source's imagery is not there."""
+
+    def see(self) -> None:
+        """Refuse what does not make a whole.
+
+        Raises:
+            RecipeError: something is missing, or too much is given.
+        """
+        given = {name for name in ("images_a", "masks_a", "images_b", "classes", "start") if getattr(self, name)}
+        if given not in ({"images_a", "masks_a", "images_b", "classes"}, {"images_b", "start"}):
+            raise RecipeError(
+                "adapt needs a recipe; or --images-a, --masks-a, --images-b and --classes; or --from and --images-b"
+            )
+
+
+def of_folders(own: Own, budget: str, engine: Engine) -> Recipe:
+    """The recipe for two folders of one's own, or for a trained network and one folder.
+
+    Args:
+        own: the folders.
+        budget: the time there is, such as 10m.
+        engine: the device that it is for.
+
+    Raises:
+        OverflyError: something is missing, cannot be read, or the time is too short.
+    """
+    own.see()
+    there_is = seconds(budget)
+    settings = classes_of(own.classes) if own.classes is not None else {}
+    if own.start is not None:
+        settings = classes_from(own.start)
+    source = folder("A", own.images_a, settings, own.masks_a) if own.images_a is not None else None
+    target = folder("B", own.images_b or Path(), settings)
+    method: Method[Any] = Overfly() if source is not None else SourceFree()
+    fabric = launch(Recipe(target=target, start=own.start, source=source, method=method), engine)
+    return propose(source, target, method, start=own.start, budget=there_is, fabric=fabric)

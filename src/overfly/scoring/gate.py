@@ -1,0 +1,75 @@
+"""Do no harm: whether a network that was adapted without labels may take the place of the one it came from.
+
+Adaptation often ends worse than where it began, and no single label-free figure shows it: a network that has exchanged
+two classes is as sure and as consistent as before, one that has collapsed is surer. So the gate asks several questions,
+each against the network before adaptation, and one answer against it is enough to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from overfly.core.spec import Share, Spec
+from overfly.scoring.validators import LabelFree
+
+
+class Gate(Spec):
+    """What a network must hold to take the place of the one before adaptation."""
+
+    source_loss: Share = 0.05
+    """mIoU on the source's held-out labels that may be lost: the network is to work in both places."""
+    agreement: Share = 0.4
+    """Least class-balanced mIoU between its predictions on the target and those before adaptation. Adaptation mends a
+    part of the picture; where more than this has changed, classes were lost or exchanged."""
+    margin: Share = 0.0
+    """How much more consistent, on average under cover and under other views, it must be on the target."""
+
+    def against(self, before: LabelFree, after: LabelFree) -> tuple[str, ...]:
+        """What speaks against a network, as sentences; empty where nothing does.
+
+        Args:
+            before: figures of the network before adaptation.
+            after: figures of the adapted one on the same pictures, its ``agreement`` taken with that network.
+        """
+        found = []
+        if before.source_miou is not None and after.source_miou is not None:
+            lost = before.source_miou - after.source_miou
+            if lost > self.source_loss:
+                found.append(
+                    f"it loses {100 * lost:.1f} points of mIoU on the source's held-out labels, more than "
+                    f"{100 * self.source_loss:g}"
+                )
+        if after.agreement is not None and after.agreement < self.agreement:
+            found.append(
+                f"on the target it agrees with the network before adaptation by {100 * after.agreement:.1f} % mIoU "
+                f"alone, less than {100 * self.agreement:g}"
+            )
+        gained = consistency(after) - consistency(before)
+        if gained <= self.margin:
+            found.append(
+                f"its predictions on the target are not more consistent ({100 * consistency(after):.1f} % mIoU under "
+                f"cover and other views, {100 * consistency(before):.1f} before)"
+            )
+        return tuple(found)
+
+    def recommend(self, before: str, figures: Mapping[str, LabelFree]) -> tuple[str, dict[str, tuple[str, ...]]]:
+        """The most consistent network of those that nothing speaks against.
+
+        Args:
+            before: name of the network before adaptation; it is recommended where all others are refused.
+            figures: of all networks, by name.
+
+        Returns:
+            The name recommended, and what speaks against each of the others.
+        """
+        reasons = {name: self.against(figures[before], each) for name, each in figures.items() if name != before}
+        passed = [name for name, found in reasons.items() if not found]
+        return max(passed, key=lambda name: consistency(figures[name]), default=before), reasons
+
+
+def consistency(figures: LabelFree) -> float:
+    """Mean of class-balanced consistency under cover and under other views, 0 to 1."""
+    return (figures.masked_miou + figures.views_miou) / 2
+
+
+__all__ = ["Gate", "consistency"]

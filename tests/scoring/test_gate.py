@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+from planted import ByLevel, Constant, Patches
+
+from overfly.scoring.gate import Gate, consistency
+from overfly.scoring.validators import LabelFree, look
+
+LEVELS = {"masked_miou": 0.3, "views_miou": 0.6, "source_miou": 0.6, "agreement": 1.0}
+
+
+@pytest.fixture(scope="module")
+def anything() -> LabelFree:
+    return look(ByLevel(20), Patches())
+
+
+def figures(anything: LabelFree, **changes: float | None) -> LabelFree:
+    return anything.model_copy(update={**LEVELS, **changes})
+
+
+def test_nothing_speaks_against_a_network_that_is_more_consistent(anything: LabelFree) -> None:
+    after = figures(anything, views_miou=0.65, agreement=0.6, source_miou=0.58)
+    assert Gate().against(figures(anything), after) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source_miou": 0.5}, "loses 10.0 points"),
+        ({"agreement": 0.2}, "agrees with the network before adaptation by 20.0 %"),
+        ({"views_miou": 0.5}, "not more consistent"),
+    ],
+)
+def test_each_fault_alone_is_refused_in_words(anything: LabelFree, change: dict[str, float], words: str) -> None:
+    after = figures(anything, **{"views_miou": 0.65, "agreement": 0.6, **change})
+    (reason,) = Gate().against(figures(anything), after)
+    assert words in reason
+
+
+def test_without_a_source_its_labels_are_not_asked_for(anything: LabelFree) -> None:
+    after = figures(anything, views_miou=0.65, agreement=0.6, source_miou=None)
+    assert Gate().against(figures(anything, source_miou=None), after) == ()
+
+
+def test_the_most_consistent_of_those_that_pass_is_recommended(anything: LabelFree) -> None:
+    networks = {
+        "source only": figures(anything),
+        "recalibrated": figures(anything, views_miou=0.62, agreement=0.6),
+        "adapted": figures(anything, views_miou=0.7, agreement=0.6),
+        "wild": figures(anything, views_miou=0.9, agreement=0.1),
+    }
+    chosen, reasons = Gate().recommend("source only", networks)
+    assert chosen == "adapted"
+    assert [name for name, found in reasons.items() if found] == ["wild"]
+    assert consistency(networks["adapted"]) == pytest.approx(0.5)
+
+
+def test_where_all_are_refused_the_network_before_is_kept(anything: LabelFree) -> None:
+    networks = {"source only": figures(anything), "adapted": figures(anything, agreement=0.1)}
+    assert Gate().recommend("source only", networks)[0] == "source only"
+
+
+def test_a_collapsed_network_is_refused() -> None:
+    before = look(ByLevel(20), Patches())
+    after = look(Constant(), Patches(), reference=ByLevel(20))
+    assert len(Gate().against(before, after)) == 2

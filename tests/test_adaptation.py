@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from overfly.adaptation import beside
+from overfly.api import adapt
+from overfly.core.errors import RecipeError
+from overfly.core.records import Batch
+from overfly.data.synthetic import Drawn
+from overfly.methods.dacs import DACS, Mix, MixNetworks
+from overfly.recipe import Recipe, load
+from overfly.training.run import Run
+
+
+class Shuffled(DACS, name="shuffled"):
+    """DACS whose pseudo-labels are of another class each: planted harm."""
+
+    def mix(self, nets: MixNetworks, batch: Batch) -> Mix:
+        """Every class called by the next one's name."""
+        mix = super().mix(nets, batch)
+        wrong = (mix.pseudo + 1) % len(nets.segmenter.classes)
+        return mix._replace(label=torch.where(mix.cut, mix.label, wrong), weight=torch.ones_like(mix.weight))
+
+
+@pytest.fixture
+def tiny(small: dict[str, Any]) -> dict[str, Any]:
+    light = {"model": "lraspp_mobilenet_v2", "optim": {"name": "adamw", "lr": 0.003}, "batch": 4}
+    return {**small, **light, "start": {**small, **light, "steps": 12}, "steps": 6}
+
+
+def adapted(recipe: Recipe, out: Path) -> tuple[Run, dict[str, Any]]:
+    found = adapt(recipe, out=out, device="cpu", quiet=True)
+    return found.run, json.loads((found.path / "verdict.json").read_text())
+
+
+def test_three_networks_stand_beside_each_other(tiny: dict[str, Any]) -> None:
+    plans = beside(load({**tiny, "method": "dacs"}))
+    assert list(plans) == ["source only", "recalibrated", "adapted"]
+    assert plans["source only"] == load(tiny["start"])
+    recalibrated = plans["recalibrated"]
+    assert isinstance(recalibrated, Recipe)
+    assert recalibrated.start == plans["source only"]
+    assert recalibrated.method.name == "recalibrate"
+
+
+def test_a_recipe_without_a_start_is_given_its_own_baseline(small: dict[str, Any]) -> None:
+    recipe = load({**small, "method": "dacs", "augment": ["dihedral"]})
+    before = beside(recipe)["source only"]
+    assert isinstance(before, Recipe)
+    assert before.method.name == "source_only"
+    assert (before.augment, before.steps) == (recipe.augment, recipe.steps)
+
+
+def test_the_seed_reaches_all_three(tiny: dict[str, Any]) -> None:
+    plans = beside(load({**tiny, "method": "dacs"}, "seed=4"))
+    assert {plan.seed for plan in plans.values() if isinstance(plan, Recipe)} == {4}
+
+
+def test_source_only_is_no_adaptation(small: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="does not adapt"):
+        beside(load(small))
+
+
+def test_the_verdict_is_written_and_no_target_label_is_opened(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    read = Drawn.read_label
+
+    def watched(self: Drawn, item: Any) -> Any:
+        opened.append(self.scene)
+        return read(self, item)
+
+    monkeypatch.setattr(Drawn, "read_label", watched)
+    run, verdict = adapted(load({**tiny, "method": "dacs"}), tmp_path)
+    assert set(opened) == {"urban"}
+    assert verdict["labels_opened"] == 0
+    assert set(verdict["networks"]) == {"source only", "recalibrated", "adapted"}
+    best = load_file(run.path / "best.safetensors")
+    chosen = load_file(Run.open(verdict["networks"][verdict["recommended"]]["run"]).weights)
+    assert best.keys() == chosen.keys()
+    assert all(torch.equal(best[name], chosen[name]) for name in best)
+    assert "Target labels opened: 0" in (run.path / "verdict.md").read_text()
+    assert (run.path / "samples" / "verdict.png").stat().st_size > 1000
+
+
+def test_again_trains_nothing_and_says_the_same(tiny: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load({**tiny, "method": "dacs"})
+    run, first = adapted(recipe, tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("last.ckpt")}
+    again, second = adapted(recipe, tmp_path)
+    assert again.path == run.path
+    assert first == second
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("last.ckpt")}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shuffled_pseudo_labels_are_refused(tiny: dict[str, Any], tmp_path: Path, seed: int) -> None:
+    start = {**tiny["start"], "steps": 60}
+    recipe = load({**tiny, "start": start, "method": {"name": "shuffled", "ema": 0.5}, "steps": 30}, f"seed={seed}")
+    _, verdict = adapted(recipe, tmp_path)
+    assert verdict["recommended"] != "adapted"
+    assert verdict["networks"]["adapted"]["against"]
+
+
+def test_a_run_is_adapted_without_its_source(tiny: dict[str, Any], tmp_path: Path) -> None:
+    run, _ = adapted(load({**tiny, "method": "dacs"}), tmp_path / "first")
+    recipe = load(
+        {"start": str(run.path), "target": tiny["target"], "method": "source_free", "crop": 64, "batch": 4, "steps": 3}
+    )
+    free, verdict = adapted(recipe, tmp_path / "second")
+    assert verdict["networks"]["source only"]["run"] == str(run.path)
+    assert verdict["networks"]["adapted"]["figures"]["source_miou"] is None
+    assert (free.path / "best.safetensors").exists()

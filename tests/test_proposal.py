@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from overfly import proposal
+from overfly.api import adapt
+from overfly.core.errors import OverflyError, RecipeError
+from overfly.data.folder import Folder
+from overfly.data.synthetic import draw
+from overfly.proposal import Own, of_folders, seconds
+from overfly.recipe import Recipe
+from overfly.training.engine import Engine
+from overfly.training.run import Run
+
+NAMES = ["background", "building", "road", "water", "barren", "forest", "agriculture"]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Own:
+    """A with masks of class numbers, B without, 96 pixels a side."""
+    for place, scene, count in (("A", "urban", 8), ("B", "rural", 4)):
+        (tmp_path / place / "images").mkdir(parents=True)
+        (tmp_path / place / "masks").mkdir()
+        for index in range(count):
+            image, label = draw(scene, "train", index, 96)  # type: ignore[arg-type]
+            Image.fromarray(image).save(tmp_path / place / "images" / f"{index}.png")
+            if place == "A":
+                Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / place / "masks" / f"{index}.png")
+    (tmp_path / "classes.yaml").write_text(yaml.safe_dump(NAMES))
+    folders = tmp_path / "A" / "images", tmp_path / "A" / "masks", tmp_path / "B" / "images"
+    return Own(*folders, tmp_path / "classes.yaml")
+
+
+@pytest.mark.parametrize(("text", "found"), [("90s", 90), ("10m", 600), ("2h", 7200), ("5", 300), ("1.5h", 5400)])
+def test_a_time_is_understood(text: str, found: float) -> None:
+    assert seconds(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0m", "-5m", "10d"])
+def test_what_is_no_time_is_said(text: str) -> None:
+    with pytest.raises(RecipeError, match="is no time"):
+        seconds(text)
+
+
+def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposal, "step_seconds", lambda recipe, _: 1.0 if recipe.method.needs_target else 0.5)
+    recipe = of_folders(own, "10m", Engine("cpu", quiet=True))
+    assert isinstance(recipe.start, Recipe)
+    assert (recipe.steps, recipe.start.steps) == (240, 540)
+    assert recipe.crop == 96
+    assert recipe.target is not None
+    assert not any(item.label for item in recipe.target.items("train"))
+    assert isinstance(recipe.source, Folder)
+    assert recipe.source.classes.names == tuple(NAMES)
+    assert recipe.source.mean is not None
+    assert len(recipe.source.items("train")) + len(recipe.source.items("val")) == 8
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_time_that_is_too_short_is_said_with_what_is_needed(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposal, "step_seconds", lambda *_: 2.0)
+    with pytest.raises(RecipeError, match=r"too short .* give 5m or more"):
+        of_folders(own, "1m", Engine("cpu", quiet=True))
+
+
+def test_colours_of_classes_are_read_as_colours(own: Own) -> None:
+    assert own.classes is not None
+    own.classes.write_text(yaml.safe_dump({"roof": [255, 0, 0], "rest": [0, 0, 0]}))
+    assert proposal.classes_of(own.classes) == {"classes": {"roof": [255, 0, 0], "rest": [0, 0, 0]}}
+    own.classes.write_text(yaml.safe_dump({"classes": ["a", "b"], "ignore": [7]}))
+    assert proposal.classes_of(own.classes) == {"classes": ["a", "b"], "ignore": [7]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images_b": None}, "adapt needs a recipe"),
+        ({"images_a": Path("nowhere")}, "nowhere is no folder of images"),
+        ({"masks_a": Path("nowhere")}, "nowhere is no folder of masks"),
+        ({"classes": Path("none.yaml")}, "none.yaml is not there"),
+        ({"start": Path("runs/x")}, "adapt needs a recipe"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_sentence(own: Own, change: dict[str, Path | None], words: str) -> None:
+    with pytest.raises(OverflyError, match=words):
+        of_folders(Own(**{**own.__dict__, **change}), "10m", Engine("cpu", quiet=True))
+
+
+def test_one_command_from_folders_to_a_verdict_and_again_without_the_source(
+    own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposal, "FEWEST", 2)
+    monkeypatch.setattr(proposal, "step_seconds", lambda *_: 10.0)
+    out = tmp_path / "runs"
+    found = adapt(
+        images_a=own.images_a, masks_a=own.masks_a, images_b=own.images_b, classes=own.classes, budget="50s",
+        out=out, device="cpu", quiet=True,
+    )  # fmt: skip
+    assert found.best.exists()
+    assert found.run.recipe.method.name == "overfly"
+    assert found.verdict.labels_opened == 0
+    free = adapt(
+        "steps=2", start=found.path, images_b=own.images_b, budget="60s", out=tmp_path / "b", device="cpu", quiet=True
+    )
+    assert Run.open(free.path).recipe.source is None
+    assert Run.open(free.path).recipe.steps == 2
