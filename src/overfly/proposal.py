@@ -161,23 +161,33 @@ def propose(
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(device.type, 4),
         "augment": augment, "clip": 10.0,
     }  # fmt: skip
-    network: dict[str, Any] = {"model": model} if start is None else {"start": start}
-    plain = Recipe(**shared, **network, method=SourceOnly()) if source is not None else None
-    adapted = Recipe(**shared, **network, method=method, optim=AdamW(lr=5e-4), schedule=Poly(power=1.0))
-    times = {"adapted": step_seconds(adapted, fabric)}
-    if plain is not None and start is None:
-        times["source"] = step_seconds(plain, fabric)
-    steps = {name: int(PARTS[name] * budget / each) for name, each in times.items()}
+    optim = AdamW(lr=5e-4)
+    if source is None or start is not None:
+        adapted = Recipe(**shared, start=start, method=method, optim=optim, schedule=Poly(power=1.0))
+        return adapted.model_copy(
+            update={"steps": _steps(budget, {"adapted": step_seconds(adapted, fabric)})["adapted"]}
+        )
+    plain = Recipe(**shared, model=model, method=SourceOnly(), optim=AdamW(lr=2e-3))
+    adapted = Recipe(**shared, start=plain, method=method, optim=optim, schedule=Poly(power=1.0))
+    steps = _steps(budget, {"source": step_seconds(plain, fabric), "adapted": step_seconds(adapted, fabric)})
+    first = plain.model_copy(update={"steps": steps["source"]})
+    return adapted.model_copy(update={"steps": steps["adapted"], "start": first})
+
+
+def _steps(budget: float, times: Mapping[str, float]) -> dict[str, int]:
+    """Steps of each training that fit a time.
+
+    Raises:
+        RecipeError: the time is too short.
+    """
+    steps = {name: min(MOST, int(PARTS[name] * budget / each)) for name, each in times.items()}
     if min(steps.values()) < FEWEST:
         need = max(FEWEST * each / PARTS[name] for name, each in times.items())
         raise RecipeError(
             f"--budget {budget:g}s is too short for {FEWEST} steps of each training here; give "
             f"{int(need / 60) + 1}m or more"
         )
-    if plain is None or start is not None:
-        return adapted.model_copy(update={"steps": min(MOST, steps["adapted"])})
-    first = plain.model_copy(update={"steps": min(MOST, steps["source"]), "optim": AdamW(lr=2e-3), "schedule": Poly()})
-    return adapted.model_copy(update={"steps": min(MOST, steps["adapted"]), "start": first})
+    return steps
 
 
 def step_seconds(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
@@ -257,5 +267,6 @@ def of_folders(own: Own, budget: str, engine: Engine) -> Recipe:
     source = folder("A", own.images_a, settings, own.masks_a) if own.images_a is not None else None
     target = folder("B", own.images_b or Path(), settings)
     method: Method[Any] = Overfly() if source is not None else SourceFree()
-    fabric = launch(Recipe(target=target, start=own.start, source=source, method=method), engine)
+    first: Method[Any] = SourceOnly() if source is not None else method
+    fabric = launch(Recipe(target=target, start=own.start, source=source, method=first), engine)
     return propose(source, target, method, start=own.start, budget=there_is, fabric=fabric)

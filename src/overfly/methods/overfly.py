@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -47,8 +47,10 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     of a source image's classes are pasted (Olsson et al., 2021, ClassMix). Source and mixed images go through the
     student in one pass; by default batch normalisation keeps the statistics of the network that it began from, since
     statistics that follow the target follow its class shares too. Boundaries are learnt from source pixels alone, and
-    weigh less than in training from scratch. The teacher is what is deployed. Begin from a trained network (`start`).
+    weigh less than in training from scratch. The teacher is what is deployed.
     """
+
+    needs_start: ClassVar[bool] = True
 
     criterion: Criterion = CrossEntropy(boundary=1.0)
     """The supervised loss."""
@@ -70,7 +72,7 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     """Share of squares of the target's part that are covered (Hoyer et al., 2023, MIC)."""
     block: Pixels = 16
     """Side of these squares in pixels."""
-    weight: NonNegative = 2.0
+    weight: NonNegative = 1.0
     """Weight of the mixed images' terms."""
     statistics: Literal["kept", "joint"] = "kept"
     """Batch normalisation of the student: the statistics that it began with, or those of source and mixed images."""
