@@ -36,9 +36,11 @@ BEFORE: Role = "source only"
 """The network that the others are measured against."""
 RECALIBRATION = {"batch": 16, "steps": 25}
 """How much of the target the recalibrated network sees."""
-LOOKED_AT = 24
+LOOKED_AT = 16
 """Target pictures that networks are looked at on."""
-CROP = 512
+ESTIMATED_ON = 8
+"""Pictures of each domain that the estimate rests on; each is seen under two dozen shifts."""
+CROP = 320
 """Longest side that is cut from the middle of these."""
 
 
@@ -200,7 +202,9 @@ def _judge(
         found = look(network, target, "train", reference=networks[BEFORE], window=recipe.window, **sight)
         figures[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
         if estimates and recipe.source is not None and labelled(recipe.source, "val"):
-            guesses[role] = estimate(network, recipe.source, target, window=recipe.window, **sight)
+            guesses[role] = estimate(
+                network, recipe.source, target, window=recipe.window, **sight | {"limit": ESTIMATED_ON}
+            )
     chosen, reasons = gate.recommend(BEFORE, figures)
     standings = {
         role: Standing(

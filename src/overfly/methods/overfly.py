@@ -72,7 +72,7 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     """Share of squares of the target's part that are covered (Hoyer et al., 2023, MIC)."""
     block: Pixels = 16
     """Side of these squares in pixels."""
-    weight: NonNegative = 1.0
+    weight: NonNegative = 2.0
     """Weight of the mixed images' terms."""
     statistics: Literal["kept", "joint"] = "kept"
     """Batch normalisation of the student: the statistics that it began with, or those of source and mixed images."""
