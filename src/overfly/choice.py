@@ -159,10 +159,7 @@ def choose(
         RecipeError: the runs have different targets or none, or a validator is unknown.
         DataError: a study, and the target has no labels.
     """
-    unknown = [name for name in members if name not in VALIDATORS]
-    if unknown or not members:
-        named = f"no validator is called {unknown[0]!r}" if unknown else "a committee needs members"
-        raise RecipeError(f"{named}; there are: {', '.join(VALIDATORS)}")
+    _see_members(members)
     target = target_of(runs)
     if study and not labelled(target, "val"):
         raise DataError(f"the target {target.title} has no labels in val, and a study needs them; leave out --study")
@@ -231,6 +228,13 @@ def target_of(runs: Sequence[Run]) -> Domain:
             "validate the runs of one target at a time"
         )
     return next(iter(found.values())).recipe.domain("target")
+
+
+def _see_members(members: Sequence[str]) -> None:
+    unknown = [name for name in members if name not in VALIDATORS]
+    if unknown or not members:
+        named = f"no validator is called {unknown[0]!r}" if unknown else "a committee needs members"
+        raise RecipeError(f"{named}; there are: {', '.join(VALIDATORS)}")
 
 
 def _see_classes(run: Run, network: Segmenter, target: Domain) -> None:

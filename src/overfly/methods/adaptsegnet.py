@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
@@ -32,8 +32,12 @@ class AdaptSegNet(Adversarial[WithCritic], name="adaptsegnet"):
     def losses(self, nets: WithCritic, batch: Batch) -> Losses:
         """The criterion on the source; the student fools the critics; they learn to tell the domains apart."""
         source, target = together(nets.student, batch.source.image, batch.target)
-        seen, shown = ([probabilities(scores) for scores in outputs(part, self.levels)] for part in (source, target))
+        seen, shown = ([self.judged(scores) for scores in outputs(part, self.levels)] for part in (source, target))
         return {
             **self.supervised(source, batch.source.label),
             **play(nets.critic.children(), seen, shown, (self.weight, self.aux_weight)),
         }
+
+    def judged(self, scores: Tensor) -> Tensor:
+        """What a critic sees of class scores (B, K, H, W): the probabilities."""
+        return probabilities(scores)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
-from overfly.methods.adversarial import Adversarial, Levels, WithCritic, check_levels, critics, outputs, play
+from overfly.methods.adaptsegnet import AdaptSegNet
+from overfly.methods.adversarial import Levels, check_levels, outputs
 from overfly.methods.method import Method, Networks
 from overfly.ops.losses import mean_entropy, self_information
 from overfly.ops.normalise import together
 
 
-class Advent(Adversarial[WithCritic], name="advent"):
+class Advent(AdaptSegNet, name="advent"):
     """Make maps of self-information on the target look to a critic like those on the source (Vu et al., 2019).
 
     A network is sure on the source and unsure on the target. The critic sees ``-p log p`` of each class, so the student
@@ -20,25 +21,9 @@ class Advent(Adversarial[WithCritic], name="advent"):
     normalisation has the statistics of both.
     """
 
-    levels: Levels = "single"
-    """What critics judge: the main scores, or (``multi``) those of the auxiliary head too, by a critic of their own."""
-    weight: NonNegative = 0.001
-    """Weight of fooling the critic of the main scores."""
-    aux_weight: NonNegative = 0.0002
-    """Weight of fooling the critic of the auxiliary scores."""
-
-    def networks(self, student: nn.Module) -> WithCritic:
-        """The student and a critic a level."""
-        return WithCritic(student, critics(student, self.levels))
-
-    def losses(self, nets: WithCritic, batch: Batch) -> Losses:
-        """The criterion on the source; the student fools the critics; they learn to tell the domains apart."""
-        source, target = together(nets.student, batch.source.image, batch.target)
-        seen, shown = ([self_information(scores) for scores in outputs(part, self.levels)] for part in (source, target))
-        return {
-            **self.supervised(source, batch.source.label),
-            **play(nets.critic.children(), seen, shown, (self.weight, self.aux_weight)),
-        }
+    def judged(self, scores: Tensor) -> Tensor:
+        """What a critic sees of class scores (B, K, H, W): the self-information of each class."""
+        return self_information(scores)
 
 
 class MinEnt(Method[Networks], name="minent"):
