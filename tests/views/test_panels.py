@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,13 @@ def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
     assert picture.shape[1] == 12 + 4 * 102
     assert _share(picture[:, -102:], CLASSES.colours[1]) > 0.15
     assert _share(picture[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colours[2]) > 0.35
+
+
+def test_comparison_without_labels_has_no_column_for_them(tmp_path: Path) -> None:
+    rows = {"rural": {"before": dataclasses.replace(_sample(), label=None), "after": _sample()}}
+    assert _open(comparison(rows, CLASSES, tmp_path / "a.png", side=90)).shape[1] == 12 + 4 * 102
+    rows["rural"]["after"] = rows["rural"]["before"]
+    assert _open(comparison(rows, CLASSES, tmp_path / "b.png", side=90)).shape[1] == 12 + 3 * 102
 
 
 def test_large_pictures_make_no_large_sheets(tmp_path: Path) -> None:

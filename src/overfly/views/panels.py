@@ -117,7 +117,8 @@ def comparison(
 
     Args:
         rows: for each heading of a row, such as the name of a domain, what each run says of the same picture:
-            ``{"rural": {"source only": sample, "recalibrated": sample}}``. Image and label are those of the first.
+            ``{"rural": {"source only": sample, "recalibrated": sample}}``. Image and label are those of the first;
+            where nothing has a label there is no column for it.
         classes: names and colours.
         path: the file to write; its folder is made.
         bands: bands to show as red, green and blue.
@@ -127,13 +128,15 @@ def comparison(
         The path.
     """
     runs = list(dict.fromkeys(run for samples in rows.values() for run in samples))
+    labelled = any(sample.label is not None for samples in rows.values() for sample in samples.values())
     drawn = []
     for heading, samples in rows.items():
         first = next(iter(samples.values()))
-        tiles = [Tile(displayed(first.image, bands)), _painted(first.label, classes)]
+        tiles: list[Tile | None] = [Tile(displayed(first.image, bands))]
+        tiles += [_painted(first.label, classes)] if labelled else []
         tiles += [_painted(samples[run].prediction if run in samples else None, classes) for run in runs]
         drawn.append(Row(heading, tiles))
-    return _sheet(drawn, ["image", "label", *runs], classes, path, side)
+    return _sheet(drawn, ["image", *(["label"] if labelled else []), *runs], classes, path, side)
 
 
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
