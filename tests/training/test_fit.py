@@ -23,6 +23,7 @@ from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
 from overfly.models.registry import build
 from overfly.recipe import Recipe, load
+from overfly.training.engine import channels_last
 from overfly.training.fit import Training
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
@@ -206,6 +207,15 @@ def test_a_batch_that_devices_cannot_share(recipe: Recipe, tmp_path: Path) -> No
 def test_mixed_precision_trains(small: dict[str, Any], tmp_path: Path, precision: str) -> None:
     run = trained(load(small, f"precision={precision}"), tmp_path)
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_mixed_precision_keeps_channels_last_and_says_the_same() -> None:
+    network = build("pidnet_s", 7).eval()
+    image = torch.randint(256, (1, 3, 64, 64)).float()
+    before = network(image).main
+    channels_last(network)
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.dim() == 4)
+    torch.testing.assert_close(network(image).main, before, rtol=1e-4, atol=1e-4)
 
 
 METHODS = [name for name, kind in Method.kinds.items() if kind.__module__.startswith("overfly.")]

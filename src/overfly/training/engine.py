@@ -71,6 +71,17 @@ class Step(nn.Module):
         return losses
 
 
+def channels_last(nets: nn.Module) -> None:
+    """Keep convolutions' weights with channels last in memory, as kernels of 16 bits want them: faster, not different.
+
+    Args:
+        nets: whose weights are changed in place.
+    """
+    for weight in nets.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
 def launch(recipe: Recipe, engine: Engine) -> Fabric:
     """Start the processes of a run.
 

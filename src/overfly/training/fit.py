@@ -27,7 +27,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.augment import augment
 from overfly.recipe import Recipe
 from overfly.training.checkpoint import load_state, save_state
-from overfly.training.engine import Engine, Step
+from overfly.training.engine import Engine, Step, channels_last
 from overfly.training.progress import Progress
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
@@ -107,6 +107,8 @@ class Training:
             "took_s": 0.0,
         }
         self.optimizers = prepared.optimizers
+        if self.recipe.precision != "32":
+            channels_last(nets)
         self.module = Step(self.recipe.method, nets)
         if self.optimizers:
             self.step, *wrapped = fabric.setup(self.module, *self.optimizers)
