@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from overfly.api import train
 from overfly.core.errors import RecipeError, RunError, TrainingError
+from overfly.core.optim import SGD, Adam, AdamW, Optim
 from overfly.core.records import Batch, Losses
 from overfly.data.loading import Steps
 from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
 from overfly.models.registry import build
 from overfly.recipe import Recipe, load
-from overfly.training.engine import channels_last
+from overfly.training.engine import hasten
 from overfly.training.fit import Training
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
@@ -213,9 +214,26 @@ def test_mixed_precision_keeps_channels_last_and_says_the_same() -> None:
     network = build("pidnet_s", 7).eval().double()
     image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     before = network(image).main
-    channels_last(network)
+    hasten(network, [], "bf16", torch.device("cpu"))
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.dim() == 4)
     torch.testing.assert_close(network(image).main, before)
+
+
+@pytest.mark.parametrize("optim", [SGD(lr=0.1), Adam(lr=0.01), AdamW(lr=0.01)])
+def test_an_optimiser_made_faster_takes_the_same_steps(optim: Optim) -> None:
+    found = []
+    for faster in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 2)
+        optimizer = optim.optimizer(net)
+        if faster:
+            hasten(net, [optimizer], "32", torch.device("cpu"))
+        for _ in range(5):
+            net(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(net.weight.detach())
+    torch.testing.assert_close(found[0], found[1])
 
 
 METHODS = [name for name, kind in Method.kinds.items() if kind.__module__.startswith("overfly.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import nn
+from torch.optim import Optimizer
 
 from overfly.core import device as machines
 from overfly.core.errors import OverflyError, RecipeError, TrainingError
@@ -71,15 +72,26 @@ class Step(nn.Module):
         return losses
 
 
-def channels_last(nets: nn.Module) -> None:
-    """Keep convolutions' weights with channels last in memory, as kernels of 16 bits want them: faster, not different.
+def hasten(nets: nn.Module, optimizers: Iterable[Optimizer], precision: str, device: torch.device) -> None:
+    """Arrange weights and optimisers as a machine likes them: faster, not different.
+
+    Kernels of 16 bits want channels last in memory. On a processor an optimiser's step is one pass over the memory when
+    fused; on a GPU the loss scale of half precision does not go with that and gradient clipping.
 
     Args:
         nets: whose weights are changed in place.
+        optimizers: of these weights.
+        precision: the recipe's.
+        device: where it will run.
     """
-    for weight in nets.parameters():
-        if weight.dim() == 4:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    if precision != "32":
+        for weight in nets.parameters():
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["fused"] = True
 
 
 def launch(recipe: Recipe, engine: Engine) -> Fabric:

@@ -27,7 +27,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.augment import augment
 from overfly.recipe import Recipe
 from overfly.training.checkpoint import load_state, save_state
-from overfly.training.engine import Engine, Step, channels_last
+from overfly.training.engine import Engine, Step, hasten
 from overfly.training.progress import Progress
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
@@ -107,8 +107,7 @@ class Training:
             "took_s": 0.0,
         }
         self.optimizers = prepared.optimizers
-        if self.recipe.precision != "32":
-            channels_last(nets)
+        hasten(nets, self.optimizers, self.recipe.precision, fabric.device)
         self.module = Step(self.recipe.method, nets)
         if self.optimizers:
             self.step, *wrapped = fabric.setup(self.module, *self.optimizers)
