@@ -8,7 +8,16 @@ from torch import Generator, Tensor
 
 from overfly.core.records import Labelled
 from overfly.ops.augment import Augment
-from overfly.ops.colour import BrightnessContrast, ColourJitter, Gamma, GaussianBlur, GaussianNoise, Grey, grey
+from overfly.ops.colour import (
+    BrightnessContrast,
+    ColourJitter,
+    Gamma,
+    GaussianBlur,
+    GaussianNoise,
+    Grey,
+    Illumination,
+    grey,
+)
 
 
 def seeded(seed: int) -> Generator:
@@ -79,7 +88,14 @@ def test_other_numbers_of_bands_jitter_each_on_its_own(bands: int) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_grey_pictures_stay_finite(value: float) -> None:
     flat = torch.full((2, 3, 16, 16), value)
-    for kind in (ColourJitter(p=1), GaussianBlur(p=1), Gamma(p=1), Grey(p=1), BrightnessContrast(p=1)):
+    for kind in (
+        ColourJitter(p=1),
+        GaussianBlur(p=1),
+        Gamma(p=1),
+        Grey(p=1),
+        BrightnessContrast(p=1),
+        Illumination(p=1),
+    ):
         result = changed(kind, flat)
         assert bool(result.isfinite().all()), kind
     assert float((changed(ColourJitter(p=1, brightness=0), flat) - flat).abs().max()) < 1e-3
@@ -124,3 +140,12 @@ def test_noise_has_the_strength_and_no_bias() -> None:
     assert float(strength.max()) == pytest.approx(0.06, abs=0.002)
     assert abs(float(noise.mean())) < 1e-3
     assert abs(float((noise[:, 0] * noise[:, 1]).mean())) < 1e-4
+
+
+def test_another_light_is_one_gain_a_band_about_one_of_the_image() -> None:
+    dark = images(400) * 0.1
+    gain = (changed(Illumination(p=1, brightness=0.2, colour=0.05), dark) / dark).flatten(2)
+    assert bool((gain.std(2) < 1e-4).all())
+    log = gain[..., 0].log()
+    assert float(log.mean(1).std()) == pytest.approx(0.2, rel=0.15)
+    assert float((log - log.mean(1, keepdim=True)).std()) == pytest.approx(0.05 * (2 / 3) ** 0.5, rel=0.15)

@@ -153,6 +153,26 @@ class Gamma(ColourAugment, name="gamma"):
         return image.clamp(0, 1) ** _per_image(log_uniform((len(image),), self.low, self.high, generator), image)
 
 
+class Illumination(ColourAugment, name="illumination"):
+    """Another light: values times a gain that all bands share, and one of each band's own.
+
+    What sun, sky and sensor change between two flights (the diagonal model of von Kries, 1902). Unlike a shift of hue
+    it keeps colours in their order: grass turns bluer at dusk, never blue.
+    """
+
+    brightness: NonNegative = 0.2
+    """Standard deviation of the logarithm of the gain of all bands."""
+    colour: NonNegative = 0.08
+    """Standard deviation of the logarithm of each band's own gain."""
+
+    def recolour(self, image: Tensor, generator: Generator) -> Tensor:
+        """Light every image its own way."""
+        count, bands = image.shape[:2]
+        shared = self.brightness * torch.randn(count, 1, generator=generator)
+        own = self.colour * torch.randn(count, bands, generator=generator)
+        return image * _per_image((shared + own).exp(), image)
+
+
 class GaussianNoise(ColourAugment, name="gaussian_noise"):
     """Add noise that is independent from pixel to pixel and band to band."""
 
