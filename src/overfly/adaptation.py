@@ -20,7 +20,7 @@ from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.scoring.estimate import Estimate, estimate
-from overfly.scoring.gate import Gate
+from overfly.scoring.gate import Gate, familiarity
 from overfly.scoring.pictures import predict, unlabelled
 from overfly.scoring.samples import Sample
 from overfly.scoring.score import evaluating
@@ -70,6 +70,9 @@ class Verdict(Spec):
     """What a network had to hold."""
     target: dict[str, Any]
     """The target as a recipe names it."""
+    familiarity: Share | None = None
+    """How familiar the target is to the network before adaptation, against the source's held-out pictures; none where
+    there are no such pictures."""
     labels_opened: Whole
     """Target labels that were read for training, choice and verdict: 0."""
 
@@ -100,6 +103,10 @@ class Verdict(Spec):
     def report(self) -> str:
         """All of it as a Markdown page."""
         against = [f"- {role}: {reason}." for role, each in self.networks.items() for reason in each.against]
+        known = []
+        if self.familiarity is not None:
+            share = f"{100 * self.familiarity:.0f} %"
+            known = [f"To the source-only network the target is {share} as familiar as held-out source pictures.", ""]
         return "\n".join(
             [
                 "# Verdict", "", self.sentence[0].upper() + self.sentence[1:] + ".", "", self.table(), "",
@@ -109,6 +116,7 @@ class Verdict(Spec):
                 "scaled and recoloured; *as before* compares them with the source-only network's. *Target* is an "
                 "estimate with its interval, and had no part in the verdict. "
                 f"Target labels opened: {self.labels_opened}.", "",
+                *known,
                 "![Target pictures and what each network says](samples/verdict.png)", "",
             ]
         )  # fmt: skip
@@ -205,7 +213,10 @@ def _judge(
             guesses[role] = estimate(
                 network, recipe.source, target, window=recipe.window, **sight | {"limit": ESTIMATED_ON}
             )
-    chosen, reasons = gate.recommend(BEFORE, figures)
+    home = None
+    if recipe.source is not None and recipe.source.items(recipe.validation.split):
+        home = look(networks[BEFORE], recipe.source, recipe.validation.split, window=recipe.window, **sight)
+    chosen, reasons = gate.recommend(BEFORE, figures, home)
     standings = {
         role: Standing(
             run=str(run.path if isinstance(run, Run) else run),
@@ -221,6 +232,7 @@ def _judge(
         networks=standings,
         gate=gate,
         target=target.model_dump(mode="json"),
+        familiarity=None if home is None else familiarity(home, figures[BEFORE]),
         labels_opened=sum(each.labels_opened for each in figures.values()),
     )
 

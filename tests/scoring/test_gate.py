@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from planted import ByLevel, Constant, Patches
 
-from overfly.scoring.gate import Gate, consistency
+from overfly.scoring.gate import Gate, consistency, familiarity
 from overfly.scoring.validators import LabelFree, look
 
 LEVELS = {"masked_miou": 0.3, "views_miou": 0.6, "source_miou": 0.6, "agreement": 1.0}
@@ -64,3 +64,21 @@ def test_a_collapsed_network_is_refused() -> None:
     before = look(ByLevel(20), Patches())
     after = look(Constant(), Patches(), reference=ByLevel(20))
     assert len(Gate().against(before, after)) == 2
+
+
+def test_pictures_of_other_things_refuse_every_adaptation(anything: LabelFree) -> None:
+    home = figures(anything, views_miou=0.8, bnm=0.8)
+    better = {"adapted": figures(anything, views_miou=0.7, agreement=0.6)}
+    known = {"source only": figures(anything, views_miou=0.6, bnm=0.75), **better}
+    strange = {"source only": figures(anything, views_miou=0.6, bnm=0.6), **better}
+    assert familiarity(home, known["source only"]) == pytest.approx(0.75 * 0.9375)
+    assert Gate().recommend("source only", known, home)[0] == "adapted"
+    chosen, reasons = Gate().recommend("source only", strange, home)
+    assert chosen == "source only"
+    assert "56 % as familiar" in reasons["adapted"][0]
+    assert Gate().recommend("source only", strange)[0] == "adapted"
+
+
+def test_being_surer_away_than_at_home_makes_nothing_familiar(anything: LabelFree) -> None:
+    home, away = figures(anything, views_miou=0.8, bnm=0.5), figures(anything, views_miou=0.4, bnm=1.0)
+    assert familiarity(home, away) == pytest.approx(0.5)

@@ -2,11 +2,13 @@
 
 Adaptation often ends worse than where it began, and no single label-free figure shows it: a network that has exchanged
 two classes is as sure and as consistent as before, one that has collapsed is surer. So the gate asks several questions,
-each against the network before adaptation, and one answer against it is enough to refuse.
+each against the network before adaptation, and one answer against it is enough to refuse. One more is asked of that
+network alone: whether the target shows what it has learnt at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from overfly.core.spec import Share, Spec
@@ -21,6 +23,9 @@ class Gate(Spec):
     agreement: Share = 0.4
     """Least class-balanced mIoU between its predictions on the target and those before adaptation. Adaptation mends a
     part of the picture; where more than this has changed, classes were lost or exchanged."""
+    familiar: Share = 0.65
+    """How familiar (`familiarity`) the target's pictures must be to the network before adaptation. Pictures that show
+    other things than the classes turn any adaptation into invention."""
     margin: Share = 0.0
     """How much more consistent, on average under cover and under other views, it must be on the target."""
 
@@ -52,17 +57,37 @@ class Gate(Spec):
             )
         return tuple(found)
 
-    def recommend(self, before: str, figures: Mapping[str, LabelFree]) -> tuple[str, dict[str, tuple[str, ...]]]:
+    def strange(self, home: LabelFree | None, before: LabelFree) -> tuple[str, ...]:
+        """What speaks against any adaptation to these pictures, as sentences.
+
+        Args:
+            home: figures of the network before adaptation on held-out pictures of its source; none: nobody can tell.
+            before: its figures on the target.
+        """
+        if home is None or (known := familiarity(home, before)) >= self.familiar:
+            return ()
+        return (
+            f"the target's pictures are only {100 * known:.0f} % as familiar to the network before adaptation as the "
+            f"source's, less than {100 * self.familiar:g}: they may show other things than the classes",
+        )
+
+    def recommend(
+        self, before: str, figures: Mapping[str, LabelFree], home: LabelFree | None = None
+    ) -> tuple[str, dict[str, tuple[str, ...]]]:
         """The most consistent network of those that nothing speaks against.
 
         Args:
             before: name of the network before adaptation; it is recommended where all others are refused.
             figures: of all networks, by name.
+            home: figures of the network before adaptation on held-out pictures of its source.
 
         Returns:
             The name recommended, and what speaks against each of the others.
         """
-        reasons = {name: self.against(figures[before], each) for name, each in figures.items() if name != before}
+        strange = self.strange(home, figures[before])
+        reasons = {
+            name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before
+        }
         passed = [name for name, found in reasons.items() if not found]
         return max(passed, key=lambda name: consistency(figures[name]), default=before), reasons
 
@@ -72,4 +97,18 @@ def consistency(figures: LabelFree) -> float:
     return (figures.masked_miou + figures.views_miou) / 2
 
 
-__all__ = ["Gate", "consistency"]
+def familiarity(home: LabelFree, away: LabelFree) -> float:
+    """How steady and sure of many classes a network is away, as a share of what it is at home, 0 to 1.
+
+    The product of two shares, neither counted above 1: of class-balanced consistency under other views, and of the
+    nuclear norm of its probabilities. Under cover a network is steadier the plainer the ground, so that is left out.
+
+    Args:
+        home: figures of a network on held-out pictures of the domain it learnt from.
+        away: its figures elsewhere.
+    """
+    shares = ((away.views_miou, home.views_miou), (away.bnm, home.bnm))
+    return math.prod(min(1.0, there / here) if here else 1.0 for there, here in shares)
+
+
+__all__ = ["Gate", "consistency", "familiarity"]
