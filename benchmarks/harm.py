@@ -1,0 +1,119 @@
+"""Plant harmful adaptations and count how many the gate refuses.
+
+    python benchmarks/harm.py recipes/drawn/urban-rural-overfly.yaml --seeds 0,1,2 --steps 100 [--images FOLDER…]
+
+Each recipe must be one of method `overfly`. Of every seed it is carried out three ways: with the pseudo-labels' classes
+exchanged for each other, with half of all pseudo-labels drawn by lot, and, for each folder of --images (pictures of
+other things than the classes), adapting to that folder. Whether a plant truly does harm is scored afterwards against
+the recipe's own target. Writes harm.json and prints one line a plant; exits 1 unless all were refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from overfly.adaptation import adapt as adaptation
+from overfly.core.records import IGNORE
+from overfly.methods.overfly import Overfly, OverflyNetworks
+from overfly.models.segmenter import Segmenter
+from overfly.recipe import Recipe, load
+from overfly.scoring.score import score
+from overfly.training.engine import Engine, launch
+from overfly.training.run import Run
+
+ENGINE = Engine(device="cpu", quiet=True)
+
+
+class Planted(Overfly, name="planted"):
+    """Our own method with a teacher whose labels were tampered with."""
+
+    harm: Literal["exchanged", "by lot"] = "exchanged"
+    """How."""
+    key: int = 0
+    """Which exchange of classes."""
+
+    def labels(self, nets: OverflyNetworks, target: Tensor) -> Tensor:
+        """The teacher's labels, of the wrong classes."""
+        label = super().labels(nets, target)
+        classes = len(nets.segmenter.classes)
+        if self.harm == "by lot":
+            wrong = torch.randint(classes, label.shape)
+            return torch.where((torch.rand(label.shape) < 0.5) & (label != IGNORE), wrong, label)
+        order = torch.randperm(classes, generator=torch.Generator().manual_seed(self.key))
+        other = torch.empty_like(order)
+        other[order] = order.roll(1)  # one cycle through all classes: none keeps its name
+        return torch.where(label == IGNORE, label, other[label.clamp_max(classes - 1)])
+
+
+def planted(recipe: Recipe, steps: int, folders: list[Path]) -> Iterator[tuple[str, Recipe]]:
+    """The harmful versions of a recipe, by name."""
+    own = recipe.method.model_dump(exclude={"name"})
+    settings: dict[Literal["exchanged", "by lot"], Planted] = {
+        harm: Planted(**own, harm=harm, key=recipe.seed) for harm in ("exchanged", "by lot")
+    }
+    for harm, method in settings.items():
+        yield harm, recipe.model_copy(update={"method": method, "steps": steps})
+    for folder in folders:
+        target = {"name": "folder", "title": folder.name, "root": str(folder), "images": "**/images/*"}
+        elsewhere = load({**recipe.model_dump(mode="json"), "target": target, "steps": steps})
+        yield f"pictures of {folder.name}", elsewhere
+
+
+def truth(weights: Path, recipe: Recipe) -> float | None:
+    """mIoU on the recipe's target against labels, read once, after all verdicts."""
+    return score(Segmenter.load(weights), recipe.domain("target"), "val", window=recipe.window, batch=8).miou
+
+
+def weights_of(standing: str) -> Path:
+    """The weights of a network that a verdict speaks of."""
+    return Run.open(standing).weights if Path(standing).is_dir() else Path(standing)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", type=Path)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--images", nargs="*", type=Path, default=[])
+    parser.add_argument("--out", type=Path, default=Path("runs/harm"))
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for file in given.recipes:
+        for seed in map(int, given.seeds.split(",")):
+            honest = load(file, f"seed={seed}")
+            before = None
+            for plant, recipe in planted(honest, given.steps, given.images):
+                run, verdict = adaptation(recipe, given.out, launch(recipe, ENGINE), ENGINE, estimates=False)
+                refused = bool(verdict.networks["adapted"].against)
+                before = before or truth(weights_of(verdict.networks["source only"].run), honest)
+                after = truth(run.weights, honest)
+                rows.append(
+                    {
+                        "recipe": file.stem,
+                        "seed": seed,
+                        "plant": plant,
+                        "refused": refused,
+                        "recommended": verdict.recommended,
+                        "familiarity": verdict.familiarity,
+                        "against": verdict.networks["adapted"].against,
+                        "target_miou": {"source only": before, "adapted": after},
+                    }
+                )
+                word = "refused" if refused else "LET THROUGH"
+                print(f"{file.stem}, seed {seed}, {plant}: {word}; target {before:.3f} -> {after:.3f}", flush=True)
+                (given.out / "harm.json").write_text(json.dumps(rows, indent=1))
+    refusals = sum(row["refused"] for row in rows)
+    print(f"{refusals} of {len(rows)} planted harms refused")
+    return int(refusals < len(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
