@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from overfly.api import benchmark
 from overfly.benchmark import Figure, expand
@@ -71,3 +72,29 @@ def test_paths_folders_and_patterns(tmp_path: Path) -> None:
     assert expand([tmp_path]) == expand([tmp_path / "*.yaml"]) == expand([*both, *both]) == both
     with pytest.raises(RecipeError, match="means no recipe"):
         expand([tmp_path / "c*.yaml"])
+
+
+def test_the_gap_is_closed_between_source_only_and_the_oracle(small: dict[str, Any], tmp_path: Path) -> None:
+    town, country = {"name": "drawn", "scene": "urban"}, {"name": "drawn", "scene": "rural"}
+    size = {"size": 64, "train": 4, "val": 2}
+    here, there = {**town, **size}, {**country, **size}
+    load({**small, "source": here, "target": there, "steps": 2}).save(tmp_path / "1-before.yaml")
+    small = {**small, "optim": {"name": "adamw", "lr": 1e-4}}
+    after = {**small, "start": "1-before.yaml", "source": here, "target": there, "method": "overfly", "steps": 2}
+    (tmp_path / "2-after.yaml").write_text(yaml.safe_dump(after))
+    load({**small, "source": there, "target": here, "steps": 2}).save(tmp_path / "3-oracle.yaml")
+    settings: dict[str, Any] = {"seeds": "2", "out": tmp_path / "runs", "size": 64, "device": "cpu", "quiet": True}
+    before, own, oracle = benchmark([str(tmp_path)], **settings).table.rows
+    assert before.gap_closed is None
+    assert oracle.gap_closed is None
+    low, middle, high = (row.miou["Rural"].values for row in (before, own, oracle))
+    assert own.gap_closed is not None
+    for closed, a, b, c in zip(own.gap_closed.values, low, middle, high, strict=True):
+        assert a is not None and b is not None and c is not None  # noqa: PT018
+        if closed is not None:
+            assert closed == pytest.approx((b - a) / (c - a))
+        else:
+            assert c <= a
+    assert "Gap closed by 2-after" in (tmp_path / "runs" / "table.md").read_text()
+    alone = benchmark([str(tmp_path / "1-before.yaml"), str(tmp_path / "2-after.yaml")], **settings)
+    assert alone.table.rows[1].gap_closed is None

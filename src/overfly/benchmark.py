@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,9 @@ class Row(Spec):
     """The split that was scored."""
     labels_opened: int
     """How often the target's labels were read, all seeds together."""
+    gap_closed: Figure | None = None
+    """(adapted - source only) / (oracle - source only) in mIoU on the target, seed by seed, where the table has both:
+    the source-only network that it begins from, and one trained as source only on the target's own labels."""
 
 
 class Network(Spec):
@@ -146,6 +149,10 @@ TEMPLATE = """\
 | {{ row.batch }} | {{ row.criterion }} | {{ row.optimizer }} | {{ row.scheduler }} | {{ row.length }} |\
 {% for place in places %} {{ row.miou[place].percent() if place in row.miou else "–" }} |{% endfor %}
 
+{% endfor %}
+
+{% for row in rows if row.gap_closed %}
+* Gap closed by {{ row.recipe }}, (adapted − source only) / (oracle − source only): {{ row.gap_closed.percent() }} %.
 {% endfor %}
 
 {% for place in places if rows[0].classes.get(place) %}
@@ -252,7 +259,8 @@ def tabulate(
     rows: list[Row] = []
     for path, runs in done.items():
         version = sum(row.model == runs[0].recipe.model.name for row in rows)
-        rows.append(_row(path, runs, version, split))
+        row = _row(path, runs, version, split)
+        rows.append(row.model_copy(update={"gap_closed": _gap_closed(runs, done.values(), split)}))
     networks = []
     for name in dict.fromkeys(row.model for row in rows):
         recipe = next(runs[0].recipe for runs in done.values() if runs[0].recipe.model.name == name)
@@ -320,9 +328,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
         criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
         optimizer=_settings(recipe.optim) if recipe.method.trains else "none",
         scheduler=_settings(recipe.schedule) if recipe.method.trains else "none",
-        length=f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
-        if recipe.epochs
-        else f"{recipe.steps or 20_000} steps",
+        length=_length(recipe),
         miou=miou,
         classes=classes,
         minutes=Figure.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
@@ -332,6 +338,37 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
             run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs
         ),
     )
+
+
+def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> Figure | None:
+    """What share of the way from source only to the oracle each seed went; none where the table lacks one of them."""
+    target = runs[0].recipe.target
+    closed: list[float | None] = []
+    baselines = [run for each in others for run in each if run.recipe.method.name == "source_only"]
+    if target is None or runs[0].recipe.method.name == "source_only":
+        return None
+    for run in runs:
+        recipe = run.recipe
+        before = [run for run in baselines if run.recipe == recipe.start]
+        oracle = [
+            other
+            for other in baselines
+            if (other.recipe.source, other.recipe.model.name, other.recipe.seed)
+            == (target, recipe.model.name, recipe.seed)
+        ]
+        if len(before) != 1 or len(oracle) != 1:
+            return None
+        scores = (
+            recorded(before[0], "target", split, target),
+            recorded(run, "target", split, target),
+            recorded(oracle[0], "source", split, target),
+        )
+        low, own, high = (found.miou if found is not None else None for found in scores)
+        if low is None or own is None or high is None or high <= low:
+            closed.append(None)
+        else:
+            closed.append((own - low) / (high - low))
+    return Figure.of(closed)
 
 
 def _length(recipe: Recipe) -> str:
