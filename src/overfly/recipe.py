@@ -142,7 +142,8 @@ class Recipe(Spec):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """What all random choices are drawn from."""
     precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_word)] = "32"
-    """Arithmetic of the networks: full, or mixed with bfloat16 or half floats."""
+    """Arithmetic of the networks: full, or mixed with bfloat16 or half floats. A processor without bfloat16 kernels
+    computes in full precision instead of emulating them; machine.json says which it was."""
 
     @model_validator(mode="before")
     @classmethod

@@ -24,7 +24,7 @@ from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
 from overfly.models.registry import build
 from overfly.recipe import Recipe, load
-from overfly.training.engine import hasten
+from overfly.training.engine import arithmetic, hasten
 from overfly.training.fit import Training
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
@@ -208,6 +208,18 @@ def test_a_batch_that_devices_cannot_share(recipe: Recipe, tmp_path: Path) -> No
 def test_mixed_precision_trains(small: dict[str, Any], tmp_path: Path, precision: str) -> None:
     run = trained(load(small, f"precision={precision}"), tmp_path)
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_a_processor_without_kernels_of_16_bits_computes_in_32(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    assert arithmetic("32", cpu) == "32"
+    assert arithmetic("bf16", torch.device("cuda")) == "bf16"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert arithmetic("bf16", cpu) == "32"
+    run = trained(load(small, "precision=bf16"), tmp_path)
+    assert run.machine["precision"] == "32"
 
 
 def test_mixed_precision_keeps_channels_last_and_says_the_same() -> None:

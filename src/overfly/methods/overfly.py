@@ -12,7 +12,7 @@ from overfly.core.records import IGNORE, Batch, Labelled, Losses
 from overfly.core.spec import NonNegative, Pixels, Positive, Share
 from overfly.methods.method import Method, TeacherStudent, named
 from overfly.ops.augment import augment
-from overfly.ops.colour import ColourJitter, GaussianBlur, Strong, recoloured
+from overfly.ops.colour import GaussianBlur, Illumination, Strong, recoloured
 from overfly.ops.criterion import Criterion, CrossEntropy
 from overfly.ops.geometry import Dihedral
 from overfly.ops.masking import block_mask, cover
@@ -56,9 +56,9 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     """The supervised loss."""
     ema: Share = 0.99
     """Share of the teacher that is kept at every step."""
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0, 1.5)
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.67, 1.0, 1.5)
     """Sizes at which the teacher sees each target image: 1.5 shows things half as large again. The square of each is
-    what it costs."""
+    what it costs. Nobody knows beforehand which of the two places has the larger things, so both ways by default."""
     debias: NonNegative = 0.5
     """How much dearer a class is that the teacher says often: its probabilities are divided by its share to this power;
     0: not at all."""
@@ -66,8 +66,9 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     """Share of each class's pixels, the surest, that is learnt from."""
     mix: Share = 0.5
     """Share of each source image's classes that are pasted onto the target, rounded up; 0: none are."""
-    strong: Strong = (ColourJitter(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
-    """What is done to the colours of what the student sees of the target."""
+    strong: Strong = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
+    """What is done to the colours of what the student sees of the target. Another light rather than another hue: hue
+    tells classes apart from above."""
     masked: Share = 0.0
     """Share of squares of the target's part that are covered (Hoyer et al., 2023, MIC)."""
     block: Pixels = 16

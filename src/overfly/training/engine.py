@@ -94,6 +94,16 @@ def hasten(nets: nn.Module, optimizers: Iterable[Optimizer], precision: str, dev
                 group["fused"] = True
 
 
+def arithmetic(precision: str, device: torch.device) -> str:
+    """The precision that a device computes in: bf16 becomes 32 on a processor without kernels of it.
+
+    Emulating them takes many times as long and is no more exact.
+    """
+    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "32"
+    return precision
+
+
 def launch(recipe: Recipe, engine: Engine) -> Fabric:
     """Start the processes of a run.
 
@@ -118,7 +128,7 @@ def launch(recipe: Recipe, engine: Engine) -> Fabric:
         accelerator=accelerator,
         devices=devices,
         strategy=strategy if engine.devices > 1 else "auto",
-        precision=PRECISIONS[recipe.precision],
+        precision=PRECISIONS[arithmetic(recipe.precision, device)],
     )
     fabric.launch()
     return fabric
@@ -132,7 +142,8 @@ def fabric_of(recipe: Recipe, fabric: Fabric, engine: Engine) -> Fabric:
     """
     if fabric.world_size == 1:
         return launch(recipe, engine)
-    same = type(fabric.strategy.precision) is type(Fabric(precision=PRECISIONS[recipe.precision]).strategy.precision)
+    wanted = Fabric(precision=PRECISIONS[arithmetic(recipe.precision, fabric.device)])
+    same = type(fabric.strategy.precision) is type(wanted.strategy.precision)
     if not same or recipe.precision == "16" or recipe.batch % fabric.world_size or recipe.batch == fabric.world_size:
         raise RecipeError(
             "these recipes differ in precision or cannot share their batch, and several processes serve them together; "

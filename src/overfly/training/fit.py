@@ -27,7 +27,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.augment import augment
 from overfly.recipe import Recipe
 from overfly.training.checkpoint import load_state, save_state
-from overfly.training.engine import Engine, Step, hasten
+from overfly.training.engine import Engine, Step, arithmetic, hasten
 from overfly.training.progress import Progress
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
@@ -134,6 +134,7 @@ class Training:
             machine = self.run.machine or {"started": datetime.now(UTC).isoformat()}
             machine |= machines.describe(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
             machine |= {"processes": self.fabric.world_size, "finished": None}
+            machine["precision"] = arithmetic(self.recipe.precision, self.fabric.device)
             self.run.record("machine.json", machine)
             if self.engine.track:
                 from overfly.training.journal import TensorBoard
