@@ -19,8 +19,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,track]'
 	touch $@
 
-demo: $(READY)  ## Train on the drawn town, score on town and country, draw pictures, print a table
+demo: $(READY)  ## Learn the drawn town, adapt to the country without its labels, print a table and a verdict
 	$(BIN)/overfly benchmark recipes/demo --seeds 1 --split test --out $(DEMO)
+	@echo; echo "Which network to use, judged without the country's labels:"
+	$(BIN)/overfly adapt recipes/demo/3-adapted.yaml --out $(DEMO)
 	@echo; echo "pictures:"; ls -d $(CURDIR)/$(DEMO)/*/samples
 
 test: $(READY)  ## Run the tests

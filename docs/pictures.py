@@ -26,16 +26,22 @@ def sample(run: Run, domain: Domain, place: int) -> Sample:
 
 
 def main() -> None:
-    """Find the two runs below a folder and draw both domains."""
+    """Find the runs below a folder and draw both domains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--places", type=int, nargs=2, default=(1, 4))
     settings = parser.parse_args()
-    runs = {run.recipe.method.name: run for run in (Run(file.parent) for file in settings.runs.glob("*/recipe.yaml"))}
-    names = {"source_only": "trained on town alone", "recalibrate": "recalibrated on country"}
-    recipe: Recipe = runs["source_only"].recipe
+    found = [Run(file.parent) for file in settings.runs.glob("*/recipe.yaml")]
+    runs = {(run.recipe.method.name, run.recipe.domain("source").title): run for run in found}
+    names = {
+        "source only": ("source_only", "Urban"),
+        "recalibrated": ("recalibrate", "Urban"),
+        "adapted": ("overfly", "Urban"),
+        "oracle": ("source_only", "Rural"),
+    }
+    recipe: Recipe = runs["source_only", "Urban"].recipe
     rows = {
-        domain.title: {words: sample(runs[method], domain, place) for method, words in names.items()}
+        domain.title: {words: sample(runs[key], domain, place) for words, key in names.items()}
         for domain, place in zip((recipe.domain("source"), recipe.domain("target")), settings.places, strict=True)
     }
     PICTURE.parent.mkdir(exist_ok=True)
