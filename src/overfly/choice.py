@@ -14,7 +14,9 @@ from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.models.segmenter import Segmenter, read_segmenter_file
+from overfly.scoring.consensus import consensus
 from overfly.scoring.estimate import Estimate, estimate
+from overfly.scoring.pictures import unlabelled
 from overfly.scoring.ranking import best, regret, spearman
 from overfly.scoring.scores import Scores
 from overfly.scoring.validators import COMMITTEE, VALIDATORS, LabelFree, elect, look
@@ -177,6 +179,7 @@ def choose(
         figures.append(found.model_copy(update={"source_miou": source}))
         guesses.append(_estimated(place, network, target, sight) if estimates else None)
         truths.append(_truth(place, target, sight.device) if study else None)
+    figures = _with_consensus(networks, figures, target, sight)
     votes = elect(figures, members)
     rows = zip(networks, figures, votes, guesses, truths, strict=True)
     candidates = [
@@ -248,6 +251,19 @@ def _looked(place: Place, network: nn.Module, target: Domain, sight: Sight, refe
         network, target, sight.split, reference=reference,
         limit=sight.limit, crop=sight.crop, window=recipe.window, resize=recipe.resize, device=sight.device,
     )  # fmt: skip
+
+
+def _with_consensus(
+    networks: Sequence[Place], figures: Sequence[LabelFree], target: Domain, sight: Sight
+) -> list[LabelFree]:
+    """The figures, and how far each network agrees with all together, where all read pictures of one size."""
+    resizes = {place.run.recipe.resize for place in networks}
+    if len(resizes) > 1:
+        return list(figures)
+    images = list(unlabelled(target, sight.split, limit=sight.limit, resize=resizes.pop(), crop=sight.crop))
+    loaded = ((place.run.segmenter(place.step), place.run.recipe.window) for place in networks)
+    found = consensus(loaded, images, sight.device)
+    return [each.model_copy(update={"consensus": share}) for each, share in zip(figures, found, strict=True)]
 
 
 def _estimated(place: Place, network: nn.Module, target: Domain, sight: Sight) -> Estimate | None:

@@ -29,7 +29,7 @@ from overfly.scoring.scores import number
 
 Validator = Literal[
     "entropy", "information", "bnm", "snd", "agreement",
-    "masked", "masked_miou", "views", "views_miou", "source_miou",
+    "masked", "masked_miou", "views", "views_miou", "source_miou", "consensus",
 ]  # fmt: skip
 VALIDATORS: tuple[Validator, ...] = get_args(Validator)
 COMMITTEE: tuple[Validator, ...] = ("masked_miou", "views_miou", "source_miou")
@@ -68,6 +68,8 @@ class LabelFree(Spec):
     """Class-balanced mIoU between plain predictions and those of a view, turned back; mean over views."""
     source_miou: Share | None = None
     """mIoU on the source's held-out labels; none where nobody measured it."""
+    consensus: Share | None = None
+    """Class-balanced mIoU with what all candidates say together; none where they were not compared with each other."""
     diversity: float
     """Entropy of the shares of predicted classes, as a share of ln K: 0 for one class. Not a validator: the truth has a
     diversity of its own."""
