@@ -26,7 +26,7 @@ def test_two_networks_have_no_consensus() -> None:
     assert found(ByLevel(), Constant()) == [None, None]
 
 
-def test_windows_and_modes_are_each_network's_own() -> None:
+def test_windows_and_modes_are_of_each_network_are_its_own() -> None:
     images = list(unlabelled(Patches(), "train"))
     trained = ByLevel(20).train()
     whole = consensus([(trained, None), (ByLevel(10), 16), (ByLevel(5), None)], images, torch.device("cpu"))
