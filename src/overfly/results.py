@@ -206,7 +206,8 @@ class Validated:
 
 COLUMNS = {
     "consensus": "consensus", "source_miou": "source mIoU", "information": "information", "bnm": "BNM",
-    "masked_miou": "masked mIoU", "views_miou": "views mIoU", "masked": "masked", "views": "views", "agreement": "agreement", "snd": "SND",
+    "masked_miou": "masked mIoU", "views_miou": "views mIoU", "masked": "masked", "views": "views",
+    "agreement": "agreement", "snd": "SND",
     "entropy": "entropy",
 }  # fmt: skip
 """What the table calls the validators, most trusted first."""
