@@ -97,7 +97,7 @@ class Row(Spec):
     """How often the target's labels were read, all seeds together."""
     gap_closed: Figure | None = None
     """(adapted - source only) / (oracle - source only) in mIoU on the target, seed by seed, where the table has both:
-    the source-only network that it begins from, and one trained as source only on the target's own labels."""
+    a network trained on the same source alone, and one trained on the target's own labels; of several the longest."""
 
 
 class Network(Spec):
@@ -342,26 +342,23 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
 
 def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> Figure | None:
     """What share of the way from source only to the oracle each seed went; none where the table lacks one of them."""
-    target = runs[0].recipe.target
-    closed: list[float | None] = []
     baselines = [run for each in others for run in each if run.recipe.method.name == "source_only"]
-    if target is None or runs[0].recipe.method.name == "source_only":
-        return None
+
+    def trained_on(domain: Domain | None, like: Recipe) -> Run | None:
+        same = (domain, like.model.name, like.seed)
+        found = [run for run in baselines if (run.recipe.source, run.recipe.model.name, run.recipe.seed) == same]
+        return max(found, key=lambda run: run.recipe.length(0), default=None)
+
+    closed: list[float | None] = []
     for run in runs:
-        recipe = run.recipe
-        before = [run for run in baselines if run.recipe == recipe.start]
-        oracle = [
-            other
-            for other in baselines
-            if (other.recipe.source, other.recipe.model.name, other.recipe.seed)
-            == (target, recipe.model.name, recipe.seed)
-        ]
-        if len(before) != 1 or len(oracle) != 1:
+        recipe, target = run.recipe, run.recipe.target
+        before, oracle = trained_on(recipe.source, recipe), trained_on(target, recipe)
+        if recipe.method.name == "source_only" or target is None or before is None or oracle is None:
             return None
         scores = (
-            recorded(before[0], "target", split, target),
+            recorded(before, "target", split, target),
             recorded(run, "target", split, target),
-            recorded(oracle[0], "source", split, target),
+            recorded(oracle, "source", split, target),
         )
         low, own, high = (found.miou if found is not None else None for found in scores)
         if low is None or own is None or high is None or high <= low:
