@@ -334,7 +334,8 @@ def validate(
         runs: folders of finished runs of one target, or folders of such; validation.keep_all keeps their checkpoints.
         study: open the target's labels in val: each validator's rank correlation with the truth, and its regret.
         estimate: estimate each network's target mIoU too, with an interval made on shifted source pictures.
-        committee: validators that vote, each by its ranks; left out: masked_miou, views_miou and source_miou.
+        committee: validators that vote, each by its ranks; left out: consensus, masked_miou, views_miou and
+            source_miou.
         reference: a run, such as source-only, whose predictions all are compared with (agreement).
         split: target pictures that are looked at, labels taken away.
         limit: how many of them, evenly spread.

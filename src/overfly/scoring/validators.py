@@ -32,12 +32,14 @@ Validator = Literal[
     "masked", "masked_miou", "views", "views_miou", "source_miou", "consensus",
 ]  # fmt: skip
 VALIDATORS: tuple[Validator, ...] = get_args(Validator)
-COMMITTEE: tuple[Validator, ...] = ("masked_miou", "views_miou", "source_miou")
-"""Who votes by default. Class-balanced consistency of two kinds tells whether predictions hang on what is seen and
-falls when classes are given up, but cannot tell whether classes are called by their right names; source validation can,
-and knows nothing of the target. Left out: entropy, density and plain pixel agreement, since collapse is their optimum;
-information and BNM, which reward an even mix of classes, so that recalibrated statistics look best where they do most
-harm, evening out a mix that truly differs between the domains; agreement, whose optimum is the reference itself."""
+COMMITTEE: tuple[Validator, ...] = ("consensus", "masked_miou", "views_miou", "source_miou")
+"""Who votes by default. What all candidates say together is commonly better than any of them, and who is nearest to it
+errs least in ways of its own; of fewer than three candidates there is no such thing. Class-balanced consistency of
+two kinds tells whether predictions hang on what is seen and falls when classes are given up, but cannot tell whether
+classes are called by their right names; source validation can, and knows nothing of the target. Left out: entropy,
+density and plain pixel agreement, since collapse is their optimum; information and BNM, which reward an even mix of
+classes, so that recalibrated statistics look best where they do most harm, evening out a mix that truly differs
+between the domains; agreement, whose optimum is the reference itself."""
 PIXELS = 512
 """Random pixels of each picture whose probabilities are kept for BNM."""
 NEIGHBOURS = 3072
