@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from overfly.core.errors import OverflyError, RecipeError, TrainingError
 from overfly.core.records import Batch, Labelled, Losses
 from overfly.methods.method import Method, Networks
 from overfly.recipe import Recipe
+
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision it is asked for
 
 T = TypeVar("T")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
