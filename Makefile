@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Learn the drawn town, adapt to the country without its labels, print a table and a verdict
 	$(BIN)/overfly benchmark recipes/demo --seeds 1 --split test --out $(DEMO)
 	@echo; echo "Which network to use, judged without the country's labels:"
-	$(BIN)/overfly adapt recipes/demo/3-adapted.yaml --out $(DEMO)
+	$(BIN)/overfly adapt recipes/demo/3-adapted.yaml --no-estimate --out $(DEMO)
 	@echo; echo "pictures:"; ls -d $(CURDIR)/$(DEMO)/*/samples
 
 test: $(READY)  ## Run the tests

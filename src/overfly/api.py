@@ -94,6 +94,7 @@ def adapt(
     classes: Path | None = None,
     start: Annotated[Path | None, Parameter(name=["--from"])] = None,
     budget: str = "30m",
+    estimate: bool = True,
     out: Path = Path("runs"),
     device: str = "auto",
     devices: int = 1,
@@ -118,6 +119,7 @@ def adapt(
             domain beside them where needed.
         start: run or weights to adapt, without its source's images.
         budget: the time that there is for own folders, such as 90s, 10m or 2h.
+        estimate: estimate each network's mIoU on the target too, with an interval; about as long again as the verdict.
         out: folder of the runs.
         device: auto, cpu, cuda, cuda:1 or mps.
         devices: how many of them, one process each.
@@ -136,7 +138,7 @@ def adapt(
     if recipe is not None and own != proposal.Own():
         raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")
     value = load(recipe if recipe is not None else proposal.of_folders(own, budget, engine), *overrides)
-    run, verdict = adaptation.adapt(value, out, launch(value, engine), engine)
+    run, verdict = adaptation.adapt(value, out, launch(value, engine), engine, estimates=estimate)
     return Adapted(run.path, verdict)
 
 
