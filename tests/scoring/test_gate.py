@@ -28,7 +28,7 @@ def test_nothing_speaks_against_a_network_that_is_more_consistent(anything: Labe
     [
         ({"source_miou": 0.5}, "loses 10.0 points"),
         ({"agreement": 0.2}, "agrees with the network before adaptation by 20.0 %"),
-        ({"views_miou": 0.5}, "not more consistent"),
+        ({"views_miou": 0.5}, "not clearly more consistent"),
     ],
 )
 def test_each_fault_alone_is_refused_in_words(anything: LabelFree, change: dict[str, float], words: str) -> None:
@@ -45,7 +45,7 @@ def test_without_a_source_its_labels_are_not_asked_for(anything: LabelFree) -> N
 def test_the_most_consistent_of_those_that_pass_is_recommended(anything: LabelFree) -> None:
     networks = {
         "source only": figures(anything),
-        "recalibrated": figures(anything, views_miou=0.62, agreement=0.6),
+        "recalibrated": figures(anything, views_miou=0.66, agreement=0.6),
         "adapted": figures(anything, views_miou=0.7, agreement=0.6),
         "wild": figures(anything, views_miou=0.9, agreement=0.1),
     }

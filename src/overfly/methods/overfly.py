@@ -114,9 +114,9 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
         nets.thresholds.copy_(moved(nets.thresholds, surest(pseudo, self.keep, len(nets.shares)), MEMORY))
         return keep_above(pseudo, nets.thresholds)
 
-    def after_step(self, nets: OverflyNetworks, step: int) -> None:
-        """The teacher follows the student."""
-        follow(nets.teacher, nets.student, self.ema, step)
+    def after_step(self, nets: OverflyNetworks, step: int) -> None:  # noqa: ARG002 - the teacher is never young
+        """The teacher, trained already, follows the student slowly from the first step on."""
+        follow(nets.teacher, nets.student, self.ema)
 
     def deployed(self, nets: OverflyNetworks) -> nn.Module:
         """The teacher."""

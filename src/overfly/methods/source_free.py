@@ -61,9 +61,9 @@ class SourceFree(Method[ThresholdNetworks], name="source_free"):
             "information": self.information * information,
         }
 
-    def after_step(self, nets: ThresholdNetworks, step: int) -> None:
-        """The teacher follows the student."""
-        follow(nets.teacher, nets.student, self.ema, step)
+    def after_step(self, nets: ThresholdNetworks, step: int) -> None:  # noqa: ARG002 - the teacher is never young
+        """The teacher, trained already, follows the student from the first step on."""
+        follow(nets.teacher, nets.student, self.ema)
         nets.steps += 1
 
     def deployed(self, nets: ThresholdNetworks) -> nn.Module:

@@ -23,7 +23,7 @@ class Pseudo(NamedTuple):
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, keep: float, step: int) -> None:
+def follow(teacher: nn.Module, student: nn.Module, keep: float, step: int | None = None) -> None:
     """Move the teacher a little towards the student: parameters and buffers, batch-normalisation statistics included.
 
     ``teacher = k teacher + (1 - k) student`` with ``k = min(1 - 1 / (step + 1), keep)``, so that the first steps are a
@@ -33,9 +33,9 @@ def follow(teacher: nn.Module, student: nn.Module, keep: float, step: int) -> No
         teacher: changed in place; of the student's structure.
         student: left alone.
         keep: share of the teacher that is kept once training is under way, 0 to 1.
-        step: from 0.
+        step: from 0; None: the teacher is trained already, and keeps its share from the first step on.
     """
-    share = min(1 - 1 / (step + 1), keep)
+    share = keep if step is None else min(1 - 1 / (step + 1), keep)
     own = teacher.state_dict()
     for name, value in student.state_dict().items():
         if value.is_floating_point():

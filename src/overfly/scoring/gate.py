@@ -26,8 +26,9 @@ class Gate(Spec):
     familiar: Share = 0.65
     """How familiar (`familiarity`) the target's pictures must be to the network before adaptation. Pictures that show
     other things than the classes turn any adaptation into invention."""
-    margin: Share = 0.0
-    """How much more consistent, on average under cover and under other views, it must be on the target."""
+    margin: Share = 0.02
+    """How much more consistent, on average under cover and under other views, it must be on the target. Self-training
+    that won gained 5 points and more of it; a point or less comes from any further training."""
 
     def against(self, before: LabelFree, after: LabelFree) -> tuple[str, ...]:
         """What speaks against a network, as sentences; empty where nothing does.
@@ -52,7 +53,7 @@ class Gate(Spec):
         gained = consistency(after) - consistency(before)
         if gained <= self.margin:
             found.append(
-                f"its predictions on the target are not more consistent ({100 * consistency(after):.1f} % mIoU under "
+                f"its predictions on the target are not clearly more consistent ({100 * consistency(after):.1f} % mIoU under "
                 f"cover and other views, {100 * consistency(before):.1f} before)"
             )
         return tuple(found)
