@@ -53,8 +53,8 @@ class Gate(Spec):
         gained = consistency(after) - consistency(before)
         if gained <= self.margin:
             found.append(
-                f"its predictions on the target are not clearly more consistent ({100 * consistency(after):.1f} % mIoU under "
-                f"cover and other views, {100 * consistency(before):.1f} before)"
+                f"its predictions on the target are not clearly more consistent ({100 * consistency(after):.1f} % mIoU "
+                f"under cover and other views, {100 * consistency(before):.1f} before)"
             )
         return tuple(found)
 
