@@ -43,7 +43,9 @@ def test_the_kinds_are_these() -> None:
         "horizontal_flip", "dihedral", "shift_scale_rotate", "grid_distortion", "random_crop", "scale_jitter",
         "coarse_dropout",
     } == GEOMETRY  # fmt: skip
-    assert {"brightness_contrast", "colour_jitter", "gaussian_blur", "grey", "gamma", "gaussian_noise"} == COLOUR
+    assert {
+        "brightness_contrast", "colour_jitter", "gaussian_blur", "grey", "gamma", "gaussian_noise", "illumination",
+    } == COLOUR  # fmt: skip
     assert set(KINDS) == GEOMETRY | COLOUR
 
 

@@ -54,7 +54,7 @@ def test_every_validation_is_written_down_and_kept(small: dict[str, Any], tmp_pa
         assert found is not None
         assert found.source_miou == source_miou_at(rows, step)
         assert (found.labels_opened, found.pictures) == (0, 2)
-        assert {name for name in VALIDATORS if found.figures()[name] is None} == {"agreement"}
+        assert {name for name in VALIDATORS if found.figures()[name] is None} == {"agreement", "consensus"}
         assert Segmenter.load(file).classes == run.recipe.domain("source").classes
     assert figures_at(rows, 3) is None
     best = max(run.kept, key=lambda step: source_miou_at(rows, step) or 0)
