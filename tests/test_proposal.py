@@ -10,6 +10,7 @@ from PIL import Image
 from overfly import proposal
 from overfly.api import adapt
 from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.optim import Poly
 from overfly.data.folder import Folder
 from overfly.data.synthetic import draw
 from overfly.proposal import Own, of_folders, seconds
@@ -52,6 +53,7 @@ def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.Mon
     recipe = of_folders(own, "10m", Engine("cpu", quiet=True))
     assert isinstance(recipe.start, Recipe)
     assert (recipe.steps, recipe.start.steps) == (240, 540)
+    assert recipe.schedule == Poly(power=1.0, warmup=24)
     assert recipe.crop == 96
     assert recipe.target is not None
     assert not any(item.label for item in recipe.target.items("train"))
@@ -109,3 +111,4 @@ def test_one_command_from_folders_to_a_verdict_and_again_without_the_source(
     )
     assert Run.open(free.path).recipe.source is None
     assert Run.open(free.path).recipe.steps == 2
+    assert Run.open(free.path).recipe.schedule.warmup > 0

@@ -347,7 +347,7 @@ def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Spl
     def trained_on(domain: Domain | None, like: Recipe) -> Run | None:
         same = (domain, like.model.name, like.seed)
         found = [run for run in baselines if (run.recipe.source, run.recipe.model.name, run.recipe.seed) == same]
-        return max(found, key=lambda run: run.recipe.length(0), default=None)
+        return max(found, key=lambda run: (run.recipe.epochs or 0, run.recipe.length(0)), default=None)
 
     closed: list[float | None] = []
     for run in runs:

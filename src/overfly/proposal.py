@@ -163,15 +163,19 @@ def propose(
     }  # fmt: skip
     optim = AdamW(lr=5e-4)
     if source is None or start is not None:
-        adapted = Recipe(**shared, start=start, method=method, optim=optim, schedule=Poly(power=1.0))
-        return adapted.model_copy(
-            update={"steps": _steps(budget, {"adapted": step_seconds(adapted, fabric)})["adapted"]}
-        )
+        adapted = Recipe(**shared, start=start, method=method, optim=optim)
+        steps = _steps(budget, {"adapted": step_seconds(adapted, fabric)})
+        return adapted.model_copy(update=_length(steps["adapted"]))
     plain = Recipe(**shared, model=model, method=SourceOnly(), optim=AdamW(lr=2e-3))
-    adapted = Recipe(**shared, start=plain, method=method, optim=optim, schedule=Poly(power=1.0))
+    adapted = Recipe(**shared, start=plain, method=method, optim=optim)
     steps = _steps(budget, {"source": step_seconds(plain, fabric), "adapted": step_seconds(adapted, fabric)})
     first = plain.model_copy(update={"steps": steps["source"]})
-    return adapted.model_copy(update={"steps": steps["adapted"], "start": first})
+    return adapted.model_copy(update={**_length(steps["adapted"]), "start": first})
+
+
+def _length(steps: int) -> dict[str, Any]:
+    """Steps of an adaptation and their rates: without a warm-up the first steps undo what the network has learnt."""
+    return {"steps": steps, "schedule": Poly(power=1.0, warmup=max(1, steps // 10))}
 
 
 def _steps(budget: float, times: Mapping[str, float]) -> dict[str, int]:
