@@ -1,0 +1,1 @@
+"""A trained network outside of its run: exports, rasters, streams, many machines."""

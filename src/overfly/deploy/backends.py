@@ -1,0 +1,122 @@
+"""One call over all runtimes: images in the sensor's own range in, class probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from overfly.core.classes import Classes
+from overfly.core.errors import DataError
+from overfly.core.spec import Count, Metres, Pixels, Positive, Spec
+from overfly.models.segmenter import Segmenter
+
+Backend = Literal["auto", "torch", "onnxruntime", "openvino"]
+Floats = NDArray[np.float32]
+
+
+class Facts(Spec):
+    """What a network's user must know of it; an exported file carries it as JSON in its metadata, key ``overfly``."""
+
+    architecture: str
+    """The network's name in the registry."""
+    classes: Classes
+    """Names and colours of the K classes."""
+    bands: Count = 3
+    """Bands C of the image, in the order of the training images."""
+    peak: Positive = 255.0
+    """Value of the brightest pixel that the sensor can give."""
+    mean: tuple[float, ...]
+    """Mean of each band in the sensor's own range; the network subtracts it itself."""
+    std: tuple[float, ...]
+    """Standard deviation of each band in the sensor's own range; the network divides by it itself."""
+    window: Pixels = 512
+    """Side of the windows that large pictures are cut into, in pixels."""
+    fixed: bool = False
+    """Whether images must have just this side; else any size goes."""
+    ground: Metres | None = None
+    """Length on the ground of a pixel that the network was trained on, in metres; None where nobody has given it."""
+    title: str = ""
+    """The run that it came from."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network on a runtime.
+
+    Attributes:
+        facts: classes, bands, window.
+        backend: torch, onnxruntime or openvino.
+        device: where it runs, in the runtime's words.
+        run: images (B, C, H, W), float32, in the sensor's own range, to class probabilities (B, K, H, W), float32.
+            May be called from several threads, one at a time.
+    """
+
+    facts: Facts
+    backend: str
+    device: str
+    run: Callable[[Floats], Floats]
+
+    def __call__(self, images: Floats) -> Floats:
+        """Class probabilities (B, K, H, W), float32, of images (B, C, H, W) in the sensor's own range.
+
+        Raises:
+            DataError: the images do not have the bands, or the fixed size, that the network reads.
+        """
+        facts, shape = self.facts, images.shape
+        if len(shape) != 4 or shape[1] != facts.bands:
+            raise DataError(
+                f"the network reads images (B, {facts.bands}, H, W), not {shape}; give it {facts.bands} bands"
+            )
+        if facts.fixed and shape[2:] != (facts.window, facts.window):
+            raise DataError(f"the network reads windows of {facts.window} pixels a side, not {shape[2]} × {shape[3]}")
+        return self.run(np.ascontiguousarray(images, dtype=np.float32))
+
+
+def facts_of(segmenter: Segmenter, *, window: int = 512, ground: float | None = None, title: str = "") -> Facts:
+    """The facts of a trained network.
+
+    Args:
+        segmenter: the network.
+        window: side of the windows that large pictures are cut into, in pixels.
+        ground: length of a pixel of its training images on the ground, in metres.
+        title: the run that it came from.
+    """
+    return Facts(
+        architecture=segmenter.architecture,
+        classes=segmenter.classes,
+        bands=segmenter.bands,
+        peak=segmenter.peak,
+        mean=tuple(segmenter.mean.flatten().tolist()),
+        std=tuple(segmenter.std.flatten().tolist()),
+        window=window,
+        ground=ground,
+        title=title,
+    )
+
+
+def of_segmenter(segmenter: Segmenter, facts: Facts, device: torch.device | str = "cpu") -> Predictor:
+    """A trained network run by PyTorch, without its training heads.
+
+    Args:
+        segmenter: the network; a copy of it is used.
+        facts: what `facts_of` says of it.
+        device: where to run.
+    """
+    place = torch.device(device)
+    network = segmenter.without_training_heads().eval().to(place)
+
+    def run(images: Floats) -> Floats:
+        with torch.inference_mode():
+            found = network.scores(torch.from_numpy(images).to(place)).float().softmax(1)
+        probabilities: Floats = found.cpu().numpy()
+        return probabilities
+
+    return Predictor(facts, "torch", str(place), run)
+
+
+__all__ = ["Backend", "Facts", "Floats", "Predictor", "facts_of", "of_segmenter"]
