@@ -6,13 +6,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -34,8 +33,8 @@ __all__ = ["data_fly", "watch"]
 
 PLAIN_SECONDS = 20.0
 """How often a line says how far it is, where there is no terminal."""
-DRAWN = 2048
-"""Side of the drawn world that is flown over where no raster is given, in pixels."""
+DRAWN = 4096
+"""Largest side of the drawn world that is flown over where no raster is given, in pixels."""
 
 
 class Watched(Spec):
@@ -113,7 +112,7 @@ class Flown:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = self.size
-        yield f"flown: {self.frames} frames of {width}×{height}, {self.frames / self.fps:.1f} s at {self.fps:g} a second"
+        yield f"flown: {self.frames} frames of {width}×{height}, {self.frames / self.fps:.1f} s, {self.fps:g} a second"
         yield f"written: {self.path}"
         yield f"watch it with: overfly watch RUN {self.path} --out overlay.mp4"
 
@@ -163,12 +162,14 @@ def watch(
     Returns:
         Frames read, shown and dropped, latency p50 and p95, and frames a second.
     """
-    _see_options(out, serve, size, opacity, fps, seconds)
+    _see_place(out, serve)
+    style = _style(size, opacity, legend=legend, figures=figures)
+    _see_length(fps, seconds)
     with ExitStack() as stack:
         stop = stack.enter_context(stopping())
         stream = stack.enter_context(opened(source, fps=fps))
         predictor = predictor_of(run, backend=backend, device=device)
-        painter = painter_of(predictor, Style(size, opacity, legend, figures))
+        painter = painter_of(predictor, style)
         warm_up(painter, stream.width, stream.height)
         sinks = _sinks(stack, out, serve, stream.rate, quiet=quiet)
         told = None if quiet else stack.enter_context(_progress(source))
@@ -179,21 +180,25 @@ def watch(
     return Shown(found, as_json=json)
 
 
-def _see_options(
-    out: Path | None, serve: int | None, size: int | None, opacity: float, fps: float | None, seconds: float | None
-) -> None:
+def _see_place(out: Path | None, serve: int | None) -> None:
     if out is None and serve is None:
         raise RecipeError("watch needs a place for the overlay; give --out overlay.mp4, or --serve 8000 for a page")
-    see_bounds({"size": (size or LARGEST, 16, LARGEST), "serve": (serve or 0, 0, 65535)})
-    if size is not None and size < 16:
-        raise RecipeError(f"--size {size} is out of range; take 16 to {LARGEST}")
+    see_bounds({"serve": (serve or 0, 0, 65535)})
+    if out is not None:
+        see_free(out)
+
+
+def _style(size: int | None, opacity: float, *, legend: bool, figures: bool) -> Style:
+    see_bounds({"size": (LARGEST if size is None else size, 16, LARGEST)})
     if not 0 <= opacity <= 1:
         raise RecipeError(f"--opacity {opacity} is no share; take 0 to 1")
+    return Style(size, opacity, legend, figures)
+
+
+def _see_length(fps: float | None, seconds: float | None) -> None:
     for name, value, most in (("fps", fps, 1000.0), ("seconds", seconds, 1e9)):
         if value is not None and not 0 < value <= most:
             raise RecipeError(f"--{name} {value} is out of range; take more than 0, up to {most:g}")
-    if out is not None:
-        see_free(out)
 
 
 def painter_of(predictor: Predictor, style: Style) -> Painter:
@@ -270,7 +275,7 @@ def stopping() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[object]:
+def _progress(title: str) -> Iterator[Callable[[Standing], None]]:
     """Show how a stream goes: a line that changes in a terminal, a new line now and then elsewhere."""
     bar = Progress(
         TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("{task.fields[figures]}"),
@@ -326,14 +331,12 @@ def data_fly(
     see_bounds({"size": (min(size), 16, 8192), "seed": (seed, 0, 2**32)})
     if max(size) > 8192 or width % 2 or height % 2:
         raise RecipeError(f"--size {width} {height} is no size of a video; take even numbers of pixels up to 8192")
-    for name, value, most in (("fps", fps, 1000.0), ("seconds", seconds, 86_400.0)):
-        if not 0 < value <= most:
-            raise RecipeError(f"--{name} {value} is out of range; take more than 0, up to {most:g}")
+    _see_length(fps, seconds)
     see_free(out)
     count = 0
     with ExitStack() as stack:
         if raster is None:
-            ground = flight.of_picture(draw(scene, "test", seed, max(DRAWN, 2 * max(size)))[0])
+            ground = flight.of_picture(draw(scene, "test", seed, max(256, min(DRAWN, 2 * max(size))))[0])
         else:
             ground = stack.enter_context(flight.over(raster))
         path = flight.path_over(ground, size, rotate=rotate, seed=seed, name=str(raster or "the drawn world"))

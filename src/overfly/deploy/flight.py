@@ -167,18 +167,15 @@ def over(path: Path) -> Iterator[Ground]:
         with opened(path) as image:
             if image.width * image.height > LARGEST:
                 raise DataError(f"{path} has more than {LARGEST / 1e6:.0f} million pixels; save it as GeoTIFF")
-    image = read_image(path, bands=None)
-    yield of_picture(_eight_bits(_three(image), _stretch(_three(image)[:: _step(image), :: _step(image)])))
+    picture = _three(read_image(path, bands=None))
+    step = max(1, max(picture.shape[:2]) // SAMPLE)
+    yield of_picture(_eight_bits(picture, _stretch(picture[::step, ::step])))
 
 
 def _rasterio() -> bool:
     from importlib.util import find_spec
 
     return find_spec("rasterio") is not None
-
-
-def _step(image: Array) -> int:
-    return max(1, max(image.shape[:2]) // SAMPLE)
 
 
 def _windowed(path: Path, dataset: Any) -> Ground:
@@ -200,9 +197,8 @@ def _windowed(path: Path, dataset: Any) -> Ground:
         values = np.moveaxis(np.ma.filled(found, 0), 0, -1)
         picture = _eight_bits(_three(values), stretch)
         if dataset.nodata is not None:
-            blank = np.moveaxis(np.ma.getmaskarray(found), 0, -1).all(-1)
-            picture = np.where(blank[..., None], np.uint8(0), picture)
-        return np.ascontiguousarray(picture)
+            picture[np.asarray(np.ma.getmaskarray(found)).all(0)] = 0
+        return picture
 
     return Ground(dataset.width, dataset.height, read)
 
@@ -225,7 +221,7 @@ def _stretch(image: Array) -> tuple[float, float] | None:
 
 def _eight_bits(image: Array, stretch: tuple[float, float] | None) -> UInt8:
     if stretch is None:
-        same: UInt8 = np.ascontiguousarray(image, dtype=np.uint8)
+        same: UInt8 = np.array(image, dtype=np.uint8, order="C")
         return same
     low, high = stretch
     spread = np.nan_to_num((image.astype(np.float32) - low) / (high - low)).clip(0, 1)

@@ -58,7 +58,7 @@ class Latencies:
         if not self.count:
             return None
         place = int(np.searchsorted(np.cumsum(self._bins), max(1, math.ceil(share * self.count))))
-        return SHORTEST * RATIO ** (place + 0.5)
+        return SHORTEST * float(RATIO ** (place + 0.5))
 
     @property
     def recent_rate(self) -> float | None:

@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = TIMEOUT
 
-    def do_GET(self) -> None:  # noqa: N802  (the library's name)
+    def do_GET(self) -> None:
         port = self.server.server_address[1]
         if self.headers.get("Host", "") not in {f"{name}:{port}" for name in NAMES}:
             self.send_error(HTTPStatus.FORBIDDEN, f"call it http://127.0.0.1:{port}/")

@@ -242,7 +242,7 @@ def newest(frames: Iterator[Frame], slot: Slot) -> threading.Thread:
                 slot.put(frame)
                 if slot.abandoned:
                     break
-        except BaseException as caught:  # noqa: BLE001  (raised again by the slot, in the thread that looks)
+        except BaseException as caught:
             error = caught
         finally:
             slot.close(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -189,8 +190,6 @@ def _open(source: str) -> _Stream:
 
 def _decoded(source: str, stream: _Stream, rate: float, trouble: Trouble) -> Iterator[Picture]:
     """The frames of an open container, and its end: a file that breaks off is an error, a live source just ends."""
-    import time
-
     av = _av()
     container, video, live = stream
     first: float | None = None
