@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,76 +190,82 @@ def _open(source: str) -> _Stream:
     return _Stream(container, video, live)
 
 
-def _decoded(source: str, stream: _Stream, rate: float, trouble: Trouble) -> Iterator[Picture]:
-    """The frames of an open container, and its end: a file that breaks off is an error, a live source just ends."""
+class _CutError(Exception):
+    """A file that breaks off; says why."""
+
+
+def _batches(stream: _Stream, trouble: Trouble) -> Iterator[list[Any]]:
+    """The frames of each packet. What is damaged ends a file (`_CutError`); a live source goes on, if it can."""
     av = _av()
-    container, video, live = stream
+    packets = stream.container.demux(stream.video)
+    while True:
+        try:
+            packet = next(packets)
+            frames = packet.decode()
+        except (StopIteration, av.EOFError):
+            return
+        except av.FFmpegError as error:
+            if not stream.live:
+                raise _CutError(_reason(error)) from None
+            if not isinstance(error, av.InvalidDataError):
+                trouble.ended = _reason(error)
+                return
+            trouble.damaged += 1
+            continue
+        if packet.is_corrupt and not stream.live:
+            raise _CutError("a packet is cut short")
+        trouble.damaged += packet.is_corrupt
+        yield frames
+
+
+def _decoded(source: str, stream: _Stream, rate: float, trouble: Trouble) -> Iterator[Picture]:
+    """The frames of an open container with their times: a live source's are those at which they came."""
     first: float | None = None
     count, at = 0, 0.0
-    packets = container.demux(video)
     try:
-        while True:
-            try:
-                packet = next(packets)
-                frames = packet.decode()
-            except (StopIteration, av.EOFError):
-                break
-            except av.FFmpegError as error:
-                if not live:
-                    raise _broken_off(source, at, _reason(error)) from None
-                if not isinstance(error, av.InvalidDataError):
-                    trouble.ended = _reason(error)
-                    break
-                trouble.damaged += 1
-                continue
-            if packet.is_corrupt:
-                trouble.damaged += 1
-                if not live:
-                    raise _broken_off(source, at, "a packet is cut short")
-            for frame in frames:
-                told = time.perf_counter() if live else frame.time
-                if told is not None:
-                    first = told if first is None else first
-                    at = told - first
-                elif count:
-                    at += 1 / rate
-                count += 1
-                yield Picture(partial(_pixels, frame), at)
-        if not count:
+        for frame in chain.from_iterable(_batches(stream, trouble)):
+            told = time.perf_counter() if stream.live else frame.time
+            if told is not None:
+                first = told if first is None else first
+                at = told - first
+            elif count:
+                at += 1 / rate
+            count += 1
+            yield Picture(partial(_pixels, frame), at)
+        if not count and not stream.live:
             raise DataError(f"{source} holds no frame that can be decoded; play it to see, or copy it again")
-        if not live and (missing := _missing(container, video, at + 1 / rate)):
-            raise _broken_off(source, at, f"it says that {missing:.1f} s more follow")
+        if missing := _missing(stream, at + 1 / rate):
+            raise _CutError(f"it says that {missing:.1f} s more follow")
+    except _CutError as cut:
+        raise _broken_off(source, at, str(cut)) from None
     finally:
-        packets.close()
-        container.close()
+        stream.container.close()
 
 
-def _missing(container: Any, video: Any, seconds: float) -> float:
+def _missing(stream: _Stream, seconds: float) -> float:
     """Seconds that a file lacks of the length that it declares; 0 where nothing can be said.
 
-    A format that counts its frames tells by itself where they end; in one that does not, a whole video without other
-    streams is as long as it says.
+    A format that counts its frames tells by itself where they end; in one that does not, a video without other streams
+    is as long as it says.
     """
-    if video.frames or container.duration is None or len(container.streams) > 1:
+    container = stream.container
+    if stream.live or stream.video.frames or container.duration is None or len(container.streams) > 1:
         return 0.0
-    lacking = container.duration / 1e6 - seconds
+    lacking = float(container.duration / 1e6 - seconds)
     return lacking if lacking > max(0.5, 0.01 * seconds) else 0.0
 
 
 def _broken_off(source: str, at: float, reason: str) -> DataError:
-    return DataError(
-        f"{source} breaks off after {at:.1f} s ({reason}); copy it again, or watch up to there with --seconds {at:.1f}"
-    )
+    whole = math.floor(10 * at) / 10
+    other = f", or watch up to there with --seconds {whole}" if whole else ""
+    return DataError(f"{source} breaks off after {at:.1f} s ({reason}); copy it again{other}")
 
 
 def _pixels(frame: Any) -> UInt8:
-    """A decoded frame as (H, W, 3); colours that say no standard are taken as players take them."""
+    """A decoded frame as (H, W, 3); colours that name no standard are taken as players take them."""
     untold = frame.colorspace in (0, 2) and frame.height >= 720 and not frame.format.is_rgb
-    pixels: UInt8
-    if untold:
-        pixels = frame.to_ndarray(format="rgb24", src_colorspace="ITU709")
-    else:
-        pixels = frame.to_ndarray(format="rgb24")
+    standard = {"src_colorspace": "ITU709"} if untold else {}
+    pixels: UInt8 = frame.to_ndarray(format="rgb24", **standard)
     return pixels
 
 
