@@ -168,10 +168,9 @@ def watch(
     with ExitStack() as stack:
         stop = stack.enter_context(stopping())
         stream = stack.enter_context(opened(source, fps=fps))
-        predictor = predictor_of(run, backend=backend, device=device)
-        painter = painter_of(predictor, style)
-        warm_up(painter, stream.width, stream.height)
         sinks = _sinks(stack, out, serve, stream.rate, quiet=quiet)
+        painter = painter_of(predictor_of(run, backend=backend, device=device), style)
+        warm_up(painter, stream.width, stream.height)
         told = None if quiet else stack.enter_context(_progress(source))
         summary = look_at(
             painter, until(stream.pictures, seconds), sinks, live=stream.live, realtime=realtime, stop=stop, told=told

@@ -178,7 +178,7 @@ def _open(source: str) -> _Stream:
         else:
             container = av.open(f"file:{source}")
     except (av.FFmpegError, OSError, ValueError) as error:
-        what = "address" if address else "camera" if camera else "video"
+        what = "stream" if address else "camera" if camera else "video"
         todo = "see that it is on, and not in use" if address or camera else "play it to see, or copy it again"
         raise DataError(f"{source} cannot be opened as a {what} ({_reason(error)}); {todo}") from None
     if not container.streams.video:
@@ -186,6 +186,9 @@ def _open(source: str) -> _Stream:
         raise DataError(f"{source} has no pictures in it, only other streams; give a video")
     live = camera or (address and container.duration is None)
     video = container.streams.video[0]
+    if video.codec_context is None or not video.codec_context.width:
+        container.close()
+        raise DataError(f"{source} says neither how it is coded nor its size; play it to see, or copy it again")
     video.thread_type = "SLICE" if live else "AUTO"  # frames in several threads come late
     return _Stream(container, video, live)
 
@@ -330,6 +333,7 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()  # FFmpeg opens it with the first frame, and a place that cannot be written is told before
         writer = _Writer(part, CONTAINERS[path.suffix.lower()], rate)
         try:
             yield writer
@@ -343,7 +347,8 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path} cannot be written ({_reason(error)}); choose another --out, or make room") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def see_free(path: Path) -> None:
