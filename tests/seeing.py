@@ -80,4 +80,6 @@ def read(path: Path) -> tuple[list[NDArray[np.uint8]], list[float]]:
 
     with av.open(str(path)) as container:
         found = list(container.decode(video=0))
-        return [frame.to_ndarray(format="rgb24") for frame in found], [float(frame.time or 0) for frame in found]
+        return [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in found], [
+            float(frame.time or 0) for frame in found
+        ]

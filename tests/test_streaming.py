@@ -36,12 +36,12 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Predictor], None]:
     return planted
 
 
-def test_a_flight_is_made_and_watched(
-    network: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_flight_is_made_and_watched(network: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     del network
     flown, out = tmp_path / "flight.mp4", tmp_path / "overlay.mp4"
-    assert overfly("data", "fly", "--out", flown, "--seconds", 2, "--fps", 10, "--size", 128, 96, "--scene", "rural") == 0
+    assert (
+        overfly("data", "fly", "--out", flown, "--seconds", 2, "--fps", 10, "--size", 128, 96, "--scene", "rural") == 0
+    )
     assert "20 frames of 128×96" in capsys.readouterr().out
     assert overfly("watch", "RUN", flown, "--out", out, "--opacity", 1, "--no-legend", "--no-figures", "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -95,7 +95,9 @@ def test_ctrl_c_finishes_the_file(
     before = signal.getsignal(signal.SIGINT)
     network(seeing(interrupted))
     source = video(tmp_path / "a.mp4", frames=60)
-    assert overfly("watch", "RUN", source, "--out", tmp_path / "o.mp4", "--opacity", 0, "--no-legend", "--no-figures") == 0
+    assert (
+        overfly("watch", "RUN", source, "--out", tmp_path / "o.mp4", "--opacity", 0, "--no-legend", "--no-figures") == 0
+    )
     assert "stopped by hand" in capsys.readouterr().out
     overlays, _ = read(tmp_path / "o.mp4")
     assert [number_of(overlay) for overlay in overlays] == list(range(7))
@@ -136,7 +138,7 @@ def test_a_slow_network_drops_frames_of_a_video_that_is_played(
     assert summary["shown"] + summary["dropped"] == 30
     assert 2 <= summary["shown"] <= 8
     assert summary["seconds"] < 0.6 + 0.3
-    assert 100 <= summary["p50_ms"]
+    assert summary["p50_ms"] >= 100
     overlays, times = read(tmp_path / "o.mp4")
     assert len(overlays) == summary["shown"]
     assert times == sorted(times)
@@ -154,7 +156,7 @@ def test_the_page_is_served_while_it_is_watched(
     def looked_at(images: Floats) -> Floats:
         if (found := re.search(r"look at (\S+)", capsys.readouterr().err)) and not asked:
             page.append(found.group(1))
-        if page and shown:
+        if page and len(shown) > 1:  # the first pass warms up, the second is of the first frame
             with urllib.request.urlopen(f"{page[0]}frame.jpg", timeout=10) as answer:  # noqa: S310  (our own page)
                 asked.append(answer.read())
         shown.append(1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +57,17 @@ def test_seeds_are_flights() -> None:
 @pytest.mark.parametrize("turn", [0.0, 0.4, -2.0, math.pi / 2])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.25])
 def test_the_camera_sees_what_is_below_it(turn: float, scale: float) -> None:
-    picture = seen(of_picture(coordinates()), View(450.0, 350.0, scale, turn), (160, 90))
+    y, x = np.mgrid[:255, :255]
+    ground = of_picture(np.stack([x, y, np.full_like(x, 255)], -1).astype(np.uint8))
+    picture = seen(ground, View(120.3, 130.8, scale, turn), (160, 90))
     assert picture.shape == (90, 160, 3)
     assert (picture[..., 2] == 255).all(), "it looks over the edge"
-    for row, column in ((45, 80), (5, 5), (80, 150), (10, 140)):
-        x, y = column + 0.5 - 80, row + 0.5 - 45
-        over_x = 450 + scale * (x * math.cos(turn) - y * math.sin(turn))
-        over_y = 350 + scale * (x * math.sin(turn) + y * math.cos(turn))
-        np.testing.assert_allclose(picture[row, column, :2], (over_x / 4 - 0.5, over_y / 4 - 0.5), atol=1.1)
+    rows, columns = np.mgrid[2:88, 2:158]
+    right, down = columns + 0.5 - 80, rows + 0.5 - 45
+    over_x = 120.3 + scale * (right * math.cos(turn) - down * math.sin(turn))
+    over_y = 130.8 + scale * (right * math.sin(turn) + down * math.cos(turn))
+    np.testing.assert_allclose(picture[2:88, 2:158, 0], over_x - 0.5, atol=1.0)
+    np.testing.assert_allclose(picture[2:88, 2:158, 1], over_y - 0.5, atol=1.0)
 
 
 def test_only_what_is_below_is_read() -> None:
@@ -104,9 +108,10 @@ def test_rasters_of_16_bits_and_more_bands_are_stretched_and_no_data_is_black(tm
     values = np.random.default_rng(0).integers(200, 3000, (5, 600, 800)).astype(np.uint16)
     values[:, :100, :100] = 0
     settings = {"driver": "GTiff", "width": 800, "height": 600, "count": 5, "dtype": "uint16", "nodata": 0}
-    transform = rasterio.transform.from_origin(0, 0, 1, 1)
-    with rasterio.open(tmp_path / "a.tif", "w", tiled=True, transform=transform, **settings) as file:
-        file.write(values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(tmp_path / "a.tif", "w", tiled=True, **settings) as file:
+            file.write(values)
     with over(tmp_path / "a.tif") as ground:
         picture = ground.read(0, 0, 300, 200)
     assert (picture[:100, :100] == 0).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -156,9 +156,7 @@ def test_a_stream_that_is_played_with_threads_drops_too() -> None:
         time.sleep(0.05)
         return brightest(images)
 
-    found = watch(
-        Painter(seeing(slow), PLAIN), pictures(60, fps=100), [lambda _, at: times.append(at)], realtime=True
-    )
+    found = watch(Painter(seeing(slow), PLAIN), pictures(60, fps=100), [lambda _, at: times.append(at)], realtime=True)
     assert found.read == 60
     assert found.shown + found.dropped == 60
     assert found.shown == len(times)
@@ -168,7 +166,7 @@ def test_a_stream_that_is_played_with_threads_drops_too() -> None:
 
 
 def test_stopping_finishes_the_frame_at_work() -> None:
-    for settings in ({}, {"live": True}, {"realtime": True}):
+    for live, realtime in ((False, False), (True, False), (False, True)):
         stop, times = threading.Event(), list[float]()
 
         def sink(_: NDArray[np.uint8], at: float, times: list[float] = times, stop: threading.Event = stop) -> None:
@@ -176,7 +174,9 @@ def test_stopping_finishes_the_frame_at_work() -> None:
             if len(times) == 3:
                 stop.set()
 
-        found = watch(Painter(seeing(), PLAIN), pictures(10**6, fps=1000), [sink], stop=stop, **settings)
+        found = watch(
+            Painter(seeing(), PLAIN), pictures(10**6, fps=1000), [sink], stop=stop, live=live, realtime=realtime
+        )
         assert found.stopped
         assert found.shown == len(times) == 3
         assert found.read == found.shown + found.dropped
@@ -198,7 +198,7 @@ def test_a_broken_source_says_so_after_the_frames_before(live: bool) -> None:
 def test_a_sink_that_fails_ends_the_reading_thread() -> None:
     before = threading.active_count()
 
-    def full(overlay: NDArray[np.uint8], at: float) -> None:
+    def full(*_: object) -> None:
         raise DataError("the disk is full; make room")
 
     with pytest.raises(DataError, match="full"):
@@ -218,8 +218,8 @@ def test_figures_stand_still_for_half_a_second() -> None:
     clock, drawn = Clock(), list[str]()
 
     class Noted(Painter):
-        def __call__(self, frame: NDArray[np.uint8], lines: object = ()) -> NDArray[np.uint8]:
-            drawn.append(" | ".join(lines))  # type: ignore[call-overload]
+        def __call__(self, frame: NDArray[np.uint8], lines: Sequence[str] = ()) -> NDArray[np.uint8]:
+            drawn.append(" | ".join(lines))
             return super().__call__(frame)
 
     painter = Noted(seeing(Slow(clock, lambda _: 0.1)), PLAIN)

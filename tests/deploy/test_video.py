@@ -156,7 +156,7 @@ def test_sound_alone_is_no_video(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for source, words in {
+    told: dict[Path | str, str] = {
         tmp_path / "no.mp4": "is not there; give a video",
         tmp_path / "empty": "holds no picture",
         "/dev/video77": "no camera /dev/video77",
@@ -164,7 +164,8 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
         "rtsp://127.0.0.1:9/none": "cannot be opened as a stream",
         "http://127.0.0.1:9/none": "cannot be opened",
         "nonsense://x": "cannot be opened",
-    }.items():
+    }
+    for source, words in told.items():
         with pytest.raises(DataError, match=words):
             frames_of(source)
     with pytest.raises(RecipeError, match="--fps"):
@@ -192,10 +193,14 @@ def test_pictures_of_a_folder_that_do_not_fit_are_told(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_video_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="mine"), writing(tmp_path / "a.mp4", 10) as file:
-        file.write(striped(0), 0)
-        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
-        raise RuntimeError("mine")
+    def fails() -> None:
+        with writing(tmp_path / "a.mp4", 10) as file:
+            file.write(striped(0), 0)
+            assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fails()
     with writing(tmp_path / "b.mp4", 10):
         pass
     assert not list(tmp_path.iterdir())
@@ -213,12 +218,17 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
+
+    def fills() -> None:
+        with writing(tmp_path / "a.mkv", 10) as file:
+            for index in range(100):
+                file.write(np.roll(noise, index * 7, 1), index / 10)
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"a\.mkv cannot be written"), writing(tmp_path / "a.mkv", 10) as file:
-            for index in range(100):
-                file.write(np.roll(noise, index * 7, 1), index / 10)
+        with pytest.raises(DataError, match=r"a\.mkv cannot be written"):
+            fills()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
