@@ -166,7 +166,7 @@ def test_the_page_is_served_while_it_is_watched(
     shown: list[int] = []
     network(seeing(looked_at))
     found = streaming.watch("RUN", str(video(tmp_path / "a.mp4", frames=4)), serve=0)
-    assert found.found.summary.shown == 4
+    assert found.record.summary.shown == 4
     assert asked
     assert all(jpeg.startswith(b"\xff\xd8") for jpeg in asked)
 

@@ -37,8 +37,8 @@ DRAWN = 4096
 """Largest side of the drawn world that is flown over where no raster is given, in pixels."""
 
 
-class Watched(Spec):
-    """What `overfly watch` did, and how fast."""
+class Record(Spec):
+    """What was watched, by what, and how fast."""
 
     source: str
     """What was watched."""
@@ -69,14 +69,14 @@ class Watched(Spec):
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A watched stream that prints itself."""
+class Watched:
+    """What `overfly watch` did."""
 
-    found: Watched
+    record: Record
     as_json: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        found, summary = self.found, self.found.summary
+        found, summary = self.record, self.record.summary
         if self.as_json:
             yield found.model_dump_json(indent=2)
             return
@@ -134,7 +134,7 @@ def watch(
     device: str = "auto",
     json: bool = False,
     quiet: bool = False,
-) -> Shown:
+) -> Watched:
     """Watch a video, a camera or a folder of pictures through a network: its classes on top of every frame.
 
     The overlay is written to a video (--out), or shown on a page of this machine (--serve), or both. A file is
@@ -166,17 +166,17 @@ def watch(
     style = _style(size, opacity, legend=legend, figures=figures)
     _see_length(fps, seconds)
     with ExitStack() as stack:
-        stop = stack.enter_context(stopping())
         stream = stack.enter_context(opened(source, fps=fps))
         sinks = _sinks(stack, out, serve, stream.rate, quiet=quiet)
         painter = painter_of(predictor_of(run, backend=backend, device=device), style)
         warm_up(painter, stream.width, stream.height)
         told = None if quiet else stack.enter_context(_progress(source))
-        summary = look_at(
-            painter, until(stream.pictures, seconds), sinks, live=stream.live, realtime=realtime, stop=stop, told=told
-        )
-    found = _watched(stream, painter, summary, realtime=realtime, out=out)
-    return Shown(found, as_json=json)
+        pictures, sizes = until(stream.pictures, seconds), list[tuple[int, int]]()
+        sinks.append(lambda overlay, _: None if sizes else sizes.append((overlay.shape[1], overlay.shape[0])))
+        with stopping() as stop:
+            summary = look_at(painter, pictures, sinks, live=stream.live, realtime=realtime, stop=stop, told=told)
+    frame = sizes[0] if sizes else (stream.width, stream.height)
+    return Watched(_recorded(stream, painter, summary, frame, realtime=realtime, out=out), as_json=json)
 
 
 def _see_place(out: Path | None, serve: int | None) -> None:
@@ -228,18 +228,20 @@ def _sinks(stack: ExitStack, out: Path | None, serve: int | None, rate: float, *
     return sinks
 
 
-def _watched(stream: Source, painter: Painter, summary: Summary, *, realtime: bool, out: Path | None) -> Watched:
-    facts, (width, height) = painter.predictor.facts, (stream.width, stream.height)
+def _recorded(
+    stream: Source, painter: Painter, summary: Summary, frame: tuple[int, int], *, realtime: bool, out: Path | None
+) -> Record:
+    facts, (width, height) = painter.predictor.facts, frame
     scale = min(1.0, (painter.style.size or LARGEST) / max(width, height))
     machine = describe(painter.predictor.device if painter.predictor.backend == "torch" else "cpu")
-    return Watched(
+    return Record(
         source=stream.title,
         network=facts.title or facts.architecture,
         backend=painter.predictor.backend,
         device=painter.predictor.device,
         machine=str(machine["device"]),
         threads=int(machine["threads"]),
-        frame=(width, height),
+        frame=frame,
         seen=(max(1, round(width * scale)), max(1, round(height * scale))),
         realtime=stream.live or realtime,
         damaged=stream.trouble.damaged,

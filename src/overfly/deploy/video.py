@@ -58,7 +58,7 @@ class Source:
         title: what it is, as a person named it.
         live: whether it goes on whether or not somebody looks.
         rate: frames a second, as it says itself.
-        width, height: of a frame, in pixels.
+        width, height: of a frame as it is coded, in pixels; it may say that it is to be turned.
         pictures: its frames; they may be read once, in any one thread.
         trouble: what went wrong, filled in while it is read.
     """
@@ -265,11 +265,12 @@ def _broken_off(source: str, at: float, reason: str) -> DataError:
 
 
 def _pixels(frame: Any) -> UInt8:
-    """A decoded frame as (H, W, 3); colours that name no standard are taken as players take them."""
+    """A decoded frame as (H, W, 3), turned as it says; colours that name no standard are taken as players take them."""
     untold = frame.colorspace in (0, 2) and frame.height >= 720 and not frame.format.is_rgb
     standard = {"src_colorspace": "ITU709"} if untold else {}
     pixels: UInt8 = frame.to_ndarray(format="rgb24", **standard)
-    return pixels
+    quarters = round(frame.rotation / 90) % 4  # a telephone held upright
+    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
 
 
 class _Writer:
