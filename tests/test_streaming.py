@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import REPOSITORY
 from overfly import cli, streaming
 from overfly.deploy.backends import Floats, Predictor
 from seeing import BLUE, GREEN, RED, brightest, number_of, read, seeing, striped, video
@@ -148,7 +151,6 @@ def test_a_slow_network_drops_frames_of_a_video_that_is_played(
 def test_the_page_is_served_while_it_is_watched(
     network: Callable[[Predictor], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
     import urllib.request
 
     asked: list[bytes] = []
@@ -236,3 +238,34 @@ def test_flights_that_cannot_be_are_told(
     assert overfly("data", "fly", *arguments, "--out", "f.mp4") == 2
     assert named in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["small.png"]
+
+
+def test_the_guide_can_be_followed(
+    network: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command and the program, but for cameras that are not here; flights are shorter and smaller."""
+    del network
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("overfly.opening.predictor_of", lambda *_, **__: seeing())
+    (tmp_path / "frames").mkdir()
+    for index in range(3):
+        Image.fromarray(striped(index)).save(tmp_path / "frames" / f"{index}.png")
+    Image.fromarray(striped(5, 300, 200)).save("scene.tif")
+    text = (REPOSITORY / "docs" / "guides" / "stream.md").read_text(encoding="utf-8")
+    followed = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.splitlines():
+            if "/dev/video" in line or "rtsp:" in line:
+                continue
+            small = line.replace("--seconds 8", "--seconds 0.4").replace("640 360", "96 64")
+            assert overfly(*shlex.split(small.replace("--serve 8000", "--serve 0"))[1:]) == 0, line
+            followed.append(line)
+    assert len(followed) == 5
+    for name in ("flight.mp4", "flight2.mp4", "overlay.mp4"):
+        assert len(read(tmp_path / name)[0]) == 10
+    capsys.readouterr()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(program, "stream.md", "exec"), {})  # noqa: S102  (our own guide)
+    shown, dropped, p95 = capsys.readouterr().out.split()
+    assert int(shown) + int(dropped) == 10
+    assert float(p95) > 0
