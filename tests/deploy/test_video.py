@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.deploy.stream import until
-from overfly.deploy.video import opened, see_free, writing
+from overfly.deploy.video import Trouble, _decoded, _Stream, opened, see_free, writing
 from seeing import number_of, read, striped, video
 
 av = pytest.importorskip("av")
@@ -146,6 +147,51 @@ def test_damaged_bytes_are_told(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError, match="breaks off after"):
         frames_of(path)
+
+
+class Camera:
+    """A live source by script: numbers are frames, errors are raised while decoding, words while reading."""
+
+    def __init__(self, *script: object) -> None:
+        self.script = list(script)
+        self.closed = False
+
+    def demux(self, _: object) -> Iterator[Camera]:
+        while self.script:
+            if self.script[0] == "no packet":
+                raise av.InvalidDataError(1, self.script.pop(0))
+            yield self
+
+    is_corrupt = False
+
+    def decode(self) -> list[object]:
+        entry = self.script.pop(0)
+        if isinstance(entry, Exception):
+            raise entry
+        return [entry]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("script", "frames", "damaged", "ended"),
+    [
+        ((1, 2, 3), 3, 0, ""),
+        ((1, av.InvalidDataError(1, "bad"), 2, "no packet", 3), 3, 2, ""),
+        ((1, av.error.OSError(5, "the cable is out"), 2), 1, 0, "the cable is out"),
+        ((1, *[av.InvalidDataError(1, "Bad")] * 400, 2), 1, 300, "bad"),
+    ],
+)
+def test_a_live_source_goes_on_over_damage_and_ends_in_peace(
+    script: tuple[object, ...], frames: int, damaged: int, ended: str
+) -> None:
+    camera, trouble = Camera(*script), Trouble()
+    found = list(_decoded("camera", _Stream(camera, None, True), 25, trouble))
+    assert len(found) == frames
+    assert found[0].time == 0
+    assert (trouble.damaged, trouble.ended) == (damaged, ended)
+    assert camera.closed
 
 
 @pytest.mark.parametrize(

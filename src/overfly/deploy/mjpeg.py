@@ -20,8 +20,8 @@ TIMEOUT = 10.0
 """Seconds that a viewer has to take a frame, and that the stream may stand still before the last is sent again."""
 NAMES = ("127.0.0.1", "localhost")
 """What the page may be called: a page of another name must not read the camera by way of a name that means us."""
-PAGE = b"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>overfly watch</title>
+PAGE = b"""<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width"><title>overfly watch</title>
 <style>html{background:#101216;color:#ccc;font:14px sans-serif}body{margin:0;min-height:100vh;display:grid;
 place-items:center}img{max-width:100vw;max-height:100vh}</style>
 <img src="stream" alt="The stream with its classes"></html>"""

@@ -34,7 +34,10 @@ TIMEOUT = 10.0
 """Seconds that an address has to answer."""
 FPS = 10.0
 """Pictures of a folder shown in a second, where nothing else is said."""
+HOPELESS = 300
+"""Damaged packets in a row after which a live source is given up."""
 BT709 = 1
+"""What FFmpeg calls the colours of high definition, in each of four fields; range 1 is that of television."""
 
 
 @dataclass
@@ -200,24 +203,29 @@ class _CutError(Exception):
 def _batches(stream: _Stream, trouble: Trouble) -> Iterator[list[Any]]:
     """The frames of each packet. What is damaged ends a file (`_CutError`); a live source goes on, if it can."""
     av = _av()
-    packets = stream.container.demux(stream.video)
+    packets, bad = stream.container.demux(stream.video), 0
     while True:
+        packet = None
         try:
             packet = next(packets)
             frames = packet.decode()
         except (StopIteration, av.EOFError):
             return
         except av.FFmpegError as error:
+            bad += 1
             if not stream.live:
                 raise _CutError(_reason(error)) from None
-            if not isinstance(error, av.InvalidDataError):
+            if not isinstance(error, av.InvalidDataError) or bad > HOPELESS:
                 trouble.ended = _reason(error)
                 return
             trouble.damaged += 1
+            if packet is None:
+                packets = stream.container.demux(stream.video)
             continue
         if packet.is_corrupt and not stream.live:
             raise _CutError("a packet is cut short")
         trouble.damaged += packet.is_corrupt
+        bad = 0
         yield frames
 
 
