@@ -23,6 +23,7 @@ from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, V
 from overfly.scoring.samples import Samples
 from overfly.scoring.speed import measure
 from overfly.scoring.validators import COMMITTEE
+from overfly.streaming import data_fly, watch
 from overfly.training.assess import assess, labelled, roles
 from overfly.training.carry_out import carry_out
 from overfly.training.engine import Engine, launch, on_main
@@ -35,12 +36,14 @@ __all__ = [
     "data_check",
     "data_draw",
     "data_fetch",
+    "data_fly",
     "data_stats",
     "evaluate",
     "list_kinds",
     "speed",
     "train",
     "validate",
+    "watch",
 ]
 
 

@@ -1,0 +1,85 @@
+"""Networks that see by rule, and clocks that go by hand, for tests of streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overfly.core.classes import Classes
+from overfly.deploy.backends import Facts, Floats, Predictor
+
+RED, GREEN, BLUE = (230, 20, 30), (10, 200, 60), (20, 40, 240)
+NAMES = Classes(names=("brick", "grass", "pond"), colours=(RED, GREEN, BLUE))
+
+
+def brightest(images: Floats) -> Floats:
+    """Probability 1 for the class whose band is the brightest of the pixel."""
+    return np.asarray(np.arange(3)[None, :, None, None] == images.argmax(1)[:, None], np.float32)
+
+
+def seeing(run: Callable[[Floats], Floats] = brightest, **changes: object) -> Predictor:
+    """A network of three classes that needs no weights."""
+    facts = Facts(architecture="rule", classes=NAMES, mean=(0.0,) * 3, std=(1.0,) * 3, title="by rule")
+    return Predictor(facts.model_copy(update=changes), "torch", "cpu", run)
+
+
+class Clock:
+    """Seconds that pass when the test says so; who waits for a time is told when it has come."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+        self.due: list[tuple[float, Callable[[], None]]] = []
+
+    def __call__(self) -> float:
+        return self.time
+
+    def at(self, when: float, what: Callable[[], None]) -> None:
+        """Have something happen at a time."""
+        self.due.append((when, what))
+        self.due.sort(key=lambda entry: entry[0])
+
+    def pass_on(self, seconds: float) -> None:
+        """Let time pass, and happen what is due."""
+        end = self.time + seconds
+        while self.due and self.due[0][0] <= end:
+            self.time, what = self.due.pop(0)
+            what()
+        self.time = end
+
+
+def striped(index: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]:
+    """A frame whose brightness tells its number, 0 to 15, on a third each of red, green and blue."""
+    frame = np.zeros((height, width, 3), np.uint8)
+    for band in range(3):
+        frame[:, band * width // 3 : (band + 1) * width // 3, band] = 100 + 10 * index
+    return frame
+
+
+def number_of(frame: NDArray[np.uint8]) -> int:
+    """The number of a `striped` frame, from its picture or what a video codec made of it."""
+    red = frame[:, : frame.shape[1] // 3 - 4, 0]
+    return round((float(red.mean()) - 100) / 10)
+
+
+def video(path: Path, frames: int = 10, fps: float = 10.0, size: tuple[int, int] = (64, 48)) -> Path:
+    """A video of `striped` frames."""
+    from overfly.deploy.video import writing
+
+    with writing(path, fps) as file:
+        for index in range(frames):
+            file.write(striped(index % 16, *size), index / fps)
+    return path
+
+
+def read(path: Path) -> tuple[list[NDArray[np.uint8]], list[float]]:
+    """Frames and times of a video, by PyAV alone."""
+    import av
+
+    with av.open(str(path)) as container:
+        found = list(container.decode(video=0))
+        return [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in found], [
+            float(frame.time or 0) for frame in found
+        ]
