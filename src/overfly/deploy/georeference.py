@@ -56,7 +56,7 @@ def ground(dataset: Any) -> tuple[float, float] | None:
         return None
     x, y = math.hypot(transform.a, transform.d), math.hypot(transform.b, transform.e)
     if crs.is_geographic:
-        latitude = (transform * (dataset.width / 2, dataset.height / 2))[1]
+        latitude = transform.d * dataset.width / 2 + transform.e * dataset.height / 2 + transform.f
         return y * MERIDIAN, x * EQUATOR * max(0.01, math.cos(math.radians(latitude)))
     try:
         metres = float(crs.linear_units_factor[1])
