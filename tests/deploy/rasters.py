@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio import Affine
+from rasterio.errors import NotGeoreferencedWarning
 
 from overfly.core.classes import Classes
 from overfly.deploy.backends import Facts, Floats, Predictor
@@ -64,14 +66,18 @@ def write(path: Path, pixels: NDArray[Any], **changes: Any) -> Path:
         "driver": "GTiff", "count": pixels.shape[0], "height": pixels.shape[1], "width": pixels.shape[2],
         "dtype": pixels.dtype, "tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate", **PLACE,
     }  # fmt: skip
-    with rasterio.open(path, "w", **{**profile, **changes}) as dataset:
-        dataset.write(pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # some are not, on purpose
+        with rasterio.open(path, "w", **{**profile, **changes}) as dataset:
+            dataset.write(pixels)
     return path
 
 
 def ids(path: Path) -> NDArray[np.uint8]:
     """The only band of a map."""
-    with rasterio.open(path) as dataset:
-        assert dataset.count == 1
-        found: NDArray[np.uint8] = dataset.read(1)
-        return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path) as dataset:
+            assert dataset.count == 1
+            found: NDArray[np.uint8] = dataset.read(1)
+            return found

@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rasters import biased, pointwise
 
 from overfly.deploy import blending
 from overfly.deploy.backends import Floats, Predictor
 from overfly.deploy.plan import Plan, plan_of
 from overfly.ops.windows import Window, cut, sliding
-from rasters import biased, pointwise
 
 
 def blended(predictor: Predictor, image: Floats, plan: Plan) -> Floats:
