@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,8 @@ from rich.table import Table
 
 from overfly.arguments import LARGEST, see_bounds
 from overfly.core.errors import OverflyError, RecipeError
-from overfly.deploy.backends import Backend
+from overfly.deploy.backends import Backend, Predictor
+from overfly.deploy.fleet import map_rasters
 from overfly.deploy.geotiff import Mapped, map_raster
 from overfly.deploy.job import Settings
 from overfly.deploy.sources import sources_of
@@ -75,6 +77,8 @@ def predict(
     batch: int = 4,
     backend: Backend = "auto",
     device: str = "auto",
+    workers: int = 0,
+    scheduler: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Predicted:
@@ -101,13 +105,18 @@ def predict(
         batch: windows given to the network at once.
         backend: auto, torch, onnxruntime or openvino.
         device: auto, cpu, cuda, cuda:1 or mps.
+        workers: processes that share the rasters on this machine (extra: cluster); 0 makes one map after the other.
+        scheduler: address of a running dask scheduler whose workers share the rasters, such as tcp://10.0.0.1:8786.
         overwrite: replace maps that were made otherwise.
         quiet: print no progress.
 
     Returns:
         The maps, and the rasters that failed. The command exits with status 1 where one of several failed.
     """
-    see_bounds({"window": (window or 32, 32, LARGEST), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)})
+    see_bounds(
+        {"window": (window or 32, 32, LARGEST), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)}
+        | {"workers": (workers, 0, 256)}
+    )
     predictor = predictor_of(network, backend=backend, device=device)
     settings = Settings(
         window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, peak=peak,
@@ -115,19 +124,49 @@ def predict(
         uncertainty=uncertainty, polygons=polygons, smallest=smallest, overwrite=overwrite,
     )  # fmt: skip
     jobs = sources_of(rasters, out)
-    mark = fingerprint(network)
+    with Told(quiet) as told:
+        if not workers and scheduler is None:
+            return _one_by_one(predictor, jobs, settings, fingerprint(network), told)
+        opener = partial(predictor_of, network.absolute(), backend=backend, device=device)
+        share = partial(
+            map_rasters, opener, settings=settings, network=fingerprint(network), workers=workers, scheduler=scheduler
+        )
+        return _shared(share, jobs, told)
+
+
+def _one_by_one(predictor: Predictor, jobs: Mapping[str, Path], settings: Settings, mark: str, told: Told) -> Predicted:
     maps: list[Mapped] = []
     failures: dict[str, str] = {}
-    with Told(quiet) as told:
-        for source, place in jobs.items():
-            try:
-                maps.append(map_raster(predictor, source, place, settings, network=mark, told=told.of(source)))
-            except OverflyError as error:
-                if len(jobs) == 1:
-                    raise
-                failures[source] = str(error)
-                told.say(f"failed: {error}")
+    for source, place in jobs.items():
+        try:
+            maps.append(map_raster(predictor, source, place, settings, network=mark, told=told.of(source)))
+        except OverflyError as error:
+            if len(jobs) == 1:
+                raise
+            failures[source] = str(error)
+            told.say(f"failed: {error}")
     return Predicted(maps, failures)
+
+
+def _shared(
+    share: Callable[..., tuple[list[Mapped], dict[str, str]]], jobs: Mapping[str, Path], told: Told
+) -> Predicted:
+    """Maps made by several processes or machines, which take paths from the root."""
+    absolute = {
+        source if "://" in source else str(Path(source).absolute()): place.absolute() for source, place in jobs.items()
+    }
+    count = told.of(f"{len(jobs)} rasters")
+    count(0, len(jobs))
+    done = 0
+
+    def heard(source: str, found: Mapped | str) -> None:
+        nonlocal done
+        done += 1
+        count(done, len(jobs))
+        if isinstance(found, str):
+            told.say(f"failed: {found if source in found else f'{source}: {found}'}")
+
+    return Predicted(*share(absolute, heard=heard))
 
 
 def fingerprint(network: Path) -> str:

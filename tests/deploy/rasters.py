@@ -46,9 +46,9 @@ def biased(window: int = 64) -> Predictor:
 
     def run(images: Floats) -> Floats:
         count, _, high, wide = images.shape
-        ramp = np.linspace(-0.5, 0.5, wide, dtype=np.float32)[None] + np.linspace(-0.5, 0.5, high)[:, None]
-        last = np.clip(0.5 + 0.4 * ramp, 0, 1).astype(np.float32) * np.ones((count, 1, 1), np.float32)
-        last = 0.7 * last + 0.3 * images[:, 0] / 255
+        ramp = np.linspace(-0.5, 0.5, wide)[None] + np.linspace(-0.5, 0.5, high)[:, None]
+        last: Floats = np.clip(0.5 + 0.4 * ramp, 0, 1).astype(np.float32) * np.ones((count, 1, 1), np.float32)
+        last = np.float32(0.7) * last + np.float32(0.3 / 255) * images[:, 0]
         return np.stack([1 - last, np.zeros_like(last), last], axis=1)
 
     return Predictor(facts(window), "torch", "cpu", run)

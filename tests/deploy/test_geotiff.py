@@ -31,7 +31,8 @@ def mapped(source: Path, out: Path, predictor: Any = None, settings: Settings = 
 
 
 def wanted(pixels: np.ndarray) -> np.ndarray:
-    return likely(pixels[None].astype(np.float32))[0].argmax(0)
+    found: np.ndarray = likely(pixels[None].astype(np.float32))[0].argmax(0)
+    return found
 
 
 def test_a_map_is_a_whole_cog_on_the_grid_of_its_raster(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_bands_are_chosen_in_order(tmp_path: Path) -> None:
     predictor = replace(pointwise(), run=second)
     mapped(source, tmp_path / "map.tif", predictor, replace(SETTINGS, bands="5,4,1"))
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels[3:4]))
-    with pytest.raises(DataError, match="5 bands, the network reads 3; .* --bands 1,2,3"):
+    with pytest.raises(DataError, match=r"5 bands, the network reads 3; .* --bands 1,2,3"):
         mapped(source, tmp_path / "other.tif")
 
 
@@ -116,10 +117,12 @@ def test_what_was_not_measured_stays_so(tmp_path: Path, how: str) -> None:
         write(path, np.where(hidden, 0, pixels), nodata=0 if how == "nodata" else None)
         settings = replace(SETTINGS, nodata=0.0) if how == "given" else SETTINGS
     seen: list[int] = []
-    run = predictor.run
-    made = mapped(
-        path, tmp_path / "map.tif", replace(predictor, run=lambda x: (seen.append(len(x)), run(x))[1]), settings
-    )
+
+    def run(images: np.ndarray) -> np.ndarray:
+        seen.append(len(images))
+        return likely(images)
+
+    made = mapped(path, tmp_path / "map.tif", replace(predictor, run=run), settings)
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), truth)
     assert made.windows == sum(seen) < 12  # windows in which nothing was measured are not looked at
 
@@ -177,8 +180,8 @@ def test_the_network_sees_another_resolution_and_the_map_keeps_its_grid(tmp_path
         inside = np.kron(np.ones((16, 24)), np.pad(np.ones((4, 4)), 4)) > 0  # away from the blocks' borders
         assert (found == truth)[inside].all(), name
         assert made.windows > 0
+    write(tmp_path / "plain.tif", pixels, crs=None)
     with pytest.raises(DataError, match="how long its pixels are"):
-        write(tmp_path / "plain.tif", pixels, crs=None)
         mapped(tmp_path / "plain.tif", tmp_path / "map.tif", settings=replace(SETTINGS, resolution=0.6))
 
 
@@ -189,7 +192,7 @@ def test_a_resolution_unlike_the_training_is_remarked(tmp_path: Path) -> None:
     assert not mapped(source, tmp_path / "alike.tif", pointwise(ground=0.25)).notes
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """What stops a job in these tests."""
 
 
@@ -210,14 +213,14 @@ def test_a_stopped_job_goes_on_and_ends_in_the_same_pixels(tmp_path: Path, setti
         left = total - done
         steps.append(done)
         if len(steps) == 3 and left:  # goes on where it was, and does two steps each time
-            raise Stopped
+            raise StoppedError
 
     for _ in range(100):
         steps.clear()
         try:
             made = mapped(source, out, biased(), settings, memory=memory, told=told)
             break
-        except Stopped:
+        except StoppedError:
             assert not out.exists()
     assert made.resumed > 0
     for one, other in zip(whole.files, made.files, strict=True):
@@ -281,9 +284,9 @@ def test_an_unfinished_map_of_other_settings_is_thrown_away(tmp_path: Path) -> N
     def told(done: int, total: int) -> None:
         del total
         if done == 2:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         mapped(source, out, told=told)
     made = mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
     assert made.resumed == 0
@@ -354,7 +357,7 @@ def test_a_full_disk_is_told_and_the_job_goes_on(tmp_path: Path, monkeypatch: py
         put(file, data, at)
 
     monkeypatch.setattr(store, "_put", full)
-    with pytest.raises(DataError, match="No space left on device.*goes on where it was"):
+    with pytest.raises(DataError, match=r"No space left on device.*goes on where it was"):
         mapped(source, out)
     assert not out.exists()
     monkeypatch.setattr(store, "_put", put)

@@ -15,7 +15,7 @@ from overfly.deploy.plan import plan_of
     overlap=some.sampled_from([0.0, 0.25, 0.5, 0.7]), memory=some.sampled_from([1, 60_000, 10**9]),
     scale=some.sampled_from([(1.0, 1.0), (0.4, 0.4), (1.7, 1.3), (0.15, 2.0)]),
 )  # fmt: skip
-def test_every_output_pixel_is_made_once_and_after_its_windows(
+def test_every_output_pixel_is_made_once_and_after_its_windows(  # noqa: PLR0917 - hypothesis draws them
     height: int, width: int, size: int, overlap: float, memory: int, scale: tuple[float, float]
 ) -> None:
     plan = plan_of(height, width, classes=3, size=size, overlap=overlap, scale=scale, memory=memory)
