@@ -17,6 +17,7 @@ from overfly.core import device as machines
 from overfly.core.errors import DataError, RecipeError
 from overfly.data.domain import Split
 from overfly.imagery import data_check, data_draw, data_fetch, data_stats
+from overfly.mapping import predict
 from overfly.models.registry import build
 from overfly.recipe import load
 from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
@@ -40,6 +41,7 @@ __all__ = [
     "data_stats",
     "evaluate",
     "list_kinds",
+    "predict",
     "speed",
     "train",
     "validate",

@@ -13,7 +13,7 @@ from rich.console import Console
 from overfly import __version__, api
 from overfly.core.errors import OverflyError
 
-FIRST = os.environ.get("LOCAL_RANK", "0") == "0"
+FIRST = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 """Whether this is the process that speaks, of the several that train together."""
 WRONG = 2
 """Exit status where the user can put it right."""

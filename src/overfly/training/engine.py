@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,21 +108,37 @@ def arithmetic(precision: str, device: torch.device) -> str:
     return precision
 
 
+def processes(engine: Engine) -> tuple[int, int]:
+    """How many processes train on this machine, and on how many machines; more than one where torchrun started them.
+
+    Raises:
+        RecipeError: torchrun has started another number of processes than the devices asked for.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return engine.devices, 1
+    here, every = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if engine.devices not in (1, here):
+        raise RecipeError(f"torchrun starts {here} processes here, not --devices {engine.devices}; leave --devices out")
+    return here, every // here
+
+
 def launch(recipe: Recipe, engine: Engine) -> Fabric:
     """Start the processes of a run.
 
     Raises:
         RecipeError: recipe and devices do not go together.
     """
-    if recipe.batch % engine.devices:
-        raise RecipeError(f"a batch of {recipe.batch} cannot be shared by {engine.devices} devices; change one of them")
-    if recipe.batch == engine.devices:
+    here, nodes = processes(engine)
+    every = here * nodes
+    if recipe.batch % every:
+        raise RecipeError(f"a batch of {recipe.batch} cannot be shared by {every} devices; change one of them")
+    if recipe.batch == every:
         raise RecipeError("batch normalisation needs two pictures on each device or more; raise batch")
-    device = machines.pick(engine.device, engine.devices)
+    device = machines.pick(engine.device, here)
     if recipe.precision == "16" and device.type == "cpu":
         raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
-    devices: Any = [device.index] if device.index is not None and engine.devices == 1 else engine.devices
+    devices: Any = [device.index] if device.index is not None and here == 1 else here
     unsupervised = recipe.method.takes_source and recipe.source is None  # a boundary head then learns nothing
     strategy = DDPStrategy(
         process_group_backend="nccl" if device.type == "cuda" else "gloo",
@@ -130,7 +147,8 @@ def launch(recipe: Recipe, engine: Engine) -> Fabric:
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices,
-        strategy=strategy if engine.devices > 1 else "auto",
+        num_nodes=nodes,
+        strategy=strategy if every > 1 else "auto",
         precision=PRECISIONS[arithmetic(recipe.precision, device)],
     )
     fabric.launch()

@@ -1,0 +1,105 @@
+"""Forty small scenes over two workers, one of which is killed by SIGKILL in the middle: forty maps, each once.
+
+    python benchmarks/fleet.py [--network RUN] [--scenes 40] [--out FOLDER] [--record FILE.json]
+
+Exits 1 unless all maps are there, each was published once, and each equals the one that a single process makes.
+Linux only (processes are found by psutil, which dask brings).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import rasterio
+from rasterio import Affine
+
+from overfly.core.device import describe
+from overfly.data.synthetic import draw
+from overfly.recipe import load
+from overfly.training.start import first_segmenter
+
+
+def scenes(folder: Path, count: int, size: int) -> None:
+    """Small drawn pictures, each at a place of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pixels = np.moveaxis(draw("urban" if number % 2 else "rural", "test", number, size)[0], -1, 0)
+        place = Affine(0.3, 0, 300_000 + 0.3 * size * number, 0, -0.3, 2_700_000)
+        how = {"driver": "GTiff", "tiled": True, "compress": "deflate", "crs": "EPSG:32640", "transform": place}
+        with rasterio.open(
+            folder / f"scene_{number}.tif", "w", width=size, height=size, count=3, dtype="uint8", **how
+        ) as made:
+            made.write(pixels)
+
+
+def workers(process: psutil.Process) -> list[psutil.Process]:
+    """Processes that dask started below a command."""
+    return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+
+
+def fleet(network: Path, folder: Path, out: Path, count: int) -> dict[str, object]:
+    """Give the command, kill a worker once a quarter of the maps are there, and watch the maps appear."""
+    command = [sys.executable, "-m", "overfly.cli", "predict", str(network), f"{folder}/*.tif", "--out", str(out)]
+    started = time.monotonic()
+    process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    published: dict[str, set[int]] = {}
+    killed = at = 0
+    while process.poll() is None:
+        time.sleep(0.05)
+        for file in out.glob("*.tif"):
+            published.setdefault(file.name, set()).add(file.stat().st_ino)
+        if not killed and len(published) >= count // 4:
+            victim = workers(psutil.Process(process.pid))[0]
+            killed, at = victim.pid, len(published)
+            victim.send_signal(signal.SIGKILL)
+    said, wrong = process.communicate()
+    return {
+        "status": process.returncode, "seconds": time.monotonic() - started, "killed_after_maps": at,
+        "maps": len(list(out.glob("*.tif"))), "published_once": all(len(seen) == 1 for seen in published.values()),
+        "left_over": [path.name for path in out.glob(".*")], "said": said.splitlines()[-2:], "errors": wrong[-500:],
+    }  # fmt: skip
+
+
+def main() -> int:
+    """All of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", type=Path)
+    parser.add_argument("--scenes", type=int, default=40)
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--record", type=Path)
+    settings = parser.parse_args()
+    root = settings.out or Path(tempfile.mkdtemp(prefix="overfly-fleet-"))
+    scenes(root / "scenes", settings.scenes, settings.size)
+    if settings.network is None:
+        drawn = {"name": "drawn", "scene": "urban", "size": 64, "train": 2}
+        recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
+        settings.network = first_segmenter(recipe).eval().save(root / "network.safetensors")
+    found = fleet(settings.network, root / "scenes", root / "maps", settings.scenes)
+    alone = [sys.executable, "-m", "overfly.cli", "predict", str(settings.network), f"{root}/scenes/*.tif", "--quiet"]
+    subprocess.run([*alone, "--out", str(root / "alone")], check=True, stdout=subprocess.DEVNULL)
+    same = []
+    for file in sorted((root / "alone").glob("*.tif")):
+        with rasterio.open(file) as one, rasterio.open(root / "maps" / file.name) as other:
+            same.append(float((one.read() == other.read()).mean()))
+    found |= {"scenes": settings.scenes, "size": settings.size, "least_share_of_equal_pixels": min(same)}
+    found |= {"machine": describe()}
+    text = json.dumps(found, indent=2)
+    print(text)
+    if settings.record:
+        settings.record.write_text(text + "\n")
+    whole = found["maps"] == len(same) == settings.scenes and found["published_once"] and not found["left_over"]
+    return int(not (whole and found["status"] == 0 and found["killed_after_maps"] and min(same) > 0.9999))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

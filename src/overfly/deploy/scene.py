@@ -1,0 +1,205 @@
+"""A raster as the network's input: what its header says, and whether it fits."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overfly.core.errors import DataError, MissingExtraError
+from overfly.deploy.backends import Facts
+from overfly.deploy.georeference import Georeference, georeference, ground
+
+CACHE = 96 * 2**20
+"""Bytes of decoded blocks that GDAL may keep; by default it takes a share of the machine's memory."""
+SAME = 0.02
+"""Difference of ground resolution, as a share, that is not worth a resampling."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A raster, and how it is read.
+
+    Attributes:
+        source: path or address, as rasterio opens it.
+        height: rows.
+        width: columns.
+        bands: numbers of the bands that are read, from 1, in the network's order.
+        dtype: type that it is stored in.
+        nodata: value that stands for "nothing was measured here"; None where there is none.
+        masked: whether a mask or a band of opacity says where nothing was measured.
+        gain: what its values are multiplied by, to be in the range that the network was trained on.
+        ground: metres on the ground that a pixel is high and wide; None if unknown.
+        place: where it lies.
+    """
+
+    source: str
+    height: int
+    width: int
+    bands: tuple[int, ...]
+    dtype: str
+    nodata: float | None
+    masked: bool
+    gain: float
+    ground: tuple[float, float] | None
+    place: Georeference
+
+
+@contextmanager
+def opened(source: str) -> Iterator[Any]:
+    """Open a raster; its blocks are kept in little memory.
+
+    Raises:
+        MissingExtraError: rasterio is not installed.
+        DataError: there is no such raster, or it is damaged, seen on opening or while it is read within.
+    """
+    try:
+        import rasterio
+        from rasterio.errors import RasterioError
+    except ImportError:
+        raise MissingExtraError("rasterio", "geo", "a map of a raster") from None
+    if "://" not in source and not source.startswith("/vsi"):
+        _see_file(Path(source))
+    try:
+        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE, GDAL_DISABLE_READDIR_ON_OPEN="FALSE"):
+            warnings.simplefilter("ignore")
+            with rasterio.open(source) as dataset:
+                yield dataset
+    except (RasterioError, OSError) as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".").removeprefix(f"{source}: ")
+        raise DataError(f"{source} cannot be read as a raster ({reason}); copy, download or export it again") from error
+
+
+def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, peak: float | None) -> Scene:
+    """What a raster's header says, and that the network can read it.
+
+    Args:
+        source: path or address.
+        facts: what the network reads.
+        bands: numbers of bands separated by commas; None takes all, where they are as many as the network's.
+        nodata: value that stands for "nothing was measured here"; None takes what the file says.
+        peak: value of the brightest pixel; None where it is the network's.
+
+    Raises:
+        DataError: it is missing, damaged, or does not fit; the sentence says which option helps.
+    """
+    with opened(source) as dataset:
+        if not dataset.count or not dataset.height * dataset.width:
+            raise DataError(f"{source} holds no raster bands of its own; name the raster inside, or export it anew")
+        chosen = _bands(source, dataset, facts, bands)
+        dtype = str(dataset.dtypes[chosen[0] - 1])
+        if "complex" in dtype or "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
+            kind = "complex numbers" if "complex" in dtype else "a palette, whose numbers are no brightness"
+            raise DataError(f"{source} holds {kind}; save it as plain bands first")
+        _see_whole(source, dataset)
+        declared = dataset.nodatavals[chosen[0] - 1]
+        flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
+        return Scene(
+            source,
+            dataset.height,
+            dataset.width,
+            chosen,
+            dtype,
+            nodata=declared if nodata is None else nodata,
+            masked="alpha" in flags or "per_dataset" in flags,
+            gain=_gain(source, dtype, facts, peak),
+            ground=ground(dataset),
+            place=georeference(dataset),
+        )
+
+
+def scale_of(scene: Scene, resolution: float | None) -> tuple[float, float]:
+    """Working pixels an input pixel (y, x), so that a working pixel is ``resolution`` metres; (1, 1) without one.
+
+    Raises:
+        DataError: the raster does not say how long its pixels are.
+    """
+    if resolution is None:
+        return 1.0, 1.0
+    if scene.ground is None:
+        raise DataError(
+            f"{scene.source} does not say how long its pixels are on the ground; leave --resolution and --match out, "
+            "or give it a coordinate system"
+        )
+    y, x = (length / resolution for length in scene.ground)
+    return (1.0, 1.0) if abs(y - 1) < SAME and abs(x - 1) < SAME else (y, x)
+
+
+def _bands(source: str, dataset: Any, facts: Facts, bands: str | None) -> tuple[int, ...]:
+    """Numbers of the bands to read."""
+    alpha = dataset.count > 1 and dataset.colorinterp[-1].name == "alpha"
+    there = dataset.count - alpha
+    if bands is None:
+        if facts.bands in (there, dataset.count):
+            return tuple(range(1, facts.bands + 1))
+        example = ",".join(str(min(number, there)) for number in range(1, facts.bands + 1))
+        raise DataError(
+            f"{source} has {there} band{'s' * (there != 1)}, the network reads {facts.bands}; say which they are, in "
+            f"the order of the training images, such as --bands {example}"
+        )
+    try:
+        chosen = tuple(int(number) for number in bands.split(","))
+    except ValueError:
+        raise DataError(f"--bands {bands} are no numbers of bands; write them as --bands 4,3,2") from None
+    if len(chosen) != facts.bands:
+        raise DataError(f"--bands {bands} are {len(chosen)}, the network reads {facts.bands}; name as many")
+    if min(chosen) < 1 or max(chosen) > dataset.count:
+        raise DataError(f"--bands {bands}: {source} has the bands 1 to {dataset.count}; name some of these")
+    return chosen
+
+
+def _gain(source: str, dtype: str, facts: Facts, peak: float | None) -> float:
+    """What brings a raster's values into the range that the network was trained on."""
+    if peak is not None:
+        return facts.peak / peak
+    eight, odd = facts.peak == 255, False
+    if dtype == "uint8":
+        odd = not eight
+    elif np.dtype(dtype).kind in "iu" or np.dtype(dtype).kind == "f":
+        odd = eight
+    if odd:
+        example = "255" if dtype == "uint8" else "1" if "float" in dtype else "10000"
+        raise DataError(
+            f"{source} holds {dtype}, and the network was trained on values up to {facts.peak:g}; say the value of its "
+            f"brightest pixel, such as --peak {example}, and it is scaled"
+        )
+    return 1.0
+
+
+def _see_file(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path} does not exist; check the path")
+    if not path.is_file():
+        raise DataError(f"{path} is no file; name a raster, a folder of them or a glob")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} may not be read; change its rights")
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty; copy, download or export it again")
+
+
+def _see_whole(source: str, dataset: Any) -> None:
+    """See that the blocks that a TIFF's header lists last are in the file: an hour later would be late to say so."""
+    path = Path(source)
+    if dataset.driver != "GTiff" or not path.is_file():
+        return
+    length = path.stat().st_size
+    for band in {1, dataset.count}:
+        high, wide = dataset.block_shapes[band - 1]
+        row = (dataset.height - 1) // high
+        for column in range((dataset.width - 1) // wide + 1):
+            begin = dataset.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=band)
+            size = dataset.get_tag_item(f"BLOCK_SIZE_{column}_{row}", "TIFF", bidx=band)
+            if begin and size and int(begin) + int(size) > length:
+                raise DataError(
+                    f"{source} is truncated: its header speaks of {(int(begin) + int(size)) / 1e6:.1f} MB or more, and "
+                    f"{length / 1e6:.1f} are there; copy or download it again"
+                )
+
+
+__all__ = ["Scene", "look", "opened", "scale_of"]
