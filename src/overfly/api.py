@@ -18,6 +18,7 @@ from overfly.core.errors import DataError, RecipeError
 from overfly.data.domain import Split
 from overfly.imagery import data_check, data_draw, data_fetch, data_stats
 from overfly.models.registry import build
+from overfly.pages import report
 from overfly.recipe import load
 from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
 from overfly.scoring.samples import Samples
@@ -38,6 +39,7 @@ __all__ = [
     "data_stats",
     "evaluate",
     "list_kinds",
+    "report",
     "speed",
     "train",
     "validate",
