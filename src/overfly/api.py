@@ -18,7 +18,7 @@ from overfly.core.errors import DataError, RecipeError
 from overfly.data.domain import Split
 from overfly.imagery import data_check, data_draw, data_fetch, data_stats
 from overfly.models.registry import build
-from overfly.pages import report
+from overfly.pages import report, serve
 from overfly.recipe import load
 from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
 from overfly.scoring.samples import Samples
@@ -40,6 +40,7 @@ __all__ = [
     "evaluate",
     "list_kinds",
     "report",
+    "serve",
     "speed",
     "train",
     "validate",

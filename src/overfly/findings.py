@@ -47,9 +47,10 @@ def runs_of(paths: Sequence[Path | str]) -> list[Run]:
 
 
 def by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
-    """The runs of each recipe, all its seeds together, by a name for people; source only first, rising seeds."""
+    """The runs of each recipe, all its seeds together, by a name for people; adapted networks last, rising seeds."""
     kinds: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.recipe.method.name != "source_only", run.path.name)):
+    order = {"source_only": 0, "recalibrate": 1}
+    for run in sorted(runs, key=lambda run: (order.get(run.recipe.method.name, 2), run.path.name)):
         kinds.setdefault(json.dumps(_without_seed(run.recipe), sort_keys=True), []).append(run)
     found: dict[Path, list[Run]] = {}
     for same in kinds.values():

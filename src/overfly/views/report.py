@@ -158,7 +158,7 @@ class Report:
         found = [
             Bar(entry.name, entry.gap.mean, entry.gap.deviation, entry.gap.values)
             for entry in self.entries
-            if entry.gap
+            if entry.gap and entry.gap.mean is not None
         ]
         return bars(found, "Share of the gap between source only and oracle that was closed") if found else None
 
