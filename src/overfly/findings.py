@@ -55,8 +55,7 @@ def by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
     found: dict[Path, list[Run]] = {}
     for same in kinds.values():
         recipe = same[0].recipe
-        places = " to ".join(domain.title for domain in (recipe.source, recipe.target) if domain is not None)
-        words = f"{recipe.method.name.replace('_', ' ')}, {places}"
+        words = in_words(recipe)
         several = len({run.recipe.model.name for run in runs}) > 1
         words = f"{words}, {recipe.model.name}" if several else words
         name, number = words, 1
@@ -65,6 +64,12 @@ def by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
             name = f"{words} ({number})"
         found[Path(name)] = sorted(same, key=lambda run: run.recipe.seed)
     return found
+
+
+def in_words(recipe: Recipe) -> str:
+    """A recipe for people: ``source only, Urban to Rural``."""
+    places = " to ".join(domain.title for domain in (recipe.source, recipe.target) if domain is not None)
+    return f"{recipe.method.name.replace('_', ' ')}, {places}"
 
 
 def scored_split(runs: Sequence[Run]) -> Split:
@@ -261,4 +266,4 @@ def _before(run: Run) -> Run | None:
     return before if before is not None and before.finished else None
 
 
-__all__ = ["by_recipe", "findings", "runs_of", "scored_split"]
+__all__ = ["by_recipe", "findings", "in_words", "runs_of", "scored_split"]

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from overfly.core.errors import DataError, MissingExtraError, RecipeError, RunEr
 from overfly.data.domain import Split
 from overfly.data.headers import SUFFIXES
 from overfly.deploy.backends import Backend, Predictor
-from overfly.findings import findings, runs_of
+from overfly.findings import findings, in_words, runs_of
 from overfly.opening import predictor_of
 from overfly.training.run import Run
 from overfly.views.limits import Limits
@@ -169,10 +170,11 @@ def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> 
             if not runs:
                 raise RunError(f"{path} has no finished run; finish one with overfly train, or give another folder")
             for run in runs:
-                found[run.path.resolve()] = Network(
-                    str(len(found)), run.path.name, partial(predictor_of, run.path, backend=backend, device=device),
-                    run, _about(run),
-                )  # fmt: skip
+                if run.path.resolve() in found:
+                    continue
+                opened = partial(predictor_of, run.path, backend=backend, device=device)
+                title = _title(run, found.values())
+                found[run.path.resolve()] = Network(str(len(found)), title, opened, run, _about(run))
         else:
             predictor = predictor_of(path, backend=backend, device=device)
             facts = predictor.facts
@@ -180,6 +182,13 @@ def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> 
             title = path.name
             found[path.resolve()] = Network(str(len(found)), title, partial(_same, predictor), None, about)
     return list(found.values())
+
+
+def _title(run: Run, others: Collection[Network]) -> str:
+    """What a run is called on pages: different from all others."""
+    words = f"{in_words(run.recipe)}, seed {run.recipe.seed}"
+    taken = {each.title for each in others}
+    return words if words not in taken else run.path.name
 
 
 def _same(predictor: Predictor) -> Predictor:
@@ -190,6 +199,7 @@ def _about(run: Run) -> dict[str, str]:
     recipe = run.recipe
     scores = run.scores
     shown = {"network": recipe.model.name, "method": recipe.method.name}
+    shown |= {"folder": run.path.name}
     shown |= {role: domain.title for role in ("source", "target") if (domain := getattr(recipe, role)) is not None}
     for role in ("source", "target"):
         for split in ("val", "test"):

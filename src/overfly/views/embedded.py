@@ -4,21 +4,48 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 
 import numpy as np
 from PIL import Image
 
-from overfly.core.classes import PALETTE, Classes
+from overfly.core.classes import PALETTE, Classes, Colour
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.views.panels import HATCH, displayed
 
+SAFE = (*PALETTE[:7], (80, 80, 80), *PALETTE[8:])
+"""The palette with a darker grey, which also those who see no green tell from green."""
+FIRST = 8
+"""Colours at the front of the palette, by Okabe and Ito and a grey; more are used only where there are more classes."""
 LIGHT, DARK = 254, 255
 """Entries of the table for the two greys of the stripes that stand for pixels without a class."""
 
 
 def safe(classes: Classes) -> Classes:
-    """The same classes in colours that the colour-blind can tell apart; as they are where there are too many."""
-    return Classes(names=classes.names) if len(classes) <= len(PALETTE) else classes
+    """The same classes in colours that the colour-blind can tell apart; as they are where there are too many.
+
+    Each class gets the colour of the palette that is nearest in hue to its own, so that water stays blue where it can.
+    """
+    number = len(classes)
+    if number > len(SAFE):
+        return classes
+    first = SAFE[: max(number, FIRST)]
+    pairs = sorted(
+        (_far(own, other), index, place)
+        for index, own in enumerate(classes.colours)
+        for place, other in enumerate(first)
+    )
+    chosen: dict[int, int] = {}
+    for _, index, place in pairs:
+        if index not in chosen and place not in chosen.values():
+            chosen[index] = place
+    return Classes(names=classes.names, colours=tuple(first[chosen[index]] for index in range(number)))
+
+
+def _far(one: Colour, other: Colour) -> float:
+    """How different two colours look, hue counting more than lightness."""
+    red, green, blue = (float(a - b) for a, b in zip(one, other, strict=True))
+    return math.hypot(red - green, (red + green) / 2 - blue, 0.2 * (red + green + blue))
 
 
 def small(ids: UInt8, side: int) -> UInt8:

@@ -161,7 +161,7 @@ def choose(accuracy: Mapping[str, Mapping[int, float | None]], number: int = 2) 
         found.setdefault(place, []).append("worst")
     for place in [place for place in ordered[::-1][:number] if place not in found]:
         found.setdefault(place, []).append("best")
-    if len(names) > 1:
+    if last and len(names) > 1:
         before = accuracy[names[0]]
         gains = {place: value - (before.get(place) or 0.0) for place, value in last.items()}
         most, least = max(gains, key=lambda place: gains[place]), min(gains, key=lambda place: gains[place])

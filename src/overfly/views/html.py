@@ -79,7 +79,7 @@ def _method(network: Network) -> str:
 def charts(both: list[Network]) -> list[tuple[str, Markup, list[tuple[str, list[str]]]]]:
     """IoU of each class, for every domain and split that one of two runs was scored on, with figures beside it."""
     scores = [_scores(each.run) for each in both]
-    titles = [each.title for each in both]
+    titles = [f"{letter}: {each.title}" for letter, each in zip("AB", both, strict=True)]
     found = []
     for key in dict.fromkeys(key for each in scores for key in each):
         seen = [each.get(key) for each in scores]
@@ -132,7 +132,9 @@ def differences(both: list[Network]) -> list[tuple[str, str, str]]:
 def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     found = []
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if name == "start" and isinstance(value, dict):
+            found.append((f"{before}{name}", "another recipe, trained first"))
+        elif isinstance(value, dict) and value:
             found += _flat(value, f"{before}{name}.")
         else:
             found.append((f"{before}{name}", "none" if value is None else str(value)))
