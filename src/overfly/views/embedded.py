@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import cmath
+import colorsys
 import io
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -17,6 +21,8 @@ SAFE = (*PALETTE[:7], (80, 80, 80), *PALETTE[8:])
 """The palette with a darker grey, which also those who see no green tell from green."""
 FIRST = 8
 """Colours at the front of the palette, by Okabe and Ito and a grey; more are used only where there are more classes."""
+GREY = 0.15
+"""Saturation below which a colour has no hue to speak of."""
 LIGHT, DARK = 254, 255
 """Entries of the table for the two greys of the stripes that stand for pixels without a class."""
 
@@ -30,22 +36,32 @@ def safe(classes: Classes) -> Classes:
     if number > len(SAFE):
         return classes
     first = SAFE[: max(number, FIRST)]
-    pairs = sorted(
-        (_far(own, other), index, place)
-        for index, own in enumerate(classes.colours)
-        for place, other in enumerate(first)
-    )
-    chosen: dict[int, int] = {}
-    for _, index, place in pairs:
-        if index not in chosen and place not in chosen.values():
-            chosen[index] = place
-    return Classes(names=classes.names, colours=tuple(first[chosen[index]] for index in range(number)))
+    chosen = list(range(number))
+    better = True
+    while better:  # exchanges, and unused colours, as long as the sum of distances falls
+        better = False
+        for index, place in itertools.product(range(number), range(len(first))):
+            other = chosen.index(place) if place in chosen else None
+            trial = list(chosen)
+            trial[index] = place
+            if other is not None:
+                trial[other] = chosen[index]
+            if _cost(classes.colours, first, trial) < _cost(classes.colours, first, chosen) - 1e-9:
+                chosen, better = trial, True
+    return Classes(names=classes.names, colours=tuple(first[place] for place in chosen))
+
+
+def _cost(own: Sequence[Colour], shown: Sequence[Colour], chosen: Sequence[int]) -> float:
+    return sum(_far(colour, shown[place]) for colour, place in zip(own, chosen, strict=True))
 
 
 def _far(one: Colour, other: Colour) -> float:
-    """How different two colours look, hue counting more than lightness."""
-    red, green, blue = (float(a - b) for a, b in zip(one, other, strict=True))
-    return math.hypot(red - green, (red + green) / 2 - blue, 0.2 * (red + green + blue))
+    """How different two colours look, hue counting most; greys have none."""
+    (hue, strength, light), (second, weaker, darker) = (
+        colorsys.rgb_to_hsv(*(x / 255 for x in c)) for c in (one, other)
+    )
+    angles = [cmath.rect(float(s >= GREY), 2 * math.pi * h) for h, s in ((hue, strength), (second, weaker))]
+    return abs(angles[0] - angles[1]) + 0.2 * abs(strength - weaker) + 0.1 * abs(light - darker)
 
 
 def small(ids: UInt8, side: int) -> UInt8:
