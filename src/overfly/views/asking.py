@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from overfly.views.gauges import Gauges
 from overfly.views.kept import Answer, Kept, Map
@@ -14,6 +16,8 @@ from overfly.views.networks import Network
 from overfly.views.panels import displayed
 from overfly.views.prediction import predict
 from overfly.views.uploads import Picture, checked, read, stored
+
+T = TypeVar("T")
 
 
 class Desk:
@@ -33,7 +37,15 @@ class Desk:
         self.scenes = list(scenes)
         self.kept = Kept(limits.kept)
         self.room = Room(2 * limits.pixels)
+        self._pool: ThreadPoolExecutor | None = None
         self.gauges = Gauges(lambda: sum(network.waiting for network in networks))
+
+    async def work(self, task: Callable[[float], T]) -> T:
+        """What a task gives that is told its deadline, done by a thread while others are served."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.limits.queue, thread_name_prefix="requests")
+        deadline = time.monotonic() + self.limits.seconds
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: task(deadline))
 
     def upload(self, file: BinaryIO, networks: Sequence[Network], deadline: float) -> tuple[Picture, dict[str, Answer]]:
         """What some networks say of an image that somebody sent.
@@ -69,12 +81,11 @@ class Desk:
         """Keep maps to be looked at."""
         return self.kept.add(displayed(picture.image), picture.place, answers)
 
-    def deadline(self) -> float:
-        """When a request that begins now must be done, on the clock of `time.monotonic`."""
-        return time.monotonic() + self.limits.seconds
-
     def close(self) -> None:
-        """Let go of all networks."""
+        """Let go of all networks and threads; the next request begins anew."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
         for network in self.networks.values():
             network.close()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal, TypeVar
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, HTTPException, Query, UploadFile
 from fastapi import Path as InPath
@@ -20,11 +20,12 @@ from overfly.views.kept import Answer, Map
 from overfly.views.networks import Network
 from overfly.views.tiles import Layer, depth, geotiff, tile
 
-T = TypeVar("T")
 Kind = Literal["png", "tiff", "json"]
 Key = Annotated[str, InPath(max_length=64, description="What `POST /maps` named the map.")]
 Which = Annotated[str | None, Form(max_length=64, description="Key of a network; left out, the first.")]
 Layers = Literal["image", "classes", "doubt"]
+AGAIN = 1.0
+"""Seconds after which a live picture that stands still is sent again."""
 PROBLEM = "What is wrong, and what to do."
 
 
@@ -86,21 +87,16 @@ UPLOADED = problems(400, 401, 403, 404, 408, 413, 429, 503)
 ASKED = problems(401, 403, 404)
 
 
-def router(desk: Desk, pool: ThreadPoolExecutor, frames: Frames | None) -> APIRouter:
+def router(desk: Desk, frames: Frames | None) -> APIRouter:
     """All routes of the API.
 
     Args:
         desk: the networks.
-        pool: threads that work on images.
         frames: the live picture, where there is one.
     """
     routes = APIRouter()
 
-    async def work(task: Callable[[float], T]) -> T:
-        deadline = desk.deadline()
-        return await asyncio.get_running_loop().run_in_executor(pool, lambda: task(deadline))
-
-    _predict_routes(routes, desk, work)
+    _predict_routes(routes, desk)
     _map_routes(routes, desk)
 
     @routes.get("/networks", responses=problems(401, 403))
@@ -136,7 +132,7 @@ def router(desk: Desk, pool: ThreadPoolExecutor, frames: Frames | None) -> APIRo
     return routes
 
 
-def _predict_routes(routes: APIRouter, desk: Desk, work: Callable[[Callable[[float], Any]], Any]) -> None:
+def _predict_routes(routes: APIRouter, desk: Desk) -> None:
     kinds = _binary("image/png", "image/tiff", "application/json")
 
     @routes.post("/predict", response_class=Response, responses=UPLOADED | kinds)
@@ -158,8 +154,7 @@ def _predict_routes(routes: APIRouter, desk: Desk, work: Callable[[Callable[[flo
                 return _file(geotiff(found.found.ids, found.classes, picture.place), "tiff")
             return _file(png(found.found.ids, found.classes, clear=True), "png")
 
-        response: Response = await work(task)
-        return response
+        return await desk.work(task)
 
     @routes.post("/maps", status_code=201, responses=UPLOADED)
     async def make_map(
@@ -169,8 +164,7 @@ def _predict_routes(routes: APIRouter, desk: Desk, work: Callable[[Callable[[flo
     ) -> MapFacts:
         """Predict an image and keep the maps for a while, to be looked at and downloaded."""
         chosen = _both(desk, network, other)
-        found: MapFacts = await work(lambda deadline: described(desk.keep(*desk.upload(image.file, chosen, deadline))))
-        return found
+        return await desk.work(lambda deadline: described(desk.keep(*desk.upload(image.file, chosen, deadline))))
 
     @routes.post("/scenes/{number}", status_code=201, responses=UPLOADED)
     async def make_map_of_scene(
@@ -183,8 +177,7 @@ def _predict_routes(routes: APIRouter, desk: Desk, work: Callable[[Callable[[flo
             raise HTTPException(404, "there is no such picture; /networks and the page list what there is")
         chosen = _both(desk, network, other)
         path = desk.scenes[number]
-        found: MapFacts = await work(lambda deadline: described(desk.keep(*desk.ask(path, chosen, deadline))))
-        return found
+        return await desk.work(lambda deadline: described(desk.keep(*desk.ask(path, chosen, deadline))))
 
 
 def _map_routes(routes: APIRouter, desk: Desk) -> None:
@@ -265,18 +258,23 @@ def _hex(colour: Sequence[int]) -> str:
 
 
 async def _parts(frames: Frames, watchers: asyncio.Semaphore) -> AsyncIterator[bytes]:
-    """Frames as parts of one endless answer; no thread is held while there is none."""
+    """Frames as parts of one endless answer; no thread is held while there is none.
+
+    The line that ends a frame follows it at once, since browsers show a frame when they see that line. A frame that
+    stays the newest is sent again every second: so a watcher who has gone is noticed.
+    """
     async with watchers:
-        last = 0
+        last, sent = 0, time.monotonic()
+        yield b"--frame\r\n"
         while not frames.closed:
-            frame = frames.newest(last)
+            again = time.monotonic() - sent > AGAIN
+            frame = frames.newest(0 if again else last)
             if frame is None:
                 await asyncio.sleep(0.01)
                 continue
-            last = frame.number
-            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(frame.jpeg)}\r\n\r\n"
-            yield head.encode("ascii") + frame.jpeg + b"\r\n"
-        yield b"--frame--\r\n"
+            last, sent = frame.number, time.monotonic()
+            head = f"Content-Type: image/jpeg\r\nContent-Length: {len(frame.jpeg)}\r\n\r\n"
+            yield head.encode("ascii") + frame.jpeg + b"\r\n--frame\r\n"
 
 
 def _network(desk: Desk, key: str | None) -> Network:

@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -55,14 +54,12 @@ def application(
     """
     bounds = limits or Limits()
     desk = Desk(networks, bounds, scenes)
-    pool = ThreadPoolExecutor(bounds.queue, thread_name_prefix="requests")
 
     @asynccontextmanager
     async def alive(app: FastAPI) -> AsyncIterator[None]:
         del app
         yield
         desk.close()
-        pool.shutdown(cancel_futures=True)
 
     app = FastAPI(
         title="overfly",
@@ -72,7 +69,7 @@ def application(
         redoc_url=None,
         lifespan=alive,
     )
-    app.include_router(router(desk, pool, frames), tags=["api"])
+    app.include_router(router(desk, frames), tags=["api"])
     app.include_router(html_router(desk, frames is not None), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(OverflyError, _sentence)
