@@ -117,7 +117,7 @@ def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path)
     assert adapted.opened().facts.classes.names[0] == "background"
     (file,) = runs.glob("*/best.safetensors")
     (alone,) = offer([str(file)])
-    assert alone.about["network"] == "lraspp_mobilenet_v2"
+    assert alone.about["model"] == "lraspp_mobilenet_v2"
 
 
 @pytest.mark.parametrize(

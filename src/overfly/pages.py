@@ -178,7 +178,7 @@ def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> 
         else:
             predictor = predictor_of(path, backend=backend, device=device)
             facts = predictor.facts
-            about = {"network": facts.architecture, "runtime": predictor.backend}
+            about = {"model": facts.architecture, "runtime": predictor.backend}
             title = path.name
             found[path.resolve()] = Network(str(len(found)), title, partial(_same, predictor), None, about)
     return list(found.values())
@@ -198,7 +198,7 @@ def _same(predictor: Predictor) -> Predictor:
 def _about(run: Run) -> dict[str, str]:
     recipe = run.recipe
     scores = run.scores
-    shown = {"network": recipe.model.name, "method": recipe.method.name}
+    shown = {"model": recipe.model.name, "method": recipe.method.name}
     shown |= {"folder": run.path.name}
     shown |= {role: domain.title for role in ("source", "target") if (domain := getattr(recipe, role)) is not None}
     for role in ("source", "target"):
