@@ -19,6 +19,7 @@ from overfly.data.domain import Split
 from overfly.imagery import data_check, data_draw, data_fetch, data_stats
 from overfly.mapping import predict
 from overfly.models.registry import build
+from overfly.pages import report, serve
 from overfly.recipe import load
 from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
 from overfly.scoring.samples import Samples
@@ -42,6 +43,8 @@ __all__ = [
     "evaluate",
     "list_kinds",
     "predict",
+    "report",
+    "serve",
     "speed",
     "train",
     "validate",

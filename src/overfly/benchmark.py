@@ -256,11 +256,7 @@ def tabulate(
     changed: Sequence[str] = (),
 ) -> Table:
     """The table of finished and scored runs."""
-    rows: list[Row] = []
-    for path, runs in done.items():
-        version = sum(row.model == runs[0].recipe.model.name for row in rows)
-        row = _row(path, runs, version, split)
-        rows.append(row.model_copy(update={"gap_closed": _gap_closed(runs, done.values(), split)}))
+    rows = compared(done, split)
     networks = []
     for name in dict.fromkeys(row.model for row in rows):
         recipe = next(runs[0].recipe for runs in done.values() if runs[0].recipe.model.name == name)
@@ -280,6 +276,15 @@ def tabulate(
         data=tuple(dict.fromkeys(map(_origin, places))),
         changed=tuple(changed),
     )
+
+
+def compared(done: Mapping[Path, Sequence[Run]], split: Split) -> list[Row]:
+    """The rows of a table: what finished runs scored, by recipe, and what share of the gap each closed."""
+    rows: list[Row] = []
+    for path, runs in done.items():
+        row = _row(path, runs, sum(row.model == runs[0].recipe.model.name for row in rows), split)
+        rows.append(row.model_copy(update={"gap_closed": _gap_closed(runs, done.values(), split)}))
+    return rows
 
 
 def write(table: Table, out: Path) -> None:

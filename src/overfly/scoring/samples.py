@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from overfly.core.records import Array, UInt8
 
@@ -25,6 +26,13 @@ class Sample:
     prediction: UInt8
     label: UInt8 | None = None
     accuracy: float | None = None
+
+
+class Viewer(Protocol):
+    """Who is shown every picture while a split is scored."""
+
+    def show(self, sample: Sample, index: int, total: int) -> None:
+        """Take a picture, its place in the split counted from 0, and how many there are."""
 
 
 class Samples:
@@ -76,4 +84,4 @@ class Samples:
         return sum(1 for _ in self)
 
 
-__all__ = ["Sample", "Samples"]
+__all__ = ["Sample", "Samples", "Viewer"]

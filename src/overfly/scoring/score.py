@@ -18,7 +18,7 @@ from overfly.core.errors import DataError, NotFiniteError, RecipeError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.ops.windows import sliding
-from overfly.scoring.samples import Sample, Samples
+from overfly.scoring.samples import Sample, Samples, Viewer
 from overfly.scoring.scores import Protocol, Scores, Tally, number, summarise
 
 
@@ -42,7 +42,7 @@ def score(
     device: torch.device | str = "cpu",
     batch: int = 1,
     boundary_width: int = 5,
-    samples: Samples | None = None,
+    samples: Viewer | None = None,
     on_image: Callable[[int, int], None] | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -62,7 +62,7 @@ def score(
         device: where the network runs.
         batch: windows, or whole pictures of equal size, in one forward pass.
         boundary_width: width of the band of Boundary IoU, in pixels of the label.
-        samples: keeps a few pictures to draw.
+        samples: is shown every picture with its prediction, such as `Samples`, which keeps a few to draw.
         on_image: called with (pictures done, pictures in all) after each.
         workers: threads that read ahead; 0 reads in turn.
         shard: (rank, ranks): this process scores every ``ranks``-th picture, and all get the scores of the sum.

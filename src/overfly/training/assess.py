@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -61,17 +61,34 @@ def assess(
         run.segmenter(checkpoint), domain, split,
         resize=run.recipe.resize, device=device, window=chosen, overlap=overlap, samples=samples, workers=workers,
     )  # fmt: skip
-    scores = run.scores
-    opened = scores.get("labels_opened", {})
-    before = opened.get(f"{key}/{split}", {"times": 0, "images": 0})
-    opened[f"{key}/{split}"] = {"times": before["times"] + 1, "images": before["images"] + found.labels_opened}
+    scores = _opened(run, key, split, found.labels_opened)
     place = scores if checkpoint is None else scores.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
     place[f"{key}/{split}"] = found.model_dump(mode="json")
-    scores["labels_opened"] = opened
     run.record("scores.json", scores)
     step = run_length(run) if checkpoint is None else checkpoint
     run.journal.write(step, event="scored", domain=key, split=split, miou=found.miou)
     return found
+
+
+def note_opened(run: Run, key: str, split: Split, images: int) -> None:
+    """Write down that labels were read for something else than scores, such as pictures of a report.
+
+    Args:
+        run: whose ``scores.json``.
+        key: source or target.
+        split: which pictures.
+        images: labels that were read.
+    """
+    run.record("scores.json", _opened(run, key, split, images))
+
+
+def _opened(run: Run, key: str, split: Split, images: int) -> dict[str, Any]:
+    """What ``scores.json`` holds, labels of a split counted as opened once more."""
+    scores = run.scores
+    opened = scores.setdefault("labels_opened", {})
+    before = opened.get(f"{key}/{split}", {"times": 0, "images": 0})
+    opened[f"{key}/{split}"] = {"times": before["times"] + 1, "images": before["images"] + images}
+    return scores
 
 
 def recorded(run: Run, key: str, split: Split, domain: Domain, checkpoint: int | None = None) -> Scores | None:

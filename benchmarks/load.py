@@ -1,0 +1,165 @@
+"""The page under load: many clients send images to a server on this machine for a while.
+
+python benchmarks/load.py runs/NAME --clients 32 --seconds 60 --out docs/results
+python benchmarks/load.py runs/NAME --queue 40      # no client is turned away
+
+Counts answers by status, times those that were answered, and reads the server's resident memory every half second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from overfly.core.device import describe
+from overfly.data.domain import Domain
+
+BOUNDARY = "overfly-load"
+WARM = 15.0
+"""Seconds after which memory is expected to stay as it is."""
+
+
+def body(image: Any) -> bytes:
+    """A multipart request that holds an image."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    return head.encode() + file.getvalue() + f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+def client(place: tuple[str, int], bodies: list[bytes], until: float, seen: list[tuple[int | str, float]]) -> None:
+    """Send one image after another; wait as long as the server says where it is full."""
+    number = 0
+    while time.monotonic() < until:
+        start = time.monotonic()
+        connection = http.client.HTTPConnection(*place, timeout=120)
+        try:
+            headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+            connection.request("POST", "/predict", bodies[number % len(bodies)], headers)
+            answer = connection.getresponse()
+            answer.read()
+            seen.append((answer.status, time.monotonic() - start))
+            if answer.status == 429:
+                time.sleep(min(float(answer.headers["retry-after"]), max(0.0, until - time.monotonic())))
+        except (OSError, http.client.HTTPException) as error:
+            seen.append((type(error).__name__, time.monotonic() - start))
+        finally:
+            connection.close()
+        number += 1
+
+
+def resident(process: int) -> float:
+    """Memory of a process in units of 10⁶ bytes."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")
+
+
+def measure(settings: argparse.Namespace) -> dict[str, Any]:
+    """Start a server, load it, and say what was seen."""
+    command = [
+        sys.executable,
+        "-m",
+        "overfly.cli",
+        "serve",
+        settings.run,
+        "--port",
+        "0",
+        "--queue",
+        str(settings.queue),
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        line = server.stderr.readline()
+        address = urlsplit(next(word for word in line.split() if word.startswith("http")).rstrip(";"))
+        place = (str(address.hostname), int(address.port or 0))
+        domain = Domain.model_validate({"name": "drawn", "scene": "rural", "size": settings.size, "val": 8})
+        bodies = [body(domain.read_image(item)) for item in domain.items("val")]
+        seen: list[tuple[int | str, float]] = []
+        client(place, bodies, time.monotonic() + 0.01, [])
+        begun = time.monotonic()
+        threads = [
+            threading.Thread(target=client, args=(place, bodies, begun + settings.seconds, seen))
+            for _ in range(settings.clients)
+        ]
+        for thread in threads:
+            thread.start()
+        memory = []
+        while any(thread.is_alive() for thread in threads):
+            memory.append((time.monotonic() - begun, resident(server.pid)))
+            time.sleep(0.5)
+        took = time.monotonic() - begun
+        for thread in threads:
+            thread.join()
+    finally:
+        server.terminate()
+        server.wait(20)
+    return figures(settings, seen, memory, took, len(bodies[0]))
+
+
+def figures(
+    settings: argparse.Namespace,
+    seen: list[tuple[int | str, float]],
+    memory: list[tuple[float, float]],
+    took: float,
+    size: int,
+) -> dict[str, Any]:
+    """What was seen, in figures."""
+    good = np.asarray([seconds for status, seconds in seen if status == 200]) * 1e3
+    full = np.asarray([seconds for status, seconds in seen if status == 429] or [np.nan]) * 1e3
+    statuses = {
+        str(status): sum(each == status for each, _ in seen) for status in dict.fromkeys(each for each, _ in seen)
+    }
+    warm = [megabytes for when, megabytes in memory if when >= WARM]
+    thirds = [float(np.median(part)) for part in np.array_split(np.asarray(warm), 3)] if len(warm) >= 3 else []
+    return {
+        "clients": settings.clients,
+        "seconds": round(took, 1),
+        "image": [settings.size, settings.size],
+        "request_bytes": size,
+        "queue": settings.queue,
+        "answers": statuses,
+        "errors": sum(count for status, count in statuses.items() if status not in ("200", "429")),
+        "images_per_second": round(len(good) / took, 2),
+        "p50_ms": round(float(np.percentile(good, 50)), 1),
+        "p95_ms": round(float(np.percentile(good, 95)), 1),
+        "p99_ms": round(float(np.percentile(good, 99)), 1),
+        "refusal_p95_ms": round(float(np.nanpercentile(full, 95)), 1) if np.isfinite(full).any() else None,
+        "memory_mb_thirds": [round(value, 1) for value in thirds],
+        "memory_mb_most": round(max(megabytes for _, megabytes in memory), 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--queue", type=int, default=16)
+    parser.add_argument("--out", type=Path)
+    settings = parser.parse_args()
+    found = measure(settings)
+    found["machine"] = describe("cpu") | {"load_average": [round(value, 2) for value in os.getloadavg()]}
+    print(json.dumps(found, indent=2))
+    if settings.out is not None:
+        settings.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What the API does with pages: a report in one file, and a server to look at runs and predictions in a browser."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from overfly.arguments import LARGEST, see_bounds
+from overfly.core import device as machines
+from overfly.core.errors import DataError, MissingExtraError, RecipeError, RunError
+from overfly.data.domain import Split
+from overfly.data.headers import SUFFIXES
+from overfly.deploy.backends import Backend, Predictor
+from overfly.findings import findings, in_words, runs_of
+from overfly.opening import predictor_of
+from overfly.training.run import Run
+from overfly.views.limits import Limits
+from overfly.views.networks import Network
+from overfly.views.report import render
+
+__all__ = ["offer", "report", "serve"]
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A report."""
+
+    path: Path
+    recipes: int
+    labels_opened: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        size = self.path.stat().st_size / 1e6
+        yield f"labels read for its pictures: {self.labels_opened}"
+        yield f"written: {self.path} ({self.recipes} recipes, {size:.1f} MB); open it in any browser"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that was stopped."""
+
+    address: str
+
+    def __rich__(self) -> str:
+        return f"stopped: {self.address}"
+
+
+def report(
+    runs: list[str],
+    *,
+    out: Path = Path("report.html"),
+    title: str = "overfly report",
+    split: Split | None = None,
+    labels: bool = True,
+    pictures: int = 40,
+    speed: bool = True,
+    size: int = 512,
+    own_colours: bool = False,
+    device: str = "auto",
+) -> Reported:
+    """Write one HTML file about some runs: table, gap closed, classes, pictures, confusion, curves, verdict, speed.
+
+    The file holds everything it shows, asks no network, and reads on a phone, in the dark and on paper.
+
+    Args:
+        runs: folders of runs, or folders of such; those of one recipe with several seeds become one row.
+        out: the file to write.
+        title: heading of the page.
+        split: the split whose scores are shown; left out, the one that most of the runs were scored on.
+        labels: open the labels of val to find the worst and the best pictures; scores.json of each run counts it.
+        pictures: how many pictures of val to choose from, evenly spread; 0: no pictures.
+        speed: time the networks on this machine.
+        size: side of the image that size and speed of the networks are given for.
+        own_colours: paint classes in the colours that they bring, instead of ones that the colour-blind can tell apart.
+        device: auto, cpu, cuda, cuda:1 or mps.
+
+    Returns:
+        The file.
+    """
+    see_bounds({"pictures": (pictures, 0, 10**6), "size": (size, 8, LARGEST)})
+    if out.is_dir() or not out.parent.is_dir():
+        raise RecipeError(f"{out} cannot be written: give --out a file's name in a folder that is there")
+    found = findings(
+        runs, title=title, split=split, labels=labels, limit=pictures, speed=speed, size=size,
+        device=machines.pick(device), own_colours=own_colours,
+    )  # fmt: skip
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(render(found), encoding="utf-8")
+    partial.replace(out)
+    return Reported(out, len(found.entries), sum(gallery.album.opened for gallery in found.galleries))
+
+
+def serve(
+    networks: list[str],
+    *,
+    scenes: list[Path] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    backend: Backend = "auto",
+    device: str = "auto",
+    upload: int = 64,
+    megapixels: float = 9.0,
+    seconds: float = 60.0,
+    queue: int = 16,
+    batch: int = 8,
+) -> Served:
+    """Look at runs and predictions in a browser, and predict images by HTTP, until stopped by Ctrl-C.
+
+    The page lists the networks, compares two of them, and shows an image that is dropped on it with its map. Programs
+    send images to /predict; /docs describes it.
+
+    Args:
+        networks: runs, folders of runs, networks' files (.safetensors) or exported files.
+        scenes: pictures of this machine that the page offers: files, or folders of them.
+        host: address to serve on; any but 127.0.0.1 and localhost needs a token.
+        port: 0 takes one that is free.
+        token: what clients must know, 12 characters or more; or set the environment variable OVERFLY_TOKEN, which other
+            users of the machine cannot see.
+        backend: torch, onnxruntime or openvino; auto takes the one that each file is made for.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        upload: megabytes that a request may have.
+        megapixels: million pixels that an image may have.
+        seconds: time that a request may take.
+        queue: requests at the same time; the next is told to come back later (429).
+        batch: images that go through the network together.
+
+    Returns:
+        Nothing to speak of; it runs until it is stopped.
+    """
+    see_bounds({"port": (port, 0, 65535), "upload": (upload, 1, 10**5), "queue": (queue, 1, 1000)})
+    see_bounds({"batch": (batch, 4, 256)})
+    if not 0.01 <= megapixels <= 1000 or not 0.1 <= seconds <= 86400:
+        raise RecipeError("--megapixels goes from 0.01 to 1000 and --seconds from 0.1 to 86400; correct the one given")
+    token = token or os.environ.get("OVERFLY_TOKEN") or None
+    _see_token(host, token)
+    server = _server_module()
+    limits = Limits(
+        upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue, batch=batch
+    )  # fmt: skip
+    offered = offer(networks, backend, device)
+    app = server.application(offered, limits=limits, token=token, scenes=_pictures(scenes or []))
+    with contextlib.closing(server.bound(host, port)) as place:
+        where = server.address(place)
+        print(f"overfly: {len(offered)} network(s) at {where}; Ctrl-C stops it", file=sys.stderr, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(app, place)
+    return Served(where)
+
+
+def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> list[Network]:
+    """The networks that some paths mean, for a server; each is loaded when it is first asked.
+
+    Raises:
+        OverflyError: a path means none, or a file cannot be loaded.
+    """
+    found: dict[Path, Network] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            runs = [run for run in runs_of([path]) if run.finished or (run.path / "best.safetensors").is_file()]
+            if not runs:
+                raise RunError(f"{path} has no finished run; finish one with overfly train, or give another folder")
+            for run in runs:
+                if run.path.resolve() in found:
+                    continue
+                opened = partial(predictor_of, run.path, backend=backend, device=device)
+                title = _title(run, found.values())
+                found[run.path.resolve()] = Network(str(len(found)), title, opened, run, _about(run))
+        else:
+            predictor = predictor_of(path, backend=backend, device=device)
+            facts = predictor.facts
+            about = {"model": facts.architecture, "runtime": predictor.backend}
+            title = path.name
+            found[path.resolve()] = Network(str(len(found)), title, partial(_same, predictor), None, about)
+    return list(found.values())
+
+
+def _title(run: Run, others: Collection[Network]) -> str:
+    """What a run is called on pages: different from all others."""
+    words = f"{in_words(run.recipe)}, seed {run.recipe.seed}"
+    taken = {each.title for each in others}
+    return words if words not in taken else run.path.name
+
+
+def _same(predictor: Predictor) -> Predictor:
+    return predictor
+
+
+def _about(run: Run) -> dict[str, str]:
+    recipe = run.recipe
+    scores = run.scores
+    shown = {"model": recipe.model.name, "method": recipe.method.name}
+    shown |= {"folder": run.path.name}
+    shown |= {role: domain.title for role in ("source", "target") if (domain := getattr(recipe, role)) is not None}
+    for role in ("source", "target"):
+        for split in ("val", "test"):
+            miou = scores.get(f"{role}/{split}", {}).get("miou")
+            if isinstance(miou, float) and f"mIoU {role}" not in shown:
+                shown[f"mIoU {role}"] = f"{100 * miou:.1f} ({split})"
+    return shown
+
+
+def _see_token(host: str, token: str | None) -> None:
+    """Refuse an open door."""
+    if token is None and host not in ("127.0.0.1", "localhost", "::1"):
+        raise RecipeError(f"--host {host} lets other machines in, so it needs a --token, 12 characters or more")
+    if token is not None and len(token) < 12:
+        raise RecipeError("the token is too short; take 12 characters or more, such as: openssl rand -hex 16")
+
+
+def _pictures(scenes: list[Path]) -> list[Path]:
+    """The files that some paths mean."""
+    found: list[Path] = []
+    for path in scenes:
+        if not path.exists():
+            raise DataError(f"{path} is not there; give --scenes files or folders of pictures")
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        found += [file for file in files if file == path or file.suffix.lower() in SUFFIXES]
+    return found
+
+
+def _server_module() -> ModuleType:
+    """The web server's code, which stands on packages of an extra."""
+    for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "serve", "serving")
+    return importlib.import_module("overfly.views.server")

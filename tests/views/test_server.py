@@ -1,0 +1,212 @@
+"""The server as a program sees it, in this process."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from offered import CLASSES, bright, encoded, inverted, network, ramp
+from PIL import Image
+from starlette.testclient import TestClient
+
+from overfly.deploy.backends import Floats
+from overfly.views.frames import Frames
+from overfly.views.limits import Limits
+from overfly.views.server import application, start
+
+BASE = "http://127.0.0.1:8000"
+
+
+def served(limits: Limits | None = None, **changes: Any) -> TestClient:
+    networks = changes.pop("networks", None) or [network("0"), network("1", inverted)]
+    return TestClient(application(networks, limits=limits, **changes), base_url=BASE)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with served() as found:
+        yield found
+
+
+def ask(client: TestClient, image: bytes, name: str = "a.png", **form: str) -> Any:
+    return client.post("/predict", files={"image": (name, image)}, data=form)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 50), (1, 1), (200, 130), (64, 64), (3, 300)])
+def test_an_image_becomes_its_map(client: TestClient, height: int, width: int) -> None:
+    image = ramp(height, width)
+    found = ask(client, encoded(image))
+    assert found.status_code == 200
+    assert found.headers["content-type"] == "image/png"
+    ids = np.asarray(Image.open(io.BytesIO(found.content)))
+    np.testing.assert_array_equal(ids, image[..., 0] > 127)
+
+
+def test_shares_and_the_other_network(client: TestClient) -> None:
+    image = encoded(np.full((20, 20, 3), 200, np.uint8))
+    one = ask(client, image, answer="json").json()
+    other = ask(client, image, answer="json", network="1").json()
+    assert [each["share"] for each in one["classes"]] == [0.0, 1.0]
+    assert [each["share"] for each in other["classes"]] == [1.0, 0.0]
+    assert one["classes"][1]["name"] == CLASSES.names[1]
+
+
+def test_a_geotiff_keeps_its_place_and_its_holes(client: TestClient, tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    image = np.moveaxis(ramp(70, 90), -1, 0).copy()
+    image[:, :10, :10] = 0
+    transform = rasterio.Affine(0.5, 0.0, 500000.0, 0.0, -0.5, 3500000.0)
+    path = tmp_path / "scene.tif"
+    settings = {"height": 70, "width": 90, "count": 3, "dtype": "uint8", "nodata": 0}
+    with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32650", transform=transform, **settings) as file:
+        file.write(image)
+    found = ask(client, path.read_bytes(), "../../etc/passwd", answer="tiff")
+    assert found.status_code == 200
+    assert found.headers["content-disposition"] == 'attachment; filename="map.tif"'
+    with rasterio.MemoryFile(found.content) as memory, memory.open() as file:
+        assert file.crs.to_epsg() == 32650
+        assert file.transform == transform
+        ids = file.read(1)
+    assert (ids[:10, :10] == 255).all()
+    np.testing.assert_array_equal(ids[20:, 20:], image[0, 20:, 20:] > 127)
+
+
+def test_maps_are_kept_looked_at_and_downloaded(client: TestClient) -> None:
+    files = {"image": ("x", encoded(ramp(300, 400)))}
+    made = client.post("/maps", files=files, data={"network": "0", "other": "1"})
+    assert made.status_code == 201
+    facts = made.json()
+    assert (facts["width"], facts["height"], facts["depth"]) == (400, 300, 1)
+    assert [each["network"] for each in facts["predictions"]] == ["0", "1"]
+    key = facts["key"]
+    assert client.get(f"/maps/{key}").json() == facts
+    assert client.get(f"/map/{key}").status_code == 200
+    for layer in ("image", "classes", "doubt"):
+        tile = client.get(f"/maps/{key}/tiles/{layer}/1/1/1", params={"network": "1"})
+        assert Image.open(io.BytesIO(tile.content)).size == (256, 256)
+    assert client.get(f"/maps/{key}/tiles/image/1/2/0").status_code == 404
+    kept = client.get(f"/maps/{key}/file", params={"network": "1", "answer": "png"})
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(kept.content))), ramp(300, 400)[..., 0] < 128)
+    assert client.get("/maps/nothing").status_code == 404
+    assert client.get("/map/nothing").status_code == 404
+    assert client.get(f"/maps/{key}/file", params={"network": "9"}).status_code == 404
+
+
+def test_old_maps_go_when_new_ones_come() -> None:
+    with served(Limits(kept=3 * 2 * 100)) as client:
+        keys = []
+        for _ in range(5):
+            made = client.post("/maps", files={"image": ("x", encoded(ramp(10, 10)))})
+            keys.append(made.json()["key"])
+        there = [client.get(f"/maps/{key}").status_code for key in keys]
+    assert there == [404, 404, 200, 200, 200]
+
+
+def _bomb(side: int) -> bytes:
+    """A PNG of side × side pixels in a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (_bomb(50_000), "pixels"),
+        (_bomb(3100), "this server takes"),
+        (_bomb(100), "truncated or damaged"),
+        (b"", "empty"),
+        (b"hello", "text"),
+        (encoded(ramp())[:100], "truncated"),
+        (encoded(ramp()[..., 0]), "1 bands"),
+    ],
+)
+def test_what_is_no_image_is_told_so_and_never_by_its_path(client: TestClient, image: bytes, words: str) -> None:
+    found = ask(client, image)
+    assert found.status_code == 400
+    assert words in found.json()["detail"]
+    assert "overfly-" not in found.json()["detail"]
+    assert "/tmp" not in found.json()["detail"]  # noqa: S108
+
+
+def test_a_request_has_its_time_and_the_server_goes_on() -> None:
+    held = threading.Event()
+
+    def slow(images: Floats) -> Floats:
+        held.wait(5)
+        return bright(images)
+
+    with served(Limits(seconds=0.3), networks=[network("0", slow)]) as client:
+        start_ = time.monotonic()
+        found = ask(client, encoded(ramp()))
+        assert found.status_code == 503
+        assert time.monotonic() - start_ < 3
+        held.set()
+        assert ask(client, encoded(ramp())).status_code == 200
+
+
+def test_pages_name_networks_and_escape_them(client: TestClient) -> None:
+    page = client.get("/").text
+    assert "network 1" in page
+    assert "<b>bright" not in page
+    assert client.get("/compare", params={"one": "0", "other": "1"}).status_code == 200
+    assert client.get("/compare", params={"one": "0", "other": "<b>"}).status_code == 404
+    assert client.get("/docs").status_code == 200
+    assert "/predict" in client.get("/openapi.json").json()["paths"]
+    assert client.get("/live").status_code == 200
+    for path in ("/static/../server.py", "/static/%2e%2e/server.py", "/static/vendor/../../server.py"):
+        assert client.get(path).status_code == 404
+
+
+def test_own_pictures_are_offered_by_number(tmp_path: Path) -> None:
+    (tmp_path / "scene <1>.png").write_bytes(encoded(ramp()))
+    with served(scenes=[tmp_path / "scene <1>.png"]) as client:
+        assert "scene &lt;1&gt;.png" in client.get("/").text
+        assert client.post("/scenes/0", params={"other": "1"}).status_code == 201
+        assert client.post("/scenes/1").status_code == 404
+
+
+def test_what_happens_is_counted() -> None:
+    with served() as client:
+        ask(client, encoded(ramp(40, 50)))
+        ask(client, b"nothing")
+        client.get("/nowhere")
+        lines = client.get("/metrics").text.splitlines()
+    assert 'overfly_requests_total{method="POST",route="/predict",status="200"} 1.0' in lines
+    assert 'overfly_requests_total{method="POST",route="/predict",status="400"} 1.0' in lines
+    assert 'overfly_requests_total{method="GET",route="other",status="404"} 1.0' in lines
+    assert "overfly_pixels_total 2000.0" in lines
+    assert "overfly_batch_images_count 1.0" in lines
+
+
+def test_the_live_picture_is_a_stream_of_frames() -> None:
+    frames = Frames()
+    running = start(application([network()], frames=frames))
+    try:
+        frames.put(b"first")
+        with httpx.stream("GET", f"{running.address}stream", timeout=10) as answer:
+            assert answer.headers["content-type"] == "multipart/x-mixed-replace; boundary=frame"
+            parts, seen = answer.iter_bytes(), b""
+            while b"first\r\n--frame\r\n" not in seen:
+                seen += next(parts)
+            frames.put(b"second")
+            while b"second\r\n--frame\r\n" not in seen:
+                seen += next(parts)
+            frames.close()
+            assert b"first" not in b"".join(parts)
+            assert seen.count(b"Content-Type: image/jpeg") >= 2
+        assert httpx.get(f"{running.address}stream").status_code == 404
+    finally:
+        running.stop()
