@@ -31,7 +31,7 @@ class Deployed(nn.Module):
     Args:
         segmenter: the trained network; it is left alone.
         answer: what the graph gives.
-        half: the network computes in float16; normalisation and answer stay in float32.
+        dtype: what the network computes in; normalisation and answer stay in float32.
         resize: side of the square that images are resized to before the network; its scores are brought back to the
             image's own size.
         fixed: images have one size, whose sides are multiples of the network's stride or not; else any size goes.
@@ -48,20 +48,21 @@ class Deployed(nn.Module):
         segmenter: Segmenter,
         *,
         answer: Answer = "probabilities",
-        half: bool = False,
+        dtype: torch.dtype = torch.float32,
         resize: int | None = None,
         fixed: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         lighter = segmenter.without_training_heads().eval().cpu().float().requires_grad_(False)
         network = fold_batch_norm(lighter.network, segmenter.bands)
-        self.answer, self.half_precision, self.resize, self.fixed = answer, half, resize, fixed
+        self.answer, self.dtype, self.resize, self.fixed = answer, dtype, resize, fixed
         self.stride = segmenter.stride
         self.register_buffer("mean", lighter.mean.clone())
         self.register_buffer("std", lighter.std.clone())
         # the convolution pads with 0, which is the mean once it is subtracted: only the division can move into it
-        self.divides = half or not fold_division(network, lighter.std)
-        self.network = network.half() if half else network
+        self.divides = dtype != torch.float32 or not fold_division(network, lighter.std)
+        self.network = network.to(dtype)
+        self.head = Head(answer)
 
     def forward(self, image: Tensor) -> Tensor:
         """The answer at the image's size."""
@@ -74,15 +75,10 @@ class Deployed(nn.Module):
             x = x / self.std
         rows, columns = x.shape[-2:]
         x, whole, padded = self._padded(x, rows, columns)
-        scores = self.network(x.half() if self.half_precision else x).main.float()
-        if self.answer == "probabilities":
-            scores = (scores - scores.amax(1, keepdim=True)).clamp_min(LEAST)
-        scores = F.interpolate(scores, size=whole, mode="bilinear", align_corners=False)
-        if padded:
-            scores = scores[..., :rows, :columns]
-        if self.resize is not None:
-            scores = F.interpolate(scores, size=(height, width), mode="bilinear", align_corners=False)
-        return self._answered(scores)
+        scores = self.network(x.to(self.dtype)).main.float()
+        crop = (rows, columns) if padded else None
+        answer: Tensor = self.head(scores, whole, crop, None if self.resize is None else (height, width))
+        return answer
 
     def _padded(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, int], bool]:
         """Images whose sides are multiples of the stride, by repeating the last pixels; their size; whether they grew.
@@ -95,13 +91,42 @@ class Deployed(nn.Module):
             return x, (rows, columns), False
         return F.pad(x, (0, right, 0, below), mode="replicate"), (rows + below, columns + right), True
 
-    def _answered(self, scores: Tensor) -> Tensor:
+
+class Head(nn.Module):
+    """From class scores at the network's own stride to the answer at the image's size.
+
+    Args:
+        answer: what it gives.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(
+        self, scores: Tensor, whole: tuple[int, int], crop: tuple[int, int] | None, image: tuple[int, int] | None
+    ) -> Tensor:
+        """The answer.
+
+        Args:
+            scores: (B, K, h, w).
+            whole: size that they are interpolated to.
+            crop: size that is cut from it, where the image was padded.
+            image: size that it is then brought to, where the image was resized.
+        """
+        if self.answer == "probabilities":
+            # the largest score of each place is taken away here, where there are 16 to 64 times fewer places: what is
+            # interpolated is at most 0, and no exponential overflows
+            scores = (scores - scores.amax(1, keepdim=True)).clamp_min(LEAST)
+        scores = F.interpolate(scores, size=whole, mode="bilinear", align_corners=False)
+        if crop is not None:
+            scores = scores[..., : crop[0], : crop[1]]
+        if image is not None:
+            scores = F.interpolate(scores, size=image, mode="bilinear", align_corners=False)
         if self.answer == "logits":
             return scores
         if self.answer == "classes":
             return scores.argmax(1).to(torch.uint8)
-        # the largest score of each place was taken away at the network's own stride, where there are 16 to 64 times
-        # fewer places: what is interpolated is at most 0, and no exponential overflows
         odds = scores.exp()
         return odds / odds.sum(1, keepdim=True)
 
@@ -183,4 +208,4 @@ def fold_division(network: Network, std: Tensor) -> bool:
     return True
 
 
-__all__ = ["Answer", "Deployed", "Precision", "fold_batch_norm", "fold_division"]
+__all__ = ["Answer", "Deployed", "Head", "Precision", "fold_batch_norm", "fold_division"]
