@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from overfly.deploy.runtimes import onnxruntime, openvino, openvino_settings
 
 SCORES = "class scores"
 """What the last layer, which gives the class scores at the network's own stride, is called."""
+READERS = ("ReduceMax", "Resize", "Interpolate")
+"""Operators that read the class scores, in ONNX's and OpenVINO's words."""
 Maps = dict[str, Floats]
 """Maps by the layer that gives them, in the order of computing."""
 
@@ -109,7 +111,7 @@ def _in_onnx(path: Path, image: Floats) -> Maps:
     model = package.load(path)
     graph = model.graph
     values: dict[str, str] = {module_name(node.name): node.output[0] for node in graph.node if node.op_type == "Conv"}
-    head = next((node for node in graph.node if "/head/" in f"/{node.name.strip('/')}"), None)
+    head = next((node for node in graph.node if node.name.startswith("/head/") and node.op_type in READERS), None)
     if head is not None:
         values[SCORES] = head.input[0]
     there = {output.name for output in graph.output}
@@ -144,7 +146,7 @@ def _in_openvino(path: Path, image: Floats, made: Made) -> Maps:
         name = operation.get_friendly_name()
         if name.rsplit("/", 1)[-1] == "Conv" and operation.get_output_size() == 1:
             values[module_name(name)] = operation.output(0)
-        if name.startswith("/head/") and operation.get_type_name() != "Constant" and SCORES not in values:
+        if name.startswith("/head/") and operation.get_type_name() in READERS and SCORES not in values:
             values[SCORES] = operation.input_value(0)
     for value in values.values():
         model.add_outputs([value])
@@ -175,5 +177,4 @@ def _in_program(path: Path, image: Floats) -> Maps:
     return found
 
 
-Probe = Callable[[Path, str, Floats, Made], Maps]
 __all__ = ["SCORES", "Layer", "Maps", "differences", "maps_in", "maps_of", "module_name"]
