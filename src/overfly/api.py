@@ -23,6 +23,7 @@ from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, V
 from overfly.scoring.samples import Samples
 from overfly.scoring.speed import measure
 from overfly.scoring.validators import COMMITTEE
+from overfly.shipping import export, hub_load, hub_push
 from overfly.training.assess import assess, labelled, roles
 from overfly.training.carry_out import carry_out
 from overfly.training.engine import Engine, launch, on_main
@@ -37,6 +38,9 @@ __all__ = [
     "data_fetch",
     "data_stats",
     "evaluate",
+    "export",
+    "hub_load",
+    "hub_push",
     "list_kinds",
     "speed",
     "train",

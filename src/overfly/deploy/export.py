@@ -80,8 +80,8 @@ class Exported(Spec):
 
 
 def export(
-    segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence, folder: Path, name: str,
-    *, tell: Callable[[str], None] = print,
+    segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence, *, folder: Path, name: str,
+    tell: Callable[[str], None] = print,
 ) -> tuple[Path, Exported]:  # fmt: skip
     """Write a network for other runtimes, measure it, and give it its name only if it agrees with PyTorch.
 
@@ -109,7 +109,7 @@ def export(
     work.mkdir()
     try:
         tell(f"writing {name}{SUFFIX[made.format]}")
-        file = _write(segmenter, facts, made, evidence, work, name)
+        file = _write(segmenter, facts, made, evidence, work / f"{name}{SUFFIX[made.format]}")
         tell(f"comparing it with PyTorch on {len(evidence.images)} images of {evidence.title}")
         found = _measure(file, segmenter, facts, made, evidence)
         _judge(found, folder / f"{name}.failed.json")
@@ -119,15 +119,13 @@ def export(
     return folder / file.name, found
 
 
-def _write(
-    segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence, work: Path, name: str
-) -> Path:
-    """Write the file into a folder of its own."""
+def _write(segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence, path: Path) -> Path:
+    """Write the file."""
     fixed = (facts.window, facts.window) if facts.fixed else None
     halves = {"onnx": torch.float16, "torch": torch.bfloat16, "openvino": torch.float32}
     dtype = halves[made.format] if made.precision == "16" else torch.float32
     deployed = Deployed(segmenter, answer=made.answer, dtype=dtype, resize=made.resize, fixed=fixed).eval()
-    path, metadata = work / f"{name}{SUFFIX[made.format]}", entries(facts, made)
+    metadata = entries(facts, made)
     if made.format == "torch":
         return write_torch(deployed, path, facts.bands, metadata)
     if made.answer == "probabilities":
@@ -156,20 +154,16 @@ def _measure(file: Path, segmenter: Segmenter, facts: Facts, made: Made, evidenc
     truth_of_torch = None if evidence.truth is None else miou(reference, evidence.truth)[0]
     predictors = runtimes_of(file, made)
     parity = [
-        compare(
-            file, predictor, made, reference, graph, evidence.images,
+        compare(file, predictor, made, reference=reference, deployed=graph, images=evidence.images,
             truth=evidence.truth, truth_of_torch=truth_of_torch,
         )
         for predictor in predictors
     ]  # fmt: skip
     side = facts.window
-    image = torch.rand(1, facts.bands, side, side, generator=torch.Generator().manual_seed(0)).numpy() * facts.peak
+    image = (facts.peak * torch.rand(1, facts.bands, side, side, generator=torch.Generator().manual_seed(0))).numpy()
     runs: dict[str, Callable[[], Any]] = {"torch eager": partial(reference, image)}
-    runs |= {f"{predictor.backend}": partial(predictor, image) for predictor in predictors}
-    if all(not each.beyond for each in parity):
-        latency = take_turns(runs, rounds=ROUNDS, seconds=SECONDS)
-    else:
-        latency = {}
+    runs |= {predictor.backend: partial(predictor, image) for predictor in predictors}
+    agrees = not any(each.beyond for each in parity)
     return Exported(
         file=file.name,
         bytes=sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists()),
@@ -179,7 +173,7 @@ def _measure(file: Path, segmenter: Segmenter, facts: Facts, made: Made, evidenc
         images=evidence.title,
         calibration_images=len(evidence.calibration) if made.precision == "int8" else 0,
         parity=tuple(parity),
-        latency=latency,
+        latency=take_turns(runs, rounds=ROUNDS, seconds=SECONDS) if agrees else {},
         latency_side=side,
         machine=describe(),
     )

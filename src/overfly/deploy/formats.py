@@ -54,9 +54,9 @@ def write_onnx(deployed: Deployed, path: Path, bands: int, metadata: Mapping[str
                 dynamic_axes={"image": batch | sides, answer: batch | answered},
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds for what it cannot write
-        raise OverflyError(f"the network cannot be written as ONNX ({_line(error)}); export it with --format torch") from (
-            error
-        )
+        raise OverflyError(
+            f"the network cannot be written as ONNX ({_line(error)}); export it with --format torch"
+        ) from (error)
     model = package.load(path)
     name_answer(model, deployed)
     describe(model, metadata)
@@ -140,7 +140,7 @@ def trace(deployed: Deployed, bands: int) -> Any:
         sizes = ({0: torch.export.Dim("batch", min=1)},)
     try:
         # a side of one pixel on some map is no special case: bilinear resizing takes it as any other
-        with warnings.catch_warnings(), shapes.patch(backed_size_oblivious=True):
+        with warnings.catch_warnings(), shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             warnings.simplefilter("ignore")  # of the library's own workings
             return torch.export.export(deployed, (image,), dynamic_shapes=sizes, strict=False)
     except Exception as error:  # the library raises many kinds for what it cannot trace

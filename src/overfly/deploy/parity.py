@@ -37,7 +37,7 @@ class Tolerance(Spec):
     miou: Share
     """Most that mIoU may differ, where it is measured."""
     layer: NonNegative
-    """Error of a layer, as a share of its largest value, from which it is named where the answer is beyond tolerance."""
+    """Error of a layer, as a share of its largest value, from which it is named where the answer is off."""
 
 
 TOLERANCES: dict[Precision, Tolerance] = {
@@ -79,13 +79,14 @@ class Parity(Spec):
         """What is beyond tolerance, in words; empty where nothing is."""
         said = []
         if self.agreement < self.tolerance.agreement:
-            said.append(f"{self.agreement:.4%} of pixels have the same class, {self.tolerance.agreement:.2%} are needed")
+            said.append(
+                f"{self.agreement:.4%} of pixels have the same class, {self.tolerance.agreement:.2%} are needed"
+            )
         if self.miou is not None and self.miou_of_torch is not None:
             moved = abs(self.miou - self.miou_of_torch)
             if moved > self.tolerance.miou:
-                said.append(
-                    f"mIoU is {self.miou:.2%} instead of {self.miou_of_torch:.2%}, and {self.tolerance.miou:.2%} is allowed"
-                )
+                allowed = f"{self.tolerance.miou:.2%} is allowed"
+                said.append(f"mIoU is {self.miou:.2%} instead of {self.miou_of_torch:.2%}, and {allowed}")
         return "; ".join(said)
 
     @property
@@ -97,7 +98,8 @@ class Parity(Spec):
         if not self.layers:
             return "no layer inside the file could be compared"
         worst = max(self.layers, key=lambda layer: layer.error)
-        return f"no single layer is beyond {self.tolerance.layer:g} of its range; {worst.name} is furthest ({worst.error:.2g})"
+        furthest = f"{worst.name} is furthest ({worst.error:.2g})"
+        return f"no single layer is beyond {self.tolerance.layer:g} of its range; {furthest}"
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ class Truth:
 
 
 def compare(
-    file: Path, predictor: Predictor, made: Made, reference: Predictor, deployed: Deployed, images: Sequence[Floats],
-    truth: Truth | None = None, truth_of_torch: float | None = None,
+    file: Path, predictor: Predictor, made: Made, *, reference: Predictor, deployed: Deployed,
+    images: Sequence[Floats], truth: Truth | None = None, truth_of_torch: float | None = None,
 ) -> Parity:  # fmt: skip
     """Measure an exported file against PyTorch.
 
@@ -163,11 +165,12 @@ def compare(
 
 
 def miou(predictor: Predictor, truth: Truth) -> tuple[float | None, int]:
-    """mIoU of a predictor against labels, and how many of them the scorer read."""
+    """Score a predictor: its mIoU against labels, and how many of them were read."""
     count = sum(item.label is not None for item in truth.domain.items(truth.split))
+    every = max(1, -(-count // truth.limit))
     scores = score(
         _Scored(predictor), truth.domain, truth.split,
-        resize=truth.resize, window=truth.window, shard=(0, max(1, -(-count // truth.limit))), add=lambda counts: counts,
+        resize=truth.resize, window=truth.window, shard=(0, every), add=lambda counts: counts,
     )  # fmt: skip
     return scores.miou, scores.labels_opened
 

@@ -93,7 +93,7 @@ def differences(wanted: Mapping[str, Floats], found: Mapping[str, Floats]) -> li
 
 
 def module_name(scope: str) -> str:
-    """A module's name from the scope of a traced node: ``/network/layer1/layer1.0/conv1/Conv`` → network.layer1.0.conv1.
+    """A module's name from the scope of a traced node: ``/network/layer1/layer1.0/conv1/Conv``: network.layer1.0.conv1.
 
     A child of a list or a sequence is traced under its parent's name and its own, such as ``layer1.0``.
     """

@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from overfly.core.errors import MissingExtraError
 from overfly.deploy.backends import Floats

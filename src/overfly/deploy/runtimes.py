@@ -71,7 +71,9 @@ def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> 
     core = runtime.Core()
     place = "CPU" if device == "cpu" else device.upper()
     if place.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-        raise RecipeError(f"openvino runs on {', '.join(core.available_devices)} here, not on {device}; use --device cpu")
+        raise RecipeError(
+            f"openvino runs on {', '.join(core.available_devices)} here, not on {device}; use --device cpu"
+        )
     try:
         model = core.read_model(path)
     except Exception as error:  # as above
