@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
-from overfly import __version__
 from overfly.core.errors import WeightsError
 from overfly.core.spec import Pixels, Spec, Whole
 from overfly.deploy.backends import Facts
@@ -18,6 +18,17 @@ from overfly.deploy.graph import Answer, Precision
 Format = Literal["onnx", "openvino", "torch"]
 FACTS, MADE = "overfly", "overfly_export"
 """The two keys, each a JSON object."""
+
+
+def _own_version() -> str:
+    try:
+        return version("overfly")
+    except PackageNotFoundError:  # run from its sources without being installed
+        return "unknown"
+
+
+VERSION = _own_version()
+"""Version of overfly that is running."""
 
 
 class Made(Spec):
@@ -33,7 +44,7 @@ class Made(Spec):
     """Side of the square that the graph resizes images to; none: as they come."""
     opset: Whole = 0
     """ONNX operator set that the graph was written in; 0 where there is none."""
-    version: str = __version__
+    version: str = VERSION
     """Version of overfly that wrote the file."""
 
 
@@ -56,9 +67,9 @@ def read_entries(metadata: Mapping[str, str], path: Path) -> tuple[Facts, Made]:
     try:
         return Facts.model_validate_json(metadata[FACTS]), Made.model_validate_json(metadata.get(MADE, "{}"))
     except ValidationError:
-        version = _version(metadata)
+        other = _version(metadata)
         raise WeightsError(
-            f"{path} describes itself in words of overfly {version} that this version, {__version__}, does not know; "
+            f"{path} describes itself in words of overfly {other} that this version, {VERSION}, does not know; "
             "export it again, or use the version that wrote it"
         ) from None
 

@@ -14,7 +14,7 @@ from overfly.deploy.backends import Floats
 from overfly.deploy.formats import describe, onnx, save_openvino
 from overfly.deploy.runtimes import onnxruntime, openvino
 
-INTEGERS = ("Conv", "Add", "Concat", "Resize", "AveragePool", "GlobalAveragePool", "MaxPool", "Mul")
+INTEGERS = ("Conv", "Add", "Concat", "Resize", "MaxPool", "Mul")
 """ONNX operators that compute in integers; others stay in float32 between them."""
 HEAD = "/head/"
 """Scope of the nodes from the class scores to the answer, which stay in float32."""
@@ -45,6 +45,7 @@ def quantise_onnx(source: Path, path: Path, images: Sequence[Floats], metadata: 
                 quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=list(INTEGERS),
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=kept,
                 calibrate_method=CalibrationMethod.MinMax,
+                extra_options={"CalibMovingAverage": True, "CalibMovingAverageConstant": 1 / max(2, len(images))},
             )  # fmt: skip
         finally:
             prepared.unlink(missing_ok=True)
@@ -92,7 +93,8 @@ def quantise_openvino(source: Path, path: Path, images: Sequence[Floats], metada
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(images),
                 fast_bias_correction=True,
-                ignored_scope=nncf.IgnoredScope(patterns=[f"{HEAD}.*"], validate=False),
+                # a pool that counts its padding would count 0 of the integers, which is not 0 of the map
+                ignored_scope=nncf.IgnoredScope(patterns=[f"{HEAD}.*"], types=["AvgPool"], validate=False),
             )
     save_openvino(quantised, path, metadata)
     return path
