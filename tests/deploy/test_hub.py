@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import unquote
 
 import pytest
@@ -56,7 +57,7 @@ def test_what_is_no_export_is_refused(export: Path, tmp_path: Path) -> None:
 class _Hub(http.server.BaseHTTPRequestHandler):
     """As much of a model hub as pushing and loading small files asks for."""
 
-    files: dict[str, bytes] = {}
+    files: ClassVar[dict[str, bytes]] = {}
 
     def _send(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
@@ -101,7 +102,8 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         else:
             self._send(b"{}", 404)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         del format, args
