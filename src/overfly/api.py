@@ -25,6 +25,7 @@ from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, V
 from overfly.scoring.samples import Samples
 from overfly.scoring.speed import measure
 from overfly.scoring.validators import COMMITTEE
+from overfly.shipping import export, hub_load, hub_push
 from overfly.streaming import data_fly, watch
 from overfly.training.assess import assess, labelled, roles
 from overfly.training.carry_out import carry_out
@@ -41,6 +42,9 @@ __all__ = [
     "data_fly",
     "data_stats",
     "evaluate",
+    "export",
+    "hub_load",
+    "hub_push",
     "list_kinds",
     "predict",
     "report",

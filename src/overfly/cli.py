@@ -25,6 +25,13 @@ A recipe is a YAML file; every setting of it can be changed behind it: overfly t
 """
 
 
+GROUPS = {
+    "data": "Look at, draw and fetch imagery.",
+    "hub": "Push networks to a model hub, and load them from one.",
+}
+"""Help of the commands of two words, by the first."""
+
+
 def words(name: str) -> tuple[str, ...]:
     """The words that call a function: ``data_draw`` is ``data draw``, ``list_kinds`` is ``list``."""
     return ("list",) if name == "list_kinds" else tuple(name.split("_"))
@@ -50,7 +57,7 @@ def application() -> App:
         place = app
         for word in group:
             if word not in groups:
-                groups[word] = App(name=word, help="Look at, draw and fetch imagery.")
+                groups[word] = App(name=word, help=GROUPS[word])
                 app.command(groups[word])
             place = groups[word]
         place.command(function, name=command)

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from overfly.core.device import pick
-from overfly.core.errors import RecipeError
-from overfly.deploy.backends import Backend, Predictor, facts_of, of_segmenter
+from overfly.core.errors import MissingExtraError, RecipeError
+from overfly.deploy.backends import Backend, Facts, Predictor, facts_of, of_segmenter
+from overfly.deploy.runtimes import of_onnx, of_openvino, of_program
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run
 
 WINDOW = 512
 """Side of the windows where nothing says another, in pixels."""
+RUNTIMES: dict[str, tuple[Backend, ...]] = {
+    ".onnx": ("onnxruntime", "openvino"),
+    ".xml": ("openvino",),
+    ".pt2": ("torch",),
+}
+"""What runs an exported file, by its suffix; the first is taken where nobody says."""
 
 
 def predictor_of(path: Path | str, *, backend: Backend = "auto", device: str = "auto") -> Predictor:
@@ -19,7 +26,7 @@ def predictor_of(path: Path | str, *, backend: Backend = "auto", device: str = "
 
     Args:
         path: the folder of a finished run (its recommended network, where it was adapted by `overfly adapt`), a
-            ``.safetensors`` file that a run wrote, or an exported file.
+            ``.safetensors`` file that a run wrote, or an exported file (.onnx, .xml, .pt2).
         backend: torch, onnxruntime or openvino; auto takes the one that the file is made for.
         device: auto, cpu, cuda, cuda:1 or mps.
 
@@ -27,18 +34,48 @@ def predictor_of(path: Path | str, *, backend: Backend = "auto", device: str = "
         OverflyError: there is no such network, or it does not run there.
     """
     path = Path(path)
-    if backend not in ("auto", "torch"):
-        raise RecipeError(f"{path} is run by torch; export it for {backend} first")
-    place = pick(device)
-    if path.is_dir():
-        run = Run.open(path)
-        best = run.path / "best.safetensors"
-        segmenter = Segmenter.load(best).eval() if best.is_file() else run.segmenter()
-        recipe = run.recipe
-        grounds = [domain.ground for domain in (recipe.source, recipe.target) if domain is not None]
-        ground = next((metres for metres in grounds if metres is not None), None)
-        facts = facts_of(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
-    else:
+    runtimes = RUNTIMES.get(path.suffix.lower(), ("torch",)) if not path.is_dir() else ("torch",)
+    if backend != "auto" and backend not in runtimes:
+        raise RecipeError(f"{path} is run by {' or '.join(runtimes)}; export it for {backend} first")
+    if path.is_dir() or path.suffix.lower() not in RUNTIMES:
+        segmenter, facts = network_of(path)
+        return of_segmenter(segmenter, facts, pick(device))
+    if path.suffix.lower() == ".pt2":
+        return of_program(path, pick(device))
+    place = "cpu" if device == "auto" else str(pick(device))
+    if backend == "openvino" or path.suffix.lower() == ".xml":
+        return of_openvino(path, place)
+    try:
+        return of_onnx(path, place)
+    except MissingExtraError as missing:
+        if backend == "onnxruntime":
+            raise
+        try:
+            return of_openvino(path, place)
+        except MissingExtraError:
+            raise missing from None
+
+
+def network_of(path: Path | str) -> tuple[Segmenter, Facts]:
+    """The trained network that a path means, in evaluation mode, and what its user must know of it.
+
+    Args:
+        path: the folder of a finished run, or a ``.safetensors`` file that a run wrote.
+
+    Raises:
+        OverflyError: there is no such network.
+    """
+    path = Path(path)
+    if not path.is_dir():
         segmenter = Segmenter.load(path).eval()
-        facts = facts_of(segmenter, window=WINDOW, title=path.stem)
-    return of_segmenter(segmenter, facts, place)
+        return segmenter, facts_of(segmenter, window=WINDOW, title=path.stem)
+    run = Run.open(path)
+    best = run.path / "best.safetensors"
+    segmenter = Segmenter.load(best).eval() if best.is_file() else run.segmenter()
+    recipe = run.recipe
+    grounds = [domain.ground for domain in (recipe.source, recipe.target) if domain is not None]
+    ground = next((metres for metres in grounds if metres is not None), None)
+    return segmenter, facts_of(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
+
+
+__all__ = ["RUNTIMES", "WINDOW", "network_of", "predictor_of"]

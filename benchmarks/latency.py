@@ -1,0 +1,117 @@
+"""Latency of PyTorch eager and of every export on this processor, in one process, taking turns.
+
+    python benchmarks/latency.py RUN… [--side 512] [--threads 2] [--rounds 15] [--out latency.json]
+
+Each RUN is the folder of a finished run; its network is exported into a temporary folder, and timed
+at batch 1. All give the same thing: class probabilities at full resolution, or class ids (--answer classes). Every
+round times each candidate once, so that whatever else the machine does falls on all alike; ratios are of medians, and
+of the shortest times, which are what the machine does when it is left alone. On a machine that others use too, take
+--threads 1 and read the processor's own time, which does not count what others do. Writes JSON and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overfly.core.device import describe
+from overfly.deploy.backends import of_segmenter
+from overfly.deploy.formats import write_onnx, write_openvino
+from overfly.deploy.graph import Answer, Deployed
+from overfly.deploy.metadata import Made, entries
+from overfly.deploy.quantise import quantise_onnx, quantise_openvino
+from overfly.deploy.runtimes import of_onnx, of_openvino
+from overfly.deploy.timing import take_turns
+from overfly.opening import network_of
+from overfly.shipping import patches
+from overfly.training.run import Run
+
+
+def candidates(run: Path, side: int, threads: int, answer: Answer, folder: Path) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name: eager first."""
+    segmenter, facts = network_of(run)
+    facts = facts.model_copy(update={"window": side, "fixed": True})
+    image = next(patches(Run.open(run).recipe.domain("target"), "val", 1, side))
+    eager = of_segmenter(segmenter, facts)
+    tensor = torch.from_numpy(image)
+
+    def ids() -> Any:
+        with torch.inference_mode():
+            return segmenter.scores(tensor).argmax(1)
+
+    runs: dict[str, Callable[[], Any]] = {"torch eager 32": partial(eager, image) if answer != "classes" else ids}
+    calibration = list(patches(Run.open(run).recipe.domain("target"), "train", 16, side))
+    deployed = Deployed(segmenter, answer=answer, fixed=(side, side)).eval()
+    texts = {kind: entries(facts, Made(precision=kind, answer=answer)) for kind in ("32", "16", "int8")}
+    plain = write_onnx(deployed, folder / "32.onnx", facts.bands, texts["32"])
+    files = {
+        "onnxruntime 32": plain,
+        "onnxruntime int8": quantise_onnx(plain, folder / "int8.onnx", calibration, texts["int8"]),
+        "openvino 32": write_openvino(plain, folder / "32.xml", texts["32"]),
+        "openvino 16": write_openvino(plain, folder / "16.xml", texts["16"], half=True),
+        "openvino int8": quantise_openvino(plain, folder / "int8.xml", calibration, texts["int8"]),
+    }
+    for name, file in files.items():
+        opened = of_onnx if file.suffix == ".onnx" else of_openvino
+        predictor = opened(file, threads=threads)
+        runs[name] = partial(predictor.run, image)
+    return runs
+
+
+def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
+    lines = [
+        "| network | candidate | median ms | least ms | × eager (median) | × eager (least) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for network, found in rows.items():
+        for name, each in found.items():
+            lines.append(
+                f"| {network} | {name} | {each['median_ms']:.1f} | {each['least_ms']:.1f} | "
+                f"{each['processor_ms']:.1f} | {each['times_median']:.2f} | {each['times_least']:.2f} | "
+                f"{each['times_processor']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--answer", choices=("probabilities", "classes"), default="probabilities")
+    parser.add_argument("--out", type=Path, default=Path("latency.json"))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for run in given.runs:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = candidates(run, given.side, given.threads, given.answer, Path(folder))
+            found = take_turns(runs, rounds=given.rounds)
+        eager = found["torch eager 32"]
+        rows[network_of(run)[1].architecture] = {
+            name: each.model_dump()
+            | {
+                "times_median": eager.median_ms / each.median_ms,
+                "times_least": eager.least_ms / each.least_ms,
+                "times_processor": eager.processor_ms / each.processor_ms,
+            }
+            for name, each in found.items()
+        }
+    told = {
+        "side": given.side, "batch": 1, "threads": given.threads, "answer": given.answer,
+        "machine": describe(), "networks": rows,
+    }  # fmt: skip
+    given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Parity with PyTorch of every network × format × precision, as a table.
+
+    python benchmarks/parity.py RUN… [--networks all] [--images 6] [--out parity.json]
+
+Each RUN is the folder of a finished run, whose network and target images are used. The other networks of the registry
+have no run: they are built for the run's classes, trained a few steps on its source (--steps), and measured on the same
+images; the table says so. Writes JSON and prints a Markdown table; exits 1 where anything is beyond tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overfly.core.errors import OverflyError
+from overfly.deploy.graph import Precision
+from overfly.deploy.metadata import Format, Made
+from overfly.deploy.parity import ParityError
+from overfly.models.registry import names
+from overfly.recipe import Recipe
+from overfly.shipping import export
+from overfly.training.carry_out import carry_out
+from overfly.training.engine import Engine, launch
+from overfly.training.run import Run
+
+KINDS: list[tuple[Format, Precision]] = [
+    ("onnx", "32"), ("onnx", "16"), ("onnx", "int8"),
+    ("openvino", "32"), ("openvino", "16"), ("openvino", "int8"),
+    ("torch", "32"), ("torch", "16"),
+]  # fmt: skip
+
+
+def quick(run: Run, name: str, steps: int, folder: Path) -> Run:
+    """Another network, trained a few steps on a run's source."""
+    own = run.recipe
+    values: dict[str, Any] = {
+        "source": own.domain("source").model_dump(mode="json"),
+        "target": own.domain("target").model_dump(mode="json"),
+        "model": name, "steps": steps, "crop": min(own.crop, 128), "batch": 2, "resize": own.resize,
+        "window": own.window, "optim": {"name": "adamw", "lr": 1e-4},
+    }  # fmt: skip
+    recipe = Recipe.model_validate(values)
+    engine = Engine("cpu", quiet=True)
+    return carry_out(recipe, folder / name, launch(recipe, engine), engine)
+
+
+def rows_of(run: Run, weights: str, images: int, folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for kind, precision in KINDS:
+        name = f"{kind}-{precision}"
+        try:
+            found = export(
+                run.path,
+                format=kind,
+                precision=precision,
+                images=images,
+                labels=False,
+                name=name,
+                out=folder,
+                quiet=True,
+            ).found.model_dump(mode="json")
+        except ParityError as error:
+            found = json.loads((folder / f"{name}.failed.json").read_text()) | {"failed": str(error)}
+        except OverflyError as error:
+            print(f"{kind} {precision}: {error}", file=sys.stderr)
+            continue
+        network = run.recipe.model.name
+        target = run.recipe.domain("target").title
+        for parity in found["parity"]:
+            row = {
+                "network": network, "weights": weights, "target": target, "format": kind, "precision": precision,
+                "megabytes": found["bytes"] / 1e6, "failed": found.get("failed", ""),
+                **{key: parity[key] for key in ("backend", "agreement", "logit_difference", "miou", "miou_of_torch")},
+            }  # fmt: skip
+            rows.append(row)
+            print(line(row), flush=True)
+        for file in folder.glob(f"{name}.*"):
+            file.unlink()
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    logit = "–" if row["logit_difference"] is None else f"{row['logit_difference']:.2g}"
+    word = "beyond tolerance" if row["failed"] else "passes"
+    return (
+        f"| {row['network']} ({row['weights']}) | {row['target']} | {row['format']} {row['precision']} | "
+        f"{row['backend']} | {100 * row['agreement']:.3f} | {logit} | {row['megabytes']:.1f} | {word} |"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--networks", default="all", help="all, none, or names with commas, beside the runs' own")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=Path("parity.json"))
+    given = parser.parse_args()
+    print("| network | target | file | run by | same class (%) | largest logit difference | MB | |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows: list[dict[str, Any]] = []
+    others = [] if given.networks == "none" else list(names()) if given.networks == "all" else given.networks.split(",")
+    for place in given.runs:
+        run = Run.open(place)
+        with tempfile.TemporaryDirectory() as folder:
+            rows += rows_of(run, "trained", given.images, Path(folder))
+            for name in others:
+                if name != run.recipe.model.name:
+                    made = quick(run, name, given.steps, Path(folder))
+                    rows += rows_of(made, f"{given.steps} steps", given.images, Path(folder))
+                    shutil.rmtree(made.path)
+        told = {"torch": torch.__version__, "version": Made().version, "images": given.images, "rows": rows}
+        given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return int(any(row["failed"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

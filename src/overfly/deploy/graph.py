@@ -1,0 +1,211 @@
+"""The graph that leaves the house: image in, answer out, and nothing in between that nobody needs.
+
+What training alone reads is gone, batch normalisation and the division by the standard deviation are folded into the
+convolutions, and the exponential of the softmax is taken once.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from overfly.models.network import Network
+from overfly.models.segmenter import Segmenter
+
+Answer = Literal["probabilities", "logits", "classes"]
+"""What the graph gives: probabilities (B, K, H, W), logits (B, K, H, W), or class ids (B, H, W), uint8."""
+Precision = Literal["32", "16", "int8"]
+"""Arithmetic of the exported network: 32 bits, 16 bits, or 8-bit integers."""
+
+LEAST = -80.0
+"""Logits further than this below the best one of their place have a probability of 0 in float32 anyway."""
+
+
+class Deployed(nn.Module):
+    """A trained network as it is exported: images (B, C, H, W), float32, in the sensor's own range, to its answer.
+
+    Args:
+        segmenter: the trained network; it is left alone.
+        answer: what the graph gives.
+        dtype: what the network computes in; normalisation and answer stay in float32.
+        resize: side of the square that images are resized to before the network; its scores are brought back to the
+            image's own size.
+        fixed: images have one size, whose sides are multiples of the network's stride or not; else any size goes.
+
+    Attributes:
+        network: a folded copy of the network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        *,
+        answer: Answer = "probabilities",
+        dtype: torch.dtype = torch.float32,
+        resize: int | None = None,
+        fixed: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        lighter = segmenter.without_training_heads().eval().cpu().float().requires_grad_(False)
+        network = fold_batch_norm(lighter.network, segmenter.bands)
+        self.answer, self.dtype, self.resize, self.fixed = answer, dtype, resize, fixed
+        self.stride = segmenter.stride
+        self.register_buffer("mean", lighter.mean.clone())
+        self.register_buffer("std", lighter.std.clone())
+        # the convolution pads with 0, which is the mean once it is subtracted: only the division can move into it
+        self.divides = dtype != torch.float32 or not fold_division(network, lighter.std)
+        self.network = network.to(dtype)
+        self.head = Head(answer)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The answer at the image's size."""
+        height, width = image.shape[-2:]
+        x = image
+        if self.resize is not None:
+            x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False, antialias=True)
+        x = x - self.mean
+        if self.divides:
+            x = x / self.std
+        rows, columns = x.shape[-2:]
+        x, whole, padded = self._padded(x, rows, columns)
+        scores = self.network(x.to(self.dtype)).main.float()
+        crop = (rows, columns) if padded else None
+        answer: Tensor = self.head(scores, whole, crop, None if self.resize is None else (height, width))
+        return answer
+
+    def _padded(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, int], bool]:
+        """Images whose sides are multiples of the stride, by repeating the last pixels; their size; whether they grew.
+
+        Where any size goes the graph always pads, by 0 pixels if need be: it has no branches.
+        """
+        known = self.fixed is not None or self.resize is not None
+        below, right = -rows % self.stride, -columns % self.stride
+        if known and not (below or right):
+            return x, (rows, columns), False
+        return F.pad(x, (0, right, 0, below), mode="replicate"), (rows + below, columns + right), True
+
+
+class Head(nn.Module):
+    """From class scores at the network's own stride to the answer at the image's size.
+
+    Args:
+        answer: what it gives.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(
+        self, scores: Tensor, whole: tuple[int, int], crop: tuple[int, int] | None, image: tuple[int, int] | None
+    ) -> Tensor:
+        """The answer.
+
+        Args:
+            scores: (B, K, h, w).
+            whole: size that they are interpolated to.
+            crop: size that is cut from it, where the image was padded.
+            image: size that it is then brought to, where the image was resized.
+        """
+        if self.answer == "probabilities":
+            # the largest score of each place is taken away here, where there are 16 to 64 times fewer places: what is
+            # interpolated is at most 0, and no exponential overflows
+            scores = (scores - scores.amax(1, keepdim=True)).clamp_min(LEAST)
+        scores = F.interpolate(scores, size=whole, mode="bilinear", align_corners=False)
+        if crop is not None:
+            scores = scores[..., : crop[0], : crop[1]]
+        if image is not None:
+            scores = F.interpolate(scores, size=image, mode="bilinear", align_corners=False)
+        if self.answer == "logits":
+            return scores
+        if self.answer == "classes":
+            return scores.argmax(1).to(torch.uint8)
+        odds = scores.exp()
+        return odds / odds.sum(1, keepdim=True)
+
+
+def fold_batch_norm(network: Network, bands: int) -> Network:
+    """A copy whose batch normalisations that follow a convolution are folded into it; its answer is the same.
+
+    Which follows which is seen on a small image: a normalisation is folded where its input is the very tensor that a
+    convolution gave. Where that changes the answer (a convolution that somebody else reads too), nothing is folded.
+
+    Args:
+        network: in evaluation mode; it is left alone.
+        bands: bands of its images.
+    """
+    folded = copy.deepcopy(network)
+    image = torch.randn(1, bands, 64, 64, generator=torch.Generator().manual_seed(0))
+    gave: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    pairs: list[tuple[str, nn.Conv2d, nn.BatchNorm2d]] = []
+    hooks = []
+    for name, part in folded.named_modules():
+        if isinstance(part, nn.Conv2d):
+
+            def keep(conv: nn.Module, _inputs: object, out: Tensor) -> None:
+                if isinstance(conv, nn.Conv2d):
+                    gave[id(out)] = (conv, out)
+
+            hooks.append(part.register_forward_hook(keep))
+        elif isinstance(part, nn.BatchNorm2d):
+
+            def see(norm: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                if id(inputs[0]) in gave and isinstance(norm, nn.BatchNorm2d):
+                    pairs.append((name, gave[id(inputs[0])][0], norm))
+
+            hooks.append(part.register_forward_pre_hook(see))
+    with torch.no_grad():
+        wanted = folded(image).main
+        for hook in hooks:
+            hook.remove()
+        if len({id(conv) for _, conv, _ in pairs}) < len(pairs):
+            return copy.deepcopy(network)
+        for name, conv, norm in pairs:
+            _fold(conv, norm)
+            owner, _, child = name.rpartition(".")
+            setattr(folded.get_submodule(owner), child, nn.Identity())
+        found = folded(image).main
+    close = torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max() + 1e-12))
+    return folded if close else copy.deepcopy(network)
+
+
+@torch.no_grad()
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Make a convolution give what the normalisation behind it gives."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a batch normalisation without running statistics cannot be folded")
+    scale = (norm.weight if norm.affine else torch.ones_like(norm.running_mean)).double()
+    scale = scale / (norm.running_var.double() + norm.eps).sqrt()
+    shift = (norm.bias if norm.affine else torch.zeros_like(norm.running_mean)).double()
+    bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
+    conv.weight.copy_((conv.weight.double() * scale[:, None, None, None]).float())
+    folded = ((bias - norm.running_mean.double()) * scale + shift).float()
+    conv.bias = nn.Parameter(folded, requires_grad=False)
+
+
+@torch.no_grad()
+def fold_division(network: Network, std: Tensor) -> bool:
+    """Divide the weights of the convolution that reads the image, so that the image need not be; whether it could be.
+
+    Args:
+        network: changed in place.
+        std: (1, C, 1, 1).
+    """
+    try:
+        conv = network.get_submodule(network.first) if network.first else None
+    except AttributeError:
+        conv = None
+    if not isinstance(conv, nn.Conv2d) or conv.groups != 1 or conv.padding_mode != "zeros":
+        return False
+    conv.weight.div_(std)
+    return True
+
+
+__all__ = ["Answer", "Deployed", "Head", "Precision", "fold_batch_norm", "fold_division"]
