@@ -55,7 +55,7 @@ class Planted(Overfly, name="planted"):
 
 def planted(recipe: Recipe, steps: int, folders: list[Path]) -> Iterator[tuple[str, Recipe]]:
     """The harmful versions of a recipe, by name."""
-    own = recipe.method.model_dump(exclude={"name"})
+    own = {name: getattr(recipe.method, name) for name in Overfly.model_fields}
     settings: dict[Literal["exchanged", "by lot"], Planted] = {
         harm: Planted(**own, harm=harm, key=recipe.seed) for harm in ("exchanged", "by lot")
     }
