@@ -70,6 +70,8 @@ def results(name: str) -> str:
     rows = []
     for file in sorted((DOCS / "results").glob("*.json")):
         held = json.loads(file.read_text(encoding="utf-8"))
+        if "rows" not in held:
+            continue  # no table of a benchmark
         seeds = ", ".join(map(str, held["seeds"]))
         for row in held["rows"]:
             if row["method"] != name:
