@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from overfly import api, cli
-from overfly.core.errors import MissingExtraError, RecipeError, RunError
-from overfly.pages import offer
+from overfly.core.errors import DataError, MissingExtraError, RecipeError, RunError
+from overfly.pages import live, offer
 from overfly.recipe import Recipe, load
 from overfly.training.run import Run
+from seeing import seeing, striped
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +147,18 @@ def test_without_the_extra_its_name_is_told(runs: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("overfly.pages.importlib.util.find_spec", {}.get)
     with pytest.raises(MissingExtraError, match=r"overfly\[serve\]"):
         api.serve([str(runs)])
+
+
+def test_a_stream_is_looked_at_beside_the_page(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.fromarray(striped(number)).save(tmp_path / f"{number}.png")
+    with live(str(tmp_path), seeing) as screen:
+        assert screen is not None
+        shown = screen.wait(0, timeout=30)
+        assert shown is not None
+        assert Image.open(io.BytesIO(shown.jpeg)).size == (64, 48)
+    assert screen.closed
+    with live(None, seeing) as screen:
+        assert screen is None
+    with pytest.raises(DataError, match=r"none\.mp4"), live(str(tmp_path / "none.mp4"), seeing):
+        pass

@@ -6,7 +6,8 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,13 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from overfly.arguments import LARGEST, see_bounds
 from overfly.core import device as machines
-from overfly.core.errors import DataError, MissingExtraError, RecipeError, RunError
+from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError, RunError
 from overfly.data.domain import Split
 from overfly.data.headers import SUFFIXES
+from overfly.deploy import stream
 from overfly.deploy.backends import Backend, Predictor
+from overfly.deploy.overlay import Style, painter_of
+from overfly.deploy.video import Source, opened
 from overfly.findings import findings, in_words, runs_of
 from overfly.opening import predictor_of
 from overfly.training.run import Run
@@ -27,7 +31,7 @@ from overfly.views.limits import Limits
 from overfly.views.networks import Network
 from overfly.views.report import render
 
-__all__ = ["offer", "report", "serve"]
+__all__ = ["live", "offer", "report", "serve"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def serve(
     networks: list[str],
     *,
     scenes: list[Path] | None = None,
+    watch: str | None = None,
+    watch_size: int | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
@@ -122,6 +128,9 @@ def serve(
     Args:
         networks: runs, folders of runs, networks' files (.safetensors) or exported files.
         scenes: pictures of this machine that the page offers: files, or folders of them.
+        watch: a video, a camera, an address or a folder of pictures, shown live through the first network (extra:
+            stream).
+        watch_size: longest side that its frames are shrunk to before the network sees them, in pixels.
         host: address to serve on; any but 127.0.0.1 and localhost needs a token.
         port: 0 takes one that is free.
         token: what clients must know, 12 characters or more; or set the environment variable OVERFLY_TOKEN, which other
@@ -138,7 +147,7 @@ def serve(
         Nothing to speak of; it runs until it is stopped.
     """
     see_bounds({"port": (port, 0, 65535), "upload": (upload, 1, 10**5), "queue": (queue, 1, 1000)})
-    see_bounds({"batch": (batch, 4, 256)})
+    see_bounds({"batch": (batch, 4, 256), "watch-size": (watch_size or 16, 16, LARGEST)})
     if not 0.01 <= megapixels <= 1000 or not 0.1 <= seconds <= 86400:
         raise RecipeError("--megapixels goes from 0.01 to 1000 and --seconds from 0.1 to 86400; correct the one given")
     token = token or os.environ.get("OVERFLY_TOKEN") or None
@@ -148,13 +157,52 @@ def serve(
         upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue, batch=batch
     )  # fmt: skip
     offered = offer(networks, backend, device)
-    app = server.application(offered, limits=limits, token=token, scenes=_pictures(scenes or []))
-    with contextlib.closing(server.bound(host, port)) as place:
+    pictures = _pictures(scenes or [])
+    with live(watch, offered[0].opened, watch_size) as screen, contextlib.closing(server.bound(host, port)) as place:
+        app = server.application(offered, limits=limits, token=token, screen=screen, scenes=pictures)
         where = server.address(place)
         print(f"overfly: {len(offered)} network(s) at {where}; Ctrl-C stops it", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(app, place)
     return Served(where)
+
+
+@contextlib.contextmanager
+def live(
+    source: str | None, network: Callable[[], Predictor], size: int | None = None
+) -> Iterator[stream.Screen | None]:
+    """A stream looked at in a thread, for as long as the context lasts; its newest overlay is on the screen given.
+
+    Args:
+        source: what `overfly watch` takes; None: there is no stream, and no screen.
+        network: loads the network that looks; it is not shared with others.
+        size: longest side that frames are shrunk to before the network sees them, in pixels.
+
+    Raises:
+        OverflyError: there is no such stream, or the network does not go with it. What goes wrong later ends the
+            stream with a line on stderr.
+    """
+    if source is None:
+        yield None
+        return
+    screen, stop = stream.Screen(), threading.Event()
+
+    def show(found: Source) -> None:
+        try:
+            stream.watch(painter, found.pictures, [screen.show], live=found.live, realtime=not found.live, stop=stop)
+        except OverflyError as error:
+            print(f"overfly: the stream has ended: {error}", file=sys.stderr, flush=True)
+
+    with opened(source) as found:
+        painter = painter_of(network(), Style(size=size))
+        thread = threading.Thread(target=show, args=(found,), name="overfly-watch", daemon=True)
+        thread.start()
+        try:
+            yield screen
+        finally:
+            stop.set()
+            screen.close()
+            thread.join(10)
 
 
 def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> list[Network]:

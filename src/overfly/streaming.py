@@ -21,9 +21,9 @@ from overfly.core.errors import RecipeError
 from overfly.core.spec import Spec
 from overfly.data.synthetic import Scene, draw
 from overfly.deploy import flight
-from overfly.deploy.backends import Backend, Predictor
+from overfly.deploy.backends import Backend
 from overfly.deploy.mjpeg import serving
-from overfly.deploy.overlay import Painter, Style
+from overfly.deploy.overlay import Painter, Style, painter_of
 from overfly.deploy.stream import Screen, Sink, Standing, Summary, until, warm_up
 from overfly.deploy.stream import watch as look_at
 from overfly.deploy.video import Source, opened, see_free, writing
@@ -198,21 +198,6 @@ def _see_length(fps: float | None, seconds: float | None) -> None:
     for name, value, most in (("fps", fps, 1000.0), ("seconds", seconds, 1e9)):
         if value is not None and not 0 < value <= most:
             raise RecipeError(f"--{name} {value} is out of range; take more than 0, up to {most:g}")
-
-
-def painter_of(predictor: Predictor, style: Style) -> Painter:
-    """A network that draws on frames of red, green and blue.
-
-    Raises:
-        RecipeError: it reads other bands.
-    """
-    bands = predictor.facts.bands
-    if bands != 3:
-        raise RecipeError(
-            f"the network reads {bands} bands, and a video has red, green and blue; watch with one of 3 bands, or map "
-            "pictures of all bands with overfly predict"
-        )
-    return Painter(predictor, style)
 
 
 def _sinks(stack: ExitStack, out: Path | None, serve: int | None, rate: float, *, quiet: bool) -> list[Sink]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from offered import encoded, inverted, network, ramp
+from offered import encoded, inverted, network
 from PIL import Image
 
-from overfly.views.frames import Frames
+from overfly.deploy.stream import Screen
 from overfly.views.server import Running, application, start
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -43,11 +43,11 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    frames = Frames()
-    frames.put(encoded(ramp(48, 64), "JPEG"))
-    found = start(application([network("0"), network("1", inverted)], frames=frames))
+    screen = Screen()
+    screen.show(np.full((48, 64, 3), 90, np.uint8))
+    found = start(application([network("0"), network("1", inverted)], screen=screen))
     yield found
-    frames.close()
+    screen.close()
     found.stop()
 
 

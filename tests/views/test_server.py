@@ -19,7 +19,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from overfly.deploy.backends import Floats
-from overfly.views.frames import Frames
+from overfly.deploy.stream import Screen
 from overfly.views.limits import Limits
 from overfly.views.server import application, start
 
@@ -192,20 +192,24 @@ def test_what_happens_is_counted() -> None:
 
 
 def test_the_live_picture_is_a_stream_of_frames() -> None:
-    frames = Frames()
-    running = start(application([network()], frames=frames))
+    screen = Screen()
+    running = start(application([network()], screen=screen))
     try:
-        frames.put(b"first")
+        screen.show(np.zeros((8, 8, 3), np.uint8))
+        first = screen.latest()
+        assert first is not None
         with httpx.stream("GET", f"{running.address}stream", timeout=10) as answer:
             assert answer.headers["content-type"] == "multipart/x-mixed-replace; boundary=frame"
             parts, seen = answer.iter_bytes(), b""
-            while b"first\r\n--frame\r\n" not in seen:
+            while first.jpeg + b"\r\n--frame\r\n" not in seen:
                 seen += next(parts)
-            frames.put(b"second")
-            while b"second\r\n--frame\r\n" not in seen:
+            screen.show(np.full((8, 8, 3), 255, np.uint8))
+            second = screen.latest()
+            assert second is not None
+            while second.jpeg + b"\r\n--frame\r\n" not in seen:
                 seen += next(parts)
-            frames.close()
-            assert b"first" not in b"".join(parts)
+            screen.close()
+            assert first.jpeg not in b"".join(parts)
             assert seen.count(b"Content-Type: image/jpeg") >= 2
         assert httpx.get(f"{running.address}stream").status_code == 404
     finally:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from overfly.core.classes import Classes
+from overfly.core.errors import RecipeError
 from overfly.core.records import UInt8
 from overfly.deploy.backends import Floats, Predictor
 from overfly.ops.windows import sliding
@@ -87,6 +88,21 @@ class Painter:
             _paste(shown, legend(self.predictor.facts.classes, width, height), top=False)
         overlay: UInt8 = np.asarray(shown)
         return overlay
+
+
+def painter_of(predictor: Predictor, style: Style) -> Painter:
+    """A network that draws on frames of red, green and blue.
+
+    Raises:
+        RecipeError: it reads other bands.
+    """
+    bands = predictor.facts.bands
+    if bands != 3:
+        raise RecipeError(
+            f"the network reads {bands} bands, and a video has red, green and blue; watch with one of 3 bands, or map "
+            "pictures of all bands with overfly predict"
+        )
+    return Painter(predictor, style)
 
 
 def shrunk(frame: UInt8, size: int | None) -> UInt8:
@@ -187,4 +203,4 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-__all__ = ["Painter", "Style", "fitted", "legend", "shrunk"]
+__all__ = ["Painter", "Style", "fitted", "legend", "painter_of", "shrunk"]

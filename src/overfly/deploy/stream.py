@@ -161,6 +161,11 @@ class Screen:
         """Whether nothing new will be shown."""
         return self._closed
 
+    @property
+    def number(self) -> int:
+        """How many overlays were shown."""
+        return self._number
+
     def latest(self) -> Shown | None:
         """The newest overlay, or None before the first."""
         with self._making:

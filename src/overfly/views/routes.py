@@ -13,9 +13,9 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from overfly.core.classes import Classes
+from overfly.deploy.stream import Screen
 from overfly.views.asking import Desk
 from overfly.views.embedded import png, safe
-from overfly.views.frames import Frames
 from overfly.views.kept import Answer, Map
 from overfly.views.networks import Network
 from overfly.views.tiles import Layer, depth, geotiff, tile
@@ -87,12 +87,12 @@ UPLOADED = problems(400, 401, 403, 404, 408, 413, 429, 503)
 ASKED = problems(401, 403, 404)
 
 
-def router(desk: Desk, frames: Frames | None) -> APIRouter:
+def router(desk: Desk, screen: Screen | None) -> APIRouter:
     """All routes of the API.
 
     Args:
         desk: the networks.
-        frames: the live picture, where there is one.
+        screen: holds the live picture, where there is one.
     """
     routes = APIRouter()
 
@@ -122,12 +122,12 @@ def router(desk: Desk, frames: Frames | None) -> APIRouter:
         responses=problems(401, 403, 404, 429) | _binary("multipart/x-mixed-replace"),
     )
     async def stream() -> Response:
-        """The live picture of `overfly watch`, frame after frame, as an `<img>` shows it."""
-        if frames is None or frames.closed:
-            raise HTTPException(404, "there is no live picture; overfly watch makes one")
+        """The live picture of `overfly serve --watch`, frame after frame, as an `<img>` shows it."""
+        if screen is None or screen.closed:
+            raise HTTPException(404, "there is no live picture; overfly serve --watch shows one")
         if watchers.locked():
             raise HTTPException(429, "too many watch already; try again later", {"retry-after": "10"})
-        return StreamingResponse(_parts(frames, watchers), media_type="multipart/x-mixed-replace; boundary=frame")
+        return StreamingResponse(_parts(screen, watchers), media_type="multipart/x-mixed-replace; boundary=frame")
 
     return routes
 
@@ -257,7 +257,7 @@ def _hex(colour: Sequence[int]) -> str:
     return "#" + "".join(f"{value:02x}" for value in colour)
 
 
-async def _parts(frames: Frames, watchers: asyncio.Semaphore) -> AsyncIterator[bytes]:
+async def _parts(screen: Screen, watchers: asyncio.Semaphore) -> AsyncIterator[bytes]:
     """Frames as parts of one endless answer; no thread is held while there is none.
 
     The line that ends a frame follows it at once, since browsers show a frame when they see that line. A frame that
@@ -266,9 +266,9 @@ async def _parts(frames: Frames, watchers: asyncio.Semaphore) -> AsyncIterator[b
     async with watchers:
         last, sent = 0, time.monotonic()
         yield b"--frame\r\n"
-        while not frames.closed:
+        while not screen.closed:
             again = time.monotonic() - sent > AGAIN
-            frame = frames.newest(0 if again else last)
+            frame = await asyncio.to_thread(screen.latest) if again or screen.number > last else None
             if frame is None:
                 await asyncio.sleep(0.01)
                 continue

@@ -18,9 +18,9 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from overfly.core.errors import OverflyError, RecipeError
+from overfly.deploy.stream import Screen
 from overfly.views.admission import Admission
 from overfly.views.asking import Desk
-from overfly.views.frames import Frames
 from overfly.views.gauges import Meter
 from overfly.views.guard import Guard
 from overfly.views.html import router as html_router
@@ -40,7 +40,7 @@ def application(
     *,
     limits: Limits | None = None,
     token: str | None = None,
-    frames: Frames | None = None,
+    screen: Screen | None = None,
     scenes: Sequence[Path] = (),
 ) -> ASGIApp:
     """The server as an ASGI application.
@@ -49,7 +49,7 @@ def application(
         networks: what it offers; the first is asked where nobody says another.
         limits: its bounds; left out, `Limits` by its defaults.
         token: that clients must know; None: it answers to 127.0.0.1 and localhost alone.
-        frames: the live picture, where something makes one.
+        screen: holds the live picture, where something makes one.
         scenes: pictures on this machine that the page lists.
     """
     bounds = limits or Limits()
@@ -69,8 +69,8 @@ def application(
         redoc_url=None,
         lifespan=alive,
     )
-    app.include_router(router(desk, frames), tags=["api"])
-    app.include_router(html_router(desk, frames is not None), include_in_schema=False)
+    app.include_router(router(desk, screen), tags=["api"])
+    app.include_router(html_router(desk, screen is not None), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(OverflyError, _sentence)
     return Guard(Meter(Admission(app, bounds, desk.gauges.refused.inc), desk.gauges), token)
