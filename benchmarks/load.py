@@ -2,6 +2,7 @@
 
 python benchmarks/load.py runs/NAME --clients 32 --seconds 60 --out docs/results
 python benchmarks/load.py runs/NAME --queue 40      # no client is turned away
+python benchmarks/load.py stand-in                  # a network that costs nothing: the server itself
 
 Counts answers by status, times those that were answered, and reads the server's resident memory every half second.
 """
@@ -24,9 +25,15 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from overfly.core.classes import Classes
 from overfly.core.device import describe
 from overfly.data.domain import Domain
+from overfly.deploy.backends import Facts, Floats, Predictor
+from overfly.views import server
+from overfly.views.limits import Limits
+from overfly.views.networks import Network
 
+STAND_IN = "stand-in"
 BOUNDARY = "overfly-load"
 WARM = 15.0
 """Seconds after which memory is expected to stay as it is."""
@@ -71,21 +78,13 @@ def resident(process: int) -> float:
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
     """Start a server, load it, and say what was seen."""
-    command = [
-        sys.executable,
-        "-m",
-        "overfly.cli",
-        "serve",
-        settings.run,
-        "--port",
-        "0",
-        "--queue",
-        str(settings.queue),
-    ]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    own = [sys.executable, __file__, STAND_IN, "--serve", "--queue", str(settings.queue)]
+    real = [sys.executable, "-m", "overfly.cli", "serve", settings.run, "--port", "0", "--queue", str(settings.queue)]
+    command = own if settings.run == STAND_IN else real
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        assert server.stderr is not None
-        line = server.stderr.readline()
+        assert process.stderr is not None
+        line = process.stderr.readline()
         address = urlsplit(next(word for word in line.split() if word.startswith("http")).rstrip(";"))
         place = (str(address.hostname), int(address.port or 0))
         domain = Domain.model_validate({"name": "drawn", "scene": "rural", "size": settings.size, "val": 8})
@@ -101,15 +100,28 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
             thread.start()
         memory = []
         while any(thread.is_alive() for thread in threads):
-            memory.append((time.monotonic() - begun, resident(server.pid)))
+            memory.append((time.monotonic() - begun, resident(process.pid)))
             time.sleep(0.5)
         took = time.monotonic() - begun
         for thread in threads:
             thread.join()
     finally:
-        server.terminate()
-        server.wait(20)
+        process.terminate()
+        process.wait(20)
     return figures(settings, seen, memory, took, len(bodies[0]))
+
+
+def stand_in(queue: int) -> None:
+    """Serve a network that costs nothing, so that what remains is the server itself."""
+    facts = Facts(architecture="threshold", classes=Classes(names=("dark", "bright")), mean=(0.0,) * 3, std=(1.0,) * 3)
+
+    def bright(images: Floats) -> Floats:
+        return np.concatenate([1 - images[:, :1] / 255, images[:, :1] / 255], 1).astype(np.float32)
+
+    network = Network("0", "threshold", lambda: Predictor(facts, "torch", "cpu", bright))
+    place = server.bound("127.0.0.1", 0)
+    print(f"serving at {server.address(place)}", file=sys.stderr, flush=True)
+    server.run(server.application([network], limits=Limits(queue=queue)), place)
 
 
 def figures(
@@ -147,14 +159,18 @@ def figures(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
+    parser.add_argument("run", help=f"a run; or {STAND_IN}: a network that costs nothing")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--queue", type=int, default=16)
     parser.add_argument("--out", type=Path)
     settings = parser.parse_args()
-    found = measure(settings)
+    if settings.serve:
+        stand_in(settings.queue)
+        return
+    found = {"network": Path(settings.run).name} | measure(settings)
     found["machine"] = describe("cpu") | {"load_average": [round(value, 2) for value in os.getloadavg()]}
     print(json.dumps(found, indent=2))
     if settings.out is not None:
