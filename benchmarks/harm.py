@@ -3,9 +3,10 @@
     python benchmarks/harm.py recipes/drawn/urban-rural-overfly.yaml --seeds 0,1,2 --steps 100 [--images FOLDER…]
 
 Each recipe must be one of method `overfly`. Of every seed it is carried out three ways: with the pseudo-labels' classes
-exchanged for each other, with half of all pseudo-labels drawn by lot, and, for each folder of --images (pictures of
-other things than the classes), adapting to that folder. Whether a plant truly does harm is scored afterwards against
-the recipe's own target. Writes harm.json and prints one line a plant; exits 1 unless all were refused.
+exchanged for each other, with pseudo-labels shuffled among the pixels of the batch, and, for each folder of --images
+(pictures of other things than the classes), adapting to that folder. Whether bad labels truly did harm is scored
+afterwards against the recipe's own target; where they did none, to let them pass is right. Writes harm.json and prints one line a plant; exits 1 unless all that
+did harm were refused.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ENGINE = Engine(device="cpu", quiet=True)
 class Planted(Overfly, name="planted"):
     """Our own method with a teacher whose labels were tampered with."""
 
-    harm: Literal["exchanged", "by lot"] = "exchanged"
+    harm: Literal["exchanged", "shuffled"] = "exchanged"
     """How."""
     key: int = 0
     """Which exchange of classes."""
@@ -44,9 +45,11 @@ class Planted(Overfly, name="planted"):
         """The teacher's labels, of the wrong classes."""
         label = super().labels(nets, target)
         classes = len(nets.segmenter.classes)
-        if self.harm == "by lot":
-            wrong = torch.randint(classes, label.shape)
-            return torch.where((torch.rand(label.shape) < 0.5) & (label != IGNORE), wrong, label)
+        if self.harm == "shuffled":
+            there = label != IGNORE
+            found = label[there]
+            label[there] = found[torch.randperm(len(found))]
+            return label
         order = torch.randperm(classes, generator=torch.Generator().manual_seed(self.key))
         other = torch.empty_like(order)
         other[order] = order.roll(1)  # one cycle through all classes: none keeps its name
@@ -56,8 +59,8 @@ class Planted(Overfly, name="planted"):
 def planted(recipe: Recipe, steps: int, folders: list[Path]) -> Iterator[tuple[str, Recipe]]:
     """The harmful versions of a recipe, by name."""
     own = {name: getattr(recipe.method, name) for name in Overfly.model_fields}
-    settings: dict[Literal["exchanged", "by lot"], Planted] = {
-        harm: Planted(**own, harm=harm, key=recipe.seed) for harm in ("exchanged", "by lot")
+    settings: dict[Literal["exchanged", "shuffled"], Planted] = {
+        harm: Planted(**own, harm=harm, key=recipe.seed) for harm in ("exchanged", "shuffled")
     }
     for harm, method in settings.items():
         yield harm, recipe.model_copy(update={"method": method, "steps": steps})
@@ -100,6 +103,7 @@ def main() -> int:
                         "recipe": file.stem,
                         "seed": seed,
                         "plant": plant,
+                        "foreign": recipe.target != honest.target,
                         "refused": refused,
                         "recommended": verdict.recommended,
                         "familiarity": verdict.familiarity,
@@ -110,9 +114,12 @@ def main() -> int:
                 word = "refused" if refused else "LET THROUGH"
                 print(f"{file.stem}, seed {seed}, {plant}: {word}; target {before:.3f} -> {after:.3f}", flush=True)
                 (given.out / "harm.json").write_text(json.dumps(rows, indent=1))
-    refusals = sum(row["refused"] for row in rows)
-    print(f"{refusals} of {len(rows)} planted harms refused")
-    return int(refusals < len(rows))
+    harmful = [
+        row for row in rows if row["foreign"] or row["target_miou"]["adapted"] < row["target_miou"]["source only"]
+    ]
+    refusals = sum(row["refused"] for row in harmful)
+    print(f"{refusals} of {len(harmful)} plants that did harm refused; {len(rows) - len(harmful)} did none")
+    return int(refusals < len(harmful))
 
 
 if __name__ == "__main__":
