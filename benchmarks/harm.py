@@ -5,8 +5,8 @@
 Each recipe must be one of method `overfly`. Of every seed it is carried out three ways: with the pseudo-labels' classes
 exchanged for each other, with pseudo-labels shuffled among the pixels of the batch, and, for each folder of --images
 (pictures of other things than the classes), adapting to that folder. Whether bad labels truly did harm is scored
-afterwards against the recipe's own target; where they did none, to let them pass is right. Writes harm.json and prints one line a plant; exits 1 unless all that
-did harm were refused.
+afterwards against the recipe's own target; where they did none, to let them pass is right. Writes harm.json and prints
+one line a plant; exits 1 unless all that did harm were refused.
 """
 
 from __future__ import annotations
