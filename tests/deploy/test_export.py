@@ -146,7 +146,7 @@ def test_a_file_that_differs_is_not_there_and_the_layer_is_named(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segmenter = sane(recipe, "lraspp_mobilenet_v2")
-    honest = exporting.write_onnx
+    honest = write_onnx
 
     def tampered(deployed: Any, *rest: Any) -> Path:
         with torch.no_grad():
