@@ -24,6 +24,7 @@ from overfly.deploy import hub
 from overfly.deploy.backends import Floats
 from overfly.deploy.export import Evidence, Exported
 from overfly.deploy.export import export as write
+from overfly.deploy.formats import OPSET
 from overfly.deploy.graph import Answer, Precision
 from overfly.deploy.metadata import Format, Made
 from overfly.deploy.model_card import Place, Story, card
@@ -125,7 +126,7 @@ def export(
     inner = (recipe.resize if resize is None else resize) or None
     if size is not None:
         facts = facts.model_copy(update={"window": size, "fixed": True})
-    made = Made(format=format, precision=precision, answer=answer, resize=inner, opset=17 if format == "onnx" else 0)
+    made = Made(format=format, precision=precision, answer=answer, resize=inner, opset=OPSET if format == "onnx" else 0)
     stem = name or "-".join(
         [facts.architecture, format, precision, *([answer] * (answer != "probabilities")), *([str(size)] * bool(size))]
     )

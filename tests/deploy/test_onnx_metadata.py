@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from sane_networks import sane
 
 from overfly.deploy.backends import facts_of, of_segmenter
 from overfly.deploy.formats import write_onnx
@@ -17,16 +18,13 @@ from overfly.deploy.metadata import Made, entries
 from overfly.deploy.onnx_metadata import deepness
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from overfly.training.start import first_segmenter
 
 SIDE = 64
 
 
 @pytest.fixture
 def segmenter(recipe: Recipe) -> Segmenter:
-    return first_segmenter(
-        recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": "lraspp_mobilenet_v2"})})
-    ).eval()
+    return sane(recipe, "lraspp_mobilenet_v2")
 
 
 @pytest.fixture

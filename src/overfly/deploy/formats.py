@@ -14,9 +14,10 @@ from overfly.core.errors import MissingExtraError, OverflyError
 from overfly.deploy.archive import write_program
 from overfly.deploy.graph import Deployed
 from overfly.deploy.runtimes import openvino
+from overfly.deploy.runtimes import smooth as smooth_resize
 
-OPSET = 17
-"""ONNX operator set; every runtime of the last three years reads it."""
+OPSET = 18
+"""ONNX operator set; the first whose Resize can smooth, and every runtime of the last three years reads it."""
 LEAST_SIDE = 32
 """Least side of an image that a program of any size takes, in pixels."""
 TRACED = (1280, 1408)
@@ -59,6 +60,7 @@ def write_onnx(deployed: Deployed, path: Path, bands: int, metadata: Mapping[str
         ) from (error)
     model = package.load(path)
     name_answer(model, deployed)
+    smooth(model)
     describe(model, metadata)
     package.checker.check_model(model)
     package.save(model, path)
@@ -74,12 +76,25 @@ def describe(model: Any, metadata: Mapping[str, str]) -> None:
 
 
 def name_answer(model: Any, deployed: Deployed) -> None:
-    """Write the shape of an ONNX model's answer in full: K, and the sides where they are fixed."""
+    """Write the shape of an ONNX model's answer in full: K, and the sides where they are fixed, else their names."""
     shape = model.graph.output[0].type.tensor_type.shape.dim
-    if deployed.fixed is None:
-        return
-    for place, side in zip((-2, -1), deployed.fixed, strict=True):
-        shape[place].dim_value = side
+    for place, side in zip((-2, -1), deployed.fixed or ("height", "width"), strict=True):
+        shape[place].Clear()
+        if isinstance(side, int):
+            shape[place].dim_value = side
+        else:
+            shape[place].dim_param = side
+    if deployed.answer != "classes":
+        shape[1].Clear()
+        shape[1].dim_value = deployed.classes
+
+
+def smooth(model: Any) -> None:
+    """Let the node that resizes the image average over the pixels that it leaves out, as in training."""
+    helper = onnx().helper
+    for node in model.graph.node:
+        if node.op_type == "Resize" and node.name == "/Resize":
+            node.attribute.append(helper.make_attribute("antialias", 1))
 
 
 def write_openvino(source: Path, path: Path, metadata: Mapping[str, str], *, half: bool = False) -> Path:
@@ -93,6 +108,7 @@ def write_openvino(source: Path, path: Path, metadata: Mapping[str, str], *, hal
     """
     runtime = openvino()
     model = runtime.Core().read_model(source)
+    smooth_resize(model)
     save_openvino(model, path, metadata, half=half)
     return path
 

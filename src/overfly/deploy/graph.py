@@ -1,7 +1,7 @@
 """The graph that leaves the house: image in, answer out, and nothing in between that nobody needs.
 
-What training alone reads is gone, batch normalisation and the division by the standard deviation are folded into the
-convolutions, and the exponential of the softmax is taken once.
+What training alone reads is gone, and batch normalisation and the division by the standard deviation are folded into
+the convolutions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ Answer = Literal["probabilities", "logits", "classes"]
 Precision = Literal["32", "16", "int8"]
 """Arithmetic of the exported network: 32 bits, 16 bits, or 8-bit integers."""
 
-LEAST = -80.0
-"""Logits further than this below the best one of their place have a probability of 0 in float32 anyway."""
-
 
 class Deployed(nn.Module):
     """A trained network as it is exported: images (B, C, H, W), float32, in the sensor's own range, to its answer.
@@ -38,6 +35,7 @@ class Deployed(nn.Module):
 
     Attributes:
         network: a folded copy of the network.
+        classes: number of classes K.
     """
 
     mean: Tensor
@@ -57,6 +55,7 @@ class Deployed(nn.Module):
         network = fold_batch_norm(lighter.network, segmenter.bands)
         self.answer, self.dtype, self.resize, self.fixed = answer, dtype, resize, fixed
         self.stride = segmenter.stride
+        self.classes = len(segmenter.classes)
         self.register_buffer("mean", lighter.mean.clone())
         self.register_buffer("std", lighter.std.clone())
         # the convolution pads with 0, which is the mean once it is subtracted: only the division can move into it
@@ -69,7 +68,10 @@ class Deployed(nn.Module):
         height, width = image.shape[-2:]
         x = image
         if self.resize is not None:
-            x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False, antialias=True)
+            smooth = not torch.onnx.is_in_onnx_export()  # the exporter does not know it; `formats` puts it in
+            x = F.interpolate(
+                x, size=(self.resize, self.resize), mode="bilinear", align_corners=False, antialias=smooth
+            )
         x = x - self.mean
         if self.divides:
             x = x / self.std
@@ -114,10 +116,6 @@ class Head(nn.Module):
             crop: size that is cut from it, where the image was padded.
             image: size that it is then brought to, where the image was resized.
         """
-        if self.answer == "probabilities":
-            # the largest score of each place is taken away here, where there are 16 to 64 times fewer places: what is
-            # interpolated is at most 0, and no exponential overflows
-            scores = (scores - scores.amax(1, keepdim=True)).clamp_min(LEAST)
         scores = F.interpolate(scores, size=whole, mode="bilinear", align_corners=False)
         if crop is not None:
             scores = scores[..., : crop[0], : crop[1]]
@@ -127,7 +125,11 @@ class Head(nn.Module):
             return scores
         if self.answer == "classes":
             return scores.argmax(1).to(torch.uint8)
-        odds = scores.exp()
+        if not torch.onnx.is_in_onnx_export():
+            return scores.softmax(1)
+        # what a softmax is: as one operator over the second dimension, ONNX Runtime turns the maps around twice for it,
+        # a fifth of PIDNet-S's whole time at 512×512; OpenVINO sees that it is one
+        odds = (scores - scores.amax(1, keepdim=True)).exp()
         return odds / odds.sum(1, keepdim=True)
 
 

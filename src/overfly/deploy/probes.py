@@ -16,12 +16,10 @@ from overfly.deploy.backends import Floats
 from overfly.deploy.formats import onnx
 from overfly.deploy.graph import Deployed
 from overfly.deploy.metadata import Made
-from overfly.deploy.runtimes import onnxruntime, openvino, openvino_settings
+from overfly.deploy.runtimes import onnxruntime, openvino, openvino_settings, smooth
 
 SCORES = "class scores"
 """What the last layer, which gives the class scores at the network's own stride, is called."""
-READERS = ("ReduceMax", "Resize", "Interpolate")
-"""Operators that read the class scores, in ONNX's and OpenVINO's words."""
 Maps = dict[str, Floats]
 """Maps by the layer that gives them, in the order of computing."""
 
@@ -111,7 +109,7 @@ def _in_onnx(path: Path, image: Floats) -> Maps:
     model = package.load(path)
     graph = model.graph
     values: dict[str, str] = {module_name(node.name): node.output[0] for node in graph.node if node.op_type == "Conv"}
-    head = next((node for node in graph.node if node.name.startswith("/head/") and node.op_type in READERS), None)
+    head = next((node for node in graph.node if node.name.startswith("/head/") and node.op_type == "Resize"), None)
     if head is not None:
         values[SCORES] = head.input[0]
     there = {output.name for output in graph.output}
@@ -141,12 +139,13 @@ def _in_openvino(path: Path, image: Floats, made: Made) -> Maps:
     runtime = openvino()
     core = runtime.Core()
     model = core.read_model(path)
+    smooth(model)
     values: dict[str, Any] = {}
     for operation in model.get_ordered_ops():
         name = operation.get_friendly_name()
         if name.rsplit("/", 1)[-1] == "Conv" and operation.get_output_size() == 1:
             values[module_name(name)] = operation.output(0)
-        if name.startswith("/head/") and operation.get_type_name() in READERS and SCORES not in values:
+        if name.startswith("/head/") and operation.get_type_name() == "Interpolate" and SCORES not in values:
             values[SCORES] = operation.input_value(0)
     for value in values.values():
         model.add_outputs([value])

@@ -13,7 +13,7 @@ from pathlib import Path
 from overfly.core.errors import MissingExtraError
 from overfly.deploy.backends import Floats
 from overfly.deploy.formats import describe, onnx, save_openvino
-from overfly.deploy.runtimes import onnxruntime, openvino
+from overfly.deploy.runtimes import onnxruntime, openvino, smooth
 
 INTEGERS = ("Conv", "Add", "Concat", "Resize", "MaxPool", "Mul")
 """ONNX operators that compute in integers; others stay in float32 between them."""
@@ -88,6 +88,7 @@ def quantise_openvino(source: Path, path: Path, images: Sequence[Floats], metada
         except ImportError:
             raise MissingExtraError("nncf", "openvino", "export in 8-bit integers for OpenVINO") from None
         model = runtime.Core().read_model(source)
+        smooth(model)
         with _quiet():
             quantised = nncf.quantize(
                 model,

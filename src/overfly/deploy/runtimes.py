@@ -79,6 +79,7 @@ def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> 
     except Exception as error:  # as above
         raise WeightsError(f"{path} cannot be opened by openvino ({first_line(error)}); export it again") from error
     facts, made = read_entries(openvino_metadata(model), path)
+    smooth(model)
     compiled = core.compile_model(model, place, openvino_settings(made, threads))
     request = compiled.create_infer_request()
 
@@ -129,6 +130,25 @@ def probabilities(graph: Graph, facts: Facts, made: Made) -> Callable[[Floats], 
         return found
 
     return run
+
+
+def smooth(model: Any) -> None:
+    """Let a model of OpenVINO resize its images as PyTorch does, averaging over the pixels that are left out.
+
+    OpenVINO reads ONNX's Resize and passes over its ``antialias``.
+    """
+    from openvino import opset13 as operators
+
+    for operation in model.get_ops():
+        if operation.get_type_name() == "Interpolate" and operation.get_friendly_name() == "/Resize":
+            if operation.get_attributes()["mode"] == "bilinear_pillow":
+                return
+            side = operation.output(0).partial_shape[2].get_length()
+            sizes, axes = (operators.constant(np.array(pair, np.int64)) for pair in ([side, side], [2, 3]))
+            resized = operators.interpolate(operation.input_value(0), sizes, "bilinear_pillow", "sizes", axes=axes)
+            resized.set_friendly_name("/Resize")
+            operation.output(0).replace(resized.output(0))
+            return
 
 
 def openvino_metadata(model: Any) -> dict[str, str]:
@@ -182,4 +202,13 @@ def _there(path: Path) -> None:
         raise WeightsError(f"there is no file {path}; give one that `overfly export` wrote")
 
 
-__all__ = ["of_onnx", "of_openvino", "of_program", "onnxruntime", "openvino", "openvino_metadata", "openvino_settings"]
+__all__ = [
+    "of_onnx",
+    "of_openvino",
+    "of_program",
+    "onnxruntime",
+    "openvino",
+    "openvino_metadata",
+    "openvino_settings",
+    "smooth",
+]

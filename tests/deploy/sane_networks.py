@@ -1,0 +1,24 @@
+"""Networks with random weights whose scores are of a sane order: batch normalisation has seen images."""
+
+from __future__ import annotations
+
+import torch
+
+from overfly.models import build
+from overfly.models.segmenter import Segmenter
+from overfly.recipe import Recipe
+
+
+def sane(recipe: Recipe, name: str) -> Segmenter:
+    """A network in evaluation mode for a recipe's classes."""
+    torch.manual_seed(0)
+    classes = recipe.domain("source").classes
+    network = build(name, len(classes))
+    made = Segmenter(network, classes, architecture=name, mean=(120.0, 110.0, 100.0), std=(50.0, 60.0, 70.0))
+    made.train()
+    for part in made.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = None
+    with torch.no_grad():
+        made(torch.rand(4, 3, 128, 128) * 255)
+    return made.eval()
