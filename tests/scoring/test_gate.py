@@ -6,7 +6,7 @@ from planted import ByLevel, Constant, Patches
 from overfly.scoring.gate import Gate, consistency, familiarity
 from overfly.scoring.validators import LabelFree, look
 
-LEVELS = {"masked_miou": 0.3, "views_miou": 0.6, "source_miou": 0.6, "agreement": 1.0}
+LEVELS = {"masked_miou": 0.3, "views_miou": 0.6, "source_miou": 0.6, "agreement": 1.0, "bnm": 0.75}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def test_nothing_speaks_against_a_network_that_is_more_consistent(anything: Labe
         ({"source_miou": 0.5}, "loses 10.0 points"),
         ({"agreement": 0.2}, "agrees with the network before adaptation by 20.0 %"),
         ({"views_miou": 0.5}, "not clearly more consistent"),
+        ({"bnm": 0.69}, "less sure of its classes, or of fewer"),
     ],
 )
 def test_each_fault_alone_is_refused_in_words(anything: LabelFree, change: dict[str, float], words: str) -> None:
@@ -63,7 +64,7 @@ def test_where_all_are_refused_the_network_before_is_kept(anything: LabelFree) -
 def test_a_collapsed_network_is_refused() -> None:
     before = look(ByLevel(20), Patches())
     after = look(Constant(), Patches(), reference=ByLevel(20))
-    assert len(Gate().against(before, after)) == 2
+    assert len(Gate().against(before, after)) == 3
 
 
 def test_pictures_of_other_things_refuse_every_adaptation(anything: LabelFree) -> None:

@@ -20,12 +20,15 @@ class Gate(Spec):
 
     source_loss: Share = 0.05
     """mIoU on the source's held-out labels that may be lost: the network is to work in both places."""
-    agreement: Share = 0.4
+    agreement: Share = 0.25
     """Least class-balanced mIoU between its predictions on the target and those before adaptation. Adaptation mends a
     part of the picture; where more than this has changed, classes were lost or exchanged."""
-    familiar: Share = 0.65
+    familiar: Share = 0.7
     """How familiar (`familiarity`) the target's pictures must be to the network before adaptation. Pictures that show
     other things than the classes turn any adaptation into invention."""
+    sureness: Share = 0.05
+    """Nuclear norm of its probabilities on the target, from sure and of many classes down to unsure or of few, that may
+    be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
     margin: Share = 0.02
     """How much more consistent, on average under cover and under other views, it must be on the target. Self-training
     that won gained 5 points and more of it; a point or less comes from any further training."""
@@ -49,6 +52,11 @@ class Gate(Spec):
             found.append(
                 f"on the target it agrees with the network before adaptation by {100 * after.agreement:.1f} % mIoU "
                 f"alone, less than {100 * self.agreement:g}"
+            )
+        if (unsure := before.bnm - after.bnm) > self.sureness:
+            found.append(
+                f"on the target it is less sure of its classes, or of fewer, than the network before adaptation, by "
+                f"{100 * unsure:.1f} points of nuclear norm, more than {100 * self.sureness:g}"
             )
         gained = consistency(after) - consistency(before)
         if gained <= self.margin:
