@@ -4,7 +4,8 @@
         [--record FILE.json]
 
 Without --network a light network of random weights does the work: it takes as long as a trained one. With --stand-in,
-memory and resuming are looked at without waiting for a network. Linux only (memory is read from /proc). What is measured runs in processes of its own:
+memory and resuming are looked at without waiting for a network. Linux only (memory is read from /proc). What is
+measured runs in processes of its own:
 
 1. the network alone on some rows of windows; the whole job; the network alone on other rows. Times are given for a
    window; those before and after are taken together, so that a drift of the machine's speed weighs on both. Beside the

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from overfly.api import adapt, benchmark, evaluate, speed, train, validate
+from overfly.api import adapt, benchmark, evaluate, predict, speed, train, validate
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.data.domain import Domain
@@ -27,6 +27,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_weights",
+    "predict",
     "speed",
     "train",
     "validate",

@@ -113,6 +113,7 @@ def predict(
     Returns:
         The maps, and the rasters that failed. The command exits with status 1 where one of several failed.
     """
+    network, out = Path(network), Path(out)
     see_bounds(
         {"window": (window or 32, 32, LARGEST), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)}
         | {"workers": (workers, 0, 256)}

@@ -67,7 +67,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     killer.start()
     maps, failures = map_rasters(
         partial(slow, str(journal), 0.05), jobs, SETTINGS, network="slow", workers=2,
-        heard=lambda source, found: heard.append(source),
+        heard=lambda source, _: heard.append(source),
     )  # fmt: skip
     killer.join(5)
     assert killed

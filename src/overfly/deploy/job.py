@@ -123,7 +123,10 @@ def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings
         first = next(file for file in files.values() if file.exists())
         raise DataError(f"{first} is there without its map; move it away, or replace it by --overwrite")
     others = [key for key in job if held.get(key) != job[key]]
-    shown = ", ".join(f"{key} {held.get(key)} instead of {job[key]}" for key in others[:3])
+    if {"raster", "bytes", "modified"} & set(others):
+        shown = f"of {held.get('raster')} as it was then"
+    else:
+        shown = ", ".join(f"{key} {held.get(key)} instead of {job[key]}" for key in others[:3])
     raise DataError(f"{out} was made otherwise ({shown}); choose another --out, or replace it by --overwrite")
 
 

@@ -1,0 +1,63 @@
+"""A picture of a map: image | map | the same corner without and with overlapping windows.
+
+    python benchmarks/seams.py --network RUN [--size 768] [--window 128] [--out docs/images/raster.png]
+
+The network should be one of the drawn world's. White lines at the borders of the small pictures mark where windows meet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from PIL import Image
+from rasterio import Affine
+
+from overfly.data.synthetic import draw
+from overfly.deploy.geotiff import map_raster
+from overfly.deploy.job import Settings
+from overfly.opening import predictor_of
+
+ZOOM = 3
+
+
+def main() -> None:
+    """Draw, predict twice, put together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", type=Path, required=True)
+    parser.add_argument("--scene", default="rural")
+    parser.add_argument("--size", type=int, default=768)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("docs/images/raster.png"))
+    settings = parser.parse_args()
+    predictor = predictor_of(settings.network, device="cpu")
+    image = draw(settings.scene, "test", 3, settings.size)[0]
+    maps = []
+    with tempfile.TemporaryDirectory() as folder:
+        raster, place = Path(folder) / "raster.tif", Affine(0.3, 0, 300_000, 0, -0.3, 2_700_000)
+        how = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32640", "transform": place}
+        with rasterio.open(raster, "w", width=settings.size, height=settings.size, **how) as made:
+            made.write(np.moveaxis(image, -1, 0))
+        for overlap in (0.0, 0.25):
+            out = Path(folder) / f"{overlap}.tif"
+            chosen = Settings(window=settings.window, overlap=overlap)
+            map_raster(predictor, str(raster), out, chosen, network="picture")
+            with rasterio.open(out) as found:
+                maps.append(predictor.facts.classes.paint(found.read(1)))
+    part = slice(settings.window // 2, settings.window // 2 + settings.size // ZOOM)
+    corners = [np.kron(each[part, part], np.ones((ZOOM, ZOOM, 1), np.uint8)) for each in maps]
+    for corner in corners:
+        for border in range(settings.window // 2, settings.size // ZOOM, settings.window):
+            corner[: 4 * ZOOM, ZOOM * border] = corner[ZOOM * border, : 4 * ZOOM] = 255
+    gap = np.full((settings.size, 8, 3), 255, np.uint8)
+    row = [image, gap, maps[1], gap, corners[0][: settings.size], gap, corners[1][: settings.size]]
+    picture = Image.fromarray(np.concatenate(row, axis=1))
+    picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).quantize(96).save(settings.out)
+    print(settings.out, settings.out.stat().st_size)
+
+
+if __name__ == "__main__":
+    main()
