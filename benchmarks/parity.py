@@ -45,7 +45,7 @@ def quick(run: Run, name: str, steps: int, folder: Path) -> Run:
         "source": own.domain("source").model_dump(mode="json"),
         "target": own.domain("target").model_dump(mode="json"),
         "model": name, "steps": steps, "crop": min(own.crop, 128), "batch": 2, "resize": own.resize,
-        "window": min(own.window or 256, 256), "optim": {"name": "adamw", "lr": 1e-4},
+        "window": min(own.window or 256, 256), "optim": {"name": "adamw", "lr": 1e-3},
     }  # fmt: skip
     recipe = Recipe.model_validate(values)
     engine = Engine("cpu", quiet=True)

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from overfly.api import adapt, benchmark, evaluate, predict, speed, train, validate
+from overfly.api import adapt, benchmark, evaluate, export, predict, report, serve, speed, train, validate, watch
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.data.domain import Domain
@@ -25,10 +25,14 @@ __all__ = [
     "benchmark",
     "build",
     "evaluate",
+    "export",
     "load",
     "load_weights",
     "predict",
+    "report",
+    "serve",
     "speed",
     "train",
     "validate",
+    "watch",
 ]

@@ -279,7 +279,7 @@ def story_of(run: Run) -> Story:
         places[-1] = Place(recipe.target.title, sheet(recipe.target), "not seen in training")
     return Story(
         title=run.path.name,
-        method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0]}",
+        method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0].rstrip('.')}",
         places=places,
         scores=scores_of_seeds(run),
         verdict=_verdict(run),

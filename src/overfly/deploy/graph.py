@@ -88,10 +88,11 @@ class Deployed(nn.Module):
         Where any size goes the graph always pads, by 0 pixels if need be: it has no branches.
         """
         known = self.fixed is not None or self.resize is not None
-        below, right = -rows % self.stride, -columns % self.stride
-        if known and not (below or right):
-            return x, (rows, columns), False
-        return F.pad(x, (0, right, 0, below), mode="replicate"), (rows + below, columns + right), True
+        stride = self.stride
+        whole = ((rows + stride - 1) // stride * stride, (columns + stride - 1) // stride * stride)
+        if known and whole == (rows, columns):
+            return x, whole, False
+        return F.pad(x, (0, whole[1] - columns, 0, whole[0] - rows), mode="replicate"), whole, True
 
 
 class Head(nn.Module):

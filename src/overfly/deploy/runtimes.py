@@ -164,7 +164,7 @@ def openvino_metadata(model: Any) -> dict[str, str]:
 def openvino_settings(made: Made, threads: int | None = None) -> dict[str, Any]:
     """How OpenVINO compiles: for the latency of single images, with 16-bit arithmetic only where the file says so."""
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if made.precision != "16":  # left alone, the runtime takes bfloat16 where the processor has it
+    if made.precision != "16" or made.format != "openvino":  # left alone, it takes bfloat16 where the processor has it
         settings["INFERENCE_PRECISION_HINT"] = "f32"
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
