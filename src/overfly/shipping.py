@@ -63,6 +63,9 @@ class Shipped:
         if "torch eager" in found.latency:
             table.add_row("torch eager", "", "", "", "", f"{found.latency['torch eager'].median_ms:.1f}")
         yield table
+        for each in found.parity:
+            if each.beyond:
+                yield f"not for {each.backend}: {each.beyond}; {each.where}"
         yield f"exported: {self.path} ({found.bytes / 1e6:.1f} MB)"
         yield f"figures:  {self.path.with_suffix('.json')}"
         yield f"card:     {self.card}"

@@ -132,6 +132,9 @@ def _parity(found: Exported) -> list[str]:
             f"| {each.backend} | {100 * each.agreement:.3f} % | {logit} | {each.probability_difference:.2g} | "
             f"{mious[0]} | {mious[1]} |"
         )
+    for each in found.parity:
+        if each.beyond:
+            lines += ["", f"**Not for {each.backend}**: {each.beyond}."]
     return lines
 
 
