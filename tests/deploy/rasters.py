@@ -14,8 +14,6 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from overfly.core.classes import Classes
 from overfly.deploy.backends import Facts, Floats, Predictor
-from overfly.deploy.geotiff import Mapped, map_raster
-from overfly.deploy.job import Settings
 
 CLASSES = Classes(names=("dark", "middle", "bright"), colours=((10, 20, 30), (120, 130, 140), (250, 240, 230)))
 PLACE: dict[str, Any] = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
@@ -83,15 +81,3 @@ def ids(path: Path) -> NDArray[np.uint8]:
             assert dataset.count == 1
             found: NDArray[np.uint8] = dataset.read(1)
             return found
-
-
-SETTINGS = Settings(window=64, batch=3)
-
-
-def mapped(source: Path, out: Path, predictor: Any = None, settings: Settings = SETTINGS, **more: Any) -> Mapped:
-    return map_raster(predictor or pointwise(), str(source), out, settings, network="none", **more)
-
-
-def wanted(pixels: np.ndarray) -> np.ndarray:
-    found: np.ndarray = likely(pixels[None].astype(np.float32))[0].argmax(0)
-    return found
