@@ -13,7 +13,7 @@ from torch import Tensor
 from overfly.core.errors import MissingExtraError, OverflyError
 from overfly.deploy.archive import write_program
 from overfly.deploy.graph import Deployed
-from overfly.deploy.runtimes import openvino
+from overfly.deploy.runtimes import openvino, openvino_core
 from overfly.deploy.runtimes import smooth as smooth_resize
 
 OPSET = 18
@@ -106,8 +106,7 @@ def write_openvino(source: Path, path: Path, metadata: Mapping[str, str], *, hal
         metadata: what the file says of itself.
         half: keep weights in float16.
     """
-    runtime = openvino()
-    model = runtime.Core().read_model(source)
+    model = openvino_core().read_model(source)
     smooth_resize(model)
     save_openvino(model, path, metadata, half=half)
     return path

@@ -16,7 +16,7 @@ from overfly.deploy.backends import Floats
 from overfly.deploy.formats import onnx
 from overfly.deploy.graph import Deployed
 from overfly.deploy.metadata import Made
-from overfly.deploy.runtimes import onnxruntime, openvino, openvino_settings, smooth
+from overfly.deploy.runtimes import onnxruntime, openvino_core, openvino_settings, smooth
 
 SCORES = "class scores"
 """What the last layer, which gives the class scores at the network's own stride, is called."""
@@ -136,8 +136,7 @@ def _type_of(model: Any, value: str) -> int:
 
 
 def _in_openvino(path: Path, image: Floats, made: Made) -> Maps:
-    runtime = openvino()
-    core = runtime.Core()
+    core = openvino_core()
     model = core.read_model(path)
     smooth(model)
     values: dict[str, Any] = {}

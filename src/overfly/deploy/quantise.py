@@ -14,7 +14,8 @@ from typing import Literal
 from overfly.core.errors import MissingExtraError
 from overfly.deploy.backends import Floats
 from overfly.deploy.formats import describe, onnx, save_openvino
-from overfly.deploy.runtimes import onnxruntime, openvino, smooth
+from overfly.deploy.runtimes import onnxruntime, openvino_core, smooth
+from overfly.deploy.signal_stack import signal_stack_kept
 
 INTEGERS = ("Conv", "Add", "Concat", "Resize", "MaxPool", "Mul")
 """ONNX operators that compute in integers; others stay in float32 between them."""
@@ -107,7 +108,7 @@ def quantise_openvino(
     Raises:
         MissingExtraError: nncf is not installed.
     """
-    runtime = openvino()
+    core = openvino_core()
     path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own dependencies
@@ -119,9 +120,9 @@ def quantise_openvino(
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Estimators
 
         estimator = Estimators.MINMAX if ranges == "extremes" else Estimators.MEAN_MINMAX
-        model = runtime.Core().read_model(source)
+        model = core.read_model(source)
         smooth(model)
-        with _quiet():
+        with _quiet(), signal_stack_kept():
             quantised = nncf.quantize(
                 model,
                 nncf.Dataset(list(images)),

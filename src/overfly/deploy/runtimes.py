@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,8 @@ def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> 
         MissingExtraError: openvino is not installed.
         WeightsError: the file is missing, damaged or not one of ours.
     """
-    runtime = openvino()
+    core = openvino_core()
     _there(path)
-    core = runtime.Core()
     place = "CPU" if device == "cpu" else device.upper()
     if place.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
         raise RecipeError(
@@ -197,6 +197,16 @@ def openvino() -> Any:
     return package
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's `Core`, one for the process and never closed, so that its plug-ins are opened once.
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+    """
+    return openvino().Core()
+
+
 def _there(path: Path) -> None:
     if not path.is_file():
         raise WeightsError(f"there is no file {path}; give one that `overfly export` wrote")
@@ -208,6 +218,7 @@ __all__ = [
     "of_program",
     "onnxruntime",
     "openvino",
+    "openvino_core",
     "openvino_metadata",
     "openvino_settings",
     "smooth",
