@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from overfly import cli
+from overfly import api, cli
 from overfly.recipe import load
 
 
@@ -125,3 +128,15 @@ def test_mistakes_are_answered_in_one_sentence(
     assert "Traceback" not in shown.err
     assert len(shown.err.strip().splitlines()) == 1
     assert not list(out.glob("*"))
+
+
+def test_being_told_to_end_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ended() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(api, "list_kinds", ended)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["list"])
+    assert left.value.code == 2
+    assert "stopped" in capsys.readouterr().err

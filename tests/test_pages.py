@@ -100,6 +100,8 @@ def test_what_is_no_run_is_told_so(tmp_path: Path, runs: Path) -> None:
         api.report([str(tmp_path)], out=tmp_path / "r.html")
     with pytest.raises(RecipeError, match="--out"):
         api.report([str(runs)], out=tmp_path / "no" / "r.html")
+    with pytest.raises(RecipeError, match=r"no ending of a page; name it recipe\.html"):
+        api.report([str(runs)], out=tmp_path / "recipe.yaml")
     assert list(tmp_path.glob("*.html")) == []
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
@@ -67,6 +70,8 @@ def application() -> App:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a mistake of the user's is one sentence and exit status 2."""
     status = 0
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _stop)
     try:
         result = application()(list(sys.argv[1:] if arguments is None else arguments))
         if result is not None and FIRST:
@@ -87,6 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         status = fail("this does not fit the memory; lower batch, crop or size, or use a larger machine")
     sys.exit(status)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Being told to end is like Ctrl-C: what is half made is cleared away or left to be gone on with."""
+    del number, frame
+    raise KeyboardInterrupt
 
 
 def fail(sentence: str) -> int:

@@ -20,8 +20,8 @@ from overfly.core.errors import OverflyError, RecipeError
 from overfly.deploy.backends import Backend, Predictor
 from overfly.deploy.fleet import map_rasters
 from overfly.deploy.geotiff import Mapped, map_raster
-from overfly.deploy.job import Settings
-from overfly.deploy.sources import sources_of
+from overfly.deploy.job import Settings, outputs
+from overfly.deploy.sources import see_apart, sources_of
 from overfly.opening import predictor_of
 
 __all__ = ["Predicted", "predict"]
@@ -125,6 +125,7 @@ def predict(
         uncertainty=uncertainty, polygons=polygons, smallest=smallest, overwrite=overwrite,
     )  # fmt: skip
     jobs = sources_of(rasters, out)
+    see_apart({source: outputs(place, settings).values() for source, place in jobs.items()})
     with Told(quiet) as told:
         if not workers and scheduler is None:
             return _one_by_one(predictor, jobs, settings, fingerprint(network), told)

@@ -93,6 +93,8 @@ def report(
     see_bounds({"pictures": (pictures, 0, 10**6), "size": (size, 8, LARGEST)})
     if out.is_dir() or not out.parent.is_dir():
         raise RecipeError(f"{out} cannot be written: give --out a file's name in a folder that is there")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise RecipeError(f"{out} has no ending of a page; name it {out.with_suffix('.html').name}")
     found = findings(
         runs, title=title, split=split, labels=labels, limit=pictures, speed=speed, size=size,
         device=machines.pick(device), own_colours=own_colours,

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import ValidationError
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
@@ -330,7 +329,7 @@ def _verdict(run: Run) -> str:
         return ""
     try:
         verdict = Verdict.model_validate_json(file.read_text(encoding="utf-8"))
-    except ValidationError:
+    except (ValueError, OSError):  # damaged, or of another version
         return ""
     sentence = f"Verdict: {verdict.sentence}. Target labels opened for it: {verdict.labels_opened}."
     return f"{sentence}\n\n{verdict.table()}"

@@ -6,7 +6,8 @@ import fsspec
 import pytest
 
 from overfly.core.errors import DataError
-from overfly.deploy.sources import sources_of
+from overfly.deploy.job import Settings, outputs
+from overfly.deploy.sources import see_apart, sources_of
 
 
 @pytest.fixture
@@ -38,7 +39,6 @@ def test_addresses_are_listed_where_they_hold_wildcards() -> None:
 @pytest.mark.parametrize(
     ("entries", "out", "said"),
     [
-        (["{}/a", "{}/b"], "maps", "would both become"),
         (["{}/a"], "one.tif", "names one map, and there are 3"),
         (["{}/none/*.tif"], "maps", "matches no file"),
         (["{}"], "maps", "holds no rasters"),
@@ -50,3 +50,13 @@ def test_addresses_are_listed_where_they_hold_wildcards() -> None:
 def test_what_means_nothing_is_told(scenes: Path, entries: list[str], out: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         sources_of([entry.replace("{}", str(scenes)) for entry in entries], scenes / out)
+
+
+def test_no_two_rasters_write_one_file(scenes: Path) -> None:
+    out = scenes / "maps"
+    jobs = sources_of([f"{scenes}/a", f"{scenes}/b"], out)
+    with pytest.raises(DataError, match=r"1\.tif would both become"):
+        see_apart({source: [place] for source, place in jobs.items()})
+    products = {"a.tif": Settings(probabilities=True), "a_probabilities.tif": Settings()}
+    with pytest.raises(DataError, match=r"a\.tif and .*a_probabilities\.tif would both become"):
+        see_apart({name: outputs(out / name, settings).values() for name, settings in products.items()})

@@ -292,3 +292,17 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_another_process_wrote_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+
+    def write() -> None:
+        with writing(path, 10) as file:
+            file.write(striped(0), 0)
+            path.write_bytes(b"theirs")
+
+    with pytest.raises(DataError, match="by another process"):
+        write()
+    assert path.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [path]

@@ -50,3 +50,11 @@ def test_figures_reach_tensorboard(tmp_path: Path) -> None:
     journal.sinks.append(TensorBoard(tmp_path / "tb"))
     journal.write(1, loss=0.5)
     assert list((tmp_path / "tb").glob("events.*"))
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"target/val": 3}'])
+def test_damaged_scores_are_told(recipe: Recipe, tmp_path: Path, text: str) -> None:
+    run = Run.place(tmp_path, recipe)
+    (run.path / "scores.json").write_text(text)
+    with pytest.raises(RunError, match=r"scores\.json is damaged"):
+        _ = run.scores

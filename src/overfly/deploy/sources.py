@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from overfly.core.errors import DataError
@@ -22,7 +22,7 @@ def sources_of(entries: Sequence[str], out: Path) -> dict[str, Path]:
             that a glob's first wildcard begins at.
 
     Raises:
-        DataError: an entry means nothing, or two maps would have one name.
+        DataError: an entry means nothing.
     """
     found: dict[str, Path] = {}
     for entry in entries:
@@ -39,15 +39,27 @@ def sources_of(entries: Sequence[str], out: Path) -> dict[str, Path]:
                 raise DataError(
                     f"--out {out} is no folder, as {place} is a file; give a folder, or a name ending in .tif"
                 )
-    maps = {source: out / name.with_suffix(".tif") for source, name in found.items()}
+    return {source: out / name.with_suffix(".tif") for source, name in found.items()}
+
+
+def see_apart(files: Mapping[str, Iterable[Path]]) -> None:
+    """See that no two rasters would write one file.
+
+    Args:
+        files: what is made of each raster.
+
+    Raises:
+        DataError: two would.
+    """
     first: dict[Path, str] = {}
-    for source, place in maps.items():
-        if place in first:
-            raise DataError(
-                f"{first[place]} and {source} would both become {place}; do them in two commands, each with its --out"
-            )
-        first[place] = source
-    return maps
+    for source, places in files.items():
+        for place in places:
+            if place in first:
+                raise DataError(
+                    f"{first[place]} and {source} would both become {place}; do them in two commands, each with its "
+                    "--out"
+                )
+            first[place] = source
 
 
 def _paths(entry: str) -> dict[str, Path]:
@@ -98,4 +110,4 @@ def _addresses(entry: str) -> dict[str, Path]:
     return {system.unstrip_protocol(name): Path(PurePosixPath(name).name) for name in listed}
 
 
-__all__ = ["sources_of"]
+__all__ = ["see_apart", "sources_of"]

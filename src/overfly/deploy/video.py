@@ -348,7 +348,7 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
             yield writer
             writer.finish()
             if writer.video is not None:
-                part.replace(path)
+                _publish(part, path)
         except BaseException:
             with suppress(av.FFmpegError, OSError):
                 writer.container.close()
@@ -360,6 +360,18 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
             part.unlink()
 
 
+def _publish(part: Path, path: Path) -> None:
+    """Give a finished file its name, unless another process has taken it meanwhile."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise DataError(
+            f"{path} was written by another process meanwhile and is left as it is; give this command another --out"
+        ) from None
+    except OSError:  # a file system without links
+        part.replace(path)
+
+
 def see_free(path: Path) -> None:
     """See that a video can be written to a path.
 
@@ -368,7 +380,7 @@ def see_free(path: Path) -> None:
     """
     if path.suffix.lower() not in CONTAINERS:
         raise DataError(f"{path} has no ending of a video; name it {path.with_suffix('.mp4').name}")
-    if path.exists():
+    if os.path.lexists(path):
         raise DataError(f"{path} is there already; take it away, or choose another --out")
 
 

@@ -140,7 +140,10 @@ class Run:
     @property
     def scores(self) -> Scores:
         """What the scorer found, by ``role/split``; empty before `overfly evaluate`."""
-        return self._json("scores.json")
+        scores = self._json("scores.json")
+        if all(isinstance(values, dict) for values in scores.values()):
+            return scores
+        raise RunError(f"{self.path / 'scores.json'} is damaged; delete it and run overfly evaluate again")
 
     def record(self, file: str, values: dict[str, Any]) -> None:
         """Write a JSON file of the folder, whole or not at all."""
@@ -193,7 +196,9 @@ class Run:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             raise RunError(f"{path} is damaged; delete it and run the command that wrote it again") from None
-        return values if isinstance(values, dict) else {}
+        if not isinstance(values, dict):
+            raise RunError(f"{path} is damaged; delete it and run the command that wrote it again")
+        return values
 
 
 def _title(recipe: Recipe) -> str:
