@@ -145,7 +145,9 @@ def export(
     path, found = write(
         segmenter, facts, made, evidence, folder=folder, name=stem, tell=(lambda _: None) if quiet else _tell
     )
-    _note_labels(opened, domain, found)
+    own = {"target": recipe.target, "source": recipe.source}
+    role = next((role for role, each in own.items() if domain in own and each is place), domain)
+    _note_labels(opened, role, found)
     written = path.with_suffix(".md")
     written.write_text(card(found, story_of(opened)), encoding="utf-8")
     return Shipped(path, written, found)

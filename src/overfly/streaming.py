@@ -74,13 +74,16 @@ class Watched:
 
     record: Record
     as_json: bool = False
+    asked: float | None = None
+    """Seconds after which the stream was to be left."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found, summary = self.record, self.record.summary
         if self.as_json:
             yield found.model_dump_json(indent=2)
             return
-        how = "stopped by hand" if summary.stopped else "to its end"
+        whole = "to its end" if self.asked is None else f"its first {self.asked:g} s at most"
+        how = "stopped by hand" if summary.stopped else whole
         yield f"watched: {found.source}, {how}{f' ({found.ended})' if found.ended else ''}"
         yield f"frames: {summary.read} read, {summary.shown} shown, {summary.dropped} dropped" + (
             f", {found.damaged} damaged" if found.damaged else ""
@@ -176,7 +179,7 @@ def watch(
         with stopping() as stop:
             summary = look_at(painter, pictures, sinks, live=stream.live, realtime=realtime, stop=stop, told=told)
     frame = sizes[0] if sizes else (stream.width, stream.height)
-    return Watched(_recorded(stream, painter, summary, frame, realtime=realtime, out=out), as_json=json)
+    return Watched(_recorded(stream, painter, summary, frame, realtime=realtime, out=out), as_json=json, asked=seconds)
 
 
 def _see_place(out: Path | None, serve: int | None) -> None:

@@ -236,7 +236,7 @@ def _judge(found: Exported, report: Path) -> None:
             raise ParityError(
                 f"{found.file} was not written: run by {parity.backend} on {parity.images} images of {found.images} it "
                 f"differs from PyTorch ({parity.beyond}); {parity.where}; every layer's error is in {report}; take a "
-                "higher --precision, or more or other images with --images"
+                "higher --precision, train the network for longer, or measure on the pictures it is for with --domain"
             )
 
 

@@ -28,6 +28,8 @@ def carry_out(recipe: Recipe, out: Path, fabric: Fabric, engine: Engine) -> Run:
     """
     start: Path | None = None
     if isinstance(recipe.start, Recipe):
+        if fabric.is_global_zero and not engine.quiet:
+            print("first the recipe that this starts from, as start.steps=… and the like change it", file=sys.stderr)
         parent = out.parent if (out / "recipe.yaml").is_file() else out
         start = carry_out(recipe.start, parent, fabric, engine).weights
     elif recipe.start is not None:
