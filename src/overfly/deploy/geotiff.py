@@ -233,13 +233,15 @@ def _publish(work: Work, files: dict[Kind | str, Path], settings: Settings) -> N
         write_polygons(made["classes"], outlines, classes, smallest=settings.smallest)
         ready.append((outlines, files["polygons"]))
     for kind, file in reversed(made.items()):
-        sidecar, target = Path(f"{file}.aux.xml"), Path(f"{files[kind]}.aux.xml")
-        target.unlink(missing_ok=True)  # of an earlier map: it would speak for this one
-        ready += [(sidecar, target)] if sidecar.exists() else []
+        sidecar = Path(f"{file}.aux.xml")
+        ready += [(sidecar, Path(f"{files[kind]}.aux.xml"))] if sidecar.exists() else []
         ready.append((file, files[kind]))
-    for file, target in ready:
+    for file, _ in ready:  # all of them first: a disk that is full says so before any has its name
         with file.open("rb") as written:
             os.fsync(written.fileno())
+    for kind in made:
+        Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of an earlier map: it would speak for this one
+    for file, target in ready:
         file.replace(target)
 
 
