@@ -126,6 +126,11 @@ def advance(store: Store, job: Job, done: int) -> None:
     unfinished.replace(file)
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether plain values are the same as JSON: a list is a tuple there, and NaN is NaN."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
 def _hold(file: IO[str], out: Path) -> None:
     try:
         import fcntl
@@ -154,7 +159,7 @@ def _put(file: FileIO, data: bytes, at: int) -> None:
 def _state(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bool]:
     try:
         held = json.loads((store.folder / "job.json").read_text())
-        same, done = held["job"] == json.loads(json.dumps(job)), int(held["done"])
+        same, done = alike(held["job"], job), int(held["done"])
     except FileNotFoundError:
         return 0, False
     except (ValueError, KeyError, TypeError):
@@ -167,4 +172,16 @@ def _state(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bo
     return (done, False) if same and there else (0, True)
 
 
-__all__ = ["BusyError", "Job", "Store", "UnwrittenError", "advance", "begin", "discard", "folder_of", "locked", "write"]
+__all__ = [
+    "BusyError",
+    "Job",
+    "Store",
+    "UnwrittenError",
+    "advance",
+    "alike",
+    "begin",
+    "discard",
+    "folder_of",
+    "locked",
+    "write",
+]
