@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from overfly.core.errors import NotFiniteError, OverflyError
+from overfly.core.errors import DataError, NotFiniteError, OverflyError
 from overfly.core.records import IGNORE
 from overfly.deploy import blending, store
 from overfly.deploy.backends import Floats, Predictor
@@ -27,6 +27,8 @@ from overfly.deploy.store import Job, Store, UnwrittenError
 
 AHEAD = 3
 """Batches that wait before the network, and behind it."""
+IMPLAUSIBLE = 1000
+"""Times the brightest pixel from which on a value is no brightness."""
 Told = Callable[[int, int], None]
 """Called with the steps that are done, and how many there are."""
 
@@ -194,9 +196,7 @@ def _finisher(work: Work, told: Told | None) -> Callable[[Row | tuple[Batch, Flo
         if not isinstance(item, Row):
             batch, probabilities = item
             if not np.isfinite(probabilities.sum()):
-                raise NotFiniteError(
-                    f"the network's probabilities are not finite on {work.scene.source}; train or export it anew"
-                )
+                raise _not_finite(work, batch, probabilities)
             for window, scores in zip(batch.places, probabilities, strict=True):
                 blending.add(current(batch.slab), scores, window)
             return
@@ -211,6 +211,21 @@ def _finisher(work: Work, told: Told | None) -> Callable[[Row | tuple[Batch, Flo
             told(step, plan.steps)
 
     return finish
+
+
+def _not_finite(work: Work, batch: Batch, probabilities: Floats) -> OverflyError:
+    """Whose fault it is: the raster's, where the network was shown what no picture holds, else the network's."""
+    scene, facts = work.scene, work.predictor.facts
+    images = batch.images[~np.isfinite(probabilities).all(axis=(1, 2, 3))].astype(np.float64)
+    largest = images.flat[np.abs(images).argmax()] / scene.gain
+    if abs(largest) * scene.gain <= IMPLAUSIBLE * facts.peak:
+        return NotFiniteError(f"the network's probabilities are not finite on {scene.source}; train or export it anew")
+    shown = f"such as {largest:.9g}" if np.isfinite(largest) else "of up to 1e38"
+    value = f"{largest:.9g}" if np.isfinite(largest) else "VALUE"
+    return DataError(
+        f"{scene.source} holds values {shown}, and {facts.peak / scene.gain:g} is taken for its brightest pixel; say "
+        f"--nodata {value} if they stand for nothing measured, or --peak if pixels are as bright"
+    )
 
 
 def _shares(work: Work) -> dict[str, float]:
@@ -233,13 +248,15 @@ def _publish(work: Work, files: dict[Kind | str, Path], settings: Settings) -> N
         write_polygons(made["classes"], outlines, classes, smallest=settings.smallest)
         ready.append((outlines, files["polygons"]))
     for kind, file in reversed(made.items()):
-        sidecar, target = Path(f"{file}.aux.xml"), Path(f"{files[kind]}.aux.xml")
-        target.unlink(missing_ok=True)  # of an earlier map: it would speak for this one
-        ready += [(sidecar, target)] if sidecar.exists() else []
+        sidecar = Path(f"{file}.aux.xml")
+        ready += [(sidecar, Path(f"{files[kind]}.aux.xml"))] if sidecar.exists() else []
         ready.append((file, files[kind]))
-    for file, target in ready:
+    for file, _ in ready:  # all of them first: a disk that is full says so before any has its name
         with file.open("rb") as written:
             os.fsync(written.fileno())
+    for kind in made:
+        Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of an earlier map: it would speak for this one
+    for file, target in ready:
         file.replace(target)
 
 

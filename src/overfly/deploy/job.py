@@ -12,8 +12,10 @@ from overfly.deploy.cog import job_of
 from overfly.deploy.plan import Plan, plan_of, scaled
 from overfly.deploy.products import Kind
 from overfly.deploy.scene import Scene, scale_of
-from overfly.deploy.store import Job
+from overfly.deploy.store import Job, alike
 
+LARGEST = 64
+"""How many times longer and wider a network may see a raster."""
 STRIDE = 32
 """Sides of the windows of small pictures are multiples of this."""
 
@@ -115,14 +117,14 @@ def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings
     if settings.overwrite or not any(file.exists() for file in files.values()):
         return False
     held = job_of(out) if out.exists() else {}
-    if held == dict(job):
+    if alike(held, job):
         return all(file.exists() for file in files.values())
     if not isinstance(held, dict):
         raise DataError(f"{out} is there and is no map of ours; choose another --out, or replace it by --overwrite")
     if not held:
         first = next(file for file in files.values() if file.exists())
         raise DataError(f"{first} is there without its map; move it away, or replace it by --overwrite")
-    others = [key for key in job if held.get(key) != job[key]]
+    others = [key for key in job if key not in held or not alike(held[key], job[key])]
     if {"raster", "bytes", "modified"} & set(others):
         shown = f"of {held.get('raster')} as it was then"
     else:
@@ -136,6 +138,12 @@ def plan_for(scene: Scene, facts: Facts, settings: Settings, memory: int) -> Pla
     if facts.fixed and size != facts.window:
         raise RecipeError(f"this network reads windows of {facts.window} pixels alone; leave --window out")
     scale = scale_of(scene, settings.resolution)
+    if scene.ground is not None and max(scale) > LARGEST:
+        raise DataError(
+            f"{scene.source} has pixels of {max(scene.ground):.3g} m, and at {settings.resolution:.3g} m the network "
+            f"would see each of them {max(scale):.3g} times as long; take a --resolution of "
+            f"{1.01 * max(scene.ground) / LARGEST:.3g} m or more, or leave --resolution and --match out"
+        )
     if not facts.fixed:
         longest = max(scaled(scene.height, scale[0]), scaled(scene.width, scale[1]))
         size = min(size, -(-longest // STRIDE) * STRIDE)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from overfly.core.classes import Classes
-from overfly.core.errors import MissingExtraError
+from overfly.core.errors import DataError, MissingExtraError
 from overfly.deploy.scene import opened
 from overfly.deploy.store import UnwrittenError
 
@@ -33,40 +36,79 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
 
     Raises:
         MissingExtraError: pyogrio or shapely is not installed.
-        UnwrittenError: the file cannot be written.
+        UnwrittenError: the file cannot be written whole, as on a full disk, or the map cannot be read.
     """
     try:
-        import shapely
-        from pyogrio.errors import DataLayerError, DataSourceError
+        import shapely  # noqa: F401 - seen here, used below
+        from pyogrio._err import CPLE_BaseError
+        from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
     except ImportError as error:
         raise MissingExtraError(str(error.name or "pyogrio"), "vector", "polygons of a map") from None
+    try:
+        crs, rings, ids = _outlines(map_, smallest)
+    except DataError as error:  # the map has just been made: it is the disk that fails
+        raise UnwrittenError(f"{error}, by giving the same command again") from error
+    numbers = np.array(ids, np.int32)
+    names = np.array([classes.names[number] for number in ids], object)
+    colours = np.array(["#{:02x}{:02x}{:02x}".format(*classes.colours[number]) for number in ids], object)
+    for part in out.parent.glob(f"{out.name}*"):  # of a try that failed
+        part.unlink()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a map of a plain picture has no coordinate system
+            _write(out, crs, rings, [numbers, names, colours], out.suffix == ".geojson")
+        reason = _flaw(out, len(rings))
+    except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, OSError) as error:
+        reason = " ".join(str(error).split())
+    if reason:
+        room = shutil.disk_usage(out.parent).free
+        out.unlink(missing_ok=True)
+        raise UnwrittenError(
+            f"{out.name} could not be written whole into {out.parent} ({reason}; {room / 1e6:.1f} MB were free); free "
+            "space there and give the same command again: it goes on where it was"
+        )
+    return out
+
+
+def _outlines(map_: Path, smallest: int) -> tuple[str | None, list[Any], list[int]]:
+    """The map's coordinate system, its polygons, and the class of each."""
+    import shapely
     from rasterio.features import shapes
 
-    web = out.suffix == ".geojson"
+    rings: list[Any] = []
+    ids: list[int] = []
     with opened(str(map_)) as dataset:
         transform = dataset.transform
         least = smallest * abs(transform.determinant) * (1 - 1e-6)  # a square's area is rounded
-        crs = dataset.crs.to_wkt() if dataset.crs else None
-        rings: list[Any] = []
-        ids: list[int] = []
         band = dataset.read(1)
         for shape, number in shapes(band, mask=band != 255, transform=transform):
             polygon = _filled(shapely, shape["coordinates"], least)
             if polygon is not None:
                 rings.append(polygon)
                 ids.append(int(number))
-    numbers = np.array(ids, np.int32)
-    names = np.array([classes.names[number] for number in ids], object)
-    colours = np.array(["#{:02x}{:02x}{:02x}".format(*classes.colours[number]) for number in ids], object)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a map of a plain picture has no coordinate system
-            _write(out, crs, rings, [numbers, names, colours], web)
-    except (DataSourceError, DataLayerError) as error:
-        raise UnwrittenError(
-            f"{out.name} cannot be written ({' '.join(str(error).split())}); make room there"
-        ) from error
-    return out
+        return dataset.crs.to_wkt() if dataset.crs else None, rings, ids
+
+
+def _flaw(out: Path, count: int) -> str:
+    """What is wrong with a written file; empty where it is whole: what fails at closing, GDAL tells nobody."""
+    if not out.is_file():
+        return "it is not there"
+    if out.suffix == ".gpkg":
+        try:
+            with closing(sqlite3.connect(out)) as base:
+                state = base.execute("PRAGMA integrity_check(1)").fetchone()[0]
+                held = base.execute("SELECT count(*) FROM map").fetchone()[0]
+        except sqlite3.Error as error:
+            return str(error)
+        return "it is not whole" if state != "ok" or held != count else ""
+    held, last = 0, b""
+    with out.open("rb") as file:
+        for line in file:
+            held += line.startswith(b'{ "type": "Feature",')
+            if b"\0" in line:
+                return "it has holes"
+            last = line.strip() or last
+    return "it breaks off" if held != count or last != b"}" else ""
 
 
 def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], web: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,12 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from overfly.deploy.averaging import Mask, missing, resampled
 from overfly.deploy.backends import Floats
 from overfly.deploy.plan import Plan, Slab
 from overfly.deploy.scene import Scene, opened
 from overfly.ops.windows import Window, cut
-
-Mask = NDArray[np.bool_]
 
 
 class Batch(NamedTuple):
@@ -164,23 +162,30 @@ def _read(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> 
     from rasterio.windows import Window as Part
 
     dataset, scene, plan, _ = reading
+    if plan.resampled and _may_miss(scene):
+        return resampled(dataset, scene, plan.scale, rows, columns)
     (up, left), (y, x) = (rows[0], columns[0]), plan.scale
     high, wide = rows[1] - rows[0], columns[1] - columns[0]
-    how: dict[str, Any] = {"window": Part(left / x, up / y, wide / x, high / y)}
-    mask_how = dict(how)
     if plan.resampled:
         finer = Resampling.average if max(plan.scale) <= 1 else Resampling.bilinear
-        how |= {"out_shape": (len(scene.bands), high, wide), "resampling": finer}
-        mask_how |= {"out_shape": (high, wide), "resampling": Resampling.nearest}
-    else:
-        how = mask_how = {"window": Part(left, up, wide, high)}
-    pixels: NDArray[Any] = dataset.read(list(scene.bands), **how)
+        part = Part(left / x, up / y, wide / x, high / y)
+        found: NDArray[Any] = dataset.read(
+            list(scene.bands), window=part, out_shape=(len(scene.bands), high, wide), resampling=finer
+        )
+        return found, None
+    part = Part(left, up, wide, high)
+    pixels: NDArray[Any] = dataset.read(list(scene.bands), window=part)
     blank = _unmeasured(pixels, scene.nodata)
     if scene.masked:
-        hidden = dataset.read_masks(scene.bands[0], **mask_how) == 0
+        hidden = dataset.read_masks(scene.bands[0], window=part) == 0
         blank = hidden if blank is None else blank | hidden
         pixels[:, hidden] = 0
     return pixels, blank
+
+
+def _may_miss(scene: Scene) -> bool:
+    """Whether some pixels may not have been measured."""
+    return scene.nodata is not None or scene.masked or np.dtype(scene.dtype).kind == "f"
 
 
 def _blank_rows(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> Mask | None:
@@ -188,8 +193,7 @@ def _blank_rows(reading: Reading, rows: tuple[int, int], columns: tuple[int, int
     from rasterio.windows import Window as Part
 
     dataset, scene = reading.dataset, reading.scene
-    may = scene.nodata is not None or scene.masked or np.dtype(scene.dtype).kind == "f"
-    if not may or rows[0] >= rows[1]:
+    if not _may_miss(scene) or rows[0] >= rows[1]:
         return None
     part = Part(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
     blank: Mask | None = None
@@ -203,18 +207,12 @@ def _blank_rows(reading: Reading, rows: tuple[int, int], columns: tuple[int, int
 
 def _unmeasured(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
     """Set values that were not measured to 0; where that is in every band, None where no value can be such."""
-    floats = pixels.dtype.kind == "f"
-    number = nodata is not None and not math.isnan(nodata)
-    if not floats and not number:
-        return None
     everywhere: Mask | None = None
     for band in pixels:
-        blank = ~np.isfinite(band) if floats else np.zeros(band.shape, np.bool_)
-        if number:
-            with np.errstate(over="ignore"):
-                blank |= band == (pixels.dtype.type(nodata) if floats else nodata)
-        band[blank] = 0
-        everywhere = blank if everywhere is None else everywhere & blank
+        blank = missing(band, nodata)
+        if blank is not None:
+            band[blank] = 0
+            everywhere = blank if everywhere is None else everywhere & blank
     return everywhere
 
 

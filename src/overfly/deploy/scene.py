@@ -61,6 +61,7 @@ def opened(source: str) -> Iterator[Any]:
     """
     try:
         import rasterio
+        from rasterio._err import CPLE_BaseError
         from rasterio.errors import RasterioError
     except ImportError:
         raise MissingExtraError("rasterio", "geo", "a map of a raster") from None
@@ -71,7 +72,7 @@ def opened(source: str) -> Iterator[Any]:
             warnings.simplefilter("ignore")
             with rasterio.open(source) as dataset:
                 yield dataset
-    except (RasterioError, OSError) as error:
+    except (RasterioError, CPLE_BaseError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).split()).rstrip(".").removeprefix(f"{source}: ")
         raise DataError(f"{source} cannot be read as a raster ({reason}); copy, download or export it again") from error
 

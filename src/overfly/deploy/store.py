@@ -94,12 +94,12 @@ def begin(store: Store, products: Sequence[Product], job: Job) -> tuple[int, boo
         for product in products:
             with store.plane(product).open("wb") as file:
                 file.truncate(product.bands * store.height * store.width)
-            _describe(store, product)
     need = sum(product.bands for product in products) * store.height * store.width
     held = sum(getattr(store.plane(product).stat(), "st_blocks", 0) * 512 for product in products)
     free = shutil.disk_usage(store.folder).free
     if need - held > free:
-        discard(store.folder)
+        if not done:
+            discard(store.folder)
         raise DataError(
             f"the map needs {need / 1e9:.1f} GB in {store.folder.parent} while it is made, and {free / 1e9:.1f} are "
             "free; make room, or choose another --out"
@@ -124,6 +124,11 @@ def advance(store: Store, job: Job, done: int) -> None:
     file, unfinished = store.folder / "job.json", store.folder / "job.json.new"
     unfinished.write_text(json.dumps({"job": job, "done": done}))
     unfinished.replace(file)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether plain values are the same as JSON: a list is a tuple there, and NaN is NaN."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _hold(file: IO[str], out: Path) -> None:
@@ -154,7 +159,7 @@ def _put(file: FileIO, data: bytes, at: int) -> None:
 def _state(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bool]:
     try:
         held = json.loads((store.folder / "job.json").read_text())
-        same, done = held["job"] == json.loads(json.dumps(job)), int(held["done"])
+        same, done = alike(held["job"], job), int(held["done"])
     except FileNotFoundError:
         return 0, False
     except (ValueError, KeyError, TypeError):
@@ -167,12 +172,16 @@ def _state(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bo
     return (done, False) if same and there else (0, True)
 
 
-def _describe(store: Store, product: Product) -> None:
-    """A header by which GDAL reads a plane."""
-    store.plane(product).with_suffix(".hdr").write_text(
-        f"ENVI\nsamples = {store.width}\nlines = {store.height}\nbands = {product.bands}\nheader offset = 0\n"
-        "data type = 1\ninterleave = bsq\nbyte order = 0\n"
-    )
-
-
-__all__ = ["BusyError", "Job", "Store", "UnwrittenError", "advance", "begin", "discard", "folder_of", "locked", "write"]
+__all__ = [
+    "BusyError",
+    "Job",
+    "Store",
+    "UnwrittenError",
+    "advance",
+    "alike",
+    "begin",
+    "discard",
+    "folder_of",
+    "locked",
+    "write",
+]
