@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import threading
 import time
@@ -18,6 +19,7 @@ from offered import CLASSES, bright, encoded, inverted, network, ramp
 from PIL import Image
 from starlette.testclient import TestClient
 
+from overfly.core.records import Array
 from overfly.deploy.backends import Floats
 from overfly.deploy.stream import Screen
 from overfly.views.limits import Limits
@@ -78,6 +80,42 @@ def test_a_geotiff_keeps_its_place_and_its_holes(client: TestClient, tmp_path: P
         ids = file.read(1)
     assert (ids[:10, :10] == 255).all()
     np.testing.assert_array_equal(ids[20:, 20:], image[0, 20:, 20:] > 127)
+
+
+def tiff(path: Path, image: Array, **settings: Any) -> bytes:
+    """An image (H, W, C) as the bytes of a GeoTIFF."""
+    rasterio = pytest.importorskip("rasterio")
+    height, width, count = image.shape
+    settings |= {"height": height, "width": width, "count": count, "dtype": image.dtype}
+    with rasterio.open(path, "w", driver="GTiff", **settings) as file:
+        file.write(np.moveaxis(image, -1, 0))
+    return path.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("dtype", ["uint16", "int8", "int16", "uint32", "float32", "float64", "complex64"])
+def test_another_range_of_values_is_refused_or_scaled(client: TestClient, tmp_path: Path, dtype: str) -> None:
+    image = (ramp() // 3).astype(dtype)
+    sent = tiff(tmp_path / "scene.tif", image)
+    found = ask(client, sent)
+    assert found.status_code == 400
+    words = "complex numbers" if dtype == "complex64" else f"the image holds {dtype}, .* such as peak="
+    assert re.search(words, found.json()["detail"])
+    maps = client.post("/maps", files={"image": ("x", sent)})
+    assert (maps.status_code, maps.json()) == (400, found.json())
+    if dtype != "complex64":
+        found = ask(client, sent, peak="85")
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.content))), image[..., 0] * 3.0 > 127.5)
+
+
+def test_grey_of_sixteen_bits_is_refused_too_and_eight_for_a_network_of_sixteen() -> None:
+    deep = encoded(np.full((8, 8), 20000, np.uint16))
+    with served(networks=[network("0", bands=1), network("1", bands=1, peak=65535)]) as client:
+        assert "uint16" in ask(client, deep).json()["detail"]
+        assert ask(client, deep, network="1").status_code == 200
+        assert "uint8" in ask(client, encoded(ramp()[..., 0]), network="1").json()["detail"]
+        both = client.post("/maps", files={"image": ("x", deep)}, data={"network": "1", "other": "0"})
+        assert both.status_code == 400
 
 
 def test_maps_are_kept_looked_at_and_downloaded(client: TestClient) -> None:

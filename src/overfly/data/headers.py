@@ -49,6 +49,7 @@ class Facts(NamedTuple):
         kind: what the first bytes say.
         scale: factor by which Pillow spreads grey of 1, 2 or 4 bits to 0..255.
         engine: who reads the pixels.
+        stored: type in the file, where it is another than the one handed out; else empty.
     """
 
     height: int
@@ -61,6 +62,7 @@ class Facts(NamedTuple):
     kind: Kind = "png"
     scale: int = 1
     engine: Literal["pillow", "rasterio"] = "pillow"
+    stored: str = ""
 
 
 def facts(path: Path) -> Facts:
@@ -233,14 +235,16 @@ def _plain_tiff(image: Image.Image) -> Facts | None:
 def _rasterio_facts(path: Path) -> Facts:
     with raster(path) as dataset:
         meaning = [colour.name for colour in dataset.colorinterp]
-        dtype = dataset.dtypes[0]
+        stored = dataset.dtypes[0]
+        dtype = stored if stored in ("uint8", "uint16") else "float32"
         return Facts(
             dataset.height,
             dataset.width,
             dataset.count,
-            dtype if dtype in ("uint8", "uint16") else "float32",
+            dtype,
             alpha=dataset.count > 1 and meaning[-1] == "alpha",
             palette=meaning[0] == "palette",
             nodata=dataset.nodata,
             engine="rasterio",
+            stored=stored if stored != dtype else "",
         )
