@@ -87,8 +87,8 @@ def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": Problem, "description": PROBLEM} for code in codes}
 
 
-UPLOADED = problems(400, 401, 403, 404, 408, 413, 429, 503)
-ASKED = problems(401, 403, 404)
+UPLOADED = problems(400, 401, 403, 404, 408, 413, 422, 429, 503)
+ASKED = problems(401, 403, 404, 422)
 
 
 def router(desk: Desk, screen: Screen | None) -> APIRouter:
@@ -108,6 +108,7 @@ def router(desk: Desk, screen: Screen | None) -> APIRouter:
         """The networks of this server."""
         return [About(key=each.key, title=each.title, about=dict(each.about)) for each in desk.networks.values()]
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", responses=problems(403))
     def health() -> Health:
         """Whether the server answers; needs no token."""
