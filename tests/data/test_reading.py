@@ -177,6 +177,25 @@ def test_pixels_of_floats_that_are_not_finite_are_no_data(tmp_path: Path) -> Non
     assert np.argwhere(mask).tolist() == [[0, 1]]
 
 
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize(("dtype", "bands"), [("uint8", 3), ("uint8", 1), ("uint16", 3), ("float32", 2)])
+@pytest.mark.parametrize("inside", ["YES", "NO"])
+def test_what_a_mask_hides_is_no_data(tmp_path: Path, dtype: str, bands: int, inside: str) -> None:
+    rasterio = pytest.importorskip("rasterio", reason="the extra geo is not installed")
+    image = np.maximum(picture(64, 50, bands, dtype), 1)
+    path = tiff(tmp_path / "a.tif", image)
+    assert nodata_mask(path, bands=bands) is None
+    engine = facts(path).engine
+    shown = np.full((64, 50), 255, np.uint8)
+    shown[:10, 20:] = 0
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=inside), rasterio.open(path, "r+") as file:
+        file.build_overviews([2])
+        file.write_mask(shown)
+    assert facts(path).engine == engine
+    np.testing.assert_array_equal(nodata_mask(path, bands=bands), shown == 0)
+    np.testing.assert_array_equal(read_image(path, bands=bands), np.where(shown[..., None] == 0, 0, image))
+
+
 def bad_image(kind: str, path: Path) -> None:
     whole = picture(64, 64)
     if kind in ("png", "jpeg", "tiff"):

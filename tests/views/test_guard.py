@@ -38,6 +38,18 @@ def test_other_sites_may_not_send() -> None:
         assert client().post("/", headers={"origin": origin}).status_code == 403
 
 
+@pytest.mark.parametrize("token", [None, TOKEN])
+@pytest.mark.parametrize("wrong", ["[", "a]b", "[::1", "[x]"])
+def test_addresses_that_are_none_are_refused_and_break_nothing(token: str | None, wrong: str) -> None:
+    asked = client(token)
+    known = {"authorization": f"Bearer {TOKEN}"}
+    for path in ("/", "/health"):
+        found = asked.get(path, headers=known | {"host": wrong})
+        assert found.status_code == 403
+        assert isinstance(found.json()["detail"], str)
+    assert asked.post("/", headers=known | {"origin": f"http://{wrong}"}).status_code == 403
+
+
 def test_without_the_token_there_is_nothing_but_health() -> None:
     asked = client(TOKEN, "example.org")
     assert asked.get("/health").status_code == 200

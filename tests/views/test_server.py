@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import threading
 import time
@@ -18,6 +19,7 @@ from offered import CLASSES, bright, encoded, inverted, network, ramp
 from PIL import Image
 from starlette.testclient import TestClient
 
+from overfly.core.records import Array
 from overfly.deploy.backends import Floats
 from overfly.deploy.stream import Screen
 from overfly.views.limits import Limits
@@ -80,6 +82,59 @@ def test_a_geotiff_keeps_its_place_and_its_holes(client: TestClient, tmp_path: P
     np.testing.assert_array_equal(ids[20:, 20:], image[0, 20:, 20:] > 127)
 
 
+def tiff(path: Path, image: Array, **settings: Any) -> bytes:
+    """An image (H, W, C) as the bytes of a GeoTIFF."""
+    rasterio = pytest.importorskip("rasterio")
+    height, width, count = image.shape
+    settings |= {"height": height, "width": width, "count": count, "dtype": image.dtype}
+    with rasterio.open(path, "w", driver="GTiff", **settings) as file:
+        file.write(np.moveaxis(image, -1, 0))
+    return path.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("dtype", ["uint16", "int8", "int16", "uint32", "float32", "float64", "complex64"])
+def test_another_range_of_values_is_refused_or_scaled(client: TestClient, tmp_path: Path, dtype: str) -> None:
+    image = (ramp() // 3).astype(dtype)
+    sent = tiff(tmp_path / "scene.tif", image)
+    found = ask(client, sent)
+    assert found.status_code == 400
+    words = "complex numbers" if dtype == "complex64" else f"the image holds {dtype}, .* such as peak="
+    assert re.search(words, found.json()["detail"])
+    maps = client.post("/maps", files={"image": ("x", sent)})
+    assert (maps.status_code, maps.json()) == (400, found.json())
+    if dtype != "complex64":
+        found = ask(client, sent, peak="85")
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.content))), image[..., 0] * 3.0 > 127.5)
+
+
+def test_grey_of_sixteen_bits_is_refused_too_and_eight_for_a_network_of_sixteen() -> None:
+    deep = encoded(np.full((8, 8), 20000, np.uint16))
+    with served(networks=[network("0", bands=1), network("1", bands=1, peak=65535)]) as client:
+        assert "uint16" in ask(client, deep).json()["detail"]
+        assert ask(client, deep, network="1").status_code == 200
+        assert "uint8" in ask(client, encoded(ramp()[..., 0]), network="1").json()["detail"]
+        both = client.post("/maps", files={"image": ("x", deep)}, data={"network": "1", "other": "0"})
+        assert both.status_code == 400
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+def test_a_geotiff_keeps_its_mask_and_its_control_points(client: TestClient, tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    path, shown = tmp_path / "scene.tif", np.full((40, 50), 255, np.uint8)
+    shown[:10, 20:] = 0
+    corners = ((0, 0), (0, 50), (40, 0), (40, 50))
+    points = [rasterio.control.GroundControlPoint(row, column, 5e5 + column, 3e6 - row) for row, column in corners]
+    tiff(path, ramp(), gcps=points, crs="EPSG:32650")
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="YES"), rasterio.open(path, "r+") as file:
+        file.write_mask(shown)
+    found = ask(client, path.read_bytes(), answer="tiff")
+    with rasterio.MemoryFile(found.content) as memory, memory.open() as file:
+        np.testing.assert_array_equal(file.read(1) == 255, shown == 0)
+        assert [(p.row, p.col, p.x, p.y) for p in file.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in points]
+        assert file.gcps[1].to_epsg() == 32650
+
+
 def test_maps_are_kept_looked_at_and_downloaded(client: TestClient) -> None:
     files = {"image": ("x", encoded(ramp(300, 400)))}
     made = client.post("/maps", files=files, data={"network": "0", "other": "1"})
@@ -139,6 +194,35 @@ def test_what_is_no_image_is_told_so_and_never_by_its_path(client: TestClient, i
     assert words in found.json()["detail"]
     assert "overfly-" not in found.json()["detail"]
     assert "/tmp" not in found.json()["detail"]  # noqa: S108
+
+
+def test_a_request_that_lacks_something_is_told_so_in_a_sentence(client: TestClient) -> None:
+    image = {"image": ("x", encoded(ramp()))}
+    cut = client.post(
+        "/predict", content=b"--X\r\nContent-", headers={"content-type": "multipart/form-data; boundary=X"}
+    )
+    asked = {
+        "form field image is missing": [client.post("/predict"), client.post("/maps", data={"other": "1"}), cut],
+        "form field answer is wrong": [client.post("/predict", files=image, data={"answer": "gif"})],
+        "form field peak is wrong": [client.post("/predict", files=image, data={"peak": "0"})],
+        "parameter one is missing and the parameter other": [client.get("/compare")],
+        "part of the address number is wrong": [client.post("/scenes/x")],
+    }
+    for words, answers in asked.items():
+        for answer in answers:
+            assert answer.status_code == 422
+            assert words in answer.json()["detail"]
+            assert answer.json()["detail"].endswith("needs")
+    schema = client.get("/openapi.json").json()
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    told = schema["paths"]["/predict"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
+    assert told["$ref"].endswith("/Problem")
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_machines_that_look_whether_it_lives_may_ask_for_the_head(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == 200
+    assert "head" not in client.get("/openapi.json").json()["paths"].get(path, {})
 
 
 def test_a_request_has_its_time_and_the_server_goes_on() -> None:

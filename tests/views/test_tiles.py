@@ -9,8 +9,8 @@ from offered import CLASSES
 from PIL import Image
 
 from overfly.core.records import IGNORE, UInt8
+from overfly.deploy.georeference import Georeference, georeference
 from overfly.views.tiles import SIDE, Layer, depth, geotiff, tile
-from overfly.views.uploads import Place
 
 
 def _opened(data: bytes | None) -> UInt8:
@@ -60,7 +60,7 @@ def test_a_geotiff_keeps_place_colours_and_names() -> None:
     ids = np.random.default_rng(0).integers(0, 2, (300, 310), dtype=np.uint8)
     ids[0, 0] = IGNORE
     crs = rasterio.CRS.from_epsg(32650).to_wkt()
-    data = geotiff(ids, CLASSES, Place(crs, (0.3, 0.0, 500000.0, 0.0, -0.3, 3500000.0)))
+    data = geotiff(ids, CLASSES, Georeference(crs, (500000.0, 0.3, 0.0, 3500000.0, 0.0, -0.3)))
     with rasterio.MemoryFile(data) as memory, memory.open() as file:
         assert file.crs.to_epsg() == 32650
         assert tuple(file.transform)[:6] == (0.3, 0.0, 500000.0, 0.0, -0.3, 3500000.0)
@@ -68,3 +68,36 @@ def test_a_geotiff_keeps_place_colours_and_names() -> None:
         assert file.colormap(1)[1] == (250, 240, 230, 255)
         assert json.loads(file.tags()["CLASS_NAMES"])["1"] == CLASSES.names[1]
         np.testing.assert_array_equal(file.read(1), ids)
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("kind", ["nothing", "point", "points", "both", "transform", "turned", "rational"])
+def test_a_geotiff_lies_where_the_image_lay(kind: str) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    crs = rasterio.CRS.from_epsg(32650).to_wkt()
+    points = tuple((5.0 * i, 7.0 * (i % 2), 500000.0 + 2 * i, 3500000.0 - 3 * i, 10.0, str(i)) for i in range(1, 5))
+    numbers = " ".join(["1", *["0"] * 19])
+    rational = {f"{way}_{part}_COEFF": numbers for way in ("LINE", "SAMP") for part in ("NUM", "DEN")}
+    rational |= {
+        f"{name}_{what}": "10" for name in ("LINE", "SAMP", "LAT", "LONG", "HEIGHT") for what in ("OFF", "SCALE")
+    }
+    place = {
+        "nothing": Georeference(),
+        "point": Georeference(crs, (500000.0, 0.5, 0.0, 3500000.0, 0.0, -0.5), point=True),
+        "points": Georeference(points=points, points_crs=crs),
+        "both": Georeference(points=points, points_crs=crs, point=True),
+        "transform": Georeference(transform=(5.0, 0.5, 0.0, 9.0, 0.0, -0.5)),
+        "turned": Georeference(crs, (500000.0, 0.4, 0.3, 3500000.0, 0.3, -0.4)),
+        "rational": Georeference(rational=tuple(sorted(rational.items()))),
+    }[kind]
+    data = geotiff(np.zeros((20, 30), np.uint8), CLASSES, place)
+    with rasterio.MemoryFile(data) as memory, memory.open() as file:
+        found = georeference(file)
+        assert (found.crs, found.points_crs) == (place.crs, place.points_crs)
+        assert found.point == (kind == "point")
+        assert found.points == place.points
+        assert found.transform == (None if place.transform is None else pytest.approx(place.transform))
+        told = {key: value.split() for key, value in found.rational}
+        assert {key: [float(each) for each in told[key]] for key, _ in place.rational} == {
+            key: [float(each) for each in value.split()] for key, value in place.rational
+        }

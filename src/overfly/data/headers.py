@@ -6,6 +6,7 @@ bands, 16 bits in colour, JPEG 2000) is left to rasterio (extra ``geo``).
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 import warnings
@@ -49,6 +50,8 @@ class Facts(NamedTuple):
         kind: what the first bytes say.
         scale: factor by which Pillow spreads grey of 1, 2 or 4 bits to 0..255.
         engine: who reads the pixels.
+        masked: whether a mask beside the bands, for all of them, says where nothing was measured; rasterio reads it.
+        stored: type in the file, where it is another than the one handed out; else empty.
     """
 
     height: int
@@ -61,6 +64,8 @@ class Facts(NamedTuple):
     kind: Kind = "png"
     scale: int = 1
     engine: Literal["pillow", "rasterio"] = "pillow"
+    masked: bool = False
+    stored: str = ""
 
 
 def facts(path: Path) -> Facts:
@@ -227,20 +232,48 @@ def _plain_tiff(image: Image.Image) -> Facts | None:
         nodata = float(str(tags[42113]).strip("\0 ")) if 42113 in tags else None
     except ValueError:
         nodata = None
-    return Facts(image.height, image.width, bands, dtype, image.mode == "RGBA", image.mode == "P", nodata)
+    return Facts(
+        image.height,
+        image.width,
+        bands,
+        dtype,
+        alpha=image.mode == "RGBA",
+        palette=image.mode == "P",
+        nodata=nodata,
+        masked=_masked_tiff(image),
+    )
+
+
+def _masked_tiff(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether a mask of the whole picture is in a TIFF, as a directory behind the first, or beside it."""
+    directory, file, seen = image.tag_v2, image.fp, set[int]()
+    while file is not None and directory.next and directory.next not in seen:
+        seen.add(directory.next)
+        file.seek(0)
+        head = file.read(16)
+        file.seek(directory.next)
+        directory = TiffImagePlugin.ImageFileDirectory_v2(head if head[2] == 43 else head[:8])
+        directory.load(file)
+        if directory.get(254, 0) & 5 == 4:  # a mask, and none of an overview
+            return True
+    return Path(os.fsdecode(image.filename) + ".msk").exists()
 
 
 def _rasterio_facts(path: Path) -> Facts:
     with raster(path) as dataset:
         meaning = [colour.name for colour in dataset.colorinterp]
-        dtype = dataset.dtypes[0]
+        flags = {flag.name for flag in dataset.mask_flag_enums[0]}
+        stored = dataset.dtypes[0]
+        dtype = stored if stored in ("uint8", "uint16") else "float32"
         return Facts(
             dataset.height,
             dataset.width,
             dataset.count,
-            dtype if dtype in ("uint8", "uint16") else "float32",
+            dtype,
             alpha=dataset.count > 1 and meaning[-1] == "alpha",
             palette=meaning[0] == "palette",
             nodata=dataset.nodata,
             engine="rasterio",
+            masked="per_dataset" in flags and "alpha" not in flags,
+            stored=stored if stored != dtype else "",
         )

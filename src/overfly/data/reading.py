@@ -32,7 +32,7 @@ def read_image(source: Path | Drawing, *, bands: int | None) -> Array:
     """A picture (H, W, C) as uint8, uint16 or float32, in its own range; of a file, a new array that may be written to.
 
     Opacity is no band: of a picture with one band more than asked for, whose last is opacity, that one is left out.
-    What the file declares as no data, and what is not finite, comes back as 0; `nodata_mask` tells where.
+    What the file declares as no data or masks, and what is not finite, comes back as 0; `nodata_mask` tells where.
 
     Args:
         source: file, or drawing.
@@ -52,22 +52,25 @@ def read_image(source: Path | Drawing, *, bands: int | None) -> Array:
     image: Array = np.array(pixels, dtype, order="C")
     if blank is not None:
         image[blank] = 0
+    if found.masked:
+        image[_hidden(source)] = 0
     return image
 
 
 def nodata_mask(source: Path | Drawing, *, bands: int | None) -> Mask | None:
-    """Where nothing was measured, (H, W): no data in every band, or fully transparent; None where all pixels count.
+    """Where nothing was measured, (H, W): no data in every band, masked, or fully transparent; None where all count.
 
-    Only a file that may hold such pixels is decoded: one with opacity, with a declared no-data value, or of floats.
+    Only a file that may hold such pixels is decoded: one with opacity, a mask or a no-data value, or one of floats.
 
     Raises:
         DataError: as `read_image`.
+        MissingExtraError: as `read_image`; a mask takes rasterio too.
     """
     if not isinstance(source, Path):
         return None
     found = facts(source)
     kept = _kept_bands(source, found, bands)
-    if found.bands == kept and found.nodata is None and found.dtype != "float32":
+    if found.bands == kept and found.nodata is None and found.dtype != "float32" and not found.masked:
         return None
     pixels = _pixels(source, found)
     blank = _blank(pixels[..., :kept], found.nodata)
@@ -76,6 +79,8 @@ def nodata_mask(source: Path | Drawing, *, bands: int | None) -> Mask | None:
         np.all(blank, axis=-1, out=mask)
     if kept < found.bands:
         mask |= pixels[..., -1] == 0
+    if found.masked:
+        mask |= _hidden(source)
     return mask if mask.any() else None
 
 
@@ -197,6 +202,13 @@ def _blank(pixels: Array, nodata: float | None) -> Mask | None:
         declared: Mask = np.equal(pixels, value)
         blank = declared if blank is None else np.logical_or(blank, declared)
     return blank
+
+
+def _hidden(path: Path) -> Mask:
+    """Where a file's mask for all bands says that nothing was measured (H, W)."""
+    with raster(path) as dataset:
+        hidden: Mask = dataset.read_masks(1) == 0
+        return hidden
 
 
 def _pixels(path: Path, found: Facts) -> Array:

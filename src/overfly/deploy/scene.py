@@ -95,9 +95,9 @@ def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, 
             raise DataError(f"{source} holds no raster bands of its own; name the raster inside, or export it anew")
         chosen = _bands(source, dataset, facts, bands)
         dtype = str(dataset.dtypes[chosen[0] - 1])
-        if "complex" in dtype or "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
-            kind = "complex numbers" if "complex" in dtype else "a palette, whose numbers are no brightness"
-            raise DataError(f"{source} holds {kind}; save it as plain bands first")
+        if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
+            raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
+        gain = gain_of(source, dtype, facts, peak)
         _see_whole(source, dataset)
         declared = dataset.nodatavals[chosen[0] - 1]
         flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
@@ -109,7 +109,7 @@ def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, 
             dtype,
             nodata=declared if nodata is None else nodata,
             masked="alpha" in flags or "per_dataset" in flags,
-            gain=_gain(source, dtype, facts, peak),
+            gain=gain,
             ground=ground(dataset),
             place=georeference(dataset),
         )
@@ -155,8 +155,21 @@ def _bands(source: str, dataset: Any, facts: Facts, bands: str | None) -> tuple[
     return chosen
 
 
-def _gain(source: str, dtype: str, facts: Facts, peak: float | None) -> float:
-    """What brings a raster's values into the range that the network was trained on."""
+def gain_of(source: object, dtype: str, facts: Facts, peak: float | None, option: str = "--peak ") -> float:
+    """What brings a raster's values into the range that the network was trained on.
+
+    Args:
+        source: what the raster is called in a message.
+        dtype: type that it is stored in.
+        facts: what the network reads.
+        peak: value of the brightest pixel; None where it is the network's.
+        option: how a user gives that value, up to the number.
+
+    Raises:
+        DataError: the type cannot hold brightness, or is of another range and ``peak`` is not given.
+    """
+    if "complex" in dtype:
+        raise DataError(f"{source} holds complex numbers; save it as plain bands first")
     if peak is not None:
         return facts.peak / peak
     eight, odd = facts.peak == 255, False
@@ -168,7 +181,7 @@ def _gain(source: str, dtype: str, facts: Facts, peak: float | None) -> float:
         example = "255" if dtype == "uint8" else "1" if "float" in dtype else "10000"
         raise DataError(
             f"{source} holds {dtype}, and the network was trained on values up to {facts.peak:g}; say the value of its "
-            f"brightest pixel, such as --peak {example}, and it is scaled"
+            f"brightest pixel, such as {option}{example}, and it is scaled"
         )
     return 1.0
 
@@ -203,4 +216,4 @@ def _see_whole(source: str, dataset: Any) -> None:
                 )
 
 
-__all__ = ["Scene", "look", "opened", "scale_of"]
+__all__ = ["Scene", "gain_of", "look", "opened", "scale_of"]

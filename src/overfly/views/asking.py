@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from overfly.deploy.scene import gain_of
 from overfly.views.gauges import Gauges
 from overfly.views.kept import Answer, Kept, Map
 from overfly.views.limits import Limits, Room
@@ -47,33 +48,39 @@ class Desk:
         deadline = time.monotonic() + self.limits.seconds
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: task(deadline))
 
-    def upload(self, file: BinaryIO, networks: Sequence[Network], deadline: float) -> tuple[Picture, dict[str, Answer]]:
+    def upload(
+        self, file: BinaryIO, networks: Sequence[Network], deadline: float, peak: float | None = None
+    ) -> tuple[Picture, dict[str, Answer]]:
         """What some networks say of an image that somebody sent.
 
         Args:
             file: the bytes of a PNG, JPEG or TIFF.
             networks: who is asked, each once.
             deadline: time of `time.monotonic` at which to give up.
+            peak: value of the image's brightest pixel; None where it is the networks'.
 
         Raises:
-            DataError: it is no image that they read.
+            DataError: it is no image that they read, or of another range of values and ``peak`` is not given.
             LateError: the deadline has passed.
         """
         with stored(file) as path:
-            return self.ask(path, networks, deadline)
+            return self.ask(path, networks, deadline, peak)
 
-    def ask(self, path: Path, networks: Sequence[Network], deadline: float) -> tuple[Picture, dict[str, Answer]]:
+    def ask(
+        self, path: Path, networks: Sequence[Network], deadline: float, peak: float | None = None
+    ) -> tuple[Picture, dict[str, Answer]]:
         """The same of a file on disk."""
         answers: dict[str, Answer] = {}
-        bands = networks[0].ready(self.limits, self.gauges.batches.observe)[0].bands
+        facts = [network.ready(self.limits, self.gauges.batches.observe)[0] for network in networks]
+        bands = facts[0].bands
         found = checked(path, bands=bands, pixels=self.limits.pixels)
+        gains = [gain_of(path, found.stored or found.dtype, each, peak, "peak=") for each in facts]
         pixels = found.height * found.width
         with self.room.take(pixels, deadline):
             picture = read(path, found, bands)
-            for network in networks:
-                facts, _ = network.ready(self.limits, self.gauges.batches.observe)
+            for network, each, gain in zip(networks, facts, gains, strict=True):
                 run = network.runner(self.limits, deadline, self.gauges.batches.observe)
-                answers[network.key] = Answer(network.title, facts.classes, predict(picture, facts, run))
+                answers[network.key] = Answer(network.title, each.classes, predict(picture, each, run, gain))
                 self.gauges.pixels.inc(pixels)
         return picture, answers
 

@@ -59,12 +59,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        host = urlsplit(f"//{headers.get('host', '')}")
-        if self.token is None and _name(host.netloc) not in LOCAL:
-            return _told(403, "this server answers to 127.0.0.1 and localhost alone; start it with --host and --token")
-        origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host.netloc:
-            return _told(403, "another web site may not send requests here")
+        wrong = self._wrong_place(scope["method"], headers)
+        if wrong:
+            return _told(403, wrong)
         if self.token is None or scope["path"] in OPEN:
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -73,6 +70,18 @@ class Guard:
         if self._same(_cookie(headers.get("cookie", "")), self.session):
             return None
         return self._by_query(scope)
+
+    def _wrong_place(self, method: str, headers: Headers) -> str:
+        """What is wrong with the name that a request calls this server by, or with where it comes from; or nothing."""
+        host = _netloc(f"//{headers.get('host', '')}")
+        if host is None:
+            return "the header Host is no name of a host; send the one in this server's address"
+        if self.token is None and _name(host) not in LOCAL:
+            return "this server answers to 127.0.0.1 and localhost alone; start it with --host and --token"
+        origin = headers.get("origin")
+        if method not in ("GET", "HEAD") and origin and _netloc(origin) != host:
+            return "another web site may not send requests here"
+        return ""
 
     def _by_query(self, scope: Scope) -> Response:
         """A browser that brings the token in its address gets a cookie, and the address without it."""
@@ -93,6 +102,14 @@ class Guard:
         """Whether two texts are the same, in a time that tells nothing of where they differ."""
         one, other = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, wanted))
         return hmac.compare_digest(one, other)
+
+
+def _netloc(address: str) -> str | None:
+    """The part of an address that says where it leads; None where the address is none."""
+    try:
+        return urlsplit(address).netloc
+    except ValueError:
+        return None
 
 
 def _name(netloc: str) -> str:

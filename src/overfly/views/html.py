@@ -31,6 +31,7 @@ def router(desk: Desk, live: bool) -> APIRouter:
     def page(name: str, **values: Any) -> HTMLResponse:
         return HTMLResponse(templates.get_template(f"{name}.html.jinja").render(live=live, **values))
 
+    @routes.head("/")
     @routes.get("/")
     def start() -> HTMLResponse:
         networks = list(desk.networks.values())

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from overfly.core.classes import Classes
 from overfly.core.records import UInt8
+from overfly.deploy.georeference import Georeference
 from overfly.views.prediction import Found
-from overfly.views.uploads import Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Map:
 
     key: str
     picture: UInt8
-    place: Place | None
+    place: Georeference | None
     answers: Mapping[str, Answer]
 
     @property
@@ -53,7 +53,7 @@ class Kept:
         self._maps: OrderedDict[str, Map] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(self, picture: UInt8, place: Place | None, answers: Mapping[str, Answer]) -> Map:
+    def add(self, picture: UInt8, place: Georeference | None, answers: Mapping[str, Answer]) -> Map:
         """Keep an image and its maps; older ones go until all fit, this one stays in any case."""
         made = Map(secrets.token_urlsafe(12), picture, place, answers)
         with self._lock:

@@ -38,18 +38,21 @@ class Found(NamedTuple):
     shares: tuple[float, ...]
 
 
-def predict(picture: Picture, facts: Facts, run: Callable[[Floats], Floats]) -> Found:
+def predict(picture: Picture, facts: Facts, run: Callable[[Floats], Floats], gain: float = 1.0) -> Found:
     """Predict an image of any size: as a whole up to the network's window, else in overlapping windows.
 
     Args:
         picture: the image, with the bands that the network reads.
         facts: of the network.
         run: images (N, C, h, w), float32, N at most `TOGETHER`, to class probabilities (N, K, h, w).
+        gain: what the image's values are multiplied by, to be in the range that the network was trained on.
 
     Raises:
         NotFiniteError: the network's probabilities are no numbers.
     """
     image = np.ascontiguousarray(picture.image.transpose(2, 0, 1), dtype=np.float32)
+    if gain != 1:
+        image = image * np.float32(gain)
     height, width = image.shape[1:]
 
     def patches(cut: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ from overfly.views.tiles import Layer, depth, geotiff, tile
 Kind = Literal["png", "tiff", "json"]
 Key = Annotated[str, InPath(max_length=64, description="What `POST /maps` named the map.")]
 Which = Annotated[str | None, Form(max_length=64, description="Key of a network; left out, the first.")]
+Peak = Annotated[
+    float | None,
+    Form(gt=0, allow_inf_nan=False, description="Value of the image's brightest pixel; left out, the network's."),
+]
 Layers = Literal["image", "classes", "doubt"]
 AGAIN = 1.0
 """Seconds after which a live picture that stands still is sent again."""
@@ -83,8 +87,8 @@ def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": Problem, "description": PROBLEM} for code in codes}
 
 
-UPLOADED = problems(400, 401, 403, 404, 408, 413, 429, 503)
-ASKED = problems(401, 403, 404)
+UPLOADED = problems(400, 401, 403, 404, 408, 413, 422, 429, 503)
+ASKED = problems(401, 403, 404, 422)
 
 
 def router(desk: Desk, screen: Screen | None) -> APIRouter:
@@ -104,6 +108,7 @@ def router(desk: Desk, screen: Screen | None) -> APIRouter:
         """The networks of this server."""
         return [About(key=each.key, title=each.title, about=dict(each.about)) for each in desk.networks.values()]
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", responses=problems(403))
     def health() -> Health:
         """Whether the server answers; needs no token."""
@@ -140,12 +145,13 @@ def _predict_routes(routes: APIRouter, desk: Desk) -> None:
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or GeoTIFF.")],
         network: Which = None,
         answer: Annotated[Kind, Form(description="A palette PNG, a GeoTIFF, or the classes' shares.")] = "png",
+        peak: Peak = None,
     ) -> Response:
         """Class ids of an image, 255 where it has no data: as PNG or GeoTIFF with colours and names, or as shares."""
         chosen = _network(desk, network)
 
         def task(deadline: float) -> Response:
-            picture, answers = desk.upload(image.file, [chosen], deadline)
+            picture, answers = desk.upload(image.file, [chosen], deadline, peak)
             found = answers[chosen.key]
             if answer == "json":
                 body = prediction(chosen.key, found).model_dump_json()
@@ -161,23 +167,25 @@ def _predict_routes(routes: APIRouter, desk: Desk) -> None:
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or GeoTIFF.")],
         network: Which = None,
         other: Annotated[str | None, Form(max_length=64, description="Key of a second network to compare.")] = None,
+        peak: Peak = None,
     ) -> MapFacts:
         """Predict an image and keep the maps for a while, to be looked at and downloaded."""
         chosen = _both(desk, network, other)
-        return await desk.work(lambda deadline: described(desk.keep(*desk.upload(image.file, chosen, deadline))))
+        return await desk.work(lambda deadline: described(desk.keep(*desk.upload(image.file, chosen, deadline, peak))))
 
     @routes.post("/scenes/{number}", status_code=201, responses=UPLOADED)
     async def make_map_of_scene(
         number: Annotated[int, InPath(ge=0, le=10**6, description="Place in the server's own list of pictures.")],
         network: Annotated[str | None, Query(max_length=64)] = None,
         other: Annotated[str | None, Query(max_length=64)] = None,
+        peak: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
     ) -> MapFacts:
         """The same of one of the server's own pictures."""
         if number >= len(desk.scenes):
             raise HTTPException(404, "there is no such picture; /networks and the page list what there is")
         chosen = _both(desk, network, other)
         path = desk.scenes[number]
-        return await desk.work(lambda deadline: described(desk.keep(*desk.ask(path, chosen, deadline))))
+        return await desk.work(lambda deadline: described(desk.keep(*desk.ask(path, chosen, deadline, peak))))
 
 
 def _map_routes(routes: APIRouter, desk: Desk) -> None:

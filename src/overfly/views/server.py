@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
@@ -73,6 +74,7 @@ def application(
     app.include_router(html_router(desk, screen is not None), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(OverflyError, _sentence)
+    app.add_exception_handler(RequestValidationError, _misshapen)
     return Guard(Meter(Admission(app, bounds, desk.gauges.refused.inc), desk.gauges), token)
 
 
@@ -82,6 +84,22 @@ async def _sentence(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, LateError):
         return JSONResponse({"detail": str(error)}, 503, {"retry-after": "5"})
     return JSONResponse({"detail": str(error)}, 400)
+
+
+PARTS = {"body": "form field", "query": "parameter", "path": "part of the address", "header": "header"}
+
+
+async def _misshapen(request: Request, error: Exception) -> JSONResponse:
+    """A request that lacks something, or has a value that is none: in a sentence, without the value."""
+    del request
+    found = error.errors() if isinstance(error, RequestValidationError) else ()
+    wrong = []
+    for each in found:
+        part, *names = [str(name) for name in each["loc"]]
+        what = f"the {PARTS.get(part, part)} {'.'.join(names)}" if names else f"the request's {part}"
+        says = "is missing" if each["type"] == "missing" else f"is wrong ({each['msg'][:1].lower()}{each['msg'][1:]})"
+        wrong.append(f"{what} {says}")
+    return JSONResponse({"detail": f"{' and '.join(wrong)}; /docs describes what a request needs"}, 422)
 
 
 def bound(host: str, port: int) -> socket.socket:

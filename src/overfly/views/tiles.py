@@ -14,8 +14,8 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.errors import MissingExtraError
 from overfly.core.records import IGNORE, UInt8
+from overfly.deploy.georeference import Georeference
 from overfly.views.embedded import png
-from overfly.views.uploads import Place
 
 SIDE = 256
 """Side of a tile in pixels."""
@@ -77,7 +77,7 @@ def _heat(doubt: UInt8) -> UInt8:
     return painted
 
 
-def geotiff(ids: UInt8, classes: Classes, place: Place | None) -> bytes:
+def geotiff(ids: UInt8, classes: Classes, place: Georeference | None) -> bytes:
     """A map of classes (H, W) as a GeoTIFF: colours, names, no data 255, and the image's own coordinates.
 
     Args:
@@ -97,12 +97,12 @@ def geotiff(ids: UInt8, classes: Classes, place: Place | None) -> bytes:
     settings: dict[str, Any] = {"compress": "deflate", "nodata": IGNORE}
     if height >= SIDE and width >= SIDE:
         settings |= {"tiled": True, "blockxsize": SIDE, "blockysize": SIDE}
-    if place is not None:
-        settings |= {"crs": place.crs or None, "transform": rasterio.Affine(*place.transform)}
     with MemoryFile() as memory:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with memory.open(driver="GTiff", height=height, width=width, count=1, dtype="uint8", **settings) as file:
+                if place is not None:
+                    _put(file, place)
                 file.write(ids, 1)
                 colours = {index: (*colour, 255) for index, colour in enumerate(classes.colours)}
                 file.write_colormap(1, {**colours, IGNORE: (0, 0, 0, 0)})
@@ -111,6 +111,24 @@ def geotiff(ids: UInt8, classes: Classes, place: Place | None) -> bytes:
                 file.update_tags(1, **{f"CLASS_{index}": name for index, name in enumerate(classes.names)})
         memory.seek(0)
         return bytes(memory.read())
+
+
+def _put(file: Any, place: Georeference) -> None:
+    """Say in a new dataset where it lies."""
+    import rasterio
+    from rasterio.control import GroundControlPoint
+
+    if place.point and not place.points:  # with that word GDAL 3.10 gives points back a pixel off
+        file.update_tags(AREA_OR_POINT="Point")
+    if place.points:
+        points = [GroundControlPoint(row, column, x, y, z, name) for column, row, x, y, z, name in place.points]
+        file.gcps = (points, rasterio.CRS.from_wkt(place.points_crs) if place.points_crs else rasterio.CRS())
+    if place.crs:
+        file.crs = rasterio.CRS.from_wkt(place.crs)
+    if place.transform is not None:
+        file.transform = rasterio.Affine.from_gdal(*place.transform)
+    if place.rational:
+        file.update_tags(ns="RPC", **dict(place.rational))
 
 
 def _file(picture: Image.Image, kind: str, **settings: object) -> bytes:

@@ -13,18 +13,7 @@ from overfly.core.errors import DataError, MissingExtraError
 from overfly.core.records import Array
 from overfly.data.headers import Facts, facts, raster
 from overfly.data.reading import Mask, nodata_mask, read_image
-
-
-class Place(NamedTuple):
-    """Where on Earth a raster lies.
-
-    Attributes:
-        crs: its reference system as WKT; empty where it has none.
-        transform: the six numbers a, b, c, d, e, f of x = a·column + b·row + c, y = d·column + e·row + f.
-    """
-
-    crs: str
-    transform: tuple[float, ...]
+from overfly.deploy.georeference import Georeference, georeference
 
 
 class Picture(NamedTuple):
@@ -38,7 +27,7 @@ class Picture(NamedTuple):
 
     image: Array
     blank: Mask | None
-    place: Place | None
+    place: Georeference | None
 
 
 @contextmanager
@@ -87,16 +76,15 @@ def read(path: Path, found: Facts, bands: int) -> Picture:
     return Picture(image, blank, _place(path) if found.kind in ("tiff", "jp2") else None)
 
 
-def _place(path: Path) -> Place | None:
+def _place(path: Path) -> Georeference | None:
     """Coordinates; none where the file has none, or rasterio is not there to read them."""
     try:
         with raster(path) as dataset:
-            if dataset.crs is None and dataset.transform.is_identity:
-                return None
-            crs = dataset.crs.to_wkt() if dataset.crs is not None else ""
-            return Place(crs, tuple(dataset.transform)[:6])
+            found = georeference(dataset)
+            placed = found.crs or found.transform is not None or found.points or found.rational
+            return found if placed else None
     except MissingExtraError:
         return None
 
 
-__all__ = ["Picture", "Place", "checked", "read", "stored"]
+__all__ = ["Picture", "checked", "read", "stored"]
