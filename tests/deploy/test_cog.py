@@ -37,7 +37,7 @@ def room(size: int) -> Iterator[None]:
 
 
 def cramped(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
-    whole = {"write_cog": write_cog, "write_polygons": write_polygons}[name]
+    whole: Any = {"write_cog": write_cog, "write_polygons": write_polygons}[name]
 
     def write_there(*arguments: Any, **more: Any) -> Any:
         with room(size):

@@ -97,7 +97,8 @@ def _mean(sums: NDArray[Any], weights: NDArray[Any], dtype: np.dtype[Any]) -> tu
     means = np.divide(sums, weights, out=np.zeros_like(sums), where=measured)
     if dtype.kind in "iu":
         means = np.clip(np.rint(means), np.iinfo(dtype).min, np.iinfo(dtype).max)
-    return means.astype(dtype), ~measured.any(0)
+    hidden: Mask = np.asarray(~measured.any(axis=0), dtype=np.bool_)
+    return means.astype(dtype), hidden
 
 
 def _under(area: tuple[int, int], scale: float, length: int) -> tuple[int, int]:
