@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from sane_networks import sane
 
-from overfly.core.errors import OverflyError, WeightsError
+from overfly.core.errors import FetchError, OverflyError, WeightsError
 from overfly.deploy import export as exporting
 from overfly.deploy.backends import Facts, Floats, Predictor, facts_of, of_segmenter
 from overfly.deploy.export import Evidence, Exported, export
@@ -167,6 +168,17 @@ def test_a_file_that_differs_is_not_there_and_the_layer_is_named(
     monkeypatch.setattr(exporting, "write_onnx", honest)
     shipped(segmenter, Made(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["it.json", "it.onnx"]
+
+
+def test_a_full_disk_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    segmenter = sane(recipe, "lraspp_mobilenet_v2")
+    monkeypatch.setattr(torch.onnx, "export", full)
+    with pytest.raises(FetchError, match=r"it\.onnx: the disk is full; free some space there"):
+        shipped(segmenter, Made(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_others_and_damaged_ones_are_refused(recipe: Recipe, tmp_path: Path) -> None:

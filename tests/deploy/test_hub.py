@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +44,8 @@ def test_a_folder_is_laid_out_like_a_hub(export: Path, tmp_path: Path) -> None:
     assert page.endswith("# A card")
     loaded = hub.load(place, tmp_path / "here")
     assert loaded[0] == tmp_path / "here" / "a.xml"
-    assert {file.name for file in loaded} == set(files)
+    assert {file.name for file in loaded} == {"a.xml", "a.bin", "a.json", "a.md"}
+    assert (tmp_path / "here" / "a.md").read_text() == "# A card"
     assert (tmp_path / "here" / "a.bin").read_text() == "weights"
 
 
@@ -52,6 +56,83 @@ def test_what_is_no_export_is_refused(export: Path, tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="holds no exported file"):
         hub.load(f"file://{tmp_path / 'empty'}", tmp_path / "here")
     assert not (tmp_path / "here").exists()
+
+
+def test_files_of_somebody_else_are_left_alone(export: Path, tmp_path: Path) -> None:
+    share, here = tmp_path / "share", tmp_path / "here"
+    for folder in (share, here):
+        folder.mkdir()
+        (folder / "README.md").write_text("# mine")
+    with pytest.raises(FetchError, match=r"share/README\.md is there already and is none of overfly's files"):
+        hub.push(export, f"file://{share}")
+    assert [file.name for file in share.iterdir()] == ["README.md"]
+    (share / "README.md").unlink()
+    hub.push(export, f"file://{share}")
+    export.with_suffix(".md").write_text("# Another card")
+    hub.push(export, f"file://{share}")
+    assert (share / "README.md").read_text().endswith("# Another card")
+    (share / "package.json").write_text("{}")
+    (share / "map.aux.xml").write_text("<PAMDataset/>")
+    (here / "other.pt2").write_text("there before")
+    loaded = hub.load(f"file://{share}", here)
+    assert sorted(file.name for file in loaded) == ["a.bin", "a.json", "a.md", "a.xml"]
+    assert (here / "README.md").read_text() == "# mine"
+    (here / "a.bin").write_text("mine")
+    with pytest.raises(FetchError, match=r"here/a\.bin is there already"):
+        hub.load(f"file://{share}", here)
+    assert (here / "a.bin").read_text() == "mine"
+
+
+def test_addresses_that_name_no_folder_or_the_same(export: Path, tmp_path: Path) -> None:
+    place = f"file://{tmp_path / 'share'}"
+    hub.push(export, place)
+    with pytest.raises(FetchError, match="file:// names no folder"):
+        hub.load("file://", tmp_path / "here")
+    with pytest.raises(FetchError, match="file:// names no folder"):
+        hub.push(export, "file://")
+    with pytest.raises(FetchError, match="is the repository itself; give another folder as --out"):
+        hub.load(place, tmp_path / "share")
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "map.tif.aux.xml").write_text("<PAMDataset/>")
+    with pytest.raises(FetchError, match="maps holds no exported file"):
+        hub.load(f"file://{tmp_path / 'maps'}", tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_damaged_exports_are_neither_pushed_nor_loaded(export: Path, tmp_path: Path) -> None:
+    figures = {"file": "a.xml", "bytes": 12, "sha256": hashlib.sha256(b"graph").hexdigest(), "made": {}, "facts": {}}
+    export.with_suffix(".json").write_text(json.dumps(figures))
+    share = tmp_path / "share"
+    hub.push(export, f"file://{share}")
+    for name, content in (("a.xml", "grapH"), ("a.bin", "weigh")):
+        whole = (share / name).read_text()
+        for folder in (export.parent, share):
+            (folder / name).write_text(content)
+        with pytest.raises(WeightsError, match=r"exports/a\.xml"):
+            hub.push(export, f"file://{tmp_path / 'there'}")
+        with pytest.raises(WeightsError, match=r"share/a\.xml"):
+            hub.load(f"file://{share}", tmp_path / "there")
+        assert not (tmp_path / "there").exists()
+        for folder in (export.parent, share):
+            (folder / name).write_text(whole)
+
+
+def test_a_full_disk_leaves_nothing_behind(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = shutil.copyfile
+    share, here = tmp_path / "share", tmp_path / "here"
+    hub.push(export, f"file://{share}")
+
+    def full(source: Path, target: Path) -> None:
+        honest(source, target)
+        if source.name == "a.bin":
+            target.write_text("wei")
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    for carry in (lambda: hub.push(export, f"file://{here}"), lambda: hub.load(f"file://{share}", here)):
+        with pytest.raises(FetchError, match=r"here/a\.bin: the disk is full; free some space there"):
+            carry()
+        assert not here.exists()
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -127,6 +208,7 @@ def test_push_and_load_over_http(export: Path, tmp_path: Path, address: str, mon
     assert set(_Hub.files) == {"a.xml", "a.bin", "a.json", "README.md"}
     loaded = hub.load("me/net", tmp_path / "here", endpoint=address)
     assert loaded[0].name == "a.xml"
-    assert (tmp_path / "here" / "a.bin").read_text() == "weights"
+    assert {file.name for file in (tmp_path / "here").iterdir()} == {"a.xml", "a.bin", "a.json", "a.md"}
+    assert not list(tmp_path.glob(".*"))
     with pytest.raises(FetchError, match="cannot be loaded from the hub"):
         hub.load("me/other", tmp_path / "there", endpoint=address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -27,8 +28,10 @@ KNOWN = re.compile(
 def write_program(program: Any, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a program of torch.export with metadata beside it."""
     program._example_inputs = None  # an image of noise, as large as all the weights
+    archive = io.BytesIO()  # PyTorch's own writer ends the process on a full disk
     with _quiet():
-        torch.export.save(program, path, extra_files=dict(metadata))
+        torch.export.save(program, archive, extra_files=dict(metadata))
+    path.write_bytes(archive.getbuffer())
 
 
 def read_program(path: Path) -> tuple[Any, dict[str, str]]:

@@ -26,6 +26,7 @@ from overfly.deploy.parity import Parity, ParityError, Truth, compare, miou
 from overfly.deploy.quantise import Ranges, quantise_onnx, quantise_openvino
 from overfly.deploy.resizing import resized
 from overfly.deploy.runtimes import of_onnx, of_openvino, of_program
+from overfly.deploy.shelf import writing
 from overfly.deploy.timing import Latency, take_turns
 from overfly.models.segmenter import Segmenter
 
@@ -102,23 +103,26 @@ def export(
     Raises:
         ParityError: it does not agree. No file of the name is there then; ``NAME.failed.json`` holds the figures.
         MissingExtraError: a package is not installed.
+        FetchError: the disk is full.
     """
     if made.precision == "int8" and made.format == "torch":
         raise RecipeError("PyTorch runs no exported 8-bit network; take --format onnx or openvino, or --precision 16")
     folder.mkdir(parents=True, exist_ok=True)
-    work = folder / f".{name}.{os.getpid()}"
+    final, work = folder / f"{name}{SUFFIX[made.format]}", folder / f".{name}.{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        tell(f"writing {name}{SUFFIX[made.format]}")
-        file = _write(segmenter, facts, made, evidence, work / f"{name}{SUFFIX[made.format]}")
+        tell(f"writing {final.name}")
+        with writing(final):
+            file = _write(segmenter, facts, made, evidence, work / final.name)
         tell(f"comparing it with PyTorch on {len(evidence.images)} images of {evidence.title}")
         found = _measure(file, segmenter, facts, made, evidence)
         _judge(found, folder / f"{name}.failed.json")
-        _move(work, folder, file, found, name)
+        with writing(final):
+            _move(work, folder, file, found, name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return folder / file.name, found
+    return final, found
 
 
 def _write(segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence, path: Path) -> Path:

@@ -39,6 +39,7 @@ def write_onnx(deployed: Deployed, path: Path, bands: int, metadata: Mapping[str
     Raises:
         MissingExtraError: onnx is not installed.
         OverflyError: the network holds what ONNX has no operator for.
+        OSError: the disk is full.
     """
     package = onnx()
     answer: str = deployed.answer
@@ -54,6 +55,8 @@ def write_onnx(deployed: Deployed, path: Path, bands: int, metadata: Mapping[str
                 input_names=["image"], output_names=[answer],
                 dynamic_axes={"image": batch | sides, answer: batch | answered},
             )  # fmt: skip
+    except OSError:  # of the disk, which another format does not mend
+        raise
     except Exception as error:  # the exporter raises many kinds for what it cannot write
         raise OverflyError(
             f"the network cannot be written as ONNX ({_line(error)}); export it with --format torch"

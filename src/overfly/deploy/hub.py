@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from overfly.core.errors import FetchError, MissingExtraError, WeightsError
+from overfly.deploy import shelf
 from overfly.models.checkpoints import first_line
 
 PAGE = "README.md"
 """What a hub shows as a repository's page."""
-OPENED = (".onnx", ".xml", ".pt2")
-"""Suffixes of the files that are opened."""
 FOLDER = "file://"
 """Begins the address of a folder that is laid out like a hub's repository."""
-FRONT = """---
-library_name: overfly
-pipeline_tag: image-segmentation
+FRONT = f"""{shelf.OWN_PAGE}pipeline_tag: image-segmentation
 tags:
 - semantic-segmentation
 - remote-sensing
@@ -39,22 +37,21 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
         Names of the files, and where they are.
 
     Raises:
-        WeightsError: there is no such export.
-        FetchError: the hub refuses.
+        WeightsError: there is no such export, or it is not the one of the figures beside it.
+        FetchError: the hub refuses, or files of somebody else are in the way in the folder.
         MissingExtraError: huggingface_hub is not installed.
     """
-    if export.suffix not in OPENED or not export.is_file():
+    if export.suffix not in shelf.OPENED or not export.is_file():
         raise WeightsError(f"{export} is no exported file; give the .onnx, .xml or .pt2 that `overfly export` wrote")
-    parts = [part for part in (export, *(export.with_suffix(end) for end in (".bin", ".json"))) if part.is_file()]
+    shelf.check_export(export)
+    parts = shelf.parts(export)
     page = export.with_suffix(".md")
     text = FRONT + (page.read_text(encoding="utf-8") if page.is_file() else f"# {export.stem}\n")
     names = [part.name for part in parts] + [PAGE]
     if repository.startswith(FOLDER):
-        folder = Path(repository.removeprefix(FOLDER))
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in parts:
-            shutil.copyfile(part, folder / part.name)
-        (folder / PAGE).write_text(text, encoding="utf-8")
+        folder = _folder(repository)
+        copied: dict[Path, Path | str] = {folder / part.name: part for part in reversed(parts)}
+        shelf.put({folder / PAGE: text, **copied}, folder)
         return names, str(folder)
     api = _package().HfApi(endpoint=endpoint)
     operation = _package().CommitOperationAdd
@@ -80,37 +77,67 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
         endpoint: address of another hub than the default.
 
     Returns:
-        The files that are opened, then those beside them.
+        The files that came: those that are opened, then those beside them. A repository's page comes as the card of
+        its export.
 
     Raises:
-        FetchError: there is no such repository, or it holds no export.
+        FetchError: there is no such repository, or it holds no export, or files of somebody else are in the way.
+        WeightsError: an export is not the one of the figures beside it.
         MissingExtraError: huggingface_hub is not installed.
     """
-    patterns = [f"*{suffix}" for suffix in (*OPENED, ".bin", ".json", ".md")]
     if repository.startswith(FOLDER):
-        folder = Path(repository.removeprefix(FOLDER))
-        found = [part for part in sorted(folder.glob("*")) if part.is_file() and any(map(part.match, patterns))]
-        if not any(part.suffix in OPENED for part in found):
-            raise FetchError(f"{folder} holds no exported file; give the folder of a .onnx, .xml or .pt2 file")
-        out.mkdir(parents=True, exist_ok=True)
-        for part in found:
-            shutil.copyfile(part, out / part.name)
-    else:
+        folder = _folder(repository)
+        if folder.resolve() == out.resolve():
+            raise FetchError(f"{folder} is the repository itself; give another folder as --out")
+        return _take(folder, out, str(folder))
+    patterns = [f"*{suffix}" for suffix in (*shelf.OPENED, ".bin", ".json", ".md")]
+    package, work = _package(), out.parent / f".{out.name}.{os.getpid()}.part"
+    try:
         try:
-            _package().snapshot_download(
-                repository, revision=revision, local_dir=out, allow_patterns=patterns, endpoint=endpoint
+            package.snapshot_download(
+                repository, revision=revision, local_dir=work, allow_patterns=patterns, endpoint=endpoint
             )
-        except MissingExtraError:
-            raise
         except Exception as error:  # as above
+            if isinstance(error, OSError) and error.errno in shelf.FULL:
+                with shelf.writing(out):
+                    raise
             raise FetchError(
                 f"{repository} cannot be loaded from the hub ({first_line(error)}); check the name, and log in with "
                 "`hf auth login` where it is private"
             ) from error
-    files = sorted((part for part in out.iterdir() if part.is_file()), key=lambda part: part.suffix not in OPENED)
-    if not files or files[0].suffix not in OPENED:
-        raise FetchError(f"{repository} holds no exported file (.onnx, .xml, .pt2); give another repository")
-    return files
+        return _take(work, out, repository)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _folder(repository: str) -> Path:
+    """The folder that an address names."""
+    named = repository.removeprefix(FOLDER)
+    if not named:
+        raise FetchError(f"{repository} names no folder; write it as {FOLDER}/some/folder")
+    return Path(named)
+
+
+def _take(folder: Path, out: Path, title: str) -> list[Path]:
+    """Copy the exports of a folder, and what belongs to them, to another; the files there."""
+    found = shelf.exports(folder)
+    if not found:
+        raise FetchError(
+            f"{title} holds no exported file (.onnx, .pt2, .xml with its .bin); give another one that does"
+        )
+    beside: dict[Path, Path | str] = {}
+    for export in found:
+        shelf.check_export(export)
+        more = [*shelf.parts(export)[1:], *([card] if (card := export.with_suffix(".md")).is_file() else [])]
+        beside |= {out / part.name: part for part in more}
+    page = folder / PAGE
+    target = shelf.page_target(page, found, out) if page.is_file() else None
+    if target is not None:
+        text = page.read_text(encoding="utf-8", errors="replace")
+        beside[target] = text.removeprefix(FRONT) if target.name != PAGE else page
+    opened: dict[Path, Path | str] = {out / export.name: export for export in found}
+    shelf.put({**beside, **opened}, out)
+    return [*opened, *beside]
 
 
 def _package() -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from overfly.core.errors import MissingExtraError, RecipeError, WeightsError
+from overfly.deploy import agreement
 from overfly.deploy.archive import read_program
 from overfly.deploy.backends import Facts, Floats, Predictor
 from overfly.deploy.metadata import MADE, Made, read_entries
@@ -30,7 +31,7 @@ def of_onnx(path: Path, device: str = "cpu", threads: int | None = None) -> Pred
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        WeightsError: the file is missing, damaged or not one of ours.
+        WeightsError: the file is missing, damaged, not one of ours, or its graph is not what it says.
     """
     runtime = onnxruntime()
     _there(path)
@@ -47,12 +48,13 @@ def of_onnx(path: Path, device: str = "cpu", threads: int | None = None) -> Pred
     except Exception as error:  # the library raises its own kinds for files that are not what they say
         raise WeightsError(f"{path} cannot be opened by onnxruntime ({first_line(error)}); export it again") from error
     facts, made = read_entries(session.get_modelmeta().custom_metadata_map, path)
+    agreement.check(path, agreement.of_session(session), facts, made)
     name = session.get_inputs()[0].name
 
     def graph(images: Floats) -> Any:
         return session.run(None, {name: images})[0]
 
-    return Predictor(facts, "onnxruntime", kind, probabilities(graph, facts, made))
+    return Predictor(facts, "onnxruntime", kind, probabilities(graph, facts, made, path))
 
 
 def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
@@ -65,7 +67,7 @@ def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> 
 
     Raises:
         MissingExtraError: openvino is not installed.
-        WeightsError: the file is missing, damaged or not one of ours.
+        WeightsError: the file is missing, damaged, not one of ours, or its graph is not what it says.
     """
     core = openvino_core()
     _there(path)
@@ -79,6 +81,7 @@ def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> 
     except Exception as error:  # as above
         raise WeightsError(f"{path} cannot be opened by openvino ({first_line(error)}); export it again") from error
     facts, made = read_entries(openvino_metadata(model), path)
+    agreement.check(path, agreement.of_model(model), facts, made)
     smooth(model)
     compiled = core.compile_model(model, place, openvino_settings(made, threads))
     request = compiled.create_infer_request()
@@ -86,7 +89,7 @@ def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> 
     def graph(images: Floats) -> Any:
         return np.array(request.infer([images])[0])
 
-    return Predictor(facts, "openvino", place.lower(), probabilities(graph, facts, made))
+    return Predictor(facts, "openvino", place.lower(), probabilities(graph, facts, made, path))
 
 
 def of_program(path: Path, device: torch.device | str = "cpu") -> Predictor:
@@ -97,12 +100,13 @@ def of_program(path: Path, device: torch.device | str = "cpu") -> Predictor:
         device: where to run.
 
     Raises:
-        WeightsError: the file is missing, damaged, not one of ours, or would run code.
+        WeightsError: the file is missing, damaged, not one of ours, would run code, or its graph is not what it says.
     """
     _there(path)
     place = torch.device(device)
     program, metadata = read_program(path)
     facts, made = read_entries(metadata, path)
+    agreement.check(path, agreement.of_graph(program), facts, made)
     if place.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
@@ -113,14 +117,15 @@ def of_program(path: Path, device: torch.device | str = "cpu") -> Predictor:
         with torch.inference_mode():
             return module(torch.from_numpy(images).to(place)).cpu().numpy()
 
-    return Predictor(facts, "torch", str(place), probabilities(graph, facts, made))
+    return Predictor(facts, "torch", str(place), probabilities(graph, facts, made, path))
 
 
-def probabilities(graph: Graph, facts: Facts, made: Made) -> Callable[[Floats], Floats]:
+def probabilities(graph: Graph, facts: Facts, made: Made, path: Path) -> Callable[[Floats], Floats]:
     """Images to class probabilities (B, K, H, W), float32, whatever the graph itself gives."""
 
     def run(images: Floats) -> Floats:
         given = graph(images)
+        agreement.check_given(path, given, facts, made)
         if made.answer == "classes":  # all that is known is which class is likeliest
             return np.ascontiguousarray(np.eye(len(facts.classes), dtype=np.float32)[given].transpose(0, 3, 1, 2))
         if made.answer == "logits":
