@@ -28,9 +28,9 @@ def carry_out(recipe: Recipe, out: Path, fabric: Fabric, engine: Engine) -> Run:
     """
     start: Path | None = None
     if isinstance(recipe.start, Recipe):
-        if fabric.is_global_zero and not engine.quiet:
-            print("first the recipe that this starts from, as start.steps=… and the like change it", file=sys.stderr)
         parent = out.parent if (out / "recipe.yaml").is_file() else out
+        if fabric.is_global_zero and not engine.quiet and _done(parent, recipe.start) is None:
+            print("first the recipe that this starts from, as start.steps=… and the like change it", file=sys.stderr)
         start = carry_out(recipe.start, parent, fabric, engine).weights
     elif recipe.start is not None:
         start = weights_of(recipe.start)
