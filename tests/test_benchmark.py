@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from overfly.api import benchmark
-from overfly.benchmark import Figure, expand
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
+from overfly.tabulation import Figure, expand
 
 
 def test_figures_are_means_with_deviations() -> None:

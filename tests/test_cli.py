@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -130,13 +133,66 @@ def test_mistakes_are_answered_in_one_sentence(
     assert not list(out.glob("*"))
 
 
-def test_being_told_to_end_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("instead", [None, ImportError("cannot import name 'x' from partially initialized module")])
+def test_being_told_to_end_is_one_sentence(
+    number: int,
+    status: int,
+    instead: Exception | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def ended() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        """A command; a library that it imports may turn the interruption into an error of its own."""
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if instead is not None:
+                raise instead from None
+            raise
 
+    before = signal.getsignal(number)
     monkeypatch.setattr(api, "list_kinds", ended)
-    with pytest.raises(SystemExit) as left:
-        cli.main(["list"])
-    assert left.value.code == 2
-    assert "stopped" in capsys.readouterr().err
+    assert overfly("list") == status
+    shown = capsys.readouterr().err
+    assert "stopped" in shown
+    assert len(shown.splitlines()) == 1
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("module", ["signal", "cyclopts", "overfly.api", "torch", "lightning_fabric"])
+def test_ctrl_c_while_it_imports_is_no_traceback(module: str) -> None:
+    code = (
+        "import os, sys\n"
+        "class At:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), 2)\n"
+        "sys.meta_path.insert(0, At())\n"
+        "from overfly.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "list"], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 130
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_help_is_there_before_the_heavy_packages() -> None:
+    code = (
+        "import sys\nfrom overfly.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as left:\n    assert left.code == 0\n"
+        "found = {'torch', 'numpy', 'pydantic', 'overfly.api'} & set(sys.modules)\nassert not found, found\n"
+    )
+    for arguments in (["--help"], ["hub", "--help"], []):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=600, stdout=subprocess.DEVNULL)
+
+
+def test_the_quick_help_says_what_the_commands_say() -> None:
+    told = cli.summaries()
+    assert list(told) == api.__all__
+    for name, sentence in told.items():
+        assert sentence == " ".join(str(inspect.getdoc(getattr(api, name))).partition("\n\n")[0].split())

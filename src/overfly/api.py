@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from torch import nn
 
 from overfly import adaptation, choice, proposal
-from overfly import benchmark as benchmarks
+from overfly import tabulation as benchmarks
 from overfly.arguments import LARGEST, Cache, Written, cache_of, changed, domain_of, see_bounds, seeds_of
 from overfly.catalogue import Catalogue, catalogue
 from overfly.core import device as machines

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from types import FrameType
-from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
+TYPE_CHECKING = False  # as in overfly/__init__.py: what takes time is imported where a Ctrl-C is answered already
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import FrameType
+    from typing import Any
 
-from overfly import __version__, api
-from overfly.core.errors import OverflyError
+    from cyclopts import App
 
 FIRST = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 """Whether this is the process that speaks, of the several that train together."""
 WRONG = 2
 """Exit status where the user can put it right."""
+STOPPED = 128
+"""Exit status of what a signal has stopped, less the signal's number: 130 after Ctrl-C."""
 
 HELP = """
 Segmentation of aerial imagery in real time, in the place you have labels for and in the place you do not.
@@ -40,8 +39,42 @@ def words(name: str) -> tuple[str, ...]:
     return ("list",) if name == "list_kinds" else tuple(name.split("_"))
 
 
-def application() -> App:
-    """The command line: one command for each name in ``overfly.api.__all__``."""
+def summaries() -> dict[str, str]:
+    """The first sentences of the API's functions, by name.
+
+    They are read from the source, since the functions need PyTorch and more to be imported, which takes seconds.
+    """
+    import ast
+    import inspect
+    from pkgutil import get_data
+
+    def parsed(module: str) -> list[ast.stmt]:
+        return ast.parse(get_data("overfly", f"{module}.py") or b"").body
+
+    tree = parsed("api")
+    names: list[str] = next(
+        ast.literal_eval(each.value)
+        for each in tree
+        if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "__all__"
+    )
+    brought = [each for each in tree if isinstance(each, ast.ImportFrom) and {a.name for a in each.names} & set(names)]
+    for each in brought:
+        tree += parsed(str(each.module).removeprefix("overfly."))
+    told = {each.name: ast.get_docstring(each) or "" for each in tree if isinstance(each, ast.FunctionDef)}
+    return {name: " ".join(inspect.cleandoc(told[name]).partition("\n\n")[0].split()) for name in names}
+
+
+def application(arguments: Sequence[str] | None = None) -> App:
+    """The command line: one command for each name in ``overfly.api.__all__``.
+
+    Args:
+        arguments: what follows the program's name; where they call no command, as ``--help`` does, the commands have
+            names and first sentences alone, and the API is not imported. None: all commands in full.
+    """
+    from cyclopts import App, Parameter
+
+    from overfly import __version__
+
     app = App(
         name="overfly",
         help=HELP,
@@ -53,9 +86,10 @@ def application() -> App:
         print_error=False,
         result_action="return_value",
     )
+    told = summaries()
+    called = arguments is None or any(tuple(arguments[: len(words(name))]) == words(name) for name in told)
     groups: dict[str, App] = {}
-    for name in api.__all__:
-        function: Callable[..., Any] = getattr(api, name)
+    for name, help_ in told.items():
         *group, command = words(name)
         place = app
         for word in group:
@@ -63,41 +97,112 @@ def application() -> App:
                 groups[word] = App(name=word, help=GROUPS[word])
                 app.command(groups[word])
             place = groups[word]
-        place.command(function, name=command)
+        if called:
+            from overfly import api
+
+            function: Callable[..., Any] = getattr(api, name)
+            place.command(function, name=command)
+        else:
+            place.command(App(name=command, help=help_))
     return app
 
 
+class Stop:
+    """Answers Ctrl-C, and being told to end, which is like it.
+
+    While nothing is begun, or all is done, the process ends at once: an import that is interrupted raises what it
+    likes. In between, what is half made is cleared away or left to be gone on with.
+
+    Attributes:
+        begun: whether a command is at work.
+        status: the exit status that came of it; 0 where nobody has stopped it.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.status = 0
+        self._before: dict[int, Any] = {}
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        del frame
+        self.status = STOPPED + number
+        if not self.begun:
+            if FIRST:
+                os.write(2, b"overfly: stopped\n")
+            os._exit(self.status)
+        raise KeyboardInterrupt
+
+    def listen(self) -> None:
+        """Handle the signals from now on, but those that whoever started the process wants ignored."""
+        import signal
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if before is not signal.SIG_IGN:
+                    signal.signal(number, self)
+                    self._before[number] = before
+        except ValueError:  # not in the main thread
+            return
+
+    def leave(self) -> None:
+        """Have the signals handled as they were."""
+        import signal
+
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a mistake of the user's is one sentence and exit status 2."""
-    status = 0
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _stop)
+    """Run one command; a mistake of the user's is one sentence and exit status 2, being stopped is 130."""
+    stop = Stop()
     try:
-        result = application()(list(sys.argv[1:] if arguments is None else arguments))
+        stop.listen()
+        status = run(list(sys.argv[1:] if arguments is None else arguments), stop)
+    except KeyboardInterrupt:
+        stop.begun = False
+        stop.status = stop.status or STOPPED + 2  # before it was listened for
+        status = fail("stopped; the same command goes on where it can")
+    except Exception:  # of a library that was interrupted
+        stop.begun = False
+        if not stop.status:
+            raise
+        status = fail("stopped; the same command goes on where it can")
+    stop.begun = False
+    if arguments is not None:
+        stop.leave()
+    sys.exit(stop.status if stop.status and status == WRONG else status)
+
+
+def run(arguments: list[str], stop: Stop) -> int:
+    """Run one command; its exit status."""
+    from cyclopts import CycloptsError
+    from rich.console import Console
+
+    from overfly.core.errors import OverflyError
+
+    try:
+        app = application(arguments)
+        stop.begun = True
+        result = app(arguments)
         if result is not None and FIRST:
             Console(soft_wrap=True, highlight=False, markup=False).print(result)
-        status = int(getattr(result, "exit_status", 0))
+            sys.stdout.flush()
+        return int(getattr(result, "exit_status", 0))
     except OverflyError as error:
-        status = fail(str(error))
+        return fail(str(error))
     except CycloptsError as error:
-        status = fail(f"{str(error).strip().rstrip('.')}; see overfly --help")
-    except KeyboardInterrupt:
-        status = fail("stopped; the same command goes on where it can")
+        return fail(f"{str(error).strip().rstrip('.')}; see overfly --help")
     except BrokenPipeError:
         sys.stderr.close()
+        return 0
     except OSError as error:
-        status = fail(f"{error.filename or 'a file'}: {error.strerror or error}; put this right and try again")
+        return fail(f"{error.filename or 'a file'}: {error.strerror or error}; put this right and try again")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        status = fail("this does not fit the memory; lower batch, crop or size, or use a larger machine")
-    sys.exit(status)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Being told to end is like Ctrl-C: what is half made is cleared away or left to be gone on with."""
-    del number, frame
-    raise KeyboardInterrupt
+        return fail("this does not fit the memory; lower batch, crop or size, or use a larger machine")
 
 
 def fail(sentence: str) -> int:

@@ -12,12 +12,12 @@ import yaml
 from pydantic import ValidationError
 
 from overfly.adaptation import BEFORE, Verdict
-from overfly.benchmark import Row, compared
 from overfly.core.errors import RunError
 from overfly.data.domain import SPLITS, Split
 from overfly.models.registry import build
 from overfly.recipe import Recipe
 from overfly.scoring.speed import Speed, measure
+from overfly.tabulation import Row, compared
 from overfly.training.assess import Role, recorded
 from overfly.training.run import Run
 from overfly.views.charts import SERIES

@@ -11,11 +11,11 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from overfly.adaptation import Verdict as Adaptation
-from overfly.benchmark import Table as Benchmark
 from overfly.choice import Candidate, Verdict
 from overfly.data.check import Report
 from overfly.scoring.scores import Scores
 from overfly.scoring.speed import Speed
+from overfly.tabulation import Table as Benchmark
 from overfly.training.run import Run
 
 

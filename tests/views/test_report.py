@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from overfly.benchmark import Figure
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
+from overfly.tabulation import Figure
 from overfly.views import report as reports
 from overfly.views.extremes import Album, Scene
 from overfly.views.report import Entry, Evidence, Gallery, Matrix, Report, render, shares

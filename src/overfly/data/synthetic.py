@@ -21,6 +21,7 @@ from PIL import Image
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
+from overfly.core.interrupts import interrupts_held
 from overfly.core.records import Item, UInt8
 from overfly.core.spec import Count, Pixels
 from overfly.data.domain import SPLITS, Domain, Split
@@ -238,7 +239,9 @@ def _write_all(world: Path, numbers: dict[Split, int], scenes: Sequence[Scene], 
             _write(job)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_write, jobs, chunksize=8))
+        with interrupts_held():
+            done = pool.map(_write, jobs, chunksize=8)
+        list(done)
 
 
 def _write(job: tuple[Path, Scene, Split, int, int]) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from overfly.core import device as machines
 from overfly.core.errors import OverflyError, RecipeError, TrainingError
+from overfly.core.interrupts import interrupts_held
 from overfly.core.optim import set_rate
 from overfly.core.records import Batch, Labelled, Losses
 from overfly.data.loading import Steps, loader
@@ -148,15 +149,16 @@ class Training:
             return
         recipe, accumulate = self.recipe, self.recipe.accumulate
         first = self.state["step"]
-        batches = iter(
-            loader(
-                self.steps,
-                first * accumulate,
-                self.length * accumulate,
-                workers=self.engine.workers,
-                pin=self.fabric.device.type == "cuda",
+        with interrupts_held():
+            batches = iter(
+                loader(
+                    self.steps,
+                    first * accumulate,
+                    self.length * accumulate,
+                    workers=self.engine.workers,
+                    pin=self.fabric.device.type == "cuda",
+                )
             )
-        )
         progress = Progress(self.run.path.name, first, self.length, quiet=self.engine.quiet or not self.main)
         recent: list[dict[str, Tensor]] = []
         with progress:
