@@ -191,6 +191,19 @@ def test_help_is_there_before_the_heavy_packages() -> None:
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=600, stdout=subprocess.DEVNULL)
 
 
+def test_help_says_which_options_may_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for name in api.__all__:
+        told = " ".join(str(inspect.getdoc(getattr(api, name))).split())
+        for option in inspect.signature(getattr(api, name)).parameters.values():
+            if option.kind is option.KEYWORD_ONLY and str(option.annotation).startswith("list["):
+                found.append(f"{name} {option.name}")
+                assert f"may be repeated: --{option.name}" in told, found[-1]
+    assert "serve scenes" in found
+    assert overfly("serve", "--help") == 0
+    assert "may be repeated: --scenes" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_the_quick_help_says_what_the_commands_say() -> None:
     told = cli.summaries()
     assert list(told) == api.__all__

@@ -287,7 +287,7 @@ def speed(
     Args:
         network: the name of a network, or the folder of a run.
         size: side of the image in pixels.
-        batch: batch sizes to time; 1 where none is given.
+        batch: size of the batches to time, 1 where none is given; may be repeated: --batch 1 --batch 8.
         classes: classes of a network given by name.
         bands: bands of a network given by name.
         device: auto, cpu, cuda, cuda:1 or mps.
@@ -348,8 +348,8 @@ def validate(
         runs: folders of finished runs of one target, or folders of such; validation.keep_all keeps their checkpoints.
         study: open the target's labels in val: each validator's rank correlation with the truth, and its regret.
         estimate: estimate each network's target mIoU too, with an interval made on shifted source pictures.
-        committee: validators that vote, each by its ranks; left out: consensus, masked_miou, views_miou and
-            source_miou.
+        committee: a validator that votes by its ranks; may be repeated: --committee consensus --committee masked_miou;
+            left out: consensus, masked_miou, views_miou and source_miou.
         reference: a run, such as source-only, whose predictions all are compared with (agreement).
         split: target pictures that are looked at, labels taken away.
         limit: how many of them, evenly spread.

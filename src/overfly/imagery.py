@@ -31,7 +31,7 @@ def data_draw(
 
     Args:
         root: folder to write, the root of a loveda domain.
-        scenes: urban, rural or both.
+        scenes: urban or rural, both where left out; may be repeated: --scenes urban --scenes rural.
         size: side of each picture in pixels.
         train: pictures of each scene for training.
         val: pictures of each scene for validation.
@@ -66,7 +66,7 @@ def data_fetch(
     Args:
         name: the dataset.
         root: folder to unpack into.
-        splits: train, val, test; all where none is given.
+        splits: train, val or test, all where left out; may be repeated: --splits train --splits val.
         base: another address to fetch from.
         keep_archives: keep the downloaded archives.
 
@@ -101,7 +101,7 @@ def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) 
     Args:
         domain: a recipe file, or the file or the name of a domain.
         overrides: settings to change, such as root=/data/loveda of a domain, or source.root=/data/loveda of a recipe.
-        splits: train, val, test; all that are there where none is given.
+        splits: train, val or test, all that are there where left out; may be repeated: --splits train --splits val.
 
     Returns:
         The findings. The command exits with status 1 where a file is bad.

@@ -129,7 +129,8 @@ def serve(
 
     Args:
         networks: runs, folders of runs, networks' files (.safetensors) or exported files.
-        scenes: pictures of this machine that the page offers: files, or folders of them.
+        scenes: a picture of this machine that the page offers, or a folder of such; may be repeated: --scenes A
+            --scenes B.
         watch: a video, a camera, an address or a folder of pictures, shown live through the first network (extra:
             stream).
         watch_size: longest side that its frames are shrunk to before the network sees them, in pixels.
