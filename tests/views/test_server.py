@@ -298,3 +298,30 @@ def test_the_live_picture_is_a_stream_of_frames() -> None:
         assert httpx.get(f"{running.address}stream").status_code == 404
     finally:
         running.stop()
+
+
+@pytest.mark.parametrize("order", ["01", "10"])
+def test_networks_of_other_bands_get_the_bands_that_they_read(order: str, tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    four = network("1", lambda images: bright(images[:, 3:]), bands=4, mean=(0.0,) * 4, std=(1.0,) * 4)
+    networks = [network("0"), four] if order == "01" else [four, network("0")]
+    clear = np.full((40, 50, 4), (10, 10, 10, 250), np.uint8)
+    place = {"crs": "EPSG:32650", "transform": rasterio.Affine(0.5, 0.0, 500000.0, 0.0, -0.5, 3500000.0)}
+    settings = {"height": 40, "width": 50, "count": 4, "dtype": "uint8", "photometric": "MINISBLACK"}
+    with rasterio.open(tmp_path / "infrared.tif", "w", driver="GTiff", **settings, **place) as file:
+        file.write(np.moveaxis(clear, -1, 0))
+    infrared = (tmp_path / "infrared.tif").read_bytes()
+    both = {"network": order[0], "other": order[1]}
+    with served(networks=networks) as client:
+        made = client.post("/maps", files={"image": ("x", encoded(clear))}, data=both)
+        assert made.status_code == 201, made.text
+        shares = {each["network"]: [one["share"] for one in each["classes"]] for each in made.json()["predictions"]}
+        assert shares == {"0": [1.0, 0.0], "1": [0.0, 1.0]}
+        for image, words in (
+            (encoded(ramp()), "3 bands and network 1 reads 4"),
+            (infrared, "4 bands and network 0 reads 3"),
+        ):
+            refused = client.post("/maps", files={"image": ("x", image)}, data=both)
+            assert refused.status_code == 400
+            assert refused.json()["detail"] == f"the image has {words}; send an image with its bands"
+        assert ask(client, infrared, network="1").status_code == 200

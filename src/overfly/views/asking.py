@@ -69,20 +69,23 @@ class Desk:
     def ask(
         self, path: Path, networks: Sequence[Network], deadline: float, peak: float | None = None
     ) -> tuple[Picture, dict[str, Answer]]:
-        """The same of a file on disk."""
+        """The same of a file on disk; each network gets the bands that it reads, the picture is the first's."""
         answers: dict[str, Answer] = {}
         facts = [network.ready(self.limits, self.gauges.batches.observe)[0] for network in networks]
-        bands = facts[0].bands
-        found = checked(path, bands=bands, pixels=self.limits.pixels)
+        several = len({each.bands for each in facts}) > 1
+        for network, each in zip(networks, facts, strict=True):
+            title = network.title if several else "the network"
+            found = checked(path, bands=each.bands, pixels=self.limits.pixels, network=title)
         gains = [gain_of(path, found.stored or found.dtype, each, peak, "peak=") for each in facts]
         pixels = found.height * found.width
         with self.room.take(pixels, deadline):
-            picture = read(path, found, bands)
+            pictures = {bands: read(path, found, bands) for bands in dict.fromkeys(each.bands for each in facts)}
             for network, each, gain in zip(networks, facts, gains, strict=True):
+                picture = pictures[each.bands]
                 run = network.runner(self.limits, deadline, self.gauges.batches.observe)
                 answers[network.key] = Answer(network.title, each.classes, predict(picture, each, run, gain))
                 self.gauges.pixels.inc(pixels)
-        return picture, answers
+        return pictures[facts[0].bands], answers
 
     def keep(self, picture: Picture, answers: dict[str, Answer]) -> Map:
         """Keep maps to be looked at."""

@@ -43,16 +43,11 @@ def stored(file: BinaryIO) -> Iterator[Path]:
             raise DataError(str(error).replace(str(path), "the image")) from None
 
 
-def checked(path: Path, *, bands: int, pixels: int) -> Facts:
-    """What the header says, before anything is decoded.
-
-    Args:
-        path: the file.
-        bands: that the network reads.
-        pixels: that an image may have.
+def within(path: Path, pixels: int) -> Facts:
+    """What the header says of an image of so many pixels at most.
 
     Raises:
-        DataError: it is no image, too large, or of other bands.
+        DataError: it is no image, or too large.
     """
     found = facts(path)
     if found.height * found.width > pixels:
@@ -60,8 +55,24 @@ def checked(path: Path, *, bands: int, pixels: int) -> Facts:
             f"{path} has {found.height * found.width / 1e6:.1f} million pixels and this server takes {pixels / 1e6:g}; "
             "send a part of it, or use overfly predict for large rasters"
         )
-    if found.bands not in (bands, bands + 1):
-        raise DataError(f"{path} has {found.bands} bands and the network reads {bands}; send an image with its bands")
+    return found
+
+
+def checked(path: Path, *, bands: int, pixels: int, network: str = "the network") -> Facts:
+    """What the header says, before anything is decoded.
+
+    Args:
+        path: the file.
+        bands: that the network reads.
+        pixels: that an image may have.
+        network: what it is called.
+
+    Raises:
+        DataError: it is no image, too large, or of other bands.
+    """
+    found = within(path, pixels)
+    if bands not in (found.bands, found.bands - found.alpha):
+        raise DataError(f"{path} has {found.bands} bands and {network} reads {bands}; send an image with its bands")
     return found
 
 
@@ -87,4 +98,4 @@ def _place(path: Path) -> Georeference | None:
         return None
 
 
-__all__ = ["Picture", "checked", "read", "stored"]
+__all__ = ["Picture", "checked", "read", "stored", "within"]
