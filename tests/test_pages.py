@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from overfly import api, cli
+from overfly import api, cli, pages
 from overfly.core.errors import DataError, MissingExtraError, RecipeError, RunError
+from overfly.deploy.backends import Predictor
 from overfly.pages import live, offer
 from overfly.recipe import Recipe, load
 from overfly.training.run import Run
@@ -123,6 +125,53 @@ def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path)
     (file,) = runs.glob("*/best.safetensors")
     (alone,) = offer([str(file)])
     assert alone.about["model"] == "lraspp_mobilenet_v2"
+
+
+def test_exports_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"a/exports/x.onnx": "32", "b/exports/x.onnx": "int8", "b/exports/y.onnx": "16"}
+    for name in kinds:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def opened(path: Path, **_: str) -> Predictor:
+        return replace(seeing(), export=("onnx", kinds[path.relative_to(tmp_path).as_posix()]))
+
+    monkeypatch.setattr("overfly.pages.predictor_of", opened)
+    first, *others = [str(tmp_path / name) for name in kinds]
+    offered = offer([first, first, *others])
+    assert [each.title for each in offered] == [
+        "x.onnx (a/exports, onnx, 32)", "x.onnx (b/exports, onnx, int8)", "y.onnx",
+    ]  # fmt: skip
+    assert [each.key for each in offered] == ["0", "1", "2"]
+    assert offered[2].about["precision"] == "16"
+    assert offered[2].about["folder"] == "exports"
+
+
+def test_runs_of_one_recipe_in_two_folders_are_told_apart(copied: Path, runs: Path) -> None:
+    offered = offer([str(runs), str(copied)])
+    assert len({each.title for each in offered}) == len(offered) == 8
+    (one, other) = (each for each in offered if each.about["method"] == "overfly")
+    assert one.run is not None
+    assert one.title == f"overfly, Urban to Rural, seed 0 ({runs.name}/{one.run.path.name})"
+    assert other.title == f"overfly, Urban to Rural, seed 0 ({copied.name}/{one.run.path.name})"
+
+
+def test_scenes_that_cannot_be_read_are_left_out_and_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(striped(1)).save(tmp_path / "good.png")
+    Image.fromarray(striped(1, 200, 100)).save(tmp_path / "large.png")
+    for name in ("empty.png", "text.tif", "words.jpg"):
+        (tmp_path / name).write_text("" if name == "empty.png" else "words")
+    (tmp_path / "folder.png").mkdir()
+    assert pages._pictures([tmp_path], 64 * 48) == [tmp_path / "good.png"]
+    told = capsys.readouterr().err
+    assert told.startswith(f"overfly: 5 scene(s) left out of the page: {tmp_path / 'empty.png'} is")
+    assert told.endswith("; and 2 more\n")
+    assert "large.png has 0.0 million pixels" in told
+    assert len(told.splitlines()) == 1
+    assert pages._pictures([tmp_path / "good.png"], 64 * 48) == [tmp_path / "good.png"]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,12 @@ from overfly.views.limits import Limits
 from overfly.views.networks import Network
 from overfly.views.report import render
 
+from overfly.views.uploads import within
 __all__ = ["live", "offer", "report", "serve"]
 
+
+NAMED = 3
+"""Scenes that cannot be offered, of which the reason is told."""
 
 @dataclass(frozen=True)
 class Reported:
@@ -160,7 +165,7 @@ def serve(
         upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue, batch=batch
     )  # fmt: skip
     offered = offer(networks, backend, device)
-    pictures = _pictures(scenes or [])
+    pictures = _pictures(scenes or [], limits.pixels)
     with live(watch, offered[0].opened, watch_size) as screen, contextlib.closing(server.bound(host, port)) as place:
         app = server.application(offered, limits=limits, token=token, screen=screen, scenes=pictures)
         where = server.address(place)
@@ -224,22 +229,37 @@ def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> 
                 if run.path.resolve() in found:
                     continue
                 opened = partial(predictor_of, run.path, backend=backend, device=device)
-                title = _title(run, found.values())
+                title = f"{in_words(run.recipe)}, seed {run.recipe.seed}"
                 found[run.path.resolve()] = Network(str(len(found)), title, opened, run, _about(run))
-        else:
+        elif path.resolve() not in found:
             predictor = predictor_of(path, backend=backend, device=device)
-            facts = predictor.facts
-            about = {"model": facts.architecture, "runtime": predictor.backend}
-            title = path.name
-            found[path.resolve()] = Network(str(len(found)), title, partial(_same, predictor), None, about)
+            about = {"model": predictor.facts.architecture, "folder": path.resolve().parent.name}
+            about |= dict(zip(("format", "precision"), predictor.export or (), strict=False))
+            about["runtime"] = predictor.backend
+            opened = partial(_same, predictor)
+            found[path.resolve()] = Network(str(len(found)), path.name, opened, None, about)
+    _tell_apart(found)
     return list(found.values())
 
 
-def _title(run: Run, others: Collection[Network]) -> str:
-    """What a run is called on pages: different from all others."""
-    words = f"{in_words(run.recipe)}, seed {run.recipe.seed}"
-    taken = {each.title for each in others}
-    return words if words not in taken else run.path.name
+def _tell_apart(found: Mapping[Path, Network]) -> None:
+    """Say, behind each title that several networks have, where they lie, and format and precision of exports."""
+    titles = Counter(each.title for each in found.values())
+    for title in [title for title, count in titles.items() if count > 1]:
+        alike = {path: each for path, each in found.items() if each.title == title}
+        folders = [path if each.run is not None else path.parent for path, each in alike.items()]
+        for each, folder in zip(alike.values(), _tails(folders), strict=True):
+            kind = [each.about[name] for name in ("format", "precision") if name in each.about]
+            each.title = f"{title} ({', '.join([folder, *kind])})"
+
+
+def _tails(folders: list[Path]) -> list[str]:
+    """The ends of some paths, as short as tells them apart."""
+    for length in range(1, max(len(folder.parts) for folder in folders)):
+        found = [Path(*folder.parts[-length:]).as_posix() for folder in folders]
+        if len(set(found)) == len(found):
+            return found
+    return [str(folder) for folder in folders]
 
 
 def _same(predictor: Predictor) -> Predictor:
@@ -268,18 +288,36 @@ def _see_token(host: str, token: str | None) -> None:
         raise RecipeError("the token is too short; take 12 characters or more, such as: openssl rand -hex 16")
 
 
-def _pictures(scenes: list[Path]) -> list[Path]:
-    """The files that some paths mean."""
+def _pictures(scenes: list[Path], pixels: int) -> list[Path]:
+    """The pictures that some paths mean; what cannot be one is left out, which a line on stderr says.
+
+    Args:
+        scenes: files, or folders of them.
+        pixels: that a picture may have.
+
+    Raises:
+        DataError: a path is not there.
+    """
     found: list[Path] = []
     for path in scenes:
         if not path.exists():
             raise DataError(f"{path} is not there; give --scenes files or folders of pictures")
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found += [file for file in files if file == path or file.suffix.lower() in SUFFIXES]
+        for file in (file for file in files if file == path or file.suffix.lower() in SUFFIXES):
+            try:
+                within(file, pixels)
+                found.append(file)
+            except OverflyError as error:
+                refused.append(str(error))
+    if refused:
+        more = [f"and {len(refused) - NAMED} more"] if len(refused) > NAMED else []
+        told = "; ".join([*refused[:NAMED], *more])
+        print(f"overfly: {len(refused)} scene(s) left out of the page: {told}", file=sys.stderr, flush=True)
     return found
 
 
 def _server_module() -> ModuleType:
+    refused: list[str] = []
     """The web server's code, which stands on packages of an extra."""
     for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
         if importlib.util.find_spec(package) is None:

@@ -54,12 +54,14 @@ class Predictor:
         device: where it runs, in the runtime's words.
         run: images (B, C, H, W), float32, in the sensor's own range, to class probabilities (B, K, H, W), float32.
             May be called from several threads, one at a time.
+        export: format and precision of its file; None where it is no export.
     """
 
     facts: Facts
     backend: str
     device: str
     run: Callable[[Floats], Floats]
+    export: tuple[str, str] | None = None
 
     def __call__(self, images: Floats) -> Floats:
         """Class probabilities (B, K, H, W), float32, of images (B, C, H, W) in the sensor's own range.

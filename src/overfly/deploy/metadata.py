@@ -47,6 +47,11 @@ class Made(Spec):
     version: str = VERSION
     """Version of overfly that wrote the file."""
 
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Format and precision."""
+        return self.format, self.precision
+
 
 def entries(facts: Facts, made: Made) -> dict[str, str]:
     """Both values as they are written into a file's metadata."""

@@ -54,7 +54,7 @@ def of_onnx(path: Path, device: str = "cpu", threads: int | None = None) -> Pred
     def graph(images: Floats) -> Any:
         return session.run(None, {name: images})[0]
 
-    return Predictor(facts, "onnxruntime", kind, probabilities(graph, facts, made, path))
+    return Predictor(facts, "onnxruntime", kind, probabilities(graph, facts, made, path), made.kind)
 
 
 def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
@@ -89,7 +89,7 @@ def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> 
     def graph(images: Floats) -> Any:
         return np.array(request.infer([images])[0])
 
-    return Predictor(facts, "openvino", place.lower(), probabilities(graph, facts, made, path))
+    return Predictor(facts, "openvino", place.lower(), probabilities(graph, facts, made, path), made.kind)
 
 
 def of_program(path: Path, device: torch.device | str = "cpu") -> Predictor:
@@ -117,7 +117,7 @@ def of_program(path: Path, device: torch.device | str = "cpu") -> Predictor:
         with torch.inference_mode():
             return module(torch.from_numpy(images).to(place)).cpu().numpy()
 
-    return Predictor(facts, "torch", str(place), probabilities(graph, facts, made, path))
+    return Predictor(facts, "torch", str(place), probabilities(graph, facts, made, path), made.kind)
 
 
 def probabilities(graph: Graph, facts: Facts, made: Made, path: Path) -> Callable[[Floats], Floats]:
