@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,23 @@ def test_a_stream_is_looked_at_beside_the_page(tmp_path: Path) -> None:
         assert screen is None
     with pytest.raises(DataError, match=r"none\.mp4"), live(str(tmp_path / "none.mp4"), seeing):
         pass
+
+
+def _end_of(source: str) -> str:
+    with live(source, seeing) as screen:
+        assert screen is not None
+        until = time.monotonic() + 30
+        while not screen.closed and time.monotonic() < until:
+            time.sleep(0.01)
+        return screen.ended
+
+
+def test_a_stream_that_ends_says_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        Image.fromarray(striped(number)).save(tmp_path / f"{number}.png")
+    assert _end_of(str(tmp_path)) == "it came to its end after 3 pictures"
+    assert "the stream has ended: it came to its end after 3 pictures" in capsys.readouterr().err
+    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    assert str(tmp_path / "1.png") in _end_of(str(tmp_path))
+    told = capsys.readouterr().err
+    assert told.startswith(f"overfly: the stream has ended: {tmp_path / '1.png'}")

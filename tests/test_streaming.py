@@ -16,7 +16,9 @@ from PIL import Image
 
 from conftest import REPOSITORY
 from overfly import cli, streaming
+from overfly.core.errors import DataError
 from overfly.deploy.backends import Floats, Predictor
+from overfly.deploy.stream import Screen
 from seeing import BLUE, GREEN, RED, brightest, number_of, read, seeing, striped, video
 
 pytest.importorskip("av")
@@ -117,7 +119,7 @@ def test_a_second_ctrl_c_stops_at_once(
         return brightest(images)
 
     network(seeing(hit_twice))
-    assert overfly("watch", "RUN", video(tmp_path / "a.mp4"), "--out", tmp_path / "o.mp4") == 2
+    assert overfly("watch", "RUN", video(tmp_path / "a.mp4"), "--out", tmp_path / "o.mp4") == 130
     assert "stopped" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
@@ -171,6 +173,35 @@ def test_the_page_is_served_while_it_is_watched(
     assert found.record.summary.shown == 4
     assert asked
     assert all(jpeg.startswith(b"\xff\xd8") for jpeg in asked)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_the_page_is_told_how_it_ended(
+    breaks: bool, network: Callable[[Predictor], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked_at(images: Floats) -> Floats:
+        if breaks and screens and screens[0].number:
+            raise DataError("frames/2.png is damaged; take it away")
+        return brightest(images)
+
+    class Kept(Screen):
+        def __init__(self) -> None:
+            super().__init__()
+            screens.append(self)
+
+    screens: list[Screen] = []
+    monkeypatch.setattr(streaming, "Screen", Kept)
+    network(seeing(looked_at))
+    source = str(video(tmp_path / "a.mp4", frames=4))
+    if breaks:
+        with pytest.raises(DataError, match="damaged"):
+            streaming.watch("RUN", source, serve=0, quiet=True)
+    else:
+        streaming.watch("RUN", source, serve=0, quiet=True)
+    (screen,) = screens
+    assert screen.ended == (
+        "frames/2.png is damaged; take it away" if breaks else "it came to its end after 4 pictures"
+    )
 
 
 MISTAKES = [

@@ -23,6 +23,7 @@ from overfly.data.domain import Split
 from overfly.data.headers import SUFFIXES
 from overfly.deploy import stream
 from overfly.deploy.backends import Backend, Predictor
+from overfly.deploy.endings import FAULT, ending, in_public
 from overfly.deploy.overlay import Style, painter_of
 from overfly.deploy.video import Source, opened
 from overfly.findings import findings, in_words, runs_of
@@ -31,13 +32,13 @@ from overfly.training.run import Run
 from overfly.views.limits import Limits
 from overfly.views.networks import Network
 from overfly.views.report import render
-
 from overfly.views.uploads import within
-__all__ = ["live", "offer", "report", "serve"]
 
+__all__ = ["live", "offer", "report", "serve"]
 
 NAMED = 3
 """Scenes that cannot be offered, of which the reason is told."""
+
 
 @dataclass(frozen=True)
 class Reported:
@@ -188,7 +189,7 @@ def live(
 
     Raises:
         OverflyError: there is no such stream, or the network does not go with it. What goes wrong later ends the
-            stream with a line on stderr.
+            stream, and a line on stderr and the screen say how.
     """
     if source is None:
         yield None
@@ -196,10 +197,18 @@ def live(
     screen, stop = stream.Screen(), threading.Event()
 
     def show(found: Source) -> None:
+        ended = public = FAULT
         try:
-            stream.watch(painter, found.pictures, [screen.show], live=found.live, realtime=not found.live, stop=stop)
+            summary = stream.watch(
+                painter, found.pictures, [screen.show], live=found.live, realtime=not found.live, stop=stop
+            )
+            ended = public = ending(summary, found.trouble.ended)
         except OverflyError as error:
-            print(f"overfly: the stream has ended: {error}", file=sys.stderr, flush=True)
+            ended, public = str(error), in_public(error, source or "")
+        finally:
+            if not stop.is_set():
+                print(f"overfly: the stream has ended: {ended}", file=sys.stderr, flush=True)
+            screen.close(public)
 
     with opened(source) as found:
         painter = painter_of(network(), Style(size=size))
@@ -299,6 +308,7 @@ def _pictures(scenes: list[Path], pixels: int) -> list[Path]:
         DataError: a path is not there.
     """
     found: list[Path] = []
+    refused: list[str] = []
     for path in scenes:
         if not path.exists():
             raise DataError(f"{path} is not there; give --scenes files or folders of pictures")
@@ -317,7 +327,6 @@ def _pictures(scenes: list[Path], pixels: int) -> list[Path]:
 
 
 def _server_module() -> ModuleType:
-    refused: list[str] = []
     """The web server's code, which stands on packages of an extra."""
     for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
         if importlib.util.find_spec(package) is None:

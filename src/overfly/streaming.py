@@ -17,11 +17,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from overfly.arguments import LARGEST, see_bounds
 from overfly.core.device import describe
-from overfly.core.errors import RecipeError
+from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Spec
 from overfly.data.synthetic import Scene, draw
 from overfly.deploy import flight
 from overfly.deploy.backends import Backend
+from overfly.deploy.endings import FAULT, ending, in_public
 from overfly.deploy.mjpeg import serving
 from overfly.deploy.overlay import Painter, Style, painter_of
 from overfly.deploy.stream import Screen, Sink, Standing, Summary, until, warm_up
@@ -170,14 +171,16 @@ def watch(
     _see_length(fps, seconds)
     with ExitStack() as stack:
         stream = stack.enter_context(opened(source, fps=fps))
-        sinks = _sinks(stack, out, serve, stream.rate, quiet=quiet)
+        screen = Screen()
+        sinks = _sinks(stack, out, serve, stream.rate, screen, quiet=quiet)
         painter = painter_of(predictor_of(run, backend=backend, device=device), style)
         warm_up(painter, stream.width, stream.height)
         told = None if quiet else stack.enter_context(_progress(source))
         pictures, sizes = until(stream.pictures, seconds), list[tuple[int, int]]()
         sinks.append(lambda overlay, _: None if sizes else sizes.append((overlay.shape[1], overlay.shape[0])))
-        with stopping() as stop:
+        with stopping() as stop, _telling(screen, source):
             summary = look_at(painter, pictures, sinks, live=stream.live, realtime=realtime, stop=stop, told=told)
+            screen.close(ending(summary, stream.trouble.ended))
     frame = sizes[0] if sizes else (stream.width, stream.height)
     return Watched(_recorded(stream, painter, summary, frame, realtime=realtime, out=out), as_json=json, asked=seconds)
 
@@ -203,12 +206,26 @@ def _see_length(fps: float | None, seconds: float | None) -> None:
             raise RecipeError(f"--{name} {value} is out of range; take more than 0, up to {most:g}")
 
 
-def _sinks(stack: ExitStack, out: Path | None, serve: int | None, rate: float, *, quiet: bool) -> list[Sink]:
+@contextmanager
+def _telling(screen: Screen, source: str) -> Iterator[None]:
+    """Say on the screen what went wrong."""
+    try:
+        yield
+    except OverflyError as error:
+        screen.close(in_public(error, source))
+        raise
+    except Exception:
+        screen.close(FAULT)
+        raise
+
+
+def _sinks(
+    stack: ExitStack, out: Path | None, serve: int | None, rate: float, screen: Screen, *, quiet: bool
+) -> list[Sink]:
     sinks: list[Sink] = []
     if out is not None:
         sinks.append(stack.enter_context(writing(out, rate)).write)
     if serve is not None:
-        screen = Screen()
         address = stack.enter_context(serving(screen, serve))
         sinks.append(screen.show)
         if not quiet or serve == 0:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from overfly.core.errors import RecipeError
+from overfly.core.errors import DataError, RecipeError
+from overfly.deploy.endings import in_public
 from overfly.deploy.mjpeg import CONTENT_TYPE, VIEWERS, parts, serving
 from overfly.deploy.stream import Screen
 from seeing import number_of, striped
@@ -46,6 +47,27 @@ def test_the_page_shows_the_stream() -> None:
             assert stream.readline() == b"\r\n"
             screen.show(striped(7))
     assert screen.closed
+
+
+def test_the_page_hears_how_the_stream_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overfly.deploy.mjpeg.WAIT", 0.05)
+    screen, told = Screen(), list[bytes]()
+    with serving(screen, 0) as address:
+        assert asked(address, "/ended").status == 204
+        monkeypatch.setattr("overfly.deploy.mjpeg.WAIT", 10.0)
+        waiting = threading.Thread(target=lambda: told.append(asked(address, "/ended").read()))
+        waiting.start()
+        time.sleep(0.1)
+        screen.close("it came to its end after 7 pictures")
+    waiting.join(10)
+    assert told == [b"it came to its end after 7 pictures"]
+
+
+def test_what_went_wrong_is_told_without_the_address() -> None:
+    address = "rtsp://me:secret@camera/1"
+    assert in_public(DataError(f"{address} breaks off"), address) == "the stream breaks off"
+    assert in_public(DataError("flight.mp4 breaks off"), "flight.mp4") == "the stream breaks off"
+    assert in_public(DataError("0 of 10 packets"), "10") == "0 of 10 packets"
 
 
 def test_strangers_are_turned_away() -> None:

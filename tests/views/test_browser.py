@@ -14,6 +14,7 @@ import pytest
 from offered import encoded, inverted, network
 from PIL import Image
 
+from overfly.deploy.mjpeg import serving
 from overfly.deploy.stream import Screen
 from overfly.views.server import Running, application, start
 
@@ -69,9 +70,27 @@ def page(browser: Any, running: Running) -> Iterator[Any]:
     assert wrong == []
 
 
+@pytest.fixture(params=[390, 1280])
+def wide(request: pytest.FixtureRequest, browser: Any) -> Iterator[Any]:
+    """A page on a phone, and one on a desk."""
+    found = browser.new_page(viewport={"width": request.param, "height": 844})
+    found.set_default_timeout(20_000)
+    yield found
+    found.close()
+
+
 def _complains(message: Any) -> bool:
     """Whether a script or the policy is not content; an answer of 400 that the page shows is no fault of it."""
     return bool(message.type in ("error", "warning") and "400 (Bad Request)" not in message.text)
+
+
+def _shows(page: Any, picture: str) -> bool:
+    """Whether an image of the page comes to show its 64 columns, within a while."""
+    for _ in range(200):
+        page.wait_for_timeout(50)
+        if page.evaluate(f"document.querySelector('{picture}')?.naturalWidth") == 64:
+            return True
+    return False
 
 
 def _bright_at(page: Any, x: int) -> bool:
@@ -140,8 +159,37 @@ def test_two_networks_the_api_and_the_film(page: Any, running: Running) -> None:
     page.wait_for_selector("#api details")
     assert "POST /predict" in page.inner_text("#api")
     page.goto(f"{running.address}live", wait_until="commit")
-    for _ in range(100):
-        page.wait_for_timeout(50)
-        if page.evaluate("document.querySelector('.film')?.naturalWidth") == 64:
-            return
-    pytest.fail("the film does not show")
+    assert _shows(page, ".film")
+
+
+def test_a_stream_that_has_ended_does_not_look_live(wide: Any) -> None:
+    screen = Screen()
+    screen.show(np.full((48, 64, 3), 90, np.uint8))
+    running = start(application([network()], screen=screen))
+    try:
+        wide.goto(f"{running.address}live", wait_until="commit")
+        assert _shows(wide, ".film")
+        assert wide.locator("#state").inner_text() == ""
+        screen.close("it came to its end after 1 picture")
+        wide.wait_for_selector("#state.warn")
+        assert wide.inner_text("#state") == "This stream has ended: it came to its end after 1 picture."
+        assert wide.locator("#film.ended").count() == 1
+        wide.goto(f"{running.address}live")
+        assert _shows(wide, ".film")
+        assert "came to its end" in wide.inner_text("#state")
+        assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        running.stop()
+
+
+def test_the_page_of_watch_says_that_the_stream_has_ended(wide: Any) -> None:
+    screen = Screen()
+    screen.show(np.full((48, 64, 3), 90, np.uint8))
+    with serving(screen, 0) as address:
+        wide.goto(address, wait_until="commit")
+        assert _shows(wide, "img")
+        assert wide.locator("p").is_hidden()
+        screen.close("it came to its end after 1 picture")
+    wide.wait_for_selector("body.ended")
+    assert wide.inner_text("p") == "This stream has ended: it came to its end after 1 picture."
+    assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")

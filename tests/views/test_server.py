@@ -295,9 +295,31 @@ def test_the_live_picture_is_a_stream_of_frames() -> None:
             screen.close()
             assert first.jpeg not in b"".join(parts)
             assert seen.count(b"Content-Type: image/jpeg") >= 2
-        assert httpx.get(f"{running.address}stream").status_code == 404
     finally:
         running.stop()
+
+
+def test_a_live_picture_that_has_ended_says_so() -> None:
+    screen = Screen()
+    with served(screen=screen) as client:
+        assert client.get("/stream/state").json() == {"live": True, "frames": 0, "ended": ""}
+        assert "has ended" not in client.get("/live").text
+        screen.show(np.zeros((8, 8, 3), np.uint8))
+        screen.close("it broke off (<b>gone</b>) after 1 picture")
+        screen.close("later words")
+        last = client.get("/stream")
+        assert last.headers["content-type"] == "image/jpeg"
+        assert last.content.startswith(b"\xff\xd8")
+        assert client.get("/stream/state").json()["ended"] == "it broke off (<b>gone</b>) after 1 picture"
+        assert (
+            "This stream has ended: it broke off (&lt;b&gt;gone&lt;/b&gt;) after 1 picture." in client.get("/live").text
+        )
+    empty = Screen()
+    empty.close()
+    with served(screen=empty) as client:
+        assert client.get("/stream").status_code == 404
+    with served() as client:
+        assert client.get("/stream/state").status_code == 404
 
 
 @pytest.mark.parametrize("order", ["01", "10"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +19,34 @@ VIEWERS = 16
 """Connections that are served at a time."""
 TIMEOUT = 10.0
 """Seconds that a viewer has to take a frame, and that the stream may stand still before the last is sent again."""
+WAIT = 5.0
+"""Seconds that a page waits for the end of the stream before it asks again: a viewer who is gone is noticed."""
+LAST = 1.0
+"""Seconds that a page has to hear how the stream ended."""
 NAMES = ("127.0.0.1", "localhost")
 """What the page may be called: a page of another name must not read the camera by way of a name that means us."""
 PAGE = b"""<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width"><title>overfly watch</title>
 <style>html{background:#101216;color:#ccc;font:14px sans-serif}body{margin:0;min-height:100vh;display:grid;
-place-items:center}img{max-width:100vw;max-height:100vh}</style>
-<img src="stream" alt="The stream with its classes"></html>"""
+place-items:center}img{max-width:100vw;max-height:100vh}p{position:fixed;top:0;left:0;right:0;margin:0;padding:.6rem;
+background:#9a4600;color:#fff;font-size:16px}p:empty{display:none}.ended img{opacity:.5;filter:grayscale(1)}</style>
+<img src="stream" alt="The stream with its classes"><p role="status"></p>
+<script>
+const say = (words) => {
+  document.querySelector("p").textContent = words;
+  document.body.className = "ended";
+};
+const ask = async () => {
+  try {
+    const answer = await fetch("ended");
+    if (answer.status === 204) ask();
+    else if (answer.ok) say("This stream has ended: " + await answer.text() + ".");
+  } catch (error) {
+    say("This stream has ended, with the program that showed it.");
+  }
+};
+ask();
+</script></html>"""
 
 
 def parts(screen: Screen, timeout: float = TIMEOUT) -> Iterator[bytes]:
@@ -55,6 +77,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, port: int, screen: Screen) -> None:
         self.screen = screen
         self.room = threading.BoundedSemaphore(VIEWERS)
+        self.telling: set[threading.Thread] = set()
         super().__init__(("127.0.0.1", port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -79,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send("image/jpeg", shown.jpeg)
         elif self.path == "/stream":
             self._stream()
+        elif self.path == "/ended":
+            self._tell()
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
@@ -92,6 +117,24 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(part)
         finally:
             self.server.room.release()
+
+    def _tell(self) -> None:
+        """How the stream has ended, as soon as it has; 204 where it goes on, to be asked again."""
+        telling = self.server.telling
+        if len(telling) >= VIEWERS:
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, f"{VIEWERS} others are asking; try again later")
+            return
+        telling.add(threading.current_thread())
+        try:
+            screen = self.server.screen
+            screen.wait(sys.maxsize, WAIT)
+            if screen.closed:
+                self._send("text/plain; charset=utf-8", (screen.ended or "it was stopped").encode())
+            else:
+                self.send_response(HTTPStatus.NO_CONTENT)
+                self.end_headers()
+        finally:
+            telling.discard(threading.current_thread())
 
     def _send(self, kind: str, body: bytes) -> None:
         self._head(kind, len(body))
@@ -134,6 +177,8 @@ def serving(screen: Screen, port: int) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_address[1]}/"
     finally:
         screen.close()
+        for telling in list(server.telling):
+            telling.join(LAST)
         server.shutdown()
         server.server_close()
         thread.join()

@@ -140,6 +140,7 @@ class Screen:
         self._number = 0
         self._made = Shown(b"", 0)
         self._closed = False
+        self._ended = ""
         self._changed = threading.Condition()
         self._making = threading.Lock()
 
@@ -150,11 +151,17 @@ class Screen:
             self._picture, self._number = overlay, self._number + 1
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Say that nothing new will be shown; those who wait go."""
+    def close(self, ended: str = "") -> None:
+        """Say that nothing new will be shown, and how it ended; those who wait go. The first word stands."""
         with self._changed:
-            self._closed = True
+            if not self._closed:
+                self._closed, self._ended = True, ended
             self._changed.notify_all()
+
+    @property
+    def ended(self) -> str:
+        """How it ended, in words for those who look; empty where nobody has said."""
+        return self._ended
 
     @property
     def closed(self) -> bool:

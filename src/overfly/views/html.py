@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse
 from markupsafe import Markup
 
 from overfly.core.errors import OverflyError
+from overfly.deploy.stream import Screen
 from overfly.scoring.scores import Scores
 from overfly.training.run import Run
 from overfly.views.asking import Desk
@@ -18,13 +19,14 @@ from overfly.views.networks import Network
 from overfly.views.report import environment
 
 
-def router(desk: Desk, live: bool) -> APIRouter:
+def router(desk: Desk, screen: Screen | None) -> APIRouter:
     """All pages.
 
     Args:
         desk: the networks.
-        live: whether there is a live picture.
+        screen: holds the live picture, where there is one.
     """
+    live = screen is not None
     routes = APIRouter(default_response_class=HTMLResponse)
     templates = environment()
 
@@ -56,7 +58,7 @@ def router(desk: Desk, live: bool) -> APIRouter:
 
     @routes.get("/live")
     def look_at_film() -> HTMLResponse:
-        return page("live")
+        return page("live", ended=screen is not None and screen.closed, how=screen.ended if screen is not None else "")
 
     @routes.get("/docs")
     def api() -> HTMLResponse:

@@ -75,6 +75,14 @@ class MapFacts(BaseModel):
     predictions: list[Prediction]
 
 
+class Standing(BaseModel):
+    """How the live picture stands."""
+
+    live: bool
+    frames: int
+    ended: str
+
+
 class Health(BaseModel):
     """That the server answers."""
 
@@ -124,15 +132,28 @@ def router(desk: Desk, screen: Screen | None) -> APIRouter:
     @routes.get(
         "/stream",
         response_class=Response,
-        responses=problems(401, 403, 404, 429) | _binary("multipart/x-mixed-replace"),
+        responses=problems(401, 403, 404, 429) | _binary("multipart/x-mixed-replace", "image/jpeg"),
     )
     async def stream() -> Response:
-        """The live picture of `overfly serve --watch`, frame after frame, as an `<img>` shows it."""
+        """The live picture of `overfly serve --watch`, frame after frame, as an `<img>` shows it.
+
+        Once the stream has ended it is the last frame alone, as a JPEG.
+        """
+        last = screen.latest() if screen is not None and screen.closed else None
+        if last is not None:
+            return Response(last.jpeg, media_type="image/jpeg", headers={"cache-control": "no-store"})
         if screen is None or screen.closed:
             raise HTTPException(404, "there is no live picture; overfly serve --watch shows one")
         if watchers.locked():
             raise HTTPException(429, "too many watch already; try again later", {"retry-after": "10"})
         return StreamingResponse(_parts(screen, watchers), media_type="multipart/x-mixed-replace; boundary=frame")
+
+    @routes.get("/stream/state", responses=problems(401, 403, 404))
+    def state() -> Standing:
+        """Whether the live picture goes on, how many frames it had, and how it ended."""
+        if screen is None:
+            raise HTTPException(404, "there is no live picture; overfly serve --watch shows one")
+        return Standing(live=not screen.closed, frames=screen.number, ended=screen.ended)
 
     return routes
 

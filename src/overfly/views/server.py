@@ -71,7 +71,7 @@ def application(
         lifespan=alive,
     )
     app.include_router(router(desk, screen), tags=["api"])
-    app.include_router(html_router(desk, screen is not None), include_in_schema=False)
+    app.include_router(html_router(desk, screen), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(OverflyError, _sentence)
     app.add_exception_handler(RequestValidationError, _misshapen)
