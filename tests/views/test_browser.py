@@ -162,6 +162,25 @@ def test_two_networks_the_api_and_the_film(page: Any, running: Running) -> None:
     assert _shows(page, ".film")
 
 
+def test_the_networks_fit_a_phone(wide: Any) -> None:
+    about = {name: f"{name} of some length" for name in ("model", "method", "folder", "source", "target", "mIoU")}
+    networks = [network("0"), network("1", inverted)]
+    networks[0].about = about
+    running = start(application(networks))
+    try:
+        wide.goto(running.address)
+        assert wide.evaluate("[document.documentElement, ...document.querySelectorAll('.scroll')].every("
+                             "(box) => box.scrollWidth <= box.clientWidth)")  # fmt: skip
+        phone = wide.viewport_size["width"] == 390
+        assert wide.locator(".offered thead").is_visible() != phone
+        before = wide.evaluate("getComputedStyle(document.querySelector('.offered td[data-name]'), '::before').content")
+        assert ("model" in before) == phone
+        wide.check("input[name=network][value='1']")
+        assert wide.evaluate("chosen()") == {"network": "1", "other": "1"}
+    finally:
+        running.stop()
+
+
 def test_a_stream_that_has_ended_does_not_look_live(wide: Any) -> None:
     screen = Screen()
     screen.show(np.full((48, 64, 3), 90, np.uint8))
