@@ -56,12 +56,17 @@ def overfly(*arguments: str | Path) -> int:
     return int(left.value.code or 0)
 
 
-def test_export_says_how_far_it_is_from_pytorch(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_says_how_far_it_is_from_pytorch(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     before = Run.open(trained).scores["labels_opened"]["target/val"]["images"]
     assert overfly("export", trained, "--images", "2") == 0
     shown = capsys.readouterr()
     assert "comparing it with PyTorch on 2 images of Rural (val)" in shown.err
     assert "onnxruntime" in shown.out
+    assert "ms an image of 64×64" in shown.out
+    assert "torch eager, 1 thread " in shown.out
     file = trained / "exports" / "lraspp_mobilenet_v2-onnx-32.onnx"
     figures = json.loads(file.with_suffix(".json").read_text())
     for parity in figures["parity"]:

@@ -52,7 +52,8 @@ class Shipped:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found = self.found
         table = Table(title=f"{self.path.name} against PyTorch, on {found.images}", title_justify="left")
-        for heading in ("runtime", "same class", "logits differ by", "mIoU", "mIoU of PyTorch", "ms an image"):
+        time = f"ms an image of {found.latency_side}×{found.latency_side}"
+        for heading in ("runtime", "same class", "logits differ by", "mIoU", "mIoU of PyTorch", time):
             table.add_column(heading, justify="left" if heading == "runtime" else "right")
         for each in found.parity:
             logit = "–" if each.logit_difference is None else f"{each.logit_difference:.2g}"
@@ -60,7 +61,9 @@ class Shipped:
             mious = ["–" if value is None else f"{100 * value:.2f}" for value in (each.miou, each.miou_of_torch)]
             table.add_row(each.backend, f"{100 * each.agreement:.3f} %", logit, *mious, time)
         if "torch eager" in found.latency:
-            table.add_row("torch eager", "", "", "", "", f"{found.latency['torch eager'].median_ms:.1f}")
+            threads = found.machine["threads"]
+            eager = f"torch eager, {threads} thread{'s' * (threads != 1)}"
+            table.add_row(eager, "", "", "", "", f"{found.latency['torch eager'].median_ms:.1f}")
         yield table
         for each in found.parity:
             if each.beyond:
