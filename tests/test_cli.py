@@ -161,7 +161,7 @@ def test_being_told_to_end_is_one_sentence(
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("module", ["signal", "cyclopts", "overfly.api", "torch", "lightning_fabric"])
+@pytest.mark.parametrize("module", ["overfly.cli", "signal", "cyclopts", "torch", "lightning_fabric"])
 def test_ctrl_c_while_it_imports_is_no_traceback(module: str) -> None:
     code = (
         "import os, sys\n"
@@ -169,7 +169,7 @@ def test_ctrl_c_while_it_imports_is_no_traceback(module: str) -> None:
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name == {module!r}: os.kill(os.getpid(), 2)\n"
         "sys.meta_path.insert(0, At())\n"
-        "from overfly.cli import main\n"
+        "from overfly.__main__ import main\n"
         "main()\n"
     )
     done = subprocess.run(

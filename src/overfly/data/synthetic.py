@@ -240,7 +240,7 @@ def _write_all(world: Path, numbers: dict[Split, int], scenes: Sequence[Scene], 
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         with interrupts_held():
-            done = pool.map(_write, jobs, chunksize=8)
+            done = pool.map(_write, jobs)  # one by one: where it is interrupted, a worker finishes what it was given
         list(done)
 
 
