@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from overfly.api import benchmark
+from overfly.arguments import seeds_of
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
 from overfly.tabulation import Figure, expand
@@ -63,6 +64,19 @@ def test_a_mistake_in_the_last_recipe_is_found_before_the_first_is_trained(
     with pytest.raises(RecipeError, match=r"b\.yaml"):
         benchmark([str(tmp_path)], out=tmp_path / "runs", device="cpu", quiet=True)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("3", [0, 1, 2]), ("0,1,5", [0, 1, 5]), ("5,5", [5]), ("2,", [2]), ("0,", [0])]
+)
+def test_seeds_are_how_many_or_which(text: str, seeds: list[int]) -> None:
+    assert seeds_of(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["0", "", ",", "-1", "many", "1.5"])
+def test_no_seeds(text: str) -> None:
+    with pytest.raises(RecipeError, match="write how many, such as 3, or which, such as 0,1,5 or 2,"):
+        seeds_of(text)
 
 
 def test_paths_folders_and_patterns(tmp_path: Path) -> None:

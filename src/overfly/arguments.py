@@ -40,7 +40,7 @@ def cache_of(cache: Cache) -> Path | str | None:
 
 
 def seeds_of(text: str) -> list[int]:
-    """The seeds that ``3`` (how many) or ``0,1,5`` (which) means.
+    """The seeds that ``3`` (how many) or ``0,1,5`` (which; ``2,`` for one) means.
 
     Raises:
         RecipeError: it means none.
@@ -49,8 +49,10 @@ def seeds_of(text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 0 or numbers == [0]:
-        raise RecipeError(f"--seeds {text} is no number of seeds; write how many, such as 3, or which, such as 0,1,5")
+    if not numbers or min(numbers) < 0 or text.strip() == "0":
+        raise RecipeError(
+            f"--seeds {text} is no number of seeds; write how many, such as 3, or which, such as 0,1,5 or 2,"
+        )
     return list(dict.fromkeys(numbers)) if "," in text else list(range(numbers[0]))
 
 
