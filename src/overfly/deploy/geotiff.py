@@ -114,7 +114,10 @@ def map_raster(
             already that was made otherwise.
     """
     began = time.monotonic()
-    scene = look(source, predictor.facts, bands=settings.bands, nodata=settings.nodata, peak=settings.peak)
+    scene = look(
+        source, predictor.facts, bands=settings.bands, nodata=settings.nodata, peak=settings.peak,
+        opacity=settings.opacity,
+    )  # fmt: skip
     job = job_for(scene, predictor, settings, network)
     files = outputs(out, settings)
     see_outputs(scene, out, files)

@@ -15,6 +15,7 @@ import numpy as np
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.deploy.backends import Facts
 from overfly.deploy.georeference import Georeference, georeference, ground
+from overfly.deploy.opacity import opacity_of, see_opacity
 
 CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may keep; by default it takes a share of the machine's memory."""
@@ -33,7 +34,8 @@ class Scene:
         bands: numbers of the bands that are read, from 1, in the network's order.
         dtype: type that it is stored in.
         nodata: value that stands for "nothing was measured here"; None where there is none.
-        masked: whether a mask or a band of opacity says where nothing was measured.
+        masked: whether a mask of the whole picture says where nothing was measured.
+        opacity: number of the band that is 0 where nothing was measured; None where there is none.
         gain: what its values are multiplied by, to be in the range that the network was trained on.
         ground: metres on the ground that a pixel is high and wide; None if unknown.
         place: where it lies.
@@ -46,6 +48,7 @@ class Scene:
     dtype: str
     nodata: float | None
     masked: bool
+    opacity: int | None
     gain: float
     ground: tuple[float, float] | None
     place: Georeference
@@ -77,7 +80,15 @@ def opened(source: str) -> Iterator[Any]:
         raise DataError(f"{source} cannot be read as a raster ({reason}); copy, download or export it again") from error
 
 
-def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, peak: float | None) -> Scene:
+def look(
+    source: str,
+    facts: Facts,
+    *,
+    bands: str | None,
+    nodata: float | None,
+    peak: float | None,
+    opacity: bool | None = None,
+) -> Scene:
     """What a raster's header says, and that the network can read it.
 
     Args:
@@ -86,6 +97,7 @@ def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, 
         bands: numbers of bands separated by commas; None takes all, where they are as many as the network's.
         nodata: value that stands for "nothing was measured here"; None takes what the file says.
         peak: value of the brightest pixel; None where it is the network's.
+        opacity: whether the last band is opacity; None takes what the file says.
 
     Raises:
         DataError: it is missing, damaged, or does not fit; the sentence says which option helps.
@@ -93,12 +105,14 @@ def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, 
     with opened(source) as dataset:
         if not dataset.count or not dataset.height * dataset.width:
             raise DataError(f"{source} holds no raster bands of its own; name the raster inside, or export it anew")
-        chosen = _bands(source, dataset, facts, bands)
+        clear = opacity_of(source, dataset, opacity)
+        chosen = _bands(source, dataset, facts, bands, clear)
         dtype = str(dataset.dtypes[chosen[0] - 1])
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
             raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
         gain = gain_of(source, dtype, facts, peak)
         _see_whole(source, dataset)
+        clear = _opacity(source, dataset, chosen, clear, opacity)
         declared = dataset.nodatavals[chosen[0] - 1]
         flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
         return Scene(
@@ -108,7 +122,8 @@ def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, 
             chosen,
             dtype,
             nodata=declared if nodata is None else nodata,
-            masked="alpha" in flags or "per_dataset" in flags,
+            masked="per_dataset" in flags and "alpha" not in flags,
+            opacity=clear,
             gain=gain,
             ground=ground(dataset),
             place=georeference(dataset),
@@ -132,10 +147,9 @@ def scale_of(scene: Scene, resolution: float | None) -> tuple[float, float]:
     return (1.0, 1.0) if abs(y - 1) < SAME and abs(x - 1) < SAME else (y, x)
 
 
-def _bands(source: str, dataset: Any, facts: Facts, bands: str | None) -> tuple[int, ...]:
-    """Numbers of the bands to read."""
-    alpha = dataset.count > 1 and dataset.colorinterp[-1].name == "alpha"
-    there = dataset.count - alpha
+def _bands(source: str, dataset: Any, facts: Facts, bands: str | None, clear: int | None) -> tuple[int, ...]:
+    """Numbers of the bands to read, where band ``clear`` is opacity."""
+    there = dataset.count - (clear == dataset.count)
     if bands is None:
         if facts.bands in (there, dataset.count):
             return tuple(range(1, facts.bands + 1))
@@ -153,6 +167,20 @@ def _bands(source: str, dataset: Any, facts: Facts, bands: str | None) -> tuple[
     if min(chosen) < 1 or max(chosen) > dataset.count:
         raise DataError(f"--bands {bands}: {source} has the bands 1 to {dataset.count}; name some of these")
     return chosen
+
+
+def _opacity(source: str, dataset: Any, chosen: tuple[int, ...], clear: int | None, asked: bool | None) -> int | None:
+    """The band of opacity, where the network does not read it as one of its own."""
+    if clear is None or (clear in chosen and not asked):
+        return None
+    if clear in chosen:
+        raise DataError(
+            f"--opacity says that band {clear} of {source} is opacity, and it is one of the {len(chosen)} that the "
+            "network reads; leave --opacity out, or name other bands by --bands"
+        )
+    if not asked:
+        see_opacity(source, dataset, clear, ",".join(map(str, chosen)))
+    return clear
 
 
 def gain_of(source: object, dtype: str, facts: Facts, peak: float | None, option: str = "--peak ") -> float:
