@@ -141,15 +141,20 @@ def test_places_of_every_kind_are_kept(tmp_path: Path) -> None:
         "nowhere": {"crs": None, "transform": None},
         "no_crs": {"crs": None},
         "points": {"crs": "EPSG:4326", "transform": None, "gcps": points},
+        "centres": {"crs": "EPSG:4326", "transform": None, "gcps": points},
         "own": {"crs": "+proj=laea +lat_0=31 +lon_0=12 +x_0=5 +y_0=6 +ellps=GRS80 +units=m"},
     }
     for name, place in kinds.items():
         source = write(tmp_path / f"{name}.tif", pixels, **place)
+        if name == "centres":
+            with rasterio.open(source, "r+") as dataset:
+                dataset.update_tags(AREA_OR_POINT="Point")
         mapped(source, tmp_path / f"{name}_map.tif")
         with rasterio.open(source) as image, rasterio.open(tmp_path / f"{name}_map.tif") as found:
             assert (found.crs, found.transform) == (image.crs, image.transform), name
             assert [p.asdict() for p in found.gcps[0]] == [p.asdict() for p in image.gcps[0]], name
             assert found.gcps[1] == image.gcps[1]
+            assert (found.tags().get("AREA_OR_POINT") == "Point") == (name == "centres")
 
 
 def test_png_jpeg_and_a_world_file(tmp_path: Path) -> None:
