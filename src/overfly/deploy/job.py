@@ -165,6 +165,11 @@ def notes_for(scene: Scene, facts: Facts, settings: Settings) -> list[str]:
             f"{scene.source} marks its band {scene.opacity} as opacity, so where it is 0 the map says that nothing was "
             "measured; if it was measured like the others, say --no-opacity"
         )
+    if scene.gain != 1 and settings.peak is None:
+        notes.append(
+            f"{scene.source} says that its values times {scene.gain:g} are what was measured, and so the network saw "
+            "them; say --peak with the value of its brightest pixel for another scale"
+        )
     if settings.resolution is not None or facts.ground is None or scene.ground is None:
         return notes
     ratio = (scene.ground[0] * scene.ground[1]) ** 0.5 / facts.ground

@@ -19,6 +19,8 @@ from overfly.deploy.opacity import opacity_of, see_opacity
 
 CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may keep; by default it takes a share of the machine's memory."""
+FRACTIONS = 16.0
+"""Brightest pixel below which a network was trained on fractions, such as reflectances of 0 to 1."""
 SAME = 0.02
 """Difference of ground resolution, as a share, that is not worth a resampling."""
 
@@ -110,7 +112,7 @@ def look(
         dtype = str(dataset.dtypes[chosen[0] - 1])
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
             raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
-        gain = gain_of(source, dtype, facts, peak)
+        gain = gain_of(source, dtype, facts, peak, scale=_scale(dataset, chosen))
         _see_whole(source, dataset)
         clear = _opacity(source, dataset, chosen, clear, opacity)
         declared = dataset.nodatavals[chosen[0] - 1]
@@ -183,7 +185,23 @@ def _opacity(source: str, dataset: Any, chosen: tuple[int, ...], clear: int | No
     return clear
 
 
-def gain_of(source: object, dtype: str, facts: Facts, peak: float | None, option: str = "--peak ") -> float:
+def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
+    """What a raster says that its values are to be multiplied by; None where it says nothing, or more than that."""
+    scales = {float(dataset.scales[band - 1]) for band in bands}
+    scale = scales.pop()
+    plain = not scales and not any(dataset.offsets[band - 1] for band in bands)
+    return scale if plain and 0 < scale < 1 else None
+
+
+def gain_of(
+    source: object,
+    dtype: str,
+    facts: Facts,
+    peak: float | None,
+    *,
+    scale: float | None = None,
+    option: str = "--peak ",
+) -> float:
     """What brings a raster's values into the range that the network was trained on.
 
     Args:
@@ -191,22 +209,21 @@ def gain_of(source: object, dtype: str, facts: Facts, peak: float | None, option
         dtype: type that it is stored in.
         facts: what the network reads.
         peak: value of the brightest pixel; None where it is the network's.
-        option: how a user gives that value, up to the number.
+        scale: what the raster itself says that makes fractions of its whole numbers; None where it says nothing.
+        option: how a user gives the value of the brightest pixel, up to the number.
 
     Raises:
-        DataError: the type cannot hold brightness, or is of another range and ``peak`` is not given.
+        DataError: the type cannot hold brightness, or is of another range and neither ``peak`` nor the file helps.
     """
     if "complex" in dtype:
         raise DataError(f"{source} holds complex numbers; save it as plain bands first")
     if peak is not None:
         return facts.peak / peak
-    eight, odd = facts.peak == 255, False
-    if dtype == "uint8":
-        odd = not eight
-    elif np.dtype(dtype).kind in "iu" or np.dtype(dtype).kind == "f":
-        odd = eight
-    if odd:
-        example = "255" if dtype == "uint8" else "1" if "float" in dtype else "10000"
+    whole, fractions = np.dtype(dtype).kind in "iu", facts.peak < FRACTIONS
+    if whole and fractions and scale is not None:
+        return scale
+    if (dtype == "uint8") != (facts.peak == 255) or (whole and fractions):
+        example = "255" if dtype == "uint8" else "10000" if whole else "1"
         raise DataError(
             f"{source} holds {dtype}, and the network was trained on values up to {facts.peak:g}; say the value of its "
             f"brightest pixel, such as {option}{example}, and it is scaled"

@@ -74,7 +74,7 @@ class Desk:
         facts = [network.ready(self.limits, self.gauges.batches.observe)[0] for network in networks]
         bands = facts[0].bands
         found = checked(path, bands=bands, pixels=self.limits.pixels)
-        gains = [gain_of(path, found.stored or found.dtype, each, peak, "peak=") for each in facts]
+        gains = [gain_of(path, found.stored or found.dtype, each, peak, option="peak=") for each in facts]
         pixels = found.height * found.width
         with self.room.take(pixels, deadline):
             picture = read(path, found, bands)
