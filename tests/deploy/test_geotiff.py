@@ -348,6 +348,18 @@ def test_bad_places_are_told_in_a_sentence(tmp_path: Path) -> None:
     assert source.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["map.tif", "map_uncertainty.tif"])
+def test_a_link_to_nothing_is_not_replaced(tmp_path: Path, name: str) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(50, 50)), tmp_path / "map.tif"
+    (tmp_path / name).symlink_to(tmp_path / "archive" / "old.tif")
+    for overwrite in (False, True):
+        settings = replace(SETTINGS, uncertainty=True, overwrite=overwrite)
+        with pytest.raises(DataError, match=rf"{name} is a link to .*old.tif, which is not there; take the link away"):
+            mapped(source, out, settings=settings)
+    assert (tmp_path / name).is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "scene.tif"])
+
+
 def test_a_full_disk_is_told_and_the_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from overfly.deploy import store
 

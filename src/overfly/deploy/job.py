@@ -103,6 +103,11 @@ def see_outputs(scene: Scene, out: Path, files: dict[Kind | str, Path]) -> None:
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"--out {out} is no name of a map; take one that ends in .tif, or a folder")
     for file in files.values():
+        if file.is_symlink() and not file.exists():  # as cp does: it would be replaced, and its target never made
+            raise DataError(
+                f"{file} is a link to {file.readlink()}, which is not there; take the link away, or choose another "
+                "--out, such as the link's target"
+            )
         if file.is_dir():
             raise DataError(f"{file} is a folder, and a map of this name is to be written; choose another --out")
         if file.exists() and Path(scene.source).exists() and file.samefile(scene.source):
