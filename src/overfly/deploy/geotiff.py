@@ -122,6 +122,7 @@ def map_raster(
     files = outputs(out, settings)
     see_outputs(scene, out, files)
     if there(out, files, job, settings):
+        store.clear(out, job)
         return Mapped(source, out, list(files.values()), made=False)
     plan = plan_for(scene, predictor.facts, settings, memory)
     notes = notes_for(scene, predictor.facts, settings)

@@ -12,7 +12,7 @@ from overfly.deploy.cog import job_of
 from overfly.deploy.plan import Plan, plan_of, scaled
 from overfly.deploy.products import Kind
 from overfly.deploy.scene import Scene, scale_of
-from overfly.deploy.store import Job, alike
+from overfly.deploy.store import Job, alike, begun
 
 LARGEST = 64
 """How many times longer and wider a network may see a raster."""
@@ -124,6 +124,8 @@ def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings
         DataError: there is another one, and it is not to be replaced.
     """
     if settings.overwrite or not any(file.exists() for file in files.values()):
+        return False
+    if not out.exists() and begun(out, job):  # killed while the files were given their names, the map's last
         return False
     held = job_of(out) if out.exists() else {}
     if alike(held, job):
