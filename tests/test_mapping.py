@@ -80,6 +80,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["{network}", "{scene}", "--resolution", "-1"], "--resolution -1"),
     (["{network}", "{scene}", "--match"], "--resolution METRES"),
     (["{network}", "{scene}", "--peak", "0"], "--peak 0"),
+    (["{network}", "{scene}", "--opacity"], "--opacity says that band 3"),
     (["{network}", "{scene}", "--polygons", "shp"], "shp"),
     (["{network}", "{scene}", "--out", "{network}"], "is a file"),
     (["{network}", "{scene}", "--scheduler", "tcp://127.0.0.1:1"], "no scheduler answers"),

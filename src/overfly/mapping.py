@@ -65,6 +65,7 @@ def predict(
     out: Path = Path("maps"),
     bands: str | None = None,
     nodata: float | None = None,
+    opacity: bool | None = None,
     peak: float | None = None,
     resolution: float | None = None,
     match: bool = False,
@@ -93,6 +94,7 @@ def predict(
         out: for one raster a name ending in .tif; else a folder for maps called after their rasters.
         bands: numbers of the bands to read, in the order of the training images, such as 4,3,2.
         nodata: value of pixels in which nothing was measured, where the file does not say it.
+        opacity: the last band is opacity, or with --no-opacity none is; left out, what the file says.
         peak: value of the brightest pixel, where the network was trained on another range.
         resolution: metres a pixel at which the network sees the raster; the map keeps the raster's grid.
         match: the same, with the resolution of the network's training.
@@ -120,7 +122,7 @@ def predict(
     )
     predictor = predictor_of(network, backend=backend, device=device)
     settings = Settings(
-        window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, peak=peak,
+        window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, opacity=opacity, peak=peak,
         resolution=_resolution(resolution, match, predictor.facts.ground), probabilities=probabilities,
         uncertainty=uncertainty, polygons=polygons, smallest=smallest, overwrite=overwrite,
     )  # fmt: skip

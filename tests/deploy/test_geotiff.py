@@ -1,11 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,7 @@ import rasterio
 from rasterio import Affine
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
-from rasters import CLASSES, biased, facts, ids, likely, noise, pointwise, write
+from rasters import CLASSES, facts, ids, likely, noise, pointwise, write
 from rio_cogeo.cogeo import cog_validate
 
 from overfly.core.errors import DataError, NotFiniteError
@@ -141,15 +136,20 @@ def test_places_of_every_kind_are_kept(tmp_path: Path) -> None:
         "nowhere": {"crs": None, "transform": None},
         "no_crs": {"crs": None},
         "points": {"crs": "EPSG:4326", "transform": None, "gcps": points},
+        "centres": {"crs": "EPSG:4326", "transform": None, "gcps": points},
         "own": {"crs": "+proj=laea +lat_0=31 +lon_0=12 +x_0=5 +y_0=6 +ellps=GRS80 +units=m"},
     }
     for name, place in kinds.items():
         source = write(tmp_path / f"{name}.tif", pixels, **place)
+        if name == "centres":
+            with rasterio.open(source, "r+") as dataset:
+                dataset.update_tags(AREA_OR_POINT="Point")
         mapped(source, tmp_path / f"{name}_map.tif")
         with rasterio.open(source) as image, rasterio.open(tmp_path / f"{name}_map.tif") as found:
             assert (found.crs, found.transform) == (image.crs, image.transform), name
             assert [p.asdict() for p in found.gcps[0]] == [p.asdict() for p in image.gcps[0]], name
             assert found.gcps[1] == image.gcps[1]
+            assert (found.tags().get("AREA_OR_POINT") == "Point") == (name == "centres")
 
 
 def test_png_jpeg_and_a_world_file(tmp_path: Path) -> None:
@@ -192,75 +192,6 @@ def test_a_resolution_unlike_the_training_is_remarked(tmp_path: Path) -> None:
     assert not mapped(source, tmp_path / "alike.tif", pointwise(ground=0.25)).notes
 
 
-class StoppedError(Exception):
-    """What stops a job in these tests."""
-
-
-@pytest.mark.parametrize("memory", [1, 10**9])
-@pytest.mark.parametrize("settings", [
-    replace(SETTINGS, probabilities=True, uncertainty=True), replace(SETTINGS, overlap=0.7),
-    replace(SETTINGS, resolution=0.41, probabilities=True), replace(SETTINGS, resolution=0.14),
-])  # fmt: skip
-def test_a_stopped_job_goes_on_and_ends_in_the_same_pixels(tmp_path: Path, settings: Settings, memory: int) -> None:
-    pixels = noise(230, 170)
-    pixels[:, 100:, :60] = 0
-    source = write(tmp_path / "scene.tif", pixels, nodata=0)
-    whole = mapped(source, tmp_path / "whole.tif", biased(), settings, memory=memory)
-    out, steps, left = tmp_path / "cut.tif", [], 0
-
-    def told(done: int, total: int) -> None:
-        nonlocal left
-        left = total - done
-        steps.append(done)
-        if len(steps) == 3 and left:  # goes on where it was, and does two steps each time
-            raise StoppedError
-
-    for _ in range(100):
-        steps.clear()
-        try:
-            made = mapped(source, out, biased(), settings, memory=memory, told=told)
-            break
-        except StoppedError:
-            assert not out.exists()
-    assert made.resumed > 0
-    for one, other in zip(whole.files, made.files, strict=True):
-        with rasterio.open(one) as first, rasterio.open(other) as second:
-            np.testing.assert_array_equal(first.read(), second.read())
-
-
-JOB = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from dataclasses import replace
-from pathlib import Path
-from rasters import biased
-from overfly.deploy.geotiff import map_raster
-from overfly.deploy.job import Settings
-slow = biased()
-def run(images):
-    time.sleep(0.05)
-    return slow.run(images)
-map_raster(replace(slow, run=run), {source!r}, Path({out!r}), Settings(window=64, batch=3), network="none")
-"""
-
-
-def test_kill_nine_loses_nothing(tmp_path: Path) -> None:
-    source, out = write(tmp_path / "scene.tif", noise(700, 200)), tmp_path / "map.tif"
-    code = JOB.format(tests=str(Path(__file__).parent), source=str(source), out=str(out))
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    state, done, deadline = tmp_path / ".map.tif.unfinished" / "job.json", 0, time.monotonic() + 120
-    while done < 4 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-        done = json.loads(state.read_text())["done"] if state.exists() else 0
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not out.exists()
-    made = mapped(source, out, biased())
-    assert made.resumed >= 4
-    mapped(source, tmp_path / "whole.tif", biased())
-    np.testing.assert_array_equal(ids(out), ids(tmp_path / "whole.tif"))
-
-
 def test_a_map_is_not_made_twice_and_never_replaced_unasked(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
     assert mapped(source, out).made
@@ -276,29 +207,6 @@ def test_a_map_is_not_made_twice_and_never_replaced_unasked(tmp_path: Path) -> N
     write(tmp_path / "foreign.tif", noise(10, 10))
     with pytest.raises(DataError, match="no map of ours"):
         mapped(source, tmp_path / "foreign.tif")
-
-
-def test_an_unfinished_map_of_other_settings_is_thrown_away(tmp_path: Path) -> None:
-    source, out = write(tmp_path / "scene.tif", noise(300, 100)), tmp_path / "map.tif"
-
-    def told(done: int, total: int) -> None:
-        del total
-        if done == 2:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        mapped(source, out, told=told)
-    made = mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
-    assert made.resumed == 0
-    assert "thrown away" in made.notes[0]
-
-
-def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
-    from overfly.deploy.store import BusyError, locked
-
-    source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
-    with locked(out), pytest.raises(BusyError, match="another process"):
-        mapped(source, out)
 
 
 def test_bad_rasters_are_told_in_a_sentence_and_leave_nothing(tmp_path: Path) -> None:
@@ -341,6 +249,18 @@ def test_bad_places_are_told_in_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=said):
             mapped(source, out)
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["map.tif", "map_uncertainty.tif"])
+def test_a_link_to_nothing_is_not_replaced(tmp_path: Path, name: str) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(50, 50)), tmp_path / "map.tif"
+    (tmp_path / name).symlink_to(tmp_path / "archive" / "old.tif")
+    for overwrite in (False, True):
+        settings = replace(SETTINGS, uncertainty=True, overwrite=overwrite)
+        with pytest.raises(DataError, match=rf"{name} is a link to .*old.tif, which is not there; take the link away"):
+            mapped(source, out, settings=settings)
+    assert (tmp_path / name).is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "scene.tif"])
 
 
 def test_a_full_disk_is_told_and_the_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

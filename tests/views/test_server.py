@@ -110,7 +110,9 @@ def test_another_range_of_values_is_refused_or_scaled(client: TestClient, tmp_pa
 
 def test_grey_of_sixteen_bits_is_refused_too_and_eight_for_a_network_of_sixteen() -> None:
     deep = encoded(np.full((8, 8), 20000, np.uint16))
-    with served(networks=[network("0", bands=1), network("1", bands=1, peak=65535)]) as client:
+    several = [network("0", bands=1), network("1", bands=1, peak=65535), network("2", bands=1, peak=1)]
+    with served(networks=several) as client:
+        assert "values up to 1;" in ask(client, deep, network="2").json()["detail"]
         assert "uint16" in ask(client, deep).json()["detail"]
         assert ask(client, deep, network="1").status_code == 200
         assert "uint8" in ask(client, encoded(ramp()[..., 0]), network="1").json()["detail"]

@@ -94,7 +94,7 @@ def test_a_geotiff_lies_where_the_image_lay(kind: str) -> None:
     with rasterio.MemoryFile(data) as memory, memory.open() as file:
         found = georeference(file)
         assert (found.crs, found.points_crs) == (place.crs, place.points_crs)
-        assert found.point == (kind == "point")
+        assert found.point == place.point
         assert found.points == place.points
         assert found.transform == (None if place.transform is None else pytest.approx(place.transform))
         told = {key: value.split() for key, value in found.rational}

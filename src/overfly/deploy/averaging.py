@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from overfly.deploy.opacity import Mask, covered, transparent
 from overfly.deploy.scene import Scene
 
 ROWS, COLUMNS = 256, 512
 """Pixels of the raster that are read at once."""
 AT_ONCE = 1 << 20
 """Values of the result that are summed up at once."""
-Mask = NDArray[np.bool_]
 
 
 def missing(band: NDArray[Any], nodata: float | None) -> Mask | None:
@@ -47,7 +47,8 @@ def resampled(
         columns: likewise.
 
     Returns:
-        Pixels (C, h, w) of the raster's type, 0 where nothing was measured, and where that is in every band (h, w).
+        Pixels (C, h, w) of the raster's type, and where nothing was measured in any band (h, w). There they are 0, or
+        where all that is under them is transparent the mean of what is stored.
     """
     high, wide = rows[1] - rows[0], columns[1] - columns[0]
     pixels = np.empty((len(scene.bands), high, wide), scene.dtype)
@@ -69,6 +70,7 @@ def _part(
     exact = np.result_type(scene.dtype, np.float32)
     shape = (len(scene.bands), *(last - first for first, last in area))
     sums, weights = np.zeros(shape, exact), np.zeros(shape, exact)
+    spare = None if scene.opacity is None else (np.zeros(shape, exact), np.zeros(shape, exact))
     lengths = (dataset.height, dataset.width)
     low, high = zip(*(_under(*its) for its in zip(area, scale, lengths, strict=True)), strict=True)
     for top, left in itertools.product(range(low[0], high[0], ROWS), range(low[1], high[1], COLUMNS)):
@@ -77,7 +79,8 @@ def _part(
         down, y = _weights(area[0], scale[0], (top, ends[0]), lengths[0])
         across, x = _weights(area[1], scale[1], (left, ends[1]), lengths[1])
         down, across = down.astype(exact), across.astype(exact).T
-        hidden = dataset.read_masks(scene.bands[0], window=window) == 0 if scene.masked else None
+        hidden = covered(dataset, scene.bands[0], scene.masked, window)
+        clear = transparent(dataset, scene.opacity, window)
         for number, band in enumerate(dataset.read(list(scene.bands), window=window)):
             blank = missing(band, scene.nodata)
             blank = hidden if blank is None else blank if hidden is None else blank | hidden
@@ -86,15 +89,27 @@ def _part(
             if blank is not None:
                 values[blank] = 0
                 measured[blank] = 0
+            if clear is not None and spare is not None:
+                spare[0][number, y, x] += down @ (values * clear) @ across
+                spare[1][number, y, x] += down @ (measured * clear) @ across
+                values[clear] = 0
+                measured[clear] = 0
             sums[number, y, x] += down @ values @ across
             weights[number, y, x] += down @ measured @ across
-    return _mean(sums, weights, np.dtype(scene.dtype))
+    return _mean(sums, weights, np.dtype(scene.dtype), spare)
 
 
-def _mean(sums: NDArray[Any], weights: NDArray[Any], dtype: np.dtype[Any]) -> tuple[NDArray[Any], Mask]:
-    """Means (C, h, w) of the raster's type, 0 where no weight is, and where that is in every band (h, w)."""
+def _mean(
+    sums: NDArray[Any], weights: NDArray[Any], dtype: np.dtype[Any], spare: tuple[NDArray[Any], NDArray[Any]] | None
+) -> tuple[NDArray[Any], Mask]:
+    """Means (C, h, w) of the raster's type, and where no weight is in any band (h, w).
+
+    Where no weight is, they are those of the spare sums and weights, or 0.
+    """
     measured = weights > 1e-5
-    means = np.divide(sums, weights, out=np.zeros_like(sums), where=measured)
+    means = np.zeros_like(sums)
+    for above, below in (spare, (sums, weights)) if spare is not None else ((sums, weights),):
+        np.divide(above, below, out=means, where=below > 1e-5)
     if dtype.kind in "iu":
         means = np.clip(np.rint(means), np.iinfo(dtype).min, np.iinfo(dtype).max)
     hidden: Mask = np.asarray(~measured.any(axis=0), dtype=np.bool_)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement
+
+import numpy as np
+from numpy.typing import NDArray
 
 EQUATOR = 111_319.49
 """Metres that a degree is long on the equator (WGS 84)."""
 MERIDIAN = 110_574.0
 """Metres that a degree of latitude is long there."""
+ELLIPSOID = (6_378_137.0, 298.257223563)
+"""Half the longer axis in metres, and the inverse flattening, of WGS 84."""
+Plane = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""From coordinates (N, 2) of a raster to metres in a plane (N, 2)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,35 @@ def ground(dataset: Any) -> tuple[float, float] | None:
     return y * metres, x * metres
 
 
+def plane_of(dataset: Any) -> Plane:
+    """A plane in which areas of an open dataset's polygons are square metres; its own where it says no unit.
+
+    Degrees go to the cylindrical equal-area projection of their ellipsoid (Snyder, Map Projections: A Working Manual,
+    1987, equations 3-12, 10-14 and 10-15): edges of pixels, along meridians and parallels, stay straight in it.
+    """
+    crs = dataset.crs
+    if not crs or not crs.is_geographic:
+        try:
+            metres = float(crs.linear_units_factor[1]) if crs else 1.0
+        except Exception:  # rasterio raises its own for a system without a linear unit
+            metres = 1.0
+        return lambda points: points * metres
+    said = re.search(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([\d.]+),\s*([\d.]+)', crs.to_wkt())
+    axis, inverse = (float(said[1]), float(said[2])) if said else ELLIPSOID
+    squared = 2 / inverse - 1 / inverse**2 if inverse else 0.0
+    radians = float(crs.units_factor[1])
+
+    def plane(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        east, sine = axis * radians * points[:, 0], np.sin(radians * points[:, 1])
+        if not squared:
+            return np.stack([east, axis * sine], axis=1)
+        ratio = math.sqrt(squared)
+        bent = sine / (1 - squared * sine**2) + np.arctanh(ratio * sine) / ratio
+        return np.stack([east, axis * (1 - squared) / 2 * bent], axis=1)
+
+    return plane
+
+
 def describe(root: Element, place: Georeference) -> None:
     """Write a place into a VRT's root element."""
     if place.crs:
@@ -82,4 +120,4 @@ def describe(root: Element, place: Georeference) -> None:
             SubElement(domain, "MDI", {"key": key}).text = value
 
 
-__all__ = ["Georeference", "describe", "georeference", "ground"]
+__all__ = ["Georeference", "Plane", "describe", "georeference", "ground", "plane_of"]

@@ -114,11 +114,15 @@ def map_raster(
             already that was made otherwise.
     """
     began = time.monotonic()
-    scene = look(source, predictor.facts, bands=settings.bands, nodata=settings.nodata, peak=settings.peak)
+    scene = look(
+        source, predictor.facts, bands=settings.bands, nodata=settings.nodata, peak=settings.peak,
+        opacity=settings.opacity,
+    )  # fmt: skip
     job = job_for(scene, predictor, settings, network)
     files = outputs(out, settings)
     see_outputs(scene, out, files)
     if there(out, files, job, settings):
+        store.clear(out, job)
         return Mapped(source, out, list(files.values()), made=False)
     plan = plan_for(scene, predictor.facts, settings, memory)
     notes = notes_for(scene, predictor.facts, settings)

@@ -12,7 +12,7 @@ from overfly.deploy.cog import job_of
 from overfly.deploy.plan import Plan, plan_of, scaled
 from overfly.deploy.products import Kind
 from overfly.deploy.scene import Scene, scale_of
-from overfly.deploy.store import Job, alike
+from overfly.deploy.store import Job, alike, begun
 
 LARGEST = 64
 """How many times longer and wider a network may see a raster."""
@@ -30,6 +30,7 @@ class Settings:
         batch: windows given to the network at once.
         bands: numbers of the bands to read, from 1, separated by commas; None where they are the network's.
         nodata: value of pixels in which nothing was measured; None takes what the file says.
+        opacity: whether the last band is opacity; None takes what the file says.
         peak: value of the brightest pixel; None where it is the network's.
         resolution: metres a pixel at which the network sees the raster; None keeps the raster's own.
         probabilities: whether to write a band of probability for each class.
@@ -44,6 +45,7 @@ class Settings:
     batch: int = 4
     bands: str | None = None
     nodata: float | None = None
+    opacity: bool | None = None
     peak: float | None = None
     resolution: float | None = None
     probabilities: bool = False
@@ -81,6 +83,8 @@ def job_for(scene: Scene, predictor: Predictor, settings: Settings, network: str
     settled = asdict(settings)
     for key in ("batch", "overwrite"):  # they change how fast, and what is replaced
         del settled[key]
+    if settings.opacity is None:  # a map that was made before there was this setting is the same
+        del settled["opacity"]
     return {
         "raster": path.name if stat else scene.source,
         "bytes": stat.st_size if stat else None,
@@ -99,6 +103,11 @@ def see_outputs(scene: Scene, out: Path, files: dict[Kind | str, Path]) -> None:
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"--out {out} is no name of a map; take one that ends in .tif, or a folder")
     for file in files.values():
+        if file.is_symlink() and not file.exists():  # as cp does: it would be replaced, and its target never made
+            raise DataError(
+                f"{file} is a link to {file.readlink()}, which is not there; take the link away, or choose another "
+                "--out, such as the link's target"
+            )
         if file.is_dir():
             raise DataError(f"{file} is a folder, and a map of this name is to be written; choose another --out")
         if file.exists() and Path(scene.source).exists() and file.samefile(scene.source):
@@ -115,6 +124,8 @@ def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings
         DataError: there is another one, and it is not to be replaced.
     """
     if settings.overwrite or not any(file.exists() for file in files.values()):
+        return False
+    if not out.exists() and begun(out, job):  # killed while the files were given their names, the map's last
         return False
     held = job_of(out) if out.exists() else {}
     if alike(held, job):
@@ -155,15 +166,26 @@ def plan_for(scene: Scene, facts: Facts, settings: Settings, memory: int) -> Pla
 
 def notes_for(scene: Scene, facts: Facts, settings: Settings) -> list[str]:
     """What a user should know of a raster that the network may not be made for."""
+    notes: list[str] = []
+    if scene.opacity is not None and settings.opacity is None:
+        notes.append(
+            f"{scene.source} marks its band {scene.opacity} as opacity, so where it is 0 the map says that nothing was "
+            "measured; if it was measured like the others, say --no-opacity"
+        )
+    if scene.gain != 1 and settings.peak is None:
+        notes.append(
+            f"{scene.source} says that its values times {scene.gain:g} are what was measured, and so the network saw "
+            "them; say --peak with the value of its brightest pixel for another scale"
+        )
     if settings.resolution is not None or facts.ground is None or scene.ground is None:
-        return []
+        return notes
     ratio = (scene.ground[0] * scene.ground[1]) ** 0.5 / facts.ground
-    if 2 / 3 < ratio < 3 / 2:
-        return []
-    return [
-        f"{scene.source} has pixels of {ratio * facts.ground:.3g} m and the network was trained on {facts.ground:g} m; "
-        "with --match it sees the raster at that resolution"
-    ]
+    if not 2 / 3 < ratio < 3 / 2:
+        notes.append(
+            f"{scene.source} has pixels of {ratio * facts.ground:.3g} m and the network was trained on "
+            f"{facts.ground:g} m; with --match it sees the raster at that resolution"
+        )
+    return notes
 
 
 __all__ = ["Settings", "job_for", "notes_for", "outputs", "plan_for", "see_outputs", "there"]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, MissingExtraError
+from overfly.deploy.georeference import Plane, plane_of
 from overfly.deploy.scene import opened
 from overfly.deploy.store import UnwrittenError
 
@@ -24,9 +26,9 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
     """Outline the areas of each class of a finished map.
 
     Outlines follow the pixels' edges, so that neighbours share them. Areas below the smallest are left out, and so are
-    holes below it in others. Attributes: class_id, class, colour, and area in square units of the coordinate system
-    (metres, mostly; square pixels where there is none). GeoJSON is written in longitude and latitude (RFC 7946), where
-    the map has a coordinate system.
+    holes below it in others. Attributes: class_id, class, colour, and area in square metres: on the ellipsoid where
+    coordinates are degrees, else in the plane of the map's projection; in pixels where there is no coordinate system.
+    GeoJSON is written in longitude and latitude (RFC 7946), where the map has a coordinate system.
 
     Args:
         map_: a map of class ids, 255 where nothing was measured.
@@ -45,7 +47,7 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
     except ImportError as error:
         raise MissingExtraError(str(error.name or "pyogrio"), "vector", "polygons of a map") from None
     try:
-        crs, rings, ids = _outlines(map_, smallest)
+        crs, plane, rings, ids = _outlines(map_, smallest)
     except DataError as error:  # the map has just been made: it is the disk that fails
         raise UnwrittenError(f"{error}, by giving the same command again") from error
     numbers = np.array(ids, np.int32)
@@ -56,7 +58,8 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that a map of a plain picture has no coordinate system
-            _write(out, crs, rings, [numbers, names, colours], out.suffix == ".geojson")
+            fields = [numbers, names, colours, _areas(rings, plane)]
+            _write(out, crs, rings, fields, out.suffix == ".geojson")
         reason = _flaw(out, len(rings))
     except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -70,8 +73,8 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
     return out
 
 
-def _outlines(map_: Path, smallest: int) -> tuple[str | None, list[Any], list[int]]:
-    """The map's coordinate system, its polygons, and the class of each."""
+def _outlines(map_: Path, smallest: int) -> tuple[str | None, Plane, list[Any], list[int]]:
+    """The map's coordinate system, a plane in which areas are true, its polygons, and the class of each."""
     import shapely
     from rasterio.features import shapes
 
@@ -86,7 +89,7 @@ def _outlines(map_: Path, smallest: int) -> tuple[str | None, list[Any], list[in
             if polygon is not None:
                 rings.append(polygon)
                 ids.append(int(number))
-        return dataset.crs.to_wkt() if dataset.crs else None, rings, ids
+        return dataset.crs.to_wkt() if dataset.crs else None, plane_of(dataset), rings, ids
 
 
 def _flaw(out: Path, count: int) -> str:
@@ -119,11 +122,20 @@ def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], w
     step = max(1, len(polygons)) if web else AT_ONCE
     for begin in range(0, max(1, len(polygons)), step):
         part = slice(begin, begin + step)
-        values = [*(field[part] for field in fields), shapely.area(polygons[part])]
+        values = [field[part] for field in fields]
         pyogrio.raw.write(
             str(out), shapely.to_wkb(polygons[part]), values, ["class_id", "class", "colour", "area"], layer="map",
             crs=crs, geometry_type="Polygon", driver="GeoJSON" if web else "GPKG", append=begin > 0, **options,
         )  # fmt: skip
+
+
+def _areas(polygons: list[Any], plane: Plane) -> NDArray[np.float64]:
+    """Area of each polygon, in square metres."""
+    import shapely
+
+    parts = (polygons[begin : begin + AT_ONCE] for begin in range(0, len(polygons), AT_ONCE))
+    found = [shapely.area(shapely.transform(np.array(part, object), plane)) for part in parts]
+    return np.concatenate([np.zeros(0), *found])
 
 
 def _filled(shapely: Any, coordinates: list[Any], least: float) -> Any:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from overfly.deploy.averaging import Mask, missing, resampled
+from overfly.deploy.averaging import missing, resampled
 from overfly.deploy.backends import Floats
+from overfly.deploy.opacity import Mask, covered, either, transparent
 from overfly.deploy.plan import Plan, Slab
 from overfly.deploy.scene import Scene, opened
 from overfly.ops.windows import Window, cut
@@ -81,7 +82,8 @@ class Reading(NamedTuple):
 def windows_of(scene: Scene, plan: Plan, batch: int, start: int = 0) -> Iterator[Batch | Row]:
     """Read a raster window by window; every pixel is decoded once a slab.
 
-    Windows in which nothing was measured are left out. What nothing was measured of is given as 0.
+    Windows in which nothing was measured are left out. Of others the network is shown what the readers of training and
+    scoring show it: 0 where there is no data or a mask, and the stored values where a pixel is transparent.
 
     Args:
         scene: the raster.
@@ -157,7 +159,7 @@ def _batches(reading: Reading, number: int, held: Held) -> Iterator[Batch]:
 
 
 def _read(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[NDArray[Any], Mask | None]:
-    """Pixels (C, h, w) of the working grid, 0 where nothing was measured, and where that is in every band."""
+    """Pixels (C, h, w) of the working grid as the network is to see them, and where nothing was measured."""
     from rasterio.enums import Resampling
     from rasterio.windows import Window as Part
 
@@ -176,16 +178,17 @@ def _read(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> 
     part = Part(left, up, wide, high)
     pixels: NDArray[Any] = dataset.read(list(scene.bands), window=part)
     blank = _unmeasured(pixels, scene.nodata)
-    if scene.masked:
-        hidden = dataset.read_masks(scene.bands[0], window=part) == 0
-        blank = hidden if blank is None else blank | hidden
+    hidden = covered(dataset, scene.bands[0], scene.masked, part)
+    if hidden is not None:
         pixels[:, hidden] = 0
-    return pixels, blank
+    # what is transparent is shown as it is stored, as `data.reading` shows it in training
+    return pixels, either(either(blank, hidden), transparent(dataset, scene.opacity, part))
 
 
 def _may_miss(scene: Scene) -> bool:
     """Whether some pixels may not have been measured."""
-    return scene.nodata is not None or scene.masked or np.dtype(scene.dtype).kind == "f"
+    hidden = scene.masked or scene.opacity is not None
+    return hidden or scene.nodata is not None or np.dtype(scene.dtype).kind == "f"
 
 
 def _blank_rows(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> Mask | None:
@@ -199,10 +202,8 @@ def _blank_rows(reading: Reading, rows: tuple[int, int], columns: tuple[int, int
     blank: Mask | None = None
     if scene.nodata is not None or np.dtype(scene.dtype).kind == "f":
         blank = _unmeasured(dataset.read(list(scene.bands), window=part), scene.nodata)
-    if scene.masked:
-        hidden = dataset.read_masks(scene.bands[0], window=part) == 0
-        blank = hidden if blank is None else blank | hidden
-    return blank
+    hidden = covered(dataset, scene.bands[0], scene.masked, part)
+    return either(either(blank, hidden), transparent(dataset, scene.opacity, part))
 
 
 def _unmeasured(pixels: NDArray[Any], nodata: float | None) -> Mask | None:

@@ -15,9 +15,12 @@ import numpy as np
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.deploy.backends import Facts
 from overfly.deploy.georeference import Georeference, georeference, ground
+from overfly.deploy.opacity import opacity_of, see_opacity
 
 CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may keep; by default it takes a share of the machine's memory."""
+FRACTIONS = 16.0
+"""Brightest pixel below which a network was trained on fractions, such as reflectances of 0 to 1."""
 SAME = 0.02
 """Difference of ground resolution, as a share, that is not worth a resampling."""
 
@@ -33,7 +36,8 @@ class Scene:
         bands: numbers of the bands that are read, from 1, in the network's order.
         dtype: type that it is stored in.
         nodata: value that stands for "nothing was measured here"; None where there is none.
-        masked: whether a mask or a band of opacity says where nothing was measured.
+        masked: whether a mask of the whole picture says where nothing was measured.
+        opacity: number of the band that is 0 where nothing was measured; None where there is none.
         gain: what its values are multiplied by, to be in the range that the network was trained on.
         ground: metres on the ground that a pixel is high and wide; None if unknown.
         place: where it lies.
@@ -46,6 +50,7 @@ class Scene:
     dtype: str
     nodata: float | None
     masked: bool
+    opacity: int | None
     gain: float
     ground: tuple[float, float] | None
     place: Georeference
@@ -77,7 +82,15 @@ def opened(source: str) -> Iterator[Any]:
         raise DataError(f"{source} cannot be read as a raster ({reason}); copy, download or export it again") from error
 
 
-def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, peak: float | None) -> Scene:
+def look(
+    source: str,
+    facts: Facts,
+    *,
+    bands: str | None,
+    nodata: float | None,
+    peak: float | None,
+    opacity: bool | None = None,
+) -> Scene:
     """What a raster's header says, and that the network can read it.
 
     Args:
@@ -86,6 +99,7 @@ def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, 
         bands: numbers of bands separated by commas; None takes all, where they are as many as the network's.
         nodata: value that stands for "nothing was measured here"; None takes what the file says.
         peak: value of the brightest pixel; None where it is the network's.
+        opacity: whether the last band is opacity; None takes what the file says.
 
     Raises:
         DataError: it is missing, damaged, or does not fit; the sentence says which option helps.
@@ -93,12 +107,14 @@ def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, 
     with opened(source) as dataset:
         if not dataset.count or not dataset.height * dataset.width:
             raise DataError(f"{source} holds no raster bands of its own; name the raster inside, or export it anew")
-        chosen = _bands(source, dataset, facts, bands)
+        clear = opacity_of(source, dataset, opacity)
+        chosen = _bands(source, dataset, facts, bands, clear)
         dtype = str(dataset.dtypes[chosen[0] - 1])
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
             raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
-        gain = gain_of(source, dtype, facts, peak)
+        gain = gain_of(source, dtype, facts, peak, scale=_scale(dataset, chosen))
         _see_whole(source, dataset)
+        clear = _opacity(source, dataset, chosen, clear, opacity)
         declared = dataset.nodatavals[chosen[0] - 1]
         flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
         return Scene(
@@ -108,7 +124,8 @@ def look(source: str, facts: Facts, *, bands: str | None, nodata: float | None, 
             chosen,
             dtype,
             nodata=declared if nodata is None else nodata,
-            masked="alpha" in flags or "per_dataset" in flags,
+            masked="per_dataset" in flags and "alpha" not in flags,
+            opacity=clear,
             gain=gain,
             ground=ground(dataset),
             place=georeference(dataset),
@@ -132,10 +149,9 @@ def scale_of(scene: Scene, resolution: float | None) -> tuple[float, float]:
     return (1.0, 1.0) if abs(y - 1) < SAME and abs(x - 1) < SAME else (y, x)
 
 
-def _bands(source: str, dataset: Any, facts: Facts, bands: str | None) -> tuple[int, ...]:
-    """Numbers of the bands to read."""
-    alpha = dataset.count > 1 and dataset.colorinterp[-1].name == "alpha"
-    there = dataset.count - alpha
+def _bands(source: str, dataset: Any, facts: Facts, bands: str | None, clear: int | None) -> tuple[int, ...]:
+    """Numbers of the bands to read, where band ``clear`` is opacity."""
+    there = dataset.count - (clear == dataset.count)
     if bands is None:
         if facts.bands in (there, dataset.count):
             return tuple(range(1, facts.bands + 1))
@@ -155,7 +171,37 @@ def _bands(source: str, dataset: Any, facts: Facts, bands: str | None) -> tuple[
     return chosen
 
 
-def gain_of(source: object, dtype: str, facts: Facts, peak: float | None, option: str = "--peak ") -> float:
+def _opacity(source: str, dataset: Any, chosen: tuple[int, ...], clear: int | None, asked: bool | None) -> int | None:
+    """The band of opacity, where the network does not read it as one of its own."""
+    if clear is None or (clear in chosen and not asked):
+        return None
+    if clear in chosen:
+        raise DataError(
+            f"--opacity says that band {clear} of {source} is opacity, and it is one of the {len(chosen)} that the "
+            "network reads; leave --opacity out, or name other bands by --bands"
+        )
+    if not asked:
+        see_opacity(source, dataset, clear, ",".join(map(str, chosen)))
+    return clear
+
+
+def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
+    """What a raster says that its values are to be multiplied by; None where it says nothing, or more than that."""
+    scales = {float(dataset.scales[band - 1]) for band in bands}
+    scale = scales.pop()
+    plain = not scales and not any(dataset.offsets[band - 1] for band in bands)
+    return scale if plain and 0 < scale < 1 else None
+
+
+def gain_of(
+    source: object,
+    dtype: str,
+    facts: Facts,
+    peak: float | None,
+    *,
+    scale: float | None = None,
+    option: str = "--peak ",
+) -> float:
     """What brings a raster's values into the range that the network was trained on.
 
     Args:
@@ -163,22 +209,21 @@ def gain_of(source: object, dtype: str, facts: Facts, peak: float | None, option
         dtype: type that it is stored in.
         facts: what the network reads.
         peak: value of the brightest pixel; None where it is the network's.
-        option: how a user gives that value, up to the number.
+        scale: what the raster itself says that makes fractions of its whole numbers; None where it says nothing.
+        option: how a user gives the value of the brightest pixel, up to the number.
 
     Raises:
-        DataError: the type cannot hold brightness, or is of another range and ``peak`` is not given.
+        DataError: the type cannot hold brightness, or is of another range and neither ``peak`` nor the file helps.
     """
     if "complex" in dtype:
         raise DataError(f"{source} holds complex numbers; save it as plain bands first")
     if peak is not None:
         return facts.peak / peak
-    eight, odd = facts.peak == 255, False
-    if dtype == "uint8":
-        odd = not eight
-    elif np.dtype(dtype).kind in "iu" or np.dtype(dtype).kind == "f":
-        odd = eight
-    if odd:
-        example = "255" if dtype == "uint8" else "1" if "float" in dtype else "10000"
+    whole, fractions = np.dtype(dtype).kind in "iu", facts.peak < FRACTIONS
+    if whole and fractions and scale is not None:
+        return scale
+    if (dtype == "uint8") != (facts.peak == 255) or (whole and fractions):
+        example = "255" if dtype == "uint8" else "10000" if whole else "1"
         raise DataError(
             f"{source} holds {dtype}, and the network was trained on values up to {facts.peak:g}; say the value of its "
             f"brightest pixel, such as {option}{example}, and it is scaled"

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -78,6 +78,19 @@ def locked(out: Path) -> Iterator[Path]:
 def discard(folder: Path) -> None:
     """Take an unfinished map away."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def begun(out: Path, job: Job) -> bool:
+    """Whether an unfinished map of this job lies there."""
+    return alike(_job(folder_of(out)), job)
+
+
+def clear(out: Path, job: Job) -> None:
+    """Take away what a killed process left of a map that is whole now; what is another job's is left alone."""
+    folder = folder_of(out)
+    if folder.is_dir() and (not (folder / "job.json").exists() or begun(out, job)):
+        with suppress(DataError), locked(out) as held:  # by nobody else
+            discard(held)
 
 
 def begin(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bool]:
@@ -156,6 +169,14 @@ def _put(file: FileIO, data: bytes, at: int) -> None:
         left = left[file.write(left) :]
 
 
+def _job(folder: Path) -> Any:
+    """What the unfinished map of a folder is made of; None where it does not say."""
+    try:
+        return json.loads((folder / "job.json").read_text())["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _state(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bool]:
     try:
         held = json.loads((store.folder / "job.json").read_text())
@@ -180,6 +201,8 @@ __all__ = [
     "advance",
     "alike",
     "begin",
+    "begun",
+    "clear",
     "discard",
     "folder_of",
     "locked",

@@ -76,7 +76,7 @@ class Desk:
         for network, each in zip(networks, facts, strict=True):
             title = network.title if several else "the network"
             found = checked(path, bands=each.bands, pixels=self.limits.pixels, network=title)
-        gains = [gain_of(path, found.stored or found.dtype, each, peak, "peak=") for each in facts]
+        gains = [gain_of(path, found.stored or found.dtype, each, peak, option="peak=") for each in facts]
         pixels = found.height * found.width
         with self.room.take(pixels, deadline):
             pictures = {bands: read(path, found, bands) for bands in dict.fromkeys(each.bands for each in facts)}

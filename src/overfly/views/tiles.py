@@ -6,6 +6,7 @@ import io
 import json
 import math
 import warnings
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,10 +119,13 @@ def _put(file: Any, place: Georeference) -> None:
     import rasterio
     from rasterio.control import GroundControlPoint
 
-    if place.point and not place.points:  # with that word GDAL 3.10 gives points back a pixel off
+    if place.point:
         file.update_tags(AREA_OR_POINT="Point")
     if place.points:
-        points = [GroundControlPoint(row, column, x, y, z, name) for column, row, x, y, z, name in place.points]
+        right, down = _drift() if place.point else (0.0, 0.0)
+        points = [
+            GroundControlPoint(row - down, column - right, x, y, z, name) for column, row, x, y, z, name in place.points
+        ]
         file.gcps = (points, rasterio.CRS.from_wkt(place.points_crs) if place.points_crs else rasterio.CRS())
     if place.crs:
         file.crs = rasterio.CRS.from_wkt(place.crs)
@@ -129,6 +133,26 @@ def _put(file: Any, place: Georeference) -> None:
         file.transform = rasterio.Affine.from_gdal(*place.transform)
     if place.rational:
         file.update_tags(ns="RPC", **dict(place.rational))
+
+
+@cache
+def _drift() -> tuple[float, float]:
+    """How far off (columns, rows) GDAL gives a control point back that it wrote where coordinates are those of centres.
+
+    GDAL 3.10 says one pixel: it moves such points by half a pixel the same way when it writes and when it reads.
+    """
+    import rasterio
+    from rasterio.control import GroundControlPoint
+    from rasterio.io import MemoryFile
+
+    with MemoryFile() as memory, warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with memory.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8") as file:
+            file.update_tags(AREA_OR_POINT="Point")
+            file.gcps = ([GroundControlPoint(8, 8, 0, 0, 0)] * 4, rasterio.CRS.from_epsg(4326))
+        with memory.open() as file:
+            point = file.gcps[0][0]
+            return point.col - 8, point.row - 8
 
 
 def _file(picture: Image.Image, kind: str, **settings: object) -> bytes:
