@@ -92,6 +92,38 @@ def test_every_class_keeps_the_surest_share(nets: OverflyNetworks) -> None:
     assert torch.equal(label[label != IGNORE], everything[label != IGNORE])
 
 
+def test_the_share_of_a_class_rises_from_its_first_to_its_last(nets: OverflyNetworks) -> None:
+    target = torch.rand(2, 3, 64, 64)
+    nets.teacher = Bright()
+    nets.shares = torch.full((2,), 0.5)
+    method = Overfly(begin=0.2, keep=0.8, rise=100, scales=(1.0,), debias=0.0)
+    for steps, share in ((0, 0.2), (50, 0.5), (100, 0.8), (1000, 0.8)):
+        nets.steps.fill_(steps)
+        nets.thresholds = torch.zeros(2)
+        kept = (method.labels(nets, target) != IGNORE).float().mean()
+        assert float(kept) == pytest.approx(share, abs=0.05)
+    assert Overfly(keep=0.6).share_at(0) == 0.6
+
+
+def test_every_step_is_counted(nets: OverflyNetworks) -> None:
+    Overfly().after_step(nets, 0)
+    Overfly().after_step(nets, 1)
+    assert int(nets.steps) == 2
+
+
+def test_few_sure_labels_weigh_little_or_as_much_as_all(
+    nets: OverflyNetworks, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = torch.full((2, 64, 64), IGNORE)
+    label[:, :16] = 3
+    monkeypatch.setattr(Overfly, "labels", lambda *_: label)
+    found = []
+    for method in (Overfly(mix=0.0), Overfly(mix=0.0, mean="labelled")):
+        torch.manual_seed(0)
+        found.append(float(method.losses(nets, batch)["mixed_main"].detach()))
+    assert found[0] / found[1] == pytest.approx(0.25)
+
+
 def test_ignored_source_pixels_are_never_pasted(
     nets: OverflyNetworks, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from overfly.core.records import IGNORE, Batch, Labelled, Losses
-from overfly.core.spec import NonNegative, Pixels, Positive, Share
+from overfly.core.spec import Count, NonNegative, Pixels, Positive, Share
 from overfly.methods.method import Method, TeacherStudent, named
 from overfly.ops.augment import augment
 from overfly.ops.colour import GaussianBlur, Illumination, Strong, recoloured
@@ -29,12 +29,14 @@ class OverflyNetworks(TeacherStudent):
 
     thresholds: Tensor
     shares: Tensor
+    steps: Tensor
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
         classes = len(self.segmenter.classes)
         self.register_buffer("thresholds", torch.zeros(classes))
         self.register_buffer("shares", torch.full((classes,), 1 / classes))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
 class Overfly(Method[OverflyNetworks], name="overfly"):
@@ -64,6 +66,11 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     0: not at all."""
     keep: Share = 0.8
     """Share of each class's pixels, the surest, that is learnt from."""
+    begin: Share | None = None
+    """That share at the first step, when what a class is confused with is still among its less sure pixels; from there
+    it goes to `keep` in a line. None: `keep` from the first step on."""
+    rise: Count = 400
+    """Steps that `begin` takes to become `keep`."""
     mix: Share = 0.5
     """Share of each source image's classes that are pasted onto the target, rounded up; 0: none are."""
     strong: Strong = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
@@ -75,6 +82,8 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     """Side of these squares in pixels."""
     weight: NonNegative = 2.0
     """Weight of the mixed images' terms."""
+    mean: Literal["all", "labelled"] = "all"
+    """What these terms are a mean over: all pixels, so that few sure ones weigh little, or the labelled ones alone."""
     statistics: Literal["kept", "joint"] = "kept"
     """Batch normalisation of the student: the statistics that it began with, or those of source and mixed images."""
 
@@ -97,7 +106,7 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
             view = cover(view, block_mask(view, self.block, self.masked) & ~cut[:, None])
         with keeping_statistics(nets.student, active=self.statistics == "kept"):
             of_source, of_mixed = together(nets.student, source.image, view)
-        counts = (mixed.label != IGNORE).float().mean()  # a mean over all pixels, so that few sure ones weigh little
+        counts = (mixed.label != IGNORE).float().mean() if self.mean == "all" else 1.0
         return {
             **named("source", self.supervised(of_source, source.label)),
             **named("mixed", self.supervised(of_mixed, mixed.label, where=cut), self.weight * float(counts)),
@@ -111,12 +120,20 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
         nets.shares.lerp_(probability.mean((0, 2, 3)), 1 - MEMORY)
         sureness, label = debiased(probability, nets.shares, self.debias).max(1)
         pseudo = Pseudo(label, sureness)
-        nets.thresholds.copy_(moved(nets.thresholds, surest(pseudo, self.keep, len(nets.shares)), MEMORY))
+        nets.thresholds.copy_(
+            moved(nets.thresholds, surest(pseudo, self.share_at(int(nets.steps)), len(nets.shares)), MEMORY)
+        )
         return keep_above(pseudo, nets.thresholds)
+
+    def share_at(self, step: int) -> float:
+        """Share of each class's pixels that is learnt from at a step."""
+        first = self.keep if self.begin is None else self.begin
+        return first + (self.keep - first) * min(1.0, step / self.rise)
 
     def after_step(self, nets: OverflyNetworks, step: int) -> None:  # noqa: ARG002 - the teacher is never young
         """The teacher, trained already, follows the student slowly from the first step on."""
         follow(nets.teacher, nets.student, self.ema)
+        nets.steps += 1
 
     def deployed(self, nets: OverflyNetworks) -> nn.Module:
         """The teacher."""
