@@ -39,8 +39,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def shown(value: object) -> str:
-    console = Console(width=300, file=io.StringIO(), soft_wrap=True, highlight=False)
+def shown(value: object, width: int = 300) -> str:
+    console = Console(width=width, file=io.StringIO(), soft_wrap=True, highlight=False)
     with console.capture() as captured:
         console.print(value)
     return captured.get()
@@ -103,6 +103,12 @@ def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> 
     text = shown(found)
     assert "rank correlation" in text
     assert "6 opened target labels" in text
+    narrow = shown(found, 80)
+    assert "…" not in narrow
+    assert max(len(line) for line in narrow.splitlines() if line.startswith(("┃", "│"))) <= 80
+    for number, each in enumerate(verdict.candidates, 1):
+        assert f"{number:>3}  {each.title}\n" in narrow
+        assert f"{100 * each.figures.bnm:.2f}" in narrow
 
 
 def test_estimates_and_agreement_where_asked_for(runs: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown
 from rich.table import Table
+from rich.text import Text
 
 from overfly.adaptation import Verdict as Adaptation
 from overfly.choice import Candidate, Verdict
@@ -191,7 +192,11 @@ class Validated:
         if self.as_json:
             yield verdict.model_dump_json(indent=2)
             return
-        yield _candidates_table(verdict.candidates, verdict.members)
+        yield from _candidates_tables(verdict.candidates, verdict.members, options.max_width)
+        yield ""
+        for number, each in enumerate(verdict.candidates, 1):
+            yield Text(f"{number:>3}  {each.title}", no_wrap=True, overflow="ignore")
+        yield ""
         if verdict.study is not None:
             yield _study_table(verdict)
         chosen = verdict.candidates[0]
@@ -213,25 +218,46 @@ COLUMNS = {
 """What the table calls the validators, most trusted first."""
 
 
-def _candidates_table(candidates: Sequence[Candidate], members: Sequence[str]) -> Table:
-    """Every figure of every candidate in percent, best of the committee first; members of the committee in bold."""
-    table = Table(title="label-free figures in percent, higher is better", title_justify="left")
-    table.add_column("run, checkpoint", overflow="fold")
+WIDE = 120
+"""Characters of a terminal from which all label-free figures stand in one table."""
+
+
+def _candidates_tables(candidates: Sequence[Candidate], members: Sequence[str], width: int) -> Iterator[Table]:
+    """Figures of every candidate in percent, best of the committee first and numbered; its members apart if narrow."""
     shown = [name for name in COLUMNS if any(each.figures.figures()[name] is not None for each in candidates)]
+    if width >= WIDE:
+        yield _candidates_table(candidates, shown, members, "label-free figures in percent, higher is better")
+        return
+    voting = [name for name in shown if name in members]
+    yield _candidates_table(candidates, voting, members, "committee: label-free figures in percent, higher is better")
+    if others := [name for name in shown if name not in members]:
+        yield _candidates_table(candidates, others, (), "other label-free figures")
+
+
+def _candidates_table(
+    candidates: Sequence[Candidate], shown: Sequence[str], members: Sequence[str], title: str
+) -> Table:
+    """Some figures of every candidate; with members of the committee in bold, their vote and what is known beside."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", justify="right", no_wrap=True)
     for name in shown:
         table.add_column(COLUMNS[name], justify="right", style="bold" if name in members else None)
-    table.add_column("committee", justify="right")
-    estimated, studied = any(each.estimate for each in candidates), any(each.truth is not None for each in candidates)
-    if estimated:
+    rows = [[_percent(each.figures.figures()[name]) for name in shown] for each in candidates]
+    if members:
+        table.add_column("committee", justify="right")
+        for row, each in zip(rows, candidates, strict=True):
+            row.append(_percent(each.committee))
+    if members and any(each.estimate for each in candidates):
         table.add_column("estimated mIoU", justify="right")
-    if studied:
+        for row, each in zip(rows, candidates, strict=True):
+            guess = each.estimate
+            row.append(f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–")
+    if members and any(each.truth is not None for each in candidates):
         table.add_column("true mIoU", justify="right")
-    for each in candidates:
-        guess = each.estimate
-        low_to_high = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
-        more = [low_to_high] * estimated + [_percent(each.truth)] * studied
-        figures = [_percent(each.figures.figures()[name]) for name in shown]
-        table.add_row(each.title, *figures, _percent(each.committee), *more)
+        for row, each in zip(rows, candidates, strict=True):
+            row.append(_percent(each.truth))
+    for number, row in enumerate(rows, 1):
+        table.add_row(str(number), *row)
     return table
 
 
@@ -240,7 +266,8 @@ def _study_table(verdict: Verdict) -> Table:
     table = Table(title="study: validators against true target mIoU", title_justify="left")
     for heading in ("validator", "rank correlation", "regret", "chosen"):
         table.add_column(heading, justify="left" if heading in ("validator", "chosen") else "right")
+    numbers = {each.title: number for number, each in enumerate(verdict.candidates, 1)}
     for name, trust in sorted((verdict.study or {}).items(), key=lambda entry: entry[1].regret):
         correlation = "–" if trust.correlation is None else f"{trust.correlation:+.2f}"
-        table.add_row(COLUMNS.get(name, name), correlation, _percent(trust.regret), trust.chosen)
+        table.add_row(COLUMNS.get(name, name), correlation, _percent(trust.regret), str(numbers[trust.chosen]))
     return table
