@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -26,9 +28,15 @@ def test_what_is_started_in_the_block_is_not_interrupted() -> None:
 
 
 def test_an_interruption_of_this_process_waits_for_the_end_of_the_block() -> None:
-    reached = False
+    reached, done = False, threading.Event()
+    other = threading.Thread(target=done.wait)  # blocks nothing, so that it may be given the signal
+    other.start()
     with pytest.raises(KeyboardInterrupt):  # noqa: SIM117, PT012  (it is the inner block's end that raises)
         with interrupts_held():
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
             reached = True
+    done.set()
+    other.join()
     assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
