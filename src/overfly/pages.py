@@ -159,12 +159,9 @@ def serve(
     see_bounds({"batch": (batch, 4, 256), "watch-size": (watch_size or 16, 16, LARGEST)})
     if not 0.01 <= megapixels <= 1000 or not 0.1 <= seconds <= 86400:
         raise RecipeError("--megapixels goes from 0.01 to 1000 and --seconds from 0.1 to 86400; correct the one given")
-    token = token or os.environ.get("OVERFLY_TOKEN") or None
-    _see_token(host, token)
+    token = _token(host, token)
     server = _server_module()
-    limits = Limits(
-        upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue, batch=batch
-    )  # fmt: skip
+    limits = Limits(upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue, batch=batch)
     offered = offer(networks, backend, device)
     pictures = _pictures(scenes or [], limits.pixels)
     with live(watch, offered[0].opened, watch_size) as screen, contextlib.closing(server.bound(host, port)) as place:
@@ -289,12 +286,14 @@ def _about(run: Run) -> dict[str, str]:
     return shown
 
 
-def _see_token(host: str, token: str | None) -> None:
-    """Refuse an open door."""
+def _token(host: str, token: str | None) -> str | None:
+    """The token given or of the environment; an open door is refused."""
+    token = token or os.environ.get("OVERFLY_TOKEN") or None
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         raise RecipeError(f"--host {host} lets other machines in, so it needs a --token, 12 characters or more")
     if token is not None and len(token) < 12:
         raise RecipeError("the token is too short; take 12 characters or more, such as: openssl rand -hex 16")
+    return token
 
 
 def _pictures(scenes: list[Path], pixels: int) -> list[Path]:

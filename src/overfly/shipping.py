@@ -20,7 +20,7 @@ from overfly.core.records import Item
 from overfly.data.domain import Domain, Split, SplitError, without_labels
 from overfly.data.statistics import spread
 from overfly.deploy import hub
-from overfly.deploy.backends import Floats
+from overfly.deploy.backends import Facts, Floats
 from overfly.deploy.export import Evidence, Exported
 from overfly.deploy.export import export as write
 from overfly.deploy.formats import OPSET
@@ -132,17 +132,8 @@ def export(
     if size is not None:
         facts = facts.model_copy(update={"window": size, "fixed": True})
     made = Made(format=format, precision=precision, answer=answer, resize=inner, opset=OPSET if format == "onnx" else 0)
-    stem = name or "-".join(
-        [facts.architecture, format, precision, *([answer] * (answer != "probabilities")), *([str(size)] * bool(size))]
-    )
-    if Path(stem).name != stem or not stem:
-        raise RecipeError(f"--name {stem} is no name of a file; give one without folders, and --out for the folder")
-    place = _domain(opened, domain)
-    if place.classes.names != facts.classes.names or place.bands != facts.bands:
-        raise RecipeError(
-            f"the domain {place.title} has other classes or bands than the network; give one with "
-            f"{', '.join(facts.classes.names)} and {facts.bands} bands as --domain"
-        )
+    stem = _stem(name, facts, made, size)
+    place = _domain(opened, domain, facts)
     evidence = _evidence(place, recipe, made, facts.window, images, labels=labels)
     folder = Path(out) if out is not None else opened.path / "exports"
     path, found = write(
@@ -196,14 +187,28 @@ def _tell(said: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(said)
 
 
-def _domain(run: Run, text: str) -> Domain:
+def _stem(name: str | None, facts: Facts, made: Made, size: int | None) -> str:
+    """Name of the exported file, without suffix."""
+    answer = [made.answer] * (made.answer != "probabilities")
+    stem = name or "-".join([facts.architecture, made.format, made.precision, *answer, *([str(size)] * bool(size))])
+    if Path(stem).name != stem or not stem:
+        raise RecipeError(f"--name {stem} is no name of a file; give one without folders, and --out for the folder")
+    return stem
+
+
+def _domain(run: Run, text: str, facts: Facts) -> Domain:
+    """The domain that an export is measured on, which has the network's classes and bands."""
     recipe = run.recipe
-    if text not in ("target", "source"):
-        return domain_of(text)
     order = (recipe.target, recipe.source) if text == "target" else (recipe.source, recipe.target)
-    found = next((domain for domain in order if domain is not None), None)
+    own = next((domain for domain in order if domain is not None), None)
+    found = own if text in ("target", "source") else domain_of(text)
     if found is None:
         raise DataError(f"{run.path} has no domain to measure an export on; name one as --domain")
+    if found.classes.names != facts.classes.names or found.bands != facts.bands:
+        raise RecipeError(
+            f"the domain {found.title} has other classes or bands than the network; give one with "
+            f"{', '.join(facts.classes.names)} and {facts.bands} bands as --domain"
+        )
     return found
 
 

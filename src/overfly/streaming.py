@@ -172,17 +172,15 @@ def watch(
     with ExitStack() as stack:
         stream = stack.enter_context(opened(source, fps=fps))
         screen = Screen()
-        sinks = _sinks(stack, out, serve, stream.rate, screen, quiet=quiet)
+        sinks, sizes = _sinks(stack, out, serve, stream.rate, screen, quiet=quiet)
         painter = painter_of(predictor_of(run, backend=backend, device=device), style)
         warm_up(painter, stream.width, stream.height)
         told = None if quiet else stack.enter_context(_progress(source))
-        pictures, sizes = until(stream.pictures, seconds), list[tuple[int, int]]()
-        sinks.append(lambda overlay, _: None if sizes else sizes.append((overlay.shape[1], overlay.shape[0])))
+        pictures = until(stream.pictures, seconds)
         with stopping() as stop, _telling(screen, source):
             summary = look_at(painter, pictures, sinks, live=stream.live, realtime=realtime, stop=stop, told=told)
             screen.close(ending(summary, stream.trouble.ended))
-    frame = sizes[0] if sizes else (stream.width, stream.height)
-    return Watched(_recorded(stream, painter, summary, frame, realtime=realtime, out=out), as_json=json, asked=seconds)
+    return Watched(_recorded(stream, painter, summary, sizes, realtime=realtime, out=out), as_json=json, asked=seconds)
 
 
 def _see_place(out: Path | None, serve: int | None) -> None:
@@ -221,8 +219,10 @@ def _telling(screen: Screen, source: str) -> Iterator[None]:
 
 def _sinks(
     stack: ExitStack, out: Path | None, serve: int | None, rate: float, screen: Screen, *, quiet: bool
-) -> list[Sink]:
-    sinks: list[Sink] = []
+) -> tuple[list[Sink], list[tuple[int, int]]]:
+    """Where overlays go, and a list that is given the size (width, height) of the first."""
+    sizes: list[tuple[int, int]] = []
+    sinks: list[Sink] = [lambda overlay, _: None if sizes else sizes.append((overlay.shape[1], overlay.shape[0]))]
     if out is not None:
         sinks.append(stack.enter_context(writing(out, rate)).write)
     if serve is not None:
@@ -230,13 +230,20 @@ def _sinks(
         sinks.append(screen.show)
         if not quiet or serve == 0:
             print(f"look at {address}", file=sys.stderr, flush=True)
-    return sinks
+    return sinks, sizes
 
 
 def _recorded(
-    stream: Source, painter: Painter, summary: Summary, frame: tuple[int, int], *, realtime: bool, out: Path | None
+    stream: Source,
+    painter: Painter,
+    summary: Summary,
+    sizes: list[tuple[int, int]],
+    *,
+    realtime: bool,
+    out: Path | None,
 ) -> Record:
-    facts, (width, height) = painter.predictor.facts, frame
+    """What came of a stream; ``sizes`` holds that of its first frame (width, height), where one was shown."""
+    facts, (width, height) = painter.predictor.facts, sizes[0] if sizes else (stream.width, stream.height)
     scale = min(1.0, (painter.style.size or LARGEST) / max(width, height))
     machine = describe(painter.predictor.device if painter.predictor.backend == "torch" else "cpu")
     return Record(
@@ -246,7 +253,7 @@ def _recorded(
         device=painter.predictor.device,
         machine=str(machine["device"]),
         threads=int(machine["threads"]),
-        frame=frame,
+        frame=(width, height),
         seen=(max(1, round(width * scale)), max(1, round(height * scale))),
         realtime=stream.live or realtime,
         damaged=stream.trouble.damaged,

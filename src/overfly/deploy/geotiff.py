@@ -139,18 +139,29 @@ def map_raster(
         if other:
             notes.append(f"an unfinished {out.name} of other settings was thrown away")
         work = Work(predictor, scene, plan, held, wanted, job, done)
-        try:
-            with _writable(out):
-                windows, busy = _run(work, settings.batch, told)
-                shares = _shares(work)
-                _publish(work, files, settings)
-        except OverflyError as error:
-            if not isinstance(error, UnwrittenError):
-                store.discard(folder)
-            raise
-        store.discard(folder)
+        windows, busy, shares = _finished(work, out, files, settings, told)
     took = time.monotonic() - began
     return Mapped(source, out, list(files.values()), True, done, windows, took, busy, shares, notes)
+
+
+def _finished(
+    work: Work, out: Path, files: dict[str, Path], settings: Settings, told: Told | None
+) -> tuple[int, float, dict[str, float]]:
+    """Do what is left and give the map its name; windows, the network's seconds, and the classes' shares.
+
+    What is half done stays where it is if it cannot be written now, and is thrown away if it can never be finished.
+    """
+    try:
+        with _writable(out):
+            windows, busy = _run(work, settings.batch, told)
+            shares = _shares(work)
+            _publish(work, files, settings)
+    except OverflyError as error:
+        if not isinstance(error, UnwrittenError):
+            store.discard(work.held.folder)
+        raise
+    store.discard(work.held.folder)
+    return windows, busy, shares
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from overfly.core.records import Batch, Losses
 from overfly.core.spec import Count, NonNegative, Share
 from overfly.methods.method import Method, TeacherStudent, named
 from overfly.ops.normalise import together
-from overfly.ops.teacher import follow, keep_above, moved, pseudo_label, surest
+from overfly.ops.teacher import follow, keep_above, moved, pseudo_label, rising, surest
 
 
 class ThresholdNetworks(TeacherStudent):
@@ -63,7 +63,7 @@ class CBST(Method[ThresholdNetworks], name="cbst"):
 
     def share_at(self, step: int) -> float:
         """Share of each class's pixels that is kept at a step."""
-        return self.share + (self.final - self.share) * min(1.0, step / self.rise)
+        return rising(self.share, self.final, self.rise, step)
 
     def after_step(self, nets: ThresholdNetworks, step: int) -> None:
         """The teacher follows the student."""

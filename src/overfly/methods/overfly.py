@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from overfly.core.records import IGNORE, Batch, Labelled, Losses
 from overfly.core.spec import Count, NonNegative, Pixels, Positive, Share
-from overfly.methods.method import Method, TeacherStudent, named
+from overfly.methods.cbst import ThresholdNetworks
+from overfly.methods.method import Method, named
 from overfly.ops.augment import augment
 from overfly.ops.colour import GaussianBlur, Illumination, Strong, recoloured
 from overfly.ops.criterion import Criterion, CrossEntropy
@@ -18,25 +19,21 @@ from overfly.ops.geometry import Dihedral
 from overfly.ops.masking import block_mask, cover
 from overfly.ops.mixing import class_mask, paste
 from overfly.ops.normalise import keeping_statistics, together
-from overfly.ops.teacher import Pseudo, debiased, follow, keep_above, moved, seen_at, surest
+from overfly.ops.teacher import Pseudo, debiased, follow, keep_above, moved, rising, seen_at, surest
 
 MEMORY = 0.95
 """Share of the old thresholds and class shares that is kept at every step."""
 
 
-class OverflyNetworks(TeacherStudent):
-    """Student and teacher, how sure a label of each class must be, and how often the teacher says each class."""
+class OverflyNetworks(ThresholdNetworks):
+    """Student and teacher, steps done, how sure a label of each class must be, and how often the teacher says each."""
 
-    thresholds: Tensor
     shares: Tensor
-    steps: Tensor
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
         classes = len(self.segmenter.classes)
-        self.register_buffer("thresholds", torch.zeros(classes))
         self.register_buffer("shares", torch.full((classes,), 1 / classes))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
 class Overfly(Method[OverflyNetworks], name="overfly"):
@@ -115,20 +112,18 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     @torch.no_grad()
     def labels(self, nets: OverflyNetworks, target: Tensor) -> Tensor:
         """The teacher's labels of target images (B, H, W), `IGNORE` where it is not among the surest of their class."""
-        found = [seen_at(nets.teacher, target, scale) for scale in self.scales]
-        probability = torch.stack(found).mean(0)
+        probability = torch.stack([seen_at(nets.teacher, target, scale) for scale in self.scales]).mean(0)
         nets.shares.lerp_(probability.mean((0, 2, 3)), 1 - MEMORY)
         sureness, label = debiased(probability, nets.shares, self.debias).max(1)
         pseudo = Pseudo(label, sureness)
-        nets.thresholds.copy_(
-            moved(nets.thresholds, surest(pseudo, self.share_at(int(nets.steps)), len(nets.shares)), MEMORY)
-        )
+        found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.shares))
+        nets.thresholds.copy_(moved(nets.thresholds, found, MEMORY))
         return keep_above(pseudo, nets.thresholds)
 
     def share_at(self, step: int) -> float:
         """Share of each class's pixels that is learnt from at a step."""
         first = self.keep if self.begin is None else self.begin
-        return first + (self.keep - first) * min(1.0, step / self.rise)
+        return rising(first, self.keep, self.rise, step)
 
     def after_step(self, nets: OverflyNetworks, step: int) -> None:  # noqa: ARG002 - the teacher is never young
         """The teacher, trained already, follows the student slowly from the first step on."""

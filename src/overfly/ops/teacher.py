@@ -133,6 +133,11 @@ def surest(pseudo: Pseudo, share: float | Tensor, classes: int, ceiling: float =
     return found
 
 
+def rising(first: float, last: float, rise: int, step: int) -> float:
+    """A share that goes from the first to the last in a line over the first ``rise`` steps, at a step from 0."""
+    return first + (last - first) * min(1.0, step / rise)
+
+
 def keep_above(pseudo: Pseudo, thresholds: Tensor) -> Tensor:
     """Pseudo-labels (B, H, W) with `IGNORE` where the probability is below the threshold of its class.
 
