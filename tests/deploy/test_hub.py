@@ -4,6 +4,7 @@ import errno
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from overfly.core import parts
 from overfly.core.errors import FetchError, WeightsError
 from overfly.deploy import hub
 
@@ -47,6 +49,21 @@ def test_a_folder_is_laid_out_like_a_hub(export: Path, tmp_path: Path) -> None:
     assert {file.name for file in loaded} == {"a.xml", "a.bin", "a.json", "a.md"}
     assert (tmp_path / "here" / "a.md").read_text() == "# A card"
     assert (tmp_path / "here" / "a.bin").read_text() == "weights"
+
+
+def test_what_a_killed_push_left_is_cleared_away(export: Path, tmp_path: Path) -> None:
+    share = tmp_path / "share"
+    share.mkdir()
+    part, handle = parts._new(share / "a.xml", False)
+    if handle is None:
+        pytest.skip("no locks here")
+    part.write_text("gra")
+    hub.push(export, f"file://{share}")  # while the other one lives
+    assert part.exists()
+    (share / "a.xml").unlink()
+    os.close(handle)  # as the system does for the dead
+    hub.push(export, f"file://{share}")
+    assert sorted(path.name for path in share.iterdir()) == ["README.md", "a.bin", "a.json", "a.xml"]
 
 
 def test_what_is_no_export_is_refused(export: Path, tmp_path: Path) -> None:

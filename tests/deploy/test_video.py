@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from overfly.core import parts
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.deploy.stream import until
 from overfly.deploy.video import Trouble, _decoded, _Stream, opened, see_free, writing
@@ -274,6 +276,21 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     for path, words in ((video(tmp_path / "there.mp4"), "is there already"), (tmp_path / "a.gif", r"name it a\.mp4")):
         with pytest.raises(DataError, match=words):
             see_free(path)
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    part, handle = parts._new(path, False)
+    if handle is None:
+        pytest.skip("no locks here")
+    with writing(path, 10) as writer:
+        writer.write(np.zeros((32, 32, 3), np.uint8), 0.0)
+        assert part.exists()  # its writer lives
+    path.unlink()
+    os.close(handle)  # as the system does for the dead
+    with writing(path, 10) as writer:
+        writer.write(np.zeros((32, 32, 3), np.uint8), 0.0)
+    assert [left.name for left in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:

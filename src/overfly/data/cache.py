@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from overfly.core.errors import DataError
+from overfly.core.parts import part_of
 from overfly.core.records import Array, Drawing, Item, UInt8
 from overfly.data.domain import Domain
 from overfly.data.headers import facts
@@ -150,15 +150,10 @@ def _load(path: Path) -> Array | None:
 def _save(path: Path, made: Array) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            try:
+        with part_of(path) as part:
+            with part.open("wb") as file:
                 np.save(file, made, allow_pickle=False)
-                file.close()
-                Path(file.name).replace(path)
-            except BaseException:
-                file.close()
-                Path(file.name).unlink(missing_ok=True)
-                raise
+            part.replace(path)
     except OSError as error:
         raise DataError(
             f"the cache {path.parent.parent} cannot be written ({error.strerror}); free space, or train without it"

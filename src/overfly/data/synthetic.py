@@ -8,7 +8,6 @@ materials and season, ground resolution, sun and shadow, haze, sensor.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -22,6 +21,7 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.interrupts import interrupts_held
+from overfly.core.parts import part_of
 from overfly.core.records import Item, UInt8
 from overfly.core.spec import Count, Pixels
 from overfly.data.domain import SPLITS, Domain, Split
@@ -191,8 +191,8 @@ def write_world(
         return count
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
-            world = Path(temporary) / "world"
+        with part_of(root, folder=True) as part:
+            world = part / "world"
             _write_all(world, numbers, sorted(set(scenes)), size, workers)
             (world / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             if root.is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 
 from overfly.core.device import describe
 from overfly.core.errors import MissingExtraError, RecipeError
+from overfly.core.parts import part_of
 from overfly.core.spec import Pixels, Spec, Whole
 from overfly.deploy.backends import Facts, Floats, Predictor, of_segmenter
 from overfly.deploy.formats import write_onnx, write_openvino, write_torch
@@ -108,10 +108,8 @@ def export(
     if made.precision == "int8" and made.format == "torch":
         raise RecipeError("PyTorch runs no exported 8-bit network; take --format onnx or openvino, or --precision 16")
     folder.mkdir(parents=True, exist_ok=True)
-    final, work = folder / f"{name}{SUFFIX[made.format]}", folder / f".{name}.{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    final = folder / f"{name}{SUFFIX[made.format]}"
+    with part_of(final, folder=True) as work:
         tell(f"writing {final.name}")
         with writing(final):
             file = _write(segmenter, facts, made, evidence, work / final.name)
@@ -120,8 +118,6 @@ def export(
         _judge(found, folder / f"{name}.failed.json")
         with writing(final):
             _move(work, folder, file, found, name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return final, found
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from overfly.core.errors import FetchError, MissingExtraError, WeightsError
+from overfly.core.parts import part_of
 from overfly.deploy import shelf
 from overfly.models.checkpoints import first_line
 
@@ -91,8 +91,11 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
             raise FetchError(f"{folder} is the repository itself; give another folder as --out")
         return _take(folder, out, str(folder))
     patterns = [f"*{suffix}" for suffix in (*shelf.OPENED, ".bin", ".json", ".md")]
-    package, work = _package(), out.parent / f".{out.name}.{os.getpid()}.part"
-    try:
+    package = _package()
+    with contextlib.ExitStack() as held:
+        with shelf.writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            work = held.enter_context(part_of(out, folder=True))
         try:
             package.snapshot_download(
                 repository, revision=revision, local_dir=work, allow_patterns=patterns, endpoint=endpoint
@@ -106,8 +109,6 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
                 "`hf auth login` where it is private"
             ) from error
         return _take(work, out, repository)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _folder(repository: str) -> Path:

@@ -6,13 +6,13 @@ import contextlib
 import errno
 import filecmp
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from overfly.core.errors import FetchError, OverflyError, WeightsError
+from overfly.core.parts import part_of
 from overfly.models.checkpoints import check_digest
 
 OPENED = (".onnx", ".xml", ".pt2")
@@ -73,20 +73,19 @@ def put(files: Mapping[Path, Path | str], folder: Path) -> None:
     new = not folder.exists()
     written: dict[Path, Path] = {}
     try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        for target, source in files.items():
-            if target.exists() and _same(target, source):
-                continue
-            written[target] = target.with_name(f".{target.name}.{os.getpid()}.part")
-            with writing(target):
-                _write(source, written[target])
-        for target, part in written.items():
-            with writing(target):
-                part.replace(target)
+        with contextlib.ExitStack() as held:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            for target, source in files.items():
+                if target.exists() and _same(target, source):
+                    continue
+                with writing(target):
+                    written[target] = held.enter_context(part_of(target))
+                    _write(source, written[target])
+            for target, part in written.items():
+                with writing(target):
+                    part.replace(target)
     except OverflyError:
-        for part in written.values():
-            part.unlink(missing_ok=True)
         if new:
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from overfly.core.errors import DataError, MissingExtraError, RecipeError
+from overfly.core.parts import part_of
 from overfly.core.records import UInt8
 from overfly.data.headers import SUFFIXES, facts
 from overfly.data.listing import natural
@@ -339,25 +340,21 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
     """
     see_free(path)
     av = _av()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()  # FFmpeg opens it with the first frame, and a place that cannot be written is told before
-        writer = _Writer(part, CONTAINERS[path.suffix.lower()], rate)
-        try:
-            yield writer
-            writer.finish()
-            if writer.video is not None:
-                _publish(part, path)
-        except BaseException:
-            with suppress(av.FFmpegError, OSError):
-                writer.container.close()
-            raise
+        with part_of(path) as part:  # FFmpeg opens it with the first frame; a place that cannot be written is told now
+            writer = _Writer(part, CONTAINERS[path.suffix.lower()], rate)
+            try:
+                yield writer
+                writer.finish()
+                if writer.video is not None:
+                    _publish(part, path)
+            except BaseException:
+                with suppress(av.FFmpegError, OSError):
+                    writer.container.close()
+                raise
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path} cannot be written ({_reason(error)}); choose another --out, or make room") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _publish(part: Path, path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError, RecipeError, WeightsError
+from overfly.core.parts import part_of
 from overfly.core.records import Logits
 from overfly.models.checkpoints import check_values, first_line
 from overfly.models.network import Network
@@ -165,14 +166,11 @@ class Segmenter(nn.Module):
             "training_heads": self.network.has_training_heads,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with part_of(path) as unfinished:
             save_file(tensors, unfinished, metadata={key: json.dumps(value) for key, value in about.items()})
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
             unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from datetime import datetime
 from functools import cached_property
@@ -15,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from overfly.core.errors import RunError
+from overfly.core.parts import part_of
 from overfly.core.settings import explain
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
@@ -148,9 +148,9 @@ class Run:
     def record(self, file: str, values: dict[str, Any]) -> None:
         """Write a JSON file of the folder, whole or not at all."""
         path = self.path / file
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with part_of(path) as part:
+            part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            part.replace(path)
 
     def segmenter(self, step: int | None = None) -> Segmenter:
         """The network that the run ended in, or that of a kept validation, in evaluation mode.
