@@ -8,13 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from overfly.adaptation import beside
+from overfly.adaptation import adapt as judge
+from overfly.adaptation import beside, differences
 from overfly.api import adapt
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch
 from overfly.data.synthetic import Drawn
 from overfly.methods.dacs import DACS, Mix, MixNetworks
 from overfly.recipe import Recipe, load
+from overfly.scoring.gate import Gate
+from overfly.training.engine import Engine, launch
 from overfly.training.run import Run
 
 
@@ -60,6 +63,55 @@ def test_a_recipe_without_a_start_is_given_its_own_baseline(small: dict[str, Any
 def test_the_seed_reaches_all_three(tiny: dict[str, Any]) -> None:
     plans = beside(load({**tiny, "method": "dacs"}, "seed=4"))
     assert {plan.seed for plan in plans.values() if isinstance(plan, Recipe)} == {4}
+
+
+def test_several_ways_begin_from_one_network_and_say_where_they_differ(tiny: dict[str, Any]) -> None:
+    one, two = (load({**tiny, "method": {"name": "overfly", "mix": share}}) for share in (0.5, 0.0))
+    plans = beside(one, two)
+    assert list(plans) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
+    assert plans["adapted 2"] == two
+    assert differences([one, two]) == [{"method.mix": 0.5}, {"method.mix": 0.0}]
+    assert differences([one]) == [{}]
+
+
+@pytest.mark.parametrize("change", ["start.steps=13", "window=32", "seed=3", "target.scene=urban"])
+def test_ways_from_different_starts_are_not_chosen_among(tiny: dict[str, Any], change: str) -> None:
+    recipe = {**tiny, "method": "dacs"}
+    with pytest.raises(RecipeError, match="same source, target, start"):
+        beside(load(recipe), load(recipe, change))
+
+
+def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_path: Path) -> None:
+    start = {**tiny, "start": {**tiny["start"], "steps": 60}, "steps": 20}
+    files = []
+    for name, method in (("harm", {"name": "shuffled", "ema": 0.5}), ("own", {"name": "overfly", "mix": 0.0})):
+        files.append(tmp_path / f"{name}.yaml")
+        load({**start, "method": method}).save(files[-1])
+    found = adapt(files[0], str(files[1]), "seed=1", out=tmp_path, device="cpu", quiet=True, estimate=False)
+    networks = found.verdict.networks
+    assert list(networks) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
+    assert networks["adapted 1"].against
+    assert found.verdict.recommended != "adapted 1"
+    assert networks["adapted 2"].settings["method.name"] == "overfly"
+    assert found.run.recipe.method.name == ("shuffled" if networks["adapted 2"].against else "overfly")
+    assert found.run.recipe.seed == 1
+    assert "In what the adapted networks differ" in (found.path / "verdict.md").read_text()
+    assert found.verdict.labels_opened == 0
+
+
+def test_of_several_that_pass_the_committee_chooses(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """With a gate that lets all pass: votes are given, and the first by them is recommended."""
+    recipes = [load({**tiny, "method": name}) for name in ("dacs", "mic")]
+    open_gate = Gate(source_loss=1.0, agreement=0.0, familiar=0.0, sureness=1.0, margin=0.0)
+    loose = open_gate.model_copy(update={"margin": -1.0})
+    engine = Engine("cpu", quiet=True)
+    _, verdict = judge(*recipes, out=tmp_path, fabric=launch(recipes[0], engine), engine=engine, gate=loose)
+    votes = {role: each.committee for role, each in verdict.networks.items()}
+    assert all(vote is not None for vote in votes.values())
+    assert all(each.figures.consensus is not None for each in verdict.networks.values())
+    others = {role: vote or 0.0 for role, vote in votes.items() if role != "source only"}
+    assert others[verdict.recommended] == max(others.values())
+    assert "the committee puts it before" in verdict.sentence
 
 
 def test_source_only_is_no_adaptation(small: dict[str, Any]) -> None:

@@ -50,10 +50,13 @@ def test_what_is_no_time_is_said(text: str) -> None:
 
 def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proposal, "step_seconds", lambda recipe, _: 1.0 if recipe.method.needs_target else 0.5)
-    recipe = of_folders(own, "10m", Engine("cpu", quiet=True))
+    recipe, plain = of_folders(own, "10m", Engine("cpu", quiet=True))
     assert isinstance(recipe.start, Recipe)
-    assert (recipe.steps, recipe.start.steps) == (240, 540)
-    assert recipe.schedule == Poly(power=1.0, warmup=24)
+    assert plain.start == recipe.start
+    assert (recipe.steps, plain.steps, recipe.start.steps) == (174, 174, 300)
+    assert recipe.schedule == Poly(power=1.0, warmup=17)
+    ways = [each.method.model_dump() for each in (recipe, plain)]
+    assert [(way["mix"], way["rise"]) for way in ways] == [(0.5, 58), (0.0, 58)]
     assert recipe.crop == 96
     assert recipe.target is not None
     assert not any(item.label for item in recipe.target.items("train"))
@@ -62,6 +65,13 @@ def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.Mon
     assert recipe.source.mean is not None
     assert len(recipe.source.items("train")) + len(recipe.source.items("val")) == 8
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_short_time_goes_to_one_adaptation(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposal, "step_seconds", lambda recipe, _: 1.0 if recipe.method.needs_target else 0.5)
+    (recipe,) = of_folders(own, "8m", Engine("cpu", quiet=True))
+    assert isinstance(recipe.start, Recipe)
+    assert (recipe.steps, recipe.start.steps) == (192, 432)
 
 
 def test_a_time_that_is_too_short_is_said_with_what_is_needed(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -117,13 +118,14 @@ def adapt(
 ) -> Adapted:
     """Adapt to images without labels, and say whether the result is better than what it began from.
 
-    Three networks are looked at without target labels: source only, recalibrated and adapted. One is recommended and
-    kept as best.safetensors; where adaptation would do harm, that is the one it began from. Give a recipe, or your own
-    folders: A with masks, B without; or, where A's imagery cannot leave its owner, a trained run (--from) and B.
+    Networks are looked at without target labels: source only, recalibrated and adapted. One is recommended and kept as
+    best.safetensors; where adaptation would do harm, that is the one it began from. Give a recipe, or several with the
+    same start, to choose among them too; or your own folders: A with masks, B without, which are adapted in two ways;
+    or, where A's imagery cannot leave its owner, a trained run (--from) and B.
 
     Args:
         recipe: a recipe file whose method adapts.
-        overrides: settings to change, such as method.ema=0.999.
+        overrides: more recipe files, and settings to change in all, such as method.ema=0.999.
         images_a: folder or pattern of the labelled images.
         masks_a: folder or pattern of their masks.
         images_b: folder or pattern of the images to adapt to.
@@ -149,8 +151,15 @@ def adapt(
         recipe, overrides = None, (str(recipe), *overrides)
     if recipe is not None and own != proposal.Own():
         raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")
-    value = load(recipe if recipe is not None else proposal.of_folders(own, budget, engine), *overrides)
-    run, verdict = adaptation.adapt(value, out, launch(value, engine), engine, estimates=estimate)
+    more = [Path(entry) for entry in overrides if "=" not in entry or Path(entry).is_file()]
+    changed = [entry for entry in overrides if Path(entry) not in more]
+    if more and recipe is None:
+        raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")
+    written: Sequence[Written] = [recipe, *more] if recipe is not None else proposal.of_folders(own, budget, engine)
+    values = [load(each, *changed) for each in written]
+    run, verdict = adaptation.adapt(
+        *values, out=out, fabric=launch(values[0], engine), engine=engine, estimates=estimate
+    )
     return Adapted(run.path, verdict)
 
 

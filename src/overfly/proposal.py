@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,18 @@ LOOKED_AT = 50
 """Pictures whose sizes are read, and from which mean and standard deviation are estimated."""
 FEWEST, MOST = 50, 40_000
 """Steps of one training below which nothing is learnt, and above which little more is."""
-PARTS = {"source": 0.45, "adapted": 0.4}
-"""Shares of the time for the two trainings; the rest goes to reading, recalibration, looking and scoring."""
+PARTS = {1: {"source": 0.45, "adapted": 0.4}, 2: {"source": 0.25, "adapted": 0.29}}
+"""Shares of the time for source only and for each of one or two adaptations; the rest goes to reading, recalibration,
+looking and scoring."""
+WORTH = 150
+"""Steps of each of two adaptations below which the time is better spent on one."""
+WAYS = (
+    Overfly(statistics="joint", begin=0.2, mean="labelled", strong=()),
+    Overfly(statistics="joint", begin=0.2, mean="labelled", mix=0.0),
+)
+"""The two ways to adapt between folders of one's own: pasting source things in unchanged colours, and pasting nothing.
+On the drawn world each wins in one direction by 9 points or more and loses in the other, and labels are not needed to
+tell which (docs/results/drawn.md)."""
 
 
 def seconds(budget: str) -> float:
@@ -133,19 +143,19 @@ def crop_for(domains: list[Domain], device: torch.device) -> int:
 def propose(
     source: Domain | None,
     target: Domain,
-    method: Method[Any],
+    methods: Sequence[Method[Any]],
     *,
     start: Path | None,
     budget: float,
     fabric: Fabric,
     model: str = "pidnet_s",
-) -> Recipe:
-    """A recipe whose trainings fit a time on this machine.
+) -> list[Recipe]:
+    """Recipes whose trainings all fit a time on this machine.
 
     Args:
         source: labelled images; None where the network alone is there.
         target: images to adapt to.
-        method: how.
+        methods: how, in one way or in two; where the time is short, in the first alone.
         start: run or weights to begin from; without it a source-only training comes first.
         budget: seconds for everything.
         fabric: launched; a few steps of each training are timed on its device.
@@ -161,32 +171,43 @@ def propose(
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(device.type, 4),
         "augment": augment, "clip": 10.0,
     }  # fmt: skip
-    optim = AdamW(lr=5e-4)
-    if source is None or start is not None:
-        adapted = Recipe(**shared, start=start, method=method, optim=optim)
-        steps = _steps(budget, {"adapted": step_seconds(adapted, fabric)})
-        return adapted.model_copy(update=_length(steps["adapted"]))
-    plain = Recipe(**shared, model=model, method=SourceOnly(), optim=AdamW(lr=2e-3))
-    adapted = Recipe(**shared, start=plain, method=method, optim=optim)
-    steps = _steps(budget, {"source": step_seconds(plain, fabric), "adapted": step_seconds(adapted, fabric)})
-    first = plain.model_copy(update={"steps": steps["source"]})
-    return adapted.model_copy(update={**_length(steps["adapted"]), "start": first})
+    plain = None
+    times = {}
+    if source is not None and start is None:
+        plain = Recipe(**shared, model=model, method=SourceOnly(), optim=AdamW(lr=2e-3))
+        times["source"] = step_seconds(plain, fabric)
+    adapted = [Recipe(**shared, start=plain or start, method=each, optim=AdamW(lr=5e-4)) for each in methods]
+    times["adapted"] = max(step_seconds(each, fabric) for each in adapted)
+    if len(adapted) > 1 and _counts(budget, times, 2)["adapted"] < WORTH:
+        adapted = adapted[:1]
+    steps = _steps(budget, times, len(adapted))
+    first = plain and plain.model_copy(update={"steps": steps["source"]})
+    return [
+        each.model_copy(update={"start": first or start, **_length(each.method, steps["adapted"])}) for each in adapted
+    ]
 
 
-def _length(steps: int) -> dict[str, Any]:
-    """Steps of an adaptation and their rates: without a warm-up the first steps undo what the network has learnt."""
-    return {"steps": steps, "schedule": Poly(power=1.0, warmup=max(1, steps // 10))}
+def _length(method: Method[Any], steps: int) -> dict[str, Any]:
+    """Steps of an adaptation and what hangs on them: without a warm-up the first steps undo what was learnt."""
+    rises = {"rise": max(1, steps // 3)} if isinstance(method, Overfly) and method.begin is not None else {}
+    schedule = Poly(power=1.0, warmup=max(1, steps // 10))
+    return {"steps": steps, "schedule": schedule, "method": method.model_copy(update=rises)}
 
 
-def _steps(budget: float, times: Mapping[str, float]) -> dict[str, int]:
+def _counts(budget: float, times: Mapping[str, float], ways: int) -> dict[str, int]:
+    """Steps of each training that fit a time, with so many adaptations."""
+    return {name: min(MOST, int(PARTS[ways][name] * budget / each)) for name, each in times.items()}
+
+
+def _steps(budget: float, times: Mapping[str, float], ways: int) -> dict[str, int]:
     """Steps of each training that fit a time.
 
     Raises:
         RecipeError: the time is too short.
     """
-    steps = {name: min(MOST, int(PARTS[name] * budget / each)) for name, each in times.items()}
+    steps = _counts(budget, times, ways)
     if min(steps.values()) < FEWEST:
-        need = max(FEWEST * each / PARTS[name] for name, each in times.items())
+        need = max(FEWEST * each / PARTS[ways][name] for name, each in times.items())
         raise RecipeError(
             f"--budget {budget:g}s is too short for {FEWEST} steps of each training here; give "
             f"{int(need / 60) + 1}m or more"
@@ -252,8 +273,8 @@ class Own:
             )
 
 
-def of_folders(own: Own, budget: str, engine: Engine) -> Recipe:
-    """The recipe for two folders of one's own, or for a trained network and one folder.
+def of_folders(own: Own, budget: str, engine: Engine) -> list[Recipe]:
+    """The recipes for two folders of one's own, or for a trained network and one folder.
 
     Args:
         own: the folders.
@@ -270,7 +291,7 @@ def of_folders(own: Own, budget: str, engine: Engine) -> Recipe:
         settings = classes_from(own.start)
     source = folder("A", own.images_a, settings, own.masks_a) if own.images_a is not None else None
     target = folder("B", own.images_b or Path(), settings)
-    method: Method[Any] = Overfly() if source is not None else SourceFree()
-    first: Method[Any] = SourceOnly() if source is not None else method
+    methods: Sequence[Method[Any]] = WAYS if source is not None else (SourceFree(),)
+    first: Method[Any] = SourceOnly() if source is not None else methods[0]
     fabric = launch(Recipe(target=target, start=own.start, source=source, method=first), engine)
-    return propose(source, target, method, start=own.start, budget=there_is, fabric=fabric)
+    return propose(source, target, methods, start=own.start, budget=there_is, fabric=fabric)

@@ -80,25 +80,30 @@ class Gate(Spec):
             f"source's, less than {100 * self.familiar:g}: they may show other things than the classes",
         )
 
-    def recommend(
+    def refusals(
         self, before: str, figures: Mapping[str, LabelFree], home: LabelFree | None = None
-    ) -> tuple[str, dict[str, tuple[str, ...]]]:
-        """The most consistent network of those that nothing speaks against.
+    ) -> dict[str, tuple[str, ...]]:
+        """What speaks against each network but the one before adaptation, as sentences; empty where nothing does.
 
         Args:
-            before: name of the network before adaptation; it is recommended where all others are refused.
+            before: name of the network before adaptation.
             figures: of all networks, by name.
             home: figures of the network before adaptation on held-out pictures of its source.
-
-        Returns:
-            The name recommended, and what speaks against each of the others.
         """
         strange = self.strange(home, figures[before])
-        reasons = {
-            name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before
-        }
-        passed = [name for name, found in reasons.items() if not found]
-        return max(passed, key=lambda name: consistency(figures[name]), default=before), reasons
+        return {name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before}
+
+
+def favourite(before: str, figures: Mapping[str, LabelFree], votes: Mapping[str, float]) -> str:
+    """Of networks that nothing speaks against, the one that the committee puts first, then the most consistent.
+
+    Args:
+        before: name of the network before adaptation; returned where there is no other.
+        figures: of the networks that nothing speaks against, by name.
+        votes: the committee's, as far as there was an election.
+    """
+    others = [name for name in figures if name != before]
+    return max(others, key=lambda name: (votes.get(name, 0.0), consistency(figures[name])), default=before)
 
 
 def consistency(figures: LabelFree) -> float:
@@ -120,4 +125,4 @@ def familiarity(home: LabelFree, away: LabelFree) -> float:
     return math.prod(min(1.0, there / here) if here else 1.0 for there, here in shares)
 
 
-__all__ = ["Gate", "consistency", "familiarity"]
+__all__ = ["Gate", "consistency", "familiarity", "favourite"]
