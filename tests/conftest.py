@@ -54,7 +54,6 @@ def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
     """From a method's name to a small recipe that has what the method needs: a trained start, a teacher."""
     special: dict[str, Callable[[], dict[str, Any]]] = {
         "daformer": lambda: {"warmup": 1},
-        "overfly": lambda: {"statistics": "joint"},  # three steps leave no statistics that are worth keeping
         "distil": lambda: {"teacher": str(first_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
     }
 

@@ -23,7 +23,7 @@ from overfly.data.folder import Folder
 from overfly.data.headers import facts
 from overfly.data.statistics import spread, statistics
 from overfly.methods.method import Method
-from overfly.methods.overfly import Overfly
+from overfly.methods.overfly import LIGHT, Overfly
 from overfly.methods.source_free import SourceFree
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
@@ -47,10 +47,7 @@ PARTS = {1: {"source": 0.45, "adapted": 0.4}, 2: {"source": 0.25, "adapted": 0.2
 looking and scoring."""
 WORTH = 150
 """Steps of each of two adaptations below which the time is better spent on one."""
-WAYS = (
-    Overfly(statistics="joint", begin=0.2, mean="labelled", strong=()),
-    Overfly(statistics="joint", begin=0.2, mean="labelled", mix=0.0),
-)
+WAYS = (Overfly(), Overfly(mix=0.0, strong=LIGHT))
 """The two ways to adapt between folders of one's own: pasting source things in unchanged colours, and pasting nothing.
 On the drawn world each wins in one direction by 9 points or more and loses in the other, and labels are not needed to
 tell which (docs/results/drawn.md)."""

@@ -57,13 +57,13 @@ def test_debiasing_makes_common_classes_dearer() -> None:
 def test_statistics_are_kept_and_weights_are_not(nets: OverflyNetworks, batch: Batch) -> None:
     norms = batch_norms(nets.student)
     before = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
-    method = Overfly()
+    method = Overfly(statistics="kept")
     losses = method.losses(nets, batch)
     torch.autograd.backward(torch.stack(list(losses.values())).sum())
     assert all(torch.equal(norm.running_mean, old) for norm, old in zip(norms, before, strict=True))  # type: ignore[arg-type]
     assert all(norm.training for norm in norms)
     assert all(parameter.grad is not None for parameter in nets.student.parameters())
-    Overfly(statistics="joint").losses(nets, batch)
+    Overfly().losses(nets, batch)
     assert not all(torch.equal(norm.running_mean, old) for norm, old in zip(norms, before, strict=True))  # type: ignore[arg-type]
 
 
@@ -81,7 +81,7 @@ def test_every_class_keeps_the_surest_share(nets: OverflyNetworks) -> None:
     target = torch.rand(2, 3, 64, 64)
     nets.teacher = Bright()
     nets.shares, nets.thresholds = torch.full((2,), 0.5), torch.zeros(2)
-    method = Overfly(keep=0.5, scales=(1.0,), debias=0.0)
+    method = Overfly(keep=0.5, begin=None, scales=(1.0,), debias=0.0)
     torch.manual_seed(3)
     label = method.labels(nets, target)
     torch.manual_seed(3)
@@ -102,7 +102,7 @@ def test_the_share_of_a_class_rises_from_its_first_to_its_last(nets: OverflyNetw
         nets.thresholds = torch.zeros(2)
         kept = (method.labels(nets, target) != IGNORE).float().mean()
         assert float(kept) == pytest.approx(share, abs=0.05)
-    assert Overfly(keep=0.6).share_at(0) == 0.6
+    assert Overfly(begin=None, keep=0.6).share_at(0) == 0.6
 
 
 def test_every_step_is_counted(nets: OverflyNetworks) -> None:
@@ -118,7 +118,7 @@ def test_few_sure_labels_weigh_little_or_as_much_as_all(
     label[:, :16] = 3
     monkeypatch.setattr(Overfly, "labels", lambda *_: label)
     found = []
-    for method in (Overfly(mix=0.0), Overfly(mix=0.0, mean="labelled")):
+    for method in (Overfly(mix=0.0, mean="all"), Overfly(mix=0.0)):
         torch.manual_seed(0)
         found.append(float(method.losses(nets, batch)["mixed_main"].detach()))
     assert found[0] / found[1] == pytest.approx(0.25)

@@ -21,6 +21,8 @@ from overfly.ops.mixing import class_mask, paste
 from overfly.ops.normalise import keeping_statistics, together
 from overfly.ops.teacher import Pseudo, debiased, follow, keep_above, moved, rising, seen_at, surest
 
+LIGHT: Strong = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
+"""Another light rather than another hue, which tells classes apart from above: for `Overfly.strong`."""
 MEMORY = 0.95
 """Share of the old thresholds and class shares that is kept at every step."""
 
@@ -42,11 +44,12 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     The teacher, a moving average of weights and statistics in evaluation mode, sees each target image at every one of
     `scales`, turned by a random quarter or mirrored, and averages: what a network says at the wrong resolution is its
     commonest error from place to place. Classes that it says too often are made dearer (`debias`; Wang et al., 2022,
-    DebiasPL), and of every class the surest share is learnt from (Zou et al., 2018, CBST), on images into which half
-    of a source image's classes are pasted (Olsson et al., 2021, ClassMix). Source and mixed images go through the
-    student in one pass; by default batch normalisation keeps the statistics of the network that it began from, since
-    statistics that follow the target follow its class shares too. Boundaries are learnt from source pixels alone, and
-    weigh less than in training from scratch. The teacher is what is deployed.
+    DebiasPL), and of every class the surest share is learnt from, first a little and then more (Zou et al., 2018,
+    CBST), on images into which half of a source image's classes are pasted (Olsson et al., 2021, ClassMix), colours
+    unchanged. Source and mixed images go through the student in one pass and share its batch statistics. Boundaries
+    are learnt from source pixels alone, and weigh less than in training from scratch. The teacher is what is deployed.
+    Whether pasting helps or harms depends on the two places; `overfly adapt` between two folders trains both and
+    chooses without labels.
     """
 
     needs_start: ClassVar[bool] = True
@@ -63,25 +66,25 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     0: not at all."""
     keep: Share = 0.8
     """Share of each class's pixels, the surest, that is learnt from."""
-    begin: Share | None = None
+    begin: Share | None = 0.2
     """That share at the first step, when what a class is confused with is still among its less sure pixels; from there
     it goes to `keep` in a line. None: `keep` from the first step on."""
     rise: Count = 400
     """Steps that `begin` takes to become `keep`."""
     mix: Share = 0.5
     """Share of each source image's classes that are pasted onto the target, rounded up; 0: none are."""
-    strong: Strong = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
-    """What is done to the colours of what the student sees of the target. Another light rather than another hue: hue
-    tells classes apart from above."""
+    strong: Strong = ()
+    """What is done to the colours of what the student sees of the target: nothing, since it costs where things are
+    pasted; where nothing is, another light (illumination and gaussian_blur) helps."""
     masked: Share = 0.0
     """Share of squares of the target's part that are covered (Hoyer et al., 2023, MIC)."""
     block: Pixels = 16
     """Side of these squares in pixels."""
     weight: NonNegative = 2.0
     """Weight of the mixed images' terms."""
-    mean: Literal["all", "labelled"] = "all"
+    mean: Literal["all", "labelled"] = "labelled"
     """What these terms are a mean over: all pixels, so that few sure ones weigh little, or the labelled ones alone."""
-    statistics: Literal["kept", "joint"] = "kept"
+    statistics: Literal["kept", "joint"] = "joint"
     """Batch normalisation of the student: the statistics that it began with, or those of source and mixed images."""
 
     def networks(self, student: nn.Module) -> OverflyNetworks:
