@@ -51,6 +51,21 @@ def test_a_sound_domain(tmp_path: Path) -> None:
     assert label_counts(domain, domain.items("train")[0]).tolist() == [42, 14, 0]
 
 
+def test_a_band_of_opacity_that_is_not_read_is_said(tmp_path: Path) -> None:
+    domain = write(tmp_path)
+    picture = np.random.default_rng(0).integers(0, 200, (8, 8, 4)).astype(np.uint8)
+    Image.fromarray(picture, "RGBA").save(tmp_path / "images" / "3.png")
+    report = check(domain)
+    assert not report.bad
+    assert report.splits[0].unread == 1
+    assert "1 images mark their last band as opacity, and it is not read" in str(report)
+    for number in range(8):
+        Image.fromarray(picture, "RGBA").save(tmp_path / "images" / f"{number}.png")
+    whole = check(domain.model_copy(update={"bands": 4}))
+    assert whole.splits[0].unread == 0
+    assert whole.splits[0].bands == {4: 8}
+
+
 def test_every_bad_file_is_listed(tmp_path: Path) -> None:
     domain = write(tmp_path, 10)
     images, masks = tmp_path / "images", tmp_path / "masks"

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, OverflyError
 from overfly.core.records import IGNORE, Array, Item
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
+from overfly.data.headers import facts
 
 
 class Problem(Spec):
@@ -46,6 +47,8 @@ class SplitReport(Spec):
     """Number of images of each number of bands."""
     dtypes: dict[str, int] = Field(default_factory=dict)
     """Number of images of each type of pixel."""
+    unread: Whole = 0
+    """Images whose last band their file marks as opacity, and which was not read."""
     empty: Whole = 0
     """Masks in which every pixel is ignored: nothing can be learnt from them."""
 
@@ -72,6 +75,11 @@ class Report(Spec):
             told += [f"{split.split}: {split.pictures} images, {split.labelled} with a mask"]
             for what, counts in (("sizes", split.sizes), ("bands", split.bands), ("types", split.dtypes)):
                 told += [f"  {what}: " + ", ".join(f"{value} ({count})" for value, count in counts.items())]
+            if split.unread:
+                told += [
+                    f"  {split.unread} images mark their last band as opacity, and it is not read; if it was measured "
+                    "like the others, such as near infrared, count it in the domain's bands"
+                ]
             told += [f"  {name}: {share:.2%}" for name, share in split.shares.items()]
             if split.labelled:
                 told += [f"  ignored: {split.ignored:.2%}"]
@@ -156,13 +164,14 @@ def _checked(
     sizes: Counter[str] = Counter()
     bands: Counter[int] = Counter()
     dtypes: Counter[str] = Counter()
-    empty = 0
+    empty = unread = 0
     for name, times in Counter(item.name for item in items).items():
         if times > 1:
             problems.append(Problem(picture=name, sentence=f"{times} pictures are called {name}; rename all but one"))
     for item in items:
         for sentence in _see_image(domain, item, sizes, bands, dtypes):
             problems.append(Problem(picture=item.name, sentence=sentence))
+        unread += _leaves_opacity(domain, item)
         if item.label is not None:
             try:
                 found = _counts(domain, item)
@@ -188,7 +197,19 @@ def _checked(
         bands=dict(bands.most_common()),
         dtypes=dict(dtypes.most_common()),
         empty=empty,
+        unread=unread,
     )
+
+
+def _leaves_opacity(domain: Domain, item: Item) -> bool:
+    """Whether a picture's file marks a last band as opacity that the domain does not read."""
+    if not isinstance(item.image, Path):
+        return False
+    try:
+        found = facts(item.image)
+    except OverflyError:
+        return False  # said already
+    return found.alpha and domain.bands < found.bands
 
 
 def _see_image(
