@@ -151,7 +151,12 @@ def _percent(value: float | None) -> str:
 
 def _said(value: object) -> str:
     """A setting's value in a sentence."""
-    return "none" if value is None or value == [] else str(value).replace("'", "")
+    if isinstance(value, list):
+        return (
+            " + ".join(_said(each.get("name")) if isinstance(each, Mapping) else _said(each) for each in value)
+            or "none"
+        )
+    return "none" if value is None else str(value)
 
 
 def beside(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
