@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from overfly.adaptation import adapt as judge
 from overfly.adaptation import beside, differences
 from overfly.api import adapt
+from overfly.arguments import recipes_and_settings
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch
 from overfly.data.synthetic import Drawn
@@ -74,11 +75,33 @@ def test_several_ways_begin_from_one_network_and_say_where_they_differ(tiny: dic
     assert differences([one]) == [{}]
 
 
-@pytest.mark.parametrize("change", ["start.steps=13", "window=32", "seed=3", "target.scene=urban"])
-def test_ways_from_different_starts_are_not_chosen_among(tiny: dict[str, Any], change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("start.steps=13", "recipe 2 says 13 for start.steps, and the first 12; recipes to choose among share"),
+        ("window=32", "recipe 2 says 32 for window, and the first none"),
+        ("seed=3", "recipe 2 says 3 for seed, and the first 0"),
+        ("target.scene=urban", "recipe 2 says urban for target.scene, and the first rural"),
+        ("batch=4", "recipe 2 says what another one says"),
+    ],
+)
+def test_ways_from_different_starts_are_not_chosen_among(tiny: dict[str, Any], change: str, words: str) -> None:
     recipe = {**tiny, "method": "dacs"}
-    with pytest.raises(RecipeError, match="same source, target, start"):
+    with pytest.raises(RecipeError, match=words):
         beside(load(recipe), load(recipe, change))
+
+
+def test_ways_without_a_start_need_one_in_common(small: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="write the same start in both"):
+        beside(load({**small, "method": "dacs"}), load({**small, "method": "dacs", "batch": 4}))
+
+
+def test_what_a_later_recipe_lacks_is_found_before_the_first_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
+    one = load({**tiny, "method": "dacs"})
+    two = load({**tiny, "method": {"name": "distil", "teacher": str(tmp_path / "nowhere.safetensors")}})
+    with pytest.raises(RecipeError, match=r"recipe 2: method.teacher: there is no trained network"):
+        adapt(one, two, out=tmp_path / "runs", device="cpu", quiet=True)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -93,6 +116,11 @@ def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_
     assert networks["adapted 1"].against
     assert found.verdict.recommended != "adapted 1"
     assert networks["adapted 2"].settings["method.name"] == "overfly"
+    refused = Run.open(networks["adapted 1"].run)
+    assert json.loads((refused.path / "verdict.json").read_text())["recommended"] == found.verdict.recommended
+    safe = load_file(refused.path / "best.safetensors")
+    assert all(torch.equal(safe[name], each) for name, each in load_file(found.best).items())
+    assert f"adapted 1: {refused.path.name} (name shuffled" in "".join(found.verdict.ways)
     assert found.run.recipe.method.name == ("shuffled" if networks["adapted 2"].against else "overfly")
     assert found.run.recipe.seed == 1
     assert "In what the adapted networks differ" in (found.path / "verdict.md").read_text()
@@ -112,6 +140,15 @@ def test_of_several_that_pass_the_committee_chooses(tiny: dict[str, Any], tmp_pa
     others = {role: vote or 0.0 for role, vote in votes.items() if role != "source only"}
     assert others[verdict.recommended] == max(others.values())
     assert "the committee puts it before" in verdict.sentence
+    other = Path(verdict.networks["adapted 2" if verdict.recommended != "adapted 2" else "adapted 1"].run)
+    assert (other / "verdict.json").exists()
+    assert not (other / "best.safetensors").exists()
+    old = verdict.model_copy(
+        update={
+            "networks": {role: each.model_copy(update={"committee": None}) for role, each in verdict.networks.items()}
+        }
+    )
+    assert "committee" not in old.sentence
 
 
 def test_source_only_is_no_adaptation(small: dict[str, Any]) -> None:
@@ -170,3 +207,23 @@ def test_a_run_is_adapted_without_its_source(tiny: dict[str, Any], tmp_path: Pat
     assert verdict["networks"]["source only"]["run"] == str(run.path)
     assert verdict["networks"]["adapted"]["figures"]["source_miou"] is None
     assert (free.path / "best.safetensors").exists()
+
+
+def test_recipes_and_settings_are_told_apart(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load(tiny)
+    Path("a.yaml").write_text("")
+    Path("run=1").mkdir()
+    long = "method.strong=[" + "x, " * 400 + "]"
+    recipes, settings = recipes_and_settings(["seed=1", Path("a.yaml"), recipe, "a.yaml", "run=1", long])
+    assert recipes == [Path("a.yaml"), recipe, "a.yaml", "run=1"]
+    assert settings == ["seed=1", long]
+    for entry, words in (
+        ("b.yaml", "b.yaml is not there"),
+        ("seed", "'seed' is no file and changes no"),
+        ("", "'' is no"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            recipes_and_settings(["a.yaml", entry])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,39 @@ def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.Mon
     assert recipe.source.mean is not None
     assert len(recipe.source.items("train")) + len(recipe.source.items("val")) == 8
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_settings_that_are_given_hold_for_all_and_are_not_proposed(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def step_seconds(recipe: Recipe, _: object) -> float:
+        timed.append(recipe.model.name)
+        return 0.1
+
+    monkeypatch.setattr(proposal, "step_seconds", step_seconds)
+    changes = ["model=lraspp_mobilenet_v2", "steps=60", "start.steps=40"]
+    one, two = of_folders(own, "10m", Engine("cpu", quiet=True), changes)
+    assert isinstance(one.start, Recipe)
+    assert (one.model.name, one.start.model.name) == ("lraspp_mobilenet_v2",) * 2
+    assert (one.steps, two.steps, one.start.steps, one.schedule.warmup) == (60, 60, 40, 6)
+    assert one.method.model_dump()["rise"] == 20
+    assert not timed
+    (dacs,) = of_folders(own, "10m", Engine("cpu", quiet=True), ["method=dacs", "model=lraspp_mobilenet_v2"])
+    assert dacs.method.name == "dacs"
+    assert dacs.steps == int(0.4 * 600 / 0.1)
+    assert set(timed) == {"lraspp_mobilenet_v2"}
+
+
+def test_the_same_proposal_again_has_the_same_steps(own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, out = Engine("cpu", quiet=True), tmp_path / "runs"
+    monkeypatch.setattr(proposal, "step_seconds", lambda *_: 0.2)
+    first = of_folders(own, "10m", engine, out=out)
+    monkeypatch.setattr(proposal, "step_seconds", lambda *_: 0.4)
+    assert of_folders(own, "10m", engine, out=out) == first
+    assert of_folders(own, "30m", engine, out=out)[0].steps == 1305
+    (note,) = [file for file in out.iterdir() if json.loads(file.read_text())["adapted"] == first[0].steps][:1]
+    note.write_text("{")
+    assert of_folders(own, "10m", engine, out=out)[0].steps == 435
 
 
 def test_a_short_time_goes_to_one_adaptation(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,3 +121,13 @@ def test_length_in_epochs(small: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_file_loads(path: Path) -> None:
     assert load(path).seed == 0
+
+
+def test_another_network_is_another_for_the_start_too(small: dict[str, Any]) -> None:
+    values = {**small, "method": "recalibrate", "start": {key: small[key] for key in small if key != "model"}}
+    found = load(values, "model=lraspp_mobilenet_v2")
+    assert isinstance(found.start, Recipe)
+    assert found.start.model.name == found.model.name == "lraspp_mobilenet_v2"
+    assert load(values, "model.name=pidnet_m").model.name == "pidnet_m"
+    with pytest.raises(RecipeError, match=r"under start trains pidnet_s, and this one asks for pidnet_m"):
+        load({**values, "model": "pidnet_m", "start": {**values["start"], "model": "pidnet_s"}})

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from pydantic import Field
 
-from overfly.core.errors import RecipeError
-from overfly.core.spec import Share, Spec, Whole
+from overfly.core.errors import OverflyError, RecipeError
 from overfly.data.domain import Split
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
@@ -29,18 +27,14 @@ from overfly.scoring.pictures import predict, unlabelled
 from overfly.scoring.samples import Sample
 from overfly.scoring.score import evaluating
 from overfly.scoring.validators import LabelFree, elect, look
+from overfly.scoring.verdict import ADAPTED, BEFORE, RECALIBRATED, Standing, Verdict, said
 from overfly.training.assess import assess, labelled, recorded
 from overfly.training.carry_out import carry_out, weights_of
 from overfly.training.engine import Engine, on_main
+from overfly.training.fit import prepare
 from overfly.training.run import Run
 from overfly.views.panels import comparison
 
-BEFORE = "source only"
-"""The network that the others are measured against."""
-RECALIBRATED = "recalibrated"
-"""The same with statistics of the target."""
-ADAPTED = "adapted"
-"""What the recipe makes; numbered, ``adapted 1`` and so on, where there are several recipes."""
 RECALIBRATION = {"batch": 16, "steps": 25}
 """How much of the target the recalibrated network sees."""
 LOOKED_AT = 16
@@ -49,114 +43,6 @@ ESTIMATED_ON = 8
 """Pictures of each domain that the estimate rests on; each is seen under two dozen shifts."""
 CROP = 320
 """Longest side that is cut from the middle of these."""
-
-
-class Standing(Spec):
-    """One of the networks."""
-
-    run: str
-    """Its run's folder, or the file of its weights."""
-    figures: LabelFree
-    """What can be said of it without target labels."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """What its recipe says otherwise than the other adapted ones', such as ``method.mix``."""
-    committee: Share | None = None
-    """Where several pass: mean rank among them and the one before adaptation over the committee's members, 1 for first
-    with all."""
-    against: tuple[str, ...] = ()
-    """What speaks against it; empty where nothing does."""
-    estimate: Estimate | None = None
-    """Estimated mIoU on the target with an interval: an estimate, no measurement."""
-    truth: dict[str, Share | None] = Field(default_factory=dict)
-    """mIoU against labels, by domain and split, where it was measured earlier; it had no part in the verdict."""
-
-
-class Verdict(Spec):
-    """Which network to use in the target, and why."""
-
-    recommended: str
-    """The network to use."""
-    networks: dict[str, Standing]
-    """All that were looked at."""
-    gate: Gate
-    """What a network had to hold."""
-    target: dict[str, Any]
-    """The target as a recipe names it."""
-    familiarity: Share | None = None
-    """How familiar the target is to the network before adaptation, against the source's held-out pictures; none where
-    there are no such pictures."""
-    labels_opened: Whole
-    """Target labels that were read for training, choice and verdict: 0."""
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in words."""
-        refused = [role for role, standing in self.networks.items() if standing.against]
-        if self.recommended == BEFORE:
-            return f"use the source-only network: {' and '.join(refused) or 'nothing else'} would do harm here"
-        tail = f"; {' and '.join(refused)} would do harm here" if refused else ""
-        said = self.networks[self.recommended].settings
-        ways = ", ".join(f"{name} {_said(value)}" for name, value in said.items())
-        network = f"{self.recommended} ({ways})" if ways else f"the {self.recommended} network"
-        others = [role for role, each in self.networks.items() if role not in (BEFORE, self.recommended, *refused)]
-        rest = f", and the committee puts it before {' and '.join(others)}" if others else ""
-        return f"use {network}: nothing speaks against it{rest}{tail}"
-
-    def table(self) -> str:
-        """The networks and their label-free figures in percent, as a Markdown table."""
-        rows = [
-            "| network | source | masked | views | as before | target, estimated | |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for role, standing in self.networks.items():
-            seen = standing.figures
-            guess = standing.estimate
-            between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
-            word = "recommended" if role == self.recommended else "refused" if standing.against else ""
-            cells = [seen.source_miou, seen.masked_miou, seen.views_miou, seen.agreement]
-            rows.append(f"| {role} | {' | '.join(_percent(cell) for cell in cells)} | {between} | {word} |")
-        return "\n".join(rows)
-
-    def report(self) -> str:
-        """All of it as a Markdown page."""
-        against = [f"- {role}: {reason}." for role, each in self.networks.items() for reason in each.against]
-        ways = [
-            f"- {role}: {', '.join(f'{name} {_said(value)}' for name, value in each.settings.items())}."
-            for role, each in self.networks.items()
-            if each.settings
-        ]
-        known = []
-        if self.familiarity is not None:
-            share = f"{100 * self.familiarity:.0f} %"
-            known = [f"To the source-only network the target is {share} as familiar as held-out source pictures.", ""]
-        return "\n".join(
-            [
-                "# Verdict", "", self.sentence[0].upper() + self.sentence[1:] + ".", "", self.table(), "",
-                *(["In what the adapted networks differ:", "", *ways, ""] if ways else []),
-                *(["What speaks against a network:", "", *against, ""] if against else []),
-                "All figures are mIoU in percent. *Source* is measured on the source's held-out labels. *Masked* "
-                "and *views* compare predictions on target pictures as they are with those half covered, and turned, "
-                "scaled and recoloured; *as before* compares them with the source-only network's. *Target* is an "
-                "estimate with its interval, and had no part in the verdict. "
-                f"Target labels opened: {self.labels_opened}.", "",
-                *known,
-                "![Target pictures and what each network says](samples/verdict.png)", "",
-            ]
-        )  # fmt: skip
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _said(value: object) -> str:
-    """A setting's value in a sentence."""
-    if isinstance(value, list):
-        return (
-            " + ".join(_said(each.get("name")) if isinstance(each, Mapping) else _said(each) for each in value)
-            or "none"
-        )
-    return "none" if value is None else str(value)
 
 
 def beside(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
@@ -169,13 +55,10 @@ def beside(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
         RecipeError: a recipe does not adapt, names no target, or does not begin where the others do.
     """
     before = _before(recipe)
-    for other in others:
-        alike = all(getattr(other, key) == getattr(recipe, key) for key in ("source", "target", "resize", "window"))
-        if not alike or _before(other) != before:
-            raise RecipeError(
-                "recipes to choose among need the same source, target, start, resize and window; adapt by others in a "
-                "command of their own"
-            )
+    for number, other in enumerate(others, start=2):
+        if other in (recipe, *others[: number - 2]):
+            raise RecipeError(f"recipe {number} says what another one says; name each recipe once")
+        _see_alike(recipe, other, number)
     found: dict[str, Recipe | Path] = {BEFORE: before}
     if not isinstance(recipe.method, Recalibrate):
         found[RECALIBRATED] = Recipe(
@@ -193,6 +76,35 @@ def beside(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
     if not others:
         return {**found, ADAPTED: recipe}
     return found | {f"{ADAPTED} {number}": each for number, each in enumerate((recipe, *others), start=1)}
+
+
+def _see_alike(recipe: Recipe, other: Recipe, number: int) -> None:
+    """Refuse a recipe that cannot be chosen among with the first, by the first setting in which it may not differ.
+
+    Raises:
+        RecipeError: it has another source, target, seed, resize, window or start.
+    """
+    shared = ("source", "target", "seed", "resize", "window")
+    one, two = (
+        _flat({key: each.model_dump(mode="json")[key] for key in shared} | {"start": _written(_before(each))})
+        for each in (recipe, other)
+    )
+    for key in dict.fromkeys([*one, *two]):
+        if one.get(key) != two.get(key):
+            alone = key.startswith("start") and recipe.start is None and other.start is None
+            do = (
+                "without start each begins from source only by its own settings, so write the same start in both"
+                if alone
+                else "recipes to choose among share source, target, seed, resize, window and start, so change it, or "
+                "adapt by it in a command of its own"
+            )
+            raise RecipeError(
+                f"recipe {number} says {said(two.get(key))} for {key}, and the first {said(one.get(key))}; {do}"
+            )
+
+
+def _written(before: Recipe | Path) -> object:
+    return before.model_dump(mode="json") if isinstance(before, Recipe) else str(before)
 
 
 def differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
@@ -234,7 +146,8 @@ def adapt(
 
     What was trained already, by these recipes or others that share it, is not trained again. The verdict, the pictures
     and the recommended network (``best.safetensors``) lie in the folder of the adapted run that stands best: the
-    recommended one, else the first that nothing speaks against, else the first.
+    recommended one, else the first that nothing speaks against, else the first. The others get the verdict too, and,
+    where they were refused, the recommended network.
 
     Args:
         recipe: of an adapted network.
@@ -248,8 +161,11 @@ def adapt(
     Raises:
         OverflyError: recipes, data or weights do not go together.
     """
+    plans = beside(recipe, *others)
+    if others:
+        _see_that_all_can_begin([recipe, *others], fabric)
     runs: dict[str, Run | Path] = {}
-    for role, plan in beside(recipe, *others).items():
+    for role, plan in plans.items():
         if isinstance(plan, Recipe):
             runs[role] = carry_out(plan, out, fabric, engine)
         else:
@@ -259,8 +175,29 @@ def adapt(
     passed = [role for role in ours if not verdict.networks[role].against]
     adapted = ours[verdict.recommended if verdict.recommended in ours else (passed or list(ours))[0]]
     if fabric.is_global_zero:
-        _keep(adapted, verdict, recipe, runs, fabric.device)
+        for role, run in ours.items():
+            _keep(run, verdict, runs, best=run is adapted or role not in passed)
+        _draw(adapted.path / "samples" / "verdict.png", recipe, runs, fabric.device)
+        for run in ours.values():
+            if run is not adapted:
+                (run.path / "samples").mkdir(exist_ok=True)
+                shutil.copyfile(adapted.path / "samples" / "verdict.png", run.path / "samples" / "verdict.png")
     return adapted, verdict
+
+
+def _see_that_all_can_begin(recipes: Sequence[Recipe], fabric: Fabric) -> None:
+    """Refuse before the first of several trainings what would be found before the last.
+
+    Raises:
+        OverflyError: data, weights or a teacher of a recipe are not there or do not fit; the message says of which.
+    """
+    for number, recipe in enumerate(recipes, start=1):
+        try:
+            prepare(
+                recipe, fabric, Engine(quiet=True), weights_of(recipe.start) if isinstance(recipe.start, Path) else None
+            )
+        except OverflyError as error:
+            raise RecipeError(f"recipe {number}: {error}") from error
 
 
 def _judge(
@@ -358,15 +295,22 @@ def _truth(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
     return found
 
 
-def _keep(adapted: Run, verdict: Verdict, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:
-    """Write the verdict, the recommended network and pictures of all three into the adapted run's folder."""
-    chosen = runs[verdict.recommended]
-    unfinished = adapted.path / ".best.safetensors"
-    shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, unfinished)
-    unfinished.replace(adapted.path / "best.safetensors")
-    adapted.record("verdict.json", verdict.model_dump(mode="json"))
-    (adapted.path / "verdict.md").write_text(verdict.report(), encoding="utf-8")
-    _draw(adapted.path / "samples" / "verdict.png", recipe, runs, device)
+def _keep(run: Run, verdict: Verdict, runs: Mapping[str, Run | Path], *, best: bool) -> None:
+    """Write the verdict into an adapted run's folder and, where it is used or was refused, the recommended network.
+
+    So no folder of a network that would do harm is without one that does not. A network that passed and was not chosen
+    keeps what it learnt.
+    """
+    file = run.path / "best.safetensors"
+    if best:
+        chosen = runs[verdict.recommended]
+        unfinished = run.path / ".best.safetensors"
+        shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, unfinished)
+        unfinished.replace(file)
+    else:
+        file.unlink(missing_ok=True)
+    run.record("verdict.json", verdict.model_dump(mode="json"))
+    (run.path / "verdict.md").write_text(verdict.report(), encoding="utf-8")
 
 
 def _draw(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:
@@ -389,4 +333,4 @@ def _kind(peak: float) -> type[np.generic]:
     return np.uint8 if peak == 255 else np.uint16 if peak > 1 else np.float32
 
 
-__all__ = ["ADAPTED", "BEFORE", "RECALIBRATED", "Standing", "Verdict", "adapt", "beside", "differences"]
+__all__ = ["adapt", "beside", "differences"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,18 @@ from torch import nn
 
 from overfly import adaptation, choice, proposal
 from overfly import tabulation as benchmarks
-from overfly.arguments import LARGEST, Cache, Written, cache_of, changed, domain_of, see_bounds, seeds_of
+from overfly.arguments import (
+    LARGEST,
+    Cache,
+    More,
+    Written,
+    cache_of,
+    changed,
+    domain_of,
+    recipes_and_settings,
+    see_bounds,
+    seeds_of,
+)  # fmt: skip
 from overfly.catalogue import Catalogue, catalogue
 from overfly.core import device as machines
 from overfly.core.errors import DataError, RecipeError
@@ -100,7 +110,7 @@ def train(
 
 def adapt(
     recipe: Written | None = None,
-    *overrides: str,
+    *overrides: More,
     images_a: Path | None = None,
     masks_a: Path | None = None,
     images_b: Path | None = None,
@@ -132,7 +142,8 @@ def adapt(
         classes: YAML file of the classes: names, or names and their colours in the masks; other settings of the folder
             domain beside them where needed.
         start: run or weights to adapt, without its source's images.
-        budget: the time that there is for own folders, such as 90s, 10m or 2h.
+        budget: the time that there is for own folders, such as 90s, 10m or 2h. The same command again goes on where it
+            was cut off.
         estimate: estimate each network's mIoU on the target too, with an interval; about as long again as the verdict.
         out: folder of the runs.
         device: auto, cpu, cuda, cuda:1 or mps.
@@ -147,16 +158,10 @@ def adapt(
     """
     engine = Engine(device, devices, workers, checkpoint_every, cache=cache_of(cache), quiet=quiet)
     own = proposal.Own(images_a, masks_a, images_b, classes, start)
-    if isinstance(recipe, Path | str) and "=" in str(recipe) and not Path(recipe).exists():
-        recipe, overrides = None, (str(recipe), *overrides)
-    if recipe is not None and own != proposal.Own():
+    written, settings = recipes_and_settings([*([] if recipe is None else [recipe]), *overrides])
+    if written and own != proposal.Own():
         raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")
-    more = [Path(entry) for entry in overrides if "=" not in entry or Path(entry).is_file()]
-    changed = [entry for entry in overrides if Path(entry) not in more]
-    if more and recipe is None:
-        raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")
-    written: Sequence[Written] = [recipe, *more] if recipe is not None else proposal.of_folders(own, budget, engine)
-    values = [load(each, *changed) for each in written]
+    values = [load(each, *settings) for each in written] or proposal.of_folders(own, budget, engine, settings, out)
     run, verdict = adaptation.adapt(
         *values, out=out, fabric=launch(values[0], engine), engine=engine, estimates=estimate
     )

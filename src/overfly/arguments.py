@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +27,36 @@ def _as_path(kind: Any, tokens: Any) -> Path:  # noqa: ARG001  (the shape that c
 
 Written = Annotated[Path | str | Recipe, Parameter(accepts_keys=False, n_tokens=1, converter=_as_path)]
 """A recipe as a value, or, as on the command line, the path of one."""
+
+
+def _as_text(kind: Any, tokens: Any) -> str:  # noqa: ARG001  (the shape that cyclopts calls)
+    return str(tokens[0].value)
+
+
+More = Annotated[Path | str | Recipe, Parameter(accepts_keys=False, n_tokens=1, converter=_as_text)]
+"""Another recipe as a value or a path, or a setting to change."""
+
+
+def recipes_and_settings(entries: Sequence[Path | str | Recipe]) -> tuple[list[Path | str | Recipe], list[str]]:
+    """What is given behind a command, told apart: recipes, and settings such as ``seed=1``.
+
+    Raises:
+        RecipeError: an entry is neither.
+    """
+    recipes: list[Path | str | Recipe] = []
+    settings: list[str] = []
+    for entry in entries:
+        if isinstance(entry, Recipe) or os.path.exists(entry):  # noqa: PTH110  (a long setting is no error)
+            recipes.append(entry)
+        elif "=" in str(entry):
+            settings.append(str(entry))
+        elif str(entry).endswith((".yaml", ".yml")) or os.sep in str(entry):
+            raise RecipeError(f"{entry} is not there; give the file of a recipe")
+        else:
+            raise RecipeError(
+                f"{str(entry)!r} is no file and changes no setting; give a recipe's file, or key=value such as seed=1"
+            )
+    return recipes, settings
 
 
 def see_bounds(options: dict[str, tuple[int, int, int]]) -> None:

@@ -11,12 +11,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from overfly.adaptation import BEFORE, Verdict
 from overfly.core.errors import RunError
 from overfly.data.domain import SPLITS, Split
 from overfly.models.registry import build
 from overfly.recipe import Recipe
 from overfly.scoring.speed import Speed, measure
+from overfly.scoring.verdict import BEFORE, Verdict
 from overfly.tabulation import Row, compared
 from overfly.training.assess import Role, recorded
 from overfly.training.run import Run
@@ -123,7 +123,7 @@ def findings(
         made=f"Made by overfly on {datetime.now().astimezone():%Y-%m-%d %H:%M}",
         split=shown,
         entries=[_entry(name, same, rows[name], shown, open_=name == first) for name, same in done.items()],
-        evidence=[found for run in runs if (found := _evidence(run)) is not None],
+        evidence=_evidences(runs),
         galleries=albums,
         speeds=speeds,
         own_colours=own_colours,
@@ -196,6 +196,16 @@ def _matrices(runs: Sequence[Run], split: Split, *, open_: bool) -> list[Matrix]
     return found
 
 
+def _evidences(runs: Sequence[Run]) -> list[Evidence]:
+    """The verdicts that lie in some runs' folders; one that lies in several, as of several ways to adapt, once."""
+    found: dict[str, Evidence] = {}
+    for run in runs:
+        evidence = _evidence(run)
+        if evidence is not None:
+            found.setdefault((run.path / "verdict.json").read_text(encoding="utf-8"), evidence)
+    return list(found.values())
+
+
 def _evidence(run: Run) -> Evidence | None:
     """What `overfly adapt` wrote, if it did."""
     file = run.path / "verdict.json"
@@ -219,6 +229,7 @@ def _evidence(run: Run) -> Evidence | None:
         columns=["source", "masked", "views", "as before", "target, estimated"],
         rows=rows,
         against=[f"{role}: {reason}" for role, each in verdict.networks.items() for reason in each.against],
+        ways=verdict.ways,
         familiarity=""
         if known is None
         else f"To the source-only network the target is {100 * known:.0f} % as familiar as held-out source pictures.",

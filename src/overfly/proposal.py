@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from pydantic import ValidationError
 
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optim import AdamW, Poly
+from overfly.core.parts import part_of
 from overfly.core.settings import explain, read_mapping
 from overfly.data.domain import Domain
 from overfly.data.folder import Folder
@@ -29,7 +34,7 @@ from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.ops.colour import ColourJitter
 from overfly.ops.geometry import Dihedral, ScaleJitter
-from overfly.recipe import Recipe
+from overfly.recipe import Recipe, load
 from overfly.training.carry_out import weights_of
 from overfly.training.engine import Engine, Step, launch
 from overfly.training.fit import prepare
@@ -141,11 +146,12 @@ def propose(
     source: Domain | None,
     target: Domain,
     methods: Sequence[Method[Any]],
+    overrides: Sequence[str],
     *,
     start: Path | None,
     budget: float,
     fabric: Fabric,
-    model: str = "pidnet_s",
+    notes: Path | None = None,
 ) -> list[Recipe]:
     """Recipes whose trainings all fit a time on this machine.
 
@@ -153,13 +159,14 @@ def propose(
         source: labelled images; None where the network alone is there.
         target: images to adapt to.
         methods: how, in one way or in two; where the time is short, in the first alone.
+        overrides: settings to change; ways that they make alike are one. Steps that they set are not proposed.
         start: run or weights to begin from; without it a source-only training comes first.
         budget: seconds for everything.
         fabric: launched; a few steps of each training are timed on its device.
-        model: network, where there is no start.
+        notes: folder where steps are kept, so that the same proposal made again has the same; None keeps none.
 
     Raises:
-        RecipeError: the time is too short.
+        RecipeError: the time is too short, or a setting is unknown.
     """
     device = fabric.device
     crop = crop_for([domain for domain in (source, target) if domain is not None], device)
@@ -168,27 +175,50 @@ def propose(
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(device.type, 4),
         "augment": augment, "clip": 10.0,
     }  # fmt: skip
-    plain = None
-    times = {}
+    first: Recipe | Path | None = start
     if source is not None and start is None:
-        plain = Recipe(**shared, model=model, method=SourceOnly(), optim=AdamW(lr=2e-3))
-        times["source"] = step_seconds(plain, fabric)
-    adapted = [Recipe(**shared, start=plain or start, method=each, optim=AdamW(lr=5e-4)) for each in methods]
-    times["adapted"] = max(step_seconds(each, fabric) for each in adapted)
-    if len(adapted) > 1 and _counts(budget, times, 2)["adapted"] < WORTH:
-        adapted = adapted[:1]
-    steps = _steps(budget, times, len(adapted))
-    first = plain and plain.model_copy(update={"steps": steps["source"]})
-    return [
-        each.model_copy(update={"start": first or start, **_length(each.method, steps["adapted"])}) for each in adapted
-    ]
+        first = Recipe(**shared, model="pidnet_s", method=SourceOnly(), optim=AdamW(lr=2e-3))
+    made = [load(Recipe(**shared, start=first, method=each, optim=AdamW(lr=5e-4)), *overrides) for each in methods]
+    ways = [way for place, way in enumerate(made) if way not in made[:place]]
+    steps = _kept_steps(ways, budget, fabric, notes)
+    return [_lengthened(way, steps, overrides) for way in ways[: steps["ways"]]]
 
 
-def _length(method: Method[Any], steps: int) -> dict[str, Any]:
-    """Steps of an adaptation and what hangs on them: without a warm-up the first steps undo what was learnt."""
-    rises = {"rise": max(1, steps // 3)} if isinstance(method, Overfly) and method.begin is not None else {}
-    schedule = Poly(power=1.0, warmup=max(1, steps // 10))
-    return {"steps": steps, "schedule": schedule, "method": method.model_copy(update=rises)}
+def _lengthened(way: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
+    """A recipe with its steps and what hangs on them: without a warm-up the first steps undo what was learnt."""
+    count = way.steps or steps["adapted"]
+    method = way.method
+    if isinstance(method, Overfly) and method.begin is not None:
+        method = method.model_copy(update={"rise": max(1, count // 3)})
+    schedule = Poly(power=1.0, warmup=max(1, count // 10))
+    first = way.start
+    if isinstance(first, Recipe):
+        first = first.model_copy(update={"steps": first.steps or steps["source"]})
+    found = way.model_copy(update={"start": first, "steps": count, "schedule": schedule, "method": method})
+    return load(found, *overrides)
+
+
+def _kept_steps(ways: Sequence[Recipe], budget: float, fabric: Fabric, notes: Path | None) -> dict[str, int]:
+    """Steps of each training and the number of ways, as they were proposed before for the same, or timed now."""
+    asked = json.dumps([[way.model_dump(mode="json") for way in ways], budget, fabric.device.type], sort_keys=True)
+    file = notes and notes / f".adapt-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError):
+        if file is not None:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            return {name: int(held[name]) for name in ("ways", *(key for key in ("adapted", "source") if key in held))}
+    first, count = ways[0].start, len(ways)
+    times = {} if ways[0].steps else {"adapted": max(step_seconds(way, fabric) for way in ways)}
+    if isinstance(first, Recipe) and not first.steps:
+        times["source"] = step_seconds(first, fabric)
+    if count > 1 and _counts(budget, times, 2).get("adapted", WORTH) < WORTH:
+        count = 1
+    found = {"ways": count, **_steps(budget, times, count)}
+    if file is not None and fabric.is_global_zero:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with part_of(file) as part:
+            part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            part.replace(file)
+    return found
 
 
 def _counts(budget: float, times: Mapping[str, float], ways: int) -> dict[str, int]:
@@ -203,7 +233,7 @@ def _steps(budget: float, times: Mapping[str, float], ways: int) -> dict[str, in
         RecipeError: the time is too short.
     """
     steps = _counts(budget, times, ways)
-    if min(steps.values()) < FEWEST:
+    if steps and min(steps.values()) < FEWEST:
         need = max(FEWEST * each / PARTS[ways][name] for name, each in times.items())
         raise RecipeError(
             f"--budget {budget:g}s is too short for {FEWEST} steps of each training here; give "
@@ -270,13 +300,17 @@ class Own:
             )
 
 
-def of_folders(own: Own, budget: str, engine: Engine) -> list[Recipe]:
+def of_folders(
+    own: Own, budget: str, engine: Engine, overrides: Sequence[str] = (), out: Path | None = None
+) -> list[Recipe]:
     """The recipes for two folders of one's own, or for a trained network and one folder.
 
     Args:
         own: the folders.
         budget: the time there is, such as 10m.
         engine: the device that it is for.
+        overrides: settings to change in them.
+        out: folder of the runs, where steps are kept for the same command again; None keeps none.
 
     Raises:
         OverflyError: something is missing, cannot be read, or the time is too short.
@@ -291,4 +325,10 @@ def of_folders(own: Own, budget: str, engine: Engine) -> list[Recipe]:
     methods: Sequence[Method[Any]] = WAYS if source is not None else (SourceFree(),)
     first: Method[Any] = SourceOnly() if source is not None else methods[0]
     fabric = launch(Recipe(target=target, start=own.start, source=source, method=first), engine)
-    return propose(source, target, methods, start=own.start, budget=there_is, fabric=fabric)
+    found = propose(source, target, methods, overrides, start=own.start, budget=there_is, fabric=fabric, notes=out)
+    if fabric.is_global_zero and not engine.quiet:
+        before, each = found[0].start, f"{found[0].steps} steps"
+        first_of_all = f"{before.steps} steps of source only, then " if isinstance(before, Recipe) else ""
+        then = f"{len(found)} ways to adapt of {each} each" if len(found) > 1 else f"{each} of adaptation"
+        print(f"in {budget}: {first_of_all}{then}", file=sys.stderr, flush=True)
+    return found

@@ -181,6 +181,11 @@ class Recipe(Spec):
             raise ValueError(f"method {self.method.name} learns from labelled images; say where they are under source")
         if self.method.needs_target and self.target is None:
             raise ValueError(f"method {self.method.name} adapts to a target; say where its images are under target")
+        if isinstance(self.start, Recipe) and self.start.model.name != self.model.name:
+            raise ValueError(
+                f"the recipe under start trains {self.start.model.name}, and this one asks for {self.model.name}; name "
+                "one model in both"
+            )
         if self.source is None and self.start is None:
             raise ValueError("a recipe without a source begins from a run or weights; name them under start")
         if self.method.needs_start and self.start is None and self.model.weights is None:
@@ -233,7 +238,7 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
     Args:
         recipe: a YAML file, a run folder, a mapping, or a recipe.
         overrides: settings to change, such as ``method.ema=0.99``; the value is read as YAML. Those of a domain
-            (``source.root=...``) hold for the recipe under ``start`` too.
+            (``source.root=...``) and of the network (``model=...``) hold for the recipe under ``start`` too.
 
     Raises:
         RecipeError: the file is missing or not YAML, or a setting is unknown or out of range; the message names it.
@@ -252,9 +257,12 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
         _spell_out(values, override)
         set_value(values, override)
         values = _anchored(values, Path("recipe.yaml"))
-        inner, top = values.get("start"), override.split(".")[0]
-        if isinstance(inner, dict) and inner.get(top) and override.startswith(("source.", "target.")):
+        inner, top = values.get("start"), override.partition("=")[0].split(".")[0]
+        shared = top == "model" or (override.startswith(("source.", "target.")))
+        while isinstance(inner, dict) and shared and (top == "model" or inner.get(top)):
+            _spell_out(inner, override)
             set_value(inner, override)
+            inner = inner.get("start")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

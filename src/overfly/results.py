@@ -11,11 +11,11 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from overfly.adaptation import Verdict as Adaptation
 from overfly.choice import Candidate, Verdict
 from overfly.data.check import Report
 from overfly.scoring.scores import Scores
 from overfly.scoring.speed import Speed
+from overfly.scoring.verdict import Verdict as Adaptation
 from overfly.tabulation import Table as Benchmark
 from overfly.training.run import Run
 
@@ -58,6 +58,7 @@ class Adapted:
         yield f"verdict: {self.verdict.sentence}"
         for role, standing in self.verdict.networks.items():
             yield from (f"  against {role}: {reason}" for reason in standing.against)
+        yield from (f"  {way}" for way in self.verdict.ways)
         yield f"target labels opened: {self.verdict.labels_opened}"
         yield f"recommended network: {self.best}"
         yield f"report: {self.path / 'verdict.md'}"

@@ -13,7 +13,6 @@ import yaml
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from overfly.adaptation import Verdict
 from overfly.arguments import LARGEST, domain_of, see_bounds
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
@@ -32,6 +31,7 @@ from overfly.opening import network_of
 from overfly.ops.windows import cut, windows
 from overfly.recipe import Recipe
 from overfly.scoring.pictures import as_tensor
+from overfly.scoring.verdict import Verdict
 from overfly.training.assess import labelled
 from overfly.training.run import Run
 
@@ -342,7 +342,8 @@ def _verdict(run: Run) -> str:
     except (ValueError, OSError):  # damaged, or of another version
         return ""
     sentence = f"Verdict: {verdict.sentence}. Target labels opened for it: {verdict.labels_opened}."
-    return f"{sentence}\n\n{verdict.table()}"
+    ways = "".join(f"- {way}\n" for way in verdict.ways)
+    return f"{sentence}\n\n{verdict.table()}" + (f"\n\n{ways}" if ways else "")
 
 
 def _without_paths(values: Any) -> Any:

@@ -71,7 +71,7 @@ class _Page(HTMLParser):
 
 
 def test_nothing_from_outside_becomes_markup_and_nothing_is_asked_of_a_network() -> None:
-    evidence = Evidence(NASTY, NASTY, [NASTY], [(NASTY, [NASTY], NASTY)], [NASTY], NASTY, 0)
+    evidence = Evidence(NASTY, NASTY, [NASTY], [(NASTY, [NASTY], NASTY)], [NASTY], [NASTY], NASTY, 0)
     page = _Page(text := render(_report(evidence=[evidence], galleries=[_gallery()])))
     assert "script" not in page.tags
     assert not page.handlers

@@ -113,6 +113,7 @@ class Evidence:
         columns: headings.
         rows: network, cells, and a word such as recommended or refused.
         against: what speaks against networks, as sentences.
+        ways: which run each of several adapted networks is, and in what it differs.
         familiarity: how familiar the target is to the network before adaptation, in words; empty where unknown.
         labels_opened: target labels that were read for it.
     """
@@ -122,6 +123,7 @@ class Evidence:
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str], str]]
     against: Sequence[str]
+    ways: Sequence[str]
     familiarity: str
     labels_opened: int
 

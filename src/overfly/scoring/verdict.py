@@ -1,0 +1,160 @@
+"""The verdict on an adaptation: all networks that stand beside each other, which is recommended, and why, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from overfly.core.spec import Share, Spec, Whole
+from overfly.scoring.estimate import Estimate
+from overfly.scoring.gate import Gate
+from overfly.scoring.validators import LabelFree
+
+BEFORE = "source only"
+"""The network that the others are measured against."""
+RECALIBRATED = "recalibrated"
+"""The same with statistics of the target."""
+ADAPTED = "adapted"
+"""What the recipe makes; numbered, ``adapted 1`` and so on, where there are several recipes."""
+SAID = 3
+"""Settings that a sentence names; where there are more, it names the method, or says how many."""
+
+
+class Standing(Spec):
+    """One of the networks."""
+
+    run: str
+    """Its run's folder, or the file of its weights."""
+    figures: LabelFree
+    """What can be said of it without target labels."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What its recipe says otherwise than the other adapted ones', such as ``method.mix``."""
+    committee: Share | None = None
+    """Where several pass: mean rank among them and the one before adaptation over the committee's members, 1 for first
+    with all."""
+    against: tuple[str, ...] = ()
+    """What speaks against it; empty where nothing does."""
+    estimate: Estimate | None = None
+    """Estimated mIoU on the target with an interval: an estimate, no measurement."""
+    truth: dict[str, Share | None] = Field(default_factory=dict)
+    """mIoU against labels, by domain and split, where it was measured earlier; it had no part in the verdict."""
+
+
+class Verdict(Spec):
+    """Which network to use in the target, and why."""
+
+    recommended: str
+    """The network to use."""
+    networks: dict[str, Standing]
+    """All that were looked at."""
+    gate: Gate
+    """What a network had to hold."""
+    target: dict[str, Any]
+    """The target as a recipe names it."""
+    familiarity: Share | None = None
+    """How familiar the target is to the network before adaptation, against the source's held-out pictures; none where
+    there are no such pictures."""
+    labels_opened: Whole
+    """Target labels that were read for training, choice and verdict: 0."""
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        refused = [role for role, standing in self.networks.items() if standing.against]
+        if self.recommended == BEFORE:
+            return f"use the source-only network: {_listed(refused) or 'nothing else'} would do harm here"
+        tail = f"; {_listed(refused)} would do harm here" if refused else ""
+        first = self.networks[self.recommended]
+        way = in_words(first.settings)
+        network = f"{self.recommended} ({way})" if way else f"the {self.recommended} network"
+        behind = [
+            role
+            for role, each in self.networks.items()
+            if None not in (each.committee, first.committee) and role not in (BEFORE, self.recommended, *refused)
+        ]
+        rest = f", and the committee puts it before {_listed(behind)}" if behind else ""
+        return f"use {network}: nothing speaks against it{rest}{tail}"
+
+    @property
+    def ways(self) -> list[str]:
+        """Which run each of several adapted networks is, and in which settings it differs, a sentence each."""
+        return [
+            f"{role}: {Path(each.run).name} ({in_words(each.settings, most=None)})"
+            for role, each in self.networks.items()
+            if each.settings
+        ]
+
+    def table(self) -> str:
+        """The networks and their label-free figures in percent, as a Markdown table."""
+        rows = [
+            "| network | source | masked | views | as before | target, estimated | |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for role, standing in self.networks.items():
+            seen = standing.figures
+            guess = standing.estimate
+            between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
+            word = "recommended" if role == self.recommended else "refused" if standing.against else ""
+            cells = [seen.source_miou, seen.masked_miou, seen.views_miou, seen.agreement]
+            rows.append(f"| {role} | {' | '.join(_percent(cell) for cell in cells)} | {between} | {word} |")
+        return "\n".join(rows)
+
+    def report(self) -> str:
+        """All of it as a Markdown page."""
+        ways = [f"- {way}." for way in self.ways]
+        against = [f"- {role}: {reason}." for role, each in self.networks.items() for reason in each.against]
+        known = []
+        if self.familiarity is not None:
+            share = f"{100 * self.familiarity:.0f} %"
+            known = [f"To the source-only network the target is {share} as familiar as held-out source pictures.", ""]
+        return "\n".join(
+            [
+                "# Verdict", "", self.sentence[0].upper() + self.sentence[1:] + ".", "", self.table(), "",
+                *(["In what the adapted networks differ:", "", *ways, ""] if ways else []),
+                *(["What speaks against a network:", "", *against, ""] if against else []),
+                "All figures are mIoU in percent. *Source* is measured on the source's held-out labels. *Masked* "
+                "and *views* compare predictions on target pictures as they are with those half covered, and turned, "
+                "scaled and recoloured; *as before* compares them with the source-only network's. *Target* is an "
+                "estimate with its interval, and had no part in the verdict. "
+                f"Target labels opened: {self.labels_opened}.", "",
+                *known,
+                "![Target pictures and what each network says](samples/verdict.png)", "",
+            ]
+        )  # fmt: skip
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def in_words(settings: Mapping[str, Any], most: int | None = SAID) -> str:
+    """In what an adapted network differs from others, in a few words; empty where it does in nothing.
+
+    Args:
+        settings: as `Standing` holds them.
+        most: how many settings to name; None names all.
+    """
+    if most is None or len(settings) <= most:
+        return ", ".join(f"{name.removeprefix('method.')} {said(value)}" for name, value in settings.items())
+    method = settings.get("method.name")
+    return f"method {method}" if method else f"{len(settings)} settings of its own"
+
+
+def said(value: object) -> str:
+    """A setting's value in a sentence."""
+    if isinstance(value, list):
+        return (
+            " + ".join(said(each.get("name")) if isinstance(each, Mapping) else said(each) for each in value) or "none"
+        )
+    return "none" if value is None else str(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)
+
+
+__all__ = ["ADAPTED", "BEFORE", "RECALIBRATED", "Standing", "Verdict", "in_words", "said"]
