@@ -156,3 +156,65 @@ def test_one_command_from_folders_to_a_verdict_and_again_without_the_source(
     assert Run.open(free.path).recipe.source is None
     assert Run.open(free.path).recipe.steps == 2
     assert Run.open(free.path).recipe.schedule.warmup > 0
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        ({"title": "X"}, "says title, and it is read for both places"),
+        ({"images": "x", "splits": {"train": "a.txt"}}, "says images, splits, and it is read for both"),
+        ({"name": "drawn"}, "speaks of the domain drawn"),
+        ({1: 5}, "1: there is no such setting"),
+    ],
+)
+def test_settings_beside_classes_that_cannot_be_are_said(own: Own, beside: dict[object, object], words: str) -> None:
+    assert own.classes is not None
+    own.classes.write_text(yaml.safe_dump({"classes": NAMES, **beside}))
+    with pytest.raises(RecipeError, match=words):
+        of_folders(own, "10m", Engine("cpu", quiet=True), ["steps=2", "start.steps=2"])
+
+
+def test_a_file_of_classes_may_be_any_file(own: Own) -> None:
+    assert own.classes is not None
+    own.classes.write_text(yaml.safe_dump({"name": "folder", "classes": ["a"]}))
+    assert proposal.classes_of(own.classes) == {"classes": ["a"]}
+    for text, words in (
+        ("[" * 3000, "nested too deeply"),
+        ("a: 1\na: 2", "a stands twice"),
+        ("a: [", "cannot be read"),
+    ):
+        own.classes.write_text(text)
+        with pytest.raises(RecipeError, match=words):
+            proposal.classes_of(own.classes)
+    with pytest.raises(RecipeError, match="is no file"):
+        proposal.classes_of(own.classes.parent)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_few_pictures_one_is_held_back_all_the_same(own: Own, count: int) -> None:
+    assert own.images_a is not None
+    assert own.masks_a is not None
+    for folder in (own.images_a, own.masks_a):
+        for number in range(count, 8):
+            (folder / f"{number}.png").unlink()
+    recipe, _ = of_folders(own, "10m", Engine("cpu", quiet=True), ["steps=2", "start.steps=2"])
+    assert recipe.source is not None
+    train, held = (recipe.source.items(split) for split in ("train", "val"))
+    assert train
+    assert held
+    assert len(train) + len(held) == count
+    for folder in (own.images_a, own.masks_a):
+        for number in range(1, count):
+            (folder / f"{number}.png").unlink()
+    with pytest.raises(RecipeError, match="images holds one picture"):
+        of_folders(own, "10m", Engine("cpu", quiet=True))
+
+
+def test_epochs_may_be_given_instead_of_steps(own: Own, tmp_path: Path) -> None:
+    changes = ["epochs=6", "start.epochs=2", "batch=2"]
+    recipe, _ = of_folders(own, "10m", Engine("cpu", quiet=True), changes, tmp_path / "runs")
+    assert isinstance(recipe.start, Recipe)
+    assert recipe.source is not None
+    assert (recipe.epochs, recipe.steps, recipe.start.epochs, recipe.start.steps) == (6, None, 2, None)
+    assert recipe.schedule.warmup == max(1, recipe.length(len(recipe.source.items("train"))) // 10)
+    assert not (tmp_path / "runs").exists()

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optim import AdamW, Poly
 from overfly.core.parts import part_of
-from overfly.core.settings import explain, read_mapping
-from overfly.data.domain import Domain
+from overfly.core.settings import explain, parse
+from overfly.data.domain import Domain, Split
 from overfly.data.folder import Folder
 from overfly.data.headers import facts
 from overfly.data.statistics import spread, statistics
@@ -47,9 +47,13 @@ LOOKED_AT = 50
 """Pictures whose sizes are read, and from which mean and standard deviation are estimated."""
 FEWEST, MOST = 50, 40_000
 """Steps of one training below which nothing is learnt, and above which little more is."""
+KEPT_BACK: dict[Split, float] = {"train": 0.85, "val": 0.15}
+"""Shares of the labelled pictures that are learnt from and judged by."""
 PARTS = {1: {"source": 0.45, "adapted": 0.4}, 2: {"source": 0.25, "adapted": 0.29}}
 """Shares of the time for source only and for each of one or two adaptations; the rest goes to reading, recalibration,
 looking and scoring."""
+OF_ONE_PLACE = ("root", "title", "images", "masks", "splits")
+"""Settings of a folder that the options give each of the two places."""
 WORTH = 150
 """Steps of each of two adaptations below which the time is better spent on one."""
 WAYS = (Overfly(), Overfly(mix=0.0, strong=LIGHT))
@@ -93,12 +97,12 @@ def folder(title: str, images: Path, settings: Mapping[str, Any], masks: Path | 
     values: dict[str, Any] = {
         key: str(path.absolute().relative_to(root)) for key, path in paths.items() if path is not None
     }
-    if masks is not None:
-        values["splits"] = {"train": 0.85, "val": 0.15}
     try:
         found = Folder(root=root, title=title, **{**settings, **values})
     except ValidationError as error:
         raise RecipeError(explain(error, f"the folder {images}")) from None
+    if masks is not None:
+        found = _held_back(found, images)
     if found.mean is not None:
         return found
     measured = statistics(found, "train", limit=LOOKED_AT)
@@ -110,6 +114,25 @@ def folder(title: str, images: Path, settings: Mapping[str, Any], masks: Path | 
     )
 
 
+def _held_back(place: Folder, images: Path) -> Folder:
+    """A folder with pictures held back to judge by, at least one, drawn by the first seed that leaves some for both.
+
+    Raises:
+        RecipeError: there is one picture.
+    """
+    if len(place.items("train")) < 2:
+        raise RecipeError(
+            f"{images} holds one picture, and what is learnt is judged by another; cut it and its mask into several"
+        )
+    seed = place.seed
+    while True:
+        found = place.model_copy(update={"seed": seed, "splits": KEPT_BACK})
+        with suppress(DataError):  # a share takes none
+            if found.items("train") and found.items("val"):
+                return found
+        seed += 1
+
+
 def classes_of(file: Path) -> dict[str, Any]:
     """Settings of a folder from a file of classes: names, names with colours, or settings with ``classes`` among them.
 
@@ -117,17 +140,28 @@ def classes_of(file: Path) -> dict[str, Any]:
         RecipeError: the file is missing or holds none of these.
     """
     if not file.is_file():
-        raise RecipeError(f"{file} is not there; give a YAML file of classes, such as {{building: [255, 0, 0], …}}")
+        fault = "is no file" if file.exists() else "is not there"
+        raise RecipeError(f"{file} {fault}; give a YAML file of classes, such as {{building: [255, 0, 0], …}}")
     try:
-        held = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        held = None
+        held = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{file} cannot be read as YAML ({reason}); correct it and try again") from None
     if isinstance(held, list) and held:
         return {"classes": held}
     if not isinstance(held, dict) or not held:
         raise RecipeError(f"{file} holds no classes; write a list of names, or a name and its colour a line")
-    values = read_mapping(file, "file of classes")
-    return values if "classes" in values else {"classes": values}
+    if "classes" not in held:
+        return {"classes": held}
+    if held.get("name", "folder") != "folder":
+        raise RecipeError(f"{file} speaks of the domain {held['name']}, and adapt reads folders; take the name out")
+    said = [str(key) for key in held if key in OF_ONE_PLACE]
+    if said:
+        raise RecipeError(
+            f"{file} says {', '.join(said)}, and it is read for both places, each of which the options say; take that "
+            "out, or write a recipe"
+        )
+    return {str(key): value for key, value in held.items() if key != "name"}
 
 
 def crop_for(domains: list[Domain], device: torch.device) -> int:
@@ -186,16 +220,22 @@ def propose(
 
 def _lengthened(way: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
     """A recipe with its steps and what hangs on them: without a warm-up the first steps undo what was learnt."""
-    count = way.steps or steps["adapted"]
+    pictures = len(way.source.items("train")) if way.epochs and way.source is not None else 0
+    count = way.length(pictures) if _given(way) else steps["adapted"]
     method = way.method
     if isinstance(method, Overfly) and method.begin is not None:
         method = method.model_copy(update={"rise": max(1, count // 3)})
     schedule = Poly(power=1.0, warmup=max(1, count // 10))
     first = way.start
-    if isinstance(first, Recipe):
-        first = first.model_copy(update={"steps": first.steps or steps["source"]})
-    found = way.model_copy(update={"start": first, "steps": count, "schedule": schedule, "method": method})
-    return load(found, *overrides)
+    if isinstance(first, Recipe) and not _given(first):
+        first = first.model_copy(update={"steps": steps["source"]})
+    found = way.model_copy(update={"start": first, "schedule": schedule, "method": method})
+    return load(found if _given(way) else found.model_copy(update={"steps": count}), *overrides)
+
+
+def _given(recipe: Recipe) -> bool:
+    """Whether the length of a training was said, and is not to be proposed."""
+    return bool(recipe.steps or recipe.epochs)
 
 
 def _kept_steps(ways: Sequence[Recipe], budget: float, fabric: Fabric, notes: Path | None) -> dict[str, int]:
@@ -207,13 +247,13 @@ def _kept_steps(ways: Sequence[Recipe], budget: float, fabric: Fabric, notes: Pa
             held = json.loads(file.read_text(encoding="utf-8"))
             return {name: int(held[name]) for name in ("ways", *(key for key in ("adapted", "source") if key in held))}
     first, count = ways[0].start, len(ways)
-    times = {} if ways[0].steps else {"adapted": max(step_seconds(way, fabric) for way in ways)}
-    if isinstance(first, Recipe) and not first.steps:
+    times = {} if _given(ways[0]) else {"adapted": max(step_seconds(way, fabric) for way in ways)}
+    if isinstance(first, Recipe) and not _given(first):
         times["source"] = step_seconds(first, fabric)
     if count > 1 and _counts(budget, times, 2).get("adapted", WORTH) < WORTH:
         count = 1
     found = {"ways": count, **_steps(budget, times, count)}
-    if file is not None and fabric.is_global_zero:
+    if times and file is not None and fabric.is_global_zero:
         file.parent.mkdir(parents=True, exist_ok=True)
         with part_of(file) as part:
             part.write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -327,8 +367,12 @@ def of_folders(
     fabric = launch(Recipe(target=target, start=own.start, source=source, method=first), engine)
     found = propose(source, target, methods, overrides, start=own.start, budget=there_is, fabric=fabric, notes=out)
     if fabric.is_global_zero and not engine.quiet:
-        before, each = found[0].start, f"{found[0].steps} steps"
-        first_of_all = f"{before.steps} steps of source only, then " if isinstance(before, Recipe) else ""
+        before, each = found[0].start, _length(found[0])
+        first_of_all = f"{_length(before)} of source only, then " if isinstance(before, Recipe) else ""
         then = f"{len(found)} ways to adapt of {each} each" if len(found) > 1 else f"{each} of adaptation"
         print(f"in {budget}: {first_of_all}{then}", file=sys.stderr, flush=True)
     return found
+
+
+def _length(recipe: Recipe) -> str:
+    return f"{recipe.epochs:g} epochs" if recipe.epochs else f"{recipe.steps} steps"
