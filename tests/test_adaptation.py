@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from overfly.adaptation import adapt as judge
 from overfly.adaptation import beside, differences
 from overfly.api import adapt
 from overfly.arguments import recipes_and_settings
-from overfly.core.errors import RecipeError
+from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import Batch
-from overfly.data.synthetic import Drawn
+from overfly.data.loveda import CLASSES
+from overfly.data.synthetic import Drawn, draw
 from overfly.methods.dacs import DACS, Mix, MixNetworks
 from overfly.recipe import Recipe, load
 from overfly.scoring.gate import Gate
@@ -227,3 +229,45 @@ def test_recipes_and_settings_are_told_apart(
     ):
         with pytest.raises(RecipeError, match=words):
             recipes_and_settings(["a.yaml", entry])
+
+
+def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A folder without splits, as is the default: before, the verdict failed after all the training."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for index in range(4):
+        image, label = draw("urban", "train", index, 64)
+        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
+        Image.fromarray(label).save(tmp_path / "masks" / f"{index}.png")
+    source = {"name": "folder", "root": str(tmp_path), "masks": "masks", "classes": list(CLASSES.names)}
+    recipe = {**tiny, "source": source, "start": {**tiny["start"], "source": source}, "method": "dacs"}
+    run, verdict = adapted(load(recipe), tmp_path / "runs")
+    assert verdict["familiarity"] is None
+    assert verdict["networks"]["adapted"]["figures"]["source_miou"] is None
+    assert "Without held-out pictures of the source" in (run.path / "verdict.md").read_text()
+    few = {"train": 0.999, "val": 0.001}
+    with pytest.raises(DataError, match=r"the split val .* takes none"):
+        adapted(load(recipe, f"source.splits={few}"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_the_recipe_lacks_is_found_before_its_start_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load({**tiny, "method": {"name": "distil", "teacher": str(tmp_path / "nowhere.safetensors")}})
+    with pytest.raises(OverflyError, match=r"^method.teacher: there is no trained network"):
+        adapt(recipe, out=tmp_path / "runs", device="cpu", quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_labels_of_target_pictures_that_the_source_has_too_are_counted(tiny: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load({**tiny, "target": {**tiny["source"], "train": 3}, "method": "dacs", "steps": 1})
+    run, verdict = adapted(recipe, tmp_path)
+    assert verdict["labels_opened"] == 3
+    free = {
+        "start": str(run.path),
+        "target": tiny["source"],
+        "method": "source_free",
+        "crop": 64,
+        "batch": 4,
+        "steps": 1,
+    }
+    assert adapted(load(free), tmp_path / "free")[1]["labels_opened"] == 4

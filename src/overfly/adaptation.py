@@ -5,8 +5,10 @@ All are looked at without labels, and one of them is recommended.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 from lightning_fabric import Fabric
 
 from overfly.core.errors import OverflyError, RecipeError
-from overfly.data.domain import Split
+from overfly.core.records import Item
+from overfly.data.domain import Split, SplitError
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
@@ -41,6 +44,8 @@ LOOKED_AT = 16
 """Target pictures that networks are looked at on."""
 ESTIMATED_ON = 8
 """Pictures of each domain that the estimate rests on; each is seen under two dozen shifts."""
+ESTIMATED_BY: Split = "val"
+"""Split of the source whose labels the estimate is calibrated by."""
 CROP = 320
 """Longest side that is cut from the middle of these."""
 
@@ -162,8 +167,7 @@ def adapt(
         OverflyError: recipes, data or weights do not go together.
     """
     plans = beside(recipe, *others)
-    if others:
-        _see_that_all_can_begin([recipe, *others], fabric)
+    _see_that_all_can_begin([recipe, *others], fabric)
     runs: dict[str, Run | Path] = {}
     for role, plan in plans.items():
         if isinstance(plan, Recipe):
@@ -186,18 +190,31 @@ def adapt(
 
 
 def _see_that_all_can_begin(recipes: Sequence[Recipe], fabric: Fabric) -> None:
-    """Refuse before the first of several trainings what would be found before the last.
+    """Refuse before the first of the trainings what would be found before the last, or at the verdict.
 
     Raises:
         OverflyError: data, weights or a teacher of a recipe are not there or do not fit; the message says of which.
     """
     for number, recipe in enumerate(recipes, start=1):
         try:
+            if recipe.source is not None:
+                for split in (recipe.validation.split, ESTIMATED_BY):
+                    labelled(recipe.source, split)
             prepare(
                 recipe, fabric, Engine(quiet=True), weights_of(recipe.start) if isinstance(recipe.start, Path) else None
             )
         except OverflyError as error:
+            if len(recipes) == 1:
+                raise
             raise RecipeError(f"recipe {number}: {error}") from error
+
+
+def _held_out(recipe: Recipe) -> bool:
+    """Whether the source has pictures that are not learnt from; nobody need have kept any."""
+    try:
+        return recipe.source is not None and bool(recipe.source.items(recipe.validation.split))
+    except SplitError:
+        return False
 
 
 def _judge(
@@ -214,10 +231,10 @@ def _judge(
     for role, network in networks.items():
         found = look(network, target, "train", reference=networks[BEFORE], **sight)
         figures[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
-        if estimates and recipe.source is not None and labelled(recipe.source, "val"):
+        if estimates and recipe.source is not None and labelled(recipe.source, ESTIMATED_BY):
             guesses[role] = estimate(network, recipe.source, target, **sight | {"limit": ESTIMATED_ON})
     home = None
-    if recipe.source is not None and recipe.source.items(recipe.validation.split):
+    if recipe.source is not None and _held_out(recipe):
         home = look(networks[BEFORE], recipe.source, recipe.validation.split, **sight)
     reasons = gate.refusals(BEFORE, figures, home)
     ours = {
@@ -246,8 +263,33 @@ def _judge(
         gate=gate,
         target=target.model_dump(mode="json"),
         familiarity=None if home is None else familiarity(home, figures[BEFORE]),
-        labels_opened=sum(each.labels_opened for each in figures.values()),
+        labels_opened=sum(each.labels_opened for each in figures.values()) + _learnt_with_labels(recipe),
     )
+
+
+def _learnt_with_labels(recipe: Recipe) -> int:
+    """Target pictures that are the source's too, or that of what it began from: their labels are read as the source's.
+
+    What is no longer there cannot be compared and is not counted.
+    """
+    labelled_ones: set[object] = set()
+    now: Recipe | Path | None = recipe
+    while now is not None:
+        if isinstance(now, Path):
+            with suppress(OverflyError):
+                now = Run.open(now).recipe
+            if isinstance(now, Path):
+                break
+        for split in {"train", now.validation.split, ESTIMATED_BY} if now.source is not None else ():
+            with suppress(OverflyError):
+                labelled_ones |= {_picture(item) for item in now.domain("source").items(split) if item.label}
+        now = now.start
+    return sum(_picture(item) in labelled_ones for item in recipe.domain("target").items("train"))
+
+
+def _picture(item: Item) -> object:
+    """What two items of one picture have in common."""
+    return item.image.resolve() if isinstance(item.image, Path) else pickle.dumps(item.image)
 
 
 def _elected(

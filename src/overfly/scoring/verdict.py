@@ -58,7 +58,8 @@ class Verdict(Spec):
     """How familiar the target is to the network before adaptation, against the source's held-out pictures; none where
     there are no such pictures."""
     labels_opened: Whole
-    """Target labels that were read for training, choice and verdict: 0."""
+    """Target labels that were read for training, choice and verdict: 0 unless pictures of the target are the source's
+    too."""
 
     @property
     def sentence(self) -> str:
@@ -106,7 +107,7 @@ class Verdict(Spec):
         """All of it as a Markdown page."""
         ways = [f"- {way}." for way in self.ways]
         against = [f"- {role}: {reason}." for role, each in self.networks.items() for reason in each.against]
-        known = []
+        known = ["Without held-out pictures of the source nobody asked how familiar the target is.", ""]
         if self.familiarity is not None:
             share = f"{100 * self.familiarity:.0f} %"
             known = [f"To the source-only network the target is {share} as familiar as held-out source pictures.", ""]
