@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
 from overfly.data.synthetic import Drawn, draw
 from overfly.methods.dacs import DACS, Mix, MixNetworks
+from overfly.pages import offer
 from overfly.recipe import Recipe, load
 from overfly.scoring.gate import Gate
+from overfly.shipping import story_of
 from overfly.training.engine import Engine, launch
 from overfly.training.run import Run
 
@@ -271,3 +274,23 @@ def test_labels_of_target_pictures_that_the_source_has_too_are_counted(tiny: dic
         "steps": 1,
     }
     assert adapted(load(free), tmp_path / "free")[1]["labels_opened"] == 4
+
+
+def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load({**tiny, "method": "dacs", "steps": 1})
+    engine = Engine("cpu", quiet=True)
+    run, verdict = judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=Gate(margin=1.0))
+    assert verdict.recommended == "source only"
+    before = Run.open(verdict.networks["source only"].run)
+    story = story_of(run)
+    assert (story.title, story.method.split(":")[0]) == (before.path.name, "`source_only`")
+    assert story.scores["source/val"][0]["mIoU"] == before.scores["source/val"]["miou"]
+    assert "use the source-only network" in story.verdict
+    (network,) = offer([str(run.path)])
+    assert network.title == "source only, Urban to Rural, seed 0"
+    assert (network.about["method"], network.about["folder"]) == ("source_only", run.path.name)
+    shutil.rmtree(before.path)
+    assert "is not there any more" in story_of(run).method
+    assert offer([str(run.path)])[0].title == run.path.name
+    (run.path / "best.safetensors").unlink()
+    assert story_of(run).method.startswith("`dacs`")

@@ -115,11 +115,16 @@ def test_a_damaged_verdict_is_named(copied: Path, tmp_path: Path) -> None:
         api.report([str(copied)], out=tmp_path / "r.html", speed=False, pictures=0, device="cpu")
 
 
-def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path) -> None:
+def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path, copied: Path) -> None:
     offered = offer([str(runs), str(runs)])
     assert [each.key for each in offered] == ["0", "1", "2", "3"]
     assert len({each.title for each in offered}) == 4
-    adapted = next(each for each in offered if each.about["method"] == "overfly")
+    refused = next(each for each in offered if "_overfly_" in each.about["folder"])
+    assert refused.about["method"] == "source_only"  # what its folder ships
+    (verdict,) = copied.glob("*/verdict.json")
+    verdict.unlink()
+    (verdict.parent / "best.safetensors").unlink()
+    adapted = next(each for each in offer([str(copied)]) if each.about["method"] == "overfly")
     assert adapted.title == "overfly, Urban to Rural, seed 0"
     assert adapted.about["mIoU target"].endswith("(val)")
     assert adapted.opened().facts.classes.names[0] == "background"
@@ -151,10 +156,10 @@ def test_exports_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.
 def test_runs_of_one_recipe_in_two_folders_are_told_apart(copied: Path, runs: Path) -> None:
     offered = offer([str(runs), str(copied)])
     assert len({each.title for each in offered}) == len(offered) == 8
-    (one, other) = (each for each in offered if each.about["method"] == "overfly")
+    (one, other) = (each for each in offered if "_overfly_" in each.about["folder"])
     assert one.run is not None
-    assert one.title == f"overfly, Urban to Rural, seed 0 ({runs.name}/{one.run.path.name})"
-    assert other.title == f"overfly, Urban to Rural, seed 0 ({copied.name}/{one.run.path.name})"
+    assert one.title == f"source only, Urban to Rural, seed 0 ({runs.name}/{one.run.path.name})"
+    assert other.title == f"source only, Urban to Rural, seed 0 ({copied.name}/{one.run.path.name})"
 
 
 def test_scenes_that_cannot_be_read_are_left_out_and_told_once(

@@ -9,6 +9,7 @@ from overfly.core.errors import MissingExtraError, RecipeError
 from overfly.deploy.backends import Backend, Facts, Predictor, facts_of, of_segmenter
 from overfly.deploy.runtimes import of_onnx, of_openvino, of_program
 from overfly.models.segmenter import Segmenter
+from overfly.scoring.verdict import Verdict
 from overfly.training.run import Run
 
 WINDOW = 512
@@ -78,4 +79,26 @@ def network_of(path: Path | str) -> tuple[Segmenter, Facts]:
     return segmenter, facts_of(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
 
 
-__all__ = ["RUNTIMES", "WINDOW", "network_of", "predictor_of"]
+def verdict_of(run: Run) -> Verdict | None:
+    """What `overfly adapt` wrote into a run's folder; None where it did not, or where that is damaged."""
+    try:
+        return Verdict.model_validate_json((run.path / "verdict.json").read_bytes())
+    except (ValueError, OSError):
+        return None
+
+
+def origin_of(run: Run) -> Run | None:
+    """The run whose network a run's folder stands for: its own, or, of one that was refused, the recommended one.
+
+    Returns:
+        None where that run is not there, beside this one or where it was.
+    """
+    verdict = verdict_of(run)
+    if verdict is None or not (run.path / "best.safetensors").is_file():
+        return run
+    place = Path(verdict.networks[verdict.recommended].run)
+    there = [path for path in (run.path.parent / place.name, place) if (path / "recipe.yaml").is_file()]
+    return Run.open(there[0]) if there else None
+
+
+__all__ = ["RUNTIMES", "WINDOW", "network_of", "origin_of", "predictor_of", "verdict_of"]

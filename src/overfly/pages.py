@@ -27,7 +27,7 @@ from overfly.deploy.endings import FAULT, ending, in_public
 from overfly.deploy.overlay import Style, painter_of
 from overfly.deploy.video import Source, opened
 from overfly.findings import findings, in_words, runs_of
-from overfly.opening import predictor_of
+from overfly.opening import origin_of, predictor_of
 from overfly.training.run import Run
 from overfly.views.limits import Limits
 from overfly.views.networks import Network
@@ -235,8 +235,9 @@ def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> 
                 if run.path.resolve() in found:
                     continue
                 opened = partial(predictor_of, run.path, backend=backend, device=device)
-                title = f"{in_words(run.recipe)}, seed {run.recipe.seed}"
-                found[run.path.resolve()] = Network(str(len(found)), title, opened, run, _about(run))
+                origin = origin_of(run)
+                title = run.path.name if origin is None else f"{in_words(origin.recipe)}, seed {origin.recipe.seed}"
+                found[run.path.resolve()] = Network(str(len(found)), title, opened, run, _about(run, origin))
         elif path.resolve() not in found:
             predictor = predictor_of(path, backend=backend, device=device)
             about = {"model": predictor.facts.architecture, "folder": path.resolve().parent.name}
@@ -272,9 +273,12 @@ def _same(predictor: Predictor) -> Predictor:
     return predictor
 
 
-def _about(run: Run) -> dict[str, str]:
-    recipe = run.recipe
-    scores = run.scores
+def _about(run: Run, origin: Run | None) -> dict[str, str]:
+    """What is told of a run's network, which may be another run's, as of one that was refused."""
+    if origin is None:
+        return {"model": run.recipe.model.name, "folder": run.path.name}
+    recipe = origin.recipe
+    scores = origin.scores
     shown = {"model": recipe.model.name, "method": recipe.method.name}
     shown |= {"folder": run.path.name}
     shown |= {role: domain.title for role in ("source", "target") if (domain := getattr(recipe, role)) is not None}

@@ -27,11 +27,10 @@ from overfly.deploy.graph import Answer, Precision
 from overfly.deploy.metadata import Format, Made
 from overfly.deploy.model_card import Place, Story, card
 from overfly.deploy.parity import Truth
-from overfly.opening import network_of
+from overfly.opening import network_of, origin_of, verdict_of
 from overfly.ops.windows import cut, windows
 from overfly.recipe import Recipe
 from overfly.scoring.pictures import as_tensor
-from overfly.scoring.verdict import Verdict
 from overfly.training.assess import labelled
 from overfly.training.run import Run
 
@@ -281,8 +280,14 @@ def _note_labels(run: Run, key: str, found: Exported) -> None:
 
 
 def story_of(run: Run) -> Story:
-    """What a model card tells of a run: domains, scores of it and of its siblings of other seeds, verdict."""
-    recipe = run.recipe
+    """What a model card tells of a run: domains, scores of it and of its siblings of other seeds, verdict.
+
+    Of a run that was refused the recommended network is exported, and its own run is told of.
+    """
+    origin, evidence = origin_of(run), _verdict(run)
+    if origin is None:
+        return _story_of_a_stranger(run, evidence)
+    run, recipe = origin, origin.recipe
     places = []
     for domain, role in ((recipe.source, "with labels, trained on"), (recipe.target, "without labels, adapted to")):
         if domain is not None:
@@ -294,8 +299,19 @@ def story_of(run: Run) -> Story:
         method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0].rstrip('.')}",
         places=places,
         scores=scores_of_seeds(run),
-        verdict=_verdict(run),
+        verdict=evidence,
         recipe=yaml.safe_dump(_without_paths(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
+    )
+
+
+def _story_of_a_stranger(run: Run, evidence: str) -> Story:
+    """What is left to tell where the exported network's own run is not there."""
+    target = run.recipe.target
+    return Story(
+        title=run.path.name,
+        method="a run that is not there any more: the verdict below recommends its network",
+        places=[] if target is None else [Place(target.title, sheet(target), "without labels, as far as is known")],
+        verdict=evidence,
     )
 
 
@@ -334,12 +350,8 @@ def _unseeded(values: Any) -> Any:
 
 
 def _verdict(run: Run) -> str:
-    file = run.path / "verdict.json"
-    if not file.is_file():
-        return ""
-    try:
-        verdict = Verdict.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError):  # damaged, or of another version
+    verdict = verdict_of(run)
+    if verdict is None:
         return ""
     sentence = f"Verdict: {verdict.sentence}. Target labels opened for it: {verdict.labels_opened}."
     ways = "".join(f"- {way}\n" for way in verdict.ways)
