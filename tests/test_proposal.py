@@ -18,6 +18,7 @@ from overfly.proposal import Own, of_folders, seconds
 from overfly.recipe import Recipe
 from overfly.training.engine import Engine
 from overfly.training.run import Run
+from overfly.training.start import first_segmenter
 
 NAMES = ["background", "building", "road", "water", "barren", "forest", "agriculture"]
 
@@ -218,3 +219,10 @@ def test_epochs_may_be_given_instead_of_steps(own: Own, tmp_path: Path) -> None:
     assert (recipe.epochs, recipe.steps, recipe.start.epochs, recipe.start.steps) == (6, None, 2, None)
     assert recipe.schedule.warmup == max(1, recipe.length(len(recipe.source.items("train"))) // 10)
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_say_their_own_network(own: Own, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"source": {"name": "drawn"}, "model": "lraspp_mobilenet_v2"})
+    file = first_segmenter(recipe).save(tmp_path / "network.safetensors")
+    (found,) = of_folders(Own(images_b=own.images_b, start=file), "10m", Engine("cpu", quiet=True), ["steps=2"])
+    assert found.model.name == "lraspp_mobilenet_v2"

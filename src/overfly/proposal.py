@@ -209,6 +209,8 @@ def propose(
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(device.type, 4),
         "augment": augment, "clip": 10.0,
     }  # fmt: skip
+    if start is not None and not start.is_dir():  # of a run its recipe tells
+        shared["model"] = Segmenter.load(start).architecture
     first: Recipe | Path | None = start
     if source is not None and start is None:
         first = Recipe(**shared, model="pidnet_s", method=SourceOnly(), optim=AdamW(lr=2e-3))
