@@ -60,7 +60,7 @@ def row(verdict: Verdict, split: Split) -> dict[str, Any]:
         "networks": {
             role: {
                 "miou": miou[role], "iou": {name: each.iou for name, each in scores.classes.items()},
-                "settings": standing.settings, "committee": standing.committee,
+                "settings": standing.settings,
                 "against": standing.against, "figures": standing.figures.model_dump(mode="json"),
                 "estimate": standing.estimate and standing.estimate.model_dump(mode="json"),
             }

@@ -5,10 +5,10 @@ All are looked at without labels, and one of them is recommended.
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from overfly.scoring.consensus import consensus
 from overfly.scoring.estimate import Estimate, estimate
 from overfly.scoring.gate import Gate, familiarity, favourite
 from overfly.scoring.pictures import predict, unlabelled
 from overfly.scoring.samples import Sample
 from overfly.scoring.score import evaluating
-from overfly.scoring.validators import LabelFree, elect, look
+from overfly.scoring.validators import LabelFree, look
 from overfly.scoring.verdict import ADAPTED, BEFORE, RECALIBRATED, Standing, Verdict, said
 from overfly.training.assess import assess, labelled, recorded
 from overfly.training.carry_out import carry_out, weights_of
@@ -241,16 +240,12 @@ def _judge(
         role: run.recipe for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)
     }
     ways = dict(zip(ours, differences(list(ours.values())), strict=True))
-    votes = _elected(
-        recipe, networks, figures, [BEFORE, *(role for role, found in reasons.items() if not found)], device
-    )
     passed = {role: figures[role] for role in figures if not reasons.get(role)}
     standings = {
         role: Standing(
             run=str(run.path if isinstance(run, Run) else run),
             figures=figures[role],
             settings=ways.get(role, {}),
-            committee=votes.get(role),
             against=reasons.get(role, ()),
             estimate=guesses.get(role),
             truth=_truth(run, recipe),
@@ -258,7 +253,7 @@ def _judge(
         for role, run in runs.items()
     }
     return Verdict(
-        recommended=favourite(BEFORE, passed, votes),
+        recommended=favourite(BEFORE, passed),
         networks=standings,
         gate=gate,
         target=target.model_dump(mode="json"),
@@ -288,25 +283,11 @@ def _learnt_with_labels(recipe: Recipe) -> int:
 
 
 def _picture(item: Item) -> object:
-    """What two items of one picture have in common."""
-    return item.image.resolve() if isinstance(item.image, Path) else pickle.dumps(item.image)
-
-
-def _elected(
-    recipe: Recipe, networks: Mapping[str, Segmenter], figures: dict[str, LabelFree], passed: Sequence[str], device: Any
-) -> dict[str, float]:
-    """The committee's votes on the networks that passed, where there are several to choose from.
-
-    The network before adaptation is ranked with them: how far each agrees with all together, which is written into
-    ``figures``, means something from three networks on.
-    """
-    if len(passed) < 3:
-        return {}
-    images = list(unlabelled(recipe.domain("target"), "train", limit=LOOKED_AT, resize=recipe.resize, crop=CROP))
-    shares = consensus([(networks[role], recipe.window) for role in passed], images, device)
-    for role, share in zip(passed, shares, strict=True):
-        figures[role] = figures[role].model_copy(update={"consensus": share})
-    return dict(zip(passed, elect([figures[role] for role in passed]), strict=True))
+    """What two items of one picture have in common: the file, or what draws it and from what."""
+    image = item.image
+    if isinstance(image, Path):
+        return image.resolve()
+    return (image.func, image.args) if isinstance(image, partial) else image
 
 
 def _network(run: Run | Path) -> Segmenter:

@@ -94,16 +94,15 @@ class Gate(Spec):
         return {name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before}
 
 
-def favourite(before: str, figures: Mapping[str, LabelFree], votes: Mapping[str, float]) -> str:
-    """Of networks that nothing speaks against, the one that the committee puts first, then the most consistent.
+def favourite(before: str, figures: Mapping[str, LabelFree]) -> str:
+    """Of networks that nothing speaks against, the most consistent on the target.
 
     Args:
         before: name of the network before adaptation; returned where there is no other.
         figures: of the networks that nothing speaks against, by name.
-        votes: the committee's, as far as there was an election.
     """
     others = [name for name in figures if name != before]
-    return max(others, key=lambda name: (votes.get(name, 0.0), consistency(figures[name])), default=before)
+    return max(others, key=lambda name: consistency(figures[name]), default=before)
 
 
 def consistency(figures: LabelFree) -> float:

@@ -32,9 +32,6 @@ class Standing(Spec):
     """What can be said of it without target labels."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """What its recipe says otherwise than the other adapted ones', such as ``method.mix``."""
-    committee: Share | None = None
-    """Where several pass: mean rank among them and the one before adaptation over the committee's members, 1 for first
-    with all."""
     against: tuple[str, ...] = ()
     """What speaks against it; empty where nothing does."""
     estimate: Estimate | None = None
@@ -71,12 +68,8 @@ class Verdict(Spec):
         first = self.networks[self.recommended]
         way = in_words(first.settings)
         network = f"{self.recommended} ({way})" if way else f"the {self.recommended} network"
-        behind = [
-            role
-            for role, each in self.networks.items()
-            if None not in (each.committee, first.committee) and role not in (BEFORE, self.recommended, *refused)
-        ]
-        rest = f", and the committee puts it before {_listed(behind)}" if behind else ""
+        behind = [role for role in self.networks if role not in (BEFORE, self.recommended, *refused)]
+        rest = f", and it is more consistent on the target than {_listed(behind)}" if behind else ""
         return f"use {network}: nothing speaks against it{rest}{tail}"
 
     @property
