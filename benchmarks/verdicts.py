@@ -59,6 +59,7 @@ def row(verdict: Verdict, split: Split) -> dict[str, Any]:
         "gain": miou[verdict.recommended] - miou[BEFORE],
         "networks": {
             role: {
+                "method": runs[role].recipe.method.model_dump(mode="json"), "steps": runs[role].recipe.steps,
                 "miou": miou[role], "iou": {name: each.iou for name, each in scores.classes.items()},
                 "settings": standing.settings,
                 "against": standing.against, "figures": standing.figures.model_dump(mode="json"),
