@@ -17,6 +17,7 @@ import torch
 from lightning_fabric import Fabric
 
 from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.parts import part_of
 from overfly.core.records import Item
 from overfly.data.domain import Split, SplitError
 from overfly.methods.recalibrate import Recalibrate
@@ -233,8 +234,8 @@ def _judge(
         if estimates and recipe.source is not None and labelled(recipe.source, ESTIMATED_BY):
             guesses[role] = estimate(network, recipe.source, target, **sight | {"limit": ESTIMATED_ON})
     home = None
-    if recipe.source is not None and _held_out(recipe):
-        home = look(networks[BEFORE], recipe.source, recipe.validation.split, **sight)
+    if _held_out(recipe):
+        home = look(networks[BEFORE], recipe.domain("source"), recipe.validation.split, **sight)
     reasons = gate.refusals(BEFORE, figures, home)
     ours = {
         role: run.recipe for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)
@@ -287,7 +288,7 @@ def _picture(item: Item) -> object:
     image = item.image
     if isinstance(image, Path):
         return image.resolve()
-    return (image.func, image.args) if isinstance(image, partial) else image
+    return (image.func, repr((image.args, image.keywords))) if isinstance(image, partial) else image
 
 
 def _network(run: Run | Path) -> Segmenter:
@@ -327,13 +328,16 @@ def _keep(run: Run, verdict: Verdict, runs: Mapping[str, Run | Path], *, best: b
     file = run.path / "best.safetensors"
     if best:
         chosen = runs[verdict.recommended]
-        unfinished = run.path / ".best.safetensors"
-        shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, unfinished)
-        unfinished.replace(file)
+        with part_of(file) as part:
+            shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, part)
+            part.replace(file)
     else:
         file.unlink(missing_ok=True)
     run.record("verdict.json", verdict.model_dump(mode="json"))
-    (run.path / "verdict.md").write_text(verdict.report(), encoding="utf-8")
+    page = run.path / "verdict.md"
+    with part_of(page) as part:
+        part.write_text(verdict.report(), encoding="utf-8")
+        part.replace(page)
 
 
 def _draw(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:

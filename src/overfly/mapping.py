@@ -58,31 +58,18 @@ class Predicted:
             yield f"{len(self.failures)} of {total} rasters failed; the same command does only these again"
 
 
+Share = Callable[..., tuple[list[Mapped], dict[str, str]]]
+"""What gives rasters to several processes: the maps, and what went wrong by raster."""
+
+
 def predict(
-    network: Path,
-    rasters: list[str],
-    *,
-    out: Path = Path("maps"),
-    bands: str | None = None,
-    nodata: float | None = None,
-    opacity: bool | None = None,
-    peak: float | None = None,
-    resolution: float | None = None,
-    match: bool = False,
-    probabilities: bool = False,
-    uncertainty: bool = False,
-    polygons: Literal["gpkg", "geojson"] | None = None,
-    smallest: int = 10,
-    window: int | None = None,
-    overlap: float = 0.25,
-    batch: int = 4,
-    backend: Backend = "auto",
-    device: str = "auto",
-    workers: int = 0,
-    scheduler: str | None = None,
-    overwrite: bool = False,
-    quiet: bool = False,
-) -> Predicted:
+    network: Path, rasters: list[str], *, out: Path = Path("maps"), bands: str | None = None,
+    nodata: float | None = None, opacity: bool | None = None, peak: float | None = None,
+    resolution: float | None = None, match: bool = False, probabilities: bool = False, uncertainty: bool = False,
+    polygons: Literal["gpkg", "geojson"] | None = None, smallest: int = 10, window: int | None = None,
+    overlap: float = 0.25, batch: int = 4, backend: Backend = "auto", device: str = "auto", workers: int = 0,
+    scheduler: str | None = None, overwrite: bool = False, quiet: bool = False,
+) -> Predicted:  # fmt: skip
     """Make georeferenced maps of rasters, however large, window by window.
 
     A map lies on its raster's own grid: a Cloud Optimized GeoTIFF of class ids, 255 where nothing was measured, with
@@ -115,7 +102,6 @@ def predict(
     Returns:
         The maps, and the rasters that failed. The command exits with status 1 where one of several failed.
     """
-    network, out = Path(network), Path(out)
     see_bounds(
         {"window": (window or 32, 32, LARGEST), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)}
         | {"workers": (workers, 0, 256)}
@@ -126,16 +112,23 @@ def predict(
         resolution=_resolution(resolution, match, predictor.facts.ground), probabilities=probabilities,
         uncertainty=uncertainty, polygons=polygons, smallest=smallest, overwrite=overwrite,
     )  # fmt: skip
-    jobs = sources_of(rasters, out)
+    opener = partial(predictor_of, Path(network).absolute(), backend=backend, device=device)
+    share = (
+        partial(map_rasters, opener, workers=workers, scheduler=scheduler) if workers or scheduler is not None else None
+    )
+    return _made(predictor, share, sources_of(rasters, Path(out)), settings, fingerprint(Path(network)), quiet=quiet)
+
+
+def _made(
+    predictor: Predictor, share: Share | None, jobs: dict[str, Path], settings: Settings, mark: str, *,
+    quiet: bool,
+) -> Predicted:  # fmt: skip
+    """Maps made one after the other, or by ``share``, which gives them to several processes."""
     see_apart({source: outputs(place, settings).values() for source, place in jobs.items()})
     with Told(quiet) as told:
-        if not workers and scheduler is None:
-            return _one_by_one(predictor, jobs, settings, fingerprint(network), told)
-        opener = partial(predictor_of, network.absolute(), backend=backend, device=device)
-        share = partial(
-            map_rasters, opener, settings=settings, network=fingerprint(network), workers=workers, scheduler=scheduler
-        )
-        return _shared(share, jobs, told)
+        if share is None:
+            return _one_by_one(predictor, jobs, settings, mark, told)
+        return _shared(partial(share, settings=settings, network=mark), jobs, told)
 
 
 def _one_by_one(predictor: Predictor, jobs: Mapping[str, Path], settings: Settings, mark: str, told: Told) -> Predicted:
@@ -152,9 +145,7 @@ def _one_by_one(predictor: Predictor, jobs: Mapping[str, Path], settings: Settin
     return Predicted(maps, failures)
 
 
-def _shared(
-    share: Callable[..., tuple[list[Mapped], dict[str, str]]], jobs: Mapping[str, Path], told: Told
-) -> Predicted:
+def _shared(share: Share, jobs: Mapping[str, Path], told: Told) -> Predicted:
     """Maps made by several processes or machines, which take paths from the root."""
     absolute = {
         source if "://" in source else str(Path(source).absolute()): place.absolute() for source, place in jobs.items()
