@@ -19,6 +19,7 @@ from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
 from overfly.data.synthetic import Drawn, draw
 from overfly.methods.dacs import DACS, Mix, MixNetworks
+from overfly.opening import begun_from
 from overfly.pages import offer
 from overfly.recipe import Recipe, load
 from overfly.scoring.gate import Gate, consistency
@@ -281,7 +282,11 @@ def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, A
     (network,) = offer([str(run.path)])
     assert network.title == "source only, Urban to Rural, seed 0"
     assert (network.about["method"], network.about["folder"]) == ("source_only", run.path.name)
+    assert verdict.sentence == "use the source-only network: recalibrated and adapted are refused"
+    assert begun_from(run.path) == before.path  # what overfly adapt --from takes
+    assert begun_from(before.path) == before.path
     shutil.rmtree(before.path)
+    assert begun_from(run.path) == run.path / "best.safetensors"
     assert "is not there any more" in story_of(run).method
     assert offer([str(run.path)])[0].title == run.path.name
     (run.path / "best.safetensors").unlink()

@@ -138,6 +138,12 @@ def test_what_is_missing_is_said_in_a_sentence(own: Own, change: dict[str, Path 
         of_folders(Own(**{**own.__dict__, **change}), "10m", Engine("cpu", quiet=True))
 
 
+def test_a_time_is_not_silently_ignored_beside_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--budget 10m is for folders of your own; a recipe says its length"):
+        adapt("recipes/drawn/urban-rural-plain.yaml", budget="10m", out=tmp_path, device="cpu", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_command_from_folders_to_a_verdict_and_again_without_the_source(
     own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ from overfly.data.domain import Split
 from overfly.imagery import data_check, data_draw, data_fetch, data_stats
 from overfly.mapping import predict
 from overfly.models.registry import build
+from overfly.opening import begun_from
 from overfly.pages import report, serve
 from overfly.recipe import load
 from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
@@ -116,7 +117,7 @@ def adapt(
     images_b: Path | None = None,
     classes: Path | None = None,
     start: Annotated[Path | None, Parameter(name=["--from"])] = None,
-    budget: str = "30m",
+    budget: str | None = None,
     estimate: bool = True,
     out: Path = Path("runs"),
     device: str = "auto",
@@ -141,9 +142,9 @@ def adapt(
         images_b: folder or pattern of the images to adapt to.
         classes: YAML file of the classes: names, or names and their colours in the masks; other settings of the folder
             domain beside them where needed.
-        start: run or weights to adapt, without its source's images.
-        budget: the time that there is for own folders, such as 90s, 10m or 2h. The same command again goes on where it
-            was cut off.
+        start: run or weights to adapt, without its source's images; of a run that was refused, the recommended network.
+        budget: the time that there is for own folders, such as 90s, 10m or 2h; 30m if nothing is said. The same command
+            again goes on where it was cut off.
         estimate: estimate each network's mIoU on the target too, with an interval; about as long again as the verdict.
         out: folder of the runs.
         device: auto, cpu, cuda, cuda:1 or mps.
@@ -157,11 +158,15 @@ def adapt(
         The verdict, and where the recommended network lies.
     """
     engine = Engine(device, devices, workers, checkpoint_every, cache=cache_of(cache), quiet=quiet)
-    own = proposal.Own(images_a, masks_a, images_b, classes, start)
+    own = proposal.Own(images_a, masks_a, images_b, classes, start and begun_from(start))
     written, settings = recipes_and_settings([*([] if recipe is None else [recipe]), *overrides])
     if written and own != proposal.Own():
         raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")
-    values = [load(each, *settings) for each in written] or proposal.of_folders(own, budget, engine, settings, out)
+    if written and budget is not None:
+        raise RecipeError(f"--budget {budget} is for folders of your own; a recipe says its length, so set steps=…")
+    values = [load(each, *settings) for each in written] or proposal.of_folders(
+        own, budget or proposal.BUDGET, engine, settings, out
+    )
     run, verdict = adaptation.adapt(
         *values, out=out, fabric=launch(values[0], engine), engine=engine, estimates=estimate
     )

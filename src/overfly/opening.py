@@ -101,4 +101,17 @@ def origin_of(run: Run) -> Run | None:
     return Run.open(there[0]) if there else None
 
 
-__all__ = ["RUNTIMES", "WINDOW", "network_of", "origin_of", "predictor_of", "verdict_of"]
+def begun_from(start: Path) -> Path:
+    """What adaptation begins from where a path is named: itself, or the recommended network where a run was refused.
+
+    Args:
+        start: a run's folder or a file of weights; one that is neither is returned as it is.
+    """
+    if not (start / "recipe.yaml").is_file():
+        return start
+    run = Run.open(start)
+    origin = origin_of(run)
+    return run.path / "best.safetensors" if origin is None else start if origin.path == run.path else origin.path
+
+
+__all__ = ["RUNTIMES", "WINDOW", "begun_from", "network_of", "origin_of", "predictor_of", "verdict_of"]

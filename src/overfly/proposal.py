@@ -39,6 +39,8 @@ from overfly.training.carry_out import weights_of
 from overfly.training.engine import Engine, Step, launch
 from overfly.training.fit import prepare
 
+BUDGET = "30m"
+"""The time that there is where nobody says."""
 CROPS = {"cpu": 256, "cuda": 512, "mps": 384}
 """Largest crop by the kind of device, in pixels."""
 BATCHES = {"cpu": 4, "cuda": 8, "mps": 4}

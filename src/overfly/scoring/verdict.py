@@ -63,8 +63,8 @@ class Verdict(Spec):
         """The verdict in words."""
         refused = [role for role, standing in self.networks.items() if standing.against]
         if self.recommended == BEFORE:
-            return f"use the source-only network: {_listed(refused) or 'nothing else'} would do harm here"
-        tail = f"; {_listed(refused)} would do harm here" if refused else ""
+            return f"use the source-only network: {_refused(refused) or 'there is no other'}"
+        tail = f"; {_refused(refused)}" if refused else ""
         first = self.networks[self.recommended]
         way = in_words(first.settings)
         network = f"{self.recommended} ({way})" if way else f"the {self.recommended} network"
@@ -144,6 +144,11 @@ def said(value: object) -> str:
             " + ".join(said(each.get("name")) if isinstance(each, Mapping) else said(each) for each in value) or "none"
         )
     return "none" if value is None else str(value)
+
+
+def _refused(names: Sequence[str]) -> str:
+    """``a and b are refused``; empty where none is."""
+    return f"{_listed(names)} {'is' if len(names) == 1 else 'are'} refused" if names else ""
 
 
 def _listed(names: Sequence[str]) -> str:
