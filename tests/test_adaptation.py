@@ -22,7 +22,7 @@ from overfly.methods.dacs import DACS, Mix, MixNetworks
 from overfly.opening import begun_from
 from overfly.pages import offer
 from overfly.recipe import Recipe, load
-from overfly.scoring.gate import Gate, consistency
+from overfly.scoring.gate import Gate, steadiness
 from overfly.shipping import story_of
 from overfly.training.engine import Engine, launch
 from overfly.training.run import Run
@@ -133,16 +133,16 @@ def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_
     assert found.verdict.labels_opened == 0
 
 
-def test_of_several_that_pass_the_most_consistent_is_recommended(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any], tmp_path: Path) -> None:
     """With a gate that lets all pass."""
     recipes = [load({**tiny, "method": name}) for name in ("dacs", "mic")]
     loose = Gate(source_loss=1.0, agreement=0.0, familiar=0.0, sureness=1.0).model_copy(update={"margin": -1.0})
     engine = Engine("cpu", quiet=True)
     _, verdict = judge(*recipes, out=tmp_path, fabric=launch(recipes[0], engine), engine=engine, gate=loose)
-    others = {role: consistency(each.figures) for role, each in verdict.networks.items() if role != "source only"}
+    others = {role: steadiness(each.figures) for role, each in verdict.networks.items() if role != "source only"}
     assert len(others) == 3
     assert others[verdict.recommended] == max(others.values())
-    assert "it is more consistent on the target than" in verdict.sentence
+    assert "it is steadier on the target than" in verdict.sentence
     other = Path(verdict.networks["adapted 2" if verdict.recommended != "adapted 2" else "adapted 1"].run)
     assert (other / "verdict.json").exists()
     if verdict.recommended != "recalibrated":

@@ -15,6 +15,7 @@ from overfly.core.errors import RunError
 from overfly.data.domain import SPLITS, Split
 from overfly.models.registry import build
 from overfly.recipe import Recipe
+from overfly.scoring.gate import steadiness
 from overfly.scoring.speed import Speed, measure
 from overfly.scoring.verdict import BEFORE, Verdict
 from overfly.tabulation import Row, compared
@@ -218,7 +219,7 @@ def _evidence(run: Run) -> Evidence | None:
     rows = []
     for role, standing in verdict.networks.items():
         seen, guess = standing.figures, standing.estimate
-        cells = [seen.source_miou, seen.masked_miou, seen.views_miou, seen.agreement]
+        cells = [seen.source_miou, seen.masked_miou, seen.views_miou, steadiness(seen), seen.agreement]
         between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
         word = "recommended" if role == verdict.recommended else "refused" if standing.against else ""
         rows.append((role, [*map(_percent, cells), between], word))
@@ -226,7 +227,7 @@ def _evidence(run: Run) -> Evidence | None:
     return Evidence(
         title=run.path.name,
         sentence=verdict.sentence[0].upper() + verdict.sentence[1:] + ".",
-        columns=["source", "masked", "views", "as before", "target, estimated"],
+        columns=["source", "masked", "views", "steady", "as before", "target, estimated"],
         rows=rows,
         against=[f"{role}: {reason}" for role, each in verdict.networks.items() for reason in each.against],
         ways=verdict.ways,

@@ -146,13 +146,15 @@ def masked() -> View:
     return View("masked", alter, _stay)
 
 
+def geometric() -> tuple[View, ...]:
+    """The views that show the same ground from another side and at another size, pixel values as they were."""
+    return (turned(1, mirrored=False), turned(2, mirrored=True), scaled(0.75), scaled(1.5))
+
+
 def views() -> tuple[View, ...]:
     """The mild views of a label-free look: turns, ground resolution, colour, sharpness, noise."""
     return (
-        turned(1, mirrored=False),
-        turned(2, mirrored=True),
-        scaled(0.75),
-        scaled(1.5),
+        *geometric(),
         coloured("colour", 0.2, 0.2, 0.2, 0.03),
         blurred(0.7),
         noisy(0.1),
@@ -185,4 +187,4 @@ def _over_peak(name: str, recolour: Callable[[Tensor, Generator], Tensor]) -> Vi
     return View(name, alter, _stay)
 
 
-__all__ = ["View", "masked", "shifts", "views"]
+__all__ = ["View", "geometric", "masked", "shifts", "views"]

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from overfly.core.spec import Share, Spec, Whole
 from overfly.scoring.estimate import Estimate
-from overfly.scoring.gate import Gate
+from overfly.scoring.gate import Gate, steadiness
 from overfly.scoring.validators import LabelFree
 
 BEFORE = "source only"
@@ -69,7 +69,7 @@ class Verdict(Spec):
         way = in_words(first.settings)
         network = f"{self.recommended} ({way})" if way else f"the {self.recommended} network"
         behind = [role for role in self.networks if role not in (BEFORE, self.recommended, *refused)]
-        rest = f", and it is more consistent on the target than {_listed(behind)}" if behind else ""
+        rest = f", and it is steadier on the target than {_listed(behind)}" if behind else ""
         return f"use {network}: nothing speaks against it{rest}{tail}"
 
     @property
@@ -84,15 +84,15 @@ class Verdict(Spec):
     def table(self) -> str:
         """The networks and their label-free figures in percent, as a Markdown table."""
         rows = [
-            "| network | source | masked | views | as before | target, estimated | |",
-            "|---|---|---|---|---|---|---|",
+            "| network | source | masked | views | steady | as before | target, estimated | |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for role, standing in self.networks.items():
             seen = standing.figures
             guess = standing.estimate
             between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
             word = "recommended" if role == self.recommended else "refused" if standing.against else ""
-            cells = [seen.source_miou, seen.masked_miou, seen.views_miou, seen.agreement]
+            cells = [seen.source_miou, seen.masked_miou, seen.views_miou, steadiness(seen), seen.agreement]
             rows.append(f"| {role} | {' | '.join(_percent(cell) for cell in cells)} | {between} | {word} |")
         return "\n".join(rows)
 
@@ -111,8 +111,9 @@ class Verdict(Spec):
                 *(["What speaks against a network:", "", *against, ""] if against else []),
                 "All figures are mIoU in percent. *Source* is measured on the source's held-out labels. *Masked* "
                 "and *views* compare predictions on target pictures as they are with those half covered, and turned, "
-                "scaled and recoloured; *as before* compares them with the source-only network's. *Target* is an "
-                "estimate with its interval, and had no part in the verdict. "
+                "scaled and recoloured; *steady*, by which one of those that nothing speaks against is chosen, is "
+                "the turned and scaled part of that; *as before* compares them with the source-only network's. "
+                "*Target* is an estimate with its interval, and had no part in the verdict. "
                 f"Target labels opened: {self.labels_opened}.", "",
                 *known,
                 "![Target pictures and what each network says](samples/verdict.png)", "",
