@@ -136,7 +136,9 @@ def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_
 def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any], tmp_path: Path) -> None:
     """With a gate that lets all pass."""
     recipes = [load({**tiny, "method": name}) for name in ("dacs", "mic")]
-    loose = Gate(source_loss=1.0, agreement=0.0, familiar=0.0, sureness=1.0).model_copy(update={"margin": -1.0})
+    loose = Gate(source_loss=1.0, agreement=0.0, familiar=0.0, sureness=1.0).model_copy(
+        update={"margin": -1.0, "alike": 1e-9}
+    )
     engine = Engine("cpu", quiet=True)
     _, verdict = judge(*recipes, out=tmp_path, fabric=launch(recipes[0], engine), engine=engine, gate=loose)
     others = {role: steadiness(each.figures) for role, each in verdict.networks.items() if role != "source only"}

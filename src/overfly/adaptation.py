@@ -241,7 +241,7 @@ def _judge(
         role: run.recipe for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)
     }
     ways = dict(zip(ours, differences(list(ours.values())), strict=True))
-    passed = {role: figures[role] for role in figures if not reasons.get(role)}
+    passed = {role: figures[role] for role in (BEFORE, *ours, *figures) if not reasons.get(role)}
     standings = {
         role: Standing(
             run=str(run.path if isinstance(run, Run) else run),
@@ -254,7 +254,7 @@ def _judge(
         for role, run in runs.items()
     }
     return Verdict(
-        recommended=favourite(BEFORE, passed),
+        recommended=favourite(BEFORE, passed, gate.alike),
         networks=standings,
         gate=gate,
         target=target.model_dump(mode="json"),

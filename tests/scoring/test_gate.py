@@ -48,7 +48,7 @@ def recommended(
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     reasons = Gate().refusals("source only", networks, home)
     passed = {name: each for name, each in networks.items() if not reasons.get(name)}
-    return favourite("source only", passed), reasons
+    return favourite("source only", passed, Gate().alike), reasons
 
 
 def seen(anything: LabelFree, geometric: float, else_: float, agreement: float = 0.6) -> LabelFree:
@@ -69,7 +69,7 @@ def test_the_steadiest_of_those_that_pass_is_recommended(anything: LabelFree) ->
     chosen, reasons = recommended(networks)
     assert chosen == "adapted"
     assert [name for name, found in reasons.items() if found] == ["wild"]
-    assert favourite("source only", {"source only": figures(anything)}) == "source only"
+    assert favourite("source only", {"source only": figures(anything)}, 0.02) == "source only"
     assert consistency(networks["adapted"]) == pytest.approx(0.5)
 
 
@@ -79,7 +79,7 @@ def test_what_a_method_teaches_to_ignore_does_not_speak_for_it(anything: LabelFr
     recoloured, pasted = seen(anything, 0.76, 0.95), seen(anything, 0.79, 0.75)
     assert consistency(recoloured) > consistency(pasted)
     assert (steadiness(recoloured), steadiness(pasted)) == pytest.approx((0.76, 0.79))
-    assert favourite("source only", {"one": recoloured, "other": pasted}) == "other"
+    assert favourite("source only", {"one": recoloured, "other": pasted}, 0.02) == "other"
 
 
 def test_where_all_are_refused_the_network_before_is_kept(anything: LabelFree) -> None:
@@ -109,3 +109,13 @@ def test_pictures_of_other_things_refuse_every_adaptation(anything: LabelFree) -
 def test_being_surer_away_than_at_home_makes_nothing_familiar(anything: LabelFree) -> None:
     home, away = figures(anything, views_miou=0.8, bnm=0.5), figures(anything, views_miou=0.4, bnm=1.0)
     assert familiarity(home, away) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("second", "chosen"), [(0.719, "first"), (0.721, "second")])
+def test_of_networks_alike_the_first_is_recommended(anything: LabelFree, second: float, chosen: str) -> None:
+    networks = {
+        "source only": figures(anything),
+        "first": seen(anything, 0.7, 0.7),
+        "second": seen(anything, second, 0.7),
+    }
+    assert favourite("source only", networks, Gate().alike) == chosen

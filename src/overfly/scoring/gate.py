@@ -36,6 +36,9 @@ class Gate(Spec):
     """How much more consistent, on average under cover and under other views, it must be on the target. Self-training
     that won gained 5 points and more of it; a point or less comes from any further training."""
 
+    alike: Share = 0.02
+    """Difference in steadiness (`steadiness`) on the target below which it tells nothing of which network is better."""
+
     def against(self, before: LabelFree, after: LabelFree) -> tuple[str, ...]:
         """What speaks against a network, as sentences; empty where nothing does.
 
@@ -97,15 +100,17 @@ class Gate(Spec):
         return {name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before}
 
 
-def favourite(before: str, figures: Mapping[str, LabelFree]) -> str:
-    """Of networks that nothing speaks against, the steadiest on the target.
+def favourite(before: str, figures: Mapping[str, LabelFree], alike: float) -> str:
+    """Of networks that nothing speaks against, the first that is about as steady on the target as the steadiest.
 
     Args:
         before: name of the network before adaptation; returned where there is no other.
-        figures: of the networks that nothing speaks against, by name.
+        figures: of the networks that nothing speaks against, by name, what to prefer where they are alike first.
+        alike: difference in steadiness below which networks are; `Gate.alike`.
     """
-    others = [name for name in figures if name != before]
-    return max(others, key=lambda name: steadiness(figures[name]), default=before)
+    steady = {name: steadiness(each) for name, each in figures.items() if name != before}
+    most = max(steady.values(), default=0.0)
+    return next((name for name, found in steady.items() if most - found < alike), before)
 
 
 def steadiness(figures: LabelFree) -> float:

@@ -69,7 +69,11 @@ class Verdict(Spec):
         way = in_words(first.settings)
         network = f"{self.recommended} ({way})" if way else f"the {self.recommended} network"
         behind = [role for role in self.networks if role not in (BEFORE, self.recommended, *refused)]
-        rest = f", and it is steadier on the target than {_listed(behind)}" if behind else ""
+        lead = {role: steadiness(first.figures) - steadiness(self.networks[role].figures) for role in behind}
+        clear = [role for role in behind if lead[role] >= self.gate.alike]
+        others = [role for role in behind if role not in clear]
+        rest = f", and it is steadier on the target than {_listed(clear)}" if clear else ""
+        rest += f", and {_listed(others)} {_is(others)} not clearly steadier there" if others else ""
         return f"use {network}: nothing speaks against it{rest}{tail}"
 
     @property
@@ -149,7 +153,11 @@ def said(value: object) -> str:
 
 def _refused(names: Sequence[str]) -> str:
     """``a and b are refused``; empty where none is."""
-    return f"{_listed(names)} {'is' if len(names) == 1 else 'are'} refused" if names else ""
+    return f"{_listed(names)} {_is(names)} refused" if names else ""
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _listed(names: Sequence[str]) -> str:
