@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from overfly.adaptation import adapt as judge
 from overfly.adaptation import beside, differences
-from overfly.api import adapt
+from overfly.api import adapt, train
 from overfly.arguments import recipes_and_settings
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import Batch
@@ -23,6 +23,7 @@ from overfly.opening import begun_from
 from overfly.pages import offer
 from overfly.recipe import Recipe, load
 from overfly.scoring.gate import Gate, steadiness
+from overfly.scoring.score import score
 from overfly.shipping import story_of
 from overfly.training.engine import Engine, launch
 from overfly.training.run import Run
@@ -177,6 +178,26 @@ def test_the_verdict_is_written_and_no_target_label_is_opened(
     assert all(torch.equal(best[name], chosen[name]) for name in best)
     assert "Target labels opened: 0" in (run.path / "verdict.md").read_text()
     assert (run.path / "samples" / "verdict.png").stat().st_size > 1000
+
+
+def test_what_was_lost_at_home_is_asked_in_one_way_of_all(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever window the start was trained to be scored with, and where it is a file of weights."""
+    asked: list[int | None] = []
+
+    def watched(*given: Any, window: int | None = None, **rest: Any) -> Any:
+        asked.append(window)
+        return score(*given, window=window, **rest)
+
+    monkeypatch.setattr("overfly.adaptation.score", watched)
+    before = train(load(tiny["start"]), out=tmp_path / "start", device="cpu", quiet=True).run
+    file = before.segmenter().save(tmp_path / "start.safetensors")
+    for number, start in enumerate((before.path, file)):
+        recipe = load({**tiny, "start": str(start), "method": "dacs", "steps": 1, "window": 32})
+        _, verdict = adapted(recipe, tmp_path / str(number))
+        assert asked == [32] * (number + 1)  # the adapted and the recalibrated are scored so by their own recipes
+        assert verdict["networks"]["source only"]["figures"]["source_miou"] is not None
 
 
 def test_again_trains_nothing_and_says_the_same(tiny: dict[str, Any], tmp_path: Path) -> None:

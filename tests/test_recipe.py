@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from conftest import REPOSITORY
 from overfly.core.errors import RecipeError
 from overfly.core.optim import Adam
 from overfly.core.settings import parse
+from overfly.data.loveda import CLASSES
 from overfly.methods.adaptsegnet import AdaptSegNet
 from overfly.ops.criterion import CrossEntropy
 from overfly.recipe import Recipe, load
+from overfly.training.start import first_segmenter
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 
@@ -131,3 +134,21 @@ def test_another_network_is_another_for_the_start_too(small: dict[str, Any]) -> 
     assert load(values, "model.name=pidnet_m").model.name == "pidnet_m"
     with pytest.raises(RecipeError, match=r"under start trains pidnet_s, and this one asks for pidnet_m"):
         load({**values, "model": "pidnet_m", "start": {**values["start"], "model": "pidnet_s"}})
+
+
+def test_domains_of_two_ranges_of_values_are_refused(small: dict[str, Any], tmp_path: Path) -> None:
+    target = {"name": "folder", "root": str(tmp_path), "classes": list(CLASSES.names), "peak": 65535}
+    with pytest.raises(RecipeError, match="source goes up to 255 and target to 65535"):
+        load({**small, "target": target, "method": "dacs"})
+
+
+@pytest.mark.parametrize("name", ["cbst", "iast", "overfly"])
+def test_what_changes_a_trained_network_needs_one(name: str, small: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"method {name} changes a trained network; name a run or recipe"):
+        load({**small, "method": name})
+    trained = first_segmenter(load(small)).network
+    state = {key: value for key, value in trained.state_dict().items() if not key.startswith(trained.class_layer)}
+    save_file(state, tmp_path / "encoder.safetensors")
+    model = {"name": "pidnet_s", "weights": str(tmp_path / "encoder.safetensors")}
+    with pytest.raises(RecipeError, match=r"encoder\.safetensors holds no class layer"):
+        first_segmenter(load({**small, "method": name, "model": model}))

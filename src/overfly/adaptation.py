@@ -28,7 +28,7 @@ from overfly.scoring.estimate import Estimate, estimate
 from overfly.scoring.gate import Gate, familiarity, favourite
 from overfly.scoring.pictures import predict, unlabelled
 from overfly.scoring.samples import Sample
-from overfly.scoring.score import evaluating
+from overfly.scoring.score import evaluating, score
 from overfly.scoring.validators import LabelFree, look
 from overfly.scoring.verdict import ADAPTED, BEFORE, RECALIBRATED, Standing, Verdict, said
 from overfly.training.assess import assess, labelled, recorded
@@ -296,13 +296,15 @@ def _network(run: Run | Path) -> Segmenter:
 
 
 def _source_miou(recipe: Recipe, run: Run | Path, device: torch.device) -> float | None:
-    """MIoU on the source's held-out labels; measured once."""
+    """MIoU on the source's held-out labels, of every network as the recipe scores; measured once of a run like it."""
     split = recipe.validation.split
-    if recipe.source is None or not isinstance(run, Run) or not labelled(recipe.source, split):
+    if recipe.source is None or not labelled(recipe.source, split):
         return None
-    return (
-        recorded(run, "source", split, recipe.source) or assess(run, recipe.source, "source", split, device=device)
-    ).miou
+    if isinstance(run, Run) and (run.recipe.resize, run.recipe.window) == (recipe.resize, recipe.window):
+        found = recorded(run, "source", split, recipe.source)
+        return (found or assess(run, recipe.source, "source", split, device=device)).miou
+    network = _network(run)
+    return score(network, recipe.source, split, resize=recipe.resize, window=recipe.window or None, device=device).miou
 
 
 def _truth(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:

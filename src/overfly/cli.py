@@ -79,7 +79,7 @@ def application(arguments: Sequence[str] | None = None) -> App:
         name="overfly",
         help=HELP,
         version=__version__,
-        help_format="plaintext",
+        help_format="markdown",
         default_parameter=Parameter(negative_iterable=(), negative_none=()),
         suppress_keyboard_interrupt=False,
         exit_on_error=False,

@@ -196,18 +196,29 @@ class Recipe(Spec):
             raise ValueError("validation reads the source's labels; without a source set validation.target or every: 0")
         if self.validation.target and self.target is None:
             raise ValueError("validation.target looks at pictures of the target; say where they are under target")
-        if self.source and self.target and self.source.classes.names != self.target.classes.names:
+        weights, domain = self.method.criterion.class_weights, self.source or self.target
+        if weights and domain and len(weights) != len(domain.classes):
+            raise ValueError(f"class_weights has {len(weights)} numbers, and there are {len(domain.classes)} classes")
+        return self
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        if not (self.source and self.target):
+            return self
+        if self.source.classes.names != self.target.classes.names:
             raise ValueError(
                 f"source and target have different classes ({', '.join(self.source.classes.names)}, and "
                 f"{', '.join(self.target.classes.names)}); bring them together with the folder domain's mapping"
             )
-        if self.source and self.target and self.source.bands != self.target.bands:
+        if self.source.bands != self.target.bands:
             raise ValueError(
                 f"source has {self.source.bands} bands and target {self.target.bands}; give both the same bands"
             )
-        weights, domain = self.method.criterion.class_weights, self.source or self.target
-        if weights and domain and len(weights) != len(domain.classes):
-            raise ValueError(f"class_weights has {len(weights)} numbers, and there are {len(domain.classes)} classes")
+        if self.source.peak != self.target.peak:
+            raise ValueError(
+                f"source goes up to {self.source.peak:g} and target to {self.target.peak:g}; bring both to one range "
+                "of values, and say it as their peak"
+            )
         return self
 
     def domain(self, role: Literal["source", "target"]) -> Domain:

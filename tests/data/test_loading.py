@@ -14,6 +14,7 @@ from PIL import Image
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, Batch, UInt8
 from overfly.data.domain import Domain, without_labels
+from overfly.data.folder import Folder
 from overfly.data.loading import Steps, Stream, loader
 from overfly.data.sampling import Place, Rare, Uniform, crop
 
@@ -25,7 +26,8 @@ def anywhere(label: UInt8) -> bool:
 def stream(**changes: Any) -> Stream:
     domain = Domain.model_validate({"name": "drawn", "scene": "urban", "size": 64, "train": 5})
     values: dict[str, Any] = {"sampling": Uniform(), "batch": 4, "crop": 32, "resize": None, "seed": 3, "key": 0}
-    return Stream(domain, list(domain.items("train")), **(values | changes))
+    items = without_labels(domain.items("train")) if changes.get("key") else list(domain.items("train"))
+    return Stream(domain, items, **(values | changes))
 
 
 def test_a_step_is_the_same_whoever_asks_and_whenever() -> None:
@@ -40,6 +42,11 @@ def test_a_step_is_the_same_whoever_asks_and_whenever() -> None:
         assert torch.equal(one.source.label, other.source.label)
         assert torch.equal(one.target, other.target)
     assert not torch.equal(Steps(stream(), None).batch(0).source.image, Steps(stream(), None).batch(1).source.image)
+
+
+def test_a_target_with_labels_is_no_target() -> None:
+    with pytest.raises(ValueError, match="still have labels"):
+        Steps(stream(), stream()).batch(0)
 
 
 def test_ranks_share_a_batch_without_overlap() -> None:
@@ -173,3 +180,39 @@ def test_names_of_a_step_are_those_that_were_read() -> None:
         whole = stream().domain.read_image(by_name[name]).transpose(2, 0, 1).astype(np.float32)
         windows = np.lib.stride_tricks.sliding_window_view(whole[0], (32, 32))
         assert (windows == part[0].numpy()).all((2, 3)).any()
+
+
+@pytest.mark.parametrize("cache", [None, "memory", "disk"])
+def test_where_the_target_was_not_measured_is_known_to_the_method(tmp_path: Path, cache: str | None) -> None:
+    """Transparent pixels, and what is mirrored outwards; it is read from the image alone."""
+    (tmp_path / "images").mkdir()
+    picture = np.full((40, 40, 4), 200, np.uint8)
+    picture[:, 20:, 3] = 0
+    Image.fromarray(picture, "RGBA").save(tmp_path / "images" / "1.png")
+    domain = Folder(root=tmp_path, images="images/*.png", classes=["a", "b"])
+    kept = tmp_path / "cache" if cache == "disk" else cache
+    items = without_labels(domain.items("train"))
+    target = Stream(domain, items, Uniform(), batch=1, crop=48, resize=None, seed=0, key=1, cache=kept)
+    for step in (0, 1):
+        batch = Steps(None, target).batch(step)
+        assert batch.blank is not None
+        assert batch.measured is not None
+        assert batch.blank[0, :40, 20:].all()
+        assert batch.blank[0, 40:].all()
+        assert not batch.blank[0, :40, :20].any()
+        assert torch.equal(batch.measured, ~batch.blank)
+        assert (batch.target[0, :, :40, :20] == 200).all()
+    small = Stream(domain, items, Uniform(), batch=1, crop=20, resize=20, seed=0, key=1, cache=kept)
+    halves = Steps(None, small).batch(0).blank
+    assert halves is not None
+    assert halves[0, :, 10:].all()
+    assert not halves[0, :, :10].any()
+
+
+def test_where_all_was_measured_nothing_is_said_of_it(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.full((32, 32, 3), 9, np.uint8)).save(tmp_path / "images" / "1.png")
+    domain = Folder(root=tmp_path, images="images/*.png", classes=["a", "b"])
+    items = without_labels(domain.items("train"))
+    target = Stream(domain, items, Uniform(), batch=1, crop=16, resize=None, seed=0, key=1)
+    assert Steps(None, target).batch(0).blank is None

@@ -108,7 +108,7 @@ def swapped(net: nn.Module, twin: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_clan_plays_as_in_two_phases() -> None:
-    method, seen = CLAN(weight=1.0, apart=0.5), batch()
+    method, seen = CLAN(weight=1.0, apart=0.5, preheat=0), batch()
     one, two = twice(method.networks(student()))
     backward(method.losses(one, seen).values())
 

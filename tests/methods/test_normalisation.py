@@ -179,7 +179,7 @@ def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[s
     file = student.save(tmp_path / "teacher.safetensors")
     other = student.classes.model_copy(update={"names": tuple(reversed(student.classes.names))})
     student.classes = other
-    with pytest.raises(RecipeError, match="of the same classes and bands"):
+    with pytest.raises(RecipeError, match="of the same classes, bands and range"):
         Distil(teacher=file).networks(student)
     with pytest.raises(RecipeError, match="is not there"):
         weights_of(tmp_path / "nowhere")

@@ -69,13 +69,12 @@ def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
     seen = Seen(nets)
     before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}
     recipe.method.losses(nets, Steps(*streams(recipe)).batch(0))
-    assert len(seen.images) == 1
+    assert len(seen.images) == (2 if name == "mic" else 1)  # covered images apart, by running statistics
     assert all(torch.equal(value, before[key]) for key, value in nets.teacher.state_dict().items())
     recipe.method.after_step(nets, 0)
     own = nets.teacher.state_dict()
-    share = (
-        float(getattr(recipe.method, "ema", 0)) if recipe.method.needs_start else 0.0
-    )  # a teacher that is trained already is kept
+    keeps = name in {"overfly", "source_free"}  # from the first step on
+    share = float(getattr(recipe.method, "ema", 0)) if keeps else 0.0
     for key, value in nets.student.state_dict().items():
         expected = torch.lerp(value, before[key], share) if value.is_floating_point() else value
         torch.testing.assert_close(own[key], expected)
@@ -85,7 +84,7 @@ def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
 
 @pytest.mark.parametrize("sure", [0.0, 50.0])
 def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: Case, sure: float) -> None:
-    (image, label), target = case[1]
+    (image, label), target, _ = case[1]
     pseudo = torch.randint(0, 7, label.shape)
     method = DACS(strong=())
     nets = method.networks(first_segmenter(case[0])).train()
@@ -124,10 +123,13 @@ def test_geometry_cannot_be_a_strong_augmentation() -> None:
 def test_gradual_class_weights_follow_the_source(case: Case) -> None:
     nets, _, losses = run(DACS(gcw=True), case)
     label = case[1].source.label
-    shares = torch.stack([(label == index).sum() / (label != IGNORE).sum() for index in range(7)])
-    assert torch.allclose(nets.shares, GCW_KEEP / 7 + (1 - GCW_KEEP) * shares)
+    each = []
+    for one in label:  # the weights of each image, not of all together
+        shares = torch.stack([(one == index).sum() / (one != IGNORE).sum() for index in range(7)])
+        each.append(7 * ((1 - shares) / 0.1).softmax(0))
+    assert torch.allclose(nets.weights, GCW_KEEP + (1 - GCW_KEEP) * torch.stack(each).mean(0))
     plain, _, without = run(DACS(), case)
-    assert torch.allclose(plain.shares, torch.full((7,), 1 / 7))
+    assert torch.equal(plain.weights, torch.ones(7))
     assert losses["source_main"] != without["source_main"]
     assert losses["mixed_main"] == without["mixed_main"]
 
@@ -168,8 +170,11 @@ def test_daformer_stays_near_its_beginning(case: Case) -> None:
 
 
 def test_mic_covers_target_images_alone(case: Case) -> None:
-    _, seen, losses = run(MIC(block=8, ratio=0.7, strong=()), case)
-    source, _, masked = seen.images[0].chunk(3)
+    nets, seen, losses = run(MIC(block=8, ratio=0.7, strong=()), case)
+    source, masked = seen.images[0].chunk(2)[0], seen.images[1]
+    plain, _, _ = run(DACS(strong=()), case)
+    for name, value in plain.student.named_buffers():  # what is covered does not reach the statistics
+        assert torch.equal(value, dict(nets.student.named_buffers())[name])
     assert torch.equal(source, case[1].source.image)
     target = case[1].target
     same = (masked - target).abs().amax(1) < 1e-2
@@ -213,3 +218,28 @@ def test_source_free_never_looks_at_the_source(case: Case) -> None:
     frozen = {name for name, weight in nets.student.named_parameters() if not weight.requires_grad}
     assert frozen
     assert all(name.startswith("network.seghead_d.") for name in frozen)
+
+
+@pytest.mark.parametrize("name", ["minent", "cbst", "distil", "dsbn", "iast", "overfly", "source_free", "tent"])
+def test_nothing_is_learnt_where_the_target_was_not_measured(name: str, recipe_of: Callable[..., Recipe]) -> None:
+    """Of a target of which nothing was measured no term is left, and thresholds stay as they were."""
+    recipe = recipe_of(name)
+    changes = {"mix": 0.0} if name == "overfly" else {}
+    method = recipe.method.model_copy(update=changes)
+    nets = method.networks(first_segmenter(recipe)).train()
+    before = {key: value.clone() for key, value in nets.named_buffers() if key in {"thresholds", "shares"}}
+    batch = Steps(*streams(recipe)).batch(0)
+    torch.manual_seed(0)
+    measured = dict(method.losses(nets, batch))
+    for key, value in before.items():
+        dict(nets.named_buffers())[key].copy_(value)
+    blank = torch.ones(len(batch.target), *batch.target.shape[-2:], dtype=torch.bool)
+    torch.manual_seed(0)
+    losses = method.losses(nets, batch._replace(blank=blank))
+    own = [key for key in losses if key.split("_")[0] in {"target", "mixed", "soft", "entropy", "uniform"}]
+    assert own or name == "source_free"
+    assert any(measured[key] != 0 for key in own)
+    assert all(losses[key] == 0 for key in own)
+    assert all(torch.equal(dict(nets.named_buffers())[key], value) for key, value in before.items())
+    total = torch.stack([value for value in losses.values() if value.requires_grad]).sum()
+    assert total.isfinite()

@@ -70,7 +70,25 @@ def test_pseudo_labels_are_the_most_probable_class() -> None:
 
 def test_share_above() -> None:
     probability = torch.tensor([[[0.9, 0.5], [0.97, 0.99]], [[0.1, 0.2], [0.3, 0.968]]])
-    assert share_above(probability, 0.968).flatten().tolist() == [0.5, 0.0]
+    label = torch.zeros(2, 2, 2, dtype=torch.int64)
+    assert share_above(Pseudo(label, probability), 0.968).flatten().tolist() == [0.5, 0.0]
+
+
+def test_what_was_not_measured_is_no_pixel_of_any_class() -> None:
+    """As if the blank half of an image were not there: its share of sure pixels, thresholds and labels."""
+    logits = torch.randn(1, 3, 8, 8)
+    blank = torch.zeros(1, 8, 8, dtype=torch.bool)
+    blank[..., 4:] = True
+    logits[..., 4:] = torch.tensor([9.0, 0.0, 0.0]).view(1, 3, 1, 1)  # surely the first class
+    whole, half = pseudo_label(logits, blank), pseudo_label(logits[..., :4])
+    assert share_above(whole, 0.5).allclose(share_above(half, 0.5))
+    thresholds = surest(whole, 0.3, 3)
+    assert torch.equal(thresholds, surest(half, 0.3, 3))
+    kept = keep_above(whole, thresholds)
+    assert torch.equal(kept[..., :4], keep_above(half, thresholds))
+    assert (kept[..., 4:] == IGNORE).all()
+    nothing = pseudo_label(logits, torch.ones_like(blank))
+    assert share_above(nothing, 0.5).item() == 0
 
 
 @settings(deadline=None, max_examples=20)

@@ -43,10 +43,22 @@ class Batch(NamedTuple):
     """What a method sees in one step. The target has no labels: it cannot be cheated on.
 
     A part that the method does not need is empty: its first dimension is 0.
+
+    Attributes:
+        source: images and labels.
+        target: images (B, C, H, W), float, in the sensor's own range.
+        blank: where the target shows nothing that was measured (B, H, W), bool: no data, full transparency, what was
+            mirrored outwards. It is part of the image, not of a label. None: nowhere.
     """
 
     source: Labelled
     target: Tensor
+    blank: Tensor | None = None
+
+    @property
+    def measured(self) -> Tensor | None:
+        """Where the target was measured (B, H, W), bool; None: everywhere."""
+        return None if self.blank is None else ~self.blank
 
 
 class Logits(NamedTuple):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from overfly.core.errors import DataError
 from overfly.core.parts import part_of
-from overfly.core.records import Array, Drawing, Item, UInt8
+from overfly.core.records import IGNORE, Array, Drawing, Item, UInt8
 from overfly.data.domain import Domain
 from overfly.data.headers import facts
 
@@ -52,6 +52,33 @@ def open_picture(
     if item.label is None:
         return picture, None
     return picture, _kept(cache, _key(domain, resize, "label", item.label, item.image), label)
+
+
+def blank_as_label(domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None) -> UInt8 | None:
+    """What can be said of an item without its label (H, W): `IGNORE` where nothing was measured, else 0.
+
+    Args:
+        domain: where the item is from.
+        item: which picture.
+        resize: as `open_picture` takes it.
+        cache: as `open_picture` takes it.
+
+    Returns:
+        None where all was measured.
+
+    Raises:
+        DataError: the picture cannot be read, or the cache cannot be written.
+    """
+
+    def made() -> UInt8:
+        blank = domain.blank(item)
+        if blank is None:
+            return np.zeros((0, 0), np.uint8)
+        label = np.where(blank, IGNORE, 0).astype(np.uint8)
+        return label if resize is None else resize_label(label, resize)
+
+    found = made() if cache is None else _kept(cache, _key(domain, resize, "blank", item.image), made)
+    return found if found.size else None
 
 
 def resize_image(image: Array, side: int) -> Array:

@@ -94,6 +94,10 @@ class Domain(Choice, ABC):
         """The picture of an item, (H, W, C), in the sensor's own type and range."""
         return reading.read_image(item.image, bands=self.bands)
 
+    def blank(self, item: Item) -> reading.Mask | None:  # noqa: ARG002
+        """Where the picture of an item shows nothing that was measured (H, W), bool; None: nowhere. Reads no label."""
+        return None
+
     def read_label(self, item: Item) -> UInt8:
         """The label of an item, (H, W), class ids 0 to K-1 or 255.
 

@@ -161,6 +161,14 @@ class Folder(Domain, name="folder"):
             found = listing.choose(found, split, rules, root, self.seed)
         return [Item(picture.name, picture.image, picture.mask) for picture in found]
 
+    def blank(self, item: Item) -> reading.Mask | None:
+        """No data in every band, masked, or fully transparent (H, W); None: nowhere.
+
+        Raises:
+            DataError: the picture cannot be read.
+        """
+        return reading.nodata_mask(item.image, bands=self.bands)
+
     def read_label(self, item: Item) -> UInt8:
         """The label of an item (H, W), class ids 0 to K-1 or 255.
 
@@ -177,7 +185,7 @@ class Folder(Domain, name="folder"):
         except ValueError as error:
             raise DataError(f"{reading.place(source)} cannot be understood: {error}") from None
         self._settle_unknown(reading.place(source), pixels, label, coded)
-        blank = reading.nodata_mask(item.image, bands=self.bands)
+        blank = self.blank(item)
         if blank is not None:
             label[blank] = IGNORE
         return label

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Batch, Item, Labelled, UInt8
-from overfly.data.cache import open_picture
+from overfly.data.cache import blank_as_label, open_picture
 from overfly.data.check import above_peak, label_counts, place
 from overfly.data.domain import Domain
 from overfly.data.sampling import Counts, Place, Sampling, crop
@@ -106,7 +107,27 @@ class Stream:
         return [(self.items[index], wanted) for index, wanted in picks]
 
     def read(self, step: int, slots: Sequence[int]) -> Labelled:
-        """Images (B, C, crop, crop) in the sensor's range, and labels (B, crop, crop), of some slots of a step."""
+        """Images (B, C, crop, crop) in the sensor's range, and labels (B, crop, crop), of some slots of a step.
+
+        An item without a label is `IGNORE` everywhere.
+        """
+        found = self._fitting(step, slots)
+        without = [place for place, (item, _) in enumerate(self.chosen(step, slots)) if item.label is None]
+        found.label[without] = IGNORE
+        return found
+
+    def read_unlabelled(self, step: int, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, C, crop, crop), and where they show nothing that was measured (B, crop, crop), bool.
+
+        Raises:
+            ValueError: an item has a label.
+        """
+        if any(item.label is not None for item, _ in self.chosen(step, slots)):
+            raise ValueError("the target's items still have labels; take them away by without_labels")
+        found = self._fitting(step, slots)
+        return found.image, found.label == IGNORE
+
+    def _fitting(self, step: int, slots: Sequence[int]) -> Labelled:
         try:
             return self._read(step, slots)
         except MemoryError:
@@ -131,6 +152,7 @@ class Stream:
         return Labelled(torch.stack(images), torch.stack(labels))
 
     def _open(self, item: Item) -> tuple[Array, UInt8]:
+        """Image and label; of an item without one, `IGNORE` where nothing was measured and 0 elsewhere."""
         if item.name in self._kept:
             return self._kept[item.name]
         folder = Path(self.cache) if self.cache not in (None, "memory") else None
@@ -141,7 +163,9 @@ class Stream:
                 raise DataError(above)
             self._seen.add(item.name)
         if label is None:
-            label = np.full(image.shape[:2], IGNORE, np.uint8)
+            label = blank_as_label(self.domain, item, self.resize, folder)
+        if label is None:
+            label = np.zeros(image.shape[:2], np.uint8)
         if self.cache == "memory" and self._bytes < MEMORY_BYTES:
             self._kept[item.name] = image, label
             self._bytes += image.nbytes + label.nbytes
@@ -171,8 +195,10 @@ class Steps(Dataset[Batch | OverflyError]):
         """
         empty = Labelled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
         source = self.source.read(step, self._slots(self.source)) if self.source else empty
-        target = self.target.read(step, self._slots(self.target)).image if self.target else empty.image
-        return Batch(source, target)
+        if self.target is None:
+            return Batch(source, empty.image)
+        images, blank = self.target.read_unlabelled(step, self._slots(self.target))
+        return Batch(source, images, blank if bool(blank.any()) else None)
 
     def names(self, step: int) -> list[str]:
         """Names of the pictures that this rank sees in a step."""

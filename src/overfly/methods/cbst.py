@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,8 @@ class CBST(Method[ThresholdNetworks], name="cbst"):
     through the student in one pass. The teacher is what is deployed.
     """
 
+    needs_start: ClassVar[bool] = True
+
     ema: Share = 0.99
     """Share of the teacher that is kept at every step."""
     share: Share = 0.2
@@ -51,7 +55,7 @@ class CBST(Method[ThresholdNetworks], name="cbst"):
 
     def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:
         """The criterion on the source, and on the target's surest pseudo-labels."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main)
+        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
         found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.thresholds))
         nets.thresholds.copy_(moved(nets.thresholds, found, self.keep))
         kept = keep_above(pseudo, nets.thresholds)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from overfly.core.optim import Optim
 from overfly.core.records import Batch, Logits, Losses
-from overfly.core.spec import NonNegative
+from overfly.core.spec import NonNegative, Whole
 from overfly.methods.adversarial import Adversarial, WithCritic, outline
 from overfly.methods.twins import Views, class_layer, look, second_class_layer, twin_optimizer
 from overfly.ops.critic import Critic, fool, tell_apart
@@ -17,11 +17,14 @@ from overfly.ops.losses import probabilities
 
 
 class TwinsWithCritic(WithCritic):
-    """A student, a second class layer, and the critic of what both say together."""
+    """A student, a second class layer, the critic of what both say together, and the steps that are done."""
+
+    steps: Tensor
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student, Critic(outline(student).main.shape[1]))
         self.twin = second_class_layer(student)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
 class CLAN(Adversarial[TwinsWithCritic], name="clan"):
@@ -30,8 +33,9 @@ class CLAN(Adversarial[TwinsWithCritic], name="clan"):
     Two class layers read the same map and are kept apart by a loss on the angle between their weights. The critic sees
     the softmax of their summed scores; each target pixel counts by the disagreement of the two there, in the student's
     term as in the critic's. Source and target pass the student in one batch: its batch normalisation has the statistics
-    of both. What is shipped is the student with the first class layer; the paper adds up both. The published code's
-    warm-up and damping of the weights over the steps are left out: they stand in the recipe's schedule.
+    of both. What is shipped is the student with the first class layer; the paper adds up both. As in the published
+    code pixels weigh alike at first (`preheat`), while the second layer is new and disagrees everywhere; the damping of
+    the weights over its steps is left out.
     """
 
     weight: NonNegative = 0.001
@@ -40,6 +44,9 @@ class CLAN(Adversarial[TwinsWithCritic], name="clan"):
     """What full disagreement of the class layers adds to a target pixel's weight (the paper's λ_local)."""
     base: NonNegative = 0.4
     """Weight of a target pixel on which both class layers agree (the paper's ε)."""
+    preheat: Whole = 500
+    """Steps in which every target pixel weighs 1, until the second class layer is trained; the published code takes a
+    twentieth of all steps."""
     apart: NonNegative = 0.01
     """Weight of the cosine between the class layers' weights."""
 
@@ -50,7 +57,7 @@ class CLAN(Adversarial[TwinsWithCritic], name="clan"):
     def losses(self, nets: TwinsWithCritic, batch: Batch) -> Losses:
         """The criterion on the source, for both; weights apart; the student fools the critic, which learns."""
         (source, target), _ = look(nets.student, nets.twin, batch.source.image, batch.target)
-        weight = self.base + self.local * disagreement(target)
+        weight = self.base + self.local * disagreement(target) if int(nets.steps) >= self.preheat else None
         return {
             **self.supervised(source.logits, batch.source.label),
             **{f"twin_{key}": loss for key, loss in self.supervised(Logits(source.twin), batch.source.label).items()},
@@ -58,6 +65,10 @@ class CLAN(Adversarial[TwinsWithCritic], name="clan"):
             "fool": self.weight * fool(nets.critic, ensemble(target), weight),
             "critic": tell_apart(nets.critic, ensemble(source), ensemble(target), weight),
         }
+
+    def after_step(self, nets: TwinsWithCritic, step: int) -> None:
+        """Count the step."""
+        nets.steps.fill_(step + 1)
 
     def optimizers(self, nets: TwinsWithCritic, optim: Optim) -> list[Optimizer]:
         """The student's, the critic's and the second class layer's."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from overfly.core.records import Batch, Labelled, Logits, Losses
+from overfly.core.records import IGNORE, Batch, Labelled, Logits, Losses
 from overfly.core.spec import NonNegative, Share, Whole
 from overfly.methods.method import Method, TeacherStudent, named
 from overfly.ops.colour import ColourJitter, GaussianBlur, Strong, recoloured
@@ -17,22 +17,21 @@ from overfly.ops.teacher import Pseudo, follow, local_quality, pseudo_label, sha
 from overfly.ops.weighting import class_shares, rare_class_weights
 
 GCW_KEEP = 0.9
-"""Share of the old class shares that gradual class weights keep at every step (Li et al., 2022)."""
+"""Share of the old weights that gradual class weights keep at every step (Li et al., 2022)."""
 GCW_TEMPERATURE = 0.1
 """Temperature of gradual class weights (Li et al., 2022)."""
 
 
 class MixNetworks(TeacherStudent):
-    """Student and teacher, the steps that are done, and the class shares of late."""
+    """Student and teacher, the steps that are done, and the gradual class weights."""
 
     steps: Tensor
-    shares: Tensor
+    weights: Tensor
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
-        classes = len(self.segmenter.classes)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("shares", torch.full((classes,), 1 / classes))
+        self.register_buffer("weights", torch.ones(len(self.segmenter.classes)))
 
 
 class Mix(NamedTuple):
@@ -93,7 +92,7 @@ class DACS(Method[MixNetworks], name="dacs"):
 
     def mix(self, nets: MixNetworks, batch: Batch) -> Mix:
         """Let the teacher label the target, and paste half of the source's classes onto it."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main)
+        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
         quality = self.quality(pseudo)
         cut = class_mask(batch.source.label, self.share)
         mixed = paste(cut, batch.source, Labelled(batch.target, pseudo.label))
@@ -105,17 +104,20 @@ class DACS(Method[MixNetworks], name="dacs"):
         """What pseudo-labels weigh: their image's share of sure pixels, or that around each of them."""
         if self.ldq:
             return local_quality(pseudo.probability)
-        return share_above(pseudo.probability, self.confidence)
+        return share_above(pseudo, self.confidence)
 
     def on_source(self, nets: MixNetworks, logits: Logits, label: Tensor) -> dict[str, Tensor]:
-        """The criterion on source images, rare classes weighing more if so set."""
+        """The criterion on source images, rare classes weighing more if so set.
+
+        The weights of each image follow what it shows, those of late their mean, and a pixel of a rare class counts
+        more in the sum, not in the count, as in the published code.
+        """
         if not self.gcw:
             return named("source", self.supervised(logits, label))
-        nets.shares.lerp_(class_shares(label, len(nets.shares)), 1 - GCW_KEEP)
-        weights = rare_class_weights(nets.shares, GCW_TEMPERATURE)
-        given = torch.tensor(self.criterion.class_weights or [1.0] * len(weights), device=weights.device)
-        criterion = self.criterion.model_copy(update={"class_weights": tuple((weights * given).tolist())})
-        return named("source", criterion.terms(logits, label))
+        shares = torch.stack([class_shares(each, len(nets.weights)) for each in label])
+        found = rare_class_weights(shares, GCW_TEMPERATURE).mean(0)
+        nets.weights.lerp_(found.to(nets.weights), 1 - GCW_KEEP)
+        return named("source", self.supervised(logits, label, nets.weights[label.masked_fill(label == IGNORE, 0)]))
 
     def on_mixed(self, logits: Logits, mix: Mix) -> dict[str, Tensor]:
         """The criterion on mixed images, boundaries on source pixels alone."""

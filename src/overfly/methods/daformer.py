@@ -34,6 +34,8 @@ class DAFormer(DACS, name="daformer"):
 
     Of the paper's other ingredients, rare-class sampling is a recipe's ``sampling: rare`` and the warm-up of the
     learning rate its ``schedule.warmup``. The distance only means something where training begins from weights.
+    It is taken at the map that the network gives its class layer, the anchor normalised by its running statistics and
+    the student by the batch's, so that it is not 0 at the first step.
     """
 
     ema: Share = 0.999
@@ -63,8 +65,8 @@ class DAFormer(DACS, name="daformer"):
         if self.features and source.features is not None:
             with torch.no_grad():
                 anchor = cast(AnchoredNetworks, nets).anchor(image).features
-            cells = majority(label, (anchor.shape[2], anchor.shape[3]), self.filled, len(nets.shares))
-            chosen = torch.tensor(self.things or range(len(nets.shares)), device=cells.device)
+            cells = majority(label, (anchor.shape[2], anchor.shape[3]), self.filled, len(nets.weights))
+            chosen = torch.tensor(self.things or range(len(nets.weights)), device=cells.device)
             distance = feature_distance(source.features, anchor, torch.isin(cells, chosen))
             terms["feature_distance"] = self.features * distance
         return terms

@@ -66,11 +66,11 @@ class Distil(Method[TaughtNetworks], name="distil"):
             )
         nets = TaughtNetworks(student, Segmenter.load(path, training_heads=False))
         own, given = nets.segmenter, nets.teacher
-        if own.classes.names != given.classes.names or own.bands != given.bands:
+        if (own.classes.names, own.bands, own.peak) != (given.classes.names, given.bands, given.peak):
             raise RecipeError(
-                f"method.teacher: {self.teacher} knows {given.bands} bands and the classes "
-                f"{', '.join(given.classes.names)}, the student {own.bands} and {', '.join(own.classes.names)}; give a "
-                "teacher of the same classes and bands"
+                f"method.teacher: {self.teacher} knows {given.bands} bands up to {given.peak:g} and the classes "
+                f"{', '.join(given.classes.names)}, the student {own.bands} up to {own.peak:g} and "
+                f"{', '.join(own.classes.names)}; give a teacher of the same classes, bands and range of values"
             )
         return nets
 
@@ -79,17 +79,17 @@ class Distil(Method[TaughtNetworks], name="distil"):
         with torch.no_grad():
             given = nets.teacher.scores(batch.target)
         if not len(batch.source.image):
-            return self.on_target(nets.student(batch.target), given)
+            return self.on_target(nets.student(batch.target), given, batch.measured)
         source, target = together(nets.student, batch.source.image, batch.target)
         return {
             **named("source", self.supervised(source, batch.source.label), self.source),
-            **self.on_target(target, given),
+            **self.on_target(target, given, batch.measured),
         }
 
-    def on_target(self, logits: Logits, given: Tensor) -> dict[str, Tensor]:
+    def on_target(self, logits: Logits, given: Tensor, measured: Tensor | None) -> dict[str, Tensor]:
         """Soft labels for the class scores, and for those of auxiliary heads by the criterion's weight."""
-        terms = {"soft": self.weight * soft_label_loss(logits.main, given, self.temperature)}
+        terms = {"soft": self.weight * soft_label_loss(logits.main, given, self.temperature, measured)}
         if logits.aux and self.criterion.aux:
-            each = [soft_label_loss(scores, given, self.temperature) for scores in logits.aux]
+            each = [soft_label_loss(scores, given, self.temperature, measured) for scores in logits.aux]
             terms["soft_aux"] = self.weight * self.criterion.aux * torch.stack(each).sum()
         return terms

@@ -61,7 +61,7 @@ class DSBN(Method[TeacherStudent], name="dsbn"):
 
     def losses(self, nets: TeacherStudent, batch: Batch) -> Losses:
         """The criterion on the source, and on the target's surest pseudo-labels."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main)
+        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
         kept = keep_above(pseudo, surest(pseudo, self.share, len(nets.segmenter.classes)))
         source, target = together(nets.student, batch.source.image, batch.target)
         return {

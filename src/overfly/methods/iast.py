@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 from torch import nn
 
 from overfly.core.records import IGNORE, Batch, Losses
@@ -21,6 +24,8 @@ class IAST(Method[ThresholdNetworks], name="iast"):
     target go through the student in one pass. The teacher is what is deployed.
     """
 
+    needs_start: ClassVar[bool] = True
+
     ema: Share = 0.99
     """Share of the teacher that is kept at every step."""
     begin: Positive = 0.9
@@ -32,9 +37,9 @@ class IAST(Method[ThresholdNetworks], name="iast"):
     hardness: NonNegative = 8.0
     """How much fewer pixels are kept of classes with low thresholds (gamma)."""
     entropy: NonNegative = 3.0
-    """Weight of the entropy of ignored pixels."""
+    """Weight of the entropy of ignored pixels, in nats, a mean over pixels and classes as in the published code."""
     uniform: NonNegative = 0.1
-    """Weight of the distance to uniform predictions at pixels that are kept."""
+    """Weight of the distance to uniform predictions at pixels that are kept, a mean over pixels and classes too."""
 
     def networks(self, student: nn.Module) -> ThresholdNetworks:
         """The student and its teacher; every class begins at the same threshold."""
@@ -42,16 +47,18 @@ class IAST(Method[ThresholdNetworks], name="iast"):
 
     def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:
         """The criterion on the source and on kept pseudo-labels, and both regularisers."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main)
+        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
         thresholds = instance_thresholds(pseudo, nets.thresholds, self.share, self.hardness, self.keep)
         nets.thresholds.copy_(thresholds[-1])
         kept = keep_above(pseudo, thresholds)
+        ignored = (kept == IGNORE) & (pseudo.label != IGNORE)
         source, target = together(nets.student, batch.source.image, batch.target)
+        classes = len(nets.thresholds)
         return {
             **named("source", self.supervised(source, batch.source.label)),
             **named("target", self.imitated(target, kept)),
-            "entropy": self.entropy * mean_entropy(target.main, kept == IGNORE),
-            "uniform": self.uniform * distance_to_uniform(target.main, kept != IGNORE),
+            "entropy": self.entropy * math.log(classes) / classes * mean_entropy(target.main, ignored),
+            "uniform": self.uniform / classes * distance_to_uniform(target.main, kept != IGNORE),
         }
 
     def after_step(self, nets: ThresholdNetworks, step: int) -> None:

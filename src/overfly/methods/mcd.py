@@ -34,8 +34,9 @@ class MCD(Method[TakingTurns], name="mcd"):
     learn the source and to disagree on the target, features given; C, the features learn to make them agree, class
     layers given. ``in_turn`` is that, one step a phase, each with its own batch. ``at_once`` takes all three from one
     forward pass: each weight gets the gradient that its phases give it at the present weights (the source's once), as
-    with a layer that reverses gradients. It costs a third of the steps and is no longer the paper's update, since no
-    phase sees what the one before has changed. Discrepancy is measured at the class layers' own size.
+    with a layer that reverses gradients. It costs one step where a round of ``in_turn`` has ``2 + repeats``, and is no
+    longer the paper's update, since no phase sees what the one before has changed. Discrepancy is measured at the class
+    layers' own size.
 
     Source and target pass the student in one batch: its batch normalisation has the statistics of both. What is shipped
     is the student with the first class layer.

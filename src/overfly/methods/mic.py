@@ -8,13 +8,14 @@ from overfly.methods.dacs import DACS, MixNetworks
 from overfly.methods.method import named
 from overfly.ops.colour import recoloured
 from overfly.ops.masking import block_mask, cover
-from overfly.ops.normalise import together
+from overfly.ops.normalise import keeping_statistics, together
 
 
 class MIC(DACS, name="mic"):
     """DACS, and target images with random squares covered must get the labels of the whole ones (Hoyer et al., 2023).
 
-    Source, mixed and covered images go through the student in one pass.
+    Source and mixed images go through the student in one pass. Covered ones go after it, normalised by the running
+    statistics, and leave these alone: the network that is shipped never sees an image in which most is flat.
     """
 
     ema: Share = 0.999
@@ -34,7 +35,9 @@ class MIC(DACS, name="mic"):
         mix = self.mix(nets, batch)
         view = recoloured(batch.target, self.strong, nets.segmenter.peak)
         covered = cover(view, block_mask(view, self.block, self.ratio))
-        source, mixed, masked = together(nets.student, image, mix.image, covered)
+        source, mixed = together(nets.student, image, mix.image)
+        with keeping_statistics(nets.student):
+            masked = nets.student(covered)
         return {
             **self.on_source(nets, source, label),
             **self.on_mixed(mixed, mix),

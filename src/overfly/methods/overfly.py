@@ -19,7 +19,7 @@ from overfly.ops.geometry import Dihedral
 from overfly.ops.masking import block_mask, cover
 from overfly.ops.mixing import class_mask, paste
 from overfly.ops.normalise import keeping_statistics, together
-from overfly.ops.teacher import Pseudo, debiased, follow, keep_above, moved, rising, seen_at, surest
+from overfly.ops.teacher import Pseudo, debiased, follow, keep_above, moved, rising, seen_at, surest, without
 
 LIGHT: Strong = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
 """Another light rather than another hue, which tells classes apart from above: for `Overfly.strong`."""
@@ -94,11 +94,13 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     def losses(self, nets: OverflyNetworks, batch: Batch) -> Losses:
         """The criterion on source images, and on target images with a part of the source pasted."""
         source, peak = batch.source, nets.segmenter.peak
-        nothing = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
-        target, _ = augment(
-            Labelled(batch.target, nothing), (Dihedral(),), peak=peak, generator=torch.default_generator
+        blank = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
+        if batch.blank is not None:
+            blank.masked_fill_(batch.blank, IGNORE)
+        target, blank = augment(
+            Labelled(batch.target, blank), (Dihedral(),), peak=peak, generator=torch.default_generator
         )
-        label = self.labels(nets, target)
+        label = self.labels(nets, target, None if batch.blank is None else blank == IGNORE)
         cut = class_mask(source.label, self.mix) if self.mix else torch.zeros_like(source.label, dtype=torch.bool)
         mixed = paste(cut, source, Labelled(target, label))
         view = recoloured(mixed.image, self.strong, peak)
@@ -113,12 +115,17 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
         }
 
     @torch.no_grad()
-    def labels(self, nets: OverflyNetworks, target: Tensor) -> Tensor:
-        """The teacher's labels of target images (B, H, W), `IGNORE` where it is not among the surest of their class."""
+    def labels(self, nets: OverflyNetworks, target: Tensor, blank: Tensor | None = None) -> Tensor:
+        """The teacher's labels of target images (B, H, W), `IGNORE` where it is not among the surest of their class.
+
+        Nor are there any where nothing was measured (``blank``).
+        """
         probability = torch.stack([seen_at(nets.teacher, target, scale) for scale in self.scales]).mean(0)
-        nets.shares.lerp_(probability.mean((0, 2, 3)), 1 - MEMORY)
+        each = probability if blank is None else probability.permute(0, 2, 3, 1)[~blank].T[None, ..., None]
+        if each.numel():
+            nets.shares.lerp_(each.mean((0, 2, 3)), 1 - MEMORY)
         sureness, label = debiased(probability, nets.shares, self.debias).max(1)
-        pseudo = Pseudo(label, sureness)
+        pseudo = without(Pseudo(label, sureness), blank)
         found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.shares))
         nets.thresholds.copy_(moved(nets.thresholds, found, MEMORY))
         return keep_above(pseudo, nets.thresholds)

@@ -50,12 +50,13 @@ class SourceFree(Method[ThresholdNetworks], name="source_free"):
 
     def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:
         """The criterion on strong views with kept pseudo-labels, and information maximisation."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main)
+        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
         found = surest(pseudo, self.share, len(nets.thresholds))
         nets.thresholds.copy_(moved(nets.thresholds, found, self.keep))
         kept = keep_above(pseudo, nets.thresholds)
         logits = nets.student(recoloured(batch.target, self.strong, nets.segmenter.peak))
-        information = mean_entropy(logits.main) - diversity(logits.main) + 1
+        measured = batch.measured
+        information = mean_entropy(logits.main, measured) - diversity(logits.main, measured) + 1
         return {
             **named("target", self.imitated(logits, kept)),
             "information": self.information * information,

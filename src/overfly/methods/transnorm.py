@@ -86,8 +86,10 @@ class TransNorm(Method[Networks], name="transnorm"):
 
     Source and target go through the student in one pass. It is a part to put into a network, to which any loss can be
     added; here that is the criterion on the source and, if so set, entropy on the target. Channels weigh 2 in the mean,
-    as published, which the next normalisation takes back. Deployed is an ordinary network with the target's statistics,
-    the channels' weights folded into scales and shifts.
+    as published, which the next normalisation takes back once its own statistics know of it: a trained network that
+    begins so needs some dozens of steps to be what it was. Activations with a ceiling, such as ReLU6, do not take it
+    back. Deployed is an ordinary network with the target's statistics, the channels' weights folded into scales and
+    shifts.
     """
 
     entropy: NonNegative = 0.0
@@ -103,7 +105,7 @@ class TransNorm(Method[Networks], name="transnorm"):
         source, target = together(nets.student, batch.source.image, batch.target)
         terms = dict(self.supervised(source, batch.source.label))
         if self.entropy:
-            terms["entropy"] = self.entropy * mean_entropy(target.main)
+            terms["entropy"] = self.entropy * mean_entropy(target.main, batch.measured)
         return terms
 
     def deployed(self, nets: Networks) -> nn.Module:

@@ -9,20 +9,24 @@ from torch import Tensor
 from overfly.core.records import IGNORE
 
 
-def soft_label_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def soft_label_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0, where: Tensor | None = None) -> Tensor:
     """Kullback-Leibler divergence of the student from the teacher, mean over pixels (Hinton et al., 2015).
 
     Args:
         logits: class scores of the student (B, K, H, W).
         teacher: class scores of the teacher, the same shape, without gradients.
         temperature: both are divided by it, and the loss is multiplied by its square so that gradients keep their size.
+        where: True at pixels that count (B, H, W); None: all do.
 
     Returns:
-        A scalar; 0 where both agree.
+        A scalar; 0 where both agree, or no pixel counts.
     """
     student = (logits.float() / temperature).log_softmax(1)
     given = (teacher.detach().float() / temperature).log_softmax(1)
-    return temperature**2 * (given.exp() * (given - student)).sum(1).mean()
+    divergence = (given.exp() * (given - student)).sum(1)
+    if where is None:
+        return temperature**2 * divergence.mean()
+    return temperature**2 * (divergence * where).sum() / where.sum().clamp_min(1)
 
 
 def majority(label: Tensor, size: tuple[int, int], share: float, classes: int) -> Tensor:

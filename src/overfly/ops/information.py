@@ -10,18 +10,23 @@ from torch import Tensor
 from overfly.ops.losses import entropy
 
 
-def diversity(logits: Tensor) -> Tensor:
-    """Entropy of the mean prediction over all pixels, divided by log K: 0 is one class alone, 1 is all equally often.
+def diversity(logits: Tensor, where: Tensor | None = None) -> Tensor:
+    """Entropy of the mean prediction over pixels, divided by log K: 0 is one class alone, 1 is all equally often.
 
     Together with the mean entropy it makes information maximisation (Liang et al., 2020, SHOT, arXiv:2002.08546).
 
     Args:
         logits: class scores (B, K, H, W) with K of 2 or more.
+        where: True at pixels that count (B, H, W); None: all do.
 
     Returns:
         A scalar, 0 to 1.
     """
-    mean = logits.float().softmax(1).mean((0, 2, 3))
+    probability = logits.float().softmax(1)
+    if where is None:
+        mean = probability.mean((0, 2, 3))
+    else:
+        mean = (probability * where[:, None]).sum((0, 2, 3)) / where.sum().clamp_min(1)
     return -(mean * mean.clamp_min(1e-12).log()).sum() / math.log(len(mean))
 
 

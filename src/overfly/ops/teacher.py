@@ -14,8 +14,8 @@ class Pseudo(NamedTuple):
     """What a teacher says of images without labels.
 
     Attributes:
-        label: most probable class (B, H, W), int64.
-        probability: its probability (B, H, W), 0 to 1.
+        label: most probable class (B, H, W), int64; `IGNORE` where the image was not measured.
+        probability: its probability (B, H, W), 0 to 1; 0 there.
     """
 
     label: Tensor
@@ -45,14 +45,22 @@ def follow(teacher: nn.Module, student: nn.Module, keep: float, step: int | None
 
 
 @torch.no_grad()
-def pseudo_label(logits: Tensor) -> Pseudo:
+def pseudo_label(logits: Tensor, blank: Tensor | None = None) -> Pseudo:
     """The most probable class of each pixel, and its probability.
 
     Args:
         logits: class scores (B, K, H, W).
+        blank: where the image was not measured (B, H, W); None: nowhere.
     """
     probability, label = logits.float().softmax(1).max(1)
-    return Pseudo(label, probability)
+    return without(Pseudo(label, probability), blank)
+
+
+def without(pseudo: Pseudo, blank: Tensor | None) -> Pseudo:
+    """Pseudo-labels with `IGNORE`, and probability 0, where the image was not measured (B, H, W); None: nowhere."""
+    if blank is None:
+        return pseudo
+    return Pseudo(pseudo.label.masked_fill(blank, IGNORE), pseudo.probability.masked_fill(blank, 0.0))
 
 
 @torch.no_grad()
@@ -94,9 +102,15 @@ def debiased(probability: Tensor, shares: Tensor, power: float) -> Tensor:
     return dearer / dearer.sum(1, keepdim=True)
 
 
-def share_above(probability: Tensor, threshold: float) -> Tensor:
-    """Share of each image's pixels above a probability (B, 1, 1): the weight of DACS (Tranheden et al., 2021)."""
-    return (probability > threshold).float().mean((1, 2), keepdim=True)
+def share_above(pseudo: Pseudo, threshold: float) -> Tensor:
+    """Share of each image's measured pixels above a probability (B, 1, 1): the weight of DACS (Tranheden et al., 2021).
+
+    It is 0 for an image of which nothing was measured.
+    """
+    above, measured = (
+        chosen.float().mean((1, 2), keepdim=True) for chosen in (pseudo.probability > threshold, pseudo.label != IGNORE)
+    )
+    return above / measured.clamp_min(1e-6)
 
 
 def local_quality(probability: Tensor, threshold: float = 0.7, size: int = 7) -> Tensor:
@@ -146,7 +160,8 @@ def keep_above(pseudo: Pseudo, thresholds: Tensor) -> Tensor:
         thresholds: of each class (K,), or of each image and class (B, K).
     """
     each = thresholds.expand(len(pseudo.label), -1)
-    limit = each.gather(1, pseudo.label.flatten(1)).view_as(pseudo.probability)
+    named = pseudo.label.masked_fill(pseudo.label == IGNORE, 0)
+    limit = each.gather(1, named.flatten(1)).view_as(pseudo.probability)
     return pseudo.label.masked_fill(pseudo.probability < limit, IGNORE)
 
 

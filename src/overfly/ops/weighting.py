@@ -16,10 +16,10 @@ def class_shares(label: Tensor, classes: int) -> Tensor:
 
 
 def rare_class_weights(shares: Tensor, temperature: float) -> Tensor:
-    """Weights (K,) of classes, the rarer the larger: ``K softmax((1 - share) / temperature)``, with a mean of 1.
+    """Weights (..., K) of classes, the rarer the larger: ``K softmax((1 - share) / temperature)``, with a mean of 1.
 
     Args:
-        shares: of each class (K,), 0 to 1.
+        shares: of each class (..., K), 0 to 1.
         temperature: low: the rarest classes almost alone; high: all alike.
     """
-    return len(shares) * ((1 - shares) / temperature).softmax(0)
+    return shares.shape[-1] * ((1 - shares) / temperature).softmax(-1)

@@ -29,6 +29,7 @@ from overfly.ops.augment import augment
 from overfly.recipe import Recipe
 from overfly.training.checkpoint import load_state, save_state
 from overfly.training.engine import Engine, Step, arithmetic, hasten
+from overfly.training.moving import move
 from overfly.training.progress import Progress
 from overfly.training.run import Run
 from overfly.training.start import first_segmenter, streams
@@ -200,12 +201,7 @@ class Training:
                     self.fabric.backward(torch.stack(list(losses.values())).sum() / accumulate)
             for key, value in losses.items():
                 total[key] = total.get(key, torch.zeros((), device=value.device)) + value.detach().float() / accumulate
-        if self.recipe.clip is not None:
-            for optimizer in self.wrapped:
-                self.fabric.clip_gradients(self.step, optimizer, max_norm=self.recipe.clip, error_if_nonfinite=False)
-        for optimizer in self.wrapped:
-            optimizer.step()
-            optimizer.zero_grad()
+        move(self.fabric, self.step, self.wrapped, self.recipe.clip)
         self.recipe.method.after_step(self.nets, number)
         return total
 

@@ -12,9 +12,10 @@ from overfly.data.domain import Domain, without_labels
 from overfly.data.loading import Stream
 from overfly.data.sampling import Uniform
 from overfly.data.statistics import statistics
+from overfly.models.network import Network
 from overfly.models.registry import build
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
-from overfly.models.weights import load_weights
+from overfly.models.weights import Report, load_weights
 from overfly.recipe import Recipe
 
 ESTIMATED_FROM = 200
@@ -77,12 +78,33 @@ def first_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
                 f"{start} reads {segmenter.bands} bands, and the {domain.title} domain has {domain.bands}; "
                 "give them the same bands"
             )
+        if segmenter.peak != domain.peak:
+            raise RecipeError(
+                f"{start} was trained on values up to {segmenter.peak:g}, and the {domain.title} domain has them up to "
+                f"{domain.peak:g}; bring its images to that range"
+            )
         return segmenter
     network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
     if recipe.model.weights is not None:
-        print(load_weights(network, recipe.model.weights, sha256=recipe.model.sha256), file=sys.stderr)
+        report = load_weights(network, recipe.model.weights, sha256=recipe.model.sha256)
+        print(report, file=sys.stderr)
+        _see_that_it_is_trained(recipe, network, report)
     mean, std = normalisation(recipe, domain)
     return Segmenter(network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, peak=domain.peak)
+
+
+def _see_that_it_is_trained(recipe: Recipe, network: Network, report: Report) -> None:
+    """Refuse weights without a class layer where the method changes a trained network.
+
+    Raises:
+        RecipeError: the class layer was left at random.
+    """
+    layer = network.class_layer
+    if layer and recipe.method.needs_start and not any(name.startswith(f"{layer}.") for name in report.loaded):
+        raise RecipeError(
+            f"method {recipe.method.name} changes a trained network, and {report.source.name} holds no class layer for "
+            "these classes; name a run or recipe under start"
+        )
 
 
 def normalisation(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:

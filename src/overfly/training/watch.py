@@ -78,12 +78,14 @@ class Watch:
 
 
 def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
-    """What the deployed network is compared with: its teacher, or, where that is deployed, its student; else None."""
-    deployed = method.deployed(nets)
-    for other in (getattr(nets, "teacher", None), nets.student):
-        if isinstance(other, nn.Module) and other is not deployed:
-            return other
-    return None
+    """What the deployed network is compared with: the student, where a teacher is deployed; else a teacher, or None.
+
+    A network that is made of one of the two for deployment, such as one with normalisations folded, counts as that one.
+    """
+    teacher = getattr(nets, "teacher", None)
+    if not isinstance(teacher, nn.Module):
+        return None
+    return teacher if method.deployed(nets) is nets.student else nets.student
 
 
 def journalled(found: LabelFree) -> dict[str, Any]:
