@@ -152,3 +152,5 @@ def test_what_changes_a_trained_network_needs_one(name: str, small: dict[str, An
     model = {"name": "pidnet_s", "weights": str(tmp_path / "encoder.safetensors")}
     with pytest.raises(RecipeError, match=r"encoder\.safetensors holds no class layer"):
         first_segmenter(load({**small, "method": name, "model": model}))
+    begun = {**small, "model": model}
+    assert first_segmenter(load({**begun, "method": name, "start": begun}))  # as it is prepared before its start is

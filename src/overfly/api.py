@@ -34,6 +34,7 @@ from overfly.opening import begun_from
 from overfly.pages import report, serve
 from overfly.recipe import load
 from overfly.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
+from overfly.scoring.gate import Gate
 from overfly.scoring.samples import Samples
 from overfly.scoring.speed import measure
 from overfly.scoring.validators import COMMITTEE
@@ -119,6 +120,7 @@ def adapt(
     start: Annotated[Path | None, Parameter(name=["--from"])] = None,
     budget: str | None = None,
     estimate: bool = True,
+    same_classes: bool = False,
     out: Path = Path("runs"),
     device: str = "auto",
     devices: int = 1,
@@ -146,6 +148,7 @@ def adapt(
         budget: the time that there is for own folders, such as 90s, 10m or 2h; 30m if nothing is said. The same command
             again goes on where it was cut off.
         estimate: estimate each network's mIoU on the target too, with an interval; about as long again as the verdict.
+        same_classes: you have looked at B, and it shows A's classes: unfamiliar pictures are no reason to refuse.
         out: folder of the runs.
         device: auto, cpu, cuda, cuda:1 or mps.
         devices: how many of them, one process each.
@@ -164,11 +167,10 @@ def adapt(
         raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")
     if written and budget is not None:
         raise RecipeError(f"--budget {budget} is for folders of your own; a recipe says its length, so set steps=…")
-    values = [load(each, *settings) for each in written] or proposal.of_folders(
-        own, budget or proposal.BUDGET, engine, settings, out
-    )
+    values = [load(each, *settings) for each in written] or proposal.of_folders(own, budget, engine, settings, out)
+    gate = Gate(familiar=0.0) if same_classes else Gate()
     run, verdict = adaptation.adapt(
-        *values, out=out, fabric=launch(values[0], engine), engine=engine, estimates=estimate
+        *values, out=out, fabric=launch(values[0], engine), engine=engine, estimates=estimate, gate=gate
     )
     return Adapted(run.path, verdict)
 

@@ -345,13 +345,13 @@ class Own:
 
 
 def of_folders(
-    own: Own, budget: str, engine: Engine, overrides: Sequence[str] = (), out: Path | None = None
+    own: Own, budget: str | None, engine: Engine, overrides: Sequence[str] = (), out: Path | None = None
 ) -> list[Recipe]:
     """The recipes for two folders of one's own, or for a trained network and one folder.
 
     Args:
         own: the folders.
-        budget: the time there is, such as 10m.
+        budget: the time there is, such as 10m; None: `BUDGET`.
         engine: the device that it is for.
         overrides: settings to change in them.
         out: folder of the runs, where steps are kept for the same command again; None keeps none.
@@ -360,6 +360,7 @@ def of_folders(
         OverflyError: something is missing, cannot be read, or the time is too short.
     """
     own.see()
+    budget = budget or BUDGET
     there_is = seconds(budget)
     settings = classes_of(own.classes) if own.classes is not None else {}
     if own.start is not None:

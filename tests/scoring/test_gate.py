@@ -94,20 +94,28 @@ def test_a_collapsed_network_is_refused() -> None:
 
 
 def test_pictures_of_other_things_refuse_every_adaptation(anything: LabelFree) -> None:
-    home = figures(anything, views_miou=0.8, bnm=0.8)
-    better = {"adapted": figures(anything, views_miou=0.7, agreement=0.6)}
-    known = {"source only": figures(anything, views_miou=0.6, bnm=0.75), **better}
-    strange = {"source only": figures(anything, views_miou=0.6, bnm=0.6), **better}
+    def of(geometric: float, bnm: float) -> LabelFree:
+        return seen(anything, geometric, 0.6).model_copy(update={"bnm": bnm})
+
+    home, better = of(0.8, 0.8), {"adapted": figures(anything, views_miou=0.7, agreement=0.6)}
+    known, strange = {"source only": of(0.6, 0.75), **better}, {"source only": of(0.6, 0.6), **better}
     assert familiarity(home, known["source only"]) == pytest.approx(0.75 * 0.9375)
     assert recommended(known, home)[0] == "adapted"
     chosen, reasons = recommended(strange, home)
     assert chosen == "source only"
     assert "56 % as familiar" in reasons["adapted"][0]
+    assert Gate(familiar=0.0).refusals("source only", strange, home) == {"adapted": ()}
     assert recommended(strange)[0] == "adapted"
 
 
 def test_being_surer_away_than_at_home_makes_nothing_familiar(anything: LabelFree) -> None:
-    home, away = figures(anything, views_miou=0.8, bnm=0.5), figures(anything, views_miou=0.4, bnm=1.0)
+    home, away = seen(anything, 0.8, 0.9), seen(anything, 0.4, 0.9)
+    home, away = home.model_copy(update={"bnm": 0.5}), away.model_copy(update={"bnm": 1.0})
+    assert familiarity(home, away) == pytest.approx(0.5)
+
+
+def test_what_every_network_ignores_makes_nothing_familiar(anything: LabelFree) -> None:
+    home, away = seen(anything, 0.8, 0.9), seen(anything, 0.4, 0.9)  # as firm under changed colours, not when turned
     assert familiarity(home, away) == pytest.approx(0.5)
 
 

@@ -26,9 +26,9 @@ class Gate(Spec):
     agreement: Share = 0.25
     """Least class-balanced mIoU between its predictions on the target and those before adaptation. Adaptation mends a
     part of the picture; where more than this has changed, classes were lost or exchanged."""
-    familiar: Share = 0.7
+    familiar: Share = 0.65
     """How familiar (`familiarity`) the target's pictures must be to the network before adaptation. Pictures that show
-    other things than the classes turn any adaptation into invention."""
+    other things than the classes turn any adaptation into invention; 0 where somebody has looked."""
     sureness: Share = 0.05
     """Nuclear norm of its probabilities on the target, from sure and of many classes down to unsure or of few, that may
     be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
@@ -83,7 +83,8 @@ class Gate(Spec):
             return ()
         return (
             f"the target's pictures are only {100 * known:.0f} % as familiar to the network before adaptation as the "
-            f"source's, less than {100 * self.familiar:g}: they may show other things than the classes",
+            f"source's, less than {100 * self.familiar:g}: they may show other things than the classes; if you have "
+            "looked and they show the same, say --same-classes",
         )
 
     def refusals(
@@ -131,14 +132,15 @@ def consistency(figures: LabelFree) -> float:
 def familiarity(home: LabelFree, away: LabelFree) -> float:
     """How steady and sure of many classes a network is away, as a share of what it is at home, 0 to 1.
 
-    The product of two shares, neither counted above 1: of class-balanced consistency under other views, and of the
-    nuclear norm of its probabilities. Under cover a network is steadier the plainer the ground, so that is left out.
+    The product of two shares, neither counted above 1: of `steadiness`, and of the nuclear norm of its probabilities.
+    Under cover a network is steadier the plainer the ground, and under changed colours the more it was taught to
+    ignore them, whatever is shown; so these are left out.
 
     Args:
         home: figures of a network on held-out pictures of the domain it learnt from.
         away: its figures elsewhere.
     """
-    shares = ((away.views_miou, home.views_miou), (away.bnm, home.bnm))
+    shares = ((steadiness(away), steadiness(home)), (away.bnm, home.bnm))
     return math.prod(min(1.0, there / here) if here else 1.0 for there, here in shares)
 
 

@@ -100,7 +100,12 @@ def _see_that_it_is_trained(recipe: Recipe, network: Network, report: Report) ->
         RecipeError: the class layer was left at random.
     """
     layer = network.class_layer
-    if layer and recipe.method.needs_start and not any(name.startswith(f"{layer}.") for name in report.loaded):
+    if (
+        layer
+        and recipe.start is None
+        and recipe.method.needs_start
+        and not any(name.startswith(f"{layer}.") for name in report.loaded)
+    ):
         raise RecipeError(
             f"method {recipe.method.name} changes a trained network, and {report.source.name} holds no class layer for "
             "these classes; name a run or recipe under start"
