@@ -8,14 +8,14 @@ from overfly.methods.dacs import DACS, MixNetworks
 from overfly.methods.method import named
 from overfly.ops.colour import recoloured
 from overfly.ops.masking import block_mask, cover
-from overfly.ops.normalise import keeping_statistics, together
+from overfly.ops.normalise import forgetting_statistics, together
 
 
 class MIC(DACS, name="mic"):
     """DACS, and target images with random squares covered must get the labels of the whole ones (Hoyer et al., 2023).
 
-    Source and mixed images go through the student in one pass. Covered ones go after it, normalised by the running
-    statistics, and leave these alone: the network that is shipped never sees an image in which most is flat.
+    Source and mixed images go through the student in one pass. Covered ones go after it and leave its running
+    statistics alone: the network that is shipped never sees an image in which most is flat.
     """
 
     ema: Share = 0.999
@@ -36,7 +36,7 @@ class MIC(DACS, name="mic"):
         view = recoloured(batch.target, self.strong, nets.segmenter.peak)
         covered = cover(view, block_mask(view, self.block, self.ratio))
         source, mixed = together(nets.student, image, mix.image)
-        with keeping_statistics(nets.student):
+        with forgetting_statistics(nets.student):
             masked = nets.student(covered)
         return {
             **self.on_source(nets, source, label),

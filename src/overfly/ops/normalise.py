@@ -59,6 +59,23 @@ def keeping_statistics(module: nn.Module, *, active: bool = True) -> Iterator[No
             norm.train()
 
 
+@contextmanager
+def forgetting_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch normalisations in training normalise by the batch, as ever, and leave their running statistics alone.
+
+    Args:
+        module: whose parts are switched.
+    """
+    switched = [(norm, norm.momentum) for norm in batch_norms(module) if norm.training]
+    for norm, _ in switched:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in switched:
+            norm.momentum = momentum
+
+
 @torch.no_grad()
 def blend_statistics(module: nn.Module, other: nn.Module, share: float) -> None:
     """Move a module's running means and variances a share of the way to those of another of the same structure.
