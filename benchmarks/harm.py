@@ -41,9 +41,9 @@ class Planted(Overfly, name="planted"):
     key: int = 0
     """Which exchange of classes."""
 
-    def labels(self, nets: OverflyNetworks, target: Tensor) -> Tensor:
+    def labels(self, nets: OverflyNetworks, target: Tensor, blank: Tensor | None = None) -> Tensor:
         """The teacher's labels, of the wrong classes."""
-        label = super().labels(nets, target)
+        label = super().labels(nets, target, blank)
         classes = len(nets.segmenter.classes)
         if self.harm == "shuffled":
             there = label != IGNORE
@@ -94,7 +94,9 @@ def main() -> int:
             honest = load(file, f"seed={seed}")
             before = None
             for plant, recipe in planted(honest, given.steps, given.images):
-                run, verdict = adaptation(recipe, given.out, launch(recipe, ENGINE), ENGINE, estimates=False)
+                run, verdict = adaptation(
+                    recipe, out=given.out, fabric=launch(recipe, ENGINE), engine=ENGINE, estimates=False
+                )
                 refused = bool(verdict.networks["adapted"].against)
                 before = before or truth(weights_of(verdict.networks["source only"].run), honest)
                 after = truth(run.weights, honest)
