@@ -131,10 +131,9 @@ def adapt(
 ) -> Adapted:
     """Adapt to images without labels, and say whether the result is better than what it began from.
 
-    Networks are looked at without target labels: source only, recalibrated and adapted. One is recommended and kept as
-    best.safetensors; where adaptation would do harm, that is the one it began from. Give a recipe, or several with the
-    same start, to choose among them too; or your own folders: A with masks, B without, which are adapted in two ways;
-    or, where A's imagery cannot leave its owner, a trained run (--from) and B.
+    Networks are looked at without target labels: source only, recalibrated and adapted; the recommended one is kept as
+    best.safetensors. Give a recipe, or several with the same start to choose among; or your own folders, A with masks
+    and B without; or, where A's imagery cannot leave its owner, a trained run (--from) and B.
 
     Args:
         recipe: a recipe file whose method adapts.
@@ -142,11 +141,9 @@ def adapt(
         images_a: folder or pattern of the labelled images.
         masks_a: folder or pattern of their masks.
         images_b: folder or pattern of the images to adapt to.
-        classes: YAML file of the classes: names, or names and their colours in the masks; other settings of the folder
-            domain beside them where needed.
+        classes: YAML file of the classes: names, or names and their colours; or settings of a folder domain.
         start: run or weights to adapt, without its source's images; of a run that was refused, the recommended network.
-        budget: the time that there is for own folders, such as 90s, 10m or 2h; 30m if nothing is said. The same command
-            again goes on where it was cut off.
+        budget: time for own folders, such as 90s, 10m or 2h; left out, 30m. The same command again goes on.
         estimate: estimate each network's mIoU on the target too, with an interval; about as long again as the verdict.
         same_classes: you have looked at B, and it shows A's classes: unfamiliar pictures are no reason to refuse.
         out: folder of the runs.
@@ -168,10 +165,10 @@ def adapt(
     if written and budget is not None:
         raise RecipeError(f"--budget {budget} is for folders of your own; a recipe says its length, so set steps=…")
     values = [load(each, *settings) for each in written] or proposal.of_folders(own, budget, engine, settings, out)
-    gate = Gate(familiar=0.0) if same_classes else Gate()
     run, verdict = adaptation.adapt(
-        *values, out=out, fabric=launch(values[0], engine), engine=engine, estimates=estimate, gate=gate
-    )
+        *values, out=out, fabric=launch(values[0], engine), engine=engine, estimates=estimate,
+        gate=Gate(familiar=0.0) if same_classes else None,
+    )  # fmt: skip
     return Adapted(run.path, verdict)
 
 

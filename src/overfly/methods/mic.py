@@ -8,7 +8,7 @@ from overfly.methods.dacs import DACS, MixNetworks
 from overfly.methods.method import named
 from overfly.ops.colour import recoloured
 from overfly.ops.masking import block_mask, cover
-from overfly.ops.normalise import forgetting_statistics, together
+from overfly.ops.normalise import together, untracked_statistics
 
 
 class MIC(DACS, name="mic"):
@@ -36,7 +36,7 @@ class MIC(DACS, name="mic"):
         view = recoloured(batch.target, self.strong, nets.segmenter.peak)
         covered = cover(view, block_mask(view, self.block, self.ratio))
         source, mixed = together(nets.student, image, mix.image)
-        with forgetting_statistics(nets.student):
+        with untracked_statistics(nets.student):
             masked = nets.student(covered)
         return {
             **self.on_source(nets, source, label),

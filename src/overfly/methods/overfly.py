@@ -121,9 +121,10 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
         Nor are there any where nothing was measured (``blank``).
         """
         probability = torch.stack([seen_at(nets.teacher, target, scale) for scale in self.scales]).mean(0)
-        each = probability if blank is None else probability.permute(0, 2, 3, 1)[~blank].T[None, ..., None]
-        if each.numel():
-            nets.shares.lerp_(each.mean((0, 2, 3)), 1 - MEMORY)
+        if blank is None:
+            nets.shares.lerp_(probability.mean((0, 2, 3)), 1 - MEMORY)
+        elif not bool(blank.all()):
+            nets.shares.lerp_(probability.movedim(1, -1)[~blank].mean(0), 1 - MEMORY)
         sureness, label = debiased(probability, nets.shares, self.debias).max(1)
         pseudo = without(Pseudo(label, sureness), blank)
         found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.shares))

@@ -60,7 +60,7 @@ def keeping_statistics(module: nn.Module, *, active: bool = True) -> Iterator[No
 
 
 @contextmanager
-def forgetting_statistics(module: nn.Module) -> Iterator[None]:
+def untracked_statistics(module: nn.Module) -> Iterator[None]:
     """Batch normalisations in training normalise by the batch, as ever, and leave their running statistics alone.
 
     Args:
