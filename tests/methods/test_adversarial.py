@@ -206,3 +206,14 @@ def test_fada_needs_features() -> None:
         FADA().networks(student(Bare()))
     with pytest.raises(RecipeError, match=r"second class layer, and small does not say which .*; set class_layer"):
         MCD().networks(student(Bare()))
+
+
+def test_clan_weighs_pixels_alike_until_its_second_layer_is_trained() -> None:
+    method, seen = CLAN(preheat=2), batch()
+    nets = method.networks(student()).double()
+    alike = CLAN(preheat=0, local=0.0, base=1.0).losses(nets, seen)
+    apart = CLAN(preheat=0).losses(nets, seen)["fool"]
+    assert torch.allclose(method.losses(nets, seen)["fool"], alike["fool"], rtol=1e-2)
+    method.after_step(nets, 1)
+    assert torch.equal(method.losses(nets, seen)["fool"], apart)
+    assert not torch.allclose(apart, alike["fool"], rtol=1e-2)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from overfly.recipe import Recipe, load
 from overfly.scoring.validators import VALIDATORS
 from overfly.training.fit import Training
 from overfly.training.run import Run
+from overfly.training.start import first_segmenter
 from overfly.training.watch import figures_at, reference, source_miou_at
 
 WATCHED = ("validation.every=2", "validation.target=true", "validation.keep_all=true", "steps=4", "optim.lr=1e-5",
@@ -127,3 +129,10 @@ def test_several_processes_write_what_one_would(small: dict[str, Any], tmp_path:
     rows = [row for row in run.journal.rows() if row.get("event") == "label-free"]
     assert [row["step"] for row in rows] == [2]
     assert list(run.kept) == [2]
+
+
+def test_no_network_is_compared_with_itself(recipe_of: Callable[..., Recipe]) -> None:
+    for name, student in (("transnorm", False), ("dsbn", True), ("overfly", True), ("source_only", False)):
+        recipe = recipe_of(name)
+        nets = recipe.method.networks(first_segmenter(recipe))
+        assert reference(recipe.method, nets) is (nets.student if student else None), name
