@@ -126,6 +126,23 @@ def test_boundaries_are_those_of_the_source_pixels() -> None:
     torch.testing.assert_close(CrossEntropy().terms(logits, label, where=source)["boundary"], mixed["boundary"])
 
 
+def test_beside_a_paste_nothing_is_taught_but_the_boundaries_of_what_is_known() -> None:
+    label = torch.zeros(1, 16, 24, dtype=torch.int64)
+    label[:, 8:] = 1  # runs across the seam, and along the source's half of it
+    source = torch.zeros(1, 16, 24, dtype=torch.bool)
+    source[..., :12] = True
+    head = torch.zeros(1, 1, 16, 24, requires_grad=True)
+    logits = Logits(torch.zeros(1, 3, 16, 24), boundary=head)
+    loss = CrossEntropy(width=4).terms(logits, label, where=source)["boundary"]
+    (gradient,) = torch.autograd.grad(loss, head)
+    taught = gradient[0, 0] != 0
+    assert taught[:, :10].all()
+    assert taught[6:10, 10:12].all()  # a boundary of the source is one beside the seam too
+    assert not taught[:6, 10:12].any()
+    assert not taught[10:, 10:12].any()
+    assert not taught[:, 12:].any()
+
+
 def test_class_weights() -> None:
     logits, label = scores(), blocks()
     weights = (0.5, 1.0, 2.0)

@@ -46,6 +46,22 @@ def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None, *, ig
     return (valid & (highest != lowest)).float()
 
 
+def surroundings(where: Tensor, width: int = 4) -> Tensor:
+    """Pixels of which all that decides whether they are a boundary is trusted.
+
+    Beside a paste a boundary may run or not: the label there is a teacher's guess. Such pixels, unless a boundary
+    between trusted classes runs through them anyway, are no example of either.
+
+    Args:
+        where: True at trusted pixels (B, H, W).
+        width: of the boundaries, in pixels, 1 or more.
+
+    Returns:
+        (B, H, W), True where every pixel within the reach of `boundaries` is trusted; what lies outside the image is.
+    """
+    return _window(where.to(torch.int16), width, torch.minimum, fill=1).bool()
+
+
 def _window(ids: Tensor, width: int, extreme: Callable[[Tensor, Tensor], Tensor], fill: int) -> Tensor:
     """Extreme of ids (B, H, W) over windows of (width + 1)², one axis after the other; ``fill`` lies outside."""
     after = width // 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from overfly.core.errors import RecipeError
 from overfly.core.records import IGNORE, Logits
 from overfly.core.spec import Choice, NonNegative, Pixels, Share, Whole
-from overfly.ops.boundary import boundaries
+from overfly.ops.boundary import boundaries, surroundings
 from overfly.ops.losses import boundary_loss, cross_entropy, dice_loss, ohem_cross_entropy
 
 
@@ -39,8 +39,9 @@ class Criterion(Choice, ABC):
             logits: scores at the label's size.
             label: class ids (B, H, W) or `IGNORE`.
             weight: what each pixel counts, broadcasts to (B, H, W); multiplies every term's loss at that pixel.
-            where: True at pixels whose boundaries may be trusted, broadcasts to (B, H, W): in mixed images the source's
-                pixels. It concerns the boundary head alone; left out, all pixels with a class are.
+            where: True at pixels whose boundaries may be trusted (B, H, W): in mixed images the source's
+                pixels. It concerns the boundary head alone, which is taught nothing within reach of the others unless
+                a boundary between trusted classes is there; left out, all pixels with a class are trusted.
 
         Returns:
             Scalars by name: ``main``, then ``aux`` and ``boundary`` where the network has these heads.
@@ -59,6 +60,8 @@ class Criterion(Choice, ABC):
             if where is not None:
                 valid = valid & where.bool()
             edges = boundaries(label, self.width, valid)
+            if where is not None:  # beside a paste a boundary may run or not
+                valid = valid & (edges.bool() | surroundings(where.bool(), self.width))
             terms["boundary"] = boundary_loss(logits.boundary, edges, self.boundary, valid=valid, pixel_weight=weight)
         return terms
 
