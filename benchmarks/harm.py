@@ -1,6 +1,7 @@
 """Plant harmful adaptations and count how many the gate refuses.
 
-    python benchmarks/harm.py recipes/drawn/urban-rural-overfly.yaml --seeds 0,1,2 --steps 100 [--images FOLDER…]
+    python benchmarks/harm.py recipes/drawn/urban-rural-overfly.yaml --seeds 0,1,2 --steps 100 [--set SETTING]
+        [--images FOLDER…]
 
 Each recipe must be one of method `overfly`. Of every seed it is carried out three ways: with the pseudo-labels' classes
 exchanged for each other, with pseudo-labels shuffled among the pixels of the batch, and, for each folder of --images
@@ -86,12 +87,13 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--images", nargs="*", type=Path, default=[])
+    parser.add_argument("--set", action="append", default=[], help="a setting of the recipes, such as method.rise=30")
     parser.add_argument("--out", type=Path, default=Path("runs/harm"))
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for file in given.recipes:
         for seed in map(int, given.seeds.split(",")):
-            honest = load(file, f"seed={seed}")
+            honest = load(file, f"seed={seed}", *given.set)
             before = None
             for plant, recipe in planted(honest, given.steps, given.images):
                 run, verdict = adaptation(
