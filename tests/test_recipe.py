@@ -142,6 +142,22 @@ def test_domains_of_two_ranges_of_values_are_refused(small: dict[str, Any], tmp_
         load({**small, "target": target, "method": "dacs"})
 
 
+def test_pictures_of_two_sizes_do_not_reach_a_method_that_mixes_them(small: dict[str, Any]) -> None:
+    cropped = ("augment=[{name: random_crop, size: 32}]",)
+    assert load(small, *cropped, "method=source_only")
+    assert load(small, *cropped, "method=dacs", "crop=32")
+    with pytest.raises(RecipeError, match=r"random_crop leaves 32 pixels .* crop: 64; set crop to 32, or take"):
+        load(small, *cropped, "method=dacs")
+
+
+def test_a_network_of_another_range_of_values_is_no_start(small: dict[str, Any], tmp_path: Path) -> None:
+    trained = first_segmenter(load(small))
+    trained.peak = 1.0
+    start = trained.save(tmp_path / "unit.safetensors")
+    with pytest.raises(RecipeError, match=r"unit\.safetensors was trained on values up to 1, .* up to 255"):
+        first_segmenter(load(small), start)
+
+
 @pytest.mark.parametrize("name", ["cbst", "iast", "overfly"])
 def test_what_changes_a_trained_network_needs_one(name: str, small: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"method {name} changes a trained network; name a run or recipe"):

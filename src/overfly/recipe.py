@@ -22,6 +22,7 @@ from overfly.methods.source_only import SourceOnly
 from overfly.models import names
 from overfly.ops import colour, geometry  # noqa: F401
 from overfly.ops.augment import Augment
+from overfly.ops.geometry import RandomCrop
 
 
 class Model(Spec):
@@ -196,6 +197,12 @@ class Recipe(Spec):
             raise ValueError("validation reads the source's labels; without a source set validation.target or every: 0")
         if self.validation.target and self.target is None:
             raise ValueError("validation.target looks at pictures of the target; say where they are under target")
+        cut = next((each.size for each in reversed(self.augment) if isinstance(each, RandomCrop)), self.crop)
+        if cut != self.crop and self.method.needs_source and self.method.needs_target:
+            raise ValueError(
+                f"random_crop leaves {cut} pixels of the source's pictures, and the target's have crop: {self.crop}; "
+                f"set crop to {cut}, or take random_crop out of augment"
+            )
         weights, domain = self.method.criterion.class_weights, self.source or self.target
         if weights and domain and len(weights) != len(domain.classes):
             raise ValueError(f"class_weights has {len(weights)} numbers, and there are {len(domain.classes)} classes")

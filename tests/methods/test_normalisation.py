@@ -181,5 +181,9 @@ def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[s
     student.classes = other
     with pytest.raises(RecipeError, match="of the same classes, bands and range"):
         Distil(teacher=file).networks(student)
+    wide = first_segmenter(load(small))
+    wide.peak = 65535.0
+    with pytest.raises(RecipeError, match=r"3 bands up to 255 and .*, the student 3 up to 65535 and"):
+        Distil(teacher=file).networks(wide)
     with pytest.raises(RecipeError, match="is not there"):
         weights_of(tmp_path / "nowhere")

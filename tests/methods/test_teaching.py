@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,6 +214,25 @@ def test_iast_thresholds_follow_the_images(case: Case) -> None:
     assert torch.equal(low.thresholds[1:], high.thresholds[1:])
     assert losses["entropy"] == 0  # nothing is ignored
     assert losses["uniform"] > 0
+
+
+def test_iast_regularises_by_a_mean_over_pixels_and_classes(case: Case) -> None:
+    """As the published code has it: 3 / K of the entropy of ignored pixels in nats, 0.1 / K of the other."""
+    label = torch.zeros_like(case[1].source.label)
+    kept = torch.zeros_like(label, dtype=torch.bool)
+    kept[..., :20] = True  # as sure as can be; the rest is below where every class begins
+    teach = torch.where(kept[:, None], scores_of(label, 50.0), scores_of(label, 1.0))
+    said = torch.randn(2 * len(label), 7, *label.shape[1:], generator=torch.Generator().manual_seed(1))
+    method = IAST()
+    nets = method.networks(first_segmenter(case[0])).train()
+    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
+    nets.student.register_forward_hook(lambda *given: given[2]._replace(main=said))
+    losses = method.losses(nets, case[1])
+    probability = said[len(label) :].softmax(1)
+    nats = -(probability * probability.log()).sum(1)
+    far = -probability.log().mean(1) - math.log(7)
+    torch.testing.assert_close(losses["entropy"], 3 / 7 * nats[~kept].mean())
+    torch.testing.assert_close(losses["uniform"], 0.1 / 7 * far[kept].mean())
 
 
 def test_source_free_never_looks_at_the_source(case: Case) -> None:
