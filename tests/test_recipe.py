@@ -69,6 +69,7 @@ def test_overrides_reach_every_depth(small: dict[str, Any]) -> None:
     ("override", "message"),
     [
         ("stepps=3", "stepps: there is no such setting"),
+        ("device=cpu", "device: how a command runs is no setting of a recipe but an option, --device"),
         ("optim.lr=-1", "optim"),
         ("optim.lr=fast", "optim.*lr.*fast"),
         ("model=unet", "no model is called 'unet'; there are: .*pidnet_s"),

@@ -13,6 +13,10 @@ from pydantic import ValidationError
 from overfly.core.errors import RecipeError
 
 
+OPTIONS = ("cache", "checkpoint-every", "device", "devices", "out", "seeds", "split", "workers")
+"""Options of commands that are taken for settings now and then."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML whose numbers may be written 1e-3, which YAML 1.1 takes for a word, and whose keys stand once."""
 
@@ -99,6 +103,8 @@ def explain(error: ValidationError, named: str) -> str:
         what = entry["msg"].removeprefix("Value error, ")
         if entry["type"] == "extra_forbidden":
             what = "there is no such setting"
+            if key in OPTIONS:
+                what = f"how a command runs is no setting of a recipe but an option, --{key}"
         given = entry.get("input")
         shown = isinstance(given, str | int | float) and entry["type"] != "value_error"
         found.append((f"{key}: {what}" if key else what) + (f" (given: {given!r})" if shown else ""))
