@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from overfly.core.errors import RecipeError
 
-
 OPTIONS = ("cache", "checkpoint-every", "device", "devices", "out", "seeds", "split", "workers")
 """Options of commands that are taken for settings now and then."""
 
