@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 from safetensors.torch import save_file
 
 from conftest import REPOSITORY
+from overfly.api import benchmark, train
 from overfly.core.errors import RecipeError
 from overfly.core.optim import Adam
-from overfly.core.settings import parse
+from overfly.core.settings import OPTIONS, parse
 from overfly.data.loveda import CLASSES
 from overfly.methods.adaptsegnet import AdaptSegNet
 from overfly.ops.criterion import CrossEntropy
@@ -171,3 +173,9 @@ def test_what_changes_a_trained_network_needs_one(name: str, small: dict[str, An
         first_segmenter(load({**small, "method": name, "model": model}))
     begun = {**small, "model": model}
     assert first_segmenter(load({**begun, "method": name, "start": begun}))  # as it is prepared before its start is
+
+
+def test_what_is_named_as_an_option_is_one() -> None:
+    known = {name.replace("_", "-") for command in (train, benchmark) for name in signature(command).parameters}
+    assert known >= set(OPTIONS)
+    assert not set(OPTIONS) & set(Recipe.model_fields)

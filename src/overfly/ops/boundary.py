@@ -53,11 +53,11 @@ def surroundings(where: Tensor, width: int = 4) -> Tensor:
     between trusted classes runs through them anyway, are no example of either.
 
     Args:
-        where: True at trusted pixels (B, H, W).
+        where: True at trusted pixels, bool (B, H, W).
         width: of the boundaries, in pixels, 1 or more.
 
     Returns:
-        (B, H, W), True where every pixel within the reach of `boundaries` is trusted; what lies outside the image is.
+        bool (B, H, W), True where every pixel within reach of `boundaries` is trusted; those outside the image are.
     """
     return _window(where.to(torch.int16), width, torch.minimum, fill=1).bool()
 

@@ -39,8 +39,8 @@ class Criterion(Choice, ABC):
             logits: scores at the label's size.
             label: class ids (B, H, W) or `IGNORE`.
             weight: what each pixel counts, broadcasts to (B, H, W); multiplies every term's loss at that pixel.
-            where: True at pixels whose boundaries may be trusted (B, H, W): in mixed images the source's
-                pixels. It concerns the boundary head alone, which is taught nothing within reach of the others unless
+            where: True at pixels whose boundaries may be trusted, bool (B, H, W): in mixed images the source's pixels.
+                It concerns the boundary head alone, which is taught nothing within reach of the others unless
                 a boundary between trusted classes is there; left out, all pixels with a class are trusted.
 
         Returns:
@@ -57,11 +57,9 @@ class Criterion(Choice, ABC):
             terms["aux"] = self.aux * torch.stack(each).sum()
         if logits.boundary is not None and self.boundary:
             valid = label != IGNORE
-            if where is not None:
-                valid = valid & where.bool()
-            edges = boundaries(label, self.width, valid)
+            edges = boundaries(label, self.width, where)
             if where is not None:  # beside a paste a boundary may run or not
-                valid = valid & (edges.bool() | surroundings(where.bool(), self.width))
+                valid = valid & where & (edges.bool() | surroundings(where, self.width))
             terms["boundary"] = boundary_loss(logits.boundary, edges, self.boundary, valid=valid, pixel_weight=weight)
         return terms
 
