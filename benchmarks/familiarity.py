@@ -1,10 +1,11 @@
 """How familiar pictures are to networks before adaptation: those of their own target, and of worlds with other classes.
 
-    python benchmarks/familiarity.py RUNS… --foreign RECIPE… [--out familiarity.json]
+    python benchmarks/familiarity.py RUNS… [--foreign RECIPE…] [--images FOLDER…] [--out familiarity.json]
 
-RUNS are folders of source-only runs. Each network looks at held-out pictures of its source, at its target's, and at
-the targets of the foreign recipes, as `overfly adapt` looks; no label is read. Writes JSON and prints a line for each,
-then how far apart the gate's bound keeps the two kinds. Exits 1 where one is on the wrong side.
+RUNS are folders of source-only runs. Each network looks at held-out pictures of its source, at its target's, at the
+targets of the foreign recipes and at folders of other pictures, as `overfly adapt` looks; and of each it is asked what
+its labels of the pictures teach of the source's classes, as the gate asks where it is in doubt. No label of a target is
+read. Writes JSON and prints a line for each, then which the gate gets wrong. Exits 1 where there is one.
 """
 
 from __future__ import annotations
@@ -17,52 +18,66 @@ from typing import Any
 
 from overfly.adaptation import CROP, LOOKED_AT
 from overfly.data.domain import Domain, Split
-from overfly.recipe import load
+from overfly.recipe import Recipe, load
 from overfly.scoring.gate import Gate, familiarity, steadiness
+from overfly.scoring.reverse import reverse
 from overfly.scoring.validators import LabelFree, look
 from overfly.training.run import Run
 
 
-def rows(run: Run, foreign: list[Domain]) -> list[dict[str, Any]]:
+def elsewhere(recipe: Recipe, folder: Path) -> Domain:
+    """The pictures of a folder, as the recipe's target."""
+    target = {"name": "folder", "title": folder.name, "root": str(folder), "images": "**/images/*"}
+    return load({**recipe.model_dump(mode="json"), "target": target}).domain("target")
+
+
+def rows(run: Run, domains: list[Domain], folders: list[Path]) -> list[dict[str, Any]]:
     """One for the run's own target, and one for each foreign domain."""
     network, recipe = run.segmenter(), run.recipe
+    foreign = [*domains, *(elsewhere(recipe, folder) for folder in folders)]
     source = recipe.domain("source")
+    held = recipe.validation.split
+    sight: dict[str, Any] = {"limit": LOOKED_AT, "crop": CROP, "resize": recipe.resize, "window": recipe.window}
 
     def seen(domain: Domain, split: Split) -> LabelFree:
-        return look(network, domain, split, limit=LOOKED_AT, crop=CROP, resize=recipe.resize, window=recipe.window)
+        return look(network, domain, split, **sight)
 
-    home = seen(source, recipe.validation.split)
+    home = seen(source, held)
     found = []
     for domain in (recipe.domain("target"), *foreign):
-        away = seen(domain, "train")
+        away, taught = seen(domain, "train"), reverse(network, source, domain, held, **sight)
+        known = familiarity(home, away)
         found.append(
             {
                 "source": source.title, "network": recipe.model.name, "seed": recipe.seed, "pictures": domain.title,
-                "foreign": domain in foreign, "familiarity": familiarity(home, away),
+                "foreign": domain in foreign, "familiarity": known, "reverse": taught,
+                "strange": bool(Gate().strange(known, taught)),
                 "steadiness": [steadiness(home), steadiness(away)], "nuclear_norm": [home.bnm, away.bnm],
                 "views_miou": [home.views_miou, away.views_miou],
             }
         )  # fmt: skip
-        one = found[-1]
-        print(f"{source.title}, seed {recipe.seed} → {domain.title}: {one['familiarity']:.3f}", flush=True)
+        print(f"{source.title}, seed {recipe.seed} → {domain.title}: {known:.3f}, reverse {taught:.3f}", flush=True)
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--foreign", nargs="+", required=True)
+    parser.add_argument("--foreign", nargs="*", default=[])
+    parser.add_argument("--images", nargs="*", type=Path, default=[], help="folders of pictures of other things")
     parser.add_argument("--set", action="append", default=[], help="a setting of the foreign recipes, such as root=…")
     parser.add_argument("--out", type=Path, default=Path("familiarity.json"))
     given = parser.parse_args()
     foreign = [load(recipe, *given.set).domain("target") for recipe in given.foreign]
-    found = [row for path in given.runs for row in rows(Run.open(path), foreign)]
-    own = [row["familiarity"] for row in found if not row["foreign"]]
-    others = [row["familiarity"] for row in found if row["foreign"]]
-    bound = Gate().familiar
-    print(f"own targets {min(own):.3f} and more, foreign ones {max(others):.3f} and less; the gate's bound is {bound}")
-    given.out.write_text(json.dumps({"bound": bound, "rows": found}, indent=1) + "\n", encoding="utf-8")
-    return int(min(own) < bound or max(others) >= bound)
+    found = [row for path in given.runs for row in rows(Run.open(path), foreign, given.images)]
+    wrong = [row for row in found if row["foreign"] != row["strange"]]
+    for row in wrong:
+        taken = "taken for strange" if row["strange"] else "taken for its own"
+        print(f"{row['source']}, seed {row['seed']} → {row['pictures']}: {taken}, wrongly")
+    print(f"{len(found) - len(wrong)} of {len(found)} right")
+    answer = {"gate": Gate().model_dump(mode="json"), "rows": found}
+    given.out.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

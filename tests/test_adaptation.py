@@ -24,6 +24,7 @@ from overfly.pages import offer
 from overfly.recipe import Recipe, load
 from overfly.scoring.gate import Gate, steadiness
 from overfly.scoring.score import score
+from overfly.scoring.verdict import Verdict
 from overfly.shipping import story_of
 from overfly.training.engine import Engine, launch
 from overfly.training.run import Run
@@ -150,6 +151,28 @@ def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any],
     assert (other / "verdict.json").exists()
     if verdict.recommended != "recalibrated":
         assert not (other / "best.safetensors").exists()
+
+
+def test_where_the_pictures_may_be_strange_what_the_labels_teach_is_asked(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, engine = load({**tiny, "method": "dacs"}), Engine("cpu", quiet=True)
+
+    def verdict(known: float, asked: float) -> Verdict:
+        monkeypatch.setattr("overfly.adaptation.familiarity", lambda *_: known)
+        gate = Gate(reverse=asked)
+        return judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=gate)[1]
+
+    refused, taken = verdict(0.5, 1.0), verdict(0.5, 0.0)
+    assert refused.reverse is not None
+    assert 0.0 < refused.reverse < 1.0
+    assert refused.recommended == "source only"
+    assert f"teach {100 * refused.reverse:.0f} % of what" in refused.networks["adapted"].against[0]
+    assert f"Its labels of the target teach {100 * refused.reverse:.0f} %" in refused.report()
+    assert refused.labels_opened == 0
+    assert taken.reverse == refused.reverse
+    assert not any("as familiar" in reason for reason in taken.networks["adapted"].against)
+    assert verdict(0.7, 1.0).reverse is verdict(0.4, 0.0).reverse is None
 
 
 def test_source_only_is_no_adaptation(small: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from overfly.recipe import Recipe
 from overfly.scoring.estimate import Estimate, estimate
 from overfly.scoring.gate import Gate, familiarity, favourite
 from overfly.scoring.pictures import predict, unlabelled
+from overfly.scoring.reverse import reverse
 from overfly.scoring.samples import Sample
 from overfly.scoring.score import evaluating, score
 from overfly.scoring.validators import LabelFree, look
@@ -233,10 +234,13 @@ def _judge(
         figures[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
         if estimates and recipe.source is not None and labelled(recipe.source, ESTIMATED_BY):
             guesses[role] = estimate(network, recipe.source, target, **sight | {"limit": ESTIMATED_ON})
-    home = None
+    known = taught = None
     if _held_out(recipe):
-        home = look(networks[BEFORE], recipe.domain("source"), recipe.validation.split, **sight)
-    reasons = gate.refusals(BEFORE, figures, home)
+        source, held = recipe.domain("source"), recipe.validation.split
+        known = familiarity(look(networks[BEFORE], source, held, **sight), figures[BEFORE])
+        if gate.in_doubt(known) and labelled(source, "train") and labelled(source, held):
+            taught = reverse(networks[BEFORE], source, target, held, **sight)
+    reasons = gate.refusals(BEFORE, figures, known, taught)
     ours = {
         role: run.recipe for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)
     }
@@ -258,7 +262,8 @@ def _judge(
         networks=standings,
         gate=gate,
         target=target.model_dump(mode="json"),
-        familiarity=None if home is None else familiarity(home, figures[BEFORE]),
+        familiarity=known,
+        reverse=taught,
         labels_opened=sum(each.labels_opened for each in figures.values()) + _learnt_with_labels(recipe),
     )
 

@@ -223,7 +223,6 @@ def _evidence(run: Run) -> Evidence | None:
         between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
         word = "recommended" if role == verdict.recommended else "refused" if standing.against else ""
         rows.append((role, [*map(_percent, cells), between], word))
-    known = verdict.familiarity
     return Evidence(
         title=run.path.name,
         sentence=verdict.sentence[0].upper() + verdict.sentence[1:] + ".",
@@ -231,9 +230,7 @@ def _evidence(run: Run) -> Evidence | None:
         rows=rows,
         against=[f"{role}: {reason}" for role, each in verdict.networks.items() for reason in each.against],
         ways=verdict.ways,
-        familiarity=""
-        if known is None
-        else f"To the source-only network the target is {100 * known:.0f} % as familiar as held-out source pictures.",
+        familiarity=verdict.acquaintance,
         labels_opened=verdict.labels_opened,
     )
 

@@ -44,9 +44,10 @@ def test_without_a_source_its_labels_are_not_asked_for(anything: LabelFree) -> N
 
 
 def recommended(
-    networks: dict[str, LabelFree], home: LabelFree | None = None
+    networks: dict[str, LabelFree], home: LabelFree | None = None, reverse: float | None = None
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
-    reasons = Gate().refusals("source only", networks, home)
+    known = None if home is None else familiarity(home, networks["source only"])
+    reasons = Gate().refusals("source only", networks, known, reverse)
     passed = {name: each for name, each in networks.items() if not reasons.get(name)}
     return favourite("source only", passed, Gate().alike), reasons
 
@@ -104,8 +105,29 @@ def test_pictures_of_other_things_refuse_every_adaptation(anything: LabelFree) -
     chosen, reasons = recommended(strange, home)
     assert chosen == "source only"
     assert "56 % as familiar" in reasons["adapted"][0]
-    assert Gate(familiar=0.0).refusals("source only", strange, home) == {"adapted": ()}
+    assert Gate(familiar=0.0).refusals("source only", strange, 0.56) == {"adapted": ()}
     assert recommended(strange)[0] == "adapted"
+
+
+@pytest.mark.parametrize(
+    ("known", "reverse", "taken"),
+    [
+        (0.66, None, True), (0.66, 0.1, True),  # familiar: nobody else is asked
+        (0.60, None, False), (0.60, 0.54, False), (0.60, 0.56, True),  # in doubt: what it says there decides
+        (0.44, 0.99, False),  # nothing in common
+        (None, None, True),  # without the source nobody can tell
+    ],
+)  # fmt: skip
+def test_where_familiarity_is_in_doubt_what_its_labels_teach_decides(
+    known: float | None, reverse: float | None, taken: bool
+) -> None:
+    gate = Gate()
+    reasons = gate.strange(known, reverse)
+    assert (reasons == ()) == taken
+    assert gate.in_doubt(known) == (known == 0.60)
+    if not taken:
+        assert ("its labels of them teach 54 %" in reasons[0]) == (reverse == 0.54)
+        assert "--same-classes" in reasons[0]
 
 
 def test_being_surer_away_than_at_home_makes_nothing_familiar(anything: LabelFree) -> None:

@@ -3,7 +3,8 @@
 Adaptation often ends worse than where it began, and no single label-free figure shows it: a network that has exchanged
 two classes is as sure and as consistent as before, one that has collapsed is surer. So the gate asks several questions,
 each against the network before adaptation, and one answer against it is enough to refuse. One more is asked of that
-network alone: whether the target shows what it has learnt at all.
+network alone: whether the target shows what it has learnt at all. Where it does not know, because it is bad there or
+because the pictures are strange, others are asked who learn from what it says (`overfly.scoring.reverse`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ class Gate(Spec):
     familiar: Share = 0.65
     """How familiar (`familiarity`) the target's pictures must be to the network before adaptation. Pictures that show
     other things than the classes turn any adaptation into invention; 0 where somebody has looked."""
+    doubtful: Share = 0.45
+    """Familiarity from which pictures that are not familiar enough are still taken, if `reverse` speaks for them."""
+    reverse: Share = 0.55
+    """What the network's labels of such pictures must teach of the source's classes
+    (`overfly.scoring.reverse.reverse`)."""
     sureness: Share = 0.05
     """Nuclear norm of its probabilities on the target, from sure and of many classes down to unsure or of few, that may
     be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
@@ -72,32 +78,49 @@ class Gate(Spec):
             )
         return tuple(found)
 
-    def strange(self, home: LabelFree | None, before: LabelFree) -> tuple[str, ...]:
+    def strange(self, known: float | None, reverse: float | None = None) -> tuple[str, ...]:
         """What speaks against any adaptation to these pictures, as sentences.
 
         Args:
-            home: figures of the network before adaptation on held-out pictures of its source; none: nobody can tell.
-            before: its figures on the target.
+            known: how familiar the target is to the network before adaptation; none: nobody can tell.
+            reverse: what its labels of the target teach of the source's classes; none: nobody was asked.
         """
-        if home is None or (known := familiarity(home, before)) >= self.familiar:
+        if known is None or known >= self.familiar:
             return ()
+        if self.in_doubt(known) and reverse is not None and reverse >= self.reverse:
+            return ()
+        taught = (
+            f", and its labels of them teach {100 * reverse:.0f} % of what the source's own labels teach of its "
+            f"classes, less than {100 * self.reverse:g}"
+            if reverse is not None and self.in_doubt(known)
+            else ""
+        )
         return (
             f"the target's pictures are only {100 * known:.0f} % as familiar to the network before adaptation as the "
-            f"source's, less than {100 * self.familiar:g}: they may show other things than the classes; if you have "
-            "looked and they show the same, say --same-classes",
+            f"source's, less than {100 * self.familiar:g}{taught}: they may show other things than the classes; if "
+            "you have looked and they show the same, say --same-classes",
         )
 
+    def in_doubt(self, known: float | None) -> bool:
+        """Whether familiarity leaves open what the target shows."""
+        return known is not None and self.doubtful <= known < self.familiar
+
     def refusals(
-        self, before: str, figures: Mapping[str, LabelFree], home: LabelFree | None = None
+        self,
+        before: str,
+        figures: Mapping[str, LabelFree],
+        known: float | None = None,
+        reverse: float | None = None,
     ) -> dict[str, tuple[str, ...]]:
         """What speaks against each network but the one before adaptation, as sentences; empty where nothing does.
 
         Args:
             before: name of the network before adaptation.
             figures: of all networks, by name.
-            home: figures of the network before adaptation on held-out pictures of its source.
+            known: how familiar the target is to the network before adaptation; none: nobody can tell.
+            reverse: what its labels of the target teach of the source's classes; none: nobody was asked.
         """
-        strange = self.strange(home, figures[before])
+        strange = self.strange(known, reverse)
         return {name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before}
 
 

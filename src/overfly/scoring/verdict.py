@@ -54,6 +54,9 @@ class Verdict(Spec):
     familiarity: Share | None = None
     """How familiar the target is to the network before adaptation, against the source's held-out pictures; none where
     there are no such pictures."""
+    reverse: Share | None = None
+    """What its labels of the target teach of the source's classes, against what the source's own labels teach; none
+    where familiarity leaves nothing open."""
     labels_opened: Whole
     """Target labels that were read for training, choice and verdict: 0 unless pictures of the target are the source's
     too."""
@@ -75,6 +78,20 @@ class Verdict(Spec):
         rest = f", and it is steadier on the target than {_listed(clear)}" if clear else ""
         rest += f", and {_listed(others)} {_is(others)} not clearly steadier there" if others else ""
         return f"use {network}: nothing speaks against it{rest}{tail}"
+
+    @property
+    def acquaintance(self) -> str:
+        """How familiar the target is, in words; empty where nobody could be asked."""
+        if self.familiarity is None:
+            return ""
+        share = f"{100 * self.familiarity:.0f} %"
+        known = f"To the source-only network the target is {share} as familiar as held-out source pictures."
+        if self.reverse is None:
+            return known
+        taught = f"{100 * self.reverse:.0f} %"
+        return (
+            f"{known} Its labels of the target teach {taught} of what the source's own teach of the source's classes."
+        )
 
     @property
     def ways(self) -> list[str]:
@@ -104,10 +121,7 @@ class Verdict(Spec):
         """All of it as a Markdown page."""
         ways = [f"- {way}." for way in self.ways]
         against = [f"- {role}: {reason}." for role, each in self.networks.items() for reason in each.against]
-        known = ["Without held-out pictures of the source nobody asked how familiar the target is.", ""]
-        if self.familiarity is not None:
-            share = f"{100 * self.familiarity:.0f} %"
-            known = [f"To the source-only network the target is {share} as familiar as held-out source pictures.", ""]
+        known = self.acquaintance or "Without held-out pictures of the source nobody asked how familiar the target is."
         return "\n".join(
             [
                 "# Verdict", "", self.sentence[0].upper() + self.sentence[1:] + ".", "", self.table(), "",
@@ -119,7 +133,7 @@ class Verdict(Spec):
                 "the turned and scaled part of that; *as before* compares them with the source-only network's. "
                 "*Target* is an estimate with its interval, and had no part in the verdict. "
                 f"Target labels opened: {self.labels_opened}.", "",
-                *known,
+                known, "",
                 "![Target pictures and what each network says](samples/verdict.png)", "",
             ]
         )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Reverse validation: whether what a network says of the target would, taught to another, serve the source.
+
+Where the target shows the same classes, somebody who has seen nothing but its pictures and the network's labels of them
+knows the classes in the source too. Where it shows other things, what the network takes for water there is not what
+water looks like. The labels of the target are never asked, and those of the source, which can be, give the answer.
+
+Source: E. Zhong et al., "Cross validation framework to choose amongst models and datasets for transfer learning", 2010,
+with a forest (P. Geurts et al., "Extremely randomized trees", 2006) on plain colour and texture as the one who learns:
+a network would bring along what it knew of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from overfly.core.records import IGNORE
+from overfly.data.domain import Domain, Split
+from overfly.scoring.confusion import Confusion
+from overfly.scoring.pictures import labelled_pairs, predict, sampled, unlabelled
+from overfly.scoring.score import evaluating
+
+PIXELS = 512
+"""Random pixels of each picture that are learnt from or asked about."""
+SIDES = (3, 7, 15, 31)
+"""Sides of the squares around a pixel whose mean and spread describe it."""
+TREES = 100
+"""Trees of the forest."""
+LEAF = 3
+"""Least pixels in a leaf."""
+
+
+def reverse(
+    network: nn.Module,
+    source: Domain,
+    target: Domain,
+    held: Split = "val",
+    *,
+    limit: int | None = 16,
+    crop: int | None = None,
+    window: int | None = None,
+    resize: int | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> float:
+    """How well the network's labels of the target teach the source's classes, as a share of what true labels teach.
+
+    Two forests learn classes from colour and texture: one from pixels of the target and what the network says of them,
+    one from pixels of the source's ``train`` split and its labels. Both are asked for the source's held-out labels.
+
+    Args:
+        network: images (B, C, H, W) in the sensor's range to `Logits` at their size; moved to ``device``.
+        source: with labels, which are read.
+        target: whose ``train`` pictures are looked at; labels are taken away from its items before anything is read.
+        held: split of the source that both are asked about.
+        limit: pictures of each at most, evenly spread; None: all.
+        crop: longest side that is cut from the middle of each picture; None: whole pictures.
+        window: side of overlapping windows for pictures that are larger; None: the whole picture at once.
+        resize: side of the square that pictures are first resized to.
+        device: where the network runs.
+        seed: of the fixed random draws: same seed, same answer. No global random state is read or changed.
+
+    Returns:
+        mIoU of the first over mIoU of the second, 0 to 1, over the classes that the held-out labels have.
+
+    Raises:
+        DataError: a split has no pictures or, of the source, no labels.
+        NotFiniteError: the network gives scores that are not finite.
+    """
+    network.to(device)
+    looks = {"limit": limit, "crop": crop, "resize": resize}
+
+    def said() -> Iterator[tuple[Tensor, Tensor]]:
+        for image in unlabelled(target, "train", **looks):
+            yield image, predict(network, image.to(device), window).argmax(0).cpu()
+
+    with evaluating(network), torch.inference_mode():
+        away = pixels(said(), target.peak, seed)
+    home = pixels(labelled_pairs(source, "train", **looks), source.peak, seed)
+    asked = pixels(labelled_pairs(source, held, **looks), source.peak, seed + 1)
+    classes = len(source.classes)
+    known = taught(home, asked, classes, seed)
+    return min(1.0, taught(away, asked, classes, seed) / known) if known else 0.0
+
+
+def described(image: Tensor, peak: float) -> Tensor:
+    """What surrounds each pixel: its bands, their means in squares around it, and how far the mean of bands varies.
+
+    Args:
+        image: (C, H, W), in the sensor's range; what is not a number counts as 0.
+        peak: value of the brightest pixel that the sensor can give.
+
+    Returns:
+        (C + 4 (C + 1), H, W), 0 to 1.
+    """
+    bands = (image.nan_to_num() / peak)[None]
+    grey = bands.mean(1, keepdim=True)
+
+    def around(values: Tensor, side: int) -> Tensor:
+        return F.avg_pool2d(values, side, 1, side // 2, count_include_pad=False)
+
+    found = [bands]
+    for side in SIDES:
+        spread = (around(grey.square(), side) - around(grey, side).square()).clamp_min(0).sqrt()
+        found += [around(bands, side), spread]
+    return torch.cat(found, 1)[0]
+
+
+def pixels(pairs: Iterable[tuple[Tensor, Tensor]], peak: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Descriptions (N, D) and classes (N,) of random pixels of (C, H, W) and labels (H, W), none of `IGNORE`."""
+    looks, labels = [], []
+    for place, (image, label) in enumerate(pairs):
+        chosen = sampled(*label.shape, PIXELS, seed, place)
+        looks.append(described(image, peak).flatten(1)[:, chosen].T)
+        labels.append(label.flatten()[chosen])
+    known = (label := torch.cat(labels)) != IGNORE
+    return torch.cat(looks)[known], label[known]
+
+
+def taught(examples: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], classes: int, seed: int) -> float:
+    """MIoU on the pixels asked about of a forest that learns from examples, all classes weighing alike.
+
+    Args:
+        examples: descriptions (N, D) and classes (N,).
+        asked: the same, of other pixels.
+        classes: how many there are.
+        seed: of the trees.
+
+    Returns:
+        0 to 1, over the classes among those asked about; 0 where there is nothing to learn from or to ask.
+    """
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    (looks, labels), (others, truth) = examples, asked
+    if not len(labels) or not len(truth):
+        return 0.0
+    forest = ExtraTreesClassifier(
+        TREES, min_samples_leaf=LEAF, class_weight="balanced", random_state=seed % 2**32, n_jobs=1
+    )
+    answers = torch.from_numpy(forest.fit(looks.numpy(), labels.numpy()).predict(others.numpy()))
+    found = Confusion.of(answers, truth, classes)
+    return float(found.iou[torch.bincount(truth, minlength=classes) > 0].mean())
+
+
+__all__ = ["described", "pixels", "reverse", "taught"]
