@@ -4,7 +4,7 @@
 
 RUNS are folders of source-only runs. Each network looks at held-out pictures of its source, at its target's, at the
 targets of the foreign recipes and at folders of other pictures, as `overfly adapt` looks; and of each it is asked what
-its labels of the pictures teach of the source's classes, as the gate asks where it is in doubt. No label of a target is
+its labels of the pictures teach of the source's classes, as the gate asks. No label of a target is
 read. Writes JSON and prints a line for each, then which the gate gets wrong. Exits 1 where there is one.
 """
 
@@ -56,7 +56,8 @@ def rows(run: Run, domains: list[Domain], folders: list[Path]) -> list[dict[str,
                 "views_miou": [home.views_miou, away.views_miou],
             }
         )  # fmt: skip
-        print(f"{source.title}, seed {recipe.seed} → {domain.title}: {known:.3f}, reverse {taught:.3f}", flush=True)
+        teaches = "–" if taught is None else f"{taught:.3f}"
+        print(f"{source.title}, seed {recipe.seed} → {domain.title}: {known:.3f}, reverse {teaches}", flush=True)
     return found
 
 

@@ -238,7 +238,7 @@ def _judge(
     if _held_out(recipe):
         source, held = recipe.domain("source"), recipe.validation.split
         known = familiarity(look(networks[BEFORE], source, held, **sight), figures[BEFORE])
-        if gate.in_doubt(known) and labelled(source, "train") and labelled(source, held):
+        if gate.familiar and labelled(source, "train") and labelled(source, held):
             taught = reverse(networks[BEFORE], source, target, held, **sight)
     reasons = gate.refusals(BEFORE, figures, known, taught)
     ours = {

@@ -110,24 +110,23 @@ def test_pictures_of_other_things_refuse_every_adaptation(anything: LabelFree) -
 
 
 @pytest.mark.parametrize(
-    ("known", "reverse", "taken"),
+    ("answers", "words"),
     [
-        (0.66, None, True), (0.66, 0.1, True),  # familiar: nobody else is asked
-        (0.60, None, False), (0.60, 0.54, False), (0.60, 0.56, True),  # in doubt: what it says there decides
-        (0.44, 0.99, False),  # nothing in common
-        (None, None, True),  # without the source nobody can tell
+        ((0.66, None), []), ((0.64, None), ["64 % as familiar"]),  # nobody else can be asked
+        ((0.51, 0.61), []), ((0.49, 0.61), ["49 % as familiar"]), ((1.0, 0.59), ["teaches only 59 %"]),
+        ((0.2, 0.1), ["20 % as familiar", "teaches only 10 %"]),
+        ((None, None), []),  # without the source nobody can tell
     ],
 )  # fmt: skip
-def test_where_familiarity_is_in_doubt_what_its_labels_teach_decides(
-    known: float | None, reverse: float | None, taken: bool
+def test_pictures_must_be_familiar_and_what_is_said_of_them_must_teach(
+    answers: tuple[float | None, float | None], words: list[str]
 ) -> None:
-    gate = Gate()
-    reasons = gate.strange(known, reverse)
-    assert (reasons == ()) == taken
-    assert gate.in_doubt(known) == (known == 0.60)
-    if not taken:
-        assert ("its labels of them teach 54 %" in reasons[0]) == (reverse == 0.54)
-        assert "--same-classes" in reasons[0]
+    reasons = Gate().strange(*answers)
+    assert len(reasons) == len(words)
+    for reason, word in zip(reasons, words, strict=True):
+        assert word in reason
+        assert "--same-classes" in reason
+    assert Gate(familiar=0.0).strange(*answers) == ()
 
 
 def test_being_surer_away_than_at_home_makes_nothing_familiar(anything: LabelFree) -> None:

@@ -3,8 +3,8 @@
 Adaptation often ends worse than where it began, and no single label-free figure shows it: a network that has exchanged
 two classes is as sure and as consistent as before, one that has collapsed is surer. So the gate asks several questions,
 each against the network before adaptation, and one answer against it is enough to refuse. One more is asked of that
-network alone: whether the target shows what it has learnt at all. Where it does not know, because it is bad there or
-because the pictures are strange, others are asked who learn from what it says (`overfly.scoring.reverse`).
+network alone: whether the target shows what it has learnt at all. Since it is as unsteady where it is bad as where the
+pictures are strange, one is asked too who learns from what it says (`overfly.scoring.reverse`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from overfly.core.spec import Share, Spec
 from overfly.scoring.altered import geometric
 from overfly.scoring.validators import LabelFree
 
+STRANGE = (
+    "the target may show other things than the classes; if you have looked and it shows the same, say --same-classes"
+)
 GEOMETRIC = tuple(view.name for view in geometric())
 
 
@@ -27,14 +30,14 @@ class Gate(Spec):
     agreement: Share = 0.25
     """Least class-balanced mIoU between its predictions on the target and those before adaptation. Adaptation mends a
     part of the picture; where more than this has changed, classes were lost or exchanged."""
-    familiar: Share = 0.65
+    familiar: Share = 0.5
     """How familiar (`familiarity`) the target's pictures must be to the network before adaptation. Pictures that show
-    other things than the classes turn any adaptation into invention; 0 where somebody has looked."""
-    doubtful: Share = 0.45
-    """Familiarity from which pictures that are not familiar enough are still taken, if `reverse` speaks for them."""
-    reverse: Share = 0.55
-    """What the network's labels of such pictures must teach of the source's classes
-    (`overfly.scoring.reverse.reverse`)."""
+    other things than the classes turn any adaptation into invention; 0 where somebody has looked: then nobody asks
+    what they show."""
+    reverse: Share = 0.6
+    """What that network's labels of the target must teach of the source's classes (`overfly.scoring.reverse`)."""
+    alone: Share = 0.65
+    """How familiar they must be where the latter cannot be asked."""
     sureness: Share = 0.05
     """Nuclear norm of its probabilities on the target, from sure and of many classes down to unsure or of few, that may
     be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
@@ -83,27 +86,22 @@ class Gate(Spec):
 
         Args:
             known: how familiar the target is to the network before adaptation; none: nobody can tell.
-            reverse: what its labels of the target teach of the source's classes; none: nobody was asked.
+            reverse: what its labels of the target teach of the source's classes; none: nobody can tell.
         """
-        if known is None or known >= self.familiar:
+        if known is None or not self.familiar:
             return ()
-        if self.in_doubt(known) and reverse is not None and reverse >= self.reverse:
-            return ()
-        taught = (
-            f", and its labels of them teach {100 * reverse:.0f} % of what the source's own labels teach of its "
-            f"classes, less than {100 * self.reverse:g}"
-            if reverse is not None and self.in_doubt(known)
-            else ""
-        )
-        return (
-            f"the target's pictures are only {100 * known:.0f} % as familiar to the network before adaptation as the "
-            f"source's, less than {100 * self.familiar:g}{taught}: they may show other things than the classes; if "
-            "you have looked and they show the same, say --same-classes",
-        )
-
-    def in_doubt(self, known: float | None) -> bool:
-        """Whether familiarity leaves open what the target shows."""
-        return known is not None and self.doubtful <= known < self.familiar
+        found = []
+        if known < (bound := self.alone if reverse is None else self.familiar):
+            found.append(
+                f"the target's pictures are only {100 * known:.0f} % as familiar to the network before adaptation as "
+                f"the source's, less than {100 * bound:g}"
+            )
+        if reverse is not None and reverse < self.reverse:
+            found.append(
+                f"what the network before adaptation says of the target teaches only {100 * reverse:.0f} % of what the "
+                f"source's own labels teach of its classes, less than {100 * self.reverse:g}"
+            )
+        return tuple(f"{each}: {STRANGE}" for each in found)
 
     def refusals(
         self,
@@ -118,7 +116,7 @@ class Gate(Spec):
             before: name of the network before adaptation.
             figures: of all networks, by name.
             known: how familiar the target is to the network before adaptation; none: nobody can tell.
-            reverse: what its labels of the target teach of the source's classes; none: nobody was asked.
+            reverse: what its labels of the target teach of the source's classes; none: nobody can tell.
         """
         strange = self.strange(known, reverse)
         return {name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before}

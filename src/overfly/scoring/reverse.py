@@ -31,6 +31,8 @@ TREES = 100
 """Trees of the forest."""
 LEAF = 3
 """Least pixels in a leaf."""
+TELLS = 0.25
+"""mIoU of the forest that learns from true labels, below which colour and texture tell the classes too badly to ask."""
 
 
 def reverse(
@@ -45,7 +47,7 @@ def reverse(
     resize: int | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> float:
+) -> float | None:
     """How well the network's labels of the target teach the source's classes, as a share of what true labels teach.
 
     Two forests learn classes from colour and texture: one from pixels of the target and what the network says of them,
@@ -64,26 +66,30 @@ def reverse(
         seed: of the fixed random draws: same seed, same answer. No global random state is read or changed.
 
     Returns:
-        mIoU of the first over mIoU of the second, 0 to 1, over the classes that the held-out labels have.
+        mIoU of the first over mIoU of the second, 0 to 1, over the classes that the held-out labels have; None where
+        colour and texture tell the classes too badly for the question to mean anything (`TELLS`).
 
     Raises:
         DataError: a split has no pictures or, of the source, no labels.
         NotFiniteError: the network gives scores that are not finite.
     """
-    network.to(device)
     looks = {"limit": limit, "crop": crop, "resize": resize}
+
+    home = pixels(labelled_pairs(source, "train", **looks), source.peak, seed)
+    asked = pixels(labelled_pairs(source, held, **looks), source.peak, seed + 1)
+    classes = len(source.classes)
+    known = taught(home, asked, classes, seed)
+    if known < TELLS:
+        return None
 
     def said() -> Iterator[tuple[Tensor, Tensor]]:
         for image in unlabelled(target, "train", **looks):
             yield image, predict(network, image.to(device), window).argmax(0).cpu()
 
+    network.to(device)
     with evaluating(network), torch.inference_mode():
         away = pixels(said(), target.peak, seed)
-    home = pixels(labelled_pairs(source, "train", **looks), source.peak, seed)
-    asked = pixels(labelled_pairs(source, held, **looks), source.peak, seed + 1)
-    classes = len(source.classes)
-    known = taught(home, asked, classes, seed)
-    return min(1.0, taught(away, asked, classes, seed) / known) if known else 0.0
+    return min(1.0, taught(away, asked, classes, seed) / known)
 
 
 def described(image: Tensor, peak: float) -> Tensor:

@@ -56,7 +56,7 @@ class Verdict(Spec):
     there are no such pictures."""
     reverse: Share | None = None
     """What its labels of the target teach of the source's classes, against what the source's own labels teach; none
-    where familiarity leaves nothing open."""
+    where nobody could or needed to be asked."""
     labels_opened: Whole
     """Target labels that were read for training, choice and verdict: 0 unless pictures of the target are the source's
     too."""
