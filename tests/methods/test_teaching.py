@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -243,6 +243,34 @@ def test_source_free_never_looks_at_the_source(case: Case) -> None:
     frozen = {name for name, weight in nets.student.named_parameters() if not weight.requires_grad}
     assert frozen
     assert all(name.startswith("network.seghead_d.") for name in frozen)
+
+
+@pytest.mark.parametrize(("statistics", "same"), [("kept", True), ("own", False)])
+def test_source_free_keeps_the_statistics_that_nothing_else_remembers(
+    case: Case, statistics: Literal["kept", "own"], same: bool
+) -> None:
+    method = SourceFree(statistics=statistics)
+    nets = method.networks(first_segmenter(case[0])).train()
+    before = {name: value.clone() for name, value in nets.student.named_buffers() if "running" in name}
+    method.losses(nets, case[1])
+    now = dict(nets.student.named_buffers())
+    assert before
+    assert all(torch.equal(now[name], value) for name, value in before.items()) == same
+
+
+def test_the_source_free_teacher_sees_several_sizes_and_what_it_says_often_is_dearer(case: Case) -> None:
+    method = SourceFree(share=1.0)
+    nets = method.networks(first_segmenter(case[0])).train()
+    sides: list[int] = []
+    nets.teacher.register_forward_pre_hook(lambda _, given: sides.append(given[0].shape[-1]))
+    said = torch.zeros(1, 7, 1, 1)
+    said[0, 0], said[0, 1] = 1.0, 0.9  # hardly the second
+    nets.teacher.register_forward_hook(lambda *each: each[2]._replace(main=said.expand_as(each[2].main)))
+    nets.shares.copy_(torch.tensor([0.7, *[0.05] * 6]))
+    label = method.labels(nets, case[1].target)
+    side = case[1].target.shape[-1]
+    assert sides == [round(0.67 * side), side, round(1.5 * side)]
+    assert bool((label == 1).all())
 
 
 @pytest.mark.parametrize("name", ["minent", "cbst", "distil", "dsbn", "iast", "overfly", "source_free", "tent"])

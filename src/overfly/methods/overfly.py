@@ -19,7 +19,7 @@ from overfly.ops.geometry import Dihedral
 from overfly.ops.masking import block_mask, cover
 from overfly.ops.mixing import class_mask, paste
 from overfly.ops.normalise import keeping_statistics, together
-from overfly.ops.teacher import Pseudo, debiased, follow, keep_above, moved, rising, seen_at, surest, without
+from overfly.ops.teacher import follow, keep_above, moved, rising, said_of, surest
 
 LIGHT: Strong = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
 """Another light rather than another hue, which tells classes apart from above: for `Overfly.strong`."""
@@ -120,13 +120,9 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
 
         Nor are there any where nothing was measured (``blank``).
         """
-        probability = torch.stack([seen_at(nets.teacher, target, scale) for scale in self.scales]).mean(0)
-        if blank is None:
-            nets.shares.lerp_(probability.mean((0, 2, 3)), 1 - MEMORY)
-        elif not bool(blank.all()):
-            nets.shares.lerp_(probability.movedim(1, -1)[~blank].mean(0), 1 - MEMORY)
-        sureness, label = debiased(probability, nets.shares, self.debias).max(1)
-        pseudo = without(Pseudo(label, sureness), blank)
+        pseudo = said_of(
+            nets.teacher, target, scales=self.scales, shares=nets.shares, power=self.debias, keep=MEMORY, blank=blank
+        )
         found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.shares))
         nets.thresholds.copy_(moved(nets.thresholds, found, MEMORY))
         return keep_above(pseudo, nets.thresholds)

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from torch import nn
+import torch
+from pydantic import Field
+from torch import Tensor, nn
 
 from overfly.core.records import Batch, Losses
-from overfly.core.spec import NonNegative, Share
-from overfly.methods.cbst import ThresholdNetworks
+from overfly.core.spec import NonNegative, Positive, Share
 from overfly.methods.method import Method, named
-from overfly.ops.colour import ColourJitter, GaussianBlur, Strong, recoloured
+from overfly.methods.overfly import LIGHT, MEMORY, OverflyNetworks
+from overfly.ops.colour import Strong, recoloured
 from overfly.ops.freezing import freeze_unreached
 from overfly.ops.information import diversity
 from overfly.ops.losses import mean_entropy
-from overfly.ops.teacher import follow, keep_above, moved, pseudo_label, surest
+from overfly.ops.normalise import keeping_statistics
+from overfly.ops.teacher import follow, keep_above, moved, said_of, surest
 
 
-class SourceFree(Method[ThresholdNetworks], name="source_free"):
+class SourceFree(Method[OverflyNetworks], name="source_free"):
     """Strong views of target images must get the teacher's surest labels of every class, without any source image.
 
     A mean teacher (Tarvainen and Valpola, 2017, arXiv:1703.01780) with class-balanced pseudo-labels (Zou et al., 2018)
     and information maximisation (Liang et al., 2020, arXiv:2002.08546): each prediction sure, and all together varied,
-    so that training does not end in one class. A head for boundaries stays as it was: there are no true ones to learn
-    from. The teacher is what is deployed.
+    so that training does not end in one class. As in our own method, the teacher looks at several sizes, and classes
+    that it says too often are made dearer; with nothing else to learn from, a student is what its labels are. Batch
+    normalisation keeps the source's statistics, which nothing else remembers. A head for boundaries stays as it was:
+    there are no true ones to learn from. The teacher is what is deployed.
     """
 
     needs_source: ClassVar[bool] = False
@@ -35,38 +40,55 @@ class SourceFree(Method[ThresholdNetworks], name="source_free"):
     """Share of each class's pixels, the surest, that is learnt from."""
     keep: Share = 0.9
     """Share of the old thresholds that is kept at every step."""
-    strong: Strong = (ColourJitter(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
-    """What is done to the colours of the student's views."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.67, 1.0, 1.5)
+    """Sizes at which the teacher sees each image, turned by a random quarter or mirrored; the square of each is what it
+    costs."""
+    debias: NonNegative = 0.5
+    """How much dearer a class is that the teacher says often: its probabilities are divided by its share to this power;
+    0: not at all."""
+    strong: Strong = LIGHT
+    """What is done to the colours of the student's views: another light rather than another hue, which tells classes
+    apart."""
+    statistics: Literal["kept", "own"] = "kept"
+    """Batch normalisation of the student: the statistics that it began with, or those of target batches."""
     information: NonNegative = 0.1
     """Weight of information maximisation: mean entropy less the entropy of the mean prediction, plus 1."""
 
-    def networks(self, student: nn.Module) -> ThresholdNetworks:
+    def networks(self, student: nn.Module) -> OverflyNetworks:
         """The student, its boundary head frozen, and its teacher."""
-        nets = ThresholdNetworks(student)
+        nets = OverflyNetworks(student)
         freeze_unreached(
             student, nets.segmenter.bands, lambda logits: (logits.main, *(logits.aux if self.criterion.aux else ()))
         )
         return nets
 
-    def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:
+    def losses(self, nets: OverflyNetworks, batch: Batch) -> Losses:
         """The criterion on strong views with kept pseudo-labels, and information maximisation."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
-        found = surest(pseudo, self.share, len(nets.thresholds))
-        nets.thresholds.copy_(moved(nets.thresholds, found, self.keep))
-        kept = keep_above(pseudo, nets.thresholds)
-        logits = nets.student(recoloured(batch.target, self.strong, nets.segmenter.peak))
+        label = self.labels(nets, batch.target, batch.blank)
+        with keeping_statistics(nets.student, active=self.statistics == "kept"):
+            logits = nets.student(recoloured(batch.target, self.strong, nets.segmenter.peak))
         measured = batch.measured
         information = mean_entropy(logits.main, measured) - diversity(logits.main, measured) + 1
         return {
-            **named("target", self.imitated(logits, kept)),
+            **named("target", self.imitated(logits, label)),
             "information": self.information * information,
         }
 
-    def after_step(self, nets: ThresholdNetworks, step: int) -> None:  # noqa: ARG002 - the teacher is never young
+    @torch.no_grad()
+    def labels(self, nets: OverflyNetworks, target: Tensor, blank: Tensor | None = None) -> Tensor:
+        """The teacher's labels (B, H, W), `IGNORE` where it is not among the surest of their class or on ``blank``."""
+        pseudo = said_of(
+            nets.teacher, target, scales=self.scales, shares=nets.shares, power=self.debias, keep=MEMORY, blank=blank
+        )
+        found = surest(pseudo, self.share, len(nets.thresholds))
+        nets.thresholds.copy_(moved(nets.thresholds, found, self.keep))
+        return keep_above(pseudo, nets.thresholds)
+
+    def after_step(self, nets: OverflyNetworks, step: int) -> None:  # noqa: ARG002 - the teacher is never young
         """The teacher, trained already, follows the student from the first step on."""
         follow(nets.teacher, nets.student, self.ema)
         nets.steps += 1
 
-    def deployed(self, nets: ThresholdNetworks) -> nn.Module:
+    def deployed(self, nets: OverflyNetworks) -> nn.Module:
         """The teacher."""
         return nets.teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,37 @@ def debiased(probability: Tensor, shares: Tensor, power: float) -> Tensor:
     """
     dearer = probability / shares.clamp_min(1e-6).view(1, -1, 1, 1) ** power
     return dearer / dearer.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def said_of(
+    teacher: nn.Module,
+    image: Tensor,
+    *,
+    scales: Sequence[float],
+    shares: Tensor,
+    power: float,
+    keep: float,
+    blank: Tensor | None = None,
+) -> Pseudo:
+    """What a teacher says of images seen at several sizes, with classes that it says often made dearer.
+
+    Args:
+        teacher: images (B, C, H, W) to `Logits` at their size.
+        image: (B, C, H, W), in the sensor's range.
+        scales: sizes at which it sees each; its probabilities are averaged.
+        shares: how often each class is said (K,); followed in place.
+        power: how much dearer; 0: not at all (`debiased`).
+        keep: share of the old shares that is kept.
+        blank: where nothing was measured (B, H, W): no label, and no part in the shares; None: nowhere.
+    """
+    probability = torch.stack([seen_at(teacher, image, scale) for scale in scales]).mean(0)
+    if blank is None:
+        shares.lerp_(probability.mean((0, 2, 3)), 1 - keep)
+    elif not bool(blank.all()):
+        shares.lerp_(probability.movedim(1, -1)[~blank].mean(0), 1 - keep)
+    sureness, label = debiased(probability, shares, power).max(1)
+    return without(Pseudo(label, sureness), blank)
 
 
 def share_above(pseudo: Pseudo, threshold: float) -> Tensor:
