@@ -213,7 +213,8 @@ def _see_that_all_can_begin(recipes: Sequence[Recipe], fabric: Fabric) -> None:
 def _held_out(recipe: Recipe) -> bool:
     """Whether the source has pictures that are not learnt from; nobody need have kept any."""
     try:
-        return recipe.source is not None and bool(recipe.source.items(recipe.validation.split))
+        held = recipe.validation.split
+        return recipe.source is not None and held != "train" and bool(recipe.source.items(held))
     except SplitError:
         return False
 

@@ -17,7 +17,8 @@ from overfly.scoring.altered import geometric
 from overfly.scoring.validators import LabelFree
 
 STRANGE = (
-    "the target may show other things than the classes; if you have looked and it shows the same, say --same-classes"
+    "the target may show other things than the classes, or lack some; if you have looked and it shows them, say "
+    "--same-classes"
 )
 GEOMETRIC = tuple(view.name for view in geometric())
 
@@ -37,7 +38,7 @@ class Gate(Spec):
     reverse: Share = 0.6
     """What that network's labels of the target must teach of the source's classes (`overfly.scoring.reverse`)."""
     alone: Share = 0.65
-    """How familiar they must be where the latter cannot be asked."""
+    """How familiar they must be, instead, where the latter cannot be asked."""
     sureness: Share = 0.05
     """Nuclear norm of its probabilities on the target, from sure and of many classes down to unsure or of few, that may
     be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
@@ -91,17 +92,17 @@ class Gate(Spec):
         if known is None or not self.familiar:
             return ()
         found = []
-        if known < (bound := self.alone if reverse is None else self.familiar):
+        if known < (bound := max(self.alone, self.familiar) if reverse is None else self.familiar):
             found.append(
-                f"the target's pictures are only {100 * known:.0f} % as familiar to the network before adaptation as "
+                f"the target's pictures are only {100 * known:.1f} % as familiar to the network before adaptation as "
                 f"the source's, less than {100 * bound:g}"
             )
         if reverse is not None and reverse < self.reverse:
             found.append(
-                f"what the network before adaptation says of the target teaches only {100 * reverse:.0f} % of what the "
+                f"what the network before adaptation says of the target teaches only {100 * reverse:.1f} % of what the "
                 f"source's own labels teach of its classes, less than {100 * self.reverse:g}"
             )
-        return tuple(f"{each}: {STRANGE}" for each in found)
+        return (f"{', and '.join(found)}: {STRANGE}",) if found else ()
 
     def refusals(
         self,

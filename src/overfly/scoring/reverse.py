@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from overfly.core.records import IGNORE
 from overfly.data.domain import Domain, Split
+from overfly.data.statistics import spread
 from overfly.scoring.confusion import Confusion
 from overfly.scoring.pictures import labelled_pairs, predict, sampled, unlabelled
 from overfly.scoring.score import evaluating
@@ -31,6 +32,8 @@ TREES = 100
 """Trees of the forest."""
 LEAF = 3
 """Least pixels in a leaf."""
+FEW = 8
+"""Target pictures below which they show too little of a place to ask."""
 TELLS = 0.25
 """mIoU of the forest that learns from true labels, below which colour and texture tell the classes too badly to ask."""
 
@@ -66,13 +69,16 @@ def reverse(
         seed: of the fixed random draws: same seed, same answer. No global random state is read or changed.
 
     Returns:
-        mIoU of the first over mIoU of the second, 0 to 1, over the classes that the held-out labels have; None where
-        colour and texture tell the classes too badly for the question to mean anything (`TELLS`).
+        mIoU of the first over mIoU of the second, 0 to 1, over the classes that the held-out labels have, so that a
+        target which lacks some of them teaches less; None where the question means nothing: of few pictures (`FEW`),
+        or where colour and texture hardly tell the classes (`TELLS`).
 
     Raises:
         DataError: a split has no pictures or, of the source, no labels.
         NotFiniteError: the network gives scores that are not finite.
     """
+    if len(spread(target.items("train"), limit)) < FEW:
+        return None
     looks = {"limit": limit, "crop": crop, "resize": resize}
 
     home = pixels(labelled_pairs(source, "train", **looks), source.peak, seed)
@@ -143,9 +149,7 @@ def taught(examples: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], classe
     (looks, labels), (others, truth) = examples, asked
     if not len(labels) or not len(truth):
         return 0.0
-    forest = ExtraTreesClassifier(
-        TREES, min_samples_leaf=LEAF, class_weight="balanced", random_state=seed % 2**32, n_jobs=1
-    )
+    forest = ExtraTreesClassifier(TREES, min_samples_leaf=LEAF, class_weight="balanced", random_state=seed, n_jobs=1)
     answers = torch.from_numpy(forest.fit(looks.numpy(), labels.numpy()).predict(others.numpy()))
     found = Confusion.of(answers, truth, classes)
     return float(found.iou[torch.bincount(truth, minlength=classes) > 0].mean())

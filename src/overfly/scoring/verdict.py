@@ -87,7 +87,7 @@ class Verdict(Spec):
         share = f"{100 * self.familiarity:.0f} %"
         known = f"To the source-only network the target is {share} as familiar as held-out source pictures."
         if self.reverse is None:
-            return known
+            return f"{known} What its labels of the target teach could not be asked, or needed not."
         taught = f"{100 * self.reverse:.0f} %"
         return (
             f"{known} Its labels of the target teach {taught} of what the source's own teach of the source's classes."
