@@ -160,14 +160,14 @@ def test_where_the_pictures_may_be_strange_what_the_labels_teach_is_asked(
 
     def verdict(known: float, asked: float) -> Verdict:
         monkeypatch.setattr("overfly.adaptation.familiarity", lambda *_: known)
-        gate = Gate(reverse=asked)
+        gate = Gate(known=asked)
         return judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=gate)[1]
 
     refused, taken = verdict(0.6, 1.0), verdict(0.6, 0.0)
     assert refused.reverse is not None
     assert 0.0 < refused.reverse < 1.0
     assert refused.recommended == "source only"
-    assert f"teaches only {100 * refused.reverse:.1f} % of what" in refused.networks["adapted"].against[0]
+    assert f"teaches {100 * refused.reverse:.1f} % of what" in refused.networks["adapted"].against[0]
     assert f"Its labels of the target teach {100 * refused.reverse:.0f} %" in refused.report()
     assert refused.labels_opened == 0
     assert taken.reverse == refused.reverse

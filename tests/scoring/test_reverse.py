@@ -40,7 +40,8 @@ class Place(Patches):
         self.read.append(item.name)
         image = super().read_image(item).astype(int)
         noise = np.random.default_rng(2000 + int(item.name[1:])).normal(0, self.noise, image.shape[:2])
-        return np.clip(image + noise[..., None].round().astype(int), 0, 255).astype(np.uint8)
+        found: UInt8 = np.clip(image + noise[..., None].round().astype(int), 0, 255).astype(np.uint8)
+        return found
 
 
 class Other(Place):

@@ -31,14 +31,13 @@ class Gate(Spec):
     agreement: Share = 0.25
     """Least class-balanced mIoU between its predictions on the target and those before adaptation. Adaptation mends a
     part of the picture; where more than this has changed, classes were lost or exchanged."""
-    familiar: Share = 0.5
-    """How familiar (`familiarity`) the target's pictures must be to the network before adaptation. Pictures that show
-    other things than the classes turn any adaptation into invention; 0 where somebody has looked: then nobody asks
-    what they show."""
-    reverse: Share = 0.6
-    """What that network's labels of the target must teach of the source's classes (`overfly.scoring.reverse`)."""
-    alone: Share = 0.65
-    """How familiar they must be, instead, where the latter cannot be asked."""
+    known: Share = 0.38
+    """How well the network before adaptation must know the target: how familiar it is (`familiarity`) times what its
+    labels of it teach of the source's classes (`overfly.scoring.reverse`). Pictures that show other things than the
+    classes turn any adaptation into invention."""
+    familiar: Share = 0.65
+    """How familiar it must be, instead, where the latter cannot be asked. 0 where somebody has looked: then nobody asks
+    what the target shows."""
     sureness: Share = 0.05
     """Nuclear norm of its probabilities on the target, from sure and of many classes down to unsure or of few, that may
     be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
@@ -82,33 +81,32 @@ class Gate(Spec):
             )
         return tuple(found)
 
-    def strange(self, known: float | None, reverse: float | None = None) -> tuple[str, ...]:
-        """What speaks against any adaptation to these pictures, as sentences.
+    def strange(self, familiar: float | None, reverse: float | None = None) -> tuple[str, ...]:
+        """What speaks against any adaptation to these pictures, as a sentence.
 
         Args:
-            known: how familiar the target is to the network before adaptation; none: nobody can tell.
+            familiar: how familiar the target is to the network before adaptation; none: nobody can tell.
             reverse: what its labels of the target teach of the source's classes; none: nobody can tell.
         """
-        if known is None or not self.familiar:
+        if familiar is None or not self.familiar:
             return ()
-        found = []
-        if known < (bound := max(self.alone, self.familiar) if reverse is None else self.familiar):
-            found.append(
-                f"the target's pictures are only {100 * known:.1f} % as familiar to the network before adaptation as "
-                f"the source's, less than {100 * bound:g}"
-            )
-        if reverse is not None and reverse < self.reverse:
-            found.append(
-                f"what the network before adaptation says of the target teaches only {100 * reverse:.1f} % of what the "
-                f"source's own labels teach of its classes, less than {100 * self.reverse:g}"
-            )
-        return (f"{', and '.join(found)}: {STRANGE}",) if found else ()
+        share = f"{100 * familiar:.1f} % as familiar to the network before adaptation as the source's"
+        if reverse is None:
+            few = f"the target's pictures are only {share}, less than {100 * self.familiar:g}: {STRANGE}"
+            return (few,) if familiar < self.familiar else ()
+        if (known := familiar * reverse) >= self.known:
+            return ()
+        return (
+            f"the target's pictures are {share}, and what it says of them teaches {100 * reverse:.1f} % of what the "
+            f"source's own labels teach of its classes, {100 * known:.1f} % together, less than "
+            f"{100 * self.known:g}: {STRANGE}",
+        )
 
     def refusals(
         self,
         before: str,
         figures: Mapping[str, LabelFree],
-        known: float | None = None,
+        familiar: float | None = None,
         reverse: float | None = None,
     ) -> dict[str, tuple[str, ...]]:
         """What speaks against each network but the one before adaptation, as sentences; empty where nothing does.
@@ -116,10 +114,10 @@ class Gate(Spec):
         Args:
             before: name of the network before adaptation.
             figures: of all networks, by name.
-            known: how familiar the target is to the network before adaptation; none: nobody can tell.
+            familiar: how familiar the target is to the network before adaptation; none: nobody can tell.
             reverse: what its labels of the target teach of the source's classes; none: nobody can tell.
         """
-        strange = self.strange(known, reverse)
+        strange = self.strange(familiar, reverse)
         return {name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before}
 
 
