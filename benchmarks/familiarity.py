@@ -1,11 +1,11 @@
-"""How familiar pictures are to networks before adaptation: those of their own target, and of worlds with other classes.
+"""What networks before adaptation make of pictures: those of their own target, and of worlds with other classes.
 
     python benchmarks/familiarity.py RUNS… [--foreign RECIPE…] [--images FOLDER…] [--out familiarity.json]
 
 RUNS are folders of source-only runs. Each network looks at held-out pictures of its source, at its target's, at the
 targets of the foreign recipes and at folders of other pictures, as `overfly adapt` looks; and of each it is asked what
-its labels of the pictures teach of the source's classes, as the gate asks. No label of a target is
-read. Writes JSON and prints a line for each, then which the gate gets wrong. Exits 1 where there is one.
+its labels of the pictures teach of the source's classes, as the gate asks. No label of a target is read. Writes JSON
+and prints a line for each, then which the gate gets wrong. Exits 1 where there is one.
 """
 
 from __future__ import annotations

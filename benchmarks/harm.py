@@ -111,6 +111,7 @@ def main() -> int:
                         "refused": refused,
                         "recommended": verdict.recommended,
                         "familiarity": verdict.familiarity,
+                        "reverse": verdict.reverse,
                         "against": verdict.networks["adapted"].against,
                         "target_miou": {"source only": before, "adapted": after},
                     }

@@ -123,7 +123,10 @@ def said_of(
         shares: how often each class is said (K,); followed in place.
         power: how much dearer; 0: not at all (`debiased`).
         keep: share of the old shares that is kept.
-        blank: where nothing was measured (B, H, W): no label, and no part in the shares; None: nowhere.
+        blank: where nothing was measured, bool (B, H, W): no label, and no part in the shares; None: nowhere.
+
+    Returns:
+        Labels and probabilities (B, H, W), the latter 0 to 1 after frequent classes were made dearer.
     """
     probability = torch.stack([seen_at(teacher, image, scale) for scale in scales]).mean(0)
     if blank is None:

@@ -27,7 +27,7 @@ from overfly.scoring.score import evaluating
 PIXELS = 512
 """Random pixels of each picture that are learnt from or asked about."""
 SIDES = (3, 7, 15, 31)
-"""Sides of the squares around a pixel whose mean and spread describe it."""
+"""Sides in pixels of the squares around a pixel whose mean and deviation describe it."""
 TREES = 100
 """Trees of the forest."""
 LEAF = 3
@@ -99,7 +99,7 @@ def reverse(
 
 
 def described(image: Tensor, peak: float) -> Tensor:
-    """What surrounds each pixel: its bands, their means in squares around it, and how far the mean of bands varies.
+    """What surrounds each pixel: its bands, their means in squares around it, and the deviation of the bands' mean.
 
     Args:
         image: (C, H, W), in the sensor's range; what is not a number counts as 0.
@@ -119,8 +119,8 @@ def described(image: Tensor, peak: float) -> Tensor:
 
     found = [bands]
     for side in SIDES:
-        spread = (around(grey.square(), side) - around(grey, side).square()).clamp_min(0).sqrt()
-        found += [around(bands, side), spread]
+        deviation = (around(grey.square(), side) - around(grey, side).square()).clamp_min(0).sqrt()
+        found += [around(bands, side), deviation]
     return torch.cat(found, 1)[0]
 
 
