@@ -19,6 +19,7 @@ from overfly.arguments import (
     cache_of,
     changed,
     domain_of,
+    pathlike,
     recipes_and_settings,
     see_bounds,
     seeds_of,
@@ -69,6 +70,7 @@ __all__ = [
 ]
 
 
+@pathlike
 def train(
     recipe: Written,
     *overrides: str,
@@ -110,6 +112,7 @@ def train(
     return Trained(run.path)
 
 
+@pathlike
 def adapt(
     recipe: Written | None = None,
     *overrides: More,
@@ -205,9 +208,8 @@ def evaluate(
     places = [(key if named else place.title, changed(place, overrides)) for key, place in chosen]
     told = [f"{key} has no labels in {split}, and is left out" for key, place in places if not labelled(place, split)]
     if len(told) == len(places):
-        raise DataError(
-            f"{' and '.join(key for key, _ in places)}: no picture of {split} has a label; nothing to score"
-        )
+        names = " and ".join(key for key, _ in places)
+        raise DataError(f"{names}: no picture of {split} has a label; nothing to score")
     if pictures:
         samples_folder(opened)
     scores, drawn = {}, []
@@ -224,6 +226,7 @@ def evaluate(
     return Evaluation(opened.path, scores, list(dict.fromkeys(drawn)), told)
 
 
+@pathlike
 def benchmark(
     recipes: list[str],
     *,
@@ -267,8 +270,9 @@ def benchmark(
     numbers = seeds_of(seeds)
     if not 8 <= size <= LARGEST:
         raise RecipeError(f"--size {size} is no size of an image; take 8 to {LARGEST}")
-    if any(place.exists() and not place.is_dir() for place in (out, table or out)):
-        raise RecipeError(f"{table or out} is a file; give a folder to write to")
+    folder = table or out
+    if any(place.exists() and not place.is_dir() for place in (out, folder)):
+        raise RecipeError(f"{folder} is a file; give a folder to write to")
     engine = Engine(device, devices, workers, checkpoint_every, cache=cache_of(cache), quiet=quiet)
     fabric = launch(load(files[0], *overrides), engine)
     done = benchmarks.study(
@@ -278,7 +282,6 @@ def benchmark(
     found = on_main(
         fabric, lambda: benchmarks.tabulate(done, numbers, split, size=size, device=place, changed=overrides)
     )
-    folder = table or out
     on_main(fabric, lambda: benchmarks.write(found, folder))
     return Tabulated(found, folder)
 
@@ -346,6 +349,7 @@ def speed(
     return Measured(name, found, as_json=json)
 
 
+@pathlike
 def validate(
     runs: list[str],
     *,

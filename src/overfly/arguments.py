@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_type_hints
 
 from cyclopts import Parameter
 from pydantic import ValidationError
@@ -15,6 +17,37 @@ from overfly.core.fetch import cache_folder
 from overfly.core.settings import explain, read_mapping, set_value
 from overfly.data.domain import Domain
 from overfly.recipe import Recipe, load
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def pathlike(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the arguments that are paths be given as text too, as a notebook does; the command line is as before."""
+    signature = inspect.signature(function)
+
+    @functools.lru_cache(1)
+    def paths() -> tuple[set[str], set[str]]:
+        hints = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(function).items()}
+        one = {name for name, kinds in hints.items() if Path in kinds and str not in kinds}
+        return one, {name for name, kinds in hints.items() if list[Path] in kinds}
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # which says whose argument it is that is wrong
+        one, several = paths()
+        for name, value in given.arguments.items():
+            if name in one and isinstance(value, str):
+                given.arguments[name] = Path(value)
+            elif name in several and value is not None:
+                given.arguments[name] = [Path(each) for each in value]
+        return function(*given.args, **given.kwargs)
+
+    return called
+
 
 Cache = Literal["memory", "disk", "off"]
 LARGEST = 16384

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from overfly.arguments import domain_of, domains_of
+from overfly.arguments import domain_of, domains_of, pathlike
 from overfly.data import check as checks
 from overfly.data.domain import SPLITS, Split
 from overfly.data.download import Fetched, fetch_loveda
@@ -17,6 +17,7 @@ from overfly.training.progress import Transfers
 __all__ = ["data_check", "data_draw", "data_fetch", "data_stats"]
 
 
+@pathlike
 def data_draw(
     root: Path,
     *,
@@ -53,6 +54,7 @@ def data_draw(
     return Drawn(root, count)
 
 
+@pathlike
 def data_fetch(
     name: Literal["loveda"],
     *,

@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from overfly.arguments import LARGEST, see_bounds
+from overfly.arguments import LARGEST, pathlike, see_bounds
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.deploy.backends import Backend, Predictor
 from overfly.deploy.fleet import map_rasters
@@ -62,6 +62,7 @@ Share = Callable[..., tuple[list[Mapped], dict[str, str]]]
 """What gives rasters to several processes: the maps, and what went wrong by raster."""
 
 
+@pathlike
 def predict(
     network: Path, rasters: list[str], *, out: Path = Path("maps"), bands: str | None = None,
     nodata: float | None = None, opacity: bool | None = None, peak: float | None = None,

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from overfly.arguments import LARGEST, see_bounds
+from overfly.arguments import LARGEST, pathlike, see_bounds
 from overfly.core import device as machines
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError, RunError
 from overfly.data.domain import Split
@@ -64,6 +64,7 @@ class Served:
         return f"stopped: {self.address}"
 
 
+@pathlike
 def report(
     runs: list[str],
     *,
@@ -111,6 +112,7 @@ def report(
     return Reported(out, len(found.entries), sum(gallery.album.opened for gallery in found.galleries))
 
 
+@pathlike
 def serve(
     networks: list[str],
     *,

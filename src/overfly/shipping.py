@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from overfly.arguments import LARGEST, domain_of, see_bounds
+from overfly.arguments import LARGEST, domain_of, pathlike, see_bounds
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
 from overfly.data.domain import Domain, Split, SplitError, without_labels
@@ -85,6 +85,7 @@ class Sent:
         yield self.place
 
 
+@pathlike
 def export(
     run: Path | str,
     *,
@@ -146,6 +147,7 @@ def export(
     return Shipped(path, written, found)
 
 
+@pathlike
 def hub_push(export: Path, repository: str, *, private: bool = True, endpoint: str | None = None) -> Sent:
     """Push an exported file, its figures and its model card to a model hub.
 
@@ -164,6 +166,7 @@ def hub_push(export: Path, repository: str, *, private: bool = True, endpoint: s
     return Sent(files, place, "pushed")
 
 
+@pathlike
 def hub_load(
     repository: str, *, out: Path = Path("hub"), revision: str | None = None, endpoint: str | None = None
 ) -> Sent:

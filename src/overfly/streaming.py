@@ -15,7 +15,7 @@ from types import FrameType
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from overfly.arguments import LARGEST, see_bounds
+from overfly.arguments import LARGEST, pathlike, see_bounds
 from overfly.core.device import describe
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Spec
@@ -121,6 +121,7 @@ class Flown:
         yield f"watch it with: overfly watch RUN {self.path} --out overlay.mp4"
 
 
+@pathlike
 def watch(
     run: Path | str,
     source: str,
@@ -309,6 +310,7 @@ def _progress(title: str) -> Iterator[Callable[[Standing], None]]:
         yield told
 
 
+@pathlike
 def data_fly(
     raster: Path | None = None,
     *,
