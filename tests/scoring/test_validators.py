@@ -23,6 +23,7 @@ from overfly.scoring.validators import (
     look,
     neighbourhood_density,
     nuclear_norm,
+    shared_miou,
 )
 
 
@@ -74,6 +75,16 @@ def test_exchanged_classes_show_in_agreement_alone(sharp: LabelFree) -> None:
     for name in blind:
         assert getattr(exchanged, name) == pytest.approx(getattr(sharp, name), abs=1e-6), name
     assert look(ByLevel(1), Patches(), reference=ByLevel(20)).agreement == 1
+
+
+def test_a_network_agrees_with_itself_whatever_it_never_says(collapsed: LabelFree) -> None:
+    assert look(Constant(20.0), Patches(), reference=Constant(20.0)).agreement == 1
+    assert collapsed.views_miou == pytest.approx(1 / 3)  # giving classes up still costs consistency
+
+
+def test_classes_given_up_count_against_agreement() -> None:
+    before = torch.tensor([[6, 0, 0], [2, 0, 0], [0, 0, 0]])  # what one says, by what the other does; neither the third
+    assert shared_miou(Confusion(before)) == pytest.approx((6 / 8 + 0) / 2)
 
 
 def test_looking_is_deterministic_and_leaves_everything_as_it_was(sharp: LabelFree) -> None:

@@ -59,7 +59,8 @@ class LabelFree(Spec):
     snd: float | None
     """Soft neighbourhood density of random pixels' probabilities, as a share of ln(N - 1) (Saito et al., 2021)."""
     agreement: Share | None
-    """Class-balanced mIoU between its predictions and those of the reference, such as its teacher; none without one."""
+    """Mean IoU between its predictions and those of the reference, such as its teacher, over the classes that either
+    of them says; none without a reference."""
     masked: Share
     """Share of pixels predicted as before when half of the picture is covered."""
     masked_miou: Share
@@ -203,7 +204,7 @@ class Tally:
             information=(float(entropies(mean)) - certainty) / scale,
             bnm=nuclear_norm(samples),
             snd=number(neighbourhood_density(few)),
-            agreement=None if reference is None else balanced_miou(reference),
+            agreement=None if reference is None else shared_miou(reference),
             masked=cover.accuracy,
             masked_miou=balanced_miou(cover),
             views=sum(pair.accuracy for pair in pairs.values()) / len(pairs),
@@ -267,6 +268,15 @@ def balanced_miou(pair: Confusion) -> float:
     return float(pair.iou.nan_to_num(0.0).mean())
 
 
+def shared_miou(pair: Confusion) -> float:
+    """Mean IoU of two predictions over the classes that either of them says: 1 for a network and itself.
+
+    A class that one says and the other has given up counts as 0. One that neither says is nothing to agree on: were it
+    counted, who says three classes of five would agree with itself by 60 %.
+    """
+    return float(pair.iou.nanmean())
+
+
 def elect(candidates: Sequence[LabelFree], members: Sequence[str] = COMMITTEE) -> list[float]:
     """The committee's verdict on some networks: mean rank over its members, 0 (last with all) to 1 (first with all)."""
     found: list[Mapping[str, float | None]] = [candidate.figures() for candidate in candidates]
@@ -286,4 +296,5 @@ __all__ = [
     "look_at",
     "neighbourhood_density",
     "nuclear_norm",
+    "shared_miou",
 ]
