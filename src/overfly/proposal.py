@@ -60,7 +60,7 @@ WORTH = 150
 """Steps of each of two adaptations below which the time is better spent on one."""
 WAYS = (Overfly(), Overfly(mix=0.0, strong=LIGHT))
 """The two ways to adapt between folders of one's own: pasting source things in unchanged colours, and pasting nothing.
-On the drawn world each wins in one direction by 9 points or more and loses in the other, and labels are not needed to
+On the drawn world each wins in one direction by 8.8 points or more and loses in the other, and labels are not needed to
 tell which (docs/results/drawn.md)."""
 
 

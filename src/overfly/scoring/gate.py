@@ -29,8 +29,9 @@ class Gate(Spec):
     source_loss: Share = 0.05
     """mIoU on the source's held-out labels that may be lost: the network is to work in both places."""
     agreement: Share = 0.25
-    """Least class-balanced mIoU between its predictions on the target and those before adaptation. Adaptation mends a
-    part of the picture; where more than this has changed, classes were lost or exchanged."""
+    """Least mIoU between its predictions on the target and those before adaptation, over the classes that either says.
+    Adaptation mends a part of the picture; where more than this has changed, classes were lost or exchanged, or the
+    network before was very bad."""
     known: Share = 0.38
     """How well the network before adaptation must know the target: how familiar it is (`familiarity`) times what its
     labels of it teach of the source's classes (`overfly.scoring.reverse`). Pictures that show other things than the
@@ -43,8 +44,8 @@ class Gate(Spec):
     be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
     margin: Share = 0.02
     """How much more consistent, on average under cover and under other views, it must be on the target. Self-training
-    that won gained 5 points and more of it; a point or less comes from any further training."""
-
+    that won gained 2.6 points and more of it (but one network that gained 1.0, and is refused); a point comes from any
+    further training too."""
     alike: Share = 0.02
     """Difference in steadiness (`steadiness`) on the target below which it tells nothing of which network is better."""
 
