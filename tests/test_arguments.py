@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from overfly import api
-from overfly.arguments import pathlike
+from overfly.arguments import is_setting, pathlike
 
 
 @pathlike
@@ -34,6 +34,27 @@ def test_every_function_of_the_api_takes_its_paths_as_text(name: str) -> None:
     paths = any((Path in each and str not in each) or list[Path] in each for each in kinds)
     assert paths == hasattr(function, "__wrapped__")
     assert inspect.signature(function) == inspect.signature(inspect.unwrap(function))
+
+
+@pytest.mark.parametrize(
+    ("entry", "setting"),
+    [
+        ("steps=150", True),
+        ("source.scene=rural", True),
+        ("start=recipes/drawn/rural-start.yaml", True),
+        ("augment=[dihedral]", True),
+        ("recipes/lr=3/a.yaml", False),
+        ("lr=3/*.yaml", False),
+        ("a.yaml", False),
+        ("there=1.yaml", False),
+    ],
+)
+def test_settings_are_told_from_recipes(
+    entry: str, setting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there=1.yaml").write_text("steps: 1\n")
+    assert is_setting(entry) == setting
 
 
 def test_a_notebooks_call(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from overfly.arguments import (
     cache_of,
     changed,
     domain_of,
+    is_setting,
     pathlike,
     recipes_and_settings,
     see_bounds,
@@ -108,8 +109,7 @@ def train(
     engine = Engine(
         device, devices, workers, checkpoint_every, journal_every, cache_of(cache), track=track, quiet=quiet
     )
-    run = carry_out(value, out, launch(value, engine), engine)
-    return Trained(run.path)
+    return Trained(carry_out(value, out, launch(value, engine), engine).path)
 
 
 @pathlike
@@ -263,7 +263,7 @@ def benchmark(
     Returns:
         The table.
     """
-    overrides = [entry for entry in recipes if "=" in entry and not entry.endswith((".yaml", ".yml"))]
+    overrides = [entry for entry in recipes if is_setting(entry)]
     files = benchmarks.expand([entry for entry in recipes if entry not in overrides])
     if not files:
         raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")

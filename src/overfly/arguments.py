@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_type_hints
@@ -90,6 +91,13 @@ def recipes_and_settings(entries: Sequence[Path | str | Recipe]) -> tuple[list[P
                 f"{str(entry)!r} is no file and changes no setting; give a recipe's file, or key=value such as seed=1"
             )
     return recipes, settings
+
+
+def is_setting(entry: str) -> bool:
+    """Whether an entry changes a setting, such as ``start=other.yaml``, and is no recipe, folder or pattern."""
+    key, equals, value = entry.partition("=")
+    pattern = any(mark in value for mark in "*?") and value.endswith((".yaml", ".yml"))
+    return bool(equals) and re.fullmatch(r"[\w.]+", key) is not None and not pattern and not Path(entry).exists()
 
 
 def see_bounds(options: dict[str, tuple[int, int, int]]) -> None:
