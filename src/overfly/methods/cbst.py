@@ -30,8 +30,9 @@ class CBST(Method[ThresholdNetworks], name="cbst"):
     """Learn from the surest share of every class's pseudo-labels, a share that grows (Zou et al., 2018).
 
     One threshold for all classes would keep the easy ones alone. The paper labels the whole target anew in rounds; here
-    a teacher follows the student at every step, and thresholds are moving averages over batches. Source and target go
-    through the student in one pass. The teacher is what is deployed.
+    a teacher follows the student at every step, and thresholds are moving averages over batches, so that more than the
+    share is kept of a class that few batches show. Source and target go through the student in one pass. The teacher is
+    what is deployed.
     """
 
     needs_start: ClassVar[bool] = True

@@ -65,7 +65,8 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     """How much dearer a class is that the teacher says often: its probabilities are divided by its share to this power;
     0: not at all."""
     keep: Share = 0.8
-    """Share of each class's pixels, the surest, that is learnt from."""
+    """Share of each class's pixels, the surest, that is learnt from; by thresholds that are moving averages over
+    batches, so it is more of a class that few batches show."""
     begin: Share | None = 0.2
     """That share at the first step, when what a class is confused with is still among its less sure pixels; from there
     it goes to `keep` in a line. None: `keep` from the first step on."""
