@@ -11,7 +11,7 @@ from PIL import Image
 from overfly import proposal
 from overfly.api import adapt
 from overfly.core.errors import OverflyError, RecipeError
-from overfly.core.optim import Poly
+from overfly.core.optim import AdamW, Poly
 from overfly.data.folder import Folder
 from overfly.data.synthetic import draw
 from overfly.proposal import Own, of_folders, seconds
@@ -57,6 +57,7 @@ def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.Mon
     assert plain.start == recipe.start
     assert (recipe.steps, plain.steps, recipe.start.steps) == (174, 174, 300)
     assert recipe.schedule == Poly(power=1.0, warmup=17)
+    assert recipe.optim == plain.optim == AdamW(lr=1e-3)
     ways = [each.method.model_dump() for each in (recipe, plain)]
     assert [(way["mix"], way["rise"]) for way in ways] == [(0.5, 58), (0.0, 58)]
     assert recipe.crop == 96
@@ -232,3 +233,4 @@ def test_weights_say_their_own_network(own: Own, tmp_path: Path) -> None:
     file = first_segmenter(recipe).save(tmp_path / "network.safetensors")
     (found,) = of_folders(Own(images_b=own.images_b, start=file), "10m", Engine("cpu", quiet=True), ["steps=2"])
     assert found.model.name == "lraspp_mobilenet_v2"
+    assert found.optim == AdamW(lr=5e-4)

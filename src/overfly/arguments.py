@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_type_hints
@@ -82,7 +81,7 @@ def recipes_and_settings(entries: Sequence[Path | str | Recipe]) -> tuple[list[P
     for entry in entries:
         if isinstance(entry, Recipe) or os.path.exists(entry):  # noqa: PTH110  (a long setting is no error)
             recipes.append(entry)
-        elif "=" in str(entry):
+        elif is_setting(str(entry)):
             settings.append(str(entry))
         elif str(entry).endswith((".yaml", ".yml")) or os.sep in str(entry):
             raise RecipeError(f"{entry} is not there; give the file of a recipe")
@@ -97,7 +96,8 @@ def is_setting(entry: str) -> bool:
     """Whether an entry changes a setting, such as ``start=other.yaml``, and is no recipe, folder or pattern."""
     key, equals, value = entry.partition("=")
     pattern = any(mark in value for mark in "*?") and value.endswith((".yaml", ".yml"))
-    return bool(equals) and re.fullmatch(r"[\w.]+", key) is not None and not pattern and not Path(entry).exists()
+    there = os.path.exists(entry)  # noqa: PTH110  (a long setting is no error)
+    return bool(key and equals) and os.sep not in key and not pattern and not there
 
 
 def see_bounds(options: dict[str, tuple[int, int, int]]) -> None:

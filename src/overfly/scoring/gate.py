@@ -44,8 +44,8 @@ class Gate(Spec):
     be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
     margin: Share = 0.02
     """How much more consistent, on average under cover and under other views, it must be on the target. Self-training
-    that won gained 2.6 points and more of it (but one network that gained 1.0, and is refused); a point comes from any
-    further training too."""
+    that won gained 2.6 points and more of it in nearly all cases; three networks that won gained about 1, and are
+    refused, since as much comes from any further training."""
     alike: Share = 0.02
     """Difference in steadiness (`steadiness`) on the target below which it tells nothing of which network is better."""
 
