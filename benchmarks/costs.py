@@ -27,8 +27,8 @@ import torch
 from overfly.core.device import describe
 from overfly.recipe import load
 from overfly.training.engine import Engine, launch
-from overfly.training.fit import Training, prepare
 from overfly.training.run import Run
+from overfly.training.trainer import Training, prepare
 
 ENGINE = Engine(device="cpu", quiet=True)
 FEW = 3

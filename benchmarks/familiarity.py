@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from overfly.adaptation import CROP, LOOKED_AT
+from overfly.adaptation.gate import Gate, familiarity, steadiness
+from overfly.adaptation.pipeline import CROP, LOOKED_AT
+from overfly.adaptation.reverse_validation import reverse
 from overfly.data.domain import Domain, Split
+from overfly.evaluation.label_free_metrics import LabelFree, look
 from overfly.recipe import Recipe, load
-from overfly.scoring.gate import Gate, familiarity, steadiness
-from overfly.scoring.reverse import reverse
-from overfly.scoring.validators import LabelFree, look
 from overfly.training.run import Run
 
 

@@ -23,9 +23,9 @@ import rasterio
 from rasterio import Affine
 
 from overfly.core.device import describe
-from overfly.data.synthetic import draw
+from overfly.data.synthetic.domain import draw
 from overfly.recipe import load
-from overfly.training.start import first_segmenter
+from overfly.training.setup import first_segmenter
 
 
 def scenes(folder: Path, count: int, size: int) -> None:

@@ -22,12 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from overfly.adaptation import adapt as adaptation
+from overfly.adaptation.pipeline import adapt as adaptation
 from overfly.core.records import IGNORE
-from overfly.methods.overfly import Overfly, OverflyNetworks
+from overfly.evaluation.score import score
+from overfly.methods.multiscale_self_training import Overfly, OverflyNetworks
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
-from overfly.scoring.score import score
 from overfly.training.engine import Engine, launch
 from overfly.training.run import Run
 

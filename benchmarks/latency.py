@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 
+from overfly.commands.export import patches
+from overfly.commands.load_predictor import network_of
 from overfly.core.device import describe
-from overfly.deploy.formats import write_onnx, write_openvino
-from overfly.deploy.graph import Answer, Deployed
-from overfly.deploy.metadata import Made, entries
-from overfly.deploy.quantise import quantise_onnx, quantise_openvino
-from overfly.deploy.runtimes import of_onnx, of_openvino
-from overfly.deploy.timing import take_turns
+from overfly.exporting.formats import write_onnx, write_openvino
+from overfly.exporting.graph import Answer, Deployed
+from overfly.exporting.metadata import Made, entries
+from overfly.exporting.quantize import quantise_onnx, quantise_openvino
+from overfly.exporting.runtimes import of_onnx, of_openvino
+from overfly.exporting.timing import take_turns
 from overfly.models.segmenter import Segmenter
-from overfly.opening import network_of
-from overfly.shipping import patches
 from overfly.training.run import Run
 
 

@@ -28,10 +28,10 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.device import describe
 from overfly.data.domain import Domain
-from overfly.deploy.backends import Facts, Floats, Predictor
-from overfly.views import server
-from overfly.views.limits import Limits
-from overfly.views.networks import Network
+from overfly.exporting.predictor import Facts, Floats, Predictor
+from overfly.web import server
+from overfly.web.config import Limits
+from overfly.web.networks import Network
 
 STAND_IN = "stand-in"
 BOUNDARY = "overfly-load"

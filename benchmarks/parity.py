@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
+from overfly.commands.export import export
 from overfly.core.errors import OverflyError
-from overfly.deploy import export as exporting
-from overfly.deploy.graph import Precision
-from overfly.deploy.metadata import Format, Made
-from overfly.deploy.parity import ParityError
+from overfly.exporting import exporter as exporting
+from overfly.exporting.graph import Precision
+from overfly.exporting.metadata import Format, Made
+from overfly.exporting.parity import ParityError
 from overfly.models.registry import names
 from overfly.recipe import Recipe
-from overfly.shipping import export
-from overfly.training.carry_out import carry_out
 from overfly.training.engine import Engine, launch
 from overfly.training.run import Run
+from overfly.training.train_recipe import carry_out
 
 KINDS: list[tuple[Format, Precision]] = [
     ("onnx", "32"), ("onnx", "16"), ("onnx", "int8"),

@@ -33,17 +33,17 @@ from rasterio import Affine
 from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 
+from overfly.commands.load_predictor import predictor_of
 from overfly.core.classes import Classes
 from overfly.core.device import describe
-from overfly.data.synthetic import draw
-from overfly.deploy.backends import Facts, Predictor
-from overfly.deploy.geotiff import map_raster
-from overfly.deploy.job import Settings, plan_for
-from overfly.deploy.rows import Row, windows_of
-from overfly.deploy.scene import look
-from overfly.opening import predictor_of
+from overfly.data.synthetic.domain import draw
+from overfly.exporting.predictor import Facts, Predictor
+from overfly.raster.job import Settings, plan_for
+from overfly.raster.map_raster import map_raster
+from overfly.raster.raster_source import look
+from overfly.raster.window_reader import Row, windows_of
 from overfly.recipe import load
-from overfly.training.start import first_segmenter
+from overfly.training.setup import first_segmenter
 
 TILE = 1024
 

@@ -16,10 +16,10 @@ import rasterio
 from PIL import Image
 from rasterio import Affine
 
-from overfly.data.synthetic import draw
-from overfly.deploy.geotiff import map_raster
-from overfly.deploy.job import Settings
-from overfly.opening import predictor_of
+from overfly.commands.load_predictor import predictor_of
+from overfly.data.synthetic.domain import draw
+from overfly.raster.job import Settings
+from overfly.raster.map_raster import map_raster
 
 ZOOM = 3
 

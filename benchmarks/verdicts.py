@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from overfly.adaptation.selection import BEFORE, Verdict
 from overfly.data.domain import Split
-from overfly.scoring.scores import Scores
-from overfly.scoring.verdict import BEFORE, Verdict
-from overfly.training.assess import assess, recorded
+from overfly.evaluation.scores import Scores
+from overfly.training.evaluate import assess, recorded
 from overfly.training.run import Run
 
 HARM = 0.01

@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 
 from overfly.data.domain import Domain
+from overfly.evaluation.panels import comparison
+from overfly.evaluation.samples import Sample, Samples
+from overfly.evaluation.score import score
 from overfly.recipe import Recipe
-from overfly.scoring.samples import Sample, Samples
-from overfly.scoring.score import score
 from overfly.training.run import Run
-from overfly.views.panels import comparison
 
 PICTURE = Path(__file__).parent / "images" / "two_domains.png"
 

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from overfly.api import report
+from overfly.commands.api import report
+from overfly.commands.pages import offer
 from overfly.data.domain import Domain
-from overfly.pages import offer
-from overfly.views.server import application, start
+from overfly.web.server import application, start
 
 IMAGES = Path(__file__).parent / "images"
 SIZES = ((390, 844), (1440, 900))

@@ -12,7 +12,7 @@ import torch
 
 from overfly.methods.method import Method
 from overfly.recipe import Recipe, load
-from overfly.training.start import first_segmenter
+from overfly.training.setup import first_segmenter
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"

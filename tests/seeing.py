@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overfly.core.classes import Classes
-from overfly.deploy.backends import Facts, Floats, Predictor
+from overfly.exporting.predictor import Facts, Floats, Predictor
 
 RED, GREEN, BLUE = (230, 20, 30), (10, 200, 60), (20, 40, 240)
 NAMES = Classes(names=("brick", "grass", "pond"), colours=(RED, GREEN, BLUE))
@@ -66,7 +66,7 @@ def number_of(frame: NDArray[np.uint8]) -> int:
 
 def video(path: Path, frames: int = 10, fps: float = 10.0, size: tuple[int, int] = (64, 48)) -> Path:
     """A video of `striped` frames."""
-    from overfly.deploy.video import writing
+    from overfly.video.capture import writing
 
     with writing(path, fps) as file:
         for index in range(frames):

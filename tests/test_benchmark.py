@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from overfly.api import benchmark
-from overfly.arguments import seeds_of
+from overfly.benchmarking import Figure, expand
+from overfly.commands.api import benchmark
+from overfly.commands.arguments import seeds_of
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
-from overfly.tabulation import Figure, expand
 
 
 def test_figures_are_means_with_deviations() -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from overfly import api, cli
+from overfly import cli
+from overfly.commands import api
 from overfly.recipe import load
 
 
@@ -185,7 +186,7 @@ def test_help_is_there_before_the_heavy_packages() -> None:
     code = (
         "import sys\nfrom overfly.cli import main\n"
         "try:\n    main()\nexcept SystemExit as left:\n    assert left.code == 0\n"
-        "found = {'torch', 'numpy', 'pydantic', 'overfly.api'} & set(sys.modules)\nassert not found, found\n"
+        "found = {'torch', 'numpy', 'pydantic', 'overfly.commands.api'} & set(sys.modules)\nassert not found, found\n"
     )
     for arguments in (["--help"], ["hub", "--help"], []):
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=600, stdout=subprocess.DEVNULL)

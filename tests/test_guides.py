@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import REPOSITORY
 from overfly import cli
 from overfly.recipe import load
-from overfly.training.start import first_segmenter
+from overfly.training.setup import first_segmenter
 
 sys.path.insert(0, str(Path(__file__).parent / "deploy"))
 

@@ -12,7 +12,8 @@ import pytest
 
 import overfly
 from conftest import REPOSITORY
-from overfly import api, cli
+from overfly import cli
+from overfly.commands import api
 
 SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
@@ -76,7 +77,8 @@ def test_nothing_names_a_machine_or_unpickles() -> None:
 
 def test_importing_needs_no_torchvision_and_no_heavy_extra() -> None:
     code = (
-        "import sys, overfly.api; heavy = {'torchvision', 'rasterio', 'onnxruntime', 'openvino', 'fastapi', 'av'};"
+        "import sys, overfly.commands.api;"
+        "heavy = {'torchvision', 'rasterio', 'onnxruntime', 'openvino', 'fastapi', 'av'};"
         "heavy |= {'tensorboard'};"
         "found = heavy & set(sys.modules); assert not found, found"
     )

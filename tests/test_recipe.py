@@ -8,15 +8,15 @@ import pytest
 from safetensors.torch import save_file
 
 from conftest import REPOSITORY
-from overfly.api import benchmark, train
+from overfly.commands.api import benchmark, train
 from overfly.core.errors import RecipeError
-from overfly.core.optim import Adam
+from overfly.core.optimizers import Adam
 from overfly.core.settings import OPTIONS, parse
 from overfly.data.loveda import CLASSES
 from overfly.methods.adaptsegnet import AdaptSegNet
 from overfly.ops.criterion import CrossEntropy
 from overfly.recipe import Recipe, load
-from overfly.training.start import first_segmenter
+from overfly.training.setup import first_segmenter
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from overfly.api import benchmark, data_draw, train
+from overfly.commands.api import benchmark, data_draw, train
 from overfly.recipe import Recipe, load
-from overfly.training.start import first_segmenter
+from overfly.training.setup import first_segmenter
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 ROWS = [path for path in RECIPES if path.parent.name == "loveda" and "adapt" not in path.stem]

@@ -4,7 +4,19 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # the one of typing takes milliseconds, in which Ctrl-C would be a traceback
 if TYPE_CHECKING:
-    from overfly.api import adapt, benchmark, evaluate, export, predict, report, serve, speed, train, validate, watch
+    from overfly.commands.api import (
+        adapt,
+        benchmark,
+        evaluate,
+        export,
+        predict,
+        report,
+        serve,
+        speed,
+        train,
+        validate,
+        watch,
+    )
     from overfly.core.classes import Classes
     from overfly.core.errors import OverflyError
     from overfly.data.domain import Domain
@@ -60,7 +72,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    found: object = getattr(import_module(f"{__name__}.{PLACES.get(name, 'api')}"), name)
+    found: object = getattr(import_module(f"{__name__}.{PLACES.get(name, 'commands.api')}"), name)
     globals()[name] = found
     return found
 

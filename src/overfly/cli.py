@@ -51,7 +51,7 @@ def summaries() -> dict[str, str]:
     def parsed(module: str) -> list[ast.stmt]:
         return ast.parse(get_data("overfly", f"{module}.py") or b"").body
 
-    tree = parsed("api")
+    tree = parsed("commands/api")
     names: list[str] = next(
         ast.literal_eval(each.value)
         for each in tree
@@ -59,13 +59,13 @@ def summaries() -> dict[str, str]:
     )
     brought = [each for each in tree if isinstance(each, ast.ImportFrom) and {a.name for a in each.names} & set(names)]
     for each in brought:
-        tree += parsed(str(each.module).removeprefix("overfly."))
+        tree += parsed(str(each.module).removeprefix("overfly.").replace(".", "/"))
     told = {each.name: ast.get_docstring(each) or "" for each in tree if isinstance(each, ast.FunctionDef)}
     return {name: " ".join(inspect.cleandoc(told[name]).partition("\n\n")[0].split()) for name in names}
 
 
 def application(arguments: Sequence[str] | None = None) -> App:
-    """The command line: one command for each name in ``overfly.api.__all__``.
+    """The command line: one command for each name in ``overfly.commands.api.__all__``.
 
     Args:
         arguments: what follows the program's name; where they call no command, as ``--help`` does, the commands have
@@ -98,7 +98,7 @@ def application(arguments: Sequence[str] | None = None) -> App:
                 app.command(groups[word])
             place = groups[word]
         if called:
-            from overfly import api
+            from overfly.commands import api
 
             function: Callable[..., Any] = getattr(api, name)
             place.command(function, name=command)

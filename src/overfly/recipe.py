@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from overfly import data, methods  # noqa: F401  (their kinds are known once they are imported)
 from overfly.core.errors import RecipeError
-from overfly.core.optim import SGD, Optim, Poly, Schedule
+from overfly.core.optimizers import SGD, Optim, Poly, Schedule
 from overfly.core.settings import explain, read_mapping, set_value
 from overfly.core.spec import Choice, Count, Pixels, Positive, Spec, Whole, load_plugins
 from overfly.data.domain import Domain, Split
@@ -20,8 +20,7 @@ from overfly.data.sampling import Sampling, Uniform
 from overfly.methods.method import Method
 from overfly.methods.source_only import SourceOnly
 from overfly.models import names
-from overfly.ops import colour, geometry  # noqa: F401
-from overfly.ops.augment import Augment
+from overfly.ops.augmentation import Augment
 from overfly.ops.geometry import RandomCrop
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from overfly.core.optim import SGD, AdamW, Cosine, OneCycle, Optim, Poly, Schedule, StepDecay, set_rate
+from overfly.core.optimizers import SGD, AdamW, Cosine, OneCycle, Optim, Poly, Schedule, StepDecay, set_rate
 from overfly.core.spec import Choice, Spec, load_plugins
 
 

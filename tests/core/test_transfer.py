@@ -9,8 +9,8 @@ import pytest
 
 from fileserver import FileServer, Served, md5, serving
 from overfly.core import transfer
+from overfly.core.download import fetch
 from overfly.core.errors import FetchError
-from overfly.core.fetch import fetch
 
 BODY = bytes(range(256)) * 80  # 20480 bytes
 OTHER = bytes(reversed(range(256))) * 80

@@ -255,7 +255,7 @@ def test_two_at_once(
 ) -> None:
     """With locks one fetches and the other waits; without, both may do the work, and neither harms the split."""
     if not locks:
-        monkeypatch.setattr("overfly.core.fetch._take", lambda _: None)
+        monkeypatch.setattr("overfly.core.download._take", lambda _: None)
     file_server.add("Train.zip", Served(bodies["train"], pace=0.02))
     got: list[bool] = []
     errors: list[Exception] = []

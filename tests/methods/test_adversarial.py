@@ -12,7 +12,7 @@ from adversaries import assert_same_gradients, backward, batch, student, twice, 
 from torch import Tensor, nn
 
 from overfly.core.errors import RecipeError
-from overfly.core.optim import SGD
+from overfly.core.optimizers import SGD
 from overfly.core.records import Batch, Logits
 from overfly.methods.adaptsegnet import AdaptSegNet
 from overfly.methods.advent import Advent, MinEnt
@@ -23,7 +23,7 @@ from overfly.methods.mcd import MCD
 from overfly.methods.method import Method
 from overfly.models import Network
 from overfly.ops.losses import entropy
-from overfly.ops.normalise import together
+from overfly.ops.normalization import together
 
 Scores = Callable[[Tensor], Tensor]
 

@@ -10,12 +10,12 @@ import torch
 from adversaries import assert_same_gradients, backward, batch, student, twice, with_several_class_layers
 from torch import Tensor, nn
 
-from overfly.core.optim import SGD
+from overfly.core.optimizers import SGD
 from overfly.core.records import Logits
 from overfly.methods.clan import alignment, disagreement
 from overfly.methods.fada import FADA, of_source, of_target
 from overfly.methods.mcd import MCD, discrepancy
-from overfly.methods.twins import Views, class_layer, look, second_class_layer
+from overfly.methods.two_classifiers import Views, class_layer, look, second_class_layer
 from overfly.models import Segmenter, build, names
 from overfly.ops.losses import self_information
 

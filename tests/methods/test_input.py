@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from overfly.data.loading import Steps
-from overfly.methods.colour_transfer import ColourTransfer
+from overfly.methods.color_transfer import ColourTransfer
 from overfly.methods.fda import FDA
 from overfly.methods.method import Method
 from overfly.methods.source_only import SourceOnly
 from overfly.recipe import load
-from overfly.training.start import first_segmenter, streams
+from overfly.training.setup import first_segmenter, streams
 
 
 def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> None:

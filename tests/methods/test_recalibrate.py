@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from overfly.api import train
-from overfly.ops.normalise import batch_norms, collecting_statistics, forget_statistics
+from overfly.commands.api import train
+from overfly.ops.normalization import batch_norms, collecting_statistics, forget_statistics
 from overfly.recipe import load
 from overfly.training.run import Run
-from overfly.training.start import first_segmenter, streams
+from overfly.training.setup import first_segmenter, streams
 
 
 def test_statistics_are_the_plain_average_over_all_batches() -> None:

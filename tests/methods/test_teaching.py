@@ -19,11 +19,11 @@ from overfly.methods.iast import IAST
 from overfly.methods.method import Method, Networks, TeacherStudent
 from overfly.methods.mic import MIC
 from overfly.methods.source_free import SourceFree
-from overfly.ops.colour import ColourJitter
+from overfly.ops.color import ColourJitter
 from overfly.ops.geometry import Dihedral
-from overfly.ops.normalise import batch_norms
+from overfly.ops.normalization import batch_norms
 from overfly.recipe import Recipe, load
-from overfly.training.start import first_segmenter, streams
+from overfly.training.setup import first_segmenter, streams
 
 TEACHERS = ["cbst", "dacs", "daformer", "dsbn", "iast", "mic", "source_free"]
 Case = tuple[Recipe, Batch]

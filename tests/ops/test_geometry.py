@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from overfly.core.errors import RecipeError
 from overfly.core.records import IGNORE, Labelled
-from overfly.ops.augment import Augment
+from overfly.ops.augmentation import Augment
 from overfly.ops.geometry import (
     CoarseDropout,
     Dihedral,

@@ -1,4 +1,4 @@
-"""One file over HTTP into a part file: request, resume, write, retry. `overfly.core.fetch` checks and places it."""
+"""One file over HTTP into a part file: request, resume, write, retry. `overfly.core.download` checks and places it."""
 
 from __future__ import annotations
 

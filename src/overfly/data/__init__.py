@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from overfly.data import folder, loveda, synthetic
+from overfly.data import folder, loveda
+from overfly.data.synthetic import domain as synthetic
 
 BUILT_IN = (loveda, folder, synthetic)
 """The modules whose domains are always known."""

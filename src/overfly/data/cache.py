@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from overfly.core.atomic_files import part_of
 from overfly.core.errors import DataError
-from overfly.core.parts import part_of
 from overfly.core.records import IGNORE, Array, Drawing, Item, UInt8
 from overfly.data.domain import Domain
 from overfly.data.headers import facts

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from overfly.core.download import alone, fetch
 from overfly.core.errors import DataError, FetchError
-from overfly.core.fetch import alone, fetch
 from overfly.core.spec import Spec
 from overfly.data.domain import SPLITS, Split
 from overfly.data.unpacking import sweep, unpack_zip

@@ -8,7 +8,7 @@ from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
 from overfly.methods.adversarial import Adversarial, Levels, WithCritic, critics, outputs, play
 from overfly.ops.losses import probabilities
-from overfly.ops.normalise import together
+from overfly.ops.normalization import together
 
 
 class AdaptSegNet(Adversarial[WithCritic], name="adaptsegnet"):

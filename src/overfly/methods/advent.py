@@ -10,7 +10,7 @@ from overfly.methods.adaptsegnet import AdaptSegNet
 from overfly.methods.adversarial import Levels, check_levels, outputs
 from overfly.methods.method import Method, Networks
 from overfly.ops.losses import mean_entropy, self_information
-from overfly.ops.normalise import together
+from overfly.ops.normalization import together
 
 
 class Advent(AdaptSegNet, name="advent"):

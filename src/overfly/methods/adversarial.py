@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from overfly.core.errors import RecipeError
-from overfly.core.optim import Adam, Optim
+from overfly.core.optimizers import Adam, Optim
 from overfly.core.records import Logits, Losses
 from overfly.methods.method import Method, Networks
-from overfly.ops.critic import Critic, fool, tell_apart
+from overfly.ops.adversarial import Critic, fool, tell_apart
 
 Levels = Literal["single", "multi"]
 """The main scores alone, or those of the first auxiliary head too."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import Count, NonNegative, Share
 from overfly.methods.method import Method, TeacherStudent, named
-from overfly.ops.normalise import together
-from overfly.ops.teacher import follow, keep_above, moved, pseudo_label, rising, surest
+from overfly.ops.normalization import together
+from overfly.ops.pseudo_labels import follow, keep_above, moved, pseudo_label, rising, surest
 
 
 class ThresholdNetworks(TeacherStudent):

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from overfly.core.optim import Optim
+from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import NonNegative, Whole
 from overfly.methods.adversarial import Adversarial, WithCritic, outline
-from overfly.methods.twins import Views, class_layer, look, second_class_layer, twin_optimizer
-from overfly.ops.critic import Critic, fool, tell_apart
+from overfly.methods.two_classifiers import Views, class_layer, look, second_class_layer, twin_optimizer
+from overfly.ops.adversarial import Critic, fool, tell_apart
 from overfly.ops.losses import probabilities
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from overfly.core.records import IGNORE, Batch, Labelled, Logits, Losses
 from overfly.core.spec import NonNegative, Share, Whole
 from overfly.methods.method import Method, TeacherStudent, named
-from overfly.ops.colour import ColourJitter, GaussianBlur, Strong, recoloured
+from overfly.ops.color import ColourJitter, GaussianBlur, Strong, recoloured
 from overfly.ops.mixing import class_mask, paste
-from overfly.ops.normalise import together
-from overfly.ops.teacher import Pseudo, follow, local_quality, pseudo_label, share_above
+from overfly.ops.normalization import together
+from overfly.ops.pseudo_labels import Pseudo, follow, local_quality, pseudo_label, share_above
 from overfly.ops.weighting import class_shares, rare_class_weights
 
 GCW_KEEP = 0.9

@@ -12,7 +12,7 @@ from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative, Share, Whole
 from overfly.methods.dacs import DACS, MixNetworks
 from overfly.ops.distillation import feature_distance, majority
-from overfly.ops.normalise import together
+from overfly.ops.normalization import together
 
 
 class AnchoredNetworks(MixNetworks):

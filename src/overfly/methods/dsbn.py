@@ -13,8 +13,8 @@ from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative, Share
 from overfly.methods.method import Method, TeacherStudent, named
 from overfly.models.segmenter import Segmenter
-from overfly.ops.normalise import replace, together
-from overfly.ops.teacher import follow, keep_above, pseudo_label, surest
+from overfly.ops.normalization import replace, together
+from overfly.ops.pseudo_labels import follow, keep_above, pseudo_label, surest
 
 
 class DomainNorm(nn.Module):

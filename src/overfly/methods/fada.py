@@ -10,9 +10,9 @@ from overfly.core.errors import RecipeError
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import NonNegative, Positive, Share
 from overfly.methods.adversarial import Adversarial, WithCritic, outline
-from overfly.ops.critic import frozen
+from overfly.ops.adversarial import frozen
 from overfly.ops.losses import probabilities
-from overfly.ops.normalise import together
+from overfly.ops.normalization import together
 
 
 class FADA(Adversarial[WithCritic], name="fada"):

@@ -10,9 +10,9 @@ from torch import nn
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
 from overfly.methods.method import Method, Networks
-from overfly.ops.fourier import swap_low_frequencies
 from overfly.ops.information import charbonnier_entropy
-from overfly.ops.normalise import together
+from overfly.ops.normalization import together
+from overfly.ops.style import swap_low_frequencies
 
 
 class FDA(Method[Networks], name="fda"):

@@ -13,8 +13,8 @@ from overfly.methods.cbst import ThresholdNetworks
 from overfly.methods.method import Method, named
 from overfly.ops.information import distance_to_uniform
 from overfly.ops.losses import mean_entropy
-from overfly.ops.normalise import together
-from overfly.ops.teacher import follow, instance_thresholds, keep_above, pseudo_label
+from overfly.ops.normalization import together
+from overfly.ops.pseudo_labels import follow, instance_thresholds, keep_above, pseudo_label
 
 
 class IAST(Method[ThresholdNetworks], name="iast"):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from overfly.core.optim import Optim
+from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import Count, NonNegative
 from overfly.methods.method import Method
-from overfly.methods.twins import Twins, class_layer, enlarged, look, twin_optimizer
-from overfly.ops.critic import frozen, given
+from overfly.methods.two_classifiers import Twins, class_layer, enlarged, look, twin_optimizer
+from overfly.ops.adversarial import frozen, given
 from overfly.ops.losses import probabilities
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, Self, TypeVar, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from overfly.core.optim import Optim
+from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import Choice
 from overfly.models.segmenter import Segmenter

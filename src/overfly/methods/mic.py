@@ -6,9 +6,9 @@ from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative, Pixels, Share
 from overfly.methods.dacs import DACS, MixNetworks
 from overfly.methods.method import named
-from overfly.ops.colour import recoloured
+from overfly.ops.color import recoloured
 from overfly.ops.masking import block_mask, cover
-from overfly.ops.normalise import together, untracked_statistics
+from overfly.ops.normalization import together, untracked_statistics
 
 
 class MIC(DACS, name="mic"):

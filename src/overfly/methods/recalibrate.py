@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from overfly.core.optim import Optim
+from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import Share
 from overfly.methods.method import Method, Networks
-from overfly.ops.normalise import blend_statistics, collecting_statistics, forget_statistics
+from overfly.ops.normalization import blend_statistics, collecting_statistics, forget_statistics
 
 
 class WithBeginning(Networks):

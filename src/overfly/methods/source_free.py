@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative, Positive, Share
 from overfly.methods.method import Method, named
-from overfly.methods.overfly import LIGHT, MEMORY, OverflyNetworks
-from overfly.ops.colour import Strong, recoloured
+from overfly.methods.multiscale_self_training import LIGHT, MEMORY, OverflyNetworks
+from overfly.ops.color import Strong, recoloured
 from overfly.ops.freezing import freeze_unreached
 from overfly.ops.information import diversity
 from overfly.ops.losses import mean_entropy
-from overfly.ops.normalise import keeping_statistics
-from overfly.ops.teacher import follow, keep_above, moved, said_of, surest
+from overfly.ops.normalization import keeping_statistics
+from overfly.ops.pseudo_labels import follow, keep_above, moved, said_of, surest
 
 
 class SourceFree(Method[OverflyNetworks], name="source_free"):

@@ -10,7 +10,7 @@ from overfly.core.records import Batch, Losses
 from overfly.methods.method import Method, Networks
 from overfly.ops.freezing import freeze_unreached
 from overfly.ops.losses import mean_entropy
-from overfly.ops.normalise import batch_norms, collecting_statistics
+from overfly.ops.normalization import batch_norms, collecting_statistics
 
 
 class Tent(Method[Networks], name="tent"):

@@ -12,7 +12,7 @@ from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
 from overfly.methods.method import Method, Networks
 from overfly.ops.losses import mean_entropy
-from overfly.ops.normalise import replace, together
+from overfly.ops.normalization import replace, together
 
 
 class TransferableNorm(nn.Module):

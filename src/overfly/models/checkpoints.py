@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from overfly.core.download import cache_folder, fetch
 from overfly.core.errors import WeightsError
-from overfly.core.fetch import cache_folder, fetch
 
 _HOST = "https://download.pytorch.org/models"
 NAMED: dict[str, tuple[str, str]] = {

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from overfly.core.atomic_files import part_of
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError, RecipeError, WeightsError
-from overfly.core.parts import part_of
 from overfly.core.records import Logits
 from overfly.models.checkpoints import check_values, first_line
 from overfly.models.network import Network

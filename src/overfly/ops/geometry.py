@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from overfly.core.errors import RecipeError
 from overfly.core.records import IGNORE, Labelled
 from overfly.core.spec import Count, Pixels, Positive, Share
-from overfly.ops.augment import Augment, chance, log_uniform, ordered, uniform
+from overfly.ops.augmentation import Augment, chance, log_uniform, ordered, uniform
 
 PartOfOne = Annotated[float, Field(ge=0, lt=1)]
 """A part of a whole that is not all of it: 0 or more, below 1."""

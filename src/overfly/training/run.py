@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from overfly.core.atomic_files import part_of
 from overfly.core.errors import RunError
-from overfly.core.parts import part_of
 from overfly.core.settings import explain
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe

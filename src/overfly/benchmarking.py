@@ -1,0 +1,400 @@
+"""Recipes × seeds → one table, mean ± deviation. Runs what is missing, goes on with what was cut off."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from lightning_fabric import Fabric
+
+from overfly.core.errors import RecipeError
+from overfly.core.optimizers import Optim, Schedule
+from overfly.core.spec import Spec, Whole
+from overfly.data.domain import Domain, Split
+from overfly.evaluation.samples import Samples
+from overfly.evaluation.scores import Scores
+from overfly.evaluation.speed import Speed, measure
+from overfly.models.registry import build
+from overfly.recipe import Recipe, load
+from overfly.training.engine import Engine, on_main
+from overfly.training.evaluate import Role, assess, labelled, recorded
+from overfly.training.run import Run
+from overfly.training.train_recipe import carry_out
+
+Draw = Callable[[Run, str, Domain, Scores, Samples], object]
+"""Makes pictures: run, what to call them, the domain, its scores, and a few pictures with their predictions."""
+
+
+class Figure(Spec):
+    """One quantity over seeds."""
+
+    mean: float | None
+    """Mean over the seeds; none where no seed has it."""
+    deviation: float | None
+    """Standard deviation over the seeds (n - 1); none for a single one."""
+    values: tuple[float | None, ...]
+    """One value a seed."""
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Figure:
+        """Mean and deviation of the values that are there."""
+        there = [value for value in values if value is not None]
+        return cls(
+            mean=statistics.fmean(there) if there else None,
+            deviation=statistics.stdev(there) if len(there) > 1 else None,
+            values=tuple(values),
+        )
+
+    def percent(self) -> str:
+        """As a table shows it: ``57.31 ± 0.42``, in percent."""
+        if self.mean is None:
+            return "–"
+        spread = f" ± {100 * self.deviation:.2f}" if self.deviation is not None else ""
+        return f"{100 * self.mean:.2f}{spread}"
+
+
+class Row(Spec):
+    """One recipe over all its seeds."""
+
+    recipe: str
+    """The recipe's file, without its ending."""
+    version: Whole
+    """Number of the row below its network."""
+    model: str
+    """Network."""
+    method: str
+    """How it was trained."""
+    augmentation: str
+    """Names of the augmentations."""
+    source: str
+    """Where labels came from."""
+    batch: int
+    """Pictures in a step."""
+    criterion: str
+    """Supervised loss."""
+    optimizer: str
+    """Optimiser with its settings."""
+    scheduler: str
+    """Learning-rate schedule with its settings."""
+    length: str
+    """Epochs, or steps."""
+    miou: dict[str, Figure]
+    """mIoU, 0 to 1, by the title of the place it was measured in."""
+    classes: dict[str, dict[str, Figure]]
+    """IoU of each class by the title of the place."""
+    minutes: Figure
+    """Minutes of training."""
+    runs: tuple[str, ...]
+    """Folders of the runs, one a seed."""
+    split: Split
+    """The split that was scored."""
+    labels_opened: int
+    """How often the target's labels were read, all seeds together."""
+    gap_closed: Figure | None = None
+    """(adapted - source only) / (oracle - source only) in mIoU on the target, seed by seed, where the table has both:
+    a network trained on the same source alone, and one trained on the target's own labels; of several the longest."""
+
+
+class Network(Spec):
+    """One network of the table."""
+
+    name: str
+    """Its name."""
+    parameters_training: int
+    """Parameters, the heads that only training reads included."""
+    speed: Speed
+    """Its size and speed without those heads."""
+
+
+class Table(Spec):
+    """What a benchmark found."""
+
+    seeds: tuple[int, ...]
+    """The seeds."""
+    machine: dict[str, Any]
+    """Where it was trained."""
+    networks: tuple[Network, ...]
+    """Size and speed of each network."""
+    rows: tuple[Row, ...]
+    """One a recipe."""
+    data: tuple[str, ...]
+    """The places, and where their pictures lie."""
+    changed: tuple[str, ...] = ()
+    """Settings that were changed in every recipe."""
+
+    def markdown(self) -> str:
+        """The table in the form of the README that overfly began with, with deviations."""
+        places = list(dict.fromkeys(place for row in self.rows for place in row.miou))
+        groups = [(network, [row for row in self.rows if row.model == network.name]) for network in self.networks]
+        environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+        return environment.from_string(TEMPLATE).render(table=self, groups=groups, places=places)
+
+
+TEMPLATE = """\
+{% for network, rows in groups %}
+### `{{ network.name }}`
+
+| version | recipe | method | data aug | src domain | batch size | criterion | optimizer | scheduler | length |\
+{% for place in places %} mIoU (%) ({{ place }}) |{% endfor %}
+
+|---|---|---|---|---|---|---|---|---|---|{% for place in places %}---|{% endfor %}
+
+{% for row in rows %}
+| {{ row.version }} | {{ row.recipe }} | {{ row.method }} | {{ row.augmentation }} | {{ row.source }} \
+| {{ row.batch }} | {{ row.criterion }} | {{ row.optimizer }} | {{ row.scheduler }} | {{ row.length }} |\
+{% for place in places %} {{ row.miou[place].percent() if place in row.miou else "–" }} |{% endfor %}
+
+{% endfor %}
+
+{% for row in rows if row.gap_closed %}
+* Gap closed by {{ row.recipe }}, (adapted − source only) / (oracle − source only): {{ row.gap_closed.percent() }} %.
+{% endfor %}
+
+{% for place in places if rows[0].classes.get(place) %}
+IoU (%) of each class, {{ place }}:
+
+| recipe |{% for name in rows[0].classes[place] %} {{ name }} |{% endfor %}
+
+|---|{% for name in rows[0].classes[place] %}---|{% endfor %}
+
+{% for row in rows if place in row.classes %}
+| {{ row.recipe }} |{% for figure in row.classes[place].values() %} {{ figure.percent() }} |{% endfor %}
+
+{% endfor %}
+
+{% endfor %}
+* Parameters: {{ "{:,}".format(network.speed.parameters) }} \
+({{ "{:,}".format(network.parameters_training) }} with the heads that only training reads).
+* Multiply-accumulates of one image of {{ network.speed.size[0] }}×{{ network.speed.size[1] }}: \
+{{ "%.3f"|format(network.speed.macs / 1e9) }} G.
+{% set timing = network.speed.timings[0] %}
+* Latency, batch 1: p50 {{ "%.1f"|format(timing.p50_ms) }} ms, p95 {{ "%.1f"|format(timing.p95_ms) }} ms, \
+p99 {{ "%.1f"|format(timing.p99_ms) }} ms, mean {{ "%.1f"|format(timing.mean_ms) }} ± \
+{{ "%.1f"|format(timing.std_ms) }} ms ({{ network.speed.machine.device }}, {{ network.speed.machine.threads }} \
+thread(s), torch {{ network.speed.machine.torch }}).
+
+{% endfor %}
+Data: {{ table.data|join("; ") }}.\
+{% if table.changed %} Changed in every recipe: {{ table.changed|join(", ") }}.{% endif %}
+
+mIoU is of one confusion matrix over the whole split ({{ table.rows[0].split }}), mean ± standard deviation over the \
+seeds {{ table.seeds|join(", ") }}. Trained on: {{ table.machine.device }}.
+"""
+
+
+def expand(recipes: Sequence[Path | str]) -> list[Path]:
+    """The recipe files that some paths, folders and patterns mean, each once.
+
+    Raises:
+        RecipeError: one of them means none.
+    """
+    found: list[Path] = []
+    for entry in recipes:
+        path = Path(entry)
+        if path.is_dir():
+            files = sorted(path.glob("*.yaml"))
+        elif any(mark in str(entry) for mark in "*?["):
+            anchor = Path(path.anchor) if path.is_absolute() else Path()
+            files = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
+        else:
+            files = [path]
+        if not files:
+            raise RecipeError(f"{entry} means no recipe; give YAML files, or a folder of them")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def study(
+    recipes: Sequence[Path],
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    out: Path,
+    fabric: Fabric,
+    engine: Engine,
+    split: Split,
+    draw: Draw | None = None,
+    workers: int = 0,
+) -> dict[Path, list[Run]]:
+    """Train and score every recipe with every seed, as far as it has not been done.
+
+    All recipes are read before the first is trained, so that a mistake in the last one is not found hours later.
+
+    Args:
+        recipes: their files.
+        overrides: settings to change in all of them.
+        seeds: each recipe is trained once with each.
+        out: folder of the runs.
+        fabric: launched.
+        engine: how, not what.
+        split: which pictures are scored.
+        draw: makes pictures of what was scored.
+        workers: threads that read ahead while scoring.
+    """
+    planned = [(path, [load(path, *overrides, f"seed={seed}") for seed in seeds]) for path in recipes]
+    done: dict[Path, list[Run]] = {}
+    for path, versions in planned:
+        for recipe in versions:
+            run = carry_out(recipe, out, fabric, engine)
+            on_main(fabric, partial(_score, run, split, fabric, draw, workers))
+            done.setdefault(path, []).append(run)
+    return done
+
+
+def tabulate(
+    done: Mapping[Path, Sequence[Run]],
+    seeds: Sequence[int],
+    split: Split,
+    *,
+    size: int,
+    device: str,
+    changed: Sequence[str] = (),
+) -> Table:
+    """The table of finished and scored runs."""
+    rows = compared(done, split)
+    networks = []
+    for name in dict.fromkeys(row.model for row in rows):
+        recipe = next(runs[0].recipe for runs in done.values() if runs[0].recipe.model.name == name)
+        domain = recipe.source or recipe.domain("target")
+        full = build(name, len(domain.classes), training_heads=True, bands=domain.bands)
+        speed = measure(full, size=size, bands=domain.bands, device=device)
+        parameters = sum(parameter.numel() for parameter in full.parameters())
+        networks.append(Network(name=name, parameters_training=parameters, speed=speed))
+    machine = next(iter(done.values()))[0].machine
+    recipes = [runs[0].recipe for runs in done.values()]
+    places = [domain for recipe in recipes for domain in (recipe.source, recipe.target) if domain is not None]
+    return Table(
+        seeds=tuple(seeds),
+        machine=machine,
+        networks=tuple(networks),
+        rows=tuple(rows),
+        data=tuple(dict.fromkeys(map(_origin, places))),
+        changed=tuple(changed),
+    )
+
+
+def compared(done: Mapping[Path, Sequence[Run]], split: Split) -> list[Row]:
+    """The rows of a table: what finished runs scored, by recipe, and what share of the gap each closed."""
+    rows: list[Row] = []
+    for path, runs in done.items():
+        row = _row(path, runs, sum(row.model == runs[0].recipe.model.name for row in rows), split)
+        rows.append(row.model_copy(update={"gap_closed": _gap_closed(runs, done.values(), split)}))
+    return rows
+
+
+def write(table: Table, out: Path) -> None:
+    """Write ``table.md`` and ``table.json``."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(table.markdown().rstrip() + "\n", encoding="utf-8")
+    (out / "table.json").write_text(json.dumps(table.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+
+
+def _score(run: Run, split: Split, fabric: Fabric, draw: Draw | None, workers: int) -> None:
+    for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
+        if domain is None or recorded(run, key, split, domain) is not None:
+            continue
+        if labelled(domain, split):
+            samples = Samples()
+            found = assess(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
+            if draw is not None:
+                draw(run, f"{key}-{split}", domain, found, samples)
+
+
+def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
+    recipe = runs[0].recipe
+    roles: tuple[tuple[Role, Any], ...] = (("source", recipe.source), ("target", recipe.target))
+    miou: dict[str, Figure] = {}
+    classes: dict[str, dict[str, Figure]] = {}
+    for key, domain in roles:
+        found = [recorded(run, key, split, domain) for run in runs] if domain is not None else []
+        if domain is None or all(scores is None for scores in found):
+            continue
+        title = f"{domain.title} ({key})" if domain.title in miou else domain.title
+        miou[title] = Figure.of([scores.miou if scores else None for scores in found])
+        classes[title] = {
+            name: Figure.of([scores.classes[name].iou if scores else None for scores in found])
+            for name in domain.classes.names
+        }
+    origin = recipe.start if isinstance(recipe.start, Recipe) else recipe
+    origin_source = recipe.source or origin.source
+    return Row(
+        recipe=path.stem,
+        version=version,
+        model=recipe.model.name,
+        method=recipe.method.name,
+        augmentation=", ".join(entry.name for entry in recipe.augment) or "none",
+        source=origin_source.title if origin_source else "none",
+        batch=recipe.batch,
+        criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
+        optimizer=_settings(recipe.optim) if recipe.method.trains else "none",
+        scheduler=_settings(recipe.schedule) if recipe.method.trains else "none",
+        length=_length(recipe),
+        miou=miou,
+        classes=classes,
+        minutes=Figure.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
+        runs=tuple(run.path.name for run in runs),
+        split=split,
+        labels_opened=sum(
+            run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs
+        ),
+    )
+
+
+def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> Figure | None:
+    """What share of the way from source only to the oracle each seed went; none where the table lacks one of them."""
+    baselines = [run for each in others for run in each if run.recipe.method.name == "source_only"]
+
+    def trained_on(domain: Domain | None, like: Recipe) -> Run | None:
+        same = (domain, like.model.name, like.seed)
+        found = [run for run in baselines if (run.recipe.source, run.recipe.model.name, run.recipe.seed) == same]
+        return max(found, key=lambda run: (run.recipe.epochs or 0, run.recipe.length(0)), default=None)
+
+    closed: list[float | None] = []
+    for run in runs:
+        recipe, target = run.recipe, run.recipe.target
+        before, oracle = trained_on(recipe.source, recipe), trained_on(target, recipe)
+        if recipe.method.name == "source_only" or target is None or before is None or oracle is None:
+            return None
+        scores = (
+            recorded(before, "target", split, target),
+            recorded(run, "target", split, target),
+            recorded(oracle, "source", split, target),
+        )
+        low, own, high = (found.miou if found is not None else None for found in scores)
+        if low is None or own is None or high is None or high <= low:
+            closed.append(None)
+        else:
+            closed.append((own - low) / (high - low))
+    return Figure.of(closed)
+
+
+def _length(recipe: Recipe) -> str:
+    if recipe.epochs is None:
+        return f"{recipe.length(0)} steps"
+    return f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
+
+
+def _origin(domain: Domain) -> str:
+    """A place, and where its pictures come from."""
+    root = getattr(domain, "root", None)
+    return f"{domain.title} ({domain.name}{f', {root}' if root is not None else ''})"
+
+
+def _settings(value: Optim | Schedule) -> str:
+    """A value with what matters of it: ``SGD(lr: 0.01, momentum: 0.9, weight_decay: 0.0005)``."""
+    always = ("lr", "momentum", "weight_decay", "power")
+    fields = type(value).model_fields
+    shown = {key: getattr(value, key) for key in fields if key in always or getattr(value, key) != fields[key].default}
+    ordered = sorted(shown, key=lambda key: always.index(key) if key in always else len(always))
+    inside = ", ".join(f"{key}: {_short(shown[key])}" for key in ordered)
+    title = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "poly": "PolynomialLR"}.get(value.name, value.name)
+    return f"{title}({inside})" if inside else title
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,111 @@
+"""What the API does with imagery alone: draw, fetch, measure and check it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from overfly.commands.arguments import domain_of, domains_of, pathlike
+from overfly.commands.results import Checked, Drawn
+from overfly.data import check as checks
+from overfly.data.domain import SPLITS, Split
+from overfly.data.download import Fetched, fetch_loveda
+from overfly.data.statistics import Statistics, statistics
+from overfly.data.synthetic.domain import Scene, write_world
+from overfly.training.progress import Transfers
+
+__all__ = ["data_check", "data_draw", "data_fetch", "data_stats"]
+
+
+@pathlike
+def data_draw(
+    root: Path,
+    *,
+    scenes: list[Scene] | None = None,
+    size: int = 256,
+    train: int = 400,
+    val: int = 60,
+    test: int = 60,
+    workers: int = 1,
+) -> Drawn:
+    """Draw the world that needs no download, in LoveDA's own layout.
+
+    Args:
+        root: folder to write, the root of a loveda domain.
+        scenes: urban or rural, both where left out; may be repeated: --scenes urban --scenes rural.
+        size: side of each picture in pixels.
+        train: pictures of each scene for training.
+        val: pictures of each scene for validation.
+        test: pictures of each scene without masks.
+        workers: processes that draw.
+
+    Returns:
+        The folder, and how many pictures it holds.
+    """
+    count = write_world(
+        root,
+        size=size,
+        train=train,
+        val=val,
+        test=test,
+        scenes=tuple(scenes or ("urban", "rural")),
+        workers=workers,
+    )
+    return Drawn(root, count)
+
+
+@pathlike
+def data_fetch(
+    name: Literal["loveda"],
+    *,
+    root: Path = Path("data/loveda"),
+    splits: list[Split] | None = None,
+    base: str | None = None,
+    keep_archives: bool = False,
+) -> Fetched:
+    """Download a public dataset, check it and unpack it; a broken download goes on where it stopped.
+
+    Args:
+        name: the dataset.
+        root: folder to unpack into.
+        splits: train, val or test, all where left out; may be repeated: --splits train --splits val.
+        base: another address to fetch from.
+        keep_archives: keep the downloaded archives.
+
+    Returns:
+        What was fetched, and the licence that it comes with.
+    """
+    del name
+    with Transfers() as shown:
+        return fetch_loveda(
+            root, tuple(splits or SPLITS), base=base, progress=shown.update, keep_archives=keep_archives
+        )
+
+
+def data_stats(domain: str, *overrides: str, split: Split = "train", limit: int | None = None) -> Statistics:
+    """Estimate the mean and standard deviation of each band, for a domain's or a recipe's settings.
+
+    Args:
+        domain: the file or the name of a domain, or a recipe file (its source).
+        overrides: settings of the domain, such as root=/data/loveda scene=urban.
+        split: train, val or test.
+        limit: pictures to look at, evenly spread; all where left out.
+
+    Returns:
+        Mean, standard deviation, smallest and largest value of each band.
+    """
+    return statistics(domain_of(domain, overrides), split, limit=limit)
+
+
+def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) -> Checked:
+    """Go through every picture of a domain, or of both of a recipe: what cannot be read, class shares, sizes, bands.
+
+    Args:
+        domain: a recipe file, or the file or the name of a domain.
+        overrides: settings to change, such as root=/data/loveda of a domain, or source.root=/data/loveda of a recipe.
+        splits: train, val or test, all that are there where left out; may be repeated: --splits train --splits val.
+
+    Returns:
+        The findings. The command exits with status 1 where a file is bad.
+    """
+    return Checked({name: checks.check(place, splits) for name, place in domains_of(domain, overrides).items()})

@@ -1,0 +1,187 @@
+"""The pieces that the drawn places are put together from: ground, fields, buildings, roads, cars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from itertools import pairwise
+
+import numpy as np
+
+from overfly.data.synthetic.drawing import (
+    Bool,
+    Colour,
+    Corner,
+    Dice,
+    Found,
+    Polygon,
+    Sheet,
+    Vector,
+    Window,
+    centre_of,
+    direction,
+    extent,
+    normalised,
+    rectangle,
+)
+
+Paints = Mapping[str, tuple[Colour, ...]]
+"""The colours that each kind of surface comes in."""
+
+
+class Material(IntEnum):
+    """What the ground is made of; each belongs to one class (`CLASS_OF`)."""
+
+    LAWN = 0
+    PAVING = 1
+    ROOF = 2
+    ASPHALT = 3
+    TRACK = 4
+    WATER = 5
+    SOIL = 6
+    FLOOR = 7
+    CROWN = 8
+    CROP = 9
+    BUND = 10
+
+
+CLASS_OF: dict[Material, int] = {
+    Material.LAWN: 0, Material.PAVING: 0, Material.ROOF: 1, Material.ASPHALT: 2, Material.TRACK: 2, Material.WATER: 3,
+    Material.SOIL: 4, Material.FLOOR: 5, Material.CROWN: 5, Material.CROP: 6, Material.BUND: 6,
+}  # fmt: skip
+"""Class of each material, in LoveDA's order. The grass between two fields belongs to the fields."""
+
+TAKEN = (Material.ROOF, Material.ASPHALT, Material.TRACK, Material.WATER)
+"""Where no house is built."""
+CARS: tuple[Colour, ...] = ((225, 225, 225), (40, 42, 48), (150, 40, 38), (60, 80, 130), (170, 172, 176))
+
+
+def crossing(along: Vector) -> Vector:
+    """The unit vector at a right angle."""
+    return -along[1], along[0]
+
+
+def sides(polygon: Polygon, along: Vector) -> tuple[float, float]:
+    """How long a polygon is along a unit vector, and across it."""
+    (low, high), (near, far) = extent(polygon, along), extent(polygon, crossing(along))
+    return high - low, far - near
+
+
+def scaled(colour: Colour, factor: float) -> Colour:
+    """A colour made lighter or darker."""
+    return colour[0] * factor, colour[1] * factor, colour[2] * factor
+
+
+class Place:
+    """One scene being laid out: the sheet, the dice and the paints of its region."""
+
+    def __init__(self, sheet: Sheet, dice: Dice, paints: Paints) -> None:
+        self.sheet, self.dice, self.paints = sheet, dice, paints
+
+    def colour(self, what: str, tone: float = 10, hue: float = 5) -> Colour:
+        """One of the region's colours for this, a little off."""
+        return self.dice.tint(self.dice.one_of(self.paints[what]), tone, hue)
+
+    def whole(self, along: Vector) -> list[Corner]:
+        """A rectangle turned to ``along`` that covers the sheet."""
+        half = self.sheet.size / 2
+        return rectangle((half, half), along, self.sheet.size * 1.5, self.sheet.size * 1.5)
+
+    def ground(self, where: Found, what: str, material: Material, tone: float = 10) -> None:
+        """Cover an area with one of the region's colours."""
+        self.sheet.paint(where, self.colour(what, tone), material)
+
+    def wood(self, where: Found, density: float) -> None:
+        """Let trees stand on an area, in this share of the places where one could."""
+        if where is not None:
+            self.sheet.wooded[where[0]][where[1]] = density
+
+    def forest(self, where: Found) -> None:
+        """Closed forest."""
+        self.ground(where, "floor", Material.FLOOR, 6)
+        self.wood(where, 1.0)
+
+    def field(self, where: Found, along: Vector, period: tuple[float, float]) -> None:
+        """A crop in rows, with the wheel tracks of the sprayer."""
+        self.ground(where, "crop", Material.CROP, 12)
+        dice, rows, depth = self.dice, self.dice.between(*period), self.dice.between(9, 20)
+        self.sheet.furrow(
+            where, crossing(along), rows, depth, tracks=dice.count(4, 8), track_depth=dice.between(14, 26)
+        )
+
+    def building(self, centre: Vector, along: Vector, sizes: tuple[float, float, float], kind: str) -> None:
+        """A building with a flat or gabled roof or one of sheet metal, unless something stands there already.
+
+        Args:
+            centre: its middle.
+            along: unit vector along its length.
+            sizes: length, width and height.
+            kind: which of the paints the roof gets: ``flat``, ``gable`` or ``shed``.
+        """
+        length, width, height = sizes
+        if length < width:
+            along, length, width = crossing(along), width, length
+        polygon = rectangle(centre, along, length, width)
+        where = self.sheet.inside(polygon)
+        if where is None or self.free(where) < 0.98:
+            return
+        sheet, roof, across = self.sheet, self.colour(kind, 14, 7), crossing(along)
+        sheet.paint(where, roof, Material.ROOF, height)
+        if kind == "flat":
+            self._deck(polygon, roof, along, (length, width, height))
+            return
+        slope = (centre[0] + across[0] * width / 4, centre[1] + across[1] * width / 4)
+        shade = scaled(roof, self.dice.between(0.72, 0.86) if kind == "gable" else 0.93)
+        sheet.paint(sheet.inside(rectangle(slope, along, length, width / 2)), shade, height=None)
+        if kind == "gable":
+            sheet.furrow(where, along, 3, 3)
+        else:
+            sheet.furrow(where, along, self.dice.between(3, 5), 7)
+
+    def _deck(self, polygon: Polygon, roof: Colour, along: Vector, sizes: tuple[float, float, float]) -> None:
+        """What stands on a flat roof: a parapet around, stairs and air conditioners within."""
+        sheet, dice, (cx, cy), (length, width, height) = self.sheet, self.dice, centre_of(polygon), sizes
+        sheet.paint(sheet.inside(polygon, 1.6), dice.tint(roof, 6, 2), height=height - 1)
+        sheet.paint(sheet.inside(polygon, 2.6), dice.tint(scaled(roof, 0.9), 8), height=height - 1)
+        for _ in range(min(6, int(length * width / 150))):
+            a, b = dice.between(-0.36, 0.36) * length, dice.between(-0.34, 0.34) * width
+            spot = (cx + along[0] * a - along[1] * b, cy + along[1] * a + along[0] * b)
+            box = rectangle(spot, along, dice.between(2, 5), dice.between(2, 4))
+            sheet.paint(sheet.inside(box), dice.tint(roof, 30), height=height + 2)
+
+    def free(self, where: tuple[Window, Bool]) -> float:
+        """Share of an area that no road, water or other building takes."""
+        window, mask = where
+        under = self.sheet.material[window][mask]
+        return float(np.count_nonzero(~np.isin(under, TAKEN))) / under.size if under.size else 0.0
+
+    def road(self, points: list[Vector], width: float, colour: Colour, material: Material) -> None:
+        """A road, or a river, through the points."""
+        for start, end in pairwise(points):
+            self.sheet.paint(self.sheet.near(start, end, width / 2), colour, material)
+
+    def course(self, pieces: int) -> list[Vector]:
+        """A winding line right across the sheet, in some direction."""
+        dice, size = self.dice, self.sheet.size
+        ux, uy = direction(dice.between(-1, 1))
+        shift = dice.between(-0.3, 0.3) * size
+        first, second, third, fourth = (dice.between(-0.16, 0.16) * size for _ in range(4))
+        points = []
+        for step in range(pieces + 1):
+            t = step / pieces
+            s = 1 - t
+            bend = first * s * s * s + 3 * (second * s * s * t + third * s * t * t) + fourth * t * t * t
+            on, off = (t - 0.5) * 1.6 * size, shift + bend
+            points.append((size / 2 + ux * on - uy * off, size / 2 + uy * on + ux * off))
+        return points
+
+    def cars(self, start: Vector, end: Vector, lane: float, gap: float) -> None:
+        """Cars in a row, ``lane`` beside a line; what lies under them keeps its class."""
+        dice, along = self.dice, normalised(end[0] - start[0], end[1] - start[1])
+        length = (end[0] - start[0]) * along[0] + (end[1] - start[1]) * along[1]
+        at = dice.between(0, gap)
+        while at < length:
+            spot = (start[0] + along[0] * at - along[1] * lane, start[1] + along[1] * at + along[0] * lane)
+            body = self.sheet.inside(rectangle(spot, along, 7, 3.4))
+            self.sheet.paint(body, dice.tint(dice.one_of(CARS), 15), height=1.0)
+            at += gap * dice.between(0.5, 1.8)

@@ -1,1 +1,0 @@
-"""A trained network outside of its run: exports, rasters, streams, many machines."""

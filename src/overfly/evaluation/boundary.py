@@ -1,0 +1,115 @@
+"""How well the outlines are met: Boundary IoU (Cheng et al., CVPR 2021) at a stated width, in counts that add up.
+
+For each class, only the pixels of the mask that lie within ``width`` pixels of its outline are compared. As in the
+authors' code, distance is measured on squares (``width`` erosions by 3 × 3). Unlike it, the border of the picture and
+that of ignored areas are no outline: a tile cuts through fields, and nobody drew that line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from overfly.core.records import IGNORE
+from overfly.evaluation.confusion import over_ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Boundary:
+    """Pixels in the bands along the outlines: counts (3, K), int64, of labels, predictions and both; see `of`."""
+
+    counts: Tensor
+    width: int
+
+    @classmethod
+    def empty(cls, classes: int, width: int) -> Self:
+        """No picture yet, for ``classes`` classes and bands of ``width`` pixels."""
+        return cls(torch.zeros(3, classes, dtype=torch.int64), width)
+
+    @classmethod
+    def of(cls, prediction: Tensor, label: Tensor, classes: int, width: int, ignore: int = IGNORE) -> Self:
+        """Count the bands of whole pictures.
+
+        Args:
+            prediction: class ids (H, W) or (B, H, W).
+            label: class ids or ``ignore``, of the same shape.
+            classes: number of classes K.
+            width: width of the band inside each outline, in pixels of the label.
+            ignore: pixels with this label are left out, and are no neighbour to anybody.
+        """
+        truth = label.reshape(-1, *label.shape[-2:]).long()
+        guess = prediction.reshape(-1, *label.shape[-2:]).long()
+        valid = truth != ignore
+        near_truth, near_guess = band(truth, valid, width), band(guess, valid, width)
+        both = near_truth & near_guess & (truth == guess)
+        counts = torch.stack(
+            [
+                torch.bincount(truth[near_truth], minlength=classes),
+                torch.bincount(guess[near_guess], minlength=classes),
+                torch.bincount(truth[both], minlength=classes),
+            ]
+        )
+        return cls(counts, width)
+
+    def __add__(self, other: Boundary) -> Boundary:
+        if self.width != other.width:
+            raise ValueError(f"bands of {self.width} and {other.width} pixels do not add up")
+        return Boundary(self.counts + other.counts.to(self.counts.device), self.width)
+
+    def reduce(self, add: Callable[[Tensor], Tensor] | None = None) -> Boundary:
+        """The sum over all ranks, as `Confusion.reduce`."""
+        return Boundary((add or over_ranks)(self.counts).to(self.counts.device), self.width)
+
+    @property
+    def iou(self) -> Tensor:
+        """Boundary IoU of each class (K,), float64, 0 to 1; NaN for a class that has no outline anywhere."""
+        label, prediction, both = self.counts.double()
+        share: Tensor = both / (label + prediction - both)
+        return share
+
+    @property
+    def miou(self) -> float:
+        """Mean over the classes that have an outline in labels or predictions; NaN where none has."""
+        return float(self.iou.nanmean())
+
+
+def band(ids: Tensor, valid: Tensor, width: int) -> Tensor:
+    """Valid pixels with a valid pixel of another class within ``width`` rows and columns.
+
+    Args:
+        ids: class ids (B, H, W), int64.
+        valid: pixels that count (B, H, W), bool.
+        width: in pixels, 1 or more.
+
+    Returns:
+        (B, H, W), bool.
+    """
+    value = ids.to(torch.int16)
+    highest = torch.where(valid, value, -1)
+    lowest = torch.where(valid, value, IGNORE)
+    for dim in (1, 2):
+        highest = -_local_minimum(-highest, dim, width, 1)
+        lowest = _local_minimum(lowest, dim, width, IGNORE)
+    return valid & ((highest > value) | (lowest < value))
+
+
+def _local_minimum(value: Tensor, dim: int, width: int, outside: int) -> Tensor:
+    """Minimum over ``2 · width + 1`` neighbours along a dimension, the span doubling at each step."""
+    length, span, full = value.shape[dim], 1, 2 * width + 1
+    shape = list(value.shape)
+    shape[dim] = width
+    border = value.new_full(shape, outside)
+    value = torch.cat([border, value, border], dim)
+    while span < full:
+        step = min(span, full - span)
+        rest = value.shape[dim] - step
+        value = torch.minimum(value.narrow(dim, 0, rest), value.narrow(dim, step, rest))
+        span += step
+    return value.narrow(dim, 0, length)
+
+
+__all__ = ["Boundary", "band"]

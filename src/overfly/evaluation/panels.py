@@ -1,0 +1,282 @@
+"""Pictures of what a network sees: image | label | prediction, several runs side by side, and the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from overfly.core.classes import Classes
+from overfly.core.records import IGNORE, Array, UInt8
+from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.samples import Sample
+
+Bands = tuple[int, int, int]
+"""Bands that are shown as red, green and blue, counted from 0."""
+
+INK, QUIET, FAINT, PAPER = (30, 30, 30), (95, 95, 95), (150, 150, 150), (255, 255, 255)
+GAP = 12
+HATCH = ((70, 70, 70), (0, 0, 0))
+"""The two greys of the stripes that stand for pixels without a label; no class of any palette here is striped."""
+
+
+class Tile(NamedTuple):
+    """A picture (H, W, 3) of a row; ``striped`` (H, W) marks pixels without a label."""
+
+    picture: UInt8
+    striped: UInt8 | None = None
+    sharp: bool = False
+    """Whether it shows classes, whose colours are never blended."""
+
+
+class Row(NamedTuple):
+    """One line of a sheet: its heading, and a tile for each column, or None where that column has nothing."""
+
+    heading: str
+    tiles: list[Tile | None]
+
+
+def displayed(image: Array, bands: Bands | None = None) -> UInt8:
+    """An image of any sensor as a picture for the eye.
+
+    Eight-bit pictures of one or three bands are shown as they are. Others are stretched, each band by itself, from its
+    2nd to its 98th percentile, values that are not finite left out.
+
+    Args:
+        image: (H, W, C) or (H, W), of any number type.
+        bands: bands to show as red, green and blue; None: the first three, or the first alone where there are two.
+
+    Returns:
+        (H, W, 3).
+
+    Raises:
+        ValueError: the image has no such band.
+    """
+    cube = image[..., None] if image.ndim == 2 else image
+    chosen = bands or ((0, 1, 2) if cube.shape[-1] >= 3 else (0, 0, 0))
+    if max(chosen) >= cube.shape[-1] or min(chosen) < 0:
+        raise ValueError(f"bands {chosen} are shown, but the image has bands 0 to {cube.shape[-1] - 1}")
+    shown = cube[..., list(chosen)]
+    if shown.dtype == np.uint8:
+        eight_bit: UInt8 = np.ascontiguousarray(shown)
+        return eight_bit
+    values = shown.astype(np.float32)
+    values[~np.isfinite(values)] = np.nan
+    if np.isnan(values).all():
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.nanpercentile(values, (2, 98), axis=(0, 1))
+    stretched = np.nan_to_num((values - low) / np.maximum(high - low, 1e-6))
+    found: UInt8 = (stretched.clip(0, 1) * 255).round().astype(np.uint8)
+    return found
+
+
+def panels(
+    samples: Iterable[Sample], classes: Classes, path: Path, *, bands: Bands | None = None, side: int = 320
+) -> Path:
+    """Draw image | label | prediction of a few samples, one a row, with a legend, into one PNG.
+
+    Pixels without a label are striped in the label; the prediction is shown everywhere. Where no sample has a label,
+    that column is left out.
+
+    Args:
+        samples: what to draw, such as `overfly.evaluation.samples.Samples`.
+        classes: names and colours.
+        path: the file to write; its folder is made.
+        bands: bands to show as red, green and blue.
+        side: longest side of each picture on the sheet, in pixels.
+
+    Returns:
+        The path.
+    """
+    samples = list(samples)
+    labelled = any(sample.label is not None for sample in samples)
+    rows = []
+    for sample in samples:
+        right = "" if sample.accuracy is None else f"   {sample.accuracy:.0%} of pixels right"
+        tiles: list[Tile | None] = [Tile(displayed(sample.image, bands))]
+        if labelled:
+            tiles.append(_painted(sample.label, classes))
+        tiles.append(_painted(sample.prediction, classes))
+        rows.append(Row(sample.name + right, tiles))
+    columns = ["image", "label", "prediction"] if labelled else ["image", "prediction"]
+    return _sheet(rows, columns, classes, path, side)
+
+
+def comparison(
+    rows: Mapping[str, Mapping[str, Sample]],
+    classes: Classes,
+    path: Path,
+    *,
+    bands: Bands | None = None,
+    side: int = 320,
+) -> Path:
+    """Draw image | label | prediction of one run | prediction of another | …, into one PNG.
+
+    Args:
+        rows: for each heading of a row, such as the name of a domain, what each run says of the same picture:
+            ``{"rural": {"source only": sample, "recalibrated": sample}}``. Image and label are those of the first;
+            where nothing has a label there is no column for it.
+        classes: names and colours.
+        path: the file to write; its folder is made.
+        bands: bands to show as red, green and blue.
+        side: longest side of each picture on the sheet, in pixels.
+
+    Returns:
+        The path.
+    """
+    runs = list(dict.fromkeys(run for samples in rows.values() for run in samples))
+    labelled = any(sample.label is not None for samples in rows.values() for sample in samples.values())
+    drawn = []
+    for heading, samples in rows.items():
+        first = next(iter(samples.values()))
+        tiles: list[Tile | None] = [Tile(displayed(first.image, bands))]
+        tiles += [_painted(first.label, classes)] if labelled else []
+        tiles += [_painted(samples[run].prediction if run in samples else None, classes) for run in runs]
+        drawn.append(Row(heading, tiles))
+    return _sheet(drawn, ["image", *(["label"] if labelled else []), *runs], classes, path, side)
+
+
+def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
+    """Draw a confusion matrix, each row in percent of the pixels that have this label, into one PNG.
+
+    Args:
+        confusion: counts (K, K), rows the labels, columns the predictions.
+        classes: names of the K classes.
+        path: the file to write; its folder is made.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(confusion.counts.tolist() if isinstance(confusion, Confusion) else confusion, dtype=np.float64)
+    totals = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    number = len(counts)
+    figure = Figure(figsize=(2.4 + 0.62 * number, 2.0 + 0.62 * number), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = [
+        f"{name}\n{_share(total / max(totals.sum(), 1))} of pixels"
+        for name, total in zip(classes.names, totals[:, 0], strict=True)
+    ]
+    axes.set_xticks(range(number), classes.names, rotation=40, ha="left", rotation_mode="anchor", fontsize=9)
+    axes.set_yticks(range(number), names, fontsize=9)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(number + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    for row in range(number):
+        for column in range(number):
+            text = f"{shares[row, column] * 100:.0f}" if totals[row, 0] else "–"
+            dark = shares[row, column] > 0.55
+            axes.text(
+                column, row, text, ha="center", va="center", fontsize=10, color="white" if dark else "#222222",
+                fontweight="bold" if row == column else "normal",
+            )  # fmt: skip
+    axes.set_ylabel("label")
+    axes.set_title("prediction, in % of the label's pixels", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _share(value: float) -> str:
+    return "0%" if value == 0 else "<1%" if value < 0.01 else f"{value:.0%}"
+
+
+def _painted(ids: UInt8 | None, classes: Classes) -> Tile | None:
+    if ids is None:
+        return None
+    striped: UInt8 = (ids == IGNORE).astype(np.uint8)
+    return Tile(classes.paint(ids), striped if striped.any() else None, sharp=True)
+
+
+def _sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
+    """Lay rows of tiles, titles and the legend out on one sheet."""
+    font, small = _font(15), _font(13)
+    drawn = [(row, [None if tile is None else _fitted(tile, side) for tile in row.tiles]) for row in rows]
+    heights = [max((picture.height for picture in pictures if picture), default=side) for _, pictures in drawn]
+    width = GAP + len(columns) * (side + GAP)
+    striped = any(tile is not None and tile.striped is not None for row in rows for tile in row.tiles)
+    legend = _legend(classes, width, small, striped)
+    height = 34 + sum(heights) + 32 * len(rows) + legend.height + GAP
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for index, column in enumerate(columns):
+        pen.text((GAP + index * (side + GAP), 10), column, INK, font)
+    top = 34
+    for (row, pictures), tall in zip(drawn, heights, strict=True):
+        pen.text((GAP, top + 4), row.heading, QUIET, small)
+        top += 24
+        for index, picture in enumerate(pictures):
+            left = GAP + index * (side + GAP)
+            if picture is None:
+                pen.text((left, top + tall // 2), "none", FAINT, small)
+                continue
+            sheet.paste(picture, (left, top))
+            pen.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=FAINT)
+        top += tall + 8
+    sheet.paste(legend, (0, top + 4))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _fitted(tile: Tile, side: int) -> Image.Image:
+    """The tile with its longest side made ``side`` pixels, stripes drawn on top."""
+    height, width = tile.picture.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    how = Image.Resampling.NEAREST if tile.sharp or scale > 2 else Image.Resampling.LANCZOS
+    picture = Image.fromarray(tile.picture).resize(size, how)
+    if tile.striped is not None:
+        mask = Image.fromarray(tile.striped * np.uint8(255)).resize(size, Image.Resampling.NEAREST)
+        picture.paste(_stripes(size), (0, 0), mask)
+    return picture
+
+
+def _stripes(size: tuple[int, int]) -> Image.Image:
+    across, down = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    stripes: UInt8 = np.asarray(HATCH, np.uint8)[((across + down) // 4) % 2]
+    return Image.fromarray(stripes)
+
+
+def _legend(classes: Classes, width: int, font: ImageFont.FreeTypeFont, striped: bool) -> Image.Image:
+    """Swatches with names, in as many lines as they need."""
+    names = [*classes.names, *(["no label"] if striped else [])]
+    places, left, top = [], GAP, 8
+    for name in names:
+        wide = 22 + round(font.getlength(name)) + 18
+        if left + wide > width and left > GAP:
+            left, top = GAP, top + 24
+        places.append((left, top))
+        left += wide
+    picture = Image.new("RGB", (width, top + 28), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for index, (name, (left, top)) in enumerate(zip(names, places, strict=True)):
+        if index < len(classes.names):
+            picture.paste(classes.colours[index], (left, top, left + 16, top + 16))
+        else:
+            picture.paste(_stripes((16, 16)), (left, top))
+        pen.rectangle((left, top, left + 16, top + 16), outline=FAINT)
+        pen.text((left + 22, top), name, INK, font)
+    return picture
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and knows the letters of most languages."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+__all__ = ["Bands", "comparison", "confusion_figure", "displayed", "panels"]

@@ -1,0 +1,269 @@
+"""How big and how fast a network is; how it was measured is part of the value.
+
+Multiply-accumulates are those of one image, as the field prints them, not of a batch. Latency is taken after warm-up,
+with the device waited for before the clock is read on both sides, and heads that only training reads are off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from overfly.core.device import describe
+from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.spec import Count, NonNegative, Pixels, Positive, Spec, Whole
+from overfly.evaluation.score import evaluating
+from overfly.models.network import Network
+
+Precision = Literal["32", "bf16", "16"]
+METHOD = (
+    "wall clock around each forward pass of images that lie on the device, the device synchronised before and after, "
+    "after warm-up; transfers and decoding are not in it"
+)
+DTYPES: dict[Precision, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+class Timing(Spec):
+    """Forward passes of one batch size; milliseconds are those of the whole batch."""
+
+    batch: Count
+    """Images in one forward pass."""
+    mean_ms: NonNegative
+    """Mean time of a forward pass."""
+    std_ms: NonNegative
+    """Standard deviation of it."""
+    p50_ms: NonNegative
+    """Median: half of the passes took no longer."""
+    p95_ms: NonNegative
+    """95 % of the passes took no longer."""
+    p99_ms: NonNegative
+    """99 % of the passes took no longer."""
+    images_per_second: Positive
+    """Batch over mean time."""
+    peak_memory_mb: NonNegative | None
+    """Most memory in use during the passes, in units of 10⁶ bytes; see ``memory``. None where nobody can tell."""
+
+
+class Speed(Spec):
+    """Size and speed of a network on one machine, and how they were measured."""
+
+    parameters: Whole
+    """Weights and biases that inference needs; heads that only training reads are left out."""
+    macs: Whole
+    """Multiply-accumulates of ONE image, in convolutions and matrix products; FLOPs are about twice as many."""
+    macs_of_batch: dict[int, int] = Field(default_factory=dict)
+    """Multiply-accumulates of whole batches, by batch size, where asked for."""
+    bands: Count
+    """Bands of the image."""
+    size: tuple[Pixels, Pixels]
+    """Height and width of the image in pixels."""
+    timings: tuple[Timing, ...]
+    """One entry a batch size."""
+    warmup: Whole
+    """Passes before the clock starts, for each batch size."""
+    repeats: Count
+    """Passes that were timed, for each batch size."""
+    precision: Precision
+    """Arithmetic: 32, or mixed with bf16 or 16."""
+    training_heads: bool
+    """Whether heads that only training reads ran; true only for networks that cannot drop them."""
+    machine: dict[str, Any]
+    """Device, threads and versions."""
+    memory: str
+    """What the peak of memory counts."""
+    method: str
+    """How time was taken, in words."""
+
+    @property
+    def latency(self) -> Timing:
+        """The timing of the smallest batch, one image where that was measured."""
+        return min(self.timings, key=lambda timing: timing.batch)
+
+
+def measure(
+    network: nn.Module,
+    *,
+    size: int | tuple[int, int] = 512,
+    batches: Sequence[int] = (1,),
+    bands: int = 3,
+    device: torch.device | str = "cpu",
+    warmup: int = 10,
+    repeats: int = 50,
+    threads: int | None = None,
+    precision: Precision = "32",
+    macs_of_batch: Sequence[int] = (),
+) -> Speed:
+    """Measure size and speed of a copy of a network without its training heads; its own weights do not matter.
+
+    Args:
+        network: a `Network`, a `Segmenter`, or any module that takes (B, C, H, W) floats.
+        size: side of the image in pixels, or (height, width).
+        batches: batch sizes to time.
+        bands: bands of the image.
+        device: where to run.
+        warmup: passes before the clock starts, for each batch size.
+        repeats: passes that are timed, for each batch size.
+        threads: threads of the processor for this measurement; None: as many as torch uses now.
+        precision: 32, or mixed with bf16 or 16.
+        macs_of_batch: batch sizes whose multiply-accumulates are counted too.
+
+    Raises:
+        RecipeError: a batch size, a number of repeats or of threads below 1.
+        OverflyError: the device's memory does not hold a batch.
+    """
+    if not batches or min((*batches, *macs_of_batch, repeats, 1 if threads is None else threads)) < 1:
+        raise RecipeError("batch sizes, repeats and threads are 1 or more; correct the ones given")
+    shape = (size, size) if isinstance(size, int) else size
+    place = torch.device(device)
+    network = without_training_heads(network).to(place)
+    with _threads(threads), evaluating(network), torch.no_grad():
+        machine = describe(place) | _gpu_settings(place)
+        cast = torch.autocast(place.type, DTYPES[precision], enabled=precision != "32")
+        one = _images(1, bands, shape, place)
+        with torch.inference_mode(), cast:
+            timings = tuple(
+                _time(network, _images(batch, bands, shape, place), warmup, repeats) for batch in sorted(set(batches))
+            )
+        return Speed(
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            macs=count_macs(network, one),
+            macs_of_batch={batch: count_macs(network, _images(batch, bands, shape, place)) for batch in macs_of_batch},
+            bands=bands,
+            size=shape,
+            timings=timings,
+            warmup=warmup,
+            repeats=repeats,
+            precision=precision,
+            training_heads=_training_heads_run(network(one)),
+            machine=machine,
+            memory=_memory_kind(place),
+            method=METHOD,
+        )
+
+
+def without_training_heads(network: nn.Module) -> nn.Module:
+    """A copy of a network whose parts have dropped the heads that only training reads."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, Network):
+            module.drop_training_heads()
+    return network
+
+
+def count_macs(network: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates of a forward pass in convolutions and matrix products, as it stands (training or not).
+
+    Args:
+        network: any module.
+        image: its input (B, C, H, W); the count is that of the whole batch.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(image)
+    return int(counter.get_total_flops()) // 2
+
+
+def _time(network: nn.Module, images: Tensor, warmup: int, repeats: int) -> Timing:
+    device = images.device
+    _reset_peak(device)
+    seconds = []
+    try:
+        for index in range(warmup + repeats):
+            _synchronise(device)
+            start = time.perf_counter()
+            network(images)
+            _synchronise(device)
+            if index >= warmup:
+                seconds.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        raise OverflyError(
+            f"a batch of {len(images)} does not fit the memory of {device}; measure smaller batches or a smaller size"
+        ) from None
+    times = np.asarray(seconds) * 1e3
+    p50, p95, p99 = (float(value) for value in np.percentile(times, (50, 95, 99)))
+    peak = _peak(device)
+    return Timing(
+        batch=len(images),
+        mean_ms=float(times.mean()),
+        std_ms=float(times.std()),
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        images_per_second=len(images) * 1e3 / float(times.mean()),
+        peak_memory_mb=None if peak is None else peak / 1e6,
+    )
+
+
+def _images(batch: int, bands: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(batch, bands, *shape, generator=generator) * 255).to(device)
+
+
+def _training_heads_run(output: object) -> bool:
+    return bool(getattr(output, "aux", ())) or getattr(output, "boundary", None) is not None
+
+
+def _gpu_settings(device: torch.device) -> dict[str, bool]:
+    """Switches that change how fast a GPU convolves."""
+    if device.type != "cuda":
+        return {}
+    return {"tf32": torch.backends.cudnn.allow_tf32, "cudnn_benchmark": torch.backends.cudnn.benchmark}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux: the peak of this process starts again from what it holds now
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: torch.device) -> int | None:
+    """Bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _memory_kind(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "tensors on the GPU at the peak of the passes, weights included (torch.cuda.max_memory_allocated)"
+    return "resident memory of the whole process at its peak, interpreter and libraries included"
+
+
+__all__ = ["Precision", "Speed", "Timing", "count_macs", "measure", "without_training_heads"]

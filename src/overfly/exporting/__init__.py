@@ -1,0 +1,1 @@
+"""Export a trained network, check the file against PyTorch, and run it."""

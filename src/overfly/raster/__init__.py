@@ -1,0 +1,1 @@
+"""Predict rasters of any size, window by window, into georeferenced maps."""

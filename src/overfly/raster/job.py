@@ -1,0 +1,191 @@
+"""What a map is made of: settings, files, windows; and whether the same map is there already."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from overfly.core.errors import DataError, RecipeError
+from overfly.exporting.predictor import Facts, Predictor
+from overfly.raster.cog import job_of
+from overfly.raster.products import Kind
+from overfly.raster.raster_source import Scene, scale_of
+from overfly.raster.resume_store import Job, alike, begun
+from overfly.raster.tiling import Plan, plan_of, scaled
+
+LARGEST = 64
+"""How many times longer and wider a network may see a raster."""
+STRIDE = 32
+"""Sides of the windows of small pictures are multiples of this."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How maps are made.
+
+    Attributes:
+        window: side of the windows in pixels; None takes the network's.
+        overlap: share of a window that the next one covers again, 0 to below 1.
+        batch: windows given to the network at once.
+        bands: numbers of the bands to read, from 1, separated by commas; None where they are the network's.
+        nodata: value of pixels in which nothing was measured; None takes what the file says.
+        opacity: whether the last band is opacity; None takes what the file says.
+        peak: value of the brightest pixel; None where it is the network's.
+        resolution: metres a pixel at which the network sees the raster; None keeps the raster's own.
+        probabilities: whether to write a band of probability for each class.
+        uncertainty: whether to write a band of entropy.
+        polygons: gpkg or geojson, to outline the classes' areas too.
+        smallest: area of the smallest polygon, in pixels.
+        overwrite: whether to replace a map that was made otherwise.
+    """
+
+    window: int | None = None
+    overlap: float = 0.25
+    batch: int = 4
+    bands: str | None = None
+    nodata: float | None = None
+    opacity: bool | None = None
+    peak: float | None = None
+    resolution: float | None = None
+    probabilities: bool = False
+    uncertainty: bool = False
+    polygons: str | None = None
+    smallest: int = 10
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap <= 0.9:
+            raise RecipeError(f"--overlap {self.overlap} is out of range; take 0 to 0.9")
+        for name, value in (("peak", self.peak), ("resolution", self.resolution)):
+            if value is not None and not 0 < value < float("inf"):
+                raise RecipeError(f"--{name} {value} is out of range; take a number above 0")
+        if self.polygons not in (None, "gpkg", "geojson"):
+            raise RecipeError(f"--polygons {self.polygons} is no format of polygons; take gpkg or geojson")
+
+
+def outputs(out: Path, settings: Settings) -> dict[Kind | str, Path]:
+    """The files of a job by what they hold; the map itself first."""
+    files: dict[Kind | str, Path] = {"classes": out}
+    if settings.probabilities:
+        files["probabilities"] = out.with_name(f"{out.stem}_probabilities.tif")
+    if settings.uncertainty:
+        files["uncertainty"] = out.with_name(f"{out.stem}_uncertainty.tif")
+    if settings.polygons:
+        files["polygons"] = out.with_suffix(f".{settings.polygons}")
+    return files
+
+
+def job_for(scene: Scene, predictor: Predictor, settings: Settings, network: str) -> Job:
+    """What the map is made of, as plain values; two jobs that are equal make the same map."""
+    path = Path(scene.source)
+    stat = path.stat() if path.is_file() else None
+    settled = asdict(settings)
+    for key in ("batch", "overwrite"):  # they change how fast, and what is replaced
+        del settled[key]
+    if settings.opacity is None:  # a map that was made before there was this setting is the same
+        del settled["opacity"]
+    return {
+        "raster": path.name if stat else scene.source,
+        "bytes": stat.st_size if stat else None,
+        "modified": stat.st_mtime_ns if stat else None,
+        "network": network,
+        "title": predictor.facts.title,
+        "backend": predictor.backend,
+        **settled,
+        "window": settings.window or predictor.facts.window,
+        "bands": ",".join(map(str, scene.bands)),
+    }
+
+
+def see_outputs(scene: Scene, out: Path, files: dict[Kind | str, Path]) -> None:
+    """See that the files can be written where they are asked for."""
+    if out.suffix.lower() not in (".tif", ".tiff"):
+        raise DataError(f"--out {out} is no name of a map; take one that ends in .tif, or a folder")
+    for file in files.values():
+        if file.is_symlink() and not file.exists():  # as cp does: it would be replaced, and its target never made
+            raise DataError(
+                f"{file} is a link to {file.readlink()}, which is not there; take the link away, or choose another "
+                "--out, such as the link's target"
+            )
+        if file.is_dir():
+            raise DataError(f"{file} is a folder, and a map of this name is to be written; choose another --out")
+        if file.exists() and Path(scene.source).exists() and file.samefile(scene.source):
+            raise DataError(f"{file} is the raster itself; choose another --out")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"{out} cannot be written: {folder} is no folder that may be written to; choose another --out")
+
+
+def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings) -> bool:
+    """Whether the same map is there, whole.
+
+    Raises:
+        DataError: there is another one, and it is not to be replaced.
+    """
+    if settings.overwrite or not any(file.exists() for file in files.values()):
+        return False
+    if not out.exists() and begun(out, job):  # killed while the files were given their names, the map's last
+        return False
+    held = job_of(out) if out.exists() else {}
+    if alike(held, job):
+        return all(file.exists() for file in files.values())
+    if not isinstance(held, dict):
+        raise DataError(f"{out} is there and is no map of ours; choose another --out, or replace it by --overwrite")
+    if not held:
+        first = next(file for file in files.values() if file.exists())
+        raise DataError(f"{first} is there without its map; move it away, or replace it by --overwrite")
+    others = [key for key in job if key not in held or not alike(held[key], job[key])]
+    if {"raster", "bytes", "modified"} & set(others):
+        shown = f"of {held.get('raster')} as it was then"
+    else:
+        shown = ", ".join(f"{key} {held.get(key)} instead of {job[key]}" for key in others[:3])
+    raise DataError(f"{out} was made otherwise ({shown}); choose another --out, or replace it by --overwrite")
+
+
+def plan_for(scene: Scene, facts: Facts, settings: Settings, memory: int) -> Plan:
+    """The windows. Small pictures get a window of their own size, where the network takes any."""
+    size = settings.window or facts.window
+    if facts.fixed and size != facts.window:
+        raise RecipeError(f"this network reads windows of {facts.window} pixels alone; leave --window out")
+    scale = scale_of(scene, settings.resolution)
+    if scene.ground is not None and max(scale) > LARGEST:
+        raise DataError(
+            f"{scene.source} has pixels of {max(scene.ground):.3g} m, and at {settings.resolution:.3g} m the network "
+            f"would see each of them {max(scale):.3g} times as long; take a --resolution of "
+            f"{1.01 * max(scene.ground) / LARGEST:.3g} m or more, or leave --resolution and --match out"
+        )
+    if not facts.fixed:
+        longest = max(scaled(scene.height, scale[0]), scaled(scene.width, scale[1]))
+        size = min(size, -(-longest // STRIDE) * STRIDE)
+    return plan_of(
+        scene.height, scene.width, classes=len(facts.classes), size=size, overlap=settings.overlap, scale=scale,
+        memory=memory,
+    )  # fmt: skip
+
+
+def notes_for(scene: Scene, facts: Facts, settings: Settings) -> list[str]:
+    """What a user should know of a raster that the network may not be made for."""
+    notes: list[str] = []
+    if scene.opacity is not None and settings.opacity is None:
+        notes.append(
+            f"{scene.source} marks its band {scene.opacity} as opacity, so where it is 0 the map says that nothing was "
+            "measured; if it was measured like the others, say --no-opacity"
+        )
+    if scene.gain != 1 and settings.peak is None:
+        notes.append(
+            f"{scene.source} says that its values times {scene.gain:g} are what was measured, and so the network saw "
+            "them; say --peak with the value of its brightest pixel for another scale"
+        )
+    if settings.resolution is not None or facts.ground is None or scene.ground is None:
+        return notes
+    ratio = (scene.ground[0] * scene.ground[1]) ** 0.5 / facts.ground
+    if not 2 / 3 < ratio < 3 / 2:
+        notes.append(
+            f"{scene.source} has pixels of {ratio * facts.ground:.3g} m and the network was trained on "
+            f"{facts.ground:g} m; with --match it sees the raster at that resolution"
+        )
+    return notes
+
+
+__all__ = ["Settings", "job_for", "notes_for", "outputs", "plan_for", "see_outputs", "there"]

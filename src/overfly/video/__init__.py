@@ -1,0 +1,1 @@
+"""Predict videos, cameras and folders of frames."""

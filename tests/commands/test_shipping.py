@@ -1,0 +1,151 @@
+"""`overfly export` as a stranger meets it, and the commands of its guides, carried out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+
+from conftest import REPOSITORY
+from overfly import cli
+from overfly.commands import export as shipping
+from overfly.commands.load_predictor import predictor_of
+from overfly.exporting import exporter as exporting
+from overfly.recipe import load
+from overfly.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, scored, beside a sibling of another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    domain = {"name": "drawn", "size": 64, "train": 4, "val": 2, "test": 2}
+    small = {
+        "source": {**domain, "scene": "urban"},
+        "target": {**domain, "scene": "rural"},
+        "model": "lraspp_mobilenet_v2",
+        "optim": {"name": "sgd", "lr": 0.001},
+        "crop": 64, "batch": 2, "steps": 3, "window": 64,
+    }  # fmt: skip
+    file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    load(small).save(file)
+    for seed in (1, 0):
+        assert overfly("train", file, f"seed={seed}", "--out", folder, "--device", "cpu") == 0
+    runs = sorted(folder.glob("*/recipe.yaml"))
+    chosen = next(found.parent for found in runs if yaml.safe_load(found.read_text())["seed"] == 0)
+    for found in runs:
+        assert overfly("evaluate", found.parent, "--device", "cpu", "--no-pictures") == 0
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "ROUNDS", 1)
+    monkeypatch.setattr(exporting, "SECONDS", 0.0)
+
+
+def overfly(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+    return int(left.value.code or 0)
+
+
+def test_export_says_how_far_it_is_from_pytorch(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    before = Run.open(trained).scores["labels_opened"]["target/val"]["images"]
+    assert overfly("export", trained, "--images", "2") == 0
+    shown = capsys.readouterr()
+    assert "comparing it with PyTorch on 2 images of Rural (val)" in shown.err
+    assert "onnxruntime" in shown.out
+    assert "ms an image of 64×64" in shown.out
+    assert "torch eager, 1 thread " in shown.out
+    file = trained / "exports" / "lraspp_mobilenet_v2-onnx-32.onnx"
+    figures = json.loads(file.with_suffix(".json").read_text())
+    for parity in figures["parity"]:
+        assert parity["agreement"] >= 0.9999
+        assert parity["miou"] == pytest.approx(parity["miou_of_torch"], abs=1e-6)
+        assert parity["labels_opened"] == 2
+    after = Run.open(trained).scores["labels_opened"]["target/val"]["images"]
+    assert after == before + 2 * (1 + len(figures["parity"]))
+    assert predictor_of(file).facts.title == trained.name
+    sizes = onnx.load(file).graph.input[0].type.tensor_type.shape.dim
+    assert [size.dim_param for size in sizes] == ["batch", "", "height", "width"]
+
+
+def test_the_card_tells_what_a_stranger_must_know(trained: Path) -> None:
+    assert overfly("export", trained, "--no-labels", "--quiet", "--name", "told", "--images", "1") == 0
+    card = (trained / "exports" / "told.md").read_text()
+    for said in (
+        "0 background, 1 building", "Licence: that of this package.", "seeds 0, 1", "(2) |", "| mIoU |",
+        "with labels, trained on", "not seen in training", "## Latency", "## Limits", "torch eager", "## Recipe",
+    ):  # fmt: skip
+        assert said in card, said
+    figures = json.loads((trained / "exports" / "told.json").read_text())
+    assert figures["parity"][0]["miou"] is None
+    assert figures["sha256"] in card
+    assert not re.search(r"(?<![\w.:])/(home|tmp|root|work)/", card)
+
+
+def test_images_smaller_than_a_tile_and_of_a_folder(trained: Path) -> None:
+    assert overfly("export", trained, "--size", "96", "--images", "2", "--quiet") == 0
+    predictor = predictor_of(trained / "exports" / "lraspp_mobilenet_v2-onnx-32-96.onnx")
+    assert predictor.facts.fixed
+    assert predictor.facts.window == 96
+    assert predictor(np.zeros((1, 3, 96, 96), np.float32)).shape == (1, 7, 96, 96)
+
+
+MISTAKES = [
+    (["--format", "torch", "--precision", "int8"], "onnx or openvino"),
+    (["--size", "7"], "--size 7 is out of range"),
+    (["--name", "a/b"], "no name of a file"),
+    (["--domain", "nowhere"], "nowhere"),
+    (["--precision", "8"], "precision"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), MISTAKES, ids=[" ".join(mistake[0]) for mistake in MISTAKES])
+def test_mistakes(arguments: list[str], named: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((trained / "exports").glob("*"))
+    assert overfly("export", trained, *arguments) == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert len(shown.strip().splitlines()) <= 2
+    assert sorted((trained / "exports").glob("*")) == before
+
+
+def commands(page: str) -> list[list[str]]:
+    text = (REPOSITORY / "docs" / "guides" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("overfly ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("page", ["qgis.md", "export.md"])
+def test_the_commands_of_the_guides_run(page: str, trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    from overfly.exporting.parity import TOLERANCES
+
+    loose = TOLERANCES["int8"].model_copy(update={"agreement": 0.3, "miou": 1.0})
+    monkeypatch.setitem(TOLERANCES, "int8", loose)  # after three steps all classes are as likely
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "NAME").symlink_to(trained)
+    network, share = "lraspp_mobilenet_v2", f"file://{tmp_path}/hub"
+    monkeypatch.setattr(shipping, "CALIBRATION", 2)
+    quick = {"export": ["--images", "1", "--no-labels"]}
+    for words in commands(page):
+        filled = [word.replace("pidnet_s", network).replace("me/aerial-pidnet", share) for word in words]
+        tiles = ["--size", "64"] if "torch" in words else []  # tracing any size takes ten times as long
+        assert overfly(*filled, *quick.get(words[0], []), *tiles) == 0, words
+    if page == "qgis.md":
+        assert (trained / "exports" / f"{network}-onnx-32-512.onnx").is_file()
+    else:
+        assert predictor_of(tmp_path / "networks" / f"{network}-onnx-32.onnx").facts.classes.names[1] == "building"

@@ -1,0 +1,303 @@
+"""Watching from the command line: a flight is made, watched, and looked at frame by frame."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import REPOSITORY
+from overfly import cli
+from overfly.commands import watch as streaming
+from overfly.core.errors import DataError
+from overfly.exporting.predictor import Floats, Predictor
+from overfly.video.player import Screen
+from seeing import BLUE, GREEN, RED, brightest, number_of, read, seeing, striped, video
+
+pytest.importorskip("av")
+
+
+def overfly(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+    return int(left.value.code or 0)
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Predictor], None]:
+    """Have every run be this network."""
+
+    def planted(predictor: Predictor) -> None:
+        monkeypatch.setattr(streaming, "predictor_of", lambda *_, **__: predictor)
+
+    planted(seeing())
+    return planted
+
+
+def test_a_flight_is_made_and_watched(network: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    del network
+    flown, out = tmp_path / "flight.mp4", tmp_path / "overlay.mp4"
+    assert (
+        overfly("data", "fly", "--out", flown, "--seconds", 2, "--fps", 10, "--size", 128, 96, "--scene", "rural") == 0
+    )
+    assert "20 frames of 128×96" in capsys.readouterr().out
+    assert overfly("watch", "RUN", flown, "--out", out, "--opacity", 1, "--no-legend", "--no-figures", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["summary"]["read"] == found["summary"]["shown"] == 20
+    assert found["summary"]["dropped"] == 0
+    assert found["summary"]["p50_ms"] > 0
+    assert found["seen"] == found["frame"] == [128, 96]
+    (frames, times), (overlays, shown) = read(flown), read(out)
+    assert shown == pytest.approx(times, abs=0.002)
+    assert len(overlays) == 20
+    assert overlays[0].shape == (96, 128, 3)
+    for frame, overlay in zip(frames, overlays, strict=True):
+        wanted = np.array([RED, GREEN, BLUE])[frame.argmax(-1)]
+        nearest = np.linalg.norm(overlay[..., None, :].astype(float) - np.array([RED, GREEN, BLUE]), axis=-1)
+        right = (wanted == np.array([RED, GREEN, BLUE])[nearest.argmin(-1)]).all(-1)
+        assert right.mean() > 0.85, "colours at the borders of classes are blurred by the codec, no more"
+
+
+def test_a_trained_run_watches_a_folder(tmp_path: Path, recipe: object, capsys: pytest.CaptureFixture[str]) -> None:
+    from overfly.recipe import Recipe
+    from overfly.training.setup import first_segmenter
+
+    assert isinstance(recipe, Recipe)
+    weights = first_segmenter(recipe).save(tmp_path / "net.safetensors")
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for index in range(3):
+        Image.fromarray(striped(index, 128, 96)).save(frames / f"{index}.png")
+    out = tmp_path / "new" / "overlay.mkv"
+    assert overfly("watch", weights, frames, "--out", out, "--fps", 4, "--size", 64, "--device", "cpu") == 0
+    shown = capsys.readouterr().out
+    assert "frames: 3 read, 3 shown, 0 dropped" in shown
+    assert "128×96, seen by the network at 64×48; net by torch" in shown
+    overlays, times = read(out)
+    assert [overlay.shape for overlay in overlays] == [(96, 128, 3)] * 3
+    assert times == pytest.approx([0, 0.25, 0.5], abs=0.002)
+
+
+def test_ctrl_c_finishes_the_file(
+    network: Callable[[Predictor], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes = 0
+
+    def interrupted(images: Floats) -> Floats:
+        nonlocal passes
+        passes += 1
+        if passes == 1 + 7:  # the first warms up
+            os.kill(os.getpid(), signal.SIGINT)
+        return brightest(images)
+
+    before = signal.getsignal(signal.SIGINT)
+    network(seeing(interrupted))
+    source = video(tmp_path / "a.mp4", frames=60)
+    assert (
+        overfly("watch", "RUN", source, "--out", tmp_path / "o.mp4", "--opacity", 0, "--no-legend", "--no-figures") == 0
+    )
+    assert "stopped by hand" in capsys.readouterr().out
+    overlays, _ = read(tmp_path / "o.mp4")
+    assert [number_of(overlay) for overlay in overlays] == list(range(7))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "o.mp4"]
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    network: Callable[[Predictor], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hit_twice(images: Floats) -> Floats:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return brightest(images)
+
+    network(seeing(hit_twice))
+    assert overfly("watch", "RUN", video(tmp_path / "a.mp4"), "--out", tmp_path / "o.mp4") == 130
+    assert "stopped" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_slow_network_drops_frames_of_a_video_that_is_played(
+    network: Callable[[Predictor], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import time
+
+    def slow(images: Floats) -> Floats:
+        time.sleep(0.1)
+        return brightest(images)
+
+    network(seeing(slow))
+    source = video(tmp_path / "a.mp4", frames=30, fps=50)
+    assert overfly("watch", "RUN", source, "--out", tmp_path / "o.mp4", "--realtime", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    summary = found["summary"]
+    assert found["realtime"]
+    assert summary["read"] == 30
+    assert summary["shown"] + summary["dropped"] == 30
+    assert 1 <= summary["shown"] <= 8
+    assert 0.58 <= summary["seconds"] < 10
+    assert summary["p50_ms"] >= 100
+    overlays, times = read(tmp_path / "o.mp4")
+    assert len(overlays) == summary["shown"]
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(29 / 50, abs=0.002), "the last frame is shown at its own time"
+
+
+def test_the_page_is_served_while_it_is_watched(
+    network: Callable[[Predictor], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import urllib.request
+
+    asked: list[bytes] = []
+
+    def looked_at(images: Floats) -> Floats:
+        if (found := re.search(r"look at (\S+)", capsys.readouterr().err)) and not asked:
+            page.append(found.group(1))
+        if page and len(shown) > 1:  # the first pass warms up, the second is of the first frame
+            with urllib.request.urlopen(f"{page[0]}frame.jpg", timeout=10) as answer:  # noqa: S310  (our own page)
+                asked.append(answer.read())
+        shown.append(1)
+        return brightest(images)
+
+    page: list[str] = []
+    shown: list[int] = []
+    network(seeing(looked_at))
+    found = streaming.watch("RUN", str(video(tmp_path / "a.mp4", frames=4)), serve=0)
+    assert found.record.summary.shown == 4
+    assert asked
+    assert all(jpeg.startswith(b"\xff\xd8") for jpeg in asked)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_the_page_is_told_how_it_ended(
+    breaks: bool, network: Callable[[Predictor], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked_at(images: Floats) -> Floats:
+        if breaks and screens and screens[0].number:
+            raise DataError("frames/2.png is damaged; take it away")
+        return brightest(images)
+
+    class Kept(Screen):
+        def __init__(self) -> None:
+            super().__init__()
+            screens.append(self)
+
+    screens: list[Screen] = []
+    monkeypatch.setattr(streaming, "Screen", Kept)
+    network(seeing(looked_at))
+    source = str(video(tmp_path / "a.mp4", frames=4))
+    if breaks:
+        with pytest.raises(DataError, match="damaged"):
+            streaming.watch("RUN", source, serve=0, quiet=True)
+    else:
+        streaming.watch("RUN", source, serve=0, quiet=True)
+    (screen,) = screens
+    assert screen.ended == (
+        "frames/2.png is damaged; take it away" if breaks else "it came to its end after 4 pictures"
+    )
+
+
+MISTAKES = [
+    (["{video}"], "needs a place for the overlay"),
+    (["{folder}/none.mp4", "--out", "{out}"], "none.mp4 is not there"),
+    (["{folder}/empty", "--out", "{out}"], "holds no picture"),
+    (["{folder}/text.mp4", "--out", "{out}"], "cannot be opened as a video"),
+    (["{folder}/cut.mp4", "--out", "{out}"], "cut.mp4"),
+    (["/dev/video77", "--out", "{out}"], "no camera /dev/video77"),
+    (["{video}", "--out", "{video}"], "is there already"),
+    (["{video}", "--out", "{folder}/o.gif"], "o.gif has no ending of a video; name it o.mp4"),
+    (["{video}", "--out", "{folder}/text.mp4/o.mp4"], "cannot be written"),
+    (["{video}", "--out", "{out}", "--opacity", "2"], "--opacity 2"),
+    (["{video}", "--out", "{out}", "--size", "0"], "--size 0"),
+    (["{video}", "--out", "{out}", "--fps", "5"], "--fps"),
+    (["{video}", "--out", "{out}", "--seconds", "-1"], "--seconds -1"),
+    (["{video}", "--serve", "99999"], "--serve 99999"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), MISTAKES, ids=[" ".join(mistake[0])[:50] for mistake in MISTAKES])
+def test_mistakes_are_answered_in_one_sentence(
+    arguments: list[str], named: str, network: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del network
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("no video")
+    source = video(tmp_path / "a.mp4", frames=40)
+    (tmp_path / "cut.mp4").write_bytes(source.read_bytes()[: source.stat().st_size * 7 // 10])
+    before = sorted(tmp_path.iterdir())
+    names = {"video": source, "folder": tmp_path, "out": tmp_path / "o.mp4"}
+    assert overfly("watch", "RUN", *(entry.format(**names) for entry in arguments)) == 2
+    shown = capsys.readouterr()
+    assert named in shown.err
+    assert "Traceback" not in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_network_of_other_bands_is_refused(
+    network: Callable[[Predictor], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network(seeing(bands=4))
+    assert overfly("watch", "RUN", video(tmp_path / "a.mp4"), "--out", tmp_path / "o.mp4") == 2
+    assert "reads 4 bands" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["none.tif"], "none.tif does not exist"),
+        (["--size", "101", "80"], "--size 101 80"),
+        (["--size", "100", "8"], "--size 8"),
+        (["--seconds", "0"], "--seconds 0"),
+        (["small.png"], "small.png is 20×20 pixels, too small"),
+    ],
+)
+def test_flights_that_cannot_be_are_told(
+    arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(striped(0, 20, 20)).save("small.png")
+    assert overfly("data", "fly", *arguments, "--out", "f.mp4") == 2
+    assert named in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["small.png"]
+
+
+def test_the_guide_can_be_followed(
+    network: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command and the program, but for cameras that are not here; flights are shorter and smaller."""
+    del network
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("overfly.commands.load_predictor.predictor_of", lambda *_, **__: seeing())
+    (tmp_path / "frames").mkdir()
+    for index in range(3):
+        Image.fromarray(striped(index)).save(tmp_path / "frames" / f"{index}.png")
+    Image.fromarray(striped(5, 300, 200)).save("scene.tif")
+    text = (REPOSITORY / "docs" / "guides" / "stream.md").read_text(encoding="utf-8")
+    followed = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.splitlines():
+            if "/dev/video" in line or "rtsp:" in line:
+                continue
+            small = line.replace("--seconds 8", "--seconds 0.4").replace("640 360", "96 64")
+            assert overfly(*shlex.split(small.replace("--serve 8000", "--serve 0"))[1:]) == 0, line
+            followed.append(line)
+    assert len(followed) == 5
+    for name in ("flight.mp4", "flight2.mp4", "overlay.mp4"):
+        assert len(read(tmp_path / name)[0]) == 10
+    capsys.readouterr()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(program, "stream.md", "exec"), {})  # noqa: S102  (our own guide)
+    shown, dropped, p95 = capsys.readouterr().out.split()
+    assert int(shown) + int(dropped) == 10
+    assert float(p95) > 0

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from overfly.core.records import IGNORE
+from overfly.evaluation.boundary import Boundary
+
+
+def _square(shift: int = 0, side: int = 32) -> Tensor:
+    label = torch.zeros(side, side, dtype=torch.int64)
+    label[8:24, 8 + shift : 24 + shift] = 1
+    return label
+
+
+def _eroded(mask: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:
+    """Erosion by 3 × 3, the plain way, the picture's border being no edge."""
+    for _ in range(times):
+        padded = np.pad(mask, 1, constant_values=True)
+        mask = np.all(
+            [padded[y : y + mask.shape[0], x : x + mask.shape[1]] for y in range(3) for x in range(3)], axis=0
+        )
+    return mask
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**31), width=st.integers(1, 4))
+def test_agrees_with_the_definition_by_erosion(seed: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 3, (2, 4, 5), generator=generator)
+    label, prediction = (ids.repeat_interleave(6, 0).repeat_interleave(6, 1) for ids in coarse)
+    found = Boundary.of(prediction, label, 3, width)
+    for index in range(3):
+        truth, guess = (label == index).numpy(), (prediction == index).numpy()
+        outline, guessed = truth & ~_eroded(truth, width), guess & ~_eroded(guess, width)
+        assert found.counts[:, index].tolist() == [outline.sum(), guessed.sum(), (outline & guessed).sum()]
+
+
+def test_a_perfect_prediction_scores_one_and_a_shifted_one_less() -> None:
+    label = _square()
+    assert Boundary.of(label, label, 2, width=2).iou.tolist() == [1.0, 1.0]
+    near, far = (Boundary.of(_square(shift), label, 2, width=2).miou for shift in (1, 4))
+    assert 0 < far < near < 1
+
+
+def test_looks_at_outlines_where_plain_iou_looks_at_areas() -> None:
+    label, shifted = _square(), _square(2)
+    plain = float(((label == 1) & (shifted == 1)).sum() / ((label == 1) | (shifted == 1)).sum())
+    assert float(Boundary.of(shifted, label, 2, width=2).iou[1]) < plain - 0.2
+
+
+def test_borders_of_pictures_and_of_ignored_areas_are_no_outline() -> None:
+    whole = torch.ones(16, 16, dtype=torch.int64)
+    assert math.isnan(Boundary.of(whole, whole, 2, width=3).miou)
+    label = whole.clone()
+    label[:, 8:] = IGNORE
+    prediction = whole.clone()
+    prediction[:, 8:] = 0
+    assert Boundary.of(prediction, label, 2, width=3).counts.sum() == 0
+
+
+def test_adds_up_over_pictures_and_ranks() -> None:
+    labels = torch.stack([_square(), _square(3), _square(-3)])
+    predictions = torch.stack([_square(1), _square(3), _square()])
+    together = Boundary.of(predictions, labels, 2, width=2)
+    apart = Boundary.empty(2, 2)
+    for prediction, label in zip(predictions, labels, strict=True):
+        apart = apart + Boundary.of(prediction, label, 2, width=2)
+    torch.testing.assert_close(apart.counts, together.counts)
+    first, rest = (Boundary.of(predictions[part], labels[part], 2, width=2) for part in (slice(1), slice(1, 3)))
+    torch.testing.assert_close(first.reduce(lambda counts: counts + rest.counts).iou, together.iou)
+    with pytest.raises(ValueError, match="do not add up"):
+        apart + Boundary.empty(2, 3)

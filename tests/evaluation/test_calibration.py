@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchmetrics.classification import MulticlassCalibrationError
+
+from overfly.core.records import IGNORE
+from overfly.evaluation.calibration import Calibration
+
+
+def _scores(seed: int, images: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(images, 4, 9, 7, generator=generator) * 2
+    label = torch.randint(0, 4, (images, 9, 7), generator=generator)
+    label[torch.rand(label.shape, generator=generator) < 0.3] = IGNORE
+    return scores, label
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**31), bins=st.sampled_from([5, 15, 20]))
+def test_agrees_with_torchmetrics(seed: int, bins: int) -> None:
+    scores, label = _scores(seed)
+    metric = MulticlassCalibrationError(4, n_bins=bins, norm="l1", ignore_index=IGNORE)
+    metric.update(scores, label)
+    assert Calibration.of(scores, label, bins).ece == pytest.approx(float(metric.compute()), abs=1e-5)
+
+
+def test_adds_up_over_pictures_and_ranks() -> None:
+    scores, label = _scores(0)
+    whole = Calibration.of(scores, label)
+    apart = Calibration.empty()
+    for one, truth in zip(scores, label, strict=True):
+        apart = apart + Calibration.of(one, truth)
+    torch.testing.assert_close(apart.sums, whole.sums)
+    rest = Calibration.of(scores[1:], label[1:])
+    torch.testing.assert_close(Calibration.of(scores[0], label[0]).reduce(lambda s: s + rest.sums).sums, whole.sums)
+    assert int(whole.pixels.sum()) == int((label != IGNORE).sum())
+
+
+def test_knows_overconfidence_from_humility() -> None:
+    label = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0]])
+    sure = torch.stack([torch.full((1, 10), 20.0), torch.zeros(1, 10)])
+    claimed = Calibration.of(sure, label)
+    assert claimed.ece == pytest.approx(0.4, abs=1e-6)
+    assert claimed.overconfidence == pytest.approx(0.4, abs=1e-6)
+    assert int(claimed.pixels[-1]) == 10
+    honest = torch.stack([torch.full((1, 10), math.log(0.6)), torch.full((1, 10), math.log(0.4))])
+    assert Calibration.of(honest, label).ece == pytest.approx(0, abs=1e-6)
+
+
+def test_nothing_counted_has_no_error() -> None:
+    assert math.isnan(Calibration.empty().ece)
+    assert math.isnan(Calibration.empty().overconfidence)

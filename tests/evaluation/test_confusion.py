@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, distributed
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCohenKappa,
+    MulticlassF1Score,
+    MulticlassJaccardIndex,
+    MulticlassPrecision,
+)
+
+from overfly.core.records import IGNORE
+from overfly.evaluation.confusion import Confusion
+
+K = 5
+
+
+def _pixels(seed: int, number: int = 400, classes: int = K) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, classes, (number,), generator=generator)
+    prediction = torch.where(
+        torch.rand(number, generator=generator) < 0.6,
+        label,
+        torch.randint(0, classes, (number,), generator=generator),
+    )
+    label[torch.rand(number, generator=generator) < 0.2] = IGNORE
+    return prediction, label
+
+
+def test_rows_are_labels_and_columns_predictions() -> None:
+    found = Confusion.of(torch.tensor([[1, 1], [0, 2]]), torch.tensor([[0, 1], [IGNORE, 2]]), 3)
+    assert found.counts.tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
+    assert found.pixels == 3
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**31), batches=st.integers(1, 4))
+def test_agrees_with_torchmetrics_over_several_batches(seed: int, batches: int) -> None:
+    metrics = {
+        "iou": MulticlassJaccardIndex(K, average="none", ignore_index=IGNORE),
+        "miou": MulticlassJaccardIndex(K, average="macro", ignore_index=IGNORE),
+        "f1": MulticlassF1Score(K, average="none", ignore_index=IGNORE),
+        "precision": MulticlassPrecision(K, average="none", ignore_index=IGNORE),
+        "recall": MulticlassAccuracy(K, average="none", ignore_index=IGNORE),
+        "accuracy": MulticlassAccuracy(K, average="micro", ignore_index=IGNORE),
+        "kappa": MulticlassCohenKappa(K, ignore_index=IGNORE),
+    }
+    total = Confusion.empty(K)
+    for batch in range(batches):
+        prediction, label = _pixels(seed + batch)
+        total = total + Confusion.of(prediction, label, K)
+        for metric in metrics.values():
+            metric.update(prediction, label)
+    for name, metric in metrics.items():
+        ours = torch.as_tensor(getattr(total, name), dtype=torch.float32)
+        torch.testing.assert_close(ours, metric.compute().float(), atol=1e-5, rtol=1e-5, msg=f"{name} differs")
+
+
+def test_agrees_with_torchmetrics_where_a_class_is_absent() -> None:
+    prediction, label = _pixels(3, classes=3)
+    metric = MulticlassJaccardIndex(K, average="macro", ignore_index=IGNORE)
+    metric.update(prediction, label)
+    found = Confusion.of(prediction, label, K)
+    assert found.miou == pytest.approx(float(metric.compute()), abs=1e-6)
+    assert found.iou[3:].isnan().all()
+
+
+def test_absent_classes_are_left_out_and_invented_ones_count_as_nought() -> None:
+    label = torch.tensor([0, 0, 1, 1])
+    assert Confusion.of(torch.tensor([0, 0, 1, 1]), label, 4).miou == 1.0
+    invented = Confusion.of(torch.tensor([0, 0, 1, 2]), label, 4)
+    assert invented.iou[:3].tolist() == [1.0, 0.5, 0.0]
+    assert math.isnan(float(invented.iou[3]))
+    assert invented.miou == pytest.approx(0.5)
+    assert invented.mean_recall == pytest.approx(0.75)
+    assert math.isnan(float(invented.recall[2]))
+
+
+def test_one_matrix_is_not_the_mean_of_batches() -> None:
+    """Mistake 11: a mean of per-batch IoUs says something else than the IoU of the split."""
+    first = Confusion.of(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 1]), 2)
+    second = Confusion.of(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 1, 1]), 2)
+    assert (first + second).miou == pytest.approx((4 / 7 + 1 / 4) / 2)
+    assert (first.miou + second.miou) / 2 != pytest.approx((first + second).miou, abs=0.1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31), cuts=st.lists(st.integers(0, 400), max_size=4))
+def test_adds_up_over_any_split_of_the_pixels(seed: int, cuts: list[int]) -> None:
+    prediction, label = _pixels(seed)
+    edges = [0, *sorted(cuts), 400]
+    total = Confusion.empty(K)
+    for start, end in pairwise(edges):
+        total = total + Confusion.of(prediction[start:end], label[start:end], K)
+    assert total == Confusion.of(prediction, label, K)
+    assert total != Confusion.empty(K)
+    assert total.counts.dtype == torch.int64
+
+
+def test_adds_up_over_ranks_by_a_given_sum() -> None:
+    prediction, label = _pixels(1)
+    halves = [Confusion.of(prediction[part::2], label[part::2], K) for part in range(2)]
+    summed = halves[0].reduce(lambda counts: counts + halves[1].counts)
+    assert summed == Confusion.of(prediction, label, K)
+    assert halves[0].reduce() is not halves[0]
+    assert halves[0].reduce() == halves[0]
+
+
+def test_adds_up_over_two_ranks_of_gloo() -> None:
+    """Two real ranks, each in a thread of its own."""
+    prediction, label = _pixels(2)
+    c10d: Any = distributed  # its classes carry no types
+    store = c10d.HashStore()
+
+    def rank(index: int) -> Confusion:
+        group = c10d.ProcessGroupGloo(store, index, 2, timedelta(seconds=30))
+
+        def add(counts: Tensor) -> Tensor:
+            total = counts.clone()
+            group.allreduce([total]).wait()
+            return total
+
+        return Confusion.of(prediction[index::2], label[index::2], K).reduce(add)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rank, range(2))
+    assert first == second == Confusion.of(prediction, label, K)
+
+
+def test_nothing_counted_has_no_scores() -> None:
+    empty = Confusion.of(torch.zeros(4, dtype=torch.int64), torch.full((4,), IGNORE), K)
+    assert empty == Confusion.empty(K)
+    assert all(math.isnan(value) for value in (empty.miou, empty.accuracy, empty.mean_f1, empty.kappa))
+
+
+def test_ids_that_are_no_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match="label ids run from 0 to 7"):
+        Confusion.of(torch.tensor([0, 1]), torch.tensor([0, 7]), K)
+    with pytest.raises(ValueError, match="prediction ids run from -1"):
+        Confusion.of(torch.tensor([-1, 1]), torch.tensor([0, 1]), K)
+    with pytest.raises(ValueError, match="differ in shape"):
+        Confusion.of(torch.zeros(2, 2), torch.zeros(4), K)
+
+
+def test_predictions_under_ignored_labels_may_be_anything() -> None:
+    found = Confusion.of(torch.tensor([200, 1]), torch.tensor([IGNORE, 1]), 2)
+    assert found.counts.tolist() == [[0, 0], [0, 1]]
+
+
+def test_counts_beyond_what_32_bits_hold() -> None:
+    large = Confusion(torch.full((2, 2), 2**40, dtype=torch.int64))
+    assert (large + large).pixels == 4 * 2**41
+    assert (large + large).miou == pytest.approx(1 / 3)

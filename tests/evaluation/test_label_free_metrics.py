@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from overfly.core.errors import NotFiniteError
+from overfly.core.records import Logits
+from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.images import middle, unlabelled
+from overfly.evaluation.label_free_metrics import (
+    COMMITTEE,
+    VALIDATORS,
+    LabelFree,
+    balanced_miou,
+    elect,
+    look,
+    neighbourhood_density,
+    nuclear_norm,
+    shared_miou,
+)
+from overfly.evaluation.perturbations import masked, turned, views
+from planted import ByLevel, Constant, Patches
+
+
+@pytest.fixture(scope="module")
+def sharp() -> LabelFree:
+    return look(ByLevel(20), Patches())
+
+
+@pytest.fixture(scope="module")
+def collapsed() -> LabelFree:
+    return look(Constant(), Patches())
+
+
+def test_a_perfect_sure_network(sharp: LabelFree) -> None:
+    assert sharp.entropy == pytest.approx(0, abs=1e-3)
+    assert sharp.information > 0.9
+    assert sharp.diversity > 0.9
+    assert sharp.by_view["90°"] == sharp.by_view["mirrored 180°"] == 1
+    assert 0 < sharp.masked < 1
+    assert sum(sharp.shares) == pytest.approx(1)
+    assert (sharp.pictures, sharp.labels_opened) == (5, 0)
+    assert (sharp.agreement, sharp.source_miou) == (None, None)
+
+
+def test_collapse_shows_where_it_is_said_to(sharp: LabelFree, collapsed: LabelFree) -> None:
+    assert collapsed.entropy == pytest.approx(0, abs=1e-6)
+    assert collapsed.masked == collapsed.views == 1
+    assert collapsed.snd == pytest.approx(1)
+    assert collapsed.information == pytest.approx(0, abs=1e-6)
+    assert collapsed.diversity == 0
+    assert collapsed.bnm == pytest.approx(1 / math.sqrt(3))
+    assert collapsed.masked_miou == collapsed.views_miou == pytest.approx(1 / 3)
+    assert elect([sharp, collapsed]) == [1, 0]
+    assert "entropy" not in COMMITTEE
+    assert elect([sharp, collapsed], ["masked"]) == [0, 1]
+
+
+def test_a_network_that_knows_nothing() -> None:
+    found = look(Constant(0.0), Patches())
+    assert found.entropy == pytest.approx(-1)
+    assert found.information == pytest.approx(0, abs=1e-6)
+    assert found.bnm == pytest.approx(1 / 3)
+
+
+def test_exchanged_classes_show_in_agreement_alone(sharp: LabelFree) -> None:
+    exchanged = look(ByLevel(20, (1, 2, 0)), Patches(), reference=ByLevel(20))
+    assert exchanged.agreement == 0
+    blind = set(VALIDATORS) - {"agreement", "source_miou"}
+    for name in blind:
+        assert getattr(exchanged, name) == pytest.approx(getattr(sharp, name), abs=1e-6), name
+    assert look(ByLevel(1), Patches(), reference=ByLevel(20)).agreement == 1
+
+
+def test_a_network_agrees_with_itself_whatever_it_never_says(collapsed: LabelFree) -> None:
+    assert look(Constant(20.0), Patches(), reference=Constant(20.0)).agreement == 1
+    assert collapsed.views_miou == pytest.approx(1 / 3)  # giving classes up still costs consistency
+
+
+def test_classes_given_up_count_against_agreement() -> None:
+    before = torch.tensor([[6, 0, 0], [2, 0, 0], [0, 0, 0]])  # what one says, by what the other does; neither the third
+    assert shared_miou(Confusion(before)) == pytest.approx((6 / 8 + 0) / 2)
+
+
+def test_looking_is_deterministic_and_leaves_everything_as_it_was(sharp: LabelFree) -> None:
+    network = nn.Sequential(nn.Dropout(0.5))
+    network.append(ByLevel(20))
+    network[1].eval()
+    before = torch.random.get_rng_state()
+    assert look(network, Patches()) == sharp
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (network.training, network[0].training, network[1].training) == (True, True, False)
+    assert look(ByLevel(20), Patches(), seed=1).masked != sharp.masked
+
+
+def test_every_figure_lies_in_its_range(sharp: LabelFree, collapsed: LabelFree) -> None:
+    for found in (sharp, collapsed, look(ByLevel(0.1), Patches(), crop=20, window=16, limit=2)):
+        for name, value in found.figures().items():
+            assert value is None or (-1 if name == "entropy" else 0) - 1e-9 <= value <= 1 + 1e-9, name
+    assert LabelFree.model_validate_json(sharp.model_dump_json()) == sharp
+
+
+def test_pictures_are_fixed_cut_in_the_middle_and_without_labels() -> None:
+    found = list(unlabelled(Patches(pictures=10), "train", limit=3, crop=20))
+    assert [tuple(image.shape) for image in found] == [(3, 20, 20)] * 3
+    again = list(unlabelled(Patches(pictures=10), "train", limit=3, crop=20))
+    assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
+    assert middle(torch.arange(25).reshape(5, 5), 3).tolist() == [[6, 7, 8], [11, 12, 13], [16, 17, 18]]
+    assert middle(torch.zeros(4, 9), 6).shape == (4, 6)
+    assert next(unlabelled(Patches(), "train", resize=16)).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("view", [masked(), *views()], ids=lambda view: view.name)
+@pytest.mark.parametrize("size", [(24, 24), (16, 40)])
+def test_views_come_back_to_the_pictures_own_frame(view: object, size: tuple[int, int]) -> None:
+    assert isinstance(view, type(masked()))
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
+    altered = view.alter(image, 255.0, torch.Generator().manual_seed(0))
+    assert altered.min() >= 0
+    assert altered.max() <= 255 + 1e-3
+    assert view.back(altered, size).shape == image.shape
+    if view.name.endswith("°"):
+        assert torch.equal(view.back(altered, size), image)
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.integers(0, 3), st.booleans())
+def test_turns_are_undone(quarters: int, mirrored: bool) -> None:
+    image = torch.arange(2 * 3 * 5.0).reshape(2, 3, 5)
+    view = turned(quarters, mirrored)
+    assert torch.equal(view.back(view.alter(image, 1.0, torch.Generator()), (3, 5)), image)
+
+
+def test_nuclear_norm_has_its_bounds() -> None:
+    sure = torch.eye(4).repeat(25, 1)
+    assert nuclear_norm(sure) == pytest.approx(1)
+    assert nuclear_norm(torch.eye(4)[:1].repeat(100, 1)) == pytest.approx(1 / 2)
+    assert nuclear_norm(torch.full((100, 4), 0.25)) == pytest.approx(1 / 4)
+    assert nuclear_norm(torch.eye(4)[:2]) == pytest.approx(1), "fewer rows than classes"
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 40), st.integers(2, 6), st.integers(0, 10**6))
+def test_nuclear_norm_stays_in_its_range(rows: int, classes: int, seed: int) -> None:
+    scores = torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)) * 3
+    assert 1 / classes - 1e-6 <= nuclear_norm(scores.softmax(1)) <= 1
+
+
+def test_density_grows_with_clusters_that_hold_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.eye(4).repeat(20, 1) * 6
+    noise = torch.randn(80, 4, generator=generator)
+    found = [neighbourhood_density((centres + width * noise).softmax(1)) for width in (0.0, 1.0, 2.0, 3.0)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == pytest.approx(math.log(19) / math.log(79), abs=1e-2), "each has 19 like it"
+    assert neighbourhood_density(torch.eye(4)[:1].repeat(9, 1)) == pytest.approx(1)
+    assert neighbourhood_density((centres + noise).softmax(1), chunk=7) == pytest.approx(found[1])
+    assert math.isnan(neighbourhood_density(torch.ones(2, 2)))
+
+
+def test_balanced_miou_counts_a_class_that_is_given_up() -> None:
+    assert balanced_miou(Confusion(torch.diag(torch.tensor([5, 5, 5])))) == 1
+    assert balanced_miou(Confusion(torch.diag(torch.tensor([9, 0, 6])))) == pytest.approx(2 / 3)
+
+
+def test_a_broken_network_is_named() -> None:
+    class Broken(nn.Module):
+        def forward(self, image: Tensor) -> Logits:
+            return Logits(torch.full((len(image), 3, *image.shape[-2:]), float("nan")))
+
+    with pytest.raises(NotFiniteError, match="not finite"):
+        look(Broken(), Patches())

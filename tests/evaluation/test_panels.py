@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from overfly.core.classes import Classes
+from overfly.core.records import IGNORE, Array, UInt8
+from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.panels import comparison, confusion_figure, displayed, panels
+from overfly.evaluation.samples import Sample
+
+CLASSES = Classes(names=("field", "house", "Straße"), colours=((10, 200, 30), (220, 20, 60), (40, 60, 250)))
+
+
+def _sample(name: str = "a", height: int = 40, width: int = 60, label: bool = True) -> Sample:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    truth = np.zeros((height, width), np.uint8)
+    truth[:, width // 2 :] = 1
+    truth[: height // 4] = IGNORE
+    prediction = np.full((height, width), 2, np.uint8)
+    return Sample(name, image, prediction, truth if label else None, 0.5 if label else None)
+
+
+def _open(path: Path) -> UInt8:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB"))
+
+
+def _share(picture: Array, colour: tuple[int, int, int]) -> float:
+    return float((picture == np.asarray(colour)).all(-1).mean())
+
+
+def test_panels_show_image_label_and_prediction(tmp_path: Path) -> None:
+    path = panels([_sample(), _sample("b")], CLASSES, tmp_path / "new" / "panels.png", side=120)
+    picture = _open(path)
+    tile = 120 * 80 * 2 / (picture.shape[0] * picture.shape[1])
+    assert picture.shape[1] == 12 + 3 * 132
+    assert _share(picture, CLASSES.colours[2]) == pytest.approx(tile, rel=0.1)
+    assert _share(picture, CLASSES.colours[1]) == pytest.approx(tile * 0.375, rel=0.2)
+    assert _share(picture, CLASSES.colours[0]) == pytest.approx(tile * 0.375, rel=0.2)
+
+
+def test_pixels_without_a_label_are_striped_and_said_in_the_legend(tmp_path: Path) -> None:
+    with_gap = _open(panels([_sample()], CLASSES, tmp_path / "a.png", side=120))
+    whole = _sample()
+    assert whole.label is not None
+    whole.label[whole.label == IGNORE] = 0
+    without = _open(panels([whole], CLASSES, tmp_path / "b.png", side=120))
+    assert _share(with_gap, (70, 70, 70)) > 0.01 > _share(without, (70, 70, 70))
+
+
+def test_without_labels_there_is_no_such_column(tmp_path: Path) -> None:
+    picture = _open(panels([_sample(label=False)], CLASSES, tmp_path / "a.png", side=100))
+    assert picture.shape[1] == 12 + 2 * 112
+
+
+def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
+    first, second = _sample(), _sample()
+    second.prediction[:] = 1
+    rows = {"urban": {"before": first, "after": second}, "rural": {"before": _sample("c")}}
+    picture = _open(comparison(rows, CLASSES, tmp_path / "c.png", side=90))
+    assert picture.shape[1] == 12 + 4 * 102
+    assert _share(picture[:, -102:], CLASSES.colours[1]) > 0.15
+    assert _share(picture[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colours[2]) > 0.35
+
+
+def test_comparison_without_labels_has_no_column_for_them(tmp_path: Path) -> None:
+    rows = {"rural": {"before": dataclasses.replace(_sample(), label=None), "after": _sample()}}
+    assert _open(comparison(rows, CLASSES, tmp_path / "a.png", side=90)).shape[1] == 12 + 4 * 102
+    rows["rural"]["after"] = rows["rural"]["before"]
+    assert _open(comparison(rows, CLASSES, tmp_path / "b.png", side=90)).shape[1] == 12 + 3 * 102
+
+
+def test_large_pictures_make_no_large_sheets(tmp_path: Path) -> None:
+    picture = _open(panels([_sample(height=900, width=300)], CLASSES, tmp_path / "a.png", side=200))
+    assert picture.shape[0] < 330
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_any_sensor_can_be_shown(bands: int, kind: type[np.generic]) -> None:
+    image = (np.random.default_rng(0).random((8, 9, bands)) * 200).astype(kind)
+    shown = displayed(image)
+    assert shown.shape == (8, 9, 3)
+    assert shown.dtype == np.uint8
+    assert shown.max() > 150
+
+
+def test_eight_bits_stay_as_they_are_and_others_are_stretched() -> None:
+    eight = np.full((4, 4, 3), 7, np.uint8)
+    np.testing.assert_array_equal(displayed(eight), eight)
+    np.testing.assert_array_equal(displayed(eight[..., 0]), eight)
+    sixteen = np.linspace(3000, 4000, 400).reshape(20, 20, 1).astype(np.uint16)
+    shown = displayed(sixteen)
+    assert shown.min() == 0
+    assert shown.max() == 255
+    assert abs(float(shown.mean()) - 127.5) < 2
+
+
+def test_stated_bands_are_shown_and_others_refused() -> None:
+    image = np.stack([np.full((3, 3), level, np.uint8) for level in (1, 2, 3, 4)], -1)
+    assert displayed(image, (3, 1, 0))[0, 0].tolist() == [4, 2, 1]
+    with pytest.raises(ValueError, match="bands 0 to 3"):
+        displayed(image, (4, 1, 0))
+
+
+def test_holes_in_float_images_are_black() -> None:
+    image = np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10, 1)
+    image[0, 0] = np.nan
+    image[0, 1] = np.inf
+    shown = displayed(image)
+    assert shown[0, 0].tolist() == shown[0, 1].tolist() == [0, 0, 0]
+    assert shown.max() == 255
+    assert displayed(np.full((3, 3, 1), np.nan)).max() == 0
+
+
+def test_confusion_is_drawn_row_by_row(tmp_path: Path) -> None:
+    counts = Confusion(torch.tensor([[90, 10, 0], [0, 0, 0], [5, 5, 0]]))
+    first = _open(confusion_figure(counts, CLASSES, tmp_path / "new" / "c.png"))
+    again = _open(confusion_figure(((900, 100, 0), (0, 0, 0), (50, 50, 0)), CLASSES, tmp_path / "d.png"))
+    assert first.shape[0] > 400
+    assert (first < 100).any()
+    same = min(first.shape[0], again.shape[0])
+    assert float((first[:same] != again[:same]).mean()) < 0.05

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from overfly.core.errors import RecipeError
+from overfly.core.records import Logits
+from overfly.evaluation.speed import Speed, count_macs, measure, without_training_heads
+from overfly.models.network import Network
+
+
+class Tiny(Network):
+    """A network with one head that only training reads."""
+
+    training_heads = ("aside",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.main = nn.Conv2d(8, 5, 1)
+        self.aside: nn.Conv2d | None = nn.Conv2d(8, 5, 1)
+
+    def forward(self, image: Tensor) -> Logits:
+        features = self.norm(self.body(image))
+        return Logits(self.main(features), () if self.aside is None else (self.aside(features),))
+
+
+class Wrapped(nn.Module):
+    """As a segmenter holds its network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Tiny()
+
+    def forward(self, image: Tensor) -> Logits:
+        out: Logits = self.network(image)
+        return out
+
+
+MACS = 16 * 24 * (3 * 8 * 9 + 8 * 5)
+PARAMETERS = 3 * 8 * 9 + 2 * 8 + (8 * 5 + 5)
+
+
+@pytest.mark.parametrize("made", [Tiny, Wrapped])
+def test_counts_one_image_without_training_heads(made: type[nn.Module]) -> None:
+    """Mistake 14: not those of a batch, and not those of training."""
+    network = made().train()
+    found = measure(network, size=(16, 24), batches=(2, 1), warmup=1, repeats=3, macs_of_batch=(6,))
+    assert found.macs == MACS
+    assert found.macs_of_batch == {6: 6 * MACS}
+    assert found.parameters == PARAMETERS
+    assert not found.training_heads
+    assert network.training
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS + 45
+    assert [timing.batch for timing in found.timings] == [1, 2]
+    assert found.latency.batch == 1
+
+
+def test_counts_any_module_as_it_stands() -> None:
+    network = Tiny()
+    assert count_macs(network, torch.zeros(2, 3, 16, 24)) == 2 * (MACS + 16 * 24 * 40)
+    assert count_macs(without_training_heads(network), torch.zeros(2, 3, 16, 24)) == 2 * MACS
+    plain = nn.Conv2d(2, 4, 3)
+    found = measure(plain, size=10, bands=2, warmup=0, repeats=1)
+    assert found.macs == 8 * 8 * 2 * 4 * 9
+    assert found.size == (10, 10)
+
+
+class Clock:
+    """A clock that moves only when somebody works."""
+
+    now = 0.0
+
+
+class Worker(nn.Module):
+    """Takes 4 ms, 12 ms every tenth time, and far longer on its first three passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.passes += 1
+        Clock.now += 0.5 if self.passes <= 3 else 0.012 if self.passes % 10 == 0 else 0.004
+        return image
+
+
+def test_times_what_a_pass_takes_after_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
+    found = measure(Worker(), size=8, batches=(4,), warmup=3, repeats=100).latency
+    assert found.p50_ms == pytest.approx(4)
+    assert found.p95_ms == pytest.approx(12)
+    assert found.p99_ms == pytest.approx(12)
+    assert found.mean_ms == pytest.approx(4.8)
+    assert found.std_ms == pytest.approx(2.4)
+    assert found.images_per_second == pytest.approx(4 / 0.0048)
+    assert found.peak_memory_mb is not None
+    assert 10 < found.peak_memory_mb < 1e5
+
+
+def test_says_how_and_where_it_was_measured() -> None:
+    before = torch.get_num_threads()
+    found = measure(Tiny(), size=8, warmup=2, repeats=2, threads=before + 1, precision="bf16")
+    assert torch.get_num_threads() == before
+    assert found.machine["threads"] == before + 1
+    assert found.machine["torch"] == torch.__version__
+    assert found.machine["device"]
+    assert (found.warmup, found.repeats, found.precision) == (2, 2, "bf16")
+    assert "synchronised" in found.method
+    assert Speed.model_validate(json.loads(json.dumps(found.model_dump(mode="json"), allow_nan=False))) == found
+
+
+@pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}, {"repeats": 0}, {"threads": 0}])
+def test_impossible_measurements_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match="1 or more"):
+        measure(Tiny(), size=8, **wrong)  # type: ignore[arg-type]

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from overfly.commands.load_predictor import predictor_of
+from overfly.core.errors import DataError, OverflyError
+from overfly.exporting.predictor import Predictor, facts_of, of_segmenter
+from overfly.models.segmenter import Segmenter
+from overfly.recipe import Recipe
+from overfly.training.setup import first_segmenter
+
+
+@pytest.fixture
+def segmenter(recipe: Recipe) -> Segmenter:
+    return first_segmenter(recipe).eval()
+
+
+def test_probabilities_are_those_of_the_network(segmenter: Segmenter) -> None:
+    predictor = of_segmenter(segmenter, facts_of(segmenter, window=64))
+    images = np.random.default_rng(0).uniform(0, 255, (2, 3, 50, 70)).astype(np.float32)
+    with torch.inference_mode():
+        wanted = segmenter.scores(torch.from_numpy(images)).softmax(1).numpy()
+    found = predictor(images)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_other_bands_and_other_sides_are_refused(segmenter: Segmenter) -> None:
+    facts = facts_of(segmenter, window=64)
+    with pytest.raises(DataError, match="3 bands"):
+        of_segmenter(segmenter, facts)(np.zeros((1, 4, 64, 64), np.float32))
+    fixed = facts.model_copy(update={"fixed": True})
+    with pytest.raises(DataError, match="64 pixels a side"):
+        Predictor(fixed, "torch", "cpu", lambda images: images)(np.zeros((1, 3, 64, 32), np.float32))
+
+
+def test_a_network_file_is_opened_and_other_runtimes_are_refused(segmenter: Segmenter, tmp_path: Path) -> None:
+    file = segmenter.save(tmp_path / "a.safetensors")
+    predictor = predictor_of(file, device="cpu")
+    assert predictor.facts.classes == segmenter.classes
+    assert predictor.backend == "torch"
+    with pytest.raises(OverflyError, match="export it for openvino"):
+        predictor_of(file, backend="openvino", device="cpu")

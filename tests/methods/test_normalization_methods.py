@@ -1,0 +1,189 @@
+"""Methods that give each domain normalisations of its own, or change nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from overfly.core.errors import RecipeError
+from overfly.core.records import Batch
+from overfly.data.loading import Steps
+from overfly.methods.distillation import Distil
+from overfly.methods.dsbn import DSBN, DomainNorm
+from overfly.methods.method import Method
+from overfly.methods.recalibrate import Recalibrate
+from overfly.methods.tent import Tent
+from overfly.methods.transnorm import TransferableNorm, TransNorm
+from overfly.models.segmenter import Segmenter
+from overfly.recipe import Recipe, load
+from overfly.training.setup import first_segmenter, streams
+from overfly.training.train_recipe import weights_of
+
+Case = tuple[Recipe, Batch]
+
+
+@pytest.fixture
+def case(small: dict[str, Any]) -> Case:
+    recipe = load(small, "method=dacs")
+    return recipe, Steps(*streams(recipe)).batch(0)
+
+
+def stepped(method: Method[Any], case: Case, steps: int = 2) -> Any:
+    """Networks after a few steps of plain descent."""
+    nets = method.networks(first_segmenter(case[0])).train()
+    optimizers = method.optimizers(nets, case[0].optim)
+    for step in range(steps):
+        losses = method.losses(nets, case[1])
+        if losses:
+            torch.autograd.backward(torch.stack(list(losses.values())).sum())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        method.after_step(nets, step)
+    return nets
+
+
+def test_a_share_of_0_leaves_the_network_as_it_was_and_of_1_is_adabn(case: Case) -> None:
+    torch.manual_seed(0)
+    segmenter = first_segmenter(case[0])
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        method = Recalibrate(share=share)
+        torch.manual_seed(0)
+        found[share] = method.deployed(stepped(method, case)).state_dict()
+    segmenter.load_state_dict(found[0.0])
+    torch.manual_seed(0)
+    start = first_segmenter(case[0]).state_dict()
+    assert all(torch.equal(value, start[key]) for key, value in found[0.0].items())
+    for key, value in found[0.5].items():
+        if "running" in key:
+            assert torch.allclose(value, (found[0.0][key] + found[1.0][key]) / 2, atol=1e-5, rtol=1e-5)
+        elif "num_batches" not in key:
+            assert torch.equal(value, found[1.0][key])
+    assert "beginning" not in "".join(Recalibrate().networks(segmenter).state_dict())
+
+
+def test_tent_moves_scales_shifts_and_statistics_alone(case: Case) -> None:
+    torch.manual_seed(0)
+    before = first_segmenter(case[0])
+    norms = {name for name, part in before.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    torch.manual_seed(0)
+    after = stepped(Tent(), case).student.state_dict()
+    moved = {key for key, value in before.state_dict().items() if not torch.equal(value, after[key])}
+    assert {key.rsplit(".", 1)[0] for key in moved} <= norms
+    kinds = {key.rsplit(".", 1)[1] for key in moved}
+    assert {"weight", "bias", "running_mean", "running_var"} <= kinds
+    heads = [key for key in moved if "seghead" in key and key.endswith(("weight", "bias"))]
+    assert not heads
+
+
+def test_dsbn_of_equal_domains_is_ordinary_batch_normalisation() -> None:
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.weight)
+    double = DomainNorm(norm)
+    plain = nn.BatchNorm2d(4)
+    plain.load_state_dict(norm.state_dict())
+    image = torch.randn(3, 4, 5, 5) * 3 + 2
+    both = double(torch.cat([image, image]))
+    expected = plain(image)
+    assert torch.equal(both[:3], expected)
+    assert torch.equal(both[3:], expected)
+    for branch in (double.source, double.target):
+        assert all(torch.equal(value, plain.state_dict()[key]) for key, value in branch.state_dict().items())
+    assert torch.equal(double.eval()(image), plain.eval()(image))
+
+
+def test_dsbn_keeps_the_domains_apart() -> None:
+    double = DomainNorm(nn.BatchNorm2d(1))
+    double(torch.cat([torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8) * 9 + 100]))
+    found = {name: float(value) for name, value in double.state_dict().items() if name.endswith("running_mean")}
+    assert abs(found["source.running_mean"]) < 1
+    assert found["target.running_mean"] > 5
+
+
+@pytest.mark.parametrize("method", [DSBN(), TransNorm(), Recalibrate(share=0.3)], ids=lambda method: method.name)
+def test_what_is_deployed_is_an_ordinary_network_with_equal_outputs(
+    method: Method[Any], case: Case, tmp_path: Path
+) -> None:
+    nets = stepped(method, case)
+    deployed = method.deployed(nets).eval()
+    assert isinstance(deployed, Segmenter)
+    assert deployed.state_dict().keys() == first_segmenter(case[0]).state_dict().keys()
+    loaded = Segmenter.load(deployed.save(tmp_path / "deployed.safetensors")).eval()
+    image = case[1].target
+    with torch.no_grad():
+        assert torch.equal(loaded(image).main, deployed(image).main)
+        if not isinstance(method, Recalibrate):
+            inner = nets.teacher if isinstance(method, DSBN) else nets.student
+            assert torch.allclose(inner.eval()(image).main, deployed(image).main, atol=1e-4, rtol=1e-4)
+
+
+def test_transferable_normalisation_by_the_papers_formula() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    part = TransferableNorm(norm)
+    source, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4) + torch.tensor([0.0, 5, 0]).view(1, 3, 1, 1)
+    found = part(torch.cat([source, target]))
+    ratios = []
+    normal = []
+    for image in (source, target):
+        mean, variance = image.mean((0, 2, 3)), image.var((0, 2, 3), correction=0)
+        ratios.append(mean / (variance + norm.eps).sqrt())
+        standard = (image - mean.view(1, 3, 1, 1)) / (variance.view(1, 3, 1, 1) + norm.eps).sqrt()
+        normal.append(standard * norm.weight.view(1, 3, 1, 1) + norm.bias.view(1, 3, 1, 1))
+    near = 1 / (1 + (ratios[0] - ratios[1]).abs())
+    alpha = 3 * near / near.sum()
+    assert alpha[1] < alpha[0]
+    assert torch.allclose(found, torch.cat(normal) * (1 + alpha).view(1, 3, 1, 1), atol=1e-5)
+
+
+def test_distillation_costs_nothing_where_the_student_is_its_teacher(case: Case, tmp_path: Path) -> None:
+    file = first_segmenter(case[0]).save(tmp_path / "teacher.safetensors")
+    method = Distil(teacher=file)
+    nets = method.networks(Segmenter.load(file))
+    nets.eval()
+    assert nets.teacher.network.has_training_heads is False
+    found = method.losses(nets, case[1])
+    assert found["soft"].abs() < 1e-5
+    assert {"source_main", "soft_aux"} <= found.keys()
+    empty = case[1].source._replace(image=torch.zeros(0, 0, 0, 0))
+    assert set(method.losses(nets, case[1]._replace(source=empty))) == {"soft", "soft_aux"}
+    before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}
+    after = stepped(method, case).teacher.state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_distillation_reads_the_source_only_where_there_is_one(small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load(small)
+    file = first_segmenter(recipe).save(tmp_path / "teacher.safetensors")
+    method = {"name": "distil", "teacher": str(file)}
+    with_source = load({**small, "method": method})
+    assert load(with_source.model_dump(mode="json")) == with_source
+    assert streams(with_source)[0] is not None
+    without = load({**small, "source": None, "start": str(file), "method": method, "model": recipe.model.name})
+    assert streams(without)[0] is None
+
+
+def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[str, Any], tmp_path: Path) -> None:
+    student = first_segmenter(load(small))
+    with pytest.raises(RecipeError, match=r"method\.teacher: there is no trained network at .*nowhere"):
+        Distil(teacher=tmp_path / "nowhere").networks(student)
+    with pytest.raises(RecipeError, match=r"method\.teacher: there is no trained network"):
+        Distil(teacher=tmp_path).networks(student)
+    file = student.save(tmp_path / "teacher.safetensors")
+    other = student.classes.model_copy(update={"names": tuple(reversed(student.classes.names))})
+    student.classes = other
+    with pytest.raises(RecipeError, match="of the same classes, bands and range"):
+        Distil(teacher=file).networks(student)
+    wide = first_segmenter(load(small))
+    wide.peak = 65535.0
+    with pytest.raises(RecipeError, match=r"3 bands up to 255 and .*, the student 3 up to 65535 and"):
+        Distil(teacher=file).networks(wide)
+    with pytest.raises(RecipeError, match="is not there"):
+        weights_of(tmp_path / "nowhere")

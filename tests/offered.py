@@ -1,0 +1,48 @@
+"""Networks and images for tests of the server: quick, and with answers that are known."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from overfly.core.classes import Classes
+from overfly.core.records import Array
+from overfly.exporting.predictor import Facts, Floats, Predictor
+from overfly.web.networks import Network
+
+CLASSES = Classes(names=("dark", "<b>bright</b>"), colours=((10, 20, 30), (250, 240, 230)))
+
+
+def bright(images: Floats) -> Floats:
+    """Probability of the second class: a pixel's first band over 255."""
+    share = images[:, :1] / 255
+    return np.concatenate([1 - share, share], 1).astype(np.float32)
+
+
+def predictor(run: Callable[[Floats], Floats] = bright, **changes: Any) -> Predictor:
+    facts = Facts(architecture="threshold", classes=CLASSES, mean=(0.0,) * 3, std=(1.0,) * 3, window=64)
+    return Predictor(facts.model_copy(update=changes), "torch", "cpu", run)
+
+
+def network(key: str = "0", run: Callable[[Floats], Floats] = bright, **changes: Any) -> Network:
+    return Network(key, f"network {key}", lambda: predictor(run, **changes), None, {"network": "threshold"})
+
+
+def inverted(images: Floats) -> Floats:
+    return bright(255 - images)
+
+
+def ramp(height: int = 40, width: int = 50) -> Array:
+    """Dark on the left, bright on the right."""
+    row = np.linspace(0, 255, width).astype(np.uint8)
+    return np.repeat(np.repeat(row[None, :, None], height, 0), 3, 2)
+
+
+def encoded(image: Array, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()

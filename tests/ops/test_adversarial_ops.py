@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from overfly.core.errors import RecipeError
+from overfly.ops.adversarial import Critic, fool, frozen, given, tell_apart
+
+
+def test_the_critic_is_the_published_one() -> None:
+    critic = Critic(7)
+    shapes = [tuple(p.shape) for p in critic.parameters() if p.ndim == 4]
+    assert shapes == [(64, 7, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (512, 256, 4, 4), (1, 512, 4, 4)]
+    assert isinstance(critic[-1], nn.Conv2d)
+    assert critic(torch.zeros(2, 7, 64, 96)).shape == (2, 1, 2, 3)
+    assert critic(torch.zeros(1, 7, 32, 33)).shape == (1, 1, 1, 1)
+
+
+def test_maps_that_are_too_small_are_refused_in_a_sentence() -> None:
+    with pytest.raises(RecipeError, match=r"32×32 pixels or more, and these have 31×64; raise crop to 32"):
+        Critic(2)(torch.zeros(1, 2, 31, 64))
+
+
+def test_frozen_and_given_send_gradients_one_way_and_leave_statistics_alone() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    x = torch.randn(4, 2, 5, 5, requires_grad=True)
+    answer = frozen(module, x)
+    torch.autograd.backward((answer**3).sum())
+    assert x.grad is not None
+    assert x.grad.any()
+    assert all(parameter.grad is None for parameter in module.parameters())
+    x.grad = None
+    torch.testing.assert_close(given(module, x), answer)
+    torch.autograd.backward((given(module, x) ** 3).sum())
+    assert x.grad is None
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+class Constant(nn.Module):
+    """A critic that says the same of everything."""
+
+    def __init__(self, score: float) -> None:
+        super().__init__()
+        self.score = nn.Parameter(torch.tensor(score))
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.score.expand(len(maps), 1, 2, 2)
+
+
+def test_the_game_is_binary_cross_entropy_with_source_above_zero() -> None:
+    maps = torch.zeros(2, 1, 64, 64)
+    source = 1 / (1 + math.exp(-2.0))  # the critic's probability of the source
+    assert fool(Constant(2.0), maps).item() == pytest.approx(-math.log(source))
+    assert tell_apart(Constant(2.0), maps, maps).item() == pytest.approx((-math.log(source) - math.log(1 - source)) / 2)
+    weight = torch.zeros(2, 64, 64)
+    weight[0] = 3.0
+    assert fool(Constant(2.0), maps, weight).item() == pytest.approx(-1.5 * math.log(source))
+    assert tell_apart(Constant(2.0), maps, maps, weight).item() == pytest.approx(
+        (-math.log(source) - 1.5 * math.log(1 - source)) / 2
+    )

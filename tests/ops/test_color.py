@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import colorsys
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from overfly.core.records import Labelled
+from overfly.ops.augmentation import Augment
+from overfly.ops.color import (
+    BrightnessContrast,
+    ColourJitter,
+    Gamma,
+    GaussianBlur,
+    GaussianNoise,
+    Grey,
+    Illumination,
+    grey,
+)
+
+
+def seeded(seed: int) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def images(count: int = 4, bands: int = 3, size: int = 16, low: float = 0.3, high: float = 0.7) -> Tensor:
+    return low + (high - low) * torch.rand(count, bands, size, size, generator=seeded(0))
+
+
+def changed(kind: Augment, image: Tensor, seed: int = 0) -> Tensor:
+    return kind(Labelled(image, torch.zeros(len(image), *image.shape[2:], dtype=torch.int64)), seeded(seed)).image
+
+
+def test_brightness_and_contrast_are_those_of_the_limits() -> None:
+    image = images(200)
+    constants = (changed(BrightnessContrast(p=1, brightness=0.2, contrast=0), image) - image).flatten(1)
+    assert bool((constants.std(1) < 1e-5).all())
+    assert float(constants.min()) == pytest.approx(-0.2, abs=0.01)
+    assert float(constants.max()) == pytest.approx(0.2, abs=0.01)
+    stretched = changed(BrightnessContrast(p=1, brightness=0, contrast=0.2), image)
+    ratio = stretched.flatten(1).std(1) / image.flatten(1).std(1)
+    assert float(ratio.min()) == pytest.approx(0.8, abs=0.01)
+    assert float(ratio.max()) == pytest.approx(1.2, abs=0.01)
+    torch.testing.assert_close(stretched.mean((1, 2, 3)), image.mean((1, 2, 3)))
+
+
+def test_hue_turns_as_in_hsv_and_keeps_the_value() -> None:
+    image = images(6)
+    turned = changed(ColourJitter(p=1, brightness=0, contrast=0, saturation=0, hue=0.2), image)
+    for i in range(6):
+        turns = []
+        for y, x in ((0, 0), (5, 9), (12, 3)):
+            before, after = (colorsys.rgb_to_hsv(*each[i, :, y, x].tolist()) for each in (image, turned))
+            assert after[1:] == pytest.approx(before[1:], abs=1e-3)
+            turns.append((after[0] - before[0] + 0.5) % 1 - 0.5)
+        assert max(turns) - min(turns) < 1e-2
+        assert -0.201 < turns[0] < 0.201
+        assert abs(turns[0]) > 1e-3
+
+
+def test_hue_reaches_its_limit() -> None:
+    red = torch.tensor([0.8, 0.2, 0.2]).view(1, 3, 1, 1).expand(200, 3, 1, 1)
+    turned = changed(ColourJitter(p=1, brightness=0, contrast=0, saturation=0, hue=0.1), red)
+    hues = [(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in turned.flatten(1).tolist()]
+    assert min(hues) == pytest.approx(-0.1, abs=0.005)
+    assert max(hues) == pytest.approx(0.1, abs=0.005)
+
+
+def test_saturation_leaves_the_brightness() -> None:
+    image = images(20)
+    jittered = changed(ColourJitter(p=1, brightness=0, contrast=0, saturation=0.5, hue=0), image)
+    torch.testing.assert_close(grey(jittered), grey(image), atol=1e-5, rtol=0)
+    assert not torch.allclose(jittered, image)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4, 8])
+def test_other_numbers_of_bands_jitter_each_on_its_own(bands: int) -> None:
+    image = images(5, bands)
+    jittered = changed(ColourJitter(p=1, contrast=0), image)
+    gain = (jittered / image).flatten(2)
+    assert bool((gain.std(2) < 1e-5).all())
+    assert 0.8 - 1e-5 <= float(gain.min()) <= float(gain.max()) <= 1.2 + 1e-5
+    if bands > 1:
+        assert bool((gain[..., 0].std(1) > 1e-3).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_grey_pictures_stay_finite(value: float) -> None:
+    flat = torch.full((2, 3, 16, 16), value)
+    for kind in (
+        ColourJitter(p=1),
+        GaussianBlur(p=1),
+        Gamma(p=1),
+        Grey(p=1),
+        BrightnessContrast(p=1),
+        Illumination(p=1),
+    ):
+        result = changed(kind, flat)
+        assert bool(result.isfinite().all()), kind
+    assert float((changed(ColourJitter(p=1, brightness=0), flat) - flat).abs().max()) < 1e-3
+
+
+def test_blur_is_a_gaussian_of_the_width() -> None:
+    point = torch.zeros(50, 1, 41, 41)
+    point[:, :, 20, 20] = 1
+    blurred = changed(GaussianBlur(p=1, low=1.0, high=2.0), point)[:, 0]
+    torch.testing.assert_close(blurred.sum((1, 2)), torch.ones(50))
+    distance = torch.arange(41.0) - 20
+    sigma = (blurred.sum(1) * distance**2).sum(1).sqrt()
+    assert float(sigma.min()) == pytest.approx(1, abs=0.1)
+    assert float(sigma.max()) == pytest.approx(2, abs=0.1)
+    tiny = torch.rand(2, 3, 2, 2, generator=seeded(0))
+    assert changed(GaussianBlur(p=1), tiny).shape == tiny.shape
+    assert torch.equal(changed(GaussianBlur(p=1), tiny[..., :1, :]), tiny[..., :1, :])
+
+
+def test_grey_is_luma_in_every_band() -> None:
+    colours = torch.eye(3).view(3, 3, 1, 1)
+    assert changed(Grey(p=1), colours).flatten(1)[:, 0].tolist() == pytest.approx([0.299, 0.587, 0.114])
+    assert bool((changed(Grey(p=1), images()).std(1) < 1e-6).all())
+    four = images(bands=4)
+    torch.testing.assert_close(changed(Grey(p=1), four)[:, 2], four.mean(1))
+
+
+def test_gamma_keeps_black_and_white() -> None:
+    ramp = torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 1, 3).expand(100, 3, 1, 3)
+    result = changed(Gamma(p=1, low=0.5, high=2.0), ramp)
+    assert bool((result[..., 0] == 0).all())
+    assert bool((result[..., 2] == 1).all())
+    assert float(result[..., 1].min()) == pytest.approx(0.25**2, abs=0.01)
+    assert float(result[..., 1].max()) == pytest.approx(0.25**0.5, abs=0.02)
+
+
+def test_noise_has_the_strength_and_no_bias() -> None:
+    image = torch.full((100, 3, 32, 32), 0.5)
+    noise = changed(GaussianNoise(p=1, low=0.02, high=0.06), image) - image
+    strength = noise.flatten(1).std(1)
+    assert float(strength.min()) == pytest.approx(0.02, abs=0.002)
+    assert float(strength.max()) == pytest.approx(0.06, abs=0.002)
+    assert abs(float(noise.mean())) < 1e-3
+    assert abs(float((noise[:, 0] * noise[:, 1]).mean())) < 1e-4
+
+
+def test_another_light_is_one_gain_a_band_about_one_of_the_image() -> None:
+    dark = images(400) * 0.1
+    gain = (changed(Illumination(p=1, brightness=0.2, colour=0.05), dark) / dark).flatten(2)
+    assert bool((gain.std(2) < 1e-4).all())
+    log = gain[..., 0].log()
+    assert float(log.mean(1).std()) == pytest.approx(0.2, rel=0.15)
+    assert float((log - log.mean(1, keepdim=True)).std()) == pytest.approx(0.05 * (2 / 3) ** 0.5, rel=0.15)

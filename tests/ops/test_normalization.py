@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from overfly.core.records import Logits
+from overfly.ops.normalization import blend_statistics, replace, together
+
+
+class Scores(nn.Module):
+    """A network of one normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, image: torch.Tensor) -> Logits:
+        out = self.norm(image)
+        return Logits(out, (out * 2,), out[:, :1], out * 3)
+
+
+def test_groups_of_images_go_through_as_one_batch() -> None:
+    first, second = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 4, 4) + 5
+    network = Scores()
+    found = together(network, first, second)
+    whole = Scores()(torch.cat([first, second]))
+    assert torch.equal(found[0].main, whole.main[:2])
+    assert torch.equal(found[1].aux[0], whole.aux[0][2:])
+    assert found[1].features is not None
+    assert len(found[1].features) == 3
+    assert network.norm.num_batches_tracked == 1
+
+
+def test_blended_statistics_lie_between() -> None:
+    modules = [Scores() for _ in range(3)]
+    for index, module in enumerate(modules[:2]):
+        module(torch.randn(4, 3, 5, 5) * (index + 1) + index)
+    own, other, third = (module.norm for module in modules)
+    third.load_state_dict(own.state_dict())
+    blend_statistics(modules[2], modules[1], 0.0)
+    assert torch.equal(third.running_var, own.running_var)  # type: ignore[arg-type]
+    blend_statistics(modules[2], modules[1], 0.25)
+    expected = 0.75 * own.running_var + 0.25 * other.running_var  # type: ignore[operator]
+    assert torch.allclose(third.running_var, expected)  # type: ignore[arg-type]
+    blend_statistics(modules[2], modules[1], 1.0)
+    assert torch.equal(third.running_mean, other.running_mean)  # type: ignore[arg-type]
+
+
+def test_parts_are_replaced_at_any_depth_but_for_those_to_skip() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()), nn.BatchNorm2d(3))
+    replace(module, nn.BatchNorm2d, lambda part: nn.Identity() if part.num_features > 1 else part, skip=("2",))
+    assert [type(part).__name__ for part in module.modules()][1:] == [
+        "BatchNorm2d", "Sequential", "Identity", "ReLU", "BatchNorm2d",
+    ]  # fmt: skip

@@ -1,0 +1,103 @@
+"""What was not measured, where the network sees another resolution."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.enums import ColorInterp, Resampling
+
+from overfly.core.errors import DataError
+from overfly.raster import averaging
+from overfly.raster.averaging import resampled
+from overfly.raster.job import Settings
+from overfly.raster.map_raster import map_raster
+from overfly.raster.raster_source import look
+from rasters import ids, likely, noise, pointwise, write
+
+SETTINGS = Settings(window=64, batch=8)
+
+
+@pytest.mark.parametrize("resolution", [0.17, 0.6, 1.0, 7.0])
+@pytest.mark.parametrize("how", ["given", "declared", "undeclared nan", "nan and given", "mask", "alpha"])
+def test_what_was_not_measured_has_no_weight(how: str, resolution: float, tmp_path: Path) -> None:
+    pixels = np.full((3, 90, 110), 128, np.float32 if "nan" in how else np.int16 if "a" not in how[:1] else np.uint8)
+    dead = np.random.default_rng(0).random((90, 110)) < 0.1
+    dead[:40, :40] = True
+    settings, path, predictor = replace(SETTINGS, resolution=resolution, peak=255), tmp_path / "scene.tif", pointwise()
+    if how in ("mask", "alpha"):
+        alpha = np.where(dead, 0, 255).astype(np.uint8)
+        shown = np.where(dead, 0, pixels).astype(np.uint8)
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+            write(path, np.concatenate([shown, alpha[None]]) if how == "alpha" else shown)
+            with rasterio.open(path, "r+") as dataset:
+                if how == "mask":
+                    dataset.write_mask(~dead)
+                else:
+                    colours = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+                    dataset.colorinterp = colours
+    else:
+        value = np.nan if how == "undeclared nan" else -9999
+        stored = np.where(dead, value, pixels).astype(pixels.dtype)
+        if how == "nan and given":
+            stored[:, 60, 60:80], dead[60, 60:80] = np.nan, True
+        write(path, stored, nodata=-9999 if how == "declared" else None)
+        settings = replace(settings, nodata=-9999.0) if "given" in how else settings
+    seen: list[np.ndarray] = []
+
+    def run(images: np.ndarray) -> np.ndarray:
+        seen.append(np.unique(images))
+        return likely(images)
+
+    map_raster(replace(predictor, run=run), str(path), tmp_path / "map.tif", settings, network="none")
+    assert set(np.concatenate(seen).round(3)) <= {0, 128}
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif") == 255, dead)
+
+
+@pytest.mark.parametrize("scale", [(0.25, 0.25), (0.4, 0.31), (0.011, 0.02), (2.0, 3.0)])
+def test_what_is_measured_is_averaged_as_gdal_does(
+    scale: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(averaging, "ROWS", 32)
+    monkeypatch.setattr(averaging, "COLUMNS", 48)
+    monkeypatch.setattr(averaging, "AT_ONCE", 2000)
+    pixels = noise(200, 300).astype(np.float32)
+    source = write(tmp_path / "scene.tif", pixels)
+    scene = look(str(source), pointwise().facts, bands=None, nodata=None, peak=255)
+    rows, columns = round(200 * scale[0]), round(300 * scale[1])
+    how = Resampling.average if max(scale) <= 1 else Resampling.bilinear
+    with rasterio.open(source) as dataset:
+        wanted = dataset.read(out_shape=(3, rows, columns), resampling=how)
+        grid = (rows / 200, columns / 300)
+        found, blank = resampled(dataset, scene, grid, (0, rows), (0, columns))
+        np.testing.assert_allclose(found, wanted, atol=0.01)
+        assert not blank.any()
+        part, _ = resampled(dataset, scene, grid, (rows // 2, rows), (columns // 3, columns))
+    np.testing.assert_allclose(part, found[:, rows // 2 :, columns // 3 :], atol=0.001)
+
+
+def test_an_enlargement_beyond_sense_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "scene.tif", noise(60, 60))
+    settings = replace(SETTINGS, resolution=1e-8)
+    with pytest.raises(DataError, match=r"scene.tif has pixels of 0.3 m, .* take a --resolution of 0.00473 m or more"):
+        map_raster(pointwise(), str(source), tmp_path / "map.tif", settings, network="none")
+
+
+def test_a_nodata_of_nan_is_the_same_twice(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(60, 60)), tmp_path / "map.tif"
+    settings = replace(SETTINGS, nodata=float("nan"))
+    assert map_raster(pointwise(), str(source), out, settings, network="none").made
+    assert not map_raster(pointwise(), str(source), out, settings, network="none").made
+
+
+def test_values_beyond_all_brightness_are_the_rasters_fault(tmp_path: Path) -> None:
+    pixels = (noise(60, 60) / 255).astype(np.float32)
+    pixels[:, :9, :9] = -3.4028235e38
+    source = write(tmp_path / "scene.tif", pixels)
+    broken = replace(pointwise(), run=lambda images: likely(images) + np.float32(0) * images[:, :1] ** 2)
+    with np.errstate(all="ignore"), pytest.raises(DataError, match=r"scene.tif holds values .*--nodata .*--peak"):
+        map_raster(broken, str(source), tmp_path / "map.tif", replace(SETTINGS, peak=1.0), network="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]

@@ -1,0 +1,103 @@
+"""Maps that cannot be written whole, and maps of hardly any pixels."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+
+from overfly.core.errors import DataError
+from overfly.raster import map_raster as geotiff
+from overfly.raster.cog import write_cog
+from overfly.raster.job import Settings
+from overfly.raster.map_raster import map_raster
+from overfly.raster.polygons import write_polygons
+from rasters import ids, likely, noise, pointwise, write
+
+SETTINGS = Settings(window=64, batch=8, uncertainty=True, polygons="gpkg")
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """A disk on which files grow to a size, and no further."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def cramped(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
+    whole: Any = {"write_cog": write_cog, "write_polygons": write_polygons}[name]
+
+    def write_there(*arguments: Any, **more: Any) -> Any:
+        with room(size):
+            return whole(*arguments, **more)
+
+    monkeypatch.setattr(geotiff, name, write_there)
+
+
+@pytest.mark.parametrize("missing", [1, 3000, 30_000, 90_000])
+def test_a_map_that_is_not_written_whole_gets_no_name(
+    missing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = noise(600, 700)
+    source, out = write(tmp_path / "scene.tif", pixels), tmp_path / "map.tif"
+    settings = replace(SETTINGS, uncertainty=False, polygons=None)
+    map_raster(pointwise(), str(source), tmp_path / "whole.tif", settings, network="none")
+    with monkeypatch.context() as patched:
+        cramped(patched, "write_cog", (tmp_path / "whole.tif").stat().st_size - missing)
+        with pytest.raises(DataError, match=r"written whole .*free space there and give the same command again"):
+            map_raster(pointwise(), str(source), out, settings, network="none")
+    left = {path.name for path in tmp_path.glob("*map*")}
+    assert left == {".map.tif.unfinished"}
+    assert {path.name for path in (tmp_path / ".map.tif.unfinished").iterdir()} >= {"classes.img", "job.json"}
+    assert map_raster(pointwise(), str(source), out, settings, network="none").windows == 0
+    np.testing.assert_array_equal(ids(out), ids(tmp_path / "whole.tif"))
+
+
+@pytest.mark.parametrize("kind", ["gpkg", "geojson"])
+@pytest.mark.parametrize("size", [3000, 30_000, 100_000, 120_000])
+def test_polygons_that_are_not_written_whole_get_no_name(
+    kind: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(100, 90)), tmp_path / "map.tif"
+    settings = replace(SETTINGS, polygons=kind, smallest=1)
+    with monkeypatch.context() as patched:
+        cramped(patched, "write_polygons", size)
+        with pytest.raises(DataError, match=rf"polygons.{kind} could not be written whole .*the same command again"):
+            map_raster(pointwise(), str(source), out, settings, network="none")
+    assert sorted(path.name for path in tmp_path.glob("*map*")) == [".map.tif.unfinished"]
+    made = map_raster(pointwise(), str(source), out, settings, network="none")
+    assert made.windows == 0
+    assert all(file.stat().st_size > 0 for file in made.files)
+
+
+def test_what_stands_in_the_way_is_told_in_a_sentence(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(60, 60)), tmp_path / "map.tif"
+    os.makedirs(tmp_path / ".map.tif.unfinished" / "classes.tif")  # noqa: PTH103
+    with pytest.raises(DataError, match=r"classes.tif could not be written whole .*the same command again"):
+        map_raster(pointwise(), str(source), out, SETTINGS, network="none")
+    assert (tmp_path / ".map.tif.unfinished" / "classes.img").exists()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (7, 1), (1, 1300), (2, 2)])
+def test_rasters_of_hardly_any_pixels(height: int, width: int, tmp_path: Path) -> None:
+    pixels = noise(height, width)
+    source, out = write(tmp_path / "scene.tif", pixels), tmp_path / "map.tif"
+    settings = replace(SETTINGS, probabilities=True, smallest=1)
+    made = map_raster(pointwise(), str(source), out, settings, network="none")
+    np.testing.assert_array_equal(ids(out), likely(pixels[None].astype(np.float32))[0].argmax(0))
+    with rasterio.open(tmp_path / "map_probabilities.tif") as found:
+        truth = 100 * likely(pixels[None].astype(np.float32))[0]
+        np.testing.assert_allclose(found.read(), truth, atol=0.51)
+    assert len(made.files) == 4

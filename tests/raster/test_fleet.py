@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from overfly.core.errors import RecipeError
+from overfly.exporting.predictor import Floats, Predictor
+from overfly.raster.fleet import Task, map_rasters, work
+from overfly.raster.job import Settings
+from overfly.raster.map_raster import Mapped
+from rasters import facts, ids, likely, noise, write
+
+HERE = Path(__file__).parent
+
+
+def slow(journal: str, seconds: float) -> Predictor:
+    """A network that takes its time, and writes down which process it was opened in."""
+    with Path(journal).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+
+    def run(images: Floats) -> Floats:
+        time.sleep(seconds)
+        return likely(images)
+
+    return Predictor(facts(), "torch", "cpu", run)
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers import this file by its name."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+
+
+SETTINGS = Settings(window=64, batch=2)
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.filterwarnings("ignore")  # dask's own processes end loudly when one of them is killed
+def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    journal = tmp_path / "opened"
+    jobs = {}
+    for number in range(8):
+        source = write(tmp_path / f"{number}.tif", noise(400, 64, seed=number))
+        jobs[str(source)] = tmp_path / "maps" / f"{number}.tif"
+    bad = tmp_path / "bad.tif"
+    bad.write_bytes((tmp_path / "0.tif").read_bytes()[:2000])
+    jobs[str(bad)] = tmp_path / "maps" / "bad.tif"
+    heard: list[str] = []
+    killed: list[int] = []
+
+    def kill() -> None:
+        """Kill one of the two workers once both are at work and something is written."""
+        while not list((tmp_path / "maps").glob(".*.unfinished/job.json")):
+            time.sleep(0.02)
+        victim = int(journal.read_text().split()[0])
+        killed.append(victim)
+        os.kill(victim, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    maps, failures = map_rasters(
+        partial(slow, str(journal), 0.05), jobs, SETTINGS, network="slow", workers=2,
+        heard=lambda source, _: heard.append(source),
+    )  # fmt: skip
+    killer.join(5)
+    assert killed
+    assert sorted(heard) == sorted(jobs)
+    assert list(failures) == [str(bad)]
+    assert "truncated" in failures[str(bad)]
+    assert [made.source for made in maps] == list(jobs)[:8]
+    for number in range(8):
+        truth = likely(noise(400, 64, seed=number)[None].astype(np.float32))[0].argmax(0)
+        np.testing.assert_array_equal(ids(tmp_path / "maps" / f"{number}.tif"), truth)
+    assert sum(made.made for made in maps) >= 7  # the killed worker may have finished one and not have said so
+    assert any(made.resumed for made in maps)
+    opened = journal.read_text().split()
+    assert len(opened) == len(set(opened)) == 3  # once a worker: two, and the one in the killed one's place
+    assert not list((tmp_path / "maps").glob(".*"))
+
+
+def test_a_worker_opens_the_network_once_and_tells_what_is_wrong(tmp_path: Path) -> None:
+    journal = tmp_path / "opened"
+    source = str(write(tmp_path / "a.tif", noise(64, 64)))
+    task = Task(source, tmp_path / "map.tif", SETTINGS, "once", None)
+    first = work(partial(slow, str(journal), 0.0), task)
+    again = work(partial(slow, str(journal), 0.0), task)
+    assert isinstance(first, Mapped)
+    assert isinstance(again, Mapped)
+    assert (first.made, again.made) == (True, False)
+    assert len(journal.read_text().split()) == 1
+    missing = Task(str(tmp_path / "none.tif"), tmp_path / "b.tif", SETTINGS, "once", None)
+    assert "does not exist" in str(work(partial(slow, str(journal), 0.0), missing))
+
+
+def test_a_fleet_has_workers() -> None:
+    with pytest.raises(RecipeError, match="--workers 0"):
+        map_rasters(partial(slow, "", 0.0), {}, SETTINGS, network="none")

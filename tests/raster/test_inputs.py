@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from overfly.core.errors import DataError
+from overfly.raster.inputs import see_apart, sources_of
+from overfly.raster.job import Settings, outputs
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    for name in ("a/1.tif", "a/10.tif", "a/2.png", "a/notes.txt", "b/1.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_files_folders_and_globs(scenes: Path) -> None:
+    out = scenes / "maps"
+    assert sources_of([f"{scenes}/a/1.tif"], scenes / "one.tif") == {f"{scenes}/a/1.tif": scenes / "one.tif"}
+    found = sources_of([f"{scenes}/a"], out)
+    assert [Path(name).name for name in found] == ["1.tif", "2.png", "10.tif"]
+    assert found[f"{scenes}/a/2.png"] == out / "2.tif"
+    assert set(sources_of([f"{scenes}/*/1.tif"], out).values()) == {out / "a/1.tif", out / "b/1.tif"}
+    assert len(sources_of([f"{scenes}/a", f"{scenes}/a/1.tif"], out)) == 3
+
+
+def test_addresses_are_listed_where_they_hold_wildcards() -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe({"/bucket/x/1.tif": b"", "/bucket/x/2.tif": b""})
+    found = sources_of(["memory://bucket/x/*.tif", "https://example.org/c.tif?sign=1"], Path("maps"))
+    assert list(found) == ["memory:///bucket/x/1.tif", "memory:///bucket/x/2.tif", "https://example.org/c.tif?sign=1"]
+    assert found["https://example.org/c.tif?sign=1"] == Path("maps/c.tif")
+
+
+@pytest.mark.parametrize(
+    ("entries", "out", "said"),
+    [
+        (["{}/a"], "one.tif", "names one map, and there are 3"),
+        (["{}/none/*.tif"], "maps", "matches no file"),
+        (["{}"], "maps", "holds no rasters"),
+        (["{}/a"], "a/notes.txt", "is no folder"),
+        ([], "maps", "no raster was named"),
+        (["no://where/*.tif"], "maps", "no://where"),
+    ],
+)
+def test_what_means_nothing_is_told(scenes: Path, entries: list[str], out: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        sources_of([entry.replace("{}", str(scenes)) for entry in entries], scenes / out)
+
+
+def test_no_two_rasters_write_one_file(scenes: Path) -> None:
+    out = scenes / "maps"
+    jobs = sources_of([f"{scenes}/a", f"{scenes}/b"], out)
+    with pytest.raises(DataError, match=r"1\.tif would both become"):
+        see_apart({source: [place] for source, place in jobs.items()})
+    products = {"a.tif": Settings(probabilities=True), "a_probabilities.tif": Settings()}
+    with pytest.raises(DataError, match=r"a\.tif and .*a_probabilities\.tif would both become"):
+        see_apart({name: outputs(out / name, settings).values() for name, settings in products.items()})

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio import Affine
+from rasterio.control import GroundControlPoint
+from rasterio.enums import ColorInterp
+from rio_cogeo.cogeo import cog_validate
+
+from overfly.core.errors import DataError, NotFiniteError
+from overfly.raster.job import Settings
+from overfly.raster.map_raster import Mapped, map_raster
+from rasters import CLASSES, facts, ids, likely, noise, pointwise, write
+
+SETTINGS = Settings(window=64, batch=3)
+
+
+def mapped(source: Path, out: Path, predictor: Any = None, settings: Settings = SETTINGS, **more: Any) -> Mapped:
+    return map_raster(predictor or pointwise(), str(source), out, settings, network="none", **more)
+
+
+def wanted(pixels: np.ndarray) -> np.ndarray:
+    found: np.ndarray = likely(pixels[None].astype(np.float32))[0].argmax(0)
+    return found
+
+
+def test_a_map_is_a_whole_cog_on_the_grid_of_its_raster(tmp_path: Path) -> None:
+    pixels = noise(700, 1100)
+    source = write(tmp_path / "scene.tif", pixels)
+    made = mapped(source, tmp_path / "map.tif", settings=replace(SETTINGS, probabilities=True, uncertainty=True))
+    assert [file.name for file in made.files] == ["map.tif", "map_probabilities.tif", "map_uncertainty.tif"]
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels))
+    for file in made.files:
+        assert cog_validate(file, quiet=True) == (True, [], [])
+        with rasterio.open(source) as image, rasterio.open(file) as found:
+            assert (found.crs, found.transform, found.shape) == (image.crs, image.transform, image.shape)
+            assert found.nodata == 255
+            assert found.compression.name == "deflate"
+            assert found.overviews(1)
+    with rasterio.open(tmp_path / "map.tif") as found:
+        colours = found.colormap(1)
+        assert [colours[index][:3] for index in range(3)] == list(CLASSES.colours)
+        assert found.tags(1) == {"CLASS_0": "dark", "CLASS_1": "middle", "CLASS_2": "bright"}
+        assert json.loads(found.tags()["CLASS_NAMES"]) == {"0": "dark", "1": "middle", "2": "bright"}
+    assert "<Category>middle</Category>" in (tmp_path / "map.tif.aux.xml").read_text()  # where GIS look for names
+    with rasterio.open(tmp_path / "map_probabilities.tif") as found:
+        assert found.descriptions == ("dark: probability", "middle: probability", "bright: probability")
+        truth = 100 * likely(pixels[None].astype(np.float32))[0]
+        np.testing.assert_allclose(found.read(), truth, atol=0.51)
+    share = truth / 100
+    entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(0) / np.log(3) * 100
+    np.testing.assert_allclose(ids(tmp_path / "map_uncertainty.tif"), entropy, atol=0.51)
+    assert made.shares["dark"] == pytest.approx((wanted(pixels) == 0).mean())
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "peak", "given"), [("uint16", 65535, None), ("uint16", 255, 65535.0), ("float32", 1, None)]
+)
+def test_other_types_and_ranges(tmp_path: Path, dtype: str, peak: float, given: float | None) -> None:
+    pixels = noise(90, 150)
+    stored = pixels.astype(dtype) * (257 if dtype == "uint16" else 1 / 255)
+    source = write(tmp_path / "scene.tif", stored.astype(dtype))
+    predictor = replace(pointwise(peak=peak), run=lambda images: likely(images * 255 / peak))
+    mapped(source, tmp_path / "map.tif", predictor, replace(SETTINGS, peak=given))
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels))
+
+
+def test_bands_are_chosen_in_order(tmp_path: Path) -> None:
+    pixels = np.concatenate([noise(80, 100, 1, seed) for seed in range(5)])
+    source = write(tmp_path / "scene.tif", pixels)
+
+    def second(images: np.ndarray) -> np.ndarray:
+        return likely(images[:, 1:2])
+
+    predictor = replace(pointwise(), run=second)
+    mapped(source, tmp_path / "map.tif", predictor, replace(SETTINGS, bands="5,4,1"))
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels[3:4]))
+    with pytest.raises(DataError, match=r"5 bands, the network reads 3; .* --bands 1,2,3"):
+        mapped(source, tmp_path / "other.tif")
+
+
+@pytest.mark.parametrize("how", ["nodata", "given", "mask", "alpha", "nan"])
+def test_what_was_not_measured_stays_so(tmp_path: Path, how: str) -> None:
+    pixels = np.maximum(noise(150, 200), 1)
+    hidden = np.zeros((150, 200), bool)
+    hidden[:100, :90] = True  # whole windows, and parts of others
+    hidden[120, 130] = True
+    truth = np.where(hidden, 255, wanted(pixels))
+    settings, predictor = SETTINGS, pointwise()
+    path = tmp_path / "scene.tif"
+    if how == "nan":
+        predictor = pointwise(peak=1000)
+        write(path, np.where(hidden, np.nan, pixels).astype(np.float32))
+    elif how == "alpha":
+        stacked = np.concatenate([pixels, np.where(hidden, 0, 255).astype(np.uint8)[None]])
+        write(path, stacked, photometric="RGB")
+        with rasterio.open(path, "r+") as dataset:
+            dataset.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+    elif how == "mask":
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+            write(path, pixels)
+            with rasterio.open(path, "r+") as dataset:
+                dataset.write_mask(~hidden)
+    else:
+        write(path, np.where(hidden, 0, pixels), nodata=0 if how == "nodata" else None)
+        settings = replace(SETTINGS, nodata=0.0) if how == "given" else SETTINGS
+    seen: list[int] = []
+
+    def run(images: np.ndarray) -> np.ndarray:
+        seen.append(len(images))
+        return likely(images)
+
+    made = mapped(path, tmp_path / "map.tif", replace(predictor, run=run), settings)
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), truth)
+    assert made.windows == sum(seen) < 12  # windows in which nothing was measured are not looked at
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # some are not, on purpose
+def test_places_of_every_kind_are_kept(tmp_path: Path) -> None:
+    pixels = noise(70, 90)
+    turned = Affine.translation(500_000, 10_000) @ Affine.rotation(12) @ Affine.scale(0.2, -0.3)
+    points = [
+        GroundControlPoint(row, column, 10 + column / 100, 50 - row / 100, 0.0)
+        for row, column in ((0, 0), (0, 90), (70, 0), (70, 90))
+    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "turned": {"transform": turned},
+        "degrees": {"crs": "EPSG:4326", "transform": Affine(1e-5, 0, 11.123456789, 0, -1e-5, 48.987654321)},
+        "nowhere": {"crs": None, "transform": None},
+        "no_crs": {"crs": None},
+        "points": {"crs": "EPSG:4326", "transform": None, "gcps": points},
+        "centres": {"crs": "EPSG:4326", "transform": None, "gcps": points},
+        "own": {"crs": "+proj=laea +lat_0=31 +lon_0=12 +x_0=5 +y_0=6 +ellps=GRS80 +units=m"},
+    }
+    for name, place in kinds.items():
+        source = write(tmp_path / f"{name}.tif", pixels, **place)
+        if name == "centres":
+            with rasterio.open(source, "r+") as dataset:
+                dataset.update_tags(AREA_OR_POINT="Point")
+        mapped(source, tmp_path / f"{name}_map.tif")
+        with rasterio.open(source) as image, rasterio.open(tmp_path / f"{name}_map.tif") as found:
+            assert (found.crs, found.transform) == (image.crs, image.transform), name
+            assert [p.asdict() for p in found.gcps[0]] == [p.asdict() for p in image.gcps[0]], name
+            assert found.gcps[1] == image.gcps[1]
+            assert (found.tags().get("AREA_OR_POINT") == "Point") == (name == "centres")
+
+
+def test_png_jpeg_and_a_world_file(tmp_path: Path) -> None:
+    pixels = noise(100, 140)
+    for driver, ending in (("PNG", "png"), ("JPEG", "jpg")):
+        write(tmp_path / f"a.{ending}", pixels, driver=driver, crs=None, transform=None)
+        mapped(tmp_path / f"a.{ending}", tmp_path / f"{ending}.tif")
+    np.testing.assert_array_equal(ids(tmp_path / "png.tif"), wanted(pixels))
+    (tmp_path / "a.pgw").write_text("0.5\n0\n0\n-0.5\n1000.25\n1999.75\n")
+    mapped(tmp_path / "a.png", tmp_path / "world.tif")
+    with rasterio.open(tmp_path / "world.tif") as found:
+        assert found.transform == Affine(0.5, 0, 1000, 0, -0.5, 2000)
+
+
+def test_the_network_sees_another_resolution_and_the_map_keeps_its_grid(tmp_path: Path) -> None:
+    blocks = np.random.default_rng(1).choice(np.array([20, 128, 240], np.uint8), (16, 24))
+    pixels = np.repeat(np.repeat(blocks, 12, 0), 12, 1)[None].repeat(3, 0)
+    pixels[:, :40, :40] = 0
+    source = write(tmp_path / "scene.tif", pixels, nodata=0)
+    for name, metres, share in (("coarse", 0.6, 0.97), ("coarser", 1.15, 0.9), ("fine", 0.17, 0.97)):
+        settings = replace(SETTINGS, resolution=metres)
+        made = mapped(source, tmp_path / f"{name}.tif", settings=settings, memory=1)
+        found = ids(tmp_path / f"{name}.tif")
+        truth = np.where(pixels[0] == 0, 255, wanted(pixels))
+        assert found.shape == truth.shape
+        assert ((found == 255) == (truth == 255)).all()
+        assert (found == truth).mean() > share, name
+        inside = np.kron(np.ones((16, 24)), np.pad(np.ones((4, 4)), 4)) > 0  # away from the blocks' borders
+        assert (found == truth)[inside].all(), name
+        assert made.windows > 0
+    write(tmp_path / "plain.tif", pixels, crs=None)
+    with pytest.raises(DataError, match="how long its pixels are"):
+        mapped(tmp_path / "plain.tif", tmp_path / "map.tif", settings=replace(SETTINGS, resolution=0.6))
+
+
+def test_a_resolution_unlike_the_training_is_remarked(tmp_path: Path) -> None:
+    source = write(tmp_path / "scene.tif", noise(70, 70))
+    made = mapped(source, tmp_path / "map.tif", pointwise(ground=3.0))
+    assert "pixels of 0.3 m and the network was trained on 3 m; with --match" in made.notes[0]
+    assert not mapped(source, tmp_path / "alike.tif", pointwise(ground=0.25)).notes
+
+
+def test_a_map_is_not_made_twice_and_never_replaced_unasked(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
+    assert mapped(source, out).made
+    before = out.stat().st_mtime_ns
+    assert not mapped(source, out).made
+    assert out.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"made otherwise \(overlap 0.25 instead of 0.5\).*--overwrite"):
+        mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
+    assert mapped(source, out, settings=replace(SETTINGS, overlap=0.5, overwrite=True)).made
+    write(source, noise(100, 100, seed=4))
+    with pytest.raises(DataError, match="made otherwise"):
+        mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
+    write(tmp_path / "foreign.tif", noise(10, 10))
+    with pytest.raises(DataError, match="no map of ours"):
+        mapped(source, tmp_path / "foreign.tif")
+
+
+def test_bad_rasters_are_told_in_a_sentence_and_leave_nothing(tmp_path: Path) -> None:
+    whole = write(tmp_path / "scene.tif", noise(300, 300))
+    out = tmp_path / "maps" / "map.tif"
+    cut = tmp_path / "cut.tif"
+    cut.write_bytes(whole.read_bytes()[:-4000])
+    text = tmp_path / "text.tif"
+    text.write_text("no raster")
+    (tmp_path / "empty.tif").touch()
+    cases = {
+        cut: "truncated", text: "cannot be read as a raster", tmp_path / "empty.tif": "is empty",
+        tmp_path / "none.tif": "does not exist", tmp_path: "is no file",
+        write(tmp_path / "one.tif", noise(50, 50, 1)): "1 band, the network reads 3",
+        write(tmp_path / "deep.tif", noise(50, 50).astype(np.uint16)): "holds uint16.*--peak",
+    }  # fmt: skip
+    for source, said in cases.items():
+        with pytest.raises(DataError, match=said):
+            mapped(source, out)
+        assert not out.parent.exists(), source
+    # damage that only reading shows
+    middle = bytearray(whole.read_bytes())
+    middle[len(middle) // 2 : len(middle) // 2 + 3000] = b"\0" * 3000
+    cut.write_bytes(middle)
+    with pytest.raises(DataError, match=r"cut.tif cannot be read as a raster \(.*copy, download or export it again"):
+        mapped(cut, out)
+    assert not list(out.parent.iterdir())
+
+
+def test_bad_places_are_told_in_a_sentence(tmp_path: Path) -> None:
+    source = write(tmp_path / "scene.tif", noise(50, 50))
+    (tmp_path / "folder.tif").mkdir()
+    (tmp_path / "file").touch()
+    cases = {
+        source: "is the raster itself", tmp_path / "folder.tif": "is a folder", tmp_path / "map.png": "ends in .tif",
+        tmp_path / "file" / "map.tif": "is no folder that may be written to",
+    }  # fmt: skip
+    before = source.read_bytes()
+    for out, said in cases.items():
+        with pytest.raises(DataError, match=said):
+            mapped(source, out)
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["map.tif", "map_uncertainty.tif"])
+def test_a_link_to_nothing_is_not_replaced(tmp_path: Path, name: str) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(50, 50)), tmp_path / "map.tif"
+    (tmp_path / name).symlink_to(tmp_path / "archive" / "old.tif")
+    for overwrite in (False, True):
+        settings = replace(SETTINGS, uncertainty=True, overwrite=overwrite)
+        with pytest.raises(DataError, match=rf"{name} is a link to .*old.tif, which is not there; take the link away"):
+            mapped(source, out, settings=settings)
+    assert (tmp_path / name).is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "scene.tif"])
+
+
+def test_a_full_disk_is_told_and_the_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from overfly.raster import resume_store as store
+
+    source, out = write(tmp_path / "scene.tif", noise(300, 100)), tmp_path / "map.tif"
+    put, count = store._put, 0
+
+    def full(file: Any, data: bytes, at: int) -> None:
+        nonlocal count
+        count += 1
+        if count > 2:
+            raise OSError(28, "No space left on device")
+        put(file, data, at)
+
+    monkeypatch.setattr(store, "_put", full)
+    with pytest.raises(DataError, match=r"No space left on device.*goes on where it was"):
+        mapped(source, out)
+    assert not out.exists()
+    monkeypatch.setattr(store, "_put", put)
+    assert mapped(source, out).resumed == 2
+
+
+def test_probabilities_that_are_not_finite_are_no_map(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
+    broken = replace(pointwise(), run=lambda images: likely(images) * np.float32("nan"))
+    with pytest.raises(NotFiniteError, match="not finite"):
+        mapped(source, out, broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
+
+
+def test_a_network_of_fixed_windows_gets_such(tmp_path: Path) -> None:
+    source = write(tmp_path / "scene.tif", noise(40, 50))
+    fixed = replace(pointwise(), facts=facts(64, fixed=True))
+    mapped(source, tmp_path / "map.tif", fixed, Settings())
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(noise(40, 50)))

@@ -1,0 +1,128 @@
+"""Bands of opacity: which band is one, what it hides, and what the network sees where it is 0."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from numpy.typing import NDArray
+
+from overfly.core.errors import DataError
+from overfly.data.reading import nodata_mask, read_image
+from overfly.raster.job import Settings
+from overfly.raster.map_raster import Mapped, map_raster
+from rasters import ids, likely, noise, pointwise, write
+
+SETTINGS = Settings(window=64, batch=8)
+
+
+def mapped(source: Path, out: Path, predictor: Any = None, **changes: Any) -> Mapped:
+    settings = replace(SETTINGS, **changes)
+    return map_raster(predictor or pointwise(), str(source), out, settings, network="none")
+
+
+def shown(source: Path, out: Path, **changes: Any) -> NDArray[np.float32]:
+    """The windows (B, C, H, W) that a network of three bands sees."""
+    seen: list[NDArray[np.float32]] = []
+
+    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(images.copy())
+        return likely(images)
+
+    mapped(source, out, replace(pointwise(), run=run), **changes)
+    return np.concatenate(seen)
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """Red, green, blue and near infrared, whose writer was told nothing of colours: GDAL marks the last as opacity."""
+    path = write(tmp_path / "nir.tif", np.concatenate([noise(100, 120), noise(100, 120, 1, seed=1)]))
+    with rasterio.open(path) as dataset:
+        assert dataset.colorinterp[-1].name == "alpha"
+        assert (dataset.read(4) == 0).any()
+    return path
+
+
+def test_a_band_that_varies_is_no_opacity_unless_it_is_said(measured: Path, tmp_path: Path) -> None:
+    for bands in (None, "3,2,1"):
+        with pytest.raises(DataError, match=r"nir.tif marks its band 4 .*--no-opacity --bands .*, or --opacity"):
+            mapped(measured, tmp_path / "map.tif", bands=bands)
+    assert [path.name for path in tmp_path.iterdir()] == ["nir.tif"]
+    made = mapped(measured, tmp_path / "map.tif", opacity=False, bands="1,2,3")
+    assert not made.notes
+    assert (ids(tmp_path / "map.tif") != 255).all()
+    with pytest.raises(DataError, match="4 bands, the network reads 3"):
+        mapped(measured, tmp_path / "other.tif", opacity=False)
+    mapped(measured, tmp_path / "hidden.tif", opacity=True)
+    with rasterio.open(measured) as dataset:
+        np.testing.assert_array_equal(ids(tmp_path / "hidden.tif") == 255, dataset.read(4) == 0)
+
+
+def test_a_network_of_four_bands_reads_the_fourth_and_hides_nothing(measured: Path, tmp_path: Path) -> None:
+    predictor = replace(pointwise(bands=4), run=lambda images: likely(images[:, 3:]))
+    assert not mapped(measured, tmp_path / "map.tif", predictor).notes
+    with rasterio.open(measured) as dataset:
+        truth = likely(dataset.read([4])[None].astype(np.float32))[0].argmax(0)
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), truth)
+    with pytest.raises(DataError, match=r"--opacity says that band 4 .* one of the 4 that the network reads"):
+        mapped(measured, tmp_path / "other.tif", predictor, opacity=True)
+    single = write(tmp_path / "one.tif", noise(40, 40, 1))
+    with pytest.raises(DataError, match=r"one.tif has one band, which cannot be opacity"):
+        mapped(single, tmp_path / "other.tif", pointwise(bands=1), opacity=True)
+
+
+def test_opacity_is_told_and_can_be_denied(tmp_path: Path) -> None:
+    pixels = noise(100, 100, 4)
+    pixels[3] = 255
+    pixels[3, :60], pixels[3, 60:63] = 0, 90  # hidden, and a soft edge
+    source = write(tmp_path / "scene.tif", pixels)
+    made = mapped(source, tmp_path / "map.tif")
+    assert len(made.notes) == 1
+    assert "scene.tif marks its band 4 as opacity" in made.notes[0]
+    assert "--no-opacity" in made.notes[0]
+    assert ((ids(tmp_path / "map.tif") == 255) == (pixels[3] == 0)).all()
+    assert not mapped(source, tmp_path / "asked.tif", opacity=True).notes
+    mapped(source, tmp_path / "denied.tif", opacity=False, bands="1,2,3")
+    assert (ids(tmp_path / "denied.tif") != 255).all()
+
+
+def test_a_last_band_that_is_not_marked_is_opacity_where_it_is_said(tmp_path: Path) -> None:
+    pixels = noise(70, 70, 4).astype(np.uint16)
+    pixels[3, :30] = 0
+    source = write(tmp_path / "scene.tif", pixels, photometric="MINISBLACK", alpha="NO")
+    with pytest.raises(DataError, match="4 bands, the network reads 3"):
+        mapped(source, tmp_path / "map.tif", peak=255)
+    mapped(source, tmp_path / "map.tif", peak=255, opacity=True)
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif") == 255, pixels[3] == 0)
+
+
+@pytest.mark.parametrize("how", ["opacity", "opacity and nodata", "opacity and mask", "mask", "nodata"])
+def test_the_network_sees_what_the_reader_of_training_gives(tmp_path: Path, how: str) -> None:
+    pixels = np.maximum(noise(64, 64, 4), 1)
+    pixels[3] = 255
+    pixels[3, :30] = 0
+    pixels[:3, 40:45] = 0
+    more = {"nodata": 0} if "nodata" in how else {}
+    source = write(tmp_path / "scene.tif", pixels if "opacity" in how else pixels[:3], **more)
+    if "mask" in how:
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(source, "r+") as dataset:
+            dataset.write_mask(np.arange(64)[:, None] + np.zeros(64) < 50)
+    image, hidden = read_image(source, bands=3), nodata_mask(source, bands=3)
+    assert hidden is not None
+    np.testing.assert_array_equal(shown(source, tmp_path / "map.tif")[0], image.transpose(2, 0, 1))
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif") == 255, hidden)
+
+
+def test_at_another_resolution_what_is_transparent_has_no_weight_and_is_no_black_edge(tmp_path: Path) -> None:
+    pixels = np.full((4, 120, 120), 200, np.uint8)
+    pixels[:3, :50] = 100
+    pixels[3] = 255
+    pixels[3, :50] = 0
+    source = write(tmp_path / "scene.tif", pixels)
+    seen = shown(source, tmp_path / "map.tif", resolution=1.2)[..., :30, :30]  # four pixels in one; the rest mirrors
+    assert set(np.unique(seen)) == {100, 200}  # those half transparent are as bright as what was measured
+    np.testing.assert_array_equal(seen[0, 0, :, 0], np.where(np.arange(30) < 12, 100, 200))

@@ -1,0 +1,153 @@
+"""Jobs that were stopped or killed, and what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+
+from overfly.raster import resume_store as store
+from overfly.raster.job import Settings
+from overfly.raster.map_raster import Mapped, map_raster
+from rasters import biased, ids, noise, pointwise, write
+
+SETTINGS = Settings(window=64, batch=3)
+
+
+def mapped(source: Path, out: Path, predictor: Any = None, settings: Settings = SETTINGS, **more: Any) -> Mapped:
+    return map_raster(predictor or pointwise(), str(source), out, settings, network="none", **more)
+
+
+class StoppedError(Exception):
+    """What stops a job in these tests."""
+
+
+@pytest.mark.parametrize("memory", [1, 10**9])
+@pytest.mark.parametrize("settings", [
+    replace(SETTINGS, probabilities=True, uncertainty=True), replace(SETTINGS, overlap=0.7),
+    replace(SETTINGS, resolution=0.41, probabilities=True), replace(SETTINGS, resolution=0.14),
+])  # fmt: skip
+def test_a_stopped_job_goes_on_and_ends_in_the_same_pixels(tmp_path: Path, settings: Settings, memory: int) -> None:
+    pixels = noise(230, 170)
+    pixels[:, 100:, :60] = 0
+    source = write(tmp_path / "scene.tif", pixels, nodata=0)
+    whole = mapped(source, tmp_path / "whole.tif", biased(), settings, memory=memory)
+    out, steps, left = tmp_path / "cut.tif", [], 0
+
+    def told(done: int, total: int) -> None:
+        nonlocal left
+        left = total - done
+        steps.append(done)
+        if len(steps) == 3 and left:  # goes on where it was, and does two steps each time
+            raise StoppedError
+
+    for _ in range(100):
+        steps.clear()
+        try:
+            made = mapped(source, out, biased(), settings, memory=memory, told=told)
+            break
+        except StoppedError:
+            assert not out.exists()
+    assert made.resumed > 0
+    for one, other in zip(whole.files, made.files, strict=True):
+        with rasterio.open(one) as first, rasterio.open(other) as second:
+            np.testing.assert_array_equal(first.read(), second.read())
+
+
+JOB = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from dataclasses import replace
+from pathlib import Path
+from rasters import biased
+from overfly.raster.map_raster import map_raster
+from overfly.raster.job import Settings
+slow = biased()
+def run(images):
+    time.sleep(0.05)
+    return slow.run(images)
+map_raster(replace(slow, run=run), {source!r}, Path({out!r}), Settings(window=64, batch=3), network="none")
+"""
+
+
+def test_kill_nine_loses_nothing(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(700, 200)), tmp_path / "map.tif"
+    code = JOB.format(tests=str(Path(__file__).parent), source=str(source), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    state, done, deadline = tmp_path / ".map.tif.unfinished" / "job.json", 0, time.monotonic() + 120
+    while done < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        done = json.loads(state.read_text())["done"] if state.exists() else 0
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    made = mapped(source, out, biased())
+    assert made.resumed >= 4
+    mapped(source, tmp_path / "whole.tif", biased())
+    np.testing.assert_array_equal(ids(out), ids(tmp_path / "whole.tif"))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_kill_left_while_names_were_given_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(90, 90)), tmp_path / "map.tif"
+    replaced, names, discarded = Path.replace, [], store.discard
+
+    def named(self: Path, target: Path) -> Path:
+        if self.suffix == ".tif":
+            names.append(target)
+        if len(names) == 2 and not whole:
+            raise StoppedError
+        return replaced(self, target)
+
+    monkeypatch.setattr(Path, "replace", named)
+    monkeypatch.setattr(store, "discard", lambda _: None)  # a killed process takes nothing away
+    settings = replace(SETTINGS, uncertainty=True)
+    if whole:
+        mapped(source, out, settings=settings)
+    else:
+        with pytest.raises(StoppedError):
+            mapped(source, out, settings=settings)
+    assert (tmp_path / ".map.tif.unfinished").is_dir()
+    assert out.exists() == whole
+    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(store, "discard", discarded)
+    with store.locked(out):  # somebody is at work on it
+        assert not whole or not mapped(source, out, settings=settings).made
+        assert (tmp_path / ".map.tif.unfinished").is_dir()
+    assert mapped(source, out, settings=settings).made == (not whole)
+    assert not (tmp_path / ".map.tif.unfinished").exists()
+
+
+def test_an_unfinished_map_of_other_settings_is_thrown_away(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "scene.tif", noise(300, 100)), tmp_path / "map.tif"
+
+    def told(done: int, total: int) -> None:
+        del total
+        if done == 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        mapped(source, out, told=told)
+    made = mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
+    assert made.resumed == 0
+    assert "thrown away" in made.notes[0]
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    from overfly.raster.resume_store import BusyError, locked
+
+    source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
+    with locked(out), pytest.raises(BusyError, match="another process"):
+        mapped(source, out)

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from overfly.commands.api import train
+from overfly.core.errors import RecipeError, RunError, TrainingError
+from overfly.core.optimizers import SGD, Adam, AdamW, Optim
+from overfly.core.records import Batch, Losses
+from overfly.data.loading import Steps
+from overfly.methods.method import Method, Networks
+from overfly.methods.source_only import SourceOnly
+from overfly.models.registry import build
+from overfly.recipe import Recipe, load
+from overfly.training.engine import arithmetic, hasten
+from overfly.training.run import Run
+from overfly.training.setup import first_segmenter, streams
+from overfly.training.trainer import Training
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return load_file(run.weights)
+
+
+def equal(left: Run, right: Run) -> bool:
+    a, b = weights(left), weights(right)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def trained(recipe: Recipe, out: Path, **settings: Any) -> Run:
+    return train(recipe, out=out, device="cpu", quiet=True, **settings).run
+
+
+class Stops(SourceOnly, name="stops"):
+    """Source-only that dies at a step, as a killed process would."""
+
+    at: int = 2
+    """When."""
+
+    def after_step(self, nets: Networks, step: int) -> None:
+        del nets
+        if step == self.at and not STOPPED:
+            STOPPED.append(step)
+            raise KeyboardInterrupt
+
+
+STOPPED: list[int] = []
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(small: dict[str, Any], tmp_path: Path, at: int) -> None:
+    recipe = load(
+        small, f"method={{name: stops, at: {at}}}", "steps=5", "optim=adamw", "validation.every=2", "accumulate=2",
+        "augment=[dihedral, scale_jitter, colour_jitter, gaussian_noise]", "clip=1.0",
+    )  # fmt: skip
+    STOPPED.clear()
+    with pytest.raises(KeyboardInterrupt):
+        trained(recipe, tmp_path / "cut", checkpoint_every=2, journal_every=1)
+    cut = trained(recipe, tmp_path / "cut", checkpoint_every=2, journal_every=1)
+    whole = trained(recipe, tmp_path / "whole", checkpoint_every=100, journal_every=1)
+    assert equal(cut, whole)
+    rows = [[row for row in run.journal.rows() if "event" not in row] for run in (cut, whole)]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5]
+
+
+def kill_and_resume(recipe: Path, out: Path, devices: int, after: int) -> None:
+    """Train in a process of its own, kill -9 it once the journal has ``after`` lines, then let it finish."""
+    command = [sys.executable, "-m", "overfly.cli", "train", str(recipe), "--out", str(out), "--device", "cpu"]
+    command += ["--devices", str(devices), "--checkpoint-every", "2", "--journal-every", "1", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while process.poll() is None and time.monotonic() < deadline:
+        journals = list(out.glob("*/journal.jsonl"))
+        if journals and len(journals[0].read_text().splitlines()) >= after:
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_kill_nine_changes_nothing(small: dict[str, Any], tmp_path: Path, devices: int) -> None:
+    recipe = load(small, "steps=8", "batch=4", "augment=[dihedral]")
+    recipe.save(tmp_path / "recipe.yaml")
+    kill_and_resume(tmp_path / "recipe.yaml", tmp_path / "cut", devices, after=3)
+    runs = list((tmp_path / "cut").glob("*/recipe.yaml"))
+    assert len(runs) == 1
+    if devices == 1:
+        whole = trained(recipe, tmp_path / "whole")
+    else:
+        command = [sys.executable, "-m", "overfly.cli", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
+        command += ["--devices", "2", "--out", str(tmp_path / "whole"), "--quiet"]
+        subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=600
+        )
+        whole = Run.open(next((tmp_path / "whole").glob("*/recipe.yaml")).parent)
+    assert equal(Run.open(runs[0].parent), whole)
+
+
+class Poisoned(SourceOnly, name="poisoned"):
+    """Source-only whose loss is not finite at a step."""
+
+    at: int = 3
+    """When."""
+
+    def losses(self, nets: Networks, batch: Batch) -> Losses:
+        terms = dict(super().losses(nets, batch))
+        SEEN.append(1)
+        if len(SEEN) == self.at + 1:
+            terms["extra"] = terms["main"] * float("nan")
+        return terms
+
+
+SEEN: list[int] = []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    SEEN.clear()
+    recipe = load(small, "method=poisoned", "steps=6")
+    with pytest.raises(TrainingError, match=r"step 3 \(.*extra = nan; pictures: ") as caught:
+        trained(recipe, tmp_path, checkpoint_every=2)
+    run = Run.open(next(tmp_path.glob("*/recipe.yaml")).parent)
+    assert str(run.checkpoint) in str(caught.value)
+    assert torch.load(run.checkpoint, weights_only=True)["state"]["step"] == 2
+    assert not run.finished
+    names = str(caught.value).split("pictures: ")[1].split(")")[0].split(", ")
+    assert len(names) == 2
+    assert any(row.get("event") == "not finite" and row["items"] == ", ".join(names) for row in run.journal.rows())
+
+
+def test_a_finished_run_is_not_trained_again_and_another_recipe_never_overwrites(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    first = trained(recipe, tmp_path)
+    stamp = first.weights.stat().st_mtime_ns
+    assert trained(recipe, tmp_path).path == first.path
+    assert first.weights.stat().st_mtime_ns == stamp
+    assert trained(recipe, first.path).path == first.path
+    other = load(recipe, "seed=1")
+    with pytest.raises(RunError, match="another recipe, which is never overwritten"):
+        trained(other, first.path)
+    assert trained(other, tmp_path).path != first.path
+
+
+def test_the_recipe_in_the_folder_runs_it_again(recipe: Recipe, tmp_path: Path) -> None:
+    first = trained(recipe, tmp_path / "a")
+    second = train(first.path / "recipe.yaml", out=tmp_path / "b", device="cpu", quiet=True).run
+    assert equal(first, second)
+
+
+def test_best_by_source_validation_and_early_stop(small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load(small, "validation.every=1", "validation.patience=2", "optim.lr=1e-9", "steps=20")
+    run = trained(recipe, tmp_path, journal_every=1)
+    rows = [row for row in run.journal.rows() if row.get("event") == "validation"]
+    assert 3 <= len(rows) < 20
+    values = [row["source_miou"] for row in rows]
+    assert max(values[:-2]) >= max(values[-2:])
+    assert run.finished
+    assert "target" not in json.dumps(rows)
+
+
+def test_nothing_is_left_behind_where_the_data_is_missing(small: dict[str, Any], tmp_path: Path) -> None:
+    small["source"] = {"name": "loveda", "root": str(tmp_path / "nowhere"), "scene": "urban"}
+    with pytest.raises(Exception, match="nowhere"):
+        trained(load(small), tmp_path / "runs")
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_second_process_is_kept_out(recipe: Recipe, tmp_path: Path) -> None:
+    run = Run.place(tmp_path, recipe)
+    with run.locked(), pytest.raises(RunError, match="another process"):
+        trained(recipe, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    run = Run.place(tmp_path, recipe)
+    run.checkpoint.write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(RunError, match=r"last\.ckpt cannot be resumed from"):
+        trained(recipe, tmp_path)
+
+
+def test_a_batch_that_devices_cannot_share(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="batch of 2 cannot be shared by 3"):
+        train(recipe, out=tmp_path, devices=3, device="cpu")
+    with pytest.raises(RecipeError, match="two pictures on each device"):
+        train(recipe, out=tmp_path, devices=2, device="cpu")
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_trains(small: dict[str, Any], tmp_path: Path, precision: str) -> None:
+    run = trained(load(small, f"precision={precision}"), tmp_path)
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_a_processor_without_kernels_of_16_bits_computes_in_32(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    assert arithmetic("32", cpu) == "32"
+    assert arithmetic("bf16", torch.device("cuda")) == "bf16"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert arithmetic("bf16", cpu) == "32"
+    run = trained(load(small, "precision=bf16"), tmp_path)
+    assert run.machine["precision"] == "32"
+
+
+def test_mixed_precision_keeps_channels_last_and_says_the_same() -> None:
+    network = build("pidnet_s", 7).eval().double()
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    before = network(image).main
+    hasten(network, [], "bf16", torch.device("cpu"))
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.dim() == 4)
+    torch.testing.assert_close(network(image).main, before)
+
+
+@pytest.mark.parametrize("optim", [SGD(lr=0.1), Adam(lr=0.01), AdamW(lr=0.01)])
+def test_an_optimiser_made_faster_takes_the_same_steps(optim: Optim) -> None:
+    found = []
+    for faster in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 2)
+        optimizer = optim.optimizer(net)
+        if faster:
+            hasten(net, [optimizer], "32", torch.device("cpu"))
+        for _ in range(5):
+            net(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(net.weight.detach())
+    torch.testing.assert_close(found[0], found[1])
+
+
+METHODS = [name for name, kind in Method.kinds.items() if kind.__module__.startswith("overfly.")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_resumed_exactly(name: str, recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = recipe_of(name, steps=4)
+    whole = trained(recipe, tmp_path / "whole")
+    saves: list[int] = []
+    original = Training.save
+
+    def stop_after_two(self: Training) -> None:
+        original(self)
+        if self.state["step"] == 2 and self.recipe == recipe:
+            saves.append(2)
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "save", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            trained(recipe, tmp_path / "cut", checkpoint_every=2)
+    assert saves == [2]
+    assert equal(trained(recipe, tmp_path / "cut"), whole)
+    described = build(recipe.model.name, 7).state_dict().keys()
+    assert {key.removeprefix("network.") for key in weights(whole)} - {"mean", "std"} == described
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_weight_that_a_method_trains_gets_a_gradient(
+    name: str, recipe_of: Callable[..., Recipe], small: dict[str, Any]
+) -> None:
+    recipe = recipe_of(name, batch=4)
+    source, target = streams(recipe)
+    nets = recipe.method.networks(first_segmenter(load(small)))
+    optimizers = recipe.method.optimizers(nets, recipe.optim)
+    wanted = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
+    trains = {key: parameter for key, parameter in nets.named_parameters() if id(parameter) in wanted}
+    losses = recipe.method.losses(nets.train(), Steps(source, target).batch(0))
+    assert bool(losses) == bool(trains) == recipe.method.trains
+    if losses:
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
+    assert not [key for key, parameter in trains.items() if parameter.grad is None or not parameter.grad.any()]
+
+
+def test_reading_processes_change_nothing(small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load(small, "augment=[dihedral]")
+    assert equal(trained(recipe, tmp_path / "a"), trained(recipe, tmp_path / "b", workers=2))

@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from overfly.core import atomic_files as parts
+from overfly.core.errors import DataError, OverflyError, RecipeError
+from overfly.video.capture import Trouble, _decoded, _Stream, opened, see_free, writing
+from overfly.video.player import until
+from seeing import number_of, read, striped, video
+
+av = pytest.importorskip("av")
+
+
+def frames_of(path: Path | str, fps: float | None = None) -> tuple[list[np.ndarray], list[float]]:
+    with opened(str(path), fps=fps) as source:
+        found = [(picture.pixels(), picture.time) for picture in source.pictures]
+    return [pixels for pixels, _ in found], [at for _, at in found]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "A.MP4"])
+def test_what_is_written_is_what_is_read(name: str, tmp_path: Path) -> None:
+    path = video(tmp_path / name, frames=12, fps=8)
+    with opened(str(path)) as source:
+        assert (source.width, source.height, source.live) == (64, 48, False)
+        assert source.rate == pytest.approx(8, rel=0.01)
+    pixels, times = frames_of(path)
+    assert [number_of(frame) for frame in pixels] == list(range(12))
+    assert times == pytest.approx([index / 8 for index in range(12)], abs=0.002)
+    others, _ = read(path)
+    np.testing.assert_array_equal(np.stack(pixels), np.stack(others))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("size", [(64, 48), (1280, 720)])
+def test_colours_survive(size: tuple[int, int], tmp_path: Path) -> None:
+    colours = [(230, 20, 30), (10, 200, 60), (20, 40, 240), (255, 195, 128)]
+    frame = np.zeros((size[1], size[0], 3), np.uint8)
+    wide = size[0] // 4
+    for index, colour in enumerate(colours):
+        frame[:, index * wide : (index + 1) * wide] = colour
+    with writing(tmp_path / "a.mp4", 10) as file:
+        for index in range(3):
+            file.write(frame, index / 10)
+    (found, *_), _ = frames_of(tmp_path / "a.mp4")
+    for index, colour in enumerate(colours):
+        middle = found[:, index * wide + 6 : (index + 1) * wide - 6].reshape(-1, 3)
+        np.testing.assert_allclose(middle.mean(0), colour, atol=4)
+
+
+def test_a_video_that_names_no_standard_is_read_as_players_read_it(tmp_path: Path) -> None:
+    """Above 720 lines those colours are BT.709; FFmpeg by itself would take BT.601, and greens would be off by 20."""
+    for height, standard in ((720, "ITU709"), (360, "ITU601")):
+        path = tmp_path / f"{height}.mkv"
+        colour = np.full((height, 64, 3), (20, 180, 60), np.uint8)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=5)
+            stream.width, stream.height, stream.pix_fmt = 64, height, "yuv420p"
+            frame = av.VideoFrame.from_ndarray(colour, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=standard)
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        (found, *_), _ = frames_of(path)
+        np.testing.assert_allclose(found.reshape(-1, 3).mean(0), (20, 180, 60), atol=4)
+
+
+def test_frames_keep_their_times_where_some_are_missing(tmp_path: Path) -> None:
+    times = [0.0, 0.1, 0.5, 0.5, 2.0]
+    with writing(tmp_path / "a.mp4", 10) as file:
+        for index, at in enumerate(times):
+            file.write(striped(index), at)
+    pixels, found = frames_of(tmp_path / "a.mp4")
+    assert found == pytest.approx(times, abs=0.001)
+    assert [number_of(frame) for frame in pixels] == [0, 1, 2, 3, 4]
+
+
+def test_odd_sides_gain_a_pixel_and_other_sizes_are_fitted(tmp_path: Path) -> None:
+    with writing(tmp_path / "a.mp4", 10) as file:
+        file.write(striped(4, 63, 47), 0)
+        file.write(striped(4, 126, 94), 0.1)
+        file.write(striped(4, 63, 20), 0.2)
+    pixels, _ = frames_of(tmp_path / "a.mp4")
+    assert [frame.shape for frame in pixels] == [(48, 64, 3)] * 3
+    assert number_of(pixels[1]) == 4
+    assert pixels[2][:10].mean() < 8
+
+
+def test_a_video_that_is_to_be_turned_is_turned(tmp_path: Path) -> None:
+    """The second matrix in an MP4 is that of the pictures: here a quarter to the right, as a telephone writes it."""
+    path = video(tmp_path / "a.mp4")
+    one, minus = b"\0\1\0\0", b"\xff\xff\0\0"
+    straight = one + bytes(12) + one + bytes(12) + b"\x40\0\0\0"
+    turned = bytes(4) + one + bytes(4) + minus + bytes(16) + b"\x40\0\0\0"
+    before, after = path.read_bytes().rsplit(straight, 1)
+    upright, _ = frames_of(path)
+    path.write_bytes(before + turned + after)
+    pixels, _ = frames_of(path)
+    assert pixels[0].shape == (64, 48, 3)
+    np.testing.assert_array_equal(pixels[4], np.rot90(upright[4], -1))
+
+
+def test_a_folder_comes_in_the_order_of_its_names(tmp_path: Path) -> None:
+    for index, name in enumerate(["frame_2.png", "frame_10.png", "frame_11.jpg"]):
+        Image.fromarray(striped(index)).save(tmp_path / name)
+    (tmp_path / ".frame_3.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no frame")
+    pixels, times = frames_of(tmp_path, fps=4)
+    assert [number_of(frame) for frame in pixels] == [0, 1, 2]
+    assert times == [0, 0.25, 0.5]
+
+
+def cut(path: Path, share: float) -> Path:
+    part = path.with_stem(f"cut_{int(share * 100)}")
+    part.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return part
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_cut_video_is_told_wherever_the_cut_is(name: str, tmp_path: Path) -> None:
+    path = video(tmp_path / name, frames=80, fps=25, size=(320, 180))
+    told = set()
+    for share in (0.02, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8):
+        with pytest.raises(DataError) as error:
+            frames_of(cut(path, share))
+        sentence = str(error.value)
+        assert f"cut_{int(share * 100)}" in sentence
+        assert "\n" not in sentence
+        told |= set(re.findall("cannot be opened|breaks off|no frame|says neither", sentence))
+        if hint := re.search(r"--seconds (\S+)$", sentence):
+            with opened(str(cut(path, share))) as source:
+                seconds = float(hint.group(1))
+                assert list(until(source.pictures, seconds)), "the hint leads nowhere"
+    assert "breaks off" in told
+
+
+def test_damaged_bytes_are_told(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", frames=60, fps=25, size=(320, 180))
+    data = bytearray(path.read_bytes())
+    for place in range(len(data) // 2, len(data) // 2 + 1500):
+        data[place] ^= 0x5A
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="breaks off after"):
+        frames_of(path)
+
+
+class Camera:
+    """A live source by script: numbers are frames, errors are raised while decoding, words while reading."""
+
+    def __init__(self, *script: object) -> None:
+        self.script = list(script)
+        self.closed = False
+
+    def demux(self, _: object) -> Iterator[Camera]:
+        while self.script:
+            if self.script[0] == "no packet":
+                raise av.InvalidDataError(1, self.script.pop(0))
+            yield self
+
+    is_corrupt = False
+
+    def decode(self) -> list[object]:
+        entry = self.script.pop(0)
+        if isinstance(entry, Exception):
+            raise entry
+        return [entry]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("script", "frames", "damaged", "ended"),
+    [
+        ((1, 2, 3), 3, 0, ""),
+        ((1, av.InvalidDataError(1, "bad"), 2, "no packet", 3), 3, 2, ""),
+        ((1, av.error.OSError(5, "the cable is out"), 2), 1, 0, "the cable is out"),
+        ((1, *[av.InvalidDataError(1, "Bad")] * 400, 2), 1, 300, "bad"),
+    ],
+)
+def test_a_live_source_goes_on_over_damage_and_ends_in_peace(
+    script: tuple[object, ...], frames: int, damaged: int, ended: str
+) -> None:
+    camera, trouble = Camera(*script), Trouble()
+    found = list(_decoded("camera", _Stream(camera, None, True), 25, trouble))
+    assert len(found) == frames
+    assert found[0].time == 0
+    assert (trouble.damaged, trouble.ended) == (damaged, ended)
+    assert camera.closed
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "cannot be opened"), (b"hello, I am no video", "cannot be opened")]
+)
+def test_what_is_no_video_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        frames_of(tmp_path / "a.mp4")
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(DataError, match="has no pictures"):
+        frames_of(path)
+
+
+def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    told: dict[Path | str, str] = {
+        tmp_path / "no.mp4": "is not there; give a video",
+        tmp_path / "empty": "holds no picture",
+        "/dev/video77": "no camera /dev/video77",
+        "77": "no camera /dev/video77",
+        "rtsp://127.0.0.1:9/none": "cannot be opened as a stream",
+        "http://127.0.0.1:9/none": "cannot be opened",
+        "nonsense://x": "cannot be opened",
+    }
+    for source, words in told.items():
+        with pytest.raises(DataError, match=words):
+            frames_of(source)
+    with pytest.raises(RecipeError, match="--fps"):
+        frames_of(video(tmp_path / "a.mp4"), fps=3)
+
+
+def test_a_file_is_opened_by_its_name_whatever_it_looks_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("concat:a.mp4", "b%03d.mp4", "-c.mp4", "ü ö.mp4"):
+        shutil.copy(video(Path("plain.mp4")), name)
+        Path("plain.mp4").unlink()
+        assert len(frames_of(name)[0]) == 10
+    with writing(Path("http:d.mp4"), 10) as file:
+        file.write(striped(1), 0)
+    assert Path("http:d.mp4").is_file()
+
+
+def test_pictures_of_a_folder_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "grey.png")
+    with pytest.raises(OverflyError, match=r"grey\.png has 1 band"):
+        frames_of(tmp_path)
+    (tmp_path / "grey.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(OverflyError, match=r"grey\.png"):
+        frames_of(tmp_path)
+
+
+def test_nothing_is_left_of_a_video_that_fails(tmp_path: Path) -> None:
+    def fails() -> None:
+        with writing(tmp_path / "a.mp4", 10) as file:
+            file.write(striped(0), 0)
+            assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fails()
+    with writing(tmp_path / "b.mp4", 10):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a.mp4", Path("/proc/a.mp4")):
+        with pytest.raises(DataError, match="cannot be written"), writing(path, 10) as file:
+            file.write(striped(0), 0)
+    for path, words in ((video(tmp_path / "there.mp4"), "is there already"), (tmp_path / "a.gif", r"name it a\.mp4")):
+        with pytest.raises(DataError, match=words):
+            see_free(path)
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    part, handle = parts._new(path, False)
+    if handle is None:
+        pytest.skip("no locks here")
+    with writing(path, 10) as writer:
+        writer.write(np.zeros((32, 32, 3), np.uint8), 0.0)
+        assert part.exists()  # its writer lives
+    path.unlink()
+    os.close(handle)  # as the system does for the dead
+    with writing(path, 10) as writer:
+        writer.write(np.zeros((32, 32, 3), np.uint8), 0.0)
+    assert [left.name for left in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
+
+    def fills() -> None:
+        with writing(tmp_path / "a.mkv", 10) as file:
+            for index in range(100):
+                file.write(np.roll(noise, index * 7, 1), index / 10)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"a\.mkv cannot be written"):
+            fills()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_another_process_wrote_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+
+    def write() -> None:
+        with writing(path, 10) as file:
+            file.write(striped(0), 0)
+            path.write_bytes(b"theirs")
+
+    with pytest.raises(DataError, match="by another process"):
+        write()
+    assert path.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from overfly.core.classes import Classes
+from overfly.exporting.predictor import Floats
+from overfly.video.overlay import Painter, Style, fitted, legend, shrunk
+from seeing import BLUE, GREEN, NAMES, RED, brightest, seeing, striped
+
+BARE = {"legend": False, "figures": False}
+
+
+def test_classes_are_painted_in_their_colours() -> None:
+    frame = striped(5, 96, 60)
+    overlay = Painter(seeing(), Style(opacity=1.0, **BARE))(frame)
+    assert overlay.shape == frame.shape
+    for band, colour in enumerate((RED, GREEN, BLUE)):
+        assert (overlay[:, 32 * band : 32 * (band + 1)] == colour).all()
+
+
+def test_opacity_is_the_share_of_the_colours() -> None:
+    frame = striped(5, 96, 60)
+    np.testing.assert_array_equal(Painter(seeing(), Style(opacity=0.0, **BARE))(frame), frame)
+    mixed = Painter(seeing(), Style(opacity=0.25, **BARE))(frame)
+    np.testing.assert_allclose(mixed[0, 0], 0.75 * frame[0, 0] + 0.25 * np.array(RED), atol=1)
+
+
+def test_frames_are_shrunk_for_the_network_alone() -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    def noted(images: Floats) -> Floats:
+        sizes.append(images.shape)
+        return brightest(images)
+
+    frame = striped(5, 192, 120)
+    overlay = Painter(seeing(noted), Style(size=48, opacity=1.0, **BARE))(frame)
+    assert sizes == [(1, 3, 30, 48)]
+    assert overlay.shape == (120, 192, 3)
+    for band, colour in enumerate((RED, GREEN, BLUE)):
+        assert (overlay[:, 64 * band + 6 : 64 * band + 58] == colour).all()
+    assert shrunk(frame, 500) is frame
+    assert shrunk(frame[:1], 16).shape == (1, 16, 3)
+
+
+def test_shrinking_takes_means() -> None:
+    board = np.indices((64, 64)).sum(0) % 2 * 255
+    small = shrunk(np.repeat(board[..., None], 3, -1).astype(np.uint8), 16)
+    np.testing.assert_allclose(small[2:-2, 2:-2], 127.5, atol=2)
+
+
+def test_a_network_of_fixed_windows_sees_all_of_the_frame() -> None:
+    def fixed(images: Floats) -> Floats:
+        assert images.shape == (1, 3, 32, 32)
+        return brightest(images)
+
+    frame = striped(5, 96, 20)
+    overlay = Painter(seeing(fixed, fixed=True, window=32), Style(opacity=1.0, **BARE))(frame)
+    np.testing.assert_array_equal(overlay, Painter(seeing(), Style(opacity=1.0, **BARE))(frame))
+
+
+def test_brightness_is_brought_to_the_range_that_was_learnt() -> None:
+    peaks: list[float] = []
+
+    def noted(images: Floats) -> Floats:
+        peaks.append(float(images.max()))
+        return brightest(images)
+
+    frame = np.full((32, 32, 3), 255, np.uint8)
+    for peak in (255.0, 1.0, 65535.0):
+        Painter(seeing(noted, peak=peak), Style())(frame)
+    assert peaks == pytest.approx([255.0, 1.0, 65535.0])
+
+
+def test_legend_and_figures_are_drawn_where_they_belong() -> None:
+    frame = np.full((240, 320, 3), 120, np.uint8)
+    plain = Painter(seeing(), Style(opacity=0.0, **BARE))(frame)
+    named = Painter(seeing(), Style(opacity=0.0, legend=True, figures=False))(frame, ["12.0 frames/s"])
+    told = Painter(seeing(), Style(opacity=0.0, legend=False, figures=True))(frame, ["12.0 frames/s"])
+    assert (plain == 120).all()
+    changed = (named != 120).any(-1)
+    assert changed[120:, :160].any()
+    assert not changed[:120].any()
+    assert not changed[:, 160:].any()
+    for colour in NAMES.colours:
+        assert (named == colour).all(-1).sum() >= 20, "the legend shows this colour"
+    changed = (told != 120).any(-1)
+    assert changed[:60].any()
+    assert not changed[60:].any()
+
+
+def test_a_legend_of_many_classes_says_how_many_it_leaves_out() -> None:
+    many = Classes(names=tuple(f"class {index}" for index in range(100)))
+    sheet = legend(many, 640, 360)
+    assert sheet is not None
+    assert sheet.height <= 180
+    assert sheet.width <= 320
+    long = Classes(names=("x" * 500, "Gebäude und Höfe"))
+    sheet = legend(long, 640, 360)
+    assert sheet is not None
+    assert sheet.width <= 320
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (64, 64), (65, 300), (300, 65), (63, 900)])
+def test_any_frame_can_be_drawn_on(size: tuple[int, int]) -> None:
+    frame = striped(2, *size)
+    assert Painter(seeing(), Style())(frame, ["10.0 frames/s   p50 100 ms   p95 100 ms", "more"]).shape == frame.shape
+
+
+def test_pictures_are_fitted_with_bars() -> None:
+    found = fitted(np.full((50, 100, 3), 200, np.uint8), 100, 100)
+    assert found.shape == (100, 100, 3)
+    assert (found[:25] == 0).all()
+    assert (found[25:75] == 200).all()
+    assert (found[75:] == 0).all()

@@ -1,0 +1,258 @@
+"""Frames in order, or the newest and no lag: on a clock that goes by hand, and once with threads."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from overfly.core.errors import DataError
+from overfly.exporting.predictor import Floats
+from overfly.video.overlay import Painter, Style
+from overfly.video.player import (
+    Frame,
+    Picture,
+    Screen,
+    Slot,
+    Standing,
+    arriving,
+    look,
+    played,
+    summarised,
+    until,
+    watch,
+)
+from seeing import Clock, brightest, number_of, seeing, striped
+
+PLAIN = Style(opacity=0.0, legend=False, figures=False)
+
+
+def pictures(count: int, fps: float = 10.0) -> Iterator[Picture]:
+    for index in range(count):
+        yield Picture(partial(striped, index % 16), index / fps)
+
+
+class Slow:
+    """A network that takes its time, on the test's clock."""
+
+    def __init__(self, clock: Clock, takes: Callable[[int], float]) -> None:
+        self.clock, self.takes, self.passes = clock, takes, 0
+
+    def __call__(self, images: Floats) -> Floats:
+        self.clock.pass_on(self.takes(self.passes))
+        self.passes += 1
+        return brightest(images)
+
+
+def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[Standing, list[float], list[float], Clock]:
+    """A camera of ``count`` frames in front of a network; times of the shown frames, and how old they were then."""
+    clock, slot, stop = Clock(), Slot(), threading.Event()
+    start = clock()
+
+    def comes(index: int) -> None:
+        slot.put(Frame(Picture(partial(striped, index % 16), index / fps), clock()))
+        if index == count - 1:
+            slot.close()
+
+    for index in range(count):
+        clock.at(start + index / fps, partial(comes, index))
+    times: list[float] = []
+    ages: list[float] = []
+
+    def sink(overlay: NDArray[np.uint8], at: float) -> None:
+        assert number_of(overlay) == round(at * fps) % 16
+        times.append(at)
+        ages.append(clock() - start - at)
+
+    def frames() -> Iterator[Frame]:
+        taken = slot.frames(stop)
+        while clock.due or not slot._closed or slot._frame is not None:
+            if slot._frame is None:  # nothing there yet: time passes until something comes
+                clock.pass_on(max(0.0, clock.due[0][0] - clock()))
+            yield next(taken)
+
+    painter = Painter(seeing(Slow(clock, takes)), PLAIN)
+    return look(painter, frames(), [sink], slot=slot, now=clock), times, ages, clock
+
+
+def test_a_slow_network_drops_frames_and_never_lags() -> None:
+    standing, times, ages, clock = live(300, fps=30, takes=lambda _: 0.1)
+    assert standing.read == 300
+    assert standing.latencies.count + standing.dropped == 300
+    assert standing.dropped == pytest.approx(200, abs=2)
+    assert times == sorted(set(times))
+    assert times[-1] == pytest.approx(299 / 30)
+    assert max(ages) <= 0.1 + 1 / 30 + 1e-9
+    assert ages[-1] <= ages[1] + 1 / 30, "it lags more and more"
+    assert clock() - 100 <= 299 / 30 + 0.2 + 1e-9
+
+
+def test_latency_holds_the_wait_and_the_network() -> None:
+    standing, _, ages, _ = live(200, fps=20, takes=lambda _: 0.07)
+    found = summarised(standing)
+    assert found.p50_ms is not None
+    assert 70 <= found.p50_ms <= 120.6
+    assert found.p95_ms == pytest.approx(1000 * np.quantile(ages, 0.95, method="inverted_cdf"), rel=0.01)
+    assert found.frames_per_second == pytest.approx(1 / 0.07, rel=0.05)
+
+
+def test_a_fast_network_drops_nothing() -> None:
+    standing, times, ages, _ = live(100, fps=25, takes=lambda _: 0.03)
+    assert standing.dropped == 0
+    assert len(times) == standing.read == 100
+    assert max(ages) == pytest.approx(0.03)
+
+
+def test_one_hiccup_is_caught_up_at_once() -> None:
+    standing, _, ages, _ = live(100, fps=25, takes=lambda index: 2.0 if index == 10 else 0.01)
+    assert standing.dropped == 49
+    assert sum(age > 0.06 for age in ages) <= 2
+
+
+def test_frames_are_played_when_they_are_due() -> None:
+    clock = Clock()
+    given = [(frame.began, clock()) for frame in played(pictures(5), threading.Event(), clock, clock.pass_on)]
+    assert [began for began, _ in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
+    assert [now for _, now in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
+
+
+def test_slow_decoding_counts_as_latency() -> None:
+    clock = Clock()
+
+    def decoded() -> Iterator[Picture]:
+        for picture in pictures(4):
+            clock.pass_on(0.25)
+            yield picture
+
+    late = [clock() - frame.began for frame in played(decoded(), threading.Event(), clock, clock.pass_on)]
+    assert late == pytest.approx([0, 0.15, 0.30, 0.45])
+
+
+def test_every_frame_is_processed_where_nobody_hurries() -> None:
+    seen: list[int] = []
+    times: list[float] = []
+
+    def sink(overlay: NDArray[np.uint8], at: float) -> None:
+        seen.append(number_of(overlay))
+        times.append(at)
+
+    found = watch(Painter(seeing(), PLAIN), pictures(16), [sink])
+    assert seen == list(range(16))
+    assert times == pytest.approx([index / 10 for index in range(16)])
+    assert (found.read, found.shown, found.dropped, found.stopped) == (16, 16, 0, False)
+
+
+def test_a_stream_that_is_played_with_threads_drops_too() -> None:
+    times: list[float] = []
+
+    def slow(images: Floats) -> Floats:
+        time.sleep(0.05)
+        return brightest(images)
+
+    found = watch(Painter(seeing(slow), PLAIN), pictures(60, fps=100), [lambda _, at: times.append(at)], realtime=True)
+    assert found.read == 60
+    assert found.shown + found.dropped == 60
+    assert found.shown == len(times)
+    assert found.dropped >= 40
+    assert times == sorted(set(times))
+    assert found.seconds >= 0.59
+
+
+def test_stopping_finishes_the_frame_at_work() -> None:
+    for live, realtime in ((False, False), (True, False), (False, True)):
+        stop, times = threading.Event(), list[float]()
+
+        def sink(_: NDArray[np.uint8], at: float, times: list[float] = times, stop: threading.Event = stop) -> None:
+            times.append(at)
+            if len(times) == 3:
+                stop.set()
+
+        found = watch(
+            Painter(seeing(), PLAIN), pictures(10**6, fps=1000), [sink], stop=stop, live=live, realtime=realtime
+        )
+        assert found.stopped
+        assert found.shown == len(times) == 3
+        assert found.read == found.shown + found.dropped
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_broken_source_says_so_after_the_frames_before(live: bool) -> None:
+    def breaking() -> Iterator[Picture]:
+        yield from pictures(3)
+        time.sleep(0.05)
+        raise DataError("the film tore; splice it")
+
+    shown: list[float] = []
+    with pytest.raises(DataError, match="tore"):
+        watch(Painter(seeing(), PLAIN), breaking(), [lambda _, at: shown.append(at)], live=live)
+    assert shown
+
+
+def test_a_sink_that_fails_ends_the_reading_thread() -> None:
+    before = threading.active_count()
+
+    def full(*_: object) -> None:
+        raise DataError("the disk is full; make room")
+
+    with pytest.raises(DataError, match="full"):
+        watch(Painter(seeing(), PLAIN), pictures(10**6, fps=1000), [full], realtime=True)
+    assert threading.active_count() == before
+
+
+def test_a_part_of_a_stream() -> None:
+    assert len(list(until(pictures(30), 1.0))) == 10
+    assert len(list(until(pictures(30), None))) == 30
+    stop = threading.Event()
+    stop.set()
+    assert not list(arriving(pictures(3), stop))
+
+
+def test_figures_stand_still_for_half_a_second() -> None:
+    clock, drawn = Clock(), list[str]()
+
+    class Noted(Painter):
+        def __call__(self, frame: NDArray[np.uint8], lines: Sequence[str] = ()) -> NDArray[np.uint8]:
+            drawn.append(" | ".join(lines))
+            return super().__call__(frame)
+
+    painter = Noted(seeing(Slow(clock, lambda _: 0.1)), PLAIN)
+    look(painter, arriving(pictures(12), threading.Event(), clock), [], now=clock)
+    assert drawn[0] == "– frames/s   p50 – ms   p95 – ms"
+    assert drawn[0:5] == drawn[:1] * 5
+    assert drawn[6] == drawn[9] == "10.0 frames/s   p50 100 ms   p95 100 ms"
+
+
+def test_the_screen_holds_the_newest_for_all_who_look() -> None:
+    screen = Screen()
+    assert screen.latest() is None
+    assert screen.wait(timeout=0.01) is None
+    waiting: list[object] = []
+    lookers = [threading.Thread(target=lambda: waiting.append(screen.wait(0, 5))) for _ in range(3)]
+    for looker in lookers:
+        looker.start()
+    screen.show(striped(3))
+    for looker in lookers:
+        looker.join()
+    first = screen.latest()
+    assert first is not None
+    assert first.number == 1
+    assert waiting == [first] * 3
+    assert screen.latest() is first, "a JPEG is made once"
+    with Image.open(io.BytesIO(first.jpeg)) as picture:
+        assert number_of(np.asarray(picture)) == 3
+    assert screen.wait(1, 0.01) is None
+    screen.show(striped(4))
+    screen.show(striped(5))
+    third = screen.wait(1, 0)
+    assert third is not None
+    assert third.number == 3
+    screen.close()
+    assert screen.wait(3) is None
+    assert screen.closed

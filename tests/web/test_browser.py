@@ -1,0 +1,214 @@
+"""A person's path through the page, in headless Chromium: open, drop an image, see the map, swipe, download."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from offered import encoded, inverted, network
+from overfly.video.mjpeg import serving
+from overfly.video.player import Screen
+from overfly.web.server import Running, application, start
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+DROP = """([data, name]) => {
+  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], name, { type: "image/png" }));
+  document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true }));
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as engine:
+        settings = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        try:
+            found = engine.chromium.launch(executable_path=CHROMIUM, args=settings)
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium here: {str(error).splitlines()[0]}")
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    screen = Screen()
+    screen.show(np.full((48, 64, 3), 90, np.uint8))
+    found = start(application([network("0"), network("1", inverted)], screen=screen))
+    yield found
+    screen.close()
+    found.stop()
+
+
+@pytest.fixture
+def page(browser: Any, running: Running) -> Iterator[Any]:
+    """A page on a phone, which fails the test where a script or the policy complains, or another host is asked."""
+    context = browser.new_context(viewport={"width": 390, "height": 844}, accept_downloads=True)
+    context.set_default_timeout(20_000)
+    found = context.new_page()
+    wrong: list[str] = []
+    found.on("console", lambda message: wrong.append(message.text) if _complains(message) else None)
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on(
+        "request",
+        lambda asked: wrong.append(asked.url) if not asked.url.startswith((running.address, "data:")) else None,
+    )
+    yield found
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture(params=[390, 1280])
+def wide(request: pytest.FixtureRequest, browser: Any) -> Iterator[Any]:
+    """A page on a phone, and one on a desk."""
+    found = browser.new_page(viewport={"width": request.param, "height": 844})
+    found.set_default_timeout(20_000)
+    yield found
+    found.close()
+
+
+def _complains(message: Any) -> bool:
+    """Whether a script or the policy is not content; an answer of 400 that the page shows is no fault of it."""
+    return bool(message.type in ("error", "warning") and "400 (Bad Request)" not in message.text)
+
+
+def _shows(page: Any, picture: str) -> bool:
+    """Whether an image of the page comes to show its 64 columns, within a while."""
+    for _ in range(200):
+        page.wait_for_timeout(50)
+        if page.evaluate(f"document.querySelector('{picture}')?.naturalWidth") == 64:
+            return True
+    return False
+
+
+def _bright_at(page: Any, x: int) -> bool:
+    """Whether the map shows the bright class at the middle of a column of the map's box."""
+    box = page.locator("#map").bounding_box()
+    clip = {"x": box["x"] + x, "y": box["y"] + box["height"] / 2, "width": 2, "height": 2}
+    shown = np.asarray(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")).astype(int)
+    return bool(shown[0, 0].sum() > 300)
+
+
+def test_from_an_image_to_its_map(page: Any, running: Running, tmp_path: Path) -> None:
+    page.goto(running.address)
+    image = np.full((200, 320, 3), 255, np.uint8)
+    page.evaluate(DROP, [base64.b64encode(encoded(image)).decode(), "../<b>x</b>.png"])
+    page.wait_for_url("**/map/*")
+    page.wait_for_selector("img.leaflet-tile-loaded")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    rows = page.locator("#legend tbody tr")
+    assert rows.count() == 2
+    assert "<b>bright</b>" in rows.nth(1).inner_text()
+    assert "100.0 %" in rows.nth(1).locator("td").nth(2).inner_text()
+    assert "0.0 %" in rows.nth(1).locator("td").nth(3).inner_text()
+
+    page.check("#own")
+    page.locator("#opacity").evaluate(
+        "(bar) => { bar.value = 100; bar.dispatchEvent(new Event('input', {bubbles: true})); }"
+    )
+    swipe = "(bar, value) => { bar.value = value; bar.dispatchEvent(new Event('input', {bubbles: true})); }"
+    page.wait_for_timeout(700)
+    seen = {}
+    for value in (100, 900):
+        page.locator("#swipe").evaluate(swipe, value)
+        page.wait_for_timeout(200)
+        seen[value] = _bright_at(page, 180)
+    assert seen == {100: False, 900: True}, "the network on the left says bright, the one on the right dark"
+
+    page.check("input[value=doubt]")
+    page.wait_for_selector("img.leaflet-tile-loaded[src*=doubt]")
+    assert "entropy" in page.locator("#hint").inner_text()
+    page.check("input[value=image]")
+    assert page.locator("#swipe").is_hidden()
+
+    with page.expect_download() as saved:
+        page.click("text=Download PNG of A")
+    saved.value.save_as(tmp_path / "map.png")
+    assert saved.value.suggested_filename == "map.png"
+    assert (np.asarray(Image.open(tmp_path / "map.png")) == 1).all()
+
+
+def test_a_file_that_is_no_image_is_told_so(page: Any, running: Running, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no picture at all")
+    page.goto(running.address)
+    with page.expect_response("**/maps") as answer:
+        page.set_input_files("#file", tmp_path / "x.png")
+    assert answer.value.status == 400
+    page.wait_for_selector("#told.warn")
+    assert "not a PNG" in page.locator("#told").inner_text()
+
+
+def test_two_networks_the_api_and_the_film(page: Any, running: Running) -> None:
+    page.goto(running.address)
+    page.click("#compare")
+    page.wait_for_url("**/compare?*")
+    assert "Settings that differ" in page.inner_text("main")
+    page.goto(f"{running.address}docs")
+    page.wait_for_selector("#api details")
+    assert "POST /predict" in page.inner_text("#api")
+    page.goto(f"{running.address}live", wait_until="commit")
+    assert _shows(page, ".film")
+
+
+def test_the_networks_fit_a_phone(wide: Any) -> None:
+    about = {name: f"{name} of some length" for name in ("model", "method", "folder", "source", "target", "mIoU")}
+    networks = [network("0"), network("1", inverted)]
+    networks[0].about = about
+    running = start(application(networks))
+    try:
+        wide.goto(running.address)
+        assert wide.evaluate("[document.documentElement, ...document.querySelectorAll('.scroll')].every("
+                             "(box) => box.scrollWidth <= box.clientWidth)")  # fmt: skip
+        phone = wide.viewport_size["width"] == 390
+        assert wide.locator(".offered thead").is_visible() != phone
+        before = wide.evaluate("getComputedStyle(document.querySelector('.offered td[data-name]'), '::before').content")
+        assert ("model" in before) == phone
+        wide.check("input[name=network][value='1']")
+        assert wide.evaluate("chosen()") == {"network": "1", "other": "1"}
+    finally:
+        running.stop()
+
+
+def test_a_stream_that_has_ended_does_not_look_live(wide: Any) -> None:
+    screen = Screen()
+    screen.show(np.full((48, 64, 3), 90, np.uint8))
+    running = start(application([network()], screen=screen))
+    try:
+        wide.goto(f"{running.address}live", wait_until="commit")
+        assert _shows(wide, ".film")
+        assert wide.locator("#state").inner_text() == ""
+        screen.close("it came to its end after 1 picture")
+        wide.wait_for_selector("#state.warn")
+        assert wide.inner_text("#state") == "This stream has ended: it came to its end after 1 picture."
+        assert wide.locator("#film.ended").count() == 1
+        wide.goto(f"{running.address}live")
+        assert _shows(wide, ".film")
+        assert "came to its end" in wide.inner_text("#state")
+        assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        running.stop()
+
+
+def test_the_page_of_watch_says_that_the_stream_has_ended(wide: Any) -> None:
+    screen = Screen()
+    screen.show(np.full((48, 64, 3), 90, np.uint8))
+    with serving(screen, 0) as address:
+        wide.goto(address, wait_until="commit")
+        assert _shows(wide, "img")
+        assert wide.locator("p").is_hidden()
+        screen.close("it came to its end after 1 picture")
+    wide.wait_for_selector("body.ended")
+    assert wide.inner_text("p") == "This stream has ended: it came to its end after 1 picture."
+    assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")

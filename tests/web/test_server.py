@@ -1,0 +1,351 @@
+"""The server as a program sees it, in this process."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from offered import CLASSES, bright, encoded, inverted, network, ramp
+from overfly.core.records import Array
+from overfly.exporting.predictor import Floats
+from overfly.video.player import Screen
+from overfly.web.config import Limits
+from overfly.web.server import application, start
+
+BASE = "http://127.0.0.1:8000"
+
+
+def served(limits: Limits | None = None, **changes: Any) -> TestClient:
+    networks = changes.pop("networks", None) or [network("0"), network("1", inverted)]
+    return TestClient(application(networks, limits=limits, **changes), base_url=BASE)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with served() as found:
+        yield found
+
+
+def ask(client: TestClient, image: bytes, name: str = "a.png", **form: str) -> Any:
+    return client.post("/predict", files={"image": (name, image)}, data=form)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 50), (1, 1), (200, 130), (64, 64), (3, 300)])
+def test_an_image_becomes_its_map(client: TestClient, height: int, width: int) -> None:
+    image = ramp(height, width)
+    found = ask(client, encoded(image))
+    assert found.status_code == 200
+    assert found.headers["content-type"] == "image/png"
+    ids = np.asarray(Image.open(io.BytesIO(found.content)))
+    np.testing.assert_array_equal(ids, image[..., 0] > 127)
+
+
+def test_shares_and_the_other_network(client: TestClient) -> None:
+    image = encoded(np.full((20, 20, 3), 200, np.uint8))
+    one = ask(client, image, answer="json").json()
+    other = ask(client, image, answer="json", network="1").json()
+    assert [each["share"] for each in one["classes"]] == [0.0, 1.0]
+    assert [each["share"] for each in other["classes"]] == [1.0, 0.0]
+    assert one["classes"][1]["name"] == CLASSES.names[1]
+
+
+def test_a_geotiff_keeps_its_place_and_its_holes(client: TestClient, tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    image = np.moveaxis(ramp(70, 90), -1, 0).copy()
+    image[:, :10, :10] = 0
+    transform = rasterio.Affine(0.5, 0.0, 500000.0, 0.0, -0.5, 3500000.0)
+    path = tmp_path / "scene.tif"
+    settings = {"height": 70, "width": 90, "count": 3, "dtype": "uint8", "nodata": 0}
+    with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32650", transform=transform, **settings) as file:
+        file.write(image)
+    found = ask(client, path.read_bytes(), "../../etc/passwd", answer="tiff")
+    assert found.status_code == 200
+    assert found.headers["content-disposition"] == 'attachment; filename="map.tif"'
+    with rasterio.MemoryFile(found.content) as memory, memory.open() as file:
+        assert file.crs.to_epsg() == 32650
+        assert file.transform == transform
+        ids = file.read(1)
+    assert (ids[:10, :10] == 255).all()
+    np.testing.assert_array_equal(ids[20:, 20:], image[0, 20:, 20:] > 127)
+
+
+def tiff(path: Path, image: Array, **settings: Any) -> bytes:
+    """An image (H, W, C) as the bytes of a GeoTIFF."""
+    rasterio = pytest.importorskip("rasterio")
+    height, width, count = image.shape
+    settings |= {"height": height, "width": width, "count": count, "dtype": image.dtype}
+    with rasterio.open(path, "w", driver="GTiff", **settings) as file:
+        file.write(np.moveaxis(image, -1, 0))
+    return path.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("dtype", ["uint16", "int8", "int16", "uint32", "float32", "float64", "complex64"])
+def test_another_range_of_values_is_refused_or_scaled(client: TestClient, tmp_path: Path, dtype: str) -> None:
+    image = (ramp() // 3).astype(dtype)
+    sent = tiff(tmp_path / "scene.tif", image)
+    found = ask(client, sent)
+    assert found.status_code == 400
+    words = "complex numbers" if dtype == "complex64" else f"the image holds {dtype}, .* such as peak="
+    assert re.search(words, found.json()["detail"])
+    maps = client.post("/maps", files={"image": ("x", sent)})
+    assert (maps.status_code, maps.json()) == (400, found.json())
+    if dtype != "complex64":
+        found = ask(client, sent, peak="85")
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.content))), image[..., 0] * 3.0 > 127.5)
+
+
+def test_grey_of_sixteen_bits_is_refused_too_and_eight_for_a_network_of_sixteen() -> None:
+    deep = encoded(np.full((8, 8), 20000, np.uint16))
+    several = [network("0", bands=1), network("1", bands=1, peak=65535), network("2", bands=1, peak=1)]
+    with served(networks=several) as client:
+        assert "values up to 1;" in ask(client, deep, network="2").json()["detail"]
+        assert "uint16" in ask(client, deep).json()["detail"]
+        assert ask(client, deep, network="1").status_code == 200
+        assert "uint8" in ask(client, encoded(ramp()[..., 0]), network="1").json()["detail"]
+        both = client.post("/maps", files={"image": ("x", deep)}, data={"network": "1", "other": "0"})
+        assert both.status_code == 400
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+def test_a_geotiff_keeps_its_mask_and_its_control_points(client: TestClient, tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    path, shown = tmp_path / "scene.tif", np.full((40, 50), 255, np.uint8)
+    shown[:10, 20:] = 0
+    corners = ((0, 0), (0, 50), (40, 0), (40, 50))
+    points = [rasterio.control.GroundControlPoint(row, column, 5e5 + column, 3e6 - row) for row, column in corners]
+    tiff(path, ramp(), gcps=points, crs="EPSG:32650")
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="YES"), rasterio.open(path, "r+") as file:
+        file.write_mask(shown)
+    found = ask(client, path.read_bytes(), answer="tiff")
+    with rasterio.MemoryFile(found.content) as memory, memory.open() as file:
+        np.testing.assert_array_equal(file.read(1) == 255, shown == 0)
+        assert [(p.row, p.col, p.x, p.y) for p in file.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in points]
+        assert file.gcps[1].to_epsg() == 32650
+
+
+def test_maps_are_kept_looked_at_and_downloaded(client: TestClient) -> None:
+    files = {"image": ("x", encoded(ramp(300, 400)))}
+    made = client.post("/maps", files=files, data={"network": "0", "other": "1"})
+    assert made.status_code == 201
+    facts = made.json()
+    assert (facts["width"], facts["height"], facts["depth"]) == (400, 300, 1)
+    assert [each["network"] for each in facts["predictions"]] == ["0", "1"]
+    key = facts["key"]
+    assert client.get(f"/maps/{key}").json() == facts
+    assert client.get(f"/map/{key}").status_code == 200
+    for layer in ("image", "classes", "doubt"):
+        tile = client.get(f"/maps/{key}/tiles/{layer}/1/1/1", params={"network": "1"})
+        assert Image.open(io.BytesIO(tile.content)).size == (256, 256)
+    assert client.get(f"/maps/{key}/tiles/image/1/2/0").status_code == 404
+    kept = client.get(f"/maps/{key}/file", params={"network": "1", "answer": "png"})
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(kept.content))), ramp(300, 400)[..., 0] < 128)
+    assert client.get("/maps/nothing").status_code == 404
+    assert client.get("/map/nothing").status_code == 404
+    assert client.get(f"/maps/{key}/file", params={"network": "9"}).status_code == 404
+
+
+def test_old_maps_go_when_new_ones_come() -> None:
+    with served(Limits(kept=3 * 2 * 100)) as client:
+        keys = []
+        for _ in range(5):
+            made = client.post("/maps", files={"image": ("x", encoded(ramp(10, 10)))})
+            keys.append(made.json()["key"])
+        there = [client.get(f"/maps/{key}").status_code for key in keys]
+    assert there == [404, 404, 200, 200, 200]
+
+
+def _bomb(side: int) -> bytes:
+    """A PNG of side × side pixels in a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (_bomb(50_000), "pixels"),
+        (_bomb(3100), "this server takes"),
+        (_bomb(100), "truncated or damaged"),
+        (b"", "empty"),
+        (b"hello", "text"),
+        (encoded(ramp())[:100], "truncated"),
+        (encoded(ramp()[..., 0]), "1 bands"),
+    ],
+)
+def test_what_is_no_image_is_told_so_and_never_by_its_path(client: TestClient, image: bytes, words: str) -> None:
+    found = ask(client, image)
+    assert found.status_code == 400
+    assert words in found.json()["detail"]
+    assert "overfly-" not in found.json()["detail"]
+    assert "/tmp" not in found.json()["detail"]  # noqa: S108
+
+
+def test_a_request_that_lacks_something_is_told_so_in_a_sentence(client: TestClient) -> None:
+    image = {"image": ("x", encoded(ramp()))}
+    cut = client.post(
+        "/predict", content=b"--X\r\nContent-", headers={"content-type": "multipart/form-data; boundary=X"}
+    )
+    asked = {
+        "form field image is missing": [client.post("/predict"), client.post("/maps", data={"other": "1"}), cut],
+        "form field answer is wrong": [client.post("/predict", files=image, data={"answer": "gif"})],
+        "form field peak is wrong": [client.post("/predict", files=image, data={"peak": "0"})],
+        "parameter one is missing and the parameter other": [client.get("/compare")],
+        "part of the address number is wrong": [client.post("/scenes/x")],
+    }
+    for words, answers in asked.items():
+        for answer in answers:
+            assert answer.status_code == 422
+            assert words in answer.json()["detail"]
+            assert answer.json()["detail"].endswith("needs")
+    schema = client.get("/openapi.json").json()
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    told = schema["paths"]["/predict"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
+    assert told["$ref"].endswith("/Problem")
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_machines_that_look_whether_it_lives_may_ask_for_the_head(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == 200
+    assert "head" not in client.get("/openapi.json").json()["paths"].get(path, {})
+
+
+def test_a_request_has_its_time_and_the_server_goes_on() -> None:
+    held = threading.Event()
+
+    def slow(images: Floats) -> Floats:
+        held.wait(5)
+        return bright(images)
+
+    with served(Limits(seconds=1.0), networks=[network("0", slow)]) as client:
+        start_ = time.monotonic()
+        found = ask(client, encoded(ramp()))
+        assert found.status_code == 503
+        assert time.monotonic() - start_ < 4
+        held.set()
+        assert ask(client, encoded(ramp())).status_code == 200
+
+
+def test_pages_name_networks_and_escape_them(client: TestClient) -> None:
+    page = client.get("/").text
+    assert "network 1" in page
+    assert "<b>bright" not in page
+    assert client.get("/compare", params={"one": "0", "other": "1"}).status_code == 200
+    assert client.get("/compare", params={"one": "0", "other": "<b>"}).status_code == 404
+    assert client.get("/docs").status_code == 200
+    assert "/predict" in client.get("/openapi.json").json()["paths"]
+    assert client.get("/live").status_code == 200
+    for path in ("/static/../server.py", "/static/%2e%2e/server.py", "/static/vendor/../../server.py"):
+        assert client.get(path).status_code == 404
+
+
+def test_own_pictures_are_offered_by_number(tmp_path: Path) -> None:
+    (tmp_path / "scene <1>.png").write_bytes(encoded(ramp()))
+    with served(scenes=[tmp_path / "scene <1>.png"]) as client:
+        assert "scene &lt;1&gt;.png" in client.get("/").text
+        assert client.post("/scenes/0", params={"other": "1"}).status_code == 201
+        assert client.post("/scenes/1").status_code == 404
+
+
+def test_what_happens_is_counted() -> None:
+    with served() as client:
+        ask(client, encoded(ramp(40, 50)))
+        ask(client, b"nothing")
+        client.get("/nowhere")
+        lines = client.get("/metrics").text.splitlines()
+    assert 'overfly_requests_total{method="POST",route="/predict",status="200"} 1.0' in lines
+    assert 'overfly_requests_total{method="POST",route="/predict",status="400"} 1.0' in lines
+    assert 'overfly_requests_total{method="GET",route="other",status="404"} 1.0' in lines
+    assert "overfly_pixels_total 2000.0" in lines
+    assert "overfly_batch_images_count 1.0" in lines
+
+
+def test_the_live_picture_is_a_stream_of_frames() -> None:
+    screen = Screen()
+    running = start(application([network()], screen=screen))
+    try:
+        screen.show(np.zeros((8, 8, 3), np.uint8))
+        first = screen.latest()
+        assert first is not None
+        with httpx.stream("GET", f"{running.address}stream", timeout=10) as answer:
+            assert answer.headers["content-type"] == "multipart/x-mixed-replace; boundary=frame"
+            parts, seen = answer.iter_bytes(), b""
+            while first.jpeg + b"\r\n--frame\r\n" not in seen:
+                seen += next(parts)
+            screen.show(np.full((8, 8, 3), 255, np.uint8))
+            second = screen.latest()
+            assert second is not None
+            while second.jpeg + b"\r\n--frame\r\n" not in seen:
+                seen += next(parts)
+            screen.close()
+            assert first.jpeg not in b"".join(parts)
+            assert seen.count(b"Content-Type: image/jpeg") >= 2
+    finally:
+        running.stop()
+
+
+def test_a_live_picture_that_has_ended_says_so() -> None:
+    screen = Screen()
+    with served(screen=screen) as client:
+        assert client.get("/stream/state").json() == {"live": True, "frames": 0, "ended": ""}
+        assert "has ended" not in client.get("/live").text
+        screen.show(np.zeros((8, 8, 3), np.uint8))
+        screen.close("it broke off (<b>gone</b>) after 1 picture")
+        screen.close("later words")
+        last = client.get("/stream")
+        assert last.headers["content-type"] == "image/jpeg"
+        assert last.content.startswith(b"\xff\xd8")
+        assert client.get("/stream/state").json()["ended"] == "it broke off (<b>gone</b>) after 1 picture"
+        assert (
+            "This stream has ended: it broke off (&lt;b&gt;gone&lt;/b&gt;) after 1 picture." in client.get("/live").text
+        )
+    empty = Screen()
+    empty.close()
+    with served(screen=empty) as client:
+        assert client.get("/stream").status_code == 404
+    with served() as client:
+        assert client.get("/stream/state").status_code == 404
+
+
+@pytest.mark.parametrize("order", ["01", "10"])
+def test_networks_of_other_bands_get_the_bands_that_they_read(order: str, tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    four = network("1", lambda images: bright(images[:, 3:]), bands=4, mean=(0.0,) * 4, std=(1.0,) * 4)
+    networks = [network("0"), four] if order == "01" else [four, network("0")]
+    clear = np.full((40, 50, 4), (10, 10, 10, 250), np.uint8)
+    place = {"crs": "EPSG:32650", "transform": rasterio.Affine(0.5, 0.0, 500000.0, 0.0, -0.5, 3500000.0)}
+    settings = {"height": 40, "width": 50, "count": 4, "dtype": "uint8", "photometric": "MINISBLACK"}
+    with rasterio.open(tmp_path / "infrared.tif", "w", driver="GTiff", **settings, **place) as file:
+        file.write(np.moveaxis(clear, -1, 0))
+    infrared = (tmp_path / "infrared.tif").read_bytes()
+    both = {"network": order[0], "other": order[1]}
+    with served(networks=networks) as client:
+        made = client.post("/maps", files={"image": ("x", encoded(clear))}, data=both)
+        assert made.status_code == 201, made.text
+        shares = {each["network"]: [one["share"] for one in each["classes"]] for each in made.json()["predictions"]}
+        assert shares == {"0": [1.0, 0.0], "1": [0.0, 1.0]}
+        for image, words in (
+            (encoded(ramp()), "3 bands and network 1 reads 4"),
+            (infrared, "4 bands and network 0 reads 3"),
+        ):
+            refused = client.post("/maps", files={"image": ("x", image)}, data=both)
+            assert refused.status_code == 400
+            assert refused.json()["detail"] == f"the image has {words}; send an image with its bands"
+        assert ask(client, infrared, network="1").status_code == 200

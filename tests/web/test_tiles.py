@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from offered import CLASSES
+from overfly.core.records import IGNORE, UInt8
+from overfly.raster.georeference import Georeference, georeference
+from overfly.web.tiles import SIDE, Layer, depth, geotiff, tile
+
+
+def _opened(data: bytes | None) -> UInt8:
+    assert data is not None
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
+
+
+def test_tiles_of_the_last_zoom_are_the_picture_itself() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (300, 520, 3), dtype=np.uint8)
+    assert depth(300, 520) == 2
+    whole = np.zeros((2 * SIDE, 3 * SIDE, 4), np.uint8)
+    for row in range(2):
+        for column in range(3):
+            found = _opened(tile(Layer(picture), 2, column, row))
+            whole[row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE] = found
+    np.testing.assert_array_equal(whole[:300, :520, :3], picture)
+    assert (whole[:300, :520, 3] == 255).all()
+    assert not whole[300:, :, 3].any()
+    assert not whole[:, 520:, 3].any()
+
+
+def test_classes_are_thinned_and_never_blended() -> None:
+    ids = np.zeros((600, 600), np.uint8)
+    ids[:, 300:] = 1
+    ids[500:] = IGNORE
+    found = _opened(tile(Layer(ids, CLASSES), 0, 0, 0))
+    colours = {tuple(colour) for colour in found.reshape(-1, 4)}
+    assert {colour for colour in colours if colour[3]} == {(*colour, 255) for colour in CLASSES.colours}
+    assert found[140, 10, 3] == 0
+
+
+def test_doubt_is_clear_where_the_network_is_sure() -> None:
+    doubt = np.zeros((10, 10), np.uint8)
+    doubt[:, 5:] = 255
+    found = _opened(tile(Layer(doubt), 0, 0, 0))
+    assert found[5, 2, 3] == 0
+    assert found[5, 7, 3] > 200
+
+
+@pytest.mark.parametrize("place", [(3, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (0, -1, 0)])
+def test_there_is_nothing_beyond_the_border(place: tuple[int, int, int]) -> None:
+    assert tile(Layer(np.zeros((200, 200, 3), np.uint8)), *place) is None
+
+
+def test_a_geotiff_keeps_place_colours_and_names() -> None:
+    rasterio = pytest.importorskip("rasterio")
+    ids = np.random.default_rng(0).integers(0, 2, (300, 310), dtype=np.uint8)
+    ids[0, 0] = IGNORE
+    crs = rasterio.CRS.from_epsg(32650).to_wkt()
+    data = geotiff(ids, CLASSES, Georeference(crs, (500000.0, 0.3, 0.0, 3500000.0, 0.0, -0.3)))
+    with rasterio.MemoryFile(data) as memory, memory.open() as file:
+        assert file.crs.to_epsg() == 32650
+        assert tuple(file.transform)[:6] == (0.3, 0.0, 500000.0, 0.0, -0.3, 3500000.0)
+        assert file.nodata == IGNORE
+        assert file.colormap(1)[1] == (250, 240, 230, 255)
+        assert json.loads(file.tags()["CLASS_NAMES"])["1"] == CLASSES.names[1]
+        np.testing.assert_array_equal(file.read(1), ids)
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("kind", ["nothing", "point", "points", "both", "transform", "turned", "rational"])
+def test_a_geotiff_lies_where_the_image_lay(kind: str) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    crs = rasterio.CRS.from_epsg(32650).to_wkt()
+    points = tuple((5.0 * i, 7.0 * (i % 2), 500000.0 + 2 * i, 3500000.0 - 3 * i, 10.0, str(i)) for i in range(1, 5))
+    numbers = " ".join(["1", *["0"] * 19])
+    rational = {f"{way}_{part}_COEFF": numbers for way in ("LINE", "SAMP") for part in ("NUM", "DEN")}
+    rational |= {
+        f"{name}_{what}": "10" for name in ("LINE", "SAMP", "LAT", "LONG", "HEIGHT") for what in ("OFF", "SCALE")
+    }
+    place = {
+        "nothing": Georeference(),
+        "point": Georeference(crs, (500000.0, 0.5, 0.0, 3500000.0, 0.0, -0.5), point=True),
+        "points": Georeference(points=points, points_crs=crs),
+        "both": Georeference(points=points, points_crs=crs, point=True),
+        "transform": Georeference(transform=(5.0, 0.5, 0.0, 9.0, 0.0, -0.5)),
+        "turned": Georeference(crs, (500000.0, 0.4, 0.3, 3500000.0, 0.3, -0.4)),
+        "rational": Georeference(rational=tuple(sorted(rational.items()))),
+    }[kind]
+    data = geotiff(np.zeros((20, 30), np.uint8), CLASSES, place)
+    with rasterio.MemoryFile(data) as memory, memory.open() as file:
+        found = georeference(file)
+        assert (found.crs, found.points_crs) == (place.crs, place.points_crs)
+        assert found.point == place.point
+        assert found.points == place.points
+        assert found.transform == (None if place.transform is None else pytest.approx(place.transform))
+        told = {key: value.split() for key, value in found.rational}
+        assert {key: [float(each) for each in told[key]] for key, _ in place.rational} == {
+            key: [float(each) for each in value.split()] for key, value in place.rational
+        }
