@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,vector,track,export,openvino,hub,serve,stream,cluster]'
 	touch $@
 
-demo: $(READY)  ## Learn the drawn town, adapt to the country without its labels, print a table and a verdict
+demo: $(READY)  ## Learn the synthetic urban, adapt to the country without its labels, print a table and a verdict
 	$(BIN)/overfly benchmark recipes/demo --seeds 1 --split test --out $(DEMO)
 	@echo; echo "Which network to use, judged without the country's labels:"
 	$(BIN)/overfly adapt recipes/demo/3-adapted.yaml --no-estimate --out $(DEMO)

@@ -3,7 +3,7 @@
     python benchmarks/costs.py recipes/methods/*.yaml [--rounds 15] [--threads 2] [--out runs/costs]
 
 All recipes are prepared beside each other, with random weights, and take turns: in every round each does one whole step
-(batch, losses, backward pass, optimiser, teacher). A method's ratio is the median over the rounds of its seconds over
+(batch, losses, backward pass, optimizer, teacher). A method's ratio is the median over the rounds of its seconds over
 source only's seconds in the same round, so that a machine that is busy for a while slows both. Memory is the peak of a
 process of its own that does three steps, less what the same process holds before it builds the networks. Writes
 costs.json and prints a table. One of the recipes must be of method `source_only`.

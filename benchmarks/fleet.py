@@ -29,7 +29,7 @@ from overfly.training.setup import first_segmenter
 
 
 def scenes(folder: Path, count: int, size: int) -> None:
-    """Small drawn pictures, each at a place of its own."""
+    """Small synthetic pictures, each at a place of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         pixels = np.moveaxis(draw("urban" if number % 2 else "rural", "test", number, size)[0], -1, 0)
@@ -81,7 +81,7 @@ def main() -> int:
     root = settings.out or Path(tempfile.mkdtemp(prefix="overfly-fleet-"))
     scenes(root / "scenes", settings.scenes, settings.size)
     if settings.network is None:
-        drawn = {"name": "drawn", "scene": "urban", "size": 64, "train": 2}
+        drawn = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
         recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
         settings.network = first_segmenter(recipe).eval().save(root / "network.safetensors")
     found = fleet(settings.network, root / "scenes", root / "maps", settings.scenes)

@@ -1,6 +1,6 @@
 """Plant harmful adaptations and count how many the gate refuses.
 
-    python benchmarks/harm.py recipes/drawn/urban-rural-overfly.yaml --seeds 0,1,2 --steps 100 [--set SETTING]
+    python benchmarks/harm.py recipes/synthetic/urban-rural-overfly.yaml --seeds 0,1,2 --steps 100 [--set SETTING]
         [--images FOLDER…]
 
 Each recipe must be one of method `overfly`. Of every seed it is carried out three ways: with the pseudo-labels' classes
@@ -42,9 +42,9 @@ class Planted(Overfly, name="planted"):
     key: int = 0
     """Which exchange of classes."""
 
-    def labels(self, nets: OverflyNetworks, target: Tensor, blank: Tensor | None = None) -> Tensor:
+    def labels(self, nets: OverflyNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
         """The teacher's labels, of the wrong classes."""
-        label = super().labels(nets, target, blank)
+        label = super().labels(nets, target, nodata_mask)
         classes = len(nets.segmenter.classes)
         if self.harm == "shuffled":
             there = label != IGNORE

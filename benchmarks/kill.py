@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 RECIPE = """
-source: {name: drawn, scene: urban, size: 64, train: 8, val: 4}
-target: {name: drawn, scene: rural, size: 64, train: 8, val: 4}
+source: {name: synthetic, scene: urban, size: 64, train: 8, val: 4}
+target: {name: synthetic, scene: rural, size: 64, train: 8, val: 4}
 method: {name: source_only, criterion: ohem}
 optim: {name: adamw, lr: 1e-3}
-augment: [dihedral, scale_jitter, colour_jitter]
+augment: [dihedral, scale_jitter, color_jitter]
 validation: {every: 10}
 crop: 64
 batch: {batch}

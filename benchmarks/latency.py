@@ -27,7 +27,7 @@ from overfly.core.device import describe
 from overfly.exporting.formats import write_onnx, write_openvino
 from overfly.exporting.graph import Answer, Deployed
 from overfly.exporting.metadata import Made, entries
-from overfly.exporting.quantize import quantise_onnx, quantise_openvino
+from overfly.exporting.quantize import quantize_onnx, quantize_openvino
 from overfly.exporting.runtimes import of_onnx, of_openvino
 from overfly.exporting.timing import take_turns
 from overfly.models.segmenter import Segmenter
@@ -60,10 +60,10 @@ def candidates(run: Path, side: int, threads: int, answer: Answer, folder: Path)
     plain = write_onnx(deployed, folder / "32.onnx", facts.bands, texts["32"])
     files = {
         "onnxruntime 32": plain,
-        "onnxruntime int8": quantise_onnx(plain, folder / "int8.onnx", calibration, texts["int8"]),
+        "onnxruntime int8": quantize_onnx(plain, folder / "int8.onnx", calibration, texts["int8"]),
         "openvino 32": write_openvino(plain, folder / "32.xml", texts["32"]),
         "openvino 16": write_openvino(plain, folder / "16.xml", texts["16"], half=True),
-        "openvino int8": quantise_openvino(plain, folder / "int8.xml", calibration, texts["int8"]),
+        "openvino int8": quantize_openvino(plain, folder / "int8.xml", calibration, texts["int8"]),
     }
     for name, file in files.items():
         opened = of_onnx if file.suffix == ".onnx" else of_openvino

@@ -87,7 +87,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         line = process.stderr.readline()
         address = urlsplit(next(word for word in line.split() if word.startswith("http")).rstrip(";"))
         place = (str(address.hostname), int(address.port or 0))
-        domain = Domain.model_validate({"name": "drawn", "scene": "rural", "size": settings.size, "val": 8})
+        domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": settings.size, "val": 8})
         bodies = [body(domain.read_image(item)) for item in domain.items("val")]
         seen: list[tuple[int | str, float]] = []
         client(place, bodies, time.monotonic() + 0.01, [])

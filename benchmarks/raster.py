@@ -49,7 +49,7 @@ TILE = 1024
 
 
 def synthesise(path: Path, size: int) -> None:
-    """A mosaic of a few drawn pictures, turned and mirrored, with a coordinate system; tiled and compressed."""
+    """A mosaic of a few synthetic pictures, turned and mirrored, with a coordinate system; tiled and compressed."""
     tiles = [draw(scene, "test", number, TILE)[0] for scene in ("urban", "rural") for number in (0, 1)]
     tiles = [np.moveaxis(np.rot90(tile, turn), -1, 0) for tile in tiles for turn in range(4)]
     generator = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def memory(key: str) -> int:
 def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[str, Any]:
     """The whole job, and the network alone on two of ``share`` rows of its windows, before and after."""
     settings = Settings(overwrite=True)
-    scene = look(str(raster), predictor.facts, bands=None, nodata=None, peak=None)
+    scene = look(str(raster), predictor.facts, bands=None, nodata=None, max_value=None)
     plan = plan_for(scene, predictor.facts, settings, 400 * 2**20)
     predictor(np.zeros((settings.batch, 3, plan.size, plan.size), np.float32))
     model = memory("VmRSS")
@@ -171,7 +171,7 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     raster = root / "raster.tif"
     if settings.stand_in is False and settings.network is None:
-        drawn = {"name": "drawn", "scene": "urban", "size": 64, "train": 2}
+        drawn = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
         recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
         settings.network = first_segmenter(recipe).eval().save(root / "network.safetensors")
     predictor = stand_in() if settings.stand_in else predictor_of(settings.network, device="cpu")

@@ -2,7 +2,8 @@
 
     python benchmarks/seams.py --network RUN [--size 768] [--window 128] [--out docs/images/raster.png]
 
-The network should be one of the drawn world's. White lines at borders of the small pictures mark where windows meet.
+The network should be one of the synthetic world's. White lines at the borders of small images mark
+where windows meet.
 """
 
 from __future__ import annotations

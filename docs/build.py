@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from overfly.commands.catalogue import GROUPS
+from overfly.commands.catalog import GROUPS
 from overfly.recipe import Model, Recipe, Validation
 
 PAGE = Path(__file__).parent / "reference.md"

@@ -99,9 +99,9 @@ def _percent(figure: dict[str, Any]) -> str:
 
 def _reads(kind: type[Method[Any]]) -> str:
     """What a step sees."""
-    source = "labelled source images" if kind.needs_source else None
-    maybe = "labelled source images where there are any" if kind.takes_source and not source else None
-    target = "unlabelled target images" if kind.needs_target else None
+    source = "labeled source images" if kind.needs_source else None
+    maybe = "labeled source images where there are any" if kind.takes_source and not source else None
+    target = "unlabeled target images" if kind.needs_target else None
     return " and ".join(part for part in (source, maybe, target) if part)
 
 

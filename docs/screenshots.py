@@ -30,8 +30,8 @@ LARGEST = 300_000
 
 
 def scene(path: Path) -> Path:
-    """A drawn picture of the country, six tiles large."""
-    domain = Domain.model_validate({"name": "drawn", "scene": "rural", "size": 256, "val": 6})
+    """A synthetic picture of the country, six tiles large."""
+    domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": 256, "val": 6})
     tiles = [domain.read_image(item) for item in domain.items("val")]
     rows = [np.concatenate(tiles[first : first + 3], axis=1) for first in (0, 3)]
     Image.fromarray(np.concatenate(rows)).save(path)

@@ -33,10 +33,10 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def small() -> dict[str, Any]:
-    """A recipe of a few steps on the drawn world, as a mapping."""
+    """A recipe of a few steps on the synthetic world, as a mapping."""
     return {
-        "source": {"name": "drawn", "scene": "urban", "size": 64, "train": 4, "val": 2, "test": 2},
-        "target": {"name": "drawn", "scene": "rural", "size": 64, "train": 4, "val": 2, "test": 2},
+        "source": {"name": "synthetic", "scene": "urban", "size": 64, "train": 4, "val": 2, "test": 2},
+        "target": {"name": "synthetic", "scene": "rural", "size": 64, "train": 4, "val": 2, "test": 2},
         "optim": {"name": "sgd", "lr": 0.01},
         "crop": 64,
         "batch": 2,
@@ -54,8 +54,8 @@ def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
     """From a method's name to a small recipe that has what the method needs: a trained start, a teacher."""
     special: dict[str, Callable[[], dict[str, Any]]] = {
         "daformer": lambda: {"warmup": 1},
-        "distil": lambda: {"teacher": str(first_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
-        "source_free": lambda: {"statistics": "own"},  # those of a start of three steps normalise nothing
+        "distill": lambda: {"teacher": str(first_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
+        "source_free": lambda: {"statistics": "own"},  # those of a start of three steps normalize nothing
     }
 
     def made(name: str, **changes: Any) -> Recipe:

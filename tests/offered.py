@@ -14,7 +14,7 @@ from overfly.core.records import Array
 from overfly.exporting.predictor import Facts, Floats, Predictor
 from overfly.web.networks import Network
 
-CLASSES = Classes(names=("dark", "<b>bright</b>"), colours=((10, 20, 30), (250, 240, 230)))
+CLASSES = Classes(names=("dark", "<b>bright</b>"), colors=((10, 20, 30), (250, 240, 230)))
 
 
 def bright(images: Floats) -> Floats:

@@ -15,7 +15,7 @@ from overfly.core.errors import DataError
 from overfly.core.records import Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 
-CLASSES = Classes(names=("dark", "grey", "bright"))
+CLASSES = Classes(names=("dark", "gray", "bright"))
 
 
 class Patches(Domain):
@@ -70,6 +70,6 @@ class ByLevel(nn.Module):
 
     def forward(self, image: Tensor) -> Logits:
         level = image.mean(1, keepdim=True)
-        centres = torch.tensor([30.0, 120.0, 210.0])[:, None, None]
-        scores = -self.sharpness * (level - centres).abs() / 10
+        centers = torch.tensor([30.0, 120.0, 210.0])[:, None, None]
+        scores = -self.sharpness * (level - centers).abs() / 10
         return Logits(scores[:, list(self.order)])

@@ -15,7 +15,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from overfly.core.classes import Classes
 from overfly.exporting.predictor import Facts, Floats, Predictor
 
-CLASSES = Classes(names=("dark", "middle", "bright"), colours=((10, 20, 30), (120, 130, 140), (250, 240, 230)))
+CLASSES = Classes(names=("dark", "middle", "bright"), colors=((10, 20, 30), (120, 130, 140), (250, 240, 230)))
 PLACE: dict[str, Any] = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
 
 

@@ -1,4 +1,4 @@
-"""Networks with random weights whose scores are of a sane order: batch normalisation has seen images."""
+"""Networks with random weights whose scores are of a sane order: batch normalization has seen images."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from overfly.core.classes import Classes
 from overfly.exporting.predictor import Facts, Floats, Predictor
 
 RED, GREEN, BLUE = (230, 20, 30), (10, 200, 60), (20, 40, 240)
-NAMES = Classes(names=("brick", "grass", "pond"), colours=(RED, GREEN, BLUE))
+NAMES = Classes(names=("brick", "grass", "pond"), colors=(RED, GREEN, BLUE))
 
 
 def brightest(images: Floats) -> Floats:

@@ -24,8 +24,8 @@ def test_figures_are_means_with_deviations() -> None:
 def test_a_table_of_two_rows_runs_once_and_reads_labels_once(small: dict[str, Any], tmp_path: Path) -> None:
     load(small, "steps=2", "optim.lr=1e-5").save(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text(
-        "start: a.yaml\nsource: {name: drawn, scene: urban, size: 64, val: 2}\n"
-        "target: {name: drawn, scene: rural, size: 64, val: 2}\nmethod: recalibrate\ncrop: 64\nbatch: 2\nsteps: 2\n"
+        "start: a.yaml\nsource: {name: synthetic, scene: urban, size: 64, val: 2}\n"
+        "target: {name: synthetic, scene: rural, size: 64, val: 2}\nmethod: recalibrate\ncrop: 64\nbatch: 2\nsteps: 2\n"
     )
     runs = tmp_path / "runs"
     settings: dict[str, Any] = {
@@ -89,7 +89,7 @@ def test_paths_folders_and_patterns(tmp_path: Path) -> None:
 
 
 def test_the_gap_is_closed_between_source_only_and_the_oracle(small: dict[str, Any], tmp_path: Path) -> None:
-    town, country = {"name": "drawn", "scene": "urban"}, {"name": "drawn", "scene": "rural"}
+    town, country = {"name": "synthetic", "scene": "urban"}, {"name": "synthetic", "scene": "rural"}
     size = {"size": 64, "train": 4, "val": 2}
     here, there = {**town, **size}, {**country, **size}
     load({**small, "source": here, "target": there, "steps": 2}).save(tmp_path / "1-before.yaml")

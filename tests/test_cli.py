@@ -75,7 +75,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         "deeplabv2_resnet101",
         "loveda",
         "folder",
-        "drawn",
+        "synthetic",
         "recalibrate",
         "ohem",
         "dihedral",

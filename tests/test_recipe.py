@@ -91,7 +91,7 @@ def test_what_is_wrong_is_named(small: dict[str, Any], override: str, message: s
 def test_a_start_recipe_is_part_of_the_value_and_has_the_same_seed(small: dict[str, Any], tmp_path: Path) -> None:
     load(small, "model=pidnet_m").save(tmp_path / "first.yaml")
     (tmp_path / "second.yaml").write_text(
-        "start: first.yaml\ntarget: {name: drawn, scene: rural}\nmethod: recalibrate\nsteps: 2\n"
+        "start: first.yaml\ntarget: {name: synthetic, scene: rural}\nmethod: recalibrate\nsteps: 2\n"
     )
     found = load(tmp_path / "second.yaml", "seed=5", "target.size=128")
     assert isinstance(found.start, Recipe)
@@ -140,7 +140,7 @@ def test_another_network_is_another_for_the_start_too(small: dict[str, Any]) -> 
 
 
 def test_domains_of_two_ranges_of_values_are_refused(small: dict[str, Any], tmp_path: Path) -> None:
-    target = {"name": "folder", "root": str(tmp_path), "classes": list(CLASSES.names), "peak": 65535}
+    target = {"name": "folder", "root": str(tmp_path), "classes": list(CLASSES.names), "max_value": 65535}
     with pytest.raises(RecipeError, match="source goes up to 255 and target to 65535"):
         load({**small, "target": target, "method": "dacs"})
 
@@ -155,7 +155,7 @@ def test_pictures_of_two_sizes_do_not_reach_a_method_that_mixes_them(small: dict
 
 def test_a_network_of_another_range_of_values_is_no_start(small: dict[str, Any], tmp_path: Path) -> None:
     trained = first_segmenter(load(small))
-    trained.peak = 1.0
+    trained.max_value = 1.0
     start = trained.save(tmp_path / "unit.safetensors")
     with pytest.raises(RecipeError, match=r"unit\.safetensors was trained on values up to 1, .* up to 255"):
         first_segmenter(load(small), start)

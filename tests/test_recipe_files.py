@@ -1,4 +1,4 @@
-"""Every recipe that is shipped trains two steps on the drawn world."""
+"""Every recipe that is shipped trains two steps on the synthetic world."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from overfly.commands.api import benchmark, data_draw, train
+from overfly.commands.api import benchmark, data_synthesize, train
 from overfly.recipe import Recipe, load
 from overfly.training.setup import first_segmenter
 
@@ -21,7 +21,7 @@ SMALL = ["crop=64", "batch=2", "epochs=null", "steps=2", "schedule.warmup=0"]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    data_draw(root / "loveda", size=64, train=3, val=1, test=1)
+    data_synthesize(root / "loveda", size=64, train=3, val=1, test=1)
     return root / "loveda"
 
 
@@ -33,7 +33,7 @@ def test_every_recipe_trains(path: Path, world: Path, tmp_path: Path) -> None:
         if loveda:
             changes.append(f"{role}.root={world}")
         else:
-            changes.append(f"{role}={{name: drawn, scene: {scene}, size: 64, train: 3, val: 1, test: 1}}")
+            changes.append(f"{role}={{name: synthetic, scene: {scene}, size: 64, train: 3, val: 1, test: 1}}")
     values = yaml.safe_load(path.read_text())
     if "start" in values:
         changes += [f"start.{change}" for change in changes]

@@ -22,7 +22,7 @@ from overfly.evaluation.speed import Speed, measure
 from overfly.models.registry import build
 from overfly.recipe import Recipe, load
 from overfly.training.engine import Engine, on_main
-from overfly.training.evaluate import Role, assess, labelled, recorded
+from overfly.training.evaluate import Role, assess, labeled, recorded
 from overfly.training.run import Run
 from overfly.training.train_recipe import carry_out
 
@@ -78,7 +78,7 @@ class Row(Spec):
     criterion: str
     """Supervised loss."""
     optimizer: str
-    """Optimiser with its settings."""
+    """Optimizer with its settings."""
     scheduler: str
     """Learning-rate schedule with its settings."""
     length: str
@@ -298,7 +298,7 @@ def _score(run: Run, split: Split, fabric: Fabric, draw: Draw | None, workers: i
     for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
         if domain is None or recorded(run, key, split, domain) is not None:
             continue
-        if labelled(domain, split):
+        if labeled(domain, split):
             samples = Samples()
             found = assess(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
             if draw is not None:

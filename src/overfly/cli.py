@@ -35,7 +35,7 @@ GROUPS = {
 
 
 def words(name: str) -> tuple[str, ...]:
-    """The words that call a function: ``data_draw`` is ``data draw``, ``list_kinds`` is ``list``."""
+    """The words that call a function: ``data_synthesize`` is ``data synthesize``, ``list_kinds`` is ``list``."""
     return ("list",) if name == "list_kinds" else tuple(name.split("_"))
 
 

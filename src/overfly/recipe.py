@@ -103,7 +103,7 @@ class Recipe(Spec):
     """Everything that decides what a run ends in; what only decides how fast (device, workers) is not part of it."""
 
     source: Domain | None = None
-    """Labelled imagery; none for source-free adaptation, which begins from ``start``."""
+    """Labeled imagery; none for source-free adaptation, which begins from ``start``."""
     target: Domain | None = None
     """Imagery to work on too; training never sees its labels."""
     start: Annotated[Recipe | Path | None, BeforeValidator(_nested)] = None
@@ -117,7 +117,7 @@ class Recipe(Spec):
     schedule: Schedule = Poly()
     """The learning rate over the steps."""
     augment: tuple[Augment, ...] = ()
-    """What is done to the source's images and labels, in this order, before normalisation."""
+    """What is done to the source's images and labels, in this order, before normalization."""
     sampling: Sampling = Uniform()
     """How the source's pictures and crops are chosen."""
     validation: Validation = Validation()
@@ -128,13 +128,13 @@ class Recipe(Spec):
     """Side of the square that is cut from each picture."""
     window: Pixels | None = None
     """Side of the overlapping windows in which pictures are scored, after any resize; none: whole pictures. A network
-    with global context that learnt from small crops does better in windows of their size."""
+    with global context that learned from small crops does better in windows of their size."""
     batch: Annotated[int, Field(ge=1, le=65536)] = 6
     """Pictures of each domain in one batch, over all devices."""
     accumulate: Count = 1
     """Batches whose gradients one step averages."""
     steps: Count | None = None
-    """Steps of the optimiser; 20,000 where neither steps nor epochs are given."""
+    """Steps of the optimizer; 20,000 where neither steps nor epochs are given."""
     epochs: Positive | None = None
     """The length of training in passes over the source, instead of ``steps``."""
     clip: Positive | None = None
@@ -178,7 +178,7 @@ class Recipe(Spec):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.method.needs_source and self.source is None:
-            raise ValueError(f"method {self.method.name} learns from labelled images; say where they are under source")
+            raise ValueError(f"method {self.method.name} learns from labeled images; say where they are under source")
         if self.method.needs_target and self.target is None:
             raise ValueError(f"method {self.method.name} adapts to a target; say where its images are under target")
         if isinstance(self.start, Recipe) and self.start.model.name != self.model.name:
@@ -220,10 +220,10 @@ class Recipe(Spec):
             raise ValueError(
                 f"source has {self.source.bands} bands and target {self.target.bands}; give both the same bands"
             )
-        if self.source.peak != self.target.peak:
+        if self.source.max_value != self.target.max_value:
             raise ValueError(
-                f"source goes up to {self.source.peak:g} and target to {self.target.peak:g}; bring both to one range "
-                "of values, and say it as their peak"
+                f"source goes up to {self.source.max_value:g} and target to {self.target.max_value:g}; bring both to "
+                "one range of values, and say it as their max_value"
             )
         return self
 
@@ -239,7 +239,7 @@ class Recipe(Spec):
         return found
 
     def length(self, pictures: int) -> int:
-        """Steps of the optimiser, for a source of so many pictures."""
+        """Steps of the optimizer, for a source of so many pictures."""
         if self.epochs is not None:
             return max(1, round(self.epochs * pictures / (self.batch * self.accumulate)))
         return self.steps or 20_000

@@ -116,7 +116,7 @@ def test_a_time_that_is_too_short_is_said_with_what_is_needed(own: Own, monkeypa
         of_folders(own, "1m", Engine("cpu", quiet=True))
 
 
-def test_colours_of_classes_are_read_as_colours(own: Own) -> None:
+def test_colors_of_classes_are_read_as_colors(own: Own) -> None:
     assert own.classes is not None
     own.classes.write_text(yaml.safe_dump({"roof": [255, 0, 0], "rest": [0, 0, 0]}))
     assert proposal.classes_of(own.classes) == {"classes": {"roof": [255, 0, 0], "rest": [0, 0, 0]}}
@@ -141,7 +141,7 @@ def test_what_is_missing_is_said_in_a_sentence(own: Own, change: dict[str, Path 
 
 def test_a_time_is_not_silently_ignored_beside_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--budget 10m is for folders of your own; a recipe says its length"):
-        adapt("recipes/drawn/urban-rural-plain.yaml", budget="10m", out=tmp_path, device="cpu", quiet=True)
+        adapt("recipes/synthetic/urban-rural-plain.yaml", budget="10m", out=tmp_path, device="cpu", quiet=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -171,7 +171,7 @@ def test_one_command_from_folders_to_a_verdict_and_again_without_the_source(
     [
         ({"title": "X"}, "says title, and it is read for both places"),
         ({"images": "x", "splits": {"train": "a.txt"}}, "says images, splits, and it is read for both"),
-        ({"name": "drawn"}, "speaks of the domain drawn"),
+        ({"name": "synthetic"}, "speaks of the domain drawn"),
         ({1: 5}, "1: there is no such setting"),
     ],
 )
@@ -229,7 +229,7 @@ def test_epochs_may_be_given_instead_of_steps(own: Own, tmp_path: Path) -> None:
 
 
 def test_weights_say_their_own_network(own: Own, tmp_path: Path) -> None:
-    recipe = Recipe.model_validate({"source": {"name": "drawn"}, "model": "lraspp_mobilenet_v2"})
+    recipe = Recipe.model_validate({"source": {"name": "synthetic"}, "model": "lraspp_mobilenet_v2"})
     file = first_segmenter(recipe).save(tmp_path / "network.safetensors")
     (found,) = of_folders(Own(images_b=own.images_b, start=file), "10m", Engine("cpu", quiet=True), ["steps=2"])
     assert found.model.name == "lraspp_mobilenet_v2"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from overfly.adaptation.gate import GEOMETRIC, Gate, consistency, familiarity, favourite, steadiness
+from overfly.adaptation.gate import GEOMETRIC, Gate, consistency, familiarity, favorite, steadiness
 from overfly.evaluation.label_free_metrics import LabelFree, look
 from planted import ByLevel, Constant, Patches
 
@@ -49,7 +49,7 @@ def recommended(
     known = None if home is None else familiarity(home, networks["source only"])
     reasons = Gate().refusals("source only", networks, known, reverse)
     passed = {name: each for name, each in networks.items() if not reasons.get(name)}
-    return favourite("source only", passed, Gate().alike), reasons
+    return favorite("source only", passed, Gate().alike), reasons
 
 
 def seen(anything: LabelFree, geometric: float, else_: float, agreement: float = 0.6) -> LabelFree:
@@ -70,17 +70,17 @@ def test_the_steadiest_of_those_that_pass_is_recommended(anything: LabelFree) ->
     chosen, reasons = recommended(networks)
     assert chosen == "adapted"
     assert [name for name, found in reasons.items() if found] == ["wild"]
-    assert favourite("source only", {"source only": figures(anything)}, 0.02) == "source only"
+    assert favorite("source only", {"source only": figures(anything)}, 0.02) == "source only"
     assert consistency(networks["adapted"]) == pytest.approx(0.5)
 
 
 def test_what_a_method_teaches_to_ignore_does_not_speak_for_it(anything: LabelFree) -> None:
-    """One of two was trained on changed colours and stands firm under them, and is the worse under turns and sizes."""
+    """One of two was trained on changed colors and stands firm under them, and is the worse under turns and sizes."""
     assert set(GEOMETRIC) < set(anything.by_view)
-    recoloured, pasted = seen(anything, 0.76, 0.95), seen(anything, 0.79, 0.75)
-    assert consistency(recoloured) > consistency(pasted)
-    assert (steadiness(recoloured), steadiness(pasted)) == pytest.approx((0.76, 0.79))
-    assert favourite("source only", {"one": recoloured, "other": pasted}, 0.02) == "other"
+    recolored, pasted = seen(anything, 0.76, 0.95), seen(anything, 0.79, 0.75)
+    assert consistency(recolored) > consistency(pasted)
+    assert (steadiness(recolored), steadiness(pasted)) == pytest.approx((0.76, 0.79))
+    assert favorite("source only", {"one": recolored, "other": pasted}, 0.02) == "other"
 
 
 def test_where_all_are_refused_the_network_before_is_kept(anything: LabelFree) -> None:
@@ -136,7 +136,7 @@ def test_being_surer_away_than_at_home_makes_nothing_familiar(anything: LabelFre
 
 
 def test_what_every_network_ignores_makes_nothing_familiar(anything: LabelFree) -> None:
-    home, away = seen(anything, 0.8, 0.9), seen(anything, 0.4, 0.9)  # as firm under changed colours, not when turned
+    home, away = seen(anything, 0.8, 0.9), seen(anything, 0.4, 0.9)  # as firm under changed colors, not when turned
     assert familiarity(home, away) == pytest.approx(0.5)
 
 
@@ -147,4 +147,4 @@ def test_of_networks_alike_the_first_is_recommended(anything: LabelFree, second:
         "first": seen(anything, 0.7, 0.7),
         "second": seen(anything, second, 0.7),
     }
-    assert favourite("source only", networks, Gate().alike) == chosen
+    assert favorite("source only", networks, Gate().alike) == chosen

@@ -12,12 +12,12 @@ from overfly.adaptation.model_selection import Sight, Verdict, choose, gather, p
 from overfly.commands.api import train, validate
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item, UInt8
-from overfly.data.synthetic.domain import Drawn
+from overfly.data.synthetic.domain import Synthetic
 from overfly.evaluation.ranking import regret, spearman
 from overfly.recipe import load
 from overfly.training.run import Run
 
-PLACE = {"name": "drawn", "size": 64, "train": 3, "val": 2, "test": 2}
+PLACE = {"name": "synthetic", "size": 64, "train": 3, "val": 2, "test": 2}
 RECIPE: dict[str, Any] = {
     "source": {**PLACE, "scene": "urban"},
     "target": {**PLACE, "scene": "rural"},
@@ -56,14 +56,14 @@ def test_every_network_is_a_candidate_once(runs: Path) -> None:
 def test_candidates_are_ranked_without_a_target_label(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Drawn.read_label
+    original = Synthetic.read_label
 
-    def guarded(self: Drawn, item: Item) -> UInt8:
+    def guarded(self: Synthetic, item: Item) -> UInt8:
         if self.scene == "rural":
             raise DataError("a label of the target was opened")
         return original(self, item)
 
-    monkeypatch.setattr(Drawn, "read_label", guarded)
+    monkeypatch.setattr(Synthetic, "read_label", guarded)
     found = validate([str(runs)], limit=2, crop=48, device="cpu", out=tmp_path / "out")
     verdict = found.verdict
     assert [each.committee for each in verdict.candidates] == sorted(

@@ -22,7 +22,7 @@ from overfly.commands.pages import offer
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
-from overfly.data.synthetic.domain import Drawn, draw
+from overfly.data.synthetic.domain import Synthetic, draw
 from overfly.evaluation.score import score
 from overfly.methods.dacs import DACS, Mix, MixNetworks
 from overfly.recipe import Recipe, load
@@ -106,7 +106,7 @@ def test_ways_without_a_start_need_one_in_common(small: dict[str, Any]) -> None:
 
 def test_what_a_later_recipe_lacks_is_found_before_the_first_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
     one = load({**tiny, "method": "dacs"})
-    two = load({**tiny, "method": {"name": "distil", "teacher": str(tmp_path / "nowhere.safetensors")}})
+    two = load({**tiny, "method": {"name": "distill", "teacher": str(tmp_path / "nowhere.safetensors")}})
     with pytest.raises(RecipeError, match=r"recipe 2: method.teacher: there is no trained network"):
         adapt(one, two, out=tmp_path / "runs", device="cpu", quiet=True)
     assert not (tmp_path / "runs").exists()
@@ -183,13 +183,13 @@ def test_the_verdict_is_written_and_no_target_label_is_opened(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    read = Drawn.read_label
+    read = Synthetic.read_label
 
-    def watched(self: Drawn, item: Any) -> Any:
+    def watched(self: Synthetic, item: Any) -> Any:
         opened.append(self.scene)
         return read(self, item)
 
-    monkeypatch.setattr(Drawn, "read_label", watched)
+    monkeypatch.setattr(Synthetic, "read_label", watched)
     run, verdict = adapted(load({**tiny, "method": "dacs"}), tmp_path)
     assert set(opened) == {"urban"}
     assert verdict["labels_opened"] == 0
@@ -293,7 +293,7 @@ def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any],
 
 
 def test_what_the_recipe_lacks_is_found_before_its_start_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
-    recipe = load({**tiny, "method": {"name": "distil", "teacher": str(tmp_path / "nowhere.safetensors")}})
+    recipe = load({**tiny, "method": {"name": "distill", "teacher": str(tmp_path / "nowhere.safetensors")}})
     with pytest.raises(OverflyError, match=r"^method.teacher: there is no trained network"):
         adapt(recipe, out=tmp_path / "runs", device="cpu", quiet=True)
     assert not (tmp_path / "runs").exists()

@@ -14,7 +14,7 @@ from overfly.adaptation.reverse_validation import FEW, described, pixels, revers
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.images import labelled_pairs, predict, unlabelled
+from overfly.evaluation.images import labeled_pairs, predict, unlabeled
 from planted import ByLevel, Constant, Patches
 
 OFFSETS = {"train": 0, "val": 30, "test": 60}
@@ -89,10 +89,10 @@ def test_right_labels_of_the_same_classes_teach_nearly_what_true_ones_do() -> No
 
 def test_it_is_a_share_of_what_true_labels_teach() -> None:
     """Of held-out labels that a forest knows by 60 to 90 %."""
-    home, asked = pixels(labelled_pairs(SOURCE, "train"), 255, 0), pixels(labelled_pairs(SOURCE, "val"), 255, 1)
+    home, asked = pixels(labeled_pairs(SOURCE, "train"), 255, 0), pixels(labeled_pairs(SOURCE, "val"), 255, 1)
     known = taught(home, asked, 3, 0)
     assert 0.6 < known < 0.95
-    said = ((image, predict(Smooth().eval(), image).argmax(0)) for image in unlabelled(TARGET, "train"))
+    said = ((image, predict(Smooth().eval(), image).argmax(0)) for image in unlabeled(TARGET, "train"))
     away = pixels(said, 255, 0)
     assert share(Smooth()) == pytest.approx(min(1.0, taught(away, asked, 3, 0) / known))
 

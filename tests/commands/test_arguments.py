@@ -41,7 +41,7 @@ def test_every_function_of_the_api_takes_its_paths_as_text(name: str) -> None:
     [
         ("steps=150", True),
         ("source.scene=rural", True),
-        ("start=recipes/drawn/rural-start.yaml", True),
+        ("start=recipes/synthetic/rural-start.yaml", True),
         ("augment=[dihedral]", True),
         ("source.classes.bare soil=[1, 2, 3]", True),
         ("method.strong=[" + "x, " * 400 + "]", True),
@@ -62,5 +62,5 @@ def test_settings_are_told_from_recipes(
 
 
 def test_a_notebooks_call(tmp_path: Path) -> None:
-    api.data_draw(str(tmp_path / "world"), scenes=["urban"], size=64, train=1, val=1, test=1)  # type: ignore[arg-type]
+    api.data_synthesize(str(tmp_path / "world"), scenes=["urban"], size=64, train=1, val=1, test=1)  # type: ignore[arg-type]
     assert (tmp_path / "world").is_dir()

@@ -27,7 +27,7 @@ from seeing import seeing, striped
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapted run with its verdict, what it began from, and one without a target; two of them scored."""
     out = tmp_path_factory.mktemp("runs")
-    drawn = {"name": "drawn", "size": 64, "train": 4, "val": 3, "test": 2}
+    drawn = {"name": "synthetic", "size": 64, "train": 4, "val": 3, "test": 2}
     small: dict[str, Any] = {
         "source": {**drawn, "scene": "urban"}, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2",
         "optim": {"name": "sgd", "lr": 0.01}, "crop": 64, "batch": 2, "steps": 2,

@@ -26,7 +26,7 @@ from overfly.training.run import Run
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps, scored, beside a sibling of another seed."""
     folder = tmp_path_factory.mktemp("runs")
-    domain = {"name": "drawn", "size": 64, "train": 4, "val": 2, "test": 2}
+    domain = {"name": "synthetic", "size": 64, "train": 4, "val": 2, "test": 2}
     small = {
         "source": {**domain, "scene": "urban"},
         "target": {**domain, "scene": "rural"},
@@ -85,7 +85,7 @@ def test_the_card_tells_what_a_stranger_must_know(trained: Path) -> None:
     assert overfly("export", trained, "--no-labels", "--quiet", "--name", "told", "--images", "1") == 0
     card = (trained / "exports" / "told.md").read_text()
     for said in (
-        "0 background, 1 building", "Licence: that of this package.", "seeds 0, 1", "(2) |", "| mIoU |",
+        "0 background, 1 building", "License: that of this package.", "seeds 0, 1", "(2) |", "| mIoU |",
         "with labels, trained on", "not seen in training", "## Latency", "## Limits", "torch eager", "## Recipe",
     ):  # fmt: skip
         assert said in card, said

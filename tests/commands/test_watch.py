@@ -63,7 +63,7 @@ def test_a_flight_is_made_and_watched(network: object, tmp_path: Path, capsys: p
         wanted = np.array([RED, GREEN, BLUE])[frame.argmax(-1)]
         nearest = np.linalg.norm(overlay[..., None, :].astype(float) - np.array([RED, GREEN, BLUE]), axis=-1)
         right = (wanted == np.array([RED, GREEN, BLUE])[nearest.argmin(-1)]).all(-1)
-        assert right.mean() > 0.85, "colours at the borders of classes are blurred by the codec, no more"
+        assert right.mean() > 0.85, "colors at the borders of classes are blurred by the codec, no more"
 
 
 def test_a_trained_run_watches_a_folder(tmp_path: Path, recipe: object, capsys: pytest.CaptureFixture[str]) -> None:

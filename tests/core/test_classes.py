@@ -8,23 +8,23 @@ from overfly.core.classes import PALETTE, Classes
 
 
 def test_classes_in_three_spellings() -> None:
-    full = Classes(names=("land", "water"), colours=((1, 2, 3), (4, 5, 6)))
+    full = Classes(names=("land", "water"), colors=((1, 2, 3), (4, 5, 6)))
     assert Classes.model_validate({"land": [1, 2, 3], "water": [4, 5, 6]}) == full
     assert Classes.model_validate(full.model_dump()) == full
-    assert Classes.model_validate(["land", "water"]).colours == PALETTE[:2]
+    assert Classes.model_validate(["land", "water"]).colors == PALETTE[:2]
 
 
-def test_many_classes_still_get_colours() -> None:
-    assert len(Classes(names=tuple(f"c{i}" for i in range(40))).colours) == 40
+def test_many_classes_still_get_colors() -> None:
+    assert len(Classes(names=tuple(f"c{i}" for i in range(40))).colors) == 40
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"names": ["a", "a"]}, "more than once"),
-        ({"names": ["a"], "colours": [[0, 0, 0], [1, 1, 1]]}, "1 classes need 1 colours"),
+        ({"names": ["a"], "colors": [[0, 0, 0], [1, 1, 1]]}, "1 classes need 1 colors"),
         ({"names": []}, "1 to 254"),
-        ({"names": ["a"], "colours": [[0, 0, 300]]}, "255"),
+        ({"names": ["a"], "colors": [[0, 0, 300]]}, "255"),
     ],
 )
 def test_what_cannot_be_a_label_set(values: dict[str, object], message: str) -> None:
@@ -32,8 +32,8 @@ def test_what_cannot_be_a_label_set(values: dict[str, object], message: str) -> 
         Classes.model_validate(values)
 
 
-def test_paint_shows_each_class_in_its_colour_and_ignored_pixels_black() -> None:
-    classes = Classes(names=("land", "water"), colours=((1, 2, 3), (4, 5, 6)))
+def test_paint_shows_each_class_in_its_color_and_ignored_pixels_black() -> None:
+    classes = Classes(names=("land", "water"), colors=((1, 2, 3), (4, 5, 6)))
     painted = classes.paint(np.array([[0, 1, 255]], np.uint8))
     assert painted.tolist() == [[[1, 2, 3], [4, 5, 6], [0, 0, 0]]]
     assert classes.index("water") == 1

@@ -284,7 +284,7 @@ def test_a_killed_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_systems_without_locks_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systems_without_locks_are_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl: Any = pytest.importorskip("fcntl", reason="locks of POSIX systems")
 
     def flock(*_: object) -> None:

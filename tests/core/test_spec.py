@@ -52,8 +52,8 @@ def test_unknown_names_list_the_known_ones() -> None:
 
 
 def test_misspelt_settings_and_changes_are_refused() -> None:
-    with pytest.raises(ValidationError, match="colour"):
-        Basket.model_validate({"fruit": {"name": "apple", "colour": 1}})
+    with pytest.raises(ValidationError, match="color"):
+        Basket.model_validate({"fruit": {"name": "apple", "color": 1}})
     with pytest.raises(ValidationError):
         Basket().fruit = Apple()  # type: ignore[misc]
     with pytest.raises(ValidationError):
@@ -117,7 +117,7 @@ def test_the_head_learns_faster_and_norms_are_spared() -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {0.05, 0.5}
 
 
-def test_frozen_weights_are_not_optimised() -> None:
+def test_frozen_weights_are_not_optimized() -> None:
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
     optimizer = SGD().optimizer(module)

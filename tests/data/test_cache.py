@@ -128,7 +128,7 @@ def test_a_cache_that_cannot_be_written_is_named(domain: Folder, tmp_path: Path)
 
 
 def test_drawings_are_not_cached(domain: Folder, tmp_path: Path) -> None:
-    drawn = Item("drawn", lambda: np.ones((4, 4, 3), np.uint8))
+    drawn = Item("synthetic", lambda: np.ones((4, 4, 3), np.uint8))
     assert open_picture(domain, drawn, 2, tmp_path / "cache")[0].shape == (2, 2, 3)
     assert size(tmp_path / "cache") == 0
     assert estimate(domain, [drawn]) == 0

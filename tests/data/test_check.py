@@ -36,7 +36,7 @@ def test_a_sound_domain(tmp_path: Path) -> None:
     report = check(domain, progress=lambda item: seen.append(item.name))
     (split,) = report.splits
     assert not report.bad
-    assert (split.pictures, split.labelled, split.sizes, split.bands, split.dtypes) == (
+    assert (split.pictures, split.labeled, split.sizes, split.bands, split.dtypes) == (
         8,
         8,
         {"8×8": 8},
@@ -79,7 +79,7 @@ def test_every_bad_file_is_listed(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(masks / "8.png")
     report = check(domain, ["train"])
     assert [problem.picture for problem in report.bad] == ["1", "2", "3", "4", "5", "6", "7"]
-    said = ["truncated", "web page", "1 band", "8×9", "3 (64 pixels)", "empty", "one colour"]
+    said = ["truncated", "web page", "1 band", "8×9", "3 (64 pixels)", "empty", "one color"]
     for problem, word in zip(report.bad, said, strict=True):
         assert word in problem.sentence
         assert f"{problem.picture}.png" in problem.sentence
@@ -89,9 +89,9 @@ def test_every_bad_file_is_listed(tmp_path: Path) -> None:
 
 def test_values_above_the_peak_and_missing_masks(tmp_path: Path) -> None:
     domain = write(tmp_path, 3)
-    report = check(domain.model_copy(update={"peak": 1.0}), ["train"])
+    report = check(domain.model_copy(update={"max_value": 1.0}), ["train"])
     assert len(report.bad) == 3
-    assert "peak" in report.bad[0].sentence
+    assert "max_value" in report.bad[0].sentence
     (tmp_path / "masks" / "2.png").unlink()
     with pytest.raises(DataError, match=r"images/2\.png has no mask .*1 of 3 images"):
         check(domain, ["train"])
@@ -128,7 +128,7 @@ def test_pipes_and_empty_pictures_are_one_finding_each(tmp_path: Path) -> None:
 
 def test_images_alone(tmp_path: Path) -> None:
     report = check(write(tmp_path).model_copy(update={"masks": None}))
-    assert (report.splits[0].labelled, report.splits[0].shares, report.bad) == (0, {}, ())
+    assert (report.splits[0].labeled, report.splits[0].shares, report.bad) == (0, {}, ())
 
 
 def test_a_domain_that_is_not_there(tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_shares_of_real_tiles_agree_with_another_count() -> None:
         with Image.open(path) as mask:
             for value, count in zip(*np.unique(np.asarray(mask), return_counts=True), strict=True):
                 counts[int(value)] += int(count)
-    labelled = sum(counts.values()) - counts[0]
-    assert report.splits[0].shares == {name: counts[number + 1] / labelled for number, name in enumerate(CLASSES.names)}
+    labeled = sum(counts.values()) - counts[0]
+    assert report.splits[0].shares == {name: counts[number + 1] / labeled for number, name in enumerate(CLASSES.names)}
     assert report.splits[0].ignored == counts[0] / sum(counts.values())
     assert report.splits[0].sizes == {"1024×1024": 3}
     assert not report.bad

@@ -70,21 +70,21 @@ def test_the_facts_of_the_record() -> None:
 
 
 @pytest.mark.usefixtures("bodies")
-def test_brings_all_three_and_says_the_licence(file_server: FileServer, tmp_path: Path) -> None:
+def test_brings_all_three_and_says_the_license(file_server: FileServer, tmp_path: Path) -> None:
     seen: list[str] = []
     got = fetch_loveda(tmp_path / "loveda", progress=lambda what, _done, _total: seen.append(what))
     assert asked(file_server) == ["/Train.zip", "/Val.zip", "/Test.zip"]
     assert [(part.split, part.files, part.fetched, part.archive) for part in got.splits] == [
         ("train", 10, True, None), ("val", 10, True, None), ("test", 5, True, None),
     ]  # fmt: skip
-    assert "CC BY-NC-SA 4.0" in got.licence
-    assert "Google Earth" in got.licence
-    assert "no commercial use" in got.licence
+    assert "CC BY-NC-SA 4.0" in got.license
+    assert "Google Earth" in got.license
+    assert "no commercial use" in got.license
     assert str(got).splitlines() == [
         f"fetched: {got.root / 'Train'} (10 pictures and masks)",
         f"fetched: {got.root / 'Val'} (10 pictures and masks)",
         f"fetched: {got.root / 'Test'} (5 pictures and masks)",
-        f"licence: {got.licence}",
+        f"license: {got.license}",
     ]
     assert names(got.root) == ["Test", "Train", "Val"]
     assert (got.root / "Train/Urban/images_png/2.png").read_text() == "train Urban 2" * 200

@@ -14,7 +14,7 @@ from overfly.data.domain import Domain, SplitError, without_labels
 from overfly.data.folder import Folder
 
 DUBAI = Path(__file__).parents[2] / ".." / "shared" / "data" / "dubai"
-COLOURS = {
+COLORS = {
     "building": (60, 16, 152),
     "land": (132, 41, 246),
     "road": (110, 193, 228),
@@ -47,13 +47,13 @@ def label(domain: Domain) -> list[list[int]]:
     return found
 
 
-def rgb(*colours: tuple[int, int, int]) -> Array:
-    return np.array(colours, np.uint8).reshape(2, 2, 3)
+def rgb(*colors: tuple[int, int, int]) -> Array:
+    return np.array(colors, np.uint8).reshape(2, 2, 3)
 
 
-def palette(*colours: tuple[int, int, int]) -> Image.Image:
+def palette(*colors: tuple[int, int, int]) -> Image.Image:
     picture = Image.frombytes("P", (2, 2), bytes(range(4)))
-    picture.putpalette([value for colour in colours for value in colour])
+    picture.putpalette([value for color in colors for value in color])
     return picture
 
 
@@ -68,7 +68,7 @@ def test_numbers_of_ones_own_several_a_class_and_several_ignored(tmp_path: Path)
     assert label(domain) == [[0, 1], [1, 255]]
 
 
-def test_colours_and_ignored_colours(tmp_path: Path) -> None:
+def test_colors_and_ignored_colors(tmp_path: Path) -> None:
     pair(tmp_path, rgb((1, 1, 1), (2, 2, 2), (9, 9, 9), (8, 8, 8)))
     domain = folder(root=tmp_path, classes={"a": [1, 1, 1], "b": [2, 2, 2]}, ignore=[[9, 9, 9], [8, 8, 8]])
     assert label(domain) == [[0, 1], [255, 255]]
@@ -99,7 +99,7 @@ def test_two_label_sets_meet_in_one(tmp_path: Path) -> None:
     two = folder(
         root=tmp_path / "two",
         classes=final,
-        colours={"green": [[1, 1, 1], [2, 2, 2]], "roof": [3, 3, 3]},
+        colors={"green": [[1, 1, 1], [2, 2, 2]], "roof": [3, 3, 3]},
         mapping={"roof": "built"},
     )
     assert label(one) == [[0, 0], [1, 255]]
@@ -110,7 +110,7 @@ def test_two_label_sets_meet_in_one(tmp_path: Path) -> None:
 def test_unknown_is_an_error_or_ignored(tmp_path: Path) -> None:
     pair(tmp_path, rgb((1, 1, 1), (2, 2, 2), (9, 9, 9), (9, 9, 9)))
     classes = {"a": [1, 1, 1], "b": [2, 2, 2]}
-    with pytest.raises(DataError, match=r"a\.png holds colours of no class: 9,9,9 \(2 pixels\); add them to colours"):
+    with pytest.raises(DataError, match=r"a\.png holds colors of no class: 9,9,9 \(2 pixels\); add them to colors"):
         label(folder(root=tmp_path, classes=classes))
     assert label(folder(root=tmp_path, classes=classes, unknown="ignore")) == [[0, 1], [255, 255]]
     pair(tmp_path, np.array([[0, 1], [2, 254]], np.uint8))
@@ -171,8 +171,8 @@ def test_split_directories(tmp_path: Path) -> None:
 
 
 def test_settings_of_images_reach_the_domain(tmp_path: Path) -> None:
-    domain = folder(root=tmp_path, classes=["a"], bands=2, peak=1.0, mean=[0.5, 0.4], std=[0.1, 0.2], ground=0.3)
-    assert (domain.bands, domain.peak, domain.ground) == (2, 1.0, 0.3)
+    domain = folder(root=tmp_path, classes=["a"], bands=2, max_value=1.0, mean=[0.5, 0.4], std=[0.1, 0.2], ground=0.3)
+    assert (domain.bands, domain.max_value, domain.ground) == (2, 1.0, 0.3)
     assert domain.statistics == ((0.5, 0.4), (0.1, 0.2))
     assert folder(root=tmp_path, classes=["a"]).statistics is None
 
@@ -182,7 +182,7 @@ def test_settings_of_images_reach_the_domain(tmp_path: Path) -> None:
     [
         ({"mapping": {"x": "a"}}, "mapping speaks of 'x'"),
         ({"ids": {"x": 1}}, r"'x' is none of the classes \(a, b\)"),
-        ({"colours": {"a": [1, 1, 1], "b": [1, 1, 1]}}, "stands for two classes"),
+        ({"colors": {"a": [1, 1, 1], "b": [1, 1, 1]}}, "stands for two classes"),
         ({"ids": {"a": 1, "b": [2, 1]}}, "the number 1 stands for two classes"),
         ({"ids": {"a": 1, "b": 2}, "ignore": [2]}, "is a class and ignored"),
         ({"mean": [1.0, 1.0, 1.0]}, "mean and std go together"),
@@ -216,7 +216,7 @@ def test_dubai(tiles: str, count: int) -> None:
         "masks": f"Tile [{tiles}]/masks/*.png",
         "splits": {"train": "*_00[1-6]", "val": "*_00[7-9]"},
         "label_format": "rgb",
-        "classes": COLOURS,
+        "classes": COLORS,
     }
     domain = folder(**settings, ignore=[(155, 155, 155), (0, 0, 0)])
     train, val = domain.items("train"), domain.items("val")
@@ -227,6 +227,6 @@ def test_dubai(tiles: str, count: int) -> None:
     assert isinstance(train[0].label, Path)
     raw = np.asarray(Image.open(train[0].label).convert("RGB")).reshape(-1, 3)
     read = domain.read_label(train[0]).ravel()
-    for number, colour in enumerate(COLOURS.values()):
-        assert ((raw == colour).all(axis=1) == (read == number)).all()
+    for number, color in enumerate(COLORS.values()):
+        assert ((raw == color).all(axis=1) == (read == number)).all()
     assert all(item.label is None for item in without_labels(train))

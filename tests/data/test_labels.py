@@ -6,42 +6,42 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfly.core.classes import Colour
-from overfly.data.labels import UNKNOWN, from_colours, from_numbers, from_palette, pack, unknown_colours, unpack
+from overfly.core.classes import Color
+from overfly.data.labels import UNKNOWN, from_colors, from_numbers, from_palette, pack, unknown_colors, unpack
 
 byte = st.integers(0, 255)
-colour = st.tuples(byte, byte, byte)
+color = st.tuples(byte, byte, byte)
 
 
 @settings(max_examples=50, deadline=None)
-@given(colour)
-def test_packing_is_undone(one: Colour) -> None:
+@given(color)
+def test_packing_is_undone(one: Color) -> None:
     assert unpack(int(pack(np.array(one, np.uint8)))) == one
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.dictionaries(colour, st.integers(0, 253), max_size=20), st.integers(0, 2**31), st.booleans())
-def test_colours_become_ids(meaning: dict[Colour, int], seed: int, large: bool) -> None:
+@given(st.dictionaries(color, st.integers(0, 253), max_size=20), st.integers(0, 2**31), st.booleans())
+def test_colors_become_ids(meaning: dict[Color, int], seed: int, large: bool) -> None:
     random = np.random.default_rng(seed)
     known = np.array([*meaning, (1, 2, 3)], np.uint8)
     side = 320 if large else 9
     pixels = known[random.integers(0, len(known), (side, side))]
     pixels[0, 0] = random.integers(0, 256, 3)
-    label = from_colours(pixels, meaning)
+    label = from_colors(pixels, meaning)
     for row, column in [(0, 0), *random.integers(0, side, (40, 2)).tolist()]:
         expected = meaning.get(tuple(pixels[row, column].tolist()), UNKNOWN)
         assert label[row, column] == expected
 
 
 def test_a_large_mask_takes_less_than_100_ms() -> None:
-    meaning: dict[Colour, int] = {(60, 16, 152): 0, (132, 41, 246): 1, (110, 193, 228): 2, (155, 155, 155): 255}
-    colours = np.array(list(meaning), np.uint8)
-    pixels = colours[np.random.default_rng(0).integers(0, 4, (1479, 2149))]
-    from_colours(pixels, meaning)
+    meaning: dict[Color, int] = {(60, 16, 152): 0, (132, 41, 246): 1, (110, 193, 228): 2, (155, 155, 155): 255}
+    colors = np.array(list(meaning), np.uint8)
+    pixels = colors[np.random.default_rng(0).integers(0, 4, (1479, 2149))]
+    from_colors(pixels, meaning)
     took = []
     for _ in range(5):
         start = time.process_time()
-        from_colours(pixels, meaning)
+        from_colors(pixels, meaning)
         took.append(time.process_time() - start)
     assert min(took) < 0.1
 
@@ -58,16 +58,16 @@ def test_numbers_become_ids(meaning: dict[int, int], dtype: str) -> None:
     assert label.tolist() == [[meaning.get(value, UNKNOWN) for value in values]]
 
 
-def test_palettes_give_their_colours() -> None:
+def test_palettes_give_their_colors() -> None:
     palette = np.array([(9, 9, 9), (1, 2, 3), (0, 0, 0)], np.uint8)
     numbers = np.array([[0, 1], [2, 7]], np.uint8)
     label = from_palette(numbers, palette, {(1, 2, 3): 4, (9, 9, 9): 255})
     assert label.tolist() == [[255, 4], [UNKNOWN, UNKNOWN]]
-    assert "0,0,0 (1 pixels)" in unknown_colours(numbers, label, palette)
+    assert "0,0,0 (1 pixels)" in unknown_colors(numbers, label, palette)
 
 
 def test_what_is_unknown_is_listed_commonest_first() -> None:
     pixels = np.zeros((3, 3, 3), np.uint8)
     pixels[0] = (1, 2, 3)
-    label = from_colours(pixels, {})
-    assert unknown_colours(pixels, label) == "0,0,0 (6 pixels), 1,2,3 (3 pixels)"
+    label = from_colors(pixels, {})
+    assert unknown_colors(pixels, label) == "0,0,0 (6 pixels), 1,2,3 (3 pixels)"

@@ -24,7 +24,7 @@ def anywhere(label: UInt8) -> bool:
 
 
 def stream(**changes: Any) -> Stream:
-    domain = Domain.model_validate({"name": "drawn", "scene": "urban", "size": 64, "train": 5})
+    domain = Domain.model_validate({"name": "synthetic", "scene": "urban", "size": 64, "train": 5})
     values: dict[str, Any] = {"sampling": Uniform(), "batch": 4, "crop": 32, "resize": None, "seed": 3, "key": 0}
     items = without_labels(domain.items("train")) if changes.get("key") else list(domain.items("train"))
     return Stream(domain, items, **(values | changes))
@@ -128,26 +128,26 @@ def test_a_source_has_masks(tmp_path: Path) -> None:
     domain = folder(tmp_path, None)
     assert (of(domain).read(0, [0]).label == IGNORE).all()
     with pytest.raises(DataError, match=r"source Town has no masks .*images/0\.png; set source\.masks"):
-        of(domain, labelled=True)
+        of(domain, labeled=True)
 
 
-@pytest.mark.parametrize("changes", [{"labelled": True}, {"sampling": Rare()}, {"sampling": Rare(), "labelled": True}])
+@pytest.mark.parametrize("changes", [{"labeled": True}, {"sampling": Rare()}, {"sampling": Rare(), "labeled": True}])
 def test_masks_that_are_all_ignored_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     domain = folder(tmp_path, IGNORE)
     with pytest.raises(DataError, match=r"masks of Town are ignored in every pixel of all 3 pictures"):
         of(domain, **changes)
-    with pytest.raises(DataError, match="no labelled pixel"):
+    with pytest.raises(DataError, match="no labeled pixel"):
         Rare().probabilities(np.zeros((3, 2), np.int64))
 
 
 def test_one_mask_is_read_to_see_that_there_are_labels(tmp_path: Path) -> None:
     domain = folder(tmp_path, 1)
     (tmp_path / "masks" / "1.png").write_bytes(b"")
-    assert of(domain, labelled=True).labelled
+    assert of(domain, labeled=True).labeled
 
 
 def test_pictures_above_the_peak_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"\.png holds 300, above the domain's peak 255"):
+    with pytest.raises(DataError, match=r"\.png holds 300, above the domain's max_value 255"):
         of(folder(tmp_path, None, image=300)).read(0, [0])
 
 
@@ -195,15 +195,15 @@ def test_where_the_target_was_not_measured_is_known_to_the_method(tmp_path: Path
     target = Stream(domain, items, Uniform(), batch=1, crop=48, resize=None, seed=0, key=1, cache=kept)
     for step in (0, 1):
         batch = Steps(None, target).batch(step)
-        assert batch.blank is not None
+        assert batch.nodata_mask is not None
         assert batch.measured is not None
-        assert batch.blank[0, :40, 20:].all()
-        assert batch.blank[0, 40:].all()
-        assert not batch.blank[0, :40, :20].any()
-        assert torch.equal(batch.measured, ~batch.blank)
+        assert batch.nodata_mask[0, :40, 20:].all()
+        assert batch.nodata_mask[0, 40:].all()
+        assert not batch.nodata_mask[0, :40, :20].any()
+        assert torch.equal(batch.measured, ~batch.nodata_mask)
         assert (batch.target[0, :, :40, :20] == 200).all()
     small = Stream(domain, items, Uniform(), batch=1, crop=20, resize=20, seed=0, key=1, cache=kept)
-    halves = Steps(None, small).batch(0).blank
+    halves = Steps(None, small).batch(0).nodata_mask
     assert halves is not None
     assert halves[0, :, 10:].all()
     assert not halves[0, :, :10].any()
@@ -215,4 +215,4 @@ def test_where_all_was_measured_nothing_is_said_of_it(tmp_path: Path) -> None:
     domain = Folder(root=tmp_path, images="images/*.png", classes=["a", "b"])
     items = without_labels(domain.items("train"))
     target = Stream(domain, items, Uniform(), batch=1, crop=16, resize=None, seed=0, key=1)
-    assert Steps(None, target).batch(0).blank is None
+    assert Steps(None, target).batch(0).nodata_mask is None

@@ -101,7 +101,7 @@ def test_tiff_comes_back_as_written(tmp_path: Path, bands: int, dtype: str) -> N
     assert found.engine == ("pillow" if bands == 1 or (bands, dtype) in ((3, "uint8"), (4, "uint8")) else "rasterio")
 
 
-def test_colour_of_16_bits_keeps_all_of_them(tmp_path: Path) -> None:
+def test_color_of_16_bits_keeps_all_of_them(tmp_path: Path) -> None:
     pytest.importorskip("rasterio", reason="the extra geo is not installed")
     image = picture(dtype="uint16")
     np.testing.assert_array_equal(read_image(png16(tmp_path / "a.png", image), bands=3), image)
@@ -208,7 +208,7 @@ def bad_image(kind: str, path: Path) -> None:
         path.write_bytes(data)
     elif kind == "palette":
         Image.fromarray(whole).quantize(8).save(path)
-    elif kind == "grey":
+    elif kind == "gray":
         Image.fromarray(whole[..., 0]).save(path)
     elif kind == "folder":
         path.mkdir()
@@ -235,7 +235,7 @@ def bad_image(kind: str, path: Path) -> None:
     ("kind", "said"),
     [
         ("png", "truncated or damaged"), ("jpeg", "truncated or damaged"), ("tiff", "truncated or damaged"),
-        ("corrupt", "truncated or damaged"), ("palette", "palette"), ("grey", "1 band, 3 are expected"),
+        ("corrupt", "truncated or damaged"), ("palette", "palette"), ("gray", "1 band, 3 are expected"),
         ("missing", "does not exist"), ("html", "a web page"), ("empty", "empty"),
         ("lfs", "Git LFS"), ("zip", "archive"),
         ("folder", "is a folder"), ("pipe", "is a pipe"), ("device", "is a device"), ("nothing", "0×0 pixels"),
@@ -276,7 +276,7 @@ def save_pair(folder: Path, label: Array, size: tuple[int, int] = (4, 4), **opti
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_grey_of_few_bits_keeps_its_numbers(tmp_path: Path, bits: int) -> None:
+def test_gray_of_few_bits_keeps_its_numbers(tmp_path: Path, bits: int) -> None:
     label = (np.arange(16).reshape(4, 4) % 2**bits).astype(np.uint8)
     item = save_pair(tmp_path, label)
     rows = b"".join(
@@ -313,12 +313,12 @@ def test_label_of_another_size(tmp_path: Path) -> None:
         read_index_label(save_pair(tmp_path, np.zeros((4, 5), np.uint8)), 3)
 
 
-def test_label_that_is_missing_a_jpeg_or_colours(tmp_path: Path) -> None:
+def test_label_that_is_missing_a_jpeg_or_colors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no mask"):
         read_index_label(Item("a", tmp_path / "image.png"), 3)
     with pytest.raises(DataError, match="JPEG"):
         read_index_label(save_pair(tmp_path, np.zeros((4, 4), np.uint8), format="JPEG"), 3)
-    with pytest.raises(DataError, match="colours"):
+    with pytest.raises(DataError, match="colors"):
         read_index_label(save_pair(tmp_path, picture(4, 4)), 3)
     with pytest.raises(DataError, match="has 2 bands"):
         read_label_pixels(tiff(tmp_path / "a.tif", picture(bands=2)))

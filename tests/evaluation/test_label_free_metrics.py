@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from overfly.core.errors import NotFiniteError
 from overfly.core.records import Logits
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import middle, unlabelled
+from overfly.evaluation.images import middle, unlabeled
 from overfly.evaluation.label_free_metrics import (
     COMMITTEE,
     VALIDATORS,
@@ -19,7 +19,7 @@ from overfly.evaluation.label_free_metrics import (
     balanced_miou,
     elect,
     look,
-    neighbourhood_density,
+    neighborhood_density,
     nuclear_norm,
     shared_miou,
 )
@@ -106,13 +106,13 @@ def test_every_figure_lies_in_its_range(sharp: LabelFree, collapsed: LabelFree) 
 
 
 def test_pictures_are_fixed_cut_in_the_middle_and_without_labels() -> None:
-    found = list(unlabelled(Patches(pictures=10), "train", limit=3, crop=20))
+    found = list(unlabeled(Patches(pictures=10), "train", limit=3, crop=20))
     assert [tuple(image.shape) for image in found] == [(3, 20, 20)] * 3
-    again = list(unlabelled(Patches(pictures=10), "train", limit=3, crop=20))
+    again = list(unlabeled(Patches(pictures=10), "train", limit=3, crop=20))
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
     assert middle(torch.arange(25).reshape(5, 5), 3).tolist() == [[6, 7, 8], [11, 12, 13], [16, 17, 18]]
     assert middle(torch.zeros(4, 9), 6).shape == (4, 6)
-    assert next(unlabelled(Patches(), "train", resize=16)).shape == (3, 16, 16)
+    assert next(unlabeled(Patches(), "train", resize=16)).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("view", [masked(), *views()], ids=lambda view: view.name)
@@ -153,14 +153,14 @@ def test_nuclear_norm_stays_in_its_range(rows: int, classes: int, seed: int) -> 
 
 def test_density_grows_with_clusters_that_hold_together() -> None:
     generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(4).repeat(20, 1) * 6
+    centers = torch.eye(4).repeat(20, 1) * 6
     noise = torch.randn(80, 4, generator=generator)
-    found = [neighbourhood_density((centres + width * noise).softmax(1)) for width in (0.0, 1.0, 2.0, 3.0)]
+    found = [neighborhood_density((centers + width * noise).softmax(1)) for width in (0.0, 1.0, 2.0, 3.0)]
     assert found == sorted(found, reverse=True)
     assert found[0] == pytest.approx(math.log(19) / math.log(79), abs=1e-2), "each has 19 like it"
-    assert neighbourhood_density(torch.eye(4)[:1].repeat(9, 1)) == pytest.approx(1)
-    assert neighbourhood_density((centres + noise).softmax(1), chunk=7) == pytest.approx(found[1])
-    assert math.isnan(neighbourhood_density(torch.ones(2, 2)))
+    assert neighborhood_density(torch.eye(4)[:1].repeat(9, 1)) == pytest.approx(1)
+    assert neighborhood_density((centers + noise).softmax(1), chunk=7) == pytest.approx(found[1])
+    assert math.isnan(neighborhood_density(torch.ones(2, 2)))
 
 
 def test_balanced_miou_counts_a_class_that_is_given_up() -> None:

@@ -14,7 +14,7 @@ from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.panels import comparison, confusion_figure, displayed, panels
 from overfly.evaluation.samples import Sample
 
-CLASSES = Classes(names=("field", "house", "Straße"), colours=((10, 200, 30), (220, 20, 60), (40, 60, 250)))
+CLASSES = Classes(names=("field", "house", "Straße"), colors=((10, 200, 30), (220, 20, 60), (40, 60, 250)))
 
 
 def _sample(name: str = "a", height: int = 40, width: int = 60, label: bool = True) -> Sample:
@@ -33,8 +33,8 @@ def _open(path: Path) -> UInt8:
         return np.asarray(picture.convert("RGB"))
 
 
-def _share(picture: Array, colour: tuple[int, int, int]) -> float:
-    return float((picture == np.asarray(colour)).all(-1).mean())
+def _share(picture: Array, color: tuple[int, int, int]) -> float:
+    return float((picture == np.asarray(color)).all(-1).mean())
 
 
 def test_panels_show_image_label_and_prediction(tmp_path: Path) -> None:
@@ -42,9 +42,9 @@ def test_panels_show_image_label_and_prediction(tmp_path: Path) -> None:
     picture = _open(path)
     tile = 120 * 80 * 2 / (picture.shape[0] * picture.shape[1])
     assert picture.shape[1] == 12 + 3 * 132
-    assert _share(picture, CLASSES.colours[2]) == pytest.approx(tile, rel=0.1)
-    assert _share(picture, CLASSES.colours[1]) == pytest.approx(tile * 0.375, rel=0.2)
-    assert _share(picture, CLASSES.colours[0]) == pytest.approx(tile * 0.375, rel=0.2)
+    assert _share(picture, CLASSES.colors[2]) == pytest.approx(tile, rel=0.1)
+    assert _share(picture, CLASSES.colors[1]) == pytest.approx(tile * 0.375, rel=0.2)
+    assert _share(picture, CLASSES.colors[0]) == pytest.approx(tile * 0.375, rel=0.2)
 
 
 def test_pixels_without_a_label_are_striped_and_said_in_the_legend(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
     rows = {"urban": {"before": first, "after": second}, "rural": {"before": _sample("c")}}
     picture = _open(comparison(rows, CLASSES, tmp_path / "c.png", side=90))
     assert picture.shape[1] == 12 + 4 * 102
-    assert _share(picture[:, -102:], CLASSES.colours[1]) > 0.15
-    assert _share(picture[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colours[2]) > 0.35
+    assert _share(picture[:, -102:], CLASSES.colors[1]) > 0.15
+    assert _share(picture[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colors[2]) > 0.35
 
 
 def test_comparison_without_labels_has_no_column_for_them(tmp_path: Path) -> None:

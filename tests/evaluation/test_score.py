@@ -18,7 +18,7 @@ from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.samples import Sample, Samples
 from overfly.evaluation.score import Scores, evaluating, score
 
-CLASSES = Classes(names=("dark", "grey", "bright", "never"))
+CLASSES = Classes(names=("dark", "gray", "bright", "never"))
 
 
 class Memory(Domain):
@@ -67,8 +67,8 @@ class Levels(nn.Module):
         self.batches.append(tuple(image.shape))
         assert image.dtype == torch.float32
         level = self.drop(image.mean(1, keepdim=True))
-        centres = torch.tensor([20.0, 120.0, 220.0, 900.0]).view(1, 4, 1, 1)
-        return Logits(-(level - centres).abs() / 20)
+        centers = torch.tensor([20.0, 120.0, 220.0, 900.0]).view(1, 4, 1, 1)
+        return Logits(-(level - centers).abs() / 20)
 
 
 def _expected(domain: Memory, split: Split) -> Confusion:
@@ -101,7 +101,7 @@ def test_says_how_many_labels_were_opened() -> None:
     opened.clear()
     found = score(Levels(), Memory(), "val")
     assert found.labels_opened == len(opened) == len(set(opened)) == found.images == 4
-    assert found.unlabelled == 1
+    assert found.unlabeled == 1
 
 
 def test_is_json_without_nan_and_reads_back() -> None:

@@ -111,7 +111,7 @@ def test_says_how_and_where_it_was_measured() -> None:
     assert found.machine["torch"] == torch.__version__
     assert found.machine["device"]
     assert (found.warmup, found.repeats, found.precision) == (2, 2, "bf16")
-    assert "synchronised" in found.method
+    assert "synchronized" in found.method
     assert Speed.model_validate(json.loads(json.dumps(found.model_dump(mode="json"), allow_nan=False))) == found
 
 

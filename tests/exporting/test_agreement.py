@@ -31,8 +31,8 @@ def known(segmenter: Segmenter) -> Facts:
 
 def changed(facts: Facts, made: Made) -> list[tuple[dict[str, str], str]]:
     """Metadata that lie, and what is said of each."""
-    names, colours = facts.classes.names, facts.classes.colours
-    fewer = facts.classes.model_copy(update={"names": names[:3], "colours": colours[:3]})
+    names, colors = facts.classes.names, facts.classes.colors
+    fewer = facts.classes.model_copy(update={"names": names[:3], "colors": colors[:3]})
     other: Answer = "logits" if made.answer == "probabilities" else "probabilities"
     return [
         (entries(facts.model_copy(update={"classes": fewer}), made), "7 classes, .* say 3"),

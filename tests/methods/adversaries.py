@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overfly.core.classes import Classes
-from overfly.core.records import IGNORE, Batch, Labelled, Logits
+from overfly.core.records import IGNORE, Batch, Labeled, Logits
 from overfly.models import Network, Segmenter
 from overfly.models.deeplabv2 import DeepLabV2
 
@@ -66,7 +66,7 @@ def batch(size: int = 64) -> Batch:
     images = torch.rand(4, 3, size, size, generator=generator) * 200
     label = torch.randint(0, len(CLASSES), (2, size, size), generator=generator)
     label[:, :5] = IGNORE
-    return Batch(Labelled(images[:2], label), images[2:] + 50)
+    return Batch(Labeled(images[:2], label), images[2:] + 50)
 
 
 def twice(nets: M) -> tuple[M, M]:

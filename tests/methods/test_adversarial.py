@@ -85,16 +85,16 @@ def test_fada_plays_as_in_two_phases() -> None:
     assert target.features is not None
     soft = [F.interpolate((p.main / 1.8).softmax(1), scale_factor=1 / 4, mode="area") for p in (source, target)]
     soft = [s.detach().clamp(max=0.9) for s in soft]
-    blank = torch.zeros_like(soft[0])
+    nodata_mask = torch.zeros_like(soft[0])
     critic.requires_grad_(False)
     terms = list(method.supervised(source, seen.source.label).values())
-    terms.append(F.cross_entropy(critic(target.features), torch.cat([soft[1], blank], 1)))
+    terms.append(F.cross_entropy(critic(target.features), torch.cat([soft[1], nodata_mask], 1)))
     backward(terms)
     critic.requires_grad_(True)
     backward(
         [
-            0.5 * F.cross_entropy(critic(source.features.detach()), torch.cat([soft[0], blank], 1)),
-            0.5 * F.cross_entropy(critic(target.features.detach()), torch.cat([blank, soft[1]], 1)),
+            0.5 * F.cross_entropy(critic(source.features.detach()), torch.cat([soft[0], nodata_mask], 1)),
+            0.5 * F.cross_entropy(critic(target.features.detach()), torch.cat([nodata_mask, soft[1]], 1)),
         ]
     )
     assert_same_gradients(one, two)
@@ -182,7 +182,7 @@ def test_the_critic_learns_at_its_own_rate() -> None:
     assert critic.param_groups[0]["betas"] == (0.9, 0.99)
 
 
-def test_minent_minimises_the_mean_entropy_of_the_target() -> None:
+def test_minent_minimizes_the_mean_entropy_of_the_target() -> None:
     method, seen = MinEnt(levels="multi", weight=0.5, aux_weight=0.25), batch()
     nets = method.networks(student())
     terms = method.losses(nets, seen)

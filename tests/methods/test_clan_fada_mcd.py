@@ -121,8 +121,8 @@ def small_scores(net: Segmenter, twin: nn.Module | None, images: Tensor) -> Tens
     weights: dict[str, Tensor] = (
         {} if twin is None else {f"classifier.{name}": value for name, value in twin.named_parameters()}
     )
-    normalised = (images.double() - net.mean) / net.std
-    logits: Logits = torch.func.functional_call(net.network, weights, (normalised,))
+    normalized = (images.double() - net.mean) / net.std
+    logits: Logits = torch.func.functional_call(net.network, weights, (normalized,))
     return logits.main[2:]
 
 

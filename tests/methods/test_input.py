@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from overfly.data.loading import Steps
-from overfly.methods.color_transfer import ColourTransfer
+from overfly.methods.color_transfer import ColorTransfer
 from overfly.methods.fda import FDA
 from overfly.methods.method import Method
 from overfly.methods.source_only import SourceOnly
@@ -19,7 +19,7 @@ def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> N
     recipe = load(small, "method=fda")
     batch = Steps(*streams(recipe)).batch(0)
     batch = batch._replace(target=batch.source.image)
-    methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColourTransfer(), ColourTransfer(each=True)]
+    methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColorTransfer(), ColorTransfer(each=True)]
     for method in methods:
         nets = method.networks(first_segmenter(recipe)).train()
         shown: list[torch.Tensor] = []
@@ -33,7 +33,7 @@ def test_images_stay_in_the_sensors_range_and_labels_as_they_are(small: dict[str
     recipe = load(small, "method=fda")
     batch = Steps(*streams(recipe)).batch(0)
     batch = batch._replace(target=255 - batch.target)
-    for method in (FDA(beta=0.09), ColourTransfer()):
+    for method in (FDA(beta=0.09), ColorTransfer()):
         nets = method.networks(first_segmenter(recipe)).train()
         shown: list[torch.Tensor] = []
         nets.student.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))

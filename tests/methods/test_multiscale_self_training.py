@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from overfly.core.records import IGNORE, Batch, Labelled, Logits
+from overfly.core.records import IGNORE, Batch, Labeled, Logits
 from overfly.methods.multiscale_self_training import Overfly, OverflyNetworks
 from overfly.ops.normalization import batch_norms, keeping_statistics
 from overfly.ops.pseudo_labels import debiased, seen_at
@@ -31,7 +31,7 @@ def nets(recipe: Recipe) -> OverflyNetworks:
 def batch() -> Batch:
     label = torch.randint(0, 7, (2, 4, 4)).repeat_interleave(16, 1).repeat_interleave(16, 2)
     label[:, :8] = IGNORE
-    return Batch(Labelled(torch.rand(2, 3, 64, 64) * 255, label), torch.rand(2, 3, 64, 64) * 255)
+    return Batch(Labeled(torch.rand(2, 3, 64, 64) * 255, label), torch.rand(2, 3, 64, 64) * 255)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5, 2.0])

@@ -1,4 +1,4 @@
-"""Methods that give each domain normalisations of its own, or change nothing else."""
+"""Methods that give each domain normalizations of its own, or change nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch
 from overfly.data.loading import Steps
-from overfly.methods.distillation import Distil
+from overfly.methods.distillation import Distill
 from overfly.methods.dsbn import DSBN, DomainNorm
 from overfly.methods.method import Method
 from overfly.methods.recalibrate import Recalibrate
@@ -81,7 +81,7 @@ def test_tent_moves_scales_shifts_and_statistics_alone(case: Case) -> None:
     assert not heads
 
 
-def test_dsbn_of_equal_domains_is_ordinary_batch_normalisation() -> None:
+def test_dsbn_of_equal_domains_is_ordinary_batch_normalization() -> None:
     norm = nn.BatchNorm2d(4)
     nn.init.uniform_(norm.weight)
     double = DomainNorm(norm)
@@ -122,7 +122,7 @@ def test_what_is_deployed_is_an_ordinary_network_with_equal_outputs(
             assert torch.allclose(inner.eval()(image).main, deployed(image).main, atol=1e-4, rtol=1e-4)
 
 
-def test_transferable_normalisation_by_the_papers_formula() -> None:
+def test_transferable_normalization_by_the_papers_formula() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(3)
     nn.init.uniform_(norm.weight)
@@ -145,7 +145,7 @@ def test_transferable_normalisation_by_the_papers_formula() -> None:
 
 def test_distillation_costs_nothing_where_the_student_is_its_teacher(case: Case, tmp_path: Path) -> None:
     file = first_segmenter(case[0]).save(tmp_path / "teacher.safetensors")
-    method = Distil(teacher=file)
+    method = Distill(teacher=file)
     nets = method.networks(Segmenter.load(file))
     nets.eval()
     assert nets.teacher.network.has_training_heads is False
@@ -162,7 +162,7 @@ def test_distillation_costs_nothing_where_the_student_is_its_teacher(case: Case,
 def test_distillation_reads_the_source_only_where_there_is_one(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load(small)
     file = first_segmenter(recipe).save(tmp_path / "teacher.safetensors")
-    method = {"name": "distil", "teacher": str(file)}
+    method = {"name": "distill", "teacher": str(file)}
     with_source = load({**small, "method": method})
     assert load(with_source.model_dump(mode="json")) == with_source
     assert streams(with_source)[0] is not None
@@ -173,17 +173,17 @@ def test_distillation_reads_the_source_only_where_there_is_one(small: dict[str, 
 def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[str, Any], tmp_path: Path) -> None:
     student = first_segmenter(load(small))
     with pytest.raises(RecipeError, match=r"method\.teacher: there is no trained network at .*nowhere"):
-        Distil(teacher=tmp_path / "nowhere").networks(student)
+        Distill(teacher=tmp_path / "nowhere").networks(student)
     with pytest.raises(RecipeError, match=r"method\.teacher: there is no trained network"):
-        Distil(teacher=tmp_path).networks(student)
+        Distill(teacher=tmp_path).networks(student)
     file = student.save(tmp_path / "teacher.safetensors")
     other = student.classes.model_copy(update={"names": tuple(reversed(student.classes.names))})
     student.classes = other
     with pytest.raises(RecipeError, match="of the same classes, bands and range"):
-        Distil(teacher=file).networks(student)
+        Distill(teacher=file).networks(student)
     wide = first_segmenter(load(small))
-    wide.peak = 65535.0
+    wide.max_value = 65535.0
     with pytest.raises(RecipeError, match=r"3 bands up to 255 and .*, the student 3 up to 65535 and"):
-        Distil(teacher=file).networks(wide)
+        Distill(teacher=file).networks(wide)
     with pytest.raises(RecipeError, match="is not there"):
         weights_of(tmp_path / "nowhere")

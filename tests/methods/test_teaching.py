@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from overfly.core.records import IGNORE, Batch, Labelled
+from overfly.core.records import IGNORE, Batch, Labeled
 from overfly.data.loading import Steps
 from overfly.methods.cbst import CBST
 from overfly.methods.dacs import DACS, GCW_KEEP
@@ -19,7 +19,7 @@ from overfly.methods.iast import IAST
 from overfly.methods.method import Method, Networks, TeacherStudent
 from overfly.methods.mic import MIC
 from overfly.methods.source_free import SourceFree
-from overfly.ops.color import ColourJitter
+from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral
 from overfly.ops.normalization import batch_norms
 from overfly.recipe import Recipe, load
@@ -102,13 +102,13 @@ def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: C
     assert not (mix.label == IGNORE).any()
 
 
-def test_boundaries_are_learnt_from_source_pixels_alone(case: Case) -> None:
+def test_boundaries_are_learned_from_source_pixels_alone(case: Case) -> None:
     teach = scores_of(torch.randint(0, 7, case[1].source.label.shape), 50.0)
-    unlabelled = case[1]._replace(
-        source=Labelled(case[1].source.image, torch.full_like(case[1].source.label, IGNORE)),
+    unlabeled = case[1]._replace(
+        source=Labeled(case[1].source.image, torch.full_like(case[1].source.label, IGNORE)),
     )
     for method in (DACS(), MIC(), DAFormer(warmup=0)):
-        _, _, losses = run(method, (case[0], unlabelled), teach)
+        _, _, losses = run(method, (case[0], unlabeled), teach)
         assert losses["mixed_main"] > 0
         assert losses["mixed_boundary"] == 0
         assert losses["source_main"] == 0
@@ -119,7 +119,7 @@ def test_boundaries_are_learnt_from_source_pixels_alone(case: Case) -> None:
 
 def test_geometry_cannot_be_a_strong_augmentation() -> None:
     with pytest.raises(ValueError, match="dihedral moves pixels away from their pseudo-labels"):
-        DACS(strong=(ColourJitter(), Dihedral()))
+        DACS(strong=(ColorJitter(), Dihedral()))
 
 
 def test_gradual_class_weights_follow_the_source(case: Case) -> None:
@@ -216,7 +216,7 @@ def test_iast_thresholds_follow_the_images(case: Case) -> None:
     assert losses["uniform"] > 0
 
 
-def test_iast_regularises_by_a_mean_over_pixels_and_classes(case: Case) -> None:
+def test_iast_regularizes_by_a_mean_over_pixels_and_classes(case: Case) -> None:
     """As the published code has it: 3 / K of the entropy of ignored pixels in nats, 0.1 / K of the other."""
     label = torch.zeros_like(case[1].source.label)
     kept = torch.zeros_like(label, dtype=torch.bool)
@@ -236,7 +236,7 @@ def test_iast_regularises_by_a_mean_over_pixels_and_classes(case: Case) -> None:
 
 
 def test_source_free_never_looks_at_the_source(case: Case) -> None:
-    empty = Labelled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
+    empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
     nets, seen, losses = run(SourceFree(strong=()), (case[0], Batch(empty, case[1].target)))
     assert torch.allclose(seen.images[0], case[1].target, atol=1e-3)
     assert set(losses) == {"target_main", "target_aux", "information"}
@@ -273,8 +273,8 @@ def test_the_source_free_teacher_sees_several_sizes_and_what_it_says_often_is_de
     assert bool((label == 1).all())
 
 
-@pytest.mark.parametrize("name", ["minent", "cbst", "distil", "dsbn", "iast", "overfly", "source_free", "tent"])
-def test_nothing_is_learnt_where_the_target_was_not_measured(name: str, recipe_of: Callable[..., Recipe]) -> None:
+@pytest.mark.parametrize("name", ["minent", "cbst", "distill", "dsbn", "iast", "overfly", "source_free", "tent"])
+def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_of: Callable[..., Recipe]) -> None:
     """Of a target of which nothing was measured no term is left, and thresholds stay as they were."""
     recipe = recipe_of(name)
     changes = {"mix": 0.0} if name == "overfly" else {}
@@ -286,9 +286,9 @@ def test_nothing_is_learnt_where_the_target_was_not_measured(name: str, recipe_o
     measured = dict(method.losses(nets, batch))
     for key, value in before.items():
         dict(nets.named_buffers())[key].copy_(value)
-    blank = torch.ones(len(batch.target), *batch.target.shape[-2:], dtype=torch.bool)
+    nodata_mask = torch.ones(len(batch.target), *batch.target.shape[-2:], dtype=torch.bool)
     torch.manual_seed(0)
-    losses = method.losses(nets, batch._replace(blank=blank))
+    losses = method.losses(nets, batch._replace(nodata_mask=nodata_mask))
     own = [key for key in losses if key.split("_")[0] in {"target", "mixed", "soft", "entropy", "uniform"}]
     assert own or name == "source_free"
     assert any(measured[key] != 0 for key in own)

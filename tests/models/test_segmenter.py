@@ -19,7 +19,7 @@ from overfly.models import Network, Segmenter, build, registry
 from overfly.models.deeplabv2 import DeepLabV2
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, read_segmenter_file
 
-CLASSES = Classes(names=("ground", "roof", "road"), colours=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
+CLASSES = Classes(names=("ground", "roof", "road"), colors=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
 
 
 MEAN = [255 * value for value in IMAGENET_MEAN]
@@ -36,7 +36,7 @@ def sensor(height: int, width: int, bands: int = 3) -> torch.Tensor:
     return (picture(height, width, bands=bands) * 90 + 120).round().clamp(0, 255)
 
 
-def test_normalises_by_its_own_buffers_and_enlarges() -> None:
+def test_normalizes_by_its_own_buffers_and_enlarges() -> None:
     made = make("pidnet_s", mean=[10, 20, 30], std=[2, 4, 5])
     image = sensor(64, 96)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_other_bands_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("mean", "std"), [([1.0, 2.0], [1.0]), ([1, 2, 3], [1, 0, 1]), ([], [])])
-def test_impossible_normalisation_is_refused(mean: list[float], std: list[float]) -> None:
+def test_impossible_normalization_is_refused(mean: list[float], std: list[float]) -> None:
     network = build("lraspp_mobilenet_v2", 3)
     with pytest.raises(RecipeError, match="standard deviation"):
         Segmenter(network, CLASSES, architecture="lraspp_mobilenet_v2", mean=mean, std=std)
@@ -87,17 +87,17 @@ def test_impossible_normalisation_is_refused(mean: list[float], std: list[float]
 def test_a_saved_file_is_complete(name: str, bands: int, tmp_path: Path) -> None:
     mean, std = [float(i + 1) for i in range(bands)], [float(i + 9) for i in range(bands)]
     network = build(name, 3, bands=bands)
-    made = Segmenter(network, CLASSES, architecture=name, mean=mean, std=std, peak=65535.0).eval()
+    made = Segmenter(network, CLASSES, architecture=name, mean=mean, std=std, max_value=65535.0).eval()
     path = made.save(tmp_path / "deep" / "best.safetensors")
     again = Segmenter.load(path).eval()
-    assert (again.architecture, again.classes, again.bands, again.peak) == (name, CLASSES, bands, 65535.0)
+    assert (again.architecture, again.classes, again.bands, again.max_value) == (name, CLASSES, bands, 65535.0)
     assert again.network.has_training_heads
     image = sensor(32, 48, bands)
     with torch.no_grad():
         assert torch.equal(made.scores(image), again.scores(image))
     with safe_open(path, framework="pt") as file:
         about = {key: json.loads(value) for key, value in file.metadata().items()}
-    assert about["classes"] == {"names": ["ground", "roof", "road"], "colours": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}
+    assert about["classes"] == {"names": ["ground", "roof", "road"], "colors": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}
     assert [file.name for file in path.parent.iterdir()] == ["best.safetensors"]
 
 
@@ -224,7 +224,7 @@ def test_files_of_other_kinds_are_told_where_they_belong(name: str, said: str, c
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("key", ["training_heads", "classes", "bands", "peak", "architecture"])
+@pytest.mark.parametrize("key", ["training_heads", "classes", "bands", "max_value", "architecture"])
 def test_a_description_that_lacks_something_or_is_nonsense_is_named(key: str, saved: bytes, tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     path.write_bytes(saved)

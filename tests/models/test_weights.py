@@ -354,15 +354,15 @@ def test_digest_is_demanded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bands", [1, 4, 7])
-def test_other_bands_answer_a_grey_picture_alike(bands: int, tmp_path: Path) -> None:
+def test_other_bands_answer_a_gray_picture_alike(bands: int, tmp_path: Path) -> None:
     three = build("lraspp_mobilenet_v2").eval()
     fill(three)
     torch.save(three.state_dict(), tmp_path / "w.pth")
     other = build("lraspp_mobilenet_v2", bands=bands).eval()
     report = load_weights(other, tmp_path / "w.pth")
-    grey = picture(32, 32, bands=1)
+    gray = picture(32, 32, bands=1)
     with torch.no_grad():
-        got, expected = other(grey.expand(-1, bands, -1, -1)).main, three(grey.expand(-1, 3, -1, -1)).main
+        got, expected = other(gray.expand(-1, bands, -1, -1)).main, three(gray.expand(-1, 3, -1, -1)).main
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert report.mismatched == ()
     assert f"read 3 bands and now reads {bands}" in str(report)

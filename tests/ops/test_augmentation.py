@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Generator, Tensor
 
-from overfly.core.records import IGNORE, Labelled
-from overfly.ops import color as colour
-from overfly.ops import geometry
+from overfly.core.records import IGNORE, Labeled
+from overfly.ops import color, geometry
 from overfly.ops.augmentation import Augment, augment, chance, log_uniform, uniform
 
 SIZE = 24
 KINDS = sorted(Augment.kinds)
 GEOMETRY = {name for name in KINDS if Augment.kind(name).__module__ == geometry.__name__}
-COLOUR = {name for name in KINDS if issubclass(Augment.kind(name), colour.ColourAugment)}
+COLOR = {name for name in KINDS if issubclass(Augment.kind(name), color.ColorAugment)}
 
 
 def seeded(seed: int) -> Generator:
@@ -30,13 +29,13 @@ def make(name: str, p: float = 1.0) -> Augment:
     return Augment.kind(name).model_validate({"p": p, **crop})
 
 
-def scene(seed: int, *, count: int = 4, bands: int = 3, height: int = SIZE, width: int = SIZE) -> Labelled:
+def scene(seed: int, *, count: int = 4, bands: int = 3, height: int = SIZE, width: int = SIZE) -> Labeled:
     """Images of three classes in blocks of four pixels, some ignored."""
     generator = seeded(seed)
     label = torch.randint(0, 3, (count, height // 4, width // 4), generator=generator)
     label[torch.rand(label.shape, generator=generator) < 0.2] = IGNORE
     label = label.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    return Labelled(torch.rand(count, bands, height, width, generator=generator), label)
+    return Labeled(torch.rand(count, bands, height, width, generator=generator), label)
 
 
 def test_the_kinds_are_these() -> None:
@@ -45,9 +44,9 @@ def test_the_kinds_are_these() -> None:
         "coarse_dropout",
     } == GEOMETRY  # fmt: skip
     assert {
-        "brightness_contrast", "colour_jitter", "gaussian_blur", "grey", "gamma", "gaussian_noise", "illumination",
-    } == COLOUR  # fmt: skip
-    assert set(KINDS) == GEOMETRY | COLOUR
+        "brightness_contrast", "color_jitter", "gaussian_blur", "gray", "gamma", "gaussian_noise", "illumination",
+    } == COLOR  # fmt: skip
+    assert set(KINDS) == GEOMETRY | COLOR
 
 
 @given(
@@ -60,7 +59,7 @@ def test_the_kinds_are_these() -> None:
 @settings(deadline=None, max_examples=120)
 def test_shapes_types_and_values(name: str, seed: int, bands: int, height: int, p: float) -> None:
     batch = scene(seed, bands=bands, height=height)
-    before = Labelled(batch.image.clone(), batch.label.clone())
+    before = Labeled(batch.image.clone(), batch.label.clone())
     image, label = make(name, p)(batch, seeded(seed))
     size = (16, 16) if name == "random_crop" else (height, SIZE)
     assert image.shape == (4, bands, *size)
@@ -72,7 +71,7 @@ def test_shapes_types_and_values(name: str, seed: int, bands: int, height: int, 
         assert set(label[i].flatten().tolist()) <= {*batch.label[i].flatten().tolist(), IGNORE}
     assert torch.equal(batch.image, before.image)
     assert torch.equal(batch.label, before.label)
-    if name in COLOUR:
+    if name in COLOR:
         assert torch.equal(label, batch.label)
 
 
@@ -81,7 +80,7 @@ def test_p_zero_changes_nothing_and_p_one_does(name: str) -> None:
     batch = scene(0)
     same = make(name, 0.0)(batch, seeded(0))
     if name == "random_crop":
-        batch = Labelled(batch.image[..., 4:20, 4:20], batch.label[..., 4:20, 4:20])
+        batch = Labeled(batch.image[..., 4:20, 4:20], batch.label[..., 4:20, 4:20])
     assert torch.equal(same.image, batch.image)
     assert torch.equal(same.label, batch.label)
     changed = make(name)(scene(0), seeded(0))
@@ -111,53 +110,53 @@ def test_only_the_chosen_images_change(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_empty_batch_stays_empty(name: str) -> None:
-    empty = Labelled(torch.zeros(0, 3, SIZE, SIZE), torch.zeros(0, SIZE, SIZE, dtype=torch.int64))
+    empty = Labeled(torch.zeros(0, 3, SIZE, SIZE), torch.zeros(0, SIZE, SIZE, dtype=torch.int64))
     image, label = make(name)(empty, seeded(0))
     assert len(image) == len(label) == 0
 
 
 def test_images_are_changed_each_in_their_own_way() -> None:
     one = scene(3, count=1)
-    batch = Labelled(one.image.expand(6, -1, -1, -1), one.label.expand(6, -1, -1))
-    for name in set(KINDS) - {"horizontal_flip", "dihedral", "grey"}:
+    batch = Labeled(one.image.expand(6, -1, -1, -1), one.label.expand(6, -1, -1))
+    for name in set(KINDS) - {"horizontal_flip", "dihedral", "gray"}:
         image = make(name)(batch, seeded(0)).image
         assert all(not torch.equal(image[0], image[i]) for i in range(1, 6)), name
 
 
 @given(
     seed=st.integers(0, 100),
-    name=st.sampled_from(sorted(COLOUR)),
+    name=st.sampled_from(sorted(COLOR)),
     other=st.sampled_from(["horizontal_flip", "dihedral"]),
 )
 @settings(deadline=None, max_examples=20)
-def test_colour_commutes_with_flips(seed: int, name: str, other: str) -> None:
+def test_color_commutes_with_flips(seed: int, name: str, other: str) -> None:
     if name == "gaussian_noise":
         name = "gamma"  # noise is drawn in place, it does not turn with the image
     batch = scene(seed)
-    recolour, move = make(name), make(other)
-    first = move(recolour(batch, seeded(1)), seeded(2))
-    second = recolour(move(batch, seeded(2)), seeded(1))
+    recolor, move = make(name), make(other)
+    first = move(recolor(batch, seeded(1)), seeded(2))
+    second = recolor(move(batch, seeded(2)), seeded(1))
     torch.testing.assert_close(first.image, second.image, atol=1e-5, rtol=0)
     assert torch.equal(first.label, second.label)
 
 
-@pytest.mark.parametrize("peak", [1.0, 255.0, 65535.0, 10000.0])
-def test_augment_works_in_the_sensors_range(peak: float) -> None:
+@pytest.mark.parametrize("max_value", [1.0, 255.0, 65535.0, 10000.0])
+def test_augment_works_in_the_sensors_range(max_value: float) -> None:
     batch = scene(4)
-    augments = [make(name) for name in ("scale_jitter", "colour_jitter", "gaussian_blur")]
-    expected = augment(batch, augments, peak=1.0, generator=seeded(3))
-    raised = augment(Labelled(batch.image * peak, batch.label), augments, peak=peak, generator=seeded(3))
-    torch.testing.assert_close(raised.image / peak, expected.image, atol=1e-5, rtol=0)
+    augments = [make(name) for name in ("scale_jitter", "color_jitter", "gaussian_blur")]
+    expected = augment(batch, augments, max_value=1.0, generator=seeded(3))
+    raised = augment(Labeled(batch.image * max_value, batch.label), augments, max_value=max_value, generator=seeded(3))
+    torch.testing.assert_close(raised.image / max_value, expected.image, atol=1e-5, rtol=0)
     assert torch.equal(raised.label, expected.label)
 
 
 def test_augment_needs_a_range_and_leaves_no_graph() -> None:
     batch = scene(5)
     with pytest.raises(ValueError, match="must be above 0, not 0"):
-        augment(batch, [make("grey")], peak=0, generator=seeded(0))
-    assert augment(batch, (), peak=255, generator=seeded(0)) is batch
-    tracked = Labelled(batch.image.clone().requires_grad_(), batch.label)
-    assert not augment(tracked, [make("gamma")], peak=1, generator=seeded(0)).image.requires_grad
+        augment(batch, [make("gray")], max_value=0, generator=seeded(0))
+    assert augment(batch, (), max_value=255, generator=seeded(0)) is batch
+    tracked = Labeled(batch.image.clone().requires_grad_(), batch.label)
+    assert not augment(tracked, [make("gamma")], max_value=1, generator=seeded(0)).image.requires_grad
 
 
 def test_augments_are_recipe_values() -> None:
@@ -166,7 +165,7 @@ def test_augments_are_recipe_values() -> None:
     values = adapter.validate_python(given_names)
     assert values == (geometry.Dihedral(), geometry.ScaleJitter(low=0.7, p=0.8))
     assert adapter.validate_python(adapter.dump_python(values, serialize_as_any=True)) == values
-    for wrong in ({"name": "scale_jitter", "low": 3.0}, {"name": "grey", "p": 2}, {"name": "grey", "hue": 1}, "sepia"):
+    for wrong in ({"name": "scale_jitter", "low": 3.0}, {"name": "gray", "p": 2}, {"name": "gray", "hue": 1}, "sepia"):
         with pytest.raises(ValidationError):
             adapter.validate_python([wrong])
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overfly.core.records import IGNORE, Labelled
+from overfly.core.records import IGNORE, Labeled
 from overfly.ops.boundary import boundaries
 from overfly.ops.geometry import turn
 
@@ -76,7 +76,7 @@ def test_turns_with_the_label(quarters: int, mirrored: bool) -> None:
     label = label.repeat_interleave(4, 2)
     image = boundaries(label).unsqueeze(1)
     assert 0 < float(image.mean()) < 1
-    moved = turn(Labelled(image, label), quarters, mirrored)
+    moved = turn(Labeled(image, label), quarters, mirrored)
     assert torch.equal(boundaries(moved.label).unsqueeze(1), moved.image)
 
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from overfly.core.records import Labelled
+from overfly.core.records import Labeled
 from overfly.ops.augmentation import Augment
 from overfly.ops.color import (
     BrightnessContrast,
-    ColourJitter,
+    ColorJitter,
     Gamma,
     GaussianBlur,
     GaussianNoise,
-    Grey,
+    Gray,
     Illumination,
-    grey,
+    gray,
 )
 
 
@@ -29,7 +29,7 @@ def images(count: int = 4, bands: int = 3, size: int = 16, low: float = 0.3, hig
 
 
 def changed(kind: Augment, image: Tensor, seed: int = 0) -> Tensor:
-    return kind(Labelled(image, torch.zeros(len(image), *image.shape[2:], dtype=torch.int64)), seeded(seed)).image
+    return kind(Labeled(image, torch.zeros(len(image), *image.shape[2:], dtype=torch.int64)), seeded(seed)).image
 
 
 def test_brightness_and_contrast_are_those_of_the_limits() -> None:
@@ -47,7 +47,7 @@ def test_brightness_and_contrast_are_those_of_the_limits() -> None:
 
 def test_hue_turns_as_in_hsv_and_keeps_the_value() -> None:
     image = images(6)
-    turned = changed(ColourJitter(p=1, brightness=0, contrast=0, saturation=0, hue=0.2), image)
+    turned = changed(ColorJitter(p=1, brightness=0, contrast=0, saturation=0, hue=0.2), image)
     for i in range(6):
         turns = []
         for y, x in ((0, 0), (5, 9), (12, 3)):
@@ -61,7 +61,7 @@ def test_hue_turns_as_in_hsv_and_keeps_the_value() -> None:
 
 def test_hue_reaches_its_limit() -> None:
     red = torch.tensor([0.8, 0.2, 0.2]).view(1, 3, 1, 1).expand(200, 3, 1, 1)
-    turned = changed(ColourJitter(p=1, brightness=0, contrast=0, saturation=0, hue=0.1), red)
+    turned = changed(ColorJitter(p=1, brightness=0, contrast=0, saturation=0, hue=0.1), red)
     hues = [(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in turned.flatten(1).tolist()]
     assert min(hues) == pytest.approx(-0.1, abs=0.005)
     assert max(hues) == pytest.approx(0.1, abs=0.005)
@@ -69,15 +69,15 @@ def test_hue_reaches_its_limit() -> None:
 
 def test_saturation_leaves_the_brightness() -> None:
     image = images(20)
-    jittered = changed(ColourJitter(p=1, brightness=0, contrast=0, saturation=0.5, hue=0), image)
-    torch.testing.assert_close(grey(jittered), grey(image), atol=1e-5, rtol=0)
+    jittered = changed(ColorJitter(p=1, brightness=0, contrast=0, saturation=0.5, hue=0), image)
+    torch.testing.assert_close(gray(jittered), gray(image), atol=1e-5, rtol=0)
     assert not torch.allclose(jittered, image)
 
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 8])
 def test_other_numbers_of_bands_jitter_each_on_its_own(bands: int) -> None:
     image = images(5, bands)
-    jittered = changed(ColourJitter(p=1, contrast=0), image)
+    jittered = changed(ColorJitter(p=1, contrast=0), image)
     gain = (jittered / image).flatten(2)
     assert bool((gain.std(2) < 1e-5).all())
     assert 0.8 - 1e-5 <= float(gain.min()) <= float(gain.max()) <= 1.2 + 1e-5
@@ -86,19 +86,19 @@ def test_other_numbers_of_bands_jitter_each_on_its_own(bands: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_grey_pictures_stay_finite(value: float) -> None:
+def test_gray_pictures_stay_finite(value: float) -> None:
     flat = torch.full((2, 3, 16, 16), value)
     for kind in (
-        ColourJitter(p=1),
+        ColorJitter(p=1),
         GaussianBlur(p=1),
         Gamma(p=1),
-        Grey(p=1),
+        Gray(p=1),
         BrightnessContrast(p=1),
         Illumination(p=1),
     ):
         result = changed(kind, flat)
         assert bool(result.isfinite().all()), kind
-    assert float((changed(ColourJitter(p=1, brightness=0), flat) - flat).abs().max()) < 1e-3
+    assert float((changed(ColorJitter(p=1, brightness=0), flat) - flat).abs().max()) < 1e-3
 
 
 def test_blur_is_a_gaussian_of_the_width() -> None:
@@ -115,12 +115,12 @@ def test_blur_is_a_gaussian_of_the_width() -> None:
     assert torch.equal(changed(GaussianBlur(p=1), tiny[..., :1, :]), tiny[..., :1, :])
 
 
-def test_grey_is_luma_in_every_band() -> None:
-    colours = torch.eye(3).view(3, 3, 1, 1)
-    assert changed(Grey(p=1), colours).flatten(1)[:, 0].tolist() == pytest.approx([0.299, 0.587, 0.114])
-    assert bool((changed(Grey(p=1), images()).std(1) < 1e-6).all())
+def test_gray_is_luma_in_every_band() -> None:
+    colors = torch.eye(3).view(3, 3, 1, 1)
+    assert changed(Gray(p=1), colors).flatten(1)[:, 0].tolist() == pytest.approx([0.299, 0.587, 0.114])
+    assert bool((changed(Gray(p=1), images()).std(1) < 1e-6).all())
     four = images(bands=4)
-    torch.testing.assert_close(changed(Grey(p=1), four)[:, 2], four.mean(1))
+    torch.testing.assert_close(changed(Gray(p=1), four)[:, 2], four.mean(1))
 
 
 def test_gamma_keeps_black_and_white() -> None:
@@ -144,7 +144,7 @@ def test_noise_has_the_strength_and_no_bias() -> None:
 
 def test_another_light_is_one_gain_a_band_about_one_of_the_image() -> None:
     dark = images(400) * 0.1
-    gain = (changed(Illumination(p=1, brightness=0.2, colour=0.05), dark) / dark).flatten(2)
+    gain = (changed(Illumination(p=1, brightness=0.2, color=0.05), dark) / dark).flatten(2)
     assert bool((gain.std(2) < 1e-4).all())
     log = gain[..., 0].log()
     assert float(log.mean(1).std()) == pytest.approx(0.2, rel=0.15)

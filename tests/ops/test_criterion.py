@@ -77,7 +77,7 @@ def test_ohem_is_the_whole_training_loss_of_pidnet() -> None:
     expected = ohem_cross_entropy(logits.main, torch.where(sure, label, IGNORE), 0.9, 100)
     torch.testing.assert_close(terms["at_boundary"], expected)
     (gradient,) = torch.autograd.grad(terms["at_boundary"], logits.boundary, allow_unused=True)
-    assert gradient is None  # where the boundary is seen is not itself learnt from
+    assert gradient is None  # where the boundary is seen is not itself learned from
 
 
 def test_dice_terms() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from overfly.core.errors import RecipeError
-from overfly.core.records import IGNORE, Labelled
+from overfly.core.records import IGNORE, Labeled
 from overfly.ops.augmentation import Augment
 from overfly.ops.geometry import (
     CoarseDropout,
@@ -30,14 +30,14 @@ def seeded(seed: int) -> Generator:
 
 def encoded(
     seed: int, *, count: int = 3, height: int = 32, width: int = 32, block: int = 8, classes: int = 4
-) -> Labelled:
+) -> Labeled:
     """A label in blocks, and an image with one band a class: 1 where that class is."""
     label = torch.randint(0, classes, (count, height // block, width // block), generator=seeded(seed))
     label = label.repeat_interleave(block, 1).repeat_interleave(block, 2)
-    return Labelled(F.one_hot(label, classes).permute(0, 3, 1, 2).float(), label)
+    return Labeled(F.one_hot(label, classes).permute(0, 3, 1, 2).float(), label)
 
 
-def agreement(batch: Labelled) -> Tensor:
+def agreement(batch: Labeled) -> Tensor:
     """Whether the label is the class that the image shows, for valid pixels where the image shows one class alone."""
     share, shown = batch.image.max(1)
     clear = (share > 0.999) & (batch.label != IGNORE)
@@ -73,7 +73,7 @@ def test_they_do_so_when_only_some_move(move: Augment) -> None:
 def test_the_test_above_sees_a_label_that_stayed_behind(seed: int) -> None:
     batch = encoded(seed)
     moved = ShiftScaleRotate(p=1)(batch, seeded(seed))
-    assert not bool(agreement(Labelled(moved.image, batch.label)).all())
+    assert not bool(agreement(Labeled(moved.image, batch.label)).all())
 
 
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])
@@ -91,7 +91,7 @@ def test_turns_are_a_group(quarters: int) -> None:
 
 
 def test_dihedral_draws_all_eight_on_squares_and_four_else() -> None:
-    square = Labelled(
+    square = Labeled(
         torch.arange(9.0).view(1, 1, 3, 3).expand(200, 1, 3, 3), torch.arange(9).view(1, 3, 3).expand(200, 3, 3)
     )
     image, label = Dihedral()(square, seeded(0))
@@ -99,7 +99,7 @@ def test_dihedral_draws_all_eight_on_squares_and_four_else() -> None:
     distinct, counts = torch.unique(label.flatten(1), dim=0, return_counts=True)
     assert len(distinct) == 8
     assert int(counts.min()) > 10
-    wide = Labelled(
+    wide = Labeled(
         torch.arange(6.0).view(1, 1, 2, 3).expand(99, 1, 2, 3), torch.arange(6).view(1, 2, 3).expand(99, 2, 3)
     )
     image, label = Dihedral()(wide, seeded(0))
@@ -113,12 +113,12 @@ def test_dihedral_draws_all_eight_on_squares_and_four_else() -> None:
     size=st.sampled_from([(32, 32), (24, 40)]),
 )
 @settings(deadline=None, max_examples=40)
-def test_the_class_under_the_centre_stays(seed: int, factor: float, size: tuple[int, int]) -> None:
+def test_the_class_under_the_center_stays(seed: int, factor: float, size: tuple[int, int]) -> None:
     batch = encoded(seed, height=size[0], width=size[1])
     row = int(torch.randint(0, size[0], (), generator=seeded(seed)))
     column = int(torch.randint(0, size[1], (), generator=seeded(seed + 1)))
-    centre = torch.tensor([[column + 0.5, row + 0.5]]).expand(3, 2)
-    zoomed = zoom(batch, torch.full((3,), factor), centre)
+    center = torch.tensor([[column + 0.5, row + 0.5]]).expand(3, 2)
+    zoomed = zoom(batch, torch.full((3,), factor), center)
     assert torch.equal(zoomed.label[:, row, column], batch.label[:, row, column])
     torch.testing.assert_close(zoomed.image[..., row, column], batch.image[..., row, column], atol=1e-3, rtol=0)
 
@@ -126,7 +126,7 @@ def test_the_class_under_the_centre_stays(seed: int, factor: float, size: tuple[
 def test_zoom_scales_areas() -> None:
     label = torch.zeros(1, 64, 64, dtype=torch.int64)
     label[:, 24:40, 24:40] = 1
-    batch = Labelled(label[:, None].float(), label)
+    batch = Labeled(label[:, None].float(), label)
     middle = torch.tensor([[32.0, 32.0]])
     assert int((zoom(batch, torch.tensor([2.0]), middle).label == 1).sum()) == 32 * 32
     small = zoom(batch, torch.tensor([0.5]), middle).label
@@ -178,8 +178,7 @@ def test_rotation_turns_and_neither_shears_nor_stretches() -> None:
     label = torch.zeros(20, 64, 64, dtype=torch.int64)
     label[:, 28:36, 12:52] = 1
     turned = (
-        ShiftScaleRotate(p=1, shift=0, scale=0, rotate=90)(Labelled(label[:, None].float(), label), seeded(0)).label
-        == 1
+        ShiftScaleRotate(p=1, shift=0, scale=0, rotate=90)(Labeled(label[:, None].float(), label), seeded(0)).label == 1
     )
     assert bool(((turned.sum((1, 2)) - 8 * 40).abs() < 16).all())
     place = torch.stack(torch.meshgrid(torch.arange(64) - 31.5, torch.arange(64) - 31.5, indexing="ij"))
@@ -198,7 +197,7 @@ def test_grid_distortion_keeps_the_edges() -> None:
 
 def test_random_crops_reach_every_place() -> None:
     place = torch.arange(36).view(1, 6, 6).expand(300, 6, 6)
-    batch = Labelled(place[:, None].float(), place)
+    batch = Labeled(place[:, None].float(), place)
     image, label = RandomCrop(size=4)(batch, seeded(0))
     assert torch.equal(image[:, 0].long(), label)
     corners = label[:, 0, 0]
@@ -237,4 +236,4 @@ def test_holes_hold_the_mean_and_no_class() -> None:
 def test_labels_survive_any_id() -> None:
     label = torch.arange(256).view(1, 16, 16)
     grid = torch.stack(torch.meshgrid(torch.arange(16) + 0.5, torch.arange(16) + 0.5, indexing="xy"), -1)[None]
-    assert torch.equal(warp(Labelled(label[:, None].float(), label), grid).label, label)
+    assert torch.equal(warp(Labeled(label[:, None].float(), label), grid).label, label)

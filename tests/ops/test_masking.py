@@ -25,7 +25,7 @@ def test_squares_are_covered_whole_and_the_last_may_be_cut() -> None:
     assert 0 < mask.float().mean() < 1
 
 
-def test_covered_pixels_show_the_mean_colour_and_the_others_themselves() -> None:
+def test_covered_pixels_show_the_mean_color_and_the_others_themselves() -> None:
     image = torch.rand(2, 3, 16, 16)
     mask = block_mask(image, 4, 0.5).expand(-1, 3, -1, -1)
     found = cover(image, mask[:, :1])

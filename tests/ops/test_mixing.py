@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfly.core.records import IGNORE, Labelled
+from overfly.core.records import IGNORE, Labeled
 from overfly.ops.mixing import class_mask, paste
 
 
@@ -52,8 +52,8 @@ def test_images_choose_each_for_itself_and_a_seed_repeats_it() -> None:
 
 
 def test_a_pasted_crop_keeps_its_labels_under_the_mask() -> None:
-    over = Labelled(torch.rand(2, 3, 8, 8), labels(1, 4))
-    under = Labelled(torch.rand(2, 3, 8, 8), labels(2, 4))
+    over = Labeled(torch.rand(2, 3, 8, 8), labels(1, 4))
+    under = Labeled(torch.rand(2, 3, 8, 8), labels(2, 4))
     mask = class_mask(over.label)
     mixed = paste(mask, over, under)
     assert torch.equal(mixed.label[mask], over.label[mask])
@@ -66,4 +66,4 @@ def test_a_pasted_crop_keeps_its_labels_under_the_mask() -> None:
 
 def test_an_image_is_not_pasted_onto_a_label() -> None:
     with pytest.raises(TypeError, match="both images, both labels"):
-        paste(torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 3, 2, 2), Labelled(*[torch.zeros(1, 3, 2, 2)] * 2))  # type: ignore[type-var]
+        paste(torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 3, 2, 2), Labeled(*[torch.zeros(1, 3, 2, 2)] * 2))  # type: ignore[type-var]

@@ -8,7 +8,7 @@ from overfly.ops.normalization import blend_statistics, replace, together
 
 
 class Scores(nn.Module):
-    """A network of one normalisation."""
+    """A network of one normalization."""
 
     def __init__(self) -> None:
         super().__init__()

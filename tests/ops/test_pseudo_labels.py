@@ -77,17 +77,17 @@ def test_share_above() -> None:
 def test_what_was_not_measured_is_no_pixel_of_any_class() -> None:
     """As if the blank half of an image were not there: its share of sure pixels, thresholds and labels."""
     logits = torch.randn(1, 3, 8, 8)
-    blank = torch.zeros(1, 8, 8, dtype=torch.bool)
-    blank[..., 4:] = True
+    nodata_mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    nodata_mask[..., 4:] = True
     logits[..., 4:] = torch.tensor([9.0, 0.0, 0.0]).view(1, 3, 1, 1)  # surely the first class
-    whole, half = pseudo_label(logits, blank), pseudo_label(logits[..., :4])
+    whole, half = pseudo_label(logits, nodata_mask), pseudo_label(logits[..., :4])
     assert share_above(whole, 0.5).allclose(share_above(half, 0.5))
     thresholds = surest(whole, 0.3, 3)
     assert torch.equal(thresholds, surest(half, 0.3, 3))
     kept = keep_above(whole, thresholds)
     assert torch.equal(kept[..., :4], keep_above(half, thresholds))
     assert (kept[..., 4:] == IGNORE).all()
-    nothing = pseudo_label(logits, torch.ones_like(blank))
+    nothing = pseudo_label(logits, torch.ones_like(nodata_mask))
     assert share_above(nothing, 0.5).item() == 0
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfly.ops.style import match_colours, swap_low_frequencies
+from overfly.ops.style import match_colors, swap_low_frequencies
 
 
 def images(seed: int, shape: tuple[int, ...] = (2, 3, 16, 20)) -> torch.Tensor:
@@ -39,22 +39,22 @@ def test_beta_0_swaps_the_mean_alone() -> None:
 
 
 @pytest.mark.parametrize("each", [True, False])
-def test_colours_have_the_mean_and_spread_of_the_style(each: bool) -> None:
+def test_colors_have_the_mean_and_spread_of_the_style(each: bool) -> None:
     image, style = images(0), images(1) * torch.tensor([[[[0.2]], [[0.5]], [[0.9]]], [[[0.1]], [[0.3]], [[0.4]]]]) + 7
-    found = match_colours(image, style, each=each)
+    found = match_colors(image, style, each=each)
     over = (2, 3) if each else (0, 2, 3)
     for mine, given_ in zip(torch.std_mean(found, over), torch.std_mean(style, over), strict=True):
         assert torch.allclose(mine, given_, rtol=1e-3)
-    assert torch.allclose(match_colours(image, image, each=each), image, atol=1e-3)
+    assert torch.allclose(match_colors(image, image, each=each), image, atol=1e-3)
 
 
 def test_matched_together_images_keep_their_differences() -> None:
     image = images(0)
     image[1] *= 0.1
-    together, alone = (match_colours(image, images(1), each=each).mean((1, 2, 3)) for each in (False, True))
+    together, alone = (match_colors(image, images(1), each=each).mean((1, 2, 3)) for each in (False, True))
     assert together[0] > together[1] + 30
     assert abs(alone[0] - alone[1]) < 15
 
 
 def test_an_even_image_stays_finite() -> None:
-    assert match_colours(torch.full((1, 3, 4, 4), 9.0), images(0)).isfinite().all()
+    assert match_colors(torch.full((1, 3, 4, 4), 9.0), images(0)).isfinite().all()

@@ -30,7 +30,7 @@ def test_windows_cover_every_pixel_and_nothing_else(height: int, width: int, siz
 
 @settings(deadline=None, max_examples=60)
 @given(length=st.integers(1, 400), size=st.integers(1, 64), overlap=overlaps)
-def test_neighbours_overlap_by_at_least_what_was_asked(length: int, size: int, overlap: float) -> None:
+def test_neighbors_overlap_by_at_least_what_was_asked(length: int, size: int, overlap: float) -> None:
     at = starts(length, size, overlap)
     stride = max(1, round(size * (1 - overlap)))
     assert at[0] == 0

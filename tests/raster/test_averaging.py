@@ -27,7 +27,11 @@ def test_what_was_not_measured_has_no_weight(how: str, resolution: float, tmp_pa
     pixels = np.full((3, 90, 110), 128, np.float32 if "nan" in how else np.int16 if "a" not in how[:1] else np.uint8)
     dead = np.random.default_rng(0).random((90, 110)) < 0.1
     dead[:40, :40] = True
-    settings, path, predictor = replace(SETTINGS, resolution=resolution, peak=255), tmp_path / "scene.tif", pointwise()
+    settings, path, predictor = (
+        replace(SETTINGS, resolution=resolution, max_value=255),
+        tmp_path / "scene.tif",
+        pointwise(),
+    )
     if how in ("mask", "alpha"):
         alpha = np.where(dead, 0, 255).astype(np.uint8)
         shown = np.where(dead, 0, pixels).astype(np.uint8)
@@ -37,8 +41,8 @@ def test_what_was_not_measured_has_no_weight(how: str, resolution: float, tmp_pa
                 if how == "mask":
                     dataset.write_mask(~dead)
                 else:
-                    colours = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
-                    dataset.colorinterp = colours
+                    colors = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+                    dataset.colorinterp = colors
     else:
         value = np.nan if how == "undeclared nan" else -9999
         stored = np.where(dead, value, pixels).astype(pixels.dtype)
@@ -66,15 +70,15 @@ def test_what_is_measured_is_averaged_as_gdal_does(
     monkeypatch.setattr(averaging, "AT_ONCE", 2000)
     pixels = noise(200, 300).astype(np.float32)
     source = write(tmp_path / "scene.tif", pixels)
-    scene = look(str(source), pointwise().facts, bands=None, nodata=None, peak=255)
+    scene = look(str(source), pointwise().facts, bands=None, nodata=None, max_value=255)
     rows, columns = round(200 * scale[0]), round(300 * scale[1])
     how = Resampling.average if max(scale) <= 1 else Resampling.bilinear
     with rasterio.open(source) as dataset:
         wanted = dataset.read(out_shape=(3, rows, columns), resampling=how)
         grid = (rows / 200, columns / 300)
-        found, blank = resampled(dataset, scene, grid, (0, rows), (0, columns))
+        found, nodata_mask = resampled(dataset, scene, grid, (0, rows), (0, columns))
         np.testing.assert_allclose(found, wanted, atol=0.01)
-        assert not blank.any()
+        assert not nodata_mask.any()
         part, _ = resampled(dataset, scene, grid, (rows // 2, rows), (columns // 3, columns))
     np.testing.assert_allclose(part, found[:, rows // 2 :, columns // 3 :], atol=0.001)
 
@@ -98,6 +102,6 @@ def test_values_beyond_all_brightness_are_the_rasters_fault(tmp_path: Path) -> N
     pixels[:, :9, :9] = -3.4028235e38
     source = write(tmp_path / "scene.tif", pixels)
     broken = replace(pointwise(), run=lambda images: likely(images) + np.float32(0) * images[:, :1] ** 2)
-    with np.errstate(all="ignore"), pytest.raises(DataError, match=r"scene.tif holds values .*--nodata .*--peak"):
-        map_raster(broken, str(source), tmp_path / "map.tif", replace(SETTINGS, peak=1.0), network="none")
+    with np.errstate(all="ignore"), pytest.raises(DataError, match=r"scene.tif holds values .*--nodata .*--max-value"):
+        map_raster(broken, str(source), tmp_path / "map.tif", replace(SETTINGS, max_value=1.0), network="none")
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]

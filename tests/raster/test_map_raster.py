@@ -44,8 +44,8 @@ def test_a_map_is_a_whole_cog_on_the_grid_of_its_raster(tmp_path: Path) -> None:
             assert found.compression.name == "deflate"
             assert found.overviews(1)
     with rasterio.open(tmp_path / "map.tif") as found:
-        colours = found.colormap(1)
-        assert [colours[index][:3] for index in range(3)] == list(CLASSES.colours)
+        colors = found.colormap(1)
+        assert [colors[index][:3] for index in range(3)] == list(CLASSES.colors)
         assert found.tags(1) == {"CLASS_0": "dark", "CLASS_1": "middle", "CLASS_2": "bright"}
         assert json.loads(found.tags()["CLASS_NAMES"]) == {"0": "dark", "1": "middle", "2": "bright"}
     assert "<Category>middle</Category>" in (tmp_path / "map.tif.aux.xml").read_text()  # where GIS look for names
@@ -61,14 +61,14 @@ def test_a_map_is_a_whole_cog_on_the_grid_of_its_raster(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "peak", "given"), [("uint16", 65535, None), ("uint16", 255, 65535.0), ("float32", 1, None)]
+    ("dtype", "max_value", "given"), [("uint16", 65535, None), ("uint16", 255, 65535.0), ("float32", 1, None)]
 )
-def test_other_types_and_ranges(tmp_path: Path, dtype: str, peak: float, given: float | None) -> None:
+def test_other_types_and_ranges(tmp_path: Path, dtype: str, max_value: float, given: float | None) -> None:
     pixels = noise(90, 150)
     stored = pixels.astype(dtype) * (257 if dtype == "uint16" else 1 / 255)
     source = write(tmp_path / "scene.tif", stored.astype(dtype))
-    predictor = replace(pointwise(peak=peak), run=lambda images: likely(images * 255 / peak))
-    mapped(source, tmp_path / "map.tif", predictor, replace(SETTINGS, peak=given))
+    predictor = replace(pointwise(max_value=max_value), run=lambda images: likely(images * 255 / max_value))
+    mapped(source, tmp_path / "map.tif", predictor, replace(SETTINGS, max_value=given))
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels))
 
 
@@ -96,7 +96,7 @@ def test_what_was_not_measured_stays_so(tmp_path: Path, how: str) -> None:
     settings, predictor = SETTINGS, pointwise()
     path = tmp_path / "scene.tif"
     if how == "nan":
-        predictor = pointwise(peak=1000)
+        predictor = pointwise(max_value=1000)
         write(path, np.where(hidden, np.nan, pixels).astype(np.float32))
     elif how == "alpha":
         stacked = np.concatenate([pixels, np.where(hidden, 0, 255).astype(np.uint8)[None]])
@@ -136,12 +136,12 @@ def test_places_of_every_kind_are_kept(tmp_path: Path) -> None:
         "nowhere": {"crs": None, "transform": None},
         "no_crs": {"crs": None},
         "points": {"crs": "EPSG:4326", "transform": None, "gcps": points},
-        "centres": {"crs": "EPSG:4326", "transform": None, "gcps": points},
+        "centers": {"crs": "EPSG:4326", "transform": None, "gcps": points},
         "own": {"crs": "+proj=laea +lat_0=31 +lon_0=12 +x_0=5 +y_0=6 +ellps=GRS80 +units=m"},
     }
     for name, place in kinds.items():
         source = write(tmp_path / f"{name}.tif", pixels, **place)
-        if name == "centres":
+        if name == "centers":
             with rasterio.open(source, "r+") as dataset:
                 dataset.update_tags(AREA_OR_POINT="Point")
         mapped(source, tmp_path / f"{name}_map.tif")
@@ -149,7 +149,7 @@ def test_places_of_every_kind_are_kept(tmp_path: Path) -> None:
             assert (found.crs, found.transform) == (image.crs, image.transform), name
             assert [p.asdict() for p in found.gcps[0]] == [p.asdict() for p in image.gcps[0]], name
             assert found.gcps[1] == image.gcps[1]
-            assert (found.tags().get("AREA_OR_POINT") == "Point") == (name == "centres")
+            assert (found.tags().get("AREA_OR_POINT") == "Point") == (name == "centers")
 
 
 def test_png_jpeg_and_a_world_file(tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_the_network_sees_another_resolution_and_the_map_keeps_its_grid(tmp_path
     pixels = np.repeat(np.repeat(blocks, 12, 0), 12, 1)[None].repeat(3, 0)
     pixels[:, :40, :40] = 0
     source = write(tmp_path / "scene.tif", pixels, nodata=0)
-    for name, metres, share in (("coarse", 0.6, 0.97), ("coarser", 1.15, 0.9), ("fine", 0.17, 0.97)):
-        settings = replace(SETTINGS, resolution=metres)
+    for name, meters, share in (("coarse", 0.6, 0.97), ("coarser", 1.15, 0.9), ("fine", 0.17, 0.97)):
+        settings = replace(SETTINGS, resolution=meters)
         made = mapped(source, tmp_path / f"{name}.tif", settings=settings, memory=1)
         found = ids(tmp_path / f"{name}.tif")
         truth = np.where(pixels[0] == 0, 255, wanted(pixels))
@@ -221,7 +221,7 @@ def test_bad_rasters_are_told_in_a_sentence_and_leave_nothing(tmp_path: Path) ->
         cut: "truncated", text: "cannot be read as a raster", tmp_path / "empty.tif": "is empty",
         tmp_path / "none.tif": "does not exist", tmp_path: "is no file",
         write(tmp_path / "one.tif", noise(50, 50, 1)): "1 band, the network reads 3",
-        write(tmp_path / "deep.tif", noise(50, 50).astype(np.uint16)): "holds uint16.*--peak",
+        write(tmp_path / "deep.tif", noise(50, 50).astype(np.uint16)): "holds uint16.*--max-value",
     }  # fmt: skip
     for source, said in cases.items():
         with pytest.raises(DataError, match=said):

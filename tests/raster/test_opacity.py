@@ -39,7 +39,7 @@ def shown(source: Path, out: Path, **changes: Any) -> NDArray[np.float32]:
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Path:
-    """Red, green, blue and near infrared, whose writer was told nothing of colours: GDAL marks the last as opacity."""
+    """Red, green, blue and near infrared, whose writer was told nothing of colors: GDAL marks the last as opacity."""
     path = write(tmp_path / "nir.tif", np.concatenate([noise(100, 120), noise(100, 120, 1, seed=1)]))
     with rasterio.open(path) as dataset:
         assert dataset.colorinterp[-1].name == "alpha"
@@ -95,8 +95,8 @@ def test_a_last_band_that_is_not_marked_is_opacity_where_it_is_said(tmp_path: Pa
     pixels[3, :30] = 0
     source = write(tmp_path / "scene.tif", pixels, photometric="MINISBLACK", alpha="NO")
     with pytest.raises(DataError, match="4 bands, the network reads 3"):
-        mapped(source, tmp_path / "map.tif", peak=255)
-    mapped(source, tmp_path / "map.tif", peak=255, opacity=True)
+        mapped(source, tmp_path / "map.tif", max_value=255)
+    mapped(source, tmp_path / "map.tif", max_value=255, opacity=True)
     np.testing.assert_array_equal(ids(tmp_path / "map.tif") == 255, pixels[3] == 0)
 
 

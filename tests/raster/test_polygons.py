@@ -39,7 +39,7 @@ def test_areas_are_outlined_and_specks_are_swallowed(drawn: Path, tmp_path: Path
     shapes = shapely.from_wkb(table[2])
     assert shapely.is_valid(shapes).all()
     assert shapely.intersection_all(shapes).is_empty
-    assert set(table[3][list(table[0]["fields"]).index("colour")]) == {"#0a141e", "#78828c", "#faf0e6"}
+    assert set(table[3][list(table[0]["fields"]).index("color")]) == {"#0a141e", "#78828c", "#faf0e6"}
     every = areas(pyogrio.raw.read(write_polygons(drawn, tmp_path / "b.gpkg", CLASSES, smallest=1)))
     assert every == {"dark": [40 * 30 - 17 - 200], "middle": [16], "bright": [1, 40 * 30]}
 
@@ -58,7 +58,7 @@ def test_geojson_is_in_longitude_and_latitude(drawn: Path, tmp_path: Path) -> No
      ("EPSG:4326", -8.0, 6_378_137.0, 1 / 298.257223563, "geojson"),
      ("+proj=longlat +R=1737400 +no_defs", 45.0, 1_737_400.0, 0.0, "gpkg")],
 )  # fmt: skip
-def test_areas_of_degrees_are_square_metres(  # noqa: PLR0917 - fixtures
+def test_areas_of_degrees_are_square_meters(  # noqa: PLR0917 - fixtures
     tmp_path: Path, crs: str, north: float, axis: float, flat: float, ending: str
 ) -> None:
     label, step = np.zeros((40, 60), np.uint8), 0.01
@@ -81,7 +81,7 @@ def test_areas_of_degrees_are_square_metres(  # noqa: PLR0917 - fixtures
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
-def test_feet_are_metres(tmp_path: Path) -> None:
+def test_feet_are_meters(tmp_path: Path) -> None:
     place = {"crs": "EPSG:2263", "transform": Affine(10, 0, 980_000, 0, -10, 200_000)}  # New York, in US survey feet
     map_ = write(tmp_path / "map.tif", np.zeros((1, 20, 30), np.uint8), nodata=255, **place)
     table = pyogrio.raw.read(write_polygons(map_, tmp_path / "a.gpkg", CLASSES))

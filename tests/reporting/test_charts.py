@@ -60,9 +60,9 @@ def test_curves_are_thinned_and_keep_both_ends() -> None:
     assert all(4 <= y <= 156 for _, y in points)
 
 
-def test_more_curves_than_colours_differ_by_their_dashes() -> None:
+def test_more_curves_than_colors_differ_by_their_dashes() -> None:
     svg = lines({f"term {index}": [(0, index), (5, index + 1)] for index in range(8)}, "t")
     kinds = re.findall(r'<polyline [^>]*stroke="(#\w+)" stroke-width="1.6"( stroke-dasharray="[^"]+")?', svg)
     assert len(set(kinds)) == 8
-    assert {colour for colour, _ in kinds} == set(SERIES)
+    assert {color for color, _ in kinds} == set(SERIES)
     assert lines({}, "t") == ""

@@ -14,11 +14,11 @@ from overfly.reporting.embedded import png, safe, small, small_picture, uri, web
 
 DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))
 PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
-"""What is left of linear colours (Machado, Oliveira and Fernandes, 2009)."""
+"""What is left of linear colors (Machado, Oliveira and Fernandes, 2009)."""
 
 
-def _lab(colour: tuple[int, int, int], seen: tuple[tuple[float, ...], ...] | None) -> np.ndarray:
-    value = np.asarray(colour) / 255
+def _lab(color: tuple[int, int, int], seen: tuple[tuple[float, ...], ...] | None) -> np.ndarray:
+    value = np.asarray(color) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     if seen is not None:
         linear = (np.asarray(seen) @ linear).clip(0, 1)
@@ -29,9 +29,9 @@ def _lab(colour: tuple[int, int, int], seen: tuple[tuple[float, ...], ...] | Non
 
 
 @pytest.mark.parametrize("seen", [None, DEUTERANOPIA, PROTANOPIA], ids=["full", "deuteranopia", "protanopia"])
-def test_the_colour_blind_can_tell_classes_apart(seen: tuple[tuple[float, ...], ...] | None) -> None:
-    shown = safe(Classes(names=tuple("abcdefg"), colours=((255, 0, 0), (0, 255, 0)) * 3 + ((9, 9, 9),)))
-    apart = [np.linalg.norm(_lab(one, seen) - _lab(other, seen)) for one, other in combinations(shown.colours, 2)]
+def test_the_color_blind_can_tell_classes_apart(seen: tuple[tuple[float, ...], ...] | None) -> None:
+    shown = safe(Classes(names=tuple("abcdefg"), colors=((255, 0, 0), (0, 255, 0)) * 3 + ((9, 9, 9),)))
+    apart = [np.linalg.norm(_lab(one, seen) - _lab(other, seen)) for one, other in combinations(shown.colors, 2)]
     assert min(apart) > 12
     lovely = [(255, 0, 0), (0, 255, 0), (0, 128, 0), (255, 128, 0)]
     plain = [
@@ -40,22 +40,22 @@ def test_the_colour_blind_can_tell_classes_apart(seen: tuple[tuple[float, ...], 
     assert min(plain) < 40
 
 
-def test_safe_colours_keep_their_hue_and_differ() -> None:
+def test_safe_colors_keep_their_hue_and_differ() -> None:
     classes = LoveDA(root="nowhere").classes
-    shown = dict(zip(classes.names, safe(classes).colours, strict=True))
+    shown = dict(zip(classes.names, safe(classes).colors, strict=True))
     assert shown["water"] == (0, 114, 178)
     assert shown["forest"] == (0, 158, 115)
     assert shown["building"] == (213, 94, 0)
     assert shown["road"] == (240, 228, 66)
     assert len(set(shown.values())) == 7
     unnamed = Classes(names=("a", "b", "c"))
-    assert safe(unnamed).colours == PALETTE[:3]
+    assert safe(unnamed).colors == PALETTE[:3]
     many = Classes(names=tuple(map(str, range(20))))
     assert safe(many) == many
 
 
 def test_a_map_is_read_back_as_it_was() -> None:
-    classes = Classes(names=("a", "b"), colours=((1, 2, 3), (200, 100, 50)))
+    classes = Classes(names=("a", "b"), colors=((1, 2, 3), (200, 100, 50)))
     ids = np.array([[0, 1, 1], [IGNORE, IGNORE, 0]], np.uint8)
     clear = Image.open(io.BytesIO(png(ids, classes, clear=True)))
     assert clear.mode == "P"
@@ -64,7 +64,7 @@ def test_a_map_is_read_back_as_it_was() -> None:
     assert tuple(seen[0, 1]) == (200, 100, 50, 255)
     assert seen[1, 0, 3] == 0
     striped = np.asarray(Image.open(io.BytesIO(png(np.full((16, 16), IGNORE, np.uint8), classes))).convert("RGB"))
-    assert {tuple(colour) for colour in striped.reshape(-1, 3)} == {(70, 70, 70), (0, 0, 0)}
+    assert {tuple(color) for color in striped.reshape(-1, 3)} == {(70, 70, 70), (0, 0, 0)}
 
 
 def test_pictures_are_made_small_and_never_larger() -> None:

@@ -120,7 +120,7 @@ def test_pictures_shrink_until_the_page_is_small_enough(monkeypatch: pytest.Monk
         render(_report())
 
 
-def test_more_recipes_than_colours_take_more_charts() -> None:
+def test_more_recipes_than_colors_take_more_charts() -> None:
     charts = _report(entries=[_entry(str(index)) for index in range(8)]).class_charts
     assert [place for place, _ in charts] == [NASTY, NASTY]
 

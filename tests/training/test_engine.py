@@ -20,7 +20,7 @@ from overfly.recipe import load
 from overfly.training.engine import Engine, processes
 
 PLAIN = '''
-"""A network without batch normalisation, whose gradient does not depend on how a batch is shared; then the command."""
+"""A network without batch normalization, whose gradient does not depend on how a batch is shared; then the command."""
 import sys
 from torch import nn
 from overfly import cli

@@ -1,4 +1,4 @@
-"""Several optimisers and one scale of the loss; the scale itself is PyTorch's, on the processor here."""
+"""Several optimizers and one scale of the loss; the scale itself is PyTorch's, on the processor here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Two(nn.Module):
 
 
 def scaled(first: float, second: float | None, clip: float | None) -> tuple[Two, torch.amp.GradScaler]:
-    """One move of two optimisers by gradients that the loss's scale was multiplied into; None: no gradient."""
+    """One move of two optimizers by gradients that the loss's scale was multiplied into; None: no gradient."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     fabric = Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler))
     module = Two()
@@ -34,7 +34,7 @@ def scaled(first: float, second: float | None, clip: float | None) -> tuple[Two,
 
 
 @pytest.mark.parametrize("clip", [None, 10.0])
-def test_each_optimiser_takes_the_same_step(clip: float | None) -> None:
+def test_each_optimizer_takes_the_same_step(clip: float | None) -> None:
     module, _ = scaled(0.1, 0.1, clip)
     assert module.one.item() == pytest.approx(0.9)
     assert module.other.item() == pytest.approx(0.9)

@@ -63,7 +63,7 @@ STOPPED: list[int] = []
 def test_a_resumed_run_ends_as_an_uninterrupted_one(small: dict[str, Any], tmp_path: Path, at: int) -> None:
     recipe = load(
         small, f"method={{name: stops, at: {at}}}", "steps=5", "optim=adamw", "validation.every=2", "accumulate=2",
-        "augment=[dihedral, scale_jitter, colour_jitter, gaussian_noise]", "clip=1.0",
+        "augment=[dihedral, scale_jitter, color_jitter, gaussian_noise]", "clip=1.0",
     )  # fmt: skip
     STOPPED.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -232,7 +232,7 @@ def test_mixed_precision_keeps_channels_last_and_says_the_same() -> None:
 
 
 @pytest.mark.parametrize("optim", [SGD(lr=0.1), Adam(lr=0.01), AdamW(lr=0.01)])
-def test_an_optimiser_made_faster_takes_the_same_steps(optim: Optim) -> None:
+def test_an_optimizer_made_faster_takes_the_same_steps(optim: Optim) -> None:
     found = []
     for faster in (False, True):
         torch.manual_seed(0)

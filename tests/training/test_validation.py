@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from overfly.commands.api import train
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import Item, UInt8
-from overfly.data.synthetic.domain import Drawn
+from overfly.data.synthetic.domain import Synthetic
 from overfly.evaluation.label_free_metrics import VALIDATORS
 from overfly.methods.method import Networks, TeacherStudent
 from overfly.methods.source_only import SourceOnly
@@ -36,14 +36,14 @@ def trained(recipe: Recipe, out: Path, **settings: Any) -> Run:
 @pytest.fixture
 def _blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening a label of the target is an error."""
-    original = Drawn.read_label
+    original = Synthetic.read_label
 
-    def guarded(self: Drawn, item: Item) -> UInt8:
+    def guarded(self: Synthetic, item: Item) -> UInt8:
         if self.scene == "rural":
             raise DataError("a label of the target was opened")
         return original(self, item)
 
-    monkeypatch.setattr(Drawn, "read_label", guarded)
+    monkeypatch.setattr(Synthetic, "read_label", guarded)
 
 
 @pytest.mark.usefixtures("_blind")

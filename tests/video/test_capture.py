@@ -41,30 +41,30 @@ def test_what_is_written_is_what_is_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 48), (1280, 720)])
-def test_colours_survive(size: tuple[int, int], tmp_path: Path) -> None:
-    colours = [(230, 20, 30), (10, 200, 60), (20, 40, 240), (255, 195, 128)]
+def test_colors_survive(size: tuple[int, int], tmp_path: Path) -> None:
+    colors = [(230, 20, 30), (10, 200, 60), (20, 40, 240), (255, 195, 128)]
     frame = np.zeros((size[1], size[0], 3), np.uint8)
     wide = size[0] // 4
-    for index, colour in enumerate(colours):
-        frame[:, index * wide : (index + 1) * wide] = colour
+    for index, color in enumerate(colors):
+        frame[:, index * wide : (index + 1) * wide] = color
     with writing(tmp_path / "a.mp4", 10) as file:
         for index in range(3):
             file.write(frame, index / 10)
     (found, *_), _ = frames_of(tmp_path / "a.mp4")
-    for index, colour in enumerate(colours):
+    for index, color in enumerate(colors):
         middle = found[:, index * wide + 6 : (index + 1) * wide - 6].reshape(-1, 3)
-        np.testing.assert_allclose(middle.mean(0), colour, atol=4)
+        np.testing.assert_allclose(middle.mean(0), color, atol=4)
 
 
 def test_a_video_that_names_no_standard_is_read_as_players_read_it(tmp_path: Path) -> None:
-    """Above 720 lines those colours are BT.709; FFmpeg by itself would take BT.601, and greens would be off by 20."""
+    """Above 720 lines those colors are BT.709; FFmpeg by itself would take BT.601, and greens would be off by 20."""
     for height, standard in ((720, "ITU709"), (360, "ITU601")):
         path = tmp_path / f"{height}.mkv"
-        colour = np.full((height, 64, 3), (20, 180, 60), np.uint8)
+        color = np.full((height, 64, 3), (20, 180, 60), np.uint8)
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=5)
             stream.width, stream.height, stream.pix_fmt = 64, height, "yuv420p"
-            frame = av.VideoFrame.from_ndarray(colour, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(color, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=standard)
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
@@ -246,11 +246,11 @@ def test_a_file_is_opened_by_its_name_whatever_it_looks_like(tmp_path: Path, mon
 
 
 def test_pictures_of_a_folder_that_do_not_fit_are_told(tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "grey.png")
-    with pytest.raises(OverflyError, match=r"grey\.png has 1 band"):
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "gray.png")
+    with pytest.raises(OverflyError, match=r"gray\.png has 1 band"):
         frames_of(tmp_path)
-    (tmp_path / "grey.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(OverflyError, match=r"grey\.png"):
+    (tmp_path / "gray.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(OverflyError, match=r"gray\.png"):
         frames_of(tmp_path)
 
 

@@ -15,7 +15,7 @@ from overfly.video.flight import Ground, View, fly, of_picture, over, path_over,
 
 
 def coordinates(width: int = 900, height: int = 700) -> NDArray[np.uint8]:
-    """A picture whose colours tell where one is: red and green are a quarter of x and y, blue is full."""
+    """A picture whose colors tell where one is: red and green are a quarter of x and y, blue is full."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x // 4, y // 4, np.full_like(x, 255)], -1).astype(np.uint8)
 
@@ -97,10 +97,10 @@ def test_files_show_what_they_hold(suffix: str, tmp_path: Path) -> None:
     with over(tmp_path / f"a.{suffix}") as ground:
         assert (ground.width, ground.height) == (900, 700)
         np.testing.assert_array_equal(ground.read(100, 200, 50, 30), coordinates()[200:230, 100:150])
-    Image.fromarray(coordinates()[..., 0]).save(tmp_path / f"grey.{suffix}")
-    with over(tmp_path / f"grey.{suffix}") as ground:
-        grey = ground.read(100, 200, 50, 30)
-        np.testing.assert_array_equal(grey, np.repeat(coordinates()[200:230, 100:150, :1], 3, -1))
+    Image.fromarray(coordinates()[..., 0]).save(tmp_path / f"gray.{suffix}")
+    with over(tmp_path / f"gray.{suffix}") as ground:
+        gray = ground.read(100, 200, 50, 30)
+        np.testing.assert_array_equal(gray, np.repeat(coordinates()[200:230, 100:150, :1], 3, -1))
 
 
 def test_rasters_of_16_bits_and_more_bands_are_stretched_and_no_data_is_black(tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ from seeing import BLUE, GREEN, NAMES, RED, brightest, seeing, striped
 BARE = {"legend": False, "figures": False}
 
 
-def test_classes_are_painted_in_their_colours() -> None:
+def test_classes_are_painted_in_their_colors() -> None:
     frame = striped(5, 96, 60)
     overlay = Painter(seeing(), Style(opacity=1.0, **BARE))(frame)
     assert overlay.shape == frame.shape
-    for band, colour in enumerate((RED, GREEN, BLUE)):
-        assert (overlay[:, 32 * band : 32 * (band + 1)] == colour).all()
+    for band, color in enumerate((RED, GREEN, BLUE)):
+        assert (overlay[:, 32 * band : 32 * (band + 1)] == color).all()
 
 
-def test_opacity_is_the_share_of_the_colours() -> None:
+def test_opacity_is_the_share_of_the_colors() -> None:
     frame = striped(5, 96, 60)
     np.testing.assert_array_equal(Painter(seeing(), Style(opacity=0.0, **BARE))(frame), frame)
     mixed = Painter(seeing(), Style(opacity=0.25, **BARE))(frame)
@@ -37,8 +37,8 @@ def test_frames_are_shrunk_for_the_network_alone() -> None:
     overlay = Painter(seeing(noted), Style(size=48, opacity=1.0, **BARE))(frame)
     assert sizes == [(1, 3, 30, 48)]
     assert overlay.shape == (120, 192, 3)
-    for band, colour in enumerate((RED, GREEN, BLUE)):
-        assert (overlay[:, 64 * band + 6 : 64 * band + 58] == colour).all()
+    for band, color in enumerate((RED, GREEN, BLUE)):
+        assert (overlay[:, 64 * band + 6 : 64 * band + 58] == color).all()
     assert shrunk(frame, 500) is frame
     assert shrunk(frame[:1], 16).shape == (1, 16, 3)
 
@@ -59,7 +59,7 @@ def test_a_network_of_fixed_windows_sees_all_of_the_frame() -> None:
     np.testing.assert_array_equal(overlay, Painter(seeing(), Style(opacity=1.0, **BARE))(frame))
 
 
-def test_brightness_is_brought_to_the_range_that_was_learnt() -> None:
+def test_brightness_is_brought_to_the_range_that_was_learned() -> None:
     peaks: list[float] = []
 
     def noted(images: Floats) -> Floats:
@@ -67,8 +67,8 @@ def test_brightness_is_brought_to_the_range_that_was_learnt() -> None:
         return brightest(images)
 
     frame = np.full((32, 32, 3), 255, np.uint8)
-    for peak in (255.0, 1.0, 65535.0):
-        Painter(seeing(noted, peak=peak), Style())(frame)
+    for max_value in (255.0, 1.0, 65535.0):
+        Painter(seeing(noted, max_value=max_value), Style())(frame)
     assert peaks == pytest.approx([255.0, 1.0, 65535.0])
 
 
@@ -82,8 +82,8 @@ def test_legend_and_figures_are_drawn_where_they_belong() -> None:
     assert changed[120:, :160].any()
     assert not changed[:120].any()
     assert not changed[:, 160:].any()
-    for colour in NAMES.colours:
-        assert (named == colour).all(-1).sum() >= 20, "the legend shows this colour"
+    for color in NAMES.colors:
+        assert (named == color).all(-1).sum() >= 20, "the legend shows this color"
     changed = (told != 120).any(-1)
     assert changed[:60].any()
     assert not changed[60:].any()

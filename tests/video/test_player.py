@@ -25,7 +25,7 @@ from overfly.video.player import (
     arriving,
     look,
     played,
-    summarised,
+    summarized,
     until,
     watch,
 )
@@ -96,7 +96,7 @@ def test_a_slow_network_drops_frames_and_never_lags() -> None:
 
 def test_latency_holds_the_wait_and_the_network() -> None:
     standing, _, ages, _ = live(200, fps=20, takes=lambda _: 0.07)
-    found = summarised(standing)
+    found = summarized(standing)
     assert found.p50_ms is not None
     assert 70 <= found.p50_ms <= 120.6
     assert found.p95_ms == pytest.approx(1000 * np.quantile(ages, 0.95, method="inverted_cdf"), rel=0.01)

@@ -99,18 +99,18 @@ def test_another_range_of_values_is_refused_or_scaled(client: TestClient, tmp_pa
     sent = tiff(tmp_path / "scene.tif", image)
     found = ask(client, sent)
     assert found.status_code == 400
-    words = "complex numbers" if dtype == "complex64" else f"the image holds {dtype}, .* such as peak="
+    words = "complex numbers" if dtype == "complex64" else f"the image holds {dtype}, .* such as max_value="
     assert re.search(words, found.json()["detail"])
     maps = client.post("/maps", files={"image": ("x", sent)})
     assert (maps.status_code, maps.json()) == (400, found.json())
     if dtype != "complex64":
-        found = ask(client, sent, peak="85")
+        found = ask(client, sent, max_value="85")
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.content))), image[..., 0] * 3.0 > 127.5)
 
 
-def test_grey_of_sixteen_bits_is_refused_too_and_eight_for_a_network_of_sixteen() -> None:
+def test_gray_of_sixteen_bits_is_refused_too_and_eight_for_a_network_of_sixteen() -> None:
     deep = encoded(np.full((8, 8), 20000, np.uint16))
-    several = [network("0", bands=1), network("1", bands=1, peak=65535), network("2", bands=1, peak=1)]
+    several = [network("0", bands=1), network("1", bands=1, max_value=65535), network("2", bands=1, max_value=1)]
     with served(networks=several) as client:
         assert "values up to 1;" in ask(client, deep, network="2").json()["detail"]
         assert "uint16" in ask(client, deep).json()["detail"]
@@ -206,7 +206,7 @@ def test_a_request_that_lacks_something_is_told_so_in_a_sentence(client: TestCli
     asked = {
         "form field image is missing": [client.post("/predict"), client.post("/maps", data={"other": "1"}), cut],
         "form field answer is wrong": [client.post("/predict", files=image, data={"answer": "gif"})],
-        "form field peak is wrong": [client.post("/predict", files=image, data={"peak": "0"})],
+        "form field max_value is wrong": [client.post("/predict", files=image, data={"max_value": "0"})],
         "parameter one is missing and the parameter other": [client.get("/compare")],
         "part of the address number is wrong": [client.post("/scenes/x")],
     }

@@ -37,8 +37,8 @@ def test_classes_are_thinned_and_never_blended() -> None:
     ids[:, 300:] = 1
     ids[500:] = IGNORE
     found = _opened(tile(Layer(ids, CLASSES), 0, 0, 0))
-    colours = {tuple(colour) for colour in found.reshape(-1, 4)}
-    assert {colour for colour in colours if colour[3]} == {(*colour, 255) for colour in CLASSES.colours}
+    colors = {tuple(color) for color in found.reshape(-1, 4)}
+    assert {color for color in colors if color[3]} == {(*color, 255) for color in CLASSES.colors}
     assert found[140, 10, 3] == 0
 
 
@@ -55,7 +55,7 @@ def test_there_is_nothing_beyond_the_border(place: tuple[int, int, int]) -> None
     assert tile(Layer(np.zeros((200, 200, 3), np.uint8)), *place) is None
 
 
-def test_a_geotiff_keeps_place_colours_and_names() -> None:
+def test_a_geotiff_keeps_place_colors_and_names() -> None:
     rasterio = pytest.importorskip("rasterio")
     ids = np.random.default_rng(0).integers(0, 2, (300, 310), dtype=np.uint8)
     ids[0, 0] = IGNORE

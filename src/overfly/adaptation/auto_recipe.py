@@ -32,7 +32,7 @@ from overfly.methods.multiscale_self_training import LIGHT, Overfly
 from overfly.methods.source_free import SourceFree
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
-from overfly.ops.color import ColourJitter
+from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral, ScaleJitter
 from overfly.recipe import Recipe, load
 from overfly.training.engine import Engine, Step, launch
@@ -48,9 +48,9 @@ BATCHES = {"cpu": 4, "cuda": 8, "mps": 4}
 LOOKED_AT = 50
 """Pictures whose sizes are read, and from which mean and standard deviation are estimated."""
 FEWEST, MOST = 50, 40_000
-"""Steps of one training below which nothing is learnt, and above which little more is."""
+"""Steps of one training below which nothing is learned, and above which little more is."""
 KEPT_BACK: dict[Split, float] = {"train": 0.85, "val": 0.15}
-"""Shares of the labelled pictures that are learnt from and judged by."""
+"""Shares of the labeled pictures that are learned from and judged by."""
 PARTS = {1: {"source": 0.45, "adapted": 0.4}, 2: {"source": 0.25, "adapted": 0.29}}
 """Shares of the time for source only and for each of one or two adaptations; the rest goes to reading, recalibration,
 looking and scoring."""
@@ -62,9 +62,9 @@ RATE = 1e-3
 WORTH = 150
 """Steps of each of two adaptations below which the time is better spent on one."""
 WAYS = (Overfly(), Overfly(mix=0.0, strong=LIGHT))
-"""The two ways to adapt between folders of one's own: pasting source things in unchanged colours, and pasting nothing.
-On the drawn world each wins in one direction by 8.8 points or more and loses in the other, and labels are not needed to
-tell which (docs/results/drawn.md)."""
+"""The two ways to adapt between folders of one's own: pasting source things in unchanged colors, and pasting nothing.
+On the synthetic world each wins in one direction by 8.8 points or more and loses in the other, and labels are not
+needed to tell which (docs/results/synthetic.md)."""
 
 
 def seconds(budget: str) -> float:
@@ -127,7 +127,7 @@ def _held_back(place: Folder, images: Path) -> Folder:
     """
     if len(place.items("train")) < 2:
         raise RecipeError(
-            f"{images} holds one picture, and what is learnt is judged by another; cut it and its mask into several"
+            f"{images} holds one picture, and what is learned is judged by another; cut it and its mask into several"
         )
     seed = place.seed
     while True:
@@ -139,7 +139,7 @@ def _held_back(place: Folder, images: Path) -> Folder:
 
 
 def classes_of(file: Path) -> dict[str, Any]:
-    """Settings of a folder from a file of classes: names, names with colours, or settings with ``classes`` among them.
+    """Settings of a folder from a file of classes: names, names with colors, or settings with ``classes`` among them.
 
     Raises:
         RecipeError: the file is missing or holds none of these.
@@ -155,7 +155,7 @@ def classes_of(file: Path) -> dict[str, Any]:
     if isinstance(held, list) and held:
         return {"classes": held}
     if not isinstance(held, dict) or not held:
-        raise RecipeError(f"{file} holds no classes; write a list of names, or a name and its colour a line")
+        raise RecipeError(f"{file} holds no classes; write a list of names, or a name and its color a line")
     if "classes" not in held:
         return {"classes": held}
     if held.get("name", "folder") != "folder":
@@ -195,7 +195,7 @@ def propose(
     """Recipes whose trainings all fit a time on this machine.
 
     Args:
-        source: labelled images; None where the network alone is there.
+        source: labeled images; None where the network alone is there.
         target: images to adapt to.
         methods: how, in one way or in two; where the time is short, in the first alone.
         overrides: settings to change; ways that they make alike are one. Steps that they set are not proposed.
@@ -209,7 +209,7 @@ def propose(
     """
     device = fabric.device
     crop = crop_for([domain for domain in (source, target) if domain is not None], device)
-    augment = (Dihedral(), ScaleJitter(), ColourJitter())
+    augment = (Dihedral(), ScaleJitter(), ColorJitter())
     shared: dict[str, Any] = {
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(device.type, 4),
         "augment": augment, "clip": 10.0,
@@ -227,7 +227,7 @@ def propose(
 
 
 def _lengthened(way: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
-    """A recipe with its steps and what hangs on them: without a warm-up the first steps undo what was learnt."""
+    """A recipe with its steps and what hangs on them: without a warm-up the first steps undo what was learned."""
     pictures = len(way.source.items("train")) if way.epochs and way.source is not None else 0
     count = way.length(pictures) if _given(way) else steps["adapted"]
     method = way.method
@@ -317,7 +317,7 @@ def step_seconds(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
 def classes_from(start: Path) -> dict[str, Any]:
     """The classes and bands of a trained network, as settings of a folder."""
     network = Segmenter.load(weights_of(start))
-    return {"classes": network.classes, "bands": network.bands, "peak": network.peak}
+    return {"classes": network.classes, "bands": network.bands, "max_value": network.max_value}
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class Own:
     """What somebody has: A with masks, or a network trained on it, and B."""
 
     images_a: Path | None = None
-    """Folder or pattern of the labelled images."""
+    """Folder or pattern of the labeled images."""
     masks_a: Path | None = None
     """Folder or pattern of their masks."""
     images_b: Path | None = None

@@ -2,7 +2,7 @@
 
 What a calibrated network expects: a pixel predicted as class j with probabilities p is of class k with probability p_k,
 so sums of probabilities by predicted class are an expected confusion matrix (confidence-based performance estimation).
-Calibration learnt on the source fails under shift, mostly by too much confidence. By how much is measured where the
+Calibration learned on the source fails under shift, mostly by too much confidence. By how much is measured where the
 truth is known: on the source's own held-out pictures, shifted in many ways, some towards the look of the target. It
 stays an estimate: shifts of kind (new things, other shares of the classes) are not among them.
 """
@@ -22,7 +22,7 @@ from overfly.core.records import IGNORE
 from overfly.core.spec import Positive, Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import labelled_pairs, predict, sampled, unlabelled
+from overfly.evaluation.images import labeled_pairs, predict, sampled, unlabeled
 from overfly.evaluation.label_free_metrics import drawn
 from overfly.evaluation.perturbations import shifts
 from overfly.evaluation.score import evaluating
@@ -154,7 +154,7 @@ def estimate(
 
     Args:
         network: as `overfly.evaluation.label_free_metrics.look` takes it.
-        source: whose labels calibration is learnt from.
+        source: whose labels calibration is learned from.
         target: whose pictures are estimated; their labels are taken away before anything is read.
         source_split: pictures of the source, held out from training.
         split: pictures of the target.
@@ -170,15 +170,15 @@ def estimate(
         NotFiniteError: the network gives scores that are not finite.
     """
     with evaluating(network.to(device)), torch.inference_mode():
-        images = list(unlabelled(target, split, limit=limit, resize=resize, crop=crop))
-        pairs = list(labelled_pairs(source, source_split, limit=limit, resize=resize, crop=crop))
+        images = list(unlabeled(target, split, limit=limit, resize=resize, crop=crop))
+        pairs = list(labeled_pairs(source, source_split, limit=limit, resize=resize, crop=crop))
 
         def score(image: Tensor) -> Tensor:
             return predict(network, image.to(device), window).cpu()
 
         calibrator, truths = _calibrated(score, pairs, seed)
         styles = images[:: math.ceil(len(images) / STYLES)]
-        errors = tuple(_errors(score, calibrator, pairs, styles, peak=source.peak, seed=seed))
+        errors = tuple(_errors(score, calibrator, pairs, styles, max_value=source.max_value, seed=seed))
         counts = [_expected(calibrator, score(image)) for image in images]
     expected = expected_miou(torch.stack(counts).sum(0))
     lower, middle, upper = interval(expected, errors, math.hypot(_spread(counts, seed), _spread(truths, seed)))
@@ -252,7 +252,7 @@ def _errors(
     pairs: Sequence[tuple[Tensor, Tensor]],
     styles: Sequence[Tensor],
     *,
-    peak: float,
+    max_value: float,
     seed: int,
 ) -> Iterator[ShiftError]:
     """Estimate and truth of each shift; both leave out the pixels that have no label."""
@@ -262,7 +262,7 @@ def _errors(
             _, generator = next(iter(drawn([view], seed + index, place)))
             known = label != IGNORE
             size = (image.shape[-2], image.shape[-1])
-            scores = view.back(score(view.alter(image, peak, generator)), size)[:, known]
+            scores = view.back(score(view.alter(image, max_value, generator)), size)[:, known]
             expected = expected + _expected(calibrator, scores)
             one = Confusion.of(scores.argmax(0), label[known], len(scores))
             truth = one if truth is None else truth + one

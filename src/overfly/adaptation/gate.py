@@ -3,7 +3,7 @@
 Adaptation often ends worse than where it began, and no single label-free figure shows it: a network that has exchanged
 two classes is as sure and as consistent as before, one that has collapsed is surer. So the gate asks several questions,
 each against the network before adaptation, and one answer against it is enough to refuse. One more is asked of that
-network alone: whether the target shows what it has learnt at all. Since it is as unsteady where it is bad as where the
+network alone: whether the target shows what it has learned at all. Since it is as unsteady where it is bad as where the
 pictures are strange, one is asked too who learns from what it says (`overfly.adaptation.reverse_validation`).
 """
 
@@ -122,7 +122,7 @@ class Gate(Spec):
         return {name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before}
 
 
-def favourite(before: str, figures: Mapping[str, LabelFree], alike: float) -> str:
+def favorite(before: str, figures: Mapping[str, LabelFree], alike: float) -> str:
     """Of networks that nothing speaks against, the first that is about as steady on the target as the steadiest.
 
     Args:
@@ -139,7 +139,7 @@ def steadiness(figures: LabelFree) -> float:
     """Mean class-balanced consistency under the geometric views, 0 to 1.
 
     Networks are only compared fairly by what all of them were taught alike. Methods differ in what they teach to
-    ignore: one changes colours, another covers or pastes, and each then stands firm under its own. Turns, mirrors and
+    ignore: one changes colors, another covers or pastes, and each then stands firm under its own. Turns, mirrors and
     sizes are taught by every recipe's augmentation, and change no pixel's value.
     """
     return math.fsum(figures.by_view[name] for name in GEOMETRIC) / len(GEOMETRIC)
@@ -154,15 +154,15 @@ def familiarity(home: LabelFree, away: LabelFree) -> float:
     """How steady and sure of many classes a network is away, as a share of what it is at home, 0 to 1.
 
     The product of two shares, neither counted above 1: of `steadiness`, and of the nuclear norm of its probabilities.
-    Under cover a network is steadier the plainer the ground, and under changed colours the more it was taught to
+    Under cover a network is steadier the plainer the ground, and under changed colors the more it was taught to
     ignore them, whatever is shown; so these are left out.
 
     Args:
-        home: figures of a network on held-out pictures of the domain it learnt from.
+        home: figures of a network on held-out pictures of the domain it learned from.
         away: its figures elsewhere.
     """
     shares = ((steadiness(away), steadiness(home)), (away.bnm, home.bnm))
     return math.prod(min(1.0, there / here) if here else 1.0 for there, here in shares)
 
 
-__all__ = ["Gate", "consistency", "familiarity", "favourite", "steadiness"]
+__all__ = ["Gate", "consistency", "familiarity", "favorite", "steadiness"]

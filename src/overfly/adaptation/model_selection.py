@@ -15,12 +15,12 @@ from overfly.adaptation.estimate import Estimate, estimate
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.images import unlabelled
+from overfly.evaluation.images import unlabeled
 from overfly.evaluation.label_free_metrics import COMMITTEE, VALIDATORS, LabelFree, elect, look
 from overfly.evaluation.ranking import best, regret, spearman
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
-from overfly.training.evaluate import assess, labelled, recorded
+from overfly.training.evaluate import assess, labeled, recorded
 from overfly.training.run import Run
 from overfly.training.validation import source_miou_at
 
@@ -163,7 +163,7 @@ def choose(
     """
     _see_members(members)
     target = target_of(runs)
-    if study and not labelled(target, "val"):
+    if study and not labeled(target, "val"):
         raise DataError(f"the target {target.title} has no labels in val, and a study needs them; leave out --study")
     compared = reference.segmenter() if reference is not None else None
     if reference is not None and compared is not None:
@@ -260,7 +260,7 @@ def _with_consensus(
     resizes = {place.run.recipe.resize for place in networks}
     if len(resizes) > 1:
         return list(figures)
-    images = list(unlabelled(target, sight.split, limit=sight.limit, resize=resizes.pop(), crop=sight.crop))
+    images = list(unlabeled(target, sight.split, limit=sight.limit, resize=resizes.pop(), crop=sight.crop))
     loaded = ((place.run.segmenter(place.step), place.run.recipe.window) for place in networks)
     found = consensus(loaded, images, sight.device)
     return [each.model_copy(update={"consensus": share}) for each, share in zip(figures, found, strict=True)]
@@ -268,7 +268,7 @@ def _with_consensus(
 
 def _estimated(place: Place, network: nn.Module, target: Domain, sight: Sight) -> Estimate | None:
     recipe = place.run.recipe
-    if recipe.source is None or not labelled(recipe.source, "val"):
+    if recipe.source is None or not labeled(recipe.source, "val"):
         return None
     return estimate(
         network, recipe.source, target, split=sight.split,
@@ -280,7 +280,7 @@ def _source_miou(place: Place, device: torch.device | str) -> float | None:
     """What the journal or ``scores.json`` holds; measured where neither does. None without a source."""
     run, source = place.run, place.run.recipe.source
     split = run.recipe.validation.split
-    if source is None or not labelled(source, split):
+    if source is None or not labeled(source, split):
         return None
     if place.step is not None:
         return source_miou_at(list(run.journal.rows()), place.step)

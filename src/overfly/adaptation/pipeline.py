@@ -17,14 +17,14 @@ import torch
 from lightning_fabric import Fabric
 
 from overfly.adaptation.estimate import Estimate, estimate
-from overfly.adaptation.gate import Gate, familiarity, favourite
+from overfly.adaptation.gate import Gate, familiarity, favorite
 from overfly.adaptation.reverse_validation import reverse
 from overfly.adaptation.selection import ADAPTED, BEFORE, RECALIBRATED, Standing, Verdict, said
 from overfly.core.atomic_files import part_of
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.records import Item
 from overfly.data.domain import Split, SplitError
-from overfly.evaluation.images import predict, unlabelled
+from overfly.evaluation.images import predict, unlabeled
 from overfly.evaluation.label_free_metrics import LabelFree, look
 from overfly.evaluation.panels import comparison
 from overfly.evaluation.samples import Sample
@@ -34,7 +34,7 @@ from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.engine import Engine, on_main
-from overfly.training.evaluate import assess, labelled, recorded
+from overfly.training.evaluate import assess, labeled, recorded
 from overfly.training.run import Run
 from overfly.training.train_recipe import carry_out, weights_of
 from overfly.training.trainer import prepare
@@ -200,7 +200,7 @@ def _see_that_all_can_begin(recipes: Sequence[Recipe], fabric: Fabric) -> None:
         try:
             if recipe.source is not None:
                 for split in (recipe.validation.split, ESTIMATED_BY):
-                    labelled(recipe.source, split)
+                    labeled(recipe.source, split)
             prepare(
                 recipe, fabric, Engine(quiet=True), weights_of(recipe.start) if isinstance(recipe.start, Path) else None
             )
@@ -211,7 +211,7 @@ def _see_that_all_can_begin(recipes: Sequence[Recipe], fabric: Fabric) -> None:
 
 
 def _held_out(recipe: Recipe) -> bool:
-    """Whether the source has pictures that are not learnt from; nobody need have kept any."""
+    """Whether the source has pictures that are not learned from; nobody need have kept any."""
     try:
         held = recipe.validation.split
         return recipe.source is not None and held != "train" and bool(recipe.source.items(held))
@@ -233,13 +233,13 @@ def _judge(
     for role, network in networks.items():
         found = look(network, target, "train", reference=networks[BEFORE], **sight)
         figures[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
-        if estimates and recipe.source is not None and labelled(recipe.source, ESTIMATED_BY):
+        if estimates and recipe.source is not None and labeled(recipe.source, ESTIMATED_BY):
             guesses[role] = estimate(network, recipe.source, target, **sight | {"limit": ESTIMATED_ON})
     known = taught = None
     if _held_out(recipe):
         source, held = recipe.domain("source"), recipe.validation.split
         known = familiarity(look(networks[BEFORE], source, held, **sight), figures[BEFORE])
-        if gate.familiar and labelled(source, "train") and labelled(source, held):
+        if gate.familiar and labeled(source, "train") and labeled(source, held):
             taught = reverse(networks[BEFORE], source, target, held, **sight)
     reasons = gate.refusals(BEFORE, figures, known, taught)
     ours = {
@@ -259,22 +259,22 @@ def _judge(
         for role, run in runs.items()
     }
     return Verdict(
-        recommended=favourite(BEFORE, passed, gate.alike),
+        recommended=favorite(BEFORE, passed, gate.alike),
         networks=standings,
         gate=gate,
         target=target.model_dump(mode="json"),
         familiarity=known,
         reverse=taught,
-        labels_opened=sum(each.labels_opened for each in figures.values()) + _learnt_with_labels(recipe),
+        labels_opened=sum(each.labels_opened for each in figures.values()) + _learned_with_labels(recipe),
     )
 
 
-def _learnt_with_labels(recipe: Recipe) -> int:
+def _learned_with_labels(recipe: Recipe) -> int:
     """Target pictures that are the source's too, or that of what it began from: their labels are read as the source's.
 
     What is no longer there cannot be compared and is not counted.
     """
-    labelled_ones: set[object] = set()
+    labeled_ones: set[object] = set()
     now: Recipe | Path | None = recipe
     while now is not None:
         if isinstance(now, Path):
@@ -284,9 +284,9 @@ def _learnt_with_labels(recipe: Recipe) -> int:
                 break
         for split in {"train", now.validation.split, ESTIMATED_BY} if now.source is not None else ():
             with suppress(OverflyError):
-                labelled_ones |= {_picture(item) for item in now.domain("source").items(split) if item.label}
+                labeled_ones |= {_picture(item) for item in now.domain("source").items(split) if item.label}
         now = now.start
-    return sum(_picture(item) in labelled_ones for item in recipe.domain("target").items("train"))
+    return sum(_picture(item) in labeled_ones for item in recipe.domain("target").items("train"))
 
 
 def _picture(item: Item) -> object:
@@ -304,7 +304,7 @@ def _network(run: Run | Path) -> Segmenter:
 def _source_miou(recipe: Recipe, run: Run | Path, device: torch.device) -> float | None:
     """MIoU on the source's held-out labels, of every network as the recipe scores; measured once of a run like it."""
     split = recipe.validation.split
-    if recipe.source is None or not labelled(recipe.source, split):
+    if recipe.source is None or not labeled(recipe.source, split):
         return None
     if isinstance(run, Run) and (run.recipe.resize, run.recipe.window) == (recipe.resize, recipe.window):
         found = recorded(run, "source", split, recipe.source)
@@ -331,7 +331,7 @@ def _keep(run: Run, verdict: Verdict, runs: Mapping[str, Run | Path], *, best: b
     """Write the verdict into an adapted run's folder and, where it is used or was refused, the recommended network.
 
     So no folder of a network that would do harm is without one that does not. A network that passed and was not chosen
-    keeps what it learnt.
+    keeps what it learned.
     """
     file = run.path / "best.safetensors"
     if best:
@@ -351,7 +351,7 @@ def _keep(run: Run, verdict: Verdict, runs: Mapping[str, Run | Path], *, best: b
 def _draw(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:
     """Target pictures as every network sees them; no label is read."""
     target = recipe.domain("target")
-    pictures = list(unlabelled(target, "train", limit=4, resize=recipe.resize, crop=CROP))
+    pictures = list(unlabeled(target, "train", limit=4, resize=recipe.resize, crop=CROP))
     rows: dict[str, dict[str, Sample]] = {f"target {place + 1}": {} for place in range(len(pictures))}
     for role, run in runs.items():
         network = _network(run).to(device)
@@ -359,13 +359,13 @@ def _draw(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: to
             for place, image in enumerate(pictures):
                 ids = predict(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
                 name = f"target {place + 1}"
-                rows[name][role] = Sample(name, image.permute(1, 2, 0).numpy().astype(_kind(target.peak)), ids)
+                rows[name][role] = Sample(name, image.permute(1, 2, 0).numpy().astype(_kind(target.max_value)), ids)
     comparison(rows, target.classes, path)
 
 
-def _kind(peak: float) -> type[np.generic]:
+def _kind(max_value: float) -> type[np.generic]:
     """The number type of pictures with this brightest value, so that they are shown in their own range."""
-    return np.uint8 if peak == 255 else np.uint16 if peak > 1 else np.float32
+    return np.uint8 if max_value == 255 else np.uint16 if max_value > 1 else np.float32
 
 
 __all__ = ["adapt", "beside", "differences"]

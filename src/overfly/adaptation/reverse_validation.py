@@ -5,7 +5,7 @@ knows the classes in the source too. Where it shows other things, what the netwo
 water looks like. The labels of the target are never asked, and those of the source, which can be, give the answer.
 
 Source: E. Zhong et al., "Cross validation framework to choose amongst models and datasets for transfer learning", 2010,
-with a forest (P. Geurts et al., "Extremely randomized trees", 2006) on plain colour and texture as the one who learns:
+with a forest (P. Geurts et al., "Extremely randomized trees", 2006) on plain color and texture as the one who learns:
 a network would bring along what it knew of the source.
 """
 
@@ -21,11 +21,11 @@ from overfly.core.records import IGNORE
 from overfly.data.domain import Domain, Split
 from overfly.data.statistics import spread
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import labelled_pairs, predict, sampled, unlabelled
+from overfly.evaluation.images import labeled_pairs, predict, sampled, unlabeled
 from overfly.evaluation.score import evaluating
 
 PIXELS = 512
-"""Random pixels of each picture that are learnt from or asked about."""
+"""Random pixels of each picture that are learned from or asked about."""
 SIDES = (3, 7, 15, 31)
 """Sides in pixels of the squares around a pixel whose mean and deviation describe it."""
 TREES = 100
@@ -35,7 +35,7 @@ LEAF = 3
 FEW = 8
 """Target pictures below which they show too little of a place to ask."""
 TELLS = 0.25
-"""mIoU of the forest that learns from true labels, below which colour and texture tell the classes too badly to ask."""
+"""mIoU of the forest that learns from true labels, below which color and texture tell the classes too badly to ask."""
 
 
 def reverse(
@@ -53,7 +53,7 @@ def reverse(
 ) -> float | None:
     """How well the network's labels of the target teach the source's classes, as a share of what true labels teach.
 
-    Two forests learn classes from colour and texture: one from pixels of the target and what the network says of them,
+    Two forests learn classes from color and texture: one from pixels of the target and what the network says of them,
     one from pixels of the source's ``train`` split and its labels. Both are asked for the source's held-out labels.
 
     Args:
@@ -71,7 +71,7 @@ def reverse(
     Returns:
         mIoU of the first over mIoU of the second, 0 to 1, over the classes that the held-out labels have, so that a
         target which lacks some of them teaches less; None where the question means nothing: of few pictures (`FEW`),
-        or where colour and texture hardly tell the classes (`TELLS`).
+        or where color and texture hardly tell the classes (`TELLS`).
 
     Raises:
         DataError: a split has no pictures or, of the source, no labels.
@@ -81,35 +81,35 @@ def reverse(
         return None
     looks = {"limit": limit, "crop": crop, "resize": resize}
 
-    home = pixels(labelled_pairs(source, "train", **looks), source.peak, seed)
-    asked = pixels(labelled_pairs(source, held, **looks), source.peak, seed + 1)
+    home = pixels(labeled_pairs(source, "train", **looks), source.max_value, seed)
+    asked = pixels(labeled_pairs(source, held, **looks), source.max_value, seed + 1)
     classes = len(source.classes)
     known = taught(home, asked, classes, seed)
     if known < TELLS:
         return None
 
     def said() -> Iterator[tuple[Tensor, Tensor]]:
-        for image in unlabelled(target, "train", **looks):
+        for image in unlabeled(target, "train", **looks):
             yield image, predict(network, image.to(device), window).argmax(0).cpu()
 
     network.to(device)
     with evaluating(network), torch.inference_mode():
-        away = pixels(said(), target.peak, seed)
+        away = pixels(said(), target.max_value, seed)
     return min(1.0, taught(away, asked, classes, seed) / known)
 
 
-def described(image: Tensor, peak: float) -> Tensor:
+def described(image: Tensor, max_value: float) -> Tensor:
     """What surrounds each pixel: its bands, their means in squares around it, and the deviation of the bands' mean.
 
     Args:
         image: (C, H, W), in the sensor's range; what is not a number counts as 0.
-        peak: value of the brightest pixel that the sensor can give.
+        max_value: value of the brightest pixel that the sensor can give.
 
     Returns:
         (C + 4 (C + 1), H, W), 0 to 1.
     """
-    bands = (image.nan_to_num() / peak)[None]
-    grey = bands.mean(1, keepdim=True)
+    bands = (image.nan_to_num() / max_value)[None]
+    gray = bands.mean(1, keepdim=True)
 
     def around(values: Tensor, side: int) -> Tensor:
         for height, width in ((side, 1), (1, side)):  # rows, then columns: the same means, side / 2 times faster
@@ -119,17 +119,17 @@ def described(image: Tensor, peak: float) -> Tensor:
 
     found = [bands]
     for side in SIDES:
-        deviation = (around(grey.square(), side) - around(grey, side).square()).clamp_min(0).sqrt()
+        deviation = (around(gray.square(), side) - around(gray, side).square()).clamp_min(0).sqrt()
         found += [around(bands, side), deviation]
     return torch.cat(found, 1)[0]
 
 
-def pixels(pairs: Iterable[tuple[Tensor, Tensor]], peak: float, seed: int) -> tuple[Tensor, Tensor]:
+def pixels(pairs: Iterable[tuple[Tensor, Tensor]], max_value: float, seed: int) -> tuple[Tensor, Tensor]:
     """Descriptions (N, D) and classes (N,) of random pixels of (C, H, W) and labels (H, W), none of `IGNORE`."""
     looks, labels = [], []
     for place, (image, label) in enumerate(pairs):
         chosen = sampled(*label.shape, PIXELS, seed, place)
-        looks.append(described(image, peak).flatten(1)[:, chosen].T)
+        looks.append(described(image, max_value).flatten(1)[:, chosen].T)
         labels.append(label.flatten()[chosen])
     known = (label := torch.cat(labels)) != IGNORE
     return torch.cat(looks)[known], label[known]

@@ -129,7 +129,7 @@ class Verdict(Spec):
                 *(["What speaks against a network:", "", *against, ""] if against else []),
                 "All figures are mIoU in percent. *Source* is measured on the source's held-out labels. *Masked* "
                 "and *views* compare predictions on target pictures as they are with those half covered, and turned, "
-                "scaled and recoloured; *steady*, by which one of those that nothing speaks against is chosen, is "
+                "scaled and recolored; *steady*, by which one of those that nothing speaks against is chosen, is "
                 "the turned and scaled part of that; *as before* compares them with the source-only network's. "
                 "*Target* is an estimate with its interval, and had no part in the verdict. "
                 f"Target labels opened: {self.labels_opened}.", "",

@@ -28,8 +28,8 @@ from overfly.commands.arguments import (
     see_bounds,
     seeds_of,
 )  # fmt: skip
-from overfly.commands.catalogue import Catalogue, catalogue
-from overfly.commands.data import data_check, data_draw, data_fetch, data_stats
+from overfly.commands.catalog import Catalog, catalog
+from overfly.commands.data import data_check, data_fetch, data_stats, data_synthesize
 from overfly.commands.export import export, hub_load, hub_push
 from overfly.commands.load_predictor import begun_from
 from overfly.commands.pages import report, serve
@@ -46,7 +46,7 @@ from overfly.models.registry import build
 from overfly.recipe import load
 from overfly.reporting.gallery import draw, samples_folder
 from overfly.training.engine import Engine, launch, on_main
-from overfly.training.evaluate import assess, labelled, roles
+from overfly.training.evaluate import assess, labeled, roles
 from overfly.training.run import Run
 from overfly.training.train_recipe import carry_out
 
@@ -54,10 +54,10 @@ __all__ = [
     "adapt",
     "benchmark",
     "data_check",
-    "data_draw",
     "data_fetch",
     "data_fly",
     "data_stats",
+    "data_synthesize",
     "evaluate",
     "export",
     "hub_load",
@@ -143,10 +143,10 @@ def adapt(
     Args:
         recipe: a recipe file whose method adapts.
         overrides: more recipe files, and settings to change in all, such as method.ema=0.999.
-        images_a: folder or pattern of the labelled images.
+        images_a: folder or pattern of the labeled images.
         masks_a: folder or pattern of their masks.
         images_b: folder or pattern of the images to adapt to.
-        classes: YAML file of the classes: names, or names and their colours; or settings of a folder domain.
+        classes: YAML file of the classes: names, or names and their colors; or settings of a folder domain.
         start: run or weights to adapt, without its source's images; of a run that was refused, the recommended network.
         budget: time for own folders, such as 90s, 10m or 2h; left out, 30m. The same command again goes on.
         estimate: estimate each network's mIoU on the target too, with an interval; about as long again as the verdict.
@@ -188,7 +188,7 @@ def evaluate(
     workers: int = 0,
     pictures: bool = True,
 ) -> Evaluation:
-    """Score a run on labelled pictures: IoU of each class, boundaries, calibration; and draw what it sees.
+    """Score a run on labeled pictures: IoU of each class, boundaries, calibration; and draw what it sees.
 
     Args:
         run: the folder of a finished run.
@@ -208,7 +208,7 @@ def evaluate(
     named = domain in ("source", "target", "both")
     chosen = roles(opened, domain) if named else [(domain, domain_of(domain))]
     places = [(key if named else place.title, changed(place, overrides)) for key, place in chosen]
-    told = [f"{key} has no labels in {split}, and is left out" for key, place in places if not labelled(place, split)]
+    told = [f"{key} has no labels in {split}, and is left out" for key, place in places if not labeled(place, split)]
     if len(told) == len(places):
         names = " and ".join(key for key, _ in places)
         raise DataError(f"{names}: no picture of {split} has a label; nothing to score")
@@ -216,7 +216,7 @@ def evaluate(
         samples_folder(opened)
     scores, drawn = {}, []
     for key, place in places:
-        if not labelled(place, split):
+        if not labeled(place, split):
             continue
         samples = Samples() if pictures else None
         scores[f"{key}/{split}"] = assess(
@@ -305,7 +305,7 @@ def speed(
 ) -> Measured:
     """Measure a network: parameters, multiply-accumulates of one image, latency, images/s, memory.
 
-    Heads that only training reads are off. Times are synchronised and taken after a warm-up.
+    Heads that only training reads are off. Times are synchronized and taken after a warm-up.
 
     Args:
         network: the name of a network, or the folder of a run.
@@ -397,6 +397,6 @@ def validate(
     return Validated(verdict, choice.write(verdict, out) if out is not None else None, as_json=json)
 
 
-def list_kinds() -> Catalogue:
-    """List everything a recipe can name: networks, weights, domains, methods, losses, optimisers, augmentations."""
-    return catalogue()
+def list_kinds() -> Catalog:
+    """List everything a recipe can name: networks, weights, domains, methods, losses, optimizers, augmentations."""
+    return catalog()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from overfly.commands.arguments import domain_of, domains_of, pathlike
-from overfly.commands.results import Checked, Drawn
+from overfly.commands.results import Checked, Synthesized
 from overfly.data import check as checks
 from overfly.data.domain import SPLITS, Split
 from overfly.data.download import Fetched, fetch_loveda
@@ -14,11 +14,11 @@ from overfly.data.statistics import Statistics, statistics
 from overfly.data.synthetic.domain import Scene, write_world
 from overfly.training.progress import Transfers
 
-__all__ = ["data_check", "data_draw", "data_fetch", "data_stats"]
+__all__ = ["data_check", "data_fetch", "data_stats", "data_synthesize"]
 
 
 @pathlike
-def data_draw(
+def data_synthesize(
     root: Path,
     *,
     scenes: list[Scene] | None = None,
@@ -27,7 +27,7 @@ def data_draw(
     val: int = 60,
     test: int = 60,
     workers: int = 1,
-) -> Drawn:
+) -> Synthesized:
     """Draw the world that needs no download, in LoveDA's own layout.
 
     Args:
@@ -51,7 +51,7 @@ def data_draw(
         scenes=tuple(scenes or ("urban", "rural")),
         workers=workers,
     )
-    return Drawn(root, count)
+    return Synthesized(root, count)
 
 
 @pathlike
@@ -73,7 +73,7 @@ def data_fetch(
         keep_archives: keep the downloaded archives.
 
     Returns:
-        What was fetched, and the licence that it comes with.
+        What was fetched, and the license that it comes with.
     """
     del name
     with Transfers() as shown:

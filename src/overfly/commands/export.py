@@ -31,13 +31,13 @@ from overfly.exporting.parity import Truth
 from overfly.exporting.predictor import Facts, Floats
 from overfly.ops.windows import cut, windows
 from overfly.recipe import Recipe
-from overfly.training.evaluate import labelled
+from overfly.training.evaluate import labeled
 from overfly.training.run import Run
 
 __all__ = ["export", "hub_load", "hub_push"]
 
 CALIBRATION = 32
-"""Unlabelled target images that the ranges of 8-bit maps are measured on."""
+"""Unlabeled target images that the ranges of 8-bit maps are measured on."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ def export(
 ) -> Shipped:
     """Export a trained network, and measure that it says what PyTorch says before it gets its name.
 
-    The file takes images in the sensor's own range and normalises them itself; heads that only training reads are
+    The file takes images in the sensor's own range and normalizes them itself; heads that only training reads are
     gone. It is compared with PyTorch on real images of the target; beyond tolerance the command fails, says in which
     layer the difference begins, and leaves no file.
 
     Args:
         run: the folder of a finished run; of one adapted by `overfly adapt`, its recommended network.
         format: onnx (.onnx), openvino (.xml and .bin) or torch (.pt2).
-        precision: 32, 16, or int8, whose ranges are measured on unlabelled images of the target.
+        precision: 32, 16, or int8, whose ranges are measured on unlabeled images of the target.
         answer: what the file gives: probabilities, logits, or classes (ids, 8 bits).
         size: side of tiles of one fixed size, in pixels, as QGIS wants it; left out: images of any size.
         resize: side of the square that the file resizes images to inside; 0: none; left out: as the run's recipe says.
@@ -215,7 +215,7 @@ def _domain(run: Run, text: str, facts: Facts) -> Domain:
 
 
 def _evidence(place: Domain, recipe: Recipe, made: Made, window: int, images: int, *, labels: bool) -> Evidence:
-    """Unlabelled images of a domain, and where its labels are for the scorer."""
+    """Unlabeled images of a domain, and where its labels are for the scorer."""
     before = None if made.resize else recipe.resize
     side = None if made.resize else window
     shown: Split = "val" if _pictures(place, "val") else "train" if _pictures(place, "train") else "test"
@@ -224,7 +224,7 @@ def _evidence(place: Domain, recipe: Recipe, made: Made, window: int, images: in
     if made.precision == "int8":
         calibration = list(patches(place, measured, CALIBRATION, window))
     truth = None
-    if labels and labelled(place, "val"):
+    if labels and labeled(place, "val"):
         truth = Truth(place, "val", before, side, images)
     return Evidence(
         images=list(patches(place, shown, images, side or window)),

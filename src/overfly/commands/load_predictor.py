@@ -75,7 +75,7 @@ def network_of(path: Path | str) -> tuple[Segmenter, Facts]:
     segmenter = Segmenter.load(best).eval() if best.is_file() else run.segmenter()
     recipe = run.recipe
     grounds = [domain.ground for domain in (recipe.source, recipe.target) if domain is not None]
-    ground = next((metres for metres in grounds if metres is not None), None)
+    ground = next((meters for meters in grounds if meters is not None), None)
     return segmenter, facts_of(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
 
 

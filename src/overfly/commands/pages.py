@@ -75,7 +75,7 @@ def report(
     pictures: int = 40,
     speed: bool = True,
     size: int = 512,
-    own_colours: bool = False,
+    own_colors: bool = False,
     device: str = "auto",
 ) -> Reported:
     """Write one HTML file about some runs: table, gap closed, classes, pictures, confusion, curves, verdict, speed.
@@ -91,7 +91,7 @@ def report(
         pictures: how many pictures of val to choose from, evenly spread; 0: no pictures.
         speed: time the networks on this machine.
         size: side of the image that size and speed of the networks are given for.
-        own_colours: paint classes in the colours that they bring, instead of ones that the colour-blind can tell apart.
+        own_colors: paint classes in the colors that they bring, instead of ones that the color-blind can tell apart.
         device: auto, cpu, cuda, cuda:1 or mps.
 
     Returns:
@@ -104,7 +104,7 @@ def report(
         raise RecipeError(f"{out} has no ending of a page; name it {out.with_suffix('.html').name}")
     found = findings(
         runs, title=title, split=split, labels=labels, limit=pictures, speed=speed, size=size,
-        device=machines.pick(device), own_colours=own_colours,
+        device=machines.pick(device), own_colors=own_colors,
     )  # fmt: skip
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(render(found), encoding="utf-8")

@@ -65,7 +65,7 @@ Share = Callable[..., tuple[list[Mapped], dict[str, str]]]
 @pathlike
 def predict(
     network: Path, rasters: list[str], *, out: Path = Path("maps"), bands: str | None = None,
-    nodata: float | None = None, opacity: bool | None = None, peak: float | None = None,
+    nodata: float | None = None, opacity: bool | None = None, max_value: float | None = None,
     resolution: float | None = None, match: bool = False, probabilities: bool = False, uncertainty: bool = False,
     polygons: Literal["gpkg", "geojson"] | None = None, smallest: int = 10, window: int | None = None,
     overlap: float = 0.25, batch: int = 4, backend: Backend = "auto", device: str = "auto", workers: int = 0,
@@ -74,7 +74,7 @@ def predict(
     """Make georeferenced maps of rasters, however large, window by window.
 
     A map lies on its raster's own grid: a Cloud Optimized GeoTIFF of class ids, 255 where nothing was measured, with
-    the classes' names and colours. A job that was killed goes on where it was; a map that is there is not made again.
+    the classes' names and colors. A job that was killed goes on where it was; a map that is there is not made again.
 
     Args:
         network: the folder of a run, a .safetensors file that it wrote, or an export.
@@ -83,8 +83,8 @@ def predict(
         bands: numbers of the bands to read, in the order of the training images, such as 4,3,2.
         nodata: value of pixels in which nothing was measured, where the file does not say it.
         opacity: the last band is opacity, or with --no-opacity none is; left out, what the file says.
-        peak: value of the brightest pixel, where the network was trained on another range.
-        resolution: metres a pixel at which the network sees the raster; the map keeps the raster's grid.
+        max_value: value of the brightest pixel, where the network was trained on another range.
+        resolution: meters a pixel at which the network sees the raster; the map keeps the raster's grid.
         match: the same, with the resolution of the network's training.
         probabilities: write MAP_probabilities.tif too, a band a class, in percent.
         uncertainty: write MAP_uncertainty.tif too: entropy, in percent of the largest.
@@ -109,7 +109,7 @@ def predict(
     )
     predictor = predictor_of(network, backend=backend, device=device)
     settings = Settings(
-        window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, opacity=opacity, peak=peak,
+        window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, opacity=opacity, max_value=max_value,
         resolution=_resolution(resolution, match, predictor.facts.ground), probabilities=probabilities,
         uncertainty=uncertainty, polygons=polygons, smallest=smallest, overwrite=overwrite,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def _resolution(resolution: float | None, match: bool, ground: float | None) -> 
     if resolution is not None:
         raise RecipeError("--match and --resolution say the same in two ways; give one of them")
     if ground is None:
-        raise RecipeError("the network's training images do not say their ground resolution; give --resolution METRES")
+        raise RecipeError("the network's training images do not say their ground resolution; give --resolution METERS")
     return ground
 
 

@@ -153,8 +153,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A drawn world on disk."""
+class Synthesized:
+    """A synthetic world on disk."""
 
     root: Path
     pictures: int

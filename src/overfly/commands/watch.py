@@ -35,7 +35,7 @@ __all__ = ["data_fly", "watch"]
 PLAIN_SECONDS = 20.0
 """How often a line says how far it is, where there is no terminal."""
 DRAWN = 4096
-"""Largest side of the drawn world that is flown over where no raster is given, in pixels."""
+"""Largest side of the synthetic world that is flown over where no raster is given, in pixels."""
 
 
 class Record(Spec):
@@ -154,8 +154,8 @@ def watch(
         serve: port of 127.0.0.1 to show the overlay on; 0 takes a free one.
         realtime: play a file at its own speed, and drop frames rather than lag behind.
         size: longest side that frames are shrunk to before the network sees them, in pixels; left out, as they are.
-        opacity: share of the class colours in the picture, 0 to 1.
-        legend: draw names and colours of the classes.
+        opacity: share of the class colors in the picture, 0 to 1.
+        legend: draw names and colors of the classes.
         figures: draw latency and frames a second.
         fps: pictures a second of a folder; 10 where left out.
         seconds: end after so much of the stream.
@@ -323,20 +323,20 @@ def data_fly(
     scene: Scene = "urban",
     quiet: bool = False,
 ) -> Flown:
-    """Make a video by flying over a raster, or over a drawn world: something to watch where there is no drone.
+    """Make a video by flying over a raster, or over a synthetic world: something to watch where there is no drone.
 
     The flight is smooth, with turns and changes of height, and the same for the same seed. A GeoTIFF of any size is
     read window by window.
 
     Args:
-        raster: GeoTIFF, PNG or JPEG to fly over; left out, a drawn world.
+        raster: GeoTIFF, PNG or JPEG to fly over; left out, a synthetic world.
         out: video to write, .mp4, .mov or .mkv.
         seconds: length of the video.
         fps: frames a second.
         size: width and height of the video, even numbers of pixels.
         rotate: turn the camera too.
         seed: which flight.
-        scene: urban or rural, of the drawn world.
+        scene: urban or rural, of the synthetic world.
         quiet: print no progress.
 
     Returns:
@@ -354,7 +354,7 @@ def data_fly(
             ground = flight.of_picture(draw(scene, "test", seed, max(256, min(DRAWN, 2 * max(size))))[0])
         else:
             ground = stack.enter_context(flight.over(raster))
-        path = flight.path_over(ground, size, rotate=rotate, seed=seed, name=str(raster or "the drawn world"))
+        path = flight.path_over(ground, size, rotate=rotate, seed=seed, name=str(raster or "the synthetic world"))
         video = stack.enter_context(writing(out, fps))
         bar = stack.enter_context(
             Progress(BarColumn(30), TextColumn("{task.completed} of {task.total} frames"), console=Console(stderr=True),

@@ -1,4 +1,4 @@
-"""The classes of a label set: names, colours, and how one set maps onto another."""
+"""The classes of a label set: names, colors, and how one set maps onto another."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pydantic import Field, model_validator
 from overfly.core.records import IGNORE, UInt8
 from overfly.core.spec import Spec
 
-Colour = tuple[
+Color = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
 ]
 """Red, green, blue, each 0 to 255."""
 
-PALETTE: tuple[Colour, ...] = (
+PALETTE: tuple[Color, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
     (120, 120, 120), (136, 34, 85), (17, 119, 51), (221, 204, 119), (51, 34, 136), (68, 170, 153), (170, 68, 153),
 )  # fmt: skip
-"""Colours that the colour-blind can tell apart (Okabe and Ito, 2008; Tol, 2021), for classes that bring none."""
+"""Colors that the color-blind can tell apart (Okabe and Ito, 2008; Tol, 2021), for classes that bring none."""
 
 
 class Classes(Spec):
-    """Names and display colours of K classes, in the order of their ids 0 to K-1; 255 is ignored everywhere."""
+    """Names and display colors of K classes, in the order of their ids 0 to K-1; 255 is ignored everywhere."""
 
     names: tuple[str, ...]
     """Name of each class, in the order of the ids."""
-    colours: tuple[Colour, ...] = ()
-    """Display colour of each class; left out, a palette that the colour-blind can tell apart."""
+    colors: tuple[Color, ...] = ()
+    """Display color of each class; left out, a palette that the color-blind can tell apart."""
 
     @model_validator(mode="before")
     @classmethod
@@ -38,7 +38,7 @@ class Classes(Spec):
         if isinstance(value, list | tuple):
             return {"names": tuple(value)}
         if isinstance(value, Mapping) and value and "names" not in value:
-            return {"names": tuple(value), "colours": tuple(value.values())}
+            return {"names": tuple(value), "colors": tuple(value.values())}
         return value
 
     @model_validator(mode="after")
@@ -48,20 +48,20 @@ class Classes(Spec):
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise ValueError(f"class names must differ; {', '.join(twice)} stands more than once")
-        if self.colours and len(self.colours) != len(self.names):
-            raise ValueError(f"{len(self.names)} classes need {len(self.names)} colours, not {len(self.colours)}")
-        if not self.colours:
-            colours = tuple(PALETTE[i % len(PALETTE)] for i in range(len(self.names)))
-            object.__setattr__(self, "colours", colours)
+        if self.colors and len(self.colors) != len(self.names):
+            raise ValueError(f"{len(self.names)} classes need {len(self.names)} colors, not {len(self.colors)}")
+        if not self.colors:
+            colors = tuple(PALETTE[i % len(PALETTE)] for i in range(len(self.names)))
+            object.__setattr__(self, "colors", colors)
         return self
 
     def __len__(self) -> int:
         return len(self.names)
 
     def paint(self, label: UInt8) -> UInt8:
-        """Colour a label (H, W) of class ids as a picture (H, W, 3); ignored pixels are black."""
+        """Color a label (H, W) of class ids as a picture (H, W, 3); ignored pixels are black."""
         table = np.zeros((256, 3), np.uint8)
-        table[: len(self.colours)] = self.colours
+        table[: len(self.colors)] = self.colors
         painted: UInt8 = table[label]
         return painted
 

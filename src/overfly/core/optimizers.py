@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, as values of a recipe."""
+"""Optimizers and learning-rate schedules, as values of a recipe."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Optim(Choice, ABC):
     head: Positive = 1.0
     """Learning rate of the decoder and class layers, as a multiple of the encoder's."""
     decay_norms: bool = True
-    """Whether weight decay also pulls on normalisation weights and biases."""
+    """Whether weight decay also pulls on normalization weights and biases."""
 
     @abstractmethod
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimiser of these parameter groups."""
+        """The optimizer of these parameter groups."""
 
     def optimizer(self, module: nn.Module, heads: Iterable[str] = ()) -> torch.optim.Optimizer:
-        """The optimiser of all trainable parameters of a module.
+        """The optimizer of all trainable parameters of a module.
 
         Args:
             module: whose parameters are trained.

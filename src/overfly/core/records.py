@@ -32,7 +32,7 @@ class Item(NamedTuple):
     label: Path | Drawing | None = None
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Images (B, C, H, W), float, in the sensor's own range, and labels (B, H, W), int64, class ids or `IGNORE`."""
 
     image: Tensor
@@ -47,18 +47,18 @@ class Batch(NamedTuple):
     Attributes:
         source: images and labels.
         target: images (B, C, H, W), float, in the sensor's own range.
-        blank: where the target shows nothing that was measured (B, H, W), bool: no data, full transparency, what was
-            mirrored outwards. It is part of the image, not of a label. None: nowhere.
+        nodata_mask: where the target shows nothing that was measured (B, H, W), bool: no data, full
+            transparency, what was mirrored outwards. It is part of the image, not of a label. None: nowhere.
     """
 
-    source: Labelled
+    source: Labeled
     target: Tensor
-    blank: Tensor | None = None
+    nodata_mask: Tensor | None = None
 
     @property
     def measured(self) -> Tensor | None:
         """Where the target was measured (B, H, W), bool; None: everywhere."""
-        return None if self.blank is None else ~self.blank
+        return None if self.nodata_mask is None else ~self.nodata_mask
 
 
 class Logits(NamedTuple):
@@ -87,6 +87,6 @@ class Logits(NamedTuple):
 
 
 Losses = Mapping[str, Tensor]
-"""Named scalar terms. The step minimises their sum and the journal keeps each."""
+"""Named scalar terms. The step minimizes their sum and the journal keeps each."""
 
 UInt8 = NDArray[np.uint8]

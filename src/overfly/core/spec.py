@@ -37,7 +37,7 @@ Whole = Annotated[int, BeforeValidator(_no_truth), Field(ge=0)]
 """How many, where none is an answer: 0 or more."""
 Pixels = Annotated[int, BeforeValidator(_no_truth), Field(ge=1)]
 """A length in pixels."""
-Metres = Annotated[float, Field(gt=0)]
+Meters = Annotated[float, Field(gt=0)]
 """A length on the ground."""
 Positive = Annotated[float, Field(gt=0)]
 """A number above 0."""

@@ -71,10 +71,10 @@ def blank_as_label(domain: Domain, item: Item, resize: int | None = None, cache:
     """
 
     def made() -> UInt8:
-        blank = domain.blank(item)
-        if blank is None:
+        nodata_mask = domain.nodata_mask(item)
+        if nodata_mask is None:
             return np.zeros((0, 0), np.uint8)
-        label = np.where(blank, IGNORE, 0).astype(np.uint8)
+        label = np.where(nodata_mask, IGNORE, 0).astype(np.uint8)
         return label if resize is None else resize_label(label, resize)
 
     found = made() if cache is None else _kept(cache, _key(domain, resize, "blank", item.image), made)

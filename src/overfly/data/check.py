@@ -33,7 +33,7 @@ class SplitReport(Spec):
     """Which split."""
     pictures: Whole
     """Images listed."""
-    labelled: Whole
+    labeled: Whole
     """Images with a mask."""
     problems: tuple[Problem, ...] = ()
     """Everything that is wrong, in the order of the pictures."""
@@ -50,7 +50,7 @@ class SplitReport(Spec):
     unread: Whole = 0
     """Images whose last band their file marks as opacity, and which was not read."""
     empty: Whole = 0
-    """Masks in which every pixel is ignored: nothing can be learnt from them."""
+    """Masks in which every pixel is ignored: nothing can be learned from them."""
 
 
 class Report(Spec):
@@ -72,7 +72,7 @@ class Report(Spec):
         """The report in words, a line a fact."""
         told: list[str] = []
         for split in self.splits:
-            told += [f"{split.split}: {split.pictures} images, {split.labelled} with a mask"]
+            told += [f"{split.split}: {split.pictures} images, {split.labeled} with a mask"]
             for what, counts in (("sizes", split.sizes), ("bands", split.bands), ("types", split.dtypes)):
                 told += [f"  {what}: " + ", ".join(f"{value} ({count})" for value, count in counts.items())]
             if split.unread:
@@ -81,7 +81,7 @@ class Report(Spec):
                     "like the others, such as near infrared, count it in the domain's bands"
                 ]
             told += [f"  {name}: {share:.2%}" for name, share in split.shares.items()]
-            if split.labelled:
+            if split.labeled:
                 told += [f"  ignored: {split.ignored:.2%}"]
             if split.empty:
                 told += [f"  {split.empty} masks are ignored in every pixel"]
@@ -117,7 +117,7 @@ def check(
         except DataError as error:
             faults.append(error)
             problem = Problem(picture="", sentence=str(error))
-            reports.append(SplitReport(split=split, pictures=0, labelled=0, problems=(problem,)))
+            reports.append(SplitReport(split=split, pictures=0, labeled=0, problems=(problem,)))
         else:
             reports.append(_checked(domain, split, items, progress))
     if faults and len(faults) == len(reports) and len({str(fault) for fault in faults}) == 1:
@@ -138,12 +138,15 @@ def label_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
 
 def above_peak(domain: Domain, item: Item, image: Array) -> str | None:
     """The sentence for an image (H, W, C) brighter than its domain's peak; None where all is well."""
-    if image.dtype.kind == "u" and np.iinfo(image.dtype).max <= domain.peak:
+    if image.dtype.kind == "u" and np.iinfo(image.dtype).max <= domain.max_value:
         return None
     highest = image.max()
-    if highest <= domain.peak:
+    if highest <= domain.max_value:
         return None
-    return f"{place(item)} holds {highest:g}, above the domain's peak {domain.peak:g}; correct the peak or the file"
+    return (
+        f"{place(item)} holds {highest:g}, above the domain's max_value {domain.max_value:g}; "
+        "correct max_value or the file"
+    )
 
 
 def place(item: Item) -> str:
@@ -187,7 +190,7 @@ def _checked(
     return SplitReport(
         split=split,
         pictures=len(items),
-        labelled=sum(item.label is not None for item in items),
+        labeled=sum(item.label is not None for item in items),
         problems=tuple(problems),
         shares=dict(zip(domain.classes.names, (known / max(known.sum(), 1)).tolist(), strict=True))
         if counts.any()
@@ -228,4 +231,4 @@ def _see_image(
     if above is not None:
         yield above
     elif image.min() == image.max():
-        yield f"{place(item)} is one colour throughout; take it away, or export it again"
+        yield f"{place(item)} is one color throughout; take it away, or export it again"

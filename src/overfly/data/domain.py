@@ -76,13 +76,13 @@ class Domain(Choice, ABC):
         return 3
 
     @fact
-    def peak(self) -> float:
+    def max_value(self) -> float:
         """Value of the brightest pixel that the sensor can give: 255 for 8 bits, 65535 for 16, 1 for most floats."""
         return 255.0
 
     @fact
     def ground(self) -> float | None:
-        """Length of a pixel on the ground in metres; None where nobody has given it."""
+        """Length of a pixel on the ground in meters; None where nobody has given it."""
         return None
 
     @fact
@@ -94,7 +94,7 @@ class Domain(Choice, ABC):
         """The picture of an item, (H, W, C), in the sensor's own type and range."""
         return reading.read_image(item.image, bands=self.bands)
 
-    def blank(self, item: Item) -> reading.Mask | None:  # noqa: ARG002
+    def nodata_mask(self, item: Item) -> reading.Mask | None:  # noqa: ARG002
         """Where the picture of an item shows nothing that was measured (H, W), bool; None: nowhere. Reads no label."""
         return None
 

@@ -16,7 +16,7 @@ from overfly.data.unpacking import sweep, unpack_zip
 
 LOVEDA_URL = "https://zenodo.org/records/5706578/files"
 """Where LoveDA's archives are published (DOI 10.5281/zenodo.5706578); ``OVERFLY_LOVEDA_URL`` stands in for it."""
-LOVEDA_LICENCE = (
+LOVEDA_LICENSE = (
     "LoveDA is licensed CC BY-NC-SA 4.0, and its images are subject to the terms of Google Earth: academic use only, "
     "no commercial use, of the pictures or of what is trained on them; cite Wang et al. (2021), "
     "doi 10.5281/zenodo.5706578"
@@ -76,17 +76,17 @@ class Fetched(Spec):
     """Folder of the dataset: the ``root`` of a domain in a recipe."""
     splits: tuple[FetchedSplit, ...]
     """What became of each split."""
-    licence: str
+    license: str
     """What a user of it must know."""
 
     def __str__(self) -> str:
-        """What happened to each split, and the licence, a line each."""
+        """What happened to each split, and the license, a line each."""
         lines = [
             f"{'fetched' if part.fetched else 'was there'}: {part.folder} ({part.files} pictures and masks)"
             + (f"; archive kept: {part.archive}" if part.archive else "")
             for part in self.splits
         ]
-        return "\n".join([*lines, f"licence: {self.licence}"])
+        return "\n".join([*lines, f"license: {self.license}"])
 
     def __rich__(self) -> str:
         """The same in a terminal."""
@@ -115,7 +115,7 @@ def fetch_loveda(
         keep_archives: keep the zip files after unpacking.
 
     Returns:
-        What was fetched and what was there, and the licence, which the caller must show.
+        What was fetched and what was there, and the license, which the caller must show.
 
     Raises:
         DataError: a split's folder is there and is not complete, or is not LoveDA's.
@@ -130,7 +130,7 @@ def fetch_loveda(
     for split in wanted:  # before gigabytes are on their way
         _standing(root, split)
     done = tuple(_fetch_split(root, split, base, progress, keep_archives) for split in wanted)
-    return Fetched(root=root, splits=done, licence=LOVEDA_LICENCE)
+    return Fetched(root=root, splits=done, license=LOVEDA_LICENSE)
 
 
 def _fetch_split(root: Path, split: Split, base: str, progress: Progress | None, keep_archives: bool) -> FetchedSplit:

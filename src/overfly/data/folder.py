@@ -8,27 +8,27 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from overfly.core.classes import Classes, Colour
+from overfly.core.classes import Classes, Color
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Item, UInt8
-from overfly.core.spec import Count, Metres, Positive
+from overfly.core.spec import Count, Meters, Positive
 from overfly.data import listing, reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
-from overfly.data.labels import UNKNOWN, from_colours, from_numbers, from_palette, unknown_colours, unknown_numbers
+from overfly.data.labels import UNKNOWN, from_colors, from_numbers, from_palette, unknown_colors, unknown_numbers
 
 Number = Annotated[int, Field(ge=0, le=65535)]
 """A number that a mask may store."""
 Part = Annotated[float, Field(gt=0, le=1)]
 """A share of the pictures."""
-Code = TypeVar("Code", int, Colour)
+Code = TypeVar("Code", int, Color)
 
 
 class Folder(Domain, name="folder"):
     """Pictures in folders of one's own.
 
-    * Format: PNG, JPEG, TIFF, GeoTIFF (more than four bands, or 16 bits in colour: extra ``geo``).
-    * Masks: PNG or TIFF of numbers, of a palette, or of RGB colours; none at all for a target.
-    * Bands, resolution, classes, licence: whatever the settings say; run ``overfly data check`` over them.
+    * Format: PNG, JPEG, TIFF, GeoTIFF (more than four bands, or 16 bits in color: extra ``geo``).
+    * Masks: PNG or TIFF of numbers, of a palette, or of RGB colors; none at all for a target.
+    * Bands, resolution, classes, license: whatever the settings say; run ``overfly data check`` over them.
 
     Images and masks pair by what the wildcards of their patterns stand for: ``Tile */images/*.jpg`` and
     ``Tile */masks/*.png`` pair ``Tile 4/images/a.jpg`` with ``Tile 4/masks/a.png``; of two directories, files of one
@@ -40,7 +40,7 @@ class Folder(Domain, name="folder"):
     title: str = "Folder"
     """What tables and run folders call this place."""
     classes: Classes
-    """Names of the classes, as a list or with a display colour each: ``{building: [60, 16, 152], …}``; a recipe's
+    """Names of the classes, as a list or with a display color each: ``{building: [60, 16, 152], …}``; a recipe's
     target may leave them out, they are then the source's."""
     images: str = "images"
     """Directory or glob of the images below the root; ``{split}`` stands for the split's name."""
@@ -53,36 +53,36 @@ class Folder(Domain, name="folder"):
     seed: int = 0
     """Draws the shares: a picture's split hangs on its name and this number alone."""
     label_format: Literal["auto", "index", "rgb"] = "auto"
-    """What a mask's pixels are: class numbers (``index``) or colours (``rgb``); a palette picture can be read either
-    way. ``auto`` tells by the bands, and a palette by which of ``colours`` and ``ids`` is given."""
-    colours: dict[str, tuple[Colour, ...]] = Field(default_factory=dict)
-    """Colours of each class in the masks, one or several; left out, the display colours of ``classes``."""
+    """What a mask's pixels are: class numbers (``index``) or colors (``rgb``); a palette picture can be read either
+    way. ``auto`` tells by the bands, and a palette by which of ``colors`` and ``ids`` is given."""
+    colors: dict[str, tuple[Color, ...]] = Field(default_factory=dict)
+    """Colors of each class in the masks, one or several; left out, the display colors of ``classes``."""
     ids: dict[str, tuple[Number, ...]] = Field(default_factory=dict)
     """Numbers of each class in the masks, one or several; left out, 0, 1, 2 … in the order of ``classes``."""
     mapping: dict[str, str | None] = Field(default_factory=dict)
-    """For masks with another label set: which of ``classes`` a name in ``colours`` or ``ids`` is; null ignores it."""
-    ignore: tuple[Number | Colour, ...] = ()
-    """Numbers and colours in the masks that are no class: not learnt, not scored; 255 always is one."""
+    """For masks with another label set: which of ``classes`` a name in ``colors`` or ``ids`` is; null ignores it."""
+    ignore: tuple[Number | Color, ...] = ()
+    """Numbers and colors in the masks that are no class: not learned, not scored; 255 always is one."""
     unknown: Literal["error", "ignore"] = "error"
-    """What to do with numbers and colours that are neither a class nor listed under ``ignore``."""
+    """What to do with numbers and colors that are neither a class nor listed under ``ignore``."""
     bands: Count = 3
     """Number of bands of the images; opacity is not counted."""
-    peak: Positive = 255.0
+    max_value: Positive = 255.0
     """Value of the brightest pixel that the sensor can give: 255 for 8 bits, 65535 for 16, 1 for most floats."""
     mean: tuple[float, ...] | None = None
     """Mean of each band, in the images' own range; ``overfly data stats`` measures it."""
     std: tuple[Positive, ...] | None = None
     """Standard deviation of each band, likewise."""
-    ground: Metres | None = None
-    """Length of a pixel on the ground in metres, if it is known."""
+    ground: Meters | None = None
+    """Length of a pixel on the ground in meters, if it is known."""
 
-    @field_validator("colours", mode="before")
+    @field_validator("colors", mode="before")
     @classmethod
-    def _several_colours(cls, value: Any) -> Any:
-        """Accept one colour in place of a list of colours."""
+    def _several_colors(cls, value: Any) -> Any:
+        """Accept one color in place of a list of colors."""
         if not isinstance(value, Mapping):
             return value
-        single = {name for name, entry in value.items() if isinstance(entry, list | tuple) and _is_colour(entry)}
+        single = {name for name, entry in value.items() if isinstance(entry, list | tuple) and _is_color(entry)}
         return {name: (entry,) if name in single else entry for name, entry in value.items()}
 
     @field_validator("ids", mode="before")
@@ -95,15 +95,15 @@ class Folder(Domain, name="folder"):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        known = {*self.colours, *self.ids, *self.classes.names}
-        for name in (*self.colours, *self.ids, *self.mapping):
+        known = {*self.colors, *self.ids, *self.classes.names}
+        for name in (*self.colors, *self.ids, *self.mapping):
             final = self.mapping.get(name, name)
             if name not in known:
-                raise ValueError(f"mapping speaks of {name!r}, which neither colours, ids nor classes name")
+                raise ValueError(f"mapping speaks of {name!r}, which neither colors, ids nor classes name")
             if final is not None and final not in self.classes.names:
                 there = ", ".join(self.classes.names)
                 raise ValueError(f"{name!r} is none of the classes ({there}); say under mapping which one it is")
-        self._table(self.colours, self._ignored_colours(), "colour")
+        self._table(self.colors, self._ignored_colors(), "color")
         self._table(self.ids, self._ignored_numbers(), "number")
         for what, values in (("mean", self.mean), ("std", self.std)):
             if (values is None) != (self.mean is None):
@@ -161,7 +161,7 @@ class Folder(Domain, name="folder"):
             found = listing.choose(found, split, rules, root, self.seed)
         return [Item(picture.name, picture.image, picture.mask) for picture in found]
 
-    def blank(self, item: Item) -> reading.Mask | None:
+    def nodata_mask(self, item: Item) -> reading.Mask | None:
         """No data in every band, masked, or fully transparent (H, W); None: nowhere.
 
         Raises:
@@ -174,7 +174,7 @@ class Folder(Domain, name="folder"):
 
         Raises:
             DataError: there is none, or it is broken, of another size than the image, in a form that the settings
-                exclude, or holds numbers or colours without a meaning.
+                exclude, or holds numbers or colors without a meaning.
         """
         source = reading.label_of(item)
         pixels = reading.read_label_pixels(source)
@@ -185,9 +185,9 @@ class Folder(Domain, name="folder"):
         except ValueError as error:
             raise DataError(f"{reading.place(source)} cannot be understood: {error}") from None
         self._settle_unknown(reading.place(source), pixels, label, coded)
-        blank = self.blank(item)
-        if blank is not None:
-            label[blank] = IGNORE
+        nodata_mask = self.nodata_mask(item)
+        if nodata_mask is not None:
+            label[nodata_mask] = IGNORE
         return label
 
     def _decoded(self, pixels: reading.LabelPixels, coded: str) -> UInt8:
@@ -195,10 +195,10 @@ class Folder(Domain, name="folder"):
             return from_numbers(
                 pixels.values, self._table(self.ids or self._first_ids(), self._ignored_numbers(), "number")
             )
-        colours = self._table(self.colours or self._display(), self._ignored_colours(), "colour")
+        colors = self._table(self.colors or self._display(), self._ignored_colors(), "color")
         if pixels.palette is None:
-            return from_colours(pixels.values, colours)
-        return from_palette(pixels.values, pixels.palette, colours)
+            return from_colors(pixels.values, colors)
+        return from_palette(pixels.values, pixels.palette, colors)
 
     def _see_split(self, split: Split) -> None:
         if split not in (self.splits or ("train",)):
@@ -210,7 +210,7 @@ class Folder(Domain, name="folder"):
     def _coded_as(self, place: str, pixels: reading.LabelPixels) -> Literal["index", "rgb"]:
         if pixels.values.ndim == 3:
             if self.label_format == "index":
-                raise DataError(f"{place} holds colours, and label_format is index; set label_format to rgb")
+                raise DataError(f"{place} holds colors, and label_format is index; set label_format to rgb")
             return "rgb"
         if pixels.palette is None:
             if self.label_format == "rgb":
@@ -218,12 +218,12 @@ class Folder(Domain, name="folder"):
             return "index"
         if self.label_format != "auto":
             return self.label_format
-        if bool(self.colours) == bool(self.ids):
+        if bool(self.colors) == bool(self.ids):
             raise DataError(
                 f"{place} is a palette picture; set label_format to index if its numbers are the classes, "
-                "or to rgb if its colours are"
+                "or to rgb if its colors are"
             )
-        return "rgb" if self.colours else "index"
+        return "rgb" if self.colors else "index"
 
     def _settle_unknown(self, place: str, pixels: reading.LabelPixels, label: UInt8, coded: str) -> None:
         odd = label == UNKNOWN
@@ -233,16 +233,16 @@ class Folder(Domain, name="folder"):
             found = (
                 unknown_numbers(pixels.values, label)
                 if coded == "index"
-                else unknown_colours(pixels.values, label, pixels.palette)
+                else unknown_colors(pixels.values, label, pixels.palette)
             )
-            what, where = ("numbers", "ids") if coded == "index" else ("colours", "colours")
+            what, where = ("numbers", "ids") if coded == "index" else ("colors", "colors")
             raise DataError(
                 f"{place} holds {what} of no class: {found}; add them to {where} or ignore, or set unknown to ignore"
             )
         label[odd] = IGNORE
 
     def _table(self, coded: Mapping[str, tuple[Code, ...]], ignored: Iterable[Code], what: str) -> dict[Code, int]:
-        """Class id of each colour or number."""
+        """Class id of each color or number."""
         meaning: dict[Code, int] = {}
         for name, codes in coded.items():
             final = self.mapping.get(name, name)
@@ -258,10 +258,10 @@ class Folder(Domain, name="folder"):
     def _first_ids(self) -> dict[str, tuple[int, ...]]:
         return {name: (number,) for number, name in enumerate(self.classes.names)}
 
-    def _display(self) -> dict[str, tuple[Colour, ...]]:
-        return {name: (colour,) for name, colour in zip(self.classes.names, self.classes.colours, strict=True)}
+    def _display(self) -> dict[str, tuple[Color, ...]]:
+        return {name: (color,) for name, color in zip(self.classes.names, self.classes.colors, strict=True)}
 
-    def _ignored_colours(self) -> tuple[Colour, ...]:
+    def _ignored_colors(self) -> tuple[Color, ...]:
         return tuple(entry for entry in self.ignore if isinstance(entry, tuple))
 
     def _ignored_numbers(self) -> tuple[int, ...]:
@@ -277,5 +277,5 @@ def _is_dir(root: Path) -> bool:
         return False
 
 
-def _is_colour(entry: Sequence[Any]) -> bool:
+def _is_color(entry: Sequence[Any]) -> bool:
     return len(entry) == 3 and all(isinstance(number, int) for number in entry)

@@ -1,7 +1,7 @@
 """What a file of imagery says of itself, asked at the cost of its header: kind, size, bands, type, no data.
 
 The first bytes tell what a file is, not its ending. Pillow reads what it reads without loss; the rest (more than four
-bands, 16 bits in colour, JPEG 2000) is left to rasterio (extra ``geo``).
+bands, 16 bits in color, JPEG 2000) is left to rasterio (extra ``geo``).
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Facts(NamedTuple):
         bands: bands as stored, a last one of opacity included.
         dtype: type in which the picture is handed out: uint8, uint16 or float32.
         alpha: whether the last band is opacity.
-        palette: whether the numbers are entries of a table of colours.
+        palette: whether the numbers are entries of a table of colors.
         nodata: the number that stands for "nothing was measured here", or None.
         kind: what the first bytes say.
-        scale: factor by which Pillow spreads grey of 1, 2 or 4 bits to 0..255.
+        scale: factor by which Pillow spreads gray of 1, 2 or 4 bits to 0..255.
         engine: who reads the pixels.
         masked: whether a mask beside the bands, for all of them, says where nothing was measured; rasterio reads it.
         stored: type in the file, where it is another than the one handed out; else empty.
@@ -187,18 +187,18 @@ def _png_facts(path: Path) -> Facts:
         head = file.read(26)
     if len(head) < 26 or head[12:16] != b"IHDR":
         raise broken(path, ValueError("the header is cut short"))
-    width, height, depth, colour = struct.unpack(">IIBB", head[16:26])
-    if colour not in _PNG_BANDS or depth not in (1, 2, 4, 8, 16):
+    width, height, depth, color = struct.unpack(">IIBB", head[16:26])
+    if color not in _PNG_BANDS or depth not in (1, 2, 4, 8, 16):
         raise broken(path, ValueError("the header makes no sense"))
     return Facts(
         height,
         width,
-        bands=_PNG_BANDS[colour],
+        bands=_PNG_BANDS[color],
         dtype="uint16" if depth == 16 else "uint8",
-        alpha=colour in (4, 6),
-        palette=colour == 3,
-        scale=255 // (2**depth - 1) if colour == 0 and depth < 8 else 1,
-        engine="rasterio" if depth == 16 and colour != 0 else "pillow",
+        alpha=color in (4, 6),
+        palette=color == 3,
+        scale=255 // (2**depth - 1) if color == 0 and depth < 8 else 1,
+        engine="rasterio" if depth == 16 and color != 0 else "pillow",
     )
 
 
@@ -261,7 +261,7 @@ def _masked_tiff(image: TiffImagePlugin.TiffImageFile) -> bool:
 
 def _rasterio_facts(path: Path) -> Facts:
     with raster(path) as dataset:
-        meaning = [colour.name for colour in dataset.colorinterp]
+        meaning = [color.name for color in dataset.colorinterp]
         flags = {flag.name for flag in dataset.mask_flag_enums[0]}
         stored = dataset.dtypes[0]
         dtype = stored if stored in ("uint8", "uint16") else "float32"

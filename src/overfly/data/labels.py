@@ -1,4 +1,4 @@
-"""From what a mask stores, numbers or colours, to class ids: one look-up a pixel."""
+"""From what a mask stores, numbers or colors, to class ids: one look-up a pixel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from overfly.core.classes import Colour
+from overfly.core.classes import Color
 from overfly.core.records import Array, UInt8
 
 UNKNOWN = 254
@@ -17,28 +17,28 @@ UNKNOWN = 254
 Packed = NDArray[np.int32]
 
 
-def pack(colours: UInt8) -> Packed:
-    """Colours (..., 3) as one number each (...): red·65536 + green·256 + blue."""
-    packed: Packed = colours[..., 0].astype(np.int32)
+def pack(colors: UInt8) -> Packed:
+    """Colors (..., 3) as one number each (...): red·65536 + green·256 + blue."""
+    packed: Packed = colors[..., 0].astype(np.int32)
     packed <<= 8
-    packed |= colours[..., 1]
+    packed |= colors[..., 1]
     packed <<= 8
-    packed |= colours[..., 2]
+    packed |= colors[..., 2]
     return packed
 
 
-def unpack(packed: int) -> Colour:
-    """The colour (red, green, blue) of one packed number."""
+def unpack(packed: int) -> Color:
+    """The color (red, green, blue) of one packed number."""
     return packed >> 16 & 255, packed >> 8 & 255, packed & 255
 
 
-def from_colours(colours: UInt8, meaning: Mapping[Colour, int]) -> UInt8:
-    """Class ids (H, W) of colours (H, W, 3); `UNKNOWN` where a colour has no meaning."""
-    packed = pack(colours)
+def from_colors(colors: UInt8, meaning: Mapping[Color, int]) -> UInt8:
+    """Class ids (H, W) of colors (H, W, 3); `UNKNOWN` where a color has no meaning."""
+    packed = pack(colors)
     if packed.size > 100_000:
-        return _colour_table(tuple(sorted(meaning.items())))[packed]
+        return _color_table(tuple(sorted(meaning.items())))[packed]
     keys = pack(np.array(sorted(meaning), np.uint8).reshape(-1, 3))
-    values = np.array([meaning[colour] for colour in sorted(meaning)], np.uint8)
+    values = np.array([meaning[color] for color in sorted(meaning)], np.uint8)
     if not keys.size:
         return np.full(packed.shape, UNKNOWN, np.uint8)
     at = np.searchsorted(keys, packed).clip(max=len(keys) - 1)
@@ -60,21 +60,21 @@ def from_numbers(numbers: Array, meaning: Mapping[int, int]) -> UInt8:
     return found
 
 
-def from_palette(numbers: Array, palette: UInt8, meaning: Mapping[Colour, int]) -> UInt8:
-    """Class ids (H, W) of the colours that a palette (P, 3) gives to numbers (H, W); `UNKNOWN` where there is none."""
-    ids = from_colours(palette, meaning)
+def from_palette(numbers: Array, palette: UInt8, meaning: Mapping[Color, int]) -> UInt8:
+    """Class ids (H, W) of the colors that a palette (P, 3) gives to numbers (H, W); `UNKNOWN` where there is none."""
+    ids = from_colors(palette, meaning)
     return from_numbers(numbers, {number: int(value) for number, value in enumerate(ids)})
 
 
-def unknown_colours(colours: UInt8, label: UInt8, palette: UInt8 | None = None) -> str:
-    """The commonest colours without a meaning, as words: ``1,2,3 (40 pixels) and 7 more``.
+def unknown_colors(colors: UInt8, label: UInt8, palette: UInt8 | None = None) -> str:
+    """The commonest colors without a meaning, as words: ``1,2,3 (40 pixels) and 7 more``.
 
     Args:
-        colours: (H, W, 3), or numbers (H, W) of a palette.
-        label: what `from_colours` or `from_palette` made of them, (H, W).
+        colors: (H, W, 3), or numbers (H, W) of a palette.
+        label: what `from_colors` or `from_palette` made of them, (H, W).
         palette: (P, 3), for numbers.
     """
-    odd = colours[label == UNKNOWN]
+    odd = colors[label == UNKNOWN]
     if palette is None:
         values, counts = np.unique(pack(odd), return_counts=True)
         names = [",".join(map(str, unpack(int(value)))) for value in values]
@@ -91,8 +91,8 @@ def unknown_numbers(numbers: Array, label: UInt8) -> str:
 
 
 @lru_cache(maxsize=4)
-def _colour_table(meaning: tuple[tuple[Colour, int], ...]) -> UInt8:
-    """Class id of each of the 2²⁴ colours: 16 MB, and five times faster than a search per pixel."""
+def _color_table(meaning: tuple[tuple[Color, int], ...]) -> UInt8:
+    """Class id of each of the 2²⁴ colors: 16 MB, and five times faster than a search per pixel."""
     table = np.full(1 << 24, UNKNOWN, np.uint8)
     for (red, green, blue), value in meaning:
         table[red << 16 | green << 8 | blue] = value

@@ -166,7 +166,7 @@ def choose(listed: Sequence[Picture], split: str, rules: Mapping[str, Rule], roo
             if both:
                 raise DataError(
                     f"{both[0]} is in the split {split} and in {other}, as are {len(both) - 1} more pictures; "
-                    "a picture that is learnt from must not be scored: correct the splits"
+                    "a picture that is learned from must not be scored: correct the splits"
                 )
         chosen = [picture for picture in listed if picture.name in taken[split]]
     if not chosen:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
-from overfly.core.records import IGNORE, Array, Batch, Item, Labelled, UInt8
+from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, UInt8
 from overfly.data.cache import blank_as_label, open_picture
 from overfly.data.check import above_peak, label_counts, place
 from overfly.data.domain import Domain
@@ -43,8 +43,8 @@ class Stream:
         seed: of the run; the streams of one run differ by ``key``.
         key: number of the stream.
         cache: folder of decoded pictures, "memory" (up to `MEMORY_BYTES`), or None.
-        counts: labelled pixels of each class in each picture, where the sampling needs them; None reads every mask.
-        labelled: whether every picture must have a mask, and one mask at least a pixel to learn from. Masks are read
+        counts: labeled pixels of each class in each picture, where the sampling needs them; None reads every mask.
+        labeled: whether every picture must have a mask, and one mask at least a pixel to learn from. Masks are read
             until one has: as a rule the first alone.
 
     Raises:
@@ -62,7 +62,7 @@ class Stream:
     key: int
     cache: Path | str | None = None
     counts: Counts | None = None
-    labelled: bool = False
+    labeled: bool = False
     _kept: dict[str, tuple[Array, UInt8]] = field(default_factory=dict, repr=False)
     _bytes: int = 0
     _seen: set[str] = field(default_factory=set, repr=False)
@@ -73,12 +73,12 @@ class Stream:
         for setting, side in (("crop", self.crop), ("resize", self.resize)):
             if side is not None and not 1 <= side <= LONGEST:
                 raise RecipeError(f"{setting} is {side} pixels, and 1 to {LONGEST} will do; correct {setting}")
-        if self.labelled or self.sampling.needs_counts:
+        if self.labeled or self.sampling.needs_counts:
             self._see_labels()
 
     def _see_labels(self) -> None:
         without = [item for item in self.items if item.label is None]
-        if without and self.labelled:
+        if without and self.labeled:
             raise DataError(
                 f"the source {self.domain.title} has no masks for {len(without)} of {len(self.items)} pictures, the "
                 f"first {place(without[0])}; set source.masks"
@@ -106,7 +106,7 @@ class Stream:
         picks = [self.sampling.picture(place, self.counts) for place in places]
         return [(self.items[index], wanted) for index, wanted in picks]
 
-    def read(self, step: int, slots: Sequence[int]) -> Labelled:
+    def read(self, step: int, slots: Sequence[int]) -> Labeled:
         """Images (B, C, crop, crop) in the sensor's range, and labels (B, crop, crop), of some slots of a step.
 
         An item without a label is `IGNORE` everywhere.
@@ -116,7 +116,7 @@ class Stream:
         found.label[without] = IGNORE
         return found
 
-    def read_unlabelled(self, step: int, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def read_unlabeled(self, step: int, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images (B, C, crop, crop), and where they show nothing that was measured (B, crop, crop), bool.
 
         Raises:
@@ -127,7 +127,7 @@ class Stream:
         found = self._fitting(step, slots)
         return found.image, found.label == IGNORE
 
-    def _fitting(self, step: int, slots: Sequence[int]) -> Labelled:
+    def _fitting(self, step: int, slots: Sequence[int]) -> Labeled:
         try:
             return self._read(step, slots)
         except MemoryError:
@@ -135,7 +135,7 @@ class Stream:
                 f"pictures of batch {self.batch} and crop {self.crop} do not fit into memory; make one of them smaller"
             ) from None
 
-    def _read(self, step: int, slots: Sequence[int]) -> Labelled:
+    def _read(self, step: int, slots: Sequence[int]) -> Labeled:
         images, labels = [], []
         for slot, (item, wanted) in zip(slots, self.chosen(step, slots), strict=True):
             image, label = self._open(item)
@@ -149,7 +149,7 @@ class Stream:
             image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, wanted=wanted))
             images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
             labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
-        return Labelled(torch.stack(images), torch.stack(labels))
+        return Labeled(torch.stack(images), torch.stack(labels))
 
     def _open(self, item: Item) -> tuple[Array, UInt8]:
         """Image and label; of an item without one, `IGNORE` where nothing was measured and 0 elsewhere."""
@@ -193,12 +193,12 @@ class Steps(Dataset[Batch | OverflyError]):
         Raises:
             OverflyError: a picture cannot be read.
         """
-        empty = Labelled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
+        empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
         source = self.source.read(step, self._slots(self.source)) if self.source else empty
         if self.target is None:
             return Batch(source, empty.image)
-        images, blank = self.target.read_unlabelled(step, self._slots(self.target))
-        return Batch(source, images, blank if bool(blank.any()) else None)
+        images, nodata_mask = self.target.read_unlabeled(step, self._slots(self.target))
+        return Batch(source, images, nodata_mask if bool(nodata_mask.any()) else None)
 
     def names(self, step: int) -> list[str]:
         """Names of the pictures that this rank sees in a step."""

@@ -15,11 +15,11 @@ from overfly.data.labels import UNKNOWN, from_numbers, unknown_numbers
 
 CLASSES = Classes(
     names=("background", "building", "road", "water", "barren", "forest", "agriculture"),
-    colours=(
+    colors=(
         (255, 255, 255), (255, 0, 0), (255, 255, 0), (0, 0, 255), (159, 129, 183), (0, 255, 0), (255, 195, 128),
     ),
 )  # fmt: skip
-"""The label set of LoveDA, with its official colours."""
+"""The label set of LoveDA, with its official colors."""
 
 MEANING = {0: IGNORE, **{number: number - 1 for number in range(1, 8)}}
 """Class id of each number in a mask file: 0 is no data, 1 to 7 are the classes."""
@@ -33,13 +33,13 @@ class LoveDA(Domain, name="loveda"):
     * Scenes: 2,713 urban, 3,274 rural, each split into train, val and test.
     * Classes (number in the mask): background 1, building 2, road 3, water 4, barren 5, forest 6, agriculture 7;
       0 is no data and ignored. The masks of test are hidden; the benchmark's server scores them.
-    * Licence: CC BY-NC-SA 4.0, for academic use; the imagery is subject to the terms of Google Earth.
+    * License: CC BY-NC-SA 4.0, for academic use; the imagery is subject to the terms of Google Earth.
     * Citation: Wang, Zheng, Ma, Lu, Zhong: LoveDA: A Remote Sensing Land-Cover Dataset for Domain Adaptive Semantic
       Segmentation. NeurIPS Datasets and Benchmarks, 2021. doi:10.5281/zenodo.5706578
     """
 
     root: Path
-    """Folder that holds ``Train``, ``Val`` and ``Test``; the drawn world can be written in the same layout."""
+    """Folder that holds ``Train``, ``Val`` and ``Test``; the synthetic world can be written in the same layout."""
     scene: Literal["urban", "rural", "both"] = "both"
     """Which scenes: ``urban``, ``rural``, or ``both`` as one domain."""
 
@@ -71,7 +71,7 @@ class LoveDA(Domain, name="loveda"):
         """
         values = reading.read_label_pixels(reading.label_of(item)).values
         if values.ndim != 2:
-            raise DataError(f"{item.label} holds colours, and LoveDA's masks hold numbers 0 to 7; fetch it again")
+            raise DataError(f"{item.label} holds colors, and LoveDA's masks hold numbers 0 to 7; fetch it again")
         reading.check_size(item, values)
         label = from_numbers(values, MEANING)
         if (label == UNKNOWN).any():

@@ -20,8 +20,8 @@ class LabelPixels(NamedTuple):
     """A label as its file stores it.
 
     Attributes:
-        values: numbers (H, W), or colours (H, W, 3) uint8.
-        palette: colours of the numbers (P, 3), where the file brings a table of them.
+        values: numbers (H, W), or colors (H, W, 3) uint8.
+        palette: colors of the numbers (P, 3), where the file brings a table of them.
     """
 
     values: Array
@@ -47,11 +47,11 @@ def read_image(source: Path | Drawing, *, bands: int | None) -> Array:
     found = facts(source)
     kept = _kept_bands(source, found, bands)
     pixels = _pixels(source, found)[..., :kept]
-    blank = _blank(pixels, found.nodata)
+    nodata_mask = _nodata_mask(pixels, found.nodata)
     dtype = pixels.dtype if pixels.dtype in (np.uint8, np.uint16) else np.dtype(np.float32)
     image: Array = np.array(pixels, dtype, order="C")
-    if blank is not None:
-        image[blank] = 0
+    if nodata_mask is not None:
+        image[nodata_mask] = 0
     if found.masked:
         image[_hidden(source)] = 0
     return image
@@ -73,10 +73,10 @@ def nodata_mask(source: Path | Drawing, *, bands: int | None) -> Mask | None:
     if found.bands == kept and found.nodata is None and found.dtype != "float32" and not found.masked:
         return None
     pixels = _pixels(source, found)
-    blank = _blank(pixels[..., :kept], found.nodata)
+    nodata_mask = _nodata_mask(pixels[..., :kept], found.nodata)
     mask: Mask = np.zeros(pixels.shape[:2], np.bool_)
-    if blank is not None:
-        np.all(blank, axis=-1, out=mask)
+    if nodata_mask is not None:
+        np.all(nodata_mask, axis=-1, out=mask)
     if kept < found.bands:
         mask |= pixels[..., -1] == 0
     if found.masked:
@@ -85,28 +85,28 @@ def nodata_mask(source: Path | Drawing, *, bands: int | None) -> Mask | None:
 
 
 def read_label_pixels(source: Path | Drawing) -> LabelPixels:
-    """A label as it is stored: numbers (H, W), colours (H, W, 3), or numbers with a table of colours.
+    """A label as it is stored: numbers (H, W), colors (H, W, 3), or numbers with a table of colors.
 
     Raises:
         DataError: the file is missing, truncated, no picture, a JPEG (whose compression blurs classes into each
-            other), or of a number of bands that is neither a number nor a colour a pixel.
+            other), or of a number of bands that is neither a number nor a color a pixel.
     """
     if not isinstance(source, Path):
         return LabelPixels(source())
     found = facts(source)
     if found.kind == "jpeg":
         raise DataError(f"{source} is a JPEG, whose compression blurs classes into each other; save the mask as PNG")
-    colour = found.bands - found.alpha
-    if colour not in (1, 3):
+    color = found.bands - found.alpha
+    if color not in (1, 3):
         raise DataError(
-            f"{source} has {found.bands} bands, and a mask has one of class numbers or three of colours; export it anew"
+            f"{source} has {found.bands} bands, and a mask has one of class numbers or three of colors; export it anew"
         )
     if found.palette:
         return _palette_pixels(source, found)
-    values = _pixels(source, found)[..., :colour]
-    if colour == 3:
+    values = _pixels(source, found)[..., :color]
+    if color == 3:
         if values.dtype != np.uint8:
-            raise DataError(f"{source} has colours of {values.dtype}; save the mask with 8 bits a band")
+            raise DataError(f"{source} has colors of {values.dtype}; save the mask with 8 bits a band")
         return LabelPixels(values)
     values = values[..., 0] // found.scale if found.scale > 1 else values[..., 0]
     if values.dtype.kind == "f" and not np.array_equal(values, np.trunc(values)):
@@ -122,7 +122,7 @@ def read_index_label(item: Item, classes: int) -> UInt8:
     """
     values = read_label_pixels(label_of(item)).values
     if values.ndim != 2:
-        raise DataError(f"{place(item.label)} holds colours, not class numbers; the domain 'folder' reads colours")
+        raise DataError(f"{place(item.label)} holds colors, not class numbers; the domain 'folder' reads colors")
     check_size(item, values)
     wrong = values[((values < 0) | (values >= classes)) & (values != IGNORE)]
     if wrong.size:
@@ -161,7 +161,7 @@ def check_size(item: Item, label: Array) -> None:
 
 def place(source: Path | Drawing | None) -> str:
     """A source as words for a message."""
-    return str(source) if isinstance(source, Path) else "a drawn picture"
+    return str(source) if isinstance(source, Path) else "a synthetic picture"
 
 
 def _no_label(item: Item) -> NoReturn:
@@ -172,36 +172,38 @@ def _drawn(source: Drawing, bands: int | None) -> Array:
     image = source()
     image = image[..., None] if image.ndim == 2 else image
     if bands is not None and image.shape[-1] != bands:
-        raise DataError(f"a drawn picture has bands: {image.shape[-1]}, expected: {bands}; correct the domain's bands")
+        raise DataError(
+            f"a synthetic picture has bands: {image.shape[-1]}, expected: {bands}; correct the domain's bands"
+        )
     return image
 
 
 def _kept_bands(path: Path, found: Facts, bands: int | None) -> int:
     """How many of a file's bands are the picture's own."""
     if found.palette:
-        raise DataError(f"{path} is a palette picture, whose numbers are no brightness; save it as RGB or as grey")
-    colour = found.bands - found.alpha
-    if bands is None or bands == colour:
-        return colour
+        raise DataError(f"{path} is a palette picture, whose numbers are no brightness; save it as RGB or as gray")
+    color = found.bands - found.alpha
+    if bands is None or bands == color:
+        return color
     if bands == found.bands:
         return bands
     raise DataError(
-        f"{path} has {colour} band{'s' * (colour != 1)}, {bands} {'are' if bands != 1 else 'is'} expected; "
-        f"set the domain's bands to {colour} or convert the file"
+        f"{path} has {color} band{'s' * (color != 1)}, {bands} {'are' if bands != 1 else 'is'} expected; "
+        f"set the domain's bands to {color} or convert the file"
     )
 
 
-def _blank(pixels: Array, nodata: float | None) -> Mask | None:
+def _nodata_mask(pixels: Array, nodata: float | None) -> Mask | None:
     """Where single values (H, W, C) were not measured."""
-    blank: Mask | None = None
+    nodata_mask: Mask | None = None
     if pixels.dtype.kind == "f":
-        blank = ~np.isfinite(pixels)
+        nodata_mask = ~np.isfinite(pixels)
     if nodata is not None and not math.isnan(nodata):
         with np.errstate(over="ignore"):
             value = pixels.dtype.type(nodata) if pixels.dtype.kind == "f" else nodata
         declared: Mask = np.equal(pixels, value)
-        blank = declared if blank is None else np.logical_or(blank, declared)
-    return blank
+        nodata_mask = declared if nodata_mask is None else np.logical_or(nodata_mask, declared)
+    return nodata_mask
 
 
 def _hidden(path: Path) -> Mask:
@@ -227,8 +229,8 @@ def _palette_pixels(path: Path, found: Facts) -> LabelPixels:
     if found.engine == "rasterio":
         with raster(path) as dataset:
             table = dataset.colormap(1)
-            colours = [table.get(entry, (0, 0, 0))[:3] for entry in range(max(table) + 1)]
-            return LabelPixels(dataset.read(1), np.array(colours, np.uint8))
+            colors = [table.get(entry, (0, 0, 0))[:3] for entry in range(max(table) + 1)]
+            return LabelPixels(dataset.read(1), np.array(colors, np.uint8))
     with opened(path) as image:
         values = np.asarray(image)
         palette = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)

@@ -15,7 +15,7 @@ from overfly.core.records import Array, UInt8
 from overfly.core.spec import Choice, Positive, Share, Whole
 
 Counts = NDArray[np.int64]
-"""Labelled pixels of each class in each picture, (pictures, K)."""
+"""Labeled pixels of each class in each picture, (pictures, K)."""
 
 
 class Place(NamedTuple):
@@ -40,7 +40,7 @@ class Sampling(Choice, ABC):
     """How pictures and crops are chosen. The choice is a function of (seed, step, slot) alone."""
 
     needs_counts: ClassVar[bool] = False
-    """Whether it must know the labelled pixels of each class in each picture."""
+    """Whether it must know the labeled pixels of each class in each picture."""
 
     @abstractmethod
     def picture(self, place: Place, counts: Counts | None) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class Sampling(Choice, ABC):
 
         Args:
             place: which place in the stream.
-            counts: labelled pixels of each class, where `needs_counts`.
+            counts: labeled pixels of each class, where `needs_counts`.
         """
 
     def fits(self, label: UInt8, wanted: int) -> bool:  # noqa: ARG002
@@ -68,7 +68,7 @@ class Uniform(Sampling, name="uniform"):
 class Rare(Sampling, name="rare"):
     """Rare-class sampling (Hoyer et al., 2022, DAFormer, section 3.2): first a class, the rarer the more often.
 
-    A class c with share f_c of the labelled pixels is drawn with probability softmax((1 - f) / temperature); then a
+    A class c with share f_c of the labeled pixels is drawn with probability softmax((1 - f) / temperature); then a
     picture that shows it; then crops until one shows it. Every mask is read once at the start, to count its pixels.
     """
 
@@ -99,7 +99,7 @@ class Rare(Sampling, name="rare"):
         """
         pixels = counts.sum(0).astype(float)
         if not pixels.any():
-            raise DataError("rare-class sampling finds no labelled pixel in any mask; check what the masks ignore")
+            raise DataError("rare-class sampling finds no labeled pixel in any mask; check what the masks ignore")
         share = pixels / max(1.0, pixels.sum())
         score = np.where(pixels > 0, (1 - share) / self.temperature, -np.inf)
         weight = np.exp(score - score.max())

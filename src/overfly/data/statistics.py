@@ -112,8 +112,8 @@ def _merged(parts: Iterable[_Sums]) -> _Sums | None:
 
 def _measured(domain: Domain, item: Item) -> _Sums:
     image = domain.read_image(item)
-    blank = reading.nodata_mask(item.image, bands=domain.bands)
-    pixels = image.reshape(-1, image.shape[-1]) if blank is None else image[~blank]
+    nodata_mask = reading.nodata_mask(item.image, bands=domain.bands)
+    pixels = image.reshape(-1, image.shape[-1]) if nodata_mask is None else image[~nodata_mask]
     if not len(pixels):
         nothing = np.zeros(image.shape[-1])
         return _Sums(0, nothing, nothing, nothing, nothing)

@@ -39,7 +39,7 @@ class Boundary:
             label: class ids or ``ignore``, of the same shape.
             classes: number of classes K.
             width: width of the band inside each outline, in pixels of the label.
-            ignore: pixels with this label are left out, and are no neighbour to anybody.
+            ignore: pixels with this label are left out, and are no neighbor to anybody.
         """
         truth = label.reshape(-1, *label.shape[-2:]).long()
         guess = prediction.reshape(-1, *label.shape[-2:]).long()
@@ -98,7 +98,7 @@ def band(ids: Tensor, valid: Tensor, width: int) -> Tensor:
 
 
 def _local_minimum(value: Tensor, dim: int, width: int, outside: int) -> Tensor:
-    """Minimum over ``2 · width + 1`` neighbours along a dimension, the span doubling at each step."""
+    """Minimum over ``2 · width + 1`` neighbors along a dimension, the span doubling at each step."""
     length, span, full = value.shape[dim], 1, 2 * width + 1
     shape = list(value.shape)
     shape[dim] = width

@@ -1,7 +1,7 @@
 """One confusion matrix a split: counts that add up over batches, windows and ranks, and the scores they give.
 
 A class that occurs neither in the labels nor in the predictions has no IoU (NaN) and is left out of means. A class that
-is predicted somewhere but never labelled has IoU 0, and that counts. This is the field's definition: the intersection
+is predicted somewhere but never labeled has IoU 0, and that counts. This is the field's definition: the intersection
 and the union are summed over the whole split before they are divided, and pixels without a label are left out.
 """
 
@@ -69,7 +69,7 @@ class Confusion:
 
         Args:
             add: sums a tensor over ranks, such as ``lambda counts: fabric.all_reduce(counts, reduce_op="sum")``; left
-                out, `torch.distributed` where it is initialised, and itself where it is not.
+                out, `torch.distributed` where it is initialized, and itself where it is not.
         """
         return Confusion((add or over_ranks)(self.counts).to(self.counts.device))
 
@@ -79,7 +79,7 @@ class Confusion:
         return int(self.counts.sum())
 
     @property
-    def labelled(self) -> Tensor:
+    def labeled(self) -> Tensor:
         """Pixels of each class in the labels (K,), int64."""
         return self.counts.sum(1)
 
@@ -90,23 +90,23 @@ class Confusion:
 
     @property
     def hits(self) -> Tensor:
-        """Pixels of each class that are predicted as labelled (K,), int64."""
+        """Pixels of each class that are predicted as labeled (K,), int64."""
         return self.counts.diagonal()
 
     @property
     def iou(self) -> Tensor:
         """Intersection over union of each class (K,)."""
-        return self.hits.double() / (self.labelled + self.predicted - self.hits).double()
+        return self.hits.double() / (self.labeled + self.predicted - self.hits).double()
 
     @property
     def f1(self) -> Tensor:
         """F1 (Dice) of each class (K,): the harmonic mean of precision and recall."""
-        return 2 * self.hits.double() / (self.labelled + self.predicted).double()
+        return 2 * self.hits.double() / (self.labeled + self.predicted).double()
 
     @property
     def recall(self) -> Tensor:
-        """Share of each class's labelled pixels that are found (K,), also called class accuracy; NaN if unlabelled."""
-        return self.hits.double() / self.labelled.double()
+        """Share of each class's labeled pixels that are found (K,), also called class accuracy; NaN if unlabeled."""
+        return self.hits.double() / self.labeled.double()
 
     @property
     def precision(self) -> Tensor:
@@ -130,19 +130,19 @@ class Confusion:
 
     @property
     def accuracy(self) -> float:
-        """Share of pixels that are predicted as labelled; NaN where no pixel was counted."""
+        """Share of pixels that are predicted as labeled; NaN where no pixel was counted."""
         return float(self.hits.sum().double() / self.counts.sum().double())
 
     @property
     def kappa(self) -> float:
         """Agreement beyond chance (Cohen, 1960), -1 to 1; NaN where chance alone would agree everywhere."""
         total = self.counts.sum().double()
-        chance = (self.labelled.double() * self.predicted.double()).sum() / total**2
+        chance = (self.labeled.double() * self.predicted.double()).sum() / total**2
         return float((self.hits.sum().double() / total - chance) / (1 - chance))
 
 
 def over_ranks(counts: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks of `torch.distributed`; where that is not initialised, the tensor itself."""
+    """The sum of a tensor over all ranks of `torch.distributed`; where that is not initialized, the tensor itself."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return counts
     total = counts.clone().cuda() if distributed.get_backend() == "nccl" else counts.clone()

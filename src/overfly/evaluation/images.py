@@ -16,7 +16,7 @@ from overfly.data.statistics import spread
 from overfly.ops.windows import sliding
 
 
-def unlabelled(
+def unlabeled(
     domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
 ) -> Iterator[Tensor]:
     """Pictures of a split, evenly spread and always the same; their labels are taken away before anything is read.
@@ -41,10 +41,10 @@ def unlabelled(
         yield middle(_resized(as_tensor(domain.read_image(item)), resize), crop)
 
 
-def labelled_pairs(
+def labeled_pairs(
     domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `unlabelled`, each with its label (H, W), int64, brought to the picture's size by nearest neighbour.
+    """As `unlabeled`, each with its label (H, W), int64, brought to the picture's size by nearest neighbor.
 
     This opens labels: it is for the source.
 
@@ -119,4 +119,4 @@ def _resized(image: Tensor, side: int | None) -> Tensor:
     return F.interpolate(image[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-__all__ = ["as_tensor", "labelled_pairs", "middle", "predict", "sampled", "unlabelled"]
+__all__ = ["as_tensor", "labeled_pairs", "middle", "predict", "sampled", "unlabeled"]

@@ -1,8 +1,8 @@
-"""Label-free figures of a network on unlabelled pictures: what to choose by where nobody has labels.
+"""Label-free figures of a network on unlabeled pictures: what to choose by where nobody has labels.
 
 Every figure is signed so that higher is better, and none proves anything by itself. How collapse shows, the commonest
 failure of adaptation: a network that says one class everywhere, surely, has the best entropy (0), the best pixel
-agreement under any view (1) and the highest soft neighbourhood density there is; while its information is 0, its BNM
+agreement under any view (1) and the highest soft neighborhood density there is; while its information is 0, its BNM
 falls to 1/√K, its diversity to 0, and its class-balanced consistency to 1/K, since a class that is never predicted
 counts as 0. A network whose classes are exchanged with each other shows in none of these: only the source's labels and
 agreement with the network before adaptation tell.
@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import predict, sampled, unlabelled
+from overfly.evaluation.images import predict, sampled, unlabeled
 from overfly.evaluation.perturbations import View, masked, views
 from overfly.evaluation.ranking import committee
 from overfly.evaluation.score import evaluating
@@ -42,8 +42,8 @@ classes, so that recalibrated statistics look best where they do most harm, even
 between the domains; agreement, whose optimum is the reference itself."""
 PIXELS = 512
 """Random pixels of each picture whose probabilities are kept for BNM."""
-NEIGHBOURS = 3072
-"""Random pixels in all, over the pictures, that soft neighbourhood density compares with each other."""
+NEIGHBORS = 3072
+"""Random pixels in all, over the pictures, that soft neighborhood density compares with each other."""
 
 
 class LabelFree(Spec):
@@ -57,7 +57,7 @@ class LabelFree(Spec):
     bnm: Share
     """Nuclear norm of the probabilities of random pixels (N, K) over its bound √(N·min(N, K)) (Cui et al., 2020)."""
     snd: float | None
-    """Soft neighbourhood density of random pixels' probabilities, as a share of ln(N - 1) (Saito et al., 2021)."""
+    """Soft neighborhood density of random pixels' probabilities, as a share of ln(N - 1) (Saito et al., 2021)."""
     agreement: Share | None
     """Mean IoU between its predictions and those of the reference, such as its teacher, over the classes that either
     of them says; none without a reference."""
@@ -66,7 +66,7 @@ class LabelFree(Spec):
     masked_miou: Share
     """Class-balanced mIoU between the predictions with and without cover."""
     views: Share
-    """Share of pixels predicted as before when turned, scaled, recoloured, blurred and with noise; mean over views."""
+    """Share of pixels predicted as before when turned, scaled, recolored, blurred and with noise; mean over views."""
     views_miou: Share
     """Class-balanced mIoU between plain predictions and those of a view, turned back; mean over views."""
     source_miou: Share | None = None
@@ -122,14 +122,14 @@ def look(
         DataError: there are no pictures, or one cannot be read.
         NotFiniteError: the network gives scores that are not finite.
     """
-    images = unlabelled(domain, split, limit=limit, resize=resize, crop=crop)
-    return look_at(network, images, domain.peak, reference=reference, window=window, device=device, seed=seed)
+    images = unlabeled(domain, split, limit=limit, resize=resize, crop=crop)
+    return look_at(network, images, domain.max_value, reference=reference, window=window, device=device, seed=seed)
 
 
 def look_at(
     network: nn.Module,
     images: Iterable[Tensor],
-    peak: float,
+    max_value: float,
     *,
     reference: nn.Module | None = None,
     window: int | None = None,
@@ -151,7 +151,7 @@ def look_at(
             if reference is not None:
                 tally.compare("reference", prediction, predict(reference, seen, window).argmax(0))
             for view, generator in drawn(chain([masked()], views()), seed, place):
-                scores = predict(network, view.alter(seen, peak, generator), window)
+                scores = predict(network, view.alter(seen, max_value, generator), window)
                 tally.compare(view.name, prediction, view.back(scores, (seen.shape[-2], seen.shape[-1])).argmax(0))
     if tally is None:
         raise ValueError("there is no picture to look at")
@@ -195,7 +195,7 @@ class Tally:
         mean, shares = self.mean / self.pixels, self.predicted / self.pixels
         certainty = self.entropy / self.pixels
         samples = torch.cat(self.samples)
-        few = samples[sampled(1, len(samples), NEIGHBOURS, seed)] if len(samples) > NEIGHBOURS else samples
+        few = samples[sampled(1, len(samples), NEIGHBORS, seed)] if len(samples) > NEIGHBORS else samples
         pairs = dict(self.confusions)
         reference, cover = pairs.pop("reference", None), pairs.pop("masked")
         by_view = {name: balanced_miou(pair) for name, pair in pairs.items()}
@@ -203,7 +203,7 @@ class Tally:
             entropy=-certainty / scale,
             information=(float(entropies(mean)) - certainty) / scale,
             bnm=nuclear_norm(samples),
-            snd=number(neighbourhood_density(few)),
+            snd=number(neighborhood_density(few)),
             agreement=None if reference is None else shared_miou(reference),
             masked=cover.accuracy,
             masked_miou=balanced_miou(cover),
@@ -226,14 +226,14 @@ def nuclear_norm(probability: Tensor) -> float:
     """Sum of the singular values of (N, K) over their largest possible sum √(N·min(N, K)), 0 to 1.
 
     1 when predictions are sure and of all classes alike; 1/√K when sure and all of one; 1/K when nothing is known
-    (Cui et al., CVPR 2020: batch nuclear-norm maximisation).
+    (Cui et al., CVPR 2020: batch nuclear-norm maximization).
     """
     bound = math.sqrt(len(probability) * min(probability.shape))
     return min(1.0, float(torch.linalg.matrix_norm(probability.double(), "nuc")) / bound)
 
 
-def neighbourhood_density(probability: Tensor, temperature: float = 0.05, chunk: int = 1024) -> float:
-    """Soft neighbourhood density of rows (N, F): how many alike each has, 0 to 1 (Saito et al., ICCV 2021).
+def neighborhood_density(probability: Tensor, temperature: float = 0.05, chunk: int = 1024) -> float:
+    """Soft neighborhood density of rows (N, F): how many alike each has, 0 to 1 (Saito et al., ICCV 2021).
 
     The mean entropy of softmax(cosine similarity to all other rows / temperature), over ln(N - 1). Rows may be
     probabilities or features. It is 1 where all rows are equal: density alone cannot tell agreement from collapse.
@@ -294,7 +294,7 @@ __all__ = [
     "entropies",
     "look",
     "look_at",
-    "neighbourhood_density",
+    "neighborhood_density",
     "nuclear_norm",
     "shared_miou",
 ]

@@ -20,7 +20,7 @@ Bands = tuple[int, int, int]
 INK, QUIET, FAINT, PAPER = (30, 30, 30), (95, 95, 95), (150, 150, 150), (255, 255, 255)
 GAP = 12
 HATCH = ((70, 70, 70), (0, 0, 0))
-"""The two greys of the stripes that stand for pixels without a label; no class of any palette here is striped."""
+"""The two grays of the stripes that stand for pixels without a label; no class of any palette here is striped."""
 
 
 class Tile(NamedTuple):
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     picture: UInt8
     striped: UInt8 | None = None
     sharp: bool = False
-    """Whether it shows classes, whose colours are never blended."""
+    """Whether it shows classes, whose colors are never blended."""
 
 
 class Row(NamedTuple):
@@ -83,7 +83,7 @@ def panels(
 
     Args:
         samples: what to draw, such as `overfly.evaluation.samples.Samples`.
-        classes: names and colours.
+        classes: names and colors.
         path: the file to write; its folder is made.
         bands: bands to show as red, green and blue.
         side: longest side of each picture on the sheet, in pixels.
@@ -92,16 +92,16 @@ def panels(
         The path.
     """
     samples = list(samples)
-    labelled = any(sample.label is not None for sample in samples)
+    labeled = any(sample.label is not None for sample in samples)
     rows = []
     for sample in samples:
         right = "" if sample.accuracy is None else f"   {sample.accuracy:.0%} of pixels right"
         tiles: list[Tile | None] = [Tile(displayed(sample.image, bands))]
-        if labelled:
+        if labeled:
             tiles.append(_painted(sample.label, classes))
         tiles.append(_painted(sample.prediction, classes))
         rows.append(Row(sample.name + right, tiles))
-    columns = ["image", "label", "prediction"] if labelled else ["image", "prediction"]
+    columns = ["image", "label", "prediction"] if labeled else ["image", "prediction"]
     return _sheet(rows, columns, classes, path, side)
 
 
@@ -119,7 +119,7 @@ def comparison(
         rows: for each heading of a row, such as the name of a domain, what each run says of the same picture:
             ``{"rural": {"source only": sample, "recalibrated": sample}}``. Image and label are those of the first;
             where nothing has a label there is no column for it.
-        classes: names and colours.
+        classes: names and colors.
         path: the file to write; its folder is made.
         bands: bands to show as red, green and blue.
         side: longest side of each picture on the sheet, in pixels.
@@ -128,15 +128,15 @@ def comparison(
         The path.
     """
     runs = list(dict.fromkeys(run for samples in rows.values() for run in samples))
-    labelled = any(sample.label is not None for samples in rows.values() for sample in samples.values())
+    labeled = any(sample.label is not None for samples in rows.values() for sample in samples.values())
     drawn = []
     for heading, samples in rows.items():
         first = next(iter(samples.values()))
         tiles: list[Tile | None] = [Tile(displayed(first.image, bands))]
-        tiles += [_painted(first.label, classes)] if labelled else []
+        tiles += [_painted(first.label, classes)] if labeled else []
         tiles += [_painted(samples[run].prediction if run in samples else None, classes) for run in runs]
         drawn.append(Row(heading, tiles))
-    return _sheet(drawn, ["image", *(["label"] if labelled else []), *runs], classes, path, side)
+    return _sheet(drawn, ["image", *(["label"] if labeled else []), *runs], classes, path, side)
 
 
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
@@ -264,7 +264,7 @@ def _legend(classes: Classes, width: int, font: ImageFont.FreeTypeFont, striped:
     pen = ImageDraw.Draw(picture)
     for index, (name, (left, top)) in enumerate(zip(names, places, strict=True)):
         if index < len(classes.names):
-            picture.paste(classes.colours[index], (left, top, left + 16, top + 16))
+            picture.paste(classes.colors[index], (left, top, left + 16, top + 16))
         else:
             picture.paste(_stripes((16, 16)), (left, top))
         pen.rectangle((left, top, left + 16, top + 16), outline=FAINT)

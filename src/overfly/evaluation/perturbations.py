@@ -10,9 +10,9 @@ from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from overfly.ops.color import ColourJitter, Gamma, Grey
+from overfly.ops.color import ColorJitter, Gamma, Gray
 from overfly.ops.masking import block_mask, cover
-from overfly.ops.style import match_colours, swap_low_frequencies
+from overfly.ops.style import match_colors, swap_low_frequencies
 
 MASKED = 0.5
 """Share of a picture that `masked` covers."""
@@ -46,8 +46,8 @@ def _sized(scores: Tensor, size: tuple[int, int]) -> Tensor:
 def turned(quarters: int, mirrored: bool) -> View:
     """A quarter turn or more, anticlockwise, after exchanging left and right if ``mirrored``; exact both ways."""
 
-    def alter(image: Tensor, peak: float, generator: Generator) -> Tensor:
-        del peak, generator
+    def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:
+        del max_value, generator
         return (image.flip(-1) if mirrored else image).rot90(quarters, (-2, -1)).contiguous()
 
     def back(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -61,25 +61,25 @@ def turned(quarters: int, mirrored: bool) -> View:
 def scaled(factor: float) -> View:
     """Another ground resolution: things appear ``factor`` times as large."""
 
-    def alter(image: Tensor, peak: float, generator: Generator) -> Tensor:
-        del peak, generator
+    def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:
+        del max_value, generator
         size = [max(8, round(side * factor)) for side in image.shape[-2:]]
         return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
 
     return View(f"scale {factor:g}", alter, _sized)
 
 
-def coloured(name: str, brightness: float, contrast: float, saturation: float, hue: float) -> View:
+def colored(name: str, brightness: float, contrast: float, saturation: float, hue: float) -> View:
     """Brightness, contrast, saturation and hue changed by random amounts, at most those given."""
-    jitter = ColourJitter(p=1.0, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-    return _over_peak(name, jitter.recolour)
+    jitter = ColorJitter(p=1.0, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+    return _over_peak(name, jitter.recolor)
 
 
 def blurred(sigma: float) -> View:
     """A Gaussian blur of so many pixels' standard deviation."""
 
-    def alter(image: Tensor, peak: float, generator: Generator) -> Tensor:
-        del peak, generator
+    def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:
+        del max_value, generator
         radius = min(int(3 * sigma) + 1, min(image.shape[-2:]) - 1)
         if radius < 1:
             return image
@@ -91,10 +91,10 @@ def blurred(sigma: float) -> View:
 def noisy(share: float) -> View:
     """Independent noise of ``share`` of each band's own standard deviation in the picture, whatever the sensor."""
 
-    def alter(image: Tensor, peak: float, generator: Generator) -> Tensor:
+    def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:
         spread = image.flatten(1).std(1)[:, None, None]
         noise = torch.randn(image.shape, generator=generator).to(image.device)
-        return (image + share * spread * noise).clamp(0, peak)
+        return (image + share * spread * noise).clamp(0, max_value)
 
     return View(f"noise {share:g}", alter, _stay)
 
@@ -102,8 +102,8 @@ def noisy(share: float) -> View:
 def hazy(share: float) -> View:
     """A veil as bright as the picture's lightest tenth: ``share`` of what is seen is haze."""
 
-    def alter(image: Tensor, peak: float, generator: Generator) -> Tensor:
-        del peak, generator
+    def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:
+        del max_value, generator
         flat = image.flatten(1)
         veil = flat.kthvalue(max(1, round(0.9 * flat.shape[1])), 1).values[:, None, None]
         return (1 - share) * image + share * veil
@@ -113,33 +113,33 @@ def hazy(share: float) -> View:
 
 def powered(power: float) -> View:
     """Values raised to a power: below 1 brightens."""
-    return _over_peak(f"gamma {power:g}", Gamma(p=1.0, low=power, high=power).recolour)
+    return _over_peak(f"gamma {power:g}", Gamma(p=1.0, low=power, high=power).recolor)
 
 
 def like(style: Tensor, beta: float | None = None) -> View:
-    """The look of another picture: its colours' mean and spread, or with ``beta`` its low frequencies (FDA).
+    """The look of another picture: its colors' mean and spread, or with ``beta`` its low frequencies (FDA).
 
     Args:
         style: (C, H, W), in the sensor's range.
         beta: as `overfly.ops.style.swap_low_frequencies`.
     """
 
-    def alter(image: Tensor, peak: float, generator: Generator) -> Tensor:
+    def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:
         del generator
         other = style[None].to(image.device)
         if beta is None:
-            return match_colours(image[None], other)[0].clamp(0, peak)
+            return match_colors(image[None], other)[0].clamp(0, max_value)
         sized = F.interpolate(other, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        return swap_low_frequencies(image[None], sized, beta)[0].clamp(0, peak)
+        return swap_low_frequencies(image[None], sized, beta)[0].clamp(0, max_value)
 
-    return View("colours of the target" if beta is None else f"spectrum of the target {beta:g}", alter, _stay)
+    return View("colors of the target" if beta is None else f"spectrum of the target {beta:g}", alter, _stay)
 
 
 def masked() -> View:
-    """Half of the picture covered by squares of its mean colour: what lies there must be told from around."""
+    """Half of the picture covered by squares of its mean color: what lies there must be told from around."""
 
-    def alter(image: Tensor, peak: float, generator: Generator) -> Tensor:
-        del peak
+    def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:
+        del max_value
         block = max(4, max(image.shape[-2:]) // BLOCKS)
         return cover(image[None], block_mask(image[None], block, MASKED, generator))[0]
 
@@ -152,10 +152,10 @@ def geometric() -> tuple[View, ...]:
 
 
 def views() -> tuple[View, ...]:
-    """The mild views of a label-free look: turns, ground resolution, colour, sharpness, noise."""
+    """The mild views of a label-free look: turns, ground resolution, color, sharpness, noise."""
     return (
         *geometric(),
-        coloured("colour", 0.2, 0.2, 0.2, 0.03),
+        colored("color", 0.2, 0.2, 0.2, 0.03),
         blurred(0.7),
         noisy(0.1),
     )
@@ -167,9 +167,9 @@ def shifts(styles: Sequence[Tensor]) -> tuple[View, ...]:
     Args:
         styles: a few pictures (C, H, W) whose look the source is given too, as a rule the target's.
     """
-    plain = View("none", lambda image, peak, generator: image, _stay)  # noqa: ARG005
-    grey = _over_peak("grey", Grey(p=1.0).recolour)
-    made = [plain, coloured("colour", 0.2, 0.2, 0.2, 0.05), coloured("strong colour", 0.4, 0.4, 0.5, 0.15), grey]
+    plain = View("none", lambda image, max_value, generator: image, _stay)  # noqa: ARG005
+    gray = _over_peak("gray", Gray(p=1.0).recolor)
+    made = [plain, colored("color", 0.2, 0.2, 0.2, 0.05), colored("strong color", 0.4, 0.4, 0.5, 0.15), gray]
     made += [powered(0.6), powered(1.6), blurred(1.0), blurred(2.0), noisy(0.2), noisy(0.5), hazy(0.3), hazy(0.55)]
     made += [scaled(0.5), scaled(0.7), scaled(1.5), scaled(2.0)]
     for number, style in enumerate(styles):
@@ -178,11 +178,11 @@ def shifts(styles: Sequence[Tensor]) -> tuple[View, ...]:
     return tuple(made)
 
 
-def _over_peak(name: str, recolour: Callable[[Tensor, Generator], Tensor]) -> View:
+def _over_peak(name: str, recolor: Callable[[Tensor, Generator], Tensor]) -> View:
     """A view that changes images (B, C, H, W) in 0 to 1."""
 
-    def alter(image: Tensor, peak: float, generator: Generator) -> Tensor:
-        return recolour(image[None] / peak, generator)[0].clamp(0, 1) * peak
+    def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:
+        return recolor(image[None] / max_value, generator)[0].clamp(0, 1) * max_value
 
     return View(name, alter, _stay)
 

@@ -18,7 +18,7 @@ class Sample:
         image: (H, W, C), in the sensor's own type and range.
         prediction: class ids (H, W).
         label: class ids or 255, (H, W); None where there is none.
-        accuracy: share of labelled pixels predicted as labelled, 0 to 1; None where no pixel has a label.
+        accuracy: share of labeled pixels predicted as labeled, 0 to 1; None where no pixel has a label.
     """
 
     name: str

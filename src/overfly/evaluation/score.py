@@ -1,4 +1,4 @@
-"""The one scorer: a network on the labelled pictures of a split. Nothing else opens a target's labels."""
+"""The one scorer: a network on the labeled pictures of a split. Nothing else opens a target's labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfly.core.errors import DataError, NotFiniteError, RecipeError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.samples import Sample, Samples, Viewer
-from overfly.evaluation.scores import Protocol, Scores, Tally, number, summarise
+from overfly.evaluation.scores import Protocol, Scores, Tally, number, summarize
 from overfly.ops.windows import sliding
 
 
@@ -48,7 +48,7 @@ def score(
     shard: tuple[int, int] = (0, 1),
     add: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
-    """Score a network on the labelled pictures of a split, in constant memory.
+    """Score a network on the labeled pictures of a split, in constant memory.
 
     Args:
         segmenter: images (B, C, H, W), float, in the sensor's range, to `Logits` at the image's size. It is moved to
@@ -75,8 +75,8 @@ def score(
     """
     protocol = Protocol(resize=resize, window=window, overlap=overlap if window else 0.0, boundary_width=boundary_width)
     items = domain.items(split)
-    labelled = _labelled(items, segmenter, domain, split)
-    todo = list(enumerate(labelled))[shard[0] :: shard[1]]
+    labeled = _labeled(items, segmenter, domain, split)
+    todo = list(enumerate(labeled))[shard[0] :: shard[1]]
     tally = Tally.empty(len(domain.classes), protocol)
     with evaluating(segmenter.to(device)), torch.inference_mode():
         for group in _groups(read_ahead(domain, todo, workers), 1 if window else batch):
@@ -85,12 +85,12 @@ def score(
                 prediction, one = _counted(scores, picture, domain, protocol)
                 tally = tally + one
                 if samples is not None:
-                    samples.show(_sample(picture, prediction, one), picture.place, len(labelled))
+                    samples.show(_sample(picture, prediction, one), picture.place, len(labeled))
                 if on_image is not None:
                     on_image(tally.images, len(todo))
     if shard[1] > 1:
         tally = tally.reduce(add)
-    return summarise(tally, domain, split, protocol, unlabelled=len(items) - len(labelled))
+    return summarize(tally, domain, split, protocol, unlabeled=len(items) - len(labeled))
 
 
 @contextlib.contextmanager
@@ -135,7 +135,7 @@ def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 
 
 
 def _groups(pictures: Iterator[Picture], batch: int) -> Iterator[list[Picture]]:
-    """Neighbouring pictures of equal size, at most ``batch`` together."""
+    """Neighboring pictures of equal size, at most ``batch`` together."""
     group: list[Picture] = []
     for picture in pictures:
         if group and (len(group) == batch or picture.image.shape != group[0].image.shape):
@@ -195,7 +195,7 @@ def _sample(picture: Picture, prediction: Tensor, tally: Tally) -> Sample:
     return Sample(picture.item.name, picture.image, ids, picture.label, number(tally.confusion.accuracy))
 
 
-def _labelled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split: Split) -> list[Item]:
+def _labeled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split: Split) -> list[Item]:
     """The items that can be scored, if any can."""
     own = getattr(segmenter, "classes", None)
     if isinstance(own, Classes) and own.names != domain.classes.names:
@@ -203,10 +203,10 @@ def _labelled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split
             f"the network tells apart {', '.join(own.names)}, but domain {domain.name} has "
             f"{', '.join(domain.classes.names)}; score it on a domain with its classes, or map the labels onto them"
         )
-    labelled = [item for item in items if item.label is not None]
-    if not labelled:
+    labeled = [item for item in items if item.label is not None]
+    if not labeled:
         raise DataError(f"split {split} of domain {domain.name} has no labels to score against; choose another split")
-    return labelled
+    return labeled
 
 
 __all__ = ["Protocol", "Sample", "Samples", "Scores", "evaluating", "read_ahead", "score"]

@@ -36,17 +36,17 @@ class ClassScore(Spec):
     """What one class scores, 0 to 1; none where nothing defines it."""
 
     iou: Share | None
-    """Intersection over union; none for a class that is neither labelled nor predicted, which means leave out."""
+    """Intersection over union; none for a class that is neither labeled nor predicted, which means leave out."""
     f1: Share | None
     """Harmonic mean of precision and accuracy, also called Dice."""
     precision: Share | None
     """Share of the pixels predicted as this class that are it."""
     accuracy: Share | None
-    """Share of this class's labelled pixels that are found, also called recall."""
+    """Share of this class's labeled pixels that are found, also called recall."""
     boundary_iou: Share | None
     """Boundary IoU (Cheng et al., 2021) at the protocol's width."""
     pixels: Whole
-    """Labelled pixels of this class."""
+    """Labeled pixels of this class."""
 
 
 class Reliability(Spec):
@@ -72,21 +72,21 @@ class Scores(Spec):
     split: Split
     """The split that was scored."""
     images: Whole
-    """Labelled pictures that were scored."""
+    """Labeled pictures that were scored."""
     labels_opened: Whole
     """Labels that were read for it."""
-    unlabelled: Whole
+    unlabeled: Whole
     """Pictures of the split without a label, left out."""
     protocol: Protocol
     """How it was scored."""
     miou: Share | None
-    """Mean IoU over the classes that are labelled or predicted somewhere in the split, from one confusion matrix."""
+    """Mean IoU over the classes that are labeled or predicted somewhere in the split, from one confusion matrix."""
     accuracy: Share | None
-    """Share of labelled pixels that are right."""
+    """Share of labeled pixels that are right."""
     class_accuracy: Share | None
-    """Mean over the labelled classes of the share of their pixels that are found."""
+    """Mean over the labeled classes of the share of their pixels that are found."""
     f1: Share | None
-    """Mean F1 over the classes that are labelled or predicted."""
+    """Mean F1 over the classes that are labeled or predicted."""
     kappa: float | None
     """Agreement beyond chance (Cohen, 1960)."""
     boundary_miou: Share | None
@@ -146,10 +146,10 @@ class Tally:
         )
 
 
-def summarise(tally: Tally, domain: Domain, split: Split, protocol: Protocol, unlabelled: int) -> Scores:
+def summarize(tally: Tally, domain: Domain, split: Split, protocol: Protocol, unlabeled: int) -> Scores:
     """The scores that a split's counts make."""
     counts, edges, trust = tally.confusion, tally.boundary, tally.calibration
-    columns = (counts.iou, counts.f1, counts.precision, counts.recall, edges.iou, counts.labelled)
+    columns = (counts.iou, counts.f1, counts.precision, counts.recall, edges.iou, counts.labeled)
     classes = {
         name: ClassScore(
             iou=number(iou), f1=number(f1), precision=number(precision), accuracy=number(recall),
@@ -162,7 +162,7 @@ def summarise(tally: Tally, domain: Domain, split: Split, protocol: Protocol, un
         split=split,
         images=tally.images,
         labels_opened=tally.images,
-        unlabelled=unlabelled,
+        unlabeled=unlabeled,
         protocol=protocol,
         miou=number(counts.miou),
         accuracy=number(counts.accuracy),
@@ -188,4 +188,4 @@ def number(value: float | Tensor) -> float | None:
     return plain if math.isfinite(plain) else None
 
 
-__all__ = ["ClassScore", "Protocol", "Reliability", "Scores", "Tally", "number", "summarise"]
+__all__ = ["ClassScore", "Protocol", "Reliability", "Scores", "Tally", "number", "summarize"]

@@ -28,7 +28,7 @@ from overfly.models.network import Network
 
 Precision = Literal["32", "bf16", "16"]
 METHOD = (
-    "wall clock around each forward pass of images that lie on the device, the device synchronised before and after, "
+    "wall clock around each forward pass of images that lie on the device, the device synchronized before and after, "
     "after warm-up; transfers and decoding are not in it"
 )
 DTYPES: dict[Precision, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -179,10 +179,10 @@ def _time(network: nn.Module, images: Tensor, warmup: int, repeats: int) -> Timi
     seconds = []
     try:
         for index in range(warmup + repeats):
-            _synchronise(device)
+            _synchronize(device)
             start = time.perf_counter()
             network(images)
-            _synchronise(device)
+            _synchronize(device)
             if index >= warmup:
                 seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
@@ -220,7 +220,7 @@ def _gpu_settings(device: torch.device) -> dict[str, bool]:
     return {"tf32": torch.backends.cudnn.allow_tf32, "cudnn_benchmark": torch.backends.cudnn.benchmark}
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

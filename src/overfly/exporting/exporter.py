@@ -23,7 +23,7 @@ from overfly.exporting.metadata import Made, entries
 from overfly.exporting.onnx_metadata import deepness
 from overfly.exporting.parity import Parity, ParityError, Truth, compare, miou
 from overfly.exporting.predictor import Facts, Floats, Predictor, of_segmenter
-from overfly.exporting.quantize import Ranges, quantise_onnx, quantise_openvino
+from overfly.exporting.quantize import Ranges, quantize_onnx, quantize_openvino
 from overfly.exporting.resizing import resized
 from overfly.exporting.runtimes import of_onnx, of_openvino, of_program
 from overfly.exporting.shelf import writing
@@ -71,7 +71,7 @@ class Exported(Spec):
     images: str
     """Where the images that it was measured on are from."""
     calibration_images: Whole
-    """Unlabelled images that 8-bit ranges were measured on; 0 without 8-bit maps."""
+    """Unlabeled images that 8-bit ranges were measured on; 0 without 8-bit maps."""
     parity: tuple[Parity, ...]
     """Agreement with PyTorch, by runtime."""
     latency: dict[str, Latency]
@@ -138,21 +138,21 @@ def _write(segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence, p
         if made.format == "onnx" and made.precision != "int8":
             return plain.replace(path)
         if made.precision == "int8":
-            return _quantise(plain, path, _reference(segmenter, facts, made), evidence, made, **metadata)
+            return _quantize(plain, path, _reference(segmenter, facts, made), evidence, made, **metadata)
         return write_openvino(plain, path, metadata, half=made.precision == "16")
     finally:
         plain.unlink(missing_ok=True)
 
 
-def _quantise(plain: Path, path: Path, reference: Predictor, evidence: Evidence, made: Made, **text: str) -> Path:
+def _quantize(plain: Path, path: Path, reference: Predictor, evidence: Evidence, made: Made, **text: str) -> Path:
     """Write 8-bit integers with ranges taken in each way, and keep the file that agrees best on the same images."""
-    quantise = quantise_onnx if made.format == "onnx" else quantise_openvino
+    quantize = quantize_onnx if made.format == "onnx" else quantize_openvino
     shown = evidence.calibration[:: max(1, len(evidence.calibration) // CHOSEN_ON)][:CHOSEN_ON]
     wanted = [reference(image).argmax(1) for image in shown]
     found: dict[Ranges, float] = {}
     ways: tuple[Ranges, ...] = ("extremes", "means")
     for ranges in ways:
-        file = quantise(plain, path.parent / ranges / path.name, evidence.calibration, text, ranges)
+        file = quantize(plain, path.parent / ranges / path.name, evidence.calibration, text, ranges)
         predictor = runtimes_of(file, made)[0]
         same = [(predictor(image).argmax(1) == right).mean() for image, right in zip(shown, wanted, strict=True)]
         found[ranges] = float(sum(same))
@@ -184,7 +184,9 @@ def _measure(file: Path, segmenter: Segmenter, facts: Facts, made: Made, evidenc
         for predictor in predictors
     ]  # fmt: skip
     side = facts.window
-    image = (facts.peak * torch.rand(1, facts.bands, side, side, generator=torch.Generator().manual_seed(0))).numpy()
+    image = (
+        facts.max_value * torch.rand(1, facts.bands, side, side, generator=torch.Generator().manual_seed(0))
+    ).numpy()
     runs: dict[str, Callable[[], Any]] = {"torch eager": partial(reference, image)}
     runs |= {predictor.backend: partial(predictor, image) for predictor in predictors}
     agrees = not parity[0].beyond

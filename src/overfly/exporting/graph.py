@@ -1,6 +1,6 @@
 """The graph that leaves the house: image in, answer out, and nothing in between that nobody needs.
 
-What training alone reads is gone, and batch normalisation and the division by the standard deviation are folded into
+What training alone reads is gone, and batch normalization and the division by the standard deviation are folded into
 the convolutions.
 """
 
@@ -28,7 +28,7 @@ class Deployed(nn.Module):
     Args:
         segmenter: the trained network; it is left alone.
         answer: what the graph gives.
-        dtype: what the network computes in; normalisation and answer stay in float32.
+        dtype: what the network computes in; normalization and answer stay in float32.
         resize: side of the square that images are resized to before the network; its scores are brought back to the
             image's own size.
         fixed: images have one size, whose sides are multiples of the network's stride or not; else any size goes.
@@ -135,9 +135,9 @@ class Head(nn.Module):
 
 
 def fold_batch_norm(network: Network, bands: int) -> Network:
-    """A copy whose batch normalisations that follow a convolution are folded into it; its answer is the same.
+    """A copy whose batch normalizations that follow a convolution are folded into it; its answer is the same.
 
-    Which follows which is seen on a small image: a normalisation is folded where its input is the very tensor that a
+    Which follows which is seen on a small image: a normalization is folded where its input is the very tensor that a
     convolution gave. Where that changes the answer (a convolution that somebody else reads too), nothing is folded.
 
     Args:
@@ -181,9 +181,9 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
 
 @torch.no_grad()
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Make a convolution give what the normalisation behind it gives."""
+    """Make a convolution give what the normalization behind it gives."""
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("a batch normalisation without running statistics cannot be folded")
+        raise ValueError("a batch normalization without running statistics cannot be folded")
     scale = (norm.weight if norm.affine else torch.ones_like(norm.running_mean)).double()
     scale = scale / (norm.running_var.double() + norm.eps).sqrt()
     shift = (norm.bias if norm.affine else torch.zeros_like(norm.running_mean)).double()

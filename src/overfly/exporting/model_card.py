@@ -14,7 +14,7 @@ class Place:
 
     Attributes:
         title: what tables call it.
-        about: lines of its data sheet: format, bands, licence, citation.
+        about: lines of its data sheet: format, bands, license, citation.
         role: what the network had of it.
     """
 
@@ -62,8 +62,8 @@ def card(found: Exported, story: Story) -> str:
         f"{_bits(made.precision)}, written by overfly {made.version}. SHA-256 `{found.sha256}`.",
         "",
         "## Use",
-        f"- **In**: images (B, {facts.bands}, H, W), float32, in the sensor's own range (0 to {facts.peak:g}), "
-        f"{size}{inner}; the graph normalises them itself.",
+        f"- **In**: images (B, {facts.bands}, H, W), float32, in the sensor's own range (0 to {facts.max_value:g}), "
+        f"{size}{inner}; the graph normalizes them itself.",
         f"- **Out**: {gives}.",
         f"- **Classes**: {', '.join(f'{number} {name}' for number, name in enumerate(facts.classes.names))}.",
         f"- **Ground resolution** of the training images: {ground}. At another resolution objects have other sizes in "

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
-from overfly.core.spec import Count, Metres, Pixels, Positive, Spec
+from overfly.core.spec import Count, Meters, Pixels, Positive, Spec
 from overfly.models.segmenter import Segmenter
 
 Backend = Literal["auto", "torch", "onnxruntime", "openvino"]
@@ -25,10 +25,10 @@ class Facts(Spec):
     architecture: str
     """The network's name in the registry."""
     classes: Classes
-    """Names and colours of the K classes."""
+    """Names and colors of the K classes."""
     bands: Count = 3
     """Bands C of the image, in the order of the training images."""
-    peak: Positive = 255.0
+    max_value: Positive = 255.0
     """Value of the brightest pixel that the sensor can give."""
     mean: tuple[float, ...]
     """Mean of each band in the sensor's own range; the network subtracts it itself."""
@@ -38,8 +38,8 @@ class Facts(Spec):
     """Side of the windows that large pictures are cut into, in pixels."""
     fixed: bool = False
     """Whether images must have just this side; else any size goes."""
-    ground: Metres | None = None
-    """Length on the ground of a pixel that the network was trained on, in metres; None where nobody has given it."""
+    ground: Meters | None = None
+    """Length on the ground of a pixel that the network was trained on, in meters; None where nobody has given it."""
     title: str = ""
     """The run that it came from."""
 
@@ -85,14 +85,14 @@ def facts_of(segmenter: Segmenter, *, window: int = 512, ground: float | None = 
     Args:
         segmenter: the network.
         window: side of the windows that large pictures are cut into, in pixels.
-        ground: length of a pixel of its training images on the ground, in metres.
+        ground: length of a pixel of its training images on the ground, in meters.
         title: the run that it came from.
     """
     return Facts(
         architecture=segmenter.architecture,
         classes=segmenter.classes,
         bands=segmenter.bands,
-        peak=segmenter.peak,
+        max_value=segmenter.max_value,
         mean=tuple(segmenter.mean.flatten().tolist()),
         std=tuple(segmenter.std.flatten().tolist()),
         window=window,

@@ -1,4 +1,4 @@
-"""8-bit integers: the range of every map is measured on unlabelled images of the target, by the runtime's own tool."""
+"""8-bit integers: the range of every map is measured on unlabeled images of the target, by the runtime's own tool."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ HEAD = "/head/"
 """Scope of the nodes from the class scores to the answer, which stay in float32."""
 
 
-def quantise_onnx(
+def quantize_onnx(
     source: Path, path: Path, images: Sequence[Floats], metadata: Mapping[str, str], ranges: Ranges = "means"
 ) -> Path:
-    """Static quantisation for ONNX Runtime: weights by channel, maps by tensor, as pairs of (de)quantise nodes.
+    """Static quantization for ONNX Runtime: weights by channel, maps by tensor, as pairs of (de)quantize nodes.
 
     Args:
         source: the ONNX file in float32.
@@ -93,10 +93,10 @@ class _Images:
         return None if image is None else {"image": image}
 
 
-def quantise_openvino(
+def quantize_openvino(
     source: Path, path: Path, images: Sequence[Floats], metadata: Mapping[str, str], ranges: Ranges = "extremes"
 ) -> Path:
-    """Quantisation by NNCF for OpenVINO: what the processor computes in integers, biases corrected for it.
+    """Quantization by NNCF for OpenVINO: what the processor computes in integers, biases corrected for it.
 
     Args:
         source: the ONNX file in float32.
@@ -123,7 +123,7 @@ def quantise_openvino(
         model = core.read_model(source)
         smooth(model)
         with _quiet(), signal_stack_kept():
-            quantised = nncf.quantize(
+            quantized = nncf.quantize(
                 model,
                 nncf.Dataset(list(images)),
                 preset=nncf.QuantizationPreset.MIXED,
@@ -135,7 +135,7 @@ def quantise_openvino(
                     names=grouped(source), patterns=[f"{HEAD}.*"], types=["AvgPool"], validate=False
                 ),
             )
-    save_openvino(quantised, path, metadata)
+    save_openvino(quantized, path, metadata)
     return path
 
 
@@ -151,4 +151,4 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-__all__ = ["Ranges", "quantise_onnx", "quantise_openvino"]
+__all__ = ["Ranges", "quantize_onnx", "quantize_openvino"]

@@ -20,7 +20,7 @@ def signal_stack_kept() -> Iterator[None]:
     """Put back, at the end, the alternative stack on which this thread handles signals.
 
     OpenVINO's plug-in for processors makes one of its own and restores the one before it when it is closed. Two that
-    are closed in the order of their opening, as within one quantisation, leave a stack that is mapped no more: the
+    are closed in the order of their opening, as within one quantization, leave a stack that is mapped no more: the
     next signal, Ctrl-C say, ends the process by a segmentation fault. Elsewhere than on Linux nothing is done.
     """
     if sys.platform != "linux":

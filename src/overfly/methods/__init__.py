@@ -1,4 +1,4 @@
-"""One paper a file. Each method is a value that says which networks it needs and what to minimise."""
+"""One paper a file. Each method is a value that says which networks it needs and what to minimize."""
 
 from overfly.methods import (
     adaptsegnet,
@@ -19,8 +19,8 @@ from overfly.methods import (
     tent,
     transnorm,
 )
-from overfly.methods import color_transfer as colour_transfer
-from overfly.methods import distillation as distil
+from overfly.methods import color_transfer as color_transfer
+from overfly.methods import distillation as distill
 from overfly.methods import multiscale_self_training as overfly
 
 __all__ = [
@@ -28,10 +28,10 @@ __all__ = [
     "advent",
     "cbst",
     "clan",
-    "colour_transfer",
+    "color_transfer",
     "dacs",
     "daformer",
-    "distil",
+    "distill",
     "dsbn",
     "fada",
     "fda",

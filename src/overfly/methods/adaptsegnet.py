@@ -15,7 +15,7 @@ class AdaptSegNet(Adversarial[WithCritic], name="adaptsegnet"):
     """Make predictions on the target look to a critic like those on the source (Tsai et al., 2018).
 
     The arrangement of classes in a picture differs less between domains than its look, so the game is played on class
-    probabilities. Source and target pass the student in one batch: its batch normalisation has the statistics of both.
+    probabilities. Source and target pass the student in one batch: its batch normalization has the statistics of both.
     """
 
     levels: Levels = "single"

@@ -18,7 +18,7 @@ class Advent(AdaptSegNet, name="advent"):
 
     A network is sure on the source and unsure on the target. The critic sees ``-p log p`` of each class, so the student
     fools it by being sure where it would be on the source. Source and target pass the student in one batch: its batch
-    normalisation has the statistics of both.
+    normalization has the statistics of both.
     """
 
     def judged(self, scores: Tensor) -> Tensor:
@@ -27,14 +27,14 @@ class Advent(AdaptSegNet, name="advent"):
 
 
 class MinEnt(Method[Networks], name="minent"):
-    """Minimise the entropy of the predictions on the target (Vu et al., 2019).
+    """Minimize the entropy of the predictions on the target (Vu et al., 2019).
 
     The direct way to certainty, pixel by pixel and without a critic. Source and target pass the student in one batch:
-    its batch normalisation has the statistics of both.
+    its batch normalization has the statistics of both.
     """
 
     levels: Levels = "single"
-    """Whose entropy is minimised: that of the main scores, or (``multi``) that of the auxiliary head's too."""
+    """Whose entropy is minimized: that of the main scores, or (``multi``) that of the auxiliary head's too."""
     weight: NonNegative = 0.001
     """Weight of the entropy of the main scores, which lies between 0 and 1."""
     aux_weight: NonNegative = 0.0002

@@ -31,7 +31,7 @@ C = TypeVar("C", bound=WithCritic)
 
 
 class Adversarial(Method[C], Generic[C]):
-    """A method whose student fools a critic; the critic has an optimiser of its own."""
+    """A method whose student fools a critic; the critic has an optimizer of its own."""
 
     critic: Optim = Adam(lr=1e-4, betas=(0.9, 0.99))
     """How the critic's weights follow gradients; its rate falls with the recipe's schedule."""

@@ -56,7 +56,7 @@ class CBST(Method[ThresholdNetworks], name="cbst"):
 
     def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:
         """The criterion on the source, and on the target's surest pseudo-labels."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
+        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.nodata_mask)
         found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.thresholds))
         nets.thresholds.copy_(moved(nets.thresholds, found, self.keep))
         kept = keep_above(pseudo, nets.thresholds)

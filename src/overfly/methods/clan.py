@@ -32,7 +32,7 @@ class CLAN(Adversarial[TwinsWithCritic], name="clan"):
 
     Two class layers read the same map and are kept apart by a loss on the angle between their weights. The critic sees
     the softmax of their summed scores; each target pixel counts by the disagreement of the two there, in the student's
-    term as in the critic's. Source and target pass the student in one batch: its batch normalisation has the statistics
+    term as in the critic's. Source and target pass the student in one batch: its batch normalization has the statistics
     of both. What is shipped is the student with the first class layer; the paper adds up both. As in the published
     code pixels weigh alike at first (`preheat`), while the second layer is new and disagrees everywhere; the damping of
     the weights over its steps is left out.
@@ -86,6 +86,6 @@ def disagreement(views: Views) -> Tensor:
 
 
 def alignment(first: nn.Module, second: nn.Module) -> Tensor:
-    """Cosine between the kernels of two layers of one form, -1 to 1 (equation 3); biases and normalisation left out."""
+    """Cosine between the kernels of two layers of one form, -1 to 1 (equation 3); biases and normalization left out."""
     one, other = (torch.cat([p.flatten() for p in layer.parameters() if p.ndim > 1]) for layer in (first, second))
     return F.cosine_similarity(one, other, dim=0)

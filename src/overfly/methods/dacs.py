@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from overfly.core.records import IGNORE, Batch, Labelled, Logits, Losses
+from overfly.core.records import IGNORE, Batch, Labeled, Logits, Losses
 from overfly.core.spec import NonNegative, Share, Whole
 from overfly.methods.method import Method, TeacherStudent, named
-from overfly.ops.color import ColourJitter, GaussianBlur, Strong, recoloured
+from overfly.ops.color import ColorJitter, GaussianBlur, Strong, recolored
 from overfly.ops.mixing import class_mask, paste
 from overfly.ops.normalization import together
 from overfly.ops.pseudo_labels import Pseudo, follow, local_quality, pseudo_label, share_above
@@ -38,7 +38,7 @@ class Mix(NamedTuple):
     """Mixed images, and what is known of them.
 
     Attributes:
-        image: (B, C, H, W), source where ``cut`` is true, else target, strongly recoloured.
+        image: (B, C, H, W), source where ``cut`` is true, else target, strongly recolored.
         label: source labels and the teacher's (B, H, W).
         weight: 1 on source pixels, the quality of the pseudo-labels elsewhere (B, H, W).
         cut: True on source pixels (B, H, W).
@@ -57,8 +57,8 @@ class Mix(NamedTuple):
 class DACS(Method[MixNetworks], name="dacs"):
     """Paste half of the source's classes onto target images, learn from both (Tranheden et al., 2021).
 
-    Source and mixed images go through the student in one pass, so that batch normalisation sees one batch. Boundaries
-    are learnt from source pixels alone. The teacher, with averaged statistics too, is what is deployed.
+    Source and mixed images go through the student in one pass, so that batch normalization sees one batch. Boundaries
+    are learned from source pixels alone. The teacher, with averaged statistics too, is what is deployed.
     """
 
     ema: Share = 0.99
@@ -67,8 +67,8 @@ class DACS(Method[MixNetworks], name="dacs"):
     """Probability above which a pseudo-label counts as sure; an image weighs its share of sure pixels."""
     share: Share = 0.5
     """Share of each source image's classes that are pasted, rounded up."""
-    strong: Strong = (ColourJitter(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
-    """What is done to the colours of mixed images."""
+    strong: Strong = (ColorJitter(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
+    """What is done to the colors of mixed images."""
     weight: NonNegative = 1.0
     """Weight of the mixed images' terms."""
     warmup: Whole = 0
@@ -92,11 +92,11 @@ class DACS(Method[MixNetworks], name="dacs"):
 
     def mix(self, nets: MixNetworks, batch: Batch) -> Mix:
         """Let the teacher label the target, and paste half of the source's classes onto it."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
+        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.nodata_mask)
         quality = self.quality(pseudo)
         cut = class_mask(batch.source.label, self.share)
-        mixed = paste(cut, batch.source, Labelled(batch.target, pseudo.label))
-        image = recoloured(mixed.image, self.strong, nets.segmenter.peak)
+        mixed = paste(cut, batch.source, Labeled(batch.target, pseudo.label))
+        image = recolored(mixed.image, self.strong, nets.segmenter.max_value)
         weight = torch.where(cut, torch.ones_like(quality), quality)
         return Mix(image, mixed.label, weight, cut, pseudo.label, quality)
 

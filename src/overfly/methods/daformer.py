@@ -34,7 +34,7 @@ class DAFormer(DACS, name="daformer"):
 
     Of the paper's other ingredients, rare-class sampling is a recipe's ``sampling: rare`` and the warm-up of the
     learning rate its ``schedule.warmup``. The distance only means something where training begins from weights.
-    It is taken at the map that the network gives its class layer, the anchor normalised by its running statistics and
+    It is taken at the map that the network gives its class layer, the anchor normalized by its running statistics and
     the student by the batch's, so that it is not 0 at the first step.
     """
 

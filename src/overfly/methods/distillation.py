@@ -31,10 +31,10 @@ class TaughtNetworks(Networks):
         return self
 
 
-class Distil(Method[TaughtNetworks], name="distil"):
+class Distill(Method[TaughtNetworks], name="distill"):
     """A trained network of any architecture gives soft labels to target images; the student learns them (Hinton, 2015).
 
-    Where the recipe has a source, its labels are learnt too, source and target in one pass.
+    Where the recipe has a source, its labels are learned too, source and target in one pass.
     """
 
     needs_source: ClassVar[bool] = False
@@ -66,10 +66,10 @@ class Distil(Method[TaughtNetworks], name="distil"):
             )
         nets = TaughtNetworks(student, Segmenter.load(path, training_heads=False))
         own, given = nets.segmenter, nets.teacher
-        if (own.classes.names, own.bands, own.peak) != (given.classes.names, given.bands, given.peak):
+        if (own.classes.names, own.bands, own.max_value) != (given.classes.names, given.bands, given.max_value):
             raise RecipeError(
-                f"method.teacher: {self.teacher} knows {given.bands} bands up to {given.peak:g} and the classes "
-                f"{', '.join(given.classes.names)}, the student {own.bands} up to {own.peak:g} and "
+                f"method.teacher: {self.teacher} knows {given.bands} bands up to {given.max_value:g} and the classes "
+                f"{', '.join(given.classes.names)}, the student {own.bands} up to {own.max_value:g} and "
                 f"{', '.join(own.classes.names)}; give a teacher of the same classes, bands and range of values"
             )
         return nets

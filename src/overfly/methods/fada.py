@@ -20,7 +20,7 @@ class FADA(Adversarial[WithCritic], name="fada"):
 
     The critic reads the encoder's features and has two channels a class, "of the source" and "of the target". Its truth
     is the network's own softened prediction, put into the half of the image's domain; the student's features fool it
-    into the same classes of the source. Source and target pass the student in one batch: its batch normalisation has
+    into the same classes of the source. Source and target pass the student in one batch: its batch normalization has
     the statistics of both. The paper's closing self-distillation is a self-training of its own and not part of this.
     """
 

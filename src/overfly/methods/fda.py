@@ -24,7 +24,7 @@ class FDA(Method[Networks], name="fda"):
 
     beta: Annotated[float, Field(ge=0, le=0.5)] = 0.01
     """Half the side of the swapped square of the spectrum, as a share of the image's side; the paper takes 0.01 to
-    0.09. Below one cycle per image (0.01 of 64 pixels) the mean colour alone is swapped."""
+    0.09. Below one cycle per image (0.01 of 64 pixels) the mean color alone is swapped."""
     entropy: NonNegative = 0.005
     """Weight of the robust entropy of the target's predictions; at 0 the student never sees target images as such."""
     power: NonNegative = 2.0
@@ -37,7 +37,7 @@ class FDA(Method[Networks], name="fda"):
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         """The criterion on restyled source images, and the entropy on the target."""
         image, label = batch.source
-        restyled = swap_low_frequencies(image, batch.target, self.beta).clamp(0, nets.segmenter.peak)
+        restyled = swap_low_frequencies(image, batch.target, self.beta).clamp(0, nets.segmenter.max_value)
         if not self.entropy:
             return self.supervised(nets.student(restyled), label)
         source, target = together(nets.student, restyled, batch.target)

@@ -46,8 +46,8 @@ class IAST(Method[ThresholdNetworks], name="iast"):
         return ThresholdNetworks(student, self.begin)
 
     def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:
-        """The criterion on the source and on kept pseudo-labels, and both regularisers."""
-        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.blank)
+        """The criterion on the source and on kept pseudo-labels, and both regularizers."""
+        pseudo = pseudo_label(nets.teacher(batch.target).main, batch.nodata_mask)
         thresholds = instance_thresholds(pseudo, nets.thresholds, self.share, self.hardness, self.keep)
         nets.thresholds.copy_(thresholds[-1])
         kept = keep_above(pseudo, thresholds)

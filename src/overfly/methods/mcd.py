@@ -38,7 +38,7 @@ class MCD(Method[TakingTurns], name="mcd"):
     longer the paper's update, since no phase sees what the one before has changed. Discrepancy is measured at the class
     layers' own size.
 
-    Source and target pass the student in one batch: its batch normalisation has the statistics of both. What is shipped
+    Source and target pass the student in one batch: its batch normalization has the statistics of both. What is shipped
     is the student with the first class layer.
     """
 

@@ -1,4 +1,4 @@
-"""What a method must say: the networks it needs, and what to minimise."""
+"""What a method must say: the networks it needs, and what to minimize."""
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ N = TypeVar("N", bound=Networks)
 
 
 class Method(Choice, ABC, Generic[N]):
-    """A way to train or adapt: a value (its settings) that says which networks it needs and what to minimise.
+    """A way to train or adapt: a value (its settings) that says which networks it needs and what to minimize.
 
     A method returns named losses. It never calls ``backward``, never logs, and never knows a dataset.
     """
 
     needs_source: ClassVar[bool] = True
-    """Whether a step reads labelled images of the source."""
+    """Whether a step reads labeled images of the source."""
     needs_target: ClassVar[bool] = True
-    """Whether a step reads unlabelled images of the target."""
+    """Whether a step reads unlabeled images of the target."""
     takes_source: ClassVar[bool] = False
-    """Whether a step also reads labelled images of the source where the recipe has one."""
+    """Whether a step also reads labeled images of the source where the recipe has one."""
     needs_start: ClassVar[bool] = False
     """Whether it only changes a network that is trained already."""
 
     trains: ClassVar[bool] = True
-    """Whether anything is minimised."""
+    """Whether anything is minimized."""
 
     criterion: Criterion = CrossEntropy()
-    """The supervised loss on labelled images."""
+    """The supervised loss on labeled images."""
 
     @property
     def leaves_weights_out(self) -> bool:
@@ -78,16 +78,16 @@ class Method(Choice, ABC, Generic[N]):
 
     @abstractmethod
     def losses(self, nets: N, batch: Batch) -> Losses:
-        """One step of the paper's algorithm: named terms whose sum is minimised.
+        """One step of the paper's algorithm: named terms whose sum is minimized.
 
         Random choices come from torch's global generator, which the loop seeds by (seed, step, rank).
         """
 
     def after_step(self, nets: N, step: int) -> None:
-        """What follows the optimiser, such as the teacher's update. ``step`` counts from 0."""
+        """What follows the optimizer, such as the teacher's update. ``step`` counts from 0."""
 
     def optimizers(self, nets: N, optim: Optim) -> list[Optimizer]:
-        """The optimisers of a step; by default one, of the student. None: nothing is minimised."""
+        """The optimizers of a step; by default one, of the student. None: nothing is minimized."""
         return [optim.optimizer(nets.student, getattr(nets.student, "heads", ()))]
 
     def deployed(self, nets: N) -> nn.Module:
@@ -108,7 +108,7 @@ class Method(Choice, ABC, Generic[N]):
         return self.criterion.terms(logits, label, weight, where=where)
 
     def imitated(self, logits: Logits, label: Tensor, weight: Tensor | None = None) -> Losses:
-        """The criterion's terms for pseudo-labels: no boundary of a pseudo-label is ever learnt."""
+        """The criterion's terms for pseudo-labels: no boundary of a pseudo-label is ever learned."""
         return self.criterion.model_copy(update={"boundary": 0.0}).terms(logits, label, weight)
 
 

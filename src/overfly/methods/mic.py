@@ -6,7 +6,7 @@ from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative, Pixels, Share
 from overfly.methods.dacs import DACS, MixNetworks
 from overfly.methods.method import named
-from overfly.ops.color import recoloured
+from overfly.ops.color import recolored
 from overfly.ops.masking import block_mask, cover
 from overfly.ops.normalization import together, untracked_statistics
 
@@ -33,7 +33,7 @@ class MIC(DACS, name="mic"):
         if nets.steps < self.warmup:
             return self.on_source(nets, nets.student(image), label)
         mix = self.mix(nets, batch)
-        view = recoloured(batch.target, self.strong, nets.segmenter.peak)
+        view = recolored(batch.target, self.strong, nets.segmenter.max_value)
         covered = cover(view, block_mask(view, self.block, self.ratio))
         source, mixed = together(nets.student, image, mix.image)
         with untracked_statistics(nets.student):

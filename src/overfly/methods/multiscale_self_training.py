@@ -1,4 +1,4 @@
-"""Our own adaptation, for batch-normalised real-time networks and imagery seen from above."""
+"""Our own adaptation, for batch-normalized real-time networks and imagery seen from above."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from overfly.core.records import IGNORE, Batch, Labelled, Losses
+from overfly.core.records import IGNORE, Batch, Labeled, Losses
 from overfly.core.spec import Count, NonNegative, Pixels, Positive, Share
 from overfly.methods.cbst import ThresholdNetworks
 from overfly.methods.method import Method, named
 from overfly.ops.augmentation import augment
-from overfly.ops.color import GaussianBlur, Illumination, Strong, recoloured
+from overfly.ops.color import GaussianBlur, Illumination, Strong, recolored
 from overfly.ops.criterion import Criterion, CrossEntropy
 from overfly.ops.geometry import Dihedral
 from overfly.ops.masking import block_mask, cover
@@ -44,10 +44,10 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     The teacher, a moving average of weights and statistics in evaluation mode, sees each target image at every one of
     `scales`, turned by a random quarter or mirrored, and averages: what a network says at the wrong resolution is its
     commonest error from place to place. Classes that it says too often are made dearer (`debias`; Wang et al., 2022,
-    DebiasPL), and of every class the surest share is learnt from, first a little and then more (Zou et al., 2018,
-    CBST), on images into which half of a source image's classes are pasted (Olsson et al., 2021, ClassMix), colours
+    DebiasPL), and of every class the surest share is learned from, first a little and then more (Zou et al., 2018,
+    CBST), on images into which half of a source image's classes are pasted (Olsson et al., 2021, ClassMix), colors
     unchanged. Source and mixed images go through the student in one pass and share its batch statistics. Boundaries
-    are learnt from source pixels alone, and weigh less than in training from scratch. The teacher is what is deployed.
+    are learned from source pixels alone, and weigh less than in training from scratch. The teacher is what is deployed.
     Whether pasting helps or harms depends on the two places; `overfly adapt` between two folders trains both and
     chooses without labels.
     """
@@ -65,7 +65,7 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     """How much dearer a class is that the teacher says often: its probabilities are divided by its share to this power;
     0: not at all."""
     keep: Share = 0.8
-    """Share of each class's pixels, the surest, that is learnt from; by thresholds that are moving averages over
+    """Share of each class's pixels, the surest, that is learned from; by thresholds that are moving averages over
     batches, so it is more of a class that few batches show."""
     begin: Share | None = 0.2
     """That share at the first step, when what a class is confused with is still among its less sure pixels; from there
@@ -75,7 +75,7 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     mix: Share = 0.5
     """Share of each source image's classes that are pasted onto the target, rounded up; 0: none are."""
     strong: Strong = ()
-    """What is done to the colours of what the student sees of the target: nothing, since it cost 3.6 points from drawn
+    """What is done to the colors of what the student sees of the target: nothing, since it cost 3.6 points from drawn
     town to country where things are pasted; where nothing is, another light (illumination and gaussian_blur) helps."""
     masked: Share = 0.0
     """Share of squares of the target's part that are covered (Hoyer et al., 2023, MIC)."""
@@ -83,10 +83,10 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
     """Side of these squares in pixels."""
     weight: NonNegative = 1.0
     """Weight of the mixed images' terms."""
-    mean: Literal["all", "labelled"] = "labelled"
-    """What these terms are a mean over: all pixels, so that few sure ones weigh little, or the labelled ones alone."""
+    mean: Literal["all", "labeled"] = "labeled"
+    """What these terms are a mean over: all pixels, so that few sure ones weigh little, or the labeled ones alone."""
     statistics: Literal["kept", "joint"] = "joint"
-    """Batch normalisation of the student: the statistics that it began with, or those of source and mixed images."""
+    """Batch normalization of the student: the statistics that it began with, or those of source and mixed images."""
 
     def networks(self, student: nn.Module) -> OverflyNetworks:
         """The student and its teacher."""
@@ -94,17 +94,17 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
 
     def losses(self, nets: OverflyNetworks, batch: Batch) -> Losses:
         """The criterion on source images, and on target images with a part of the source pasted."""
-        source, peak = batch.source, nets.segmenter.peak
-        blank = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
-        if batch.blank is not None:
-            blank.masked_fill_(batch.blank, IGNORE)
-        target, blank = augment(
-            Labelled(batch.target, blank), (Dihedral(),), peak=peak, generator=torch.default_generator
+        source, max_value = batch.source, nets.segmenter.max_value
+        nodata_mask = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
+        if batch.nodata_mask is not None:
+            nodata_mask.masked_fill_(batch.nodata_mask, IGNORE)
+        target, nodata_mask = augment(
+            Labeled(batch.target, nodata_mask), (Dihedral(),), max_value=max_value, generator=torch.default_generator
         )
-        label = self.labels(nets, target, None if batch.blank is None else blank == IGNORE)
+        label = self.labels(nets, target, None if batch.nodata_mask is None else nodata_mask == IGNORE)
         cut = class_mask(source.label, self.mix) if self.mix else torch.zeros_like(source.label, dtype=torch.bool)
-        mixed = paste(cut, source, Labelled(target, label))
-        view = recoloured(mixed.image, self.strong, peak)
+        mixed = paste(cut, source, Labeled(target, label))
+        view = recolored(mixed.image, self.strong, max_value)
         if self.masked:
             view = cover(view, block_mask(view, self.block, self.masked) & ~cut[:, None])
         with keeping_statistics(nets.student, active=self.statistics == "kept"):
@@ -116,20 +116,26 @@ class Overfly(Method[OverflyNetworks], name="overfly"):
         }
 
     @torch.no_grad()
-    def labels(self, nets: OverflyNetworks, target: Tensor, blank: Tensor | None = None) -> Tensor:
+    def labels(self, nets: OverflyNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
         """The teacher's labels of target images (B, H, W), `IGNORE` where it is not among the surest of their class.
 
-        Nor are there any where nothing was measured (``blank``).
+        Nor are there any where nothing was measured (``nodata_mask``).
         """
         pseudo = said_of(
-            nets.teacher, target, scales=self.scales, shares=nets.shares, power=self.debias, keep=MEMORY, blank=blank
+            nets.teacher,
+            target,
+            scales=self.scales,
+            shares=nets.shares,
+            power=self.debias,
+            keep=MEMORY,
+            nodata_mask=nodata_mask,
         )
         found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.shares))
         nets.thresholds.copy_(moved(nets.thresholds, found, MEMORY))
         return keep_above(pseudo, nets.thresholds)
 
     def share_at(self, step: int) -> float:
-        """Share of each class's pixels that is learnt from at a step."""
+        """Share of each class's pixels that is learned from at a step."""
         first = self.keep if self.begin is None else self.begin
         return rising(first, self.keep, self.rise, step)
 

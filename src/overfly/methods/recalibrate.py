@@ -1,4 +1,4 @@
-"""AdaBN: batch-normalisation statistics estimated again on the target (Li et al., 2017, arXiv:1603.04779)."""
+"""AdaBN: batch-normalization statistics estimated again on the target (Li et al., 2017, arXiv:1603.04779)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WithBeginning(Networks):
 
 
 class Recalibrate(Method[Networks], name="recalibrate"):
-    """Keep every weight, estimate every mean and variance again on unlabelled target images; seconds of work.
+    """Keep every weight, estimate every mean and variance again on unlabeled target images; seconds of work.
 
     Each step adds one batch to a plain average over all batches, so `steps` says how many batches are looked at. Where
     the domains differ in how often classes occur, statistics of the target alone mislead; a share below 1 blends them
@@ -48,7 +48,7 @@ class Recalibrate(Method[Networks], name="recalibrate"):
 
     @torch.no_grad()
     def losses(self, nets: Networks, batch: Batch) -> Losses:
-        """Nothing to minimise: the forward pass alone moves the statistics."""
+        """Nothing to minimize: the forward pass alone moves the statistics."""
         with collecting_statistics(nets.student):
             nets.student(batch.target)
         return {}

@@ -11,7 +11,7 @@ from overfly.methods.method import Method, Networks
 
 
 class SourceOnly(Method[Networks], name="source_only"):
-    """Learn from the labelled source and never look at the target."""
+    """Learn from the labeled source and never look at the target."""
 
     needs_target: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""Tent: entropy minimised over normalisation alone (Wang et al., 2021, arXiv:2006.10726)."""
+"""Tent: entropy minimized over normalization alone (Wang et al., 2021, arXiv:2006.10726)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from overfly.ops.normalization import batch_norms, collecting_statistics
 
 
 class Tent(Method[Networks], name="tent"):
-    """Minimise the entropy of target predictions over the scales and shifts of batch normalisation (Wang et al., 2021).
+    """Minimize the entropy of target predictions over the scales and shifts of batch normalization (Wang et al., 2021).
 
-    Batches are normalised by their own statistics, and the running ones follow them; they are what the network is
+    Batches are normalized by their own statistics, and the running ones follow them; they are what the network is
     deployed with. The paper adapts at test time; here it is done once, on the target's training images. Thirty steps or
     so are needed for the statistics alone to arrive at the target.
     """

@@ -1,4 +1,4 @@
-"""TransNorm: transferable normalisation (Wang et al., 2019, NeurIPS)."""
+"""TransNorm: transferable normalization (Wang et al., 2019, NeurIPS)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TransferableNorm(nn.Module):
 
     @staticmethod
     def _plain(norm: _BatchNorm) -> nn.BatchNorm2d:
-        """The statistics of a normalisation without its scale and shift."""
+        """The statistics of a normalization without its scale and shift."""
         plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, affine=False)
         plain.load_state_dict({key: value for key, value in norm.state_dict().items() if key not in ("weight", "bias")})
         return plain
@@ -49,7 +49,7 @@ class TransferableNorm(nn.Module):
         return 1 + len(near) * near / near.sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, H, W), each half by its own statistics."""
+        """Normalize (B, C, H, W), each half by its own statistics."""
         if not self.training:
             return torch.as_tensor(self.folded()(x))
         source, target = x.chunk(2)
@@ -64,7 +64,7 @@ class TransferableNorm(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> _BatchNorm:
-        """An ordinary normalisation that gives what this one gives at test time."""
+        """An ordinary normalization that gives what this one gives at test time."""
         plain = copy.deepcopy(self.norm)
         means = _known(self.source.running_mean), _known(self.target.running_mean)
         variances = _known(self.source.running_var), _known(self.target.running_var)
@@ -76,17 +76,17 @@ class TransferableNorm(nn.Module):
 
 
 def _known(statistic: Tensor | None) -> Tensor:
-    """Statistics of a normalisation that keeps them."""
+    """Statistics of a normalization that keeps them."""
     assert statistic is not None  # noqa: S101  (made so above)
     return statistic
 
 
 class TransNorm(Method[Networks], name="transnorm"):
-    """Normalise each domain by itself, and trust channels in which the domains agree (Wang et al., 2019).
+    """Normalize each domain by itself, and trust channels in which the domains agree (Wang et al., 2019).
 
     Source and target go through the student in one pass. It is a part to put into a network, to which any loss can be
     added; here that is the criterion on the source and, if so set, entropy on the target. Channels weigh 2 in the mean,
-    as published, which the next normalisation takes back once its own statistics know of it: a trained network that
+    as published, which the next normalization takes back once its own statistics know of it: a trained network that
     begins so needs some dozens of steps to be what it was. Activations with a ceiling, such as ReLU6, do not take it
     back. Deployed is an ordinary network with the target's statistics, the channels' weights folded into scales and
     shifts.
@@ -96,7 +96,7 @@ class TransNorm(Method[Networks], name="transnorm"):
     """Weight of the entropy of the target's predictions."""
 
     def networks(self, student: nn.Module) -> Networks:
-        """The student, every batch normalisation made transferable."""
+        """The student, every batch normalization made transferable."""
         replace(student, _BatchNorm, TransferableNorm)
         return Networks(student)
 
@@ -109,7 +109,7 @@ class TransNorm(Method[Networks], name="transnorm"):
         return terms
 
     def deployed(self, nets: Networks) -> nn.Module:
-        """The student with ordinary normalisations."""
+        """The student with ordinary normalizations."""
         ordinary = copy.deepcopy(nets.student)
         replace(ordinary, TransferableNorm, TransferableNorm.folded)
         return ordinary

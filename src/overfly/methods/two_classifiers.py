@@ -86,7 +86,7 @@ def enlarged(student: nn.Module, scores: Tensor, images: Tensor) -> Tensor:
 
 
 def twin_optimizer(twin: nn.Module, optim: Optim) -> Optimizer:
-    """The optimiser of a second class layer, which learns at the rate of heads."""
+    """The optimizer of a second class layer, which learns at the rate of heads."""
     return optim.optimizer(twin, [name for name, _ in twin.named_parameters()])
 
 

@@ -74,7 +74,7 @@ class DeepLabV2(Network):
     """ResNet at output stride 8 (stages 3 and 4 dilated by 2 and 4) and the sum of four dilated 3×3 classifiers.
 
     ResNets come in two kinds that share names and shapes: the first block of stage 2 halves its map in the 1×1
-    convolution (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `adopt` recognises which kind a checkpoint is, and
+    convolution (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `adopt` recognizes which kind a checkpoint is, and
     the state dict remembers it (``_extra_state``), so that either gives the outputs it was trained for.
 
     Args:
@@ -107,7 +107,7 @@ class DeepLabV2(Network):
             nn.init.normal_(classifier.weight, std=0.01)
 
     def forward(self, image: Tensor) -> Logits:
-        """Scores at about an 8th of the size, from normalised images (B, C, H, W).
+        """Scores at about an 8th of the size, from normalized images (B, C, H, W).
 
         Returns:
             main (B, K, h, w), where h = ⌈H/8⌉ or, because the pool rounds up, one more; features (B, 2048, h, w).

@@ -133,7 +133,7 @@ class LRASPP(Network):
         self.classifier = nn.Conv2d(64, classes, 1)
 
     def forward(self, image: Tensor) -> Logits:
-        """Scores at a 4th of the size, from normalised images (B, C, H, W).
+        """Scores at a 4th of the size, from normalized images (B, C, H, W).
 
         Returns:
             main (B, K, ⌈H/4⌉, ⌈W/4⌉); with training heads aux (B, K, ⌈H/16⌉, ⌈W/16⌉); features (B, 320, ⌈H/16⌉,

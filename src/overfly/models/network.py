@@ -10,7 +10,7 @@ from overfly.core.records import Logits
 
 
 class Network(nn.Module):
-    """A segmentation network: normalised images (B, C, H, W) in, `Logits` at its own stride out.
+    """A segmentation network: normalized images (B, C, H, W) in, `Logits` at its own stride out.
 
     Attributes:
         stride: `Logits.main` is this many times smaller than the image; sides of the image should be multiples of it.
@@ -29,7 +29,7 @@ class Network(nn.Module):
     class_layer: str = ""
 
     def forward(self, image: Tensor) -> Logits:
-        """Class scores and, with training heads, auxiliary and boundary scores of normalised images (B, C, H, W)."""
+        """Class scores and, with training heads, auxiliary and boundary scores of normalized images (B, C, H, W)."""
         raise NotImplementedError
 
     if TYPE_CHECKING:  # torch types a module's call as Any

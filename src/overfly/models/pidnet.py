@@ -287,7 +287,7 @@ class PIDNet(Network):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image: Tensor) -> Logits:
-        """Scores at an 8th of the size, from normalised images (B, C, H, W).
+        """Scores at an 8th of the size, from normalized images (B, C, H, W).
 
         The release applies its ReLUs in place, so its training heads see the P and D maps after the ReLU; so do these.
 

@@ -45,7 +45,7 @@ def build(name: str, classes: int = 7, training_heads: bool = True, bands: int =
         bands: number of bands C of the images.
 
     Returns:
-        A module that maps normalised images (B, C, H, W) to `Logits` at its own stride.
+        A module that maps normalized images (B, C, H, W) to `Logits` at its own stride.
 
     Raises:
         RecipeError: nothing has this name (the message lists what has one), or a number is not positive.

@@ -1,4 +1,4 @@
-"""Segmenter: a network with its normalisation and its class names. What is trained, saved, scored and exported."""
+"""Segmenter: a network with its normalization and its class names. What is trained, saved, scored and exported."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class Segmenter(nn.Module):
     """Images (B, C, H, W) in the sensor's own range in, `Logits` at the size of the image out.
 
     Args:
-        network: what maps normalised images to `Logits` at its own stride.
-        classes: names and colours of the K classes that the network tells apart.
+        network: what maps normalized images to `Logits` at its own stride.
+        classes: names and colors of the K classes that the network tells apart.
         architecture: the network's name in the registry.
         mean: mean of each band, in the sensor's own range.
         std: standard deviation of each band, in the sensor's own range.
-        peak: value of the brightest pixel that the sensor can give.
+        max_value: value of the brightest pixel that the sensor can give.
 
     Attributes:
         network: the network itself.
         classes: the classes.
         architecture: the network's name in the registry.
         bands: number of bands C.
-        peak: value of the brightest pixel that the sensor can give.
+        max_value: value of the brightest pixel that the sensor can give.
         mean: buffer (1, C, 1, 1).
         std: buffer (1, C, 1, 1).
 
@@ -67,19 +67,19 @@ class Segmenter(nn.Module):
         architecture: str,
         mean: Sequence[float],
         std: Sequence[float],
-        peak: float = 255.0,
+        max_value: float = 255.0,
     ) -> None:
         super().__init__()
         if not mean or len(mean) != len(std) or min(std) <= 0:
             raise RecipeError(
-                f"the normalisation needs one mean and one standard deviation above 0 for each band, not mean "
+                f"the normalization needs one mean and one standard deviation above 0 for each band, not mean "
                 f"{list(mean)} and std {list(std)}; estimate them with: overfly data stats"
             )
         self.network = network
         self.classes = classes
         self.architecture = architecture
         self.bands = len(mean)
-        self.peak = float(peak)
+        self.max_value = float(max_value)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -114,11 +114,11 @@ class Segmenter(nn.Module):
                 f"{self.bands} bands, or build a network with another number of bands"
             )
         height, width = image.shape[-2:]
-        normalised = (image.to(self.mean.dtype) - self.mean) / self.std
+        normalized = (image.to(self.mean.dtype) - self.mean) / self.std
         below, right = -height % self.stride, -width % self.stride
         if below or right:
-            normalised = F.pad(normalised, (0, right, 0, below), mode="replicate")
-        out = self.network(normalised)
+            normalized = F.pad(normalized, (0, right, 0, below), mode="replicate")
+        out = self.network(normalized)
         return Logits(
             main=self.enlarge(out.main, height, width),
             aux=tuple(self.enlarge(scores, height, width) for scores in out.aux),
@@ -162,7 +162,7 @@ class Segmenter(nn.Module):
             "architecture": self.architecture,
             "classes": self.classes.model_dump(mode="json"),
             "bands": self.bands,
-            "peak": self.peak,
+            "max_value": self.max_value,
             "training_heads": self.network.has_training_heads,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -199,7 +199,7 @@ class Segmenter(nn.Module):
                 architecture=about["architecture"],
                 mean=tensors["mean"].flatten().tolist(),
                 std=tensors["std"].flatten().tolist(),
-                peak=about["peak"],
+                max_value=about["max_value"],
             )
         except (OverflyError, ValueError, TypeError, KeyError, RuntimeError) as error:
             why = " ".join(str(error).split())
@@ -243,7 +243,7 @@ def read_segmenter_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor
         about = {}
     if about.get("format") != FORMAT:
         raise WeightsError(
-            f"{path} holds bare weights and says nothing of their network, classes and normalisation; name the file as "
+            f"{path} holds bare weights and says nothing of their network, classes and normalization; name the file as "
             "model.weights in a recipe, or build the network by name and read the file with overfly.load_weights"
         )
     return about, tensors

@@ -57,10 +57,10 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
     Known spellings are translated: PIDNet's release (ImageNet and Cityscapes), torchvision's ResNet-101 and
     MobileNetV2, DeepLab of the AdaptSegNet family, and files of overfly. Where the file's first convolution reads
     another number of bands, every band gets the mean over the file's bands, scaled by their number over the network's,
-    so that a grey picture answers as before.
+    so that a gray picture answers as before.
 
     Args:
-        network: a network, or the `Segmenter` around one, which keeps its own normalisation and classes.
+        network: a network, or the `Segmenter` around one, which keeps its own normalization and classes.
         path: a .safetensors, .pth or .pt file; or ``package:NAME/inner/file.pth``, a file inside an installed Python
             package; or a name out of `NAMED`.
         sha256: what the file's SHA-256 must be, in full or its first 8 or more hex digits.

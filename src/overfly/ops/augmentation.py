@@ -1,7 +1,7 @@
 """Augmentations as values of a recipe: images and labels changed together, in batches, on their device.
 
 What is random is drawn for each image from a generator on the CPU, so that a seed means the same on every device and a
-resumed run sees what an uninterrupted one would have seen. The kinds stand in `geometry` and `colour`.
+resumed run sees what an uninterrupted one would have seen. The kinds stand in `geometry` and `color`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor
 
-from overfly.core.records import Labelled
+from overfly.core.records import Labeled
 from overfly.core.spec import Choice, Share, Spec
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
@@ -27,10 +27,10 @@ class Augment(Choice, ABC):
     """Probability that an image is changed."""
 
     @abstractmethod
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Change every image of the batch; the new batch has the same shape."""
 
-    def __call__(self, batch: Labelled, generator: Generator) -> Labelled:
+    def __call__(self, batch: Labeled, generator: Generator) -> Labeled:
         """Change each image with probability ``p``; the others, and the batch given, stay as they are.
 
         Args:
@@ -46,36 +46,34 @@ class Augment(Choice, ABC):
         if len(chosen) == len(batch.image):
             return self.apply(batch, generator)
         index = chosen.to(batch.image.device)
-        changed = self.apply(Labelled(batch.image[index], batch.label[index]), generator)
-        return Labelled(
-            batch.image.index_copy(0, index, changed.image), batch.label.index_copy(0, index, changed.label)
-        )
+        changed = self.apply(Labeled(batch.image[index], batch.label[index]), generator)
+        return Labeled(batch.image.index_copy(0, index, changed.image), batch.label.index_copy(0, index, changed.label))
 
 
 @torch.no_grad()
-def augment(batch: Labelled, augments: Sequence[Augment], *, peak: float, generator: Generator) -> Labelled:
-    """Apply augmentations one after the other, before any normalisation.
+def augment(batch: Labeled, augments: Sequence[Augment], *, max_value: float, generator: Generator) -> Labeled:
+    """Apply augmentations one after the other, before any normalization.
 
     Args:
-        batch: images (B, C, H, W), float, 0 to ``peak``, and labels (B, H, W).
+        batch: images (B, C, H, W), float, 0 to ``max_value``, and labels (B, H, W).
         augments: in the order in which they are applied.
-        peak: the largest value of the sensor's range, such as 255 for 8 bit.
+        max_value: the largest value of the sensor's range, such as 255 for 8 bit.
         generator: on the CPU; all that is random comes from it.
 
     Returns:
-        Images in the same range, 0 to ``peak``, and labels.
+        Images in the same range, 0 to ``max_value``, and labels.
 
     Raises:
-        ValueError: ``peak`` is not above 0.
+        ValueError: ``max_value`` is not above 0.
     """
-    if not peak > 0:
-        raise ValueError(f"the peak of the sensor's range must be above 0, not {peak}")
+    if not max_value > 0:
+        raise ValueError(f"the largest value of the sensor's range must be above 0, not {max_value}")
     if not augments:
         return batch
-    changed = Labelled(batch.image / peak, batch.label)
+    changed = Labeled(batch.image / max_value, batch.label)
     for each in augments:
         changed = each(changed, generator)
-    return Labelled(changed.image * peak, changed.label)
+    return Labeled(changed.image * max_value, changed.label)
 
 
 def chance(count: int, p: float, generator: Generator) -> Tensor:

@@ -1,6 +1,6 @@
-"""Augmentations that change colour and sharpness: the label stays, the image stays in 0 to 1.
+"""Augmentations that change color and sharpness: the label stays, the image stays in 0 to 1.
 
-They work before normalisation and on any number of bands. Hue and saturation mean something for three bands only; with
+They work before normalization and on any number of bands. Hue and saturation mean something for three bands only; with
 any other number each band gets its own brightness and contrast instead.
 """
 
@@ -16,7 +16,7 @@ from kornia.filters import gaussian_blur2d
 from pydantic import AfterValidator, Field, model_validator
 from torch import Generator, Tensor
 
-from overfly.core.records import Labelled
+from overfly.core.records import Labeled
 from overfly.core.spec import NonNegative, Positive, Share
 from overfly.ops.augmentation import Augment, augment, log_uniform, ordered, uniform
 
@@ -24,19 +24,19 @@ LUMA = (0.299, 0.587, 0.114)
 """Share of red, green and blue in the brightness that the eye sees (ITU-R BT.601)."""
 
 
-class ColourAugment(Augment, ABC):
+class ColorAugment(Augment, ABC):
     """A random change of the values of images; labels are left alone."""
 
     @abstractmethod
-    def recolour(self, image: Tensor, generator: Generator) -> Tensor:
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Change every image of (B, C, H, W) in 0 to 1; values may leave that range, they are clamped afterwards."""
 
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Change every image and clamp it to 0 to 1."""
-        return Labelled(self.recolour(batch.image, generator).clamp(0, 1), batch.label)
+        return Labeled(self.recolor(batch.image, generator).clamp(0, 1), batch.label)
 
 
-def grey(image: Tensor) -> Tensor:
+def gray(image: Tensor) -> Tensor:
     """Brightness (B, 1, H, W) of images (B, C, H, W): luma of three bands, the mean of any other number."""
     if image.shape[1] != 3:
         return image.mean(1, keepdim=True)
@@ -54,7 +54,7 @@ def _about(image: Tensor, middle: Tensor, factor: Tensor) -> Tensor:
     return middle + (image - middle) * factor
 
 
-class BrightnessContrast(ColourAugment, name="brightness_contrast"):
+class BrightnessContrast(ColorAugment, name="brightness_contrast"):
     """Add a constant, and stretch the differences from the image's mean."""
 
     brightness: Share = 0.2
@@ -62,7 +62,7 @@ class BrightnessContrast(ColourAugment, name="brightness_contrast"):
     contrast: NonNegative = 0.2
     """Largest change of contrast: 0.2 means 0.8 to 1.2 times."""
 
-    def recolour(self, image: Tensor, generator: Generator) -> Tensor:
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Change brightness and contrast of every image."""
         count = len(image)
         factor = uniform((count,), max(0.0, 1 - self.contrast), 1 + self.contrast, generator)
@@ -71,7 +71,7 @@ class BrightnessContrast(ColourAugment, name="brightness_contrast"):
         return stretched + _per_image(constant, image)
 
 
-class ColourJitter(ColourAugment, name="colour_jitter"):
+class ColorJitter(ColorAugment, name="color_jitter"):
     """Change brightness, contrast, saturation and hue, in this order; other than three bands each on its own."""
 
     brightness: NonNegative = 0.2
@@ -83,17 +83,17 @@ class ColourJitter(ColourAugment, name="colour_jitter"):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.2
     """Largest shift of hue either way, as a share of the full circle. For three bands only."""
 
-    def recolour(self, image: Tensor, generator: Generator) -> Tensor:
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Jitter every image."""
         count, bands = image.shape[:2]
         shared = bands == 3
         shape = (count, 1 if shared else bands)
         image = (image * _per_image(self._factor(shape, self.brightness, generator), image)).clamp(0, 1)
-        middle = (grey(image) if shared else image).mean((2, 3), keepdim=True)
+        middle = (gray(image) if shared else image).mean((2, 3), keepdim=True)
         image = _about(image, middle, _per_image(self._factor(shape, self.contrast, generator), image)).clamp(0, 1)
         if shared and self.saturation:
             factor = self._factor(shape, self.saturation, generator)
-            image = _about(image, grey(image), _per_image(factor, image)).clamp(0, 1)
+            image = _about(image, gray(image), _per_image(factor, image)).clamp(0, 1)
         if shared and self.hue:
             angle = uniform((count,), -self.hue, self.hue, generator) * (2 * math.pi)
             image = torch.as_tensor(adjust_hue(image, angle.to(image.device, image.dtype)))
@@ -104,7 +104,7 @@ class ColourJitter(ColourAugment, name="colour_jitter"):
         return uniform(shape, max(0.0, 1 - limit), 1 + limit, generator)
 
 
-class GaussianBlur(ColourAugment, name="gaussian_blur"):
+class GaussianBlur(ColorAugment, name="gaussian_blur"):
     """Blur by a Gaussian of random width."""
 
     low: Positive = 0.5
@@ -116,7 +116,7 @@ class GaussianBlur(ColourAugment, name="gaussian_blur"):
     def _ordered(self) -> Self:
         return ordered(self)
 
-    def recolour(self, image: Tensor, generator: Generator) -> Tensor:
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Blur every image by its own width."""
         sigma = uniform((len(image), 1), self.low, self.high, generator).expand(-1, 2)
         radius = min(math.ceil(3 * self.high), min(image.shape[-2:]) - 1)
@@ -125,18 +125,18 @@ class GaussianBlur(ColourAugment, name="gaussian_blur"):
         return torch.as_tensor(gaussian_blur2d(image, 2 * radius + 1, sigma.to(image.device, image.dtype)))
 
 
-class Grey(ColourAugment, name="grey"):
+class Gray(ColorAugment, name="gray"):
     """Show the brightness alone, in every band."""
 
     p: Share = 0.1
     """Probability that an image is changed."""
 
-    def recolour(self, image: Tensor, generator: Generator) -> Tensor:  # noqa: ARG002 - nothing is left to chance
-        """Make every image grey."""
-        return grey(image).expand_as(image)
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:  # noqa: ARG002 - nothing is left to chance
+        """Make every image gray."""
+        return gray(image).expand_as(image)
 
 
-class Gamma(ColourAugment, name="gamma"):
+class Gamma(ColorAugment, name="gamma"):
     """Raise values to a random power: shadows brighter and lights as they are, or the reverse."""
 
     low: Positive = 0.8
@@ -148,32 +148,32 @@ class Gamma(ColourAugment, name="gamma"):
     def _ordered(self) -> Self:
         return ordered(self)
 
-    def recolour(self, image: Tensor, generator: Generator) -> Tensor:
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Raise every image to its own power."""
         return image.clamp(0, 1) ** _per_image(log_uniform((len(image),), self.low, self.high, generator), image)
 
 
-class Illumination(ColourAugment, name="illumination"):
+class Illumination(ColorAugment, name="illumination"):
     """Another light: values times a gain that all bands share, and one of each band's own.
 
     What sun, sky and sensor change between two flights (the diagonal model of von Kries, 1902). Unlike a shift of hue
-    it keeps colours in their order: grass turns bluer at dusk, never blue.
+    it keeps colors in their order: grass turns bluer at dusk, never blue.
     """
 
     brightness: NonNegative = 0.2
     """Standard deviation of the logarithm of the gain of all bands."""
-    colour: NonNegative = 0.08
+    color: NonNegative = 0.08
     """Standard deviation of the logarithm of each band's own gain."""
 
-    def recolour(self, image: Tensor, generator: Generator) -> Tensor:
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Light every image its own way."""
         count, bands = image.shape[:2]
         shared = self.brightness * torch.randn(count, 1, generator=generator)
-        own = self.colour * torch.randn(count, bands, generator=generator)
+        own = self.color * torch.randn(count, bands, generator=generator)
         return image * _per_image((shared + own).exp(), image)
 
 
-class GaussianNoise(ColourAugment, name="gaussian_noise"):
+class GaussianNoise(ColorAugment, name="gaussian_noise"):
     """Add noise that is independent from pixel to pixel and band to band."""
 
     low: NonNegative = 0.01
@@ -185,29 +185,29 @@ class GaussianNoise(ColourAugment, name="gaussian_noise"):
     def _ordered(self) -> Self:
         return ordered(self)
 
-    def recolour(self, image: Tensor, generator: Generator) -> Tensor:
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Add noise of its own strength to every image."""
         strength = _per_image(uniform((len(image),), self.low, self.high, generator), image)
         noise = torch.randn(image.shape, generator=generator)
         return image + strength * noise.to(image.device, image.dtype)
 
 
-def _colours_alone(augments: tuple[Augment, ...]) -> tuple[Augment, ...]:
+def _colors_alone(augments: tuple[Augment, ...]) -> tuple[Augment, ...]:
     for each in augments:
-        if not isinstance(each, ColourAugment):
-            known = ", ".join(sorted(name for name, kind in Augment.kinds.items() if issubclass(kind, ColourAugment)))
+        if not isinstance(each, ColorAugment):
+            known = ", ".join(sorted(name for name, kind in Augment.kinds.items() if issubclass(kind, ColorAugment)))
             raise ValueError(f"{each.name} moves pixels away from their pseudo-labels; choose among: {known}")
     return augments
 
 
-Strong = Annotated[tuple[Augment, ...], AfterValidator(_colours_alone)]
-"""Augmentations that change colour and sharpness alone, so that pseudo-labels still fit."""
+Strong = Annotated[tuple[Augment, ...], AfterValidator(_colors_alone)]
+"""Augmentations that change color and sharpness alone, so that pseudo-labels still fit."""
 
 
-def recoloured(image: Tensor, augments: tuple[Augment, ...], peak: float) -> Tensor:
-    """A view of images (B, C, H, W), 0 to ``peak``, by augmentations of colour; the same range.
+def recolored(image: Tensor, augments: tuple[Augment, ...], max_value: float) -> Tensor:
+    """A view of images (B, C, H, W), 0 to ``max_value``, by augmentations of color; the same range.
 
     Random numbers come from torch's generator on the CPU.
     """
     none = torch.zeros(len(image), 1, 1, dtype=torch.int64, device=image.device)
-    return augment(Labelled(image, none), augments, peak=peak, generator=torch.default_generator).image
+    return augment(Labeled(image, none), augments, max_value=max_value, generator=torch.default_generator).image

@@ -33,7 +33,7 @@ class Criterion(Choice, ABC):
     def terms(
         self, logits: Logits, label: Tensor, weight: Tensor | None = None, *, where: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Weighted terms whose sum is minimised.
+        """Weighted terms whose sum is minimized.
 
         Args:
             logits: scores at the label's size.

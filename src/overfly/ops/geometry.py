@@ -1,8 +1,8 @@
 """Augmentations that move pixels: image and label go through one and the same sampling grid.
 
 Images are sampled bilinearly and mirrored beyond their edges, so that no black wedges reach the statistics; labels are
-sampled by nearest neighbour and are `IGNORE` beyond their edges. Lengths count in pixels from the upper left corner, so
-that the centre of the first pixel lies at 0.5.
+sampled by nearest neighbor and are `IGNORE` beyond their edges. Lengths count in pixels from the upper left corner, so
+that the center of the first pixel lies at 0.5.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from overfly.core.errors import RecipeError
-from overfly.core.records import IGNORE, Labelled
+from overfly.core.records import IGNORE, Labeled
 from overfly.core.spec import Count, Pixels, Positive, Share
 from overfly.ops.augmentation import Augment, chance, log_uniform, ordered, uniform
 
@@ -23,7 +23,7 @@ PartOfOne = Annotated[float, Field(ge=0, lt=1)]
 """A part of a whole that is not all of it: 0 or more, below 1."""
 
 
-def warp(batch: Labelled, grid: Tensor) -> Labelled:
+def warp(batch: Labeled, grid: Tensor) -> Labeled:
     """Sample images and labels at the same places.
 
     Args:
@@ -39,10 +39,10 @@ def warp(batch: Labelled, grid: Tensor) -> Labelled:
     image = F.grid_sample(batch.image.to(grid.dtype), place, "bilinear", "reflection", align_corners=False)
     shifted = batch.label.unsqueeze(1).to(grid.dtype) - IGNORE  # so that the zeros from outside become IGNORE
     label = F.grid_sample(shifted, place, "nearest", "zeros", align_corners=False).squeeze(1)
-    return Labelled(image.to(batch.image.dtype), (label + IGNORE).to(batch.label.dtype))
+    return Labeled(image.to(batch.image.dtype), (label + IGNORE).to(batch.label.dtype))
 
 
-def affine(batch: Labelled, linear: Tensor, pivot: Tensor, moved: Tensor) -> Labelled:
+def affine(batch: Labeled, linear: Tensor, pivot: Tensor, moved: Tensor) -> Labeled:
     """Turn, stretch and shift: the point ``pivot`` lands on ``moved``, its surroundings follow.
 
     Args:
@@ -53,28 +53,28 @@ def affine(batch: Labelled, linear: Tensor, pivot: Tensor, moved: Tensor) -> Lab
     """
     height, width = batch.label.shape[-2:]
     linear, pivot, moved = (each.to(batch.image.device, torch.float32) for each in (linear, pivot, moved))
-    x, y = _centres(width, linear) - moved[:, :1], _centres(height, linear) - moved[:, 1:]
+    x, y = _centers(width, linear) - moved[:, :1], _centers(height, linear) - moved[:, 1:]
     across = linear[:, :, 0, None, None] * x[:, None, None, :]
     down = linear[:, :, 1, None, None] * y[:, None, :, None]
     return warp(batch, (pivot[:, :, None, None] + across + down).permute(0, 2, 3, 1))
 
 
-def zoom(batch: Labelled, factor: Tensor, centre: Tensor) -> Labelled:
-    """Enlarge by ``factor`` (B,) about the point ``centre`` (B, 2), (x, y) in pixels, which stays where it is."""
-    return affine(batch, torch.eye(2) / factor[:, None, None], centre, centre)
+def zoom(batch: Labeled, factor: Tensor, center: Tensor) -> Labeled:
+    """Enlarge by ``factor`` (B,) about the point ``center`` (B, 2), (x, y) in pixels, which stays where it is."""
+    return affine(batch, torch.eye(2) / factor[:, None, None], center, center)
 
 
-def turn(batch: Labelled, quarters: int, mirrored: bool) -> Labelled:
+def turn(batch: Labeled, quarters: int, mirrored: bool) -> Labeled:
     """Turn by quarters of a full turn, anticlockwise, after exchanging left and right if ``mirrored``. Exact."""
     image, label = (each.flip(-1) if mirrored else each for each in batch)
-    return Labelled(image.rot90(quarters, (-2, -1)), label.rot90(quarters, (-2, -1)))
+    return Labeled(image.rot90(quarters, (-2, -1)), label.rot90(quarters, (-2, -1)))
 
 
-def _centres(count: int, like: Tensor) -> Tensor:
+def _centers(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, dtype=torch.float32, device=like.device) + 0.5
 
 
-def _size(batch: Labelled) -> Tensor:
+def _size(batch: Labeled) -> Tensor:
     """Width and height, (2,), in pixels."""
     return torch.tensor([batch.label.shape[-1], batch.label.shape[-2]], dtype=torch.float32)
 
@@ -82,7 +82,7 @@ def _size(batch: Labelled) -> Tensor:
 class HorizontalFlip(Augment, name="horizontal_flip"):
     """Exchange left and right."""
 
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:  # noqa: ARG002 - nothing is left to chance
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:  # noqa: ARG002 - nothing is left to chance
         """Flip every image."""
         return turn(batch, 0, mirrored=True)
 
@@ -96,7 +96,7 @@ class Dihedral(Augment, name="dihedral"):
     p: Share = 1.0
     """Probability that an image is drawn for; one of the eight leaves it as it is."""
 
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Turn every image by its own element of the group."""
         count, height, width = batch.label.shape
         quarters = torch.randint(0, 4, (count,), generator=generator)
@@ -106,13 +106,13 @@ class Dihedral(Augment, name="dihedral"):
         image, label = torch.empty_like(batch.image), torch.empty_like(batch.label)
         for each in sorted(set(element.tolist())):
             index = (element == each).nonzero().squeeze(1).to(batch.image.device)
-            turned = turn(Labelled(batch.image[index], batch.label[index]), each % 4, mirrored=each >= 4)
+            turned = turn(Labeled(batch.image[index], batch.label[index]), each % 4, mirrored=each >= 4)
             image[index], label[index] = turned
-        return Labelled(image, label)
+        return Labeled(image, label)
 
 
 class ShiftScaleRotate(Augment, name="shift_scale_rotate"):
-    """Shift, scale and rotate about the centre, each by a random amount."""
+    """Shift, scale and rotate about the center, each by a random amount."""
 
     shift: Share = 0.0625
     """Largest shift either way, as a share of width and height."""
@@ -121,7 +121,7 @@ class ShiftScaleRotate(Augment, name="shift_scale_rotate"):
     rotate: Annotated[float, Field(ge=0, le=180)] = 45.0
     """Largest rotation either way, in degrees."""
 
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Move every image by its own shift, scale and angle."""
         count = len(batch.image)
         size = _size(batch)
@@ -141,7 +141,7 @@ class GridDistortion(Augment, name="grid_distortion"):
     limit: PartOfOne = 0.3
     """Largest change of a cell's width or height before all are fitted to the image: 0.3 means 0.7 to 1.3 times."""
 
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Distort every image by its own grid."""
         count, height, width = batch.label.shape
         steps = uniform((2, count, self.cells), 1 - self.limit, 1 + self.limit, generator).to(batch.image.device)
@@ -152,7 +152,7 @@ class GridDistortion(Augment, name="grid_distortion"):
     def _places(self, steps: Tensor, length: int) -> Tensor:
         """Where each of ``length`` pixels is taken from along one axis, (B, length), in pixels."""
         lines = F.pad(steps.cumsum(1), (1, 0)) / steps.sum(1, keepdim=True)
-        place = _centres(length, steps) * (self.cells / length)
+        place = _centers(length, steps) * (self.cells / length)
         cell = place.long().clamp(max=self.cells - 1)
         start, end = lines[:, cell], lines[:, cell + 1]
         return (start + (end - start) * (place - cell)) * length
@@ -166,7 +166,7 @@ class RandomCrop(Augment, name="random_crop"):
     p: Share = 1.0
     """Probability that the place is random."""
 
-    def __call__(self, batch: Labelled, generator: Generator) -> Labelled:
+    def __call__(self, batch: Labeled, generator: Generator) -> Labeled:
         """Cut every image: they must keep one size.
 
         Raises:
@@ -183,13 +183,13 @@ class RandomCrop(Augment, name="random_crop"):
         share = torch.where(random[:, None], uniform((count, 2), 0, 1, generator), torch.tensor(0.5))
         corners = torch.minimum((share * (room + 1)).floor(), room).long().tolist()
         if not corners:
-            return Labelled(batch.image[..., : self.size, : self.size], batch.label[..., : self.size, : self.size])
+            return Labeled(batch.image[..., : self.size, : self.size], batch.label[..., : self.size, : self.size])
         parts = [(slice(top, top + self.size), slice(left, left + self.size)) for top, left in corners]
         image = torch.stack([batch.image[i, :, rows, columns] for i, (rows, columns) in enumerate(parts)])
         label = torch.stack([batch.label[i, rows, columns] for i, (rows, columns) in enumerate(parts)])
-        return Labelled(image, label)
+        return Labeled(image, label)
 
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Cut every image."""
         return self(batch, generator)
 
@@ -206,7 +206,7 @@ class ScaleJitter(Augment, name="scale_jitter"):
     def _ordered(self) -> Self:
         return ordered(self)
 
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Zoom every image by its own factor."""
         count = len(batch.image)
         factor = log_uniform((count,), self.low, self.high, generator)
@@ -214,7 +214,7 @@ class ScaleJitter(Augment, name="scale_jitter"):
 
 
 class CoarseDropout(Augment, name="coarse_dropout"):
-    """Cover a few random rectangles with the image's mean colour."""
+    """Cover a few random rectangles with the image's mean color."""
 
     least_holes: Count = 1
     """Fewest rectangles in an image."""
@@ -231,7 +231,7 @@ class CoarseDropout(Augment, name="coarse_dropout"):
     def _ordered(self) -> Self:
         return ordered(ordered(self, "least_holes", "most_holes"), "smallest", "largest")
 
-    def apply(self, batch: Labelled, generator: Generator) -> Labelled:
+    def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Cover rectangles of every image."""
         count, height, width = batch.label.shape
         holes = torch.randint(self.least_holes, self.most_holes + 1, (count, 1), generator=generator)
@@ -242,7 +242,7 @@ class CoarseDropout(Augment, name="coarse_dropout"):
         mean = batch.image.mean((2, 3), keepdim=True)
         image = torch.where(cover[:, None], mean, batch.image)
         label = batch.label.masked_fill(cover, IGNORE) if self.fill == "ignore" else batch.label
-        return Labelled(image, label)
+        return Labeled(image, label)
 
     def _spans(self, count: int, length: int, generator: Generator) -> Tensor:
         """Random spans of an axis, (count, most_holes, length), true inside; at least one pixel each."""

@@ -13,7 +13,7 @@ from overfly.ops.losses import entropy
 def diversity(logits: Tensor, where: Tensor | None = None) -> Tensor:
     """Entropy of the mean prediction over pixels, divided by log K: 0 is one class alone, 1 is all equally often.
 
-    Together with the mean entropy it makes information maximisation (Liang et al., 2020, SHOT, arXiv:2002.08546).
+    Together with the mean entropy it makes information maximization (Liang et al., 2020, SHOT, arXiv:2002.08546).
 
     Args:
         logits: class scores (B, K, H, W) with K of 2 or more.
@@ -43,7 +43,7 @@ def charbonnier_entropy(logits: Tensor, power: float = 2.0) -> Tensor:
 def distance_to_uniform(logits: Tensor, where: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the predictions from uniform ones, mean over some pixels; 0 if there are none.
 
-    Minimised on pixels whose pseudo-labels are sure, it keeps them from growing surer than the labels deserve (Zou et
+    Minimized on pixels whose pseudo-labels are sure, it keeps them from growing surer than the labels deserve (Zou et
     al., 2019, CRST, arXiv:1908.09822).
 
     Args:

@@ -1,4 +1,4 @@
-"""Losses on class scores: what training minimises, as pure functions.
+"""Losses on class scores: what training minimizes, as pure functions.
 
 All of them leave ignored pixels out of the sum and out of the count, are zero with zero gradients (never NaN) where no
 pixel counts, and compute in float32 under autocast. NaN scores of valid pixels make a NaN loss, so that they show.

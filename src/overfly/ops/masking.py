@@ -25,7 +25,7 @@ def block_mask(image: Tensor, block: int, ratio: float, generator: Generator | N
 
 
 def cover(image: Tensor, mask: Tensor) -> Tensor:
-    """The image with its mean colour where the mask is true.
+    """The image with its mean color where the mask is true.
 
     Args:
         image: (B, C, H, W).

@@ -7,9 +7,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from overfly.core.records import IGNORE, Labelled
+from overfly.core.records import IGNORE, Labeled
 
-T = TypeVar("T", Tensor, Labelled)
+T = TypeVar("T", Tensor, Labeled)
 
 
 def class_mask(label: Tensor, share: float = 0.5) -> Tensor:
@@ -45,8 +45,8 @@ def paste(mask: Tensor, over: T, under: T) -> T:
         over: images (B, C, H, W), labels (B, H, W), or both.
         under: of the same kind and shape.
     """
-    if isinstance(over, Labelled) and isinstance(under, Labelled):
-        return Labelled(paste(mask, over.image, under.image), paste(mask, over.label, under.label))
+    if isinstance(over, Labeled) and isinstance(under, Labeled):
+        return Labeled(paste(mask, over.image, under.image), paste(mask, over.label, under.label))
     if not isinstance(over, Tensor) or not isinstance(under, Tensor):
         raise TypeError("what is pasted and what lies under it are both images, both labels, or both pairs of them")
     return torch.where(mask[:, None] if over.ndim == 4 else mask, over, under)

@@ -1,4 +1,4 @@
-"""Batch normalisation: its statistics, and estimating them again on other images."""
+"""Batch normalization: its statistics, and estimating them again on other images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """All batch normalisations of a module that keep running statistics."""
+    """All batch normalizations of a module that keep running statistics."""
     return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
 
 
@@ -29,7 +29,7 @@ def forget_statistics(module: nn.Module) -> None:
 
 @contextmanager
 def collecting_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch normalisations see batches as in training, everything else (dropout too) behaves as at test time."""
+    """Batch normalizations see batches as in training, everything else (dropout too) behaves as at test time."""
     training = {part: part.training for part in module.modules()}
     module.eval()
     for norm in batch_norms(module):
@@ -43,7 +43,7 @@ def collecting_statistics(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping_statistics(module: nn.Module, *, active: bool = True) -> Iterator[None]:
-    """Batch normalisations normalise by their running statistics and leave them alone; all else trains.
+    """Batch normalizations normalize by their running statistics and leave them alone; all else trains.
 
     Args:
         module: whose parts are switched.
@@ -61,7 +61,7 @@ def keeping_statistics(module: nn.Module, *, active: bool = True) -> Iterator[No
 
 @contextmanager
 def untracked_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch normalisations in training normalise by the batch, as ever, and leave their running statistics alone.
+    """Batch normalizations in training normalize by the batch, as ever, and leave their running statistics alone.
 
     Args:
         module: whose parts are switched.
@@ -113,9 +113,9 @@ def replace(module: nn.Module, kind: type[M], make: Callable[[M], nn.Module], sk
 
 
 def together(student: nn.Module, *images: Tensor) -> list[Logits]:
-    """Logits of several groups of images, by one forward pass: batch normalisation sees them as one batch.
+    """Logits of several groups of images, by one forward pass: batch normalization sees them as one batch.
 
-    Separate passes in training would normalise each group by itself and blend running statistics that fit none.
+    Separate passes in training would normalize each group by itself and blend running statistics that fit none.
 
     Args:
         student: returns `Logits`.

@@ -25,7 +25,7 @@ class Pseudo(NamedTuple):
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, keep: float, step: int | None = None) -> None:
-    """Move the teacher a little towards the student: parameters and buffers, batch-normalisation statistics included.
+    """Move the teacher a little towards the student: parameters and buffers, batch-normalization statistics included.
 
     ``teacher = k teacher + (1 - k) student`` with ``k = min(1 - 1 / (step + 1), keep)``, so that the first steps are a
     plain average (Tarvainen and Valpola, 2017). Buffers that are no floats, such as counters, are copied.
@@ -46,22 +46,22 @@ def follow(teacher: nn.Module, student: nn.Module, keep: float, step: int | None
 
 
 @torch.no_grad()
-def pseudo_label(logits: Tensor, blank: Tensor | None = None) -> Pseudo:
+def pseudo_label(logits: Tensor, nodata_mask: Tensor | None = None) -> Pseudo:
     """The most probable class of each pixel, and its probability.
 
     Args:
         logits: class scores (B, K, H, W).
-        blank: where the image was not measured (B, H, W); None: nowhere.
+        nodata_mask: where the image was not measured (B, H, W); None: nowhere.
     """
     probability, label = logits.float().softmax(1).max(1)
-    return without(Pseudo(label, probability), blank)
+    return without(Pseudo(label, probability), nodata_mask)
 
 
-def without(pseudo: Pseudo, blank: Tensor | None) -> Pseudo:
+def without(pseudo: Pseudo, nodata_mask: Tensor | None) -> Pseudo:
     """Pseudo-labels with `IGNORE`, and probability 0, where the image was not measured (B, H, W); None: nowhere."""
-    if blank is None:
+    if nodata_mask is None:
         return pseudo
-    return Pseudo(pseudo.label.masked_fill(blank, IGNORE), pseudo.probability.masked_fill(blank, 0.0))
+    return Pseudo(pseudo.label.masked_fill(nodata_mask, IGNORE), pseudo.probability.masked_fill(nodata_mask, 0.0))
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def said_of(
     shares: Tensor,
     power: float,
     keep: float,
-    blank: Tensor | None = None,
+    nodata_mask: Tensor | None = None,
 ) -> Pseudo:
     """What a teacher says of images seen at several sizes, with classes that it says often made dearer.
 
@@ -123,18 +123,18 @@ def said_of(
         shares: how often each class is said (K,); followed in place.
         power: how much dearer; 0: not at all (`debiased`).
         keep: share of the old shares that is kept.
-        blank: where nothing was measured, bool (B, H, W): no label, and no part in the shares; None: nowhere.
+        nodata_mask: where nothing was measured, bool (B, H, W): no label, and no part in the shares; None: nowhere.
 
     Returns:
         Labels and probabilities (B, H, W), the latter 0 to 1 after frequent classes were made dearer.
     """
     probability = torch.stack([seen_at(teacher, image, scale) for scale in scales]).mean(0)
-    if blank is None:
+    if nodata_mask is None:
         shares.lerp_(probability.mean((0, 2, 3)), 1 - keep)
-    elif not bool(blank.all()):
-        shares.lerp_(probability.movedim(1, -1)[~blank].mean(0), 1 - keep)
+    elif not bool(nodata_mask.all()):
+        shares.lerp_(probability.movedim(1, -1)[~nodata_mask].mean(0), 1 - keep)
     sureness, label = debiased(probability, shares, power).max(1)
-    return without(Pseudo(label, sureness), blank)
+    return without(Pseudo(label, sureness), nodata_mask)
 
 
 def share_above(pseudo: Pseudo, threshold: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Giving one image the look of another: its low frequencies, or the mean and spread of its colours."""
+"""Giving one image the look of another: its low frequencies, or the mean and spread of its colors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def swap_low_frequencies(image: Tensor, style: Tensor, beta: float) -> Tensor:
     Args:
         image: (B, C, H, W), float.
         style: of the same shape.
-        beta: half the side of the swapped square, as a share of the shorter side of the centred spectrum; at 0 the
+        beta: half the side of the swapped square, as a share of the shorter side of the centerd spectrum; at 0 the
             mean alone is swapped.
 
     Returns:
@@ -33,7 +33,7 @@ def _frequency(length: int) -> Tensor:
     return cycles.round().abs()
 
 
-def match_colours(image: Tensor, style: Tensor, *, each: bool = True) -> Tensor:
+def match_colors(image: Tensor, style: Tensor, *, each: bool = True) -> Tensor:
     """The image with each band's mean and standard deviation of the style (after Reinhard et al., 2001).
 
     Args:

@@ -105,7 +105,7 @@ def cut(image: Tensor, window: Window, size: int) -> Tensor:
 def blend_weights(size: int) -> Tensor:
     """Weight of each pixel of a window (size, size), float32: a pyramid, 1 in the middle, above 0 at the edge.
 
-    A window's edge, where the network sees least of the surroundings, gives way to its neighbour's middle; neighbours
+    A window's edge, where the network sees least of the surroundings, gives way to its neighbor's middle; neighbors
     that overlap by one half add up to a constant.
     """
     position = torch.arange(size, dtype=torch.float32) + 0.5

@@ -24,11 +24,11 @@ def missing(band: NDArray[Any], nodata: float | None) -> Mask | None:
     number = nodata is not None and not math.isnan(nodata)
     if not floats and not number:
         return None
-    blank: Mask = ~np.isfinite(band) if floats else np.zeros(band.shape, np.bool_)
+    nodata_mask: Mask = ~np.isfinite(band) if floats else np.zeros(band.shape, np.bool_)
     if number:
         with np.errstate(over="ignore"):
-            blank |= band == (band.dtype.type(nodata) if floats else nodata)
-    return blank
+            nodata_mask |= band == (band.dtype.type(nodata) if floats else nodata)
+    return nodata_mask
 
 
 def resampled(
@@ -36,7 +36,7 @@ def resampled(
 ) -> tuple[NDArray[Any], Mask]:
     """Read a part of the working grid from a raster in which pixels may not be measured.
 
-    Each pixel is the mean of what was measured under it, by area (or between its neighbours along an axis that is
+    Each pixel is the mean of what was measured under it, by area (or between its neighbors along an axis that is
     enlarged). GDAL would leave out what the file declares, but neither ``--nodata`` nor NaN that it does not declare.
 
     Args:
@@ -52,13 +52,13 @@ def resampled(
     """
     high, wide = rows[1] - rows[0], columns[1] - columns[0]
     pixels = np.empty((len(scene.bands), high, wide), scene.dtype)
-    blank = np.empty((high, wide), np.bool_)
+    nodata_mask = np.empty((high, wide), np.bool_)
     step = max(16, AT_ONCE // (len(scene.bands) * max(1, high)))
     for first in range(columns[0], columns[1], step):
         last = min(first + step, columns[1])
         part = np.s_[:, first - columns[0] : last - columns[0]]
-        pixels[:, *part], blank[part] = _part(dataset, scene, scale, (rows, (first, last)))
-    return pixels, blank
+        pixels[:, *part], nodata_mask[part] = _part(dataset, scene, scale, (rows, (first, last)))
+    return pixels, nodata_mask
 
 
 def _part(
@@ -82,13 +82,13 @@ def _part(
         hidden = covered(dataset, scene.bands[0], scene.masked, window)
         clear = transparent(dataset, scene.opacity, window)
         for number, band in enumerate(dataset.read(list(scene.bands), window=window)):
-            blank = missing(band, scene.nodata)
-            blank = hidden if blank is None else blank if hidden is None else blank | hidden
+            nodata_mask = missing(band, scene.nodata)
+            nodata_mask = hidden if nodata_mask is None else nodata_mask if hidden is None else nodata_mask | hidden
             values = band.astype(exact)
             measured = np.ones(band.shape, exact)
-            if blank is not None:
-                values[blank] = 0
-                measured[blank] = 0
+            if nodata_mask is not None:
+                values[nodata_mask] = 0
+                measured[nodata_mask] = 0
             if clear is not None and spare is not None:
                 spare[0][number, y, x] += down @ (values * clear) @ across
                 spare[1][number, y, x] += down @ (measured * clear) @ across

@@ -1,4 +1,4 @@
-"""Planes of bytes become Cloud Optimized GeoTIFFs with classes' names and colours, in constant memory."""
+"""Planes of bytes become Cloud Optimized GeoTIFFs with classes' names and colors, in constant memory."""
 
 from __future__ import annotations
 
@@ -173,9 +173,9 @@ def _band(band: Element, product: Product, classes: Classes, number: int) -> Non
     SubElement(band, "ColorInterp").text = "Palette"
     names = SubElement(band, "CategoryNames")
     table = SubElement(band, "ColorTable")
-    for name, colour in zip(classes.names, classes.colours, strict=True):
+    for name, color in zip(classes.names, classes.colors, strict=True):
         SubElement(names, "Category").text = name
-        _entry(table, (*colour, 255))
+        _entry(table, (*color, 255))
     for _ in range(len(classes), 256):
         _entry(table, (0, 0, 0, 0))
     _attributes(band, classes)
@@ -192,14 +192,14 @@ def _attributes(band: Element, classes: Classes) -> None:
         SubElement(field, "Name").text = name
         SubElement(field, "Type").text = str(kind)
         SubElement(field, "Usage").text = str(usage)
-    for index, (name, colour) in enumerate(zip(classes.names, classes.colours, strict=True)):
+    for index, (name, color) in enumerate(zip(classes.names, classes.colors, strict=True)):
         row = SubElement(table, "Row", {"index": str(index)})
-        for value in (index, name, *colour):
+        for value in (index, name, *color):
             SubElement(row, "F").text = str(value)
 
 
-def _entry(table: Element, colour: tuple[int, ...]) -> None:
-    SubElement(table, "Entry", {f"c{place}": str(value) for place, value in enumerate(colour, 1)})
+def _entry(table: Element, color: tuple[int, ...]) -> None:
+    SubElement(table, "Entry", {f"c{place}": str(value) for place, value in enumerate(color, 1)})
 
 
 def _metadata(parent: Element, values: dict[str, str]) -> None:

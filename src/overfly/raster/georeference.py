@@ -1,4 +1,4 @@
-"""Where a raster lies on the ground: CRS, transform, control points; kept exactly, and measured in metres."""
+"""Where a raster lies on the ground: CRS, transform, control points; kept exactly, and measured in meters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 EQUATOR = 111_319.49
-"""Metres that a degree is long on the equator (WGS 84)."""
+"""Meters that a degree is long on the equator (WGS 84)."""
 MERIDIAN = 110_574.0
-"""Metres that a degree of latitude is long there."""
+"""Meters that a degree of latitude is long there."""
 ELLIPSOID = (6_378_137.0, 298.257223563)
-"""Half the longer axis in metres, and the inverse flattening, of WGS 84."""
+"""Half the longer axis in meters, and the inverse flattening, of WGS 84."""
 Plane = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""From coordinates (N, 2) of a raster to metres in a plane (N, 2)."""
+"""From coordinates (N, 2) of a raster to meters in a plane (N, 2)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Georeference:
         points: control points (column, row, x, y, z, name).
         points_crs: their coordinate system as WKT.
         rational: coefficients of a rational polynomial camera model, as the file's text.
-        point: whether coordinates are those of pixel centres in the file's own words (AREA_OR_POINT).
+        point: whether coordinates are those of pixel centers in the file's own words (AREA_OR_POINT).
     """
 
     crs: str = ""
@@ -59,7 +59,7 @@ def georeference(dataset: Any) -> Georeference:
 
 
 def ground(dataset: Any) -> tuple[float, float] | None:
-    """Metres on the ground that a pixel of an open dataset is high and wide (y, x), at its middle; None if unknown."""
+    """Meters on the ground that a pixel of an open dataset is high and wide (y, x), at its middle; None if unknown."""
     crs, transform = dataset.crs, dataset.transform
     if not crs or transform.is_identity:
         return None
@@ -68,14 +68,14 @@ def ground(dataset: Any) -> tuple[float, float] | None:
         latitude = transform.d * dataset.width / 2 + transform.e * dataset.height / 2 + transform.f
         return y * MERIDIAN, x * EQUATOR * max(0.01, math.cos(math.radians(latitude)))
     try:
-        metres = float(crs.linear_units_factor[1])
+        meters = float(crs.linear_units_factor[1])
     except Exception:  # rasterio raises its own for a system without a linear unit
         return None
-    return y * metres, x * metres
+    return y * meters, x * meters
 
 
 def plane_of(dataset: Any) -> Plane:
-    """A plane in which areas of an open dataset's polygons are square metres; its own where it says no unit.
+    """A plane in which areas of an open dataset's polygons are square meters; its own where it says no unit.
 
     Degrees go to the cylindrical equal-area projection of their ellipsoid (Snyder, Map Projections: A Working Manual,
     1987, equations 3-12, 10-14 and 10-15): edges of pixels, along meridians and parallels, stay straight in it.
@@ -83,10 +83,10 @@ def plane_of(dataset: Any) -> Plane:
     crs = dataset.crs
     if not crs or not crs.is_geographic:
         try:
-            metres = float(crs.linear_units_factor[1]) if crs else 1.0
+            meters = float(crs.linear_units_factor[1]) if crs else 1.0
         except Exception:  # rasterio raises its own for a system without a linear unit
-            metres = 1.0
-        return lambda points: points * metres
+            meters = 1.0
+        return lambda points: points * meters
     said = re.search(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([\d.]+),\s*([\d.]+)', crs.to_wkt())
     axis, inverse = (float(said[1]), float(said[2])) if said else ELLIPSOID
     squared = 2 / inverse - 1 / inverse**2 if inverse else 0.0

@@ -31,8 +31,8 @@ class Settings:
         bands: numbers of the bands to read, from 1, separated by commas; None where they are the network's.
         nodata: value of pixels in which nothing was measured; None takes what the file says.
         opacity: whether the last band is opacity; None takes what the file says.
-        peak: value of the brightest pixel; None where it is the network's.
-        resolution: metres a pixel at which the network sees the raster; None keeps the raster's own.
+        max_value: value of the brightest pixel; None where it is the network's.
+        resolution: meters a pixel at which the network sees the raster; None keeps the raster's own.
         probabilities: whether to write a band of probability for each class.
         uncertainty: whether to write a band of entropy.
         polygons: gpkg or geojson, to outline the classes' areas too.
@@ -46,7 +46,7 @@ class Settings:
     bands: str | None = None
     nodata: float | None = None
     opacity: bool | None = None
-    peak: float | None = None
+    max_value: float | None = None
     resolution: float | None = None
     probabilities: bool = False
     uncertainty: bool = False
@@ -57,7 +57,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= 0.9:
             raise RecipeError(f"--overlap {self.overlap} is out of range; take 0 to 0.9")
-        for name, value in (("peak", self.peak), ("resolution", self.resolution)):
+        for name, value in (("max_value", self.max_value), ("resolution", self.resolution)):
             if value is not None and not 0 < value < float("inf"):
                 raise RecipeError(f"--{name} {value} is out of range; take a number above 0")
         if self.polygons not in (None, "gpkg", "geojson"):
@@ -172,10 +172,10 @@ def notes_for(scene: Scene, facts: Facts, settings: Settings) -> list[str]:
             f"{scene.source} marks its band {scene.opacity} as opacity, so where it is 0 the map says that nothing was "
             "measured; if it was measured like the others, say --no-opacity"
         )
-    if scene.gain != 1 and settings.peak is None:
+    if scene.gain != 1 and settings.max_value is None:
         notes.append(
             f"{scene.source} says that its values times {scene.gain:g} are what was measured, and so the network saw "
-            "them; say --peak with the value of its brightest pixel for another scale"
+            "them; say --max-value with the value of its brightest pixel for another scale"
         )
     if settings.resolution is not None or facts.ground is None or scene.ground is None:
         return notes

@@ -116,7 +116,7 @@ def map_raster(
     """
     began = time.monotonic()
     scene = look(
-        source, predictor.facts, bands=settings.bands, nodata=settings.nodata, peak=settings.peak,
+        source, predictor.facts, bands=settings.bands, nodata=settings.nodata, max_value=settings.max_value,
         opacity=settings.opacity,
     )  # fmt: skip
     job = job_for(scene, predictor, settings, network)
@@ -219,7 +219,9 @@ def _finisher(work: Work, told: Told | None) -> Callable[[Row | tuple[Batch, Flo
         blend = current(item.slab)
         sums = blending.take(blend, item.first, item.last)
         for product in work.wanted:
-            store.write(work.held, product, make(product, sums, item.blank), item.first, plan.slabs[item.slab].first)
+            store.write(
+                work.held, product, make(product, sums, item.nodata_mask), item.first, plan.slabs[item.slab].first
+            )
         blending.drop(blend, item.last)
         step = item.slab * rows + item.row + 1
         store.advance(work.held, work.job, step)
@@ -234,13 +236,14 @@ def _not_finite(work: Work, batch: Batch, probabilities: Floats) -> OverflyError
     scene, facts = work.scene, work.predictor.facts
     images = batch.images[~np.isfinite(probabilities).all(axis=(1, 2, 3))].astype(np.float64)
     largest = images.flat[np.abs(images).argmax()] / scene.gain
-    if abs(largest) * scene.gain <= IMPLAUSIBLE * facts.peak:
+    if abs(largest) * scene.gain <= IMPLAUSIBLE * facts.max_value:
         return NotFiniteError(f"the network's probabilities are not finite on {scene.source}; train or export it anew")
     shown = f"such as {largest:.9g}" if np.isfinite(largest) else "of up to 1e38"
     value = f"{largest:.9g}" if np.isfinite(largest) else "VALUE"
     return DataError(
-        f"{scene.source} holds values {shown}, and {facts.peak / scene.gain:g} is taken for its brightest pixel; say "
-        f"--nodata {value} if they stand for nothing measured, or --peak if pixels are as bright"
+        f"{scene.source} holds values {shown}, and {facts.max_value / scene.gain:g} is taken for its brightest "
+        f"pixel; say "
+        f"--nodata {value} if they stand for nothing measured, or --max-value if pixels are as bright"
     )
 
 

@@ -34,7 +34,7 @@ def opacity_of(source: str, dataset: Any, asked: bool | None) -> int | None:
         if dataset.count == 1:
             raise DataError(f"--opacity: {source} has one band, which cannot be opacity; leave --opacity out")
         return int(dataset.count)
-    marked = (number for number, colour in enumerate(dataset.colorinterp, 1) if colour.name == "alpha")
+    marked = (number for number, color in enumerate(dataset.colorinterp, 1) if color.name == "alpha")
     return next(marked, None) if dataset.count > 1 else None
 
 

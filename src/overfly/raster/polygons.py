@@ -25,15 +25,15 @@ AT_ONCE = 20_000
 def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 10) -> Path:
     """Outline the areas of each class of a finished map.
 
-    Outlines follow the pixels' edges, so that neighbours share them. Areas below the smallest are left out, and so are
-    holes below it in others. Attributes: class_id, class, colour, and area in square metres: on the ellipsoid where
+    Outlines follow the pixels' edges, so that neighbors share them. Areas below the smallest are left out, and so are
+    holes below it in others. Attributes: class_id, class, color, and area in square meters: on the ellipsoid where
     coordinates are degrees, else in the plane of the map's projection; in pixels where there is no coordinate system.
     GeoJSON is written in longitude and latitude (RFC 7946), where the map has a coordinate system.
 
     Args:
         map_: a map of class ids, 255 where nothing was measured.
         out: file that ends in .gpkg or .geojson.
-        classes: names and colours.
+        classes: names and colors.
         smallest: area of the smallest polygon, in pixels.
 
     Raises:
@@ -52,13 +52,13 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
         raise UnwrittenError(f"{error}, by giving the same command again") from error
     numbers = np.array(ids, np.int32)
     names = np.array([classes.names[number] for number in ids], object)
-    colours = np.array(["#{:02x}{:02x}{:02x}".format(*classes.colours[number]) for number in ids], object)
+    colors = np.array(["#{:02x}{:02x}{:02x}".format(*classes.colors[number]) for number in ids], object)
     for part in out.parent.glob(f"{out.name}*"):  # of a try that failed
         part.unlink()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that a map of a plain picture has no coordinate system
-            fields = [numbers, names, colours, _areas(rings, plane)]
+            fields = [numbers, names, colors, _areas(rings, plane)]
             _write(out, crs, rings, fields, out.suffix == ".geojson")
         reason = _flaw(out, len(rings))
     except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, OSError) as error:
@@ -124,13 +124,13 @@ def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], w
         part = slice(begin, begin + step)
         values = [field[part] for field in fields]
         pyogrio.raw.write(
-            str(out), shapely.to_wkb(polygons[part]), values, ["class_id", "class", "colour", "area"], layer="map",
+            str(out), shapely.to_wkb(polygons[part]), values, ["class_id", "class", "color", "area"], layer="map",
             crs=crs, geometry_type="Polygon", driver="GeoJSON" if web else "GPKG", append=begin > 0, **options,
         )  # fmt: skip
 
 
 def _areas(polygons: list[Any], plane: Plane) -> NDArray[np.float64]:
-    """Area of each polygon, in square metres."""
+    """Area of each polygon, in square meters."""
     import shapely
 
     parts = (polygons[begin : begin + AT_ONCE] for begin in range(0, len(polygons), AT_ONCE))

@@ -49,18 +49,18 @@ def products(classes: int, *, probabilities: bool, uncertainty: bool) -> list[Pr
     return made
 
 
-def make(product: Product, sums: Floats, blank: Mask | None) -> UInt8:
+def make(product: Product, sums: Floats, nodata_mask: Mask | None) -> UInt8:
     """Bands (bands, h, w) of weighted sums of probabilities (K, h, w), 255 where nothing was measured (h, w)."""
     _, high, wide = sums.shape
     found = np.empty((product.bands, high, wide), np.uint8)
     rows = max(1, CHUNK // max(1, wide))
     for begin in range(0, high, rows):
         part = slice(begin, min(begin + rows, high))
-        found[:, part] = product.make(sums[:, part], None if blank is None else blank[part])
+        found[:, part] = product.make(sums[:, part], None if nodata_mask is None else nodata_mask[part])
     return found
 
 
-def _ids(sums: Floats, blank: Mask | None) -> UInt8:
+def _ids(sums: Floats, nodata_mask: Mask | None) -> UInt8:
     """The likeliest class; the first of several that are alike."""
     best = sums[0].copy()
     ids = np.zeros(best.shape, np.uint8)
@@ -68,8 +68,8 @@ def _ids(sums: Floats, blank: Mask | None) -> UInt8:
         np.copyto(ids, np.uint8(number), where=sums[number] > best)
         np.maximum(best, sums[number], out=best)
     ids[best <= 0] = IGNORE  # no window saw it
-    if blank is not None:
-        ids[blank] = IGNORE
+    if nodata_mask is not None:
+        ids[nodata_mask] = IGNORE
     return ids[None]
 
 
@@ -80,18 +80,18 @@ def _means(sums: Floats) -> tuple[Floats, Mask]:
     return means, unseen
 
 
-def _percentages(sums: Floats, blank: Mask | None) -> UInt8:
+def _percentages(sums: Floats, nodata_mask: Mask | None) -> UInt8:
     means, unseen = _means(sums)
     found: UInt8 = np.rint(100 * means).astype(np.uint8)
-    found[:, unseen if blank is None else blank | unseen] = IGNORE
+    found[:, unseen if nodata_mask is None else nodata_mask | unseen] = IGNORE
     return found
 
 
-def _entropy(sums: Floats, blank: Mask | None) -> UInt8:
+def _entropy(sums: Floats, nodata_mask: Mask | None) -> UInt8:
     means, unseen = _means(sums)
     surprise = -(means * np.log(np.maximum(means, 1e-12))).sum(0) / np.log(max(2, len(means)))
     found: UInt8 = np.rint(100 * np.clip(surprise, 0, 1)).astype(np.uint8)
-    found[unseen if blank is None else blank | unseen] = IGNORE
+    found[unseen if nodata_mask is None else nodata_mask | unseen] = IGNORE
     return found[None]
 
 

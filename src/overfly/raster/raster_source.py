@@ -39,7 +39,7 @@ class Scene:
         masked: whether a mask of the whole picture says where nothing was measured.
         opacity: number of the band that is 0 where nothing was measured; None where there is none.
         gain: what its values are multiplied by, to be in the range that the network was trained on.
-        ground: metres on the ground that a pixel is high and wide; None if unknown.
+        ground: meters on the ground that a pixel is high and wide; None if unknown.
         place: where it lies.
     """
 
@@ -88,7 +88,7 @@ def look(
     *,
     bands: str | None,
     nodata: float | None,
-    peak: float | None,
+    max_value: float | None,
     opacity: bool | None = None,
 ) -> Scene:
     """What a raster's header says, and that the network can read it.
@@ -98,7 +98,7 @@ def look(
         facts: what the network reads.
         bands: numbers of bands separated by commas; None takes all, where they are as many as the network's.
         nodata: value that stands for "nothing was measured here"; None takes what the file says.
-        peak: value of the brightest pixel; None where it is the network's.
+        max_value: value of the brightest pixel; None where it is the network's.
         opacity: whether the last band is opacity; None takes what the file says.
 
     Raises:
@@ -112,7 +112,7 @@ def look(
         dtype = str(dataset.dtypes[chosen[0] - 1])
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
             raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
-        gain = gain_of(source, dtype, facts, peak, scale=_scale(dataset, chosen))
+        gain = gain_of(source, dtype, facts, max_value, scale=_scale(dataset, chosen))
         _see_whole(source, dataset)
         clear = _opacity(source, dataset, chosen, clear, opacity)
         declared = dataset.nodatavals[chosen[0] - 1]
@@ -133,7 +133,7 @@ def look(
 
 
 def scale_of(scene: Scene, resolution: float | None) -> tuple[float, float]:
-    """Working pixels an input pixel (y, x), so that a working pixel is ``resolution`` metres; (1, 1) without one.
+    """Working pixels an input pixel (y, x), so that a working pixel is ``resolution`` meters; (1, 1) without one.
 
     Raises:
         DataError: the raster does not say how long its pixels are.
@@ -197,10 +197,10 @@ def gain_of(
     source: object,
     dtype: str,
     facts: Facts,
-    peak: float | None,
+    max_value: float | None,
     *,
     scale: float | None = None,
-    option: str = "--peak ",
+    option: str = "--max-value ",
 ) -> float:
     """What brings a raster's values into the range that the network was trained on.
 
@@ -208,24 +208,25 @@ def gain_of(
         source: what the raster is called in a message.
         dtype: type that it is stored in.
         facts: what the network reads.
-        peak: value of the brightest pixel; None where it is the network's.
+        max_value: value of the brightest pixel; None where it is the network's.
         scale: what the raster itself says that makes fractions of its whole numbers; None where it says nothing.
         option: how a user gives the value of the brightest pixel, up to the number.
 
     Raises:
-        DataError: the type cannot hold brightness, or is of another range and neither ``peak`` nor the file helps.
+        DataError: the type cannot hold brightness, or is of another range and neither ``max_value`` nor the file helps.
     """
     if "complex" in dtype:
         raise DataError(f"{source} holds complex numbers; save it as plain bands first")
-    if peak is not None:
-        return facts.peak / peak
-    whole, fractions = np.dtype(dtype).kind in "iu", facts.peak < FRACTIONS
+    if max_value is not None:
+        return facts.max_value / max_value
+    whole, fractions = np.dtype(dtype).kind in "iu", facts.max_value < FRACTIONS
     if whole and fractions and scale is not None:
         return scale
-    if (dtype == "uint8") != (facts.peak == 255) or (whole and fractions):
+    if (dtype == "uint8") != (facts.max_value == 255) or (whole and fractions):
         example = "255" if dtype == "uint8" else "10000" if whole else "1"
         raise DataError(
-            f"{source} holds {dtype}, and the network was trained on values up to {facts.peak:g}; say the value of its "
+            f"{source} holds {dtype}, and the network was trained on values up to {facts.max_value:g}; say the "
+            f"value of its "
             f"brightest pixel, such as {option}{example}, and it is scaled"
         )
     return 1.0

@@ -90,7 +90,7 @@ class Plan:
         whole = self.complete(row)
         if not self.resampled or whole == self.working[0]:
             return min(whole, self.height) if not self.resampled else self.height
-        # the last output row y whose lower neighbour, floor((y + 0.5) s - 0.5) + 1, lies above `whole`
+        # the last output row y whose lower neighbor, floor((y + 0.5) s - 0.5) + 1, lies above `whole`
         made = int((whole - 0.5) / self.scale[0] - 0.5) + 1
         while made > 0 and needed(made - 1, self.scale[0]) + 1 > whole - 1:
             made -= 1

@@ -39,14 +39,14 @@ class Row(NamedTuple):
         row: its number in the slab.
         first: first row of the output that can be written now.
         last: one behind the last.
-        blank: where nothing was measured in these rows, in the slab's columns; None where all pixels count.
+        nodata_mask: where nothing was measured in these rows, in the slab's columns; None where all pixels count.
     """
 
     slab: int
     row: int
     first: int
     last: int
-    blank: Mask | None
+    nodata_mask: Mask | None
 
 
 class Held(NamedTuple):
@@ -55,12 +55,12 @@ class Held(NamedTuple):
     Attributes:
         top: the first of them.
         pixels: (C, rows, columns of the slab's windows), as stored.
-        blank: where nothing was measured; None where all pixels count.
+        nodata_mask: where nothing was measured; None where all pixels count.
     """
 
     top: int
     pixels: NDArray[Any]
-    blank: Mask | None
+    nodata_mask: Mask | None
 
 
 class Reading(NamedTuple):
@@ -112,13 +112,13 @@ def _slab(reading: Reading, number: int, done: int) -> Iterator[Batch | Row]:
             continue
         first, last = plan.made(row - 1), plan.made(row)
         if plan.resampled:
-            blank = _blank_rows(reading, (first, last), (slab.first, slab.last))
-        elif held.blank is None:
-            blank = None
+            nodata_mask = _blank_rows(reading, (first, last), (slab.first, slab.last))
+        elif held.nodata_mask is None:
+            nodata_mask = None
         else:
             columns = slice(slab.first - slab.left, slab.last - slab.left)
-            blank = held.blank[first - held.top : last - held.top, columns].copy()
-        yield Row(number, row, first, last, blank)
+            nodata_mask = held.nodata_mask[first - held.top : last - held.top, columns].copy()
+        yield Row(number, row, first, last, nodata_mask)
 
 
 def _further(reading: Reading, slab: Slab, row: int, held: Held | None) -> Held:
@@ -127,13 +127,13 @@ def _further(reading: Reading, slab: Slab, row: int, held: Held | None) -> Held:
     top, bottom, columns = plan.tops[row], min(plan.tops[row] + plan.size, plan.working[0]), (slab.left, slab.right)
     if held is None or held.top + held.pixels.shape[1] <= top:
         return Held(top, *_read(reading, (top, bottom), columns))
-    pixels, blank = _read(reading, (held.top + held.pixels.shape[1], bottom), columns)
+    pixels, nodata_mask = _read(reading, (held.top + held.pixels.shape[1], bottom), columns)
     kept = slice(top - held.top, None)
-    known = held.blank is not None and blank is not None
+    known = held.nodata_mask is not None and nodata_mask is not None
     return Held(
         top,
         np.concatenate([held.pixels[:, kept], pixels], axis=1),
-        np.concatenate([held.blank[kept], blank]) if known else None,  # type: ignore[index]
+        np.concatenate([held.nodata_mask[kept], nodata_mask]) if known else None,  # type: ignore[index]
     )
 
 
@@ -144,7 +144,7 @@ def _batches(reading: Reading, number: int, held: Held) -> Iterator[Batch]:
     for left in slab.lefts:
         window = Window(held.top, left, high, min(size, width - left))
         columns = slice(left - slab.left, left - slab.left + window.width)
-        if held.blank is None or not held.blank[:, columns].all():
+        if held.nodata_mask is None or not held.nodata_mask[:, columns].all():
             places.append(window)
     for begin in range(0, len(places), reading.batch):
         chosen = tuple(places[begin : begin + reading.batch])
@@ -177,12 +177,12 @@ def _read(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> 
         return found, None
     part = Part(left, up, wide, high)
     pixels: NDArray[Any] = dataset.read(list(scene.bands), window=part)
-    blank = _unmeasured(pixels, scene.nodata)
+    nodata_mask = _unmeasured(pixels, scene.nodata)
     hidden = covered(dataset, scene.bands[0], scene.masked, part)
     if hidden is not None:
         pixels[:, hidden] = 0
     # what is transparent is shown as it is stored, as `data.reading` shows it in training
-    return pixels, either(either(blank, hidden), transparent(dataset, scene.opacity, part))
+    return pixels, either(either(nodata_mask, hidden), transparent(dataset, scene.opacity, part))
 
 
 def _may_miss(scene: Scene) -> bool:
@@ -199,21 +199,21 @@ def _blank_rows(reading: Reading, rows: tuple[int, int], columns: tuple[int, int
     if not _may_miss(scene) or rows[0] >= rows[1]:
         return None
     part = Part(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
-    blank: Mask | None = None
+    nodata_mask: Mask | None = None
     if scene.nodata is not None or np.dtype(scene.dtype).kind == "f":
-        blank = _unmeasured(dataset.read(list(scene.bands), window=part), scene.nodata)
+        nodata_mask = _unmeasured(dataset.read(list(scene.bands), window=part), scene.nodata)
     hidden = covered(dataset, scene.bands[0], scene.masked, part)
-    return either(either(blank, hidden), transparent(dataset, scene.opacity, part))
+    return either(either(nodata_mask, hidden), transparent(dataset, scene.opacity, part))
 
 
 def _unmeasured(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
     """Set values that were not measured to 0; where that is in every band, None where no value can be such."""
     everywhere: Mask | None = None
     for band in pixels:
-        blank = missing(band, nodata)
-        if blank is not None:
-            band[blank] = 0
-            everywhere = blank if everywhere is None else everywhere & blank
+        nodata_mask = missing(band, nodata)
+        if nodata_mask is not None:
+            band[nodata_mask] = 0
+            everywhere = nodata_mask if everywhere is None else everywhere & nodata_mask
     return everywhere
 
 

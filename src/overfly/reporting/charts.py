@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from overfly.reporting.curves import smoothed
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Colours that the colour-blind can tell apart and that show on white and on black (Okabe and Ito, 2008)."""
+"""Colors that the color-blind can tell apart and that show on white and on black (Okabe and Ito, 2008)."""
 WIDE = 360
 """Width of every chart in units of its own: about the pixels of a phone, so that its letters have their size there."""
 POINTS = 240
@@ -76,7 +76,7 @@ def grouped(rows: Mapping[str, Sequence[float | None]], series: Sequence[str], t
 
     Args:
         rows: for each name, such as a class, one value a series, 0 to 1.
-        series: names of the series, at most as many as there are colours.
+        series: names of the series, at most as many as there are colors.
         title: what a reader who cannot see it is told.
     """
     left, right = float(NAMES_WIDE), WIDE - 34.0
@@ -142,16 +142,16 @@ def lines(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *, smoo
         _text(right, bottom + 14, f"{last:,} steps", anchor="end"),
     ]
     for index, (name, points) in enumerate(drawn.items()):
-        colour = SERIES[index % len(SERIES)]
+        color = SERIES[index % len(SERIES)]
         dashes = ("", ' stroke-dasharray="5 3"', ' stroke-dasharray="2 2"')[index // len(SERIES) % 3]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         hint = _title(f"{name}: {points[0][1]:.3g} to {points[-1][1]:.3g}")
         parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"{dashes}>{hint}</polyline>'
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"{dashes}>{hint}</polyline>'
         )
         y, x = bottom + 24 + 15 * (index // 2), 10 + (index % 2) * 175
         parts.append(
-            f'<line x1="{x}" x2="{x + 16}" y1="{y + 5}" y2="{y + 5}" stroke="{colour}"{dashes} stroke-width="3"/>'
+            f'<line x1="{x}" x2="{x + 16}" y1="{y + 5}" y2="{y + 5}" stroke="{color}"{dashes} stroke-width="3"/>'
         )
         parts.append(_text(x + 21, y + 9, _short(name, 24), hint=name))
     return _svg(bottom + 28 + 15 * math.ceil(len(drawn) / 2), title, parts)

@@ -16,7 +16,7 @@ Points = dict[str, list[tuple[int, float]]]
 """For each name, its points (step, value)."""
 
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Colours that the colour-blind can tell apart (Okabe and Ito, 2008)."""
+"""Colors that the color-blind can tell apart (Okabe and Ito, 2008)."""
 
 
 def curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: float = 0.05) -> Path:
@@ -89,7 +89,7 @@ def collected(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, Points
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """The mean of ``width`` neighbours around each value; towards the ends fewer, as many on either side."""
+    """The mean of ``width`` neighbors around each value; towards the ends fewer, as many on either side."""
     half = width // 2
     found = []
     for index in range(len(values)):
@@ -101,10 +101,10 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
 
 def _losses(axes: Axes, losses: Points, smoothing: float) -> None:
     for index, (name, points) in enumerate(losses.items()):
-        colour = LINES[index % len(LINES)]
+        color = LINES[index % len(LINES)]
         steps, values = [step for step, _ in points], [value for _, value in points]
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smoothed(values, round(smoothing * len(values))), color=colour, linewidth=1.6, label=name)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(values, round(smoothing * len(values))), color=color, linewidth=1.6, label=name)
     lowest = min(value for points in losses.values() for _, value in points)
     highest = max(value for points in losses.values() for _, value in points)
     if lowest > 0 and highest / lowest > 100:
@@ -115,8 +115,8 @@ def _losses(axes: Axes, losses: Points, smoothing: float) -> None:
 
 def _measured(axes: Axes, measured: Points) -> None:
     for index, (name, points) in enumerate(measured.items()):
-        colour = LINES[index % len(LINES)]
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.2, label=name)
+        color = LINES[index % len(LINES)]
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, linewidth=1.2, label=name)
     axes.set_ylabel("score")
     axes.legend(frameon=False, fontsize=9, ncols=2)
 

@@ -11,11 +11,11 @@ import torch
 from overfly.core.errors import DataError
 from overfly.core.records import UInt8
 from overfly.data.domain import Domain, Split, SplitError
-from overfly.evaluation.images import predict, unlabelled
+from overfly.evaluation.images import predict, unlabeled
 from overfly.evaluation.samples import Sample
 from overfly.evaluation.score import evaluating, score
 from overfly.reporting.embedded import small, small_picture
-from overfly.training.evaluate import Role, labelled, note_opened
+from overfly.training.evaluate import Role, labeled, note_opened
 from overfly.training.run import Run
 
 SPLIT: Split = "val"
@@ -36,7 +36,7 @@ class Scene:
         picture: (h, w, 3).
         label: class ids (h, w); None where nobody opened one.
         maps: class ids (h, w) by network.
-        accuracy: share of labelled pixels that are right, by network.
+        accuracy: share of labeled pixels that are right, by network.
     """
 
     name: str
@@ -101,7 +101,7 @@ def album(
     first = next(iter(runs.values()))
     domain = first.recipe.domain(role)
     try:
-        if labels and labelled(domain, SPLIT):
+        if labels and labeled(domain, SPLIT):
             return _judged(runs, role, domain, limit, device)
         note = "labels were not opened" if not labels else f"there are no labels in {SPLIT}"
         return _plain(runs, role, domain, device, note)
@@ -179,9 +179,7 @@ def _plain(runs: Mapping[str, Run], role: Role, domain: Domain, device: torch.de
         found = bool(domain.items(SPLIT))
     except SplitError:
         found = False
-    images = list(
-        unlabelled(domain, SPLIT if found else "train", limit=WITHOUT_LABELS, resize=recipe.resize, crop=1024)
-    )
+    images = list(unlabeled(domain, SPLIT if found else "train", limit=WITHOUT_LABELS, resize=recipe.resize, crop=1024))
     maps: list[dict[str, UInt8]] = [{} for _ in images]
     for name, run in runs.items():
         network = run.segmenter().to(device)
@@ -192,7 +190,7 @@ def _plain(runs: Mapping[str, Run], role: Role, domain: Domain, device: torch.de
     scenes = []
     for place, image in enumerate(images):
         shown = image.permute(1, 2, 0).numpy()
-        eight = shown.astype(np.uint8) if domain.peak == 255 else shown
+        eight = shown.astype(np.uint8) if domain.max_value == 255 else shown
         scenes.append(Scene(f"{domain.title} {place + 1}", "", small_picture(eight, KEPT), None, maps[place], {}))
     return Album(domain.title, role, scenes, len(images), 0, note)
 

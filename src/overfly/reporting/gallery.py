@@ -32,7 +32,7 @@ def draw(run: Run, name: str, domain: Domain, scores: Scores, samples: Samples) 
     Args:
         run: whose folder.
         name: stem of the files, such as target-val.
-        domain: whose classes and colours.
+        domain: whose classes and colors.
         scores: with the confusion matrix.
         samples: a few pictures with their predictions.
 

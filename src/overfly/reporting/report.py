@@ -61,8 +61,8 @@ class Matrix:
         total = max(sum(map(sum, self.counts)), 1)
         found = []
         for name, row in zip(self.names, self.counts, strict=True):
-            labelled = sum(row)
-            found.append((name, labelled / total, [count / labelled if labelled else None for count in row]))
+            labeled = sum(row)
+            found.append((name, labeled / total, [count / labeled if labeled else None for count in row]))
         return found
 
 
@@ -147,7 +147,7 @@ class Report:
     evidence: Sequence[Evidence] = ()
     galleries: Sequence[Gallery] = ()
     speeds: Mapping[str, Speed] = field(default_factory=dict)
-    own_colours: bool = False
+    own_colors: bool = False
 
     @property
     def places(self) -> list[str]:
@@ -166,7 +166,7 @@ class Report:
 
     @property
     def class_charts(self) -> list[tuple[str, Markup]]:
-        """For each place, IoU of each class; a chart holds as many entries as there are colours."""
+        """For each place, IoU of each class; a chart holds as many entries as there are colors."""
         charts = []
         for place in self.places:
             kinds = dict.fromkeys(tuple(each.classes[place]) for each in self.entries if place in each.classes)
@@ -207,7 +207,7 @@ def environment() -> Environment:
 def _page(report: Report, side: int) -> str:
     template = environment().get_template("report.html.jinja")
     style = Markup((HERE.parent / "web" / "static" / "look.css").read_text(encoding="utf-8"))  # noqa: S704
-    galleries = [_shown(gallery, side, own=report.own_colours) for gallery in report.galleries]
+    galleries = [_shown(gallery, side, own=report.own_colors) for gallery in report.galleries]
     return template.render(report=report, style=style, galleries=galleries, lines=lines)
 
 
@@ -223,8 +223,8 @@ def _shown(gallery: Gallery, side: int, *, own: bool) -> dict[str, Any]:
             right = f" · {100 * scene.accuracy[name]:.0f} % right" if name in scene.accuracy else ""
             tiles.append((name + right, uri(png(small(ids, side), classes)), shares(ids, classes)))
         scenes.append({"name": scene.name, "why": scene.why, "tiles": tiles})
-    colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in classes.colours]
-    return {"album": gallery.album, "scenes": scenes, "legend": list(zip(classes.names, colours, strict=True))}
+    colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in classes.colors]
+    return {"album": gallery.album, "scenes": scenes, "legend": list(zip(classes.names, colors, strict=True))}
 
 
 def shares(ids: Any, classes: Classes) -> str:

@@ -89,7 +89,7 @@ def findings(
     speed: bool,
     size: int,
     device: torch.device,
-    own_colours: bool,
+    own_colors: bool,
 ) -> Report:
     """Everything that a report of some runs shows.
 
@@ -102,7 +102,7 @@ def findings(
         speed: measure the networks here and now.
         size: side of the image that speed is measured with.
         device: where networks run.
-        own_colours: paint classes in their own colours.
+        own_colors: paint classes in their own colors.
     """
     runs = runs_of(paths)
     done = by_recipe(runs)
@@ -127,7 +127,7 @@ def findings(
         evidence=_evidences(runs),
         galleries=albums,
         speeds=speeds,
-        own_colours=own_colours,
+        own_colors=own_colors,
     )
 
 

@@ -1,4 +1,4 @@
-"""All state of a run in one file: networks, optimisers, the step, the loss scale. Whole or not there."""
+"""All state of a run in one file: networks, optimizers, the step, the loss scale. Whole or not there."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from overfly.core import device as machines
 from overfly.core.errors import OverflyError, RecipeError, TrainingError
-from overfly.core.records import Batch, Labelled, Losses
+from overfly.core.records import Batch, Labeled, Losses
 from overfly.methods.method import Method, Networks
 from overfly.recipe import Recipe
 
@@ -61,14 +61,14 @@ class Step(nn.Module):
     """The one module that Fabric wraps: a method with its networks.
 
     The batch is handed over beside the call: mixed precision casts what a call is given, and pictures must reach the
-    Segmenter's normalisation in full precision.
+    Segmenter's normalization in full precision.
     """
 
     def __init__(self, method: Method[Any], nets: Networks) -> None:
         super().__init__()
         self.method = method
         self.nets = nets
-        self.batch = Batch(Labelled(torch.empty(0), torch.empty(0)), torch.empty(0))
+        self.batch = Batch(Labeled(torch.empty(0), torch.empty(0)), torch.empty(0))
 
     def forward(self) -> Losses:
         """The method's losses on the batch."""
@@ -77,9 +77,9 @@ class Step(nn.Module):
 
 
 def hasten(nets: nn.Module, optimizers: Iterable[Optimizer], precision: str, device: torch.device) -> None:
-    """Arrange weights and optimisers as a machine likes them: faster, not different.
+    """Arrange weights and optimizers as a machine likes them: faster, not different.
 
-    Kernels of 16 bits want channels last in memory. On a processor an optimiser's step is one pass over the memory when
+    Kernels of 16 bits want channels last in memory. On a processor an optimizer's step is one pass over the memory when
     fused; on a GPU the loss scale of half precision does not go with that and gradient clipping.
 
     Args:
@@ -133,7 +133,7 @@ def launch(recipe: Recipe, engine: Engine) -> Fabric:
     if recipe.batch % every:
         raise RecipeError(f"a batch of {recipe.batch} cannot be shared by {every} devices; change one of them")
     if recipe.batch == every:
-        raise RecipeError("batch normalisation needs two pictures on each device or more; raise batch")
+        raise RecipeError("batch normalization needs two pictures on each device or more; raise batch")
     device = machines.pick(engine.device, here)
     if recipe.precision == "16" and device.type == "cpu":
         raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")

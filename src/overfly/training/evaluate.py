@@ -102,7 +102,7 @@ def recorded(run: Run, key: str, split: Split, domain: Domain, checkpoint: int |
     return found if same and found.domain == domain.model_dump(mode="json") else None
 
 
-def labelled(domain: Domain, split: Split) -> bool:
+def labeled(domain: Domain, split: Split) -> bool:
     """Whether a domain has this split, and labels in it."""
     try:
         return any(item.label is not None for item in domain.items(split))

@@ -1,4 +1,4 @@
-"""One move of all optimisers by the gradients that are there, with or without a scale of the loss."""
+"""One move of all optimizers by the gradients that are there, with or without a scale of the loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 
 def move(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
-    """Clip each optimiser's gradients, let each take its step, and forget the gradients.
+    """Clip each optimizer's gradients, let each take its step, and forget the gradients.
 
-    In precision 16 the loss was scaled, once for all optimisers. The scale is moved on when all have taken their step,
+    In precision 16 the loss was scaled, once for all optimizers. The scale is moved on when all have taken their step,
     not between them: else the second would divide by another scale than its gradients were multiplied by. One without
     gradients, such as a critic's while the student moves alone, is passed over.
 
@@ -20,7 +20,7 @@ def move(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any], clip: flo
         fabric: launched.
         module: as Fabric set it up.
         optimizers: as Fabric set them up.
-        clip: largest norm of each optimiser's gradients together; None clips nothing.
+        clip: largest norm of each optimizer's gradients together; None clips nothing.
     """
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     moving = [each for each in optimizers if scaler is None or _has_gradients(each)]

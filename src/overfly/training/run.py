@@ -108,7 +108,7 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """The network that the run ends in: weights, classes, normalisation."""
+        """The network that the run ends in: weights, classes, normalization."""
         return self.path / "checkpoints" / "best.safetensors"
 
     def weights_at(self, step: int) -> Path:

@@ -47,7 +47,7 @@ def streams(recipe: Recipe, cache: Path | str | None = None) -> tuple[Stream | N
                 seed=recipe.seed,
                 key=key,
                 cache=cache,
-                labelled=role == "source",
+                labeled=role == "source",
             )
         )
     return found[0], found[1]
@@ -78,10 +78,11 @@ def first_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
                 f"{start} reads {segmenter.bands} bands, and the {domain.title} domain has {domain.bands}; "
                 "give them the same bands"
             )
-        if segmenter.peak != domain.peak:
+        if segmenter.max_value != domain.max_value:
             raise RecipeError(
-                f"{start} was trained on values up to {segmenter.peak:g}, and the {domain.title} domain has them up to "
-                f"{domain.peak:g}; bring its images to that range"
+                f"{start} was trained on values up to {segmenter.max_value:g}, and the {domain.title} domain "
+                f"has them up to "
+                f"{domain.max_value:g}; bring its images to that range"
             )
         return segmenter
     network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
@@ -89,8 +90,10 @@ def first_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
         report = load_weights(network, recipe.model.weights, sha256=recipe.model.sha256)
         print(report, file=sys.stderr)
         _see_that_it_is_trained(recipe, network, report)
-    mean, std = normalisation(recipe, domain)
-    return Segmenter(network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, peak=domain.peak)
+    mean, std = normalization(recipe, domain)
+    return Segmenter(
+        network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, max_value=domain.max_value
+    )
 
 
 def _see_that_it_is_trained(recipe: Recipe, network: Network, report: Report) -> None:
@@ -112,7 +115,7 @@ def _see_that_it_is_trained(recipe: Recipe, network: Network, report: Report) ->
         )
 
 
-def normalisation(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each band in the sensor's range: given, ImageNet's with weights, or the data's."""
     model = recipe.model
     if model.mean is not None and model.std is not None:
@@ -123,7 +126,7 @@ def normalisation(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tu
             )
         return model.mean, model.std
     if model.weights is not None and domain.bands == len(IMAGENET_MEAN):
-        mean, std = (tuple(value * domain.peak for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (tuple(value * domain.max_value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return mean, std
     if domain.statistics is not None:
         return domain.statistics

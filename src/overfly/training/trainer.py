@@ -21,7 +21,7 @@ from overfly.core import device as machines
 from overfly.core.errors import OverflyError, RecipeError, TrainingError
 from overfly.core.interrupts import interrupts_held
 from overfly.core.optimizers import set_rate
-from overfly.core.records import Batch, Labelled, Losses
+from overfly.core.records import Batch, Labeled, Losses
 from overfly.data.loading import Steps, loader
 from overfly.methods.method import Networks
 from overfly.models.segmenter import Segmenter
@@ -45,9 +45,9 @@ class Prepared:
     nets: Networks
     """Every network of the method, at its beginning."""
     optimizers: list[Optimizer]
-    """The method's; none where nothing is minimised."""
+    """The method's; none where nothing is minimized."""
     length: int
-    """Steps of the optimiser."""
+    """Steps of the optimizer."""
 
 
 def prepare(recipe: Recipe, fabric: Fabric, engine: Engine, start: Path | None = None) -> Prepared:
@@ -183,7 +183,7 @@ class Training:
                     break
 
     def one(self, number: int, batches: Any) -> dict[str, Tensor]:
-        """One step of the optimiser; its loss terms."""
+        """One step of the optimizer; its loss terms."""
         accumulate = self.recipe.accumulate
         total: dict[str, Tensor] = {}
         self.step.train()
@@ -212,9 +212,9 @@ class Training:
         generator = torch.Generator().manual_seed(2 * seed + 1)
         batch = self.fabric.to_device(batch)
         if batch.source.image.shape[0] and self.recipe.augment:
-            peak = self.recipe.domain("source").peak
-            source = augment(batch.source, self.recipe.augment, peak=peak, generator=generator)
-            batch = batch._replace(source=Labelled(*source))
+            max_value = self.recipe.domain("source").max_value
+            source = augment(batch.source, self.recipe.augment, max_value=max_value, generator=generator)
+            batch = batch._replace(source=Labeled(*source))
         return batch
 
     def check(self, losses: Losses, number: int, micro: int) -> None:

@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from overfly.core.errors import NotFiniteError
-from overfly.evaluation.images import unlabelled
+from overfly.evaluation.images import unlabeled
 from overfly.evaluation.label_free_metrics import LabelFree, look_at
 from overfly.evaluation.score import score
 from overfly.methods.method import Method, Networks
@@ -58,7 +58,7 @@ class Watch:
                 found = look_at(
                     self.recipe.method.deployed(self.nets),
                     self.images,
-                    self.recipe.domain("target").peak,
+                    self.recipe.domain("target").max_value,
                     reference=reference(self.recipe.method, self.nets),
                     window=self.recipe.window,
                     device=self.fabric.device,
@@ -74,13 +74,13 @@ class Watch:
         """The pictures, read once, labels taken away before."""
         recipe = self.recipe
         domain = recipe.domain("target")
-        return list(unlabelled(domain, "train", limit=WATCHED, resize=recipe.resize, crop=recipe.crop))
+        return list(unlabeled(domain, "train", limit=WATCHED, resize=recipe.resize, crop=recipe.crop))
 
 
 def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
     """What the deployed network is compared with: the student, where a teacher is deployed; else a teacher, or None.
 
-    A network that is made of one of the two for deployment, such as one with normalisations folded, counts as that one.
+    A network that is made of one of the two for deployment, such as one with normalizations folded, counts as that one.
     """
     teacher = getattr(nets, "teacher", None)
     if not isinstance(teacher, nn.Module):

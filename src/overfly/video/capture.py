@@ -38,7 +38,7 @@ FPS = 10.0
 HOPELESS = 300
 """Damaged packets in a row after which a live source is given up."""
 BT709 = 1
-"""What FFmpeg calls the colours of high definition, in each of four fields; range 1 is that of television."""
+"""What FFmpeg calls the colors of high definition, in each of four fields; range 1 is that of television."""
 
 
 @dataclass
@@ -274,7 +274,7 @@ def _broken_off(source: str, at: float, reason: str) -> DataError:
 
 
 def _pixels(frame: Any) -> UInt8:
-    """A decoded frame as (H, W, 3), turned as it says; colours that name no standard are taken as players take them."""
+    """A decoded frame as (H, W, 3), turned as it says; colors that name no standard are taken as players take them."""
     untold = frame.colorspace in (0, 2) and frame.height >= 720 and not frame.format.is_rgb
     standard = {"src_colorspace": "ITU709"} if untold else {}
     pixels: UInt8 = frame.to_ndarray(format="rgb24", **standard)

@@ -151,7 +151,7 @@ def of_picture(picture: UInt8) -> Ground:
 def over(path: Path) -> Iterator[Ground]:
     """Open a raster to fly over; a TIFF or JPEG 2000 is read window by window, whatever its size.
 
-    The first three bands are red, green and blue; of one band there are shades of grey. 16 bits and floats are
+    The first three bands are red, green and blue; of one band there are shades of gray. 16 bits and floats are
     stretched between the 2nd and 98th percentile of a reduced copy. No data is black.
 
     Raises:
@@ -184,7 +184,7 @@ def _windowed(path: Path, dataset: Any) -> Ground:
 
     bands = [1, 2, 3] if dataset.count >= 3 else [1]
     if dataset.colorinterp[0].name == "palette":
-        raise DataError(f"{path} is a palette picture, whose numbers are no brightness; save it as RGB or as grey")
+        raise DataError(f"{path} is a palette picture, whose numbers are no brightness; save it as RGB or as gray")
     shrink = max(1, max(dataset.width, dataset.height) / SAMPLE)
     shape = (len(bands), max(1, int(dataset.height / shrink)), max(1, int(dataset.width / shrink)))
     stretch = None

@@ -1,4 +1,4 @@
-"""What a frame looks like with its classes on top: colours, legend, figures."""
+"""What a frame looks like with its classes on top: colors, legend, figures."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Style:
 
     Attributes:
         size: longest side that a frame is shrunk to before the network sees it, in pixels; None: as it is.
-        opacity: share of the class colours in the picture, 0 to 1.
-        legend: whether names and colours of the classes are drawn.
+        opacity: share of the class colors in the picture, 0 to 1.
+        legend: whether names and colors of the classes are drawn.
         figures: whether latency and frames a second are drawn.
     """
 
@@ -50,15 +50,15 @@ class Painter:
 
     def __post_init__(self) -> None:
         classes = self.predictor.facts.classes
-        self._colours = np.asarray(classes.colours, np.uint8)
+        self._colors = np.asarray(classes.colors, np.uint8)
 
     def classes_of(self, frame: UInt8) -> UInt8:
         """Class ids (h, w) of a frame (H, W, 3), at the size at which the network sees it."""
         facts = self.predictor.facts
         small = shrunk(frame, self.style.size)
         image = np.ascontiguousarray(small.transpose(2, 0, 1), dtype=np.float32)
-        if facts.peak != 255:
-            image *= facts.peak / 255
+        if facts.max_value != 255:
+            image *= facts.max_value / 255
         found: Floats
         if facts.fixed:
             found = sliding(self._windows, torch.from_numpy(image), facts.window, batch=1).numpy()
@@ -78,7 +78,7 @@ class Painter:
             lines: what is written into the top left corner.
         """
         height, width = frame.shape[:2]
-        painted = Image.fromarray(self._colours[self.classes_of(frame)])
+        painted = Image.fromarray(self._colors[self.classes_of(frame)])
         if painted.size != (width, height):
             painted = painted.resize((width, height), Image.Resampling.BILINEAR)
         shown = Image.blend(Image.fromarray(frame), painted, self.style.opacity)
@@ -153,7 +153,7 @@ def legend(classes: Classes, width: int, height: int) -> Image.Image | None:
         if index < swatches:
             down = top + (line - swatch) // 2
             box = (left, down, left + swatch, down + swatch)
-            pen.rectangle(box, fill=(*classes.colours[index], 255), outline=(160, 160, 160, 255))
+            pen.rectangle(box, fill=(*classes.colors[index], 255), outline=(160, 160, 160, 255))
         pen.text((left + swatch + line // 3, top + line // 2), name, INK, font, anchor="lm")
     return sheet
 

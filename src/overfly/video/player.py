@@ -353,10 +353,10 @@ def watch(
             thread.join(PATIENCE)
     else:
         standing = look(painter, frames, sinks, told=told)
-    return summarised(standing, stopped=stop.is_set())
+    return summarized(standing, stopped=stop.is_set())
 
 
-def summarised(standing: Standing, *, stopped: bool = False) -> Summary:
+def summarized(standing: Standing, *, stopped: bool = False) -> Summary:
     """The figures over all frames."""
     latencies = standing.latencies
     middle, high = latencies.overall(0.5), latencies.overall(0.95)
@@ -380,5 +380,5 @@ def warm_up(painter: Painter, width: int, height: int) -> None:
 
 __all__ = [
     "Frame", "Latencies", "Picture", "Screen", "Shown", "Sink", "Slot", "Standing", "Summary", "arriving", "look",
-    "newest", "played", "summarised", "until", "warm_up", "watch",
+    "newest", "played", "summarized", "until", "warm_up", "watch",
 ]  # fmt: skip

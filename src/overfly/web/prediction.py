@@ -78,9 +78,9 @@ def _classes(probabilities: Floats, picture: Picture) -> Found:
         ids[rows] = part.argmax(0)
         entropy = -(part * np.log(np.maximum(part, 1e-12))).sum(0) / max(math.log(classes), 1e-12)
         doubt[rows] = (entropy.clip(0, 1) * 255).round()
-    if picture.blank is not None:
-        ids[picture.blank] = IGNORE
-        doubt[picture.blank] = 0
+    if picture.nodata_mask is not None:
+        ids[picture.nodata_mask] = IGNORE
+        doubt[picture.nodata_mask] = 0
     counts = np.bincount(ids.ravel(), minlength=256)[:classes]
     total = max(int(counts.sum()), 1)
     return Found(ids, doubt, tuple(float(count) / total for count in counts))

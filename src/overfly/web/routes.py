@@ -40,11 +40,11 @@ class Problem(BaseModel):
 
 
 class ClassShare(BaseModel):
-    """A class, its colours, and its share of an image."""
+    """A class, its colors, and its share of an image."""
 
     name: str
-    colour: str
-    safe_colour: str
+    color: str
+    safe_color: str
     share: float | None = None
 
 
@@ -166,13 +166,13 @@ def _predict_routes(routes: APIRouter, desk: Desk) -> None:
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or GeoTIFF.")],
         network: Which = None,
         answer: Annotated[Kind, Form(description="A palette PNG, a GeoTIFF, or the classes' shares.")] = "png",
-        peak: Peak = None,
+        max_value: Peak = None,
     ) -> Response:
-        """Class ids of an image, 255 where it has no data: as PNG or GeoTIFF with colours and names, or as shares."""
+        """Class ids of an image, 255 where it has no data: as PNG or GeoTIFF with colors and names, or as shares."""
         chosen = _network(desk, network)
 
         def task(deadline: float) -> Response:
-            picture, answers = desk.upload(image.file, [chosen], deadline, peak)
+            picture, answers = desk.upload(image.file, [chosen], deadline, max_value)
             found = answers[chosen.key]
             if answer == "json":
                 body = prediction(chosen.key, found).model_dump_json()
@@ -188,25 +188,27 @@ def _predict_routes(routes: APIRouter, desk: Desk) -> None:
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or GeoTIFF.")],
         network: Which = None,
         other: Annotated[str | None, Form(max_length=64, description="Key of a second network to compare.")] = None,
-        peak: Peak = None,
+        max_value: Peak = None,
     ) -> MapFacts:
         """Predict an image and keep the maps for a while, to be looked at and downloaded."""
         chosen = _both(desk, network, other)
-        return await desk.work(lambda deadline: described(desk.keep(*desk.upload(image.file, chosen, deadline, peak))))
+        return await desk.work(
+            lambda deadline: described(desk.keep(*desk.upload(image.file, chosen, deadline, max_value)))
+        )
 
     @routes.post("/scenes/{number}", status_code=201, responses=UPLOADED)
     async def make_map_of_scene(
         number: Annotated[int, InPath(ge=0, le=10**6, description="Place in the server's own list of pictures.")],
         network: Annotated[str | None, Query(max_length=64)] = None,
         other: Annotated[str | None, Query(max_length=64)] = None,
-        peak: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
+        max_value: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
     ) -> MapFacts:
         """The same of one of the server's own pictures."""
         if number >= len(desk.scenes):
             raise HTTPException(404, "there is no such picture; /networks and the page list what there is")
         chosen = _both(desk, network, other)
         path = desk.scenes[number]
-        return await desk.work(lambda deadline: described(desk.keep(*desk.ask(path, chosen, deadline, peak))))
+        return await desk.work(lambda deadline: described(desk.keep(*desk.ask(path, chosen, deadline, max_value))))
 
 
 def _map_routes(routes: APIRouter, desk: Desk) -> None:
@@ -239,7 +241,7 @@ def _map_routes(routes: APIRouter, desk: Desk) -> None:
         column: Annotated[int, InPath(ge=0, le=10**6)],
         row: Annotated[int, InPath(ge=0, le=10**6)],
         network: Annotated[str | None, Query(max_length=64)] = None,
-        own: Annotated[bool, Query(description="The classes' own colours, instead of safe ones.")] = False,
+        own: Annotated[bool, Query(description="The classes' own colors, instead of safe ones.")] = False,
     ) -> Response:
         """A square of 256 pixels of the image, its classes or the networks' doubt."""
         found = _map(desk, key)
@@ -247,8 +249,8 @@ def _map_routes(routes: APIRouter, desk: Desk) -> None:
             chosen = Layer(found.picture)
         else:
             one = _answer(found, network or next(iter(found.answers)))
-            colours = one.classes if own else safe(one.classes)
-            chosen = Layer(one.found.ids, colours) if layer == "classes" else Layer(one.found.doubt)
+            colors = one.classes if own else safe(one.classes)
+            chosen = Layer(one.found.ids, colors) if layer == "classes" else Layer(one.found.doubt)
         made = tile(chosen, zoom, column, row)
         if made is None:
             raise HTTPException(404, "the picture has no such tile")
@@ -274,16 +276,16 @@ def prediction(key: str, answer: Answer) -> Prediction:
 
 
 def shares(classes: Classes, found: Sequence[float] = ()) -> list[ClassShare]:
-    """Classes with both their colours and, where known, their shares."""
+    """Classes with both their colors and, where known, their shares."""
     seen: Sequence[float | None] = found or [None] * len(classes)
     return [
-        ClassShare(name=name, colour=_hex(own), safe_colour=_hex(other), share=share)
-        for name, own, other, share in zip(classes.names, classes.colours, safe(classes).colours, seen, strict=True)
+        ClassShare(name=name, color=_hex(own), safe_color=_hex(other), share=share)
+        for name, own, other, share in zip(classes.names, classes.colors, safe(classes).colors, seen, strict=True)
     ]
 
 
-def _hex(colour: Sequence[int]) -> str:
-    return "#" + "".join(f"{value:02x}" for value in colour)
+def _hex(color: Sequence[int]) -> str:
+    return "#" + "".join(f"{value:02x}" for value in color)
 
 
 async def _parts(screen: Screen, watchers: asyncio.Semaphore) -> AsyncIterator[bytes]:

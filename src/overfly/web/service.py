@@ -49,7 +49,7 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: task(deadline))
 
     def upload(
-        self, file: BinaryIO, networks: Sequence[Network], deadline: float, peak: float | None = None
+        self, file: BinaryIO, networks: Sequence[Network], deadline: float, max_value: float | None = None
     ) -> tuple[Picture, dict[str, Answer]]:
         """What some networks say of an image that somebody sent.
 
@@ -57,17 +57,17 @@ class Desk:
             file: the bytes of a PNG, JPEG or TIFF.
             networks: who is asked, each once.
             deadline: time of `time.monotonic` at which to give up.
-            peak: value of the image's brightest pixel; None where it is the networks'.
+            max_value: value of the image's brightest pixel; None where it is the networks'.
 
         Raises:
-            DataError: it is no image that they read, or of another range of values and ``peak`` is not given.
+            DataError: it is no image that they read, or of another range of values and ``max_value`` is not given.
             LateError: the deadline has passed.
         """
         with stored(file) as path:
-            return self.ask(path, networks, deadline, peak)
+            return self.ask(path, networks, deadline, max_value)
 
     def ask(
-        self, path: Path, networks: Sequence[Network], deadline: float, peak: float | None = None
+        self, path: Path, networks: Sequence[Network], deadline: float, max_value: float | None = None
     ) -> tuple[Picture, dict[str, Answer]]:
         """The same of a file on disk; each network gets the bands that it reads, the picture is the first's."""
         answers: dict[str, Answer] = {}
@@ -76,7 +76,7 @@ class Desk:
         for network, each in zip(networks, facts, strict=True):
             title = network.title if several else "the network"
             found = checked(path, bands=each.bands, pixels=self.limits.pixels, network=title)
-        gains = [gain_of(path, found.stored or found.dtype, each, peak, option="peak=") for each in facts]
+        gains = [gain_of(path, found.stored or found.dtype, each, max_value, option="max_value=") for each in facts]
         pixels = found.height * found.width
         with self.room.take(pixels, deadline):
             pictures = {bands: read(path, found, bands) for bands in dict.fromkeys(each.bands for each in facts)}

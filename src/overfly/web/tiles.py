@@ -21,7 +21,7 @@ from overfly.reporting.embedded import png
 SIDE = 256
 """Side of a tile in pixels."""
 DOUBT = ((0, (255, 255, 204, 0)), (110, (254, 178, 76, 190)), (255, (128, 0, 38, 235)))
-"""Colours of doubt: clear where the network is sure, dark red where it knows nothing."""
+"""Colors of doubt: clear where the network is sure, dark red where it knows nothing."""
 
 
 class Layer(NamedTuple):
@@ -29,7 +29,7 @@ class Layer(NamedTuple):
 
     Attributes:
         values: a picture (H, W, 3), class ids (H, W), or doubt (H, W) from 0 to 255.
-        classes: colours of class ids; None for doubt and pictures.
+        classes: colors of class ids; None for doubt and pictures.
     """
 
     values: UInt8
@@ -72,18 +72,18 @@ def _heat(doubt: UInt8) -> UInt8:
     """Doubt (H, W) as a picture with opacity (H, W, 4)."""
     stops = [stop for stop, _ in DOUBT]
     table = np.stack(
-        [np.interp(np.arange(256), stops, [colour[band] for _, colour in DOUBT]) for band in range(4)], axis=1
+        [np.interp(np.arange(256), stops, [color[band] for _, color in DOUBT]) for band in range(4)], axis=1
     )
     painted: UInt8 = table.round().astype(np.uint8)[doubt]
     return painted
 
 
 def geotiff(ids: UInt8, classes: Classes, place: Georeference | None) -> bytes:
-    """A map of classes (H, W) as a GeoTIFF: colours, names, no data 255, and the image's own coordinates.
+    """A map of classes (H, W) as a GeoTIFF: colors, names, no data 255, and the image's own coordinates.
 
     Args:
         ids: class ids, 255 for none.
-        classes: names and colours.
+        classes: names and colors.
         place: where it lies; None leaves coordinates out.
 
     Raises:
@@ -105,8 +105,8 @@ def geotiff(ids: UInt8, classes: Classes, place: Georeference | None) -> bytes:
                 if place is not None:
                     _put(file, place)
                 file.write(ids, 1)
-                colours = {index: (*colour, 255) for index, colour in enumerate(classes.colours)}
-                file.write_colormap(1, {**colours, IGNORE: (0, 0, 0, 0)})
+                colors = {index: (*color, 255) for index, color in enumerate(classes.colors)}
+                file.write_colormap(1, {**colors, IGNORE: (0, 0, 0, 0)})
                 file.set_band_description(1, "class")
                 file.update_tags(CLASS_NAMES=json.dumps(dict(enumerate(classes.names))))
                 file.update_tags(1, **{f"CLASS_{index}": name for index, name in enumerate(classes.names)})
@@ -137,7 +137,7 @@ def _put(file: Any, place: Georeference) -> None:
 
 @cache
 def _drift() -> tuple[float, float]:
-    """How far off (columns, rows) GDAL gives a control point back that it wrote where coordinates are those of centres.
+    """How far off (columns, rows) GDAL gives a control point back that it wrote where coordinates are those of centers.
 
     GDAL 3.10 says one pixel: it moves such points by half a pixel the same way when it writes and when it reads.
     """

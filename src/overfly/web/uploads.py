@@ -21,12 +21,12 @@ class Picture(NamedTuple):
 
     Attributes:
         image: (H, W, C), in its own type and range.
-        blank: where nothing was measured (H, W); None where all pixels count.
+        nodata_mask: where nothing was measured (H, W); None where all pixels count.
         place: None for pictures without one.
     """
 
     image: Array
-    blank: Mask | None
+    nodata_mask: Mask | None
     place: Georeference | None
 
 
@@ -83,8 +83,7 @@ def read(path: Path, found: Facts, bands: int) -> Picture:
         DataError: it is damaged.
     """
     image = read_image(path, bands=bands)
-    blank = nodata_mask(path, bands=bands)
-    return Picture(image, blank, _place(path) if found.kind in ("tiff", "jp2") else None)
+    return Picture(image, nodata_mask(path, bands=bands), _place(path) if found.kind in ("tiff", "jp2") else None)
 
 
 def _place(path: Path) -> Georeference | None:

@@ -1,4 +1,4 @@
-"""The drawn world: the same everywhere, its classes usable, its shift of the stated kind, its files LoveDA's."""
+"""The synthetic world: the same everywhere, its classes usable, its shift of the stated kind, its files LoveDA's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfly.core.records import UInt8
 from overfly.data.domain import SPLITS, Domain, Split
 from overfly.data.loveda import CLASSES, LoveDA
 from overfly.data.synthetic import domain as synthetic
-from overfly.data.synthetic.domain import SCENES, Drawn, Scene, draw, write_world
+from overfly.data.synthetic.domain import SCENES, Scene, Synthetic, draw, write_world
 
 GOLDEN: dict[tuple[Scene, Split, int, int], tuple[str, tuple[float, ...]]] = {
     ("urban", "train", 0, 256): (
@@ -99,7 +99,7 @@ def test_any_scene_is_a_picture_and_a_label_without_gaps(scene: Scene, split: Sp
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_every_class_is_there_to_be_learnt(scene: Scene) -> None:
+def test_every_class_is_there_to_be_learned(scene: Scene) -> None:
     assert shares(scene).min() >= 0.02
     label = some(scene)[1]
     scenes_with = [sum(bool((one == index).mean() > 0.005) for one in label) for index in range(7)]
@@ -116,7 +116,7 @@ def test_shares_shift_as_stated() -> None:
 
 def test_buildings_are_smaller_and_the_picture_softer_in_the_country() -> None:
     def edge_share(scene: Scene) -> float:
-        """Share of the building pixels whose right neighbour is none: the inverse of the width."""
+        """Share of the building pixels whose right neighbor is none: the inverse of the width."""
         building = some(scene)[1] == CLASSES.index("building")
         return float((building[:, :, :-1] & ~building[:, :, 1:]).sum() / building.sum())
 
@@ -128,7 +128,7 @@ def test_buildings_are_smaller_and_the_picture_softer_in_the_country() -> None:
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_no_class_is_told_by_one_colour(scene: Scene) -> None:
+def test_no_class_is_told_by_one_color(scene: Scene) -> None:
     picture, label = some(scene)
     means = np.stack([picture[label == index].mean(0) for index in range(7)])
     guess = np.argmin(((picture[..., None, :] - means.astype(np.float32)) ** 2).sum(-1), -1)
@@ -141,13 +141,13 @@ def test_no_class_is_told_by_one_colour(scene: Scene) -> None:
 @pytest.mark.parametrize("scene", SCENES)
 def test_statistics_are_those_of_the_pictures(scene: Scene) -> None:
     picture = some(scene)[0].astype(np.float64)
-    mean, std = Drawn(scene=scene).statistics
+    mean, std = Synthetic(scene=scene).statistics
     assert mean == pytest.approx(picture.mean((0, 1, 2)), abs=6)
     assert std == pytest.approx(picture.std((0, 1, 2)), rel=0.12)
 
 
 def test_domain_reads_what_is_drawn() -> None:
-    domain = Domain.model_validate({"name": "drawn", "scene": "rural", "size": 64, "train": 3, "val": 2, "test": 1})
+    domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": 64, "train": 3, "val": 2, "test": 1})
     assert [len(domain.items(split)) for split in SPLITS] == [3, 2, 1]
     item = pickle.loads(pickle.dumps(domain.items("train")[2]))
     picture, label = draw("rural", "train", 2, 64)

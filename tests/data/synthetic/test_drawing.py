@@ -1,4 +1,4 @@
-"""The tools that the drawn world is drawn with."""
+"""The tools that the synthetic world is drawn with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The drawn world: two aerial domains, urban and rural, that need no download.
+"""The synthetic world: two aerial domains, urban and rural, that need no download.
 
 A scene is laid out (`overfly.data.synthetic.layout`), built of pieces (`overfly.data.synthetic.objects`), lit and
 photographed (`overfly.data.synthetic.rendering`). The shift between the two is one of kind: shares of the classes,
@@ -63,12 +63,12 @@ def draw(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8
     """
     if scene not in SCENES or split not in SPLITS:
         raise DataError(
-            f"the drawn world has no scene {scene!r} with a split {split!r}; scenes are {', '.join(SCENES)}, splits "
-            f"{', '.join(SPLITS)}"
+            f"the synthetic world has no scene {scene!r} with a split {split!r}; scenes are {', '.join(SCENES)}, "
+            f"splits {', '.join(SPLITS)}"
         )
     if index < 0 or size < 16:
         raise DataError(
-            f"drawn scene {index} of size {size} cannot be; number scenes from 0 and make them 16 pixels or larger"
+            f"synthetic scene {index} of size {size} cannot be; number scenes from 0 and make them 16 pixels or larger"
         )
     key = (EDITION, SCENES.index(scene), SPLITS.index(split), index, size)
     sheet, dice = Sheet(size), Dice(*key)
@@ -95,8 +95,8 @@ def draw_label(scene: Scene, split: Split, index: int, size: int) -> UInt8:
     return _recent(scene, split, index, size)[1].copy()
 
 
-class Drawn(Domain, name="drawn"):
-    """The drawn world: two aerial domains that need no download, for demos, tests and first experiments.
+class Synthetic(Domain, name="synthetic"):
+    """The synthetic world: two aerial domains that need no download, for demos, tests and first experiments.
 
     * Format: drawn when asked for, about 30 ms a scene of 256×256 pixels; `write_world` writes LoveDA's layout.
     * Bands: red, green, blue, 8 bits. Resolution: about 0.3 m (urban) and 0.5 m (rural).
@@ -104,7 +104,7 @@ class Drawn(Domain, name="drawn"):
     * Shift: shares (building 15 %, road 25 %, agriculture 7 % in urban; 6, 6 and 35 % in rural), road grids and blocks
       against lanes and hamlets, season, materials, ground resolution, length and side of the shadows, haze, noise.
     * Splits: train, val and test differ in their seeds. Scenes of one split are independent of each other.
-    * Licence: that of this package.
+    * License: that of this package.
     """
 
     scene: Scene = "urban"
@@ -125,7 +125,7 @@ class Drawn(Domain, name="drawn"):
 
     @property
     def ground(self) -> float:
-        """Length of a pixel on the ground in metres, by the size of what is drawn."""
+        """Length of a pixel on the ground in meters, by the size of what is drawn."""
         return GROUND[self.scene]
 
     @property
@@ -155,10 +155,10 @@ def write_world(
     scenes: Sequence[Scene] = SCENES,
     workers: int = 1,
 ) -> int:
-    """Write the drawn world in LoveDA's layout: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
+    """Write the synthetic world in LoveDA's layout: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
 
     As in LoveDA, a mask holds class id + 1, Test has no masks, and no two files share a number. Scene ``index`` of a
-    split is the same picture that `Drawn` gives. The folder appears when it is complete; one that holds this very
+    split is the same picture that `Synthetic` gives. The folder appears when it is complete; one that holds this very
     world already is left as it is.
 
     Args:
@@ -180,7 +180,7 @@ def write_world(
     numbers: dict[Split, int] = {"train": train, "val": val, "test": test}
     if size < 16 or min(numbers.values()) < 0 or train < 1 or workers < 1 or not scenes or set(scenes) - set(SCENES):
         raise DataError(
-            f"a drawn world of {train}, {val} and {test} pictures of {size} pixels, scenes {tuple(scenes)}, by "
+            f"a synthetic world of {train}, {val} and {test} pictures of {size} pixels, scenes {tuple(scenes)}, by "
             f"{workers} workers cannot be; ask for at least 1 picture to train on, 16 pixels and 1 worker, and for "
             "scenes urban or rural"
         )
@@ -200,7 +200,7 @@ def write_world(
             world.replace(root)
     except OSError as error:
         raise DataError(
-            f"the drawn world cannot be written to {root} ({error.strerror or error}); choose another folder"
+            f"the synthetic world cannot be written to {root} ({error.strerror or error}); choose another folder"
         ) from error
     return count
 
@@ -219,7 +219,7 @@ def _holds(root: Path, record: dict[str, Any]) -> bool:
         found = None
     if found == record:
         return True
-    what = "a drawn world with other settings" if isinstance(found, dict) else "something else"
+    what = "a synthetic world with other settings" if isinstance(found, dict) else "something else"
     raise DataError(f"{root} holds {what} already, and worlds are not mixed; name a new folder, or remove this one")
 
 

@@ -1,4 +1,4 @@
-"""Polygons, textures, shadows: the tools that the drawn world is drawn with, on numpy arrays.
+"""Polygons, textures, shadows: the tools that the synthetic world is drawn with, on numpy arrays.
 
 Everything here is plain IEEE arithmetic on seeded numbers (no sine, no matrix product, no platform's own normal
 variates), so that a picture has the same bytes on every machine. Lengths are pixels, x to the right, y down.
@@ -20,7 +20,7 @@ from overfly.core.records import UInt8
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 Vector = tuple[float, float]
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 Window = tuple[slice, slice]
 Found = tuple[Window, Bool] | None
 """A window of the sheet and which of its pixels are meant; None where nothing lies on the sheet."""
@@ -65,18 +65,18 @@ class Dice:
                 return index
         return len(shares) - 1
 
-    def one_of(self, colours: Sequence[Colour]) -> Colour:
-        """One of the colours, each as often as the others."""
-        return colours[self.count(0, len(colours) - 1)]
+    def one_of(self, colors: Sequence[Color]) -> Color:
+        """One of the colors, each as often as the others."""
+        return colors[self.count(0, len(colors) - 1)]
 
     def noise(self, height: int, width: int) -> UInt8:
         """White noise (height, width), 0 to 255."""
         return np.frombuffer(self._generator.bytes(height * width), np.uint8).reshape(height, width)
 
-    def tint(self, colour: Colour, tone: float, hue: float = 0.0) -> Colour:
-        """The colour, lighter or darker by up to ``tone`` and each band by up to ``hue``."""
+    def tint(self, color: Color, tone: float, hue: float = 0.0) -> Color:
+        """The color, lighter or darker by up to ``tone`` and each band by up to ``hue``."""
         shift = self.between(-tone, tone)
-        red, green, blue = colour
+        red, green, blue = color
         return (
             red + shift + self.between(-hue, hue),
             green + shift + self.between(-hue, hue),
@@ -90,15 +90,15 @@ def direction(slope: float) -> Vector:
     return (1 - square) / (1 + square), 2 * slope / (1 + square)
 
 
-def normalised(x: float, y: float) -> Vector:
+def normalized(x: float, y: float) -> Vector:
     """The vector (x, y) at length 1."""
     length = sqrt(x * x + y * y)
     return x / length, y / length
 
 
-def rectangle(centre: Vector, along: Vector, length: float, width: float) -> list[Corner]:
-    """A rectangle around ``centre``, ``length`` along the unit vector and ``width`` across."""
-    (cx, cy), (ux, uy) = centre, along
+def rectangle(center: Vector, along: Vector, length: float, width: float) -> list[Corner]:
+    """A rectangle around ``center``, ``length`` along the unit vector and ``width`` across."""
+    (cx, cy), (ux, uy) = center, along
     ax, ay, bx, by = ux * length / 2, uy * length / 2, -uy * width / 2, ux * width / 2
     return [
         Corner(cx - ax - bx, cy - ay - by), Corner(cx + ax - bx, cy + ay - by),
@@ -127,7 +127,7 @@ def shrunk(polygon: Polygon, inset: float = 0.0) -> list[Corner]:
     for start, end in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
         dx, dy = end.x - start.x, end.y - start.y
         if dx * dx + dy * dy > 1e-9 and len(left) > 2:
-            normal = normalised(-dy, dx)
+            normal = normalized(-dy, dx)
             left = clip(left, normal, normal[0] * start.x + normal[1] * start.y + start.margin + inset)
     return left if len(left) > 2 else []
 
@@ -138,7 +138,7 @@ def extent(polygon: Polygon, along: Vector) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def centre_of(polygon: Polygon) -> Vector:
+def center_of(polygon: Polygon) -> Vector:
     """Mean of the corners."""
     return sum(c.x for c in polygon) / len(polygon), sum(c.y for c in polygon) / len(polygon)
 
@@ -175,7 +175,7 @@ def subdivide(
     chosen = 0 if excess[0] >= excess[1] else 1
     axis, other = (along, across) if chosen == 0 else (across, along)
     lean = dice.between(-skew, skew)
-    normal = normalised(axis[0] + lean * other[0], axis[1] + lean * other[1])
+    normal = normalized(axis[0] + lean * other[0], axis[1] + lean * other[1])
     low, high = extent(polygon, normal)
     offset = low + (high - low) * dice.between(0.36, 0.64)
     margin, rest = margins[0], margins[1:] or margins
@@ -190,11 +190,11 @@ def subdivide(
 
 @dataclass
 class Sheet:
-    """A square picture in the making: what lies where, its colour before light, its height and relief."""
+    """A square picture in the making: what lies where, its color before light, its height and relief."""
 
     size: int
     material: UInt8 = field(init=False)
-    colour: Float = field(init=False)
+    color: Float = field(init=False)
     height: Float = field(init=False)
     relief: Float = field(init=False)
     wooded: Float = field(init=False)
@@ -202,9 +202,9 @@ class Sheet:
     def __post_init__(self) -> None:
         shape = (self.size, self.size)
         self.material = np.zeros(shape, np.uint8)
-        self.colour = np.zeros((*shape, 3), np.float32)
+        self.color = np.zeros((*shape, 3), np.float32)
         self.height, self.relief, self.wooded = (np.zeros(shape, np.float32) for _ in range(3))
-        self.centres: Float = (np.arange(self.size) + 0.5).astype(np.float32)
+        self.centers: Float = (np.arange(self.size) + 0.5).astype(np.float32)
 
     def window(self, low_x: float, high_x: float, low_y: float, high_y: float) -> Window | None:
         """The rows and columns that cover a box, None where it lies outside."""
@@ -217,7 +217,7 @@ class Sheet:
         window = self.window(*extent(polygon, (1.0, 0.0)), *extent(polygon, (0.0, 1.0)))
         if window is None or len(polygon) < 3:
             return None
-        ys, xs = self.centres[window[0], None], self.centres[None, window[1]]
+        ys, xs = self.centers[window[0], None], self.centers[None, window[1]]
         mask = np.ones((ys.shape[0], xs.shape[1]), bool)
         for start, end in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
             dx, dy = end.x - start.x, end.y - start.y
@@ -234,19 +234,19 @@ class Sheet:
         window = self.window(min(x0, x1) - radius, max(x0, x1) + radius, min(y0, y1) - radius, max(y0, y1) + radius)
         if window is None:
             return None
-        ys, xs = self.centres[window[0], None] - y0, self.centres[None, window[1]] - x0
+        ys, xs = self.centers[window[0], None] - y0, self.centers[None, window[1]] - x0
         dx, dy = x1 - x0, y1 - y0
         square = max(dx * dx + dy * dy, 1e-6)
         t = np.clip(xs * (dx / square) + ys * (dy / square), 0, 1)
         gap_x, gap_y = xs - t * dx, ys - t * dy
         return window, gap_x * gap_x + gap_y * gap_y <= radius * radius
 
-    def paint(self, where: Found, colour: Colour, material: int | None = None, height: float | None = 0.0) -> None:
-        """Give the pixels a colour and, unless None, a material and a height; relief and trees there go."""
+    def paint(self, where: Found, color: Color, material: int | None = None, height: float | None = 0.0) -> None:
+        """Give the pixels a color and, unless None, a material and a height; relief and trees there go."""
         if where is None:
             return
         window, mask = where
-        self.colour[window][mask] = colour
+        self.color[window][mask] = color
         if material is not None:
             self.material[window][mask] = material
             self.relief[window][mask] = 0
@@ -277,7 +277,7 @@ class Sheet:
         if where is None:
             return
         window, mask = where
-        ys, xs = self.centres[window[0], None], self.centres[None, window[1]]
+        ys, xs = self.centers[window[0], None], self.centers[None, window[1]]
         phase = xs * (across[0] / period) + ys * (across[1] / period)
         wave = (np.abs(phase - np.floor(phase) - 0.5) * 4 - 1) * depth
         if tracks:

@@ -1,4 +1,4 @@
-"""Where things lie in the drawn world: a town of blocks and roads, a country of fields, lanes and hamlets."""
+"""Where things lie in the synthetic world: a town of blocks and roads, a country of fields, lanes and hamlets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from overfly.data.synthetic.drawing import (
     Polygon,
     Sheet,
     Vector,
-    centre_of,
+    center_of,
     clouds,
     direction,
-    normalised,
+    normalized,
     rectangle,
     shrunk,
     subdivide,
@@ -56,7 +56,7 @@ def town(sheet: Sheet, dice: Dice) -> None:
     place = Place(sheet, dice, TOWN)
     along = direction(dice.between(-0.4, 0.4))
     whole = place.whole(along)
-    street = place.colour("asphalt", 8, 2)
+    street = place.color("asphalt", 8, 2)
     sheet.paint(sheet.inside(whole), street, M.ASPHALT)
     half_widths = (dice.between(8.5, 11), dice.between(5.5, 7.5), dice.between(4.5, 5.5))
     limit = (dice.between(130, 190), dice.between(110, 150))
@@ -72,9 +72,9 @@ def town(sheet: Sheet, dice: Dice) -> None:
     if dice.chance(0.2):
         course = place.course(14)
         wide = dice.between(26, 44)
-        place.road(course, wide + 8, place.colour("paving"), M.PAVING)
-        place.road(course, wide, place.colour("water"), M.WATER)
-        ux, uy = normalised(course[-1][0] - course[0][0], course[-1][1] - course[0][1])
+        place.road(course, wide + 8, place.color("paving"), M.PAVING)
+        place.road(course, wide, place.color("water"), M.WATER)
+        ux, uy = normalized(course[-1][0] - course[0][0], course[-1][1] - course[0][1])
         across = along if abs(ux * along[0] + uy * along[1]) < 0.7 else crossing(along)
         deck = rectangle(course[7], across, 3 * sheet.size, dice.between(16, 22))
         sheet.paint(sheet.inside(deck), street, M.ASPHALT)
@@ -88,7 +88,7 @@ def _traffic(place: Place, block: Polygon) -> None:
         place.cars((start.x, start.y), (end.x, end.y), start.margin * 0.45, 40)
         if start.margin > 8:
             middle = ((start.x + end.x) / 2, (start.y + end.y) / 2)
-            along = normalised(end.x - start.x, end.y - start.y)
+            along = normalized(end.x - start.x, end.y - start.y)
             where = place.sheet.inside(rectangle(middle, along, 3 * place.sheet.size, 1.2))
             if where is not None:
                 road = where[1] & (place.sheet.material[where[0]] == M.ASPHALT)
@@ -108,7 +108,7 @@ def _houses(place: Place, block: Polygon, along: Vector) -> None:
         length, width = sides(part, along)
         length, width = length - dice.between(7, 12), width - dice.between(6, 12)
         if min(length, width) > 7:
-            place.building(centre_of(part), along, (length, width, height * dice.between(0.8, 1.2)), kind)
+            place.building(center_of(part), along, (length, width, height * dice.between(0.8, 1.2)), kind)
 
 
 def _halls(place: Place, block: Polygon, along: Vector) -> None:
@@ -116,7 +116,7 @@ def _halls(place: Place, block: Polygon, along: Vector) -> None:
     dice, sheet = place.dice, place.sheet
     limit = (dice.between(80, 140), dice.between(60, 100))
     for part in subdivide(dice, block, along, limit=limit, margins=(0.0,), sheet=sheet):
-        (length, width), (cx, cy) = sides(part, along), centre_of(part)
+        (length, width), (cx, cy) = sides(part, along), center_of(part)
         edge = width / 2 - 5
         length, width = length - dice.between(12, 24), width - dice.between(14, 26)
         if min(length, width) > 10:
@@ -137,7 +137,7 @@ def _park(place: Place, block: Polygon, along: Vector) -> None:
     grove = where[1] & (clouds(dice, sheet.size, 48)[where[0]] > dice.between(-0.6, 0.0))
     place.forest((where[0], grove))
     if dice.chance(0.3):
-        (x, y), reach = centre_of(block), dice.between(8, 20)
+        (x, y), reach = center_of(block), dice.between(8, 20)
         bank = (x + along[0] * reach, y + along[1] * reach)
         radius = dice.between(10, 18)
         place.ground(sheet.near((x, y), bank, radius + 3), "lawn", M.LAWN)
@@ -148,7 +148,7 @@ def _site(place: Place, block: Polygon, along: Vector) -> None:
     """A building site: bare ground, a container or two."""
     dice = place.dice
     place.ground(place.sheet.inside(block, dice.between(2, 4)), "soil", M.SOIL)
-    (x, y), (length, width) = centre_of(block), sides(block, along)
+    (x, y), (length, width) = center_of(block), sides(block, along)
     for _ in range(dice.count(0, 2)):
         spot = (x + dice.between(-0.25, 0.25) * length, y + dice.between(-0.25, 0.25) * width)
         place.building(spot, along, (dice.between(14, 24), dice.between(9, 13), 5), "shed")
@@ -184,7 +184,7 @@ def _square(place: Place, block: Polygon, along: Vector) -> None:
         place.ground(sheet.inside(block, 5), "lawn", M.LAWN)
         place.wood(sheet.inside(block, 5), 0.08)
         return
-    (length, width), (cx, cy) = sides(block, along), centre_of(block)
+    (length, width), (cx, cy) = sides(block, along), center_of(block)
     half, row = length / 2 - 12, 10 - width / 2
     while row < width / 2 - 8 and half > 8:
         x, y = cx - along[1] * row, cy + along[0] * row
@@ -204,13 +204,13 @@ def country(sheet: Sheet, dice: Dice) -> None:
     _wild(place)
     if dice.chance(0.3):
         stream, wide = place.course(16), dice.between(7, 16)
-        place.road(stream, wide + 7, place.colour("lawn"), M.LAWN)
-        place.road(stream, wide, place.colour("water"), M.WATER)
+        place.road(stream, wide + 7, place.color("lawn"), M.LAWN)
+        place.road(stream, wide, place.color("water"), M.WATER)
     for _ in range(dice.count(1, 2)):
         lane, paved = place.course(14), dice.chance(0.7)
         wide = dice.between(8.5, 12) if paved else dice.between(7, 9)
-        place.road(lane, wide + 4, place.colour("lawn"), M.BUND)
-        place.road(lane, wide, place.colour("asphalt" if paved else "track"), M.ASPHALT if paved else M.TRACK)
+        place.road(lane, wide + 4, place.color("lawn"), M.BUND)
+        place.road(lane, wide, place.color("asphalt" if paved else "track"), M.ASPHALT if paved else M.TRACK)
         if dice.chance(0.9):
             _hamlet(place, lane)
 
@@ -252,14 +252,14 @@ def _hamlet(place: Place, lane: list[Vector]) -> None:
     rows = (-1, 1, -2, 2) if dice.chance(0.7) else (-1, 1)
     for index in range(first, min(first + dice.count(3, 5), len(lane) - 1)):
         (x0, y0), (x1, y1) = lane[index], lane[index + 1]
-        ux, uy = normalised(x1 - x0, y1 - y0)
+        ux, uy = normalized(x1 - x0, y1 - y0)
         for row in rows:
             if dice.chance(0.15):
                 continue
             off = row * dice.between(19, 22)
             spot = ((x0 + x1) / 2 - uy * off, (y0 + y1) / 2 + ux * off)
             lean = dice.between(-0.15, 0.15)
-            turned = normalised(ux - uy * lean, uy + ux * lean)
+            turned = normalized(ux - uy * lean, uy + ux * lean)
             yard = sheet.inside(rectangle(spot, turned, 36, 33))
             if yard is not None:
                 garden = (yard[0], yard[1] & ~np.isin(sheet.material[yard[0]], TAKEN))

@@ -1,4 +1,4 @@
-"""The pieces that the drawn places are put together from: ground, fields, buildings, roads, cars."""
+"""The pieces that the synthetic places are put together from: ground, fields, buildings, roads, cars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from overfly.data.synthetic.drawing import (
     Bool,
-    Colour,
+    Color,
     Corner,
     Dice,
     Found,
@@ -18,15 +18,15 @@ from overfly.data.synthetic.drawing import (
     Sheet,
     Vector,
     Window,
-    centre_of,
+    center_of,
     direction,
     extent,
-    normalised,
+    normalized,
     rectangle,
 )
 
-Paints = Mapping[str, tuple[Colour, ...]]
-"""The colours that each kind of surface comes in."""
+Paints = Mapping[str, tuple[Color, ...]]
+"""The colors that each kind of surface comes in."""
 
 
 class Material(IntEnum):
@@ -53,7 +53,7 @@ CLASS_OF: dict[Material, int] = {
 
 TAKEN = (Material.ROOF, Material.ASPHALT, Material.TRACK, Material.WATER)
 """Where no house is built."""
-CARS: tuple[Colour, ...] = ((225, 225, 225), (40, 42, 48), (150, 40, 38), (60, 80, 130), (170, 172, 176))
+CARS: tuple[Color, ...] = ((225, 225, 225), (40, 42, 48), (150, 40, 38), (60, 80, 130), (170, 172, 176))
 
 
 def crossing(along: Vector) -> Vector:
@@ -67,9 +67,9 @@ def sides(polygon: Polygon, along: Vector) -> tuple[float, float]:
     return high - low, far - near
 
 
-def scaled(colour: Colour, factor: float) -> Colour:
-    """A colour made lighter or darker."""
-    return colour[0] * factor, colour[1] * factor, colour[2] * factor
+def scaled(color: Color, factor: float) -> Color:
+    """A color made lighter or darker."""
+    return color[0] * factor, color[1] * factor, color[2] * factor
 
 
 class Place:
@@ -78,8 +78,8 @@ class Place:
     def __init__(self, sheet: Sheet, dice: Dice, paints: Paints) -> None:
         self.sheet, self.dice, self.paints = sheet, dice, paints
 
-    def colour(self, what: str, tone: float = 10, hue: float = 5) -> Colour:
-        """One of the region's colours for this, a little off."""
+    def color(self, what: str, tone: float = 10, hue: float = 5) -> Color:
+        """One of the region's colors for this, a little off."""
         return self.dice.tint(self.dice.one_of(self.paints[what]), tone, hue)
 
     def whole(self, along: Vector) -> list[Corner]:
@@ -88,8 +88,8 @@ class Place:
         return rectangle((half, half), along, self.sheet.size * 1.5, self.sheet.size * 1.5)
 
     def ground(self, where: Found, what: str, material: Material, tone: float = 10) -> None:
-        """Cover an area with one of the region's colours."""
-        self.sheet.paint(where, self.colour(what, tone), material)
+        """Cover an area with one of the region's colors."""
+        self.sheet.paint(where, self.color(what, tone), material)
 
     def wood(self, where: Found, density: float) -> None:
         """Let trees stand on an area, in this share of the places where one could."""
@@ -109,11 +109,11 @@ class Place:
             where, crossing(along), rows, depth, tracks=dice.count(4, 8), track_depth=dice.between(14, 26)
         )
 
-    def building(self, centre: Vector, along: Vector, sizes: tuple[float, float, float], kind: str) -> None:
+    def building(self, center: Vector, along: Vector, sizes: tuple[float, float, float], kind: str) -> None:
         """A building with a flat or gabled roof or one of sheet metal, unless something stands there already.
 
         Args:
-            centre: its middle.
+            center: its middle.
             along: unit vector along its length.
             sizes: length, width and height.
             kind: which of the paints the roof gets: ``flat``, ``gable`` or ``shed``.
@@ -121,16 +121,16 @@ class Place:
         length, width, height = sizes
         if length < width:
             along, length, width = crossing(along), width, length
-        polygon = rectangle(centre, along, length, width)
+        polygon = rectangle(center, along, length, width)
         where = self.sheet.inside(polygon)
         if where is None or self.free(where) < 0.98:
             return
-        sheet, roof, across = self.sheet, self.colour(kind, 14, 7), crossing(along)
+        sheet, roof, across = self.sheet, self.color(kind, 14, 7), crossing(along)
         sheet.paint(where, roof, Material.ROOF, height)
         if kind == "flat":
             self._deck(polygon, roof, along, (length, width, height))
             return
-        slope = (centre[0] + across[0] * width / 4, centre[1] + across[1] * width / 4)
+        slope = (center[0] + across[0] * width / 4, center[1] + across[1] * width / 4)
         shade = scaled(roof, self.dice.between(0.72, 0.86) if kind == "gable" else 0.93)
         sheet.paint(sheet.inside(rectangle(slope, along, length, width / 2)), shade, height=None)
         if kind == "gable":
@@ -138,9 +138,9 @@ class Place:
         else:
             sheet.furrow(where, along, self.dice.between(3, 5), 7)
 
-    def _deck(self, polygon: Polygon, roof: Colour, along: Vector, sizes: tuple[float, float, float]) -> None:
+    def _deck(self, polygon: Polygon, roof: Color, along: Vector, sizes: tuple[float, float, float]) -> None:
         """What stands on a flat roof: a parapet around, stairs and air conditioners within."""
-        sheet, dice, (cx, cy), (length, width, height) = self.sheet, self.dice, centre_of(polygon), sizes
+        sheet, dice, (cx, cy), (length, width, height) = self.sheet, self.dice, center_of(polygon), sizes
         sheet.paint(sheet.inside(polygon, 1.6), dice.tint(roof, 6, 2), height=height - 1)
         sheet.paint(sheet.inside(polygon, 2.6), dice.tint(scaled(roof, 0.9), 8), height=height - 1)
         for _ in range(min(6, int(length * width / 150))):
@@ -155,10 +155,10 @@ class Place:
         under = self.sheet.material[window][mask]
         return float(np.count_nonzero(~np.isin(under, TAKEN))) / under.size if under.size else 0.0
 
-    def road(self, points: list[Vector], width: float, colour: Colour, material: Material) -> None:
+    def road(self, points: list[Vector], width: float, color: Color, material: Material) -> None:
         """A road, or a river, through the points."""
         for start, end in pairwise(points):
-            self.sheet.paint(self.sheet.near(start, end, width / 2), colour, material)
+            self.sheet.paint(self.sheet.near(start, end, width / 2), color, material)
 
     def course(self, pieces: int) -> list[Vector]:
         """A winding line right across the sheet, in some direction."""
@@ -177,7 +177,7 @@ class Place:
 
     def cars(self, start: Vector, end: Vector, lane: float, gap: float) -> None:
         """Cars in a row, ``lane`` beside a line; what lies under them keeps its class."""
-        dice, along = self.dice, normalised(end[0] - start[0], end[1] - start[1])
+        dice, along = self.dice, normalized(end[0] - start[0], end[1] - start[1])
         length = (end[0] - start[0]) * along[0] + (end[1] - start[1]) * along[1]
         at = dice.between(0, gap)
         while at < length:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from overfly.core.records import UInt8
-from overfly.data.synthetic.drawing import Bool, Colour, Dice, Float, Sheet, clouds, crowns, direction, grain, shaded
+from overfly.data.synthetic.drawing import Bool, Color, Dice, Float, Sheet, clouds, crowns, direction, grain, shaded
 from overfly.data.synthetic.objects import Material
 
 Range = tuple[float, float]
@@ -18,7 +18,7 @@ class Look(NamedTuple):
     """Season, light and sensor of a region; each scene takes its own values out of the ranges.
 
     Attributes:
-        leaves: colours that the crowns of a wood are mixed from.
+        leaves: colors that the crowns of a wood are mixed from.
         spacing: pixels from tree to tree.
         sun: where the light comes from, as the argument of `direction`.
         slope: height over ground at which the light falls: the tangent of the sun's height.
@@ -26,20 +26,20 @@ class Look(NamedTuple):
         gain: what the sensor makes of each band.
         exposure: what it makes of all.
         haze: share of the haze in the picture, 0 to 1.
-        veil: colour of the haze.
+        veil: color of the haze.
         blur: radius of the lens and the ground resolution, in pixels.
         noise: standard deviation of the sensor's noise, of 255.
     """
 
-    leaves: tuple[Colour, ...]
+    leaves: tuple[Color, ...]
     spacing: tuple[int, int]
     sun: Range
     slope: Range
-    shade: Colour
-    gain: Colour
+    shade: Color
+    gain: Color
     exposure: Range
     haze: Range
-    veil: Colour
+    veil: Color
     blur: Range
     noise: Range
 
@@ -92,14 +92,14 @@ def plant(sheet: Sheet, dice: Dice, look: Look, away: tuple[float, float]) -> No
     first, second = (np.array(dice.one_of(look.leaves), np.float32) for _ in range(2))
     number = nearest.number[stands]
     mix, tone = (number * 7 % 1)[:, None], (number * 31 % 1)[:, None]
-    sheet.colour[stands] = first + (second - first) * mix + (tone - np.float32(0.5)) * 26
+    sheet.color[stands] = first + (second - first) * mix + (tone - np.float32(0.5)) * 26
     sheet.relief[stands] = (nearest.right * away[0] + nearest.down * away[1])[stands] * -70
     sheet.height[stands] = (7 - 6 * nearest.square)[stands]
     material[stands] = Material.CROWN
 
 
 def _texture(sheet: Sheet, dice: Dice) -> Float:
-    """How much lighter or darker than its colour each pixel is (S, S), by what it is made of."""
+    """How much lighter or darker than its color each pixel is (S, S), by what it is made of."""
     size, strength = sheet.size, STRENGTH[sheet.material]
     fine = (dice.noise(size, size).astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
     light: Float = sheet.relief + strength[..., 0] * fine
@@ -121,7 +121,7 @@ def develop(sheet: Sheet, dice: Dice, look: Look) -> UInt8:
     away = (-to_x, -to_y)
     plant(sheet, dice, look, away)
     shadow = _soft(shaded(sheet.height, away, dice.between(*look.slope), float(sheet.height.max())), 0.6)
-    picture = sheet.colour + _texture(sheet, dice)[..., None]
+    picture = sheet.color + _texture(sheet, dice)[..., None]
     picture *= 1 - shadow[..., None] * (1 - np.array(look.shade, np.float32))
     picture *= np.array(dice.tint(look.gain, 0.0, 0.03), np.float32) * np.float32(dice.between(*look.exposure))
     haze = np.float32(dice.between(*look.haze))

@@ -11,11 +11,11 @@ function element(name, text) {
   return made;
 }
 
-function swatch(colour) {
+function swatch(color) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
   const square = document.createElementNS(space, "rect");
-  for (const [name, value] of Object.entries({ width: "16", height: "16", fill: colour })) square.setAttribute(name, value);
+  for (const [name, value] of Object.entries({ width: "16", height: "16", fill: color })) square.setAttribute(name, value);
   svg.append(square);
   return svg;
 }
@@ -38,7 +38,7 @@ function legend(facts, own) {
     const row = body.insertRow();
     const cell = row.insertCell();
     cell.className = "swatch";
-    cell.append(swatch(own ? first.colour : first.safe_colour));
+    cell.append(swatch(own ? first.color : first.safe_color));
     row.insertCell().textContent = name;
     for (const one of seen) {
       const share = row.insertCell();

@@ -31,7 +31,7 @@ GROUPS: dict[str, type[Choice]] = {
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """What can be named, by the setting that names it."""
 
     groups: dict[str, dict[str, str]]
@@ -48,14 +48,14 @@ class Catalogue:
             yield ""
 
 
-def catalogue() -> Catalogue:
+def catalog() -> Catalog:
     """Everything that is known, plug-ins included."""
     load_plugins()
     groups = {"model": {name: registry.about(name) for name in registry.names()}}
     groups["weights"] = {name: url for name, (url, _) in sorted(NAMED.items())}
     for group, choice in GROUPS.items():
         groups[group] = {name: _sentence(kind) for name, kind in sorted(choice.kinds.items())}
-    return Catalogue(groups)
+    return Catalog(groups)
 
 
 def _sentence(kind: type[object]) -> str:
