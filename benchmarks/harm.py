@@ -1,6 +1,6 @@
 """Plant harmful adaptations and count how many the gate refuses.
 
-    python benchmarks/harm.py recipes/synthetic/urban-rural-overfly.yaml --seeds 0,1,2 --steps 100 [--set SETTING]
+    python benchmarks/harm.py recipes/synthetic/urban-rural-pasted.yaml --seeds 0,1,2 --steps 100 [--set SETTING]
         [--images FOLDER…]
 
 Each recipe must be one of method `overfly`. Of every seed it is carried out three ways: with the pseudo-labels' classes
