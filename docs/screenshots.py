@@ -20,7 +20,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from overfly.commands.api import report
-from overfly.commands.pages import offer
+from overfly.commands.serve import served_networks
 from overfly.data.domain import Domain
 from overfly.web.server import application, start
 
@@ -68,7 +68,7 @@ def main() -> None:
         shutil.copytree(settings.runs, copied, symlinks=True)  # reading labels is counted in a run's folder
         written = report([str(copied)], out=Path(folder) / "report.html", title="Town to country", device="cpu").path
         picture = scene(Path(folder) / "scene.png")
-        running = start(application(offer([str(copied)], device="cpu")))
+        running = start(application(served_networks([str(copied)], device="cpu")))
         browser = engine.chromium.launch(
             executable_path=next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None),
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],

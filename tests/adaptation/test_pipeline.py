@@ -18,7 +18,7 @@ from overfly.commands.api import adapt, train
 from overfly.commands.arguments import recipes_and_settings
 from overfly.commands.export import story_of
 from overfly.commands.load_predictor import begun_from
-from overfly.commands.pages import offer
+from overfly.commands.serve import served_networks
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
@@ -324,7 +324,7 @@ def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, A
     assert (story.title, story.method.split(":")[0]) == (before.path.name, "`source_only`")
     assert story.scores["source/val"][0]["mIoU"] == before.scores["source/val"]["miou"]
     assert "use the source-only network" in story.verdict
-    (network,) = offer([str(run.path)])
+    (network,) = served_networks([str(run.path)])
     assert network.title == "source only, Urban to Rural, seed 0"
     assert (network.about["method"], network.about["folder"]) == ("source_only", run.path.name)
     assert verdict.sentence == "use the source-only network: recalibrated and adapted are refused"
@@ -333,6 +333,6 @@ def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, A
     shutil.rmtree(before.path)
     assert begun_from(run.path) == run.path / "best.safetensors"
     assert "is not there any more" in story_of(run).method
-    assert offer([str(run.path)])[0].title == run.path.name
+    assert served_networks([str(run.path)])[0].title == run.path.name
     (run.path / "best.safetensors").unlink()
     assert story_of(run).method.startswith("`dacs`")

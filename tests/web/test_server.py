@@ -23,7 +23,7 @@ from overfly.core.records import Array
 from overfly.exporting.predictor import Floats
 from overfly.video.player import Screen
 from overfly.web.config import Limits
-from overfly.web.server import application, start
+from overfly.web.server import application, serve_stream, start
 
 BASE = "http://127.0.0.1:8000"
 
@@ -349,3 +349,16 @@ def test_networks_of_other_bands_get_the_bands_that_they_read(order: str, tmp_pa
             assert refused.status_code == 400
             assert refused.json()["detail"] == f"the image has {words}; send an image with its bands"
         assert ask(client, infrared, network="1").status_code == 200
+
+
+def test_serve_stream_shows_the_live_page_without_a_network() -> None:
+    screen = Screen()
+    screen.show(np.zeros((8, 8, 3), np.uint8))
+    with serve_stream(screen) as address:
+        assert httpx.get(address).status_code == 200
+        root = address.removesuffix("live")
+        assert httpx.get(root).headers["location"] == "/live"
+        assert httpx.get(f"{root}stream/state").json()["frames"] == 1
+        assert httpx.post(f"{root}predict").status_code == 404
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(address)

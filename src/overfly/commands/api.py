@@ -32,9 +32,10 @@ from overfly.commands.catalog import Catalog, catalog
 from overfly.commands.data import data_check, data_fetch, data_stats, data_synthesize
 from overfly.commands.export import export, hub_load, hub_push
 from overfly.commands.load_predictor import begun_from
-from overfly.commands.pages import report, serve
 from overfly.commands.predict import predict
+from overfly.commands.report import report
 from overfly.commands.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
+from overfly.commands.serve import serve
 from overfly.commands.watch import data_fly, watch
 from overfly.core import device as machines
 from overfly.core.errors import DataError, RecipeError
@@ -44,7 +45,7 @@ from overfly.evaluation.samples import Samples
 from overfly.evaluation.speed import measure
 from overfly.models.registry import build
 from overfly.recipe import load
-from overfly.reporting.gallery import draw, samples_folder
+from overfly.reporting.run_samples import draw, samples_folder
 from overfly.training.engine import Engine, launch, on_main
 from overfly.training.evaluate import assess, labeled, roles
 from overfly.training.run import Run

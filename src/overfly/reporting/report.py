@@ -197,10 +197,10 @@ def render(report: Report) -> str:
     )
 
 
-def environment() -> Environment:
-    """Where templates of pages are read; every value is escaped."""
+def environment(folder: Path = HERE) -> Environment:
+    """Templates of a folder; every value is escaped."""
     return Environment(
-        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
     )
 
 

@@ -31,7 +31,7 @@ MOST = 4
 ROLES: tuple[Role, ...] = ("target", "source")
 
 
-def runs_of(paths: Sequence[Path | str]) -> list[Run]:
+def find_runs(paths: Sequence[Path | str]) -> list[Run]:
     """The runs that some folders mean: runs, or folders of runs.
 
     Raises:
@@ -56,7 +56,7 @@ def by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
     found: dict[Path, list[Run]] = {}
     for same in kinds.values():
         recipe = same[0].recipe
-        words = in_words(recipe)
+        words = recipe_title(recipe)
         several = len({run.recipe.model.name for run in runs}) > 1
         words = f"{words}, {recipe.model.name}" if several else words
         name, number = words, 1
@@ -67,7 +67,7 @@ def by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
     return found
 
 
-def in_words(recipe: Recipe) -> str:
+def recipe_title(recipe: Recipe) -> str:
     """A recipe for people: ``source only, Urban to Rural``."""
     places = " to ".join(domain.title for domain in (recipe.source, recipe.target) if domain is not None)
     return f"{recipe.method.name.replace('_', ' ')}, {places}"
@@ -79,7 +79,7 @@ def scored_split(runs: Sequence[Run]) -> Split:
     return max(("val", "test", "train"), key=lambda split: counts[split])
 
 
-def findings(
+def collect_report(
     paths: Sequence[Path | str],
     *,
     title: str,
@@ -104,7 +104,7 @@ def findings(
         device: where networks run.
         own_colors: paint classes in their own colors.
     """
-    runs = runs_of(paths)
+    runs = find_runs(paths)
     done = by_recipe(runs)
     shown = split or scored_split(runs)
     albums = _albums(done, labels, limit, device) if limit else []
@@ -275,4 +275,4 @@ def _before(run: Run) -> Run | None:
     return before if before is not None and before.finished else None
 
 
-__all__ = ["by_recipe", "findings", "in_words", "runs_of", "scored_split"]
+__all__ = ["by_recipe", "collect_report", "find_runs", "recipe_title", "scored_split"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from markupsafe import Markup
 
 from overfly.core.errors import OverflyError
@@ -28,14 +29,16 @@ def router(desk: Desk, screen: Screen | None) -> APIRouter:
     """
     live = screen is not None
     routes = APIRouter(default_response_class=HTMLResponse)
-    templates = environment()
+    templates = environment(Path(__file__).parent / "templates")
 
     def page(name: str, **values: Any) -> HTMLResponse:
         return HTMLResponse(templates.get_template(f"{name}.html.jinja").render(live=live, **values))
 
     @routes.head("/")
     @routes.get("/")
-    def start() -> HTMLResponse:
+    def start() -> Response:
+        if not desk.networks:
+            return RedirectResponse("/live")
         networks = list(desk.networks.values())
         columns = list(dict.fromkeys(name for each in networks for name in each.about))
         scenes = [path.name for path in desk.scenes]

@@ -108,8 +108,9 @@ def router(desk: Desk, screen: Screen | None) -> APIRouter:
     """
     routes = APIRouter()
 
-    _predict_routes(routes, desk)
-    _map_routes(routes, desk)
+    if desk.networks:
+        _predict_routes(routes, desk)
+        _map_routes(routes, desk)
 
     @routes.get("/networks", responses=problems(401, 403))
     def networks() -> list[About]:

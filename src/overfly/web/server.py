@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def application(
     """The server as an ASGI application.
 
     Args:
-        networks: what it offers; the first is asked where nobody says another.
+        networks: the networks to serve, the first is the default; without any, only the stream's pages are served.
         limits: its bounds; left out, `Limits` by its defaults.
         token: that clients must know; None: it answers to 127.0.0.1 and localhost alone.
         screen: holds the live picture, where something makes one.
@@ -150,6 +150,10 @@ class Running:
         while not self._server.started and self._thread.is_alive() and time.monotonic() < until:
             time.sleep(0.01)
 
+    def watched(self) -> bool:
+        """Return whether a client has an open connection."""
+        return bool(self._server.server_state.connections)
+
     def stop(self) -> None:
         """End it, and wait until it has ended."""
         self._server.should_exit = True
@@ -171,4 +175,26 @@ def start(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> Running:
     return Running(app, bound(host, port))
 
 
-__all__ = ["Running", "address", "application", "bound", "run", "start"]
+@contextmanager
+def serve_stream(screen: Screen, port: int = 0) -> Iterator[str]:
+    """Serve the live page of a stream on 127.0.0.1, without any network, while the context lasts.
+
+    Args:
+        screen: holds the newest overlay; close it with the reason before the context ends, so that the page shows it.
+        port: 0 takes a free port.
+
+    Yields:
+        The address of the page.
+
+    Raises:
+        RecipeError: the port is in use.
+    """
+    running = start(application([], screen=screen), port=port)
+    try:
+        yield f"{running.address}live"
+    finally:
+        time.sleep(1.5 if screen.closed and running.watched() else 0)  # pages ask every second how the stream ended
+        running.stop()
+
+
+__all__ = ["Running", "address", "application", "bound", "run", "serve_stream", "start"]

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from overfly import cli
-from overfly.commands import api, pages
-from overfly.commands.pages import live, offer
+from overfly.commands import api, serve
+from overfly.commands.serve import live_stream, served_networks
 from overfly.core.errors import DataError, MissingExtraError, RecipeError, RunError
 from overfly.exporting.predictor import Predictor
 from overfly.recipe import Recipe, load
@@ -117,7 +117,7 @@ def test_a_damaged_verdict_is_named(copied: Path, tmp_path: Path) -> None:
 
 
 def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path, copied: Path) -> None:
-    offered = offer([str(runs), str(runs)])
+    offered = served_networks([str(runs), str(runs)])
     assert [each.key for each in offered] == ["0", "1", "2", "3"]
     assert len({each.title for each in offered}) == 4
     refused = next(each for each in offered if "_overfly_" in each.about["folder"])
@@ -125,12 +125,12 @@ def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path,
     (verdict,) = copied.glob("*/verdict.json")
     verdict.unlink()
     (verdict.parent / "best.safetensors").unlink()
-    adapted = next(each for each in offer([str(copied)]) if each.about["method"] == "overfly")
+    adapted = next(each for each in served_networks([str(copied)]) if each.about["method"] == "overfly")
     assert adapted.title == "overfly, Urban to Rural, seed 0"
     assert adapted.about["mIoU target"].endswith("(val)")
     assert adapted.opened().facts.classes.names[0] == "background"
     (file,) = runs.glob("*/best.safetensors")
-    (alone,) = offer([str(file)])
+    (alone,) = served_networks([str(file)])
     assert alone.about["model"] == "lraspp_mobilenet_v2"
 
 
@@ -143,9 +143,9 @@ def test_exports_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.
     def opened(path: Path, **_: str) -> Predictor:
         return replace(seeing(), export=("onnx", kinds[path.relative_to(tmp_path).as_posix()]))
 
-    monkeypatch.setattr("overfly.commands.pages.predictor_of", opened)
+    monkeypatch.setattr("overfly.commands.serve.predictor_of", opened)
     first, *others = [str(tmp_path / name) for name in kinds]
-    offered = offer([first, first, *others])
+    offered = served_networks([first, first, *others])
     assert [each.title for each in offered] == [
         "x.onnx (a/exports, onnx, 32)", "x.onnx (b/exports, onnx, int8)", "y.onnx",
     ]  # fmt: skip
@@ -155,7 +155,7 @@ def test_exports_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_runs_of_one_recipe_in_two_folders_are_told_apart(copied: Path, runs: Path) -> None:
-    offered = offer([str(runs), str(copied)])
+    offered = served_networks([str(runs), str(copied)])
     assert len({each.title for each in offered}) == len(offered) == 8
     (one, other) = (each for each in offered if "_overfly_" in each.about["folder"])
     assert one.run is not None
@@ -171,13 +171,13 @@ def test_scenes_that_cannot_be_read_are_left_out_and_told_once(
     for name in ("empty.png", "text.tif", "words.jpg"):
         (tmp_path / name).write_text("" if name == "empty.png" else "words")
     (tmp_path / "folder.png").mkdir()
-    assert pages._pictures([tmp_path], 64 * 48) == [tmp_path / "good.png"]
+    assert serve._pictures([tmp_path], 64 * 48) == [tmp_path / "good.png"]
     told = capsys.readouterr().err
     assert told.startswith(f"overfly: 5 scene(s) left out of the page: {tmp_path / 'empty.png'} is")
     assert told.endswith("; and 2 more\n")
     assert "large.png has 0.0 million pixels" in told
     assert len(told.splitlines()) == 1
-    assert pages._pictures([tmp_path / "good.png"], 64 * 48) == [tmp_path / "good.png"]
+    assert serve._pictures([tmp_path / "good.png"], 64 * 48) == [tmp_path / "good.png"]
     assert capsys.readouterr().err == ""
 
 
@@ -202,7 +202,7 @@ def test_the_server_does_not_begin_what_it_should_not(
 
 
 def test_without_the_extra_its_name_is_told(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overfly.commands.pages.importlib.util.find_spec", {}.get)
+    monkeypatch.setattr("overfly.web.importlib.util.find_spec", {}.get)
     with pytest.raises(MissingExtraError, match=r"overfly\[serve\]"):
         api.serve([str(runs)])
 
@@ -210,20 +210,20 @@ def test_without_the_extra_its_name_is_told(runs: Path, monkeypatch: pytest.Monk
 def test_a_stream_is_looked_at_beside_the_page(tmp_path: Path) -> None:
     for number in range(3):
         Image.fromarray(striped(number)).save(tmp_path / f"{number}.png")
-    with live(str(tmp_path), seeing) as screen:
+    with live_stream(str(tmp_path), seeing) as screen:
         assert screen is not None
         shown = screen.wait(0, timeout=30)
         assert shown is not None
         assert Image.open(io.BytesIO(shown.jpeg)).size == (64, 48)
     assert screen.closed
-    with live(None, seeing) as screen:
+    with live_stream(None, seeing) as screen:
         assert screen is None
-    with pytest.raises(DataError, match=r"none\.mp4"), live(str(tmp_path / "none.mp4"), seeing):
+    with pytest.raises(DataError, match=r"none\.mp4"), live_stream(str(tmp_path / "none.mp4"), seeing):
         pass
 
 
 def _end_of(source: str) -> str:
-    with live(source, seeing) as screen:
+    with live_stream(source, seeing) as screen:
         assert screen is not None
         until = time.monotonic() + 30
         while not screen.closed and time.monotonic() < until:

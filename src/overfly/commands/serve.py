@@ -1,9 +1,8 @@
-"""What the API does with pages: a report in one file, and a server to look at runs and predictions in a browser."""
+"""`overfly serve`: networks and their predictions in a browser and over HTTP."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import sys
 import threading
@@ -12,46 +11,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-
-from rich.console import Console, ConsoleOptions, RenderResult
 
 from overfly.commands.arguments import LARGEST, pathlike, see_bounds
 from overfly.commands.load_predictor import origin_of, predictor_of
-from overfly.core import device as machines
-from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError, RunError
-from overfly.data.domain import Split
+from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
 from overfly.data.headers import SUFFIXES
 from overfly.exporting.predictor import Backend, Predictor
-from overfly.reporting.report import render
-from overfly.reporting.report_data import findings, in_words, runs_of
+from overfly.reporting.report_data import find_runs, recipe_title
 from overfly.training.run import Run
 from overfly.video import player as stream
 from overfly.video.capture import Source, opened
 from overfly.video.endings import FAULT, ending, in_public
 from overfly.video.overlay import Style, painter_of
+from overfly.web import load_server
 from overfly.web.config import Limits
 from overfly.web.networks import Network
 from overfly.web.uploads import within
 
-__all__ = ["live", "offer", "report", "serve"]
+__all__ = ["live_stream", "serve", "served_networks"]
 
 NAMED = 3
 """Scenes that cannot be offered, of which the reason is told."""
-
-
-@dataclass(frozen=True)
-class Reported:
-    """A report."""
-
-    path: Path
-    recipes: int
-    labels_opened: int
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        size = self.path.stat().st_size / 1e6
-        yield f"labels read for its pictures: {self.labels_opened}"
-        yield f"written: {self.path} ({self.recipes} recipes, {size:.1f} MB); open it in any browser"
 
 
 @dataclass(frozen=True)
@@ -62,54 +42,6 @@ class Served:
 
     def __rich__(self) -> str:
         return f"stopped: {self.address}"
-
-
-@pathlike
-def report(
-    runs: list[str],
-    *,
-    out: Path = Path("report.html"),
-    title: str = "overfly report",
-    split: Split | None = None,
-    labels: bool = True,
-    pictures: int = 40,
-    speed: bool = True,
-    size: int = 512,
-    own_colors: bool = False,
-    device: str = "auto",
-) -> Reported:
-    """Write one HTML file about some runs: table, gap closed, classes, pictures, confusion, curves, verdict, speed.
-
-    The file holds everything it shows, asks no network, and reads on a phone, in the dark and on paper.
-
-    Args:
-        runs: folders of runs, or folders of such; those of one recipe with several seeds become one row.
-        out: the file to write.
-        title: heading of the page.
-        split: the split whose scores are shown; left out, the one that most of the runs were scored on.
-        labels: open the labels of val to find the worst and the best pictures; scores.json of each run counts it.
-        pictures: how many pictures of val to choose from, evenly spread; 0: no pictures.
-        speed: time the networks on this machine.
-        size: side of the image that size and speed of the networks are given for.
-        own_colors: paint classes in the colors that they bring, instead of ones that the color-blind can tell apart.
-        device: auto, cpu, cuda, cuda:1 or mps.
-
-    Returns:
-        The file.
-    """
-    see_bounds({"pictures": (pictures, 0, 10**6), "size": (size, 8, LARGEST)})
-    if out.is_dir() or not out.parent.is_dir():
-        raise RecipeError(f"{out} cannot be written: give --out a file's name in a folder that is there")
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise RecipeError(f"{out} has no ending of a page; name it {out.with_suffix('.html').name}")
-    found = findings(
-        runs, title=title, split=split, labels=labels, limit=pictures, speed=speed, size=size,
-        device=machines.pick(device), own_colors=own_colors,
-    )  # fmt: skip
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(render(found), encoding="utf-8")
-    partial.replace(out)
-    return Reported(out, len(found.entries), sum(gallery.album.opened for gallery in found.galleries))
 
 
 @pathlike
@@ -162,11 +94,14 @@ def serve(
     if not 0.01 <= megapixels <= 1000 or not 0.1 <= seconds <= 86400:
         raise RecipeError("--megapixels goes from 0.01 to 1000 and --seconds from 0.1 to 86400; correct the one given")
     token = _token(host, token)
-    server = _server_module()
+    server = load_server()
     limits = Limits(upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue, batch=batch)
-    offered = offer(networks, backend, device)
+    offered = served_networks(networks, backend, device)
     pictures = _pictures(scenes or [], limits.pixels)
-    with live(watch, offered[0].opened, watch_size) as screen, contextlib.closing(server.bound(host, port)) as place:
+    with (
+        live_stream(watch, offered[0].opened, watch_size) as screen,
+        contextlib.closing(server.bound(host, port)) as place,
+    ):
         app = server.application(offered, limits=limits, token=token, screen=screen, scenes=pictures)
         where = server.address(place)
         print(f"overfly: {len(offered)} network(s) at {where}; Ctrl-C stops it", file=sys.stderr, flush=True)
@@ -176,7 +111,7 @@ def serve(
 
 
 @contextlib.contextmanager
-def live(
+def live_stream(
     source: str | None, network: Callable[[], Predictor], size: int | None = None
 ) -> Iterator[stream.Screen | None]:
     """A stream looked at in a thread, for as long as the context lasts; its newest overlay is on the screen given.
@@ -221,7 +156,7 @@ def live(
             thread.join(10)
 
 
-def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> list[Network]:
+def served_networks(paths: list[str], backend: Backend = "auto", device: str = "auto") -> list[Network]:
     """The networks that some paths mean, for a server; each is loaded when it is first asked.
 
     Raises:
@@ -230,7 +165,7 @@ def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> 
     found: dict[Path, Network] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            runs = [run for run in runs_of([path]) if run.finished or (run.path / "best.safetensors").is_file()]
+            runs = [run for run in find_runs([path]) if run.finished or (run.path / "best.safetensors").is_file()]
             if not runs:
                 raise RunError(f"{path} has no finished run; finish one with overfly train, or give another folder")
             for run in runs:
@@ -238,7 +173,7 @@ def offer(paths: list[str], backend: Backend = "auto", device: str = "auto") -> 
                     continue
                 opened = partial(predictor_of, run.path, backend=backend, device=device)
                 origin = origin_of(run)
-                title = run.path.name if origin is None else f"{in_words(origin.recipe)}, seed {origin.recipe.seed}"
+                title = run.path.name if origin is None else f"{recipe_title(origin.recipe)}, seed {origin.recipe.seed}"
                 found[run.path.resolve()] = Network(str(len(found)), title, opened, run, _about(run, origin))
         elif path.resolve() not in found:
             predictor = predictor_of(path, backend=backend, device=device)
@@ -329,11 +264,3 @@ def _pictures(scenes: list[Path], pixels: int) -> list[Path]:
         told = "; ".join([*refused[:NAMED], *more])
         print(f"overfly: {len(refused)} scene(s) left out of the page: {told}", file=sys.stderr, flush=True)
     return found
-
-
-def _server_module() -> ModuleType:
-    """The web server's code, which stands on packages of an extra."""
-    for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "serve", "serving")
-    return importlib.import_module("overfly.web.server")
