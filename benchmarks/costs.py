@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from overfly.core.device import describe
+from overfly.core.device import describe_machine
 from overfly.recipe import load
 from overfly.training.engine import Engine, launch
 from overfly.training.run import Run
@@ -101,7 +101,7 @@ def main() -> None:
     ]
     lightest = next(row["memory_mb"] for row in rows if row["recipe"] == "source_only")
     given.out.mkdir(parents=True, exist_ok=True)
-    held = {"machine": describe(), "rounds": given.rounds, "rows": rows}
+    held = {"machine": describe_machine(), "rounds": given.rounds, "rows": rows}
     (given.out / "costs.json").write_text(json.dumps(held, indent=1) + "\n")
     print("| recipe | seconds a step | ratio | memory | ratio |\n|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: row["ratio"]):

@@ -22,8 +22,8 @@ import psutil
 import rasterio
 from rasterio import Affine
 
-from overfly.core.device import describe
-from overfly.data.synthetic.domain import draw
+from overfly.core.device import describe_machine
+from overfly.data.synthetic.domain import synthesize
 from overfly.recipe import load
 from overfly.training.setup import first_segmenter
 
@@ -32,7 +32,7 @@ def scenes(folder: Path, count: int, size: int) -> None:
     """Small synthetic pictures, each at a place of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        pixels = np.moveaxis(draw("urban" if number % 2 else "rural", "test", number, size)[0], -1, 0)
+        pixels = np.moveaxis(synthesize("urban" if number % 2 else "rural", "test", number, size)[0], -1, 0)
         place = Affine(0.3, 0, 300_000 + 0.3 * size * number, 0, -0.3, 2_700_000)
         how = {"driver": "GTiff", "tiled": True, "compress": "deflate", "crs": "EPSG:32640", "transform": place}
         with rasterio.open(
@@ -92,7 +92,7 @@ def main() -> int:
         with rasterio.open(file) as one, rasterio.open(root / "maps" / file.name) as other:
             same.append(float((one.read() == other.read()).mean()))
     found |= {"scenes": settings.scenes, "size": settings.size, "least_share_of_equal_pixels": min(same)}
-    found |= {"machine": describe()}
+    found |= {"machine": describe_machine()}
     text = json.dumps(found, indent=2)
     print(text)
     if settings.record:

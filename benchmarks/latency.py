@@ -23,7 +23,7 @@ import torch
 
 from overfly.commands.export import patches
 from overfly.commands.load_predictor import network_of
-from overfly.core.device import describe
+from overfly.core.device import describe_machine
 from overfly.exporting.formats import write_onnx, write_openvino
 from overfly.exporting.graph import Answer, Deployed
 from overfly.exporting.metadata import Made, entries
@@ -114,7 +114,7 @@ def main() -> None:
         }
     told = {
         "side": given.side, "batch": 1, "threads": given.threads, "answer": given.answer,
-        "machine": describe(), "networks": rows,
+        "machine": describe_machine(), "networks": rows,
     }  # fmt: skip
     given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(table(rows))

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from overfly.core.classes import Classes
-from overfly.core.device import describe
+from overfly.core.device import describe_machine
 from overfly.data.domain import Domain
 from overfly.exporting.predictor import Facts, Floats, Predictor
 from overfly.web import server
@@ -171,7 +171,7 @@ def main() -> None:
         stand_in(settings.queue)
         return
     found = {"network": Path(settings.run).name} | measure(settings)
-    found["machine"] = describe("cpu") | {"load_average": [round(value, 2) for value in os.getloadavg()]}
+    found["machine"] = describe_machine("cpu") | {"load_average": [round(value, 2) for value in os.getloadavg()]}
     print(json.dumps(found, indent=2))
     if settings.out is not None:
         settings.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -35,8 +35,8 @@ from rio_cogeo.cogeo import cog_validate
 
 from overfly.commands.load_predictor import predictor_of
 from overfly.core.classes import Classes
-from overfly.core.device import describe
-from overfly.data.synthetic.domain import draw
+from overfly.core.device import describe_machine
+from overfly.data.synthetic.domain import synthesize
 from overfly.exporting.predictor import Facts, Predictor
 from overfly.raster.job import Settings, plan_for
 from overfly.raster.map_raster import map_raster
@@ -50,7 +50,7 @@ TILE = 1024
 
 def synthesise(path: Path, size: int) -> None:
     """A mosaic of a few synthetic pictures, turned and mirrored, with a coordinate system; tiled and compressed."""
-    tiles = [draw(scene, "test", number, TILE)[0] for scene in ("urban", "rural") for number in (0, 1)]
+    tiles = [synthesize(scene, "test", number, TILE)[0] for scene in ("urban", "rural") for number in (0, 1)]
     tiles = [np.moveaxis(np.rot90(tile, turn), -1, 0) for tile in tiles for turn in range(4)]
     generator = np.random.default_rng(0)
     place = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
@@ -104,7 +104,7 @@ def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[s
         "job_s": wall, "network_s": network_wall, "ratio": wall / network_wall, "network_alone_on": 1 / times,
         "network_within_job_s": made.network, "ratio_within_job": wall / made.network,
         "job_cpu_s": work, "network_cpu_s": network_work, "cpu_ratio": work / network_work,
-        "machine": describe(), "load": os.getloadavg(), "model_bytes": model,
+        "machine": describe_machine(), "load": os.getloadavg(), "model_bytes": model,
         "peak_bytes": peak, "beyond_model_bytes": peak - model,
     }  # fmt: skip
 

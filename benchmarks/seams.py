@@ -18,7 +18,7 @@ from PIL import Image
 from rasterio import Affine
 
 from overfly.commands.load_predictor import predictor_of
-from overfly.data.synthetic.domain import draw
+from overfly.data.synthetic.domain import synthesize
 from overfly.raster.job import Settings
 from overfly.raster.map_raster import map_raster
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images/raster.png"))
     settings = parser.parse_args()
     predictor = predictor_of(settings.network, device="cpu")
-    image = draw(settings.scene, "test", 3, settings.size)[0]
+    image = synthesize(settings.scene, "test", 3, settings.size)[0]
     maps = []
     with tempfile.TemporaryDirectory() as folder:
         raster, place = Path(folder) / "raster.tif", Affine(0.3, 0, 300_000, 0, -0.3, 2_700_000)

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from overfly import data, methods  # noqa: F401  (their kinds are known once they are imported)
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import SGD, Optim, Poly, Schedule
-from overfly.core.settings import explain, read_mapping, set_value
+from overfly.core.settings import read_mapping, set_value, validation_message
 from overfly.core.spec import Choice, Count, Pixels, Positive, Spec, Whole, load_plugins
 from overfly.data.domain import Domain, Split
 from overfly.data.sampling import Sampling, Uniform
@@ -283,7 +283,7 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(explain(error, named)) from None
+        raise RecipeError(validation_message(error, named)) from None
 
 
 def _anchored(values: dict[str, Any], file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

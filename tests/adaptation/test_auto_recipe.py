@@ -14,7 +14,7 @@ from overfly.commands.api import adapt
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.data.folder import Folder
-from overfly.data.synthetic.domain import draw
+from overfly.data.synthetic.domain import synthesize
 from overfly.recipe import Recipe
 from overfly.training.engine import Engine
 from overfly.training.run import Run
@@ -30,7 +30,7 @@ def own(tmp_path: Path) -> Own:
         (tmp_path / place / "images").mkdir(parents=True)
         (tmp_path / place / "masks").mkdir()
         for index in range(count):
-            image, label = draw(scene, "train", index, 96)  # type: ignore[arg-type]
+            image, label = synthesize(scene, "train", index, 96)  # type: ignore[arg-type]
             Image.fromarray(image).save(tmp_path / place / "images" / f"{index}.png")
             if place == "A":
                 Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / place / "masks" / f"{index}.png")

@@ -22,7 +22,7 @@ from overfly.commands.serve import served_networks
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
-from overfly.data.synthetic.domain import Synthetic, draw
+from overfly.data.synthetic.domain import Synthetic, synthesize
 from overfly.evaluation.score import score
 from overfly.methods.dacs import DACS, Mix, MixNetworks
 from overfly.recipe import Recipe, load
@@ -277,7 +277,7 @@ def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any],
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
     for index in range(4):
-        image, label = draw("urban", "train", index, 64)
+        image, label = synthesize("urban", "train", index, 64)
         Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
         Image.fromarray(label).save(tmp_path / "masks" / f"{index}.png")
     source = {"name": "folder", "root": str(tmp_path), "masks": "masks", "classes": list(CLASSES.names)}

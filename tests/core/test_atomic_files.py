@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from overfly.core import atomic_files as parts
-from overfly.core.atomic_files import part_of, sweep
+from overfly.core.atomic_files import atomic_write, remove_stale
 
 HOLDER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from parts import part_of
-with part_of(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as part:
+from overfly.core.atomic_files import atomic_write
+with atomic_write(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as part:
     (part / "file" if part.is_dir() else part).write_text("half")
     print("held", flush=True)
     time.sleep(600)
@@ -55,20 +55,20 @@ def test_the_dead_are_cleared_away_and_the_living_left_alone(tmp_path: Path, kin
     assert len(list(tmp_path.iterdir())) == len(others) + 2
     kill(dead)
     try:
-        with part_of(path) as part:
+        with atomic_write(path) as part:
             part.write_text("whole")
             assert len(list(tmp_path.iterdir())) == len(others) + 2  # ours and the living one's
             part.replace(path)
         assert path.read_text() == "whole"
     finally:
         kill(living)
-    sweep(path)
+    remove_stale(path)
     assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_is_not_renamed_is_taken_away(tmp_path: Path, folder: bool) -> None:
-    with part_of(tmp_path / "a", folder=folder) as part:
+    with atomic_write(tmp_path / "a", folder=folder) as part:
         assert part.is_dir() == folder
         assert part.exists()
     assert not list(tmp_path.iterdir())
@@ -77,7 +77,7 @@ def test_what_is_not_renamed_is_taken_away(tmp_path: Path, folder: bool) -> None
 def test_a_part_is_a_file_like_any_other(tmp_path: Path) -> None:
     mask = os.umask(0o022)
     try:
-        with part_of(tmp_path / "a") as part:
+        with atomic_write(tmp_path / "a") as part:
             assert part.stat().st_mode & 0o777 == 0o644
     finally:
         os.umask(mask)
@@ -89,7 +89,7 @@ def test_many_at_once_have_each_their_own(tmp_path: Path) -> None:
     def write() -> None:
         try:
             for _ in range(100):
-                with part_of(tmp_path / "a") as part:
+                with atomic_write(tmp_path / "a") as part:
                     part.write_text("whole")
                     part.replace(tmp_path / "a")
         except BaseException as error:
@@ -108,8 +108,8 @@ def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.Monk
     def none(part: Path, *, wait: bool) -> int | None:
         raise OSError(part, wait)
 
-    monkeypatch.setattr(parts, "_hold", none)
-    with part_of(tmp_path / "a") as first:
-        sweep(tmp_path / "a")
+    monkeypatch.setattr(parts, "lock", none)
+    with atomic_write(tmp_path / "a") as first:
+        remove_stale(tmp_path / "a")
         assert first.exists()
     assert not first.exists()

@@ -14,7 +14,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import Array, Item, UInt8
 from overfly.data import reading
-from overfly.data.cache import estimate, open_picture, resize_image, resize_label, size
+from overfly.data.cache import estimate, open_image, resize_image, resize_label, size
 from overfly.data.domain import without_labels
 from overfly.data.folder import Folder
 
@@ -42,13 +42,13 @@ def test_what_is_cached_is_what_was_read(
 ) -> None:
     cache = tmp_path / "cache"
     items = domain.items("train")
-    plain = [open_picture(domain, item, side) for item in items]
+    plain = [open_image(domain, item, side) for item in items]
     for item in items:
-        open_picture(domain, item, side, cache)
+        open_image(domain, item, side, cache)
     monkeypatch.setattr(reading, "read_image", fail)
     monkeypatch.setattr(reading, "read_label_pixels", fail)
     for item, (image, label) in zip(items, plain, strict=True):
-        kept, kept_label = open_picture(domain, item, side, cache)
+        kept, kept_label = open_image(domain, item, side, cache)
         np.testing.assert_array_equal(kept, image)
         assert label is not None
         np.testing.assert_array_equal(kept_label, label)
@@ -60,37 +60,37 @@ def test_size_is_told_before_and_after(domain: Folder, tmp_path: Path) -> None:
     items = domain.items("train")
     assert size(cache) == 0
     for item in items:
-        open_picture(domain, item, 16, cache)
+        open_image(domain, item, 16, cache)
     assert size(cache) == estimate(domain, items, 16) == 4 * (16 * 16 * 4 + 2 * 128)
 
 
 def test_changes_by_the_reader_do_not_reach_the_disk(domain: Folder, tmp_path: Path) -> None:
     item = domain.items("train")[0]
-    image, _ = open_picture(domain, item, None, tmp_path / "cache")
+    image, _ = open_image(domain, item, None, tmp_path / "cache")
     before = image.copy()
     image += 1
-    np.testing.assert_array_equal(open_picture(domain, item, None, tmp_path / "cache")[0], before)
+    np.testing.assert_array_equal(open_image(domain, item, None, tmp_path / "cache")[0], before)
 
 
 def test_without_a_label_none_is_opened(domain: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for item in domain.items("train"):
-        open_picture(domain, item, None, tmp_path / "cache")
+        open_image(domain, item, None, tmp_path / "cache")
     monkeypatch.setattr(reading, "read_label_pixels", fail)
     for item in without_labels(domain.items("train")):
-        assert open_picture(domain, item, None, tmp_path / "cache")[1] is None
-        assert open_picture(domain, item)[1] is None
+        assert open_image(domain, item, None, tmp_path / "cache")[1] is None
+        assert open_image(domain, item)[1] is None
 
 
 def test_a_changed_file_or_setting_is_read_anew(domain: Folder, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     item = domain.items("train")[0]
-    first = open_picture(domain, item, None, cache)
+    first = open_image(domain, item, None, cache)
     assert isinstance(item.image, Path)
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(item.image)
     os.utime(item.image, ns=(1, 1))
-    assert not open_picture(domain, item, None, cache)[0].any()
+    assert not open_image(domain, item, None, cache)[0].any()
     swapped = domain.model_copy(update={"ids": {"a": (2,), "b": (1,), "c": (0,)}})
-    label = open_picture(swapped, item, None, cache)[1]
+    label = open_image(swapped, item, None, cache)[1]
     assert first[1] is not None
     np.testing.assert_array_equal(label, 2 - first[1])
 
@@ -99,16 +99,16 @@ def test_a_changed_file_or_setting_is_read_anew(domain: Folder, tmp_path: Path) 
 def test_a_damaged_entry_is_made_again(domain: Folder, tmp_path: Path, damage: str) -> None:
     cache = tmp_path / "cache"
     item = domain.items("train")[0]
-    whole = [np.array(part) for part in open_picture(domain, item, None, cache)]
+    whole = [np.array(part) for part in open_image(domain, item, None, cache)]
     for path in cache.rglob("*.npy"):
         data = path.read_bytes()
         path.write_bytes({"cut": data[:-7], "empty": b"", "garbage": b"x" * len(data)}[damage])
-    for part, expected in zip(open_picture(domain, item, None, cache), whole, strict=True):
+    for part, expected in zip(open_image(domain, item, None, cache), whole, strict=True):
         np.testing.assert_array_equal(part, expected)
 
 
 def fill(domain: Folder, cache: Path) -> int:
-    return sum(int(open_picture(domain, item, 16, cache)[0].sum()) for item in domain.items("train"))
+    return sum(int(open_image(domain, item, 16, cache)[0].sum()) for item in domain.items("train"))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the children only read and write files
@@ -124,12 +124,12 @@ def test_two_processes_fill_one_cache(domain: Folder, tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(domain: Folder, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match=r"cache .*cannot be written"):
-        open_picture(domain, domain.items("train")[0], None, tmp_path / "cache")
+        open_image(domain, domain.items("train")[0], None, tmp_path / "cache")
 
 
 def test_drawings_are_not_cached(domain: Folder, tmp_path: Path) -> None:
     drawn = Item("synthetic", lambda: np.ones((4, 4, 3), np.uint8))
-    assert open_picture(domain, drawn, 2, tmp_path / "cache")[0].shape == (2, 2, 3)
+    assert open_image(domain, drawn, 2, tmp_path / "cache")[0].shape == (2, 2, 3)
     assert size(tmp_path / "cache") == 0
     assert estimate(domain, [drawn]) == 0
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
-from overfly.data.check import check, label_counts
+from overfly.data.check import check, class_counts
 from overfly.data.domain import SplitError
 from overfly.data.folder import Folder
 from overfly.data.loveda import CLASSES, LoveDA
@@ -36,7 +36,7 @@ def test_a_sound_domain(tmp_path: Path) -> None:
     report = check(domain, progress=lambda item: seen.append(item.name))
     (split,) = report.splits
     assert not report.bad
-    assert (split.pictures, split.labeled, split.sizes, split.bands, split.dtypes) == (
+    assert (split.images, split.labeled, split.sizes, split.bands, split.dtypes) == (
         8,
         8,
         {"8×8": 8},
@@ -48,7 +48,7 @@ def test_a_sound_domain(tmp_path: Path) -> None:
     assert set(report.absent) == {"val", "test"}
     assert len(seen) == 8
     assert "a: 75.00%" in str(report)
-    assert label_counts(domain, domain.items("train")[0]).tolist() == [42, 14, 0]
+    assert class_counts(domain, domain.items("train")[0]).tolist() == [42, 14, 0]
 
 
 def test_a_band_of_opacity_that_is_not_read_is_said(tmp_path: Path) -> None:
@@ -78,11 +78,11 @@ def test_every_bad_file_is_listed(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(images / "7.png")
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(masks / "8.png")
     report = check(domain, ["train"])
-    assert [problem.picture for problem in report.bad] == ["1", "2", "3", "4", "5", "6", "7"]
+    assert [problem.image for problem in report.bad] == ["1", "2", "3", "4", "5", "6", "7"]
     said = ["truncated", "web page", "1 band", "8×9", "3 (64 pixels)", "empty", "one color"]
     for problem, word in zip(report.bad, said, strict=True):
         assert word in problem.sentence
-        assert f"{problem.picture}.png" in problem.sentence
+        assert f"{problem.image}.png" in problem.sentence
         assert problem.sentence in str(report)
     assert report.splits[0].empty == 1
 
@@ -110,7 +110,7 @@ def test_a_fault_of_the_whole_folder_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_fault_of_one_split_is_a_finding(tmp_path: Path) -> None:
     report = check(write(tmp_path, 4).model_copy(update={"splits": {"train": "*", "val": "nothing*"}}))
-    assert [split.pictures for split in report.splits] == [4, 0]
+    assert [split.images for split in report.splits] == [4, 0]
     assert [problem.sentence.startswith("the split val") for problem in report.bad] == [True]
 
 
@@ -121,7 +121,7 @@ def test_pipes_and_empty_pictures_are_one_finding_each(tmp_path: Path) -> None:
     small = (tmp_path / "images" / "2.png").read_bytes()
     (tmp_path / "images" / "2.png").write_bytes(small[:16] + bytes(8) + small[24:])
     report = check(domain, ["train"])
-    assert [problem.picture for problem in report.bad] == ["1", "2"]
+    assert [problem.image for problem in report.bad] == ["1", "2"]
     for problem, said in zip(report.bad, ("pipe", "0×0"), strict=True):
         assert said in problem.sentence
 

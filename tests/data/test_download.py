@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from fileserver import FileServer, Served, md5, serving
-from overfly.core.errors import DataError, FetchError
+from overfly.core.errors import DataError, DownloadError
 from overfly.data import download
 from overfly.data.domain import Split
-from overfly.data.download import LOVEDA, Archive, fetch_loveda
+from overfly.data.download import LOVEDA, Archive, download_loveda
 
 FOLDERS: dict[Split, str] = {"train": "Train", "val": "Val", "test": "Test"}
 
@@ -72,7 +72,7 @@ def test_the_facts_of_the_record() -> None:
 @pytest.mark.usefixtures("bodies")
 def test_brings_all_three_and_says_the_license(file_server: FileServer, tmp_path: Path) -> None:
     seen: list[str] = []
-    got = fetch_loveda(tmp_path / "loveda", progress=lambda what, _done, _total: seen.append(what))
+    got = download_loveda(tmp_path / "loveda", progress=lambda what, _done, _total: seen.append(what))
     assert asked(file_server) == ["/Train.zip", "/Val.zip", "/Test.zip"]
     assert [(part.split, part.files, part.fetched, part.archive) for part in got.splits] == [
         ("train", 10, True, None), ("val", 10, True, None), ("test", 5, True, None),
@@ -96,38 +96,38 @@ def test_brings_all_three_and_says_the_license(file_server: FileServer, tmp_path
 
 @pytest.mark.usefixtures("bodies")
 def test_what_is_complete_is_skipped(file_server: FileServer, tmp_path: Path) -> None:
-    fetch_loveda(tmp_path, ["val"])
+    download_loveda(tmp_path, ["val"])
     before = len(file_server.requests)
-    got = fetch_loveda(tmp_path, ["val", "val"])
+    got = download_loveda(tmp_path, ["val", "val"])
     assert [(part.split, part.files, part.fetched) for part in got.splits] == [("val", 10, False)]
     assert len(file_server.requests) == before
-    assert [part.fetched for part in fetch_loveda(tmp_path, ["val", "test"]).splits] == [False, True]
+    assert [part.fetched for part in download_loveda(tmp_path, ["val", "test"]).splits] == [False, True]
 
 
 @pytest.mark.usefixtures("bodies")
 def test_the_address_may_be_given(file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFLY_LOVEDA_URL", "http://127.0.0.1:9/nobody")
-    fetch_loveda(tmp_path, ["test"], base=file_server.address)
+    download_loveda(tmp_path, ["test"], base=file_server.address)
     assert asked(file_server) == ["/Test.zip"]
 
 
 def test_a_broken_transfer_is_taken_up(file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]) -> None:
     file_server.add("Train.zip", Served(bodies["train"], breaks=[1000, 0, 0, 0, 0]))
-    with pytest.raises(FetchError, match=r"1\.0 kB that came are kept"):
-        fetch_loveda(tmp_path, ["train"])
+    with pytest.raises(DownloadError, match=r"1\.0 kB that came are kept"):
+        download_loveda(tmp_path, ["train"])
     assert not (tmp_path / "Train").exists()
     file_server.requests.clear()
     file_server.files["/Train.zip"].breaks.clear()
-    assert fetch_loveda(tmp_path, ["train"]).splits[0].files == 10
+    assert download_loveda(tmp_path, ["train"]).splits[0].files == 10
     assert file_server.ranges() == ["bytes=1000-"]
 
 
 @pytest.mark.usefixtures("bodies")
 def test_archives_are_kept_when_asked_for(file_server: FileServer, tmp_path: Path) -> None:
-    got = fetch_loveda(tmp_path, ["train"], keep_archives=True)
+    got = download_loveda(tmp_path, ["train"], keep_archives=True)
     assert got.splits[0].archive == tmp_path / "Train.zip"
     shutil.rmtree(tmp_path / "Train")
-    again = fetch_loveda(tmp_path, ["train"])
+    again = download_loveda(tmp_path, ["train"])
     assert again.splits[0].fetched
     assert again.splits[0].archive == tmp_path / "Train.zip", "it was there before: it stays"
     assert (tmp_path / "Train.zip").exists()
@@ -136,8 +136,8 @@ def test_archives_are_kept_when_asked_for(file_server: FileServer, tmp_path: Pat
 
 def test_a_wrong_checksum_leaves_nothing(file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]) -> None:
     file_server.add("Train.zip", bodies["train"][:-100])  # whole for the server, cut off for us
-    with pytest.raises(FetchError, match=md5(bodies["train"])):
-        fetch_loveda(tmp_path, ["train"])
+    with pytest.raises(DownloadError, match=md5(bodies["train"])):
+        download_loveda(tmp_path, ["train"])
     assert names(tmp_path) == []
 
 
@@ -145,8 +145,8 @@ def test_a_damaged_archive_with_the_right_checksum(
     file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[Split, bytes]
 ) -> None:
     publish(monkeypatch, file_server, {"train": bodies["train"][:-100]})
-    with pytest.raises(FetchError, match="not an intact zip archive"):
-        fetch_loveda(tmp_path, ["train"])
+    with pytest.raises(DownloadError, match="not an intact zip archive"):
+        download_loveda(tmp_path, ["train"])
     assert names(tmp_path) == ["Train.zip"]
 
 
@@ -157,8 +157,8 @@ def test_an_archive_that_reaches_outside(
     with zipfile.ZipFile(packed, "a") as archive:
         archive.writestr("Train/../../evil.png", b"evil")
     publish(monkeypatch, file_server, {"train": packed.getvalue()})
-    with pytest.raises(FetchError, match="not safe to unpack"):
-        fetch_loveda(tmp_path / "root", ["train"])
+    with pytest.raises(DownloadError, match="not safe to unpack"):
+        download_loveda(tmp_path / "root", ["train"])
     assert names(tmp_path) == ["root"]
     assert names(tmp_path / "root") == ["Train.zip"]
 
@@ -172,8 +172,8 @@ def test_an_archive_of_something_else(
     file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
 ) -> None:
     publish(monkeypatch, file_server, {"train": body})
-    with pytest.raises(FetchError, match="not LoveDA's layout"):
-        fetch_loveda(tmp_path, ["train"], base=file_server.address)
+    with pytest.raises(DownloadError, match="not LoveDA's layout"):
+        download_loveda(tmp_path, ["train"], base=file_server.address)
     assert not (tmp_path / "Train").exists()
 
 
@@ -184,27 +184,27 @@ def test_stopped_while_unpacking_there_is_no_split(tmp_path: Path, error: type[B
         if what == "unpack Train.zip" and total and done > total / 2:
             raise error("stop")
 
-    with pytest.raises((KeyboardInterrupt, FetchError)):
-        fetch_loveda(tmp_path, ["train"], progress=stop)
+    with pytest.raises((KeyboardInterrupt, DownloadError)):
+        download_loveda(tmp_path, ["train"], progress=stop)
     assert names(tmp_path) == ["Train.zip"]
-    assert fetch_loveda(tmp_path, ["train"]).splits[0].files == 10
+    assert download_loveda(tmp_path, ["train"]).splits[0].files == 10
 
 
 @pytest.mark.usefixtures("bodies")
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / ".Train.unpacking-x" / "Train").mkdir(parents=True)
     (tmp_path / ".Train.lock").touch()
-    fetch_loveda(tmp_path, ["train"])
+    download_loveda(tmp_path, ["train"])
     assert names(tmp_path) == ["Train"]
 
 
 @pytest.mark.usefixtures("bodies")
 def test_a_partial_split_is_named_and_left_alone(file_server: FileServer, tmp_path: Path) -> None:
-    fetch_loveda(tmp_path, ["train"])
+    download_loveda(tmp_path, ["train"])
     file_server.requests.clear()
     (tmp_path / "Train/Urban/masks_png/1.png").unlink()
     with pytest.raises(DataError, match=r"Train holds 9 pictures and masks .* has 10: .*move it away"):
-        fetch_loveda(tmp_path, ["val", "train"])
+        download_loveda(tmp_path, ["val", "train"])
     assert file_server.requests == [], "nothing is fetched before all is known to have room"
     assert len(list((tmp_path / "Train").rglob("*.png"))) == 9
 
@@ -217,36 +217,36 @@ def test_a_split_unpacked_by_hand_counts_by_its_size(tmp_path: Path) -> None:
         for number in range(count):
             (folder / f"{number}.png").touch()
     with pytest.raises(DataError, match="holds 1795 pictures and masks where LoveDA's test split has 1796"):
-        fetch_loveda(tmp_path, ["test"])
+        download_loveda(tmp_path, ["test"])
     (tmp_path / "Test/Rural/images_png/4.png").touch()
-    assert not fetch_loveda(tmp_path, ["test"]).splits[0].fetched
+    assert not download_loveda(tmp_path, ["test"]).splits[0].fetched
 
 
 @pytest.mark.usefixtures("bodies")
 def test_things_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "Val").mkdir()  # empty: nothing is lost
-    assert fetch_loveda(tmp_path, ["val"]).splits[0].fetched
+    assert download_loveda(tmp_path, ["val"]).splits[0].fetched
     (tmp_path / "Train").write_text("mine")
     with pytest.raises(DataError, match="in the way"):
-        fetch_loveda(tmp_path, ["train"])
+        download_loveda(tmp_path, ["train"])
     (tmp_path / "Test").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match="in the way"):
-        fetch_loveda(tmp_path, ["test"])
-    with pytest.raises(FetchError, match="cannot be made"):
-        fetch_loveda(tmp_path / "Train" / "root", ["train"])
+        download_loveda(tmp_path, ["test"])
+    with pytest.raises(DownloadError, match="cannot be made"):
+        download_loveda(tmp_path / "Train" / "root", ["train"])
     with pytest.raises(DataError, match="no split 'dev'; it has: train, val, test"):
-        fetch_loveda(tmp_path, ["dev"])  # type: ignore[list-item]
+        download_loveda(tmp_path, ["dev"])  # type: ignore[list-item]
 
 
 @pytest.mark.usefixtures("bodies")
 def test_a_broken_receipt_is_no_receipt(tmp_path: Path) -> None:
-    fetch_loveda(tmp_path, ["test"])
+    download_loveda(tmp_path, ["test"])
     receipt = tmp_path / "Test" / download.RECEIPT
     assert json.loads(receipt.read_text())["files"] == 5
     for text in ("{", "[]", '{"files": null}'):
         receipt.write_text(text)
         with pytest.raises(DataError, match="has 1796"):
-            fetch_loveda(tmp_path, ["test"])
+            download_loveda(tmp_path, ["test"])
 
 
 @pytest.mark.parametrize("locks", [True, False])
@@ -262,8 +262,8 @@ def test_two_at_once(
 
     def work() -> None:
         try:
-            got.append(fetch_loveda(tmp_path, ["train"]).splits[0].fetched)
-        except FetchError as error:
+            got.append(download_loveda(tmp_path, ["train"]).splits[0].fetched)
+        except DownloadError as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -295,6 +295,6 @@ def test_a_split_has_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     end[12:16] = (6 * len(entry)).to_bytes(4, "little")
     entries = b"".join(entry.replace(b"/0.png", b"/%d.png" % i) for i in range(6))
     publish(monkeypatch, file_server, {"train": huge[:directory] + entries + bytes(end)})
-    with pytest.raises(FetchError, match=r"6 files of 24\.2 GB, more than the plausible"):
-        fetch_loveda(tmp_path, ["train"])
+    with pytest.raises(DownloadError, match=r"6 files of 24\.2 GB, more than the plausible"):
+        download_loveda(tmp_path, ["train"])
     assert names(tmp_path) == ["Train.zip"]

@@ -171,8 +171,8 @@ def test_split_directories(tmp_path: Path) -> None:
 
 
 def test_settings_of_images_reach_the_domain(tmp_path: Path) -> None:
-    domain = folder(root=tmp_path, classes=["a"], bands=2, max_value=1.0, mean=[0.5, 0.4], std=[0.1, 0.2], ground=0.3)
-    assert (domain.bands, domain.max_value, domain.ground) == (2, 1.0, 0.3)
+    domain = folder(root=tmp_path, classes=["a"], bands=2, max_value=1.0, mean=[0.5, 0.4], std=[0.1, 0.2], gsd=0.3)
+    assert (domain.bands, domain.max_value, domain.gsd) == (2, 1.0, 0.3)
     assert domain.statistics == ((0.5, 0.4), (0.1, 0.2))
     assert folder(root=tmp_path, classes=["a"]).statistics is None
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.errors import DataError
-from overfly.data.listing import Picture, Rule, choose, expression, matching, natural, pictures, wildcards
+from overfly.data.listing import ImagePair, Rule, choose, expression, find_images, matching, natural_key, wildcards
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -18,17 +18,17 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def names(found: list[Picture]) -> list[str]:
+def names(found: list[ImagePair]) -> list[str]:
     return [picture.name for picture in found]
 
 
 LISTED = [
-    Picture(f"{tile}_{k}", f"Tile {tile}/images/{k}.jpg", Path("i"), None) for tile in (4, 8) for k in range(1, 10)
+    ImagePair(f"{tile}_{k}", f"Tile {tile}/images/{k}.jpg", Path("i"), None) for tile in (4, 8) for k in range(1, 10)
 ]
 
 
 def test_natural_order() -> None:
-    assert sorted(["b10", "b9", "a", "b1c2", "10", "9"], key=natural) == ["9", "10", "a", "b1c2", "b9", "b10"]
+    assert sorted(["b10", "b9", "a", "b1c2", "10", "9"], key=natural_key) == ["9", "10", "a", "b1c2", "b9", "b10"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_globs_tell_what_their_wildcards_stand_for(pattern: str, path: str, grou
 
 def test_directories_pair_by_stem(tmp_path: Path) -> None:
     touch(tmp_path, "i/b10.jpg", "i/b9.JPG", "i/b9.txt", "m/b9.png", "m/b10.tif")
-    found = pictures(tmp_path, "i", "m/")
+    found = find_images(tmp_path, "i", "m/")
     assert [(each.name, each.image.name, each.mask and each.mask.name) for each in found] == [
         ("b9", "b9.JPG", "b9.png"),
         ("b10", "b10.jpg", "b10.tif"),
@@ -63,29 +63,29 @@ def test_directories_pair_by_stem(tmp_path: Path) -> None:
 
 def test_globs_pair_by_wildcards_and_mix_with_directories(tmp_path: Path) -> None:
     touch(tmp_path, "T 1/i/a.jpg", "T 2/i/a.jpg", "T 1/m/a_mask.png", "T 2/m/a_mask.png")
-    found = pictures(tmp_path, "T */i/*.jpg", "T */m/*_mask.png")
+    found = find_images(tmp_path, "T */i/*.jpg", "T */m/*_mask.png")
     assert names(found) == ["1_a", "2_a"]
     assert [str(each.mask.parent.parent.name) for each in found if each.mask] == ["T 1", "T 2"]
-    assert names(pictures(tmp_path, "T 1/i", "T 1/m/*_mask.png")) == ["a"]
-    assert names(pictures(tmp_path, "**/*.jpg", None)) == ["T 1_i_a", "T 2_i_a"]
+    assert names(find_images(tmp_path, "T 1/i", "T 1/m/*_mask.png")) == ["a"]
+    assert names(find_images(tmp_path, "**/*.jpg", None)) == ["T 1_i_a", "T 2_i_a"]
 
 
 def test_what_does_not_pair_is_named_and_counted(tmp_path: Path) -> None:
     touch(tmp_path, "i/a.jpg", "i/b.jpg", "i/c.jpg", "m/c.png")
     with pytest.raises(DataError, match=r"i/a\.jpg has no mask in .*/m \(2 of 3 images"):
-        pictures(tmp_path, "i", "m")
+        find_images(tmp_path, "i", "m")
     touch(tmp_path, "m/a.png", "m/b.png", "m/x.png")
     with pytest.raises(DataError, match=r"m/x\.png has no image .*1 of 4 masks"):
-        pictures(tmp_path, "i", "m")
+        find_images(tmp_path, "i", "m")
     touch(tmp_path, *(f"i/{number}.jpg" for number in range(30)))
     with pytest.raises(DataError) as caught:
-        pictures(tmp_path, "i", "m")
+        find_images(tmp_path, "i", "m")
     assert "i/0.jpg has no mask" in str(caught.value)
     assert "30 of 33 images" in str(caught.value)
     assert "m/x.png has no image" in str(caught.value)
     assert str(caught.value).count(".jpg") == 20
     with pytest.raises(DataError, match="holds no masks nowhere"):
-        pictures(tmp_path, "i", "nowhere")
+        find_images(tmp_path, "i", "nowhere")
 
 
 @pytest.mark.parametrize("pattern", ["[z-a]*.png", "a\0b/*.png", "x" * 300, "x" * 300 + "*"])
@@ -103,13 +103,13 @@ def test_names_that_cannot_be_shown(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"\\xff\.png is not valid UTF-8") as caught:
             matching(tmp_path, pattern)
         assert str(caught.value).encode()
-    odd = Picture(os.fsdecode(b"\xff"), "", Path(), None)
+    odd = ImagePair(os.fsdecode(b"\xff"), "", Path(), None)
     assert choose([odd], "train", {"train": 1.0}, Path(), 0) == [odd]
 
 
 def test_patterns_may_lead_elsewhere(tmp_path: Path) -> None:
     touch(tmp_path, "i/a.jpg", "root/b.jpg")
-    found = pictures(tmp_path / "root", str(tmp_path / "i"), None)
+    found = find_images(tmp_path / "root", str(tmp_path / "i"), None)
     assert [picture.relative for picture in found] == [(tmp_path / "i" / "a.jpg").as_posix()]
 
 
@@ -118,7 +118,7 @@ def test_names_must_differ(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jpg and .*a\.png have one name"):
         matching(tmp_path, "i")
     with pytest.raises(DataError, match="would both be called a_b_c"):
-        pictures(tmp_path, "j/*/*.png", None)
+        find_images(tmp_path, "j/*/*.png", None)
 
 
 def test_split_by_globs_over_names_and_paths() -> None:
@@ -151,7 +151,7 @@ def test_split_by_lists(tmp_path: Path) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.integers(200, 400), st.floats(0.2, 0.6))
 def test_shares_are_disjoint_steady_and_about_right(seed: int, count: int, share: float) -> None:
-    listed = [Picture(f"p{number}", "", Path(), None) for number in range(count)]
+    listed = [ImagePair(f"p{number}", "", Path(), None) for number in range(count)]
     rules = {"train": share, "val": 1 - share}
     train, val = (set(names(choose(listed, split, rules, Path(), seed))) for split in rules)
     assert train | val == {picture.name for picture in listed}

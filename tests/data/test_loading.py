@@ -15,7 +15,7 @@ from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, Batch, UInt8
 from overfly.data.domain import Domain, without_labels
 from overfly.data.folder import Folder
-from overfly.data.loading import Steps, Stream, loader
+from overfly.data.loading import BatchDataset, Stream, batch_loader
 from overfly.data.sampling import Place, Rare, Uniform, crop
 
 
@@ -31,9 +31,9 @@ def stream(**changes: Any) -> Stream:
 
 
 def test_a_step_is_the_same_whoever_asks_and_whenever() -> None:
-    steps = Steps(stream(), stream(key=1))
-    late = list(loader(steps, 6, 8, workers=0, pin=False))
-    early = list(loader(Steps(stream(cache="memory"), stream(key=1)), 0, 8, workers=0, pin=False))
+    steps = BatchDataset(stream(), stream(key=1))
+    late = list(batch_loader(steps, 6, 8, workers=0, pin=False))
+    early = list(batch_loader(BatchDataset(stream(cache="memory"), stream(key=1)), 0, 8, workers=0, pin=False))
     assert len(late) == 2
     for one, other in zip(late, early[6:], strict=True):
         assert isinstance(one, Batch)
@@ -41,20 +41,22 @@ def test_a_step_is_the_same_whoever_asks_and_whenever() -> None:
         assert torch.equal(one.source.image, other.source.image)
         assert torch.equal(one.source.label, other.source.label)
         assert torch.equal(one.target, other.target)
-    assert not torch.equal(Steps(stream(), None).batch(0).source.image, Steps(stream(), None).batch(1).source.image)
+    assert not torch.equal(
+        BatchDataset(stream(), None).batch(0).source.image, BatchDataset(stream(), None).batch(1).source.image
+    )
 
 
 def test_a_target_with_labels_is_no_target() -> None:
     with pytest.raises(ValueError, match="still have labels"):
-        Steps(stream(), stream()).batch(0)
+        BatchDataset(stream(), stream()).batch(0)
 
 
 def test_ranks_share_a_batch_without_overlap() -> None:
-    whole = Steps(stream(), None).batch(2).source.image
-    parts = [Steps(stream(), None, rank, 2).batch(2).source.image for rank in (0, 1)]
+    whole = BatchDataset(stream(), None).batch(2).source.image
+    parts = [BatchDataset(stream(), None, rank, 2).batch(2).source.image for rank in (0, 1)]
     assert torch.equal(whole[0::2], parts[0])
     assert torch.equal(whole[1::2], parts[1])
-    assert Steps(stream(), None).batch(2).target.shape[0] == 0
+    assert BatchDataset(stream(), None).batch(2).target.shape[0] == 0
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 10_000))
@@ -171,7 +173,7 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_names_of_a_step_are_those_that_were_read() -> None:
-    steps = Steps(stream(), None)
+    steps = BatchDataset(stream(), None)
     names = steps.names(1)
     assert len(names) == 4
     by_name = {item.name: item for item in steps.source.items} if steps.source else {}
@@ -194,7 +196,7 @@ def test_where_the_target_was_not_measured_is_known_to_the_method(tmp_path: Path
     items = without_labels(domain.items("train"))
     target = Stream(domain, items, Uniform(), batch=1, crop=48, resize=None, seed=0, key=1, cache=kept)
     for step in (0, 1):
-        batch = Steps(None, target).batch(step)
+        batch = BatchDataset(None, target).batch(step)
         assert batch.nodata_mask is not None
         assert batch.measured is not None
         assert batch.nodata_mask[0, :40, 20:].all()
@@ -203,7 +205,7 @@ def test_where_the_target_was_not_measured_is_known_to_the_method(tmp_path: Path
         assert torch.equal(batch.measured, ~batch.nodata_mask)
         assert (batch.target[0, :, :40, :20] == 200).all()
     small = Stream(domain, items, Uniform(), batch=1, crop=20, resize=20, seed=0, key=1, cache=kept)
-    halves = Steps(None, small).batch(0).nodata_mask
+    halves = BatchDataset(None, small).batch(0).nodata_mask
     assert halves is not None
     assert halves[0, :, 10:].all()
     assert not halves[0, :, :10].any()
@@ -215,4 +217,4 @@ def test_where_all_was_measured_nothing_is_said_of_it(tmp_path: Path) -> None:
     domain = Folder(root=tmp_path, images="images/*.png", classes=["a", "b"])
     items = without_labels(domain.items("train"))
     target = Stream(domain, items, Uniform(), batch=1, crop=16, resize=None, seed=0, key=1)
-    assert Steps(None, target).batch(0).nodata_mask is None
+    assert BatchDataset(None, target).batch(0).nodata_mask is None

@@ -76,4 +76,4 @@ def test_it_is_a_value_of_a_recipe(tmp_path: Path) -> None:
     assert domain == LoveDA(root=tmp_path, scene="urban")
     assert Domain.model_validate(domain.model_dump(mode="json")) == domain
     assert domain.classes is CLASSES
-    assert (domain.bands, domain.max_value, domain.ground, domain.statistics) == (3, 255.0, 0.3, None)
+    assert (domain.bands, domain.max_value, domain.gsd, domain.statistics) == (3, 255.0, 0.3, None)

@@ -18,7 +18,7 @@ from PIL import Image
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.core.records import Array, Item
 from overfly.data import headers
-from overfly.data.headers import facts
+from overfly.data.headers import read_header
 from overfly.data.reading import nodata_mask, read_image, read_index_label, read_label_pixels
 
 RANDOM = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def test_tiff_comes_back_as_written(tmp_path: Path, bands: int, dtype: str) -> N
     read = read_image(path, bands=bands)
     assert read.dtype == dtype
     np.testing.assert_array_equal(read, image)
-    found = facts(path)
+    found = read_header(path)
     assert (found.height, found.width, found.dtype) == (6, 5, dtype)
     assert found.engine == ("pillow" if bands == 1 or (bands, dtype) in ((3, "uint8"), (4, "uint8")) else "rasterio")
 
@@ -125,7 +125,7 @@ def test_what_a_file_is_called_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "really_jpeg.png"
     Image.fromarray(picture(16, 16)).save(path, format="JPEG")
     assert read_image(path, bands=3).shape == (16, 16, 3)
-    assert facts(path).kind == "jpeg"
+    assert read_header(path).kind == "jpeg"
 
 
 def test_a_jpeg_of_several_pictures_is_its_first(tmp_path: Path) -> None:
@@ -185,13 +185,13 @@ def test_what_a_mask_hides_is_no_data(tmp_path: Path, dtype: str, bands: int, in
     image = np.maximum(picture(64, 50, bands, dtype), 1)
     path = tiff(tmp_path / "a.tif", image)
     assert nodata_mask(path, bands=bands) is None
-    engine = facts(path).engine
+    engine = read_header(path).engine
     shown = np.full((64, 50), 255, np.uint8)
     shown[:10, 20:] = 0
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=inside), rasterio.open(path, "r+") as file:
         file.build_overviews([2])
         file.write_mask(shown)
-    assert facts(path).engine == engine
+    assert read_header(path).engine == engine
     np.testing.assert_array_equal(nodata_mask(path, bands=bands), shown == 0)
     np.testing.assert_array_equal(read_image(path, bands=bands), np.where(shown[..., None] == 0, 0, image))
 

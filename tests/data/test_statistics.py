@@ -11,9 +11,9 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import Array, Item
-from overfly.data.domain import Domain, Split
+from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.data.folder import Folder
-from overfly.data.statistics import spread, statistics
+from overfly.data.statistics import statistics
 
 
 class Given(Domain, name="given_by_test_statistics"):
@@ -60,7 +60,7 @@ def test_one_pass_equals_numpy_over_everything(dtype: str, seed: int) -> None:
     np.testing.assert_allclose(found.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.std, pixels.std(0), rtol=1e-9)
     assert (found.minimum, found.maximum) == (tuple(pixels.min(0)), tuple(pixels.max(0)))
-    assert (found.pixels, found.pictures) == (len(pixels), 7)
+    assert (found.pixels, found.images) == (len(pixels), 7)
 
 
 def write(root: Path, count: int = 3) -> Folder:
@@ -96,6 +96,6 @@ def test_a_limit_below_one_is_refused(limit: int) -> None:
 
 def test_a_limit_is_spread_over_the_split() -> None:
     items = [Item(str(number), Path(), None) for number in range(10)]
-    assert [item.name for item in spread(items, 2)] == ["2", "7"]
-    assert len(spread(items, 7)) == len({item.name for item in spread(items, 7)}) == 7
-    assert spread(items, 20) == items
+    assert [item.name for item in sample_evenly(items, 2)] == ["2", "7"]
+    assert len(sample_evenly(items, 7)) == len({item.name for item in sample_evenly(items, 7)}) == 7
+    assert sample_evenly(items, 20) == items

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfly.core.errors import FetchError
-from overfly.data.unpacking import sweep, unpack_zip
+from overfly.core.errors import DownloadError
+from overfly.data.unpacking import remove_stale, unpack_zip
 
 
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:
@@ -74,7 +74,7 @@ def test_no_path_leads_outside(tmp_path: Path, name: str) -> None:
     root = tmp_path / "deep" / "root"
     root.mkdir(parents=True)
     archive = make_zip(tmp_path / "Train.zip", {"Train/1.png": b"fine", name: b"evil"})
-    with pytest.raises(FetchError, match="not safe to unpack"):
+    with pytest.raises(DownloadError, match="not safe to unpack"):
         unpack_zip(archive, root / "Train")
     assert set(tree(tmp_path)) == {"Train.zip"}
     assert names(root) == []
@@ -86,7 +86,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: int) -> None:
     info.external_attr = (kind | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "Train.zip", "w") as archive:
         archive.writestr(info, "/etc/hosts")
-    with pytest.raises(FetchError, match="is a link or a device"):
+    with pytest.raises(DownloadError, match="is a link or a device"):
         unpack_zip(tmp_path / "Train.zip", tmp_path / "Train")
     assert names(tmp_path) == ["Train.zip"]
 
@@ -97,26 +97,26 @@ def test_encrypted_files_are_refused(tmp_path: Path) -> None:
     raw[6] |= 1  # the flags of the file's own header
     raw[raw.index(b"PK\x01\x02") + 8] |= 1  # and of the directory
     path.write_bytes(bytes(raw))
-    with pytest.raises(FetchError, match="is encrypted"):
+    with pytest.raises(DownloadError, match="is encrypted"):
         unpack_zip(path, tmp_path / "a")
 
 
 def test_the_same_name_twice_is_refused(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "Train.zip", {"Train/a.png": b"1", "Train/A.png": b"2"})
-    with pytest.raises(FetchError, match="twice"):
+    with pytest.raises(DownloadError, match="twice"):
         unpack_zip(archive, tmp_path / "Train")
 
 
 def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = make_zip(tmp_path / "a.zip", {f"{i}.png": bytes(10_000) for i in range(10)})
     assert archive.stat().st_size < 5000
-    with pytest.raises(FetchError, match=r"10 files of 100\.0 kB, more than the plausible"):
+    with pytest.raises(DownloadError, match=r"10 files of 100\.0 kB, more than the plausible"):
         unpack_zip(archive, tmp_path / "a", most_bytes=99_999)
-    with pytest.raises(FetchError, match="more than the plausible 9 files"):
+    with pytest.raises(DownloadError, match="more than the plausible 9 files"):
         unpack_zip(archive, tmp_path / "a", most_files=9)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1234))
-    with pytest.raises(FetchError, match=r"needs 100\.0 kB unpacked and 1\.2 kB are free"):
+    with pytest.raises(DownloadError, match=r"needs 100\.0 kB unpacked and 1\.2 kB are free"):
         unpack_zip(archive, tmp_path / "a")
     assert names(tmp_path) == ["a.zip"]
 
@@ -125,7 +125,7 @@ def test_an_archive_that_lies_about_its_sizes_writes_no_more_than_it_says(tmp_pa
     path = make_zip(tmp_path / "a.zip", {"1.png": bytes(1_000_000)})
     raw = path.read_bytes()
     path.write_bytes(raw.replace((1_000_000).to_bytes(4, "little"), (1000).to_bytes(4, "little")))
-    with pytest.raises(FetchError, match="not an intact zip"):
+    with pytest.raises(DownloadError, match="not an intact zip"):
         unpack_zip(path, tmp_path / "a", most_bytes=2000)
     assert names(tmp_path) == ["a.zip"]
 
@@ -143,14 +143,14 @@ def test_a_damaged_archive_unpacks_right_or_not_at_all(
     path.write_bytes(raw[:at] if cut else raw[:at] + bytes(255 - b for b in raw[at : at + length]) + raw[at + length :])
     try:
         unpack_zip(path, folder / "a")
-    except FetchError:
+    except DownloadError:
         assert names(folder) == ["a.zip"]
     else:
         found = tree(folder / "a")
         assert set(found.values()) <= set(members.values())  # a damaged name alone goes unnoticed by a zip's own sums
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, FetchError, MemoryError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DownloadError, MemoryError])
 def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     archive = make_zip(tmp_path / "Train.zip", {f"Train/{i}.png": b"x" for i in range(5)})
 
@@ -170,9 +170,9 @@ def test_the_check_sees_the_folder_before_it_has_its_name(tmp_path: Path) -> Non
     def check(unfinished: Path) -> None:
         assert tree(unfinished) == {"1.png": b"x"}
         assert not (tmp_path / "Train").exists()
-        raise FetchError("not what it should be")
+        raise DownloadError("not what it should be")
 
-    with pytest.raises(FetchError, match="not what it should be"):
+    with pytest.raises(DownloadError, match="not what it should be"):
         unpack_zip(archive, tmp_path / "Train", check=check)
     assert names(tmp_path) == ["Train.zip"]
 
@@ -182,7 +182,7 @@ def test_a_folder_with_something_in_it_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "Train").mkdir()
     unpack_zip(archive, tmp_path / "Train")  # empty: taken
     (tmp_path / "Train" / "1.png").write_bytes(b"mine")
-    with pytest.raises(FetchError, match="cannot be unpacked"):
+    with pytest.raises(DownloadError, match="cannot be unpacked"):
         unpack_zip(archive, tmp_path / "Train")
     assert tree(tmp_path / "Train") == {"1.png": b"mine"}
 
@@ -190,5 +190,5 @@ def test_a_folder_with_something_in_it_is_not_replaced(tmp_path: Path) -> None:
 def test_sweep_takes_only_what_is_left_of_this_folder(tmp_path: Path) -> None:
     for name in (".Train.unpacking-abc", ".Val.unpacking-abc", "Train"):
         (tmp_path / name / "deep").mkdir(parents=True)
-    sweep(tmp_path / "Train")
+    remove_stale(tmp_path / "Train")
     assert names(tmp_path) == [".Val.unpacking-abc", "Train"]

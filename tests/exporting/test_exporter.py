@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from overfly.commands.load_predictor import predictor_of
-from overfly.core.errors import FetchError, OverflyError, WeightsError
+from overfly.core.errors import DownloadError, OverflyError, WeightsError
 from overfly.exporting import exporter as exporting
 from overfly.exporting.exporter import Evidence, Exported, export
 from overfly.exporting.formats import write_onnx, write_openvino, write_torch
@@ -176,7 +176,7 @@ def test_a_full_disk_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
 
     segmenter = sane(recipe, "lraspp_mobilenet_v2")
     monkeypatch.setattr(torch.onnx, "export", full)
-    with pytest.raises(FetchError, match=r"it\.onnx: the disk is full; free some space there"):
+    with pytest.raises(DownloadError, match=r"it\.onnx: the disk is full; free some space there"):
         shipped(segmenter, Made(), tmp_path)
     assert not list(tmp_path.iterdir())
 

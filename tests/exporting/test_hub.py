@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 
 from overfly.core import atomic_files as parts
-from overfly.core.errors import FetchError, WeightsError
+from overfly.core.errors import DownloadError, WeightsError
 from overfly.exporting import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -70,7 +70,7 @@ def test_what_is_no_export_is_refused(export: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"a\.json is no exported file"):
         hub.push(export.with_suffix(".json"), "file:///nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FetchError, match="holds no exported file"):
+    with pytest.raises(DownloadError, match="holds no exported file"):
         hub.load(f"file://{tmp_path / 'empty'}", tmp_path / "here")
     assert not (tmp_path / "here").exists()
 
@@ -80,7 +80,7 @@ def test_files_of_somebody_else_are_left_alone(export: Path, tmp_path: Path) -> 
     for folder in (share, here):
         folder.mkdir()
         (folder / "README.md").write_text("# mine")
-    with pytest.raises(FetchError, match=r"share/README\.md is there already and is none of overfly's files"):
+    with pytest.raises(DownloadError, match=r"share/README\.md is there already and is none of overfly's files"):
         hub.push(export, f"file://{share}")
     assert [file.name for file in share.iterdir()] == ["README.md"]
     (share / "README.md").unlink()
@@ -95,7 +95,7 @@ def test_files_of_somebody_else_are_left_alone(export: Path, tmp_path: Path) -> 
     assert sorted(file.name for file in loaded) == ["a.bin", "a.json", "a.md", "a.xml"]
     assert (here / "README.md").read_text() == "# mine"
     (here / "a.bin").write_text("mine")
-    with pytest.raises(FetchError, match=r"here/a\.bin is there already"):
+    with pytest.raises(DownloadError, match=r"here/a\.bin is there already"):
         hub.load(f"file://{share}", here)
     assert (here / "a.bin").read_text() == "mine"
 
@@ -103,15 +103,15 @@ def test_files_of_somebody_else_are_left_alone(export: Path, tmp_path: Path) -> 
 def test_addresses_that_name_no_folder_or_the_same(export: Path, tmp_path: Path) -> None:
     place = f"file://{tmp_path / 'share'}"
     hub.push(export, place)
-    with pytest.raises(FetchError, match="file:// names no folder"):
+    with pytest.raises(DownloadError, match="file:// names no folder"):
         hub.load("file://", tmp_path / "here")
-    with pytest.raises(FetchError, match="file:// names no folder"):
+    with pytest.raises(DownloadError, match="file:// names no folder"):
         hub.push(export, "file://")
-    with pytest.raises(FetchError, match="is the repository itself; give another folder as --out"):
+    with pytest.raises(DownloadError, match="is the repository itself; give another folder as --out"):
         hub.load(place, tmp_path / "share")
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "map.tif.aux.xml").write_text("<PAMDataset/>")
-    with pytest.raises(FetchError, match="maps holds no exported file"):
+    with pytest.raises(DownloadError, match="maps holds no exported file"):
         hub.load(f"file://{tmp_path / 'maps'}", tmp_path / "here")
     assert not (tmp_path / "here").exists()
 
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_nothing_behind(export: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(shutil, "copyfile", full)
     for carry in (lambda: hub.push(export, f"file://{here}"), lambda: hub.load(f"file://{share}", here)):
-        with pytest.raises(FetchError, match=r"here/a\.bin: the disk is full; free some space there"):
+        with pytest.raises(DownloadError, match=r"here/a\.bin: the disk is full; free some space there"):
             carry()
         assert not here.exists()
 
@@ -227,5 +227,5 @@ def test_push_and_load_over_http(export: Path, tmp_path: Path, address: str, mon
     assert loaded[0].name == "a.xml"
     assert {file.name for file in (tmp_path / "here").iterdir()} == {"a.xml", "a.bin", "a.json", "a.md"}
     assert not list(tmp_path.glob(".*"))
-    with pytest.raises(FetchError, match="cannot be loaded from the hub"):
+    with pytest.raises(DownloadError, match="cannot be loaded from the hub"):
         hub.load("me/other", tmp_path / "there", endpoint=address)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from overfly.data.loading import Steps
+from overfly.data.loading import BatchDataset
 from overfly.methods.color_transfer import ColorTransfer
 from overfly.methods.fda import FDA
 from overfly.methods.method import Method
@@ -17,7 +17,7 @@ from overfly.training.setup import first_segmenter, streams
 
 def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> None:
     recipe = load(small, "method=fda")
-    batch = Steps(*streams(recipe)).batch(0)
+    batch = BatchDataset(*streams(recipe)).batch(0)
     batch = batch._replace(target=batch.source.image)
     methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColorTransfer(), ColorTransfer(each=True)]
     for method in methods:
@@ -31,7 +31,7 @@ def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> N
 
 def test_images_stay_in_the_sensors_range_and_labels_as_they_are(small: dict[str, Any]) -> None:
     recipe = load(small, "method=fda")
-    batch = Steps(*streams(recipe)).batch(0)
+    batch = BatchDataset(*streams(recipe)).batch(0)
     batch = batch._replace(target=255 - batch.target)
     for method in (FDA(beta=0.09), ColorTransfer()):
         nets = method.networks(first_segmenter(recipe)).train()

@@ -11,7 +11,7 @@ from torch import nn
 
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch
-from overfly.data.loading import Steps
+from overfly.data.loading import BatchDataset
 from overfly.methods.distillation import Distill
 from overfly.methods.dsbn import DSBN, DomainNorm
 from overfly.methods.method import Method
@@ -29,7 +29,7 @@ Case = tuple[Recipe, Batch]
 @pytest.fixture
 def case(small: dict[str, Any]) -> Case:
     recipe = load(small, "method=dacs")
-    return recipe, Steps(*streams(recipe)).batch(0)
+    return recipe, BatchDataset(*streams(recipe)).batch(0)
 
 
 def stepped(method: Method[Any], case: Case, steps: int = 2) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from overfly.core.records import IGNORE, Batch, Labeled
-from overfly.data.loading import Steps
+from overfly.data.loading import BatchDataset
 from overfly.methods.cbst import CBST
 from overfly.methods.dacs import DACS, GCW_KEEP
 from overfly.methods.daformer import AnchoredNetworks, DAFormer
@@ -32,7 +32,7 @@ Case = tuple[Recipe, Batch]
 @pytest.fixture
 def case(small: dict[str, Any]) -> Case:
     recipe = load(small, "method=dacs")
-    return recipe, Steps(*streams(recipe)).batch(0)
+    return recipe, BatchDataset(*streams(recipe)).batch(0)
 
 
 class Seen:
@@ -70,7 +70,7 @@ def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
     assert not any(weight.requires_grad for weight in nets.teacher.parameters())
     seen = Seen(nets)
     before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}
-    recipe.method.losses(nets, Steps(*streams(recipe)).batch(0))
+    recipe.method.losses(nets, BatchDataset(*streams(recipe)).batch(0))
     assert len(seen.images) == (2 if name == "mic" else 1)  # covered images apart
     assert all(torch.equal(value, before[key]) for key, value in nets.teacher.state_dict().items())
     recipe.method.after_step(nets, 0)
@@ -281,9 +281,9 @@ def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_
     method = recipe.method.model_copy(update=changes)
     nets = method.networks(first_segmenter(recipe)).train()
     before = {key: value.clone() for key, value in nets.named_buffers() if key in {"thresholds", "shares"}}
-    batch = Steps(*streams(recipe)).batch(0)
+    batch = BatchDataset(*streams(recipe)).batch(0)
     torch.manual_seed(0)
-    measured = dict(method.losses(nets, batch))
+    found = dict(method.losses(nets, batch))
     for key, value in before.items():
         dict(nets.named_buffers())[key].copy_(value)
     nodata_mask = torch.ones(len(batch.target), *batch.target.shape[-2:], dtype=torch.bool)
@@ -291,7 +291,7 @@ def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_
     losses = method.losses(nets, batch._replace(nodata_mask=nodata_mask))
     own = [key for key in losses if key.split("_")[0] in {"target", "mixed", "soft", "entropy", "uniform"}]
     assert own or name == "source_free"
-    assert any(measured[key] != 0 for key in own)
+    assert any(found[key] != 0 for key in own)
     assert all(losses[key] == 0 for key in own)
     assert all(torch.equal(dict(nets.named_buffers())[key], value) for key, value in before.items())
     total = torch.stack([value for value in losses.values() if value.requires_grad]).sum()

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from overfly.core.errors import DataError
-from overfly.raster.inputs import see_apart, sources_of
+from overfly.raster.inputs import check_apart, sources_of
 from overfly.raster.job import Settings, outputs
 
 
@@ -56,7 +56,7 @@ def test_no_two_rasters_write_one_file(scenes: Path) -> None:
     out = scenes / "maps"
     jobs = sources_of([f"{scenes}/a", f"{scenes}/b"], out)
     with pytest.raises(DataError, match=r"1\.tif would both become"):
-        see_apart({source: [place] for source, place in jobs.items()})
+        check_apart({source: [place] for source, place in jobs.items()})
     products = {"a.tif": Settings(probabilities=True), "a_probabilities.tif": Settings()}
     with pytest.raises(DataError, match=r"a\.tif and .*a_probabilities\.tif would both become"):
-        see_apart({name: outputs(out / name, settings).values() for name, settings in products.items()})
+        check_apart({name: outputs(out / name, settings).values() for name, settings in products.items()})

@@ -19,7 +19,7 @@ from overfly.commands.api import train
 from overfly.core.errors import RecipeError, RunError, TrainingError
 from overfly.core.optimizers import SGD, Adam, AdamW, Optim
 from overfly.core.records import Batch, Losses
-from overfly.data.loading import Steps
+from overfly.data.loading import BatchDataset
 from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
 from overfly.models.registry import build
@@ -284,7 +284,7 @@ def test_every_weight_that_a_method_trains_gets_a_gradient(
     optimizers = recipe.method.optimizers(nets, recipe.optim)
     wanted = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
     trains = {key: parameter for key, parameter in nets.named_parameters() if id(parameter) in wanted}
-    losses = recipe.method.losses(nets.train(), Steps(source, target).batch(0))
+    losses = recipe.method.losses(nets.train(), BatchDataset(source, target).batch(0))
     assert bool(losses) == bool(trains) == recipe.method.trains
     if losses:
         torch.autograd.backward(torch.stack(list(losses.values())).sum())

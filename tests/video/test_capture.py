@@ -13,7 +13,7 @@ from PIL import Image
 
 from overfly.core import atomic_files as parts
 from overfly.core.errors import DataError, OverflyError, RecipeError
-from overfly.video.capture import Trouble, _decoded, _Stream, opened, see_free, writing
+from overfly.video.capture import Trouble, _decoded, _Stream, check_free, opened, writing
 from overfly.video.player import until
 from seeing import number_of, read, striped, video
 
@@ -275,7 +275,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             file.write(striped(0), 0)
     for path, words in ((video(tmp_path / "there.mp4"), "is there already"), (tmp_path / "a.gif", r"name it a\.mp4")):
         with pytest.raises(DataError, match=words):
-            see_free(path)
+            check_free(path)
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:

@@ -19,14 +19,14 @@ import yaml
 from lightning_fabric import Fabric
 from pydantic import ValidationError
 
-from overfly.core.atomic_files import part_of
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
-from overfly.core.settings import explain, parse
-from overfly.data.domain import Domain, Split
+from overfly.core.settings import parse, validation_message
+from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.data.folder import Folder
-from overfly.data.headers import facts
-from overfly.data.statistics import spread, statistics
+from overfly.data.headers import read_header
+from overfly.data.statistics import statistics
 from overfly.methods.method import Method
 from overfly.methods.multiscale_self_training import LIGHT, Overfly
 from overfly.methods.source_free import SourceFree
@@ -105,7 +105,7 @@ def folder(title: str, images: Path, settings: Mapping[str, Any], masks: Path | 
     try:
         found = Folder(root=root, title=title, **{**settings, **values})
     except ValidationError as error:
-        raise RecipeError(explain(error, f"the folder {images}")) from None
+        raise RecipeError(validation_message(error, f"the folder {images}")) from None
     if masks is not None:
         found = _held_back(found, images)
     if found.mean is not None:
@@ -173,9 +173,9 @@ def crop_for(domains: list[Domain], device: torch.device) -> int:
     """Side of the crop: as large as device and pictures allow, a multiple of 32, 64 at least."""
     sides = []
     for domain in domains:
-        for item in spread(list(domain.items("train")), LOOKED_AT):
+        for item in sample_evenly(list(domain.items("train")), LOOKED_AT):
             if isinstance(item.image, Path):
-                size = facts(item.image)
+                size = read_header(item.image)
                 sides.append(min(size.height, size.width))
     middle = sorted(sides)[len(sides) // 2] if sides else CROPS[device.type]
     return max(64, min(CROPS.get(device.type, 256), middle) // 32 * 32)
@@ -263,7 +263,7 @@ def _kept_steps(ways: Sequence[Recipe], budget: float, fabric: Fabric, notes: Pa
     found = {"ways": count, **_steps(budget, times, count)}
     if times and file is not None and fabric.is_global_zero:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with part_of(file) as part:
+        with atomic_write(file) as part:
             part.write_text(json.dumps(found) + "\n", encoding="utf-8")
             part.replace(file)
     return found

@@ -161,19 +161,19 @@ def choose(
         RecipeError: the runs have different targets or none, or a validator is unknown.
         DataError: a study, and the target has no labels.
     """
-    _see_members(members)
+    _check_members(members)
     target = target_of(runs)
     if study and not labeled(target, "val"):
         raise DataError(f"the target {target.title} has no labels in val, and a study needs them; leave out --study")
     compared = reference.segmenter() if reference is not None else None
     if reference is not None and compared is not None:
-        _see_classes(reference, compared, target)
+        _check_classes(reference, compared, target)
     networks = places(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
     figures, guesses, truths = [], [], []
     for place in networks:
         network = place.run.segmenter(place.step)
-        _see_classes(place.run, network, target)
+        _check_classes(place.run, network, target)
         found = _looked(place, network, target, sight, compared)
         source = _source_miou(place, sight.device) if same_source else None
         figures.append(found.model_copy(update={"source_miou": source}))
@@ -233,14 +233,14 @@ def target_of(runs: Sequence[Run]) -> Domain:
     return next(iter(found.values())).recipe.domain("target")
 
 
-def _see_members(members: Sequence[str]) -> None:
+def _check_members(members: Sequence[str]) -> None:
     unknown = [name for name in members if name not in VALIDATORS]
     if unknown or not members:
         named = f"no validator is called {unknown[0]!r}" if unknown else "a committee needs members"
         raise RecipeError(f"{named}; there are: {', '.join(VALIDATORS)}")
 
 
-def _see_classes(run: Run, network: Segmenter, target: Domain) -> None:
+def _check_classes(run: Run, network: Segmenter, target: Domain) -> None:
     if network.classes.names != target.classes.names:
         raise RecipeError(f"{run.path} tells other classes apart than the target {target.title}; leave it out")
 

@@ -20,7 +20,7 @@ from overfly.adaptation.estimate import Estimate, estimate
 from overfly.adaptation.gate import Gate, familiarity, favorite
 from overfly.adaptation.reverse_validation import reverse
 from overfly.adaptation.selection import ADAPTED, BEFORE, RECALIBRATED, Standing, Verdict, said
-from overfly.core.atomic_files import part_of
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.records import Item
 from overfly.data.domain import Split, SplitError
@@ -64,7 +64,7 @@ def beside(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
     for number, other in enumerate(others, start=2):
         if other in (recipe, *others[: number - 2]):
             raise RecipeError(f"recipe {number} says what another one says; name each recipe once")
-        _see_alike(recipe, other, number)
+        _check_alike(recipe, other, number)
     found: dict[str, Recipe | Path] = {BEFORE: before}
     if not isinstance(recipe.method, Recalibrate):
         found[RECALIBRATED] = Recipe(
@@ -84,7 +84,7 @@ def beside(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
     return found | {f"{ADAPTED} {number}": each for number, each in enumerate((recipe, *others), start=1)}
 
 
-def _see_alike(recipe: Recipe, other: Recipe, number: int) -> None:
+def _check_alike(recipe: Recipe, other: Recipe, number: int) -> None:
     """Refuse a recipe that cannot be chosen among with the first, by the first setting in which it may not differ.
 
     Raises:
@@ -168,7 +168,7 @@ def adapt(
         OverflyError: recipes, data or weights do not go together.
     """
     plans = beside(recipe, *others)
-    _see_that_all_can_begin([recipe, *others], fabric)
+    _check_all_can_start([recipe, *others], fabric)
     runs: dict[str, Run | Path] = {}
     for role, plan in plans.items():
         if isinstance(plan, Recipe):
@@ -190,7 +190,7 @@ def adapt(
     return adapted, verdict
 
 
-def _see_that_all_can_begin(recipes: Sequence[Recipe], fabric: Fabric) -> None:
+def _check_all_can_start(recipes: Sequence[Recipe], fabric: Fabric) -> None:
     """Refuse before the first of the trainings what would be found before the last, or at the verdict.
 
     Raises:
@@ -336,14 +336,14 @@ def _keep(run: Run, verdict: Verdict, runs: Mapping[str, Run | Path], *, best: b
     file = run.path / "best.safetensors"
     if best:
         chosen = runs[verdict.recommended]
-        with part_of(file) as part:
+        with atomic_write(file) as part:
             shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, part)
             part.replace(file)
     else:
         file.unlink(missing_ok=True)
     run.record("verdict.json", verdict.model_dump(mode="json"))
     page = run.path / "verdict.md"
-    with part_of(page) as part:
+    with atomic_write(page) as part:
         part.write_text(verdict.report(), encoding="utf-8")
         part.replace(page)
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overfly.core.records import IGNORE
-from overfly.data.domain import Domain, Split
-from overfly.data.statistics import spread
+from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import labeled_pairs, predict, sampled, unlabeled
 from overfly.evaluation.score import evaluating
@@ -77,7 +76,7 @@ def reverse(
         DataError: a split has no pictures or, of the source, no labels.
         NotFiniteError: the network gives scores that are not finite.
     """
-    if len(spread(target.items("train"), limit)) < FEW:
+    if len(sample_evenly(target.items("train"), limit)) < FEW:
         return None
     looks = {"limit": limit, "crop": crop, "resize": resize}
 

@@ -21,11 +21,11 @@ from overfly.commands.arguments import (
     Written,
     cache_of,
     changed,
+    check_bounds,
     domain_of,
     is_setting,
     pathlike,
     recipes_and_settings,
-    see_bounds,
     seeds_of,
 )  # fmt: skip
 from overfly.commands.catalog import Catalog, catalog
@@ -222,7 +222,7 @@ def evaluate(
         samples = Samples() if pictures else None
         scores[f"{key}/{split}"] = assess(
             opened, place, key, split,
-            device=machines.pick(device), window=window, overlap=overlap, samples=samples, workers=workers,
+            device=machines.select_device(device), window=window, overlap=overlap, samples=samples, workers=workers,
         )  # fmt: skip
         if samples is not None:
             drawn += draw(opened, f"{key}-{split}", place, scores[f"{key}/{split}"], samples)
@@ -325,7 +325,7 @@ def speed(
     Returns:
         Size and speed, and how they were measured.
     """
-    see_bounds(
+    check_bounds(
         {"size": (size, 1, LARGEST), "classes": (classes, 1, 254), "bands": (bands, 1, 1000)}
         | {"warmup": (warmup, 0, 10**6), "threads": (threads or 1, 1, 8 * (os.cpu_count() or 1))}
         | {"macs-of-batch": (1 if macs_of_batch is None else macs_of_batch, 1, 10**6)}
@@ -342,7 +342,7 @@ def speed(
         size=size,
         batches=batch or [1],
         bands=bands,
-        device=machines.pick(device),
+        device=machines.select_device(device),
         warmup=warmup,
         repeats=repeats,
         threads=threads,
@@ -386,14 +386,14 @@ def validate(
     Returns:
         Every candidate's figures, and who is chosen.
     """
-    see_bounds({"limit": (limit, 1, 10**6), "crop": (crop, 16, LARGEST)})
+    check_bounds({"limit": (limit, 1, 10**6), "crop": (crop, 16, LARGEST)})
     verdict = choice.choose(
         choice.gather(runs),
         members=committee or COMMITTEE,
         reference=Run.open(reference) if reference is not None else None,
         estimates=estimate,
         study=study,
-        sight=choice.Sight(split, limit, crop, machines.pick(device)),
+        sight=choice.Sight(split, limit, crop, machines.select_device(device)),
     )
     return Validated(verdict, choice.write(verdict, out) if out is not None else None, as_json=json)
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from overfly.core.download import cache_folder
 from overfly.core.errors import RecipeError
-from overfly.core.settings import explain, read_mapping, set_value
+from overfly.core.settings import read_mapping, set_value, validation_message
 from overfly.data.domain import Domain
 from overfly.recipe import Recipe, load
 
@@ -100,7 +100,7 @@ def is_setting(entry: str) -> bool:
     return bool(key and equals) and os.sep not in key and not pattern and not there
 
 
-def see_bounds(options: dict[str, tuple[int, int, int]]) -> None:
+def check_bounds(options: dict[str, tuple[int, int, int]]) -> None:
     """Refuse an option that is out of its range: value, least, most."""
     for name, (value, least, most) in options.items():
         if not least <= value <= most:
@@ -171,4 +171,4 @@ def _valid(values: dict[str, Any], overrides: tuple[str, ...], named: str) -> Do
     try:
         return Domain.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(explain(error, named)) from None
+        raise RecipeError(validation_message(error, named)) from None

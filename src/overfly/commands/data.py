@@ -9,9 +9,9 @@ from overfly.commands.arguments import domain_of, domains_of, pathlike
 from overfly.commands.results import Checked, Synthesized
 from overfly.data import check as checks
 from overfly.data.domain import SPLITS, Split
-from overfly.data.download import Fetched, fetch_loveda
+from overfly.data.download import Downloaded, download_loveda
 from overfly.data.statistics import Statistics, statistics
-from overfly.data.synthetic.domain import Scene, write_world
+from overfly.data.synthetic.domain import Scene, write_synthetic
 from overfly.training.progress import Transfers
 
 __all__ = ["data_check", "data_fetch", "data_stats", "data_synthesize"]
@@ -42,7 +42,7 @@ def data_synthesize(
     Returns:
         The folder, and how many pictures it holds.
     """
-    count = write_world(
+    count = write_synthetic(
         root,
         size=size,
         train=train,
@@ -62,7 +62,7 @@ def data_fetch(
     splits: list[Split] | None = None,
     base: str | None = None,
     keep_archives: bool = False,
-) -> Fetched:
+) -> Downloaded:
     """Download a public dataset, check it and unpack it; a broken download goes on where it stopped.
 
     Args:
@@ -77,7 +77,7 @@ def data_fetch(
     """
     del name
     with Transfers() as shown:
-        return fetch_loveda(
+        return download_loveda(
             root, tuple(splits or SPLITS), base=base, progress=shown.update, keep_archives=keep_archives
         )
 

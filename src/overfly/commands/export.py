@@ -13,12 +13,11 @@ import yaml
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from overfly.commands.arguments import LARGEST, domain_of, pathlike, see_bounds
+from overfly.commands.arguments import LARGEST, check_bounds, domain_of, pathlike
 from overfly.commands.load_predictor import network_of, origin_of, verdict_of
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
-from overfly.data.domain import Domain, Split, SplitError, without_labels
-from overfly.data.statistics import spread
+from overfly.data.domain import Domain, Split, SplitError, sample_evenly, without_labels
 from overfly.evaluation.images import as_tensor
 from overfly.exporting import hub
 from overfly.exporting.exporter import Evidence, Exported
@@ -124,7 +123,9 @@ def export(
     Returns:
         The file, the figures, and the model card beside it.
     """
-    see_bounds({"size": (size or 32, 32, LARGEST), "resize": (resize or 32, 32, LARGEST), "images": (images, 1, 10**4)})
+    check_bounds(
+        {"size": (size or 32, 32, LARGEST), "resize": (resize or 32, 32, LARGEST), "images": (images, 1, 10**4)}
+    )
     opened = Run.open(run)
     segmenter, facts = network_of(opened.path)
     recipe = opened.recipe
@@ -249,7 +250,7 @@ def patches(place: Domain, split: Split, limit: int, side: int) -> Iterator[Floa
     Raises:
         DataError: the split has no pictures.
     """
-    items = spread(_pictures(place, split), limit)
+    items = sample_evenly(_pictures(place, split), limit)
     if not items:
         raise DataError(f"the domain {place.title} has no pictures to measure an export on; name another as --domain")
     for index, item in enumerate(items):

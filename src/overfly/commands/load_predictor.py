@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from overfly.adaptation.selection import Verdict
-from overfly.core.device import pick
+from overfly.core.device import select_device
 from overfly.core.errors import MissingExtraError, RecipeError
 from overfly.exporting.predictor import Backend, Facts, Predictor, facts_of, of_segmenter
 from overfly.exporting.runtimes import of_onnx, of_openvino, of_program
@@ -40,10 +40,10 @@ def predictor_of(path: Path | str, *, backend: Backend = "auto", device: str = "
         raise RecipeError(f"{path} is run by {' or '.join(runtimes)}; export it for {backend} first")
     if path.is_dir() or path.suffix.lower() not in RUNTIMES:
         segmenter, facts = network_of(path)
-        return of_segmenter(segmenter, facts, pick(device))
+        return of_segmenter(segmenter, facts, select_device(device))
     if path.suffix.lower() == ".pt2":
-        return of_program(path, pick(device))
-    place = "cpu" if device == "auto" else str(pick(device))
+        return of_program(path, select_device(device))
+    place = "cpu" if device == "auto" else str(select_device(device))
     if backend == "openvino" or path.suffix.lower() == ".xml":
         return of_openvino(path, place)
     try:
@@ -74,7 +74,7 @@ def network_of(path: Path | str) -> tuple[Segmenter, Facts]:
     best = run.path / "best.safetensors"
     segmenter = Segmenter.load(best).eval() if best.is_file() else run.segmenter()
     recipe = run.recipe
-    grounds = [domain.ground for domain in (recipe.source, recipe.target) if domain is not None]
+    grounds = [domain.gsd for domain in (recipe.source, recipe.target) if domain is not None]
     ground = next((meters for meters in grounds if meters is not None), None)
     return segmenter, facts_of(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
 

@@ -15,12 +15,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from overfly.commands.arguments import LARGEST, pathlike, see_bounds
+from overfly.commands.arguments import LARGEST, check_bounds, pathlike
 from overfly.commands.load_predictor import predictor_of
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.exporting.predictor import Backend, Predictor
 from overfly.raster.fleet import map_rasters
-from overfly.raster.inputs import see_apart, sources_of
+from overfly.raster.inputs import check_apart, sources_of
 from overfly.raster.job import Settings, outputs
 from overfly.raster.map_raster import Mapped, map_raster
 
@@ -103,7 +103,7 @@ def predict(
     Returns:
         The maps, and the rasters that failed. The command exits with status 1 where one of several failed.
     """
-    see_bounds(
+    check_bounds(
         {"window": (window or 32, 32, LARGEST), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)}
         | {"workers": (workers, 0, 256)}
     )
@@ -125,7 +125,7 @@ def _made(
     quiet: bool,
 ) -> Predicted:  # fmt: skip
     """Maps made one after the other, or by ``share``, which gives them to several processes."""
-    see_apart({source: outputs(place, settings).values() for source, place in jobs.items()})
+    check_apart({source: outputs(place, settings).values() for source, place in jobs.items()})
     with Told(quiet) as told:
         if share is None:
             return _one_by_one(predictor, jobs, settings, mark, told)

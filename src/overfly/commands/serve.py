@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from overfly.commands.arguments import LARGEST, pathlike, see_bounds
+from overfly.commands.arguments import LARGEST, check_bounds, pathlike
 from overfly.commands.load_predictor import origin_of, predictor_of
 from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
 from overfly.data.headers import SUFFIXES
@@ -89,8 +89,8 @@ def serve(
     Returns:
         Nothing to speak of; it runs until it is stopped.
     """
-    see_bounds({"port": (port, 0, 65535), "upload": (upload, 1, 10**5), "queue": (queue, 1, 1000)})
-    see_bounds({"batch": (batch, 4, 256), "watch-size": (watch_size or 16, 16, LARGEST)})
+    check_bounds({"port": (port, 0, 65535), "upload": (upload, 1, 10**5), "queue": (queue, 1, 1000)})
+    check_bounds({"batch": (batch, 4, 256), "watch-size": (watch_size or 16, 16, LARGEST)})
     if not 0.01 <= megapixels <= 1000 or not 0.1 <= seconds <= 86400:
         raise RecipeError("--megapixels goes from 0.01 to 1000 and --seconds from 0.1 to 86400; correct the one given")
     token = _token(host, token)

@@ -15,15 +15,15 @@ from types import FrameType
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from overfly.commands.arguments import LARGEST, pathlike, see_bounds
+from overfly.commands.arguments import LARGEST, check_bounds, pathlike
 from overfly.commands.load_predictor import predictor_of
-from overfly.core.device import describe
+from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Spec
-from overfly.data.synthetic.domain import Scene, draw
+from overfly.data.synthetic.domain import Scene, synthesize
 from overfly.exporting.predictor import Backend
 from overfly.video import flight
-from overfly.video.capture import Source, opened, see_free, writing
+from overfly.video.capture import Source, check_free, opened, writing
 from overfly.video.endings import FAULT, ending, in_public
 from overfly.video.mjpeg import serving
 from overfly.video.overlay import Painter, Style, painter_of
@@ -167,9 +167,9 @@ def watch(
     Returns:
         Frames read, shown and dropped, latency p50 and p95, and frames a second.
     """
-    _see_place(out, serve)
+    _check_place(out, serve)
     style = _style(size, opacity, legend=legend, figures=figures)
-    _see_length(fps, seconds)
+    _check_length(fps, seconds)
     with ExitStack() as stack:
         stream = stack.enter_context(opened(source, fps=fps))
         screen = Screen()
@@ -184,22 +184,22 @@ def watch(
     return Watched(_recorded(stream, painter, summary, sizes, realtime=realtime, out=out), as_json=json, asked=seconds)
 
 
-def _see_place(out: Path | None, serve: int | None) -> None:
+def _check_place(out: Path | None, serve: int | None) -> None:
     if out is None and serve is None:
         raise RecipeError("watch needs a place for the overlay; give --out overlay.mp4, or --serve 8000 for a page")
-    see_bounds({"serve": (serve or 0, 0, 65535)})
+    check_bounds({"serve": (serve or 0, 0, 65535)})
     if out is not None:
-        see_free(out)
+        check_free(out)
 
 
 def _style(size: int | None, opacity: float, *, legend: bool, figures: bool) -> Style:
-    see_bounds({"size": (LARGEST if size is None else size, 16, LARGEST)})
+    check_bounds({"size": (LARGEST if size is None else size, 16, LARGEST)})
     if not 0 <= opacity <= 1:
         raise RecipeError(f"--opacity {opacity} is no share; take 0 to 1")
     return Style(size, opacity, legend, figures)
 
 
-def _see_length(fps: float | None, seconds: float | None) -> None:
+def _check_length(fps: float | None, seconds: float | None) -> None:
     for name, value, most in (("fps", fps, 1000.0), ("seconds", seconds, 1e9)):
         if value is not None and not 0 < value <= most:
             raise RecipeError(f"--{name} {value} is out of range; take more than 0, up to {most:g}")
@@ -246,7 +246,7 @@ def _recorded(
     """What came of a stream; ``sizes`` holds that of its first frame (width, height), where one was shown."""
     facts, (width, height) = painter.predictor.facts, sizes[0] if sizes else (stream.width, stream.height)
     scale = min(1.0, (painter.style.size or LARGEST) / max(width, height))
-    machine = describe(painter.predictor.device if painter.predictor.backend == "torch" else "cpu")
+    machine = describe_machine(painter.predictor.device if painter.predictor.backend == "torch" else "cpu")
     return Record(
         source=stream.title,
         network=facts.title or facts.architecture,
@@ -343,15 +343,15 @@ def data_fly(
         The video's file, and how many frames it has.
     """
     width, height = size
-    see_bounds({"size": (min(size), 16, 8192), "seed": (seed, 0, 2**32)})
+    check_bounds({"size": (min(size), 16, 8192), "seed": (seed, 0, 2**32)})
     if max(size) > 8192 or width % 2 or height % 2:
         raise RecipeError(f"--size {width} {height} is no size of a video; take even numbers of pixels up to 8192")
-    _see_length(fps, seconds)
-    see_free(out)
+    _check_length(fps, seconds)
+    check_free(out)
     count = 0
     with ExitStack() as stack:
         if raster is None:
-            ground = flight.of_picture(draw(scene, "test", seed, max(256, min(DRAWN, 2 * max(size))))[0])
+            ground = flight.of_picture(synthesize(scene, "test", seed, max(256, min(DRAWN, 2 * max(size))))[0])
         else:
             ground = stack.enter_context(flight.over(raster))
         path = flight.path_over(ground, size, rotate=rotate, seed=seed, name=str(raster or "the synthetic world"))

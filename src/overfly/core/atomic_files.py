@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 @contextmanager
-def part_of(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """A new file, or folder, beside ``path``, to be written and then renamed; what is not renamed is taken away.
 
     Parts of the same name that processes of this machine left when they were killed are taken away before.
@@ -30,7 +30,7 @@ def part_of(path: Path, *, folder: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    sweep(path)
+    remove_stale(path)
     part, handle = _new(path, folder)
     try:
         yield part
@@ -40,13 +40,13 @@ def part_of(path: Path, *, folder: bool = False) -> Iterator[Path]:
             os.close(handle)
 
 
-def sweep(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Take away the parts of a name that killed processes of this machine left; those of others are left alone."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}\.[0-9a-f]{{12}}\.part")
     with suppress(OSError), os.scandir(path.parent) as entries:
         for part in [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]:
             with suppress(OSError):
-                handle = _hold(part, wait=False)
+                handle = lock(part, wait=False)
                 if handle is not None:
                     _remove(part)
                     os.close(handle)
@@ -61,14 +61,14 @@ def _new(path: Path, folder: bool) -> tuple[Path, int | None]:
         else:
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
-            handle = _hold(part, wait=True)
+            handle = lock(part, wait=True)
         except OSError:
             return part, None
         if handle is not None:  # else another process swept it in the moment before it was held
             return part, handle
 
 
-def _hold(part: Path, *, wait: bool) -> int | None:
+def lock(part: Path, *, wait: bool) -> int | None:
     """What holds the lock of a part for this process; None where the part is gone.
 
     Raises:
@@ -108,4 +108,4 @@ def _remove(part: Path) -> None:
             part.unlink()
 
 
-__all__ = ["part_of", "sweep"]
+__all__ = ["atomic_write", "remove_stale"]

@@ -12,7 +12,7 @@ import torch
 from overfly.core.errors import RecipeError
 
 
-def pick(name: str = "auto", devices: int = 1) -> torch.device:
+def select_device(name: str = "auto", devices: int = 1) -> torch.device:
     """The device called ``name``; ``auto`` is the first GPU where there is one, else the processor.
 
     Args:
@@ -39,7 +39,7 @@ def pick(name: str = "auto", devices: int = 1) -> torch.device:
     return device
 
 
-def processor() -> str:
+def cpu_name() -> str:
     """Name of the processor, as the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -50,13 +50,13 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The machine in words that let a figure be read: device, processor, cores, threads, versions."""
     device = torch.device(device)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "type": device.type,
-        "processor": processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),

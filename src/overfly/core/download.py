@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from overfly.core.errors import FetchError
-from overfly.core.transfer import CHUNK, Progress, Transfer, discard, download, writing
+from overfly.core.errors import DownloadError
+from overfly.core.transfer import CHUNK, Progress, Transfer, discard, transfer_file, writing
 
 
 def cache_folder() -> Path:
@@ -31,7 +31,7 @@ def cache_folder() -> Path:
     return Path("~/.cache/overfly").expanduser()
 
 
-def fetch(
+def download_file(
     url: str,
     path: Path,
     *,
@@ -61,7 +61,7 @@ def fetch(
         ``path``.
 
     Raises:
-        FetchError: the address is wrong or out of reach, the server refuses, the disk is full, or the digest differs.
+        DownloadError: the address is wrong or out of reach, the server refuses, the disk is full, the digest differs.
     """
     _check_request(url, md5, sha256)
     path = Path(path)
@@ -70,16 +70,16 @@ def fetch(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FetchError(
+        raise DownloadError(
             f"{path.parent} cannot be made ({error.strerror}); choose a folder you may write to"
         ) from error
-    with alone(path.with_name(path.name + ".lock")) as locked:
+    with exclusive_lock(path.with_name(path.name + ".lock")) as locked:
         if locked and _is_finished(path, md5, sha256):  # another process brought it while this one waited
             return path
         part = path.with_name(path.name + (".part" if locked else f".{uuid.uuid4().hex}.part"))
         transfer = Transfer(url, path, part, bool(md5 or sha256), progress, timeout)
         try:
-            download(transfer, retries)
+            transfer_file(transfer, retries)
             _finish(transfer, md5, sha256)
         finally:
             if not locked:
@@ -108,27 +108,27 @@ def _check_request(url: str, md5: str | None, sha256: str | None) -> None:
     except ValueError:
         usable = False
     if not usable or re.search(r"[^\x21-\x7e]", url):
-        raise FetchError(f"{url!r} is not an address to fetch from; give one that begins with https:// or http://")
+        raise DownloadError(f"{url!r} is not an address to fetch from; give one that begins with https:// or http://")
     if md5 is not None and not re.fullmatch(r"[0-9a-fA-F]{32}", md5):
-        raise FetchError(f"{md5!r} is not an MD5; give its 32 hex digits")
+        raise DownloadError(f"{md5!r} is not an MD5; give its 32 hex digits")
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
-        raise FetchError(f"{sha256!r} is not a SHA-256; give its 64 hex digits or the first 8 or more of them")
+        raise DownloadError(f"{sha256!r} is not a SHA-256; give its 64 hex digits or the first 8 or more of them")
 
 
 def _is_finished(path: Path, md5: str | None, sha256: str | None) -> bool:
     if path.is_dir():
-        raise FetchError(f"{path} is a folder, not a file; move it away or fetch to another name")
+        raise DownloadError(f"{path} is a folder, not a file; move it away or fetch to another name")
     return path.is_file() and wrong_digest(path, md5, sha256) is None
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[bool]:
+def exclusive_lock(lock: Path) -> Iterator[bool]:
     """Wait until nobody else, thread or process, holds the file ``lock``, and hold it.
 
     The system lets go of it when the process ends, however it ends. Where it knows no such locks, gives False at once.
 
     Raises:
-        FetchError: the folder cannot be written to.
+        DownloadError: the folder cannot be written to.
     """
     handle = _take(lock)
     try:
@@ -149,7 +149,7 @@ def _take(lock: Path) -> int | None:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder to write to"
-            raise FetchError(f"{lock.parent} cannot be written to ({error.strerror}); {hint}") from error
+            raise DownloadError(f"{lock.parent} cannot be written to ({error.strerror}); {hint}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)  # the system lets go of it even when the process is killed
             if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
@@ -171,7 +171,7 @@ def _finish(transfer: Transfer, md5: str | None, sha256: str | None) -> None:
     wrong = wrong_digest(transfer.part, md5, sha256)
     if wrong:
         discard(transfer)
-        raise FetchError(
+        raise DownloadError(
             f"{transfer.path.name} from {transfer.shown} is not the file it should be: expected {wrong[0]}, "
             f"got {wrong[1]}; what came is deleted, fetch again, and if it differs again, the file there has changed"
         )
@@ -180,4 +180,4 @@ def _finish(transfer: Transfer, md5: str | None, sha256: str | None) -> None:
         transfer.note.unlink(missing_ok=True)
 
 
-__all__ = ["Progress", "alone", "cache_folder", "fetch", "wrong_digest"]
+__all__ = ["Progress", "cache_folder", "download_file", "exclusive_lock", "wrong_digest"]

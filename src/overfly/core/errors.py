@@ -23,7 +23,7 @@ class RunError(OverflyError):
     """A run folder that is missing, incomplete, or belongs to another recipe."""
 
 
-class FetchError(OverflyError):
+class DownloadError(OverflyError):
     """A download that failed or does not match its checksum."""
 
 

@@ -14,7 +14,7 @@ IGNORE = 255
 """The id of pixels that have no class: never trained on, never scored, never pasted."""
 
 Array = NDArray[Any]
-Drawing = Callable[[], Array]
+LazyArray = Callable[[], Array]
 """A picture that is made when it is asked for instead of read from a file; it pickles, so that workers can make it."""
 
 
@@ -28,8 +28,8 @@ class Item(NamedTuple):
     """
 
     name: str
-    image: Path | Drawing
-    label: Path | Drawing | None = None
+    image: Path | LazyArray
+    label: Path | LazyArray | None = None
 
 
 class Labeled(NamedTuple):
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
     nodata_mask: Tensor | None = None
 
     @property
-    def measured(self) -> Tensor | None:
+    def valid_mask(self) -> Tensor | None:
         """Where the target was measured (B, H, W), bool; None: everywhere."""
         return None if self.nodata_mask is None else ~self.nodata_mask
 

@@ -94,7 +94,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
         place[last] = value
 
 
-def explain(error: ValidationError, named: str) -> str:
+def validation_message(error: ValidationError, named: str) -> str:
     """All that pydantic found, as one sentence with dotted keys."""
     found = []
     for entry in error.errors():

@@ -18,7 +18,7 @@ from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from overfly.core.errors import FetchError
+from overfly.core.errors import DownloadError
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes that are on disk and the bytes there will be, or None where the server does not say."""
@@ -70,11 +70,11 @@ class _BrokenError(Exception):
         self.wait = wait
 
 
-def download(transfer: Transfer, retries: int) -> None:
+def transfer_file(transfer: Transfer, retries: int) -> None:
     """Attempt after attempt until the part is whole; one that got further than all before starts a new count.
 
     Raises:
-        FetchError: more than ``retries`` breaks in a row, or an answer that another attempt would not mend.
+        DownloadError: more than ``retries`` breaks in a row, or an answer that another attempt would not mend.
     """
     failures, furthest = 0, _size(transfer.part)
     while True:
@@ -86,8 +86,8 @@ def download(transfer: Transfer, retries: int) -> None:
             failures = 1 if size > furthest else failures + 1
             furthest = max(size, furthest)
             if failures > retries:
-                kept = f"; the {human_size(size)} that came are kept and taken up again" if size else ""
-                raise FetchError(
+                kept = f"; the {format_bytes(size)} that came are kept and taken up again" if size else ""
+                raise DownloadError(
                     f"{transfer.shown} could not be fetched: {error} ({failures} attempts in a row); "
                     f"check the address and the connection, then try again{kept}"
                 ) from error
@@ -107,7 +107,7 @@ def _attempt(transfer: Transfer) -> bool:
             return _refusal(transfer, error, held)
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
-            raise FetchError(
+            raise DownloadError(
                 f"{transfer.shown} shows a certificate that cannot be verified ({error.reason.verify_message}); "
                 "check the clock and the certificates of this machine, or fetch the file by hand"
             ) from error
@@ -143,7 +143,7 @@ def _receive(transfer: Transfer, response: Any, held: int) -> bool:
     if response.status == 206:
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", "").strip())
         if not held:
-            raise FetchError(
+            raise DownloadError(
                 f"{transfer.shown} answers with a part of the file only; fetch it by hand to {transfer.path}"
             )
         note = _read_note(transfer)
@@ -156,7 +156,9 @@ def _receive(transfer: Transfer, response: Any, held: int) -> bool:
             discard(transfer)
             return False
     elif response.status != 200:
-        raise FetchError(f"{transfer.shown} answers with status {response.status}, not with a file; check the address")
+        raise DownloadError(
+            f"{transfer.shown} answers with status {response.status}, not with a file; check the address"
+        )
     if total is None and length is not None:
         total = start + length
     _check_space(transfer, start, total)
@@ -202,19 +204,21 @@ def _refusal(transfer: Transfer, error: urllib.error.HTTPError, held: int) -> bo
             f"the server answers {error.code} {error.reason}", _number(error.headers.get("Retry-After")) or 0
         )
     if error.code in (401, 403):
-        raise FetchError(
+        raise DownloadError(
             f"{transfer.shown} is not open to everyone ({error.code}); fetch it by hand to {transfer.path}"
         )
     if error.code in (404, 410):
-        raise FetchError(f"{transfer.shown} does not exist ({error.code}); check the address, the file may have moved")
-    raise FetchError(f"{transfer.shown} is refused ({error.code} {error.reason}); check the address")
+        raise DownloadError(
+            f"{transfer.shown} does not exist ({error.code}); check the address, the file may have moved"
+        )
+    raise DownloadError(f"{transfer.shown} is refused ({error.code} {error.reason}); check the address")
 
 
 def _check_space(transfer: Transfer, start: int, total: int | None) -> None:
     free = shutil.disk_usage(transfer.path.parent).free + (_size(transfer.part) if not start else 0)
     if total is not None and total - start > free:
-        raise FetchError(
-            f"{transfer.path} needs {human_size(total - start)} more and {human_size(free)} are free there; "
+        raise DownloadError(
+            f"{transfer.path} needs {format_bytes(total - start)} more and {format_bytes(free)} are free there; "
             "free some space or choose another folder"
         )
 
@@ -228,10 +232,10 @@ def writing(transfer: Transfer) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"the disk is full; free some space, then fetch again: {human_size(_size(transfer.part))} are kept"
+            text = f"the disk is full; free some space, then fetch again: {format_bytes(_size(transfer.part))} are kept"
         else:
             text = f"it cannot be written ({error.strerror or error}); choose a folder you may write to"
-        raise FetchError(f"{transfer.path}: {text}") from error
+        raise DownloadError(f"{transfer.path}: {text}") from error
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -255,7 +259,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme not in ("https", req.type):
             host = urllib.parse.urlsplit(req.full_url).hostname
-            raise FetchError(f"{host} sends on to {newurl!r}, which is not safe to follow; fetch the file by hand")
+            raise DownloadError(f"{host} sends on to {newurl!r}, which is not safe to follow; fetch the file by hand")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -289,7 +293,7 @@ def _number(text: str | None) -> int | None:
     return int(text) if text and text.strip().isdigit() else None
 
 
-def human_size(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes as people read it: ``1.5 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from overfly.core.atomic_files import part_of
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError
-from overfly.core.records import IGNORE, Array, Drawing, Item, UInt8
+from overfly.core.records import IGNORE, Array, Item, LazyArray, UInt8
 from overfly.data.domain import Domain
-from overfly.data.headers import facts
+from overfly.data.headers import read_header
 
 _LAYOUT = 1
 """Raised when entries are made differently: what was cached before is then made again."""
 
 
-def open_picture(
+def open_image(
     domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None
 ) -> tuple[Array, UInt8 | None]:
     """The image (H, W, C), in the sensor's type and range, and the label (H, W) of an item, or None without a label.
@@ -54,14 +54,14 @@ def open_picture(
     return picture, _kept(cache, _key(domain, resize, "label", item.label, item.image), label)
 
 
-def blank_as_label(domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None) -> UInt8 | None:
+def nodata_label(domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None) -> UInt8 | None:
     """What can be said of an item without its label (H, W): `IGNORE` where nothing was measured, else 0.
 
     Args:
         domain: where the item is from.
         item: which picture.
-        resize: as `open_picture` takes it.
-        cache: as `open_picture` takes it.
+        resize: as `open_image` takes it.
+        cache: as `open_image` takes it.
 
     Returns:
         None where all was measured.
@@ -130,14 +130,14 @@ def estimate(domain: Domain, items: Sequence[Item], resize: int | None = None) -
     for item in items:
         if not isinstance(item.image, Path):
             continue
-        found = facts(item.image)
+        found = read_header(item.image)
         pixels = found.height * found.width if resize is None else resize * resize
         labels = isinstance(item.label, Path)
         total += pixels * (domain.bands * np.dtype(found.dtype).itemsize + labels) + 128 * (1 + labels)
     return total
 
 
-def _key(domain: Domain, resize: int | None, kind: str, *sources: Path | Drawing) -> str | None:
+def _key(domain: Domain, resize: int | None, kind: str, *sources: Path | LazyArray) -> str | None:
     """Name of an entry: whatever the result hangs on, hashed. None where a source is no file."""
     stamps: list[object] = []
     for source in sources:
@@ -177,7 +177,7 @@ def _load(path: Path) -> Array | None:
 def _save(path: Path, made: Array) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part_of(path) as part:
+        with atomic_write(path) as part:
             with part.open("wb") as file:
                 np.save(file, made, allow_pickle=False)
             part.replace(path)

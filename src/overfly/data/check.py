@@ -14,13 +14,13 @@ from overfly.core.errors import DataError, OverflyError
 from overfly.core.records import IGNORE, Array, Item
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
-from overfly.data.headers import facts
+from overfly.data.headers import read_header
 
 
 class Problem(Spec):
     """One thing that is wrong with one picture."""
 
-    picture: str
+    image: str
     """Name of the picture; empty if it is the split as a whole."""
     sentence: str
     """Which file, what is wrong with it, and what to do."""
@@ -31,7 +31,7 @@ class SplitReport(Spec):
 
     split: Split
     """Which split."""
-    pictures: Whole
+    images: Whole
     """Images listed."""
     labeled: Whole
     """Images with a mask."""
@@ -72,7 +72,7 @@ class Report(Spec):
         """The report in words, a line a fact."""
         told: list[str] = []
         for split in self.splits:
-            told += [f"{split.split}: {split.pictures} images, {split.labeled} with a mask"]
+            told += [f"{split.split}: {split.images} images, {split.labeled} with a mask"]
             for what, counts in (("sizes", split.sizes), ("bands", split.bands), ("types", split.dtypes)):
                 told += [f"  {what}: " + ", ".join(f"{value} ({count})" for value, count in counts.items())]
             if split.unread:
@@ -116,8 +116,8 @@ def check(
             absent[split] = str(error)
         except DataError as error:
             faults.append(error)
-            problem = Problem(picture="", sentence=str(error))
-            reports.append(SplitReport(split=split, pictures=0, labeled=0, problems=(problem,)))
+            problem = Problem(image="", sentence=str(error))
+            reports.append(SplitReport(split=split, images=0, labeled=0, problems=(problem,)))
         else:
             reports.append(_checked(domain, split, items, progress))
     if faults and len(faults) == len(reports) and len({str(fault) for fault in faults}) == 1:
@@ -127,7 +127,7 @@ def check(
     return Report(domain=domain.name, splits=tuple(reports), absent=absent)
 
 
-def label_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
+def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
     """Number of pixels of each class in an item's label, (K,); ignored ones are not counted.
 
     Raises:
@@ -136,7 +136,7 @@ def label_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
     return _counts(domain, item)[: len(domain.classes)]
 
 
-def above_peak(domain: Domain, item: Item, image: Array) -> str | None:
+def max_value_error(domain: Domain, item: Item, image: Array) -> str | None:
     """The sentence for an image (H, W, C) brighter than its domain's peak; None where all is well."""
     if image.dtype.kind == "u" and np.iinfo(image.dtype).max <= domain.max_value:
         return None
@@ -170,17 +170,17 @@ def _checked(
     empty = unread = 0
     for name, times in Counter(item.name for item in items).items():
         if times > 1:
-            problems.append(Problem(picture=name, sentence=f"{times} pictures are called {name}; rename all but one"))
+            problems.append(Problem(image=name, sentence=f"{times} pictures are called {name}; rename all but one"))
     for item in items:
-        for sentence in _see_image(domain, item, sizes, bands, dtypes):
-            problems.append(Problem(picture=item.name, sentence=sentence))
+        for sentence in _check_image(domain, item, sizes, bands, dtypes):
+            problems.append(Problem(image=item.name, sentence=sentence))
         unread += _leaves_opacity(domain, item)
         if item.label is not None:
             try:
                 found = _counts(domain, item)
             except DataError as error:
                 if str(error) not in {problem.sentence for problem in problems[-1:]}:
-                    problems.append(Problem(picture=item.name, sentence=str(error)))
+                    problems.append(Problem(image=item.name, sentence=str(error)))
             else:
                 counts += found
                 empty += int(found[IGNORE] == found.sum())
@@ -189,7 +189,7 @@ def _checked(
     known = counts[: len(domain.classes)]
     return SplitReport(
         split=split,
-        pictures=len(items),
+        images=len(items),
         labeled=sum(item.label is not None for item in items),
         problems=tuple(problems),
         shares=dict(zip(domain.classes.names, (known / max(known.sum(), 1)).tolist(), strict=True))
@@ -209,13 +209,13 @@ def _leaves_opacity(domain: Domain, item: Item) -> bool:
     if not isinstance(item.image, Path):
         return False
     try:
-        found = facts(item.image)
+        found = read_header(item.image)
     except OverflyError:
         return False  # said already
     return found.alpha and domain.bands < found.bands
 
 
-def _see_image(
+def _check_image(
     domain: Domain, item: Item, sizes: Counter[str], bands: Counter[int], dtypes: Counter[str]
 ) -> Iterator[str]:
     """Count what an image is; yield what is wrong with it."""
@@ -227,7 +227,7 @@ def _see_image(
     sizes[f"{image.shape[1]}×{image.shape[0]}"] += 1
     bands[image.shape[2]] += 1
     dtypes[str(image.dtype)] += 1
-    above = above_peak(domain, item, image)
+    above = max_value_error(domain, item, image)
     if above is not None:
         yield above
     elif image.min() == image.max():

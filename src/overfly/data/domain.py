@@ -81,7 +81,7 @@ class Domain(Choice, ABC):
         return 255.0
 
     @fact
-    def ground(self) -> float | None:
+    def gsd(self) -> float | None:
         """Length of a pixel on the ground in meters; None where nobody has given it."""
         return None
 
@@ -112,4 +112,11 @@ def without_labels(items: Sequence[Item]) -> list[Item]:
     return [item._replace(label=None) for item in items]
 
 
-__all__ = ["SPLITS", "Domain", "Split", "SplitError", "without_labels"]
+def sample_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most ``limit`` of the items, evenly spaced; all of them where the limit is None."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[int((at + 0.5) * len(items) / limit)] for at in range(limit)]
+
+
+__all__ = ["SPLITS", "Domain", "Split", "SplitError", "sample_evenly", "without_labels"]

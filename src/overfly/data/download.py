@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from overfly.core.download import alone, fetch
-from overfly.core.errors import DataError, FetchError
+from overfly.core.download import download_file, exclusive_lock
+from overfly.core.errors import DataError, DownloadError
 from overfly.core.spec import Spec
 from overfly.data.domain import SPLITS, Split
-from overfly.data.unpacking import sweep, unpack_zip
+from overfly.data.unpacking import remove_stale, unpack_zip
 
 LOVEDA_URL = "https://zenodo.org/records/5706578/files"
 """Where LoveDA's archives are published (DOI 10.5281/zenodo.5706578); ``OVERFLY_LOVEDA_URL`` stands in for it."""
@@ -54,7 +54,7 @@ LOVEDA: Mapping[Split, Archive] = {
 """LoveDA's archives; 2522 + 1669 + 1796 = 5987 pictures."""
 
 
-class FetchedSplit(Spec):
+class DownloadedSplit(Spec):
     """What became of one split."""
 
     split: Split
@@ -69,12 +69,12 @@ class FetchedSplit(Spec):
     """The archive, where it was kept."""
 
 
-class Fetched(Spec):
+class Downloaded(Spec):
     """What became of a dataset that was asked for."""
 
     root: Path
     """Folder of the dataset: the ``root`` of a domain in a recipe."""
-    splits: tuple[FetchedSplit, ...]
+    splits: tuple[DownloadedSplit, ...]
     """What became of each split."""
     license: str
     """What a user of it must know."""
@@ -93,14 +93,14 @@ class Fetched(Spec):
         return str(self)
 
 
-def fetch_loveda(
+def download_loveda(
     root: Path,
     splits: Iterable[Split] = SPLITS,
     *,
     base: str | None = None,
     progress: Progress | None = None,
     keep_archives: bool = False,
-) -> Fetched:
+) -> Downloaded:
     """Bring LoveDA (Wang et al., 2021) to ``root``: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
 
     A split that is there and complete is skipped. A transfer that broke is taken up where it broke. A folder that holds
@@ -119,7 +119,7 @@ def fetch_loveda(
 
     Raises:
         DataError: a split's folder is there and is not complete, or is not LoveDA's.
-        FetchError: the download failed, does not match its checksum, or does not unpack.
+        DownloadError: the download failed, does not match its checksum, or does not unpack.
     """
     root = Path(root)
     base = base or os.environ.get("OVERFLY_LOVEDA_URL") or LOVEDA_URL
@@ -130,23 +130,25 @@ def fetch_loveda(
     for split in wanted:  # before gigabytes are on their way
         _standing(root, split)
     done = tuple(_fetch_split(root, split, base, progress, keep_archives) for split in wanted)
-    return Fetched(root=root, splits=done, license=LOVEDA_LICENSE)
+    return Downloaded(root=root, splits=done, license=LOVEDA_LICENSE)
 
 
-def _fetch_split(root: Path, split: Split, base: str, progress: Progress | None, keep_archives: bool) -> FetchedSplit:
+def _fetch_split(
+    root: Path, split: Split, base: str, progress: Progress | None, keep_archives: bool
+) -> DownloadedSplit:
     archive = LOVEDA[split]
     folder = _folder(root, archive)
     if files := _standing(root, split):
-        return FetchedSplit(split=split, folder=folder, files=files, fetched=False)
+        return DownloadedSplit(split=split, folder=folder, files=files, fetched=False)
     _make(root)
-    with alone(root / f".{folder.name}.lock") as locked:
+    with exclusive_lock(root / f".{folder.name}.lock") as locked:
         if files := _standing(root, split):  # another process brought it while this one waited
-            return FetchedSplit(split=split, folder=folder, files=files, fetched=False)
+            return DownloadedSplit(split=split, folder=folder, files=files, fetched=False)
         if locked:
-            sweep(folder)
+            remove_stale(folder)
         path = root / archive.name
         brought = not path.exists()
-        fetch(
+        download_file(
             f"{base.rstrip('/')}/{archive.name}",
             path,
             md5=archive.md5,
@@ -162,7 +164,7 @@ def _fetch_split(root: Path, split: Split, base: str, progress: Progress | None,
         if not keep:
             path.unlink()
     files = _standing(root, split)
-    return FetchedSplit(split=split, folder=folder, files=files, fetched=True, archive=path if keep else None)
+    return DownloadedSplit(split=split, folder=folder, files=files, fetched=True, archive=path if keep else None)
 
 
 def _folder(root: Path, archive: Archive) -> Path:
@@ -173,7 +175,7 @@ def _make(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FetchError(f"{root} cannot be made ({error.strerror}); choose a folder you may write to") from error
+        raise DownloadError(f"{root} cannot be made ({error.strerror}); choose a folder you may write to") from error
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int | None], None] | None:
@@ -222,7 +224,7 @@ def _seal(unfinished: Path, archive: Archive) -> None:
         images = {path.name for path in (unfinished / scene / "images_png").glob("*.png")}
         masks = {path.name for path in (unfinished / scene / "masks_png").glob("*.png")}
         if not images or (archive.masks and images != masks):
-            raise FetchError(
+            raise DownloadError(
                 f"{archive.name} holds {len(images)} pictures and {len(masks)} masks that fit in {scene}, which is not "
                 "LoveDA's layout; check the address it was fetched from"
             )

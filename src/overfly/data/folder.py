@@ -73,7 +73,7 @@ class Folder(Domain, name="folder"):
     """Mean of each band, in the images' own range; ``overfly data stats`` measures it."""
     std: tuple[Positive, ...] | None = None
     """Standard deviation of each band, likewise."""
-    ground: Meters | None = None
+    gsd: Meters | None = None
     """Length of a pixel on the ground in meters, if it is known."""
 
     @field_validator("colors", mode="before")
@@ -110,10 +110,10 @@ class Folder(Domain, name="folder"):
                 raise ValueError("mean and std go together; give both or neither")
             if values is not None and len(values) != self.bands:
                 raise ValueError(f"{what} has {len(values)} numbers, and there are {self.bands} bands")
-        self._see_patterns()
+        self._check_patterns()
         return self
 
-    def _see_patterns(self) -> None:
+    def _check_patterns(self) -> None:
         shares = [rule for rule in self.splits.values() if isinstance(rule, float)]
         if shares and len(shares) < len(self.splits):
             raise ValueError("splits mix shares with lists or globs; use one kind")
@@ -143,16 +143,16 @@ class Folder(Domain, name="folder"):
             DataError: nothing is found, images and masks do not pair, or the splits overlap.
         """
         root = self.root.expanduser()
-        listing.see_name(root)
+        listing.check_name(root)
         if not _is_dir(root):
             raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
         inserted = "{split}" in self.images
         if self.splits or not inserted:
-            self._see_split(split)
+            self._check_split(split)
         word = str(self.splits.get(split, split)) if inserted else ""
         images = self.images.replace("{split}", word)
         masks = self.masks.replace("{split}", word) if self.masks is not None else None
-        found = listing.pictures(root, images, masks, lenient=inserted and split == "test")
+        found = listing.find_images(root, images, masks, lenient=inserted and split == "test")
         if not found:
             kind = SplitError if inserted else DataError
             raise kind(f"{root} holds no images {images}; correct the domain's root or images")
@@ -200,7 +200,7 @@ class Folder(Domain, name="folder"):
             return from_colors(pixels.values, colors)
         return from_palette(pixels.values, pixels.palette, colors)
 
-    def _see_split(self, split: Split) -> None:
+    def _check_split(self, split: Split) -> None:
         if split not in (self.splits or ("train",)):
             raise SplitError(
                 f"the folder {self.root} has no split {split}; name one in the domain's splits, "

@@ -25,7 +25,7 @@ Kind = Literal["png", "jpeg", "tiff", "jp2"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2")
 """Endings by which the pictures of a directory are known."""
 
-LARGEST = 178_956_970
+MAX_PIXELS = 178_956_970
 """Pixels beyond which a picture is not read as a whole; Pillow's own limit."""
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
@@ -36,7 +36,7 @@ _OTHERS = (
 )
 
 
-class Facts(NamedTuple):
+class ImageHeader(NamedTuple):
     """What a file says of itself in its header.
 
     Attributes:
@@ -68,25 +68,25 @@ class Facts(NamedTuple):
     stored: str = ""
 
 
-def facts(path: Path) -> Facts:
+def read_header(path: Path) -> ImageHeader:
     """What the header of a picture says.
 
     Raises:
         DataError: the file is missing, empty, not a picture, or larger than can be read as a whole.
         MissingExtraError: it takes rasterio to read it.
     """
-    kind = kind_of(path)
+    kind = image_format(path)
     found = {"png": _png_facts, "jpeg": _jpeg_facts, "tiff": _tiff_facts, "jp2": _rasterio_facts}[kind](path)
     if not found.height * found.width:
         raise DataError(
             f"{path} is {found.width}×{found.height} pixels, an empty picture; take it away or export it again"
         )
-    if found.height * found.width > LARGEST:
+    if found.height * found.width > MAX_PIXELS:
         _too_large(path)
     return found._replace(kind=kind)
 
 
-def kind_of(path: Path) -> Kind:
+def image_format(path: Path) -> Kind:
     """What the first bytes of a file say it is.
 
     Raises:
@@ -120,7 +120,7 @@ def broken(path: Path, error: BaseException) -> DataError:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def open_pillow(path: Path) -> Iterator[Image.Image]:
     """Open with Pillow; its warnings are about metadata, and its limit on pixels is told as ours.
 
     Raises:
@@ -138,7 +138,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def raster(path: Path) -> Iterator[Any]:
+def open_raster(path: Path) -> Iterator[Any]:
     """Open with rasterio.
 
     Raises:
@@ -179,10 +179,10 @@ def _likeness(start: bytes) -> str:
 
 
 def _too_large(path: Path) -> NoReturn:
-    raise DataError(f"{path} has more than {LARGEST / 1e6:.0f} million pixels; cut it into tiles")
+    raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; cut it into tiles")
 
 
-def _png_facts(path: Path) -> Facts:
+def _png_facts(path: Path) -> ImageHeader:
     with path.open("rb") as file:
         head = file.read(26)
     if len(head) < 26 or head[12:16] != b"IHDR":
@@ -190,7 +190,7 @@ def _png_facts(path: Path) -> Facts:
     width, height, depth, color = struct.unpack(">IIBB", head[16:26])
     if color not in _PNG_BANDS or depth not in (1, 2, 4, 8, 16):
         raise broken(path, ValueError("the header makes no sense"))
-    return Facts(
+    return ImageHeader(
         height,
         width,
         bands=_PNG_BANDS[color],
@@ -202,23 +202,23 @@ def _png_facts(path: Path) -> Facts:
     )
 
 
-def _jpeg_facts(path: Path) -> Facts:
-    with opened(path) as image:
-        return Facts(image.height, image.width, len(image.getbands()), "uint8")
+def _jpeg_facts(path: Path) -> ImageHeader:
+    with open_pillow(path) as image:
+        return ImageHeader(image.height, image.width, len(image.getbands()), "uint8")
 
 
-def _tiff_facts(path: Path) -> Facts:
+def _tiff_facts(path: Path) -> ImageHeader:
     """Facts of a TIFF: Pillow's where Pillow gives the pixels as they are stored, else rasterio's."""
     found = None
     try:
-        with opened(path) as image:
+        with open_pillow(path) as image:
             found = _plain_tiff(image)
     except DataError:
         pass
     return found or _rasterio_facts(path)
 
 
-def _plain_tiff(image: Image.Image) -> Facts | None:
+def _plain_tiff(image: Image.Image) -> ImageHeader | None:
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
     tags = image.tag_v2
@@ -232,7 +232,7 @@ def _plain_tiff(image: Image.Image) -> Facts | None:
         nodata = float(str(tags[42113]).strip("\0 ")) if 42113 in tags else None
     except ValueError:
         nodata = None
-    return Facts(
+    return ImageHeader(
         image.height,
         image.width,
         bands,
@@ -259,13 +259,13 @@ def _masked_tiff(image: TiffImagePlugin.TiffImageFile) -> bool:
     return Path(os.fsdecode(image.filename) + ".msk").exists()
 
 
-def _rasterio_facts(path: Path) -> Facts:
-    with raster(path) as dataset:
+def _rasterio_facts(path: Path) -> ImageHeader:
+    with open_raster(path) as dataset:
         meaning = [color.name for color in dataset.colorinterp]
         flags = {flag.name for flag in dataset.mask_flag_enums[0]}
         stored = dataset.dtypes[0]
         dtype = stored if stored in ("uint8", "uint16") else "float32"
-        return Facts(
+        return ImageHeader(
             dataset.height,
             dataset.width,
             dataset.count,

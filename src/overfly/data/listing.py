@@ -26,7 +26,7 @@ NAMED = 20
 _WILDCARD = re.compile(r"\*\*/|\*+|\?|\[!?\]?[^]]*\]")
 
 
-class Picture(NamedTuple):
+class ImagePair(NamedTuple):
     """An image and, if there are masks, its mask.
 
     Attributes:
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
     mask: Path | None
 
 
-def natural(text: str) -> list[tuple[int, int, str]]:
+def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Sorting key that puts ``tile_2`` before ``tile_10``."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
@@ -84,17 +84,17 @@ def matching(root: Path, pattern: str) -> dict[Key, Path]:
         raise DataError(f"{pattern!r} is no path or glob that can be looked for below {root}; correct it") from None
     except OSError as error:
         raise DataError(f"{root / pattern} cannot be read ({error.strerror}); correct the path or its rights") from None
-    found.sort(key=lambda entry: ([natural(part) for part in entry[0]], str(entry[1])))
+    found.sort(key=lambda entry: ([natural_key(part) for part in entry[0]], str(entry[1])))
     files: dict[Key, Path] = {}
     for key, path in found:
-        see_name(path)
+        check_name(path)
         if key in files:
             raise DataError(f"{files[key]} and {path} have one name; keep one of them, or name them by a glob")
         files[key] = path
     return files
 
 
-def see_name(path: Path) -> None:
+def check_name(path: Path) -> None:
     """See that a path can be shown and written down.
 
     Raises:
@@ -120,7 +120,7 @@ def _found(root: Path, pattern: str) -> list[tuple[Key, Path]]:
     return [(match.groups(), path) for match, path in tried if match and not path.is_dir()]
 
 
-def pictures(root: Path, images: str, masks: str | None, *, lenient: bool = False) -> list[Picture]:
+def find_images(root: Path, images: str, masks: str | None, *, lenient: bool = False) -> list[ImagePair]:
     """The images below ``root``, each with the mask whose wildcards stand for the same.
 
     Args:
@@ -136,17 +136,19 @@ def pictures(root: Path, images: str, masks: str | None, *, lenient: bool = Fals
     found = matching(root, images)
     labels = matching(root, masks) if masks is not None else {}
     if masks is not None and not (lenient and not labels):
-        _see_pairs(found, labels, root, images, masks)
-    named: dict[str, Picture] = {}
+        _check_pairs(found, labels, root, images, masks)
+    named: dict[str, ImagePair] = {}
     for key, path in found.items():
         name = "_".join(part for part in "/".join(key).split("/") if part) or path.stem
         if name in named:
             raise DataError(f"{named[name].image} and {path} would both be called {name}; rename one of them")
-        named[name] = Picture(name, _below(root, path), path, labels.get(key))
+        named[name] = ImagePair(name, _below(root, path), path, labels.get(key))
     return list(named.values())
 
 
-def choose(listed: Sequence[Picture], split: str, rules: Mapping[str, Rule], root: Path, seed: int) -> list[Picture]:
+def choose(
+    listed: Sequence[ImagePair], split: str, rules: Mapping[str, Rule], root: Path, seed: int
+) -> list[ImagePair]:
     """The pictures of one split.
 
     A share is drawn by the picture's name and the seed alone, so that more pictures change no other's split.
@@ -162,7 +164,7 @@ def choose(listed: Sequence[Picture], split: str, rules: Mapping[str, Rule], roo
     else:
         taken = {name: _by_name(listed, other, root) for name, other in rules.items() if not isinstance(other, float)}
         for other, names in taken.items():
-            both = sorted(taken[split] & names, key=natural) if other != split else []
+            both = sorted(taken[split] & names, key=natural_key) if other != split else []
             if both:
                 raise DataError(
                     f"{both[0]} is in the split {split} and in {other}, as are {len(both) - 1} more pictures; "
@@ -174,7 +176,7 @@ def choose(listed: Sequence[Picture], split: str, rules: Mapping[str, Rule], roo
     return chosen
 
 
-def _see_pairs(found: Mapping[Key, Path], labels: Mapping[Key, Path], root: Path, images: str, masks: str) -> None:
+def _check_pairs(found: Mapping[Key, Path], labels: Mapping[Key, Path], root: Path, images: str, masks: str) -> None:
     if found and not labels:
         raise DataError(f"{root} holds no masks {masks}; correct the domain's masks, or leave them out of a target's")
     faults = []
@@ -199,11 +201,11 @@ def _below(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
-def _some(listed: Sequence[Picture]) -> str:
+def _some(listed: Sequence[ImagePair]) -> str:
     return f"the {len(listed)} pictures ({', '.join(picture.name for picture in listed[:2])}, …)"
 
 
-def _by_share(listed: Iterable[Picture], split: str, shares: Mapping[str, float], seed: int) -> list[Picture]:
+def _by_share(listed: Iterable[ImagePair], split: str, shares: Mapping[str, float], seed: int) -> list[ImagePair]:
     start = 0.0
     for name, share in shares.items():
         if name == split:
@@ -217,18 +219,18 @@ def _draw(name: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()[:6]) / 2**48
 
 
-def _by_name(listed: Sequence[Picture], rule: str | tuple[str, ...], root: Path) -> set[str]:
+def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Path) -> set[str]:
     if isinstance(rule, str) and rule.endswith(".txt"):
         return _from_list(listed, root, rule)
     patterns = (rule,) if isinstance(rule, str) else rule
 
-    def taken(picture: Picture) -> bool:
+    def taken(picture: ImagePair) -> bool:
         return any(fnmatchcase(picture.relative if "/" in pattern else picture.name, pattern) for pattern in patterns)
 
     return {picture.name for picture in listed if taken(picture)}
 
 
-def _from_list(listed: Sequence[Picture], root: Path, rule: str) -> set[str]:
+def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
     """Names of the pictures that a text file lists, one a line: name, stem, file name, or path below the root."""
     path = root / rule
     fault = ""

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, UInt8
-from overfly.data.cache import blank_as_label, open_picture
-from overfly.data.check import above_peak, label_counts, place
+from overfly.data.cache import nodata_label, open_image
+from overfly.data.check import class_counts, max_value_error, place
 from overfly.data.domain import Domain
 from overfly.data.sampling import Counts, Place, Sampling, crop
 
@@ -74,9 +74,9 @@ class Stream:
             if side is not None and not 1 <= side <= LONGEST:
                 raise RecipeError(f"{setting} is {side} pixels, and 1 to {LONGEST} will do; correct {setting}")
         if self.labeled or self.sampling.needs_counts:
-            self._see_labels()
+            self._check_labels()
 
-    def _see_labels(self) -> None:
+    def _check_labels(self) -> None:
         without = [item for item in self.items if item.label is None]
         if without and self.labeled:
             raise DataError(
@@ -88,9 +88,9 @@ class Stream:
                 f"sampling {self.sampling.name!r} needs labels, and {place(without[0])} has none; make it uniform"
             )
         if self.sampling.needs_counts and self.counts is None:
-            self.counts = np.stack([label_counts(self.domain, item) for item in self.items])
+            self.counts = np.stack([class_counts(self.domain, item) for item in self.items])
         if self.counts is None:
-            something = any(label_counts(self.domain, item).any() for item in self.items)
+            something = any(class_counts(self.domain, item).any() for item in self.items)
         else:
             something = bool(self.counts.any())
         if not something:
@@ -156,14 +156,14 @@ class Stream:
         if item.name in self._kept:
             return self._kept[item.name]
         folder = Path(self.cache) if self.cache not in (None, "memory") else None
-        image, label = open_picture(self.domain, item, self.resize, folder)
+        image, label = open_image(self.domain, item, self.resize, folder)
         if item.name not in self._seen:
-            above = above_peak(self.domain, item, image)
+            above = max_value_error(self.domain, item, image)
             if above is not None:
                 raise DataError(above)
             self._seen.add(item.name)
         if label is None:
-            label = blank_as_label(self.domain, item, self.resize, folder)
+            label = nodata_label(self.domain, item, self.resize, folder)
         if label is None:
             label = np.zeros(image.shape[:2], np.uint8)
         if self.cache == "memory" and self._bytes < MEMORY_BYTES:
@@ -172,7 +172,7 @@ class Stream:
         return image, label
 
 
-class Steps(Dataset[Batch | OverflyError]):
+class BatchDataset(Dataset[Batch | OverflyError]):
     """The batch of each step, by its number."""
 
     def __init__(self, source: Stream | None, target: Stream | None, rank: int = 0, world: int = 1) -> None:
@@ -222,7 +222,9 @@ class _Range(torch.utils.data.Sampler[int]):
         return len(self.numbers)
 
 
-def loader(steps: Steps, start: int, stop: int, *, workers: int, pin: bool) -> DataLoader[Batch | OverflyError]:
+def batch_loader(
+    steps: BatchDataset, start: int, stop: int, *, workers: int, pin: bool
+) -> DataLoader[Batch | OverflyError]:
     """Batches of the steps from ``start`` up to ``stop``, made by ``workers`` processes (0: by this one)."""
     return DataLoader(
         steps,

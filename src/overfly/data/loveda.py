@@ -49,7 +49,7 @@ class LoveDA(Domain, name="loveda"):
         return CLASSES
 
     @property
-    def ground(self) -> float:
+    def gsd(self) -> float:
         """0.3 m a pixel."""
         return 0.3
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overfly.core.errors import DataError
-from overfly.core.records import IGNORE, Array, Drawing, Item, UInt8
-from overfly.data.headers import Facts, facts, opened, raster
+from overfly.core.records import IGNORE, Array, Item, LazyArray, UInt8
+from overfly.data.headers import ImageHeader, open_pillow, open_raster, read_header
 
 Mask = NDArray[np.bool_]
 
@@ -28,7 +28,7 @@ class LabelPixels(NamedTuple):
     palette: UInt8 | None = None
 
 
-def read_image(source: Path | Drawing, *, bands: int | None) -> Array:
+def read_image(source: Path | LazyArray, *, bands: int | None) -> Array:
     """A picture (H, W, C) as uint8, uint16 or float32, in its own range; of a file, a new array that may be written to.
 
     Opacity is no band: of a picture with one band more than asked for, whose last is opacity, that one is left out.
@@ -44,7 +44,7 @@ def read_image(source: Path | Drawing, *, bands: int | None) -> Array:
     """
     if not isinstance(source, Path):
         return _drawn(source, bands)
-    found = facts(source)
+    found = read_header(source)
     kept = _kept_bands(source, found, bands)
     pixels = _pixels(source, found)[..., :kept]
     nodata_mask = _nodata_mask(pixels, found.nodata)
@@ -57,7 +57,7 @@ def read_image(source: Path | Drawing, *, bands: int | None) -> Array:
     return image
 
 
-def nodata_mask(source: Path | Drawing, *, bands: int | None) -> Mask | None:
+def nodata_mask(source: Path | LazyArray, *, bands: int | None) -> Mask | None:
     """Where nothing was measured, (H, W): no data in every band, masked, or fully transparent; None where all count.
 
     Only a file that may hold such pixels is decoded: one with opacity, a mask or a no-data value, or one of floats.
@@ -68,7 +68,7 @@ def nodata_mask(source: Path | Drawing, *, bands: int | None) -> Mask | None:
     """
     if not isinstance(source, Path):
         return None
-    found = facts(source)
+    found = read_header(source)
     kept = _kept_bands(source, found, bands)
     if found.bands == kept and found.nodata is None and found.dtype != "float32" and not found.masked:
         return None
@@ -84,7 +84,7 @@ def nodata_mask(source: Path | Drawing, *, bands: int | None) -> Mask | None:
     return mask if mask.any() else None
 
 
-def read_label_pixels(source: Path | Drawing) -> LabelPixels:
+def read_label_pixels(source: Path | LazyArray) -> LabelPixels:
     """A label as it is stored: numbers (H, W), colors (H, W, 3), or numbers with a table of colors.
 
     Raises:
@@ -93,7 +93,7 @@ def read_label_pixels(source: Path | Drawing) -> LabelPixels:
     """
     if not isinstance(source, Path):
         return LabelPixels(source())
-    found = facts(source)
+    found = read_header(source)
     if found.kind == "jpeg":
         raise DataError(f"{source} is a JPEG, whose compression blurs classes into each other; save the mask as PNG")
     color = found.bands - found.alpha
@@ -133,7 +133,7 @@ def read_index_label(item: Item, classes: int) -> UInt8:
     return values.astype(np.uint8)
 
 
-def label_of(item: Item) -> Path | Drawing:
+def label_of(item: Item) -> Path | LazyArray:
     """Where an item's label is.
 
     Raises:
@@ -151,7 +151,7 @@ def check_size(item: Item, label: Array) -> None:
         DataError: it is not.
     """
     if isinstance(item.image, Path):
-        image = facts(item.image)
+        image = read_header(item.image)
         if label.shape[:2] != (image.height, image.width):
             raise DataError(
                 f"{place(item.label)} is {label.shape[1]}×{label.shape[0]} pixels, its image {item.image} is "
@@ -159,7 +159,7 @@ def check_size(item: Item, label: Array) -> None:
             )
 
 
-def place(source: Path | Drawing | None) -> str:
+def place(source: Path | LazyArray | None) -> str:
     """A source as words for a message."""
     return str(source) if isinstance(source, Path) else "a synthetic picture"
 
@@ -168,7 +168,7 @@ def _no_label(item: Item) -> NoReturn:
     raise DataError(f"{place(item.image)} has no mask; leave it out, or name the masks in the domain's settings")
 
 
-def _drawn(source: Drawing, bands: int | None) -> Array:
+def _drawn(source: LazyArray, bands: int | None) -> Array:
     image = source()
     image = image[..., None] if image.ndim == 2 else image
     if bands is not None and image.shape[-1] != bands:
@@ -178,7 +178,7 @@ def _drawn(source: Drawing, bands: int | None) -> Array:
     return image
 
 
-def _kept_bands(path: Path, found: Facts, bands: int | None) -> int:
+def _kept_bands(path: Path, found: ImageHeader, bands: int | None) -> int:
     """How many of a file's bands are the picture's own."""
     if found.palette:
         raise DataError(f"{path} is a palette picture, whose numbers are no brightness; save it as RGB or as gray")
@@ -208,30 +208,30 @@ def _nodata_mask(pixels: Array, nodata: float | None) -> Mask | None:
 
 def _hidden(path: Path) -> Mask:
     """Where a file's mask for all bands says that nothing was measured (H, W)."""
-    with raster(path) as dataset:
+    with open_raster(path) as dataset:
         hidden: Mask = dataset.read_masks(1) == 0
         return hidden
 
 
-def _pixels(path: Path, found: Facts) -> Array:
+def _pixels(path: Path, found: ImageHeader) -> Array:
     """All bands as stored (H, W, C)."""
     if found.engine == "rasterio":
-        with raster(path) as dataset:
+        with open_raster(path) as dataset:
             stored: Array = np.moveaxis(dataset.read(), 0, -1)
             return stored
-    with opened(path) as image:
+    with open_pillow(path) as image:
         pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _palette_pixels(path: Path, found: Facts) -> LabelPixels:
+def _palette_pixels(path: Path, found: ImageHeader) -> LabelPixels:
     if found.engine == "rasterio":
-        with raster(path) as dataset:
+        with open_raster(path) as dataset:
             table = dataset.colormap(1)
             colors = [table.get(entry, (0, 0, 0))[:3] for entry in range(max(table) + 1)]
             return LabelPixels(dataset.read(1), np.array(colors, np.uint8))
-    with opened(path) as image:
+    with open_pillow(path) as image:
         values = np.asarray(image)
         palette = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
     return LabelPixels(values, palette)

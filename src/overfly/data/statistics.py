@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import Array, Item
 from overfly.core.spec import Count, NonNegative, Spec
 from overfly.data import reading
-from overfly.data.domain import Domain, Split
+from overfly.data.domain import Domain, Split, sample_evenly
 
 Float64 = NDArray[np.float64]
 
@@ -30,7 +30,7 @@ class Statistics(Spec):
     """Largest value of each band."""
     pixels: Count
     """Pixels counted; those declared as no data are left out."""
-    pictures: Count
+    images: Count
     """Images read."""
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Statistics(Spec):
         rows = {"mean": self.mean, "std": self.std}
         told = [f"{name}: [{', '.join(f'{value:.6g}' for value in values)}]" for name, values in rows.items()]
         lowest, highest = (", ".join(f"{value:g}" for value in values) for values in (self.minimum, self.maximum))
-        return "\n".join([*told, f"# {self.pictures} pictures; smallest {lowest}; largest {highest}"])
+        return "\n".join([*told, f"# {self.images} images; smallest {lowest}; largest {highest}"])
 
     def __rich__(self) -> str:
         """The same in a terminal."""
@@ -82,7 +82,7 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
     """
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit {limit} looks at no picture; --limit is 1 or more, or left out to look at all")
-    items = spread(domain.items(split), limit)
+    items = sample_evenly(domain.items(split), limit)
     total = _merged(_measured(domain, item) for item in items)
     if total is None or not total.number:
         raise DataError(f"no pixel of the split {split} was measured; check the no-data value its images declare")
@@ -92,15 +92,8 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
         minimum=tuple(total.low.tolist()),
         maximum=tuple(total.high.tolist()),
         pixels=total.number,
-        pictures=len(items),
+        images=len(items),
     )
-
-
-def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most ``limit`` items, spread evenly over all."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[int((at + 0.5) * len(items) / limit)] for at in range(limit)]
 
 
 def _merged(parts: Iterable[_Sums]) -> _Sums | None:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from overfly.core.errors import FetchError
-from overfly.core.transfer import human_size
+from overfly.core.errors import DownloadError
+from overfly.core.transfer import format_bytes
 
 CHUNK = 1 << 20
 """Bytes unpacked at a time."""
@@ -40,7 +40,7 @@ def unpack_zip(
 
     A top folder of the same name within the archive is left out: ``Train/Urban/…`` and ``Urban/…`` both come out as
     ``folder/Urban/…``. What is unfinished lies in a hidden temporary folder beside ``folder``, which is removed on
-    every error; `sweep` removes what a killed process left.
+    every error; `remove_stale` removes what a killed process left.
 
     Args:
         archive: the zip file.
@@ -51,20 +51,20 @@ def unpack_zip(
         progress: called with (bytes unpacked, bytes in all).
 
     Raises:
-        FetchError: the archive is damaged, encrypted or too large, names files outside the folder, or the disk is full.
+        DownloadError: the archive is damaged, encrypted or too large, names files outside the folder; the disk is full.
     """
     with _sentences(archive, folder), _opened(archive) as opened:
         members = _members(opened, archive, folder.name)
         total = sum(info.file_size for info, _ in members)
         if total > most_bytes or len(members) > most_files:
-            raise FetchError(
-                f"{archive} unpacks to {len(members)} files of {human_size(total)}, more than the plausible "
-                f"{most_files} files or {human_size(most_bytes)}; nothing was unpacked, check where it comes from"
+            raise DownloadError(
+                f"{archive} unpacks to {len(members)} files of {format_bytes(total)}, more than the plausible "
+                f"{most_files} files or {format_bytes(most_bytes)}; nothing was unpacked, check where it comes from"
             )
         free = shutil.disk_usage(folder.parent).free
         if total > free:
-            raise FetchError(
-                f"{archive} needs {human_size(total)} unpacked and {human_size(free)} are free in {folder.parent}; "
+            raise DownloadError(
+                f"{archive} needs {format_bytes(total)} unpacked and {format_bytes(free)} are free in {folder.parent}; "
                 "free some space, then try again"
             )
         with tempfile.TemporaryDirectory(prefix=_prefix(folder), dir=folder.parent) as scratch:
@@ -78,7 +78,7 @@ def unpack_zip(
             unfinished.rename(folder)
 
 
-def sweep(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Remove the temporary folders that killed processes left while they unpacked ``folder``.
 
     Call it only while nobody else can be unpacking the same folder.
@@ -103,7 +103,9 @@ def _members(opened: zipfile.ZipFile, archive: Path, top: str) -> list[tuple[zip
             path = PurePosixPath(*path.parts[1:])
         key = str(path).casefold()  # some file systems know no difference between A and a
         if key in seen:
-            raise FetchError(f"{archive} holds {info.filename!r} twice; nothing was unpacked, fetch the archive again")
+            raise DownloadError(
+                f"{archive} holds {info.filename!r} twice; nothing was unpacked, fetch the archive again"
+            )
         seen.add(key)
         found.append((info, path))
     return found
@@ -121,7 +123,7 @@ def _safe_path(info: zipfile.ZipInfo, archive: Path) -> PurePosixPath:
         reason = "is encrypted"
     else:
         return path
-    raise FetchError(
+    raise DownloadError(
         f"{archive} is not safe to unpack: {name!r} {reason}; nothing was unpacked, check where the archive comes from"
     )
 
@@ -159,7 +161,9 @@ def _damage(archive: Path | str | None) -> Iterator[None]:
     try:
         yield
     except damage as error:
-        raise FetchError(f"{archive} is not an intact zip archive ({error}); delete it and fetch it again") from error
+        raise DownloadError(
+            f"{archive} is not an intact zip archive ({error}); delete it and fetch it again"
+        ) from error
 
 
 @contextmanager
@@ -174,4 +178,4 @@ def _sentences(archive: Path, folder: Path) -> Iterator[None]:
             text = "the disk is full; free some space, then try again, nothing unfinished was left behind"
         else:
             text = f"it cannot be unpacked from {archive.name} ({error.strerror or error}); check the folder's rights"
-        raise FetchError(f"{folder}: {text}") from error
+        raise DownloadError(f"{folder}: {text}") from error

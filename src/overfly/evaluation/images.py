@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from overfly.core.errors import DataError, NotFiniteError
 from overfly.core.records import Array, Item, Logits
-from overfly.data.domain import Domain, Split, without_labels
-from overfly.data.statistics import spread
+from overfly.data.domain import Domain, Split, sample_evenly, without_labels
 from overfly.ops.windows import sliding
 
 
@@ -34,7 +33,7 @@ def unlabeled(
     Raises:
         DataError: the split has no pictures, or one cannot be read.
     """
-    items = spread(without_labels(domain.items(split)), limit)
+    items = sample_evenly(without_labels(domain.items(split)), limit)
     if not items:
         raise DataError(f"split {split} of the {domain.title} domain has no pictures to look at; choose another split")
     for item in items:
@@ -51,7 +50,7 @@ def labeled_pairs(
     Raises:
         DataError: no picture of the split has a label.
     """
-    items: Sequence[Item] = spread([item for item in domain.items(split) if item.label is not None], limit)
+    items: Sequence[Item] = sample_evenly([item for item in domain.items(split) if item.label is not None], limit)
     if not items:
         raise DataError(f"split {split} of the {domain.title} domain has no labels; choose another split")
     for item in items:

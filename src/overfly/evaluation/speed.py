@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from overfly.core.device import describe
+from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Count, NonNegative, Pixels, Positive, Spec, Whole
 from overfly.evaluation.score import evaluating
@@ -128,7 +128,7 @@ def measure(
     place = torch.device(device)
     network = without_training_heads(network).to(place)
     with _threads(threads), evaluating(network), torch.no_grad():
-        machine = describe(place) | _gpu_settings(place)
+        machine = describe_machine(place) | _gpu_settings(place)
         cast = torch.autocast(place.type, DTYPES[precision], enabled=precision != "32")
         one = _images(1, bands, shape, place)
         with torch.inference_mode(), cast:

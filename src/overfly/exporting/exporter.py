@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from overfly.core.atomic_files import part_of
-from overfly.core.device import describe
+from overfly.core.atomic_files import atomic_write
+from overfly.core.device import describe_machine
 from overfly.core.errors import MissingExtraError, RecipeError
 from overfly.core.spec import Pixels, Spec, Whole
 from overfly.exporting.formats import write_onnx, write_openvino, write_torch
@@ -103,13 +103,13 @@ def export(
     Raises:
         ParityError: it does not agree. No file of the name is there then; ``NAME.failed.json`` holds the figures.
         MissingExtraError: a package is not installed.
-        FetchError: the disk is full.
+        DownloadError: the disk is full.
     """
     if made.precision == "int8" and made.format == "torch":
         raise RecipeError("PyTorch runs no exported 8-bit network; take --format onnx or openvino, or --precision 16")
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{name}{SUFFIX[made.format]}"
-    with part_of(final, folder=True) as work:
+    with atomic_write(final, folder=True) as work:
         tell(f"writing {final.name}")
         with writing(final):
             file = _write(segmenter, facts, made, evidence, work / final.name)
@@ -201,7 +201,7 @@ def _measure(file: Path, segmenter: Segmenter, facts: Facts, made: Made, evidenc
         parity=tuple(parity),
         latency=take_turns(runs, rounds=ROUNDS, seconds=SECONDS) if agrees else {},
         latency_side=side,
-        machine=describe(),
+        machine=describe_machine(),
     )
 
 

@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from overfly.core.atomic_files import part_of
-from overfly.core.errors import FetchError, MissingExtraError, WeightsError
+from overfly.core.atomic_files import atomic_write
+from overfly.core.errors import DownloadError, MissingExtraError, WeightsError
 from overfly.exporting import shelf
 from overfly.models.checkpoints import first_line
 
@@ -38,7 +38,7 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
 
     Raises:
         WeightsError: there is no such export, or it is not the one of the figures beside it.
-        FetchError: the hub refuses, or files of somebody else are in the way in the folder.
+        DownloadError: the hub refuses, or files of somebody else are in the way in the folder.
         MissingExtraError: huggingface_hub is not installed.
     """
     if export.suffix not in shelf.OPENED or not export.is_file():
@@ -61,7 +61,7 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
         operations.append(operation(path_in_repo=PAGE, path_or_fileobj=text.encode()))
         api.create_commit(repository, operations, commit_message=f"{export.name} from overfly")
     except Exception as error:  # the client raises its own kinds and those of its transport
-        raise FetchError(
+        raise DownloadError(
             f"the hub did not take {repository} ({first_line(error)}); check the name and log in with `hf auth login`"
         ) from error
     return names, str(address)
@@ -81,21 +81,21 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
         its export.
 
     Raises:
-        FetchError: there is no such repository, or it holds no export, or files of somebody else are in the way.
+        DownloadError: there is no such repository, or it holds no export, or files of somebody else are in the way.
         WeightsError: an export is not the one of the figures beside it.
         MissingExtraError: huggingface_hub is not installed.
     """
     if repository.startswith(FOLDER):
         folder = _folder(repository)
         if folder.resolve() == out.resolve():
-            raise FetchError(f"{folder} is the repository itself; give another folder as --out")
+            raise DownloadError(f"{folder} is the repository itself; give another folder as --out")
         return _take(folder, out, str(folder))
     patterns = [f"*{suffix}" for suffix in (*shelf.OPENED, ".bin", ".json", ".md")]
     package = _package()
     with contextlib.ExitStack() as held:
         with shelf.writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            work = held.enter_context(part_of(out, folder=True))
+            work = held.enter_context(atomic_write(out, folder=True))
         try:
             package.snapshot_download(
                 repository, revision=revision, local_dir=work, allow_patterns=patterns, endpoint=endpoint
@@ -104,7 +104,7 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
             if isinstance(error, OSError) and error.errno in shelf.FULL:
                 with shelf.writing(out):
                     raise
-            raise FetchError(
+            raise DownloadError(
                 f"{repository} cannot be loaded from the hub ({first_line(error)}); check the name, and log in with "
                 "`hf auth login` where it is private"
             ) from error
@@ -115,7 +115,7 @@ def _folder(repository: str) -> Path:
     """The folder that an address names."""
     named = repository.removeprefix(FOLDER)
     if not named:
-        raise FetchError(f"{repository} names no folder; write it as {FOLDER}/some/folder")
+        raise DownloadError(f"{repository} names no folder; write it as {FOLDER}/some/folder")
     return Path(named)
 
 
@@ -123,7 +123,7 @@ def _take(folder: Path, out: Path, title: str) -> list[Path]:
     """Copy the exports of a folder, and what belongs to them, to another; the files there."""
     found = shelf.exports(folder)
     if not found:
-        raise FetchError(
+        raise DownloadError(
             f"{title} holds no exported file (.onnx, .pt2, .xml with its .bin); give another one that does"
         )
     beside: dict[Path, Path | str] = {}

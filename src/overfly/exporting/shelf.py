@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from overfly.core.atomic_files import part_of
-from overfly.core.errors import FetchError, OverflyError, WeightsError
+from overfly.core.atomic_files import atomic_write
+from overfly.core.errors import DownloadError, OverflyError, WeightsError
 from overfly.models.checkpoints import check_digest
 
 OPENED = (".onnx", ".xml", ".pt2")
@@ -62,11 +62,11 @@ def put(files: Mapping[Path, Path | str], folder: Path) -> None:
         folder: where they go; made where it is not there.
 
     Raises:
-        FetchError: a file of somebody else is there, or the disk refuses.
+        DownloadError: a file of somebody else is there, or the disk refuses.
     """
     for target, source in files.items():
         if target.exists() and not (_same(target, source) or _ours(target)):
-            raise FetchError(
+            raise DownloadError(
                 f"{target} is there already and is none of overfly's files, so nothing was written; move it away, or "
                 "choose another folder"
             )
@@ -80,7 +80,7 @@ def put(files: Mapping[Path, Path | str], folder: Path) -> None:
                 if target.exists() and _same(target, source):
                     continue
                 with writing(target):
-                    written[target] = held.enter_context(part_of(target))
+                    written[target] = held.enter_context(atomic_write(target))
                     _write(source, written[target])
             for target, part in written.items():
                 with writing(target):
@@ -104,7 +104,7 @@ def writing(path: Path) -> Iterator[None]:
             text = "the disk is full; free some space there, or choose another folder, then try again"
         else:
             text = f"it cannot be written ({error.strerror or error}); choose a folder you may write to"
-        raise FetchError(f"{path}: {text}") from error
+        raise DownloadError(f"{path}: {text}") from error
 
 
 def page_target(page: Path, found: Iterable[Path], out: Path) -> Path | None:

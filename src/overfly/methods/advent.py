@@ -53,5 +53,5 @@ class MinEnt(Method[Networks], name="minent"):
         )
         return {
             **self.supervised(source, batch.source.label),
-            **{name: weight * mean_entropy(scores, batch.measured) for name, weight, scores in levels},
+            **{name: weight * mean_entropy(scores, batch.valid_mask) for name, weight, scores in levels},
         }

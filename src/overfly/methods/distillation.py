@@ -79,17 +79,17 @@ class Distill(Method[TaughtNetworks], name="distill"):
         with torch.no_grad():
             given = nets.teacher.scores(batch.target)
         if not len(batch.source.image):
-            return self.on_target(nets.student(batch.target), given, batch.measured)
+            return self.on_target(nets.student(batch.target), given, batch.valid_mask)
         source, target = together(nets.student, batch.source.image, batch.target)
         return {
             **named("source", self.supervised(source, batch.source.label), self.source),
-            **self.on_target(target, given, batch.measured),
+            **self.on_target(target, given, batch.valid_mask),
         }
 
-    def on_target(self, logits: Logits, given: Tensor, measured: Tensor | None) -> dict[str, Tensor]:
+    def on_target(self, logits: Logits, given: Tensor, valid_mask: Tensor | None) -> dict[str, Tensor]:
         """Soft labels for the class scores, and for those of auxiliary heads by the criterion's weight."""
-        terms = {"soft": self.weight * soft_label_loss(logits.main, given, self.temperature, measured)}
+        terms = {"soft": self.weight * soft_label_loss(logits.main, given, self.temperature, valid_mask)}
         if logits.aux and self.criterion.aux:
-            each = [soft_label_loss(scores, given, self.temperature, measured) for scores in logits.aux]
+            each = [soft_label_loss(scores, given, self.temperature, valid_mask) for scores in logits.aux]
             terms["soft_aux"] = self.weight * self.criterion.aux * torch.stack(each).sum()
         return terms

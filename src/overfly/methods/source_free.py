@@ -67,8 +67,8 @@ class SourceFree(Method[OverflyNetworks], name="source_free"):
         label = self.labels(nets, batch.target, batch.nodata_mask)
         with keeping_statistics(nets.student, active=self.statistics == "kept"):
             logits = nets.student(recolored(batch.target, self.strong, nets.segmenter.max_value))
-        measured = batch.measured
-        information = mean_entropy(logits.main, measured) - diversity(logits.main, measured) + 1
+        valid_mask = batch.valid_mask
+        information = mean_entropy(logits.main, valid_mask) - diversity(logits.main, valid_mask) + 1
         return {
             **named("target", self.imitated(logits, label)),
             "information": self.information * information,

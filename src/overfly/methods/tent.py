@@ -37,4 +37,4 @@ class Tent(Method[Networks], name="tent"):
         """The entropy of the target's predictions."""
         with collecting_statistics(nets.student):
             logits = nets.student(batch.target)
-        return {"entropy": mean_entropy(logits.main, batch.measured)}
+        return {"entropy": mean_entropy(logits.main, batch.valid_mask)}

@@ -105,7 +105,7 @@ class TransNorm(Method[Networks], name="transnorm"):
         source, target = together(nets.student, batch.source.image, batch.target)
         terms = dict(self.supervised(source, batch.source.label))
         if self.entropy:
-            terms["entropy"] = self.entropy * mean_entropy(target.main, batch.measured)
+            terms["entropy"] = self.entropy * mean_entropy(target.main, batch.valid_mask)
         return terms
 
     def deployed(self, nets: Networks) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from overfly.core.download import cache_folder, fetch
+from overfly.core.download import cache_folder, download_file
 from overfly.core.errors import WeightsError
 
 _HOST = "https://download.pytorch.org/models"
@@ -56,14 +56,14 @@ def locate(path: Path | str) -> Path:
 
     Raises:
         WeightsError: there is no such file, package or name; the message says what was looked for.
-        FetchError: a named file cannot be fetched.
+        DownloadError: a named file cannot be fetched.
     """
     text = str(path)
     if text.startswith(PACKAGE):
         return _inside_package(text)
     if text in NAMED and not Path(text).is_file():
         url, digest = NAMED[text]
-        return fetch(url, cache_folder() / "weights" / url.rsplit("/", 1)[1], sha256=digest)
+        return download_file(url, cache_folder() / "weights" / url.rsplit("/", 1)[1], sha256=digest)
     found = Path(text).expanduser()
     if not found.is_file():
         raise WeightsError(

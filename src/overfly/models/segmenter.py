@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from overfly.core.atomic_files import part_of
+from overfly.core.atomic_files import atomic_write
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError, RecipeError, WeightsError
 from overfly.core.records import Logits
@@ -166,7 +166,7 @@ class Segmenter(nn.Module):
             "training_heads": self.network.has_training_heads,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with part_of(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(tensors, unfinished, metadata={key: json.dumps(value) for key, value in about.items()})
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())

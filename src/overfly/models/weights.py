@@ -72,7 +72,7 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
         WeightsError: the file is missing, damaged, would run code, has another digest, holds values for the network
             that are NaN, infinite or no real numbers, or fits less than half of the network apart from its heads. The
             network is then as it was.
-        FetchError: a named file cannot be fetched.
+        DownloadError: a named file cannot be fetched.
     """
     if isinstance(network, Segmenter):
         network = network.network

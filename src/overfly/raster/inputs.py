@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from overfly.core.errors import DataError
 from overfly.data.headers import SUFFIXES
-from overfly.data.listing import natural
+from overfly.data.listing import natural_key
 
 WILD = frozenset("*?[")
 
@@ -42,7 +42,7 @@ def sources_of(entries: Sequence[str], out: Path) -> dict[str, Path]:
     return {source: out / name.with_suffix(".tif") for source, name in found.items()}
 
 
-def see_apart(files: Mapping[str, Iterable[Path]]) -> None:
+def check_apart(files: Mapping[str, Iterable[Path]]) -> None:
     """See that no two rasters would write one file.
 
     Args:
@@ -68,14 +68,14 @@ def _paths(entry: str) -> dict[str, Path]:
     if path.is_dir():
         files = sorted(
             (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")),
-            key=lambda file: natural(file.name),
+            key=lambda file: natural_key(file.name),
         )
         if not files:
             raise DataError(f"{entry} holds no rasters ({', '.join(SUFFIXES)}); name another folder, or a glob")
         return {str(file): Path(file.name) for file in files}
     if path.exists() or not WILD & set(entry):
         return {entry: Path(path.name)}
-    named = [Path(name) for name in sorted(glob.glob(entry, recursive=True), key=natural)]  # noqa: PTH207 - any root
+    named = [Path(name) for name in sorted(glob.glob(entry, recursive=True), key=natural_key)]  # noqa: PTH207 - any root
     files = [file for file in named if not file.is_dir()]
     if not files:
         raise DataError(f"{entry} matches no file; correct the pattern")
@@ -96,7 +96,7 @@ def _addresses(entry: str) -> dict[str, Path]:
         from fsspec.core import url_to_fs
 
         system, pattern = url_to_fs(entry)
-        listed = sorted(system.glob(pattern), key=natural)
+        listed = sorted(system.glob(pattern), key=natural_key)
     except ImportError as error:
         raise DataError(
             f"listing {entry} takes a package ({error}); install it, or name the rasters one by one"
@@ -110,4 +110,4 @@ def _addresses(entry: str) -> dict[str, Path]:
     return {system.unstrip_protocol(name): Path(PurePosixPath(name).name) for name in listed}
 
 
-__all__ = ["see_apart", "sources_of"]
+__all__ = ["check_apart", "sources_of"]

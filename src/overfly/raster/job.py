@@ -98,7 +98,7 @@ def job_for(scene: Scene, predictor: Predictor, settings: Settings, network: str
     }
 
 
-def see_outputs(scene: Scene, out: Path, files: dict[Kind | str, Path]) -> None:
+def check_outputs(scene: Scene, out: Path, files: dict[Kind | str, Path]) -> None:
     """See that the files can be written where they are asked for."""
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"--out {out} is no name of a map; take one that ends in .tif, or a folder")
@@ -188,4 +188,4 @@ def notes_for(scene: Scene, facts: Facts, settings: Settings) -> list[str]:
     return notes
 
 
-__all__ = ["Settings", "job_for", "notes_for", "outputs", "plan_for", "see_outputs", "there"]
+__all__ = ["Settings", "check_outputs", "job_for", "notes_for", "outputs", "plan_for", "there"]

@@ -17,7 +17,7 @@ from overfly.exporting.predictor import Floats, Predictor
 from overfly.raster import blending
 from overfly.raster import resume_store as store
 from overfly.raster.cog import write_cog
-from overfly.raster.job import Settings, job_for, notes_for, outputs, plan_for, see_outputs, there
+from overfly.raster.job import Settings, check_outputs, job_for, notes_for, outputs, plan_for, there
 from overfly.raster.overlapping import ahead, behind
 from overfly.raster.polygons import write_polygons
 from overfly.raster.products import Kind, Product, make, products
@@ -121,7 +121,7 @@ def map_raster(
     )  # fmt: skip
     job = job_for(scene, predictor, settings, network)
     files = outputs(out, settings)
-    see_outputs(scene, out, files)
+    check_outputs(scene, out, files)
     if there(out, files, job, settings):
         store.clear(out, job)
         return Mapped(source, out, list(files.values()), made=False)

@@ -38,7 +38,7 @@ def opacity_of(source: str, dataset: Any, asked: bool | None) -> int | None:
     return next(marked, None) if dataset.count > 1 else None
 
 
-def see_opacity(source: str, dataset: Any, number: int, bands: str) -> None:
+def check_opacity(source: str, dataset: Any, number: int, bands: str) -> None:
     """See that a band that a file marks as opacity looks like it.
 
     Args:
@@ -103,4 +103,4 @@ def _varies(dataset: Any, number: int) -> bool:
     return bool(counts.size and counts.max() < COMMONEST * counts.sum())
 
 
-__all__ = ["Mask", "covered", "either", "opacity_of", "see_opacity", "transparent"]
+__all__ = ["Mask", "check_opacity", "covered", "either", "opacity_of", "transparent"]

@@ -15,7 +15,7 @@ import numpy as np
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.exporting.predictor import Facts
 from overfly.raster.georeference import Georeference, georeference, ground
-from overfly.raster.opacity import opacity_of, see_opacity
+from overfly.raster.opacity import check_opacity, opacity_of
 
 CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may keep; by default it takes a share of the machine's memory."""
@@ -71,7 +71,7 @@ def opened(source: str) -> Iterator[Any]:
     except ImportError:
         raise MissingExtraError("rasterio", "geo", "a map of a raster") from None
     if "://" not in source and not source.startswith("/vsi"):
-        _see_file(Path(source))
+        _check_file(Path(source))
     try:
         with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE, GDAL_DISABLE_READDIR_ON_OPEN="FALSE"):
             warnings.simplefilter("ignore")
@@ -113,7 +113,7 @@ def look(
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
             raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
         gain = gain_of(source, dtype, facts, max_value, scale=_scale(dataset, chosen))
-        _see_whole(source, dataset)
+        _check_whole(source, dataset)
         clear = _opacity(source, dataset, chosen, clear, opacity)
         declared = dataset.nodatavals[chosen[0] - 1]
         flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
@@ -181,7 +181,7 @@ def _opacity(source: str, dataset: Any, chosen: tuple[int, ...], clear: int | No
             "network reads; leave --opacity out, or name other bands by --bands"
         )
     if not asked:
-        see_opacity(source, dataset, clear, ",".join(map(str, chosen)))
+        check_opacity(source, dataset, clear, ",".join(map(str, chosen)))
     return clear
 
 
@@ -232,7 +232,7 @@ def gain_of(
     return 1.0
 
 
-def _see_file(path: Path) -> None:
+def _check_file(path: Path) -> None:
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
     if not path.is_file():
@@ -243,7 +243,7 @@ def _see_file(path: Path) -> None:
         raise DataError(f"{path} is empty; copy, download or export it again")
 
 
-def _see_whole(source: str, dataset: Any) -> None:
+def _check_whole(source: str, dataset: Any) -> None:
     """See that the blocks that a TIFF's header lists last are in the file: an hour later would be late to say so."""
     path = Path(source)
     if dataset.driver != "GTiff" or not path.is_file():

@@ -134,7 +134,7 @@ def launch(recipe: Recipe, engine: Engine) -> Fabric:
         raise RecipeError(f"a batch of {recipe.batch} cannot be shared by {every} devices; change one of them")
     if recipe.batch == every:
         raise RecipeError("batch normalization needs two pictures on each device or more; raise batch")
-    device = machines.pick(engine.device, here)
+    device = machines.select_device(engine.device, here)
     if recipe.precision == "16" and device.type == "cpu":
         raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)

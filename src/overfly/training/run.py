@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from overfly.core.atomic_files import part_of
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import RunError
-from overfly.core.settings import explain
+from overfly.core.settings import validation_message
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.journal import Journal
@@ -97,7 +97,7 @@ class Run:
         try:
             return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
         except ValidationError as error:
-            raise RunError(explain(error, str(file))) from None
+            raise RunError(validation_message(error, str(file))) from None
         except (ValueError, yaml.YAMLError, OSError):
             raise RunError(f"{file} is no YAML any more; restore it, or train again") from None
 
@@ -148,7 +148,7 @@ class Run:
     def record(self, file: str, values: dict[str, Any]) -> None:
         """Write a JSON file of the folder, whole or not at all."""
         path = self.path / file
-        with part_of(path) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             part.replace(path)
 

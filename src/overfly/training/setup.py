@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from overfly.core.errors import RecipeError
-from overfly.core.transfer import human_size
+from overfly.core.transfer import format_bytes
 from overfly.data.cache import estimate
 from overfly.data.domain import Domain, without_labels
 from overfly.data.loading import Stream
@@ -35,7 +35,7 @@ def streams(recipe: Recipe, cache: Path | str | None = None) -> tuple[Stream | N
         items = list(domain.items("train"))
         if isinstance(cache, Path):
             needed_bytes = estimate(domain, items, recipe.resize)
-            print(f"decoded pictures of {domain.title} take {human_size(needed_bytes)} in {cache}", file=sys.stderr)
+            print(f"decoded pictures of {domain.title} take {format_bytes(needed_bytes)} in {cache}", file=sys.stderr)
         found.append(
             Stream(
                 domain,
@@ -89,14 +89,14 @@ def first_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
     if recipe.model.weights is not None:
         report = load_weights(network, recipe.model.weights, sha256=recipe.model.sha256)
         print(report, file=sys.stderr)
-        _see_that_it_is_trained(recipe, network, report)
+        _check_trained(recipe, network, report)
     mean, std = normalization(recipe, domain)
     return Segmenter(
         network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, max_value=domain.max_value
     )
 
 
-def _see_that_it_is_trained(recipe: Recipe, network: Network, report: Report) -> None:
+def _check_trained(recipe: Recipe, network: Network, report: Report) -> None:
     """Refuse weights without a class layer where the method changes a trained network.
 
     Raises:

@@ -22,7 +22,7 @@ from overfly.core.errors import OverflyError, RecipeError, TrainingError
 from overfly.core.interrupts import interrupts_held
 from overfly.core.optimizers import set_rate
 from overfly.core.records import Batch, Labeled, Losses
-from overfly.data.loading import Steps, loader
+from overfly.data.loading import BatchDataset, batch_loader
 from overfly.methods.method import Networks
 from overfly.models.segmenter import Segmenter
 from overfly.ops.augmentation import augment
@@ -40,7 +40,7 @@ from overfly.training.validation import Watch, journalled
 class Prepared:
     """What a run needs before its folder is made."""
 
-    steps: Steps
+    steps: BatchDataset
     """What each step sees."""
     nets: Networks
     """Every network of the method, at its beginning."""
@@ -67,7 +67,7 @@ def prepare(recipe: Recipe, fabric: Fabric, engine: Engine, start: Path | None =
     nets = recipe.method.networks(first_segmenter(recipe, start))
     optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
     shares = (fabric.global_rank, fabric.world_size) if optimizers else (0, 1)  # (0, 1): all do the same work
-    steps = Steps(source, target, *shares)
+    steps = BatchDataset(source, target, *shares)
     first = steps[0]  # what is wrong with the data is best said before there is a folder
     if isinstance(first, OverflyError):
         raise first
@@ -134,7 +134,7 @@ class Training:
         if self.main:
             self.journal.rewind(self.state["step"])
             machine = self.run.machine or {"started": datetime.now(UTC).isoformat()}
-            machine |= machines.describe(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
+            machine |= machines.describe_machine(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
             machine |= {"processes": self.fabric.world_size, "finished": None}
             machine["precision"] = arithmetic(self.recipe.precision, self.fabric.device)
             self.run.record("machine.json", machine)
@@ -152,7 +152,7 @@ class Training:
         first = self.state["step"]
         with interrupts_held():
             batches = iter(
-                loader(
+                batch_loader(
                     self.steps,
                     first * accumulate,
                     self.length * accumulate,

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from overfly.core.atomic_files import part_of
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, MissingExtraError, RecipeError
 from overfly.core.records import UInt8
-from overfly.data.headers import SUFFIXES, facts
-from overfly.data.listing import natural
+from overfly.data.headers import SUFFIXES, read_header
+from overfly.data.listing import natural_key
 from overfly.data.reading import read_image
 from overfly.video.overlay import fitted
 from overfly.video.player import Picture
@@ -127,7 +127,7 @@ def _reason(error: BaseException) -> str:
 def _folder(path: Path, fps: float) -> Source:
     files = sorted(
         (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")),
-        key=lambda file: natural(file.name),
+        key=lambda file: natural_key(file.name),
     )
     if not files:
         raise DataError(f"{path} holds no picture ({', '.join(SUFFIXES)}); name a folder of frames, or a video")
@@ -141,7 +141,7 @@ def _folder(path: Path, fps: float) -> Source:
                 )
             yield Picture(partial(_same, image), index / fps)
 
-    first = facts(files[0])
+    first = read_header(files[0])
     return Source(str(path), False, fps, first.width, first.height, pictures())
 
 
@@ -338,11 +338,13 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
         DataError: the file is there, cannot be written, or has another ending.
         MissingExtraError: PyAV is not installed.
     """
-    see_free(path)
+    check_free(path)
     av = _av()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part_of(path) as part:  # FFmpeg opens it with the first frame; a place that cannot be written is told now
+        with atomic_write(
+            path
+        ) as part:  # FFmpeg opens it with the first frame; a place that cannot be written is told now
             writer = _Writer(part, CONTAINERS[path.suffix.lower()], rate)
             try:
                 yield writer
@@ -369,7 +371,7 @@ def _publish(part: Path, path: Path) -> None:
         part.replace(path)
 
 
-def see_free(path: Path) -> None:
+def check_free(path: Path) -> None:
     """See that a video can be written to a path.
 
     Raises:
@@ -381,4 +383,4 @@ def see_free(path: Path) -> None:
         raise DataError(f"{path} is there already; take it away, or choose another --out")
 
 
-__all__ = ["FPS", "Source", "Trouble", "opened", "see_free", "writing"]
+__all__ = ["FPS", "Source", "Trouble", "check_free", "opened", "writing"]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from overfly.core.errors import DataError
 from overfly.core.records import Array, UInt8
-from overfly.data.headers import LARGEST, kind_of, opened, raster
+from overfly.data.headers import MAX_PIXELS, image_format, open_pillow, open_raster
 from overfly.data.reading import read_image
 
 LOW, HIGH = 0.6, 1.25
@@ -158,15 +158,15 @@ def over(path: Path) -> Iterator[Ground]:
         DataError: it is missing, damaged, a palette picture, or too large to be read without rasterio.
         MissingExtraError: it takes rasterio to read it.
     """
-    kind = kind_of(path)
+    kind = image_format(path)
     if kind in ("tiff", "jp2") and _rasterio():
-        with raster(path) as dataset:
+        with open_raster(path) as dataset:
             yield _windowed(path, dataset)
         return
     if kind != "jp2":
-        with opened(path) as image:
-            if image.width * image.height > LARGEST:
-                raise DataError(f"{path} has more than {LARGEST / 1e6:.0f} million pixels; save it as GeoTIFF")
+        with open_pillow(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; save it as GeoTIFF")
     picture = _three(read_image(path, bands=None))
     step = max(1, max(picture.shape[:2]) // SAMPLE)
     yield of_picture(_eight_bits(picture, _stretch(picture[::step, ::step])))

@@ -11,9 +11,9 @@ from typing import BinaryIO, NamedTuple
 
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.core.records import Array
-from overfly.data.headers import Facts, facts, raster
+from overfly.data.headers import ImageHeader, open_raster, read_header
 from overfly.data.reading import Mask, nodata_mask, read_image
-from overfly.raster.georeference import Georeference, georeference
+from overfly.open_raster.georeference import Georeference, georeference
 
 
 class Picture(NamedTuple):
@@ -43,13 +43,13 @@ def stored(file: BinaryIO) -> Iterator[Path]:
             raise DataError(str(error).replace(str(path), "the image")) from None
 
 
-def within(path: Path, pixels: int) -> Facts:
+def within(path: Path, pixels: int) -> ImageHeader:
     """What the header says of an image of so many pixels at most.
 
     Raises:
         DataError: it is no image, or too large.
     """
-    found = facts(path)
+    found = read_header(path)
     if found.height * found.width > pixels:
         raise DataError(
             f"{path} has {found.height * found.width / 1e6:.1f} million pixels and this server takes {pixels / 1e6:g}; "
@@ -58,7 +58,7 @@ def within(path: Path, pixels: int) -> Facts:
     return found
 
 
-def checked(path: Path, *, bands: int, pixels: int, network: str = "the network") -> Facts:
+def checked(path: Path, *, bands: int, pixels: int, network: str = "the network") -> ImageHeader:
     """What the header says, before anything is decoded.
 
     Args:
@@ -76,7 +76,7 @@ def checked(path: Path, *, bands: int, pixels: int, network: str = "the network"
     return found
 
 
-def read(path: Path, found: Facts, bands: int) -> Picture:
+def read(path: Path, found: ImageHeader, bands: int) -> Picture:
     """Decode a file whose header was seen.
 
     Raises:
@@ -89,7 +89,7 @@ def read(path: Path, found: Facts, bands: int) -> Picture:
 def _place(path: Path) -> Georeference | None:
     """Coordinates; none where the file has none, or rasterio is not there to read them."""
     try:
-        with raster(path) as dataset:
+        with open_raster(path) as dataset:
             found = georeference(dataset)
             placed = found.crs or found.transform is not None or found.points or found.rational
             return found if placed else None

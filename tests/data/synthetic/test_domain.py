@@ -18,7 +18,7 @@ from overfly.core.records import UInt8
 from overfly.data.domain import SPLITS, Domain, Split
 from overfly.data.loveda import CLASSES, LoveDA
 from overfly.data.synthetic import domain as synthetic
-from overfly.data.synthetic.domain import SCENES, Scene, Synthetic, draw, write_world
+from overfly.data.synthetic.domain import SCENES, Scene, Synthetic, synthesize, write_synthetic
 
 GOLDEN: dict[tuple[Scene, Split, int, int], tuple[str, tuple[float, ...]]] = {
     ("urban", "train", 0, 256): (
@@ -45,7 +45,7 @@ SOME = 16
 @cache
 def some(scene: Scene) -> tuple[UInt8, UInt8]:
     """The first scenes of train: pictures (N, S, S, 3), labels (N, S, S)."""
-    pictures, labels = zip(*(draw(scene, "train", index) for index in range(SOME)), strict=True)
+    pictures, labels = zip(*(synthesize(scene, "train", index) for index in range(SOME)), strict=True)
     return np.stack(pictures), np.stack(labels)
 
 
@@ -66,31 +66,35 @@ def digest(label: UInt8) -> str:
 
 @pytest.mark.parametrize("key", GOLDEN, ids=lambda key: "-".join(map(str, key)))
 def test_pictures_are_those_that_were_published(key: tuple[Scene, Split, int, int]) -> None:
-    picture, label = draw(*key)
+    picture, label = synthesize(*key)
     golden_label, golden_picture = GOLDEN[key]
     assert digest(label) == golden_label
     assert quarters(picture) == pytest.approx(golden_picture, abs=0.3)
 
 
 def test_what_was_drawn_before_does_not_matter() -> None:
-    before = draw("urban", "train", 3, 64)
+    before = synthesize("urban", "train", 3, 64)
     np.random.default_rng(0).random(5)
-    draw("rural", "test", 8, 64)
-    after = draw("urban", "train", 3, 64)
+    synthesize("rural", "test", 8, 64)
+    after = synthesize("urban", "train", 3, 64)
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1], after[1])
 
 
 def test_each_argument_changes_the_picture() -> None:
-    base = draw("urban", "train", 0, 64)[0]
-    others = [draw("rural", "train", 0, 64), draw("urban", "val", 0, 64), draw("urban", "train", 1, 64)]
+    base = synthesize("urban", "train", 0, 64)[0]
+    others = [
+        synthesize("rural", "train", 0, 64),
+        synthesize("urban", "val", 0, 64),
+        synthesize("urban", "train", 1, 64),
+    ]
     assert all(np.abs(base.astype(int) - other[0]).mean() > 5 for other in others)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(SCENES), st.sampled_from(SPLITS), st.integers(0, 10**6), st.integers(16, 100))
 def test_any_scene_is_a_picture_and_a_label_without_gaps(scene: Scene, split: Split, index: int, size: int) -> None:
-    picture, label = draw(scene, split, index, size)
+    picture, label = synthesize(scene, split, index, size)
     assert picture.shape == (size, size, 3)
     assert label.shape == (size, size)
     assert picture.dtype == label.dtype == np.uint8
@@ -150,7 +154,7 @@ def test_domain_reads_what_is_drawn() -> None:
     domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": 64, "train": 3, "val": 2, "test": 1})
     assert [len(domain.items(split)) for split in SPLITS] == [3, 2, 1]
     item = pickle.loads(pickle.dumps(domain.items("train")[2]))
-    picture, label = draw("rural", "train", 2, 64)
+    picture, label = synthesize("rural", "train", 2, 64)
     read = domain.read_image(item)
     np.testing.assert_array_equal(read, picture)
     np.testing.assert_array_equal(domain.read_label(item), label)
@@ -162,7 +166,7 @@ def test_domain_reads_what_is_drawn() -> None:
 
 def test_written_world_is_read_as_loveda(tmp_path: Path) -> None:
     root = tmp_path / "deep" / "world"
-    assert write_world(root, size=48, train=2, val=1, test=1) == 8
+    assert write_synthetic(root, size=48, train=2, val=1, test=1) == 8
     for scene in SCENES:
         domain = LoveDA(root=root, scene=scene)
         numbered: list[tuple[Split, int]] = [("train", 2), ("val", 1)]
@@ -170,7 +174,7 @@ def test_written_world_is_read_as_loveda(tmp_path: Path) -> None:
             items = domain.items(split)
             assert len(items) == number
             for index, item in enumerate(items):
-                picture, label = draw(scene, split, index, 48)
+                picture, label = synthesize(scene, split, index, 48)
                 np.testing.assert_array_equal(domain.read_image(item), picture)
                 np.testing.assert_array_equal(domain.read_label(item), label)
     assert len(list(root.glob("Test/*/images_png/*.png"))) == 2
@@ -183,9 +187,9 @@ def test_written_world_is_read_as_loveda(tmp_path: Path) -> None:
 
 
 def test_other_processes_draw_the_same(tmp_path: Path) -> None:
-    write_world(tmp_path / "world", size=64, train=2, val=0, test=0, scenes=["rural"], workers=2)
+    write_synthetic(tmp_path / "world", size=64, train=2, val=0, test=0, scenes=["rural"], workers=2)
     for index in range(2):
-        picture, label = draw("rural", "train", index, 64)
+        picture, label = synthesize("rural", "train", index, 64)
         folder = tmp_path / "world" / "Train" / "Rural"
         np.testing.assert_array_equal(np.asarray(Image.open(folder / "images_png" / f"{index}.png")), picture)
         np.testing.assert_array_equal(np.asarray(Image.open(folder / "masks_png" / f"{index}.png")), label + 1)
@@ -194,18 +198,18 @@ def test_other_processes_draw_the_same(tmp_path: Path) -> None:
 def test_a_world_is_never_mixed_with_something_else(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="something else already"):
-        write_world(tmp_path, size=16, train=1, val=0, test=0)
+        write_synthetic(tmp_path, size=16, train=1, val=0, test=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     root = tmp_path / "world"
     root.mkdir()
-    write_world(root, size=16, train=1, val=0, test=0)
+    write_synthetic(root, size=16, train=1, val=0, test=0)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    assert write_world(root, size=16, train=1, val=0, test=0) == 2
+    assert write_synthetic(root, size=16, train=1, val=0, test=0) == 2
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     with pytest.raises(DataError, match="other settings"):
-        write_world(root, size=16, train=2, val=0, test=0)
+        write_synthetic(root, size=16, train=2, val=0, test=0)
     with pytest.raises(DataError, match="something else already"):
-        write_world(tmp_path / "mine.txt", size=16, train=1, val=0, test=0)
+        write_synthetic(tmp_path / "mine.txt", size=16, train=1, val=0, test=0)
 
 
 def test_a_world_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,16 +222,16 @@ def test_a_world_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(synthetic, "_write", broken)
     with pytest.raises(DataError, match="No space left on device"):
-        write_world(tmp_path / "world", size=16, train=3, val=0, test=0)
+        write_synthetic(tmp_path / "world", size=16, train=3, val=0, test=0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_drawn_is_said() -> None:
     with pytest.raises(DataError, match="no scene 'moon'"):
-        draw("moon", "train", 0)  # type: ignore[arg-type]
+        synthesize("moon", "train", 0)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="size 8 cannot be"):
-        draw("urban", "train", 0, 8)
+        synthesize("urban", "train", 0, 8)
     with pytest.raises(DataError, match="scene -1"):
-        draw("urban", "train", -1)
+        synthesize("urban", "train", -1)
     with pytest.raises(DataError, match="0 workers cannot be"):
-        write_world("nowhere", workers=0)
+        write_synthetic("nowhere", workers=0)

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from overfly.core.atomic_files import part_of
+from overfly.core.atomic_files import atomic_write
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.interrupts import interrupts_held
@@ -46,7 +46,7 @@ GROUND: dict[Scene, float] = {"urban": 0.3, "rural": 0.5}
 RECORD = "drawn.json"
 
 
-def draw(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8, UInt8]:
+def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8, UInt8]:
     """Draw a scene. It depends on the four arguments alone: the same on every machine, in every process.
 
     Args:
@@ -81,24 +81,24 @@ def draw(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8
     return picture, IDS[sheet.material]
 
 
-_recent = lru_cache(maxsize=4)(draw)
+_recent = lru_cache(maxsize=4)(synthesize)
 """Image and label of an item are asked for one after the other; they are drawn once."""
 
 
 def draw_image(scene: Scene, split: Split, index: int, size: int) -> UInt8:
-    """The picture (S, S, 3) of `draw`, 0 to 255."""
+    """The picture (S, S, 3) of `synthesize`, 0 to 255."""
     return _recent(scene, split, index, size)[0].copy()
 
 
 def draw_label(scene: Scene, split: Split, index: int, size: int) -> UInt8:
-    """The label (S, S) of `draw`, class ids 0 to 6."""
+    """The label (S, S) of `synthesize`, class ids 0 to 6."""
     return _recent(scene, split, index, size)[1].copy()
 
 
 class Synthetic(Domain, name="synthetic"):
     """The synthetic world: two aerial domains that need no download, for demos, tests and first experiments.
 
-    * Format: drawn when asked for, about 30 ms a scene of 256×256 pixels; `write_world` writes LoveDA's layout.
+    * Format: drawn when asked for, about 30 ms a scene of 256×256 pixels; `write_synthetic` writes LoveDA's layout.
     * Bands: red, green, blue, 8 bits. Resolution: about 0.3 m (urban) and 0.5 m (rural).
     * Classes: LoveDA's seven. Every pixel has one; nothing is ignored.
     * Shift: shares (building 15 %, road 25 %, agriculture 7 % in urban; 6, 6 and 35 % in rural), road grids and blocks
@@ -124,7 +124,7 @@ class Synthetic(Domain, name="synthetic"):
         return CLASSES
 
     @property
-    def ground(self) -> float:
+    def gsd(self) -> float:
         """Length of a pixel on the ground in meters, by the size of what is drawn."""
         return GROUND[self.scene]
 
@@ -145,7 +145,7 @@ class Synthetic(Domain, name="synthetic"):
         return found
 
 
-def write_world(
+def write_synthetic(
     root: Path | str,
     *,
     size: int = 256,
@@ -191,7 +191,7 @@ def write_world(
         return count
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with part_of(root, folder=True) as part:
+        with atomic_write(root, folder=True) as part:
             world = part / "world"
             _write_all(world, numbers, sorted(set(scenes)), size, workers)
             (world / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -246,7 +246,7 @@ def _write_all(world: Path, numbers: dict[Split, int], scenes: Sequence[Scene], 
 
 def _write(job: tuple[Path, Scene, Split, int, int]) -> None:
     path, scene, split, index, size = job
-    picture, label = draw(scene, split, index, size)
+    picture, label = synthesize(scene, split, index, size)
     Image.fromarray(picture).save(path.parent / "images_png" / path.name)
     if split != "test":
         Image.fromarray(label + np.uint8(1)).save(path.parent / "masks_png" / path.name)
