@@ -167,7 +167,7 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch) 
     def full(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("overfly.data.loading.open_picture", full)
+    monkeypatch.setattr("overfly.data.loading.open_image", full)
     with pytest.raises(RecipeError, match="batch 4 and crop 32 do not fit into memory"):
         stream().read(0, [0])
 
@@ -198,11 +198,11 @@ def test_where_the_target_was_not_measured_is_known_to_the_method(tmp_path: Path
     for step in (0, 1):
         batch = BatchDataset(None, target).batch(step)
         assert batch.nodata_mask is not None
-        assert batch.measured is not None
+        assert batch.valid_mask is not None
         assert batch.nodata_mask[0, :40, 20:].all()
         assert batch.nodata_mask[0, 40:].all()
         assert not batch.nodata_mask[0, :40, :20].any()
-        assert torch.equal(batch.measured, ~batch.nodata_mask)
+        assert torch.equal(batch.valid_mask, ~batch.nodata_mask)
         assert (batch.target[0, :, :40, :20] == 200).all()
     small = Stream(domain, items, Uniform(), batch=1, crop=20, resize=20, seed=0, key=1, cache=kept)
     halves = BatchDataset(None, small).batch(0).nodata_mask

@@ -254,7 +254,7 @@ def test_a_bad_image_is_named_in_one_sentence(tmp_path: Path, kind: str, said: s
 def test_huge_pictures_are_refused_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(picture(20, 20)).save(path)
-    monkeypatch.setattr(headers, "LARGEST", 399)
+    monkeypatch.setattr(headers, "MAX_PIXELS", 399)
     with pytest.raises(DataError, match="million pixels"):
         read_image(path, bands=3)
 
