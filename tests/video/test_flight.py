@@ -135,7 +135,7 @@ def test_what_cannot_be_flown_over_is_told(tmp_path: Path, monkeypatch: pytest.M
     }.items():
         with pytest.raises((DataError, MissingExtraError), match=words), over(tmp_path / name):
             pass
-    monkeypatch.setattr("overfly.video.flight.LARGEST", 1000)
+    monkeypatch.setattr("overfly.video.flight.MAX_PIXELS", 1000)
     Image.fromarray(coordinates()).save(tmp_path / "large.png")
     with pytest.raises(DataError, match="save it as GeoTIFF"), over(tmp_path / "large.png"):
         pass

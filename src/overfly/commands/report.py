@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from overfly.commands.arguments import LARGEST, pathlike, see_bounds
+from overfly.commands.arguments import LARGEST, check_bounds, pathlike
 from overfly.core import device as machines
 from overfly.core.errors import RecipeError
 from overfly.data.domain import Split
@@ -64,14 +64,14 @@ def report(
     Returns:
         The file.
     """
-    see_bounds({"pictures": (pictures, 0, 10**6), "size": (size, 8, LARGEST)})
+    check_bounds({"pictures": (pictures, 0, 10**6), "size": (size, 8, LARGEST)})
     if out.is_dir() or not out.parent.is_dir():
         raise RecipeError(f"{out} cannot be written: give --out a file's name in a folder that is there")
     if out.suffix.lower() not in (".html", ".htm"):
         raise RecipeError(f"{out} has no ending of a page; name it {out.with_suffix('.html').name}")
     found = collect_report(
         runs, title=title, split=split, labels=labels, limit=pictures, speed=speed, size=size,
-        device=machines.pick(device), own_colors=own_colors,
+        device=machines.select_device(device), own_colors=own_colors,
     )  # fmt: skip
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(render(found), encoding="utf-8")
