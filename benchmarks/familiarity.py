@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from overfly.adaptation.gate import Gate, familiarity, steadiness
+from overfly.adaptation.gate import Gate, familiarity, geometric_consistency
 from overfly.adaptation.pipeline import CROP, LOOKED_AT
-from overfly.adaptation.reverse_validation import reverse
+from overfly.adaptation.reverse_validation import reverse_validation
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.label_free_metrics import LabelFree, look
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
 from overfly.recipe import Recipe, load
 from overfly.training.run import Run
 
@@ -39,20 +39,21 @@ def rows(run: Run, domains: list[Domain], folders: list[Path]) -> list[dict[str,
     held = recipe.validation.split
     sight: dict[str, Any] = {"limit": LOOKED_AT, "crop": CROP, "resize": recipe.resize, "window": recipe.window}
 
-    def seen(domain: Domain, split: Split) -> LabelFree:
-        return look(network, domain, split, **sight)
+    def seen(domain: Domain, split: Split) -> LabelFreeMetrics:
+        return label_free_metrics(network, domain, split, **sight)
 
     home = seen(source, held)
     found = []
     for domain in (recipe.domain("target"), *foreign):
-        away, taught = seen(domain, "train"), reverse(network, source, domain, held, **sight)
+        away, taught = seen(domain, "train"), reverse_validation(network, source, domain, held, **sight)
         known = familiarity(home, away)
         found.append(
             {
                 "source": source.title, "network": recipe.model.name, "seed": recipe.seed, "pictures": domain.title,
                 "foreign": domain in foreign, "familiarity": known, "reverse": taught,
-                "strange": bool(Gate().strange(known, taught)),
-                "steadiness": [steadiness(home), steadiness(away)], "nuclear_norm": [home.bnm, away.bnm],
+                "unfamiliar": bool(Gate().unfamiliar(known, taught)),
+                "geometric_consistency": [geometric_consistency(home), geometric_consistency(away)],
+                "nuclear_norm": [home.nuclear_norm, away.nuclear_norm],
                 "views_miou": [home.views_miou, away.views_miou],
             }
         )  # fmt: skip
@@ -71,10 +72,10 @@ def main() -> int:
     given = parser.parse_args()
     foreign = [load(recipe, *given.set).domain("target") for recipe in given.foreign]
     found = [row for path in given.runs for row in rows(Run.open(path), foreign, given.images)]
-    wrong = [row for row in found if row["foreign"] != row["strange"]]
+    wrong = [row for row in found if row["foreign"] != row["unfamiliar"]]
     for row in wrong:
-        taken = "taken for strange" if row["strange"] else "taken for its own"
-        print(f"{row['source']}, seed {row['seed']} → {row['pictures']}: {taken}, wrongly")
+        taken = "taken for strange" if row["unfamiliar"] else "taken for its own"
+        print(f"{row['source']}, seed {row['seed']} → {row['images']}: {taken}, wrongly")
     print(f"{len(found) - len(wrong)} of {len(found)} right")
     answer = {"gate": Gate().model_dump(mode="json"), "rows": found}
     given.out.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")

@@ -76,9 +76,9 @@ def truth(weights: Path, recipe: Recipe) -> float | None:
     return score(Segmenter.load(weights), recipe.domain("target"), "val", window=recipe.window, batch=8).miou
 
 
-def weights_of(standing: str) -> Path:
-    """The weights of a network that a verdict speaks of."""
-    return Run.open(standing).weights if Path(standing).is_dir() else Path(standing)
+def weights_of(report: str) -> Path:
+    """The weights of a network that a selection speaks of."""
+    return Run.open(report).weights if Path(report).is_dir() else Path(report)
 
 
 def main() -> int:
@@ -96,11 +96,11 @@ def main() -> int:
             honest = load(file, f"seed={seed}", *given.set)
             before = None
             for plant, recipe in planted(honest, given.steps, given.images):
-                run, verdict = adaptation(
+                run, selection = adaptation(
                     recipe, out=given.out, fabric=launch(recipe, ENGINE), engine=ENGINE, estimates=False
                 )
-                refused = bool(verdict.networks["adapted"].against)
-                before = before or truth(weights_of(verdict.networks["source only"].run), honest)
+                refused = bool(selection.candidates["adapted"].rejections)
+                before = before or truth(weights_of(selection.candidates["source only"].run), honest)
                 after = truth(run.weights, honest)
                 rows.append(
                     {
@@ -109,10 +109,10 @@ def main() -> int:
                         "plant": plant,
                         "foreign": recipe.target != honest.target,
                         "refused": refused,
-                        "recommended": verdict.recommended,
-                        "familiarity": verdict.familiarity,
-                        "reverse": verdict.reverse,
-                        "against": verdict.networks["adapted"].against,
+                        "recommended": selection.recommended,
+                        "familiarity": selection.familiarity,
+                        "reverse": selection.reverse_validation,
+                        "against": selection.candidates["adapted"].rejections,
                         "target_miou": {"source only": before, "adapted": after},
                     }
                 )

@@ -3,7 +3,7 @@
     python benchmarks/verdicts.py RUNS… [--splits val,test] [--out verdicts.json]
 
 RUNS are folders below which `overfly adapt` has left its runs. The target's labels are opened here, after all
-verdicts, once for each network and split; `scores.json` of each run counts them. For every verdict: the true mIoU on
+verdicts, once for each network and split; `scores.json` of each run counts them. For every selection: the true mIoU on
 the target of each network, which one was recommended, its regret (what the best of those there has more), and what it
 has more than the network before adaptation. Writes JSON and prints a table; exits 1 where a network was recommended
 that is more than a point worse on the target than the one before adaptation.
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from overfly.adaptation.selection import BEFORE, Verdict
+from overfly.adaptation.selection import BEFORE, Selection
 from overfly.data.domain import Split
 from overfly.evaluation.scores import Scores
 from overfly.training.evaluate import assess, recorded
@@ -29,14 +29,14 @@ HARM = 0.01
 """mIoU that a recommended network may be worse by before this ends with status 1."""
 
 
-def verdicts(folders: Sequence[Path]) -> Iterator[tuple[Run, Verdict]]:
-    """Every verdict below some folders, once, and a run that it lies in."""
+def verdicts(folders: Sequence[Path]) -> Iterator[tuple[Run, Selection]]:
+    """Every selection below some folders, once, and a run that it lies in."""
     seen: set[str] = set()
-    for file in sorted(file for folder in folders for file in folder.rglob("verdict.json")):
+    for file in sorted(file for folder in folders for file in folder.rglob("selection.json")):
         text = file.read_text(encoding="utf-8")
         if text not in seen:
             seen.add(text)
-            yield Run.open(file.parent), Verdict.model_validate_json(text)
+            yield Run.open(file.parent), Selection.model_validate_json(text)
 
 
 def truth(run: Run, split: Split) -> Scores:
@@ -45,27 +45,27 @@ def truth(run: Run, split: Split) -> Scores:
     return recorded(run, "target", split, domain) or assess(run, domain, "target", split)
 
 
-def row(verdict: Verdict, split: Split) -> dict[str, Any]:
-    """One verdict on one split."""
-    runs = {role: Run.open(standing.run) for role, standing in verdict.networks.items()}
+def row(selection: Selection, split: Split) -> dict[str, Any]:
+    """One selection on one split."""
+    runs = {role: Run.open(report.run) for role, report in selection.candidates.items()}
     found = {role: truth(run, split) for role, run in runs.items()}
     miou = {role: float(scores.miou or 0) for role, scores in found.items()}
     recipe = next(iter(runs.values())).recipe
     return {
         "source": recipe.domain("source").title, "target": recipe.domain("target").title, "seed": recipe.seed,
-        "network": recipe.model.name, "split": split, "recommended": verdict.recommended,
-        "sentence": verdict.sentence, "labels_opened_for_the_verdict": verdict.labels_opened,
-        "regret": max(miou.values()) - miou[verdict.recommended],
-        "gain": miou[verdict.recommended] - miou[BEFORE],
-        "networks": {
+        "network": recipe.model.name, "split": split, "recommended": selection.recommended,
+        "sentence": selection.summary, "labels_opened_for_the_verdict": selection.labels_opened,
+        "regret": max(miou.values()) - miou[selection.recommended],
+        "gain": miou[selection.recommended] - miou[BEFORE],
+        "candidates": {
             role: {
                 "method": runs[role].recipe.method.model_dump(mode="json"), "steps": runs[role].recipe.steps,
                 "miou": miou[role], "iou": {name: each.iou for name, each in scores.classes.items()},
-                "settings": standing.settings,
-                "against": standing.against, "figures": standing.figures.model_dump(mode="json"),
-                "estimate": standing.estimate and standing.estimate.model_dump(mode="json"),
+                "settings": report.settings,
+                "rejections": report.rejections, "metrics": report.metrics.model_dump(mode="json"),
+                "estimate": report.estimate and report.estimate.model_dump(mode="json"),
             }
-            for (role, standing), scores in zip(verdict.networks.items(), found.values(), strict=True)
+            for (role, report), scores in zip(selection.candidates.items(), found.values(), strict=True)
         },
     }  # fmt: skip
 
@@ -74,8 +74,8 @@ def line(found: dict[str, Any]) -> str:
     """A row of the table."""
     each = ", ".join(
         f"{'**' if role == found['recommended'] else ''}{role} {100 * one['miou']:.1f}"
-        f"{'**' if role == found['recommended'] else ''}{' (refused)' if one['against'] else ''}"
-        for role, one in found["networks"].items()
+        f"{'**' if role == found['recommended'] else ''}{' (refused)' if one['rejections'] else ''}"
+        for role, one in found["candidates"].items()
     )
     way = f"{found['source']} → {found['target']}"
     return (
@@ -92,13 +92,13 @@ def main() -> int:
     given = parser.parse_args()
     held = list(verdicts(given.runs))
     if not held:
-        raise SystemExit(f"no verdict.json below {', '.join(map(str, given.runs))}; run overfly adapt first")
+        raise SystemExit(f"no selection.json below {', '.join(map(str, given.runs))}; run overfly adapt first")
     print("| from → to | seed | split | mIoU (%) on the target, the recommended one in bold | gain | regret |")
     print("|---|---|---|---|---|---|")
     rows = []
     for split in given.splits.split(","):
-        for _, verdict in held:
-            rows.append(row(verdict, split))
+        for _, selection in held:
+            rows.append(row(selection, split))
             print(line(rows[-1]), flush=True)
     print(
         f"\n{len(rows)} verdicts: mean gain {100 * fmean(each['gain'] for each in rows):.1f}, mean regret "

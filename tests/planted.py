@@ -23,7 +23,7 @@ class Patches(Domain):
 
     name: ClassVar[str] = "patches"
     blind: bool = True
-    pictures: int = 5
+    images: int = 5
     side: int = 32
     first: int = 0
 
@@ -33,7 +33,7 @@ class Patches(Domain):
 
     def items(self, split: Split) -> Sequence[Item]:
         del split
-        return [Item(f"p{self.first + i}", Path(f"p{i}.png"), Path(f"p{i}_mask.png")) for i in range(self.pictures)]
+        return [Item(f"p{self.first + i}", Path(f"p{i}.png"), Path(f"p{i}_mask.png")) for i in range(self.images)]
 
     def _levels(self, item: Item) -> UInt8:
         coarse = np.random.default_rng(int(item.name[1:])).integers(0, 3, (self.side // 8, self.side // 8))

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
         evaluate,
         export,
         predict,
+        rank,
         report,
         serve,
         speed,
         train,
-        validate,
         watch,
     )
     from overfly.core.classes import Classes
@@ -43,11 +43,11 @@ __all__ = [
     "load",
     "load_weights",
     "predict",
+    "rank",
     "report",
     "serve",
     "speed",
     "train",
-    "validate",
     "watch",
 ]
 

@@ -18,7 +18,7 @@ from overfly.core.spec import Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.samples import Samples
 from overfly.evaluation.scores import Scores
-from overfly.evaluation.speed import Speed, measure
+from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.registry import build
 from overfly.recipe import Recipe, load
 from overfly.training.engine import Engine, on_main
@@ -262,7 +262,7 @@ def tabulate(
         recipe = next(runs[0].recipe for runs in done.values() if runs[0].recipe.model.name == name)
         domain = recipe.source or recipe.domain("target")
         full = build(name, len(domain.classes), training_heads=True, bands=domain.bands)
-        speed = measure(full, size=size, bands=domain.bands, device=device)
+        speed = measure_speed(full, size=size, bands=domain.bands, device=device)
         parameters = sum(parameter.numel() for parameter in full.parameters())
         networks.append(Network(name=name, parameters_training=parameters, speed=speed))
     machine = next(iter(done.values()))[0].machine

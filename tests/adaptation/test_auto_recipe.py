@@ -58,8 +58,8 @@ def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.Mon
     assert (recipe.steps, plain.steps, recipe.start.steps) == (174, 174, 300)
     assert recipe.schedule == Poly(power=1.0, warmup=17)
     assert recipe.optim == plain.optim == AdamW(lr=1e-3)
-    ways = [each.method.model_dump() for each in (recipe, plain)]
-    assert [(way["mix"], way["rise"]) for way in ways] == [(0.5, 58), (0.0, 58)]
+    differences = [each.method.model_dump() for each in (recipe, plain)]
+    assert [(way["mix"], way["rise"]) for way in differences] == [(0.5, 58), (0.0, 58)]
     assert recipe.crop == 96
     assert recipe.target is not None
     assert not any(item.label for item in recipe.target.items("train"))
@@ -157,7 +157,7 @@ def test_one_command_from_folders_to_a_verdict_and_again_without_the_source(
     )  # fmt: skip
     assert found.best.exists()
     assert found.run.recipe.method.name == "overfly"
-    assert found.verdict.labels_opened == 0
+    assert found.selection.labels_opened == 0
     free = adapt(
         "steps=2", start=found.path, images_b=own.images_b, budget="60s", out=tmp_path / "b", device="cpu", quiet=True
     )

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from overfly.adaptation.consensus import consensus
-from overfly.evaluation.images import unlabeled
+from overfly.evaluation.images import unlabeled_images
 from planted import ByLevel, Constant, Patches
 
 
-def found(*networks: nn.Module) -> list[float | None]:
-    return consensus([(network, None) for network in networks], list(unlabeled(Patches(), "train")))
+def found(*candidates: nn.Module) -> list[float | None]:
+    return consensus([(network, None) for network in candidates], list(unlabeled_images(Patches(), "train")))
 
 
 def test_the_one_that_differs_has_least_of_the_consensus() -> None:
@@ -27,7 +27,7 @@ def test_two_networks_have_no_consensus() -> None:
 
 
 def test_windows_and_modes_are_of_each_network_are_its_own() -> None:
-    images = list(unlabeled(Patches(), "train"))
+    images = list(unlabeled_images(Patches(), "train"))
     trained = ByLevel(20).train()
     whole = consensus([(trained, None), (ByLevel(10), 16), (ByLevel(5), None)], images, torch.device("cpu"))
     assert trained.training

@@ -69,9 +69,9 @@ def errors_of(*wrong: float, at: float = 0.5) -> list[ShiftError]:
 
 def test_the_interval_is_what_errors_make_it() -> None:
     assert interval(0.5, errors_of(0.1, 0.1, 0.1)) == pytest.approx((0.4, 0.4, 0.4))
-    low, middle, high = interval(0.5, errors_of(0.0, 0.1, 0.2))
-    assert 0.3 <= low < middle < high <= 0.5
-    assert middle == pytest.approx(0.4)
+    low, center_crop, high = interval(0.5, errors_of(0.0, 0.1, 0.2))
+    assert 0.3 <= low < center_crop < high <= 0.5
+    assert center_crop == pytest.approx(0.4)
     wider = interval(0.5, errors_of(0.0, 0.1, 0.2), deviation=0.05)
     assert wider[0] < low
     assert wider[2] > high
@@ -93,7 +93,7 @@ def test_the_estimate_of_a_network_holds_the_truth_and_opens_no_target_label() -
         image = torch.from_numpy(seeing.read_image(item)).permute(2, 0, 1)[None].float()
         truth = truth + Confusion.of(network(image).main.argmax(1)[0], torch.from_numpy(seeing.read_label(item)), 3)
     assert found.low <= truth.miou <= found.high
-    assert (found.labels_opened, found.source_labels, found.pictures) == (0, 4, 4)
+    assert (found.labels_opened, found.source_labels, found.images) == (0, 4, 4)
     assert found.temperature < 1, "the planted network is always right and claims less"
     assert found.shifts[0].name == "none"
     assert found.shifts[0].truth == 1

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from overfly.adaptation.model_selection import Sight, Verdict, choose, gather, places
-from overfly.commands.api import train, validate
+from overfly.adaptation.model_selection import Ranking, TargetImages, gather, places
+from overfly.adaptation.model_selection import rank as rank_runs
+from overfly.commands.api import rank, train
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic.domain import Synthetic
@@ -26,7 +27,7 @@ RECIPE: dict[str, Any] = {
     "batch": 2,
     "steps": 2,
 }
-SIGHT = Sight(limit=2, crop=48)
+SIGHT = TargetImages(limit=2, crop=48)
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +65,37 @@ def test_candidates_are_ranked_without_a_target_label(
         return original(self, item)
 
     monkeypatch.setattr(Synthetic, "read_label", guarded)
-    found = validate([str(runs)], limit=2, crop=48, device="cpu", out=tmp_path / "out")
-    verdict = found.verdict
-    assert [each.committee for each in verdict.candidates] == sorted(
-        (each.committee for each in verdict.candidates), reverse=True
+    found = rank([str(runs)], limit=2, crop=48, device="cpu", out=tmp_path / "out")
+    ranking = found.ranking
+    assert [each.committee for each in ranking.candidates] == sorted(
+        (each.committee for each in ranking.candidates), reverse_validation=True
     )
-    assert verdict.labels_opened == 0
-    assert verdict.study is None
-    assert all(each.figures.source_miou is not None for each in verdict.candidates)
-    assert verdict.chosen["committee"] == verdict.candidates[0].title
-    assert "agreement" not in verdict.chosen
-    assert Verdict.model_validate_json((tmp_path / "out" / "validators.json").read_text()) == verdict
+    assert ranking.labels_opened == 0
+    assert ranking.study is None
+    assert all(each.metrics.source_miou is not None for each in ranking.candidates)
+    assert ranking.chosen["committee"] == ranking.candidates[0].title
+    assert "agreement" not in ranking.chosen
+    assert Ranking.model_validate_json((tmp_path / "out" / "validators.json").read_text()) == ranking
     text = shown(found)
     assert "target labels opened: 0" in text
     assert "true mIoU" not in text
-    again = choose(gather([runs]), sight=SIGHT)
-    assert again == verdict
+    again = rank_runs(gather([runs]), sight=SIGHT)
+    assert again == ranking
 
 
 def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> None:
-    found = validate([str(runs)], study=True, limit=2, crop=48, device="cpu")
-    verdict = found.verdict
-    assert verdict.study is not None
-    assert verdict.labels_opened == 6
-    truth = [each.truth or 0.0 for each in verdict.candidates]
-    column = [each.figures.views_miou for each in verdict.candidates]
-    assert verdict.study["views_miou"].regret == regret(column, truth)
-    assert verdict.study["views_miou"].correlation == spearman(column, truth)
-    assert min(trust.regret for trust in verdict.study.values()) >= 0
+    found = rank([str(runs)], study=True, limit=2, crop=48, device="cpu")
+    ranking = found.ranking
+    assert ranking.study is not None
+    assert ranking.labels_opened == 6
+    truth = [each.truth or 0.0 for each in ranking.candidates]
+    column = [each.metrics.views_miou for each in ranking.candidates]
+    assert ranking.study["views_miou"].regret == regret(column, truth)
+    assert ranking.study["views_miou"].correlation == spearman(column, truth)
+    assert min(trust.regret for trust in ranking.study.values()) >= 0
     opened = [run.scores["labels_opened"]["target/val"] for run in gather([runs])]
     assert sorted(entry["times"] for entry in opened) == [1, 2]
-    validate([str(runs)], study=True, limit=2, crop=48, device="cpu")
+    rank([str(runs)], study=True, limit=2, crop=48, device="cpu")
     assert opened == [run.scores["labels_opened"]["target/val"] for run in gather([runs])], (
         "what is known is not reread"
     )
@@ -106,35 +107,35 @@ def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> 
     narrow = shown(found, 80)
     assert "…" not in narrow
     assert max(len(line) for line in narrow.splitlines() if line.startswith(("┃", "│"))) <= 80
-    for number, each in enumerate(verdict.candidates, 1):
+    for number, each in enumerate(ranking.candidates, 1):
         assert f"{number:>3}  {each.title}\n" in narrow
-        assert f"{100 * each.figures.bnm:.2f}" in narrow
+        assert f"{100 * each.metrics.nuclear_norm:.2f}" in narrow
 
 
 def test_estimates_and_agreement_where_asked_for(runs: Path) -> None:
     (single,) = [run for run in gather([runs]) if not run.kept]
-    verdict = validate(
+    ranking = rank(
         [str(single.path)], estimate=True, reference=str(single.path), limit=2, crop=32, device="cpu", json=True
     )
-    values = json.loads(shown(verdict))
+    values = json.loads(shown(ranking))
     (candidate,) = values["candidates"]
     assert candidate["estimate"]["low"] <= candidate["estimate"]["miou"] <= candidate["estimate"]["high"]
     assert candidate["estimate"]["labels_opened"] == 0
-    assert candidate["figures"]["agreement"] > 0
+    assert candidate["metrics"]["agreement"] > 0
     assert {"expected", "agreement", "committee"} <= set(values["chosen"])
 
 
 def test_what_cannot_be_validated(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no validator is called 'luck'; there are: entropy"):
-        validate([str(runs)], committee=["luck"])
+        rank([str(runs)], committee=["luck"])
     with pytest.raises(RunError, match="nowhere is not there"):
-        validate([str(tmp_path / "nowhere")])
+        rank([str(tmp_path / "nowhere")])
     with pytest.raises(RunError, match="no trained network to choose from"):
-        validate([str(tmp_path)])
+        rank([str(tmp_path)])
     with pytest.raises(RecipeError, match="--limit 0 is out of range"):
-        validate([str(runs)], limit=0)
+        rank([str(runs)], limit=0)
     other = Run.place(tmp_path, load({**RECIPE, "target": {**PLACE, "scene": "rural", "size": 96}}))
     with pytest.raises(RecipeError, match="have different targets"):
-        choose([*gather([runs]), other])
+        rank_runs([*gather([runs]), other])
     with pytest.raises(RecipeError, match="none of these runs has a target"):
-        choose([Run.place(tmp_path, load({**RECIPE, "target": None}))])
+        rank_runs([Run.place(tmp_path, load({**RECIPE, "target": None}))])

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from overfly.adaptation.gate import Gate, steadiness
+from overfly.adaptation.gate import Gate, geometric_consistency
 from overfly.adaptation.pipeline import adapt as judge
 from overfly.adaptation.pipeline import beside, differences
-from overfly.adaptation.selection import Verdict
+from overfly.adaptation.selection import Selection
 from overfly.commands.api import adapt, train
 from overfly.commands.arguments import recipes_and_settings
 from overfly.commands.export import story_of
@@ -48,7 +48,7 @@ def tiny(small: dict[str, Any]) -> dict[str, Any]:
 
 def adapted(recipe: Recipe, out: Path) -> tuple[Run, dict[str, Any]]:
     found = adapt(recipe, out=out, device="cpu", quiet=True)
-    return found.run, json.loads((found.path / "verdict.json").read_text())
+    return found.run, json.loads((found.path / "selection.json").read_text())
 
 
 def test_three_networks_stand_beside_each_other(tiny: dict[str, Any]) -> None:
@@ -119,20 +119,20 @@ def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_
         files.append(tmp_path / f"{name}.yaml")
         load({**start, "method": method}).save(files[-1])
     found = adapt(files[0], str(files[1]), "seed=1", out=tmp_path, device="cpu", quiet=True, estimate=False)
-    networks = found.verdict.networks
-    assert list(networks) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
-    assert networks["adapted 1"].against
-    assert found.verdict.recommended != "adapted 1"
-    assert networks["adapted 2"].settings["method.name"] == "overfly"
-    refused = Run.open(networks["adapted 1"].run)
-    assert json.loads((refused.path / "verdict.json").read_text())["recommended"] == found.verdict.recommended
+    candidates = found.selection.candidates
+    assert list(candidates) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
+    assert candidates["adapted 1"].rejections
+    assert found.selection.recommended != "adapted 1"
+    assert candidates["adapted 2"].settings["method.name"] == "overfly"
+    refused = Run.open(candidates["adapted 1"].run)
+    assert json.loads((refused.path / "selection.json").read_text())["recommended"] == found.selection.recommended
     safe = load_file(refused.path / "best.safetensors")
     assert all(torch.equal(safe[name], each) for name, each in load_file(found.best).items())
-    assert f"adapted 1: {refused.path.name} (name shuffled" in "".join(found.verdict.ways)
-    assert found.run.recipe.method.name == ("shuffled" if networks["adapted 2"].against else "overfly")
+    assert f"adapted 1: {refused.path.name} (name shuffled" in "".join(found.selection.differences)
+    assert found.run.recipe.method.name == ("shuffled" if candidates["adapted 2"].rejections else "overfly")
     assert found.run.recipe.seed == 1
-    assert "In what the adapted networks differ" in (found.path / "verdict.md").read_text()
-    assert found.verdict.labels_opened == 0
+    assert "In what the adapted networks differ" in (found.path / "selection.md").read_text()
+    assert found.selection.labels_opened == 0
 
 
 def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -142,14 +142,18 @@ def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any],
         update={"margin": -1.0, "alike": 1e-9}
     )
     engine = Engine("cpu", quiet=True)
-    _, verdict = judge(*recipes, out=tmp_path, fabric=launch(recipes[0], engine), engine=engine, gate=loose)
-    others = {role: steadiness(each.figures) for role, each in verdict.networks.items() if role != "source only"}
+    _, selection = judge(*recipes, out=tmp_path, fabric=launch(recipes[0], engine), engine=engine, gate=loose)
+    others = {
+        role: geometric_consistency(each.metrics)
+        for role, each in selection.candidates.items()
+        if role != "source only"
+    }
     assert len(others) == 3
-    assert others[verdict.recommended] == max(others.values())
-    assert "it is steadier on the target than" in verdict.sentence
-    other = Path(verdict.networks["adapted 2" if verdict.recommended != "adapted 2" else "adapted 1"].run)
-    assert (other / "verdict.json").exists()
-    if verdict.recommended != "recalibrated":
+    assert others[selection.recommended] == max(others.values())
+    assert "it is steadier on the target than" in selection.summary
+    other = Path(selection.candidates["adapted 2" if selection.recommended != "adapted 2" else "adapted 1"].run)
+    assert (other / "selection.json").exists()
+    if selection.recommended != "recalibrated":
         assert not (other / "best.safetensors").exists()
 
 
@@ -158,20 +162,20 @@ def test_where_the_pictures_may_be_strange_what_the_labels_teach_is_asked(
 ) -> None:
     recipe, engine = load({**tiny, "method": "dacs"}, "target.train=8"), Engine("cpu", quiet=True)
 
-    def verdict(known: float, asked: float) -> Verdict:
+    def selection(known: float, asked: float) -> Selection:
         monkeypatch.setattr("overfly.adaptation.pipeline.familiarity", lambda *_: known)
         gate = Gate(known=asked)
         return judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=gate)[1]
 
-    refused, taken = verdict(0.6, 1.0), verdict(0.6, 0.0)
-    assert refused.reverse is not None
-    assert 0.0 < refused.reverse < 1.0
+    refused, taken = selection(0.6, 1.0), selection(0.6, 0.0)
+    assert refused.reverse_validation is not None
+    assert 0.0 < refused.reverse_validation < 1.0
     assert refused.recommended == "source only"
-    assert f"teaches {100 * refused.reverse:.1f} % of what" in refused.networks["adapted"].against[0]
-    assert f"Its labels of the target teach {100 * refused.reverse:.0f} %" in refused.report()
+    assert f"teaches {100 * refused.reverse_validation:.1f} % of what" in refused.candidates["adapted"].rejections[0]
+    assert f"Its labels of the target teach {100 * refused.reverse_validation:.0f} %" in refused.report()
     assert refused.labels_opened == 0
-    assert taken.reverse == refused.reverse
-    assert not any("--same-classes" in reason for reason in taken.networks["adapted"].against)
+    assert taken.reverse_validation == refused.reverse_validation
+    assert not any("--same-classes" in reason for reason in taken.candidates["adapted"].rejections)
 
 
 def test_source_only_is_no_adaptation(small: dict[str, Any]) -> None:
@@ -190,16 +194,16 @@ def test_the_verdict_is_written_and_no_target_label_is_opened(
         return read(self, item)
 
     monkeypatch.setattr(Synthetic, "read_label", watched)
-    run, verdict = adapted(load({**tiny, "method": "dacs"}), tmp_path)
+    run, selection = adapted(load({**tiny, "method": "dacs"}), tmp_path)
     assert set(opened) == {"urban"}
-    assert verdict["labels_opened"] == 0
-    assert set(verdict["networks"]) == {"source only", "recalibrated", "adapted"}
+    assert selection["labels_opened"] == 0
+    assert set(selection["candidates"]) == {"source only", "recalibrated", "adapted"}
     best = load_file(run.path / "best.safetensors")
-    chosen = load_file(Run.open(verdict["networks"][verdict["recommended"]]["run"]).weights)
+    chosen = load_file(Run.open(selection["candidates"][selection["recommended"]]["run"]).weights)
     assert best.keys() == chosen.keys()
     assert all(torch.equal(best[name], chosen[name]) for name in best)
-    assert "Target labels opened: 0" in (run.path / "verdict.md").read_text()
-    assert (run.path / "samples" / "verdict.png").stat().st_size > 1000
+    assert "Target labels opened: 0" in (run.path / "selection.md").read_text()
+    assert (run.path / "samples" / "selection.png").stat().st_size > 1000
 
 
 def test_what_was_lost_at_home_is_asked_in_one_way_of_all(
@@ -217,9 +221,9 @@ def test_what_was_lost_at_home_is_asked_in_one_way_of_all(
     file = before.segmenter().save(tmp_path / "start.safetensors")
     for number, start in enumerate((before.path, file)):
         recipe = load({**tiny, "start": str(start), "method": "dacs", "steps": 1, "window": 32})
-        _, verdict = adapted(recipe, tmp_path / str(number))
+        _, selection = adapted(recipe, tmp_path / str(number))
         assert asked == [32] * (number + 1)  # the adapted and the recalibrated are scored so by their own recipes
-        assert verdict["networks"]["source only"]["figures"]["source_miou"] is not None
+        assert selection["candidates"]["source only"]["metrics"]["source_miou"] is not None
 
 
 def test_again_trains_nothing_and_says_the_same(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -236,9 +240,9 @@ def test_again_trains_nothing_and_says_the_same(tiny: dict[str, Any], tmp_path: 
 def test_shuffled_pseudo_labels_are_refused(tiny: dict[str, Any], tmp_path: Path, seed: int) -> None:
     start = {**tiny["start"], "steps": 60}
     recipe = load({**tiny, "start": start, "method": {"name": "shuffled", "ema": 0.5}, "steps": 30}, f"seed={seed}")
-    _, verdict = adapted(recipe, tmp_path)
-    assert verdict["recommended"] != "adapted"
-    assert verdict["networks"]["adapted"]["against"]
+    _, selection = adapted(recipe, tmp_path)
+    assert selection["recommended"] != "adapted"
+    assert selection["candidates"]["adapted"]["rejections"]
 
 
 def test_a_run_is_adapted_without_its_source(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -246,9 +250,9 @@ def test_a_run_is_adapted_without_its_source(tiny: dict[str, Any], tmp_path: Pat
     recipe = load(
         {"start": str(run.path), "target": tiny["target"], "method": "source_free", "crop": 64, "batch": 4, "steps": 3}
     )
-    free, verdict = adapted(recipe, tmp_path / "second")
-    assert verdict["networks"]["source only"]["run"] == str(run.path)
-    assert verdict["networks"]["adapted"]["figures"]["source_miou"] is None
+    free, selection = adapted(recipe, tmp_path / "second")
+    assert selection["candidates"]["source only"]["run"] == str(run.path)
+    assert selection["candidates"]["adapted"]["metrics"]["source_miou"] is None
     assert (free.path / "best.safetensors").exists()
 
 
@@ -273,7 +277,7 @@ def test_recipes_and_settings_are_told_apart(
 
 
 def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """A folder without splits, as is the default: before, the verdict failed after all the training."""
+    """A folder without splits, as is the default: before, the selection failed after all the training."""
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
     for index in range(4):
@@ -282,10 +286,10 @@ def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any],
         Image.fromarray(label).save(tmp_path / "masks" / f"{index}.png")
     source = {"name": "folder", "root": str(tmp_path), "masks": "masks", "classes": list(CLASSES.names)}
     recipe = {**tiny, "source": source, "start": {**tiny["start"], "source": source}, "method": "dacs"}
-    run, verdict = adapted(load(recipe), tmp_path / "runs")
-    assert verdict["familiarity"] is None
-    assert verdict["networks"]["adapted"]["figures"]["source_miou"] is None
-    assert "Without held-out pictures of the source" in (run.path / "verdict.md").read_text()
+    run, selection = adapted(load(recipe), tmp_path / "runs")
+    assert selection["familiarity"] is None
+    assert selection["candidates"]["adapted"]["metrics"]["source_miou"] is None
+    assert "Without held-out pictures of the source" in (run.path / "selection.md").read_text()
     few = {"train": 0.999, "val": 0.001}
     with pytest.raises(DataError, match=r"the split val .* takes none"):
         adapted(load(recipe, f"source.splits={few}"), tmp_path / "none")
@@ -301,8 +305,8 @@ def test_what_the_recipe_lacks_is_found_before_its_start_is_trained(tiny: dict[s
 
 def test_labels_of_target_pictures_that_the_source_has_too_are_counted(tiny: dict[str, Any], tmp_path: Path) -> None:
     recipe = load({**tiny, "target": {**tiny["source"], "train": 3}, "method": "dacs", "steps": 1})
-    run, verdict = adapted(recipe, tmp_path)
-    assert verdict["labels_opened"] == 3
+    run, selection = adapted(recipe, tmp_path)
+    assert selection["labels_opened"] == 3
     free = {
         "start": str(run.path),
         "target": tiny["source"],
@@ -317,9 +321,9 @@ def test_labels_of_target_pictures_that_the_source_has_too_are_counted(tiny: dic
 def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, Any], tmp_path: Path) -> None:
     recipe = load({**tiny, "method": "dacs", "steps": 1})
     engine = Engine("cpu", quiet=True)
-    run, verdict = judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=Gate(margin=1.0))
-    assert verdict.recommended == "source only"
-    before = Run.open(verdict.networks["source only"].run)
+    run, selection = judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=Gate(margin=1.0))
+    assert selection.recommended == "source only"
+    before = Run.open(selection.candidates["source only"].run)
     story = story_of(run)
     assert (story.title, story.method.split(":")[0]) == (before.path.name, "`source_only`")
     assert story.scores["source/val"][0]["mIoU"] == before.scores["source/val"]["miou"]
@@ -327,7 +331,7 @@ def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, A
     (network,) = served_networks([str(run.path)])
     assert network.title == "source only, Urban to Rural, seed 0"
     assert (network.about["method"], network.about["folder"]) == ("source_only", run.path.name)
-    assert verdict.sentence == "use the source-only network: recalibrated and adapted are refused"
+    assert selection.summary == "use the source-only network: recalibrated and adapted are refused"
     assert begun_from(run.path) == before.path  # what overfly adapt --from takes
     assert begun_from(before.path) == before.path
     shutil.rmtree(before.path)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from overfly.adaptation.reverse_validation import FEW, described, pixels, reverse, taught
+from overfly.adaptation.reverse_validation import FEW, described, pixels, reverse_validation, taught
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.images import labeled_pairs, predict, unlabeled
+from overfly.evaluation.images import labeled_images, predict_scores, unlabeled_images
 from planted import ByLevel, Constant, Patches
 
 OFFSETS = {"train": 0, "val": 30, "test": 60}
@@ -23,7 +23,7 @@ OFFSETS = {"train": 0, "val": 30, "test": 60}
 class Place(Patches):
     """Other pictures in every split, so noisy that no pixel alone tells its class; remembers which were read."""
 
-    pictures: int = 8
+    images: int = 8
     noise: int = 60
     levels: tuple[int, ...] = (0, 1, 2)
     read: ClassVar[list[str]] = []
@@ -78,7 +78,7 @@ SOURCE, TARGET = Place(blind=False), Place(first=100)
 
 
 def share(network: nn.Module, source: Domain = SOURCE, target: Domain = TARGET, **how: Any) -> float:
-    found = reverse(network, source, target, **how)
+    found = reverse_validation(network, source, target, **how)
     assert found is not None
     return found
 
@@ -89,10 +89,10 @@ def test_right_labels_of_the_same_classes_teach_nearly_what_true_ones_do() -> No
 
 def test_it_is_a_share_of_what_true_labels_teach() -> None:
     """Of held-out labels that a forest knows by 60 to 90 %."""
-    home, asked = pixels(labeled_pairs(SOURCE, "train"), 255, 0), pixels(labeled_pairs(SOURCE, "val"), 255, 1)
+    home, asked = pixels(labeled_images(SOURCE, "train"), 255, 0), pixels(labeled_images(SOURCE, "val"), 255, 1)
     known = taught(home, asked, 3, 0)
     assert 0.6 < known < 0.95
-    said = ((image, predict(Smooth().eval(), image).argmax(0)) for image in unlabeled(TARGET, "train"))
+    said = ((image, predict_scores(Smooth().eval(), image).argmax(0)) for image in unlabeled_images(TARGET, "train"))
     away = pixels(said, 255, 0)
     assert share(Smooth()) == pytest.approx(min(1.0, taught(away, asked, 3, 0) / known))
 
@@ -119,8 +119,8 @@ def test_a_network_is_asked_in_evaluation_and_left_as_it_was() -> None:
 def test_the_splits_the_number_and_the_size_of_pictures_are_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "read", [])
     network = Smooth()
-    source = Place(blind=False, pictures=20, side=48)
-    share(network, source, Place(first=200, pictures=20, side=48), held="test", limit=10, crop=40, window=24)
+    source = Place(blind=False, images=20, side=48)
+    share(network, source, Place(first=200, images=20, side=48), held="test", limit=10, crop=40, window=24)
     numbers = [int(name[1:]) for name in Place.read]
     assert len(numbers) == 30
     assert sum(number < 20 for number in numbers) == 10  # the source's train
@@ -128,20 +128,20 @@ def test_the_splits_the_number_and_the_size_of_pictures_are_as_asked(monkeypatch
     assert sum(200 <= number < 220 for number in numbers) == 10  # the target's train
     assert set(network.sizes) == {(24, 24)}
     network.sizes.clear()
-    share(network, source, Place(first=200, pictures=8, side=48), resize=32)
+    share(network, source, Place(first=200, images=8, side=48), resize=32)
     assert set(network.sizes) == {(32, 32)}
 
 
 def test_no_label_of_the_target_is_opened_and_the_sources_are() -> None:
     share(Smooth(), target=Place(first=100, blind=True))
     with pytest.raises((DataError, AssertionError)):
-        reverse(Smooth(), Place(blind=True), TARGET)
+        reverse_validation(Smooth(), Place(blind=True), TARGET)
 
 
 def test_where_it_would_mean_nothing_nobody_is_asked() -> None:
-    assert reverse(Smooth(), Shapeless(blind=False), TARGET) is None
-    assert reverse(Smooth(), SOURCE, Place(first=100, pictures=FEW - 1)) is None
-    assert reverse(Smooth(), SOURCE, TARGET, limit=FEW - 1) is None
+    assert reverse_validation(Smooth(), Shapeless(blind=False), TARGET) is None
+    assert reverse_validation(Smooth(), SOURCE, Place(first=100, images=FEW - 1)) is None
+    assert reverse_validation(Smooth(), SOURCE, TARGET, limit=FEW - 1) is None
 
 
 def test_the_same_seed_gives_the_same_answer_and_touches_no_global_random_state() -> None:

@@ -25,7 +25,7 @@ from seeing import seeing, striped
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapted run with its verdict, what it began from, and one without a target; two of them scored."""
+    """An adapted run with its selection, what it began from, and one without a target; two of them scored."""
     out = tmp_path_factory.mktemp("runs")
     drawn = {"name": "synthetic", "size": 64, "train": 4, "val": 3, "test": 2}
     small: dict[str, Any] = {
@@ -110,7 +110,7 @@ def test_what_is_no_run_is_told_so(tmp_path: Path, runs: Path) -> None:
 
 
 def test_a_damaged_verdict_is_named(copied: Path, tmp_path: Path) -> None:
-    (file,) = copied.glob("*/verdict.json")
+    (file,) = copied.glob("*/selection.json")
     file.write_text("{}")
     with pytest.raises(RunError, match=re.escape(str(file))):
         api.report([str(copied)], out=tmp_path / "r.html", speed=False, pictures=0, device="cpu")
@@ -122,9 +122,9 @@ def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path,
     assert len({each.title for each in offered}) == 4
     refused = next(each for each in offered if "_overfly_" in each.about["folder"])
     assert refused.about["method"] == "source_only"  # what its folder ships
-    (verdict,) = copied.glob("*/verdict.json")
-    verdict.unlink()
-    (verdict.parent / "best.safetensors").unlink()
+    (selection,) = copied.glob("*/selection.json")
+    selection.unlink()
+    (selection.parent / "best.safetensors").unlink()
     adapted = next(each for each in served_networks([str(copied)]) if each.about["method"] == "overfly")
     assert adapted.title == "overfly, Urban to Rural, seed 0"
     assert adapted.about["mIoU target"].endswith("(val)")

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from overfly.core.errors import NotFiniteError
 from overfly.core.records import Logits
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import middle, unlabeled
+from overfly.evaluation.images import center_crop, unlabeled_images
 from overfly.evaluation.label_free_metrics import (
-    COMMITTEE,
+    DEFAULT_VALIDATORS,
     VALIDATORS,
-    LabelFree,
+    LabelFreeMetrics,
     balanced_miou,
     elect,
-    look,
+    label_free_metrics,
     neighborhood_density,
     nuclear_norm,
     shared_miou,
@@ -28,57 +28,57 @@ from planted import ByLevel, Constant, Patches
 
 
 @pytest.fixture(scope="module")
-def sharp() -> LabelFree:
-    return look(ByLevel(20), Patches())
+def sharp() -> LabelFreeMetrics:
+    return label_free_metrics(ByLevel(20), Patches())
 
 
 @pytest.fixture(scope="module")
-def collapsed() -> LabelFree:
-    return look(Constant(), Patches())
+def collapsed() -> LabelFreeMetrics:
+    return label_free_metrics(Constant(), Patches())
 
 
-def test_a_perfect_sure_network(sharp: LabelFree) -> None:
+def test_a_perfect_sure_network(sharp: LabelFreeMetrics) -> None:
     assert sharp.entropy == pytest.approx(0, abs=1e-3)
     assert sharp.information > 0.9
     assert sharp.diversity > 0.9
     assert sharp.by_view["90°"] == sharp.by_view["mirrored 180°"] == 1
     assert 0 < sharp.masked < 1
     assert sum(sharp.shares) == pytest.approx(1)
-    assert (sharp.pictures, sharp.labels_opened) == (5, 0)
+    assert (sharp.images, sharp.labels_opened) == (5, 0)
     assert (sharp.agreement, sharp.source_miou) == (None, None)
 
 
-def test_collapse_shows_where_it_is_said_to(sharp: LabelFree, collapsed: LabelFree) -> None:
+def test_collapse_shows_where_it_is_said_to(sharp: LabelFreeMetrics, collapsed: LabelFreeMetrics) -> None:
     assert collapsed.entropy == pytest.approx(0, abs=1e-6)
     assert collapsed.masked == collapsed.views == 1
     assert collapsed.snd == pytest.approx(1)
     assert collapsed.information == pytest.approx(0, abs=1e-6)
     assert collapsed.diversity == 0
-    assert collapsed.bnm == pytest.approx(1 / math.sqrt(3))
+    assert collapsed.nuclear_norm == pytest.approx(1 / math.sqrt(3))
     assert collapsed.masked_miou == collapsed.views_miou == pytest.approx(1 / 3)
     assert elect([sharp, collapsed]) == [1, 0]
-    assert "entropy" not in COMMITTEE
+    assert "entropy" not in DEFAULT_VALIDATORS
     assert elect([sharp, collapsed], ["masked"]) == [0, 1]
 
 
 def test_a_network_that_knows_nothing() -> None:
-    found = look(Constant(0.0), Patches())
+    found = label_free_metrics(Constant(0.0), Patches())
     assert found.entropy == pytest.approx(-1)
     assert found.information == pytest.approx(0, abs=1e-6)
-    assert found.bnm == pytest.approx(1 / 3)
+    assert found.nuclear_norm == pytest.approx(1 / 3)
 
 
-def test_exchanged_classes_show_in_agreement_alone(sharp: LabelFree) -> None:
-    exchanged = look(ByLevel(20, (1, 2, 0)), Patches(), reference=ByLevel(20))
+def test_exchanged_classes_show_in_agreement_alone(sharp: LabelFreeMetrics) -> None:
+    exchanged = label_free_metrics(ByLevel(20, (1, 2, 0)), Patches(), reference=ByLevel(20))
     assert exchanged.agreement == 0
     blind = set(VALIDATORS) - {"agreement", "source_miou"}
     for name in blind:
         assert getattr(exchanged, name) == pytest.approx(getattr(sharp, name), abs=1e-6), name
-    assert look(ByLevel(1), Patches(), reference=ByLevel(20)).agreement == 1
+    assert label_free_metrics(ByLevel(1), Patches(), reference=ByLevel(20)).agreement == 1
 
 
-def test_a_network_agrees_with_itself_whatever_it_never_says(collapsed: LabelFree) -> None:
-    assert look(Constant(20.0), Patches(), reference=Constant(20.0)).agreement == 1
+def test_a_network_agrees_with_itself_whatever_it_never_says(collapsed: LabelFreeMetrics) -> None:
+    assert label_free_metrics(Constant(20.0), Patches(), reference=Constant(20.0)).agreement == 1
     assert collapsed.views_miou == pytest.approx(1 / 3)  # giving classes up still costs consistency
 
 
@@ -87,32 +87,32 @@ def test_classes_given_up_count_against_agreement() -> None:
     assert shared_miou(Confusion(before)) == pytest.approx((6 / 8 + 0) / 2)
 
 
-def test_looking_is_deterministic_and_leaves_everything_as_it_was(sharp: LabelFree) -> None:
+def test_looking_is_deterministic_and_leaves_everything_as_it_was(sharp: LabelFreeMetrics) -> None:
     network = nn.Sequential(nn.Dropout(0.5))
     network.append(ByLevel(20))
     network[1].eval()
     before = torch.random.get_rng_state()
-    assert look(network, Patches()) == sharp
+    assert label_free_metrics(network, Patches()) == sharp
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (network.training, network[0].training, network[1].training) == (True, True, False)
-    assert look(ByLevel(20), Patches(), seed=1).masked != sharp.masked
+    assert label_free_metrics(ByLevel(20), Patches(), seed=1).masked != sharp.masked
 
 
-def test_every_figure_lies_in_its_range(sharp: LabelFree, collapsed: LabelFree) -> None:
-    for found in (sharp, collapsed, look(ByLevel(0.1), Patches(), crop=20, window=16, limit=2)):
-        for name, value in found.figures().items():
+def test_every_figure_lies_in_its_range(sharp: LabelFreeMetrics, collapsed: LabelFreeMetrics) -> None:
+    for found in (sharp, collapsed, label_free_metrics(ByLevel(0.1), Patches(), crop=20, window=16, limit=2)):
+        for name, value in found.by_validator().items():
             assert value is None or (-1 if name == "entropy" else 0) - 1e-9 <= value <= 1 + 1e-9, name
-    assert LabelFree.model_validate_json(sharp.model_dump_json()) == sharp
+    assert LabelFreeMetrics.model_validate_json(sharp.model_dump_json()) == sharp
 
 
 def test_pictures_are_fixed_cut_in_the_middle_and_without_labels() -> None:
-    found = list(unlabeled(Patches(pictures=10), "train", limit=3, crop=20))
+    found = list(unlabeled_images(Patches(images=10), "train", limit=3, crop=20))
     assert [tuple(image.shape) for image in found] == [(3, 20, 20)] * 3
-    again = list(unlabeled(Patches(pictures=10), "train", limit=3, crop=20))
+    again = list(unlabeled_images(Patches(images=10), "train", limit=3, crop=20))
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
-    assert middle(torch.arange(25).reshape(5, 5), 3).tolist() == [[6, 7, 8], [11, 12, 13], [16, 17, 18]]
-    assert middle(torch.zeros(4, 9), 6).shape == (4, 6)
-    assert next(unlabeled(Patches(), "train", resize=16)).shape == (3, 16, 16)
+    assert center_crop(torch.arange(25).reshape(5, 5), 3).tolist() == [[6, 7, 8], [11, 12, 13], [16, 17, 18]]
+    assert center_crop(torch.zeros(4, 9), 6).shape == (4, 6)
+    assert next(unlabeled_images(Patches(), "train", resize=16)).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("view", [masked(), *views()], ids=lambda view: view.name)
@@ -156,7 +156,7 @@ def test_density_grows_with_clusters_that_hold_together() -> None:
     centers = torch.eye(4).repeat(20, 1) * 6
     noise = torch.randn(80, 4, generator=generator)
     found = [neighborhood_density((centers + width * noise).softmax(1)) for width in (0.0, 1.0, 2.0, 3.0)]
-    assert found == sorted(found, reverse=True)
+    assert found == sorted(found, reverse_validation=True)
     assert found[0] == pytest.approx(math.log(19) / math.log(79), abs=1e-2), "each has 19 like it"
     assert neighborhood_density(torch.eye(4)[:1].repeat(9, 1)) == pytest.approx(1)
     assert neighborhood_density((centers + noise).softmax(1), chunk=7) == pytest.approx(found[1])
@@ -174,4 +174,4 @@ def test_a_broken_network_is_named() -> None:
             return Logits(torch.full((len(image), 3, *image.shape[-2:]), float("nan")))
 
     with pytest.raises(NotFiniteError, match="not finite"):
-        look(Broken(), Patches())
+        label_free_metrics(Broken(), Patches())

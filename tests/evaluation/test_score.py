@@ -16,7 +16,7 @@ from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.samples import Sample, Samples
-from overfly.evaluation.score import Scores, evaluating, score
+from overfly.evaluation.score import Scores, evaluation_mode, score
 
 CLASSES = Classes(names=("dark", "gray", "bright", "never"))
 
@@ -142,7 +142,7 @@ def test_modes_are_as_before_and_nothing_learns() -> None:
     network = nn.Sequential(Levels(), nn.Identity())
     network.train()
     network[1].eval()
-    with evaluating(network):
+    with evaluation_mode(network):
         assert not any(module.training for module in network.modules())
     assert [module.training for module in network.modules()] == [True, True, True, False]
     levels = Levels().train()

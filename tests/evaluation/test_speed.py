@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from overfly.core.errors import RecipeError
 from overfly.core.records import Logits
-from overfly.evaluation.speed import Speed, count_macs, measure, without_training_heads
+from overfly.evaluation.speed import Speed, count_macs, measure_speed, without_training_heads
 from overfly.models.network import Network
 
 
@@ -50,7 +50,7 @@ PARAMETERS = 3 * 8 * 9 + 2 * 8 + (8 * 5 + 5)
 def test_counts_one_image_without_training_heads(made: type[nn.Module]) -> None:
     """Mistake 14: not those of a batch, and not those of training."""
     network = made().train()
-    found = measure(network, size=(16, 24), batches=(2, 1), warmup=1, repeats=3, macs_of_batch=(6,))
+    found = measure_speed(network, size=(16, 24), batches=(2, 1), warmup=1, repeats=3, macs_of_batch=(6,))
     assert found.macs == MACS
     assert found.macs_of_batch == {6: 6 * MACS}
     assert found.parameters == PARAMETERS
@@ -66,7 +66,7 @@ def test_counts_any_module_as_it_stands() -> None:
     assert count_macs(network, torch.zeros(2, 3, 16, 24)) == 2 * (MACS + 16 * 24 * 40)
     assert count_macs(without_training_heads(network), torch.zeros(2, 3, 16, 24)) == 2 * MACS
     plain = nn.Conv2d(2, 4, 3)
-    found = measure(plain, size=10, bands=2, warmup=0, repeats=1)
+    found = measure_speed(plain, size=10, bands=2, warmup=0, repeats=1)
     assert found.macs == 8 * 8 * 2 * 4 * 9
     assert found.size == (10, 10)
 
@@ -92,7 +92,7 @@ class Worker(nn.Module):
 
 def test_times_what_a_pass_takes_after_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
-    found = measure(Worker(), size=8, batches=(4,), warmup=3, repeats=100).latency
+    found = measure_speed(Worker(), size=8, batches=(4,), warmup=3, repeats=100).latency
     assert found.p50_ms == pytest.approx(4)
     assert found.p95_ms == pytest.approx(12)
     assert found.p99_ms == pytest.approx(12)
@@ -105,7 +105,7 @@ def test_times_what_a_pass_takes_after_warm_up(monkeypatch: pytest.MonkeyPatch) 
 
 def test_says_how_and_where_it_was_measured() -> None:
     before = torch.get_num_threads()
-    found = measure(Tiny(), size=8, warmup=2, repeats=2, threads=before + 1, precision="bf16")
+    found = measure_speed(Tiny(), size=8, warmup=2, repeats=2, threads=before + 1, precision="bf16")
     assert torch.get_num_threads() == before
     assert found.machine["threads"] == before + 1
     assert found.machine["torch"] == torch.__version__
@@ -118,4 +118,4 @@ def test_says_how_and_where_it_was_measured() -> None:
 @pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}, {"repeats": 0}, {"threads": 0}])
 def test_impossible_measurements_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match="1 or more"):
-        measure(Tiny(), size=8, **wrong)  # type: ignore[arg-type]
+        measure_speed(Tiny(), size=8, **wrong)  # type: ignore[arg-type]

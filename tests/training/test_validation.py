@@ -23,7 +23,7 @@ from overfly.recipe import Recipe, load
 from overfly.training.run import Run
 from overfly.training.setup import first_segmenter
 from overfly.training.trainer import Training
-from overfly.training.validation import figures_at, reference, source_miou_at
+from overfly.training.validation import label_free_metrics_at, reference, source_miou_at
 
 WATCHED = ("validation.every=2", "validation.target=true", "validation.keep_all=true", "steps=4", "optim.lr=1e-5",
            "target.train=2", "source.val=1")  # fmt: skip
@@ -52,13 +52,13 @@ def test_every_validation_is_written_down_and_kept(small: dict[str, Any], tmp_pa
     rows = list(run.journal.rows())
     assert list(run.kept) == [2, 4]
     for step, file in run.kept.items():
-        found = figures_at(rows, step)
+        found = label_free_metrics_at(rows, step)
         assert found is not None
         assert found.source_miou == source_miou_at(rows, step)
         assert (found.labels_opened, found.pictures) == (0, 2)
         assert {name for name in VALIDATORS if found.figures()[name] is None} == {"agreement", "consensus"}
         assert Segmenter.load(file).classes == run.recipe.domain("source").classes
-    assert figures_at(rows, 3) is None
+    assert label_free_metrics_at(rows, 3) is None
     best = max(run.kept, key=lambda step: source_miou_at(rows, step) or 0)
     assert all(torch.equal(load_file(run.weights)[k], v) for k, v in load_file(run.kept[best]).items())
 
@@ -90,7 +90,7 @@ def test_a_run_without_a_source_watches_the_target_alone(small: dict[str, Any], 
     start = trained(load(small), tmp_path)
     free = {"target": small["target"], "start": str(start.path), "method": "recalibrate", "batch": 2, "crop": 64}
     run = trained(load(free, *WATCHED[:-1]), tmp_path / "free")
-    found = figures_at(list(run.journal.rows()), 4)
+    found = label_free_metrics_at(list(run.journal.rows()), 4)
     assert found is not None
     assert found.source_miou is None
     assert all(torch.equal(load_file(run.weights)[k], v) for k, v in load_file(run.kept[4]).items())

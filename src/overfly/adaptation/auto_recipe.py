@@ -228,8 +228,8 @@ def propose(
 
 def _lengthened(way: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
     """A recipe with its steps and what hangs on them: without a warm-up the first steps undo what was learned."""
-    pictures = len(way.source.items("train")) if way.epochs and way.source is not None else 0
-    count = way.length(pictures) if _given(way) else steps["adapted"]
+    images = len(way.source.items("train")) if way.epochs and way.source is not None else 0
+    count = way.length(images) if _given(way) else steps["adapted"]
     method = way.method
     if isinstance(method, Overfly) and method.begin is not None:
         method = method.model_copy(update={"rise": max(1, count // 3)})

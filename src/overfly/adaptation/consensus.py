@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import predict
+from overfly.evaluation.images import predict_scores
 from overfly.evaluation.label_free_metrics import balanced_miou
-from overfly.evaluation.score import evaluating
+from overfly.evaluation.score import evaluation_mode
 
 FEWEST = 3
 """Networks that have a consensus: two agree with their mean alike."""
 
 
 def consensus(
-    networks: Iterable[tuple[nn.Module, int | None]], images: Sequence[Tensor], device: torch.device | str = "cpu"
+    candidates: Iterable[tuple[nn.Module, int | None]], images: Sequence[Tensor], device: torch.device | str = "cpu"
 ) -> list[float | None]:
     """Class-balanced mIoU of each network's predictions with those of the mean of all networks' probabilities.
 
@@ -26,7 +26,7 @@ def consensus(
     byte for each pixel and network.
 
     Args:
-        networks: each with the side of the windows it reads larger pictures in; images (C, H, W) to `Logits`.
+        candidates: each with the side of the windows it reads larger pictures in; images (C, H, W) to `Logits`.
         images: pictures (C, H, W) in the sensor's range.
         device: where networks run.
 
@@ -36,11 +36,11 @@ def consensus(
     sums: list[Tensor] = []
     said: list[list[Tensor]] = []
     classes = 0
-    for network, window in networks:
+    for network, window in candidates:
         own = []
-        with evaluating(network.to(device)), torch.inference_mode():
+        with evaluation_mode(network.to(device)), torch.inference_mode():
             for place, image in enumerate(images):
-                probability = predict(network, image.to(device), window).softmax(0).cpu()
+                probability = predict_scores(network, image.to(device), window).softmax(0).cpu()
                 classes = len(probability)
                 if len(sums) == place:
                     sums.append(torch.zeros_like(probability))

@@ -22,10 +22,10 @@ from overfly.core.records import IGNORE
 from overfly.core.spec import Positive, Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import labeled_pairs, predict, sampled, unlabeled
+from overfly.evaluation.images import labeled_images, predict_scores, random_pixels, unlabeled_images
 from overfly.evaluation.label_free_metrics import drawn
 from overfly.evaluation.perturbations import shifts
-from overfly.evaluation.score import evaluating
+from overfly.evaluation.score import evaluation_mode
 
 PIXELS = 2048
 """Random pixels of each source picture that calibration learns from."""
@@ -71,7 +71,7 @@ class Estimate(Spec):
     """Whether each class's score is moved by a constant too; only where that fits held-out source pixels better."""
     shifts: tuple[ShiftError, ...]
     """What the interval was made from."""
-    pictures: Whole
+    images: Whole
     """Target pictures looked at."""
     labels_opened: Whole = 0
     """Labels of the target that were read: none."""
@@ -153,7 +153,7 @@ def estimate(
     """Estimate a network's mIoU on a target without its labels; about thirty passes over the source's pictures.
 
     Args:
-        network: as `overfly.evaluation.label_free_metrics.look` takes it.
+        network: as `overfly.evaluation.label_free_metrics.label_free_metrics` takes it.
         source: whose labels calibration is learned from.
         target: whose pictures are estimated; their labels are taken away before anything is read.
         source_split: pictures of the source, held out from training.
@@ -169,12 +169,12 @@ def estimate(
         DataError: the source split has no labels, or the target split no pictures.
         NotFiniteError: the network gives scores that are not finite.
     """
-    with evaluating(network.to(device)), torch.inference_mode():
-        images = list(unlabeled(target, split, limit=limit, resize=resize, crop=crop))
-        pairs = list(labeled_pairs(source, source_split, limit=limit, resize=resize, crop=crop))
+    with evaluation_mode(network.to(device)), torch.inference_mode():
+        images = list(unlabeled_images(target, split, limit=limit, resize=resize, crop=crop))
+        pairs = list(labeled_images(source, source_split, limit=limit, resize=resize, crop=crop))
 
         def score(image: Tensor) -> Tensor:
-            return predict(network, image.to(device), window).cpu()
+            return predict_scores(network, image.to(device), window).cpu()
 
         calibrator, truths = _calibrated(score, pairs, seed)
         styles = images[:: math.ceil(len(images) / STYLES)]
@@ -190,7 +190,7 @@ def estimate(
         temperature=calibrator.temperature,
         classwise=bool(calibrator.bias.any()),
         shifts=errors,
-        pictures=len(images),
+        images=len(images),
         source_labels=len(pairs),
     )
 
@@ -237,7 +237,7 @@ def _calibrated(
     """The calibrator, and each picture's confusion matrix (K, K), float64."""
     scores, labels, groups, counts = [], [], [], []
     for place, (image, label) in enumerate(pairs):
-        chosen = sampled(*label.shape, PIXELS, seed, place)
+        chosen = random_pixels(*label.shape, PIXELS, seed, place)
         found = score(image)
         scores.append(found.flatten(1)[:, chosen])
         labels.append(label.flatten()[chosen])

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 
 from overfly.core.spec import Share, Spec
-from overfly.evaluation.label_free_metrics import LabelFree
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.evaluation.perturbations import geometric
 
 STRANGE = (
@@ -47,9 +47,9 @@ class Gate(Spec):
     that won gained 2.6 points and more of it in nearly all cases; three networks that won gained about 1, and are
     refused, since as much comes from any further training."""
     alike: Share = 0.02
-    """Difference in steadiness (`steadiness`) on the target below which it tells nothing of which network is better."""
+    """Difference in `geometric_consistency` on the target below which two networks count as equal."""
 
-    def against(self, before: LabelFree, after: LabelFree) -> tuple[str, ...]:
+    def rejections(self, before: LabelFreeMetrics, after: LabelFreeMetrics) -> tuple[str, ...]:
         """What speaks against a network, as sentences; empty where nothing does.
 
         Args:
@@ -69,7 +69,7 @@ class Gate(Spec):
                 f"on the target it agrees with the network before adaptation by {100 * after.agreement:.1f} % mIoU "
                 f"alone, less than {100 * self.agreement:g}"
             )
-        if (unsure := before.bnm - after.bnm) > self.sureness:
+        if (unsure := before.nuclear_norm - after.nuclear_norm) > self.sureness:
             found.append(
                 f"on the target it is less sure of its classes, or of fewer, than the network before adaptation, by "
                 f"{100 * unsure:.1f} points of nuclear norm, more than {100 * self.sureness:g}"
@@ -82,78 +82,82 @@ class Gate(Spec):
             )
         return tuple(found)
 
-    def strange(self, familiar: float | None, reverse: float | None = None) -> tuple[str, ...]:
+    def unfamiliar(self, familiar: float | None, reverse_validation: float | None = None) -> tuple[str, ...]:
         """What speaks against any adaptation to these pictures, as a sentence.
 
         Args:
             familiar: how familiar the target is to the network before adaptation; none: nobody can tell.
-            reverse: what its labels of the target teach of the source's classes; none: nobody can tell.
+            reverse_validation: what its labels of the target teach of the source's classes; none: nobody can tell.
         """
         if familiar is None or not self.familiar:
             return ()
         share = f"{100 * familiar:.1f} % as familiar to the network before adaptation as the source's"
-        if reverse is None:
+        if reverse_validation is None:
             few = f"the target's pictures are only {share}, less than {100 * self.familiar:g}: {STRANGE}"
             return (few,) if familiar < self.familiar else ()
-        if (known := familiar * reverse) >= self.known:
+        if (known := familiar * reverse_validation) >= self.known:
             return ()
         return (
-            f"the target's pictures are {share}, and what it says of them teaches {100 * reverse:.1f} % of what the "
-            f"source's own labels teach of its classes, {100 * known:.1f} % together, less than "
+            f"the target's pictures are {share}, and its labels of them teach {100 * reverse_validation:.1f} % of what "
+            f"the source's own labels teach of its classes, {100 * known:.1f} % together, less than "
             f"{100 * self.known:g}: {STRANGE}",
         )
 
     def refusals(
         self,
         before: str,
-        figures: Mapping[str, LabelFree],
+        metrics: Mapping[str, LabelFreeMetrics],
         familiar: float | None = None,
-        reverse: float | None = None,
+        reverse_validation: float | None = None,
     ) -> dict[str, tuple[str, ...]]:
         """What speaks against each network but the one before adaptation, as sentences; empty where nothing does.
 
         Args:
             before: name of the network before adaptation.
-            figures: of all networks, by name.
+            metrics: of all networks, by name.
             familiar: how familiar the target is to the network before adaptation; none: nobody can tell.
-            reverse: what its labels of the target teach of the source's classes; none: nobody can tell.
+            reverse_validation: what its labels of the target teach of the source's classes; none: nobody can tell.
         """
-        strange = self.strange(familiar, reverse)
-        return {name: strange + self.against(figures[before], each) for name, each in figures.items() if name != before}
+        unfamiliar = self.unfamiliar(familiar, reverse_validation)
+        return {
+            name: unfamiliar + self.rejections(metrics[before], each)
+            for name, each in metrics.items()
+            if name != before
+        }
 
 
-def favorite(before: str, figures: Mapping[str, LabelFree], alike: float) -> str:
+def select(before: str, metrics: Mapping[str, LabelFreeMetrics], alike: float) -> str:
     """Of networks that nothing speaks against, the first that is about as steady on the target as the steadiest.
 
     Args:
         before: name of the network before adaptation; returned where there is no other.
-        figures: of the networks that nothing speaks against, by name, what to prefer where they are alike first.
+        metrics: of the networks that nothing speaks against, by name, what to prefer where they are alike first.
         alike: difference in steadiness below which networks are; `Gate.alike`.
     """
-    steady = {name: steadiness(each) for name, each in figures.items() if name != before}
+    steady = {name: geometric_consistency(each) for name, each in metrics.items() if name != before}
     most = max(steady.values(), default=0.0)
     return next((name for name, found in steady.items() if most - found < alike), before)
 
 
-def steadiness(figures: LabelFree) -> float:
+def geometric_consistency(metrics: LabelFreeMetrics) -> float:
     """Mean class-balanced consistency under the geometric views, 0 to 1.
 
     Networks are only compared fairly by what all of them were taught alike. Methods differ in what they teach to
     ignore: one changes colors, another covers or pastes, and each then stands firm under its own. Turns, mirrors and
     sizes are taught by every recipe's augmentation, and change no pixel's value.
     """
-    return math.fsum(figures.by_view[name] for name in GEOMETRIC) / len(GEOMETRIC)
+    return math.fsum(metrics.by_view[name] for name in GEOMETRIC) / len(GEOMETRIC)
 
 
-def consistency(figures: LabelFree) -> float:
+def consistency(metrics: LabelFreeMetrics) -> float:
     """Mean of class-balanced consistency under cover and under other views, 0 to 1."""
-    return (figures.masked_miou + figures.views_miou) / 2
+    return (metrics.masked_miou + metrics.views_miou) / 2
 
 
-def familiarity(home: LabelFree, away: LabelFree) -> float:
+def familiarity(home: LabelFreeMetrics, away: LabelFreeMetrics) -> float:
     """How steady and sure of many classes a network is away, as a share of what it is at home, 0 to 1.
 
-    The product of two shares, neither counted above 1: of `steadiness`, and of the nuclear norm of its probabilities.
+    The product of two shares, neither counted above 1: of `geometric_consistency` and of the nuclear norm.
     Under cover a network is steadier the plainer the ground, and under changed colors the more it was taught to
     ignore them, whatever is shown; so these are left out.
 
@@ -161,8 +165,8 @@ def familiarity(home: LabelFree, away: LabelFree) -> float:
         home: figures of a network on held-out pictures of the domain it learned from.
         away: its figures elsewhere.
     """
-    shares = ((steadiness(away), steadiness(home)), (away.bnm, home.bnm))
+    shares = ((geometric_consistency(away), geometric_consistency(home)), (away.nuclear_norm, home.nuclear_norm))
     return math.prod(min(1.0, there / here) if here else 1.0 for there, here in shares)
 
 
-__all__ = ["Gate", "consistency", "familiarity", "favorite", "steadiness"]
+__all__ = ["Gate", "consistency", "familiarity", "geometric_consistency", "select"]

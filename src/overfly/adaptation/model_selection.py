@@ -15,8 +15,14 @@ from overfly.adaptation.estimate import Estimate, estimate
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.images import unlabeled
-from overfly.evaluation.label_free_metrics import COMMITTEE, VALIDATORS, LabelFree, elect, look
+from overfly.evaluation.images import unlabeled_images
+from overfly.evaluation.label_free_metrics import (
+    DEFAULT_VALIDATORS,
+    VALIDATORS,
+    LabelFreeMetrics,
+    elect,
+    label_free_metrics,
+)
 from overfly.evaluation.ranking import best, regret, spearman
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
@@ -32,7 +38,7 @@ class Candidate(Spec):
     """Folder of its run."""
     checkpoint: str
     """``step N`` of a kept validation, ``final`` for what the run ended in, or both."""
-    figures: LabelFree
+    metrics: LabelFreeMetrics
     """What can be said of it without target labels."""
     committee: Share
     """Mean rank over the committee's members, 1 for first with all."""
@@ -47,7 +53,7 @@ class Candidate(Spec):
         return f"{Path(self.run).name}, {self.checkpoint}"
 
 
-class Trust(Spec):
+class ValidatorAccuracy(Spec):
     """How far one validator can be trusted, by a study with labels."""
 
     chosen: str
@@ -58,7 +64,7 @@ class Trust(Spec):
     """Best true mIoU of all candidates minus that of the chosen one."""
 
 
-class Verdict(Spec):
+class Ranking(Spec):
     """Candidates by every validator, and who is chosen."""
 
     target: dict[str, Any]
@@ -72,14 +78,14 @@ class Verdict(Spec):
     chosen: dict[str, str]
     """What each validator chooses, the committee, and, with estimates, the mIoU that calibrated confidences expect: the
     correction for shift, which differs from network to network, is too noisy to rank by."""
-    study: dict[str, Trust] | None = None
+    study: dict[str, ValidatorAccuracy] | None = None
     """For each validator, how well it chose; where labels were opened for study."""
     labels_opened: Whole
     """Target labels that true scores rest on, read now or earlier: 0 unless it is a study."""
 
 
 @dataclass(frozen=True)
-class Sight:
+class TargetImages:
     """Which pictures of the target are looked at, labels taken away, and where networks run."""
 
     split: Split = "train"
@@ -138,15 +144,15 @@ def _same(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def choose(
+def rank(
     runs: Sequence[Run],
     *,
-    members: Sequence[str] = COMMITTEE,
+    members: Sequence[str] = DEFAULT_VALIDATORS,
     reference: Run | None = None,
     estimates: bool = False,
     study: bool = False,
-    sight: Sight = Sight(),
-) -> Verdict:
+    sight: TargetImages = TargetImages(),
+) -> Ranking:
     """Rank networks without target labels.
 
     Args:
@@ -168,29 +174,29 @@ def choose(
     compared = reference.segmenter() if reference is not None else None
     if reference is not None and compared is not None:
         _check_classes(reference, compared, target)
-    networks = places(runs)
+    candidates = places(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
-    figures, guesses, truths = [], [], []
-    for place in networks:
+    metrics, guesses, truths = [], [], []
+    for place in candidates:
         network = place.run.segmenter(place.step)
         _check_classes(place.run, network, target)
         found = _looked(place, network, target, sight, compared)
         source = _source_miou(place, sight.device) if same_source else None
-        figures.append(found.model_copy(update={"source_miou": source}))
+        metrics.append(found.model_copy(update={"source_miou": source}))
         guesses.append(_estimated(place, network, target, sight) if estimates else None)
         truths.append(_truth(place, target, sight.device) if study else None)
-    figures = _with_consensus(networks, figures, target, sight)
-    votes = elect(figures, members)
-    rows = zip(networks, figures, votes, guesses, truths, strict=True)
+    metrics = _with_consensus(candidates, metrics, target, sight)
+    votes = elect(metrics, members)
+    rows = zip(candidates, metrics, votes, guesses, truths, strict=True)
     candidates = [
-        Candidate(run=str(place.run.path), checkpoint=place.checkpoint, figures=figure, committee=vote,
+        Candidate(run=str(place.run.path), checkpoint=place.checkpoint, metrics=figure, committee=vote,
                   estimate=guess, truth=truth and (truth.miou or 0.0))
         for place, figure, vote, guess, truth in rows
     ]  # fmt: skip
     candidates.sort(key=lambda candidate: -candidate.committee)
     columns = _columns(candidates)
     picked = {name: best(column) for name, column in columns.items()}
-    return Verdict(
+    return Ranking(
         target=target.model_dump(mode="json"),
         split=sight.split,
         members=tuple(members),
@@ -201,7 +207,7 @@ def choose(
     )
 
 
-def write(verdict: Verdict, out: Path) -> Path:
+def write(verdict: Ranking, out: Path) -> Path:
     """Write ``validators.json`` into a folder.
 
     Raises:
@@ -245,28 +251,30 @@ def _check_classes(run: Run, network: Segmenter, target: Domain) -> None:
         raise RecipeError(f"{run.path} tells other classes apart than the target {target.title}; leave it out")
 
 
-def _looked(place: Place, network: nn.Module, target: Domain, sight: Sight, reference: nn.Module | None) -> LabelFree:
+def _looked(
+    place: Place, network: nn.Module, target: Domain, sight: TargetImages, reference: nn.Module | None
+) -> LabelFreeMetrics:
     recipe = place.run.recipe
-    return look(
+    return label_free_metrics(
         network, target, sight.split, reference=reference,
         limit=sight.limit, crop=sight.crop, window=recipe.window, resize=recipe.resize, device=sight.device,
     )  # fmt: skip
 
 
 def _with_consensus(
-    networks: Sequence[Place], figures: Sequence[LabelFree], target: Domain, sight: Sight
-) -> list[LabelFree]:
+    candidates: Sequence[Place], metrics: Sequence[LabelFreeMetrics], target: Domain, sight: TargetImages
+) -> list[LabelFreeMetrics]:
     """The figures, and how far each network agrees with all together, where all read pictures of one size."""
-    resizes = {place.run.recipe.resize for place in networks}
+    resizes = {place.run.recipe.resize for place in candidates}
     if len(resizes) > 1:
-        return list(figures)
-    images = list(unlabeled(target, sight.split, limit=sight.limit, resize=resizes.pop(), crop=sight.crop))
-    loaded = ((place.run.segmenter(place.step), place.run.recipe.window) for place in networks)
+        return list(metrics)
+    images = list(unlabeled_images(target, sight.split, limit=sight.limit, resize=resizes.pop(), crop=sight.crop))
+    loaded = ((place.run.segmenter(place.step), place.run.recipe.window) for place in candidates)
     found = consensus(loaded, images, sight.device)
-    return [each.model_copy(update={"consensus": share}) for each, share in zip(figures, found, strict=True)]
+    return [each.model_copy(update={"consensus": share}) for each, share in zip(metrics, found, strict=True)]
 
 
-def _estimated(place: Place, network: nn.Module, target: Domain, sight: Sight) -> Estimate | None:
+def _estimated(place: Place, network: nn.Module, target: Domain, sight: TargetImages) -> Estimate | None:
     recipe = place.run.recipe
     if recipe.source is None or not labeled(recipe.source, "val"):
         return None
@@ -296,22 +304,32 @@ def _truth(place: Place, target: Domain, device: torch.device | str) -> Scores:
 def _columns(candidates: Sequence[Candidate]) -> dict[str, list[float | None]]:
     """Every figure that could choose, by its name."""
     columns: dict[str, list[float | None]] = {
-        name: [candidate.figures.figures()[name] for candidate in candidates] for name in VALIDATORS
+        name: [candidate.metrics.by_validator()[name] for candidate in candidates] for name in VALIDATORS
     }
     columns["committee"] = [candidate.committee for candidate in candidates]
     columns["expected"] = [each.estimate.expected if each.estimate else None for each in candidates]
     return {name: column for name, column in columns.items() if all(value is not None for value in column)}
 
 
-def _trust(candidates: Sequence[Candidate], columns: dict[str, list[float | None]]) -> dict[str, Trust]:
+def _trust(candidates: Sequence[Candidate], columns: dict[str, list[float | None]]) -> dict[str, ValidatorAccuracy]:
     truth = [candidate.truth or 0.0 for candidate in candidates]
     found = {}
     for name, column in columns.items():
         place, lost = best(column), regret(column, truth)
         if place is not None and lost is not None:
             correlation = spearman([value or 0.0 for value in column], truth)
-            found[name] = Trust(chosen=candidates[place].title, correlation=correlation, regret=lost)
+            found[name] = ValidatorAccuracy(chosen=candidates[place].title, correlation=correlation, regret=lost)
     return found
 
 
-__all__ = ["Candidate", "Sight", "Trust", "Verdict", "choose", "gather", "places", "target_of", "write"]
+__all__ = [
+    "Candidate",
+    "Ranking",
+    "TargetImages",
+    "ValidatorAccuracy",
+    "gather",
+    "places",
+    "rank",
+    "target_of",
+    "write",
+]

@@ -17,18 +17,18 @@ import torch
 from lightning_fabric import Fabric
 
 from overfly.adaptation.estimate import Estimate, estimate
-from overfly.adaptation.gate import Gate, familiarity, favorite
-from overfly.adaptation.reverse_validation import reverse
-from overfly.adaptation.selection import ADAPTED, BEFORE, RECALIBRATED, Standing, Verdict, said
+from overfly.adaptation.gate import Gate, familiarity, select
+from overfly.adaptation.reverse_validation import reverse_validation
+from overfly.adaptation.selection import ADAPTED, BEFORE, RECALIBRATED, CandidateReport, Selection, said
 from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.records import Item
 from overfly.data.domain import Split, SplitError
-from overfly.evaluation.images import predict, unlabeled
-from overfly.evaluation.label_free_metrics import LabelFree, look
+from overfly.evaluation.images import predict_scores, unlabeled_images
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
 from overfly.evaluation.panels import comparison
 from overfly.evaluation.samples import Sample
-from overfly.evaluation.score import evaluating, score
+from overfly.evaluation.score import evaluation_mode, score
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
@@ -147,12 +147,12 @@ def adapt(
     engine: Engine,
     gate: Gate | None = None,
     estimates: bool = True,
-) -> tuple[Run, Verdict]:
+) -> tuple[Run, Selection]:
     """Train the networks, look at them without target labels, and recommend one.
 
-    What was trained already, by these recipes or others that share it, is not trained again. The verdict, the pictures
+    What was trained already, by these or other recipes, is not trained again. The selection, the pictures
     and the recommended network (``best.safetensors``) lie in the folder of the adapted run that stands best: the
-    recommended one, else the first that nothing speaks against, else the first. The others get the verdict too, and,
+    recommended one, else the first that nothing speaks against, else the first. The others get the selection too, and,
     where they were refused, the recommended network.
 
     Args:
@@ -176,22 +176,22 @@ def adapt(
         else:
             runs[role] = Run.open(plan) if plan.is_dir() else weights_of(plan)
     ours = {role: run for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)}
-    verdict = on_main(fabric, lambda: _judge(recipe, runs, gate or Gate(), fabric.device, estimates))
-    passed = [role for role in ours if not verdict.networks[role].against]
-    adapted = ours[verdict.recommended if verdict.recommended in ours else (passed or list(ours))[0]]
+    selection = on_main(fabric, lambda: _judge(recipe, runs, gate or Gate(), fabric.device, estimates))
+    passed = [role for role in ours if not selection.candidates[role].rejections]
+    adapted = ours[selection.recommended if selection.recommended in ours else (passed or list(ours))[0]]
     if fabric.is_global_zero:
         for role, run in ours.items():
-            _keep(run, verdict, runs, best=run is adapted or role not in passed)
-        _draw(adapted.path / "samples" / "verdict.png", recipe, runs, fabric.device)
+            _keep(run, selection, runs, best=run is adapted or role not in passed)
+        _draw(adapted.path / "samples" / "selection.png", recipe, runs, fabric.device)
         for run in ours.values():
             if run is not adapted:
                 (run.path / "samples").mkdir(exist_ok=True)
-                shutil.copyfile(adapted.path / "samples" / "verdict.png", run.path / "samples" / "verdict.png")
-    return adapted, verdict
+                shutil.copyfile(adapted.path / "samples" / "selection.png", run.path / "samples" / "selection.png")
+    return adapted, selection
 
 
 def _check_all_can_start(recipes: Sequence[Recipe], fabric: Fabric) -> None:
-    """Refuse before the first of the trainings what would be found before the last, or at the verdict.
+    """Refuse before the first of the trainings what would be found before the last, or at the selection.
 
     Raises:
         OverflyError: data, weights or a teacher of a recipe are not there or do not fit; the message says of which.
@@ -221,51 +221,51 @@ def _held_out(recipe: Recipe) -> bool:
 
 def _judge(
     recipe: Recipe, runs: Mapping[str, Run | Path], gate: Gate, device: torch.device, estimates: bool
-) -> Verdict:
+) -> Selection:
     """Look at every network on the same target pictures, labels taken away."""
     target = recipe.domain("target")
-    networks = {role: _network(run) for role, run in runs.items()}
+    candidates = {role: _network(run) for role, run in runs.items()}
     sight: dict[str, Any] = {
         "limit": LOOKED_AT, "crop": CROP, "resize": recipe.resize, "window": recipe.window, "device": device
     }  # fmt: skip
-    figures: dict[str, LabelFree] = {}
+    metrics: dict[str, LabelFreeMetrics] = {}
     guesses: dict[str, Estimate] = {}
-    for role, network in networks.items():
-        found = look(network, target, "train", reference=networks[BEFORE], **sight)
-        figures[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
+    for role, network in candidates.items():
+        found = label_free_metrics(network, target, "train", reference=candidates[BEFORE], **sight)
+        metrics[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
         if estimates and recipe.source is not None and labeled(recipe.source, ESTIMATED_BY):
             guesses[role] = estimate(network, recipe.source, target, **sight | {"limit": ESTIMATED_ON})
     known = taught = None
     if _held_out(recipe):
         source, held = recipe.domain("source"), recipe.validation.split
-        known = familiarity(look(networks[BEFORE], source, held, **sight), figures[BEFORE])
+        known = familiarity(label_free_metrics(candidates[BEFORE], source, held, **sight), metrics[BEFORE])
         if gate.familiar and labeled(source, "train") and labeled(source, held):
-            taught = reverse(networks[BEFORE], source, target, held, **sight)
-    reasons = gate.refusals(BEFORE, figures, known, taught)
+            taught = reverse_validation(candidates[BEFORE], source, target, held, **sight)
+    reasons = gate.refusals(BEFORE, metrics, known, taught)
     ours = {
         role: run.recipe for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)
     }
-    ways = dict(zip(ours, differences(list(ours.values())), strict=True))
-    passed = {role: figures[role] for role in (BEFORE, *ours, *figures) if not reasons.get(role)}
-    standings = {
-        role: Standing(
+    settings = dict(zip(ours, differences(list(ours.values())), strict=True))
+    passed = {role: metrics[role] for role in (BEFORE, *ours, *metrics) if not reasons.get(role)}
+    reports = {
+        role: CandidateReport(
             run=str(run.path if isinstance(run, Run) else run),
-            figures=figures[role],
-            settings=ways.get(role, {}),
-            against=reasons.get(role, ()),
+            metrics=metrics[role],
+            settings=settings.get(role, {}),
+            rejections=reasons.get(role, ()),
             estimate=guesses.get(role),
             truth=_truth(run, recipe),
         )
         for role, run in runs.items()
     }
-    return Verdict(
-        recommended=favorite(BEFORE, passed, gate.alike),
-        networks=standings,
+    return Selection(
+        recommended=select(BEFORE, passed, gate.alike),
+        candidates=reports,
         gate=gate,
         target=target.model_dump(mode="json"),
         familiarity=known,
-        reverse=taught,
-        labels_opened=sum(each.labels_opened for each in figures.values()) + _learned_with_labels(recipe),
+        reverse_validation=taught,
+        labels_opened=sum(each.labels_opened for each in metrics.values()) + _learned_with_labels(recipe),
     )
 
 
@@ -327,37 +327,37 @@ def _truth(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
     return found
 
 
-def _keep(run: Run, verdict: Verdict, runs: Mapping[str, Run | Path], *, best: bool) -> None:
-    """Write the verdict into an adapted run's folder and, where it is used or was refused, the recommended network.
+def _keep(run: Run, selection: Selection, runs: Mapping[str, Run | Path], *, best: bool) -> None:
+    """Write the selection into an adapted run's folder and, where it is used or was refused, the recommended network.
 
     So no folder of a network that would do harm is without one that does not. A network that passed and was not chosen
     keeps what it learned.
     """
     file = run.path / "best.safetensors"
     if best:
-        chosen = runs[verdict.recommended]
+        chosen = runs[selection.recommended]
         with atomic_write(file) as part:
             shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, part)
             part.replace(file)
     else:
         file.unlink(missing_ok=True)
-    run.record("verdict.json", verdict.model_dump(mode="json"))
-    page = run.path / "verdict.md"
+    run.record("selection.json", selection.model_dump(mode="json"))
+    page = run.path / "selection.md"
     with atomic_write(page) as part:
-        part.write_text(verdict.report(), encoding="utf-8")
+        part.write_text(selection.report(), encoding="utf-8")
         part.replace(page)
 
 
 def _draw(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:
     """Target pictures as every network sees them; no label is read."""
     target = recipe.domain("target")
-    pictures = list(unlabeled(target, "train", limit=4, resize=recipe.resize, crop=CROP))
-    rows: dict[str, dict[str, Sample]] = {f"target {place + 1}": {} for place in range(len(pictures))}
+    images = list(unlabeled_images(target, "train", limit=4, resize=recipe.resize, crop=CROP))
+    rows: dict[str, dict[str, Sample]] = {f"target {place + 1}": {} for place in range(len(images))}
     for role, run in runs.items():
         network = _network(run).to(device)
-        with evaluating(network), torch.inference_mode():
-            for place, image in enumerate(pictures):
-                ids = predict(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
+        with evaluation_mode(network), torch.inference_mode():
+            for place, image in enumerate(images):
+                ids = predict_scores(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
                 name = f"target {place + 1}"
                 rows[name][role] = Sample(name, image.permute(1, 2, 0).numpy().astype(_kind(target.max_value)), ids)
     comparison(rows, target.classes, path)

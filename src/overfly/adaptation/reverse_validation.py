@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from overfly.core.records import IGNORE
 from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import labeled_pairs, predict, sampled, unlabeled
-from overfly.evaluation.score import evaluating
+from overfly.evaluation.images import labeled_images, predict_scores, random_pixels, unlabeled_images
+from overfly.evaluation.score import evaluation_mode
 
 PIXELS = 512
 """Random pixels of each picture that are learned from or asked about."""
@@ -37,7 +37,7 @@ TELLS = 0.25
 """mIoU of the forest that learns from true labels, below which color and texture tell the classes too badly to ask."""
 
 
-def reverse(
+def reverse_validation(
     network: nn.Module,
     source: Domain,
     target: Domain,
@@ -80,19 +80,19 @@ def reverse(
         return None
     looks = {"limit": limit, "crop": crop, "resize": resize}
 
-    home = pixels(labeled_pairs(source, "train", **looks), source.max_value, seed)
-    asked = pixels(labeled_pairs(source, held, **looks), source.max_value, seed + 1)
+    home = pixels(labeled_images(source, "train", **looks), source.max_value, seed)
+    asked = pixels(labeled_images(source, held, **looks), source.max_value, seed + 1)
     classes = len(source.classes)
     known = taught(home, asked, classes, seed)
     if known < TELLS:
         return None
 
     def said() -> Iterator[tuple[Tensor, Tensor]]:
-        for image in unlabeled(target, "train", **looks):
-            yield image, predict(network, image.to(device), window).argmax(0).cpu()
+        for image in unlabeled_images(target, "train", **looks):
+            yield image, predict_scores(network, image.to(device), window).argmax(0).cpu()
 
     network.to(device)
-    with evaluating(network), torch.inference_mode():
+    with evaluation_mode(network), torch.inference_mode():
         away = pixels(said(), target.max_value, seed)
     return min(1.0, taught(away, asked, classes, seed) / known)
 
@@ -127,7 +127,7 @@ def pixels(pairs: Iterable[tuple[Tensor, Tensor]], max_value: float, seed: int) 
     """Descriptions (N, D) and classes (N,) of random pixels of (C, H, W) and labels (H, W), none of `IGNORE`."""
     looks, labels = [], []
     for place, (image, label) in enumerate(pairs):
-        chosen = sampled(*label.shape, PIXELS, seed, place)
+        chosen = random_pixels(*label.shape, PIXELS, seed, place)
         looks.append(described(image, max_value).flatten(1)[:, chosen].T)
         labels.append(label.flatten()[chosen])
     known = (label := torch.cat(labels)) != IGNORE
@@ -157,4 +157,4 @@ def taught(examples: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], classe
     return float(found.iou[torch.bincount(truth, minlength=classes) > 0].mean())
 
 
-__all__ = ["described", "pixels", "reverse", "taught"]
+__all__ = ["described", "pixels", "reverse_validation", "taught"]

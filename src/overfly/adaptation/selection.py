@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import Field
 
 from overfly.adaptation.estimate import Estimate
-from overfly.adaptation.gate import Gate, steadiness
+from overfly.adaptation.gate import Gate, geometric_consistency
 from overfly.core.spec import Share, Spec, Whole
-from overfly.evaluation.label_free_metrics import LabelFree
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 
 BEFORE = "source only"
 """The network that the others are measured against."""
@@ -23,16 +23,16 @@ SAID = 3
 """Settings that a sentence names; where there are more, it names the method, or says how many."""
 
 
-class Standing(Spec):
+class CandidateReport(Spec):
     """One of the networks."""
 
     run: str
     """Its run's folder, or the file of its weights."""
-    figures: LabelFree
+    metrics: LabelFreeMetrics
     """What can be said of it without target labels."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """What its recipe says otherwise than the other adapted ones', such as ``method.mix``."""
-    against: tuple[str, ...] = ()
+    rejections: tuple[str, ...] = ()
     """What speaks against it; empty where nothing does."""
     estimate: Estimate | None = None
     """Estimated mIoU on the target with an interval: an estimate, no measurement."""
@@ -40,12 +40,12 @@ class Standing(Spec):
     """mIoU against labels, by domain and split, where it was measured earlier; it had no part in the verdict."""
 
 
-class Verdict(Spec):
+class Selection(Spec):
     """Which network to use in the target, and why."""
 
     recommended: str
     """The network to use."""
-    networks: dict[str, Standing]
+    candidates: dict[str, CandidateReport]
     """All that were looked at."""
     gate: Gate
     """What a network had to hold."""
@@ -54,7 +54,7 @@ class Verdict(Spec):
     familiarity: Share | None = None
     """How familiar the target is to the network before adaptation, against the source's held-out pictures; none where
     there are no such pictures."""
-    reverse: Share | None = None
+    reverse_validation: Share | None = None
     """What its labels of the target teach of the source's classes, against what the source's own labels teach; none
     where nobody could or needed to be asked."""
     labels_opened: Whole
@@ -62,17 +62,20 @@ class Verdict(Spec):
     too."""
 
     @property
-    def sentence(self) -> str:
+    def summary(self) -> str:
         """The verdict in words."""
-        refused = [role for role, standing in self.networks.items() if standing.against]
+        refused = [role for role, report in self.candidates.items() if report.rejections]
         if self.recommended == BEFORE:
             return f"use the source-only network: {_refused(refused) or 'there is no other'}"
         tail = f"; {_refused(refused)}" if refused else ""
-        first = self.networks[self.recommended]
+        first = self.candidates[self.recommended]
         way = in_words(first.settings)
         network = f"{self.recommended} ({way})" if way else f"the {self.recommended} network"
-        behind = [role for role in self.networks if role not in (BEFORE, self.recommended, *refused)]
-        lead = {role: steadiness(first.figures) - steadiness(self.networks[role].figures) for role in behind}
+        behind = [role for role in self.candidates if role not in (BEFORE, self.recommended, *refused)]
+        lead = {
+            role: geometric_consistency(first.metrics) - geometric_consistency(self.candidates[role].metrics)
+            for role in behind
+        }
         clear = [role for role in behind if lead[role] >= self.gate.alike]
         others = [role for role in behind if role not in clear]
         rest = f", and it is steadier on the target than {_listed(clear)}" if clear else ""
@@ -80,25 +83,25 @@ class Verdict(Spec):
         return f"use {network}: nothing speaks against it{rest}{tail}"
 
     @property
-    def acquaintance(self) -> str:
+    def familiarity_summary(self) -> str:
         """How familiar the target is, in words; empty where nobody could be asked."""
         if self.familiarity is None:
             return ""
         share = f"{100 * self.familiarity:.0f} %"
         known = f"To the source-only network the target is {share} as familiar as held-out source pictures."
-        if self.reverse is None:
+        if self.reverse_validation is None:
             return f"{known} What its labels of the target teach could not be asked, or needed not."
-        taught = f"{100 * self.reverse:.0f} %"
+        taught = f"{100 * self.reverse_validation:.0f} %"
         return (
             f"{known} Its labels of the target teach {taught} of what the source's own teach of the source's classes."
         )
 
     @property
-    def ways(self) -> list[str]:
+    def differences(self) -> list[str]:
         """Which run each of several adapted networks is, and in which settings it differs, a sentence each."""
         return [
             f"{role}: {Path(each.run).name} ({in_words(each.settings, most=None)})"
-            for role, each in self.networks.items()
+            for role, each in self.candidates.items()
             if each.settings
         ]
 
@@ -108,25 +111,28 @@ class Verdict(Spec):
             "| network | source | masked | views | steady | as before | target, estimated | |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for role, standing in self.networks.items():
-            seen = standing.figures
-            guess = standing.estimate
+        for role, report in self.candidates.items():
+            seen = report.metrics
+            guess = report.estimate
             between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
-            word = "recommended" if role == self.recommended else "refused" if standing.against else ""
-            cells = [seen.source_miou, seen.masked_miou, seen.views_miou, steadiness(seen), seen.agreement]
+            word = "recommended" if role == self.recommended else "refused" if report.rejections else ""
+            cells = [seen.source_miou, seen.masked_miou, seen.views_miou, geometric_consistency(seen), seen.agreement]
             rows.append(f"| {role} | {' | '.join(_percent(cell) for cell in cells)} | {between} | {word} |")
         return "\n".join(rows)
 
     def report(self) -> str:
         """All of it as a Markdown page."""
-        ways = [f"- {way}." for way in self.ways]
-        against = [f"- {role}: {reason}." for role, each in self.networks.items() for reason in each.against]
-        known = self.acquaintance or "Without held-out pictures of the source nobody asked how familiar the target is."
+        differences = [f"- {way}." for way in self.differences]
+        rejections = [f"- {role}: {reason}." for role, each in self.candidates.items() for reason in each.rejections]
+        known = (
+            self.familiarity_summary
+            or "Without held-out pictures of the source nobody asked how familiar the target is."
+        )
         return "\n".join(
             [
-                "# Verdict", "", self.sentence[0].upper() + self.sentence[1:] + ".", "", self.table(), "",
-                *(["In what the adapted networks differ:", "", *ways, ""] if ways else []),
-                *(["What speaks against a network:", "", *against, ""] if against else []),
+                "# Verdict", "", self.summary[0].upper() + self.summary[1:] + ".", "", self.table(), "",
+                *(["In what the adapted networks differ:", "", *differences, ""] if differences else []),
+                *(["What speaks against a network:", "", *rejections, ""] if rejections else []),
                 "All figures are mIoU in percent. *Source* is measured on the source's held-out labels. *Masked* "
                 "and *views* compare predictions on target pictures as they are with those half covered, and turned, "
                 "scaled and recolored; *steady*, by which one of those that nothing speaks against is chosen, is "
@@ -134,7 +140,7 @@ class Verdict(Spec):
                 "*Target* is an estimate with its interval, and had no part in the verdict. "
                 f"Target labels opened: {self.labels_opened}.", "",
                 known, "",
-                "![Target pictures and what each network says](samples/verdict.png)", "",
+                "![Target pictures and what each network says](samples/selection.png)", "",
             ]
         )  # fmt: skip
 
@@ -147,7 +153,7 @@ def in_words(settings: Mapping[str, Any], most: int | None = SAID) -> str:
     """In what an adapted network differs from others, in a few words; empty where it does in nothing.
 
     Args:
-        settings: as `Standing` holds them.
+        settings: as `CandidateReport` holds them.
         most: how many settings to name; None names all.
     """
     if most is None or len(settings) <= most:
@@ -179,4 +185,4 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)
 
 
-__all__ = ["ADAPTED", "BEFORE", "RECALIBRATED", "Standing", "Verdict", "in_words", "said"]
+__all__ = ["ADAPTED", "BEFORE", "RECALIBRATED", "CandidateReport", "Selection", "in_words", "said"]

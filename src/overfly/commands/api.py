@@ -34,15 +34,15 @@ from overfly.commands.export import export, hub_load, hub_push
 from overfly.commands.load_predictor import begun_from
 from overfly.commands.predict import predict
 from overfly.commands.report import report
-from overfly.commands.results import Adapted, Evaluation, Measured, Tabulated, Trained, Validated
+from overfly.commands.results import Adapted, Evaluation, Measured, Ranked, Tabulated, Trained
 from overfly.commands.serve import serve
 from overfly.commands.watch import data_fly, watch
 from overfly.core import device as machines
 from overfly.core.errors import DataError, RecipeError
 from overfly.data.domain import Split
-from overfly.evaluation.label_free_metrics import COMMITTEE
+from overfly.evaluation.label_free_metrics import DEFAULT_VALIDATORS
 from overfly.evaluation.samples import Samples
-from overfly.evaluation.speed import measure
+from overfly.evaluation.speed import measure_speed
 from overfly.models.registry import build
 from overfly.recipe import load
 from overfly.reporting.run_samples import draw, samples_folder
@@ -65,11 +65,11 @@ __all__ = [
     "hub_push",
     "list_kinds",
     "predict",
+    "rank",
     "report",
     "serve",
     "speed",
     "train",
-    "validate",
     "watch",
 ]
 
@@ -171,11 +171,11 @@ def adapt(
     if written and budget is not None:
         raise RecipeError(f"--budget {budget} is for folders of your own; a recipe says its length, so set steps=…")
     values = [load(each, *settings) for each in written] or proposal.of_folders(own, budget, engine, settings, out)
-    run, verdict = adaptation.adapt(
+    run, selection = adaptation.adapt(
         *values, out=out, fabric=launch(values[0], engine), engine=engine, estimates=estimate,
         gate=Gate(familiar=0.0) if same_classes else None,
     )  # fmt: skip
-    return Adapted(run.path, verdict)
+    return Adapted(run.path, selection)
 
 
 def evaluate(
@@ -337,7 +337,7 @@ def speed(
     else:
         name = network
         module = build(network, classes, training_heads=True, bands=bands)
-    found = measure(
+    found = measure_speed(
         module,
         size=size,
         batches=batch or [1],
@@ -353,7 +353,7 @@ def speed(
 
 
 @pathlike
-def validate(
+def rank(
     runs: list[str],
     *,
     study: bool = False,
@@ -366,7 +366,7 @@ def validate(
     device: str = "auto",
     out: Path | None = None,
     json: bool = False,
-) -> Validated:
+) -> Ranked:
     """Rank runs and their kept checkpoints without target labels; on request, study how well that works with them.
 
     Args:
@@ -387,15 +387,15 @@ def validate(
         Every candidate's figures, and who is chosen.
     """
     check_bounds({"limit": (limit, 1, 10**6), "crop": (crop, 16, LARGEST)})
-    verdict = choice.choose(
+    ranking = choice.rank(
         choice.gather(runs),
-        members=committee or COMMITTEE,
+        members=committee or DEFAULT_VALIDATORS,
         reference=Run.open(reference) if reference is not None else None,
         estimates=estimate,
         study=study,
-        sight=choice.Sight(split, limit, crop, machines.select_device(device)),
+        sight=choice.TargetImages(split, limit, crop, machines.select_device(device)),
     )
-    return Validated(verdict, choice.write(verdict, out) if out is not None else None, as_json=json)
+    return Ranked(ranking, choice.write(ranking, out) if out is not None else None, as_json=json)
 
 
 def list_kinds() -> Catalog:

@@ -14,11 +14,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from overfly.commands.arguments import LARGEST, check_bounds, domain_of, pathlike
-from overfly.commands.load_predictor import network_of, origin_of, verdict_of
+from overfly.commands.load_predictor import network_of, origin_of, selection_of
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
 from overfly.data.domain import Domain, Split, SplitError, sample_evenly, without_labels
-from overfly.evaluation.images import as_tensor
+from overfly.evaluation.images import to_tensor
 from overfly.exporting import hub
 from overfly.exporting.exporter import Evidence, Exported
 from overfly.exporting.exporter import export as write
@@ -254,7 +254,7 @@ def patches(place: Domain, split: Split, limit: int, side: int) -> Iterator[Floa
     if not items:
         raise DataError(f"the domain {place.title} has no pictures to measure an export on; name another as --domain")
     for index, item in enumerate(items):
-        image = as_tensor(place.read_image(item))
+        image = to_tensor(place.read_image(item))
         found = windows(image.shape[-2], image.shape[-1], side, 0.0)
         share = limit * (index + 1) // len(items) - limit * index // len(items)
         count = min(share, len(found))
@@ -354,12 +354,12 @@ def _unseeded(values: Any) -> Any:
 
 
 def _verdict(run: Run) -> str:
-    verdict = verdict_of(run)
-    if verdict is None:
+    selection = selection_of(run)
+    if selection is None:
         return ""
-    sentence = f"Verdict: {verdict.sentence}. Target labels opened for it: {verdict.labels_opened}."
-    ways = "".join(f"- {way}\n" for way in verdict.ways)
-    return f"{sentence}\n\n{verdict.table()}" + (f"\n\n{ways}" if ways else "")
+    sentence = f"Verdict: {selection.summary}. Target labels opened for it: {selection.labels_opened}."
+    ways = "".join(f"- {way}\n" for way in selection.differences)
+    return f"{sentence}\n\n{selection.table()}" + (f"\n\n{ways}" if ways else "")
 
 
 def _without_paths(values: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from overfly.adaptation.selection import Verdict
+from overfly.adaptation.selection import Selection
 from overfly.core.device import select_device
 from overfly.core.errors import MissingExtraError, RecipeError
 from overfly.exporting.predictor import Backend, Facts, Predictor, facts_of, of_segmenter
@@ -79,10 +79,10 @@ def network_of(path: Path | str) -> tuple[Segmenter, Facts]:
     return segmenter, facts_of(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
 
 
-def verdict_of(run: Run) -> Verdict | None:
+def selection_of(run: Run) -> Selection | None:
     """What `overfly adapt` wrote into a run's folder; None where it did not, or where that is damaged."""
     try:
-        return Verdict.model_validate_json((run.path / "verdict.json").read_bytes())
+        return Selection.model_validate_json((run.path / "selection.json").read_bytes())
     except (ValueError, OSError):
         return None
 
@@ -93,10 +93,10 @@ def origin_of(run: Run) -> Run | None:
     Returns:
         None where that run is not there, beside this one or where it was.
     """
-    verdict = verdict_of(run)
-    if verdict is None or not (run.path / "best.safetensors").is_file():
+    selection = selection_of(run)
+    if selection is None or not (run.path / "best.safetensors").is_file():
         return run
-    place = Path(verdict.networks[verdict.recommended].run)
+    place = Path(selection.candidates[selection.recommended].run)
     there = [path for path in (run.path.parent / place.name, place) if (path / "recipe.yaml").is_file()]
     return Run.open(there[0]) if there else None
 
@@ -114,4 +114,4 @@ def begun_from(start: Path) -> Path:
     return run.path / "best.safetensors" if origin is None else start if origin.path == run.path else origin.path
 
 
-__all__ = ["RUNTIMES", "WINDOW", "begun_from", "network_of", "origin_of", "predictor_of", "verdict_of"]
+__all__ = ["RUNTIMES", "WINDOW", "begun_from", "network_of", "origin_of", "predictor_of", "selection_of"]

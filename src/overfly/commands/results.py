@@ -11,8 +11,8 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from overfly.adaptation.model_selection import Candidate, Verdict
-from overfly.adaptation.selection import Verdict as Adaptation
+from overfly.adaptation.model_selection import Candidate, Ranking
+from overfly.adaptation.selection import Selection
 from overfly.benchmarking import Table as Benchmark
 from overfly.data.check import Report
 from overfly.evaluation.scores import Scores
@@ -41,7 +41,7 @@ class Adapted:
     """An adaptation, and whether to use it."""
 
     path: Path
-    verdict: Adaptation
+    selection: Selection
 
     @property
     def run(self) -> Run:
@@ -54,14 +54,14 @@ class Adapted:
         return self.path / "best.safetensors"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Markdown(self.verdict.table())
-        yield f"verdict: {self.verdict.sentence}"
-        for role, standing in self.verdict.networks.items():
-            yield from (f"  against {role}: {reason}" for reason in standing.against)
-        yield from (f"  {way}" for way in self.verdict.ways)
-        yield f"target labels opened: {self.verdict.labels_opened}"
+        yield Markdown(self.selection.table())
+        yield f"result: {self.selection.summary}"
+        for role, report in self.selection.candidates.items():
+            yield from (f"  rejected {role}: {reason}" for reason in report.rejections)
+        yield from (f"  {way}" for way in self.selection.differences)
+        yield f"target labels opened: {self.selection.labels_opened}"
         yield f"recommended network: {self.best}"
-        yield f"report: {self.path / 'verdict.md'}"
+        yield f"report: {self.path / 'selection.md'}"
 
 
 @dataclass(frozen=True)
@@ -181,37 +181,37 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Validated:
+class Ranked:
     """Networks ranked without target labels."""
 
-    verdict: Verdict
+    ranking: Ranking
     written: Path | None = None
     as_json: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        verdict = self.verdict
+        ranking = self.ranking
         if self.as_json:
-            yield verdict.model_dump_json(indent=2)
+            yield ranking.model_dump_json(indent=2)
             return
-        yield from _candidates_tables(verdict.candidates, verdict.members, options.max_width)
+        yield from _candidates_tables(ranking.candidates, ranking.members, options.max_width)
         yield ""
-        for number, each in enumerate(verdict.candidates, 1):
+        for number, each in enumerate(ranking.candidates, 1):
             yield Text(f"{number:>3}  {each.title}", no_wrap=True, overflow="ignore")
         yield ""
-        if verdict.study is not None:
-            yield _study_table(verdict)
-        chosen = verdict.candidates[0]
-        yield f"chosen by the committee ({', '.join(verdict.members)}): {chosen.run}, {chosen.checkpoint}"
-        if verdict.study is None:
-            yield f"target labels opened: {verdict.labels_opened}"
+        if ranking.study is not None:
+            yield _study_table(ranking)
+        chosen = ranking.candidates[0]
+        yield f"chosen by the committee ({', '.join(ranking.members)}): {chosen.run}, {chosen.checkpoint}"
+        if ranking.study is None:
+            yield f"target labels opened: {ranking.labels_opened}"
         else:
-            yield f"this is a study: its true scores rest on {verdict.labels_opened} opened target labels"
+            yield f"this is a study: its true scores rest on {ranking.labels_opened} opened target labels"
         if self.written is not None:
             yield f"written: {self.written}"
 
 
 COLUMNS = {
-    "consensus": "consensus", "source_miou": "source mIoU", "information": "information", "bnm": "BNM",
+    "consensus": "consensus", "source_miou": "source mIoU", "information": "information", "nuclear_norm": "BNM",
     "masked_miou": "masked mIoU", "views_miou": "views mIoU", "masked": "masked", "views": "views",
     "agreement": "agreement", "snd": "SND",
     "entropy": "entropy",
@@ -225,7 +225,7 @@ WIDE = 120
 
 def _candidates_tables(candidates: Sequence[Candidate], members: Sequence[str], width: int) -> Iterator[Table]:
     """Figures of every candidate in percent, best of the committee first and numbered; its members apart if narrow."""
-    shown = [name for name in COLUMNS if any(each.figures.figures()[name] is not None for each in candidates)]
+    shown = [name for name in COLUMNS if any(each.metrics.by_validator()[name] is not None for each in candidates)]
     if width >= WIDE:
         yield _candidates_table(candidates, shown, members, "label-free figures in percent, higher is better")
         return
@@ -243,7 +243,7 @@ def _candidates_table(
     table.add_column("", justify="right", no_wrap=True)
     for name in shown:
         table.add_column(COLUMNS[name], justify="right", style="bold" if name in members else None)
-    rows = [[_percent(each.figures.figures()[name]) for name in shown] for each in candidates]
+    rows = [[_percent(each.metrics.by_validator()[name]) for name in shown] for each in candidates]
     if members:
         table.add_column("committee", justify="right")
         for row, each in zip(rows, candidates, strict=True):
@@ -262,13 +262,13 @@ def _candidates_table(
     return table
 
 
-def _study_table(verdict: Verdict) -> Table:
+def _study_table(ranking: Ranking) -> Table:
     """How well each validator chose, least regret first."""
     table = Table(title="study: validators against true target mIoU", title_justify="left")
     for heading in ("validator", "rank correlation", "regret", "chosen"):
         table.add_column(heading, justify="left" if heading in ("validator", "chosen") else "right")
-    numbers = {each.title: number for number, each in enumerate(verdict.candidates, 1)}
-    for name, trust in sorted((verdict.study or {}).items(), key=lambda entry: entry[1].regret):
+    numbers = {each.title: number for number, each in enumerate(ranking.candidates, 1)}
+    for name, trust in sorted((ranking.study or {}).items(), key=lambda entry: entry[1].regret):
         correlation = "–" if trust.correlation is None else f"{trust.correlation:+.2f}"
         table.add_row(COLUMNS.get(name, name), correlation, _percent(trust.regret), str(numbers[trust.chosen]))
     return table

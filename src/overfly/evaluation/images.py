@@ -15,7 +15,7 @@ from overfly.data.domain import Domain, Split, sample_evenly, without_labels
 from overfly.ops.windows import sliding
 
 
-def unlabeled(
+def unlabeled_images(
     domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
 ) -> Iterator[Tensor]:
     """Pictures of a split, evenly spread and always the same; their labels are taken away before anything is read.
@@ -37,13 +37,13 @@ def unlabeled(
     if not items:
         raise DataError(f"split {split} of the {domain.title} domain has no pictures to look at; choose another split")
     for item in items:
-        yield middle(_resized(as_tensor(domain.read_image(item)), resize), crop)
+        yield center_crop(_resized(to_tensor(domain.read_image(item)), resize), crop)
 
 
-def labeled_pairs(
+def labeled_images(
     domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `unlabeled`, each with its label (H, W), int64, brought to the picture's size by nearest neighbor.
+    """As `unlabeled_images`, each with its label (H, W), int64, brought to the picture's size by nearest neighbor.
 
     This opens labels: it is for the source.
 
@@ -54,19 +54,19 @@ def labeled_pairs(
     if not items:
         raise DataError(f"split {split} of the {domain.title} domain has no labels; choose another split")
     for item in items:
-        image = _resized(as_tensor(domain.read_image(item)), resize)
+        image = _resized(to_tensor(domain.read_image(item)), resize)
         label = torch.from_numpy(domain.read_label(item).astype(np.int64))
         if label.shape != image.shape[-2:]:
             label = F.interpolate(label[None, None].float(), image.shape[-2:], mode="nearest-exact")[0, 0].long()
-        yield middle(image, crop), middle(label, crop)
+        yield center_crop(image, crop), center_crop(label, crop)
 
 
-def as_tensor(image: Array) -> Tensor:
+def to_tensor(image: Array) -> Tensor:
     """An image (H, W, C) of any number type as (C, H, W), float32."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))
 
 
-def middle(image: Tensor, crop: int | None) -> Tensor:
+def center_crop(image: Tensor, crop: int | None) -> Tensor:
     """The middle of (..., H, W), no side longer than ``crop``."""
     height, width = image.shape[-2:]
     if crop is None or max(height, width) <= crop:
@@ -77,7 +77,7 @@ def middle(image: Tensor, crop: int | None) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, image: Tensor, window: int | None = None) -> Tensor:
+def predict_scores(network: nn.Module, image: Tensor, window: int | None = None) -> Tensor:
     """Class scores of one picture, before any softmax, at its own size.
 
     Args:
@@ -106,7 +106,7 @@ def predict(network: nn.Module, image: Tensor, window: int | None = None) -> Ten
     return scores
 
 
-def sampled(height: int, width: int, pixels: int, *draw: int) -> Tensor:
+def random_pixels(height: int, width: int, pixels: int, *draw: int) -> Tensor:
     """Places of ``pixels`` random pixels in a flattened picture (pixels,); the same for the same ``draw``."""
     seed = int(np.random.SeedSequence(draw).generate_state(1)[0])
     return torch.randint(height * width, (pixels,), generator=torch.Generator().manual_seed(seed))
@@ -118,4 +118,4 @@ def _resized(image: Tensor, side: int | None) -> Tensor:
     return F.interpolate(image[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-__all__ = ["as_tensor", "labeled_pairs", "middle", "predict", "sampled", "unlabeled"]
+__all__ = ["center_crop", "labeled_images", "predict_scores", "random_pixels", "to_tensor", "unlabeled_images"]

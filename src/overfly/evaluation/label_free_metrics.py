@@ -21,10 +21,10 @@ from torch import Generator, Tensor, nn
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import predict, sampled, unlabeled
-from overfly.evaluation.perturbations import View, masked, views
+from overfly.evaluation.images import predict_scores, random_pixels, unlabeled_images
+from overfly.evaluation.perturbations import Perturbation, masked, views
 from overfly.evaluation.ranking import committee
-from overfly.evaluation.score import evaluating
+from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import number
 
 Validator = Literal[
@@ -32,7 +32,7 @@ Validator = Literal[
     "masked", "masked_miou", "views", "views_miou", "source_miou", "consensus",
 ]  # fmt: skip
 VALIDATORS: tuple[Validator, ...] = get_args(Validator)
-COMMITTEE: tuple[Validator, ...] = ("consensus", "masked_miou", "views_miou", "source_miou")
+DEFAULT_VALIDATORS: tuple[Validator, ...] = ("consensus", "masked_miou", "views_miou", "source_miou")
 """Who votes by default. What all candidates say together is commonly better than any of them, and who is nearest to it
 errs least in ways of its own; of fewer than three candidates there is no such thing. Class-balanced consistency of
 two kinds tells whether predictions hang on what is seen and falls when classes are given up, but cannot tell whether
@@ -46,7 +46,7 @@ NEIGHBORS = 3072
 """Random pixels in all, over the pictures, that soft neighborhood density compares with each other."""
 
 
-class LabelFree(Spec):
+class LabelFreeMetrics(Spec):
     """What can be said of a network on pictures without labels; of every validator, higher is better."""
 
     entropy: float
@@ -54,7 +54,7 @@ class LabelFree(Spec):
     information: float
     """Entropy of the mean prediction minus mean entropy, as a share of ln K, 0 to 1: sure, and of many classes
     (Krause et al., 2010; Shi and Sha, 2012)."""
-    bnm: Share
+    nuclear_norm: Share
     """Nuclear norm of the probabilities of random pixels (N, K) over its bound √(N·min(N, K)) (Cui et al., 2020)."""
     snd: float | None
     """Soft neighborhood density of random pixels' probabilities, as a share of ln(N - 1) (Saito et al., 2021)."""
@@ -80,17 +80,17 @@ class LabelFree(Spec):
     """Share of pixels predicted as each class."""
     by_view: dict[str, Share]
     """Class-balanced mIoU with the plain prediction of each view."""
-    pictures: Whole
+    images: Whole
     """Pictures that were looked at."""
     labels_opened: Whole = 0
     """Labels of these pictures that were read: none ever is."""
 
-    def figures(self) -> dict[str, float | None]:
+    def by_validator(self) -> dict[str, float | None]:
         """The figures that candidates are ranked by."""
         return {name: getattr(self, name) for name in VALIDATORS}
 
 
-def look(
+def label_free_metrics(
     network: nn.Module,
     domain: Domain,
     split: Split = "train",
@@ -102,7 +102,7 @@ def look(
     resize: int | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> LabelFree:
+) -> LabelFreeMetrics:
     """Label-free figures of a network on fixed pictures of a domain; about ten forward passes of each.
 
     Args:
@@ -122,11 +122,13 @@ def look(
         DataError: there are no pictures, or one cannot be read.
         NotFiniteError: the network gives scores that are not finite.
     """
-    images = unlabeled(domain, split, limit=limit, resize=resize, crop=crop)
-    return look_at(network, images, domain.max_value, reference=reference, window=window, device=device, seed=seed)
+    images = unlabeled_images(domain, split, limit=limit, resize=resize, crop=crop)
+    return label_free_metrics_of_images(
+        network, images, domain.max_value, reference=reference, window=window, device=device, seed=seed
+    )
 
 
-def look_at(
+def label_free_metrics_of_images(
     network: nn.Module,
     images: Iterable[Tensor],
     max_value: float,
@@ -135,30 +137,30 @@ def look_at(
     window: int | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> LabelFree:
-    """As `look`, of pictures (C, H, W) that are there already."""
+) -> LabelFreeMetrics:
+    """As `label_free_metrics`, of pictures (C, H, W) that are there already."""
     tally: Tally | None = None
     others = [network] if reference is None else [network, reference]
     for each in others:
         each.to(device)
-    with evaluating(nn.ModuleList(others)), torch.inference_mode():
+    with evaluation_mode(nn.ModuleList(others)), torch.inference_mode():
         for place, image in enumerate(images):
             seen = image.to(device)
-            plain = predict(network, seen, window)
+            plain = predict_scores(network, seen, window)
             tally = tally or Tally(len(plain))
             tally.plain(plain.softmax(0), seed, place)
             prediction = plain.argmax(0)
             if reference is not None:
-                tally.compare("reference", prediction, predict(reference, seen, window).argmax(0))
+                tally.compare("reference", prediction, predict_scores(reference, seen, window).argmax(0))
             for view, generator in drawn(chain([masked()], views()), seed, place):
-                scores = predict(network, view.alter(seen, max_value, generator), window)
+                scores = predict_scores(network, view.alter(seen, max_value, generator), window)
                 tally.compare(view.name, prediction, view.back(scores, (seen.shape[-2], seen.shape[-1])).argmax(0))
     if tally is None:
         raise ValueError("there is no picture to look at")
-    return tally.figures(seed)
+    return tally.metrics(seed)
 
 
-def drawn(family: Iterable[View], seed: int, place: int) -> Iterable[tuple[View, Generator]]:
+def drawn(family: Iterable[Perturbation], seed: int, place: int) -> Iterable[tuple[Perturbation, Generator]]:
     """Each view with a generator of its own: a function of the seed, the picture's place and the view's."""
     for index, view in enumerate(family):
         yield view, torch.Generator().manual_seed((seed * 1_000_003 + place) * 1_009 + index)
@@ -168,7 +170,7 @@ class Tally:
     """What a look counts, picture by picture; memory does not grow with their size."""
 
     def __init__(self, classes: int) -> None:
-        self.classes, self.pictures, self.pixels, self.entropy = classes, 0, 0, 0.0
+        self.classes, self.images, self.pixels, self.entropy = classes, 0, 0, 0.0
         self.mean = torch.zeros(classes, dtype=torch.float64)
         self.predicted = torch.zeros(classes, dtype=torch.float64)
         self.samples: list[Tensor] = []
@@ -177,11 +179,11 @@ class Tally:
     def plain(self, probability: Tensor, seed: int, place: int) -> None:
         """Count the probabilities (K, H, W) of a picture as it is."""
         flat = probability.flatten(1).double()
-        self.pictures, self.pixels = self.pictures + 1, self.pixels + flat.shape[1]
+        self.images, self.pixels = self.images + 1, self.pixels + flat.shape[1]
         self.entropy += float(entropies(flat.T).sum())
         self.mean += flat.sum(1).cpu()
         self.predicted += torch.bincount(flat.argmax(0), minlength=self.classes).cpu()
-        chosen = sampled(*probability.shape[1:], PIXELS, seed, place)
+        chosen = random_pixels(*probability.shape[1:], PIXELS, seed, place)
         self.samples.append(flat[:, chosen.to(flat.device)].T.cpu())
 
     def compare(self, name: str, plain: Tensor, other: Tensor) -> None:
@@ -189,20 +191,20 @@ class Tally:
         one = Confusion.of(other.cpu(), plain.cpu(), self.classes)
         self.confusions[name] = self.confusions[name] + one if name in self.confusions else one
 
-    def figures(self, seed: int = 0) -> LabelFree:
+    def metrics(self, seed: int = 0) -> LabelFreeMetrics:
         """What was found."""
         scale = math.log(max(self.classes, 2))
         mean, shares = self.mean / self.pixels, self.predicted / self.pixels
         certainty = self.entropy / self.pixels
         samples = torch.cat(self.samples)
-        few = samples[sampled(1, len(samples), NEIGHBORS, seed)] if len(samples) > NEIGHBORS else samples
+        few = samples[random_pixels(1, len(samples), NEIGHBORS, seed)] if len(samples) > NEIGHBORS else samples
         pairs = dict(self.confusions)
         reference, cover = pairs.pop("reference", None), pairs.pop("masked")
         by_view = {name: balanced_miou(pair) for name, pair in pairs.items()}
-        return LabelFree(
+        return LabelFreeMetrics(
             entropy=-certainty / scale,
             information=(float(entropies(mean)) - certainty) / scale,
-            bnm=nuclear_norm(samples),
+            nuclear_norm=nuclear_norm(samples),
             snd=number(neighborhood_density(few)),
             agreement=None if reference is None else shared_miou(reference),
             masked=cover.accuracy,
@@ -212,7 +214,7 @@ class Tally:
             diversity=float(entropies(shares)) / scale,
             shares=tuple(shares.tolist()),
             by_view=by_view,
-            pictures=self.pictures,
+            images=self.images,
         )
 
 
@@ -277,23 +279,23 @@ def shared_miou(pair: Confusion) -> float:
     return float(pair.iou.nanmean())
 
 
-def elect(candidates: Sequence[LabelFree], members: Sequence[str] = COMMITTEE) -> list[float]:
+def elect(candidates: Sequence[LabelFreeMetrics], members: Sequence[str] = DEFAULT_VALIDATORS) -> list[float]:
     """The committee's verdict on some networks: mean rank over its members, 0 (last with all) to 1 (first with all)."""
-    found: list[Mapping[str, float | None]] = [candidate.figures() for candidate in candidates]
+    found: list[Mapping[str, float | None]] = [candidate.by_validator() for candidate in candidates]
     return committee(found, members)
 
 
 __all__ = [
-    "COMMITTEE",
+    "DEFAULT_VALIDATORS",
     "VALIDATORS",
-    "LabelFree",
+    "LabelFreeMetrics",
     "Tally",
     "Validator",
     "balanced_miou",
     "elect",
     "entropies",
-    "look",
-    "look_at",
+    "label_free_metrics",
+    "label_free_metrics_of_images",
     "neighborhood_density",
     "nuclear_norm",
     "shared_miou",

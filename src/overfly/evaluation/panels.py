@@ -204,7 +204,7 @@ def _sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: 
     """Lay rows of tiles, titles and the legend out on one sheet."""
     font, small = _font(15), _font(13)
     drawn = [(row, [None if tile is None else _fitted(tile, side) for tile in row.tiles]) for row in rows]
-    heights = [max((picture.height for picture in pictures if picture), default=side) for _, pictures in drawn]
+    heights = [max((picture.height for picture in images if picture), default=side) for _, images in drawn]
     width = GAP + len(columns) * (side + GAP)
     striped = any(tile is not None and tile.striped is not None for row in rows for tile in row.tiles)
     legend = _legend(classes, width, small, striped)
@@ -214,10 +214,10 @@ def _sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: 
     for index, column in enumerate(columns):
         pen.text((GAP + index * (side + GAP), 10), column, INK, font)
     top = 34
-    for (row, pictures), tall in zip(drawn, heights, strict=True):
+    for (row, images), tall in zip(drawn, heights, strict=True):
         pen.text((GAP, top + 4), row.heading, QUIET, small)
         top += 24
-        for index, picture in enumerate(pictures):
+        for index, picture in enumerate(images):
             left = GAP + index * (side + GAP)
             if picture is None:
                 pen.text((left, top + tall // 2), "none", FAINT, small)

@@ -40,9 +40,9 @@ def best(values: Sequence[float | None]) -> int | None:
     return -max(there)[1] if there else None
 
 
-def regret(figures: Sequence[float | None], truth: Sequence[float]) -> float | None:
+def regret(metrics: Sequence[float | None], truth: Sequence[float]) -> float | None:
     """The best true value minus the true value of the candidate that a figure chooses; 0: it chose the best."""
-    chosen = best(figures)
+    chosen = best(metrics)
     return None if chosen is None else max(truth) - truth[chosen]
 
 

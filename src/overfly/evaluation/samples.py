@@ -28,7 +28,7 @@ class Sample:
     accuracy: float | None = None
 
 
-class Viewer(Protocol):
+class SampleCollector(Protocol):
     """Who is shown every picture while a split is scored."""
 
     def show(self, sample: Sample, index: int, total: int) -> None:
@@ -84,4 +84,4 @@ class Samples:
         return sum(1 for _ in self)
 
 
-__all__ = ["Sample", "Samples", "Viewer"]
+__all__ = ["Sample", "SampleCollector", "Samples"]

@@ -17,7 +17,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, NotFiniteError, RecipeError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.samples import Sample, Samples, Viewer
+from overfly.evaluation.samples import Sample, SampleCollector, Samples
 from overfly.evaluation.scores import Protocol, Scores, Tally, number, summarize
 from overfly.ops.windows import sliding
 
@@ -42,7 +42,7 @@ def score(
     device: torch.device | str = "cpu",
     batch: int = 1,
     boundary_width: int = 5,
-    samples: Viewer | None = None,
+    samples: SampleCollector | None = None,
     on_image: Callable[[int, int], None] | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -78,7 +78,7 @@ def score(
     labeled = _labeled(items, segmenter, domain, split)
     todo = list(enumerate(labeled))[shard[0] :: shard[1]]
     tally = Tally.empty(len(domain.classes), protocol)
-    with evaluating(segmenter.to(device)), torch.inference_mode():
+    with evaluation_mode(segmenter.to(device)), torch.inference_mode():
         for group in _groups(read_ahead(domain, todo, workers), 1 if window else batch):
             predicted = _predict(segmenter, group, protocol, torch.device(device), batch)
             for picture, scores in zip(group, predicted, strict=True):
@@ -94,7 +94,7 @@ def score(
 
 
 @contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Evaluation mode within, and every submodule's own mode again afterwards."""
     before = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -134,10 +134,10 @@ def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 
             waiting.extend(pool.submit(read, entry) for entry in islice(rest, 1))
 
 
-def _groups(pictures: Iterator[Picture], batch: int) -> Iterator[list[Picture]]:
+def _groups(images: Iterator[Picture], batch: int) -> Iterator[list[Picture]]:
     """Neighboring pictures of equal size, at most ``batch`` together."""
     group: list[Picture] = []
-    for picture in pictures:
+    for picture in images:
         if group and (len(group) == batch or picture.image.shape != group[0].image.shape):
             yield group
             group = []
@@ -209,4 +209,4 @@ def _labeled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split:
     return labeled
 
 
-__all__ = ["Protocol", "Sample", "Samples", "Scores", "evaluating", "read_ahead", "score"]
+__all__ = ["Protocol", "Sample", "Samples", "Scores", "evaluation_mode", "read_ahead", "score"]

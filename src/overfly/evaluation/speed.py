@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Count, NonNegative, Pixels, Positive, Spec, Whole
-from overfly.evaluation.score import evaluating
+from overfly.evaluation.score import evaluation_mode
 from overfly.models.network import Network
 
 Precision = Literal["32", "bf16", "16"]
@@ -91,7 +91,7 @@ class Speed(Spec):
         return min(self.timings, key=lambda timing: timing.batch)
 
 
-def measure(
+def measure_speed(
     network: nn.Module,
     *,
     size: int | tuple[int, int] = 512,
@@ -127,7 +127,7 @@ def measure(
     shape = (size, size) if isinstance(size, int) else size
     place = torch.device(device)
     network = without_training_heads(network).to(place)
-    with _threads(threads), evaluating(network), torch.no_grad():
+    with _threads(threads), evaluation_mode(network), torch.no_grad():
         machine = describe_machine(place) | _gpu_settings(place)
         cast = torch.autocast(place.type, DTYPES[precision], enabled=precision != "32")
         one = _images(1, bands, shape, place)
@@ -266,4 +266,4 @@ def _memory_kind(device: torch.device) -> str:
     return "resident memory of the whole process at its peak, interpreter and libraries included"
 
 
-__all__ = ["Precision", "Speed", "Timing", "count_macs", "measure", "without_training_heads"]
+__all__ = ["Precision", "Speed", "Timing", "count_macs", "measure_speed", "without_training_heads"]

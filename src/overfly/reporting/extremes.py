@@ -11,9 +11,9 @@ import torch
 from overfly.core.errors import DataError
 from overfly.core.records import UInt8
 from overfly.data.domain import Domain, Split, SplitError
-from overfly.evaluation.images import predict, unlabeled
+from overfly.evaluation.images import predict_scores, unlabeled_images
 from overfly.evaluation.samples import Sample
-from overfly.evaluation.score import evaluating, score
+from overfly.evaluation.score import evaluation_mode, score
 from overfly.reporting.embedded import small, small_picture
 from overfly.training.evaluate import Role, labeled, note_opened
 from overfly.training.run import Run
@@ -54,7 +54,7 @@ class Shelf:
     kept: dict[int, Sample] = field(default_factory=dict)
 
     def show(self, sample: Sample, index: int, total: int) -> None:
-        """Keep a picture. See `overfly.evaluation.samples.Viewer`."""
+        """Keep a picture. See `overfly.evaluation.samples.SampleCollector`."""
         del total
         label = None if sample.label is None else small(sample.label, KEPT)
         self.kept[index] = Sample(
@@ -179,13 +179,15 @@ def _plain(runs: Mapping[str, Run], role: Role, domain: Domain, device: torch.de
         found = bool(domain.items(SPLIT))
     except SplitError:
         found = False
-    images = list(unlabeled(domain, SPLIT if found else "train", limit=WITHOUT_LABELS, resize=recipe.resize, crop=1024))
+    images = list(
+        unlabeled_images(domain, SPLIT if found else "train", limit=WITHOUT_LABELS, resize=recipe.resize, crop=1024)
+    )
     maps: list[dict[str, UInt8]] = [{} for _ in images]
     for name, run in runs.items():
         network = run.segmenter().to(device)
-        with evaluating(network), torch.inference_mode():
+        with evaluation_mode(network), torch.inference_mode():
             for place, image in enumerate(images):
-                ids = predict(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
+                ids = predict_scores(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
                 maps[place][name] = small(ids, KEPT)
     scenes = []
     for place, image in enumerate(images):

@@ -11,12 +11,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from overfly.adaptation.gate import steadiness
-from overfly.adaptation.selection import BEFORE, Verdict
+from overfly.adaptation.gate import geometric_consistency
+from overfly.adaptation.selection import BEFORE, Selection
 from overfly.benchmarking import Row, compared
 from overfly.core.errors import RunError
 from overfly.data.domain import SPLITS, Split
-from overfly.evaluation.speed import Speed, measure
+from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.registry import build
 from overfly.recipe import Recipe
 from overfly.reporting.charts import SERIES
@@ -115,7 +115,7 @@ def collect_report(
         if speed and recipe.model.name not in speeds:
             domain = recipe.source or recipe.domain("target")
             network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
-            speeds[recipe.model.name] = measure(
+            speeds[recipe.model.name] = measure_speed(
                 network, size=size, bands=domain.bands, device=device, warmup=3, repeats=15
             )
     first = _first_target(done)
@@ -203,35 +203,35 @@ def _evidences(runs: Sequence[Run]) -> list[Evidence]:
     for run in runs:
         evidence = _evidence(run)
         if evidence is not None:
-            found.setdefault((run.path / "verdict.json").read_text(encoding="utf-8"), evidence)
+            found.setdefault((run.path / "selection.json").read_text(encoding="utf-8"), evidence)
     return list(found.values())
 
 
 def _evidence(run: Run) -> Evidence | None:
     """What `overfly adapt` wrote, if it did."""
-    file = run.path / "verdict.json"
+    file = run.path / "selection.json"
     if not file.is_file():
         return None
     try:
-        verdict = Verdict.model_validate_json(file.read_bytes())
+        selection = Selection.model_validate_json(file.read_bytes())
     except ValidationError:
         raise RunError(f"{file} is damaged; delete it, or run `overfly adapt` again") from None
     rows = []
-    for role, standing in verdict.networks.items():
-        seen, guess = standing.figures, standing.estimate
-        cells = [seen.source_miou, seen.masked_miou, seen.views_miou, steadiness(seen), seen.agreement]
+    for role, report in selection.candidates.items():
+        seen, guess = report.metrics, report.estimate
+        cells = [seen.source_miou, seen.masked_miou, seen.views_miou, geometric_consistency(seen), seen.agreement]
         between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
-        word = "recommended" if role == verdict.recommended else "refused" if standing.against else ""
+        word = "recommended" if role == selection.recommended else "refused" if report.rejections else ""
         rows.append((role, [*map(_percent, cells), between], word))
     return Evidence(
         title=run.path.name,
-        sentence=verdict.sentence[0].upper() + verdict.sentence[1:] + ".",
+        sentence=selection.summary[0].upper() + selection.summary[1:] + ".",
         columns=["source", "masked", "views", "steady", "as before", "target, estimated"],
         rows=rows,
-        against=[f"{role}: {reason}" for role, each in verdict.networks.items() for reason in each.against],
-        ways=verdict.ways,
-        familiarity=verdict.acquaintance,
-        labels_opened=verdict.labels_opened,
+        against=[f"{role}: {reason}" for role, each in selection.candidates.items() for reason in each.rejections],
+        ways=selection.differences,
+        familiarity=selection.familiarity_summary,
+        labels_opened=selection.labels_opened,
     )
 
 

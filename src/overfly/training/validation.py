@@ -9,8 +9,8 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from overfly.core.errors import NotFiniteError
-from overfly.evaluation.images import unlabeled
-from overfly.evaluation.label_free_metrics import LabelFree, look_at
+from overfly.evaluation.images import unlabeled_images
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics_of_images
 from overfly.evaluation.score import score
 from overfly.methods.method import Method, Networks
 from overfly.recipe import Recipe
@@ -43,7 +43,7 @@ class Watch:
         except NotFiniteError:  # statistics of the first steps may not hold yet
             return None
 
-    def target(self, source_miou: float | None = None) -> LabelFree | None:
+    def target(self, source_miou: float | None = None) -> LabelFreeMetrics | None:
         """Label-free figures of the network that would be shipped now; the first process works, the others wait.
 
         Args:
@@ -53,9 +53,9 @@ class Watch:
             None where the network's scores are not finite.
         """
 
-        def work() -> LabelFree | None:
+        def work() -> LabelFreeMetrics | None:
             try:
-                found = look_at(
+                found = label_free_metrics_of_images(
                     self.recipe.method.deployed(self.nets),
                     self.images,
                     self.recipe.domain("target").max_value,
@@ -74,7 +74,7 @@ class Watch:
         """The pictures, read once, labels taken away before."""
         recipe = self.recipe
         domain = recipe.domain("target")
-        return list(unlabeled(domain, "train", limit=WATCHED, resize=recipe.resize, crop=recipe.crop))
+        return list(unlabeled_images(domain, "train", limit=WATCHED, resize=recipe.resize, crop=recipe.crop))
 
 
 def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
@@ -88,18 +88,18 @@ def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
     return teacher if method.deployed(nets) is nets.student else nets.student
 
 
-def journalled(found: LabelFree) -> dict[str, Any]:
+def journalled(found: LabelFreeMetrics) -> dict[str, Any]:
     """A line of the journal: the validators as its figures, the rest under ``looked``."""
-    rest = ("shares", "by_view", "pictures", "labels_opened")
+    rest = ("shares", "by_view", "images", "labels_opened")
     return {**found.model_dump(exclude=set(rest)), "looked": found.model_dump(include=set(rest))}
 
 
-def figures_at(rows: list[dict[str, Any]], step: int) -> LabelFree | None:
+def label_free_metrics_at(rows: list[dict[str, Any]], step: int) -> LabelFreeMetrics | None:
     """What `journalled` wrote at a step, or None."""
     for row in reversed(rows):
         if row.get("event") == "label-free" and row["step"] == step:
             values = {key: value for key, value in row.items() if key not in ("step", "event", "looked")}
-            return LabelFree.model_validate({**values, **row["looked"]})
+            return LabelFreeMetrics.model_validate({**values, **row["looked"]})
     return None
 
 
@@ -109,4 +109,4 @@ def source_miou_at(rows: list[dict[str, Any]], step: int) -> float | None:
     return found[-1] if found else None
 
 
-__all__ = ["WATCHED", "Watch", "figures_at", "journalled", "reference", "source_miou_at"]
+__all__ = ["WATCHED", "Watch", "journalled", "label_free_metrics_at", "reference", "source_miou_at"]
