@@ -68,7 +68,7 @@ def test_candidates_are_ranked_without_a_target_label(
     found = rank([str(runs)], limit=2, crop=48, device="cpu", out=tmp_path / "out")
     ranking = found.ranking
     assert [each.committee for each in ranking.candidates] == sorted(
-        (each.committee for each in ranking.candidates), reverse_validation=True
+        (each.committee for each in ranking.candidates), reverse=True
     )
     assert ranking.labels_opened == 0
     assert ranking.study is None

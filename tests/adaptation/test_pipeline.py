@@ -171,7 +171,7 @@ def test_where_the_pictures_may_be_strange_what_the_labels_teach_is_asked(
     assert refused.reverse_validation is not None
     assert 0.0 < refused.reverse_validation < 1.0
     assert refused.recommended == "source only"
-    assert f"teaches {100 * refused.reverse_validation:.1f} % of what" in refused.candidates["adapted"].rejections[0]
+    assert f"teach {100 * refused.reverse_validation:.1f} %" in refused.candidates["adapted"].rejections[0]
     assert f"Its labels of the target teach {100 * refused.reverse_validation:.0f} %" in refused.report()
     assert refused.labels_opened == 0
     assert taken.reverse_validation == refused.reverse_validation

@@ -156,7 +156,7 @@ def test_density_grows_with_clusters_that_hold_together() -> None:
     centers = torch.eye(4).repeat(20, 1) * 6
     noise = torch.randn(80, 4, generator=generator)
     found = [neighborhood_density((centers + width * noise).softmax(1)) for width in (0.0, 1.0, 2.0, 3.0)]
-    assert found == sorted(found, reverse_validation=True)
+    assert found == sorted(found, reverse=True)
     assert found[0] == pytest.approx(math.log(19) / math.log(79), abs=1e-2), "each has 19 like it"
     assert neighborhood_density(torch.eye(4)[:1].repeat(9, 1)) == pytest.approx(1)
     assert neighborhood_density((centers + noise).softmax(1), chunk=7) == pytest.approx(found[1])

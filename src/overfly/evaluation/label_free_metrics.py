@@ -28,7 +28,7 @@ from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import number
 
 Validator = Literal[
-    "entropy", "information", "bnm", "snd", "agreement",
+    "entropy", "information", "nuclear_norm", "snd", "agreement",
     "masked", "masked_miou", "views", "views_miou", "source_miou", "consensus",
 ]  # fmt: skip
 VALIDATORS: tuple[Validator, ...] = get_args(Validator)
