@@ -3,7 +3,7 @@
     python benchmarks/latency.py RUN… [--side 512] [--threads 2] [--rounds 15] [--out latency.json]
 
 Each RUN is the folder of a finished run; its network is exported into a temporary folder, and timed
-at batch 1. All give the same thing: class probabilities at full resolution, or class ids (--answer classes). Every
+at batch 1. All give the same thing: class probabilities at full resolution, or class ids (--output classes). Every
 round times each candidate once, so that whatever else the machine does falls on all alike; ratios are of medians, and
 of the shortest times, which are what the machine does when it is left alone. On a machine that others use too, take
 --threads 1 and read the processor's own time, which does not count what others do. Writes JSON and prints a table.
@@ -22,22 +22,22 @@ from typing import Any
 import torch
 
 from overfly.commands.export import patches
-from overfly.commands.load_predictor import network_of
+from overfly.commands.load_predictor import load_network
 from overfly.core.device import describe_machine
 from overfly.exporting.formats import write_onnx, write_openvino
-from overfly.exporting.graph import Answer, Deployed
-from overfly.exporting.metadata import Made, entries
+from overfly.exporting.graph import ExportModule, Output
+from overfly.exporting.metadata import ExportSettings, metadata_entries
 from overfly.exporting.quantize import quantize_onnx, quantize_openvino
-from overfly.exporting.runtimes import of_onnx, of_openvino
-from overfly.exporting.timing import take_turns
+from overfly.exporting.runtimes import onnx_predictor, openvino_predictor
+from overfly.exporting.timing import measure_latency
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run
 
 
-def candidates(run: Path, side: int, threads: int, answer: Answer, folder: Path) -> dict[str, Callable[[], Any]]:
+def candidates(run: Path, side: int, threads: int, output: Output, folder: Path) -> dict[str, Callable[[], Any]]:
     """What is timed, by name: eager first."""
-    segmenter, facts = network_of(run)
-    facts = facts.model_copy(update={"window": side, "fixed": True})
+    segmenter, metadata = load_network(run)
+    metadata = metadata.model_copy(update={"window": side, "fixed": True})
     image = next(patches(Run.open(run).recipe.domain("target"), "val", 1, side))
     tensor = torch.from_numpy(image)
 
@@ -46,18 +46,19 @@ def candidates(run: Path, side: int, threads: int, answer: Answer, folder: Path)
     def eagerly(network: Segmenter) -> Any:
         with torch.inference_mode():
             scores = network.scores(tensor)
-            return scores.argmax(1) if answer == "classes" else scores.softmax(1)
+            return scores.argmax(1) if output == "classes" else scores.softmax(1)
 
     runs: dict[str, Callable[[], Any]] = {
         "torch eager 32": partial(eagerly, light),
         "torch eager 32, training heads on": partial(eagerly, segmenter),
     }
     calibration = list(patches(Run.open(run).recipe.domain("target"), "train", 16, side))
-    deployed = Deployed(segmenter, answer=answer, fixed=(side, side)).eval()
+    module = ExportModule(segmenter, output=output, fixed=(side, side)).eval()
     texts = {
-        kind: entries(facts, Made(precision=kind, answer=answer, format="openvino")) for kind in ("32", "16", "int8")
+        kind: metadata_entries(metadata, ExportSettings(precision=kind, output=output, format="openvino"))
+        for kind in ("32", "16", "int8")
     }
-    plain = write_onnx(deployed, folder / "32.onnx", facts.bands, texts["32"])
+    plain = write_onnx(module, folder / "32.onnx", metadata.bands, texts["32"])
     files = {
         "onnxruntime 32": plain,
         "onnxruntime int8": quantize_onnx(plain, folder / "int8.onnx", calibration, texts["int8"]),
@@ -66,7 +67,7 @@ def candidates(run: Path, side: int, threads: int, answer: Answer, folder: Path)
         "openvino int8": quantize_openvino(plain, folder / "int8.xml", calibration, texts["int8"]),
     }
     for name, file in files.items():
-        opened = of_onnx if file.suffix == ".onnx" else of_openvino
+        opened = onnx_predictor if file.suffix == ".onnx" else openvino_predictor
         predictor = opened(file, threads=threads)
         runs[name] = partial(predictor.run, image)
     return runs
@@ -93,17 +94,17 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--answer", choices=("probabilities", "classes"), default="probabilities")
+    parser.add_argument("--output", choices=("probabilities", "classes"), default="probabilities")
     parser.add_argument("--out", type=Path, default=Path("latency.json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for run in given.runs:
         with tempfile.TemporaryDirectory() as folder:
-            runs = candidates(run, given.side, given.threads, given.answer, Path(folder))
-            found = take_turns(runs, rounds=given.rounds)
+            runs = candidates(run, given.side, given.threads, given.output, Path(folder))
+            found = measure_latency(runs, rounds=given.rounds)
         eager = found["torch eager 32"]
-        rows[network_of(run)[1].architecture] = {
+        rows[load_network(run)[1].architecture] = {
             name: each.model_dump()
             | {
                 "times_median": eager.median_ms / each.median_ms,

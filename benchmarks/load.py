@@ -28,7 +28,7 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.device import describe_machine
 from overfly.data.domain import Domain
-from overfly.exporting.predictor import Facts, Floats, Predictor
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.web import server
 from overfly.web.config import Limits
 from overfly.web.networks import Network
@@ -113,12 +113,14 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
 
 def stand_in(queue: int) -> None:
     """Serve a network that costs nothing, so that what remains is the server itself."""
-    facts = Facts(architecture="threshold", classes=Classes(names=("dark", "bright")), mean=(0.0,) * 3, std=(1.0,) * 3)
+    metadata = ModelMetadata(
+        architecture="threshold", classes=Classes(names=("dark", "bright")), mean=(0.0,) * 3, std=(1.0,) * 3
+    )
 
     def bright(images: Floats) -> Floats:
         return np.concatenate([1 - images[:, :1] / 255, images[:, :1] / 255], 1).astype(np.float32)
 
-    network = Network("0", "threshold", lambda: Predictor(facts, "torch", "cpu", bright))
+    network = Network("0", "threshold", lambda: Predictor(metadata, "torch", "cpu", bright))
     place = server.bound("127.0.0.1", 0)
     print(f"serving at {server.address(place)}", file=sys.stderr, flush=True)
     server.run(server.application([network], limits=Limits(queue=queue)), place)

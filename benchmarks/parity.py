@@ -23,7 +23,7 @@ from overfly.commands.export import export
 from overfly.core.errors import OverflyError
 from overfly.exporting import exporter as exporting
 from overfly.exporting.graph import Precision
-from overfly.exporting.metadata import Format, Made
+from overfly.exporting.metadata import ExportSettings, Format
 from overfly.exporting.parity import ParityError
 from overfly.models.registry import names
 from overfly.recipe import Recipe
@@ -115,10 +115,10 @@ def main() -> int:
             rows += rows_of(run, "trained", given.images, Path(folder))
             for name in others:
                 if name != run.recipe.model.name:
-                    made = quick(run, name, given.steps, Path(folder))
-                    rows += rows_of(made, f"{given.steps} steps", given.images, Path(folder))
-                    shutil.rmtree(made.path)
-        told = {"torch": torch.__version__, "version": Made().version, "images": given.images, "rows": rows}
+                    settings = quick(run, name, given.steps, Path(folder))
+                    rows += rows_of(settings, f"{given.steps} steps", given.images, Path(folder))
+                    shutil.rmtree(settings.path)
+        told = {"torch": torch.__version__, "version": ExportSettings().version, "images": given.images, "rows": rows}
         given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return int(any(row["failed"] for row in rows))
 

@@ -33,11 +33,11 @@ from rasterio import Affine
 from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 
-from overfly.commands.load_predictor import predictor_of
+from overfly.commands.load_predictor import load_predictor
 from overfly.core.classes import Classes
 from overfly.core.device import describe_machine
 from overfly.data.synthetic.domain import synthesize
-from overfly.exporting.predictor import Facts, Predictor
+from overfly.exporting.predictor import ModelMetadata, Predictor
 from overfly.raster.job import Settings, plan_for
 from overfly.raster.map_raster import map_raster
 from overfly.raster.raster_source import look
@@ -72,8 +72,8 @@ def memory(key: str) -> int:
 def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[str, Any]:
     """The whole job, and the network alone on two of ``share`` rows of its windows, before and after."""
     settings = Settings(overwrite=True)
-    scene = look(str(raster), predictor.facts, bands=None, nodata=None, max_value=None)
-    plan = plan_for(scene, predictor.facts, settings, 400 * 2**20)
+    scene = look(str(raster), predictor.metadata, bands=None, nodata=None, max_value=None)
+    plan = plan_for(scene, predictor.metadata, settings, 400 * 2**20)
     predictor(np.zeros((settings.batch, 3, plan.size, plan.size), np.float32))
     model = memory("VmRSS")
 
@@ -118,7 +118,7 @@ def stand_in() -> Predictor:
         step = np.minimum(images[:, 1] // 32, 6)
         return np.stack([np.where(step == number, np.float32(0.7), np.float32(0.05)) for number in range(7)], axis=1)
 
-    return Predictor(Facts.model_validate(about), "torch", "cpu", run)
+    return Predictor(ModelMetadata.model_validate(about), "torch", "cpu", run)
 
 
 def killed(command: list[str], raster: Path, out: Path) -> dict[str, object]:
@@ -174,7 +174,7 @@ def main() -> int:
         drawn = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
         recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
         settings.network = first_segmenter(recipe).eval().save(root / "network.safetensors")
-    predictor = stand_in() if settings.stand_in else predictor_of(settings.network, device="cpu")
+    predictor = stand_in() if settings.stand_in else load_predictor(settings.network, device="cpu")
     if settings.measure:
         found = measure(predictor, raster, root / "whole.tif", settings.share)
         settings.measure.write_text(json.dumps(found))
@@ -189,7 +189,7 @@ def main() -> int:
     which = ["--stand-in"] if settings.stand_in else ["--network", str(settings.network)]
     child = [sys.executable, __file__, *which, "--out", str(root), "--share", str(settings.share)]
     subprocess.run([*child, "--measure", str(root / "measured.json")], check=True)
-    found = {"size": settings.size, "network": predictor.facts.architecture}
+    found = {"size": settings.size, "network": predictor.metadata.architecture}
     found |= json.loads((root / "measured.json").read_text())
     print(json.dumps(found, indent=2), flush=True)
     command = [sys.executable, "-m", "overfly.cli", "predict", str(settings.network), str(raster), "--out"]

@@ -17,7 +17,7 @@ import rasterio
 from PIL import Image
 from rasterio import Affine
 
-from overfly.commands.load_predictor import predictor_of
+from overfly.commands.load_predictor import load_predictor
 from overfly.data.synthetic.domain import synthesize
 from overfly.raster.job import Settings
 from overfly.raster.map_raster import map_raster
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("docs/images/raster.png"))
     settings = parser.parse_args()
-    predictor = predictor_of(settings.network, device="cpu")
+    predictor = load_predictor(settings.network, device="cpu")
     image = synthesize(settings.scene, "test", 3, settings.size)[0]
     maps = []
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def main() -> None:
             chosen = Settings(window=settings.window, overlap=overlap)
             map_raster(predictor, str(raster), out, chosen, network="picture")
             with rasterio.open(out) as found:
-                maps.append(predictor.facts.classes.paint(found.read(1)))
+                maps.append(predictor.metadata.classes.paint(found.read(1)))
     part = slice(settings.window // 2, settings.window // 2 + settings.size // ZOOM)
     corners = [np.kron(each[part, part], np.ones((ZOOM, ZOOM, 1), np.uint8)) for each in maps]
     for corner in corners:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from overfly.core.classes import Classes
 from overfly.core.records import Array
-from overfly.exporting.predictor import Facts, Floats, Predictor
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.web.networks import Network
 
 CLASSES = Classes(names=("dark", "<b>bright</b>"), colors=((10, 20, 30), (250, 240, 230)))
@@ -24,8 +24,8 @@ def bright(images: Floats) -> Floats:
 
 
 def predictor(run: Callable[[Floats], Floats] = bright, **changes: Any) -> Predictor:
-    facts = Facts(architecture="threshold", classes=CLASSES, mean=(0.0,) * 3, std=(1.0,) * 3, window=64)
-    return Predictor(facts.model_copy(update=changes), "torch", "cpu", run)
+    metadata = ModelMetadata(architecture="threshold", classes=CLASSES, mean=(0.0,) * 3, std=(1.0,) * 3, window=64)
+    return Predictor(metadata.model_copy(update=changes), "torch", "cpu", run)
 
 
 def network(key: str = "0", run: Callable[[Floats], Floats] = bright, **changes: Any) -> Network:

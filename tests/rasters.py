@@ -13,15 +13,15 @@ from rasterio import Affine
 from rasterio.errors import NotGeoreferencedWarning
 
 from overfly.core.classes import Classes
-from overfly.exporting.predictor import Facts, Floats, Predictor
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 
 CLASSES = Classes(names=("dark", "middle", "bright"), colors=((10, 20, 30), (120, 130, 140), (250, 240, 230)))
 PLACE: dict[str, Any] = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
 
 
-def facts(window: int = 64, bands: int = 3, **changes: Any) -> Facts:
+def metadata(window: int = 64, bands: int = 3, **changes: Any) -> ModelMetadata:
     """Facts of a network of three classes."""
-    return Facts(
+    return ModelMetadata(
         architecture="none", classes=CLASSES, bands=bands, mean=(0.0,) * bands, std=(1.0,) * bands, window=window,
         **changes,
     )  # fmt: skip
@@ -38,7 +38,7 @@ def likely(images: Floats) -> Floats:
 
 def pointwise(window: int = 64, bands: int = 3, **changes: Any) -> Predictor:
     """A network that looks at single pixels."""
-    return Predictor(facts(window, bands, **changes), "torch", "cpu", likely)
+    return Predictor(metadata(window, bands, **changes), "torch", "cpu", likely)
 
 
 def biased(window: int = 64) -> Predictor:
@@ -51,7 +51,7 @@ def biased(window: int = 64) -> Predictor:
         last = np.float32(0.7) * last + np.float32(0.3 / 255) * images[:, 0]
         return np.stack([1 - last, np.zeros_like(last), last], axis=1)
 
-    return Predictor(facts(window), "torch", "cpu", run)
+    return Predictor(metadata(window), "torch", "cpu", run)
 
 
 def noise(height: int, width: int, bands: int = 3, seed: int = 0) -> NDArray[np.uint8]:

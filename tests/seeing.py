@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overfly.core.classes import Classes
-from overfly.exporting.predictor import Facts, Floats, Predictor
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 
 RED, GREEN, BLUE = (230, 20, 30), (10, 200, 60), (20, 40, 240)
 NAMES = Classes(names=("brick", "grass", "pond"), colors=(RED, GREEN, BLUE))
@@ -22,8 +22,8 @@ def brightest(images: Floats) -> Floats:
 
 def seeing(run: Callable[[Floats], Floats] = brightest, **changes: object) -> Predictor:
     """A network of three classes that needs no weights."""
-    facts = Facts(architecture="rule", classes=NAMES, mean=(0.0,) * 3, std=(1.0,) * 3, title="by rule")
-    return Predictor(facts.model_copy(update=changes), "torch", "cpu", run)
+    metadata = ModelMetadata(architecture="rule", classes=NAMES, mean=(0.0,) * 3, std=(1.0,) * 3, title="by rule")
+    return Predictor(metadata.model_copy(update=changes), "torch", "cpu", run)
 
 
 class Clock:

@@ -16,8 +16,8 @@ from overfly.adaptation.pipeline import beside, differences
 from overfly.adaptation.selection import Selection
 from overfly.commands.api import adapt, train
 from overfly.commands.arguments import recipes_and_settings
-from overfly.commands.export import story_of
-from overfly.commands.load_predictor import begun_from
+from overfly.commands.export import card_content
+from overfly.commands.load_predictor import resolve_start
 from overfly.commands.serve import served_networks
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import Batch
@@ -324,7 +324,7 @@ def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, A
     run, selection = judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=Gate(margin=1.0))
     assert selection.recommended == "source only"
     before = Run.open(selection.candidates["source only"].run)
-    story = story_of(run)
+    story = card_content(run)
     assert (story.title, story.method.split(":")[0]) == (before.path.name, "`source_only`")
     assert story.scores["source/val"][0]["mIoU"] == before.scores["source/val"]["miou"]
     assert "use the source-only network" in story.verdict
@@ -332,11 +332,11 @@ def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, A
     assert network.title == "source only, Urban to Rural, seed 0"
     assert (network.about["method"], network.about["folder"]) == ("source_only", run.path.name)
     assert selection.summary == "use the source-only network: recalibrated and adapted are refused"
-    assert begun_from(run.path) == before.path  # what overfly adapt --from takes
-    assert begun_from(before.path) == before.path
+    assert resolve_start(run.path) == before.path  # what overfly adapt --from takes
+    assert resolve_start(before.path) == before.path
     shutil.rmtree(before.path)
-    assert begun_from(run.path) == run.path / "best.safetensors"
-    assert "is not there any more" in story_of(run).method
+    assert resolve_start(run.path) == run.path / "best.safetensors"
+    assert "is not there any more" in card_content(run).method
     assert served_networks([str(run.path)])[0].title == run.path.name
     (run.path / "best.safetensors").unlink()
-    assert story_of(run).method.startswith("`dacs`")
+    assert card_content(run).method.startswith("`dacs`")

@@ -128,7 +128,7 @@ def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path,
     adapted = next(each for each in served_networks([str(copied)]) if each.about["method"] == "overfly")
     assert adapted.title == "overfly, Urban to Rural, seed 0"
     assert adapted.about["mIoU target"].endswith("(val)")
-    assert adapted.opened().facts.classes.names[0] == "background"
+    assert adapted.opened().metadata.classes.names[0] == "background"
     (file,) = runs.glob("*/best.safetensors")
     (alone,) = served_networks([str(file)])
     assert alone.about["model"] == "lraspp_mobilenet_v2"
@@ -143,7 +143,7 @@ def test_exports_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.
     def opened(path: Path, **_: str) -> Predictor:
         return replace(seeing(), export=("onnx", kinds[path.relative_to(tmp_path).as_posix()]))
 
-    monkeypatch.setattr("overfly.commands.serve.predictor_of", opened)
+    monkeypatch.setattr("overfly.commands.serve.load_predictor", opened)
     first, *others = [str(tmp_path / name) for name in kinds]
     offered = served_networks([first, first, *others])
     assert [each.title for each in offered] == [

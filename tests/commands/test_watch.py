@@ -36,7 +36,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Predictor], None]:
     """Have every run be this network."""
 
     def planted(predictor: Predictor) -> None:
-        monkeypatch.setattr(streaming, "predictor_of", lambda *_, **__: predictor)
+        monkeypatch.setattr(streaming, "load_predictor", lambda *_, **__: predictor)
 
     planted(seeing())
     return planted
@@ -278,7 +278,7 @@ def test_the_guide_can_be_followed(
     """Every command and the program, but for cameras that are not here; flights are shorter and smaller."""
     del network
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("overfly.commands.load_predictor.predictor_of", lambda *_, **__: seeing())
+    monkeypatch.setattr("overfly.commands.load_predictor.load_predictor", lambda *_, **__: seeing())
     (tmp_path / "frames").mkdir()
     for index in range(3):
         Image.fromarray(striped(index)).save(tmp_path / "frames" / f"{index}.png")

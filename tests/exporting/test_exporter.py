@@ -10,40 +10,40 @@ import numpy as np
 import pytest
 import torch
 
-from overfly.commands.load_predictor import predictor_of
+from overfly.commands.load_predictor import load_predictor
 from overfly.core.errors import DownloadError, OverflyError, WeightsError
 from overfly.exporting import exporter as exporting
-from overfly.exporting.exporter import Evidence, Exported, export
+from overfly.exporting.exporter import EvaluationData, ExportReport, export
 from overfly.exporting.formats import write_onnx, write_openvino, write_torch
-from overfly.exporting.graph import Deployed
-from overfly.exporting.metadata import Format, Made, entries
+from overfly.exporting.graph import ExportModule
+from overfly.exporting.metadata import ExportSettings, Format, metadata_entries
 from overfly.exporting.parity import TOLERANCES, ParityError
-from overfly.exporting.predictor import Facts, Floats, Predictor, facts_of, of_segmenter
-from overfly.exporting.runtimes import of_onnx, of_openvino, of_program
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor, model_metadata, segmenter_predictor
+from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
 from overfly.models import names
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.setup import first_segmenter
-from sane_networks import sane
+from random_networks import random_network
 
 SIDE = 64
 
 
-def evidence(count: int = 1) -> Evidence:
+def data(count: int = 1) -> EvaluationData:
     generator = np.random.default_rng(0)
     coarse = generator.uniform(0, 255, (count, 1, 3, SIDE // 8, SIDE // 8))
     images: list[Floats] = [np.kron(each, np.ones((1, 1, 8, 8))).astype(np.float32) for each in coarse]
-    return Evidence(images, images, None, "drawn noise")
+    return EvaluationData(images, images, None, "drawn noise")
 
 
-def facts(segmenter: Segmenter, *, fixed: bool = True) -> Facts:
-    return facts_of(segmenter, window=SIDE, title="a run").model_copy(update={"fixed": fixed, "ground": 0.3})
+def metadata(segmenter: Segmenter, *, fixed: bool = True) -> ModelMetadata:
+    return model_metadata(segmenter, window=SIDE, title="a run").model_copy(update={"fixed": fixed, "ground": 0.3})
 
 
-def shipped(segmenter: Segmenter, made: Made, folder: Path, **changes: Any) -> Path:
+def shipped(segmenter: Segmenter, settings: ExportSettings, folder: Path, **changes: Any) -> Path:
     told: list[str] = []
     file, _ = export(
-        segmenter, facts(segmenter, **changes), made, evidence(), folder=folder, name="it", tell=told.append
+        segmenter, metadata(segmenter, **changes), settings, data(), folder=folder, name="it", tell=told.append
     )
     assert told
     return file
@@ -61,18 +61,23 @@ def test_every_network_is_listed() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_every_network_is_the_same_in_every_format(recipe: Recipe, tmp_path: Path, name: str) -> None:
-    segmenter = sane(recipe, name)
-    known, image = facts(segmenter), evidence().images[0]
-    wanted = of_segmenter(segmenter, known)(image)
-    deployed = Deployed(segmenter, fixed=(SIDE, SIDE)).eval()
-    folded = sum(isinstance(part, torch.nn.BatchNorm2d) for part in deployed.modules())
+    segmenter = random_network(recipe, name)
+    known, image = metadata(segmenter), data().images[0]
+    wanted = segmenter_predictor(segmenter, known)(image)
+    module = ExportModule(segmenter, fixed=(SIDE, SIDE)).eval()
+    folded = sum(isinstance(part, torch.nn.BatchNorm2d) for part in module.modules())
     assert folded < 0.2 * sum(isinstance(part, torch.nn.BatchNorm2d) for part in segmenter.modules())
-    text = entries(known, Made())
-    plain = write_onnx(deployed, tmp_path / "it.onnx", 3, text)
+    text = metadata_entries(known, ExportSettings())
+    plain = write_onnx(module, tmp_path / "it.onnx", 3, text)
     pair = write_openvino(plain, tmp_path / "it.xml", text)
-    program = write_torch(deployed, tmp_path / "it.pt2", 3, text)
-    for predictor in (of_onnx(plain), of_openvino(plain), of_openvino(pair), of_program(program)):
-        assert predictor.facts == known
+    program = write_torch(module, tmp_path / "it.pt2", 3, text)
+    for predictor in (
+        onnx_predictor(plain),
+        openvino_predictor(plain),
+        openvino_predictor(pair),
+        torch_predictor(program),
+    ):
+        assert predictor.metadata == known
         found = predictor(image)
         np.testing.assert_allclose(found, wanted, atol=2e-4, err_msg=f"{name}, {predictor.backend}")
         assert (found.argmax(1) == wanted.argmax(1)).mean() > 0.999
@@ -80,9 +85,9 @@ def test_every_network_is_the_same_in_every_format(recipe: Recipe, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
 def test_an_export_is_measured(recipe: Recipe, tmp_path: Path, kind: Format) -> None:
-    segmenter = sane(recipe, "lraspp_mobilenet_v2")
-    file = shipped(segmenter, Made(format=kind), tmp_path)
-    found = Exported.model_validate_json((tmp_path / "it.json").read_text())
+    segmenter = random_network(recipe, "lraspp_mobilenet_v2")
+    file = shipped(segmenter, ExportSettings(format=kind), tmp_path)
+    found = ExportReport.model_validate_json((tmp_path / "it.json").read_text())
     first = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}[kind]
     assert found.parity[0].backend == first
     for parity in found.parity:
@@ -91,31 +96,33 @@ def test_an_export_is_measured(recipe: Recipe, tmp_path: Path, kind: Format) -> 
         assert parity.logit_difference is not None
         assert 0 <= parity.logit_difference < 1e-2
     assert set(found.latency) == {"torch eager", *(parity.backend for parity in found.parity)}
-    assert predictor_of(file, device="cpu").facts.classes == segmenter.classes
+    assert load_predictor(file, device="cpu").metadata.classes == segmenter.classes
     assert not list(tmp_path.glob(".*"))
 
 
 def test_images_of_any_size_and_batch(recipe: Recipe, tmp_path: Path) -> None:
-    segmenter = sane(recipe, "lraspp_mobilenet_v2")
-    wanted = of_segmenter(segmenter, facts(segmenter, fixed=False))
-    files = [shipped(segmenter, Made(format=kind), tmp_path / kind, fixed=False) for kind in ("onnx", "torch")]
+    segmenter = random_network(recipe, "lraspp_mobilenet_v2")
+    wanted = segmenter_predictor(segmenter, metadata(segmenter, fixed=False))
+    files = [
+        shipped(segmenter, ExportSettings(format=kind), tmp_path / kind, fixed=False) for kind in ("onnx", "torch")
+    ]
     images = np.random.default_rng(1).uniform(0, 255, (2, 3, 70, 101)).astype(np.float32)
-    for predictor in (of_onnx(files[0]), of_openvino(files[0]), of_program(files[1])):
+    for predictor in (onnx_predictor(files[0]), openvino_predictor(files[0]), torch_predictor(files[1])):
         for given in (images, images[:1, :, :64, :64]):
             np.testing.assert_allclose(predictor(given), wanted(given), atol=1e-4)
 
 
-@pytest.mark.parametrize(("answer", "resize"), [("logits", None), ("classes", None), ("probabilities", 32)])
-def test_answers_and_inner_sizes(recipe: Recipe, tmp_path: Path, answer: Any, resize: int | None) -> None:
-    segmenter = sane(recipe, "lraspp_mobilenet_v2")
-    file = shipped(segmenter, Made(answer=answer, resize=resize), tmp_path)
-    predictor = predictor_of(file, backend="onnxruntime", device="cpu")
-    image = evidence().images[0]
+@pytest.mark.parametrize(("output", "resize"), [("logits", None), ("classes", None), ("probabilities", 32)])
+def test_answers_and_inner_sizes(recipe: Recipe, tmp_path: Path, output: Any, resize: int | None) -> None:
+    segmenter = random_network(recipe, "lraspp_mobilenet_v2")
+    file = shipped(segmenter, ExportSettings(output=output, resize=resize), tmp_path)
+    predictor = load_predictor(file, backend="onnxruntime", device="cpu")
+    image = data().images[0]
     found = predictor(image)
     assert found.shape == (1, len(segmenter.classes), SIDE, SIDE)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
     if resize is None:
-        wanted = of_segmenter(segmenter, predictor.facts)(image)
+        wanted = segmenter_predictor(segmenter, predictor.metadata)(image)
         assert (found.argmax(1) == wanted.argmax(1)).all()
 
 
@@ -123,18 +130,18 @@ def test_answers_and_inner_sizes(recipe: Recipe, tmp_path: Path, answer: Any, re
 def test_half_precision(recipe: Recipe, tmp_path: Path, kind: Format, precision: Any, monkeypatch: Any) -> None:
     loose = TOLERANCES[precision].model_copy(update={"agreement": 0.6})  # of noise, where classes are close
     monkeypatch.setitem(TOLERANCES, precision, loose)
-    shipped(sane(recipe, "lraspp_mobilenet_v2"), Made(format=kind, precision=precision), tmp_path)
+    shipped(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(format=kind, precision=precision), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_integers_are_calibrated_on_the_images(recipe: Recipe, tmp_path: Path, kind: Format, monkeypatch: Any) -> None:
     loose = TOLERANCES["int8"].model_copy(update={"agreement": 0.5})
     monkeypatch.setitem(TOLERANCES, "int8", loose)
-    segmenter = sane(recipe, "lraspp_mobilenet_v2")
-    file = shipped(segmenter, Made(format=kind, precision="int8"), tmp_path)
+    segmenter = random_network(recipe, "lraspp_mobilenet_v2")
+    file = shipped(segmenter, ExportSettings(format=kind, precision="int8"), tmp_path)
     found = json.loads((tmp_path / "it.json").read_text())
     assert found["calibration_images"] == 1
-    whole = shipped(segmenter, Made(format=kind), tmp_path / "32")
+    whole = shipped(segmenter, ExportSettings(format=kind), tmp_path / "32")
     weights = file.with_suffix(".bin") if kind == "openvino" else file
     assert weights.stat().st_size < 0.5 * whole.with_suffix(weights.suffix).stat().st_size
     heard: list[int] = []
@@ -146,27 +153,27 @@ def test_integers_are_calibrated_on_the_images(recipe: Recipe, tmp_path: Path, k
 
 def test_integers_are_not_for_torch(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(OverflyError, match="onnx or openvino"):
-        shipped(first_segmenter(recipe), Made(format="torch", precision="int8"), tmp_path)
+        shipped(first_segmenter(recipe), ExportSettings(format="torch", precision="int8"), tmp_path)
 
 
 def test_a_file_that_differs_is_not_there_and_the_layer_is_named(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    segmenter = sane(recipe, "lraspp_mobilenet_v2")
+    segmenter = random_network(recipe, "lraspp_mobilenet_v2")
     honest = write_onnx
 
-    def tampered(deployed: Any, *rest: Any) -> Path:
+    def tampered(module: Any, *rest: Any) -> Path:
         with torch.no_grad():
-            deployed.network.at_eighth[3].weight.mul_(-3.0)
-        return honest(deployed, *rest)
+            module.network.at_eighth[3].weight.mul_(-3.0)
+        return honest(module, *rest)
 
     monkeypatch.setattr(exporting, "write_onnx", tampered)
     with pytest.raises(ParityError, match=r"the first layer beyond .* is network\.at_eighth\.3") as raised:
-        shipped(segmenter, Made(), tmp_path)
+        shipped(segmenter, ExportSettings(), tmp_path)
     assert "% of pixels have the same class" in str(raised.value)
     assert [file.name for file in tmp_path.iterdir()] == ["it.failed.json"]
     monkeypatch.setattr(exporting, "write_onnx", honest)
-    shipped(segmenter, Made(), tmp_path)
+    shipped(segmenter, ExportSettings(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["it.json", "it.onnx"]
 
 
@@ -174,10 +181,10 @@ def test_a_full_disk_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    segmenter = sane(recipe, "lraspp_mobilenet_v2")
+    segmenter = random_network(recipe, "lraspp_mobilenet_v2")
     monkeypatch.setattr(torch.onnx, "export", full)
     with pytest.raises(DownloadError, match=r"it\.onnx: the disk is full; free some space there"):
-        shipped(segmenter, Made(), tmp_path)
+        shipped(segmenter, ExportSettings(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -186,29 +193,29 @@ def test_files_of_others_and_damaged_ones_are_refused(recipe: Recipe, tmp_path: 
         file = tmp_path / f"it{suffix}"
         file.write_bytes(b"no such thing")
         with pytest.raises(WeightsError, match=file.name):
-            predictor_of(file, device="cpu")
+            load_predictor(file, device="cpu")
         with pytest.raises(WeightsError, match="there is no file"):
-            predictor_of(tmp_path / f"none{suffix}", device="cpu")
+            load_predictor(tmp_path / f"none{suffix}", device="cpu")
     del recipe
 
 
 def test_a_program_with_a_pickle_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     import zipfile
 
-    file = shipped(sane(recipe, "lraspp_mobilenet_v2"), Made(format="torch"), tmp_path)
+    file = shipped(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(format="torch"), tmp_path)
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(f"{archive.namelist()[0].split('/')[0]}/data/constants/opaque_obj_0", b"cos\nsystem\n")
     with pytest.raises(WeightsError, match="could run code"):
-        of_program(file)
+        torch_predictor(file)
 
 
 def test_predictors_keep_the_interface(recipe: Recipe, tmp_path: Path) -> None:
-    file = shipped(sane(recipe, "lraspp_mobilenet_v2"), Made(), tmp_path)
+    file = shipped(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(), tmp_path)
     for backend in ("auto", "onnxruntime", "openvino"):
-        predictor = predictor_of(file, backend=backend, device="cpu")
+        predictor = load_predictor(file, backend=backend, device="cpu")
         assert isinstance(predictor, Predictor)
         assert predictor.backend == ("onnxruntime" if backend == "auto" else backend)
         with pytest.raises(OverflyError, match="windows of 64 pixels"):
             predictor(np.zeros((1, 3, 64, 32), np.float32))
     with pytest.raises(OverflyError, match="onnxruntime or openvino"):
-        predictor_of(file, backend="torch", device="cpu")
+        load_predictor(file, backend="torch", device="cpu")

@@ -117,7 +117,8 @@ def test_addresses_that_name_no_folder_or_the_same(export: Path, tmp_path: Path)
 
 
 def test_damaged_exports_are_neither_pushed_nor_loaded(export: Path, tmp_path: Path) -> None:
-    figures = {"file": "a.xml", "bytes": 12, "sha256": hashlib.sha256(b"graph").hexdigest(), "made": {}, "facts": {}}
+    digest = hashlib.sha256(b"graph").hexdigest()
+    figures = {"file": "a.xml", "bytes": 12, "sha256": digest, "settings": {}, "metadata": {}}
     export.with_suffix(".json").write_text(json.dumps(figures))
     share = tmp_path / "share"
     hub.push(export, f"file://{share}")

@@ -11,27 +11,29 @@ import onnxruntime
 import pytest
 
 from overfly.exporting.formats import write_onnx
-from overfly.exporting.graph import Deployed
-from overfly.exporting.metadata import Made, entries
-from overfly.exporting.onnx_metadata import deepness
-from overfly.exporting.predictor import facts_of, of_segmenter
+from overfly.exporting.graph import ExportModule
+from overfly.exporting.metadata import ExportSettings, metadata_entries
+from overfly.exporting.onnx_metadata import deepness_properties
+from overfly.exporting.predictor import model_metadata, segmenter_predictor
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from sane_networks import sane
+from random_networks import random_network
 
 SIDE = 64
 
 
 @pytest.fixture
 def segmenter(recipe: Recipe) -> Segmenter:
-    return sane(recipe, "lraspp_mobilenet_v2")
+    return random_network(recipe, "lraspp_mobilenet_v2")
 
 
 @pytest.fixture
 def file(segmenter: Segmenter, tmp_path: Path) -> Path:
-    facts = facts_of(segmenter, window=SIDE, ground=0.3).model_copy(update={"fixed": True})
-    deployed = Deployed(segmenter, fixed=(SIDE, SIDE)).eval()
-    return write_onnx(deployed, tmp_path / "it.onnx", 3, entries(facts, Made()) | deepness(facts))
+    metadata = model_metadata(segmenter, window=SIDE, ground=0.3).model_copy(update={"fixed": True})
+    module = ExportModule(segmenter, fixed=(SIDE, SIDE)).eval()
+    return write_onnx(
+        module, tmp_path / "it.onnx", 3, metadata_entries(metadata, ExportSettings()) | deepness_properties(metadata)
+    )
 
 
 def test_keys_and_types(file: Path, segmenter: Segmenter) -> None:
@@ -73,12 +75,12 @@ def test_what_the_plug_in_feeds_gives_what_we_give(file: Path, segmenter: Segmen
     fed = np.transpose((np.float32(tile * 1.0 / 255.0) - mean) / std, (0, 3, 1, 2))
     found = session.run(None, {session.get_inputs()[0].name: fed.astype(np.float32)})[0]
     images = np.ascontiguousarray(tile.transpose(0, 3, 1, 2), dtype=np.float32)
-    facts = facts_of(segmenter, window=SIDE)
-    wanted = of_segmenter(segmenter, facts)(images)
+    metadata = model_metadata(segmenter, window=SIDE)
+    wanted = segmenter_predictor(segmenter, metadata)(images)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert found.min() >= 0
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
-    swapped = of_segmenter(segmenter, facts)(np.ascontiguousarray(images[:, ::-1]))
+    swapped = segmenter_predictor(segmenter, metadata)(np.ascontiguousarray(images[:, ::-1]))
     assert np.abs(swapped - wanted).max() > 1e-3, "the order of the channels matters, and ours is red, green, blue"
     kept = found.copy()
     kept[kept < json.loads(metadata["seg_thresh"])] = 0

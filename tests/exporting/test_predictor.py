@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from overfly.commands.load_predictor import predictor_of
+from overfly.commands.load_predictor import load_predictor
 from overfly.core.errors import DataError, OverflyError
-from overfly.exporting.predictor import Predictor, facts_of, of_segmenter
+from overfly.exporting.predictor import Predictor, model_metadata, segmenter_predictor
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.setup import first_segmenter
@@ -20,7 +20,7 @@ def segmenter(recipe: Recipe) -> Segmenter:
 
 
 def test_probabilities_are_those_of_the_network(segmenter: Segmenter) -> None:
-    predictor = of_segmenter(segmenter, facts_of(segmenter, window=64))
+    predictor = segmenter_predictor(segmenter, model_metadata(segmenter, window=64))
     images = np.random.default_rng(0).uniform(0, 255, (2, 3, 50, 70)).astype(np.float32)
     with torch.inference_mode():
         wanted = segmenter.scores(torch.from_numpy(images)).softmax(1).numpy()
@@ -30,18 +30,18 @@ def test_probabilities_are_those_of_the_network(segmenter: Segmenter) -> None:
 
 
 def test_other_bands_and_other_sides_are_refused(segmenter: Segmenter) -> None:
-    facts = facts_of(segmenter, window=64)
+    metadata = model_metadata(segmenter, window=64)
     with pytest.raises(DataError, match="3 bands"):
-        of_segmenter(segmenter, facts)(np.zeros((1, 4, 64, 64), np.float32))
-    fixed = facts.model_copy(update={"fixed": True})
+        segmenter_predictor(segmenter, metadata)(np.zeros((1, 4, 64, 64), np.float32))
+    fixed = metadata.model_copy(update={"fixed": True})
     with pytest.raises(DataError, match="64 pixels a side"):
         Predictor(fixed, "torch", "cpu", lambda images: images)(np.zeros((1, 3, 64, 32), np.float32))
 
 
 def test_a_network_file_is_opened_and_other_runtimes_are_refused(segmenter: Segmenter, tmp_path: Path) -> None:
     file = segmenter.save(tmp_path / "a.safetensors")
-    predictor = predictor_of(file, device="cpu")
-    assert predictor.facts.classes == segmenter.classes
+    predictor = load_predictor(file, device="cpu")
+    assert predictor.metadata.classes == segmenter.classes
     assert predictor.backend == "torch"
     with pytest.raises(OverflyError, match="export it for openvino"):
-        predictor_of(file, backend="openvino", device="cpu")
+        load_predictor(file, backend="openvino", device="cpu")

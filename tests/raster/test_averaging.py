@@ -70,7 +70,7 @@ def test_what_is_measured_is_averaged_as_gdal_does(
     monkeypatch.setattr(averaging, "AT_ONCE", 2000)
     pixels = noise(200, 300).astype(np.float32)
     source = write(tmp_path / "scene.tif", pixels)
-    scene = look(str(source), pointwise().facts, bands=None, nodata=None, max_value=255)
+    scene = look(str(source), pointwise().metadata, bands=None, nodata=None, max_value=255)
     rows, columns = round(200 * scale[0]), round(300 * scale[1])
     how = Resampling.average if max(scale) <= 1 else Resampling.bilinear
     with rasterio.open(source) as dataset:

@@ -15,7 +15,7 @@ from overfly.exporting.predictor import Floats, Predictor
 from overfly.raster.fleet import Task, map_rasters, work
 from overfly.raster.job import Settings
 from overfly.raster.map_raster import Mapped
-from rasters import facts, ids, likely, noise, write
+from rasters import ids, likely, metadata, noise, write
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,7 @@ def slow(journal: str, seconds: float) -> Predictor:
         time.sleep(seconds)
         return likely(images)
 
-    return Predictor(facts(), "torch", "cpu", run)
+    return Predictor(metadata(), "torch", "cpu", run)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rio_cogeo.cogeo import cog_validate
 from overfly.core.errors import DataError, NotFiniteError
 from overfly.raster.job import Settings
 from overfly.raster.map_raster import Mapped, map_raster
-from rasters import CLASSES, facts, ids, likely, noise, pointwise, write
+from rasters import CLASSES, ids, likely, metadata, noise, pointwise, write
 
 SETTINGS = Settings(window=64, batch=3)
 
@@ -294,6 +294,6 @@ def test_probabilities_that_are_not_finite_are_no_map(tmp_path: Path) -> None:
 
 def test_a_network_of_fixed_windows_gets_such(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(40, 50))
-    fixed = replace(pointwise(), facts=facts(64, fixed=True))
+    fixed = replace(pointwise(), metadata=metadata(64, fixed=True))
     mapped(source, tmp_path / "map.tif", fixed, Settings())
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(noise(40, 50)))

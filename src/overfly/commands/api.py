@@ -31,7 +31,7 @@ from overfly.commands.arguments import (
 from overfly.commands.catalog import Catalog, catalog
 from overfly.commands.data import data_check, data_fetch, data_stats, data_synthesize
 from overfly.commands.export import export, hub_load, hub_push
-from overfly.commands.load_predictor import begun_from
+from overfly.commands.load_predictor import resolve_start
 from overfly.commands.predict import predict
 from overfly.commands.report import report
 from overfly.commands.results import Adapted, Evaluation, Measured, Ranked, Tabulated, Trained
@@ -164,7 +164,7 @@ def adapt(
         The verdict, and where the recommended network lies.
     """
     engine = Engine(device, devices, workers, checkpoint_every, cache=cache_of(cache), quiet=quiet)
-    own = proposal.Own(images_a, masks_a, images_b, classes, start and begun_from(start))
+    own = proposal.Own(images_a, masks_a, images_b, classes, start and resolve_start(start))
     written, settings = recipes_and_settings([*([] if recipe is None else [recipe]), *overrides])
     if written and own != proposal.Own():
         raise RecipeError("adapt takes a recipe or folders of your own, not both; leave one of them out")

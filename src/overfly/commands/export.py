@@ -14,20 +14,20 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from overfly.commands.arguments import LARGEST, check_bounds, domain_of, pathlike
-from overfly.commands.load_predictor import network_of, origin_of, selection_of
+from overfly.commands.load_predictor import load_network, origin_of, selection_of
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
 from overfly.data.domain import Domain, Split, SplitError, sample_evenly, without_labels
 from overfly.evaluation.images import to_tensor
 from overfly.exporting import hub
-from overfly.exporting.exporter import Evidence, Exported
+from overfly.exporting.exporter import EvaluationData, ExportReport
 from overfly.exporting.exporter import export as write
 from overfly.exporting.formats import OPSET
-from overfly.exporting.graph import Answer, Precision
-from overfly.exporting.metadata import Format, Made
-from overfly.exporting.model_card import Place, Story, card
-from overfly.exporting.parity import Truth
-from overfly.exporting.predictor import Facts, Floats
+from overfly.exporting.graph import Output, Precision
+from overfly.exporting.metadata import ExportSettings, Format
+from overfly.exporting.model_card import CardContent, CardDomain, card
+from overfly.exporting.parity import LabeledSplit
+from overfly.exporting.predictor import Floats, ModelMetadata
 from overfly.ops.windows import cut, windows
 from overfly.recipe import Recipe
 from overfly.training.evaluate import labeled
@@ -40,12 +40,12 @@ CALIBRATION = 32
 
 
 @dataclass(frozen=True)
-class Shipped:
+class ExportResult:
     """An exported file that agrees with PyTorch."""
 
     path: Path
     card: Path
-    found: Exported
+    found: ExportReport
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found = self.found
@@ -64,15 +64,15 @@ class Shipped:
             table.add_row(eager, "", "", "", "", f"{found.latency['torch eager'].median_ms:.1f}")
         yield table
         for each in found.parity:
-            if each.beyond:
-                yield f"not for {each.backend}: {each.beyond}; {each.where}"
+            if each.violations:
+                yield f"not for {each.backend}: {each.violations}; {each.where}"
         yield f"exported: {self.path} ({found.bytes / 1e6:.1f} MB)"
         yield f"figures:  {self.path.with_suffix('.json')}"
         yield f"card:     {self.card}"
 
 
 @dataclass(frozen=True)
-class Sent:
+class HubResult:
     """Files that went to a hub or came from it."""
 
     files: list[str]
@@ -90,7 +90,7 @@ def export(
     *,
     format: Format = "onnx",  # noqa: A002  (the command line's --format)
     precision: Precision = "32",
-    answer: Answer = "probabilities",
+    output: Output = "probabilities",
     size: int | None = None,
     resize: int | None = None,
     domain: str = "target",
@@ -99,7 +99,7 @@ def export(
     name: str | None = None,
     out: Path | None = None,
     quiet: bool = False,
-) -> Shipped:
+) -> ExportResult:
     """Export a trained network, and measure that it says what PyTorch says before it gets its name.
 
     The file takes images in the sensor's own range and normalizes them itself; heads that only training reads are
@@ -110,7 +110,7 @@ def export(
         run: the folder of a finished run; of one adapted by `overfly adapt`, its recommended network.
         format: onnx (.onnx), openvino (.xml and .bin) or torch (.pt2).
         precision: 32, 16, or int8, whose ranges are measured on unlabeled images of the target.
-        answer: what the file gives: probabilities, logits, or classes (ids, 8 bits).
+        output: what the file gives: probabilities, logits, or classes (ids, 8 bits).
         size: side of tiles of one fixed size, in pixels, as QGIS wants it; left out: images of any size.
         resize: side of the square that the file resizes images to inside; 0: none; left out: as the run's recipe says.
         domain: target or source of the recipe, or the file or name of another domain, to measure on.
@@ -127,29 +127,31 @@ def export(
         {"size": (size or 32, 32, LARGEST), "resize": (resize or 32, 32, LARGEST), "images": (images, 1, 10**4)}
     )
     opened = Run.open(run)
-    segmenter, facts = network_of(opened.path)
+    segmenter, metadata = load_network(opened.path)
     recipe = opened.recipe
     inner = (recipe.resize if resize is None else resize) or None
     if size is not None:
-        facts = facts.model_copy(update={"window": size, "fixed": True})
-    made = Made(format=format, precision=precision, answer=answer, resize=inner, opset=OPSET if format == "onnx" else 0)
-    stem = _stem(name, facts, made, size)
-    place = _domain(opened, domain, facts)
-    evidence = _evidence(place, recipe, made, facts.window, images, labels=labels)
+        metadata = metadata.model_copy(update={"window": size, "fixed": True})
+    settings = ExportSettings(
+        format=format, precision=precision, output=output, resize=inner, opset=OPSET if format == "onnx" else 0
+    )
+    stem = _stem(name, metadata, settings, size)
+    place = _domain(opened, domain, metadata)
+    data = _evidence(place, recipe, settings, metadata.window, images, labels=labels)
     folder = Path(out) if out is not None else opened.path / "exports"
     path, found = write(
-        segmenter, facts, made, evidence, folder=folder, name=stem, tell=(lambda _: None) if quiet else _tell
+        segmenter, metadata, settings, data, folder=folder, name=stem, tell=(lambda _: None) if quiet else _tell
     )
     own = {"target": recipe.target, "source": recipe.source}
     role = next((role for role, each in own.items() if domain in own and each is place), domain)
     _note_labels(opened, role, found)
     written = path.with_suffix(".md")
-    written.write_text(card(found, story_of(opened)), encoding="utf-8")
-    return Shipped(path, written, found)
+    written.write_text(card(found, card_content(opened)), encoding="utf-8")
+    return ExportResult(path, written, found)
 
 
 @pathlike
-def hub_push(export: Path, repository: str, *, private: bool = True, endpoint: str | None = None) -> Sent:
+def hub_push(export: Path, repository: str, *, private: bool = True, endpoint: str | None = None) -> HubResult:
     """Push an exported file, its figures and its model card to a model hub.
 
     The card becomes the hub's page. The hub's token is the one that `hf auth login` keeps, or that of HF_TOKEN.
@@ -164,13 +166,13 @@ def hub_push(export: Path, repository: str, *, private: bool = True, endpoint: s
         What was pushed, and where.
     """
     files, place = hub.push(Path(export), repository, private=private, endpoint=endpoint)
-    return Sent(files, place, "pushed")
+    return HubResult(files, place, "pushed")
 
 
 @pathlike
 def hub_load(
     repository: str, *, out: Path = Path("hub"), revision: str | None = None, endpoint: str | None = None
-) -> Sent:
+) -> HubResult:
     """Load exported files from a model hub.
 
     Args:
@@ -183,23 +185,25 @@ def hub_load(
         The files. `overfly predict` opens them.
     """
     files = hub.load(repository, Path(out), revision=revision, endpoint=endpoint)
-    return Sent([str(file) for file in files], f"predict with: overfly predict {files[0]} scene.tif", "loaded")
+    return HubResult([str(file) for file in files], f"predict with: overfly predict {files[0]} scene.tif", "loaded")
 
 
 def _tell(said: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(said)
 
 
-def _stem(name: str | None, facts: Facts, made: Made, size: int | None) -> str:
+def _stem(name: str | None, metadata: ModelMetadata, settings: ExportSettings, size: int | None) -> str:
     """Name of the exported file, without suffix."""
-    answer = [made.answer] * (made.answer != "probabilities")
-    stem = name or "-".join([facts.architecture, made.format, made.precision, *answer, *([str(size)] * bool(size))])
+    output = [settings.output] * (settings.output != "probabilities")
+    stem = name or "-".join(
+        [metadata.architecture, settings.format, settings.precision, *output, *([str(size)] * bool(size))]
+    )
     if Path(stem).name != stem or not stem:
         raise RecipeError(f"--name {stem} is no name of a file; give one without folders, and --out for the folder")
     return stem
 
 
-def _domain(run: Run, text: str, facts: Facts) -> Domain:
+def _domain(run: Run, text: str, metadata: ModelMetadata) -> Domain:
     """The domain that an export is measured on, which has the network's classes and bands."""
     recipe = run.recipe
     order = (recipe.target, recipe.source) if text == "target" else (recipe.source, recipe.target)
@@ -207,30 +211,32 @@ def _domain(run: Run, text: str, facts: Facts) -> Domain:
     found = own if text in ("target", "source") else domain_of(text)
     if found is None:
         raise DataError(f"{run.path} has no domain to measure an export on; name one as --domain")
-    if found.classes.names != facts.classes.names or found.bands != facts.bands:
+    if found.classes.names != metadata.classes.names or found.bands != metadata.bands:
         raise RecipeError(
             f"the domain {found.title} has other classes or bands than the network; give one with "
-            f"{', '.join(facts.classes.names)} and {facts.bands} bands as --domain"
+            f"{', '.join(metadata.classes.names)} and {metadata.bands} bands as --domain"
         )
     return found
 
 
-def _evidence(place: Domain, recipe: Recipe, made: Made, window: int, images: int, *, labels: bool) -> Evidence:
+def _evidence(
+    place: Domain, recipe: Recipe, settings: ExportSettings, window: int, images: int, *, labels: bool
+) -> EvaluationData:
     """Unlabeled images of a domain, and where its labels are for the scorer."""
-    before = None if made.resize else recipe.resize
-    side = None if made.resize else window
+    before = None if settings.resize else recipe.resize
+    side = None if settings.resize else window
     shown: Split = "val" if _pictures(place, "val") else "train" if _pictures(place, "train") else "test"
     measured: Split = "train" if _pictures(place, "train") else shown
     calibration: list[Floats] = []
-    if made.precision == "int8":
+    if settings.precision == "int8":
         calibration = list(patches(place, measured, CALIBRATION, window))
-    truth = None
+    labeled_split = None
     if labels and labeled(place, "val"):
-        truth = Truth(place, "val", before, side, images)
-    return Evidence(
+        labeled_split = LabeledSplit(place, "val", before, side, images)
+    return EvaluationData(
         images=list(patches(place, shown, images, side or window)),
         calibration=calibration,
-        truth=truth,
+        labeled_split=labeled_split,
         title=f"{place.title} ({shown})",
     )
 
@@ -270,7 +276,7 @@ def _pictures(place: Domain, split: Split) -> list[Item]:
         return []
 
 
-def _note_labels(run: Run, key: str, found: Exported) -> None:
+def _note_labels(run: Run, key: str, found: ExportReport) -> None:
     """Write down in the run how often labels were opened to compare mIoU."""
     opened = max((each.labels_opened for each in found.parity), default=0)
     if not opened:
@@ -283,39 +289,41 @@ def _note_labels(run: Run, key: str, found: Exported) -> None:
     run.record("scores.json", scores)
 
 
-def story_of(run: Run) -> Story:
+def card_content(run: Run) -> CardContent:
     """What a model card tells of a run: domains, scores of it and of its siblings of other seeds, verdict.
 
     Of a run that was refused the recommended network is exported, and its own run is told of.
     """
-    origin, evidence = origin_of(run), _verdict(run)
+    origin, data = origin_of(run), _verdict(run)
     if origin is None:
-        return _story_of_a_stranger(run, evidence)
+        return _story_of_a_stranger(run, data)
     run, recipe = origin, origin.recipe
     places = []
     for domain, role in ((recipe.source, "with labels, trained on"), (recipe.target, "without labels, adapted to")):
         if domain is not None:
-            places.append(Place(domain.title, sheet(domain), role))
+            places.append(CardDomain(domain.title, sheet(domain), role))
     if recipe.target is not None and not recipe.method.needs_target:
-        places[-1] = Place(recipe.target.title, sheet(recipe.target), "not seen in training")
-    return Story(
+        places[-1] = CardDomain(recipe.target.title, sheet(recipe.target), "not seen in training")
+    return CardContent(
         title=run.path.name,
         method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0].rstrip('.')}",
         places=places,
         scores=scores_of_seeds(run),
-        verdict=evidence,
+        verdict=data,
         recipe=yaml.safe_dump(_without_paths(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
     )
 
 
-def _story_of_a_stranger(run: Run, evidence: str) -> Story:
+def _story_of_a_stranger(run: Run, data: str) -> CardContent:
     """What is left to tell where the exported network's own run is not there."""
     target = run.recipe.target
-    return Story(
+    return CardContent(
         title=run.path.name,
         method="a run that is not there any more: the verdict below recommends its network",
-        places=[] if target is None else [Place(target.title, sheet(target), "without labels, as far as is known")],
-        verdict=evidence,
+        places=[]
+        if target is None
+        else [CardDomain(target.title, sheet(target), "without labels, as far as is known")],
+        verdict=data,
     )
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from overfly.adaptation.selection import Selection
 from overfly.core.device import select_device
 from overfly.core.errors import MissingExtraError, RecipeError
-from overfly.exporting.predictor import Backend, Facts, Predictor, facts_of, of_segmenter
-from overfly.exporting.runtimes import of_onnx, of_openvino, of_program
+from overfly.exporting.predictor import Backend, ModelMetadata, Predictor, model_metadata, segmenter_predictor
+from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run
 
@@ -22,7 +22,7 @@ RUNTIMES: dict[str, tuple[Backend, ...]] = {
 """What runs an exported file, by its suffix; the first is taken where nobody says."""
 
 
-def predictor_of(path: Path | str, *, backend: Backend = "auto", device: str = "auto") -> Predictor:
+def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str = "auto") -> Predictor:
     """The network that a path means, on a runtime.
 
     Args:
@@ -39,25 +39,25 @@ def predictor_of(path: Path | str, *, backend: Backend = "auto", device: str = "
     if backend != "auto" and backend not in runtimes:
         raise RecipeError(f"{path} is run by {' or '.join(runtimes)}; export it for {backend} first")
     if path.is_dir() or path.suffix.lower() not in RUNTIMES:
-        segmenter, facts = network_of(path)
-        return of_segmenter(segmenter, facts, select_device(device))
+        segmenter, metadata = load_network(path)
+        return segmenter_predictor(segmenter, metadata, select_device(device))
     if path.suffix.lower() == ".pt2":
-        return of_program(path, select_device(device))
+        return torch_predictor(path, select_device(device))
     place = "cpu" if device == "auto" else str(select_device(device))
     if backend == "openvino" or path.suffix.lower() == ".xml":
-        return of_openvino(path, place)
+        return openvino_predictor(path, place)
     try:
-        return of_onnx(path, place)
+        return onnx_predictor(path, place)
     except MissingExtraError as missing:
         if backend == "onnxruntime":
             raise
         try:
-            return of_openvino(path, place)
+            return openvino_predictor(path, place)
         except MissingExtraError:
             raise missing from None
 
 
-def network_of(path: Path | str) -> tuple[Segmenter, Facts]:
+def load_network(path: Path | str) -> tuple[Segmenter, ModelMetadata]:
     """The trained network that a path means, in evaluation mode, and what its user must know of it.
 
     Args:
@@ -69,14 +69,14 @@ def network_of(path: Path | str) -> tuple[Segmenter, Facts]:
     path = Path(path)
     if not path.is_dir():
         segmenter = Segmenter.load(path).eval()
-        return segmenter, facts_of(segmenter, window=WINDOW, title=path.stem)
+        return segmenter, model_metadata(segmenter, window=WINDOW, title=path.stem)
     run = Run.open(path)
     best = run.path / "best.safetensors"
     segmenter = Segmenter.load(best).eval() if best.is_file() else run.segmenter()
     recipe = run.recipe
     grounds = [domain.gsd for domain in (recipe.source, recipe.target) if domain is not None]
     ground = next((meters for meters in grounds if meters is not None), None)
-    return segmenter, facts_of(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
+    return segmenter, model_metadata(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
 
 
 def selection_of(run: Run) -> Selection | None:
@@ -101,7 +101,7 @@ def origin_of(run: Run) -> Run | None:
     return Run.open(there[0]) if there else None
 
 
-def begun_from(start: Path) -> Path:
+def resolve_start(start: Path) -> Path:
     """What adaptation begins from where a path is named: itself, or the recommended network where a run was refused.
 
     Args:
@@ -114,4 +114,4 @@ def begun_from(start: Path) -> Path:
     return run.path / "best.safetensors" if origin is None else start if origin.path == run.path else origin.path
 
 
-__all__ = ["RUNTIMES", "WINDOW", "begun_from", "network_of", "origin_of", "predictor_of", "selection_of"]
+__all__ = ["RUNTIMES", "WINDOW", "load_network", "load_predictor", "origin_of", "resolve_start", "selection_of"]

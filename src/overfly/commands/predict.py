@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from overfly.commands.arguments import LARGEST, check_bounds, pathlike
-from overfly.commands.load_predictor import predictor_of
+from overfly.commands.load_predictor import load_predictor
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.exporting.predictor import Backend, Predictor
 from overfly.raster.fleet import map_rasters
@@ -107,13 +107,13 @@ def predict(
         {"window": (window or 32, 32, LARGEST), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)}
         | {"workers": (workers, 0, 256)}
     )
-    predictor = predictor_of(network, backend=backend, device=device)
+    predictor = load_predictor(network, backend=backend, device=device)
     settings = Settings(
         window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, opacity=opacity, max_value=max_value,
-        resolution=_resolution(resolution, match, predictor.facts.ground), probabilities=probabilities,
+        resolution=_resolution(resolution, match, predictor.metadata.ground), probabilities=probabilities,
         uncertainty=uncertainty, polygons=polygons, smallest=smallest, overwrite=overwrite,
     )  # fmt: skip
-    opener = partial(predictor_of, Path(network).absolute(), backend=backend, device=device)
+    opener = partial(load_predictor, Path(network).absolute(), backend=backend, device=device)
     share = (
         partial(map_rasters, opener, workers=workers, scheduler=scheduler) if workers or scheduler is not None else None
     )

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from overfly.commands.arguments import LARGEST, check_bounds, pathlike
-from overfly.commands.load_predictor import origin_of, predictor_of
+from overfly.commands.load_predictor import load_predictor, origin_of
 from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
 from overfly.data.headers import SUFFIXES
 from overfly.exporting.predictor import Backend, Predictor
@@ -171,13 +171,13 @@ def served_networks(paths: list[str], backend: Backend = "auto", device: str = "
             for run in runs:
                 if run.path.resolve() in found:
                     continue
-                opened = partial(predictor_of, run.path, backend=backend, device=device)
+                opened = partial(load_predictor, run.path, backend=backend, device=device)
                 origin = origin_of(run)
                 title = run.path.name if origin is None else f"{recipe_title(origin.recipe)}, seed {origin.recipe.seed}"
                 found[run.path.resolve()] = Network(str(len(found)), title, opened, run, _about(run, origin))
         elif path.resolve() not in found:
-            predictor = predictor_of(path, backend=backend, device=device)
-            about = {"model": predictor.facts.architecture, "folder": path.resolve().parent.name}
+            predictor = load_predictor(path, backend=backend, device=device)
+            about = {"model": predictor.metadata.architecture, "folder": path.resolve().parent.name}
             about |= dict(zip(("format", "precision"), predictor.export or (), strict=False))
             about["runtime"] = predictor.backend
             opened = partial(_same, predictor)

@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from overfly.commands.arguments import LARGEST, check_bounds, pathlike
-from overfly.commands.load_predictor import predictor_of
+from overfly.commands.load_predictor import load_predictor
 from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Spec
@@ -174,7 +174,7 @@ def watch(
         stream = stack.enter_context(opened(source, fps=fps))
         screen = Screen()
         sinks, sizes = _sinks(stack, out, serve, stream.rate, screen, quiet=quiet)
-        painter = painter_of(predictor_of(run, backend=backend, device=device), style)
+        painter = painter_of(load_predictor(run, backend=backend, device=device), style)
         warm_up(painter, stream.width, stream.height)
         told = None if quiet else stack.enter_context(_progress(source))
         pictures = until(stream.pictures, seconds)
@@ -244,12 +244,12 @@ def _recorded(
     out: Path | None,
 ) -> Record:
     """What came of a stream; ``sizes`` holds that of its first frame (width, height), where one was shown."""
-    facts, (width, height) = painter.predictor.facts, sizes[0] if sizes else (stream.width, stream.height)
+    metadata, (width, height) = painter.predictor.metadata, sizes[0] if sizes else (stream.width, stream.height)
     scale = min(1.0, (painter.style.size or LARGEST) / max(width, height))
     machine = describe_machine(painter.predictor.device if painter.predictor.backend == "torch" else "cpu")
     return Record(
         source=stream.title,
-        network=facts.title or facts.architecture,
+        network=metadata.title or metadata.architecture,
         backend=painter.predictor.backend,
         device=painter.predictor.device,
         machine=str(machine["device"]),

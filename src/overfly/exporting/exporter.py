@@ -18,16 +18,16 @@ from overfly.core.device import describe_machine
 from overfly.core.errors import MissingExtraError, RecipeError
 from overfly.core.spec import Pixels, Spec, Whole
 from overfly.exporting.formats import write_onnx, write_openvino, write_torch
-from overfly.exporting.graph import Deployed
-from overfly.exporting.metadata import Made, entries
-from overfly.exporting.onnx_metadata import deepness
-from overfly.exporting.parity import Parity, ParityError, Truth, compare, miou
-from overfly.exporting.predictor import Facts, Floats, Predictor, of_segmenter
+from overfly.exporting.graph import ExportModule
+from overfly.exporting.metadata import ExportSettings, metadata_entries
+from overfly.exporting.onnx_metadata import deepness_properties
+from overfly.exporting.parity import LabeledSplit, Parity, ParityError, measure_parity, miou
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor, segmenter_predictor
 from overfly.exporting.quantize import Ranges, quantize_onnx, quantize_openvino
 from overfly.exporting.resizing import resized
-from overfly.exporting.runtimes import of_onnx, of_openvino, of_program
+from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.shelf import writing
-from overfly.exporting.timing import Latency, take_turns
+from overfly.exporting.timing import Latency, measure_latency
 from overfly.models.segmenter import Segmenter
 
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
@@ -39,23 +39,23 @@ CHOSEN_ON = 8
 
 
 @dataclass(frozen=True)
-class Evidence:
+class EvaluationData:
     """Real images that an export is measured on; the first two have no labels, the last is for the scorer alone.
 
     Attributes:
         images: each (1, C, H, W), float32, in the sensor's own range, compared with PyTorch pixel by pixel.
         calibration: images of the same kind that the ranges of 8-bit maps are measured on, all of one size.
-        truth: where labels are; None: there are none.
+        labeled_split: where labels are; None: there are none.
         title: where the images are from, in words.
     """
 
     images: Sequence[Floats]
     calibration: Sequence[Floats]
-    truth: Truth | None
+    labeled_split: LabeledSplit | None
     title: str
 
 
-class Exported(Spec):
+class ExportReport(Spec):
     """What is known of an exported file; written beside it as JSON."""
 
     file: str
@@ -64,9 +64,9 @@ class Exported(Spec):
     """Its size on disk, weights included."""
     sha256: str
     """Checksum of the file."""
-    made: Made
+    settings: ExportSettings
     """How it was made."""
-    facts: Facts
+    metadata: ModelMetadata
     """What its user must know of it."""
     images: str
     """Where the images that it was measured on are from."""
@@ -83,16 +83,16 @@ class Exported(Spec):
 
 
 def export(
-    segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence, *, folder: Path, name: str,
-    tell: Callable[[str], None] = print,
-) -> tuple[Path, Exported]:  # fmt: skip
+    segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData, *,
+    folder: Path, name: str, tell: Callable[[str], None] = print,
+) -> tuple[Path, ExportReport]:  # fmt: skip
     """Write a network for other runtimes, measure it, and give it its name only if it agrees with PyTorch.
 
     Args:
         segmenter: the trained network; it is left alone.
-        facts: what is to be known of it; ``fixed`` and ``window`` say whether tiles have one size.
-        made: format, precision, answer and inner size.
-        evidence: what it is measured on.
+        metadata: what is to be known of it; ``fixed`` and ``window`` say whether tiles have one size.
+        settings: format, precision, answer and inner size.
+        data: what it is measured on.
         folder: where the file is to lie.
         name: of the file, without suffix.
         tell: says what is being done.
@@ -105,55 +105,59 @@ def export(
         MissingExtraError: a package is not installed.
         DownloadError: the disk is full.
     """
-    if made.precision == "int8" and made.format == "torch":
+    if settings.precision == "int8" and settings.format == "torch":
         raise RecipeError("PyTorch runs no exported 8-bit network; take --format onnx or openvino, or --precision 16")
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{name}{SUFFIX[made.format]}"
+    final = folder / f"{name}{SUFFIX[settings.format]}"
     with atomic_write(final, folder=True) as work:
         tell(f"writing {final.name}")
         with writing(final):
-            file = _write(segmenter, facts, made, evidence, work / final.name)
-        tell(f"comparing it with PyTorch on {len(evidence.images)} images of {evidence.title}")
-        found = _measure(file, segmenter, facts, made, evidence)
+            file = _write(segmenter, metadata, settings, data, work / final.name)
+        tell(f"comparing it with PyTorch on {len(data.images)} images of {data.title}")
+        found = _measure(file, segmenter, metadata, settings, data)
         _judge(found, folder / f"{name}.failed.json")
         with writing(final):
             _move(work, folder, file, found, name)
     return final, found
 
 
-def _write(segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence, path: Path) -> Path:
+def _write(
+    segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData, path: Path
+) -> Path:
     """Write the file."""
-    fixed = (facts.window, facts.window) if facts.fixed else None
+    fixed = (metadata.window, metadata.window) if metadata.fixed else None
     halves = {"onnx": torch.float16, "torch": torch.bfloat16, "openvino": torch.float32}
-    dtype = halves[made.format] if made.precision == "16" else torch.float32
-    deployed = Deployed(segmenter, answer=made.answer, dtype=dtype, resize=made.resize, fixed=fixed).eval()
-    metadata = entries(facts, made)
-    if made.format == "torch":
-        return write_torch(deployed, path, facts.bands, metadata)
-    if made.answer == "probabilities" and made.format == "onnx":
-        metadata |= deepness(facts)
+    dtype = halves[settings.format] if settings.precision == "16" else torch.float32
+    module = ExportModule(segmenter, output=settings.output, dtype=dtype, resize=settings.resize, fixed=fixed).eval()
+    properties = metadata_entries(metadata, settings)
+    if settings.format == "torch":
+        return write_torch(module, path, metadata.bands, properties)
+    if settings.output == "probabilities" and settings.format == "onnx":
+        properties |= deepness_properties(metadata)
     plain = path.with_suffix(".plain.onnx")
-    write_onnx(deployed, plain, facts.bands, metadata)
+    write_onnx(module, plain, metadata.bands, properties)
     try:
-        if made.format == "onnx" and made.precision != "int8":
+        if settings.format == "onnx" and settings.precision != "int8":
             return plain.replace(path)
-        if made.precision == "int8":
-            return _quantize(plain, path, _reference(segmenter, facts, made), evidence, made, **metadata)
-        return write_openvino(plain, path, metadata, half=made.precision == "16")
+        if settings.precision == "int8":
+            return _quantize(plain, path, _reference(segmenter, metadata, settings), data, settings, **properties)
+        return write_openvino(plain, path, properties, half=settings.precision == "16")
     finally:
         plain.unlink(missing_ok=True)
 
 
-def _quantize(plain: Path, path: Path, reference: Predictor, evidence: Evidence, made: Made, **text: str) -> Path:
+def _quantize(
+    plain: Path, path: Path, reference: Predictor, data: EvaluationData, settings: ExportSettings, **text: str
+) -> Path:
     """Write 8-bit integers with ranges taken in each way, and keep the file that agrees best on the same images."""
-    quantize = quantize_onnx if made.format == "onnx" else quantize_openvino
-    shown = evidence.calibration[:: max(1, len(evidence.calibration) // CHOSEN_ON)][:CHOSEN_ON]
+    quantize = quantize_onnx if settings.format == "onnx" else quantize_openvino
+    shown = data.calibration[:: max(1, len(data.calibration) // CHOSEN_ON)][:CHOSEN_ON]
     wanted = [reference(image).argmax(1) for image in shown]
     found: dict[Ranges, float] = {}
     ways: tuple[Ranges, ...] = ("extremes", "means")
     for ranges in ways:
-        file = quantize(plain, path.parent / ranges / path.name, evidence.calibration, text, ranges)
-        predictor = runtimes_of(file, made)[0]
+        file = quantize(plain, path.parent / ranges / path.name, data.calibration, text, ranges)
+        predictor = runtimes_of(file, settings)[0]
         same = [(predictor(image).argmax(1) == right).mean() for image, right in zip(shown, wanted, strict=True)]
         found[ranges] = float(sum(same))
     best = max(found, key=lambda ranges: found[ranges])
@@ -164,59 +168,61 @@ def _quantize(plain: Path, path: Path, reference: Predictor, evidence: Evidence,
     return path
 
 
-def _reference(segmenter: Segmenter, facts: Facts, made: Made) -> Predictor:
+def _reference(segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings) -> Predictor:
     """PyTorch in float32, as the network was before anything was folded."""
-    reference = of_segmenter(segmenter, facts)
-    return reference if made.resize is None else resized(reference, made.resize)
+    reference = segmenter_predictor(segmenter, metadata)
+    return reference if settings.resize is None else resized(reference, settings.resize)
 
 
-def _measure(file: Path, segmenter: Segmenter, facts: Facts, made: Made, evidence: Evidence) -> Exported:
+def _measure(
+    file: Path, segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData
+) -> ExportReport:
     """Everything that is known of a file."""
-    reference = _reference(segmenter, facts, made)
-    fixed = (facts.window, facts.window) if facts.fixed else None
-    graph = Deployed(segmenter, answer=made.answer, resize=made.resize, fixed=fixed).eval()
-    truth_of_torch = None if evidence.truth is None else miou(reference, evidence.truth)[0]
-    predictors = runtimes_of(file, made)
+    reference = _reference(segmenter, metadata, settings)
+    fixed = (metadata.window, metadata.window) if metadata.fixed else None
+    graph = ExportModule(segmenter, output=settings.output, resize=settings.resize, fixed=fixed).eval()
+    truth_of_torch = None if data.labeled_split is None else miou(reference, data.labeled_split)[0]
+    predictors = runtimes_of(file, settings)
     parity = [
-        compare(file, predictor, made, reference=reference, deployed=graph, images=evidence.images,
-            truth=evidence.truth, truth_of_torch=truth_of_torch,
+        measure_parity(file, predictor, settings, reference=reference, module=graph, images=data.images,
+            labeled_split=data.labeled_split, truth_of_torch=truth_of_torch,
         )
         for predictor in predictors
     ]  # fmt: skip
-    side = facts.window
+    side = metadata.window
     image = (
-        facts.max_value * torch.rand(1, facts.bands, side, side, generator=torch.Generator().manual_seed(0))
+        metadata.max_value * torch.rand(1, metadata.bands, side, side, generator=torch.Generator().manual_seed(0))
     ).numpy()
     runs: dict[str, Callable[[], Any]] = {"torch eager": partial(reference, image)}
     runs |= {predictor.backend: partial(predictor, image) for predictor in predictors}
-    agrees = not parity[0].beyond
-    return Exported(
+    agrees = not parity[0].violations
+    return ExportReport(
         file=file.name,
         bytes=sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists()),
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        made=made,
-        facts=facts,
-        images=evidence.title,
-        calibration_images=len(evidence.calibration) if made.precision == "int8" else 0,
+        settings=settings,
+        metadata=metadata,
+        images=data.title,
+        calibration_images=len(data.calibration) if settings.precision == "int8" else 0,
         parity=tuple(parity),
-        latency=take_turns(runs, rounds=ROUNDS, seconds=SECONDS) if agrees else {},
+        latency=measure_latency(runs, rounds=ROUNDS, seconds=SECONDS) if agrees else {},
         latency_side=side,
         machine=describe_machine(),
     )
 
 
-def runtimes_of(file: Path, made: Made, threads: int | None = None) -> list[Predictor]:
+def runtimes_of(file: Path, settings: ExportSettings, threads: int | None = None) -> list[Predictor]:
     """A file on every runtime that is installed and opens it, the one that it is made for first.
 
     Raises:
         MissingExtraError: no runtime for it is installed.
     """
-    if made.format == "torch":
-        return [of_program(file)]
-    if made.format == "openvino":
-        return [of_openvino(file, threads=threads)]
+    if settings.format == "torch":
+        return [torch_predictor(file)]
+    if settings.format == "openvino":
+        return [openvino_predictor(file, threads=threads)]
     found, missing = [], None
-    for opened in (of_onnx, of_openvino):
+    for opened in (onnx_predictor, openvino_predictor):
         try:
             found.append(opened(file, threads=threads))
         except MissingExtraError as error:
@@ -226,23 +232,23 @@ def runtimes_of(file: Path, made: Made, threads: int | None = None) -> list[Pred
     return found
 
 
-def _judge(found: Exported, report: Path) -> None:
+def _judge(found: ExportReport, report: Path) -> None:
     """Raise where the runtime that a file is made for is beyond tolerance, and leave the figures.
 
     Others that open it too are measured, and what they are is told.
     """
     report.unlink(missing_ok=True)
     for parity in found.parity[:1]:
-        if parity.beyond:
+        if parity.violations:
             report.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
             raise ParityError(
                 f"{found.file} was not written: run by {parity.backend} on {parity.images} images of {found.images} it "
-                f"differs from PyTorch ({parity.beyond}); {parity.where}; every layer's error is in {report}; take a "
-                "higher --precision, train the network for longer, or measure on the pictures it is for with --domain"
+                f"differs from PyTorch ({parity.violations}); {parity.where}; every layer's error is in {report}; "
+                "take a higher --precision, train for longer, or measure on images of the target with --domain"
             )
 
 
-def _move(work: Path, folder: Path, file: Path, found: Exported, name: str) -> None:
+def _move(work: Path, folder: Path, file: Path, found: ExportReport, name: str) -> None:
     """Give the files their names, the one that is opened last."""
     values = json.loads(found.model_dump_json())
     (work / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -250,4 +256,4 @@ def _move(work: Path, folder: Path, file: Path, found: Exported, name: str) -> N
         part.replace(folder / part.name)
 
 
-__all__ = ["Evidence", "Exported", "export", "runtimes_of"]
+__all__ = ["EvaluationData", "ExportReport", "export", "runtimes_of"]

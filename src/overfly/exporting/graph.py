@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from overfly.models.network import Network
 from overfly.models.segmenter import Segmenter
 
-Answer = Literal["probabilities", "logits", "classes"]
+Output = Literal["probabilities", "logits", "classes"]
 """What the graph gives: probabilities (B, K, H, W), logits (B, K, H, W), or class ids (B, H, W), uint8."""
 Precision = Literal["32", "16", "int8"]
 """Arithmetic of the exported network: 32 bits, 16 bits, or 8-bit integers."""
 
 
-class Deployed(nn.Module):
+class ExportModule(nn.Module):
     """A trained network as it is exported: images (B, C, H, W), float32, in the sensor's own range, to its answer.
 
     Args:
         segmenter: the trained network; it is left alone.
-        answer: what the graph gives.
+        output: what the graph gives.
         dtype: what the network computes in; normalization and answer stay in float32.
         resize: side of the square that images are resized to before the network; its scores are brought back to the
             image's own size.
@@ -45,7 +45,7 @@ class Deployed(nn.Module):
         self,
         segmenter: Segmenter,
         *,
-        answer: Answer = "probabilities",
+        output: Output = "probabilities",
         dtype: torch.dtype = torch.float32,
         resize: int | None = None,
         fixed: tuple[int, int] | None = None,
@@ -53,7 +53,7 @@ class Deployed(nn.Module):
         super().__init__()
         lighter = segmenter.without_training_heads().eval().cpu().float().requires_grad_(False)
         network = fold_batch_norm(lighter.network, segmenter.bands)
-        self.answer, self.dtype, self.resize, self.fixed = answer, dtype, resize, fixed
+        self.output, self.dtype, self.resize, self.fixed = output, dtype, resize, fixed
         self.stride = segmenter.stride
         self.classes = len(segmenter.classes)
         self.register_buffer("mean", lighter.mean.clone())
@@ -61,7 +61,7 @@ class Deployed(nn.Module):
         # the convolution pads with 0, which is the mean once it is subtracted: only the division can move into it
         self.divides = dtype != torch.float32 or not fold_division(network, lighter.std)
         self.network = network.to(dtype)
-        self.head = Head(answer)
+        self.head = OutputHead(output)
 
     def forward(self, image: Tensor) -> Tensor:
         """The answer at the image's size."""
@@ -79,8 +79,8 @@ class Deployed(nn.Module):
         x, whole, padded = self._padded(x, rows, columns)
         scores = self.network(x.to(self.dtype)).main.float()
         crop = (rows, columns) if padded else None
-        answer: Tensor = self.head(scores, whole, crop, None if self.resize is None else (height, width))
-        return answer
+        output: Tensor = self.head(scores, whole, crop, None if self.resize is None else (height, width))
+        return output
 
     def _padded(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, int], bool]:
         """Images whose sides are multiples of the stride, by repeating the last pixels; their size; whether they grew.
@@ -95,16 +95,16 @@ class Deployed(nn.Module):
         return F.pad(x, (0, whole[1] - columns, 0, whole[0] - rows), mode="replicate"), whole, True
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """From class scores at the network's own stride to the answer at the image's size.
 
     Args:
-        answer: what it gives.
+        output: what it gives.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, output: Output) -> None:
         super().__init__()
-        self.answer = answer
+        self.output = output
 
     def forward(
         self, scores: Tensor, whole: tuple[int, int], crop: tuple[int, int] | None, image: tuple[int, int] | None
@@ -122,9 +122,9 @@ class Head(nn.Module):
             scores = scores[..., : crop[0], : crop[1]]
         if image is not None:
             scores = F.interpolate(scores, size=image, mode="bilinear", align_corners=False)
-        if self.answer == "logits":
+        if self.output == "logits":
             return scores
-        if self.answer == "classes":
+        if self.output == "classes":
             return scores.argmax(1).to(torch.uint8)
         if not torch.onnx.is_in_onnx_export():
             return scores.softmax(1)
@@ -211,4 +211,4 @@ def fold_division(network: Network, std: Tensor) -> bool:
     return True
 
 
-__all__ = ["Answer", "Deployed", "Head", "Precision", "fold_batch_norm", "fold_division"]
+__all__ = ["ExportModule", "Output", "OutputHead", "Precision", "fold_batch_norm", "fold_division"]

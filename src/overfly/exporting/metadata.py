@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from overfly.core.errors import WeightsError
 from overfly.core.spec import Pixels, Spec, Whole
-from overfly.exporting.graph import Answer, Precision
-from overfly.exporting.predictor import Facts
+from overfly.exporting.graph import Output, Precision
+from overfly.exporting.predictor import ModelMetadata
 
 Format = Literal["onnx", "openvino", "torch"]
 FACTS, MADE = "overfly", "overfly_export"
@@ -31,14 +31,14 @@ VERSION = _own_version()
 """Version of overfly that is running."""
 
 
-class Made(Spec):
+class ExportSettings(Spec):
     """How an exported file was made, and what its graph gives."""
 
     format: Format = "onnx"
     """onnx (.onnx), openvino (.xml and .bin) or torch (.pt2)."""
     precision: Precision = "32"
     """Arithmetic of the network."""
-    answer: Answer = "probabilities"
+    output: Output = "probabilities"
     """What the graph gives."""
     resize: Pixels | None = None
     """Side of the square that the graph resizes images to; none: as they come."""
@@ -53,13 +53,13 @@ class Made(Spec):
         return self.format, self.precision
 
 
-def entries(facts: Facts, made: Made) -> dict[str, str]:
+def metadata_entries(metadata: ModelMetadata, settings: ExportSettings) -> dict[str, str]:
     """Both values as they are written into a file's metadata."""
-    return {FACTS: facts.model_dump_json(), MADE: made.model_dump_json()}
+    return {FACTS: metadata.model_dump_json(), MADE: settings.model_dump_json()}
 
 
-def read_entries(metadata: Mapping[str, str], path: Path) -> tuple[Facts, Made]:
-    """What `entries` wrote.
+def read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[ModelMetadata, ExportSettings]:
+    """What `metadata_entries` wrote.
 
     Raises:
         WeightsError: the file was not written by overfly, or by a later version of it.
@@ -70,7 +70,9 @@ def read_entries(metadata: Mapping[str, str], path: Path) -> tuple[Facts, Made]:
             "wrote"
         )
     try:
-        return Facts.model_validate_json(metadata[FACTS]), Made.model_validate_json(metadata.get(MADE, "{}"))
+        return ModelMetadata.model_validate_json(metadata[FACTS]), ExportSettings.model_validate_json(
+            metadata.get(MADE, "{}")
+        )
     except ValidationError:
         other = _version(metadata)
         raise WeightsError(
@@ -86,4 +88,4 @@ def _version(metadata: Mapping[str, str]) -> str:
         return "of another version"
 
 
-__all__ = ["FACTS", "MADE", "Format", "Made", "entries", "read_entries"]
+__all__ = ["FACTS", "MADE", "ExportSettings", "Format", "metadata_entries", "read_metadata"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from overfly.exporting.exporter import Exported
+from overfly.exporting.exporter import ExportReport
 
 
 @dataclass(frozen=True)
-class Place:
+class CardDomain:
     """A domain as the card tells of it.
 
     Attributes:
@@ -24,7 +24,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Story:
+class CardContent:
     """What is told beside the figures of an export.
 
     Attributes:
@@ -38,37 +38,37 @@ class Story:
 
     title: str
     method: str
-    places: Sequence[Place]
+    places: Sequence[CardDomain]
     scores: Mapping[str, Mapping[int, Mapping[str, float | None]]] = field(default_factory=dict)
     verdict: str = ""
     recipe: str = ""
 
 
-def card(found: Exported, story: Story) -> str:
+def card(found: ExportReport, story: CardContent) -> str:
     """A model card as Markdown."""
-    facts, made = found.facts, found.made
-    ground = "not known" if facts.ground is None else f"{facts.ground:g} m a pixel"
-    size = f"tiles of {facts.window}×{facts.window}" if facts.fixed else "any size"
-    inner = "" if made.resize is None else f", resized to {made.resize}×{made.resize} inside"
+    metadata, settings = found.metadata, found.settings
+    ground = "not known" if metadata.ground is None else f"{metadata.ground:g} m a pixel"
+    size = f"tiles of {metadata.window}×{metadata.window}" if metadata.fixed else "any size"
+    inner = "" if settings.resize is None else f", resized to {settings.resize}×{settings.resize} inside"
     gives = {
         "probabilities": "class probabilities (B, K, H, W), float32",
         "logits": "class scores before softmax (B, K, H, W), float32",
         "classes": "class ids (B, H, W), 8 bits",
-    }[made.answer]
+    }[settings.output]
     lines = [
-        f"# {facts.architecture}, from {story.title}",
+        f"# {metadata.architecture}, from {story.title}",
         "",
-        f"Semantic segmentation of aerial imagery: `{found.file}`, {found.bytes / 1e6:.1f} MB, {made.format}, "
-        f"{_bits(made.precision)}, written by overfly {made.version}. SHA-256 `{found.sha256}`.",
+        f"Semantic segmentation of aerial imagery: `{found.file}`, {found.bytes / 1e6:.1f} MB, {settings.format}, "
+        f"{_bits(settings.precision)}, written by overfly {settings.version}. SHA-256 `{found.sha256}`.",
         "",
         "## Use",
-        f"- **In**: images (B, {facts.bands}, H, W), float32, in the sensor's own range (0 to {facts.max_value:g}), "
-        f"{size}{inner}; the graph normalizes them itself.",
+        f"- **In**: images (B, {metadata.bands}, H, W), float32, in the sensor's own range "
+        f"(0 to {metadata.max_value:g}), {size}{inner}; the graph normalizes them itself.",
         f"- **Out**: {gives}.",
-        f"- **Classes**: {', '.join(f'{number} {name}' for number, name in enumerate(facts.classes.names))}.",
+        f"- **Classes**: {', '.join(f'{number} {name}' for number, name in enumerate(metadata.classes.names))}.",
         f"- **Ground resolution** of the training images: {ground}. At another resolution objects have other sizes in "
         "pixels; resample first.",
-        f"- `overfly predict {found.file} scene.tif` makes a map; in QGIS, see the guide." if made.format == "onnx"
+        f"- `overfly predict {found.file} scene.tif` makes a map; in QGIS, see the guide." if settings.format == "onnx"
         else f"- `overfly predict {found.file} scene.tif` makes a map.",
         "",
         "## Data",
@@ -89,7 +89,7 @@ def _bits(precision: str) -> str:
     return {"32": "32-bit floats", "16": "16-bit floats", "int8": "8-bit integers"}[precision]
 
 
-def _scores(story: Story) -> list[str]:
+def _scores(story: CardContent) -> list[str]:
     if not story.scores:
         return ["Not scored against labels. `overfly evaluate` does it."]
     seeds = sorted({seed for by_seed in story.scores.values() for seed in by_seed})
@@ -118,7 +118,7 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{mean:.1f} ± {deviation:.1f} ({len(known)})"
 
 
-def _parity(found: Exported) -> list[str]:
+def _parity(found: ExportReport) -> list[str]:
     lines = [
         f"On {found.parity[0].images} images of {found.images}, PyTorch in float32 against this file:",
         "",
@@ -133,12 +133,12 @@ def _parity(found: Exported) -> list[str]:
             f"{mious[0]} | {mious[1]} |"
         )
     for each in found.parity:
-        if each.beyond:
-            lines += ["", f"**Not for {each.backend}**: {each.beyond}."]
+        if each.violations:
+            lines += ["", f"**Not for {each.backend}**: {each.violations}."]
     return lines
 
 
-def _latency(found: Exported) -> list[str]:
+def _latency(found: ExportReport) -> list[str]:
     machine = found.machine
     lines = [
         f"One image of {found.latency_side}×{found.latency_side} on {machine.get('device')}, "
@@ -153,18 +153,18 @@ def _latency(found: Exported) -> list[str]:
     ]
 
 
-def _limits(found: Exported, story: Story) -> list[str]:
+def _limits(found: ExportReport, story: CardContent) -> list[str]:
     seen = " and ".join(place.title for place in story.places) or "its training domains"
     lines = [
         f"- It knows {seen}; elsewhere, in another season or with another sensor, it has not been measured.",
         "- Every pixel gets one of the classes above, what is none of them too.",
-        f"- It was made for images of {found.facts.bands} bands in the order of the training images.",
+        f"- It was made for images of {found.metadata.bands} bands in the order of the training images.",
     ]
     if not any("labels" in place.role for place in story.places):
         lines.append("- Nothing is known here of the labels that it was trained on.")
-    if found.made.answer == "classes":
+    if found.settings.output == "classes":
         lines.append("- The file tells no probabilities, so its certainty cannot be read.")
     return lines
 
 
-__all__ = ["Place", "Story", "card"]
+__all__ = ["CardContent", "CardDomain", "card"]

@@ -10,32 +10,32 @@ from __future__ import annotations
 
 import json
 
-from overfly.exporting.predictor import Facts
+from overfly.exporting.predictor import ModelMetadata
 
 OVERLAP = 25
 """Percent of a tile that the next one covers again."""
 
 
-def deepness(facts: Facts) -> dict[str, str]:
+def deepness_properties(metadata: ModelMetadata) -> dict[str, str]:
     """Deepness' metadata keys, each value as JSON.
 
     Args:
-        facts: of the network; resolution is left out where nobody has given the length of a pixel on the ground.
+        metadata: of the network; resolution is left out where nobody has given the length of a pixel on the ground.
     """
     values: dict[str, object] = {
         "model_type": "Segmentor",
-        "class_names": dict(enumerate(facts.classes.names)),
-        "tiles_size": facts.window,
-        "tile_size": facts.window,  # the plug-in's reader asks for this spelling, its documentation for the other
+        "class_names": dict(enumerate(metadata.classes.names)),
+        "tiles_size": metadata.window,
+        "tile_size": metadata.window,  # the plug-in's reader asks for this spelling, its documentation for the other
         "tiles_overlap": OVERLAP,
-        "standardization_mean": [0.0] * facts.bands,
-        "standardization_std": [1 / 255] * facts.bands,
+        "standardization_mean": [0.0] * metadata.bands,
+        "standardization_std": [1 / 255] * metadata.bands,
         "seg_thresh": 0.0,
         "seg_small_segment": 0,
     }
-    if facts.ground is not None:
-        values["resolution"] = round(100 * facts.ground, 4)
+    if metadata.ground is not None:
+        values["resolution"] = round(100 * metadata.ground, 4)
     return {key: json.dumps(value) for key, value in values.items()}
 
 
-__all__ = ["deepness"]
+__all__ = ["deepness_properties"]

@@ -16,8 +16,8 @@ from overfly.core.records import Logits
 from overfly.core.spec import NonNegative, Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import score
-from overfly.exporting.graph import Deployed, Precision
-from overfly.exporting.metadata import Made
+from overfly.exporting.graph import ExportModule, Precision
+from overfly.exporting.metadata import ExportSettings
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.exporting.probes import SCORES, Layer, Maps, differences, maps_in, maps_of
 
@@ -75,7 +75,7 @@ class Parity(Spec):
     """Every layer's error, where the answer is beyond tolerance."""
 
     @property
-    def beyond(self) -> str:
+    def violations(self) -> str:
         """What is beyond tolerance, in words; empty where nothing is."""
         said = []
         if self.agreement < self.tolerance.agreement:
@@ -103,7 +103,7 @@ class Parity(Spec):
 
 
 @dataclass(frozen=True)
-class Truth:
+class LabeledSplit:
     """Where labels are, for the scorer alone.
 
     Attributes:
@@ -121,20 +121,20 @@ class Truth:
     limit: int
 
 
-def compare(
-    file: Path, predictor: Predictor, made: Made, *, reference: Predictor, deployed: Deployed,
-    images: Sequence[Floats], truth: Truth | None = None, truth_of_torch: float | None = None,
+def measure_parity(
+    file: Path, predictor: Predictor, settings: ExportSettings, *, reference: Predictor, module: ExportModule,
+    images: Sequence[Floats], labeled_split: LabeledSplit | None = None, truth_of_torch: float | None = None,
 ) -> Parity:  # fmt: skip
     """Measure an exported file against PyTorch.
 
     Args:
         file: the exported file.
         predictor: the same file on a runtime.
-        made: how it was made.
+        settings: how it was made.
         reference: the trained network in PyTorch, float32, as it was before anything was folded.
-        deployed: the graph that was exported, in float32.
+        module: the graph that was exported, in float32.
         images: each (1, C, H, W), float32, in the sensor's own range.
-        truth: where labels are; None: mIoU is not measured.
+        labeled_split: where labels are; None: mIoU is not measured.
         truth_of_torch: mIoU of PyTorch on them, where it is known already.
     """
     same = pixels = 0
@@ -143,34 +143,34 @@ def compare(
         wanted, found = reference(image), predictor(image)
         same += int((wanted.argmax(1) == found.argmax(1)).sum())
         pixels += wanted[:, 0].size
-        if made.answer != "classes":
+        if settings.output != "classes":
             furthest = max(furthest, float(np.abs(wanted - found).max()))
-    scored, opened = (None, 0) if truth is None else miou(predictor, truth)
+    scored, opened = (None, 0) if labeled_split is None else miou(predictor, labeled_split)
     parity = Parity(
         backend=predictor.backend,
         images=len(images),
         pixels=pixels,
         agreement=same / pixels,
-        logit_difference=_logit_difference(file, predictor.backend, made, deployed, images[:PROBED]),
+        logit_difference=_logit_difference(file, predictor.backend, settings, module, images[:PROBED]),
         probability_difference=furthest,
         miou=scored,
         miou_of_torch=truth_of_torch,
         labels_opened=opened,
-        tolerance=TOLERANCES[made.precision],
+        tolerance=TOLERANCES[settings.precision],
     )
-    if parity.beyond:
-        layers = differences(*_both(file, predictor.backend, made, deployed, images[0]))
+    if parity.violations:
+        layers = differences(*_both(file, predictor.backend, settings, module, images[0]))
         return parity.model_copy(update={"layers": tuple(layers)})
     return parity
 
 
-def miou(predictor: Predictor, truth: Truth) -> tuple[float | None, int]:
+def miou(predictor: Predictor, labeled_split: LabeledSplit) -> tuple[float | None, int]:
     """Score a predictor: its mIoU against labels, and how many of them were read."""
-    count = sum(item.label is not None for item in truth.domain.items(truth.split))
-    every = max(1, -(-count // truth.limit))
+    count = sum(item.label is not None for item in labeled_split.domain.items(labeled_split.split))
+    every = max(1, -(-count // labeled_split.limit))
     scores = score(
-        _Scored(predictor), truth.domain, truth.split,
-        resize=truth.resize, window=truth.window, shard=(0, every), add=lambda counts: counts,
+        _Scored(predictor), labeled_split.domain, labeled_split.split,
+        resize=labeled_split.resize, window=labeled_split.window, shard=(0, every), add=lambda counts: counts,
     )  # fmt: skip
     return scores.miou, scores.labels_opened
 
@@ -181,7 +181,7 @@ class _Scored(nn.Module):
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
         self.predictor = predictor
-        self.classes: Classes = predictor.facts.classes
+        self.classes: Classes = predictor.metadata.classes
 
     def forward(self, image: Tensor) -> Logits:
         """Logarithms of the probabilities, which a softmax turns back into them."""
@@ -190,19 +190,19 @@ class _Scored(nn.Module):
 
 
 def _logit_difference(
-    file: Path, backend: str, made: Made, deployed: Deployed, images: Sequence[Floats]
+    file: Path, backend: str, settings: ExportSettings, module: ExportModule, images: Sequence[Floats]
 ) -> float | None:
     furthest: list[float] = []
     for image in images:
-        wanted, found = _both(file, backend, made, deployed, image)
+        wanted, found = _both(file, backend, settings, module, image)
         if SCORES not in found or found[SCORES].shape != wanted[SCORES].shape:
             return None
         furthest.append(float(np.abs(found[SCORES] - wanted[SCORES]).max()))
     return max(furthest, default=None)
 
 
-def _both(file: Path, backend: str, made: Made, deployed: Deployed, image: Floats) -> tuple[Maps, Maps]:
-    return maps_of(deployed, image), maps_in(file, backend, image, made)
+def _both(file: Path, backend: str, settings: ExportSettings, module: ExportModule, image: Floats) -> tuple[Maps, Maps]:
+    return maps_of(module, image), maps_in(file, backend, image, settings)
 
 
-__all__ = ["TOLERANCES", "Parity", "ParityError", "Tolerance", "Truth", "compare", "miou"]
+__all__ = ["TOLERANCES", "LabeledSplit", "Parity", "ParityError", "Tolerance", "measure_parity", "miou"]

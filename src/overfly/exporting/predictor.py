@@ -19,7 +19,7 @@ Backend = Literal["auto", "torch", "onnxruntime", "openvino"]
 Floats = NDArray[np.float32]
 
 
-class Facts(Spec):
+class ModelMetadata(Spec):
     """What a network's user must know of it; an exported file carries it as JSON in its metadata, key ``overfly``."""
 
     architecture: str
@@ -49,7 +49,7 @@ class Predictor:
     """A network on a runtime.
 
     Attributes:
-        facts: classes, bands, window.
+        metadata: classes, bands, window.
         backend: torch, onnxruntime or openvino.
         device: where it runs, in the runtime's words.
         run: images (B, C, H, W), float32, in the sensor's own range, to class probabilities (B, K, H, W), float32.
@@ -57,7 +57,7 @@ class Predictor:
         export: format and precision of its file; None where it is no export.
     """
 
-    facts: Facts
+    metadata: ModelMetadata
     backend: str
     device: str
     run: Callable[[Floats], Floats]
@@ -69,17 +69,21 @@ class Predictor:
         Raises:
             DataError: the images do not have the bands, or the fixed size, that the network reads.
         """
-        facts, shape = self.facts, images.shape
-        if len(shape) != 4 or shape[1] != facts.bands:
+        metadata, shape = self.metadata, images.shape
+        if len(shape) != 4 or shape[1] != metadata.bands:
             raise DataError(
-                f"the network reads images (B, {facts.bands}, H, W), not {shape}; give it {facts.bands} bands"
+                f"the network reads images (B, {metadata.bands}, H, W), not {shape}; give it {metadata.bands} bands"
             )
-        if facts.fixed and shape[2:] != (facts.window, facts.window):
-            raise DataError(f"the network reads windows of {facts.window} pixels a side, not {shape[2]} × {shape[3]}")
+        if metadata.fixed and shape[2:] != (metadata.window, metadata.window):
+            raise DataError(
+                f"the network reads windows of {metadata.window} pixels a side, not {shape[2]} × {shape[3]}"
+            )
         return self.run(np.ascontiguousarray(images, dtype=np.float32))
 
 
-def facts_of(segmenter: Segmenter, *, window: int = 512, ground: float | None = None, title: str = "") -> Facts:
+def model_metadata(
+    segmenter: Segmenter, *, window: int = 512, ground: float | None = None, title: str = ""
+) -> ModelMetadata:
     """The facts of a trained network.
 
     Args:
@@ -88,7 +92,7 @@ def facts_of(segmenter: Segmenter, *, window: int = 512, ground: float | None = 
         ground: length of a pixel of its training images on the ground, in meters.
         title: the run that it came from.
     """
-    return Facts(
+    return ModelMetadata(
         architecture=segmenter.architecture,
         classes=segmenter.classes,
         bands=segmenter.bands,
@@ -101,12 +105,12 @@ def facts_of(segmenter: Segmenter, *, window: int = 512, ground: float | None = 
     )
 
 
-def of_segmenter(segmenter: Segmenter, facts: Facts, device: torch.device | str = "cpu") -> Predictor:
+def segmenter_predictor(segmenter: Segmenter, metadata: ModelMetadata, device: torch.device | str = "cpu") -> Predictor:
     """A trained network run by PyTorch, without its training heads.
 
     Args:
         segmenter: the network; a copy of it is used.
-        facts: what `facts_of` says of it.
+        metadata: what `model_metadata` says of it.
         device: where to run.
     """
     place = torch.device(device)
@@ -118,7 +122,7 @@ def of_segmenter(segmenter: Segmenter, facts: Facts, device: torch.device | str 
         probabilities: Floats = found.cpu().numpy()
         return probabilities
 
-    return Predictor(facts, "torch", str(place), run)
+    return Predictor(metadata, "torch", str(place), run)
 
 
-__all__ = ["Backend", "Facts", "Floats", "Predictor", "facts_of", "of_segmenter"]
+__all__ = ["Backend", "Floats", "ModelMetadata", "Predictor", "model_metadata", "segmenter_predictor"]

@@ -12,8 +12,8 @@ from torch import nn
 
 from overfly.core.spec import NonNegative, Spec
 from overfly.exporting.formats import onnx
-from overfly.exporting.graph import Deployed
-from overfly.exporting.metadata import Made
+from overfly.exporting.graph import ExportModule
+from overfly.exporting.metadata import ExportSettings
 from overfly.exporting.predictor import Floats
 from overfly.exporting.program import read_program
 from overfly.exporting.runtimes import onnxruntime, openvino_core, openvino_settings, smooth
@@ -33,16 +33,16 @@ class Layer(Spec):
     """Largest difference of a value, as a share of the map's largest value."""
 
 
-def maps_of(deployed: Deployed, image: Floats) -> Maps:
+def maps_of(module: ExportModule, image: Floats) -> Maps:
     """Every convolution's map in PyTorch, and the class scores.
 
     Args:
-        deployed: the graph in float32, in evaluation mode.
+        module: the graph in float32, in evaluation mode.
         image: (1, C, H, W), float32, in the sensor's own range.
     """
     found: Maps = {}
     hooks = []
-    for name, part in deployed.named_modules():
+    for name, part in module.named_modules():
         if isinstance(part, nn.Conv2d):
 
             def keep(_part: nn.Module, _inputs: object, out: torch.Tensor, name: str = name) -> None:
@@ -53,29 +53,29 @@ def maps_of(deployed: Deployed, image: Floats) -> Maps:
     def last(_part: nn.Module, inputs: tuple[Any, ...]) -> None:
         found[SCORES] = inputs[0].float().numpy()
 
-    hooks.append(deployed.head.register_forward_pre_hook(last))
+    hooks.append(module.head.register_forward_pre_hook(last))
     with torch.inference_mode():
-        deployed(torch.from_numpy(image))
+        module(torch.from_numpy(image))
     for hook in hooks:
         hook.remove()
     return found
 
 
-def maps_in(path: Path, backend: str, image: Floats, made: Made) -> Maps:
+def maps_in(path: Path, backend: str, image: Floats, settings: ExportSettings) -> Maps:
     """The same maps in an exported file.
 
     Args:
         path: the file.
         backend: the runtime that runs it.
         image: (1, C, H, W), float32, in the sensor's own range.
-        made: how the file was made.
+        settings: how the file was made.
 
     Returns:
         Those maps that can be found again; a runtime may have melted layers together.
     """
     if backend == "torch":
         return _in_program(path, image)
-    return _in_onnx(path, image) if backend == "onnxruntime" else _in_openvino(path, image, made)
+    return _in_onnx(path, image) if backend == "onnxruntime" else _in_openvino(path, image, settings)
 
 
 def differences(wanted: Mapping[str, Floats], found: Mapping[str, Floats]) -> list[Layer]:
@@ -135,7 +135,7 @@ def _type_of(model: Any, value: str) -> int:
     return int(package.TensorProto.FLOAT)
 
 
-def _in_openvino(path: Path, image: Floats, made: Made) -> Maps:
+def _in_openvino(path: Path, image: Floats, settings: ExportSettings) -> Maps:
     core = openvino_core()
     model = core.read_model(path)
     smooth(model)
@@ -148,7 +148,7 @@ def _in_openvino(path: Path, image: Floats, made: Made) -> Maps:
             values[SCORES] = operation.input_value(0)
     for value in values.values():
         model.add_outputs([value])
-    compiled = core.compile_model(model, "CPU", openvino_settings(made))
+    compiled = core.compile_model(model, "CPU", openvino_settings(settings))
     given = list(compiled([image]).values())[-len(values) :]
     return {name: np.asarray(map_, np.float32) for name, map_ in zip(values, given, strict=True)}
 

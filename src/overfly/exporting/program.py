@@ -25,12 +25,12 @@ KNOWN = re.compile(
 """The parts of an archive whose reading runs nothing; others, such as pickled objects, are refused."""
 
 
-def write_program(program: Any, path: Path, metadata: Mapping[str, str]) -> None:
+def write_program(program: Any, path: Path, properties: Mapping[str, str]) -> None:
     """Write a program of torch.export with metadata beside it."""
     program._example_inputs = None  # an image of noise, as large as all the weights
     archive = io.BytesIO()  # PyTorch's own writer ends the process on a full disk
     with _quiet():
-        torch.export.save(program, archive, extra_files=dict(metadata))
+        torch.export.save(program, archive, extra_files=dict(properties))
     path.write_bytes(archive.getbuffer())
 
 
@@ -55,13 +55,13 @@ def read_program(path: Path) -> tuple[Any, dict[str, str]]:
             f"{path} holds more than a graph and tensors ({harmful}) and loading it could run code from the file, so "
             "it was refused; export it again with `overfly export`"
         )
-    metadata = dict.fromkeys(("overfly", "overfly_export"), "")
+    properties = dict.fromkeys(("overfly", "overfly_export"), "")
     try:
         with _quiet():
-            program = torch.export.load(path, extra_files=metadata)
+            program = torch.export.load(path, extra_files=properties)
     except Exception as error:  # the library raises many kinds
         raise WeightsError(f"{path} cannot be opened by torch ({first_line(error)}); export it again") from error
-    return program, {key: str(value) for key, value in metadata.items() if value}
+    return program, {key: str(value) for key, value in properties.items() if value}
 
 
 def _harmful(archive: zipfile.ZipFile) -> Iterator[str]:

@@ -27,7 +27,7 @@ HEAD = "/head/"
 
 
 def quantize_onnx(
-    source: Path, path: Path, images: Sequence[Floats], metadata: Mapping[str, str], ranges: Ranges = "means"
+    source: Path, path: Path, images: Sequence[Floats], properties: Mapping[str, str], ranges: Ranges = "means"
 ) -> Path:
     """Static quantization for ONNX Runtime: weights by channel, maps by tensor, as pairs of (de)quantize nodes.
 
@@ -35,7 +35,7 @@ def quantize_onnx(
         source: the ONNX file in float32.
         path: file to write.
         images: each (1, C, H, W), float32, in the sensor's own range; all of one size.
-        metadata: what the file says of itself.
+        properties: what the file says of itself.
         ranges: how the range of a map is taken.
     """
     onnxruntime()
@@ -62,7 +62,7 @@ def quantize_onnx(
         finally:
             prepared.unlink(missing_ok=True)
     model = package.load(path)
-    describe(model, metadata)
+    describe(model, properties)
     package.save(model, path)
     return path
 
@@ -94,7 +94,7 @@ class _Images:
 
 
 def quantize_openvino(
-    source: Path, path: Path, images: Sequence[Floats], metadata: Mapping[str, str], ranges: Ranges = "extremes"
+    source: Path, path: Path, images: Sequence[Floats], properties: Mapping[str, str], ranges: Ranges = "extremes"
 ) -> Path:
     """Quantization by NNCF for OpenVINO: what the processor computes in integers, biases corrected for it.
 
@@ -102,7 +102,7 @@ def quantize_openvino(
         source: the ONNX file in float32.
         path: the .xml file to write; its .bin comes beside it.
         images: each (1, C, H, W), float32, in the sensor's own range.
-        metadata: what the file says of itself.
+        properties: what the file says of itself.
         ranges: how the range of a map is taken.
 
     Raises:
@@ -135,7 +135,7 @@ def quantize_openvino(
                     names=grouped(source), patterns=[f"{HEAD}.*"], types=["AvgPool"], validate=False
                 ),
             )
-    save_openvino(quantized, path, metadata)
+    save_openvino(quantized, path, properties)
     return path
 
 

@@ -12,8 +12,8 @@ import torch
 
 from overfly.core.errors import MissingExtraError, RecipeError, WeightsError
 from overfly.exporting import agreement
-from overfly.exporting.metadata import MADE, Made, read_entries
-from overfly.exporting.predictor import Facts, Floats, Predictor
+from overfly.exporting.metadata import MADE, ExportSettings, read_metadata
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.exporting.program import read_program
 from overfly.models.checkpoints import first_line
 
@@ -21,7 +21,7 @@ Graph = Callable[[Floats], Any]
 """Images (B, C, H, W), float32, to whatever the graph gives."""
 
 
-def of_onnx(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
+def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
     """An ONNX file run by ONNX Runtime.
 
     Args:
@@ -47,17 +47,17 @@ def of_onnx(path: Path, device: str = "cpu", threads: int | None = None) -> Pred
         session = runtime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # the library raises its own kinds for files that are not what they say
         raise WeightsError(f"{path} cannot be opened by onnxruntime ({first_line(error)}); export it again") from error
-    facts, made = read_entries(session.get_modelmeta().custom_metadata_map, path)
-    agreement.check(path, agreement.of_session(session), facts, made)
+    metadata, settings = read_metadata(session.get_modelmeta().custom_metadata_map, path)
+    agreement.check(path, agreement.of_session(session), metadata, settings)
     name = session.get_inputs()[0].name
 
     def graph(images: Floats) -> Any:
         return session.run(None, {name: images})[0]
 
-    return Predictor(facts, "onnxruntime", kind, probabilities(graph, facts, made, path), made.kind)
+    return Predictor(metadata, "onnxruntime", kind, probabilities(graph, metadata, settings, path), settings.kind)
 
 
-def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
+def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
     """An OpenVINO or ONNX file run by OpenVINO.
 
     Args:
@@ -80,19 +80,19 @@ def of_openvino(path: Path, device: str = "cpu", threads: int | None = None) -> 
         model = core.read_model(path)
     except Exception as error:  # as above
         raise WeightsError(f"{path} cannot be opened by openvino ({first_line(error)}); export it again") from error
-    facts, made = read_entries(openvino_metadata(model), path)
-    agreement.check(path, agreement.of_model(model), facts, made)
+    metadata, settings = read_metadata(openvino_metadata(model), path)
+    agreement.check(path, agreement.of_model(model), metadata, settings)
     smooth(model)
-    compiled = core.compile_model(model, place, openvino_settings(made, threads))
+    compiled = core.compile_model(model, place, openvino_settings(settings, threads))
     request = compiled.create_infer_request()
 
     def graph(images: Floats) -> Any:
         return np.array(request.infer([images])[0])
 
-    return Predictor(facts, "openvino", place.lower(), probabilities(graph, facts, made, path), made.kind)
+    return Predictor(metadata, "openvino", place.lower(), probabilities(graph, metadata, settings, path), settings.kind)
 
 
-def of_program(path: Path, device: torch.device | str = "cpu") -> Predictor:
+def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor:
     """A program of torch.export run by PyTorch.
 
     Args:
@@ -104,9 +104,9 @@ def of_program(path: Path, device: torch.device | str = "cpu") -> Predictor:
     """
     _there(path)
     place = torch.device(device)
-    program, metadata = read_program(path)
-    facts, made = read_entries(metadata, path)
-    agreement.check(path, agreement.of_graph(program), facts, made)
+    program, properties = read_program(path)
+    metadata, settings = read_metadata(properties, path)
+    agreement.check(path, agreement.of_graph(program), metadata, settings)
     if place.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
@@ -117,18 +117,20 @@ def of_program(path: Path, device: torch.device | str = "cpu") -> Predictor:
         with torch.inference_mode():
             return module(torch.from_numpy(images).to(place)).cpu().numpy()
 
-    return Predictor(facts, "torch", str(place), probabilities(graph, facts, made, path), made.kind)
+    return Predictor(metadata, "torch", str(place), probabilities(graph, metadata, settings, path), settings.kind)
 
 
-def probabilities(graph: Graph, facts: Facts, made: Made, path: Path) -> Callable[[Floats], Floats]:
+def probabilities(
+    graph: Graph, metadata: ModelMetadata, settings: ExportSettings, path: Path
+) -> Callable[[Floats], Floats]:
     """Images to class probabilities (B, K, H, W), float32, whatever the graph itself gives."""
 
     def run(images: Floats) -> Floats:
         given = graph(images)
-        agreement.check_given(path, given, facts, made)
-        if made.answer == "classes":  # all that is known is which class is likeliest
-            return np.ascontiguousarray(np.eye(len(facts.classes), dtype=np.float32)[given].transpose(0, 3, 1, 2))
-        if made.answer == "logits":
+        agreement.check_given(path, given, metadata, settings)
+        if settings.output == "classes":  # all that is known is which class is likeliest
+            return np.ascontiguousarray(np.eye(len(metadata.classes), dtype=np.float32)[given].transpose(0, 3, 1, 2))
+        if settings.output == "logits":
             odds = np.exp(given - given.max(1, keepdims=True))
             given = odds / odds.sum(1, keepdims=True)
         found: Floats = np.asarray(given, dtype=np.float32)
@@ -166,10 +168,12 @@ def openvino_metadata(model: Any) -> dict[str, str]:
     return found
 
 
-def openvino_settings(made: Made, threads: int | None = None) -> dict[str, Any]:
+def openvino_settings(settings: ExportSettings, threads: int | None = None) -> dict[str, Any]:
     """How OpenVINO compiles: for the latency of single images, with 16-bit arithmetic only where the file says so."""
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if made.precision != "16" or made.format != "openvino":  # left alone, it takes bfloat16 where the processor has it
+    if (
+        settings.precision != "16" or settings.format != "openvino"
+    ):  # left alone, it takes bfloat16 where the processor has it
         settings["INFERENCE_PRECISION_HINT"] = "f32"
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -218,13 +222,13 @@ def _there(path: Path) -> None:
 
 
 __all__ = [
-    "of_onnx",
-    "of_openvino",
-    "of_program",
+    "onnx_predictor",
     "onnxruntime",
     "openvino",
     "openvino_core",
     "openvino_metadata",
+    "openvino_predictor",
     "openvino_settings",
     "smooth",
+    "torch_predictor",
 ]

@@ -149,7 +149,7 @@ def _figures(file: Path) -> dict[str, object]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    keys = {"file", "bytes", "sha256", "made", "facts"}
+    keys = {"file", "bytes", "sha256", "settings", "metadata"}
     return found if isinstance(found, dict) and keys <= found.keys() else {}
 
 

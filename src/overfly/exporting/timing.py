@@ -24,7 +24,7 @@ class Latency(Spec):
     """Images timed."""
 
 
-def take_turns(
+def measure_latency(
     runs: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2, seconds: float | None = None
 ) -> dict[str, Latency]:
     """Time several things in turn, round after round.
@@ -60,4 +60,4 @@ def take_turns(
     }
 
 
-__all__ = ["Latency", "take_turns"]
+__all__ = ["Latency", "measure_latency"]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from overfly.core.errors import DataError, RecipeError
-from overfly.exporting.predictor import Facts, Predictor
+from overfly.exporting.predictor import ModelMetadata, Predictor
 from overfly.raster.cog import job_of
 from overfly.raster.products import Kind
 from overfly.raster.raster_source import Scene, scale_of
@@ -90,10 +90,10 @@ def job_for(scene: Scene, predictor: Predictor, settings: Settings, network: str
         "bytes": stat.st_size if stat else None,
         "modified": stat.st_mtime_ns if stat else None,
         "network": network,
-        "title": predictor.facts.title,
+        "title": predictor.metadata.title,
         "backend": predictor.backend,
         **settled,
-        "window": settings.window or predictor.facts.window,
+        "window": settings.window or predictor.metadata.window,
         "bands": ",".join(map(str, scene.bands)),
     }
 
@@ -143,11 +143,11 @@ def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings
     raise DataError(f"{out} was made otherwise ({shown}); choose another --out, or replace it by --overwrite")
 
 
-def plan_for(scene: Scene, facts: Facts, settings: Settings, memory: int) -> Plan:
+def plan_for(scene: Scene, metadata: ModelMetadata, settings: Settings, memory: int) -> Plan:
     """The windows. Small pictures get a window of their own size, where the network takes any."""
-    size = settings.window or facts.window
-    if facts.fixed and size != facts.window:
-        raise RecipeError(f"this network reads windows of {facts.window} pixels alone; leave --window out")
+    size = settings.window or metadata.window
+    if metadata.fixed and size != metadata.window:
+        raise RecipeError(f"this network reads windows of {metadata.window} pixels alone; leave --window out")
     scale = scale_of(scene, settings.resolution)
     if scene.ground is not None and max(scale) > LARGEST:
         raise DataError(
@@ -155,16 +155,16 @@ def plan_for(scene: Scene, facts: Facts, settings: Settings, memory: int) -> Pla
             f"would see each of them {max(scale):.3g} times as long; take a --resolution of "
             f"{1.01 * max(scene.ground) / LARGEST:.3g} m or more, or leave --resolution and --match out"
         )
-    if not facts.fixed:
+    if not metadata.fixed:
         longest = max(scaled(scene.height, scale[0]), scaled(scene.width, scale[1]))
         size = min(size, -(-longest // STRIDE) * STRIDE)
     return plan_of(
-        scene.height, scene.width, classes=len(facts.classes), size=size, overlap=settings.overlap, scale=scale,
+        scene.height, scene.width, classes=len(metadata.classes), size=size, overlap=settings.overlap, scale=scale,
         memory=memory,
     )  # fmt: skip
 
 
-def notes_for(scene: Scene, facts: Facts, settings: Settings) -> list[str]:
+def notes_for(scene: Scene, metadata: ModelMetadata, settings: Settings) -> list[str]:
     """What a user should know of a raster that the network may not be made for."""
     notes: list[str] = []
     if scene.opacity is not None and settings.opacity is None:
@@ -177,13 +177,13 @@ def notes_for(scene: Scene, facts: Facts, settings: Settings) -> list[str]:
             f"{scene.source} says that its values times {scene.gain:g} are what was measured, and so the network saw "
             "them; say --max-value with the value of its brightest pixel for another scale"
         )
-    if settings.resolution is not None or facts.ground is None or scene.ground is None:
+    if settings.resolution is not None or metadata.ground is None or scene.ground is None:
         return notes
-    ratio = (scene.ground[0] * scene.ground[1]) ** 0.5 / facts.ground
+    ratio = (scene.ground[0] * scene.ground[1]) ** 0.5 / metadata.ground
     if not 2 / 3 < ratio < 3 / 2:
         notes.append(
-            f"{scene.source} has pixels of {ratio * facts.ground:.3g} m and the network was trained on "
-            f"{facts.ground:g} m; with --match it sees the raster at that resolution"
+            f"{scene.source} has pixels of {ratio * metadata.ground:.3g} m and the network was trained on "
+            f"{metadata.ground:g} m; with --match it sees the raster at that resolution"
         )
     return notes
 

@@ -116,7 +116,7 @@ def map_raster(
     """
     began = time.monotonic()
     scene = look(
-        source, predictor.facts, bands=settings.bands, nodata=settings.nodata, max_value=settings.max_value,
+        source, predictor.metadata, bands=settings.bands, nodata=settings.nodata, max_value=settings.max_value,
         opacity=settings.opacity,
     )  # fmt: skip
     job = job_for(scene, predictor, settings, network)
@@ -125,14 +125,14 @@ def map_raster(
     if there(out, files, job, settings):
         store.clear(out, job)
         return Mapped(source, out, list(files.values()), made=False)
-    plan = plan_for(scene, predictor.facts, settings, memory)
-    notes = notes_for(scene, predictor.facts, settings)
+    plan = plan_for(scene, predictor.metadata, settings, memory)
+    notes = notes_for(scene, predictor.metadata, settings)
     with store.locked(out) as folder:
         if there(out, files, job, settings):  # another process has just finished it
             store.discard(folder)
             return Mapped(source, out, list(files.values()), made=False)
         wanted = products(
-            len(predictor.facts.classes), probabilities=settings.probabilities, uncertainty=settings.uncertainty
+            len(predictor.metadata.classes), probabilities=settings.probabilities, uncertainty=settings.uncertainty
         )
         held = Store(folder, scene.height, scene.width)
         with _writable(out):
@@ -205,7 +205,7 @@ def _finisher(work: Work, told: Told | None) -> Callable[[Row | tuple[Batch, Flo
         if slab not in blends:
             blends.clear()
             made = plan.made(min(max(work.done - slab * rows, 0), rows) - 1)
-            blends[slab] = blending.blend(plan, plan.slabs[slab], len(work.predictor.facts.classes), made)
+            blends[slab] = blending.blend(plan, plan.slabs[slab], len(work.predictor.metadata.classes), made)
         return blends[slab]
 
     def finish(item: Row | tuple[Batch, Floats]) -> None:
@@ -233,15 +233,15 @@ def _finisher(work: Work, told: Told | None) -> Callable[[Row | tuple[Batch, Flo
 
 def _not_finite(work: Work, batch: Batch, probabilities: Floats) -> OverflyError:
     """Whose fault it is: the raster's, where the network was shown what no picture holds, else the network's."""
-    scene, facts = work.scene, work.predictor.facts
+    scene, metadata = work.scene, work.predictor.metadata
     images = batch.images[~np.isfinite(probabilities).all(axis=(1, 2, 3))].astype(np.float64)
     largest = images.flat[np.abs(images).argmax()] / scene.gain
-    if abs(largest) * scene.gain <= IMPLAUSIBLE * facts.max_value:
+    if abs(largest) * scene.gain <= IMPLAUSIBLE * metadata.max_value:
         return NotFiniteError(f"the network's probabilities are not finite on {scene.source}; train or export it anew")
     shown = f"such as {largest:.9g}" if np.isfinite(largest) else "of up to 1e38"
     value = f"{largest:.9g}" if np.isfinite(largest) else "VALUE"
     return DataError(
-        f"{scene.source} holds values {shown}, and {facts.max_value / scene.gain:g} is taken for its brightest "
+        f"{scene.source} holds values {shown}, and {metadata.max_value / scene.gain:g} is taken for its brightest "
         f"pixel; say "
         f"--nodata {value} if they stand for nothing measured, or --max-value if pixels are as bright"
     )
@@ -254,12 +254,12 @@ def _shares(work: Work) -> dict[str, float]:
         while piece := file.read(1 << 22):
             counts += np.bincount(np.frombuffer(piece, np.uint8), minlength=256)
     total = max(1, int(counts[:IGNORE].sum()))
-    return {name: int(counts[index]) / total for index, name in enumerate(work.predictor.facts.classes.names)}
+    return {name: int(counts[index]) / total for index, name in enumerate(work.predictor.metadata.classes.names)}
 
 
 def _publish(work: Work, files: dict[Kind | str, Path], settings: Settings) -> None:
     """Make all files in the hidden folder, then give them their names, the map's last."""
-    classes = work.predictor.facts.classes
+    classes = work.predictor.metadata.classes
     made = {product.kind: write_cog(work.held, product, classes, work.scene.place, work.job) for product in work.wanted}
     ready: list[tuple[Path, Path]] = []
     if settings.polygons:

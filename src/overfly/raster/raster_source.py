@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from overfly.core.errors import DataError, MissingExtraError
-from overfly.exporting.predictor import Facts
+from overfly.exporting.predictor import ModelMetadata
 from overfly.raster.georeference import Georeference, georeference, ground
 from overfly.raster.opacity import check_opacity, opacity_of
 
@@ -84,7 +84,7 @@ def opened(source: str) -> Iterator[Any]:
 
 def look(
     source: str,
-    facts: Facts,
+    metadata: ModelMetadata,
     *,
     bands: str | None,
     nodata: float | None,
@@ -95,7 +95,7 @@ def look(
 
     Args:
         source: path or address.
-        facts: what the network reads.
+        metadata: what the network reads.
         bands: numbers of bands separated by commas; None takes all, where they are as many as the network's.
         nodata: value that stands for "nothing was measured here"; None takes what the file says.
         max_value: value of the brightest pixel; None where it is the network's.
@@ -108,11 +108,11 @@ def look(
         if not dataset.count or not dataset.height * dataset.width:
             raise DataError(f"{source} holds no raster bands of its own; name the raster inside, or export it anew")
         clear = opacity_of(source, dataset, opacity)
-        chosen = _bands(source, dataset, facts, bands, clear)
+        chosen = _bands(source, dataset, metadata, bands, clear)
         dtype = str(dataset.dtypes[chosen[0] - 1])
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
             raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
-        gain = gain_of(source, dtype, facts, max_value, scale=_scale(dataset, chosen))
+        gain = gain_of(source, dtype, metadata, max_value, scale=_scale(dataset, chosen))
         _check_whole(source, dataset)
         clear = _opacity(source, dataset, chosen, clear, opacity)
         declared = dataset.nodatavals[chosen[0] - 1]
@@ -149,23 +149,23 @@ def scale_of(scene: Scene, resolution: float | None) -> tuple[float, float]:
     return (1.0, 1.0) if abs(y - 1) < SAME and abs(x - 1) < SAME else (y, x)
 
 
-def _bands(source: str, dataset: Any, facts: Facts, bands: str | None, clear: int | None) -> tuple[int, ...]:
+def _bands(source: str, dataset: Any, metadata: ModelMetadata, bands: str | None, clear: int | None) -> tuple[int, ...]:
     """Numbers of the bands to read, where band ``clear`` is opacity."""
     there = dataset.count - (clear == dataset.count)
     if bands is None:
-        if facts.bands in (there, dataset.count):
-            return tuple(range(1, facts.bands + 1))
-        example = ",".join(str(min(number, there)) for number in range(1, facts.bands + 1))
+        if metadata.bands in (there, dataset.count):
+            return tuple(range(1, metadata.bands + 1))
+        example = ",".join(str(min(number, there)) for number in range(1, metadata.bands + 1))
         raise DataError(
-            f"{source} has {there} band{'s' * (there != 1)}, the network reads {facts.bands}; say which they are, in "
-            f"the order of the training images, such as --bands {example}"
+            f"{source} has {there} band{'s' * (there != 1)}, the network reads {metadata.bands}; say which they are, "
+            f"in the order of the training images, such as --bands {example}"
         )
     try:
         chosen = tuple(int(number) for number in bands.split(","))
     except ValueError:
         raise DataError(f"--bands {bands} are no numbers of bands; write them as --bands 4,3,2") from None
-    if len(chosen) != facts.bands:
-        raise DataError(f"--bands {bands} are {len(chosen)}, the network reads {facts.bands}; name as many")
+    if len(chosen) != metadata.bands:
+        raise DataError(f"--bands {bands} are {len(chosen)}, the network reads {metadata.bands}; name as many")
     if min(chosen) < 1 or max(chosen) > dataset.count:
         raise DataError(f"--bands {bands}: {source} has the bands 1 to {dataset.count}; name some of these")
     return chosen
@@ -196,7 +196,7 @@ def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
 def gain_of(
     source: object,
     dtype: str,
-    facts: Facts,
+    metadata: ModelMetadata,
     max_value: float | None,
     *,
     scale: float | None = None,
@@ -207,7 +207,7 @@ def gain_of(
     Args:
         source: what the raster is called in a message.
         dtype: type that it is stored in.
-        facts: what the network reads.
+        metadata: what the network reads.
         max_value: value of the brightest pixel; None where it is the network's.
         scale: what the raster itself says that makes fractions of its whole numbers; None where it says nothing.
         option: how a user gives the value of the brightest pixel, up to the number.
@@ -218,14 +218,14 @@ def gain_of(
     if "complex" in dtype:
         raise DataError(f"{source} holds complex numbers; save it as plain bands first")
     if max_value is not None:
-        return facts.max_value / max_value
-    whole, fractions = np.dtype(dtype).kind in "iu", facts.max_value < FRACTIONS
+        return metadata.max_value / max_value
+    whole, fractions = np.dtype(dtype).kind in "iu", metadata.max_value < FRACTIONS
     if whole and fractions and scale is not None:
         return scale
-    if (dtype == "uint8") != (facts.max_value == 255) or (whole and fractions):
+    if (dtype == "uint8") != (metadata.max_value == 255) or (whole and fractions):
         example = "255" if dtype == "uint8" else "10000" if whole else "1"
         raise DataError(
-            f"{source} holds {dtype}, and the network was trained on values up to {facts.max_value:g}; say the "
+            f"{source} holds {dtype}, and the network was trained on values up to {metadata.max_value:g}; say the "
             f"value of its "
             f"brightest pixel, such as {option}{example}, and it is scaled"
         )

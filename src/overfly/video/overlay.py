@@ -49,19 +49,19 @@ class Painter:
     style: Style = field(default_factory=Style)
 
     def __post_init__(self) -> None:
-        classes = self.predictor.facts.classes
+        classes = self.predictor.metadata.classes
         self._colors = np.asarray(classes.colors, np.uint8)
 
     def classes_of(self, frame: UInt8) -> UInt8:
         """Class ids (h, w) of a frame (H, W, 3), at the size at which the network sees it."""
-        facts = self.predictor.facts
+        metadata = self.predictor.metadata
         small = shrunk(frame, self.style.size)
         image = np.ascontiguousarray(small.transpose(2, 0, 1), dtype=np.float32)
-        if facts.max_value != 255:
-            image *= facts.max_value / 255
+        if metadata.max_value != 255:
+            image *= metadata.max_value / 255
         found: Floats
-        if facts.fixed:
-            found = sliding(self._windows, torch.from_numpy(image), facts.window, batch=1).numpy()
+        if metadata.fixed:
+            found = sliding(self._windows, torch.from_numpy(image), metadata.window, batch=1).numpy()
         else:
             found = self.predictor(image[None])[0]
         ids: UInt8 = found.argmax(0).astype(np.uint8)
@@ -85,7 +85,7 @@ class Painter:
         if self.style.figures and lines:
             _paste(shown, _figures(tuple(lines), width, height), top=True)
         if self.style.legend:
-            _paste(shown, legend(self.predictor.facts.classes, width, height), top=False)
+            _paste(shown, legend(self.predictor.metadata.classes, width, height), top=False)
         overlay: UInt8 = np.asarray(shown)
         return overlay
 
@@ -96,7 +96,7 @@ def painter_of(predictor: Predictor, style: Style) -> Painter:
     Raises:
         RecipeError: it reads other bands.
     """
-    bands = predictor.facts.bands
+    bands = predictor.metadata.bands
     if bands != 3:
         raise RecipeError(
             f"the network reads {bands} bands, and a video has red, green and blue; watch with one of 3 bands, or map "

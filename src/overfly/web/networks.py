@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from overfly.exporting.predictor import Facts, Floats, Predictor
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.training.run import Run
 from overfly.web.batching import Batcher
 from overfly.web.config import Limits
@@ -34,7 +34,7 @@ class Network:
     _predictor: Predictor | None = None
     _batcher: Batcher | None = None
 
-    def ready(self, limits: Limits, on_batch: Callable[[int], None] | None = None) -> tuple[Facts, Batcher]:
+    def ready(self, limits: Limits, on_batch: Callable[[int], None] | None = None) -> tuple[ModelMetadata, Batcher]:
         """Its facts, and what images are given to; loaded by the first call.
 
         Raises:
@@ -44,7 +44,7 @@ class Network:
             if self._predictor is None or self._batcher is None:
                 self._predictor = self.opened()
                 self._batcher = Batcher(self._predictor, most=limits.batch, wait=limits.wait, on_batch=on_batch)
-            return self._predictor.facts, self._batcher
+            return self._predictor.metadata, self._batcher
 
     @property
     def waiting(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from overfly.core.errors import NotFiniteError
 from overfly.core.records import IGNORE, UInt8
-from overfly.exporting.predictor import Facts, Floats
+from overfly.exporting.predictor import Floats, ModelMetadata
 from overfly.ops.windows import sliding
 from overfly.web.uploads import Picture
 
@@ -38,12 +38,12 @@ class Found(NamedTuple):
     shares: tuple[float, ...]
 
 
-def predict(picture: Picture, facts: Facts, run: Callable[[Floats], Floats], gain: float = 1.0) -> Found:
+def predict(picture: Picture, metadata: ModelMetadata, run: Callable[[Floats], Floats], gain: float = 1.0) -> Found:
     """Predict an image of any size: as a whole up to the network's window, else in overlapping windows.
 
     Args:
         picture: the image, with the bands that the network reads.
-        facts: of the network.
+        metadata: of the network.
         run: images (N, C, h, w), float32, N at most `TOGETHER`, to class probabilities (N, K, h, w).
         gain: what the image's values are multiplied by, to be in the range that the network was trained on.
 
@@ -58,8 +58,8 @@ def predict(picture: Picture, facts: Facts, run: Callable[[Floats], Floats], gai
     def patches(cut: Tensor) -> Tensor:
         return torch.from_numpy(run(cut.contiguous().numpy()))
 
-    if facts.fixed or max(height, width) > facts.window:
-        probabilities = sliding(patches, torch.from_numpy(image), facts.window, batch=TOGETHER).numpy()
+    if metadata.fixed or max(height, width) > metadata.window:
+        probabilities = sliding(patches, torch.from_numpy(image), metadata.window, batch=TOGETHER).numpy()
     else:
         below, right = max(0, SMALLEST - height), max(0, SMALLEST - width)
         padded = np.pad(image, ((0, 0), (0, below), (0, right)), mode="edge") if below or right else image

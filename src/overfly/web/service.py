@@ -71,21 +71,21 @@ class Desk:
     ) -> tuple[Picture, dict[str, Answer]]:
         """The same of a file on disk; each network gets the bands that it reads, the picture is the first's."""
         answers: dict[str, Answer] = {}
-        facts = [network.ready(self.limits, self.gauges.batches.observe)[0] for network in networks]
-        several = len({each.bands for each in facts}) > 1
-        for network, each in zip(networks, facts, strict=True):
+        metadata = [network.ready(self.limits, self.gauges.batches.observe)[0] for network in networks]
+        several = len({each.bands for each in metadata}) > 1
+        for network, each in zip(networks, metadata, strict=True):
             title = network.title if several else "the network"
             found = checked(path, bands=each.bands, pixels=self.limits.pixels, network=title)
-        gains = [gain_of(path, found.stored or found.dtype, each, max_value, option="max_value=") for each in facts]
+        gains = [gain_of(path, found.stored or found.dtype, each, max_value, option="max_value=") for each in metadata]
         pixels = found.height * found.width
         with self.room.take(pixels, deadline):
-            pictures = {bands: read(path, found, bands) for bands in dict.fromkeys(each.bands for each in facts)}
-            for network, each, gain in zip(networks, facts, gains, strict=True):
+            pictures = {bands: read(path, found, bands) for bands in dict.fromkeys(each.bands for each in metadata)}
+            for network, each, gain in zip(networks, metadata, gains, strict=True):
                 picture = pictures[each.bands]
                 run = network.runner(self.limits, deadline, self.gauges.batches.observe)
                 answers[network.key] = Answer(network.title, each.classes, predict(picture, each, run, gain))
                 self.gauges.pixels.inc(pixels)
-        return pictures[facts[0].bands], answers
+        return pictures[metadata[0].bands], answers
 
     def keep(self, picture: Picture, answers: dict[str, Answer]) -> Map:
         """Keep maps to be looked at."""

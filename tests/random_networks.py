@@ -9,7 +9,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 
 
-def sane(recipe: Recipe, name: str) -> Segmenter:
+def random_network(recipe: Recipe, name: str) -> Segmenter:
     """A network in evaluation mode for a recipe's classes."""
     torch.manual_seed(0)
     classes = recipe.domain("source").classes

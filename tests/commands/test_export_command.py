@@ -16,7 +16,7 @@ import yaml
 from conftest import REPOSITORY
 from overfly import cli
 from overfly.commands import export as shipping
-from overfly.commands.load_predictor import predictor_of
+from overfly.commands.load_predictor import load_predictor
 from overfly.exporting import exporter as exporting
 from overfly.recipe import load
 from overfly.training.run import Run
@@ -76,7 +76,7 @@ def test_export_says_how_far_it_is_from_pytorch(
         assert parity["labels_opened"] == 2
     after = Run.open(trained).scores["labels_opened"]["target/val"]["images"]
     assert after == before + 2 * (1 + len(figures["parity"]))
-    assert predictor_of(file).facts.title == trained.name
+    assert load_predictor(file).metadata.title == trained.name
     sizes = onnx.load(file).graph.input[0].type.tensor_type.shape.dim
     assert [size.dim_param for size in sizes] == ["batch", "", "height", "width"]
 
@@ -97,9 +97,9 @@ def test_the_card_tells_what_a_stranger_must_know(trained: Path) -> None:
 
 def test_images_smaller_than_a_tile_and_of_a_folder(trained: Path) -> None:
     assert overfly("export", trained, "--size", "96", "--images", "2", "--quiet") == 0
-    predictor = predictor_of(trained / "exports" / "lraspp_mobilenet_v2-onnx-32-96.onnx")
-    assert predictor.facts.fixed
-    assert predictor.facts.window == 96
+    predictor = load_predictor(trained / "exports" / "lraspp_mobilenet_v2-onnx-32-96.onnx")
+    assert predictor.metadata.fixed
+    assert predictor.metadata.window == 96
     assert predictor(np.zeros((1, 3, 96, 96), np.float32)).shape == (1, 7, 96, 96)
 
 
@@ -148,4 +148,4 @@ def test_the_commands_of_the_guides_run(page: str, trained: Path, tmp_path: Path
     if page == "qgis.md":
         assert (trained / "exports" / f"{network}-onnx-32-512.onnx").is_file()
     else:
-        assert predictor_of(tmp_path / "networks" / f"{network}-onnx-32.onnx").facts.classes.names[1] == "building"
+        assert load_predictor(tmp_path / "networks" / f"{network}-onnx-32.onnx").metadata.classes.names[1] == "building"
