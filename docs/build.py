@@ -1,14 +1,15 @@
-"""Write docs/reference.md: every setting that a recipe can hold, from the code's own docstrings."""
+"""Write docs/reference.md (every setting of a recipe) and the catalog of `overfly list`, from the docstrings."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from overfly.commands.catalog import GROUPS
+from overfly.commands.list import FILE, build_catalog, choices, summary
 from overfly.recipe import Model, Recipe, Validation
 
 PAGE = Path(__file__).parent / "reference.md"
@@ -33,11 +34,6 @@ def _shown(value: Any) -> str:
     return "none" if value is None else f"`{value}`".replace("|", "\\|")
 
 
-def sentence(kind: type[object]) -> str:
-    """The first paragraph of a docstring, on one line."""
-    return " ".join((kind.__doc__ or "").strip().split("\n\n")[0].split())
-
-
 def page() -> str:
     """The whole page."""
     lines = [
@@ -55,15 +51,21 @@ def page() -> str:
         "",
         *settings(Validation),
     ]
-    for group, choice in GROUPS.items():
+    for group, choice in choices().items():
         lines += [f"## {group}", ""]
         for name, kind in sorted(choice.kinds.items()):
             if not kind.__module__.startswith("overfly."):  # a plug-in's
                 continue
-            lines += [f"### `{name}`", "", sentence(kind), "", *settings(kind)]
+            lines += [f"### `{name}`", "", summary(kind), "", *settings(kind)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def catalog() -> str:
+    """The catalog file."""
+    return json.dumps(build_catalog().groups, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"written: {PAGE}", file=sys.stderr)
+    FILE.write_text(catalog(), encoding="utf-8")
+    print(f"written: {PAGE}, {FILE}", file=sys.stderr)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from overfly.commands.api import report
+from overfly import report
 from overfly.commands.serve import served_networks
 from overfly.data.domain import Domain
 from overfly.web.server import application, start

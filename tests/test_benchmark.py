@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from overfly import benchmark
 from overfly.benchmarking import Figure, expand
-from overfly.commands.api import benchmark
-from overfly.commands.arguments import seeds_of
+from overfly.commands.arguments import parse_seeds
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
 
@@ -70,13 +70,13 @@ def test_a_mistake_in_the_last_recipe_is_found_before_the_first_is_trained(
     ("text", "seeds"), [("3", [0, 1, 2]), ("0,1,5", [0, 1, 5]), ("5,5", [5]), ("2,", [2]), ("0,", [0])]
 )
 def test_seeds_are_how_many_or_which(text: str, seeds: list[int]) -> None:
-    assert seeds_of(text) == seeds
+    assert parse_seeds(text) == seeds
 
 
 @pytest.mark.parametrize("text", ["0", "", ",", "-1", "many", "1.5"])
 def test_no_seeds(text: str) -> None:
     with pytest.raises(RecipeError, match="write how many, such as 3, or which, such as 0,1,5 or 2,"):
-        seeds_of(text)
+        parse_seeds(text)
 
 
 def test_paths_folders_and_patterns(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import save_file
 
 from conftest import REPOSITORY
-from overfly.commands.api import benchmark, train
+from overfly import benchmark, train
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Adam
 from overfly.core.settings import OPTIONS, parse

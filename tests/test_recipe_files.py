@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from overfly.commands.api import benchmark, data_synthesize, train
+from overfly import benchmark, data_synthesize, train
 from overfly.recipe import Recipe, load
 from overfly.training.setup import first_segmenter
 

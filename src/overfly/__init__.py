@@ -1,22 +1,26 @@
-"""Segmentation of aerial imagery in real time, in the place you have labels for and in the place you do not."""
+"""Real-time semantic segmentation of aerial imagery, trained on one domain and adapted to another without labels."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from overfly.commands import MODULES as COMMANDS
 
 __version__ = "0.1.0"
 
-TYPE_CHECKING = False  # the one of typing takes milliseconds, in which Ctrl-C would be a traceback
 if TYPE_CHECKING:
-    from overfly.commands.api import (
-        adapt,
-        benchmark,
-        evaluate,
-        export,
-        predict,
-        rank,
-        report,
-        serve,
-        speed,
-        train,
-        watch,
-    )
+    from overfly.commands.adapt import adapt
+    from overfly.commands.benchmark import benchmark
+    from overfly.commands.data import data_check, data_fetch, data_stats, data_synthesize
+    from overfly.commands.evaluate import evaluate
+    from overfly.commands.export import export, hub_load, hub_push
+    from overfly.commands.list import list_kinds
+    from overfly.commands.predict import predict
+    from overfly.commands.rank import rank
+    from overfly.commands.report import report
+    from overfly.commands.serve import serve
+    from overfly.commands.speed import speed
+    from overfly.commands.train import train
+    from overfly.commands.watch import data_fly, watch
     from overfly.core.classes import Classes
     from overfly.core.errors import OverflyError
     from overfly.data.domain import Domain
@@ -38,8 +42,16 @@ __all__ = [
     "adapt",
     "benchmark",
     "build",
+    "data_check",
+    "data_fetch",
+    "data_fly",
+    "data_stats",
+    "data_synthesize",
     "evaluate",
     "export",
+    "hub_load",
+    "hub_push",
+    "list_kinds",
     "load",
     "load_weights",
     "predict",
@@ -51,7 +63,7 @@ __all__ = [
     "watch",
 ]
 
-PLACES = {
+MODULES = {
     "Classes": "core.classes",
     "Domain": "data.domain",
     "Method": "methods.method",
@@ -62,19 +74,17 @@ PLACES = {
     "build": "models.registry",
     "load": "recipe",
     "load_weights": "models.weights",
-}
-"""Modules of the public names; those that are not here are the API's."""
+} | {name: f"commands.{module}" for name, module in COMMANDS.items()}
+"""Module of each public name."""
 
 
 def __getattr__(name: str) -> object:
-    """A public name, imported when it is first asked for: the command line says its help before PyTorch is there."""
-    if name not in __all__:
+    """Import a public name on first access, so that ``import overfly`` needs no PyTorch."""
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    found: object = getattr(import_module(f"{__name__}.{PLACES.get(name, 'commands.api')}"), name)
-    globals()[name] = found
-    return found
+    value: object = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ import sys
 
 TYPE_CHECKING = False  # as in overfly/__init__.py: what takes time is imported where a Ctrl-C is answered already
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from types import FrameType
     from typing import Any
 
@@ -35,45 +35,16 @@ GROUPS = {
 
 
 def words(name: str) -> tuple[str, ...]:
-    """The words that call a function: ``data_synthesize`` is ``data synthesize``, ``list_kinds`` is ``list``."""
+    """Return the words that call a function: ``data_synthesize`` is ``data synthesize``, ``list_kinds`` is ``list``."""
     return ("list",) if name == "list_kinds" else tuple(name.split("_"))
 
 
-def summaries() -> dict[str, str]:
-    """The first sentences of the API's functions, by name.
-
-    They are read from the source, since the functions need PyTorch and more to be imported, which takes seconds.
-    """
-    import ast
-    import inspect
-    from pkgutil import get_data
-
-    def parsed(module: str) -> list[ast.stmt]:
-        return ast.parse(get_data("overfly", f"{module}.py") or b"").body
-
-    tree = parsed("commands/api")
-    names: list[str] = next(
-        ast.literal_eval(each.value)
-        for each in tree
-        if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "__all__"
-    )
-    brought = [each for each in tree if isinstance(each, ast.ImportFrom) and {a.name for a in each.names} & set(names)]
-    for each in brought:
-        tree += parsed(str(each.module).removeprefix("overfly.").replace(".", "/"))
-    told = {each.name: ast.get_docstring(each) or "" for each in tree if isinstance(each, ast.FunctionDef)}
-    return {name: " ".join(inspect.cleandoc(told[name]).partition("\n\n")[0].split()) for name in names}
-
-
-def application(arguments: Sequence[str] | None = None) -> App:
-    """The command line: one command for each name in ``overfly.commands.api.__all__``.
-
-    Args:
-        arguments: what follows the program's name; where they call no command, as ``--help`` does, the commands have
-            names and first sentences alone, and the API is not imported. None: all commands in full.
-    """
+def application() -> App:
+    """Build the command line: one command for each function of `overfly.commands`, imported when it is called."""
     from cyclopts import App, Parameter
 
     from overfly import __version__
+    from overfly.commands import MODULES
 
     app = App(
         name="overfly",
@@ -86,24 +57,12 @@ def application(arguments: Sequence[str] | None = None) -> App:
         print_error=False,
         result_action="return_value",
     )
-    told = summaries()
-    called = arguments is None or any(tuple(arguments[: len(words(name))]) == words(name) for name in told)
-    groups: dict[str, App] = {}
-    for name, help_ in told.items():
+    groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
+    for group in groups.values():
+        app.command(group)
+    for name, module in MODULES.items():
         *group, command = words(name)
-        place = app
-        for word in group:
-            if word not in groups:
-                groups[word] = App(name=word, help=GROUPS[word])
-                app.command(groups[word])
-            place = groups[word]
-        if called:
-            from overfly.commands import api
-
-            function: Callable[..., Any] = getattr(api, name)
-            place.command(function, name=command)
-        else:
-            place.command(App(name=command, help=help_))
+        (groups[group[0]] if group else app).command(f"overfly.commands.{module}:{name}", name=command)
     return app
 
 
@@ -183,7 +142,7 @@ def run(arguments: list[str], stop: Stop) -> int:
     from overfly.core.errors import OverflyError
 
     try:
-        app = application(arguments)
+        app = application()
         stop.begun = True
         result = app(arguments)
         if result is not None and FIRST:

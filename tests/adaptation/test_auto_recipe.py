@@ -8,9 +8,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from overfly import adapt
 from overfly.adaptation import auto_recipe as proposal
 from overfly.adaptation.auto_recipe import Own, of_folders, seconds
-from overfly.commands.api import adapt
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.data.folder import Folder
@@ -152,14 +152,20 @@ def test_one_command_from_folders_to_a_verdict_and_again_without_the_source(
     monkeypatch.setattr(proposal, "step_seconds", lambda *_: 10.0)
     out = tmp_path / "runs"
     found = adapt(
-        images_a=own.images_a, masks_a=own.masks_a, images_b=own.images_b, classes=own.classes, budget="50s",
-        out=out, device="cpu", quiet=True,
+        source_images=own.images_a, source_masks=own.masks_a, target_images=own.images_b, classes=own.classes,
+        budget="50s", out=out, device="cpu", quiet=True,
     )  # fmt: skip
     assert found.best.exists()
     assert found.run.recipe.method.name == "overfly"
     assert found.selection.labels_opened == 0
     free = adapt(
-        "steps=2", start=found.path, images_b=own.images_b, budget="60s", out=tmp_path / "b", device="cpu", quiet=True
+        "steps=2",
+        checkpoint=found.path,
+        target_images=own.images_b,
+        budget="60s",
+        out=tmp_path / "b",
+        device="cpu",
+        quiet=True,
     )
     assert Run.open(free.path).recipe.source is None
     assert Run.open(free.path).recipe.steps == 2

@@ -127,7 +127,7 @@ def test_pictures_must_be_known_by_steadiness_and_by_what_is_said_of_them(
     reasons = Gate().unfamiliar(*answers)
     assert len(reasons) == bool(words)
     assert all(word in reasons[0] for word in words)
-    assert all(reason.count("--same-classes") == 1 for reason in reasons)
+    assert all(reason.count("--skip-familiarity") == 1 for reason in reasons)
     assert Gate(familiar=0.0).unfamiliar(*answers) == ()
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from overfly import rank, train
 from overfly.adaptation.model_selection import Ranking, TargetImages, gather, places
 from overfly.adaptation.model_selection import rank as rank_runs
-from overfly.commands.api import rank, train
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic.domain import Synthetic
@@ -84,7 +84,7 @@ def test_candidates_are_ranked_without_a_target_label(
 
 
 def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> None:
-    found = rank([str(runs)], study=True, limit=2, crop=48, device="cpu")
+    found = rank([str(runs)], with_labels=True, limit=2, crop=48, device="cpu")
     ranking = found.ranking
     assert ranking.study is not None
     assert ranking.labels_opened == 6
@@ -95,7 +95,7 @@ def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> 
     assert min(trust.regret for trust in ranking.study.values()) >= 0
     opened = [run.scores["labels_opened"]["target/val"] for run in gather([runs])]
     assert sorted(entry["times"] for entry in opened) == [1, 2]
-    rank([str(runs)], study=True, limit=2, crop=48, device="cpu")
+    rank([str(runs)], with_labels=True, limit=2, crop=48, device="cpu")
     assert opened == [run.scores["labels_opened"]["target/val"] for run in gather([runs])], (
         "what is known is not reread"
     )

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from overfly import adapt, train
 from overfly.adaptation.gate import Gate, geometric_consistency
 from overfly.adaptation.pipeline import adapt as judge
 from overfly.adaptation.pipeline import beside, differences
 from overfly.adaptation.selection import Selection
-from overfly.commands.api import adapt, train
-from overfly.commands.arguments import recipes_and_settings
+from overfly.commands.arguments import split_entries
 from overfly.commands.export import card_content
 from overfly.commands.load_predictor import resolve_start
 from overfly.commands.serve import served_networks
@@ -175,7 +175,7 @@ def test_where_the_pictures_may_be_strange_what_the_labels_teach_is_asked(
     assert f"Its labels of the target teach {100 * refused.reverse_validation:.0f} %" in refused.report()
     assert refused.labels_opened == 0
     assert taken.reverse_validation == refused.reverse_validation
-    assert not any("--same-classes" in reason for reason in taken.candidates["adapted"].rejections)
+    assert not any("--skip-familiarity" in reason for reason in taken.candidates["adapted"].rejections)
 
 
 def test_source_only_is_no_adaptation(small: dict[str, Any]) -> None:
@@ -256,15 +256,13 @@ def test_a_run_is_adapted_without_its_source(tiny: dict[str, Any], tmp_path: Pat
     assert (free.path / "best.safetensors").exists()
 
 
-def test_recipes_and_settings_are_told_apart(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_split_entries_are_told_apart(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load(tiny)
     Path("a.yaml").write_text("")
     Path("run=1").mkdir()
     long = "method.strong=[" + "x, " * 400 + "]"
-    recipes, settings = recipes_and_settings(["seed=1", Path("a.yaml"), recipe, "a.yaml", "run=1", long])
+    recipes, settings = split_entries(["seed=1", Path("a.yaml"), recipe, "a.yaml", "run=1", long])
     assert recipes == [Path("a.yaml"), recipe, "a.yaml", "run=1"]
     assert settings == ["seed=1", long]
     for entry, words in (
@@ -273,7 +271,7 @@ def test_recipes_and_settings_are_told_apart(
         ("", "'' is no"),
     ):
         with pytest.raises(RecipeError, match=words):
-            recipes_and_settings(["a.yaml", entry])
+            split_entries(["a.yaml", entry])
 
 
 def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any], tmp_path: Path) -> None:

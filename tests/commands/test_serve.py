@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import overfly
 from overfly import cli
-from overfly.commands import api, serve
+from overfly.commands import serve
 from overfly.commands.serve import live_stream, served_networks
 from overfly.core.errors import DataError, MissingExtraError, RecipeError, RunError
 from overfly.exporting.predictor import Predictor
@@ -33,12 +34,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optim": {"name": "sgd", "lr": 0.01}, "crop": 64, "batch": 2, "steps": 2,
     }  # fmt: skip
     adapted = load({**small, "start": small, "method": {"name": "overfly", "statistics": "joint"}})
-    api.adapt(adapted, out=out, device="cpu", quiet=True, estimate=False)
+    overfly.adapt(adapted, out=out, device="cpu", quiet=True, estimate=False)
     alone = {key: value for key, value in small.items() if key != "target"}
-    api.train(load({**alone, "seed": 1}), out=out, device="cpu", quiet=True)
+    overfly.train(load({**alone, "seed": 1}), out=out, device="cpu", quiet=True)
     for run in map(Run, sorted(out.glob("*"))):
         if run.recipe.target is not None:
-            api.evaluate(run.path, device="cpu", pictures=False)
+            overfly.evaluate(run.path, device="cpu", samples=False)
     return out
 
 
@@ -56,7 +57,7 @@ def _opened(folder: Path) -> dict[str, int]:
 
 def test_a_report_tells_all_and_counts_the_labels_it_reads(copied: Path, tmp_path: Path) -> None:
     before = _opened(copied)
-    found = api.report([str(copied)], out=tmp_path / "r.html", device="cpu", size=64)
+    found = overfly.report([str(copied)], out=tmp_path / "r.html", device="cpu", size=64)
     after = _opened(copied)
     text = (tmp_path / "r.html").read_text()
     assert found.recipes == 4
@@ -78,7 +79,7 @@ def test_a_report_tells_all_and_counts_the_labels_it_reads(copied: Path, tmp_pat
 
 def test_no_labels_means_no_label_is_read(copied: Path, tmp_path: Path) -> None:
     before = _opened(copied)
-    found = api.report([str(copied)], out=tmp_path / "r.html", labels=False, speed=False, device="cpu")
+    found = overfly.report([str(copied)], out=tmp_path / "r.html", labels=False, speed=False, device="cpu")
     assert found.labels_opened == 0
     assert _opened(copied) == before
     text = (tmp_path / "r.html").read_text()
@@ -88,12 +89,12 @@ def test_no_labels_means_no_label_is_read(copied: Path, tmp_path: Path) -> None:
 
 def test_one_run_and_data_that_are_gone(copied: Path, tmp_path: Path) -> None:
     (alone,) = [run for run in map(Run, copied.glob("*")) if run.recipe.target is None]
-    found = api.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
+    found = overfly.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
     assert (found.recipes, found.labels_opened) == (1, 3)
     moved = alone.recipe.model_dump(mode="json")
     moved["source"] = {"name": "loveda", "root": str(tmp_path / "gone"), "scene": "urban"}
     Recipe.model_validate(moved).save(alone.path / "recipe.yaml")
-    api.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
+    overfly.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
     text = (tmp_path / "r.html").read_text()
     assert "No pictures: " in text
     assert "gone" in text
@@ -101,11 +102,11 @@ def test_one_run_and_data_that_are_gone(copied: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_told_so(tmp_path: Path, runs: Path) -> None:
     with pytest.raises(RunError, match="holds no run"):
-        api.report([str(tmp_path)], out=tmp_path / "r.html")
+        overfly.report([str(tmp_path)], out=tmp_path / "r.html")
     with pytest.raises(RecipeError, match="--out"):
-        api.report([str(runs)], out=tmp_path / "no" / "r.html")
+        overfly.report([str(runs)], out=tmp_path / "no" / "r.html")
     with pytest.raises(RecipeError, match=r"no ending of a page; name it recipe\.html"):
-        api.report([str(runs)], out=tmp_path / "recipe.yaml")
+        overfly.report([str(runs)], out=tmp_path / "recipe.yaml")
     assert list(tmp_path.glob("*.html")) == []
 
 
@@ -113,7 +114,7 @@ def test_a_damaged_verdict_is_named(copied: Path, tmp_path: Path) -> None:
     (file,) = copied.glob("*/selection.json")
     file.write_text("{}")
     with pytest.raises(RunError, match=re.escape(str(file))):
-        api.report([str(copied)], out=tmp_path / "r.html", speed=False, pictures=0, device="cpu")
+        overfly.report([str(copied)], out=tmp_path / "r.html", speed=False, pictures=0, device="cpu")
 
 
 def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path, copied: Path) -> None:
@@ -204,7 +205,7 @@ def test_the_server_does_not_begin_what_it_should_not(
 def test_without_the_extra_its_name_is_told(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overfly.web.importlib.util.find_spec", {}.get)
     with pytest.raises(MissingExtraError, match=r"overfly\[serve\]"):
-        api.serve([str(runs)])
+        overfly.serve([str(runs)])
 
 
 def test_a_stream_is_looked_at_beside_the_page(tmp_path: Path) -> None:

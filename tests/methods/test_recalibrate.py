@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from overfly.commands.api import train
+from overfly import train
 from overfly.ops.normalization import batch_norms, collecting_statistics, forget_statistics
 from overfly.recipe import load
 from overfly.training.run import Run

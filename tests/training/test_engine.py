@@ -68,7 +68,7 @@ def test_two_machines_end_where_one_process_ends_with_the_same_batch(small: dict
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
     command = [str(script), "train", str(tmp_path / "recipe.yaml"), "model=plain", "--device", "cpu", "--quiet"]
-    command += ["--journal-every", "1", "--out"]
+    command += ["--log-every", "1", "--out"]
     port = free_port()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port)]

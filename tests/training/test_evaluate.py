@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from overfly.commands.api import train
+from overfly import train
 from overfly.core.errors import DataError, RunError
 from overfly.recipe import Recipe, load
 from overfly.training.evaluate import assess, recorded, roles

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from overfly.commands.api import train
+from overfly import train
 from overfly.core.errors import RecipeError, RunError, TrainingError
 from overfly.core.optimizers import SGD, Adam, AdamW, Optim
 from overfly.core.records import Batch, Losses
@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(small: dict[str, Any], tmp_p
 def kill_and_resume(recipe: Path, out: Path, devices: int, after: int) -> None:
     """Train in a process of its own, kill -9 it once the journal has ``after`` lines, then let it finish."""
     command = [sys.executable, "-m", "overfly.cli", "train", str(recipe), "--out", str(out), "--device", "cpu"]
-    command += ["--devices", str(devices), "--checkpoint-every", "2", "--journal-every", "1", "--quiet"]
+    command += ["--devices", str(devices), "--checkpoint-every", "2", "--log-every", "1", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from overfly.commands.api import train
+from overfly import train
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic.domain import Synthetic

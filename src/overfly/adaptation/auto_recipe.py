@@ -344,7 +344,8 @@ class Own:
         given = {name for name in ("images_a", "masks_a", "images_b", "classes", "start") if getattr(self, name)}
         if given not in ({"images_a", "masks_a", "images_b", "classes"}, {"images_b", "start"}):
             raise RecipeError(
-                "adapt needs a recipe; or --images-a, --masks-a, --images-b and --classes; or --from and --images-b"
+                "adapt needs a recipe; or --source-images, --source-masks, --target-images and --classes; "
+                "or --checkpoint and --target-images"
             )
 
 

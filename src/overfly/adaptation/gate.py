@@ -18,7 +18,7 @@ from overfly.evaluation.perturbations import geometric
 
 STRANGE = (
     "the target may show other things than the classes, or lack some; if you have looked and it shows them, say "
-    "--same-classes"
+    "--skip-familiarity"
 )
 GEOMETRIC = tuple(view.name for view in geometric())
 

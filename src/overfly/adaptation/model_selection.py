@@ -170,7 +170,9 @@ def rank(
     _check_members(members)
     target = target_of(runs)
     if study and not labeled(target, "val"):
-        raise DataError(f"the target {target.title} has no labels in val, and a study needs them; leave out --study")
+        raise DataError(
+            f"the target {target.title} has no labels in val, and a study needs them; leave out --with-labels"
+        )
     compared = reference.segmenter() if reference is not None else None
     if reference is not None and compared is not None:
         _check_classes(reference, compared, target)

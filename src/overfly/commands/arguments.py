@@ -1,4 +1,4 @@
-"""What the API's functions take, made into values: recipes, domains, seeds, and options within their ranges."""
+"""Arguments that several commands share. Light to import: what needs pydantic or PyTorch is imported inside."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
-from cyclopts import Parameter
-from pydantic import ValidationError
-
-from overfly.core.download import cache_folder
+from overfly.core.choices import Cache
 from overfly.core.errors import RecipeError
-from overfly.core.settings import read_mapping, set_value, validation_message
-from overfly.data.domain import Domain
-from overfly.recipe import Recipe, load
+
+if TYPE_CHECKING:
+    from overfly.data.domain import Domain
+    from overfly.recipe import Recipe
+
+    RecipeLike = Recipe | Path | str
+    Paths = Sequence[Path | str]
+else:  # the types that the command line parses
+    RecipeLike = str
+    Paths = list[str]
+
+PathLike = Path | str
+MAX_SIDE = 16384
+"""Largest side of an image, in pixels."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,126 +57,120 @@ def pathlike(function: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
-Cache = Literal["memory", "disk", "off"]
-LARGEST = 16384
-"""Side of the largest image that is measured, in pixels."""
-
-
-def _as_path(kind: Any, tokens: Any) -> Path:  # noqa: ARG001  (the shape that cyclopts calls)
-    return Path(tokens[0].value)
-
-
-Written = Annotated[Path | str | Recipe, Parameter(accepts_keys=False, n_tokens=1, converter=_as_path)]
-"""A recipe as a value, or, as on the command line, the path of one."""
-
-
-def _as_text(kind: Any, tokens: Any) -> str:  # noqa: ARG001  (the shape that cyclopts calls)
-    return str(tokens[0].value)
-
-
-More = Annotated[Path | str | Recipe, Parameter(accepts_keys=False, n_tokens=1, converter=_as_text)]
-"""Another recipe as a value or a path, or a setting to change."""
-
-
-def recipes_and_settings(entries: Sequence[Path | str | Recipe]) -> tuple[list[Path | str | Recipe], list[str]]:
-    """What is given behind a command, told apart: recipes, and settings such as ``seed=1``.
+def split_entries(entries: Sequence[RecipeLike]) -> tuple[list[RecipeLike], list[str]]:
+    """Split a command's arguments into recipes, and settings such as ``seed=1``.
 
     Raises:
         RecipeError: an entry is neither.
     """
-    recipes: list[Path | str | Recipe] = []
+    recipes: list[RecipeLike] = []
     settings: list[str] = []
     for entry in entries:
-        if isinstance(entry, Recipe) or os.path.exists(entry):  # noqa: PTH110  (a long setting is no error)
+        if not isinstance(entry, Path | str) or os.path.exists(entry):  # noqa: PTH110  (a long setting is no error)
             recipes.append(entry)
         elif is_setting(str(entry)):
             settings.append(str(entry))
         elif str(entry).endswith((".yaml", ".yml")) or os.sep in str(entry):
-            raise RecipeError(f"{entry} is not there; give the file of a recipe")
+            raise RecipeError(f"{entry} does not exist; give a recipe file")
         else:
             raise RecipeError(
-                f"{str(entry)!r} is no file and changes no setting; give a recipe's file, or key=value such as seed=1"
+                f"{str(entry)!r} is neither a file nor a setting; give a recipe file, or key=value such as seed=1"
             )
     return recipes, settings
 
 
-def is_setting(entry: str) -> bool:
-    """Whether an entry changes a setting, such as ``start=other.yaml``, and is no recipe, folder or pattern."""
-    key, equals, value = entry.partition("=")
+def is_setting(entry: Path | str) -> bool:
+    """Return whether an entry changes a setting, such as ``start=other.yaml``; not a recipe, folder or pattern."""
+    key, equals, value = str(entry).partition("=")
     pattern = any(mark in value for mark in "*?") and value.endswith((".yaml", ".yml"))
-    there = os.path.exists(entry)  # noqa: PTH110  (a long setting is no error)
-    return bool(key and equals) and os.sep not in key and not pattern and not there
+    exists = os.path.exists(entry)  # noqa: PTH110  (a long setting is no error)
+    return bool(key and equals) and os.sep not in key and not pattern and not exists
 
 
 def check_bounds(options: dict[str, tuple[int, int, int]]) -> None:
-    """Refuse an option that is out of its range: value, least, most."""
-    for name, (value, least, most) in options.items():
-        if not least <= value <= most:
-            raise RecipeError(f"--{name} {value} is out of range; take {least} to {most}")
-
-
-def cache_of(cache: Cache) -> Path | str | None:
-    """Where decoded pictures are kept, as the loader takes it."""
-    return {"memory": "memory", "off": None, "disk": cache_folder() / "pictures"}[cache]
-
-
-def seeds_of(text: str) -> list[int]:
-    """The seeds that ``3`` (how many) or ``0,1,5`` (which; ``2,`` for one) means.
+    """Check that options are in their range: value, smallest, largest.
 
     Raises:
-        RecipeError: it means none.
+        RecipeError: one is not.
+    """
+    for name, (value, smallest, largest) in options.items():
+        if not smallest <= value <= largest:
+            raise RecipeError(f"--{name} must be {smallest} to {largest}, got {value}")
+
+
+def image_cache(cache: Cache) -> Path | str | None:
+    """Return the cache of decoded images as the loader takes it: a folder, "memory", or None."""
+    from overfly.core.download import cache_folder
+
+    return {"memory": "memory", "off": None, "disk": cache_folder() / "images"}[cache]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of a text: ``3`` is how many, ``0,1,5`` is which (``2,`` for one).
+
+    Raises:
+        RecipeError: the text holds no seeds.
     """
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0 or text.strip() == "0":
-        raise RecipeError(
-            f"--seeds {text} is no number of seeds; write how many, such as 3, or which, such as 0,1,5 or 2,"
-        )
+        raise RecipeError(f"--seeds must be how many, such as 3, or which, such as 0,1,5 or 2, (got {text!r})")
     return list(dict.fromkeys(numbers)) if "," in text else list(range(numbers[0]))
 
 
-def domain_of(text: str, overrides: tuple[str, ...] = ()) -> Domain:
-    """A domain from a file, a recipe's source, or a name."""
+def load_domain(text: str, overrides: Sequence[str] = ()) -> Domain:
+    """Load a domain from its file or its name, or the source of a recipe file."""
+    from overfly.core.settings import read_mapping
+
     values: object = {"name": text}
-    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+    if _is_file(text):
         values = read_mapping(Path(text), "domain or recipe")
     if isinstance(values, dict) and "source" in values:
         values = values["source"]
     if not isinstance(values, dict):
         raise RecipeError(f"{text} holds no domain; write 'name: folder' and its settings")
-    return _valid(values, overrides, f"domain {text}")
+    return _validate(values, overrides, f"domain {text}")
 
 
-def domains_of(text: str, overrides: tuple[str, ...] = ()) -> dict[str, Domain]:
-    """The domains that a text means, by what to call them: both of a recipe's file, else one.
+def load_domains(text: str, overrides: Sequence[str] = ()) -> dict[str, Domain]:
+    """Load the domains of a recipe file, or one domain from its file or name; the keys are their titles.
 
     Raises:
-        RecipeError: it means none.
+        RecipeError: there is no such domain.
     """
-    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
-        values = read_mapping(Path(text), "domain or recipe")
-        if {"source", "target", "start"} & set(values):
-            recipe = load(text, *overrides)
-            roles = {"source": recipe.source, "target": recipe.target}
-            return {f"{role} {domain.title}": domain for role, domain in roles.items() if domain is not None}
-    domain = domain_of(text, overrides)
+    from overfly.core.settings import read_mapping
+    from overfly.recipe import load
+
+    if _is_file(text) and {"source", "target", "start"} & set(read_mapping(Path(text), "domain or recipe")):
+        recipe = load(text, *overrides)
+        roles = {"source": recipe.source, "target": recipe.target}
+        return {f"{role} {domain.title}": domain for role, domain in roles.items() if domain is not None}
+    domain = load_domain(text, overrides)
     return {domain.title: domain}
 
 
-def changed(domain: Domain, overrides: tuple[str, ...]) -> Domain:
-    """A domain with other settings."""
+def override_domain(domain: Domain, overrides: Sequence[str]) -> Domain:
+    """Return a domain with other settings."""
     if not overrides:
         return domain
-    values = domain.model_dump(mode="json")
-    return _valid(values, overrides, f"domain {domain.name}")
+    return _validate(domain.model_dump(mode="json"), overrides, f"domain {domain.name}")
 
 
-def _valid(values: dict[str, Any], overrides: tuple[str, ...], named: str) -> Domain:
+def _is_file(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or Path(text).is_file()
+
+
+def _validate(values: dict[str, Any], overrides: Sequence[str], name: str) -> Domain:
+    from pydantic import ValidationError
+
+    from overfly.core.settings import set_value, validation_message
+    from overfly.data.domain import Domain
+
     for override in overrides:
         set_value(values, override)
     try:
         return Domain.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(validation_message(error, named)) from None
+        raise RecipeError(validation_message(error, name)) from None

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from overfly.commands.arguments import domain_of, domains_of, pathlike
-from overfly.commands.results import Checked, Synthesized
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from overfly.commands.arguments import load_domain, load_domains, pathlike
+from overfly.core.choices import Scene, Split
 from overfly.data import check as checks
-from overfly.data.domain import SPLITS, Split
+from overfly.data.domain import SPLITS
 from overfly.data.download import Downloaded, download_loveda
 from overfly.data.statistics import Statistics, statistics
-from overfly.data.synthetic.domain import Scene, write_synthetic
+from overfly.data.synthetic.domain import write_synthetic
 from overfly.training.progress import Transfers
 
 __all__ = ["data_check", "data_fetch", "data_stats", "data_synthesize"]
+
+
+@dataclass(frozen=True)
+class SynthesizeResult:
+    """A synthetic world on disk."""
+
+    root: Path
+    pictures: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield f"drawn: {self.pictures} pictures in LoveDA's layout below {self.root}"
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Findings of ``overfly data check``."""
+
+    reports: Mapping[str, checks.Report]
+
+    @property
+    def exit_status(self) -> int:
+        """1 where a file is bad."""
+        return int(any(report.bad for report in self.reports.values()))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for name, report in self.reports.items():
+            yield f"== {name}"
+            yield str(report)
 
 
 @pathlike
@@ -27,7 +59,7 @@ def data_synthesize(
     val: int = 60,
     test: int = 60,
     workers: int = 1,
-) -> Synthesized:
+) -> SynthesizeResult:
     """Draw the world that needs no download, in LoveDA's own layout.
 
     Args:
@@ -51,7 +83,7 @@ def data_synthesize(
         scenes=tuple(scenes or ("urban", "rural")),
         workers=workers,
     )
-    return Synthesized(root, count)
+    return SynthesizeResult(root, count)
 
 
 @pathlike
@@ -94,10 +126,10 @@ def data_stats(domain: str, *overrides: str, split: Split = "train", limit: int 
     Returns:
         Mean, standard deviation, smallest and largest value of each band.
     """
-    return statistics(domain_of(domain, overrides), split, limit=limit)
+    return statistics(load_domain(domain, overrides), split, limit=limit)
 
 
-def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) -> Checked:
+def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) -> CheckResult:
     """Go through every picture of a domain, or of both of a recipe: what cannot be read, class shares, sizes, bands.
 
     Args:
@@ -108,4 +140,4 @@ def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) 
     Returns:
         The findings. The command exits with status 1 where a file is bad.
     """
-    return Checked({name: checks.check(place, splits) for name, place in domains_of(domain, overrides).items()})
+    return CheckResult({name: checks.check(place, splits) for name, place in load_domains(domain, overrides).items()})

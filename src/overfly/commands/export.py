@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from overfly.commands.arguments import LARGEST, check_bounds, domain_of, pathlike
+from overfly.commands.arguments import MAX_SIDE, check_bounds, load_domain, pathlike
 from overfly.commands.load_predictor import load_network, origin_of, selection_of
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
@@ -124,7 +124,7 @@ def export(
         The file, the figures, and the model card beside it.
     """
     check_bounds(
-        {"size": (size or 32, 32, LARGEST), "resize": (resize or 32, 32, LARGEST), "images": (images, 1, 10**4)}
+        {"size": (size or 32, 32, MAX_SIDE), "resize": (resize or 32, 32, MAX_SIDE), "images": (images, 1, 10**4)}
     )
     opened = Run.open(run)
     segmenter, metadata = load_network(opened.path)
@@ -208,7 +208,7 @@ def _domain(run: Run, text: str, metadata: ModelMetadata) -> Domain:
     recipe = run.recipe
     order = (recipe.target, recipe.source) if text == "target" else (recipe.source, recipe.target)
     own = next((domain for domain in order if domain is not None), None)
-    found = own if text in ("target", "source") else domain_of(text)
+    found = own if text in ("target", "source") else load_domain(text)
     if found is None:
         raise DataError(f"{run.path} has no domain to measure an export on; name one as --domain")
     if found.classes.names != metadata.classes.names or found.bands != metadata.bands:

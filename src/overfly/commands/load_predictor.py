@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from overfly.adaptation.selection import Selection
+from overfly.core.choices import Backend
 from overfly.core.device import select_device
 from overfly.core.errors import MissingExtraError, RecipeError
-from overfly.exporting.predictor import Backend, ModelMetadata, Predictor, model_metadata, segmenter_predictor
+from overfly.exporting.predictor import ModelMetadata, Predictor, model_metadata, segmenter_predictor
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run

@@ -15,10 +15,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from overfly.commands.arguments import LARGEST, check_bounds, pathlike
+from overfly.commands.arguments import MAX_SIDE, check_bounds, pathlike
 from overfly.commands.load_predictor import load_predictor
+from overfly.core.choices import Backend
 from overfly.core.errors import OverflyError, RecipeError
-from overfly.exporting.predictor import Backend, Predictor
+from overfly.exporting.predictor import Predictor
 from overfly.raster.fleet import map_rasters
 from overfly.raster.inputs import check_apart, sources_of
 from overfly.raster.job import Settings, outputs
@@ -104,7 +105,7 @@ def predict(
         The maps, and the rasters that failed. The command exits with status 1 where one of several failed.
     """
     check_bounds(
-        {"window": (window or 32, 32, LARGEST), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)}
+        {"window": (window or 32, 32, MAX_SIDE), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)}
         | {"workers": (workers, 0, 256)}
     )
     predictor = load_predictor(network, backend=backend, device=device)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from overfly.commands.arguments import LARGEST, check_bounds, pathlike
+from overfly.commands.arguments import MAX_SIDE, check_bounds, pathlike
 from overfly.core import device as machines
+from overfly.core.choices import Split
 from overfly.core.errors import RecipeError
-from overfly.data.domain import Split
 from overfly.reporting.report import render
 from overfly.reporting.report_data import collect_report
 
@@ -64,7 +64,7 @@ def report(
     Returns:
         The file.
     """
-    check_bounds({"pictures": (pictures, 0, 10**6), "size": (size, 8, LARGEST)})
+    check_bounds({"pictures": (pictures, 0, 10**6), "size": (size, 8, MAX_SIDE)})
     if out.is_dir() or not out.parent.is_dir():
         raise RecipeError(f"{out} cannot be written: give --out a file's name in a folder that is there")
     if out.suffix.lower() not in (".html", ".htm"):

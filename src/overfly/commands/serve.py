@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from overfly.commands.arguments import LARGEST, check_bounds, pathlike
+from overfly.commands.arguments import MAX_SIDE, check_bounds, pathlike
 from overfly.commands.load_predictor import load_predictor, origin_of
+from overfly.core.choices import Backend
 from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
 from overfly.data.headers import SUFFIXES
-from overfly.exporting.predictor import Backend, Predictor
+from overfly.exporting.predictor import Predictor
 from overfly.reporting.report_data import find_runs, recipe_title
 from overfly.training.run import Run
 from overfly.video import player as stream
@@ -90,7 +91,7 @@ def serve(
         Nothing to speak of; it runs until it is stopped.
     """
     check_bounds({"port": (port, 0, 65535), "upload": (upload, 1, 10**5), "queue": (queue, 1, 1000)})
-    check_bounds({"batch": (batch, 4, 256), "watch-size": (watch_size or 16, 16, LARGEST)})
+    check_bounds({"batch": (batch, 4, 256), "watch-size": (watch_size or 16, 16, MAX_SIDE)})
     if not 0.01 <= megapixels <= 1000 or not 0.1 <= seconds <= 86400:
         raise RecipeError("--megapixels goes from 0.01 to 1000 and --seconds from 0.1 to 86400; correct the one given")
     token = _token(host, token)

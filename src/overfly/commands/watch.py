@@ -15,13 +15,13 @@ from types import FrameType
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from overfly.commands.arguments import LARGEST, check_bounds, pathlike
+from overfly.commands.arguments import MAX_SIDE, check_bounds, pathlike
 from overfly.commands.load_predictor import load_predictor
+from overfly.core.choices import Backend, Scene
 from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Spec
-from overfly.data.synthetic.domain import Scene, synthesize
-from overfly.exporting.predictor import Backend
+from overfly.data.synthetic.domain import synthesize
 from overfly.video import flight
 from overfly.video.capture import Source, check_free, opened, writing
 from overfly.video.endings import FAULT, ending, in_public
@@ -193,7 +193,7 @@ def _check_place(out: Path | None, serve: int | None) -> None:
 
 
 def _style(size: int | None, opacity: float, *, legend: bool, figures: bool) -> Style:
-    check_bounds({"size": (LARGEST if size is None else size, 16, LARGEST)})
+    check_bounds({"size": (MAX_SIDE if size is None else size, 16, MAX_SIDE)})
     if not 0 <= opacity <= 1:
         raise RecipeError(f"--opacity {opacity} is no share; take 0 to 1")
     return Style(size, opacity, legend, figures)
@@ -245,7 +245,7 @@ def _recorded(
 ) -> Record:
     """What came of a stream; ``sizes`` holds that of its first frame (width, height), where one was shown."""
     metadata, (width, height) = painter.predictor.metadata, sizes[0] if sizes else (stream.width, stream.height)
-    scale = min(1.0, (painter.style.size or LARGEST) / max(width, height))
+    scale = min(1.0, (painter.style.size or MAX_SIDE) / max(width, height))
     machine = describe_machine(painter.predictor.device if painter.predictor.backend == "torch" else "cpu")
     return Record(
         source=stream.title,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
 
+from overfly.core.choices import Split
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import Array, Item, UInt8
 from overfly.core.spec import Choice
 from overfly.data import reading
 
-Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from overfly.core.choices import Precision
 from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Count, NonNegative, Pixels, Positive, Spec, Whole
 from overfly.evaluation.score import evaluation_mode
 from overfly.models.network import Network
 
-Precision = Literal["32", "bf16", "16"]
 METHOD = (
     "wall clock around each forward pass of images that lie on the device, the device synchronized before and after, "
     "after warm-up; transfers and decoding are not in it"

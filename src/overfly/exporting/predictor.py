@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from overfly.core.choices import Backend
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.spec import Count, Meters, Pixels, Positive, Spec
 from overfly.models.segmenter import Segmenter
 
-Backend = Literal["auto", "torch", "onnxruntime", "openvino"]
 Floats = NDArray[np.float32]
 
 

@@ -13,12 +13,13 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
 
 from overfly.core.atomic_files import atomic_write
+from overfly.core.choices import Scene
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.interrupts import interrupts_held
@@ -31,7 +32,6 @@ from overfly.data.synthetic.layout import country, town
 from overfly.data.synthetic.objects import CLASS_OF, Material
 from overfly.data.synthetic.rendering import AUTUMN, SUMMER, develop
 
-Scene = Literal["urban", "rural"]
 SCENES: tuple[Scene, ...] = get_args(Scene)
 
 EDITION = 1

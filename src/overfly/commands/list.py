@@ -1,0 +1,85 @@
+"""The command ``list``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from overfly.core.spec import Choice
+
+FILE = Path(__file__).with_name("catalog.json")
+"""The catalog of this package alone, written by ``make docs``: reading it needs no PyTorch."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Names that a recipe can hold, by setting."""
+
+    groups: dict[str, dict[str, str]]
+    """Setting → name → first sentence of its docstring."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        for group, kinds in self.groups.items():
+            table = Table(title=group, title_justify="left", show_header=False, box=None, padding=(0, 2))
+            table.add_column(no_wrap=True, style="bold")
+            table.add_column()
+            for name, sentence in kinds.items():
+                table.add_row(name, sentence)
+            yield table
+            yield ""
+
+
+def list_kinds() -> Catalog:
+    """List everything a recipe can name: networks, weights, domains, methods, losses, optimizers, augmentations."""
+    import json
+    from importlib.metadata import entry_points
+
+    if entry_points(group="overfly.plugins"):
+        return build_catalog()
+    return Catalog(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def build_catalog() -> Catalog:
+    """Read the catalog from the registries, plug-ins included."""
+    from overfly.core.spec import load_plugins
+    from overfly.models import registry
+    from overfly.models.weights import NAMED
+
+    load_plugins()
+    groups = {"model": {name: registry.about(name) for name in registry.names()}}
+    groups["weights"] = {name: url for name, (url, _) in sorted(NAMED.items())}
+    for group, choice in choices().items():
+        groups[group] = {name: summary(kind) for name, kind in sorted(choice.kinds.items())}
+    return Catalog(groups)
+
+
+def choices() -> dict[str, type[Choice]]:
+    """Settings of a recipe that choose among kinds."""
+    from overfly import recipe  # noqa: F401  (imports every kind)
+    from overfly.core.optimizers import Optim, Schedule
+    from overfly.data.domain import Domain
+    from overfly.data.sampling import Sampling
+    from overfly.methods.method import Method
+    from overfly.ops.augmentation import Augment
+    from overfly.ops.criterion import Criterion
+
+    return {
+        "domain": Domain,
+        "method": Method,
+        "criterion": Criterion,
+        "augment": Augment,
+        "sampling": Sampling,
+        "optim": Optim,
+        "schedule": Schedule,
+    }
+
+
+def summary(kind: type[object]) -> str:
+    """Return the first paragraph of a docstring, on one line."""
+    return " ".join((kind.__doc__ or "").strip().split("\n\n")[0].split())

@@ -1,0 +1,120 @@
+"""The command ``speed``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overfly.commands.arguments import MAX_SIDE, check_bounds
+from overfly.core.choices import Precision
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from torch import nn
+
+    from overfly.evaluation.speed import Speed
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """Size and speed of a network."""
+
+    name: str
+    speed: Speed
+    as_json: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        speed = self.speed
+        if self.as_json:
+            yield speed.model_dump_json(indent=2)
+            return
+        height, width = speed.size
+        yield f"{self.name}: {speed.parameters:,} parameters (without the heads that only training uses)"
+        yield f"one image of {speed.bands}×{height}×{width}: {speed.macs / 1e9:.3f} G multiply-accumulates"
+        for batch, macs in speed.macs_of_batch.items():
+            yield f"a batch of {batch}: {macs / 1e9:.3f} G multiply-accumulates"
+        table = Table()
+        for heading in ("batch", "p50 ms", "p95 ms", "p99 ms", "mean ± sd ms", "images/s", "peak memory"):
+            table.add_column(heading, justify="right")
+        for timing in speed.timings:
+            memory = "–" if timing.peak_memory_mb is None else f"{timing.peak_memory_mb:.0f} MB"
+            table.add_row(
+                str(timing.batch), f"{timing.p50_ms:.2f}", f"{timing.p95_ms:.2f}", f"{timing.p99_ms:.2f}",
+                f"{timing.mean_ms:.2f} ± {timing.std_ms:.2f}", f"{timing.images_per_second:.1f}", memory,
+            )  # fmt: skip
+        yield table
+        machine = speed.machine
+        yield f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {speed.precision} bits"
+        yield f"{speed.repeats} passes after {speed.warmup} of warm-up; {speed.method}; memory: {speed.memory}"
+
+
+def speed(
+    network: str,
+    *,
+    size: int = 512,
+    batch: list[int] | None = None,
+    classes: int = 7,
+    bands: int = 3,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: Precision = "32",
+    warmup: int = 10,
+    repeats: int = 50,
+    macs_of_batch: int | None = None,
+    json: bool = False,
+) -> SpeedResult:
+    """Measure a network: parameters, multiply-accumulates of one image, latency, images/s, memory.
+
+    Heads that only training uses are off. Times are synchronized and taken after a warm-up.
+
+    Args:
+        network: the name of a network, or the folder of a run.
+        size: side of the image in pixels.
+        batch: size of the batches to time, default 1; may be repeated: --batch 1 --batch 8.
+        classes: number of classes of a network given by name.
+        bands: number of bands of a network given by name.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        threads: CPU threads.
+        precision: 32, or mixed with bf16 or 16.
+        warmup: forward passes before the timed ones.
+        repeats: forward passes that are timed.
+        macs_of_batch: count the multiply-accumulates of a batch of this size too.
+        json: print JSON instead of a table.
+
+    Returns:
+        Size and speed, and how they were measured.
+    """
+    from overfly.core.device import select_device
+    from overfly.evaluation.speed import measure_speed
+    from overfly.models.registry import build
+    from overfly.training.run import Run
+
+    check_bounds(
+        {"size": (size, 1, MAX_SIDE), "classes": (classes, 1, 254), "bands": (bands, 1, 1000)}
+        | {"warmup": (warmup, 0, 10**6), "threads": (threads or 1, 1, 8 * (os.cpu_count() or 1))}
+        | {"macs-of-batch": (1 if macs_of_batch is None else macs_of_batch, 1, 10**6)}
+    )
+    name = network
+    if Path(network).is_dir():
+        segmenter = Run.open(network).segmenter()
+        name, bands = segmenter.architecture, segmenter.bands
+        module: nn.Module = segmenter
+    else:
+        module = build(network, classes, training_heads=True, bands=bands)
+    result = measure_speed(
+        module,
+        size=size,
+        batches=batch or [1],
+        bands=bands,
+        device=select_device(device),
+        warmup=warmup,
+        repeats=repeats,
+        threads=threads,
+        precision=precision,
+        macs_of_batch=[macs_of_batch] if macs_of_batch else [],
+    )
+    return SpeedResult(name, result, as_json=json)
