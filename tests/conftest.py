@@ -31,6 +31,12 @@ def _one_thread() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests leave the user's cache folder alone."""
+    monkeypatch.setenv("OVERFLY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def small() -> dict[str, Any]:
     """A recipe of a few steps on the synthetic world, as a mapping."""

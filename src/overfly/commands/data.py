@@ -41,7 +41,7 @@ class CheckResult:
     @property
     def exit_status(self) -> int:
         """1 where a file is bad."""
-        return int(any(report.bad for report in self.reports.values()))
+        return int(any(report.problems for report in self.reports.values()))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for name, report in self.reports.items():

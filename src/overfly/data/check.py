@@ -1,15 +1,22 @@
-"""Through a whole domain, file by file: what is broken, and what is in it."""
+"""Check the files of a domain: report unreadable images and masks, class shares, sizes, bands and types."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from overfly.core.atomic_files import atomic_write
+from overfly.core.download import cache_folder
 from overfly.core.errors import DataError, OverflyError
 from overfly.core.records import IGNORE, Array, Item
 from overfly.core.spec import Share, Spec, Whole
@@ -18,207 +25,276 @@ from overfly.data.headers import read_header
 
 
 class Problem(Spec):
-    """One thing that is wrong with one picture."""
+    """A problem of one image or mask."""
 
     image: str
-    """Name of the picture; empty if it is the split as a whole."""
+    """Name of the image; empty if the problem concerns the whole split."""
     sentence: str
     """Which file, what is wrong with it, and what to do."""
 
 
 class SplitReport(Spec):
-    """What a split holds. Shares, sizes and types are those of the files that could be read."""
+    """Contents of a split. Shares, sizes and types cover the files that could be read."""
 
     split: Split
-    """Which split."""
+    """Name of the split."""
     images: Whole
-    """Images listed."""
+    """Number of images."""
     labeled: Whole
-    """Images with a mask."""
+    """Number of images with a mask."""
     problems: tuple[Problem, ...] = ()
-    """Everything that is wrong, in the order of the pictures."""
+    """All problems, in the order of the images."""
     shares: dict[str, Share] = Field(default_factory=dict)
-    """Share of each class among the pixels that have one."""
+    """Share of each class among the labeled pixels."""
     ignored: Share = 0.0
-    """Share of ignored pixels among all pixels of masks."""
+    """Share of ignored pixels among all pixels of the masks."""
     sizes: dict[str, int] = Field(default_factory=dict)
-    """Number of images of each size, width×height, the commonest first."""
+    """Number of images of each size, width×height, most frequent first."""
     bands: dict[int, int] = Field(default_factory=dict)
-    """Number of images of each number of bands."""
+    """Number of images by number of bands."""
     dtypes: dict[str, int] = Field(default_factory=dict)
-    """Number of images of each type of pixel."""
-    unread: Whole = 0
-    """Images whose last band their file marks as opacity, and which was not read."""
+    """Number of images by pixel type."""
+    unread_alpha: Whole = 0
+    """Images with an alpha band that the domain does not read."""
     empty: Whole = 0
-    """Masks in which every pixel is ignored: nothing can be learned from them."""
+    """Masks in which every pixel is ignored."""
 
 
 class Report(Spec):
-    """What a domain holds."""
+    """Contents of a domain."""
 
     domain: str
-    """Which kind of domain."""
+    """Name of the domain's kind."""
     splits: tuple[SplitReport, ...]
-    """The splits that it has."""
+    """Reports of the splits that exist."""
     absent: dict[Split, str] = Field(default_factory=dict)
-    """The splits that it has not, each with the reason."""
+    """Splits that do not exist, each with the reason."""
 
     @property
-    def bad(self) -> tuple[Problem, ...]:
-        """Everything that is wrong in any split."""
+    def problems(self) -> tuple[Problem, ...]:
+        """Problems of all splits."""
         return tuple(problem for split in self.splits for problem in split.problems)
 
     def __str__(self) -> str:
-        """The report in words, a line a fact."""
-        told: list[str] = []
+        """The report as text, one fact a line."""
+        lines: list[str] = []
         for split in self.splits:
-            told += [f"{split.split}: {split.images} images, {split.labeled} with a mask"]
-            for what, counts in (("sizes", split.sizes), ("bands", split.bands), ("types", split.dtypes)):
-                told += [f"  {what}: " + ", ".join(f"{value} ({count})" for value, count in counts.items())]
-            if split.unread:
-                told += [
-                    f"  {split.unread} images mark their last band as opacity, and it is not read; if it was measured "
-                    "like the others, such as near infrared, count it in the domain's bands"
+            lines += [f"{split.split}: {split.images} images, {split.labeled} with a mask"]
+            for name, counts in (("sizes", split.sizes), ("bands", split.bands), ("types", split.dtypes)):
+                lines += [f"  {name}: " + ", ".join(f"{value} ({count})" for value, count in counts.items())]
+            if split.unread_alpha:
+                lines += [
+                    f"  {split.unread_alpha} images have an alpha band, which is not read; if the band holds "
+                    "measurements, such as near infrared, include it in the domain's bands"
                 ]
-            told += [f"  {name}: {share:.2%}" for name, share in split.shares.items()]
+            lines += [f"  {name}: {share:.2%}" for name, share in split.shares.items()]
             if split.labeled:
-                told += [f"  ignored: {split.ignored:.2%}"]
+                lines += [f"  ignored: {split.ignored:.2%}"]
             if split.empty:
-                told += [f"  {split.empty} masks are ignored in every pixel"]
-            told += [f"  wrong: {problem.sentence}" for problem in split.problems]
-        told += [f"no {split} split: {reason}" for split, reason in self.absent.items()]
-        return "\n".join(told)
+                lines += [f"  {split.empty} masks are ignored in every pixel"]
+            lines += [f"  problem: {problem.sentence}" for problem in split.problems]
+        lines += [f"no {split} split: {reason}" for split, reason in self.absent.items()]
+        return "\n".join(lines)
 
 
 def check(
     domain: Domain, splits: Sequence[Split] | None = None, progress: Callable[[Item], None] | None = None
 ) -> Report:
-    """Read every image and mask of some splits; list everything that is wrong.
-
-    Labels are opened: on a target this is an inspection by a person, and no part of training.
+    """Read every image and mask of some splits and report all problems. Opens the labels.
 
     Args:
-        domain: what to go through.
-        splits: which splits; None takes all. Those that the domain does not have are reported as absent.
-        progress: called after each picture.
+        domain: the domain to check.
+        splits: splits to check; None checks all. Splits that the domain does not have are reported as absent.
+        progress: called after each image.
 
     Raises:
-        DataError: the domain has none of the splits, or the same is wrong with all that it has: the settings or the
-            folder as a whole; the message is that of the first.
+        DataError: the domain has none of the splits, or all its splits fail with the same message, which is raised.
     """
     reports: list[SplitReport] = []
     absent: dict[Split, str] = {}
-    faults: list[DataError] = []
+    errors: list[DataError] = []
     for split in SPLITS if splits is None else splits:
         try:
             items = domain.items(split)
         except SplitError as error:
             absent[split] = str(error)
         except DataError as error:
-            faults.append(error)
+            errors.append(error)
             problem = Problem(image="", sentence=str(error))
             reports.append(SplitReport(split=split, images=0, labeled=0, problems=(problem,)))
         else:
-            reports.append(_checked(domain, split, items, progress))
-    if faults and len(faults) == len(reports) and len({str(fault) for fault in faults}) == 1:
-        raise faults[0]
+            reports.append(_check_split(domain, split, items, progress))
+    if errors and len(errors) == len(reports) and len({str(error) for error in errors}) == 1:
+        raise errors[0]
     if not reports:
-        raise SplitError(next(iter(absent.values()), "no split was asked for; name one of train, val, test"))
+        raise SplitError(next(iter(absent.values()), "splits must name at least one of train, val, test"))
     return Report(domain=domain.name, splits=tuple(reports), absent=absent)
 
 
+def check_masks(domain: Domain, splits: Sequence[Split], cache: Path | None = None) -> None:
+    """Check that every mask of some splits can be decoded, so that training does not fail at one of them later.
+
+    Masks that passed are recorded by path, size and modification time, together with the domain's settings; a second
+    check skips them. Opens the labels: call it only for splits whose labels the run reads.
+
+    Args:
+        domain: the domain to check.
+        splits: splits whose masks are checked; splits that the domain does not have are skipped.
+        cache: folder of the records; None takes ``checked_masks`` in the cache folder.
+
+    Raises:
+        DataError: a split's files do not fit together, or masks cannot be decoded; the message holds the first one's
+            problem and the number of such masks.
+    """
+    items: list[Item] = []
+    for split in splits:
+        with suppress(SplitError):
+            items += [item for item in domain.items(split) if isinstance(item.label, Path)]
+    if not items:
+        return
+    settings = json.dumps([type(domain).__qualname__, domain.model_dump(mode="json")], sort_keys=True)
+    folder = cache or cache_folder() / "checked_masks"
+    record = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:32]}.json"
+    passed = _load_record(record)
+    stamps = {str(item.label): _file_stamp(item) for item in items}
+    unchecked = [item for item in items if passed.get(str(item.label)) != stamps[str(item.label)]]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        errors = list(pool.map(lambda item: _mask_error(domain, item), unchecked))
+    for item, error in zip(unchecked, errors, strict=True):
+        if error is None:
+            passed[str(item.label)] = stamps[str(item.label)]
+    if unchecked:
+        _save_record(record, passed)
+    found = [error for error in errors if error is not None]
+    if found:
+        more = f" ({len(found)} of {len(items)} masks have problems; list them with: overfly data check)"
+        raise DataError(str(found[0]) + (more if len(found) > 1 else "")) from found[0]
+
+
 def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
-    """Number of pixels of each class in an item's label, (K,); ignored ones are not counted.
+    """Number of pixels of each class in an item's label, (K,), without ignored pixels.
 
     Raises:
         DataError: the label cannot be read.
     """
-    return _counts(domain, item)[: len(domain.classes)]
+    return _label_histogram(domain, item)[: len(domain.classes)]
 
 
 def max_value_error(domain: Domain, item: Item, image: Array) -> str | None:
-    """The sentence for an image (H, W, C) brighter than its domain's peak; None where all is well."""
+    """Error message for an image (H, W, C) with values above the domain's ``max_value``; None if there are none."""
     if image.dtype.kind == "u" and np.iinfo(image.dtype).max <= domain.max_value:
         return None
     highest = image.max()
     if highest <= domain.max_value:
         return None
     return (
-        f"{place(item)} holds {highest:g}, above the domain's max_value {domain.max_value:g}; "
+        f"{item_source(item)} holds {highest:g}, above the domain's max_value {domain.max_value:g}; "
         "correct max_value or the file"
     )
 
 
-def place(item: Item) -> str:
-    """An item as words for a message: its file, or its name where it is drawn."""
+def item_source(item: Item) -> str:
+    """Path of an item's image, or the item's name if the image is generated."""
     return str(item.image) if isinstance(item.image, Path) else item.name
 
 
-def _counts(domain: Domain, item: Item) -> NDArray[np.int64]:
-    counted: NDArray[np.int64] = np.bincount(domain.read_label(item).ravel(), minlength=256).astype(np.int64)
-    return counted
+def _label_histogram(domain: Domain, item: Item) -> NDArray[np.int64]:
+    histogram: NDArray[np.int64] = np.bincount(domain.read_label(item).ravel(), minlength=256).astype(np.int64)
+    return histogram
 
 
-def _checked(
+def _mask_error(domain: Domain, item: Item) -> OverflyError | None:
+    try:
+        domain.read_label(item)
+    except OverflyError as error:
+        return error
+    return None
+
+
+def _file_stamp(item: Item) -> list[int]:
+    """Size and modification time of an item's files; empty, which matches no record, if one cannot be read."""
+    try:
+        states = [path.stat() for path in (item.label, item.image) if isinstance(path, Path)]
+    except OSError:
+        return []
+    return [number for state in states for number in (state.st_size, state.st_mtime_ns)]
+
+
+def _load_record(record: Path) -> dict[str, list[int]]:
+    try:
+        passed = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {path: stamp for path, stamp in passed.items() if stamp} if isinstance(passed, dict) else {}
+
+
+def _save_record(record: Path, passed: dict[str, list[int]]) -> None:
+    with suppress(OSError):  # without a record the next check reads the masks again
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(record) as part:
+            part.write_text(json.dumps(passed), encoding="utf-8")
+            part.replace(record)
+
+
+def _check_split(
     domain: Domain, split: Split, items: Sequence[Item], progress: Callable[[Item], None] | None
 ) -> SplitReport:
-    problems: list[Problem] = []
+    problems = [
+        Problem(image=name, sentence=f"{count} images are called {name}; rename all but one")
+        for name, count in Counter(item.name for item in items).items()
+        if count > 1
+    ]
     counts = np.zeros(256, np.int64)
     sizes: Counter[str] = Counter()
     bands: Counter[int] = Counter()
     dtypes: Counter[str] = Counter()
-    empty = unread = 0
-    for name, times in Counter(item.name for item in items).items():
-        if times > 1:
-            problems.append(Problem(image=name, sentence=f"{times} pictures are called {name}; rename all but one"))
+    empty = unread_alpha = 0
     for item in items:
         for sentence in _check_image(domain, item, sizes, bands, dtypes):
             problems.append(Problem(image=item.name, sentence=sentence))
-        unread += _leaves_opacity(domain, item)
+        unread_alpha += _has_unread_alpha(domain, item)
         if item.label is not None:
             try:
-                found = _counts(domain, item)
+                histogram = _label_histogram(domain, item)
             except DataError as error:
                 if str(error) not in {problem.sentence for problem in problems[-1:]}:
                     problems.append(Problem(image=item.name, sentence=str(error)))
             else:
-                counts += found
-                empty += int(found[IGNORE] == found.sum())
+                counts += histogram
+                empty += int(histogram[IGNORE] == histogram.sum())
         if progress is not None:
             progress(item)
     known = counts[: len(domain.classes)]
+    shares = dict(zip(domain.classes.names, (known / max(known.sum(), 1)).tolist(), strict=True))
     return SplitReport(
         split=split,
         images=len(items),
         labeled=sum(item.label is not None for item in items),
         problems=tuple(problems),
-        shares=dict(zip(domain.classes.names, (known / max(known.sum(), 1)).tolist(), strict=True))
-        if counts.any()
-        else {},
+        shares=shares if counts.any() else {},
         ignored=float(counts[IGNORE] / max(counts.sum(), 1)),
         sizes=dict(sizes.most_common()),
         bands=dict(bands.most_common()),
         dtypes=dict(dtypes.most_common()),
         empty=empty,
-        unread=unread,
+        unread_alpha=unread_alpha,
     )
 
 
-def _leaves_opacity(domain: Domain, item: Item) -> bool:
-    """Whether a picture's file marks a last band as opacity that the domain does not read."""
+def _has_unread_alpha(domain: Domain, item: Item) -> bool:
     if not isinstance(item.image, Path):
         return False
     try:
-        found = read_header(item.image)
-    except OverflyError:
-        return False  # said already
-    return found.alpha and domain.bands < found.bands
+        header = read_header(item.image)
+    except OverflyError:  # reported by `_check_image`
+        return False
+    return header.alpha and domain.bands < header.bands
 
 
 def _check_image(
     domain: Domain, item: Item, sizes: Counter[str], bands: Counter[int], dtypes: Counter[str]
 ) -> Iterator[str]:
-    """Count what an image is; yield what is wrong with it."""
+    """Count an image's size, bands and type; yield its problems."""
     try:
         image = domain.read_image(item)
     except DataError as error:
@@ -227,8 +303,8 @@ def _check_image(
     sizes[f"{image.shape[1]}×{image.shape[0]}"] += 1
     bands[image.shape[2]] += 1
     dtypes[str(image.dtype)] += 1
-    above = max_value_error(domain, item, image)
-    if above is not None:
-        yield above
+    too_bright = max_value_error(domain, item, image)
+    if too_bright is not None:
+        yield too_bright
     elif image.min() == image.max():
-        yield f"{place(item)} is one color throughout; take it away, or export it again"
+        yield f"{item_source(item)} has one value in all pixels; remove it, or export it again"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, UInt8
 from overfly.data.cache import nodata_label, open_image
-from overfly.data.check import class_counts, max_value_error, place
+from overfly.data.check import class_counts, item_source, max_value_error
 from overfly.data.domain import Domain
 from overfly.data.sampling import Counts, Place, Sampling, crop
 
@@ -81,11 +81,11 @@ class Stream:
         if without and self.labeled:
             raise DataError(
                 f"the source {self.domain.title} has no masks for {len(without)} of {len(self.items)} pictures, the "
-                f"first {place(without[0])}; set source.masks"
+                f"first {item_source(without[0])}; set source.masks"
             )
         if without and self.counts is None:
             raise DataError(
-                f"sampling {self.sampling.name!r} needs labels, and {place(without[0])} has none; make it uniform"
+                f"sampling {self.sampling.name!r} needs labels, and {item_source(without[0])} has none; make it uniform"
             )
         if self.sampling.needs_counts and self.counts is None:
             self.counts = np.stack([class_counts(self.domain, item) for item in self.items])
@@ -96,7 +96,7 @@ class Stream:
         if not something:
             raise DataError(
                 f"the masks of {self.domain.title} are ignored in every pixel of all {len(self.items)} pictures, the "
-                f"first {place(self.items[0])}; correct the masks, or what the domain says that they mean"
+                f"first {item_source(self.items[0])}; correct the masks, or what the domain says that they mean"
             )
 
     def chosen(self, step: int, slots: Sequence[int]) -> list[tuple[Item, int]]:
@@ -142,8 +142,8 @@ class Stream:
             longer = max(image.shape[:2])
             if self.crop > BEYOND * longer:
                 raise RecipeError(
-                    f"crop is {self.crop}, more than {BEYOND} times the longer side {longer} of {place(item)}; set "
-                    f"crop to {longer} or so"
+                    f"crop is {self.crop}, more than {BEYOND} times the longer side {longer} of {item_source(item)}; "
+                    f"set crop to {longer} or less"
                 )
             random = np.random.default_rng([self.seed, self.key, step, slot])
             image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, wanted=wanted))
