@@ -38,10 +38,10 @@ from overfly.core.classes import Classes
 from overfly.core.device import describe_machine
 from overfly.data.synthetic.domain import synthesize
 from overfly.exporting.predictor import ModelMetadata, Predictor
-from overfly.raster.job import Settings, plan_for
+from overfly.raster.job import MapSettings, plan_raster
 from overfly.raster.map_raster import map_raster
-from overfly.raster.raster_source import look
-from overfly.raster.window_reader import Row, windows_of
+from overfly.raster.raster_source import inspect_raster
+from overfly.raster.window_reader import FinishedRows, read_windows
 from overfly.recipe import load
 from overfly.training.setup import first_segmenter
 
@@ -71,17 +71,17 @@ def memory(key: str) -> int:
 
 def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[str, Any]:
     """The whole job, and the network alone on two of ``share`` rows of its windows, before and after."""
-    settings = Settings(overwrite=True)
-    scene = look(str(raster), predictor.metadata, bands=None, nodata=None, max_value=None)
-    plan = plan_for(scene, predictor.metadata, settings, 400 * 2**20)
+    settings = MapSettings(overwrite=True)
+    scene = inspect_raster(str(raster), predictor.metadata, bands=None, nodata=None, max_value=None)
+    plan = plan_raster(scene, predictor.metadata, settings, 400 * 2**20)
     predictor(np.zeros((settings.batch, 3, plan.size, plan.size), np.float32))
     model = memory("VmRSS")
 
     def alone(first: int) -> tuple[float, float, int]:
         wall = work = 0.0
         windows = row = 0
-        for item in windows_of(scene, plan, settings.batch):
-            if isinstance(item, Row):
+        for item in read_windows(scene, plan, settings.batch):
+            if isinstance(item, FinishedRows):
                 row += 1
             elif row % share == first:
                 begun, busy = time.perf_counter(), time.process_time()
@@ -180,7 +180,7 @@ def main() -> int:
         settings.measure.write_text(json.dumps(found))
         return 0
     if settings.job:
-        map_raster(predictor, str(raster), settings.job, Settings(), network="benchmark")
+        map_raster(predictor, str(raster), settings.job, MapSettings(), network="benchmark")
         return 0
     if not raster.exists():
         synthesise(raster, settings.size)

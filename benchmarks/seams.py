@@ -19,7 +19,7 @@ from rasterio import Affine
 
 from overfly.commands.load_predictor import load_predictor
 from overfly.data.synthetic.domain import synthesize
-from overfly.raster.job import Settings
+from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import map_raster
 
 ZOOM = 3
@@ -44,7 +44,7 @@ def main() -> None:
             made.write(np.moveaxis(image, -1, 0))
         for overlap in (0.0, 0.25):
             out = Path(folder) / f"{overlap}.tif"
-            chosen = Settings(window=settings.window, overlap=overlap)
+            chosen = MapSettings(window=settings.window, overlap=overlap)
             map_raster(predictor, str(raster), out, chosen, network="picture")
             with rasterio.open(out) as found:
                 maps.append(predictor.metadata.classes.paint(found.read(1)))

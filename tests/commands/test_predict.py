@@ -77,10 +77,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["{network}", "{scene}", "--bands", "red"], "--bands red"),
     (["{network}", "{scene}", "--overlap", "1"], "--overlap 1"),
     (["{network}", "{scene}", "--batch", "0"], "--batch 0"),
-    (["{network}", "{scene}", "--resolution", "-1"], "--resolution -1"),
-    (["{network}", "{scene}", "--match"], "--resolution METERS"),
-    (["{network}", "{scene}", "--max-value", "0"], "--max-value 0"),
-    (["{network}", "{scene}", "--opacity"], "--opacity says that band 3"),
+    (["{network}", "{scene}", "--resolution", "-1"], "--resolution"),
+    (["{network}", "{scene}", "--match-gsd"], "--resolution METERS"),
+    (["{network}", "{scene}", "--max-value", "0"], "--max-value"),
+    (["{network}", "{scene}", "--alpha-band"], "--alpha-band says that band 3"),
     (["{network}", "{scene}", "--polygons", "shp"], "shp"),
     (["{network}", "{scene}", "--out", "{network}"], "is a file"),
     (["{network}", "{scene}", "--scheduler", "tcp://127.0.0.1:1"], "no scheduler answers"),
@@ -119,7 +119,7 @@ def test_python_takes_what_the_command_line_takes(network: Path, tmp_path: Path)
     with rasterio.open(tmp_path / "map_uncertainty.tif") as found:
         assert 0 <= found.read().min() <= found.read().max() <= 100
     with pytest.raises(RecipeError, match="two ways"):
-        predict(network, [str(scene)], match=True, resolution=1.0, device="cpu", quiet=True)
+        predict(network, [str(scene)], match_gsd=True, resolution=1.0, device="cpu", quiet=True)
 
 
 def test_another_network_has_another_mark(network: Path, small: dict[str, Any], tmp_path: Path) -> None:

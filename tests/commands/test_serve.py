@@ -226,8 +226,8 @@ def test_a_stream_is_looked_at_beside_the_page(tmp_path: Path) -> None:
 def _end_of(source: str) -> str:
     with live_stream(source, seeing) as screen:
         assert screen is not None
-        until = time.monotonic() + 30
-        while not screen.closed and time.monotonic() < until:
+        limit_duration = time.monotonic() + 30
+        while not screen.closed and time.monotonic() < limit_duration:
             time.sleep(0.01)
         return screen.ended
 

@@ -19,7 +19,7 @@ from overfly import cli
 from overfly.commands import watch as streaming
 from overfly.core.errors import DataError
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.video.player import Screen
+from overfly.video.player import LatestFrame
 from seeing import BLUE, GREEN, RED, brightest, number_of, read, seeing, striped, video
 
 pytest.importorskip("av")
@@ -185,13 +185,13 @@ def test_the_page_is_told_how_it_ended(
             raise DataError("frames/2.png is damaged; take it away")
         return brightest(images)
 
-    class Kept(Screen):
+    class Kept(LatestFrame):
         def __init__(self) -> None:
             super().__init__()
             screens.append(self)
 
-    screens: list[Screen] = []
-    monkeypatch.setattr(streaming, "Screen", Kept)
+    screens: list[LatestFrame] = []
+    monkeypatch.setattr(streaming, "LatestFrame", Kept)
     network(seeing(looked_at))
     source = str(video(tmp_path / "a.mp4", frames=4))
     if breaks:

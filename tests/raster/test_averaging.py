@@ -13,12 +13,12 @@ from rasterio.enums import ColorInterp, Resampling
 from overfly.core.errors import DataError
 from overfly.raster import averaging
 from overfly.raster.averaging import resampled
-from overfly.raster.job import Settings
+from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import map_raster
-from overfly.raster.raster_source import look
+from overfly.raster.raster_source import inspect_raster
 from rasters import ids, likely, noise, pointwise, write
 
-SETTINGS = Settings(window=64, batch=8)
+SETTINGS = MapSettings(window=64, batch=8)
 
 
 @pytest.mark.parametrize("resolution", [0.17, 0.6, 1.0, 7.0])
@@ -70,7 +70,7 @@ def test_what_is_measured_is_averaged_as_gdal_does(
     monkeypatch.setattr(averaging, "AT_ONCE", 2000)
     pixels = noise(200, 300).astype(np.float32)
     source = write(tmp_path / "scene.tif", pixels)
-    scene = look(str(source), pointwise().metadata, bands=None, nodata=None, max_value=255)
+    scene = inspect_raster(str(source), pointwise().metadata, bands=None, nodata=None, max_value=255)
     rows, columns = round(200 * scale[0]), round(300 * scale[1])
     how = Resampling.average if max(scale) <= 1 else Resampling.bilinear
     with rasterio.open(source) as dataset:
@@ -102,6 +102,9 @@ def test_values_beyond_all_brightness_are_the_rasters_fault(tmp_path: Path) -> N
     pixels[:, :9, :9] = -3.4028235e38
     source = write(tmp_path / "scene.tif", pixels)
     broken = replace(pointwise(), run=lambda images: likely(images) + np.float32(0) * images[:, :1] ** 2)
-    with np.errstate(all="ignore"), pytest.raises(DataError, match=r"scene.tif holds values .*--nodata .*--max-value"):
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(DataError, match=r"scene.tif holds values .*--nodata .*--max-value"),
+    ):
         map_raster(broken, str(source), tmp_path / "map.tif", replace(SETTINGS, max_value=1.0), network="none")
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]

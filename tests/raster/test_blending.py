@@ -7,11 +7,11 @@ import torch
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import Window, cut, sliding
 from overfly.raster import blending
-from overfly.raster.tiling import Plan, plan_of
+from overfly.raster.tiling import TilingPlan, plan_windows
 from rasters import biased, pointwise
 
 
-def blended(predictor: Predictor, image: Floats, plan: Plan) -> Floats:
+def blended(predictor: Predictor, image: Floats, plan: TilingPlan) -> Floats:
     """Probabilities (K, H, W) of a picture (C, H, W) on the working grid, by slabs and rows."""
     found = np.full((3, plan.height, plan.width), np.nan, np.float32)
     for slab in plan.slabs:
@@ -35,7 +35,7 @@ def test_rows_are_what_the_tiler_gives_of_the_whole(height: int, width: int, ove
     image = np.random.default_rng(0).uniform(0, 255, (3, height, width)).astype(np.float32)
     predictor = biased()
     wanted = sliding(lambda x: torch.from_numpy(predictor(x.numpy())), torch.from_numpy(image), 64, overlap).numpy()
-    plan = plan_of(height, width, classes=3, size=64, overlap=overlap, memory=memory)
+    plan = plan_windows(height, width, classes=3, size=64, overlap=overlap, memory=memory)
     assert (len(plan.slabs) > 1) == (memory == 1 and width > 64)
     np.testing.assert_allclose(blended(predictor, image, plan), wanted, atol=1e-5)
 
@@ -44,7 +44,7 @@ def test_no_seams_on_a_ramp_even_where_the_network_depends_on_the_place_in_its_w
     ramp = np.broadcast_to(np.linspace(0, 255, 500, dtype=np.float32), (3, 400, 500))
     steps = {}
     for overlap in (0.0, 0.25, 0.5):
-        plan = plan_of(400, 500, classes=3, size=64, overlap=overlap, memory=300_000)
+        plan = plan_windows(400, 500, classes=3, size=64, overlap=overlap, memory=300_000)
         last = blended(biased(), np.ascontiguousarray(ramp), plan)[2]
         steps[overlap] = max(np.abs(np.diff(last, axis=0)).max(), np.abs(np.diff(last, axis=1)).max())
     assert steps[0.0] > 0.25  # tiles side by side: the seam is there to be seen
@@ -54,7 +54,7 @@ def test_no_seams_on_a_ramp_even_where_the_network_depends_on_the_place_in_its_w
 
 def test_a_resampled_ramp_stays_one() -> None:
     image = np.broadcast_to(np.linspace(0, 255, 120, dtype=np.float32), (3, 90, 120))
-    plan = plan_of(180, 240, classes=3, size=32, overlap=0.25, scale=(0.5, 0.5), memory=1)
+    plan = plan_windows(180, 240, classes=3, size=32, overlap=0.25, scale=(0.5, 0.5), memory=1)
     found = blended(pointwise(), np.ascontiguousarray(image), plan)
     wanted = torch.nn.functional.interpolate(
         torch.from_numpy(pointwise()(np.ascontiguousarray(image)[None])), scale_factor=2, mode="bilinear"

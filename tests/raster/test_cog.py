@@ -17,12 +17,12 @@ import rasterio
 from overfly.core.errors import DataError
 from overfly.raster import map_raster as geotiff
 from overfly.raster.cog import write_cog
-from overfly.raster.job import Settings
+from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import map_raster
 from overfly.raster.polygons import write_polygons
 from rasters import ids, likely, noise, pointwise, write
 
-SETTINGS = Settings(window=64, batch=8, uncertainty=True, polygons="gpkg")
+SETTINGS = MapSettings(window=64, batch=8, uncertainty=True, polygons="gpkg")
 
 
 @contextmanager
@@ -48,14 +48,14 @@ def cramped(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
 
 @pytest.mark.parametrize("missing", [1, 3000, 30_000, 90_000])
 def test_a_map_that_is_not_written_whole_gets_no_name(
-    missing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodata_of_band: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = noise(600, 700)
     source, out = write(tmp_path / "scene.tif", pixels), tmp_path / "map.tif"
     settings = replace(SETTINGS, uncertainty=False, polygons=None)
     map_raster(pointwise(), str(source), tmp_path / "whole.tif", settings, network="none")
     with monkeypatch.context() as patched:
-        cramped(patched, "write_cog", (tmp_path / "whole.tif").stat().st_size - missing)
+        cramped(patched, "write_cog", (tmp_path / "whole.tif").stat().st_size - nodata_of_band)
         with pytest.raises(DataError, match=r"written whole .*free space there and give the same command again"):
             map_raster(pointwise(), str(source), out, settings, network="none")
     left = {path.name for path in tmp_path.glob("*map*")}
@@ -71,7 +71,7 @@ def test_polygons_that_are_not_written_whole_get_no_name(
     kind: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = write(tmp_path / "scene.tif", noise(100, 90)), tmp_path / "map.tif"
-    settings = replace(SETTINGS, polygons=kind, smallest=1)
+    settings = replace(SETTINGS, polygons=kind, min_area=1)
     with monkeypatch.context() as patched:
         cramped(patched, "write_polygons", size)
         with pytest.raises(DataError, match=rf"polygons.{kind} could not be written whole .*the same command again"):
@@ -94,7 +94,7 @@ def test_what_stands_in_the_way_is_told_in_a_sentence(tmp_path: Path) -> None:
 def test_rasters_of_hardly_any_pixels(height: int, width: int, tmp_path: Path) -> None:
     pixels = noise(height, width)
     source, out = write(tmp_path / "scene.tif", pixels), tmp_path / "map.tif"
-    settings = replace(SETTINGS, probabilities=True, smallest=1)
+    settings = replace(SETTINGS, probabilities=True, min_area=1)
     made = map_raster(pointwise(), str(source), out, settings, network="none")
     np.testing.assert_array_equal(ids(out), likely(pixels[None].astype(np.float32))[0].argmax(0))
     with rasterio.open(tmp_path / "map_probabilities.tif") as found:

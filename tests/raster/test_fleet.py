@@ -12,9 +12,9 @@ import pytest
 
 from overfly.core.errors import RecipeError
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.raster.fleet import Task, map_rasters, work
-from overfly.raster.job import Settings
-from overfly.raster.map_raster import Mapped
+from overfly.raster.fleet import MapTask, map_rasters, run_task
+from overfly.raster.job import MapSettings
+from overfly.raster.map_raster import MapResult
 from rasters import ids, likely, metadata, noise, write
 
 HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
 
 
-SETTINGS = Settings(window=64, batch=2)
+SETTINGS = MapSettings(window=64, batch=2)
 
 
 @pytest.mark.usefixtures("importable")
@@ -52,7 +52,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     bad = tmp_path / "bad.tif"
     bad.write_bytes((tmp_path / "0.tif").read_bytes()[:2000])
     jobs[str(bad)] = tmp_path / "maps" / "bad.tif"
-    heard: list[str] = []
+    on_progress: list[str] = []
     killed: list[int] = []
 
     def kill() -> None:
@@ -67,11 +67,11 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     killer.start()
     maps, failures = map_rasters(
         partial(slow, str(journal), 0.05), jobs, SETTINGS, network="slow", workers=2,
-        heard=lambda source, _: heard.append(source),
+        on_progress=lambda source, _: on_progress.append(source),
     )  # fmt: skip
     killer.join(5)
     assert killed
-    assert sorted(heard) == sorted(jobs)
+    assert sorted(on_progress) == sorted(jobs)
     assert list(failures) == [str(bad)]
     assert "truncated" in failures[str(bad)]
     assert [made.source for made in maps] == list(jobs)[:8]
@@ -80,23 +80,23 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ids(tmp_path / "maps" / f"{number}.tif"), truth)
     assert sum(made.made for made in maps) >= 7  # the killed worker may have finished one and not have said so
     assert any(made.resumed for made in maps)
-    opened = journal.read_text().split()
-    assert len(opened) == len(set(opened)) == 3  # once a worker: two, and the one in the killed one's place
+    open_raster = journal.read_text().split()
+    assert len(open_raster) == len(set(open_raster)) == 3  # once a worker: two, and the one in the killed one's place
     assert not list((tmp_path / "maps").glob(".*"))
 
 
 def test_a_worker_opens_the_network_once_and_tells_what_is_wrong(tmp_path: Path) -> None:
     journal = tmp_path / "opened"
     source = str(write(tmp_path / "a.tif", noise(64, 64)))
-    task = Task(source, tmp_path / "map.tif", SETTINGS, "once", None)
-    first = work(partial(slow, str(journal), 0.0), task)
-    again = work(partial(slow, str(journal), 0.0), task)
-    assert isinstance(first, Mapped)
-    assert isinstance(again, Mapped)
+    task = MapTask(source, tmp_path / "map.tif", SETTINGS, "once", None)
+    first = run_task(partial(slow, str(journal), 0.0), task)
+    again = run_task(partial(slow, str(journal), 0.0), task)
+    assert isinstance(first, MapResult)
+    assert isinstance(again, MapResult)
     assert (first.made, again.made) == (True, False)
     assert len(journal.read_text().split()) == 1
-    missing = Task(str(tmp_path / "none.tif"), tmp_path / "b.tif", SETTINGS, "once", None)
-    assert "does not exist" in str(work(partial(slow, str(journal), 0.0), missing))
+    nodata_of_band = MapTask(str(tmp_path / "none.tif"), tmp_path / "b.tif", SETTINGS, "once", None)
+    assert "does not exist" in str(run_task(partial(slow, str(journal), 0.0), nodata_of_band))
 
 
 def test_a_fleet_has_workers() -> None:

@@ -6,8 +6,8 @@ import fsspec
 import pytest
 
 from overfly.core.errors import DataError
-from overfly.raster.inputs import check_apart, sources_of
-from overfly.raster.job import Settings, outputs
+from overfly.raster.inputs import check_distinct_outputs, list_rasters
+from overfly.raster.job import MapSettings, outputs
 
 
 @pytest.fixture
@@ -20,18 +20,18 @@ def scenes(tmp_path: Path) -> Path:
 
 def test_files_folders_and_globs(scenes: Path) -> None:
     out = scenes / "maps"
-    assert sources_of([f"{scenes}/a/1.tif"], scenes / "one.tif") == {f"{scenes}/a/1.tif": scenes / "one.tif"}
-    found = sources_of([f"{scenes}/a"], out)
+    assert list_rasters([f"{scenes}/a/1.tif"], scenes / "one.tif") == {f"{scenes}/a/1.tif": scenes / "one.tif"}
+    found = list_rasters([f"{scenes}/a"], out)
     assert [Path(name).name for name in found] == ["1.tif", "2.png", "10.tif"]
     assert found[f"{scenes}/a/2.png"] == out / "2.tif"
-    assert set(sources_of([f"{scenes}/*/1.tif"], out).values()) == {out / "a/1.tif", out / "b/1.tif"}
-    assert len(sources_of([f"{scenes}/a", f"{scenes}/a/1.tif"], out)) == 3
+    assert set(list_rasters([f"{scenes}/*/1.tif"], out).values()) == {out / "a/1.tif", out / "b/1.tif"}
+    assert len(list_rasters([f"{scenes}/a", f"{scenes}/a/1.tif"], out)) == 3
 
 
 def test_addresses_are_listed_where_they_hold_wildcards() -> None:
     system = fsspec.filesystem("memory")
     system.pipe({"/bucket/x/1.tif": b"", "/bucket/x/2.tif": b""})
-    found = sources_of(["memory://bucket/x/*.tif", "https://example.org/c.tif?sign=1"], Path("maps"))
+    found = list_rasters(["memory://bucket/x/*.tif", "https://example.org/c.tif?sign=1"], Path("maps"))
     assert list(found) == ["memory:///bucket/x/1.tif", "memory:///bucket/x/2.tif", "https://example.org/c.tif?sign=1"]
     assert found["https://example.org/c.tif?sign=1"] == Path("maps/c.tif")
 
@@ -49,14 +49,14 @@ def test_addresses_are_listed_where_they_hold_wildcards() -> None:
 )
 def test_what_means_nothing_is_told(scenes: Path, entries: list[str], out: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        sources_of([entry.replace("{}", str(scenes)) for entry in entries], scenes / out)
+        list_rasters([entry.replace("{}", str(scenes)) for entry in entries], scenes / out)
 
 
 def test_no_two_rasters_write_one_file(scenes: Path) -> None:
     out = scenes / "maps"
-    jobs = sources_of([f"{scenes}/a", f"{scenes}/b"], out)
+    jobs = list_rasters([f"{scenes}/a", f"{scenes}/b"], out)
     with pytest.raises(DataError, match=r"1\.tif would both become"):
-        check_apart({source: [place] for source, place in jobs.items()})
-    products = {"a.tif": Settings(probabilities=True), "a_probabilities.tif": Settings()}
+        check_distinct_outputs({source: [place] for source, place in jobs.items()})
+    products = {"a.tif": MapSettings(probabilities=True), "a_probabilities.tif": MapSettings()}
     with pytest.raises(DataError, match=r"a\.tif and .*a_probabilities\.tif would both become"):
-        check_apart({name: outputs(out / name, settings).values() for name, settings in products.items()})
+        check_distinct_outputs({name: outputs(out / name, settings).values() for name, settings in products.items()})

@@ -14,14 +14,14 @@ from rasterio.enums import ColorInterp
 from rio_cogeo.cogeo import cog_validate
 
 from overfly.core.errors import DataError, NotFiniteError
-from overfly.raster.job import Settings
-from overfly.raster.map_raster import Mapped, map_raster
+from overfly.raster.job import MapSettings
+from overfly.raster.map_raster import MapResult, map_raster
 from rasters import CLASSES, ids, likely, metadata, noise, pointwise, write
 
-SETTINGS = Settings(window=64, batch=3)
+SETTINGS = MapSettings(window=64, batch=3)
 
 
-def mapped(source: Path, out: Path, predictor: Any = None, settings: Settings = SETTINGS, **more: Any) -> Mapped:
+def mapped(source: Path, out: Path, predictor: Any = None, settings: MapSettings = SETTINGS, **more: Any) -> MapResult:
     return map_raster(predictor or pointwise(), str(source), out, settings, network="none", **more)
 
 
@@ -187,9 +187,9 @@ def test_the_network_sees_another_resolution_and_the_map_keeps_its_grid(tmp_path
 
 def test_a_resolution_unlike_the_training_is_remarked(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(70, 70))
-    made = mapped(source, tmp_path / "map.tif", pointwise(ground=3.0))
-    assert "pixels of 0.3 m and the network was trained on 3 m; with --match" in made.notes[0]
-    assert not mapped(source, tmp_path / "alike.tif", pointwise(ground=0.25)).notes
+    made = mapped(source, tmp_path / "map.tif", pointwise(ground_size=3.0))
+    assert "pixels of 0.3 m and the network was trained on 3 m; with --match-gsd" in made.notes[0]
+    assert not mapped(source, tmp_path / "alike.tif", pointwise(ground_size=0.25)).notes
 
 
 def test_a_map_is_not_made_twice_and_never_replaced_unasked(tmp_path: Path) -> None:
@@ -295,5 +295,5 @@ def test_probabilities_that_are_not_finite_are_no_map(tmp_path: Path) -> None:
 def test_a_network_of_fixed_windows_gets_such(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(40, 50))
     fixed = replace(pointwise(), metadata=metadata(64, fixed=True))
-    mapped(source, tmp_path / "map.tif", fixed, Settings())
+    mapped(source, tmp_path / "map.tif", fixed, MapSettings())
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(noise(40, 50)))

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from overfly.core.errors import DataError
 from overfly.data.reading import nodata_mask, read_image
-from overfly.raster.job import Settings
-from overfly.raster.map_raster import Mapped, map_raster
+from overfly.raster.job import MapSettings
+from overfly.raster.map_raster import MapResult, map_raster
 from rasters import ids, likely, noise, pointwise, write
 
-SETTINGS = Settings(window=64, batch=8)
+SETTINGS = MapSettings(window=64, batch=8)
 
 
-def mapped(source: Path, out: Path, predictor: Any = None, **changes: Any) -> Mapped:
+def mapped(source: Path, out: Path, predictor: Any = None, **changes: Any) -> MapResult:
     settings = replace(SETTINGS, **changes)
     return map_raster(predictor or pointwise(), str(source), out, settings, network="none")
 
@@ -49,15 +49,15 @@ def measured(tmp_path: Path) -> Path:
 
 def test_a_band_that_varies_is_no_opacity_unless_it_is_said(measured: Path, tmp_path: Path) -> None:
     for bands in (None, "3,2,1"):
-        with pytest.raises(DataError, match=r"nir.tif marks its band 4 .*--no-opacity --bands .*, or --opacity"):
+        with pytest.raises(DataError, match=r"nir.tif marks its band 4 .*--no-alpha-band --bands .*, or --alpha-band"):
             mapped(measured, tmp_path / "map.tif", bands=bands)
     assert [path.name for path in tmp_path.iterdir()] == ["nir.tif"]
-    made = mapped(measured, tmp_path / "map.tif", opacity=False, bands="1,2,3")
+    made = mapped(measured, tmp_path / "map.tif", alpha_band=False, bands="1,2,3")
     assert not made.notes
     assert (ids(tmp_path / "map.tif") != 255).all()
     with pytest.raises(DataError, match="4 bands, the network reads 3"):
-        mapped(measured, tmp_path / "other.tif", opacity=False)
-    mapped(measured, tmp_path / "hidden.tif", opacity=True)
+        mapped(measured, tmp_path / "other.tif", alpha_band=False)
+    mapped(measured, tmp_path / "hidden.tif", alpha_band=True)
     with rasterio.open(measured) as dataset:
         np.testing.assert_array_equal(ids(tmp_path / "hidden.tif") == 255, dataset.read(4) == 0)
 
@@ -68,11 +68,11 @@ def test_a_network_of_four_bands_reads_the_fourth_and_hides_nothing(measured: Pa
     with rasterio.open(measured) as dataset:
         truth = likely(dataset.read([4])[None].astype(np.float32))[0].argmax(0)
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), truth)
-    with pytest.raises(DataError, match=r"--opacity says that band 4 .* one of the 4 that the network reads"):
-        mapped(measured, tmp_path / "other.tif", predictor, opacity=True)
+    with pytest.raises(DataError, match=r"--alpha-band says that band 4 .* one of the 4 that the network reads"):
+        mapped(measured, tmp_path / "other.tif", predictor, alpha_band=True)
     single = write(tmp_path / "one.tif", noise(40, 40, 1))
     with pytest.raises(DataError, match=r"one.tif has one band, which cannot be opacity"):
-        mapped(single, tmp_path / "other.tif", pointwise(bands=1), opacity=True)
+        mapped(single, tmp_path / "other.tif", pointwise(bands=1), alpha_band=True)
 
 
 def test_opacity_is_told_and_can_be_denied(tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_opacity_is_told_and_can_be_denied(tmp_path: Path) -> None:
     made = mapped(source, tmp_path / "map.tif")
     assert len(made.notes) == 1
     assert "scene.tif marks its band 4 as opacity" in made.notes[0]
-    assert "--no-opacity" in made.notes[0]
+    assert "--no-alpha-band" in made.notes[0]
     assert ((ids(tmp_path / "map.tif") == 255) == (pixels[3] == 0)).all()
-    assert not mapped(source, tmp_path / "asked.tif", opacity=True).notes
-    mapped(source, tmp_path / "denied.tif", opacity=False, bands="1,2,3")
+    assert not mapped(source, tmp_path / "asked.tif", alpha_band=True).notes
+    mapped(source, tmp_path / "denied.tif", alpha_band=False, bands="1,2,3")
     assert (ids(tmp_path / "denied.tif") != 255).all()
 
 
@@ -96,7 +96,7 @@ def test_a_last_band_that_is_not_marked_is_opacity_where_it_is_said(tmp_path: Pa
     source = write(tmp_path / "scene.tif", pixels, photometric="MINISBLACK", alpha="NO")
     with pytest.raises(DataError, match="4 bands, the network reads 3"):
         mapped(source, tmp_path / "map.tif", max_value=255)
-    mapped(source, tmp_path / "map.tif", max_value=255, opacity=True)
+    mapped(source, tmp_path / "map.tif", max_value=255, alpha_band=True)
     np.testing.assert_array_equal(ids(tmp_path / "map.tif") == 255, pixels[3] == 0)
 
 

@@ -53,37 +53,37 @@ def test_leaving_stops_the_reader_and_closes_it() -> None:
 def test_all_is_done_behind_before_leaving() -> None:
     done: list[int] = []
 
-    def work(item: int) -> None:
+    def run_task(item: int) -> None:
         time.sleep(0.01)
         done.append(item)
 
-    with behind(work, 2) as put:
+    with behind(run_task, 2) as put:
         for item in range(8):
             put(item)
     assert done == list(range(8))
 
 
 def test_what_goes_wrong_behind_is_raised() -> None:
-    def work(item: int) -> None:
+    def run_task(item: int) -> None:
         raise OSError(f"no room for {item}")
 
-    with pytest.raises(OSError, match="no room for 0"), behind(work, 1) as put:  # noqa: PT012
+    with pytest.raises(OSError, match="no room for 0"), behind(run_task, 1) as put:  # noqa: PT012
         put(0)
         for _ in range(100):
             time.sleep(0.01)
             put(1)
-    with pytest.raises(OSError, match="no room for 5"), behind(work, 1) as put:
+    with pytest.raises(OSError, match="no room for 5"), behind(run_task, 1) as put:
         put(5)
 
 
 def test_an_error_of_the_one_who_hands_over_drops_what_waits() -> None:
     done: list[int] = []
 
-    def work(item: int) -> None:
+    def run_task(item: int) -> None:
         time.sleep(0.2)
         done.append(item)
 
-    with pytest.raises(RuntimeError, match="stop"), behind(work, 4) as put:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="stop"), behind(run_task, 4) as put:  # noqa: PT012
         for item in range(4):
             put(item)
         raise RuntimeError("stop")

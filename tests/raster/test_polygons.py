@@ -33,14 +33,14 @@ def areas(table: tuple[Any, ...]) -> dict[str, list[float]]:
 
 
 def test_areas_are_outlined_and_specks_are_swallowed(drawn: Path, tmp_path: Path) -> None:
-    table = pyogrio.raw.read(write_polygons(drawn, tmp_path / "a.gpkg", CLASSES, smallest=10))
+    table = pyogrio.raw.read(write_polygons(drawn, tmp_path / "a.gpkg", CLASSES, min_area=10))
     assert areas(table) == {"dark": [40 * 30 - 16 - 200], "middle": [16], "bright": [40 * 30]}
     assert table[0]["crs"] == "EPSG:32640"
     shapes = shapely.from_wkb(table[2])
     assert shapely.is_valid(shapes).all()
     assert shapely.intersection_all(shapes).is_empty
     assert set(table[3][list(table[0]["fields"]).index("color")]) == {"#0a141e", "#78828c", "#faf0e6"}
-    every = areas(pyogrio.raw.read(write_polygons(drawn, tmp_path / "b.gpkg", CLASSES, smallest=1)))
+    every = areas(pyogrio.raw.read(write_polygons(drawn, tmp_path / "b.gpkg", CLASSES, min_area=1)))
     assert every == {"dark": [40 * 30 - 17 - 200], "middle": [16], "bright": [1, 40 * 30]}
 
 

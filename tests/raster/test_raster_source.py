@@ -11,13 +11,13 @@ import pytest
 import rasterio
 
 from overfly.core.errors import DataError
-from overfly.raster.job import Settings
-from overfly.raster.map_raster import Mapped, map_raster
+from overfly.raster.job import MapSettings
+from overfly.raster.map_raster import MapResult, map_raster
 from rasters import ids, likely, pointwise, write
 
 
-def mapped(source: Path, out: Path, predictor: Any, **settings: Any) -> Mapped:
-    return map_raster(predictor, str(source), out, Settings(window=64, **settings), network="none")
+def mapped(source: Path, out: Path, predictor: Any, **settings: Any) -> MapResult:
+    return map_raster(predictor, str(source), out, MapSettings(window=64, **settings), network="none")
 
 
 @pytest.mark.parametrize(("dtype", "step"), [("uint16", 1e-4), ("int16", 1e-3), ("uint8", 0.004)])

@@ -17,14 +17,14 @@ import pytest
 import rasterio
 
 from overfly.raster import resume_store as store
-from overfly.raster.job import Settings
-from overfly.raster.map_raster import Mapped, map_raster
+from overfly.raster.job import MapSettings
+from overfly.raster.map_raster import MapResult, map_raster
 from rasters import biased, ids, noise, pointwise, write
 
-SETTINGS = Settings(window=64, batch=3)
+SETTINGS = MapSettings(window=64, batch=3)
 
 
-def mapped(source: Path, out: Path, predictor: Any = None, settings: Settings = SETTINGS, **more: Any) -> Mapped:
+def mapped(source: Path, out: Path, predictor: Any = None, settings: MapSettings = SETTINGS, **more: Any) -> MapResult:
     return map_raster(predictor or pointwise(), str(source), out, settings, network="none", **more)
 
 
@@ -37,14 +37,14 @@ class StoppedError(Exception):
     replace(SETTINGS, probabilities=True, uncertainty=True), replace(SETTINGS, overlap=0.7),
     replace(SETTINGS, resolution=0.41, probabilities=True), replace(SETTINGS, resolution=0.14),
 ])  # fmt: skip
-def test_a_stopped_job_goes_on_and_ends_in_the_same_pixels(tmp_path: Path, settings: Settings, memory: int) -> None:
+def test_a_stopped_job_goes_on_and_ends_in_the_same_pixels(tmp_path: Path, settings: MapSettings, memory: int) -> None:
     pixels = noise(230, 170)
     pixels[:, 100:, :60] = 0
     source = write(tmp_path / "scene.tif", pixels, nodata=0)
     whole = mapped(source, tmp_path / "whole.tif", biased(), settings, memory=memory)
     out, steps, left = tmp_path / "cut.tif", [], 0
 
-    def told(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         nonlocal left
         left = total - done
         steps.append(done)
@@ -54,7 +54,7 @@ def test_a_stopped_job_goes_on_and_ends_in_the_same_pixels(tmp_path: Path, setti
     for _ in range(100):
         steps.clear()
         try:
-            made = mapped(source, out, biased(), settings, memory=memory, told=told)
+            made = mapped(source, out, biased(), settings, memory=memory, on_progress=on_progress)
             break
         except StoppedError:
             assert not out.exists()
@@ -133,13 +133,13 @@ def test_what_a_kill_left_while_names_were_given_is_gone_on_with(
 def test_an_unfinished_map_of_other_settings_is_thrown_away(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(300, 100)), tmp_path / "map.tif"
 
-    def told(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         del total
         if done == 2:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        mapped(source, out, told=told)
+        mapped(source, out, on_progress=on_progress)
     made = mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
     assert made.resumed == 0
     assert "thrown away" in made.notes[0]

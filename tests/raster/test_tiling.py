@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from overfly.raster.tiling import plan_of
+from overfly.raster.tiling import plan_windows
 
 
 @settings(deadline=None, max_examples=150)
@@ -18,7 +18,7 @@ from overfly.raster.tiling import plan_of
 def test_every_output_pixel_is_made_once_and_after_its_windows(  # noqa: PLR0917 - hypothesis draws them
     height: int, width: int, size: int, overlap: float, memory: int, scale: tuple[float, float]
 ) -> None:
-    plan = plan_of(height, width, classes=3, size=size, overlap=overlap, scale=scale, memory=memory)
+    plan = plan_windows(height, width, classes=3, size=size, overlap=overlap, scale=scale, memory=memory)
     assert [slab.first for slab in plan.slabs] == [0, *(slab.last for slab in plan.slabs[:-1])]
     assert plan.slabs[-1].last == width
     rows, columns = plan.working
@@ -31,7 +31,7 @@ def test_every_output_pixel_is_made_once_and_after_its_windows(  # noqa: PLR0917
         )  # fmt: skip
         assert slab.left <= low
         assert high < slab.right
-        whole = plan_of(height, width, classes=3, size=size, overlap=overlap, scale=scale).slabs[0].lefts
+        whole = plan_windows(height, width, classes=3, size=size, overlap=overlap, scale=scale).slabs[0].lefts
         assert set(slab.lefts) == {left for left in whole if left <= high and left + size > low}
     made = [plan.made(row) for row in range(-1, len(plan.tops))]
     assert made[0] == 0
@@ -49,8 +49,8 @@ def test_every_output_pixel_is_made_once_and_after_its_windows(  # noqa: PLR0917
 
 @pytest.mark.parametrize("width", [20_000, 200_000])
 def test_probabilities_in_memory_are_bounded(width: int) -> None:
-    plan = plan_of(100_000, width, classes=7, size=512, overlap=0.25)
+    plan = plan_windows(100_000, width, classes=7, size=512, overlap=0.25)
     for slab in plan.slabs:
         assert 4 * 7 * 512 * (slab.right - slab.left) <= 400 * 2**20
-    doubled = plan.windows / plan_of(100_000, width, classes=7, size=512, overlap=0.25, memory=10**12).windows
+    doubled = plan.windows / plan_windows(100_000, width, classes=7, size=512, overlap=0.25, memory=10**12).windows
     assert doubled < 1.03

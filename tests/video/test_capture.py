@@ -13,23 +13,23 @@ from PIL import Image
 
 from overfly.core import atomic_files as parts
 from overfly.core.errors import DataError, OverflyError, RecipeError
-from overfly.video.capture import Trouble, _decoded, _Stream, check_free, opened, writing
-from overfly.video.player import until
+from overfly.video.capture import StreamErrors, _decoded, _Stream, check_output, open_stream, writing
+from overfly.video.player import limit_duration
 from seeing import number_of, read, striped, video
 
 av = pytest.importorskip("av")
 
 
 def frames_of(path: Path | str, fps: float | None = None) -> tuple[list[np.ndarray], list[float]]:
-    with opened(str(path), fps=fps) as source:
-        found = [(picture.pixels(), picture.time) for picture in source.pictures]
+    with open_stream(str(path), fps=fps) as source:
+        found = [(picture.pixels(), picture.time) for picture in source.frames]
     return [pixels for pixels, _ in found], [at for _, at in found]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "A.MP4"])
 def test_what_is_written_is_what_is_read(name: str, tmp_path: Path) -> None:
     path = video(tmp_path / name, frames=12, fps=8)
-    with opened(str(path)) as source:
+    with open_stream(str(path)) as source:
         assert (source.width, source.height, source.live) == (64, 48, False)
         assert source.rate == pytest.approx(8, rel=0.01)
     pixels, times = frames_of(path)
@@ -135,9 +135,9 @@ def test_a_cut_video_is_told_wherever_the_cut_is(name: str, tmp_path: Path) -> N
         assert "\n" not in sentence
         told |= set(re.findall("cannot be opened|breaks off|no frame|says neither", sentence))
         if hint := re.search(r"--seconds (\S+)$", sentence):
-            with opened(str(cut(path, share))) as source:
+            with open_stream(str(cut(path, share))) as source:
                 seconds = float(hint.group(1))
-                assert list(until(source.pictures, seconds)), "the hint leads nowhere"
+                assert list(limit_duration(source.frames, seconds)), "the hint leads nowhere"
     assert "breaks off" in told
 
 
@@ -188,11 +188,11 @@ class Camera:
 def test_a_live_source_goes_on_over_damage_and_ends_in_peace(
     script: tuple[object, ...], frames: int, damaged: int, ended: str
 ) -> None:
-    camera, trouble = Camera(*script), Trouble()
-    found = list(_decoded("camera", _Stream(camera, None, True), 25, trouble))
+    camera, errors = Camera(*script), StreamErrors()
+    found = list(_decoded("camera", _Stream(camera, None, True), 25, errors))
     assert len(found) == frames
     assert found[0].time == 0
-    assert (trouble.damaged, trouble.ended) == (damaged, ended)
+    assert (errors.damaged, errors.ended) == (damaged, ended)
     assert camera.closed
 
 
@@ -275,7 +275,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             file.write(striped(0), 0)
     for path, words in ((video(tmp_path / "there.mp4"), "is there already"), (tmp_path / "a.gif", r"name it a\.mp4")):
         with pytest.raises(DataError, match=words):
-            check_free(path)
+            check_output(path)
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from overfly.core.errors import DataError, RecipeError
-from overfly.video.endings import in_public
+from overfly.video.endings import public_message
 from overfly.video.mjpeg import CONTENT_TYPE, VIEWERS, parts, serving
-from overfly.video.player import Screen
+from overfly.video.player import LatestFrame
 from seeing import number_of, striped
 
 
@@ -27,7 +27,7 @@ def asked(address: str, path: str, **headers: str) -> http.client.HTTPResponse:
 
 
 def test_the_page_shows_the_stream() -> None:
-    screen = Screen()
+    screen = LatestFrame()
     screen.show(striped(2))
     with serving(screen, 0) as address:
         assert address.startswith("http://127.0.0.1:")
@@ -51,7 +51,7 @@ def test_the_page_shows_the_stream() -> None:
 
 def test_the_page_hears_how_the_stream_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overfly.video.mjpeg.WAIT", 0.05)
-    screen, told = Screen(), list[bytes]()
+    screen, told = LatestFrame(), list[bytes]()
     with serving(screen, 0) as address:
         assert asked(address, "/ended").status == 204
         monkeypatch.setattr("overfly.video.mjpeg.WAIT", 10.0)
@@ -65,13 +65,13 @@ def test_the_page_hears_how_the_stream_ended(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_went_wrong_is_told_without_the_address() -> None:
     address = "rtsp://me:secret@camera/1"
-    assert in_public(DataError(f"{address} breaks off"), address) == "the stream breaks off"
-    assert in_public(DataError("flight.mp4 breaks off"), "flight.mp4") == "the stream breaks off"
-    assert in_public(DataError("0 of 10 packets"), "10") == "0 of 10 packets"
+    assert public_message(DataError(f"{address} breaks off"), address) == "the stream breaks off"
+    assert public_message(DataError("flight.mp4 breaks off"), "flight.mp4") == "the stream breaks off"
+    assert public_message(DataError("0 of 10 packets"), "10") == "0 of 10 packets"
 
 
 def test_strangers_are_turned_away() -> None:
-    with serving(Screen(), 0) as address:
+    with serving(LatestFrame(), 0) as address:
         assert asked(address, "/", Host="evil.example:80").status == 403
         assert asked(address, "/../../etc/passwd").status == 404
         assert asked(address, "/nothing").status == 404
@@ -79,7 +79,7 @@ def test_strangers_are_turned_away() -> None:
 
 def test_viewers_are_bounded_and_those_who_go_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overfly.video.mjpeg.TIMEOUT", 0.05)
-    screen = Screen()
+    screen = LatestFrame()
     screen.show(striped(0))
     with serving(screen, 0) as address:
         viewers = [asked(address, "/stream") for _ in range(VIEWERS)]
@@ -87,15 +87,15 @@ def test_viewers_are_bounded_and_those_who_go_are_forgotten(monkeypatch: pytest.
         assert asked(address, "/stream").status == 503
         for viewer in viewers:
             viewer.close()
-        until = time.monotonic() + 10
+        limit_duration = time.monotonic() + 10
         while asked(address, "/stream").status != 200:
-            assert time.monotonic() < until, "a viewer who is gone keeps the place"
+            assert time.monotonic() < limit_duration, "a viewer who is gone keeps the place"
             screen.show(striped(1))
             time.sleep(0.02)
 
 
 def test_the_parts_end_with_the_screen() -> None:
-    screen = Screen()
+    screen = LatestFrame()
     threading.Timer(0.1, screen.close).start()
     screen.show(striped(0))
     found = list(parts(screen, timeout=5))
@@ -104,24 +104,24 @@ def test_the_parts_end_with_the_screen() -> None:
 
 
 def test_a_still_stream_is_sent_again_so_that_the_gone_are_noticed() -> None:
-    screen = Screen()
+    screen = LatestFrame()
     screen.show(striped(0))
     again = parts(screen, timeout=0.01)
     assert next(again) == next(again)
 
 
 def test_a_taken_port_is_told() -> None:
-    with serving(Screen(), 0) as address:
+    with serving(LatestFrame(), 0) as address:
         port = urlsplit(address).port or 0
-        with pytest.raises(RecipeError, match=f"port {port} cannot be served"), serving(Screen(), port):
+        with pytest.raises(RecipeError, match=f"port {port} cannot be served"), serving(LatestFrame(), port):
             pass
 
 
 def test_a_stream_is_watched_over_http() -> None:
     pytest.importorskip("av")
-    from overfly.video.capture import opened
+    from overfly.video.capture import open_stream
 
-    screen, numbers, over = Screen(), list[int](), threading.Event()
+    screen, numbers, over = LatestFrame(), list[int](), threading.Event()
 
     def shows() -> None:
         for index in range(400):
@@ -132,7 +132,7 @@ def test_a_stream_is_watched_over_http() -> None:
     with serving(screen, 0) as address:
         camera = threading.Thread(target=shows)
         camera.start()
-        with opened(f"{address}stream") as source:
+        with open_stream(f"{address}stream") as source:
             assert source.live
             for picture in source.pictures:
                 numbers.append(number_of(picture.pixels()))

@@ -5,7 +5,7 @@ import pytest
 
 from overfly.core.classes import Classes
 from overfly.exporting.predictor import Floats
-from overfly.video.overlay import Painter, Style, fitted, legend, shrunk
+from overfly.video.overlay import OverlayRenderer, OverlayStyle, fitted, legend, shrunk
 from seeing import BLUE, GREEN, NAMES, RED, brightest, seeing, striped
 
 BARE = {"legend": False, "figures": False}
@@ -13,7 +13,7 @@ BARE = {"legend": False, "figures": False}
 
 def test_classes_are_painted_in_their_colors() -> None:
     frame = striped(5, 96, 60)
-    overlay = Painter(seeing(), Style(opacity=1.0, **BARE))(frame)
+    overlay = OverlayRenderer(seeing(), OverlayStyle(opacity=1.0, **BARE))(frame)
     assert overlay.shape == frame.shape
     for band, color in enumerate((RED, GREEN, BLUE)):
         assert (overlay[:, 32 * band : 32 * (band + 1)] == color).all()
@@ -21,8 +21,8 @@ def test_classes_are_painted_in_their_colors() -> None:
 
 def test_opacity_is_the_share_of_the_colors() -> None:
     frame = striped(5, 96, 60)
-    np.testing.assert_array_equal(Painter(seeing(), Style(opacity=0.0, **BARE))(frame), frame)
-    mixed = Painter(seeing(), Style(opacity=0.25, **BARE))(frame)
+    np.testing.assert_array_equal(OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, **BARE))(frame), frame)
+    mixed = OverlayRenderer(seeing(), OverlayStyle(opacity=0.25, **BARE))(frame)
     np.testing.assert_allclose(mixed[0, 0], 0.75 * frame[0, 0] + 0.25 * np.array(RED), atol=1)
 
 
@@ -34,7 +34,7 @@ def test_frames_are_shrunk_for_the_network_alone() -> None:
         return brightest(images)
 
     frame = striped(5, 192, 120)
-    overlay = Painter(seeing(noted), Style(size=48, opacity=1.0, **BARE))(frame)
+    overlay = OverlayRenderer(seeing(noted), OverlayStyle(size=48, opacity=1.0, **BARE))(frame)
     assert sizes == [(1, 3, 30, 48)]
     assert overlay.shape == (120, 192, 3)
     for band, color in enumerate((RED, GREEN, BLUE)):
@@ -55,8 +55,8 @@ def test_a_network_of_fixed_windows_sees_all_of_the_frame() -> None:
         return brightest(images)
 
     frame = striped(5, 96, 20)
-    overlay = Painter(seeing(fixed, fixed=True, window=32), Style(opacity=1.0, **BARE))(frame)
-    np.testing.assert_array_equal(overlay, Painter(seeing(), Style(opacity=1.0, **BARE))(frame))
+    overlay = OverlayRenderer(seeing(fixed, fixed=True, window=32), OverlayStyle(opacity=1.0, **BARE))(frame)
+    np.testing.assert_array_equal(overlay, OverlayRenderer(seeing(), OverlayStyle(opacity=1.0, **BARE))(frame))
 
 
 def test_brightness_is_brought_to_the_range_that_was_learned() -> None:
@@ -68,15 +68,15 @@ def test_brightness_is_brought_to_the_range_that_was_learned() -> None:
 
     frame = np.full((32, 32, 3), 255, np.uint8)
     for max_value in (255.0, 1.0, 65535.0):
-        Painter(seeing(noted, max_value=max_value), Style())(frame)
+        OverlayRenderer(seeing(noted, max_value=max_value), OverlayStyle())(frame)
     assert peaks == pytest.approx([255.0, 1.0, 65535.0])
 
 
 def test_legend_and_figures_are_drawn_where_they_belong() -> None:
     frame = np.full((240, 320, 3), 120, np.uint8)
-    plain = Painter(seeing(), Style(opacity=0.0, **BARE))(frame)
-    named = Painter(seeing(), Style(opacity=0.0, legend=True, figures=False))(frame, ["12.0 frames/s"])
-    told = Painter(seeing(), Style(opacity=0.0, legend=False, figures=True))(frame, ["12.0 frames/s"])
+    plain = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, **BARE))(frame)
+    named = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, legend=True, figures=False))(frame, ["12.0 frames/s"])
+    told = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, legend=False, figures=True))(frame, ["12.0 frames/s"])
     assert (plain == 120).all()
     changed = (named != 120).any(-1)
     assert changed[120:, :160].any()
@@ -104,7 +104,10 @@ def test_a_legend_of_many_classes_says_how_many_it_leaves_out() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (64, 64), (65, 300), (300, 65), (63, 900)])
 def test_any_frame_can_be_drawn_on(size: tuple[int, int]) -> None:
     frame = striped(2, *size)
-    assert Painter(seeing(), Style())(frame, ["10.0 frames/s   p50 100 ms   p95 100 ms", "more"]).shape == frame.shape
+    assert (
+        OverlayRenderer(seeing(), OverlayStyle())(frame, ["10.0 frames/s   p50 100 ms   p95 100 ms", "more"]).shape
+        == frame.shape
+    )
 
 
 def test_pictures_are_fitted_with_bars() -> None:

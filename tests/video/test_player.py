@@ -15,28 +15,28 @@ from PIL import Image
 
 from overfly.core.errors import DataError
 from overfly.exporting.predictor import Floats
-from overfly.video.overlay import Painter, Style
+from overfly.video.overlay import OverlayRenderer, OverlayStyle
 from overfly.video.player import (
     Frame,
-    Picture,
-    Screen,
-    Slot,
-    Standing,
-    arriving,
-    look,
-    played,
-    summarized,
-    until,
-    watch,
+    LatestFrame,
+    LatestSlot,
+    SourceFrame,
+    StreamStats,
+    limit_duration,
+    live_frames,
+    paced_frames,
+    process_stream,
+    render_frames,
+    summarize,
 )
 from seeing import Clock, brightest, number_of, seeing, striped
 
-PLAIN = Style(opacity=0.0, legend=False, figures=False)
+PLAIN = OverlayStyle(opacity=0.0, legend=False, figures=False)
 
 
-def pictures(count: int, fps: float = 10.0) -> Iterator[Picture]:
+def source_frames(count: int, fps: float = 10.0) -> Iterator[SourceFrame]:
     for index in range(count):
-        yield Picture(partial(striped, index % 16), index / fps)
+        yield SourceFrame(partial(striped, index % 16), index / fps)
 
 
 class Slow:
@@ -51,13 +51,13 @@ class Slow:
         return brightest(images)
 
 
-def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[Standing, list[float], list[float], Clock]:
+def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamStats, list[float], list[float], Clock]:
     """A camera of ``count`` frames in front of a network; times of the shown frames, and how old they were then."""
-    clock, slot, stop = Clock(), Slot(), threading.Event()
+    clock, slot, stop = Clock(), LatestSlot(), threading.Event()
     start = clock()
 
     def comes(index: int) -> None:
-        slot.put(Frame(Picture(partial(striped, index % 16), index / fps), clock()))
+        slot.put(Frame(SourceFrame(partial(striped, index % 16), index / fps), clock()))
         if index == count - 1:
             slot.close()
 
@@ -78,8 +78,8 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[Standin
                 clock.pass_on(max(0.0, clock.due[0][0] - clock()))
             yield next(taken)
 
-    painter = Painter(seeing(Slow(clock, takes)), PLAIN)
-    return look(painter, frames(), [sink], slot=slot, now=clock), times, ages, clock
+    renderer = OverlayRenderer(seeing(Slow(clock, takes)), PLAIN)
+    return render_frames(renderer, frames(), [sink], slot=slot, now=clock), times, ages, clock
 
 
 def test_a_slow_network_drops_frames_and_never_lags() -> None:
@@ -96,7 +96,7 @@ def test_a_slow_network_drops_frames_and_never_lags() -> None:
 
 def test_latency_holds_the_wait_and_the_network() -> None:
     standing, _, ages, _ = live(200, fps=20, takes=lambda _: 0.07)
-    found = summarized(standing)
+    found = summarize(standing)
     assert found.p50_ms is not None
     assert 70 <= found.p50_ms <= 120.6
     assert found.p95_ms == pytest.approx(1000 * np.quantile(ages, 0.95, method="inverted_cdf"), rel=0.01)
@@ -118,7 +118,9 @@ def test_one_hiccup_is_caught_up_at_once() -> None:
 
 def test_frames_are_played_when_they_are_due() -> None:
     clock = Clock()
-    given = [(frame.began, clock()) for frame in played(pictures(5), threading.Event(), clock, clock.pass_on)]
+    given = [
+        (frame.began, clock()) for frame in paced_frames(source_frames(5), threading.Event(), clock, clock.pass_on)
+    ]
     assert [began for began, _ in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
     assert [now for _, now in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
 
@@ -126,12 +128,12 @@ def test_frames_are_played_when_they_are_due() -> None:
 def test_slow_decoding_counts_as_latency() -> None:
     clock = Clock()
 
-    def decoded() -> Iterator[Picture]:
-        for picture in pictures(4):
+    def decoded() -> Iterator[SourceFrame]:
+        for picture in source_frames(4):
             clock.pass_on(0.25)
             yield picture
 
-    late = [clock() - frame.began for frame in played(decoded(), threading.Event(), clock, clock.pass_on)]
+    late = [clock() - frame.began for frame in paced_frames(decoded(), threading.Event(), clock, clock.pass_on)]
     assert late == pytest.approx([0, 0.15, 0.30, 0.45])
 
 
@@ -143,7 +145,7 @@ def test_every_frame_is_processed_where_nobody_hurries() -> None:
         seen.append(number_of(overlay))
         times.append(at)
 
-    found = watch(Painter(seeing(), PLAIN), pictures(16), [sink])
+    found = process_stream(OverlayRenderer(seeing(), PLAIN), source_frames(16), [sink])
     assert seen == list(range(16))
     assert times == pytest.approx([index / 10 for index in range(16)])
     assert (found.read, found.shown, found.dropped, found.stopped) == (16, 16, 0, False)
@@ -156,7 +158,12 @@ def test_a_stream_that_is_played_with_threads_drops_too() -> None:
         time.sleep(0.05)
         return brightest(images)
 
-    found = watch(Painter(seeing(slow), PLAIN), pictures(60, fps=100), [lambda _, at: times.append(at)], realtime=True)
+    found = process_stream(
+        OverlayRenderer(seeing(slow), PLAIN),
+        source_frames(60, fps=100),
+        [lambda _, at: times.append(at)],
+        realtime=True,
+    )
     assert found.read == 60
     assert found.shown + found.dropped == 60
     assert found.shown == len(times)
@@ -174,8 +181,13 @@ def test_stopping_finishes_the_frame_at_work() -> None:
             if len(times) == 3:
                 stop.set()
 
-        found = watch(
-            Painter(seeing(), PLAIN), pictures(10**6, fps=1000), [sink], stop=stop, live=live, realtime=realtime
+        found = process_stream(
+            OverlayRenderer(seeing(), PLAIN),
+            source_frames(10**6, fps=1000),
+            [sink],
+            stop=stop,
+            live=live,
+            realtime=realtime,
         )
         assert found.stopped
         assert found.shown == len(times) == 3
@@ -184,14 +196,14 @@ def test_stopping_finishes_the_frame_at_work() -> None:
 
 @pytest.mark.parametrize("live", [False, True])
 def test_a_broken_source_says_so_after_the_frames_before(live: bool) -> None:
-    def breaking() -> Iterator[Picture]:
-        yield from pictures(3)
+    def breaking() -> Iterator[SourceFrame]:
+        yield from source_frames(3)
         time.sleep(0.05)
         raise DataError("the film tore; splice it")
 
     shown: list[float] = []
     with pytest.raises(DataError, match="tore"):
-        watch(Painter(seeing(), PLAIN), breaking(), [lambda _, at: shown.append(at)], live=live)
+        process_stream(OverlayRenderer(seeing(), PLAIN), breaking(), [lambda _, at: shown.append(at)], live=live)
     assert shown
 
 
@@ -202,35 +214,35 @@ def test_a_sink_that_fails_ends_the_reading_thread() -> None:
         raise DataError("the disk is full; make room")
 
     with pytest.raises(DataError, match="full"):
-        watch(Painter(seeing(), PLAIN), pictures(10**6, fps=1000), [full], realtime=True)
+        process_stream(OverlayRenderer(seeing(), PLAIN), source_frames(10**6, fps=1000), [full], realtime=True)
     assert threading.active_count() == before
 
 
 def test_a_part_of_a_stream() -> None:
-    assert len(list(until(pictures(30), 1.0))) == 10
-    assert len(list(until(pictures(30), None))) == 30
+    assert len(list(limit_duration(source_frames(30), 1.0))) == 10
+    assert len(list(limit_duration(source_frames(30), None))) == 30
     stop = threading.Event()
     stop.set()
-    assert not list(arriving(pictures(3), stop))
+    assert not list(live_frames(source_frames(3), stop))
 
 
 def test_figures_stand_still_for_half_a_second() -> None:
     clock, drawn = Clock(), list[str]()
 
-    class Noted(Painter):
+    class Noted(OverlayRenderer):
         def __call__(self, frame: NDArray[np.uint8], lines: Sequence[str] = ()) -> NDArray[np.uint8]:
             drawn.append(" | ".join(lines))
             return super().__call__(frame)
 
-    painter = Noted(seeing(Slow(clock, lambda _: 0.1)), PLAIN)
-    look(painter, arriving(pictures(12), threading.Event(), clock), [], now=clock)
+    renderer = Noted(seeing(Slow(clock, lambda _: 0.1)), PLAIN)
+    render_frames(renderer, live_frames(source_frames(12), threading.Event(), clock), [], now=clock)
     assert drawn[0] == "– frames/s   p50 – ms   p95 – ms"
     assert drawn[0:5] == drawn[:1] * 5
     assert drawn[6] == drawn[9] == "10.0 frames/s   p50 100 ms   p95 100 ms"
 
 
 def test_the_screen_holds_the_newest_for_all_who_look() -> None:
-    screen = Screen()
+    screen = LatestFrame()
     assert screen.latest() is None
     assert screen.wait(timeout=0.01) is None
     waiting: list[object] = []

@@ -15,7 +15,7 @@ from PIL import Image
 
 from offered import encoded, inverted, network
 from overfly.video.mjpeg import serving
-from overfly.video.player import Screen
+from overfly.video.player import LatestFrame
 from overfly.web.server import Running, application, start
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -44,7 +44,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    screen = Screen()
+    screen = LatestFrame()
     screen.show(np.full((48, 64, 3), 90, np.uint8))
     found = start(application([network("0"), network("1", inverted)], screen=screen))
     yield found
@@ -182,7 +182,7 @@ def test_the_networks_fit_a_phone(wide: Any) -> None:
 
 
 def test_a_stream_that_has_ended_does_not_look_live(wide: Any) -> None:
-    screen = Screen()
+    screen = LatestFrame()
     screen.show(np.full((48, 64, 3), 90, np.uint8))
     running = start(application([network()], screen=screen))
     try:
@@ -202,7 +202,7 @@ def test_a_stream_that_has_ended_does_not_look_live(wide: Any) -> None:
 
 
 def test_the_page_of_watch_says_that_the_stream_has_ended(wide: Any) -> None:
-    screen = Screen()
+    screen = LatestFrame()
     screen.show(np.full((48, 64, 3), 90, np.uint8))
     with serving(screen, 0) as address:
         wide.goto(address, wait_until="commit")

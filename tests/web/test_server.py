@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from offered import CLASSES, bright, encoded, inverted, network, ramp
 from overfly.core.records import Array
 from overfly.exporting.predictor import Floats
-from overfly.video.player import Screen
+from overfly.video.player import LatestFrame
 from overfly.web.config import Limits
 from overfly.web.server import application, serve_stream, start
 
@@ -278,7 +278,7 @@ def test_what_happens_is_counted() -> None:
 
 
 def test_the_live_picture_is_a_stream_of_frames() -> None:
-    screen = Screen()
+    screen = LatestFrame()
     running = start(application([network()], screen=screen))
     try:
         screen.show(np.zeros((8, 8, 3), np.uint8))
@@ -302,7 +302,7 @@ def test_the_live_picture_is_a_stream_of_frames() -> None:
 
 
 def test_a_live_picture_that_has_ended_says_so() -> None:
-    screen = Screen()
+    screen = LatestFrame()
     with served(screen=screen) as client:
         assert client.get("/stream/state").json() == {"live": True, "frames": 0, "ended": ""}
         assert "has ended" not in client.get("/live").text
@@ -316,7 +316,7 @@ def test_a_live_picture_that_has_ended_says_so() -> None:
         assert (
             "This stream has ended: it broke off (&lt;b&gt;gone&lt;/b&gt;) after 1 picture." in client.get("/live").text
         )
-    empty = Screen()
+    empty = LatestFrame()
     empty.close()
     with served(screen=empty) as client:
         assert client.get("/stream").status_code == 404
@@ -352,7 +352,7 @@ def test_networks_of_other_bands_get_the_bands_that_they_read(order: str, tmp_pa
 
 
 def test_serve_stream_shows_the_live_page_without_a_network() -> None:
-    screen = Screen()
+    screen = LatestFrame()
     screen.show(np.zeros((8, 8, 3), np.uint8))
     with serve_stream(screen) as address:
         assert httpx.get(address).status_code == 200

@@ -21,9 +21,9 @@ from overfly.core.choices import Backend
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.exporting.predictor import Predictor
 from overfly.raster.fleet import map_rasters
-from overfly.raster.inputs import check_apart, sources_of
-from overfly.raster.job import Settings, outputs
-from overfly.raster.map_raster import Mapped, map_raster
+from overfly.raster.inputs import check_distinct_outputs, list_rasters
+from overfly.raster.job import MapSettings, outputs
+from overfly.raster.map_raster import MapResult, map_raster
 
 __all__ = ["Predicted", "predict"]
 
@@ -37,7 +37,7 @@ LISTED = 12
 class Predicted:
     """Maps, and the rasters that none could be made of."""
 
-    maps: Sequence[Mapped]
+    maps: Sequence[MapResult]
     failures: Mapping[str, str]
 
     @property
@@ -59,16 +59,16 @@ class Predicted:
             yield f"{len(self.failures)} of {total} rasters failed; the same command does only these again"
 
 
-Share = Callable[..., tuple[list[Mapped], dict[str, str]]]
+Share = Callable[..., tuple[list[MapResult], dict[str, str]]]
 """What gives rasters to several processes: the maps, and what went wrong by raster."""
 
 
 @pathlike
 def predict(
     network: Path, rasters: list[str], *, out: Path = Path("maps"), bands: str | None = None,
-    nodata: float | None = None, opacity: bool | None = None, max_value: float | None = None,
-    resolution: float | None = None, match: bool = False, probabilities: bool = False, uncertainty: bool = False,
-    polygons: Literal["gpkg", "geojson"] | None = None, smallest: int = 10, window: int | None = None,
+    nodata: float | None = None, alpha_band: bool | None = None, max_value: float | None = None,
+    resolution: float | None = None, match_gsd: bool = False, probabilities: bool = False, uncertainty: bool = False,
+    polygons: Literal["gpkg", "geojson"] | None = None, min_area: int = 10, window: int | None = None,
     overlap: float = 0.25, batch: int = 4, backend: Backend = "auto", device: str = "auto", workers: int = 0,
     scheduler: str | None = None, overwrite: bool = False, quiet: bool = False,
 ) -> Predicted:  # fmt: skip
@@ -83,14 +83,14 @@ def predict(
         out: for one raster a name ending in .tif; else a folder for maps called after their rasters.
         bands: numbers of the bands to read, in the order of the training images, such as 4,3,2.
         nodata: value of pixels in which nothing was measured, where the file does not say it.
-        opacity: the last band is opacity, or with --no-opacity none is; left out, what the file says.
+        alpha_band: the last band is an alpha band, or with --no-alpha-band none is; left out, as the file declares.
         max_value: value of the brightest pixel, where the network was trained on another range.
         resolution: meters a pixel at which the network sees the raster; the map keeps the raster's grid.
-        match: the same, with the resolution of the network's training.
+        match_gsd: the same, with the resolution of the network's training.
         probabilities: write MAP_probabilities.tif too, a band a class, in percent.
         uncertainty: write MAP_uncertainty.tif too: entropy, in percent of the largest.
         polygons: outline each class's areas too, beside the map (extra: vector).
-        smallest: area of the smallest polygon, in pixels.
+        min_area: area of the smallest polygon, in pixels.
         window: side of the windows in pixels; left out, the network's.
         overlap: share of a window that the next one covers again.
         batch: windows given to the network at once.
@@ -105,65 +105,70 @@ def predict(
         The maps, and the rasters that failed. The command exits with status 1 where one of several failed.
     """
     check_bounds(
-        {"window": (window or 32, 32, MAX_SIDE), "batch": (batch, 1, 4096), "smallest": (smallest, 1, 10**9)}
+        {"window": (window or 32, 32, MAX_SIDE), "batch": (batch, 1, 4096), "min-area": (min_area, 1, 10**9)}
         | {"workers": (workers, 0, 256)}
     )
     predictor = load_predictor(network, backend=backend, device=device)
-    settings = Settings(
-        window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, opacity=opacity, max_value=max_value,
-        resolution=_resolution(resolution, match, predictor.metadata.ground), probabilities=probabilities,
-        uncertainty=uncertainty, polygons=polygons, smallest=smallest, overwrite=overwrite,
+    settings = MapSettings(
+        window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, alpha_band=alpha_band,
+        max_value=max_value,
+        resolution=_resolution(resolution, match_gsd, predictor.metadata.ground), probabilities=probabilities,
+        uncertainty=uncertainty, polygons=polygons, min_area=min_area, overwrite=overwrite,
     )  # fmt: skip
     opener = partial(load_predictor, Path(network).absolute(), backend=backend, device=device)
     share = (
         partial(map_rasters, opener, workers=workers, scheduler=scheduler) if workers or scheduler is not None else None
     )
-    return _made(predictor, share, sources_of(rasters, Path(out)), settings, fingerprint(Path(network)), quiet=quiet)
+    return _made(predictor, share, list_rasters(rasters, Path(out)), settings, fingerprint(Path(network)), quiet=quiet)
 
 
 def _made(
-    predictor: Predictor, share: Share | None, jobs: dict[str, Path], settings: Settings, mark: str, *,
+    predictor: Predictor, share: Share | None, jobs: dict[str, Path], settings: MapSettings, mark: str, *,
     quiet: bool,
 ) -> Predicted:  # fmt: skip
     """Maps made one after the other, or by ``share``, which gives them to several processes."""
-    check_apart({source: outputs(place, settings).values() for source, place in jobs.items()})
-    with Told(quiet) as told:
+    check_distinct_outputs({source: outputs(place, settings).values() for source, place in jobs.items()})
+    with OnProgress(quiet) as on_progress:
         if share is None:
-            return _one_by_one(predictor, jobs, settings, mark, told)
-        return _shared(partial(share, settings=settings, network=mark), jobs, told)
+            return _one_by_one(predictor, jobs, settings, mark, on_progress)
+        return _shared(partial(share, settings=settings, network=mark), jobs, on_progress)
 
 
-def _one_by_one(predictor: Predictor, jobs: Mapping[str, Path], settings: Settings, mark: str, told: Told) -> Predicted:
-    maps: list[Mapped] = []
+def _one_by_one(
+    predictor: Predictor, jobs: Mapping[str, Path], settings: MapSettings, mark: str, on_progress: OnProgress
+) -> Predicted:
+    maps: list[MapResult] = []
     failures: dict[str, str] = {}
     for source, place in jobs.items():
         try:
-            maps.append(map_raster(predictor, source, place, settings, network=mark, told=told.of(source)))
+            maps.append(
+                map_raster(predictor, source, place, settings, network=mark, on_progress=on_progress.of(source))
+            )
         except OverflyError as error:
             if len(jobs) == 1:
                 raise
             failures[source] = str(error)
-            told.say(f"failed: {error}")
+            on_progress.say(f"failed: {error}")
     return Predicted(maps, failures)
 
 
-def _shared(share: Share, jobs: Mapping[str, Path], told: Told) -> Predicted:
+def _shared(share: Share, jobs: Mapping[str, Path], on_progress: OnProgress) -> Predicted:
     """Maps made by several processes or machines, which take paths from the root."""
     absolute = {
         source if "://" in source else str(Path(source).absolute()): place.absolute() for source, place in jobs.items()
     }
-    count = told.of(f"{len(jobs)} rasters")
+    count = on_progress.of(f"{len(jobs)} rasters")
     count(0, len(jobs))
     done = 0
 
-    def heard(source: str, found: Mapped | str) -> None:
+    def on_progress(source: str, found: MapResult | str) -> None:
         nonlocal done
         done += 1
         count(done, len(jobs))
         if isinstance(found, str):
-            told.say(f"failed: {found if source in found else f'{source}: {found}'}")
+            on_progress.say(f"failed: {found if source in found else f'{source}: {found}'}")
 
-    return Predicted(*share(absolute, heard=heard))
+    return Predicted(*share(absolute, on_progress=on_progress))
 
 
 def fingerprint(network: Path) -> str:
@@ -176,23 +181,23 @@ def fingerprint(network: Path) -> str:
         files += [file for file in (network.with_suffix(".bin"), Path(f"{network}.data")) if file.is_file()]
     checksum = hashlib.sha256()
     for file in files:
-        with file.open("rb") as opened:
-            while piece := opened.read(1 << 20):
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
                 checksum.update(piece)
     return checksum.hexdigest()[:16]
 
 
-def _resolution(resolution: float | None, match: bool, ground: float | None) -> float | None:
-    if not match:
+def _resolution(resolution: float | None, match_gsd: bool, ground: float | None) -> float | None:
+    if not match_gsd:
         return resolution
     if resolution is not None:
-        raise RecipeError("--match and --resolution say the same in two ways; give one of them")
+        raise RecipeError("--match-gsd and --resolution say the same in two ways; give one of them")
     if ground is None:
         raise RecipeError("the network's training images do not say their ground resolution; give --resolution METERS")
     return ground
 
 
-class Told:
+class OnProgress:
     """What a person sees while maps are made: a bar in a terminal, plain lines elsewhere."""
 
     def __init__(self, quiet: bool) -> None:
@@ -203,7 +208,7 @@ class Told:
             disable=quiet or not sys.stderr.isatty(),
         )  # fmt: skip
 
-    def __enter__(self) -> Told:
+    def __enter__(self) -> OnProgress:
         self.bar.start()
         return self
 
@@ -223,8 +228,8 @@ class Told:
 class Teller:
     """How far one map is."""
 
-    def __init__(self, told: Told, source: str) -> None:
-        self.told, self.source = told, source
+    def __init__(self, on_progress: OnProgress, source: str) -> None:
+        self.on_progress, self.source = on_progress, source
         self.task: TaskID | None = None
         self.first, self.began, self.said = 0, time.monotonic(), time.monotonic()
 
@@ -232,18 +237,18 @@ class Teller:
         """Show that ``done`` of ``total`` rows of windows are done."""
         now = time.monotonic()
         if self.task is None:
-            self.task = self.told.bar.add_task(Path(self.source).name, total=total)
+            self.task = self.on_progress.bar.add_task(Path(self.source).name, total=total)
             self.first, self.began, self.said = done, now, now
             if done:
-                self.told.say(f"{self.source} goes on at {done} of {total} rows of windows")
-        self.told.bar.update(self.task, completed=done)
-        if self.told.bar.disable and now - self.said >= PLAIN_SECONDS and done > self.first:
+                self.on_progress.say(f"{self.source} goes on at {done} of {total} rows of windows")
+        self.on_progress.bar.update(self.task, completed=done)
+        if self.on_progress.bar.disable and now - self.said >= PLAIN_SECONDS and done > self.first:
             self.said = now
             left = (now - self.began) / (done - self.first) * (total - done)
-            self.told.say(f"{self.source}: {100 * done / total:.0f} %, {left:.0f} s left")
+            self.on_progress.say(f"{self.source}: {100 * done / total:.0f} %, {left:.0f} s left")
 
 
-def _told(made: Mapped) -> RenderResult:
+def _told(made: MapResult) -> RenderResult:
     if not made.made:
         yield f"there already, made alike: {made.out}"
         return
@@ -259,7 +264,7 @@ def _told(made: Mapped) -> RenderResult:
     yield f"{made.windows} windows in {made.seconds:.1f} s ({rate:.1f} windows/s; the network {made.network:.1f} s)"
 
 
-def _summary(maps: Sequence[Mapped]) -> RenderResult:
+def _summary(maps: Sequence[MapResult]) -> RenderResult:
     for each in maps[:LISTED]:
         yield f"{'written' if each.made else 'there already'}: {each.out}"
     if len(maps) > LISTED:

@@ -21,9 +21,9 @@ from overfly.exporting.predictor import Predictor
 from overfly.reporting.report_data import find_runs, recipe_title
 from overfly.training.run import Run
 from overfly.video import player as stream
-from overfly.video.capture import Source, opened
-from overfly.video.endings import FAULT, ending, in_public
-from overfly.video.overlay import Style, painter_of
+from overfly.video.capture import VideoStream, open_stream
+from overfly.video.endings import FAULT, end_message, public_message
+from overfly.video.overlay import OverlayStyle, overlay_renderer
 from overfly.web import load_server
 from overfly.web.config import Limits
 from overfly.web.networks import Network
@@ -114,7 +114,7 @@ def serve(
 @contextlib.contextmanager
 def live_stream(
     source: str | None, network: Callable[[], Predictor], size: int | None = None
-) -> Iterator[stream.Screen | None]:
+) -> Iterator[stream.LatestFrame | None]:
     """A stream looked at in a thread, for as long as the context lasts; its newest overlay is on the screen given.
 
     Args:
@@ -129,24 +129,24 @@ def live_stream(
     if source is None:
         yield None
         return
-    screen, stop = stream.Screen(), threading.Event()
+    screen, stop = stream.LatestFrame(), threading.Event()
 
-    def show(found: Source) -> None:
+    def show(found: VideoStream) -> None:
         ended = public = FAULT
         try:
-            summary = stream.watch(
-                painter, found.pictures, [screen.show], live=found.live, realtime=not found.live, stop=stop
+            summary = stream.process_stream(
+                renderer, found.frames, [screen.show], live=found.live, realtime=not found.live, stop=stop
             )
-            ended = public = ending(summary, found.trouble.ended)
+            ended = public = end_message(summary, found.errors.ended)
         except OverflyError as error:
-            ended, public = str(error), in_public(error, source or "")
+            ended, public = str(error), public_message(error, source or "")
         finally:
             if not stop.is_set():
                 print(f"overfly: the stream has ended: {ended}", file=sys.stderr, flush=True)
             screen.close(public)
 
-    with opened(source) as found:
-        painter = painter_of(network(), Style(size=size))
+    with open_stream(source) as found:
+        renderer = overlay_renderer(network(), OverlayStyle(size=size))
         thread = threading.Thread(target=show, args=(found,), name="overfly-watch", daemon=True)
         thread.start()
         try:

@@ -23,12 +23,12 @@ from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.spec import Spec
 from overfly.data.synthetic.domain import synthesize
 from overfly.video import flight
-from overfly.video.capture import Source, check_free, opened, writing
-from overfly.video.endings import FAULT, ending, in_public
+from overfly.video.capture import VideoStream, check_output, open_stream, writing
+from overfly.video.endings import FAULT, end_message, public_message
 from overfly.video.mjpeg import serving
-from overfly.video.overlay import Painter, Style, painter_of
-from overfly.video.player import Screen, Sink, Standing, Summary, until, warm_up
-from overfly.video.player import watch as look_at
+from overfly.video.overlay import OverlayRenderer, OverlayStyle, overlay_renderer
+from overfly.video.player import LatestFrame, Sink, StreamStats, StreamSummary, limit_duration, warm_up
+from overfly.video.player import process_stream as look_at
 
 __all__ = ["data_fly", "watch"]
 
@@ -63,7 +63,7 @@ class Record(Spec):
     """Packets of a live source that could not be decoded."""
     ended: str
     """Why a live source ended, where that was no plain end."""
-    summary: Summary
+    summary: StreamSummary
     """Frames and times."""
     out: Path | None
     """The overlay's video, where one was written."""
@@ -171,17 +171,19 @@ def watch(
     style = _style(size, opacity, legend=legend, figures=figures)
     _check_length(fps, seconds)
     with ExitStack() as stack:
-        stream = stack.enter_context(opened(source, fps=fps))
-        screen = Screen()
+        stream = stack.enter_context(open_stream(source, fps=fps))
+        screen = LatestFrame()
         sinks, sizes = _sinks(stack, out, serve, stream.rate, screen, quiet=quiet)
-        painter = painter_of(load_predictor(run, backend=backend, device=device), style)
-        warm_up(painter, stream.width, stream.height)
+        renderer = overlay_renderer(load_predictor(run, backend=backend, device=device), style)
+        warm_up(renderer, stream.width, stream.height)
         told = None if quiet else stack.enter_context(_progress(source))
-        pictures = until(stream.pictures, seconds)
+        pictures = limit_duration(stream.frames, seconds)
         with stopping() as stop, _telling(screen, source):
-            summary = look_at(painter, pictures, sinks, live=stream.live, realtime=realtime, stop=stop, told=told)
-            screen.close(ending(summary, stream.trouble.ended))
-    return Watched(_recorded(stream, painter, summary, sizes, realtime=realtime, out=out), as_json=json, asked=seconds)
+            summary = look_at(
+                renderer, pictures, sinks, live=stream.live, realtime=realtime, stop=stop, on_progress=told
+            )
+            screen.close(end_message(summary, stream.errors.ended))
+    return Watched(_recorded(stream, renderer, summary, sizes, realtime=realtime, out=out), as_json=json, asked=seconds)
 
 
 def _check_place(out: Path | None, serve: int | None) -> None:
@@ -189,14 +191,14 @@ def _check_place(out: Path | None, serve: int | None) -> None:
         raise RecipeError("watch needs a place for the overlay; give --out overlay.mp4, or --serve 8000 for a page")
     check_bounds({"serve": (serve or 0, 0, 65535)})
     if out is not None:
-        check_free(out)
+        check_output(out)
 
 
-def _style(size: int | None, opacity: float, *, legend: bool, figures: bool) -> Style:
+def _style(size: int | None, opacity: float, *, legend: bool, figures: bool) -> OverlayStyle:
     check_bounds({"size": (MAX_SIDE if size is None else size, 16, MAX_SIDE)})
     if not 0 <= opacity <= 1:
         raise RecipeError(f"--opacity {opacity} is no share; take 0 to 1")
-    return Style(size, opacity, legend, figures)
+    return OverlayStyle(size, opacity, legend, figures)
 
 
 def _check_length(fps: float | None, seconds: float | None) -> None:
@@ -206,12 +208,12 @@ def _check_length(fps: float | None, seconds: float | None) -> None:
 
 
 @contextmanager
-def _telling(screen: Screen, source: str) -> Iterator[None]:
+def _telling(screen: LatestFrame, source: str) -> Iterator[None]:
     """Say on the screen what went wrong."""
     try:
         yield
     except OverflyError as error:
-        screen.close(in_public(error, source))
+        screen.close(public_message(error, source))
         raise
     except Exception:
         screen.close(FAULT)
@@ -219,7 +221,7 @@ def _telling(screen: Screen, source: str) -> Iterator[None]:
 
 
 def _sinks(
-    stack: ExitStack, out: Path | None, serve: int | None, rate: float, screen: Screen, *, quiet: bool
+    stack: ExitStack, out: Path | None, serve: int | None, rate: float, screen: LatestFrame, *, quiet: bool
 ) -> tuple[list[Sink], list[tuple[int, int]]]:
     """Where overlays go, and a list that is given the size (width, height) of the first."""
     sizes: list[tuple[int, int]] = []
@@ -235,30 +237,30 @@ def _sinks(
 
 
 def _recorded(
-    stream: Source,
-    painter: Painter,
-    summary: Summary,
+    stream: VideoStream,
+    renderer: OverlayRenderer,
+    summary: StreamSummary,
     sizes: list[tuple[int, int]],
     *,
     realtime: bool,
     out: Path | None,
 ) -> Record:
     """What came of a stream; ``sizes`` holds that of its first frame (width, height), where one was shown."""
-    metadata, (width, height) = painter.predictor.metadata, sizes[0] if sizes else (stream.width, stream.height)
-    scale = min(1.0, (painter.style.size or MAX_SIDE) / max(width, height))
-    machine = describe_machine(painter.predictor.device if painter.predictor.backend == "torch" else "cpu")
+    metadata, (width, height) = renderer.predictor.metadata, sizes[0] if sizes else (stream.width, stream.height)
+    scale = min(1.0, (renderer.style.size or MAX_SIDE) / max(width, height))
+    machine = describe_machine(renderer.predictor.device if renderer.predictor.backend == "torch" else "cpu")
     return Record(
         source=stream.title,
         network=metadata.title or metadata.architecture,
-        backend=painter.predictor.backend,
-        device=painter.predictor.device,
+        backend=renderer.predictor.backend,
+        device=renderer.predictor.device,
         machine=str(machine["device"]),
         threads=int(machine["threads"]),
         frame=(width, height),
         seen=(max(1, round(width * scale)), max(1, round(height * scale))),
         realtime=stream.live or realtime,
-        damaged=stream.trouble.damaged,
-        ended=stream.trouble.ended,
+        damaged=stream.errors.damaged,
+        ended=stream.errors.ended,
         summary=summary,
         out=out if summary.shown else None,
     )
@@ -289,7 +291,7 @@ def stopping() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[Standing], None]]:
+def _progress(title: str) -> Iterator[Callable[[StreamStats], None]]:
     """Show how a stream goes: a line that changes in a terminal, a new line now and then elsewhere."""
     bar = Progress(
         TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("{task.fields[figures]}"),
@@ -298,7 +300,7 @@ def _progress(title: str) -> Iterator[Callable[[Standing], None]]:
     task = bar.add_task(Path(title).name or title, total=None, figures="")
     said = time.monotonic()
 
-    def told(standing: Standing) -> None:
+    def told(standing: StreamStats) -> None:
         nonlocal said
         figures = "  ".join(standing.lines(live=True))
         bar.update(task, figures=figures)
@@ -347,7 +349,7 @@ def data_fly(
     if max(size) > 8192 or width % 2 or height % 2:
         raise RecipeError(f"--size {width} {height} is no size of a video; take even numbers of pixels up to 8192")
     _check_length(fps, seconds)
-    check_free(out)
+    check_output(out)
     count = 0
     with ExitStack() as stack:
         if raster is None:

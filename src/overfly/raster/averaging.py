@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from overfly.raster.opacity import Mask, covered, transparent
-from overfly.raster.raster_source import Scene
+from overfly.raster.alpha_band import Mask, covered, transparent
+from overfly.raster.raster_source import RasterSource
 
 ROWS, COLUMNS = 256, 512
 """Pixels of the raster that are read at once."""
@@ -18,7 +18,7 @@ AT_ONCE = 1 << 20
 """Values of the result that are summed up at once."""
 
 
-def missing(band: NDArray[Any], nodata: float | None) -> Mask | None:
+def nodata_of_band(band: NDArray[Any], nodata: float | None) -> Mask | None:
     """Where values of a band (h, w) stand for nothing measured; None where none can."""
     floats = band.dtype.kind == "f"
     number = nodata is not None and not math.isnan(nodata)
@@ -32,7 +32,7 @@ def missing(band: NDArray[Any], nodata: float | None) -> Mask | None:
 
 
 def resampled(
-    dataset: Any, scene: Scene, scale: tuple[float, float], rows: tuple[int, int], columns: tuple[int, int]
+    dataset: Any, scene: RasterSource, scale: tuple[float, float], rows: tuple[int, int], columns: tuple[int, int]
 ) -> tuple[NDArray[Any], Mask]:
     """Read a part of the working grid from a raster in which pixels may not be measured.
 
@@ -62,7 +62,7 @@ def resampled(
 
 
 def _part(
-    dataset: Any, scene: Scene, scale: tuple[float, float], area: tuple[tuple[int, int], tuple[int, int]]
+    dataset: Any, scene: RasterSource, scale: tuple[float, float], area: tuple[tuple[int, int], tuple[int, int]]
 ) -> tuple[NDArray[Any], Mask]:
     """Sum up values and weights piece by piece, so that memory does not grow with the pixels under a part."""
     from rasterio.windows import Window
@@ -70,7 +70,7 @@ def _part(
     exact = np.result_type(scene.dtype, np.float32)
     shape = (len(scene.bands), *(last - first for first, last in area))
     sums, weights = np.zeros(shape, exact), np.zeros(shape, exact)
-    spare = None if scene.opacity is None else (np.zeros(shape, exact), np.zeros(shape, exact))
+    spare = None if scene.alpha_band is None else (np.zeros(shape, exact), np.zeros(shape, exact))
     lengths = (dataset.height, dataset.width)
     low, high = zip(*(_under(*its) for its in zip(area, scale, lengths, strict=True)), strict=True)
     for top, left in itertools.product(range(low[0], high[0], ROWS), range(low[1], high[1], COLUMNS)):
@@ -80,9 +80,9 @@ def _part(
         across, x = _weights(area[1], scale[1], (left, ends[1]), lengths[1])
         down, across = down.astype(exact), across.astype(exact).T
         hidden = covered(dataset, scene.bands[0], scene.masked, window)
-        clear = transparent(dataset, scene.opacity, window)
+        clear = transparent(dataset, scene.alpha_band, window)
         for number, band in enumerate(dataset.read(list(scene.bands), window=window)):
-            nodata_mask = missing(band, scene.nodata)
+            nodata_mask = nodata_of_band(band, scene.nodata)
             nodata_mask = hidden if nodata_mask is None else nodata_mask if hidden is None else nodata_mask | hidden
             values = band.astype(exact)
             measured = np.ones(band.shape, exact)
@@ -140,6 +140,3 @@ def _weights(area: tuple[int, int], scale: float, part: tuple[int, int], length:
     else:
         found = np.clip(1 - np.abs(np.clip((at + 0.5) / scale - 0.5, 0, length - 1) - pixels), 0, 1)
     return found, slice(begin - area[0], begin - area[0] + len(at))
-
-
-__all__ = ["Mask", "missing", "resampled"]

@@ -8,7 +8,7 @@ import numpy as np
 
 from overfly.exporting.predictor import Floats
 from overfly.ops.windows import Window, blend_weights
-from overfly.raster.tiling import Plan, Slab, needed
+from overfly.raster.tiling import ColumnStrip, TilingPlan, needed
 
 
 @dataclass
@@ -23,15 +23,15 @@ class Blend:
             is the sum of the weights.
     """
 
-    plan: Plan
-    slab: Slab
+    plan: TilingPlan
+    slab: ColumnStrip
     top: int
     sums: Floats
     weights: Floats
     scratch: Floats = field(repr=False)
 
 
-def blend(plan: Plan, slab: Slab, classes: int, made: int = 0) -> Blend:
+def blend(plan: TilingPlan, slab: ColumnStrip, classes: int, made: int = 0) -> Blend:
     """A blend to which nothing was added yet.
 
     Args:
@@ -107,6 +107,3 @@ def _between(first: int, last: int, scale: float, length: int) -> tuple[np.ndarr
     before = np.array([needed(position, scale) for position in range(first, last)])
     share = (positions - before).astype(np.float32)
     return np.clip(before, 0, length - 1), np.clip(before + 1, 0, length - 1), share
-
-
-__all__ = ["Blend", "add", "blend", "drop", "take"]

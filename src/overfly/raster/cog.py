@@ -18,7 +18,7 @@ from overfly.core.records import IGNORE, UInt8
 from overfly.raster.georeference import Georeference, describe
 from overfly.raster.products import Product
 from overfly.raster.raster_source import CACHE
-from overfly.raster.resume_store import Job, Store, UnwrittenError
+from overfly.raster.resume_store import Manifest, Store, UnwrittenError
 
 TAG = "OVERFLY_JOB"
 """Metadata key that says what a finished map is made of."""
@@ -28,7 +28,7 @@ AT_ONCE = 1 << 23
 """Bytes of a written file that are compared at once."""
 
 
-def write_cog(store: Store, product: Product, classes: Classes, place: Georeference, job: Job) -> Path:
+def write_cog(store: Store, product: Product, classes: Classes, place: Georeference, job: Manifest) -> Path:
     """Make a product's file in the store's folder.
 
     Tiled in blocks of 512, compressed without loss (deflate), with overviews: of the classes by the mode, of the others
@@ -69,7 +69,7 @@ def write_cog(store: Store, product: Product, classes: Classes, place: Georefere
     return made
 
 
-def _flaw(store: Store, product: Product, made: Path, job: Job) -> str:
+def _flaw(store: Store, product: Product, made: Path, job: Manifest) -> str:
     """What is wrong with a written file; empty where it holds the planes and all its overviews.
 
     GDAL tells nobody of what it could not write when it closes a file, so that the file itself is asked: every block
@@ -119,7 +119,7 @@ def _of_plane(store: Store, product: Product, part: Any) -> UInt8:
     return found
 
 
-def job_of(path: Path) -> Any:
+def read_manifest(path: Path) -> Any:
     """What a finished map says that it is made of; None where it says nothing, or is no raster."""
     import rasterio
     from rasterio._err import CPLE_BaseError
@@ -135,7 +135,7 @@ def job_of(path: Path) -> Any:
 
 
 def _header(
-    store: Store, product: Product, classes: Classes, place: Georeference, job: Job
+    store: Store, product: Product, classes: Classes, place: Georeference, job: Manifest
 ) -> ElementTree[Element[str]]:
     """A VRT: the planes, and all that the file says beside them."""
     root = Element("VRTDataset", {"rasterXSize": str(store.width), "rasterYSize": str(store.height)})
@@ -206,6 +206,3 @@ def _metadata(parent: Element, values: dict[str, str]) -> None:
     listed = SubElement(parent, "Metadata")
     for key, value in values.items():
         SubElement(listed, "MDI", {"key": key}).text = value
-
-
-__all__ = ["TAG", "job_of", "write_cog"]

@@ -16,8 +16,8 @@ import torch
 
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
 from overfly.exporting.predictor import Predictor
-from overfly.raster.job import Settings
-from overfly.raster.map_raster import Mapped, map_raster
+from overfly.raster.job import MapSettings
+from overfly.raster.map_raster import MapResult, map_raster
 from overfly.raster.resume_store import BusyError
 
 RETRIES = 3
@@ -27,14 +27,14 @@ PATIENCE = 600.0
 LOST = 30.0
 """Seconds without a sign of life after which a worker of this machine counts as lost."""
 
-Open = Callable[[], Predictor]
+OpenPredictor = Callable[[], Predictor]
 """What opens the network on a worker; it travels there, so it is a function of a module with plain arguments."""
-Heard = Callable[[str, Mapped | str], None]
+Heard = Callable[[str, MapResult | str], None]
 """Called with a raster and its map, or why there is none."""
 
 
 @dataclass(frozen=True)
-class Task:
+class MapTask:
     """What a worker is asked to do.
 
     Attributes:
@@ -47,21 +47,21 @@ class Task:
 
     source: str
     out: Path
-    settings: Settings
+    settings: MapSettings
     network: str
     threads: int | None
 
 
 def map_rasters(
-    open_network: Open,
+    open_network: OpenPredictor,
     jobs: Mapping[str, Path],
-    settings: Settings,
+    settings: MapSettings,
     *,
     network: str,
     workers: int = 0,
     scheduler: str | None = None,
-    heard: Heard | None = None,
-) -> tuple[list[Mapped], dict[str, str]]:
+    on_progress: Heard | None = None,
+) -> tuple[list[MapResult], dict[str, str]]:
     """Make maps of many rasters on many processes or machines.
 
     A worker opens the network once. A raster whose worker is lost is given to another, which goes on where it was;
@@ -75,7 +75,7 @@ def map_rasters(
         network: what tells this network from others.
         workers: processes to start on this machine, where there is no scheduler.
         scheduler: address of a running scheduler, such as tcp://10.0.0.1:8786.
-        heard: called as rasters are done, in whatever order.
+        on_progress: called as rasters are done, in whatever order.
 
     Returns:
         The maps in the order of the rasters, and the rasters that failed with the reason.
@@ -84,7 +84,7 @@ def map_rasters(
         MissingExtraError: distributed is not installed.
         DataError: the scheduler does not answer, or has no workers.
     """
-    done: dict[str, Mapped] = {}
+    done: dict[str, MapResult] = {}
     failures: dict[str, str] = {}
     with _client(workers, scheduler) as client:
         from distributed import as_completed
@@ -92,7 +92,7 @@ def map_rasters(
         threads = max(1, (os.cpu_count() or 1) // workers) if scheduler is None else None
         futures = {
             client.submit(
-                work, open_network, Task(source, out, settings, network, threads), pure=False, retries=RETRIES
+                run_task, open_network, MapTask(source, out, settings, network, threads), pure=False, retries=RETRIES
             ): source
             for source, out in jobs.items()
         }  # fmt: skip
@@ -103,8 +103,8 @@ def map_rasters(
                 failures[source] = found
             else:
                 done[source] = found
-            if heard is not None:
-                heard(source, found)
+            if on_progress is not None:
+                on_progress(source, found)
     return [done[source] for source in jobs if source in done], failures
 
 
@@ -112,7 +112,7 @@ _OPENED: dict[str, Predictor] = {}
 """The network of this process, where it is a worker."""
 
 
-def work(open_network: Open, task: Task) -> Mapped | str:
+def run_task(open_network: OpenPredictor, task: MapTask) -> MapResult | str:
     """Make one map on a worker.
 
     Returns:
@@ -129,7 +129,7 @@ def work(open_network: Open, task: Task) -> Mapped | str:
         return str(error)
 
 
-def _patiently(predictor: Predictor, task: Task) -> Mapped:
+def _patiently(predictor: Predictor, task: MapTask) -> MapResult:
     """Make a map; wait where another process makes it, such as a worker that the scheduler lost sight of."""
     until = time.monotonic() + PATIENCE
     while True:
@@ -141,13 +141,13 @@ def _patiently(predictor: Predictor, task: Task) -> Mapped:
             time.sleep(1.0)
 
 
-def _outcome(future: Any) -> Mapped | str:
+def _outcome(future: Any) -> MapResult | str:
     """What became of a raster."""
     from distributed import KilledWorker
 
     error = future.exception()
     if error is None:
-        found: Mapped | str = future.result()
+        found: MapResult | str = future.result()
         return found
     if isinstance(error, KilledWorker):
         return f"the workers that took it were lost, {RETRIES + 1} times; it may not fit their memory, lower --batch"
@@ -197,6 +197,3 @@ def _connected(make: Callable[..., Any], address: str) -> Iterator[Any]:
         if not client.scheduler_info(n_workers=-1)["workers"]:
             raise DataError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
         yield client
-
-
-__all__ = ["Heard", "Task", "map_rasters", "work"]

@@ -58,7 +58,7 @@ def georeference(dataset: Any) -> Georeference:
     )
 
 
-def ground(dataset: Any) -> tuple[float, float] | None:
+def ground_size(dataset: Any) -> tuple[float, float] | None:
     """Meters on the ground that a pixel of an open dataset is high and wide (y, x), at its middle; None if unknown."""
     crs, transform = dataset.crs, dataset.transform
     if not crs or transform.is_identity:
@@ -74,7 +74,7 @@ def ground(dataset: Any) -> tuple[float, float] | None:
     return y * meters, x * meters
 
 
-def plane_of(dataset: Any) -> Plane:
+def equal_area_plane(dataset: Any) -> Plane:
     """A plane in which areas of an open dataset's polygons are square meters; its own where it says no unit.
 
     Degrees go to the cylindrical equal-area projection of their ellipsoid (Snyder, Map Projections: A Working Manual,
@@ -118,6 +118,3 @@ def describe(root: Element, place: Georeference) -> None:
         domain = SubElement(root, "Metadata", {"domain": "RPC"})
         for key, value in place.rational:
             SubElement(domain, "MDI", {"key": key}).text = value
-
-
-__all__ = ["Georeference", "Plane", "describe", "georeference", "ground", "plane_of"]

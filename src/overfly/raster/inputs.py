@@ -13,7 +13,7 @@ from overfly.data.listing import natural_key
 WILD = frozenset("*?[")
 
 
-def sources_of(entries: Sequence[str], out: Path) -> dict[str, Path]:
+def list_rasters(entries: Sequence[str], out: Path) -> dict[str, Path]:
     """The rasters that are meant, each with the map that will be made of it.
 
     Args:
@@ -42,7 +42,7 @@ def sources_of(entries: Sequence[str], out: Path) -> dict[str, Path]:
     return {source: out / name.with_suffix(".tif") for source, name in found.items()}
 
 
-def check_apart(files: Mapping[str, Iterable[Path]]) -> None:
+def check_distinct_outputs(files: Mapping[str, Iterable[Path]]) -> None:
     """See that no two rasters would write one file.
 
     Args:
@@ -108,6 +108,3 @@ def _addresses(entry: str) -> dict[str, Path]:
     if not listed:
         raise DataError(f"{entry} matches nothing; correct the pattern")
     return {system.unstrip_protocol(name): Path(PurePosixPath(name).name) for name in listed}
-
-
-__all__ = ["check_apart", "sources_of"]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from overfly.core.errors import DataError, RecipeError
 from overfly.exporting.predictor import ModelMetadata, Predictor
-from overfly.raster.cog import job_of
+from overfly.raster.cog import read_manifest
 from overfly.raster.products import Kind
-from overfly.raster.raster_source import Scene, scale_of
-from overfly.raster.resume_store import Job, alike, begun
-from overfly.raster.tiling import Plan, plan_of, scaled
+from overfly.raster.raster_source import RasterSource, scale_of
+from overfly.raster.resume_store import Manifest, alike, begun
+from overfly.raster.tiling import TilingPlan, plan_windows, scaled
 
 LARGEST = 64
 """How many times longer and wider a network may see a raster."""
@@ -21,7 +21,7 @@ STRIDE = 32
 
 
 @dataclass(frozen=True)
-class Settings:
+class MapSettings:
     """How maps are made.
 
     Attributes:
@@ -45,13 +45,13 @@ class Settings:
     batch: int = 4
     bands: str | None = None
     nodata: float | None = None
-    opacity: bool | None = None
+    alpha_band: bool | None = None
     max_value: float | None = None
     resolution: float | None = None
     probabilities: bool = False
     uncertainty: bool = False
     polygons: str | None = None
-    smallest: int = 10
+    min_area: int = 10
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class Settings:
             raise RecipeError(f"--overlap {self.overlap} is out of range; take 0 to 0.9")
         for name, value in (("max_value", self.max_value), ("resolution", self.resolution)):
             if value is not None and not 0 < value < float("inf"):
-                raise RecipeError(f"--{name} {value} is out of range; take a number above 0")
+                raise RecipeError(f"--{name.replace('_', '-')} must be above 0, got {value}")
         if self.polygons not in (None, "gpkg", "geojson"):
             raise RecipeError(f"--polygons {self.polygons} is no format of polygons; take gpkg or geojson")
 
 
-def outputs(out: Path, settings: Settings) -> dict[Kind | str, Path]:
+def outputs(out: Path, settings: MapSettings) -> dict[Kind | str, Path]:
     """The files of a job by what they hold; the map itself first."""
     files: dict[Kind | str, Path] = {"classes": out}
     if settings.probabilities:
@@ -76,15 +76,15 @@ def outputs(out: Path, settings: Settings) -> dict[Kind | str, Path]:
     return files
 
 
-def job_for(scene: Scene, predictor: Predictor, settings: Settings, network: str) -> Job:
+def make_manifest(scene: RasterSource, predictor: Predictor, settings: MapSettings, network: str) -> Manifest:
     """What the map is made of, as plain values; two jobs that are equal make the same map."""
     path = Path(scene.source)
     stat = path.stat() if path.is_file() else None
     settled = asdict(settings)
     for key in ("batch", "overwrite"):  # they change how fast, and what is replaced
         del settled[key]
-    if settings.opacity is None:  # a map that was made before there was this setting is the same
-        del settled["opacity"]
+    if settings.alpha_band is None:  # a map that was made before there was this setting is the same
+        del settled["alpha_band"]
     return {
         "raster": path.name if stat else scene.source,
         "bytes": stat.st_size if stat else None,
@@ -98,7 +98,7 @@ def job_for(scene: Scene, predictor: Predictor, settings: Settings, network: str
     }
 
 
-def check_outputs(scene: Scene, out: Path, files: dict[Kind | str, Path]) -> None:
+def check_outputs(scene: RasterSource, out: Path, files: dict[Kind | str, Path]) -> None:
     """See that the files can be written where they are asked for."""
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"--out {out} is no name of a map; take one that ends in .tif, or a folder")
@@ -117,7 +117,7 @@ def check_outputs(scene: Scene, out: Path, files: dict[Kind | str, Path]) -> Non
         raise DataError(f"{out} cannot be written: {folder} is no folder that may be written to; choose another --out")
 
 
-def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings) -> bool:
+def is_made(out: Path, files: dict[Kind | str, Path], job: Manifest, settings: MapSettings) -> bool:
     """Whether the same map is there, whole.
 
     Raises:
@@ -127,7 +127,7 @@ def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings
         return False
     if not out.exists() and begun(out, job):  # killed while the files were given their names, the map's last
         return False
-    held = job_of(out) if out.exists() else {}
+    held = read_manifest(out) if out.exists() else {}
     if alike(held, job):
         return all(file.exists() for file in files.values())
     if not isinstance(held, dict):
@@ -143,49 +143,46 @@ def there(out: Path, files: dict[Kind | str, Path], job: Job, settings: Settings
     raise DataError(f"{out} was made otherwise ({shown}); choose another --out, or replace it by --overwrite")
 
 
-def plan_for(scene: Scene, metadata: ModelMetadata, settings: Settings, memory: int) -> Plan:
+def plan_raster(scene: RasterSource, metadata: ModelMetadata, settings: MapSettings, memory: int) -> TilingPlan:
     """The windows. Small pictures get a window of their own size, where the network takes any."""
     size = settings.window or metadata.window
     if metadata.fixed and size != metadata.window:
         raise RecipeError(f"this network reads windows of {metadata.window} pixels alone; leave --window out")
     scale = scale_of(scene, settings.resolution)
-    if scene.ground is not None and max(scale) > LARGEST:
+    if scene.ground_size is not None and max(scale) > LARGEST:
         raise DataError(
-            f"{scene.source} has pixels of {max(scene.ground):.3g} m, and at {settings.resolution:.3g} m the network "
-            f"would see each of them {max(scale):.3g} times as long; take a --resolution of "
-            f"{1.01 * max(scene.ground) / LARGEST:.3g} m or more, or leave --resolution and --match out"
+            f"{scene.source} has pixels of {max(scene.ground_size):.3g} m, and at {settings.resolution:.3g} m the "
+            f"network would see each of them {max(scale):.3g} times as long; take a --resolution of "
+            f"{1.01 * max(scene.ground_size) / LARGEST:.3g} m or more, or leave --resolution and --match-gsd out"
         )
     if not metadata.fixed:
         longest = max(scaled(scene.height, scale[0]), scaled(scene.width, scale[1]))
         size = min(size, -(-longest // STRIDE) * STRIDE)
-    return plan_of(
+    return plan_windows(
         scene.height, scene.width, classes=len(metadata.classes), size=size, overlap=settings.overlap, scale=scale,
         memory=memory,
     )  # fmt: skip
 
 
-def notes_for(scene: Scene, metadata: ModelMetadata, settings: Settings) -> list[str]:
+def raster_notes(scene: RasterSource, metadata: ModelMetadata, settings: MapSettings) -> list[str]:
     """What a user should know of a raster that the network may not be made for."""
     notes: list[str] = []
-    if scene.opacity is not None and settings.opacity is None:
+    if scene.alpha_band is not None and settings.alpha_band is None:
         notes.append(
-            f"{scene.source} marks its band {scene.opacity} as opacity, so where it is 0 the map says that nothing was "
-            "measured; if it was measured like the others, say --no-opacity"
+            f"{scene.source} marks its band {scene.alpha_band} as an alpha band: where it is 0 the map has no "
+            "data; if it was measured like the others, say --no-alpha-band"
         )
     if scene.gain != 1 and settings.max_value is None:
         notes.append(
             f"{scene.source} says that its values times {scene.gain:g} are what was measured, and so the network saw "
             "them; say --max-value with the value of its brightest pixel for another scale"
         )
-    if settings.resolution is not None or metadata.ground is None or scene.ground is None:
+    if settings.resolution is not None or metadata.ground is None or scene.ground_size is None:
         return notes
-    ratio = (scene.ground[0] * scene.ground[1]) ** 0.5 / metadata.ground
+    ratio = (scene.ground_size[0] * scene.ground_size[1]) ** 0.5 / metadata.ground
     if not 2 / 3 < ratio < 3 / 2:
         notes.append(
             f"{scene.source} has pixels of {ratio * metadata.ground:.3g} m and the network was trained on "
-            f"{metadata.ground:g} m; with --match it sees the raster at that resolution"
+            f"{metadata.ground:g} m; with --match-gsd it sees the raster at that resolution"
         )
     return notes
-
-
-__all__ = ["Settings", "check_outputs", "job_for", "notes_for", "outputs", "plan_for", "there"]

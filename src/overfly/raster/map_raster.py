@@ -17,25 +17,25 @@ from overfly.exporting.predictor import Floats, Predictor
 from overfly.raster import blending
 from overfly.raster import resume_store as store
 from overfly.raster.cog import write_cog
-from overfly.raster.job import Settings, check_outputs, job_for, notes_for, outputs, plan_for, there
+from overfly.raster.job import MapSettings, check_outputs, is_made, make_manifest, outputs, plan_raster, raster_notes
 from overfly.raster.overlapping import ahead, behind
 from overfly.raster.polygons import write_polygons
 from overfly.raster.products import Kind, Product, make, products
-from overfly.raster.raster_source import Scene, look
-from overfly.raster.resume_store import Job, Store, UnwrittenError
-from overfly.raster.tiling import MEMORY, Plan
-from overfly.raster.window_reader import Batch, Row, windows_of
+from overfly.raster.raster_source import RasterSource, inspect_raster
+from overfly.raster.resume_store import Manifest, Store, UnwrittenError
+from overfly.raster.tiling import MEMORY, TilingPlan
+from overfly.raster.window_reader import FinishedRows, WindowBatch, read_windows
 
 AHEAD = 3
 """Batches that wait before the network, and behind it."""
 IMPLAUSIBLE = 1000
 """Times the brightest pixel from which on a value is no brightness."""
-Told = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the steps that are done, and how many there are."""
 
 
 @dataclass(frozen=True)
-class Mapped:
+class MapResult:
     """A finished map.
 
     Attributes:
@@ -78,11 +78,11 @@ class Work:
     """
 
     predictor: Predictor
-    scene: Scene
-    plan: Plan
+    scene: RasterSource
+    plan: TilingPlan
     held: Store
     wanted: Sequence[Product]
-    job: Job
+    job: Manifest
     done: int
 
 
@@ -90,12 +90,12 @@ def map_raster(
     predictor: Predictor,
     source: str,
     out: Path,
-    settings: Settings,
+    settings: MapSettings,
     *,
     network: str,
-    told: Told | None = None,
+    on_progress: OnProgress | None = None,
     memory: int = MEMORY,
-) -> Mapped:
+) -> MapResult:
     """Make the map of one raster.
 
     Reading, the network, and blending with writing go on at the same time. The map appears under its name when it is
@@ -107,7 +107,7 @@ def map_raster(
         out: the map, a .tif file.
         settings: how it is made.
         network: what tells this network from others, such as its file's checksum.
-        told: called as the job goes on.
+        on_progress: called as the job goes on.
         memory: bytes that the probabilities of a row of windows may take.
 
     Raises:
@@ -115,22 +115,22 @@ def map_raster(
             already that was made otherwise.
     """
     began = time.monotonic()
-    scene = look(
+    scene = inspect_raster(
         source, predictor.metadata, bands=settings.bands, nodata=settings.nodata, max_value=settings.max_value,
-        opacity=settings.opacity,
+        alpha_band=settings.alpha_band,
     )  # fmt: skip
-    job = job_for(scene, predictor, settings, network)
+    job = make_manifest(scene, predictor, settings, network)
     files = outputs(out, settings)
     check_outputs(scene, out, files)
-    if there(out, files, job, settings):
+    if is_made(out, files, job, settings):
         store.clear(out, job)
-        return Mapped(source, out, list(files.values()), made=False)
-    plan = plan_for(scene, predictor.metadata, settings, memory)
-    notes = notes_for(scene, predictor.metadata, settings)
+        return MapResult(source, out, list(files.values()), made=False)
+    plan = plan_raster(scene, predictor.metadata, settings, memory)
+    notes = raster_notes(scene, predictor.metadata, settings)
     with store.locked(out) as folder:
-        if there(out, files, job, settings):  # another process has just finished it
+        if is_made(out, files, job, settings):  # another process has just finished it
             store.discard(folder)
-            return Mapped(source, out, list(files.values()), made=False)
+            return MapResult(source, out, list(files.values()), made=False)
         wanted = products(
             len(predictor.metadata.classes), probabilities=settings.probabilities, uncertainty=settings.uncertainty
         )
@@ -140,13 +140,13 @@ def map_raster(
         if other:
             notes.append(f"an unfinished {out.name} of other settings was thrown away")
         work = Work(predictor, scene, plan, held, wanted, job, done)
-        windows, busy, shares = _finished(work, out, files, settings, told)
+        windows, busy, shares = _finished(work, out, files, settings, on_progress)
     took = time.monotonic() - began
-    return Mapped(source, out, list(files.values()), True, done, windows, took, busy, shares, notes)
+    return MapResult(source, out, list(files.values()), True, done, windows, took, busy, shares, notes)
 
 
 def _finished(
-    work: Work, out: Path, files: dict[str, Path], settings: Settings, told: Told | None
+    work: Work, out: Path, files: dict[str, Path], settings: MapSettings, on_progress: OnProgress | None
 ) -> tuple[int, float, dict[str, float]]:
     """Do what is left and give the map its name; windows, the network's seconds, and the classes' shares.
 
@@ -154,7 +154,7 @@ def _finished(
     """
     try:
         with _writable(out):
-            windows, busy = _run(work, settings.batch, told)
+            windows, busy = _run(work, settings.batch, on_progress)
             shares = _shares(work)
             _publish(work, files, settings)
     except OverflyError as error:
@@ -177,15 +177,15 @@ def _writable(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _run(work: Work, batch: int, told: Told | None) -> tuple[int, float]:
+def _run(work: Work, batch: int, on_progress: OnProgress | None) -> tuple[int, float]:
     """Do the steps that are left; how many windows that took, and how long the network was at work."""
     count, busy = 0, 0.0
-    if told is not None:
-        told(work.done, work.plan.steps)
-    items = windows_of(work.scene, work.plan, batch, work.done)
-    with behind(_finisher(work, told), AHEAD) as put, ahead(items, AHEAD) as read:
+    if on_progress is not None:
+        on_progress(work.done, work.plan.steps)
+    items = read_windows(work.scene, work.plan, batch, work.done)
+    with behind(_finisher(work, on_progress), AHEAD) as put, ahead(items, AHEAD) as read:
         for item in read:
-            if isinstance(item, Row):
+            if isinstance(item, FinishedRows):
                 put(item)
                 continue
             begun = time.monotonic()
@@ -196,7 +196,9 @@ def _run(work: Work, batch: int, told: Told | None) -> tuple[int, float]:
     return count, busy
 
 
-def _finisher(work: Work, told: Told | None) -> Callable[[Row | tuple[Batch, Floats]], None]:
+def _finisher(
+    work: Work, on_progress: OnProgress | None
+) -> Callable[[FinishedRows | tuple[WindowBatch, Floats]], None]:
     """What blends and writes, given batches and the ends of rows in order."""
     plan, rows = work.plan, len(work.plan.tops)
     blends: dict[int, blending.Blend] = {}
@@ -208,8 +210,8 @@ def _finisher(work: Work, told: Told | None) -> Callable[[Row | tuple[Batch, Flo
             blends[slab] = blending.blend(plan, plan.slabs[slab], len(work.predictor.metadata.classes), made)
         return blends[slab]
 
-    def finish(item: Row | tuple[Batch, Floats]) -> None:
-        if not isinstance(item, Row):
+    def finish(item: FinishedRows | tuple[WindowBatch, Floats]) -> None:
+        if not isinstance(item, FinishedRows):
             batch, probabilities = item
             if not np.isfinite(probabilities.sum()):
                 raise _not_finite(work, batch, probabilities)
@@ -225,13 +227,13 @@ def _finisher(work: Work, told: Told | None) -> Callable[[Row | tuple[Batch, Flo
         blending.drop(blend, item.last)
         step = item.slab * rows + item.row + 1
         store.advance(work.held, work.job, step)
-        if told is not None:
-            told(step, plan.steps)
+        if on_progress is not None:
+            on_progress(step, plan.steps)
 
     return finish
 
 
-def _not_finite(work: Work, batch: Batch, probabilities: Floats) -> OverflyError:
+def _not_finite(work: Work, batch: WindowBatch, probabilities: Floats) -> OverflyError:
     """Whose fault it is: the raster's, where the network was shown what no picture holds, else the network's."""
     scene, metadata = work.scene, work.predictor.metadata
     images = batch.images[~np.isfinite(probabilities).all(axis=(1, 2, 3))].astype(np.float64)
@@ -257,14 +259,14 @@ def _shares(work: Work) -> dict[str, float]:
     return {name: int(counts[index]) / total for index, name in enumerate(work.predictor.metadata.classes.names)}
 
 
-def _publish(work: Work, files: dict[Kind | str, Path], settings: Settings) -> None:
+def _publish(work: Work, files: dict[Kind | str, Path], settings: MapSettings) -> None:
     """Make all files in the hidden folder, then give them their names, the map's last."""
     classes = work.predictor.metadata.classes
     made = {product.kind: write_cog(work.held, product, classes, work.scene.place, work.job) for product in work.wanted}
     ready: list[tuple[Path, Path]] = []
     if settings.polygons:
         outlines = work.held.folder / f"polygons.{settings.polygons}"
-        write_polygons(made["classes"], outlines, classes, smallest=settings.smallest)
+        write_polygons(made["classes"], outlines, classes, min_area=settings.min_area)
         ready.append((outlines, files["polygons"]))
     for kind, file in reversed(made.items()):
         sidecar = Path(f"{file}.aux.xml")
@@ -277,6 +279,3 @@ def _publish(work: Work, files: dict[Kind | str, Path], settings: Settings) -> N
         Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of an earlier map: it would speak for this one
     for file, target in ready:
         file.replace(target)
-
-
-__all__ = ["Mapped", "Told", "map_raster"]

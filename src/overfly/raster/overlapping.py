@@ -105,6 +105,3 @@ def behind(work: Callable[[T], None], depth: int) -> Iterator[Callable[[T], None
         thread.join()
     if wrong:
         raise wrong[0]
-
-
-__all__ = ["ahead", "behind"]

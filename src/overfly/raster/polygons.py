@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, MissingExtraError
-from overfly.raster.georeference import Plane, plane_of
-from overfly.raster.raster_source import opened
+from overfly.raster.georeference import Plane, equal_area_plane
+from overfly.raster.raster_source import open_raster
 from overfly.raster.resume_store import UnwrittenError
 
 AT_ONCE = 20_000
 """Polygons that are written at once."""
 
 
-def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 10) -> Path:
+def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 10) -> Path:
     """Outline the areas of each class of a finished map.
 
     Outlines follow the pixels' edges, so that neighbors share them. Areas below the smallest are left out, and so are
@@ -34,7 +34,7 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
         map_: a map of class ids, 255 where nothing was measured.
         out: file that ends in .gpkg or .geojson.
         classes: names and colors.
-        smallest: area of the smallest polygon, in pixels.
+        min_area: area of the smallest polygon, in pixels.
 
     Raises:
         MissingExtraError: pyogrio or shapely is not installed.
@@ -47,7 +47,7 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
     except ImportError as error:
         raise MissingExtraError(str(error.name or "pyogrio"), "vector", "polygons of a map") from None
     try:
-        crs, plane, rings, ids = _outlines(map_, smallest)
+        crs, plane, rings, ids = _outlines(map_, min_area)
     except DataError as error:  # the map has just been made: it is the disk that fails
         raise UnwrittenError(f"{error}, by giving the same command again") from error
     numbers = np.array(ids, np.int32)
@@ -73,23 +73,23 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, smallest: int = 1
     return out
 
 
-def _outlines(map_: Path, smallest: int) -> tuple[str | None, Plane, list[Any], list[int]]:
+def _outlines(map_: Path, min_area: int) -> tuple[str | None, Plane, list[Any], list[int]]:
     """The map's coordinate system, a plane in which areas are true, its polygons, and the class of each."""
     import shapely
     from rasterio.features import shapes
 
     rings: list[Any] = []
     ids: list[int] = []
-    with opened(str(map_)) as dataset:
+    with open_raster(str(map_)) as dataset:
         transform = dataset.transform
-        least = smallest * abs(transform.determinant) * (1 - 1e-6)  # a square's area is rounded
+        least = min_area * abs(transform.determinant) * (1 - 1e-6)  # a square's area is rounded
         band = dataset.read(1)
         for shape, number in shapes(band, mask=band != 255, transform=transform):
             polygon = _filled(shapely, shape["coordinates"], least)
             if polygon is not None:
                 rings.append(polygon)
                 ids.append(int(number))
-        return dataset.crs.to_wkt() if dataset.crs else None, plane_of(dataset), rings, ids
+        return dataset.crs.to_wkt() if dataset.crs else None, equal_area_plane(dataset), rings, ids
 
 
 def _flaw(out: Path, count: int) -> str:
@@ -145,6 +145,3 @@ def _filled(shapely: Any, coordinates: list[Any], least: float) -> Any:
         return None
     kept = [hole for hole in holes if shapely.area(shapely.polygons(hole)) >= least]
     return shapely.polygons(outer, [shapely.linearrings(hole) for hole in kept] or None)
-
-
-__all__ = ["write_polygons"]

@@ -93,6 +93,3 @@ def _entropy(sums: Floats, nodata_mask: Mask | None) -> UInt8:
     found: UInt8 = np.rint(100 * np.clip(surprise, 0, 1)).astype(np.uint8)
     found[unseen if nodata_mask is None else nodata_mask | unseen] = IGNORE
     return found[None]
-
-
-__all__ = ["Kind", "Product", "make", "products"]

@@ -14,8 +14,8 @@ import numpy as np
 
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.exporting.predictor import ModelMetadata
-from overfly.raster.georeference import Georeference, georeference, ground
-from overfly.raster.opacity import check_opacity, opacity_of
+from overfly.raster.alpha_band import check_alpha_band, find_alpha_band
+from overfly.raster.georeference import Georeference, georeference, ground_size
 
 CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may keep; by default it takes a share of the machine's memory."""
@@ -26,7 +26,7 @@ SAME = 0.02
 
 
 @dataclass(frozen=True)
-class Scene:
+class RasterSource:
     """A raster, and how it is read.
 
     Attributes:
@@ -50,14 +50,14 @@ class Scene:
     dtype: str
     nodata: float | None
     masked: bool
-    opacity: int | None
+    alpha_band: int | None
     gain: float
-    ground: tuple[float, float] | None
+    ground_size: tuple[float, float] | None
     place: Georeference
 
 
 @contextmanager
-def opened(source: str) -> Iterator[Any]:
+def open_raster(source: str) -> Iterator[Any]:
     """Open a raster; its blocks are kept in little memory.
 
     Raises:
@@ -82,15 +82,15 @@ def opened(source: str) -> Iterator[Any]:
         raise DataError(f"{source} cannot be read as a raster ({reason}); copy, download or export it again") from error
 
 
-def look(
+def inspect_raster(
     source: str,
     metadata: ModelMetadata,
     *,
     bands: str | None,
     nodata: float | None,
     max_value: float | None,
-    opacity: bool | None = None,
-) -> Scene:
+    alpha_band: bool | None = None,
+) -> RasterSource:
     """What a raster's header says, and that the network can read it.
 
     Args:
@@ -99,25 +99,25 @@ def look(
         bands: numbers of bands separated by commas; None takes all, where they are as many as the network's.
         nodata: value that stands for "nothing was measured here"; None takes what the file says.
         max_value: value of the brightest pixel; None where it is the network's.
-        opacity: whether the last band is opacity; None takes what the file says.
+        alpha_band: whether the last band is opacity; None takes what the file says.
 
     Raises:
         DataError: it is missing, damaged, or does not fit; the sentence says which option helps.
     """
-    with opened(source) as dataset:
+    with open_raster(source) as dataset:
         if not dataset.count or not dataset.height * dataset.width:
             raise DataError(f"{source} holds no raster bands of its own; name the raster inside, or export it anew")
-        clear = opacity_of(source, dataset, opacity)
+        clear = find_alpha_band(source, dataset, alpha_band)
         chosen = _bands(source, dataset, metadata, bands, clear)
         dtype = str(dataset.dtypes[chosen[0] - 1])
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
             raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
-        gain = gain_of(source, dtype, metadata, max_value, scale=_scale(dataset, chosen))
-        _check_whole(source, dataset)
-        clear = _opacity(source, dataset, chosen, clear, opacity)
+        gain = input_gain(source, dtype, metadata, max_value, scale=_scale(dataset, chosen))
+        _check_complete(source, dataset)
+        clear = _opacity(source, dataset, chosen, clear, alpha_band)
         declared = dataset.nodatavals[chosen[0] - 1]
         flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
-        return Scene(
+        return RasterSource(
             source,
             dataset.height,
             dataset.width,
@@ -125,14 +125,14 @@ def look(
             dtype,
             nodata=declared if nodata is None else nodata,
             masked="per_dataset" in flags and "alpha" not in flags,
-            opacity=clear,
+            alpha_band=clear,
             gain=gain,
-            ground=ground(dataset),
+            ground_size=ground_size(dataset),
             place=georeference(dataset),
         )
 
 
-def scale_of(scene: Scene, resolution: float | None) -> tuple[float, float]:
+def scale_of(scene: RasterSource, resolution: float | None) -> tuple[float, float]:
     """Working pixels an input pixel (y, x), so that a working pixel is ``resolution`` meters; (1, 1) without one.
 
     Raises:
@@ -140,25 +140,25 @@ def scale_of(scene: Scene, resolution: float | None) -> tuple[float, float]:
     """
     if resolution is None:
         return 1.0, 1.0
-    if scene.ground is None:
+    if scene.ground_size is None:
         raise DataError(
-            f"{scene.source} does not say how long its pixels are on the ground; leave --resolution and --match out, "
-            "or give it a coordinate system"
+            f"{scene.source} does not say how long its pixels are on the ground; leave out --resolution "
+            "and --match-gsd, or give it a coordinate system"
         )
-    y, x = (length / resolution for length in scene.ground)
+    y, x = (length / resolution for length in scene.ground_size)
     return (1.0, 1.0) if abs(y - 1) < SAME and abs(x - 1) < SAME else (y, x)
 
 
 def _bands(source: str, dataset: Any, metadata: ModelMetadata, bands: str | None, clear: int | None) -> tuple[int, ...]:
     """Numbers of the bands to read, where band ``clear`` is opacity."""
-    there = dataset.count - (clear == dataset.count)
+    present = dataset.count - (clear == dataset.count)
     if bands is None:
-        if metadata.bands in (there, dataset.count):
+        if metadata.bands in (present, dataset.count):
             return tuple(range(1, metadata.bands + 1))
-        example = ",".join(str(min(number, there)) for number in range(1, metadata.bands + 1))
+        example = ",".join(str(min(number, present)) for number in range(1, metadata.bands + 1))
         raise DataError(
-            f"{source} has {there} band{'s' * (there != 1)}, the network reads {metadata.bands}; say which they are, "
-            f"in the order of the training images, such as --bands {example}"
+            f"{source} has {present} band{'s' * (present != 1)}, the network reads {metadata.bands}; say which they "
+            f"are, in the order of the training images, such as --bands {example}"
         )
     try:
         chosen = tuple(int(number) for number in bands.split(","))
@@ -177,11 +177,11 @@ def _opacity(source: str, dataset: Any, chosen: tuple[int, ...], clear: int | No
         return None
     if clear in chosen:
         raise DataError(
-            f"--opacity says that band {clear} of {source} is opacity, and it is one of the {len(chosen)} that the "
-            "network reads; leave --opacity out, or name other bands by --bands"
+            f"--alpha-band says that band {clear} of {source} is opacity, and it is one of the {len(chosen)} that the "
+            "network reads; leave --alpha-band out, or name other bands by --bands"
         )
     if not asked:
-        check_opacity(source, dataset, clear, ",".join(map(str, chosen)))
+        check_alpha_band(source, dataset, clear, ",".join(map(str, chosen)))
     return clear
 
 
@@ -193,7 +193,7 @@ def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
     return scale if plain and 0 < scale < 1 else None
 
 
-def gain_of(
+def input_gain(
     source: object,
     dtype: str,
     metadata: ModelMetadata,
@@ -260,6 +260,3 @@ def _check_whole(source: str, dataset: Any) -> None:
                     f"{source} is truncated: its header speaks of {(int(begin) + int(size)) / 1e6:.1f} MB or more, and "
                     f"{length / 1e6:.1f} are there; copy or download it again"
                 )
-
-
-__all__ = ["Scene", "gain_of", "look", "opened", "scale_of"]

@@ -16,7 +16,7 @@ from overfly.core.errors import DataError
 from overfly.core.records import UInt8
 from overfly.raster.products import Product
 
-Job = Mapping[str, Any]
+Manifest = Mapping[str, Any]
 """What a map is made of, as plain values: the raster, the network, the settings."""
 
 
@@ -80,12 +80,12 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def begun(out: Path, job: Job) -> bool:
+def begun(out: Path, job: Manifest) -> bool:
     """Whether an unfinished map of this job lies there."""
     return alike(_job(folder_of(out)), job)
 
 
-def clear(out: Path, job: Job) -> None:
+def clear(out: Path, job: Manifest) -> None:
     """Take away what a killed process left of a map that is whole now; what is another job's is left alone."""
     folder = folder_of(out)
     if folder.is_dir() and (not (folder / "job.json").exists() or begun(out, job)):
@@ -93,7 +93,7 @@ def clear(out: Path, job: Job) -> None:
             discard(held)
 
 
-def begin(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bool]:
+def begin(store: Store, products: Sequence[Product], job: Manifest) -> tuple[int, bool]:
     """Make the planes ready, or find those of the same job.
 
     Returns:
@@ -132,7 +132,7 @@ def write(store: Store, product: Product, bands: UInt8, top: int, left: int) -> 
         os.fsync(file.fileno())
 
 
-def advance(store: Store, job: Job, done: int) -> None:
+def advance(store: Store, job: Manifest, done: int) -> None:
     """Note that steps are done; what was written of them lies on the disk already."""
     file, unfinished = store.folder / "job.json", store.folder / "job.json.new"
     unfinished.write_text(json.dumps({"job": job, "done": done}))
@@ -177,7 +177,7 @@ def _job(folder: Path) -> Any:
         return None
 
 
-def _state(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bool]:
+def _state(store: Store, products: Sequence[Product], job: Manifest) -> tuple[int, bool]:
     try:
         held = json.loads((store.folder / "job.json").read_text())
         same, done = alike(held["job"], job), int(held["done"])
@@ -186,25 +186,8 @@ def _state(store: Store, products: Sequence[Product], job: Job) -> tuple[int, bo
     except (ValueError, KeyError, TypeError):
         return 0, True
     size = store.height * store.width
-    there = all(
+    present = all(
         store.plane(product).is_file() and store.plane(product).stat().st_size == product.bands * size
         for product in products
     )
-    return (done, False) if same and there else (0, True)
-
-
-__all__ = [
-    "BusyError",
-    "Job",
-    "Store",
-    "UnwrittenError",
-    "advance",
-    "alike",
-    "begin",
-    "begun",
-    "clear",
-    "discard",
-    "folder_of",
-    "locked",
-    "write",
-]
+    return (done, False) if same and present else (0, True)

@@ -21,7 +21,7 @@ MEMORY = 400 * 2**20
 """Bytes that the probabilities of one slab's row of windows may take."""
 
 
-class Slab(NamedTuple):
+class ColumnStrip(NamedTuple):
     """A range of columns.
 
     Attributes:
@@ -40,7 +40,7 @@ class Slab(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilingPlan:
     """Windows of a raster, and how they follow each other.
 
     Attributes:
@@ -57,7 +57,7 @@ class Plan:
     scale: tuple[float, float]
     size: int
     tops: tuple[int, ...]
-    slabs: tuple[Slab, ...]
+    slabs: tuple[ColumnStrip, ...]
 
     @property
     def resampled(self) -> bool:
@@ -116,7 +116,7 @@ def needed(position: int, scale: float) -> int:
     return math.floor((position + 0.5) * scale - 0.5)
 
 
-def plan_of(
+def plan_windows(
     height: int,
     width: int,
     *,
@@ -125,7 +125,7 @@ def plan_of(
     overlap: float,
     scale: tuple[float, float] = (1.0, 1.0),
     memory: int = MEMORY,
-) -> Plan:
+) -> TilingPlan:
     """Plan the windows of a raster.
 
     Args:
@@ -150,8 +150,5 @@ def plan_of(
         if scale != (1.0, 1.0):
             low, high = max(0, needed(first, scale[1])), min(columns, needed(last - 1, scale[1]) + 2)
         its = tuple(left for left in lefts if left < high and left + size > low)
-        slabs.append(Slab(first, last, its[0], min(its[-1] + size, columns), its))
-    return Plan(height, width, scale, size, tuple(tops), tuple(slabs))
-
-
-__all__ = ["MEMORY", "Plan", "Slab", "needed", "plan_of", "scaled"]
+        slabs.append(ColumnStrip(first, last, its[0], min(its[-1] + size, columns), its))
+    return TilingPlan(height, width, scale, size, tuple(tops), tuple(slabs))

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from overfly.exporting.predictor import Floats
 from overfly.ops.windows import Window, cut
-from overfly.raster.averaging import missing, resampled
-from overfly.raster.opacity import Mask, covered, either, transparent
-from overfly.raster.raster_source import Scene, opened
-from overfly.raster.tiling import Plan, Slab
+from overfly.raster.alpha_band import Mask, covered, either, transparent
+from overfly.raster.averaging import nodata_of_band, resampled
+from overfly.raster.raster_source import RasterSource, open_raster
+from overfly.raster.tiling import ColumnStrip, TilingPlan
 
 
-class Batch(NamedTuple):
+class WindowBatch(NamedTuple):
     """Windows for the network.
 
     Attributes:
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     places: tuple[Window, ...]
 
 
-class Row(NamedTuple):
+class FinishedRows(NamedTuple):
     """The end of a row of windows.
 
     Attributes:
@@ -74,12 +74,14 @@ class Reading(NamedTuple):
     """
 
     dataset: Any
-    scene: Scene
-    plan: Plan
+    scene: RasterSource
+    plan: TilingPlan
     batch: int
 
 
-def windows_of(scene: Scene, plan: Plan, batch: int, start: int = 0) -> Iterator[Batch | Row]:
+def read_windows(
+    scene: RasterSource, plan: TilingPlan, batch: int, start: int = 0
+) -> Iterator[WindowBatch | FinishedRows]:
     """Read a raster window by window; every pixel is decoded once a slab.
 
     Windows in which nothing was measured are left out. Of others the network is shown what the readers of training and
@@ -94,7 +96,7 @@ def windows_of(scene: Scene, plan: Plan, batch: int, start: int = 0) -> Iterator
     Yields:
         Batches, and a Row after each row of windows whose pixels are not done yet.
     """
-    with opened(scene.source) as dataset:
+    with open_raster(scene.source) as dataset:
         reading = Reading(dataset, scene, plan, batch)
         for number in range(len(plan.slabs)):
             done = min(max(start - number * len(plan.tops), 0), len(plan.tops))
@@ -102,7 +104,7 @@ def windows_of(scene: Scene, plan: Plan, batch: int, start: int = 0) -> Iterator
                 yield from _slab(reading, number, done)
 
 
-def _slab(reading: Reading, number: int, done: int) -> Iterator[Batch | Row]:
+def _slab(reading: Reading, number: int, done: int) -> Iterator[WindowBatch | FinishedRows]:
     plan, slab = reading.plan, reading.plan.slabs[number]
     held: Held | None = None
     for row in range(plan.first_for(done), len(plan.tops)):
@@ -118,10 +120,10 @@ def _slab(reading: Reading, number: int, done: int) -> Iterator[Batch | Row]:
         else:
             columns = slice(slab.first - slab.left, slab.last - slab.left)
             nodata_mask = held.nodata_mask[first - held.top : last - held.top, columns].copy()
-        yield Row(number, row, first, last, nodata_mask)
+        yield FinishedRows(number, row, first, last, nodata_mask)
 
 
-def _further(reading: Reading, slab: Slab, row: int, held: Held | None) -> Held:
+def _further(reading: Reading, slab: ColumnStrip, row: int, held: Held | None) -> Held:
     """The pixels of a row of windows: those that are held already, and those that are not."""
     plan = reading.plan
     top, bottom, columns = plan.tops[row], min(plan.tops[row] + plan.size, plan.working[0]), (slab.left, slab.right)
@@ -137,7 +139,7 @@ def _further(reading: Reading, slab: Slab, row: int, held: Held | None) -> Held:
     )
 
 
-def _batches(reading: Reading, number: int, held: Held) -> Iterator[Batch]:
+def _batches(reading: Reading, number: int, held: Held) -> Iterator[WindowBatch]:
     """The windows of one row, those in which nothing was measured left out."""
     slab, size, width = reading.plan.slabs[number], reading.plan.size, reading.plan.working[1]
     high, places = held.pixels.shape[1], []
@@ -155,7 +157,7 @@ def _batches(reading: Reading, number: int, held: Held) -> Iterator[Batch]:
             image[:] = cut(patch, Window(0, 0, window.height, window.width), size).numpy()
         if reading.scene.gain != 1:
             images *= np.float32(reading.scene.gain)
-        yield Batch(number, images, chosen)
+        yield WindowBatch(number, images, chosen)
 
 
 def _read(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[NDArray[Any], Mask | None]:
@@ -182,12 +184,12 @@ def _read(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> 
     if hidden is not None:
         pixels[:, hidden] = 0
     # what is transparent is shown as it is stored, as `data.reading` shows it in training
-    return pixels, either(either(nodata_mask, hidden), transparent(dataset, scene.opacity, part))
+    return pixels, either(either(nodata_mask, hidden), transparent(dataset, scene.alpha_band, part))
 
 
-def _may_miss(scene: Scene) -> bool:
+def _may_miss(scene: RasterSource) -> bool:
     """Whether some pixels may not have been measured."""
-    hidden = scene.masked or scene.opacity is not None
+    hidden = scene.masked or scene.alpha_band is not None
     return hidden or scene.nodata is not None or np.dtype(scene.dtype).kind == "f"
 
 
@@ -203,18 +205,15 @@ def _blank_rows(reading: Reading, rows: tuple[int, int], columns: tuple[int, int
     if scene.nodata is not None or np.dtype(scene.dtype).kind == "f":
         nodata_mask = _unmeasured(dataset.read(list(scene.bands), window=part), scene.nodata)
     hidden = covered(dataset, scene.bands[0], scene.masked, part)
-    return either(either(nodata_mask, hidden), transparent(dataset, scene.opacity, part))
+    return either(either(nodata_mask, hidden), transparent(dataset, scene.alpha_band, part))
 
 
 def _unmeasured(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
     """Set values that were not measured to 0; where that is in every band, None where no value can be such."""
     everywhere: Mask | None = None
     for band in pixels:
-        nodata_mask = missing(band, nodata)
+        nodata_mask = nodata_of_band(band, nodata)
         if nodata_mask is not None:
             band[nodata_mask] = 0
             everywhere = nodata_mask if everywhere is None else everywhere & nodata_mask
     return everywhere
-
-
-__all__ = ["Batch", "Mask", "Row", "windows_of"]

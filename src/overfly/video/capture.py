@@ -23,7 +23,7 @@ from overfly.data.headers import SUFFIXES, read_header
 from overfly.data.listing import natural_key
 from overfly.data.reading import read_image
 from overfly.video.overlay import fitted
-from overfly.video.player import Picture
+from overfly.video.player import SourceFrame
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """What a video is written as, by its ending."""
@@ -42,7 +42,7 @@ BT709 = 1
 
 
 @dataclass
-class Trouble:
+class StreamErrors:
     """What went wrong with a live source that went on all the same.
 
     Attributes:
@@ -55,7 +55,7 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class Source:
+class VideoStream:
     """A stream that has been opened.
 
     Attributes:
@@ -72,8 +72,8 @@ class Source:
     rate: float
     width: int
     height: int
-    pictures: Iterator[Picture]
-    trouble: Trouble = field(default_factory=Trouble)
+    frames: Iterator[SourceFrame]
+    errors: StreamErrors = field(default_factory=StreamErrors)
 
 
 class _Stream(NamedTuple):
@@ -85,7 +85,7 @@ class _Stream(NamedTuple):
 
 
 @contextmanager
-def opened(source: str, *, fps: float | None = None) -> Iterator[Source]:
+def open_stream(source: str, *, fps: float | None = None) -> Iterator[VideoStream]:
     """Open a video, a camera, an address or a folder of pictures.
 
     Args:
@@ -109,7 +109,7 @@ def opened(source: str, *, fps: float | None = None) -> Iterator[Source]:
         yield found
     finally:
         with suppress(ValueError, AttributeError):  # still in the hands of a thread that does not answer
-            found.pictures.close()  # type: ignore[attr-defined]
+            found.frames.close()  # type: ignore[attr-defined]
 
 
 def _av() -> Any:
@@ -124,7 +124,7 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error).rstrip(".").lower()
 
 
-def _folder(path: Path, fps: float) -> Source:
+def _folder(path: Path, fps: float) -> VideoStream:
     files = sorted(
         (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")),
         key=lambda file: natural_key(file.name),
@@ -132,30 +132,30 @@ def _folder(path: Path, fps: float) -> Source:
     if not files:
         raise DataError(f"{path} holds no picture ({', '.join(SUFFIXES)}); name a folder of frames, or a video")
 
-    def pictures() -> Iterator[Picture]:
+    def frames() -> Iterator[SourceFrame]:
         for index, file in enumerate(files):
             image = read_image(file, bands=3)
             if image.dtype != np.uint8:
                 raise DataError(
                     f"{file} has pixels of {image.dtype}, and a stream has 8 bits a band; map it with overfly predict"
                 )
-            yield Picture(partial(_same, image), index / fps)
+            yield SourceFrame(partial(_same, image), index / fps)
 
     first = read_header(files[0])
-    return Source(str(path), False, fps, first.width, first.height, pictures())
+    return VideoStream(str(path), False, fps, first.width, first.height, frames())
 
 
 def _same(image: UInt8) -> UInt8:
     return image
 
 
-def _video(source: str) -> Source:
+def _video(source: str) -> VideoStream:
     stream = _open(source)
-    trouble = Trouble()
+    errors = StreamErrors()
     context = stream.video.codec_context
     rate = float(stream.video.average_rate or stream.video.guessed_rate or 25)
-    return Source(
-        source, stream.live, rate, context.width, context.height, _decoded(source, stream, rate, trouble), trouble
+    return VideoStream(
+        source, stream.live, rate, context.width, context.height, _decoded(source, stream, rate, errors), errors
     )
 
 
@@ -201,7 +201,7 @@ class _CutError(Exception):
     """A file that breaks off; says why."""
 
 
-def _batches(stream: _Stream, trouble: Trouble) -> Iterator[list[Any]]:
+def _batches(stream: _Stream, errors: StreamErrors) -> Iterator[list[Any]]:
     """The frames of each packet. What is damaged ends a file (`_CutError`); a live source goes on, if it can."""
     av = _av()
     packets, bad = stream.container.demux(stream.video), 0
@@ -217,25 +217,25 @@ def _batches(stream: _Stream, trouble: Trouble) -> Iterator[list[Any]]:
             if not stream.live:
                 raise _CutError(_reason(error)) from None
             if not isinstance(error, av.InvalidDataError) or bad > HOPELESS:
-                trouble.ended = _reason(error)
+                errors.ended = _reason(error)
                 return
-            trouble.damaged += 1
+            errors.damaged += 1
             if packet is None:
                 packets = stream.container.demux(stream.video)
             continue
         if packet.is_corrupt and not stream.live:
             raise _CutError("a packet is cut short")
-        trouble.damaged += packet.is_corrupt
+        errors.damaged += packet.is_corrupt
         bad = 0
         yield frames
 
 
-def _decoded(source: str, stream: _Stream, rate: float, trouble: Trouble) -> Iterator[Picture]:
+def _decoded(source: str, stream: _Stream, rate: float, errors: StreamErrors) -> Iterator[SourceFrame]:
     """The frames of an open container with their times: a live source's are those at which they came."""
     first: float | None = None
     count, at = 0, 0.0
     try:
-        for frame in chain.from_iterable(_batches(stream, trouble)):
+        for frame in chain.from_iterable(_batches(stream, errors)):
             told = time.perf_counter() if stream.live else frame.time
             if told is not None:
                 first = told if first is None else first
@@ -243,7 +243,7 @@ def _decoded(source: str, stream: _Stream, rate: float, trouble: Trouble) -> Ite
             elif count:
                 at += 1 / rate
             count += 1
-            yield Picture(partial(_pixels, frame), at)
+            yield SourceFrame(partial(_pixels, frame), at)
         if not count and not stream.live:
             raise DataError(f"{source} holds no frame that can be decoded; play it to see, or copy it again")
         if missing := _missing(stream, at + 1 / rate):
@@ -338,7 +338,7 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
         DataError: the file is there, cannot be written, or has another ending.
         MissingExtraError: PyAV is not installed.
     """
-    check_free(path)
+    check_output(path)
     av = _av()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +371,7 @@ def _publish(part: Path, path: Path) -> None:
         part.replace(path)
 
 
-def check_free(path: Path) -> None:
+def check_output(path: Path) -> None:
     """See that a video can be written to a path.
 
     Raises:
@@ -381,6 +381,3 @@ def check_free(path: Path) -> None:
         raise DataError(f"{path} has no ending of a video; name it {path.with_suffix('.mp4').name}")
     if os.path.lexists(path):
         raise DataError(f"{path} is there already; take it away, or choose another --out")
-
-
-__all__ = ["FPS", "Source", "Trouble", "check_free", "opened", "writing"]

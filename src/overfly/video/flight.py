@@ -227,6 +227,3 @@ def _eight_bits(image: Array, stretch: tuple[float, float] | None) -> UInt8:
     spread = np.nan_to_num((image.astype(np.float32) - low) / (high - low)).clip(0, 1)
     found: UInt8 = (255 * spread).round().astype(np.uint8)
     return found
-
-
-__all__ = ["Ground", "Path3", "View", "fly", "of_picture", "over", "path_over", "seen"]

@@ -73,6 +73,3 @@ class Latencies:
         """Overlays a second, from the first frame decoded to the last overlay ready; None before the first."""
         took = self._last_ready - self._first_began
         return self.count / took if took > 0 else None
-
-
-__all__ = ["WINDOW", "Latencies"]

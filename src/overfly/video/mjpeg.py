@@ -10,7 +10,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from overfly.core.errors import RecipeError
-from overfly.video.player import Screen
+from overfly.video.player import LatestFrame
 
 BOUNDARY = "overfly-frame"
 CONTENT_TYPE = f"multipart/x-mixed-replace; boundary={BOUNDARY}"
@@ -49,7 +49,7 @@ ask();
 </script></html>"""
 
 
-def parts(screen: Screen, timeout: float = TIMEOUT) -> Iterator[bytes]:
+def parts(screen: LatestFrame, timeout: float = TIMEOUT) -> Iterator[bytes]:
     """The body of a multipart response: each new overlay as one part, until the screen is closed.
 
     Where nothing new comes within ``timeout`` seconds the last is sent again, so that a viewer who is gone is noticed.
@@ -74,7 +74,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     allow_reuse_address = True
 
-    def __init__(self, port: int, screen: Screen) -> None:
+    def __init__(self, port: int, screen: LatestFrame) -> None:
         self.screen = screen
         self.room = threading.BoundedSemaphore(VIEWERS)
         self.telling: set[threading.Thread] = set()
@@ -153,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(screen: Screen, port: int) -> Iterator[str]:
+def serving(screen: LatestFrame, port: int) -> Iterator[str]:
     """Show a screen on this machine alone, at ``/``, ``/stream`` and ``/frame.jpg``; closes it in the end.
 
     Args:
@@ -182,6 +182,3 @@ def serving(screen: Screen, port: int) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-__all__ = ["CONTENT_TYPE", "parts", "serving"]

@@ -25,7 +25,7 @@ SMALLEST = 64
 
 
 @dataclass(frozen=True)
-class Style:
+class OverlayStyle:
     """How an overlay is drawn.
 
     Attributes:
@@ -42,11 +42,11 @@ class Style:
 
 
 @dataclass
-class Painter:
+class OverlayRenderer:
     """From a frame to its overlay, by one network in one style."""
 
     predictor: Predictor
-    style: Style = field(default_factory=Style)
+    style: OverlayStyle = field(default_factory=OverlayStyle)
 
     def __post_init__(self) -> None:
         classes = self.predictor.metadata.classes
@@ -90,7 +90,7 @@ class Painter:
         return overlay
 
 
-def painter_of(predictor: Predictor, style: Style) -> Painter:
+def overlay_renderer(predictor: Predictor, style: OverlayStyle) -> OverlayRenderer:
     """A network that draws on frames of red, green and blue.
 
     Raises:
@@ -102,7 +102,7 @@ def painter_of(predictor: Predictor, style: Style) -> Painter:
             f"the network reads {bands} bands, and a video has red, green and blue; watch with one of 3 bands, or map "
             "pictures of all bands with overfly predict"
         )
-    return Painter(predictor, style)
+    return OverlayRenderer(predictor, style)
 
 
 def shrunk(frame: UInt8, size: int | None) -> UInt8:
@@ -201,6 +201,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-__all__ = ["Painter", "Style", "fitted", "legend", "painter_of", "shrunk"]

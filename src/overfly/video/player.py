@@ -19,7 +19,7 @@ from PIL import Image
 from overfly.core.records import UInt8
 from overfly.core.spec import NonNegative, Spec, Whole
 from overfly.video.latency import Latencies
-from overfly.video.overlay import Painter
+from overfly.video.overlay import OverlayRenderer
 
 Clock = Callable[[], float]
 """Seconds of a clock that never goes back."""
@@ -32,7 +32,7 @@ PATIENCE = 2.0
 """Seconds that a reading thread has to end before it is left alone: a camera may never answer."""
 
 
-class Picture(NamedTuple):
+class SourceFrame(NamedTuple):
     """What a source gives.
 
     Attributes:
@@ -47,11 +47,11 @@ class Picture(NamedTuple):
 class Frame(NamedTuple):
     """A picture that is there: ``began`` is when it was decoded, or due where it is played, by the machine's clock."""
 
-    picture: Picture
+    picture: SourceFrame
     began: float
 
 
-class Summary(Spec):
+class StreamSummary(Spec):
     """What became of a stream."""
 
     read: Whole
@@ -72,7 +72,7 @@ class Summary(Spec):
     """Whether it was stopped by hand, before the source ended."""
 
 
-class Slot:
+class LatestSlot:
     """Holds the newest frame alone, between the thread that reads and the one that looks. Counts what it drops."""
 
     def __init__(self) -> None:
@@ -121,14 +121,14 @@ class Slot:
             return frame
 
 
-class Shown(NamedTuple):
+class JpegFrame(NamedTuple):
     """An overlay as a JPEG, and its number: 1 for the first that was shown."""
 
     jpeg: bytes
     number: int
 
 
-class Screen:
+class LatestFrame:
     """Holds the newest overlay for whoever looks, from any number of threads.
 
     A JPEG is made when somebody asks for it, once for all who ask: a stream that nobody looks at costs nothing.
@@ -138,7 +138,7 @@ class Screen:
         self.quality = quality
         self._picture: UInt8 | None = None
         self._number = 0
-        self._made = Shown(b"", 0)
+        self._made = JpegFrame(b"", 0)
         self._closed = False
         self._ended = ""
         self._changed = threading.Condition()
@@ -173,7 +173,7 @@ class Screen:
         """How many overlays were shown."""
         return self._number
 
-    def latest(self) -> Shown | None:
+    def latest(self) -> JpegFrame | None:
         """The newest overlay, or None before the first."""
         with self._making:
             with self._changed:
@@ -183,10 +183,10 @@ class Screen:
             if number != self._made.number:
                 buffer = io.BytesIO()
                 Image.fromarray(picture).save(buffer, "JPEG", quality=self.quality)
-                self._made = Shown(buffer.getvalue(), number)
+                self._made = JpegFrame(buffer.getvalue(), number)
             return self._made
 
-    def wait(self, after: int = 0, timeout: float | None = None) -> Shown | None:
+    def wait(self, after: int = 0, timeout: float | None = None) -> JpegFrame | None:
         """The newest overlay whose number is above ``after``; None where the time is over or the screen is closed.
 
         Args:
@@ -200,16 +200,18 @@ class Screen:
         return self.latest()
 
 
-def arriving(pictures: Iterable[Picture], stop: threading.Event, now: Clock = time.perf_counter) -> Iterator[Frame]:
+def live_frames(
+    source_frames: Iterable[SourceFrame], stop: threading.Event, now: Clock = time.perf_counter
+) -> Iterator[Frame]:
     """Frames as they come: each begins when it is decoded."""
-    for picture in pictures:
+    for picture in source_frames:
         if stop.is_set():
             return
         yield Frame(picture, now())
 
 
-def played(
-    pictures: Iterable[Picture],
+def paced_frames(
+    source_frames: Iterable[SourceFrame],
     stop: threading.Event,
     now: Clock = time.perf_counter,
     sleep: Callable[[float], object] | None = None,
@@ -219,13 +221,13 @@ def played(
     Each begins when it is due: where decoding is too slow for the stream's speed, that counts as latency.
 
     Args:
-        pictures: what is played.
+        source_frames: what is played.
         stop: ends it, in the middle of waiting too.
         now: the clock.
         sleep: waits so many seconds; left out, until then or until ``stop`` is set.
     """
     start: float | None = None
-    for picture in pictures:
+    for picture in source_frames:
         if start is None:
             start = now() - picture.time
         due = start + picture.time
@@ -236,15 +238,15 @@ def played(
         yield Frame(picture, due)
 
 
-def until(pictures: Iterable[Picture], seconds: float | None) -> Iterator[Picture]:
+def limit_duration(source_frames: Iterable[SourceFrame], seconds: float | None) -> Iterator[SourceFrame]:
     """The pictures of the first so many seconds of a stream; all where None."""
-    for picture in pictures:
+    for picture in source_frames:
         if seconds is not None and picture.time >= seconds:
             return
         yield picture
 
 
-def newest(frames: Iterator[Frame], slot: Slot) -> threading.Thread:
+def read_into_slot(frames: Iterator[Frame], slot: LatestSlot) -> threading.Thread:
     """Read frames into a slot, until they end or it is abandoned, in a thread of its own that is started here."""
 
     def read() -> None:
@@ -264,7 +266,7 @@ def newest(frames: Iterator[Frame], slot: Slot) -> threading.Thread:
     return thread
 
 
-class Standing(NamedTuple):
+class StreamStats(NamedTuple):
     """Where a stream stands."""
 
     latencies: Latencies
@@ -280,60 +282,60 @@ class Standing(NamedTuple):
         return [f"{speed}   p50 {ms[0]} ms   p95 {ms[1]} ms", *dropped]
 
 
-def look(
-    painter: Painter,
+def render_frames(
+    renderer: OverlayRenderer,
     frames: Iterable[Frame],
     sinks: Sequence[Sink],
     *,
-    slot: Slot | None = None,
+    slot: LatestSlot | None = None,
     now: Clock = time.perf_counter,
-    told: Callable[[Standing], None] | None = None,
-) -> Standing:
+    on_progress: Callable[[StreamStats], None] | None = None,
+) -> StreamStats:
     """Draw the overlay of every frame that comes, and hand it on.
 
     Args:
-        painter: network and style.
+        renderer: network and style.
         frames: what to look at, in order.
         sinks: who gets the overlays; they are waited for, outside of the latency.
         slot: where the frames come from, for the count of the dropped ones.
         now: the clock of the frames.
-        told: called after each frame.
+        on_progress: called after each frame.
     """
     latencies, lines, drawn_at = Latencies(), list[str](), float("-inf")
     read = dropped = 0
     for frame in frames:
         read, dropped = (slot.read, slot.dropped) if slot else (read + 1, 0)
         if now() - drawn_at >= REFRESH:
-            lines, drawn_at = Standing(latencies, read, dropped).lines(live=slot is not None), now()
-        overlay = painter(frame.picture.pixels(), lines)
+            lines, drawn_at = StreamStats(latencies, read, dropped).lines(live=slot is not None), now()
+        overlay = renderer(frame.picture.pixels(), lines)
         latencies.add(frame.began, now())
         for sink in sinks:
             sink(overlay, frame.picture.time)
-        if told is not None:
-            told(Standing(latencies, read, dropped))
-    return Standing(latencies, slot.read if slot else read, slot.dropped if slot else dropped)
+        if on_progress is not None:
+            on_progress(StreamStats(latencies, read, dropped))
+    return StreamStats(latencies, slot.read if slot else read, slot.dropped if slot else dropped)
 
 
-def watch(
-    painter: Painter,
-    pictures: Iterable[Picture],
+def process_stream(
+    renderer: OverlayRenderer,
+    source_frames: Iterable[SourceFrame],
     sinks: Sequence[Sink],
     *,
     live: bool = False,
     realtime: bool = False,
     stop: threading.Event | None = None,
-    told: Callable[[Standing], None] | None = None,
-) -> Summary:
+    on_progress: Callable[[StreamStats], None] | None = None,
+) -> StreamSummary:
     """Look at a whole stream.
 
     Args:
-        painter: network and style.
-        pictures: the source; with ``live`` or ``realtime`` it is read in another thread.
+        renderer: network and style.
+        source_frames: the source; with ``live`` or ``realtime`` it is read in another thread.
         sinks: who gets the overlays, such as ``Screen().show``.
         live: take the newest frame and drop the ones between; else every frame in order.
         realtime: play the source at its own speed, and take the newest frame.
         stop: when set, the frame at work is finished and the stream ends.
-        told: called after each frame.
+        on_progress: called after each frame.
 
     Returns:
         What was read, shown and dropped, and how long it took.
@@ -342,26 +344,26 @@ def watch(
         OverflyError: the source is broken; sinks have had the frames before it.
     """
     stop = stop or threading.Event()
-    frames = played(pictures, stop) if realtime else arriving(pictures, stop)
+    frames = paced_frames(source_frames, stop) if realtime else live_frames(source_frames, stop)
     if live or realtime:
-        slot = Slot()
-        thread = newest(frames, slot)
+        slot = LatestSlot()
+        thread = read_into_slot(frames, slot)
         try:
-            standing = look(painter, slot.frames(stop), sinks, slot=slot, told=told)
+            standing = render_frames(renderer, slot.frames(stop), sinks, slot=slot, on_progress=on_progress)
         finally:
             slot.abandoned = True
             thread.join(PATIENCE)
     else:
-        standing = look(painter, frames, sinks, told=told)
-    return summarized(standing, stopped=stop.is_set())
+        standing = render_frames(renderer, frames, sinks, on_progress=on_progress)
+    return summarize(standing, stopped=stop.is_set())
 
 
-def summarized(standing: Standing, *, stopped: bool = False) -> Summary:
+def summarize(standing: StreamStats, *, stopped: bool = False) -> StreamSummary:
     """The figures over all frames."""
     latencies = standing.latencies
     middle, high = latencies.overall(0.5), latencies.overall(0.95)
     rate = latencies.overall_rate
-    return Summary(
+    return StreamSummary(
         read=standing.read,
         shown=latencies.count,
         dropped=standing.dropped,
@@ -373,12 +375,6 @@ def summarized(standing: Standing, *, stopped: bool = False) -> Summary:
     )
 
 
-def warm_up(painter: Painter, width: int, height: int) -> None:
+def warm_up(renderer: OverlayRenderer, width: int, height: int) -> None:
     """Run the network once on a black frame, so that no frame of the stream pays for its start."""
-    painter.classes_of(np.zeros((height, width, 3), np.uint8))
-
-
-__all__ = [
-    "Frame", "Latencies", "Picture", "Screen", "Shown", "Sink", "Slot", "Standing", "Summary", "arriving", "look",
-    "newest", "played", "summarized", "until", "warm_up", "watch",
-]  # fmt: skip
+    renderer.classes_of(np.zeros((height, width, 3), np.uint8))

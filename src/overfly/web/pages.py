@@ -15,12 +15,12 @@ from overfly.evaluation.scores import Scores
 from overfly.reporting.charts import grouped
 from overfly.reporting.report import environment
 from overfly.training.run import Run
-from overfly.video.player import Screen
+from overfly.video.player import LatestFrame
 from overfly.web.networks import Network
 from overfly.web.service import Desk
 
 
-def router(desk: Desk, screen: Screen | None) -> APIRouter:
+def router(desk: Desk, screen: LatestFrame | None) -> APIRouter:
     """All pages.
 
     Args:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from overfly.core.classes import Classes
 from overfly.reporting.embedded import png, safe
-from overfly.video.player import Screen
+from overfly.video.player import LatestFrame
 from overfly.web.kept import Answer, Map
 from overfly.web.networks import Network
 from overfly.web.service import Desk
@@ -99,7 +99,7 @@ UPLOADED = problems(400, 401, 403, 404, 408, 413, 422, 429, 503)
 ASKED = problems(401, 403, 404, 422)
 
 
-def router(desk: Desk, screen: Screen | None) -> APIRouter:
+def router(desk: Desk, screen: LatestFrame | None) -> APIRouter:
     """All routes of the API.
 
     Args:
@@ -289,7 +289,7 @@ def _hex(color: Sequence[int]) -> str:
     return "#" + "".join(f"{value:02x}" for value in color)
 
 
-async def _parts(screen: Screen, watchers: asyncio.Semaphore) -> AsyncIterator[bytes]:
+async def _parts(screen: LatestFrame, watchers: asyncio.Semaphore) -> AsyncIterator[bytes]:
     """Frames as parts of one endless answer; no thread is held while there is none.
 
     The line that ends a frame follows it at once, since browsers show a frame when they see that line. A frame that

@@ -19,7 +19,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from overfly.core.errors import OverflyError, RecipeError
-from overfly.video.player import Screen
+from overfly.video.player import LatestFrame
 from overfly.web.admission import Admission
 from overfly.web.config import LateError, Limits
 from overfly.web.gauges import Meter
@@ -41,7 +41,7 @@ def application(
     *,
     limits: Limits | None = None,
     token: str | None = None,
-    screen: Screen | None = None,
+    screen: LatestFrame | None = None,
     scenes: Sequence[Path] = (),
 ) -> ASGIApp:
     """The server as an ASGI application.
@@ -176,7 +176,7 @@ def start(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> Running:
 
 
 @contextmanager
-def serve_stream(screen: Screen, port: int = 0) -> Iterator[str]:
+def serve_stream(screen: LatestFrame, port: int = 0) -> Iterator[str]:
     """Serve the live page of a stream on 127.0.0.1, without any network, while the context lasts.
 
     Args:

@@ -16,7 +16,7 @@ COMMONEST = 0.5
 Mask = NDArray[np.bool_]
 
 
-def opacity_of(source: str, dataset: Any, asked: bool | None) -> int | None:
+def find_alpha_band(source: str, dataset: Any, asked: bool | None) -> int | None:
     """Number of the band that is opacity, from 1; None where there is none.
 
     Args:
@@ -32,13 +32,13 @@ def opacity_of(source: str, dataset: Any, asked: bool | None) -> int | None:
         return None
     if asked:
         if dataset.count == 1:
-            raise DataError(f"--opacity: {source} has one band, which cannot be opacity; leave --opacity out")
+            raise DataError(f"--alpha-band: {source} has one band, which cannot be opacity; leave --alpha-band out")
         return int(dataset.count)
     marked = (number for number, color in enumerate(dataset.colorinterp, 1) if color.name == "alpha")
     return next(marked, None) if dataset.count > 1 else None
 
 
-def check_opacity(source: str, dataset: Any, number: int, bands: str) -> None:
+def check_alpha_band(source: str, dataset: Any, number: int, bands: str) -> None:
     """See that a band that a file marks as opacity looks like it.
 
     Args:
@@ -53,8 +53,8 @@ def check_opacity(source: str, dataset: Any, number: int, bands: str) -> None:
     if not _varies(dataset, number):
         return
     raise DataError(
-        f"{source} marks its band {number} as opacity, and that varies as measurements do; say --no-opacity --bands "
-        f"{bands} if it was measured, or --opacity if where it is 0 nothing was"
+        f"{source} marks its band {number} as opacity, and that varies as measurements do; say --no-alpha-band --bands "
+        f"{bands} if it was measured, or --alpha-band if where it is 0 nothing was"
     )
 
 
@@ -101,6 +101,3 @@ def _varies(dataset: Any, number: int) -> bool:
     seen = np.concatenate(parts)
     _, counts = np.unique(seen[seen > 0], return_counts=True)
     return bool(counts.size and counts.max() < COMMONEST * counts.sum())
-
-
-__all__ = ["Mask", "check_opacity", "covered", "either", "opacity_of", "transparent"]
