@@ -331,7 +331,7 @@ def process_stream(
     Args:
         renderer: network and style.
         source_frames: the source; with ``live`` or ``realtime`` it is read in another thread.
-        sinks: who gets the overlays, such as ``Screen().show``.
+        sinks: who gets the overlays, such as ``LatestFrame().show``.
         live: take the newest frame and drop the ones between; else every frame in order.
         realtime: play the source at its own speed, and take the newest frame.
         stop: when set, the frame at work is finished and the stream ends.
