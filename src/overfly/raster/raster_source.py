@@ -113,7 +113,7 @@ def inspect_raster(
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
             raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
         gain = input_gain(source, dtype, metadata, max_value, scale=_scale(dataset, chosen))
-        _check_complete(source, dataset)
+        _check_whole(source, dataset)
         clear = _opacity(source, dataset, chosen, clear, alpha_band)
         declared = dataset.nodatavals[chosen[0] - 1]
         flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
