@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from overfly.evaluation.panels import displayed
-from overfly.raster.raster_source import gain_of
+from overfly.raster.raster_source import input_gain
 from overfly.web.config import Limits, Room
 from overfly.web.gauges import Gauges
 from overfly.web.kept import Answer, Kept, Map
@@ -76,7 +76,7 @@ class Desk:
         for network, each in zip(networks, metadata, strict=True):
             title = network.title if several else "the network"
             found = checked(path, bands=each.bands, pixels=self.limits.pixels, network=title)
-        gains = [gain_of(path, found.stored or found.dtype, each, max_value, option="max_value=") for each in metadata]
+        gains = [input_gain(path, found.stored or found.dtype, each, max_value, option="max_value=") for each in metadata]
         pixels = found.height * found.width
         with self.room.take(pixels, deadline):
             pictures = {bands: read(path, found, bands) for bands in dict.fromkeys(each.bands for each in metadata)}
