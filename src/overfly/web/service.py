@@ -76,7 +76,9 @@ class Desk:
         for network, each in zip(networks, metadata, strict=True):
             title = network.title if several else "the network"
             found = checked(path, bands=each.bands, pixels=self.limits.pixels, network=title)
-        gains = [input_gain(path, found.stored or found.dtype, each, max_value, option="max_value=") for each in metadata]
+        gains = [
+            input_gain(path, found.stored or found.dtype, each, max_value, option="max_value=") for each in metadata
+        ]
         pixels = found.height * found.width
         with self.room.take(pixels, deadline):
             pictures = {bands: read(path, found, bands) for bands in dict.fromkeys(each.bands for each in metadata)}
