@@ -37,7 +37,7 @@ def data(count: int = 1) -> EvaluationData:
 
 
 def metadata(segmenter: Segmenter, *, fixed: bool = True) -> ModelMetadata:
-    return model_metadata(segmenter, window=SIDE, title="a run").model_copy(update={"fixed": fixed, "ground": 0.3})
+    return model_metadata(segmenter, window=SIDE, title="a run").model_copy(update={"fixed": fixed, "gsd": 0.3})
 
 
 def shipped(segmenter: Segmenter, settings: ExportSettings, folder: Path, **changes: Any) -> Path:

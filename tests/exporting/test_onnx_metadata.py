@@ -29,7 +29,7 @@ def segmenter(recipe: Recipe) -> Segmenter:
 
 @pytest.fixture
 def file(segmenter: Segmenter, tmp_path: Path) -> Path:
-    metadata = model_metadata(segmenter, window=SIDE, ground=0.3).model_copy(update={"fixed": True})
+    metadata = model_metadata(segmenter, window=SIDE, gsd=0.3).model_copy(update={"fixed": True})
     module = ExportModule(segmenter, fixed=(SIDE, SIDE)).eval()
     return write_onnx(
         module, tmp_path / "it.onnx", 3, metadata_entries(metadata, ExportSettings()) | deepness_properties(metadata)

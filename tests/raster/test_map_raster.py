@@ -187,9 +187,9 @@ def test_the_network_sees_another_resolution_and_the_map_keeps_its_grid(tmp_path
 
 def test_a_resolution_unlike_the_training_is_remarked(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(70, 70))
-    made = mapped(source, tmp_path / "map.tif", pointwise(ground=3.0))
+    made = mapped(source, tmp_path / "map.tif", pointwise(gsd=3.0))
     assert "pixels of 0.3 m and the network was trained on 3 m; with --match-gsd" in made.notes[0]
-    assert not mapped(source, tmp_path / "alike.tif", pointwise(ground=0.25)).notes
+    assert not mapped(source, tmp_path / "alike.tif", pointwise(gsd=0.25)).notes
 
 
 def test_a_map_is_not_made_twice_and_never_replaced_unasked(tmp_path: Path) -> None:

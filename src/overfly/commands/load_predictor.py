@@ -75,9 +75,9 @@ def load_network(path: Path | str) -> tuple[Segmenter, ModelMetadata]:
     best = run.path / "best.safetensors"
     segmenter = Segmenter.load(best).eval() if best.is_file() else run.segmenter()
     recipe = run.recipe
-    grounds = [domain.gsd for domain in (recipe.source, recipe.target) if domain is not None]
-    ground = next((meters for meters in grounds if meters is not None), None)
-    return segmenter, model_metadata(segmenter, window=recipe.window or WINDOW, ground=ground, title=run.path.name)
+    resolutions = [domain.gsd for domain in (recipe.source, recipe.target) if domain is not None]
+    gsd = next((meters for meters in resolutions if meters is not None), None)
+    return segmenter, model_metadata(segmenter, window=recipe.window or WINDOW, gsd=gsd, title=run.path.name)
 
 
 def selection_of(run: Run) -> Selection | None:

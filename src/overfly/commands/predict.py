@@ -112,7 +112,7 @@ def predict(
     settings = MapSettings(
         window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, alpha_band=alpha_band,
         max_value=max_value,
-        resolution=_resolution(resolution, match_gsd, predictor.metadata.ground), probabilities=probabilities,
+        resolution=_resolution(resolution, match_gsd, predictor.metadata.gsd), probabilities=probabilities,
         uncertainty=uncertainty, polygons=polygons, min_area=min_area, overwrite=overwrite,
     )  # fmt: skip
     opener = partial(load_predictor, Path(network).absolute(), backend=backend, device=device)

@@ -47,7 +47,7 @@ class CardContent:
 def card(found: ExportReport, story: CardContent) -> str:
     """A model card as Markdown."""
     metadata, settings = found.metadata, found.settings
-    ground = "not known" if metadata.ground is None else f"{metadata.ground:g} m a pixel"
+    ground = "not known" if metadata.gsd is None else f"{metadata.gsd:g} m a pixel"
     size = f"tiles of {metadata.window}×{metadata.window}" if metadata.fixed else "any size"
     inner = "" if settings.resize is None else f", resized to {settings.resize}×{settings.resize} inside"
     gives = {

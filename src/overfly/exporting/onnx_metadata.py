@@ -33,8 +33,8 @@ def deepness_properties(metadata: ModelMetadata) -> dict[str, str]:
         "seg_thresh": 0.0,
         "seg_small_segment": 0,
     }
-    if metadata.ground is not None:
-        values["resolution"] = round(100 * metadata.ground, 4)
+    if metadata.gsd is not None:
+        values["resolution"] = round(100 * metadata.gsd, 4)
     return {key: json.dumps(value) for key, value in values.items()}
 
 

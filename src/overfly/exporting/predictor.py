@@ -37,7 +37,7 @@ class ModelMetadata(Spec):
     """Side of the windows that large pictures are cut into, in pixels."""
     fixed: bool = False
     """Whether images must have just this side; else any size goes."""
-    ground: Meters | None = None
+    gsd: Meters | None = None
     """Length on the ground of a pixel that the network was trained on, in meters; None where nobody has given it."""
     title: str = ""
     """The run that it came from."""
@@ -81,7 +81,7 @@ class Predictor:
 
 
 def model_metadata(
-    segmenter: Segmenter, *, window: int = 512, ground: float | None = None, title: str = ""
+    segmenter: Segmenter, *, window: int = 512, gsd: float | None = None, title: str = ""
 ) -> ModelMetadata:
     """The facts of a trained network.
 
@@ -99,7 +99,7 @@ def model_metadata(
         mean=tuple(segmenter.mean.flatten().tolist()),
         std=tuple(segmenter.std.flatten().tolist()),
         window=window,
-        ground=ground,
+        gsd=gsd,
         title=title,
     )
 

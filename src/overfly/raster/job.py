@@ -177,12 +177,12 @@ def raster_notes(scene: RasterSource, metadata: ModelMetadata, settings: MapSett
             f"{scene.source} says that its values times {scene.gain:g} are what was measured, and so the network saw "
             "them; say --max-value with the value of its brightest pixel for another scale"
         )
-    if settings.resolution is not None or metadata.ground is None or scene.ground_size is None:
+    if settings.resolution is not None or metadata.gsd is None or scene.ground_size is None:
         return notes
-    ratio = (scene.ground_size[0] * scene.ground_size[1]) ** 0.5 / metadata.ground
+    ratio = (scene.ground_size[0] * scene.ground_size[1]) ** 0.5 / metadata.gsd
     if not 2 / 3 < ratio < 3 / 2:
         notes.append(
-            f"{scene.source} has pixels of {ratio * metadata.ground:.3g} m and the network was trained on "
-            f"{metadata.ground:g} m; with --match-gsd it sees the raster at that resolution"
+            f"{scene.source} has pixels of {ratio * metadata.gsd:.3g} m and the network was trained on "
+            f"{metadata.gsd:g} m; with --match-gsd it sees the raster at that resolution"
         )
     return notes
