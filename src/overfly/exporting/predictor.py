@@ -88,7 +88,7 @@ def model_metadata(
     Args:
         segmenter: the network.
         window: side of the windows that large pictures are cut into, in pixels.
-        ground: length of a pixel of its training images on the ground, in meters.
+        gsd: length of a pixel of its training images on the ground, in meters.
         title: the run that it came from.
     """
     return ModelMetadata(
