@@ -3,11 +3,11 @@
     python benchmarks/harm.py recipes/synthetic/urban-rural-pasted.yaml --seeds 0,1,2 --steps 100 [--set SETTING]
         [--images FOLDER…]
 
-Each recipe must be one of method `overfly`. Of every seed it is carried out three ways: with the pseudo-labels' classes
-exchanged for each other, with pseudo-labels shuffled among the pixels of the batch, and, for each folder of --images
-(pictures of other things than the classes), adapting to that folder. Whether bad labels truly did harm is scored
-afterwards against the recipe's own target; where they did none, to let them pass is right. Writes harm.json and prints
-one line a plant; exits 1 unless all that did harm were refused.
+Each recipe must be of method `multiscale_self_training`. Each seed is trained with the pseudo-labels' classes permuted,
+with pseudo-labels shuffled over the pixels of the batch, and, for each folder of --images (images without the classes),
+with that folder as target. Each result is scored against the labels of the recipe's own target; accepting an adaptation
+that did no harm is correct. Writes harm.json and prints one line per adaptation; exits 1 unless all harmful ones were
+rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from overfly.adaptation.pipeline import adapt as adaptation
 from overfly.core.records import IGNORE
 from overfly.evaluation.score import score
-from overfly.methods.multiscale_self_training import Overfly, OverflyNetworks
+from overfly.methods.multiscale_self_training import MultiscaleNetworks, MultiscaleSelfTraining
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
 from overfly.training.engine import Engine, launch
@@ -34,17 +34,17 @@ from overfly.training.run import Run
 ENGINE = Engine(device="cpu", quiet=True)
 
 
-class Planted(Overfly, name="planted"):
-    """Our own method with a teacher whose labels were tampered with."""
+class Planted(MultiscaleSelfTraining, name="planted"):
+    """`MultiscaleSelfTraining` with a teacher whose labels were tampered with."""
 
     harm: Literal["exchanged", "shuffled"] = "exchanged"
     """How."""
     key: int = 0
     """Which exchange of classes."""
 
-    def labels(self, nets: OverflyNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
+    def pseudo_labels(self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
         """The teacher's labels, of the wrong classes."""
-        label = super().labels(nets, target, nodata_mask)
+        label = super().pseudo_labels(nets, target, nodata_mask)
         classes = len(nets.segmenter.classes)
         if self.harm == "shuffled":
             there = label != IGNORE
@@ -59,7 +59,7 @@ class Planted(Overfly, name="planted"):
 
 def planted(recipe: Recipe, steps: int, folders: list[Path]) -> Iterator[tuple[str, Recipe]]:
     """The harmful versions of a recipe, by name."""
-    own = {name: getattr(recipe.method, name) for name in Overfly.model_fields}
+    own = {name: getattr(recipe.method, name) for name in MultiscaleSelfTraining.model_fields}
     settings: dict[Literal["exchanged", "shuffled"], Planted] = {
         harm: Planted(**own, harm=harm, key=recipe.seed) for harm in ("exchanged", "shuffled")
     }
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--images", nargs="*", type=Path, default=[])
-    parser.add_argument("--set", action="append", default=[], help="a setting of the recipes, such as method.rise=30")
+    parser.add_argument("--set", action="append", default=[], help="recipe setting, such as method.ramp_steps=30")
     parser.add_argument("--out", type=Path, default=Path("runs/harm"))
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ from overfly.exporting import exporter as exporting
 from overfly.exporting.graph import Precision
 from overfly.exporting.metadata import ExportSettings, Format
 from overfly.exporting.parity import ParityError
-from overfly.models.registry import names
+from overfly.models.network import names
 from overfly.recipe import Recipe
 from overfly.training.engine import Engine, launch
 from overfly.training.run import Run

@@ -36,7 +36,7 @@ def main() -> None:
     names = {
         "source only": ("source_only", "Urban"),
         "recalibrated": ("recalibrate", "Urban"),
-        "adapted": ("overfly", "Urban"),
+        "adapted": ("multiscale_self_training", "Urban"),
         "oracle": ("source_only", "Rural"),
     }
     recipe: Recipe = runs["source_only", "Urban"].recipe

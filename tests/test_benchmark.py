@@ -94,7 +94,14 @@ def test_the_gap_is_closed_between_source_only_and_the_oracle(small: dict[str, A
     here, there = {**town, **size}, {**country, **size}
     load({**small, "source": here, "target": there, "steps": 2}).save(tmp_path / "1-before.yaml")
     small = {**small, "optim": {"name": "adamw", "lr": 1e-4}}
-    after = {**small, "start": "1-before.yaml", "source": here, "target": there, "method": "overfly", "steps": 2}
+    after = {
+        **small,
+        "start": "1-before.yaml",
+        "source": here,
+        "target": there,
+        "method": "multiscale_self_training",
+        "steps": 2,
+    }
     (tmp_path / "2-after.yaml").write_text(yaml.safe_dump(after))
     load({**small, "source": there, "target": here, "steps": 2}).save(tmp_path / "3-oracle.yaml")
     settings: dict[str, Any] = {"seeds": "2", "out": tmp_path / "runs", "size": 64, "device": "cpu", "quiet": True}

@@ -161,7 +161,7 @@ def test_a_network_of_another_range_of_values_is_no_start(small: dict[str, Any],
         first_segmenter(load(small), start)
 
 
-@pytest.mark.parametrize("name", ["cbst", "iast", "overfly"])
+@pytest.mark.parametrize("name", ["cbst", "iast", "multiscale_self_training"])
 def test_what_changes_a_trained_network_needs_one(name: str, small: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"method {name} changes a trained network; name a run or recipe"):
         load({**small, "method": name})

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from overfly.core.errors import OverflyError
     from overfly.data.domain import Domain
     from overfly.methods.method import Method
-    from overfly.models.registry import build
+    from overfly.models.network import build
     from overfly.models.segmenter import Segmenter
     from overfly.models.weights import load_weights
     from overfly.recipe import Recipe, load
@@ -71,7 +71,7 @@ MODULES = {
     "Recipe": "recipe",
     "Run": "training.run",
     "Segmenter": "models.segmenter",
-    "build": "models.registry",
+    "build": "models.network",
     "load": "recipe",
     "load_weights": "models.weights",
 } | {name: f"commands.{module}" for name, module in COMMANDS.items()}

@@ -19,7 +19,7 @@ from overfly.data.domain import Domain, Split
 from overfly.evaluation.samples import Samples
 from overfly.evaluation.scores import Scores
 from overfly.evaluation.speed import Speed, measure_speed
-from overfly.models.registry import build
+from overfly.models.network import build
 from overfly.recipe import Recipe, load
 from overfly.training.engine import Engine, on_main
 from overfly.training.evaluate import Role, assess, labeled, recorded

@@ -59,7 +59,7 @@ def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.Mon
     assert recipe.schedule == Poly(power=1.0, warmup=17)
     assert recipe.optim == plain.optim == AdamW(lr=1e-3)
     differences = [each.method.model_dump() for each in (recipe, plain)]
-    assert [(way["mix"], way["rise"]) for way in differences] == [(0.5, 58), (0.0, 58)]
+    assert [(way["mix_share"], way["ramp_steps"]) for way in differences] == [(0.5, 58), (0.0, 58)]
     assert recipe.crop == 96
     assert recipe.target is not None
     assert not any(item.label for item in recipe.target.items("train"))
@@ -83,7 +83,7 @@ def test_settings_that_are_given_hold_for_all_and_are_not_proposed(own: Own, mon
     assert isinstance(one.start, Recipe)
     assert (one.model.name, one.start.model.name) == ("lraspp_mobilenet_v2",) * 2
     assert (one.steps, two.steps, one.start.steps, one.schedule.warmup) == (60, 60, 40, 6)
-    assert one.method.model_dump()["rise"] == 20
+    assert one.method.model_dump()["ramp_steps"] == 20
     assert not timed
     (dacs,) = of_folders(own, "10m", Engine("cpu", quiet=True), ["method=dacs", "model=lraspp_mobilenet_v2"])
     assert dacs.method.name == "dacs"
@@ -156,7 +156,7 @@ def test_one_command_from_folders_to_a_verdict_and_again_without_the_source(
         budget="50s", out=out, device="cpu", quiet=True,
     )  # fmt: skip
     assert found.best.exists()
-    assert found.run.recipe.method.name == "overfly"
+    assert found.run.recipe.method.name == "multiscale_self_training"
     assert found.selection.labels_opened == 0
     free = adapt(
         "steps=2",

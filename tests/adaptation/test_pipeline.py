@@ -75,11 +75,11 @@ def test_the_seed_reaches_all_three(tiny: dict[str, Any]) -> None:
 
 
 def test_several_ways_begin_from_one_network_and_say_where_they_differ(tiny: dict[str, Any]) -> None:
-    one, two = (load({**tiny, "method": {"name": "overfly", "mix": share}}) for share in (0.5, 0.0))
+    one, two = (load({**tiny, "method": {"name": "multiscale_self_training", "mix_share": share}}) for share in (0.5, 0.0))
     plans = beside(one, two)
     assert list(plans) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
     assert plans["adapted 2"] == two
-    assert differences([one, two]) == [{"method.mix": 0.5}, {"method.mix": 0.0}]
+    assert differences([one, two]) == [{"method.mix_share": 0.5}, {"method.mix_share": 0.0}]
     assert differences([one]) == [{}]
 
 
@@ -115,7 +115,7 @@ def test_what_a_later_recipe_lacks_is_found_before_the_first_is_trained(tiny: di
 def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_path: Path) -> None:
     start = {**tiny, "start": {**tiny["start"], "steps": 60}, "steps": 20}
     files = []
-    for name, method in (("harm", {"name": "shuffled", "ema": 0.5}), ("own", {"name": "overfly", "mix": 0.0})):
+    for name, method in (("harm", {"name": "shuffled", "ema": 0.5}), ("own", {"name": "multiscale_self_training", "mix_share": 0.0})):
         files.append(tmp_path / f"{name}.yaml")
         load({**start, "method": method}).save(files[-1])
     found = adapt(files[0], str(files[1]), "seed=1", out=tmp_path, device="cpu", quiet=True, estimate=False)
@@ -123,13 +123,13 @@ def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_
     assert list(candidates) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
     assert candidates["adapted 1"].rejections
     assert found.selection.recommended != "adapted 1"
-    assert candidates["adapted 2"].settings["method.name"] == "overfly"
+    assert candidates["adapted 2"].settings["method.name"] == "multiscale_self_training"
     refused = Run.open(candidates["adapted 1"].run)
     assert json.loads((refused.path / "selection.json").read_text())["recommended"] == found.selection.recommended
     safe = load_file(refused.path / "best.safetensors")
     assert all(torch.equal(safe[name], each) for name, each in load_file(found.best).items())
     assert f"adapted 1: {refused.path.name} (name shuffled" in "".join(found.selection.differences)
-    assert found.run.recipe.method.name == ("shuffled" if candidates["adapted 2"].rejections else "overfly")
+    assert found.run.recipe.method.name == ("shuffled" if candidates["adapted 2"].rejections else "multiscale_self_training")
     assert found.run.recipe.seed == 1
     assert "In what the adapted networks differ" in (found.path / "selection.md").read_text()
     assert found.selection.labels_opened == 0
@@ -261,7 +261,7 @@ def test_split_entries_are_told_apart(tiny: dict[str, Any], tmp_path: Path, monk
     recipe = load(tiny)
     Path("a.yaml").write_text("")
     Path("run=1").mkdir()
-    long = "method.strong=[" + "x, " * 400 + "]"
+    long = "method.strong_augment=[" + "x, " * 400 + "]"
     recipes, settings = split_entries(["seed=1", Path("a.yaml"), recipe, "a.yaml", "run=1", long])
     assert recipes == [Path("a.yaml"), recipe, "a.yaml", "run=1"]
     assert settings == ["seed=1", long]

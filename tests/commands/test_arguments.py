@@ -44,7 +44,7 @@ def test_every_function_of_the_api_takes_its_paths_as_text(name: str) -> None:
         ("start=recipes/synthetic/rural-start.yaml", True),
         ("augment=[dihedral]", True),
         ("source.classes.bare soil=[1, 2, 3]", True),
-        ("method.strong=[" + "x, " * 400 + "]", True),
+        ("method.strong_augment=[" + "x, " * 400 + "]", True),
         ("clip=", True),
         ("=1", False),
         ("recipes/lr=3/a.yaml", False),

@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "source": {**drawn, "scene": "urban"}, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2",
         "optim": {"name": "sgd", "lr": 0.01}, "crop": 64, "batch": 2, "steps": 2,
     }  # fmt: skip
-    adapted = load({**small, "start": small, "method": {"name": "overfly", "statistics": "joint"}})
+    adapted = load({**small, "start": small, "method": {"name": "multiscale_self_training", "statistics": "joint"}})
     overfly.adapt(adapted, out=out, device="cpu", quiet=True, estimate=False)
     alone = {key: value for key, value in small.items() if key != "target"}
     overfly.train(load({**alone, "seed": 1}), out=out, device="cpu", quiet=True)
@@ -126,7 +126,7 @@ def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path,
     (selection,) = copied.glob("*/selection.json")
     selection.unlink()
     (selection.parent / "best.safetensors").unlink()
-    adapted = next(each for each in served_networks([str(copied)]) if each.about["method"] == "overfly")
+    adapted = next(each for each in served_networks([str(copied)]) if each.about["method"] == "multiscale_self_training")
     assert adapted.title == "overfly, Urban to Rural, seed 0"
     assert adapted.about["mIoU target"].endswith("(val)")
     assert adapted.opened().metadata.classes.names[0] == "background"

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from overfly.core.optimizers import SGD
 from overfly.core.records import Logits
 from overfly.methods.clan import alignment, disagreement
-from overfly.methods.fada import FADA, of_source, of_target
-from overfly.methods.mcd import MCD, discrepancy
-from overfly.methods.two_classifiers import Views, class_layer, look, second_class_layer
+from overfly.methods.fada import FADA, source_channels, target_channels
+from overfly.methods.mcd import (
+    MCD,
+    TwoOutputs,
+    class_layer,
+    discrepancy,
+    second_class_layer,
+    two_classifier_forward,
+)
 from overfly.models import Segmenter, build, names
 from overfly.ops.losses import self_information
 
@@ -29,24 +35,26 @@ def test_every_network_names_the_layer_that_gives_its_scores(name: str) -> None:
         logits = net.network(torch.zeros(2, 3, 64, 64))
         assert len(given) == 1
         assert given[0][1] is logits.main
-        twin = second_class_layer(net)
-        (views,), read = look(net, twin, torch.zeros(2, 3, 64, 64))
-    assert views.twin.shape == views.logits.main.shape == (2, 3, 64, 64)
+        second = second_class_layer(net)
+        (outputs,), read = two_classifier_forward(net, second, torch.zeros(2, 3, 64, 64))
+    assert outputs.second.shape == outputs.logits.main.shape == (2, 3, 64, 64)
     assert read.shape == given[0][0].shape
 
 
 @pytest.mark.parametrize("net", [student, with_several_class_layers])
 def test_the_second_class_layer_sees_what_the_first_sees(net: Any) -> None:
     segmenter = net()
-    twin = second_class_layer(segmenter)
+    second = second_class_layer(segmenter)
     layer = class_layer(segmenter)
-    assert all(not torch.equal(a, b) for a, b in zip(twin.parameters(), layer.parameters(), strict=True) if a.ndim > 1)
+    assert all(
+        not torch.equal(a, b) for a, b in zip(second.parameters(), layer.parameters(), strict=True) if a.ndim > 1
+    )
     images = batch(72).target[:, :, :70]  # sides that are no multiple of the stride
-    (views,), _ = look(segmenter, copy.deepcopy(layer), images)
-    torch.testing.assert_close(views.twin, views.logits.main)
-    (first, second), read = look(segmenter, twin, images, images[:1])
-    assert (len(first.twin), len(second.logits.main), len(read)) == (2, 1, 3)
-    assert not torch.allclose(first.twin, first.logits.main)
+    (outputs,), _ = two_classifier_forward(segmenter, copy.deepcopy(layer), images)
+    torch.testing.assert_close(outputs.second, outputs.logits.main)
+    (first, second), read = two_classifier_forward(segmenter, second, images, images[:1])
+    assert (len(first.second), len(second.logits.main), len(read)) == (2, 1, 3)
+    assert not torch.allclose(first.second, first.logits.main)
     assert not layer._forward_pre_hooks
 
 
@@ -64,10 +72,10 @@ def test_clan_weighs_pixels_by_disagreement() -> None:
     other[0, :, 0, 0] = torch.tensor([3.0, 0.0, 0.0])
     other[0, :, 0, 1] = torch.tensor([1.0, 0.0, 0.0])
     other[0, :, 0, 2] = torch.tensor([0.0, 0.0, 9.0])
-    found = disagreement(Views(Logits(one), other))[0, 0]
+    found = disagreement(TwoOutputs(Logits(one), other))[0, 0]
     assert found[0].item() == pytest.approx(0, abs=1e-6)
     assert 0.05 < found[1] < found[2] <= 1
-    far = Views(Logits(torch.tensor([90.0, 0.0]).view(1, 2, 1, 1)), torch.tensor([0.0, 90.0]).view(1, 2, 1, 1))
+    far = TwoOutputs(Logits(torch.tensor([90.0, 0.0]).view(1, 2, 1, 1)), torch.tensor([0.0, 90.0]).view(1, 2, 1, 1))
     assert disagreement(far).item() == pytest.approx(1)
 
 
@@ -85,14 +93,14 @@ def test_clan_compares_kernels_by_their_angle() -> None:
 
 
 def test_fada_truth_is_a_distribution_over_domain_and_class() -> None:
-    method, seen = FADA(ceiling=1.0), batch()
+    method, seen = FADA(max_probability=1.0), batch()
     logits = student()(seen.target)
     assert logits.features is not None
     soft = method.soft_label(logits)
     assert soft.shape == (2, 3, *logits.features.shape[-2:])
     assert not soft.requires_grad
     ones = torch.ones(2, *soft.shape[-2:], dtype=soft.dtype)
-    for truth, empty in ((of_source(soft), slice(3, 6)), (of_target(soft), slice(0, 3))):
+    for truth, empty in ((source_channels(soft), slice(3, 6)), (target_channels(soft), slice(0, 3))):
         assert truth.shape[1] == 6
         torch.testing.assert_close(truth.sum(1), ones)
         assert not truth[:, empty].any()
@@ -116,10 +124,10 @@ def test_mcd_discrepancy_is_zero_for_equal_scores_and_grows() -> None:
     assert discrepancy(opposite, opposite.roll(1, 1)).item() == pytest.approx(2 / 3)
 
 
-def small_scores(net: Segmenter, twin: nn.Module | None, images: Tensor) -> Tensor:
+def small_scores(net: Segmenter, second: nn.Module | None, images: Tensor) -> Tensor:
     """Scores of target images at the class layer's own size, with the second class layer in place of the first."""
     weights: dict[str, Tensor] = (
-        {} if twin is None else {f"classifier.{name}": value for name, value in twin.named_parameters()}
+        {} if second is None else {f"classifier.{name}": value for name, value in second.named_parameters()}
     )
     normalized = (images.double() - net.mean) / net.std
     logits: Logits = torch.func.functional_call(net.network, weights, (normalized,))
@@ -127,36 +135,36 @@ def small_scores(net: Segmenter, twin: nn.Module | None, images: Tensor) -> Tens
 
 
 def test_mcd_at_once_gives_each_weight_the_gradient_of_its_phases() -> None:
-    method, seen = MCD(disagree=0.7, agree=0.3), batch()
+    method, seen = MCD(classifier_weight=0.7, feature_weight=0.3), batch()
     one, two = twice(method.networks(student()))
     backward(method.losses(one, seen).values())
 
     net: Any = two.student
-    twin: Any = two.twin
+    second: Any = two.second
     images = torch.cat([seen.source.image, seen.target])
-    heads = {id(p) for layer in (net.network.classifier, twin) for p in layer.parameters()}
+    heads = {id(p) for layer in (net.network.classifier, second) for p in layer.parameters()}
 
     def learn(class_layers: bool, features: bool) -> None:
         for parameter in two.parameters():
             parameter.requires_grad_(class_layers if id(parameter) in heads else features)
 
-    phase_a = MCD(update="in_turn").losses(two, seen)
-    assert set(phase_a) == {"main", "aux", "twin_main"}
+    phase_a = MCD(update="alternating").losses(two, seen)
+    assert set(phase_a) == {"main", "aux", "second_main"}
     backward(phase_a.values())
     learn(class_layers=True, features=False)
-    backward([-0.7 * discrepancy(small_scores(net, None, images), small_scores(net, twin, images))])
+    backward([-0.7 * discrepancy(small_scores(net, None, images), small_scores(net, second, images))])
     learn(class_layers=False, features=True)
-    backward([0.3 * discrepancy(small_scores(net, None, images), small_scores(net, twin, images))])
+    backward([0.3 * discrepancy(small_scores(net, None, images), small_scores(net, second, images))])
     learn(class_layers=True, features=True)
     assert_same_gradients(one, two)
 
 
 def test_mcd_in_turn_trains_in_each_phase_what_the_paper_trains() -> None:
-    method, seen = MCD(update="in_turn", repeats=2), batch()
+    method, seen = MCD(update="alternating", feature_steps=2), batch()
     nets = method.networks(student()).double().train()
     assert method.leaves_weights_out
     assert not MCD().leaves_weights_out
-    heads = {id(p) for layer in (class_layer(nets.student), nets.twin) for p in layer.parameters()}
+    heads = {id(p) for layer in (class_layer(nets.student), nets.second) for p in layer.parameters()}
     others = {id(p) for p in nets.parameters()} - heads
     auxiliary = {id(p) for name, p in nets.named_parameters() if "auxiliary" in name}
     turns = []
@@ -169,30 +177,29 @@ def test_mcd_in_turn_trains_in_each_phase_what_the_paper_trains() -> None:
         assert trained == expected
         nets.zero_grad()
         method.after_step(nets, step)
-    assert turns == ["main aux twin_main", "disagree main twin_main", "agree", "agree", *turns[:2]]
-    assert int(nets.turn) == 6
-    assert "turn" in nets.state_dict()
+    assert turns == ["main aux second_main", "maximize main second_main", "minimize", "minimize", *turns[:2]]
+    assert nets.step == 6
 
 
 def test_mcd_phase_b_has_the_gradient_of_the_source_and_of_disagreement() -> None:
-    method, seen = MCD(update="in_turn", disagree=0.5), batch()
+    method, seen = MCD(update="alternating", classifier_weight=0.5), batch()
     one, two = twice(method.networks(student()))
     method.after_step(one, 0)
     backward(method.losses(one, seen).values())
     net: Any = two.student
-    twin: Any = two.twin
+    second: Any = two.second
     images = torch.cat([seen.source.image, seen.target])
-    (source, _), _ = look(net, twin, seen.source.image, seen.target)
+    (source, _), _ = two_classifier_forward(net, second, seen.source.image, seen.target)
     terms = [
-        method.supervised(Logits(scores), seen.source.label)["main"] for scores in (source.logits.main, source.twin)
+        method.supervised(Logits(scores), seen.source.label)["main"] for scores in (source.logits.main, source.second)
     ]
-    terms.append(-0.5 * discrepancy(small_scores(net, None, images), small_scores(net, twin, images)))
+    terms.append(-0.5 * discrepancy(small_scores(net, None, images), small_scores(net, second, images)))
     backward(terms)
-    for layer, other in ((class_layer(one.student), class_layer(net)), (one.twin, twin)):
+    for layer, other in ((class_layer(one.student), class_layer(net)), (one.second, second)):
         assert_same_gradients(layer, other)
 
 
 def test_the_second_class_layer_learns_at_the_rate_of_heads() -> None:
     method = MCD()
-    *_, twin = method.optimizers(method.networks(student()), SGD(lr=0.01, head=10.0))
-    assert [group["initial_lr"] for group in twin.param_groups] == [0.1]
+    *_, second = method.optimizers(method.networks(student()), SGD(lr=0.01, head=10.0))
+    assert [group["initial_lr"] for group in second.param_groups] == [0.1]

@@ -19,7 +19,7 @@ def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> N
     recipe = load(small, "method=fda")
     batch = BatchDataset(*streams(recipe)).batch(0)
     batch = batch._replace(target=batch.source.image)
-    methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColorTransfer(), ColorTransfer(each=True)]
+    methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColorTransfer(), ColorTransfer(per_image=True)]
     for method in methods:
         nets = method.networks(first_segmenter(recipe)).train()
         shown: list[torch.Tensor] = []

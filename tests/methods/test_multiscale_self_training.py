@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from overfly.core.records import IGNORE, Batch, Labeled, Logits
-from overfly.methods.multiscale_self_training import Overfly, OverflyNetworks
-from overfly.ops.normalization import batch_norms, keeping_statistics
-from overfly.ops.pseudo_labels import debiased, seen_at
+from overfly.methods.multiscale_self_training import MultiscaleNetworks, MultiscaleSelfTraining
+from overfly.ops.normalization import batch_norms, frozen_statistics
+from overfly.ops.pseudo_labels import correct_class_prior, predict_augmented
 from overfly.recipe import Recipe
 from overfly.training.setup import first_segmenter
 
@@ -23,8 +23,8 @@ class Bright(nn.Module):
 
 
 @pytest.fixture
-def nets(recipe: Recipe) -> OverflyNetworks:
-    return Overfly().networks(first_segmenter(recipe)).train()
+def nets(recipe: Recipe) -> MultiscaleNetworks:
+    return MultiscaleSelfTraining().networks(first_segmenter(recipe)).train()
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_what_is_seen_larger_and_turned_comes_back_to_its_place(scale: float) ->
     image[..., 4:20, 6:14] = 1
     for seed in range(8):
         torch.manual_seed(seed)
-        found = seen_at(Bright(), image, scale)
+        found = predict_augmented(Bright(), image, scale)
         assert found.shape == (1, 2, 32, 32)
         wrong = (found.argmax(1) != image[:, 0].long()).float().mean()
         assert wrong <= (0 if scale >= 1 else 0.02)
@@ -49,108 +49,94 @@ def test_what_is_seen_larger_and_turned_comes_back_to_its_place(scale: float) ->
 def test_debiasing_makes_common_classes_dearer() -> None:
     probability = torch.tensor([0.55, 0.45]).view(1, 2, 1, 1)
     shares = torch.tensor([0.8, 0.2])
-    assert torch.equal(debiased(probability, shares, 0.0), probability)
-    assert debiased(probability, shares, 0.5).argmax(1).item() == 1
-    assert debiased(shares.view(1, 2, 1, 1), shares, 1.0).flatten().tolist() == pytest.approx([0.5, 0.5])
+    assert torch.equal(correct_class_prior(probability, shares, 0.0), probability)
+    assert correct_class_prior(probability, shares, 0.5).argmax(1).item() == 1
+    assert correct_class_prior(shares.view(1, 2, 1, 1), shares, 1.0).flatten().tolist() == pytest.approx([0.5, 0.5])
 
 
-def test_statistics_are_kept_and_weights_are_not(nets: OverflyNetworks, batch: Batch) -> None:
+def test_statistics_are_kept_and_weights_are_not(nets: MultiscaleNetworks, batch: Batch) -> None:
     norms = batch_norms(nets.student)
     before = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
-    method = Overfly(statistics="kept")
+    method = MultiscaleSelfTraining(statistics="frozen")
     losses = method.losses(nets, batch)
     torch.autograd.backward(torch.stack(list(losses.values())).sum())
     assert all(torch.equal(norm.running_mean, old) for norm, old in zip(norms, before, strict=True))  # type: ignore[arg-type]
     assert all(norm.training for norm in norms)
     assert all(parameter.grad is not None for parameter in nets.student.parameters())
-    Overfly().losses(nets, batch)
+    MultiscaleSelfTraining().losses(nets, batch)
     assert not all(torch.equal(norm.running_mean, old) for norm, old in zip(norms, before, strict=True))  # type: ignore[arg-type]
 
 
-def test_keeping_statistics_ends_with_its_block() -> None:
+def test_frozen_statistics_ends_with_its_block() -> None:
     norm = nn.BatchNorm2d(2)
     modes = []
     for active in (True, False):
-        with keeping_statistics(norm, active=active):
+        with frozen_statistics(norm, active=active):
             modes.append(norm.training)
         modes.append(norm.training)
     assert modes == [False, True, True, True]
 
 
-def test_every_class_keeps_the_surest_share(nets: OverflyNetworks) -> None:
+def test_every_class_keeps_the_surest_share(nets: MultiscaleNetworks) -> None:
     target = torch.rand(2, 3, 64, 64)
     nets.teacher = Bright()
-    nets.shares, nets.thresholds = torch.full((2,), 0.5), torch.zeros(2)
-    method = Overfly(keep=0.5, begin=None, scales=(1.0,), debias=0.0)
+    nets.class_prior, nets.thresholds = torch.full((2,), 0.5), torch.zeros(2)
+    method = MultiscaleSelfTraining(initial_share=0.5, share=0.5, scales=(1.0,), class_prior_power=0.0)
     torch.manual_seed(3)
-    label = method.labels(nets, target)
+    label = method.pseudo_labels(nets, target)
     torch.manual_seed(3)
-    everything = seen_at(nets.teacher, target, 1.0).argmax(1)
+    everything = predict_augmented(nets.teacher, target, 1.0).argmax(1)
     for index in (0, 1):
         kept = (label == index).sum() / (everything == index).sum()
         assert float(kept) == pytest.approx(0.5, abs=0.05)
     assert torch.equal(label[label != IGNORE], everything[label != IGNORE])
 
 
-def test_the_share_of_a_class_rises_from_its_first_to_its_last(nets: OverflyNetworks) -> None:
+def test_the_share_of_a_class_rises_from_its_first_to_its_last(nets: MultiscaleNetworks) -> None:
     target = torch.rand(2, 3, 64, 64)
     nets.teacher = Bright()
-    nets.shares = torch.full((2,), 0.5)
-    method = Overfly(begin=0.2, keep=0.8, rise=100, scales=(1.0,), debias=0.0)
-    for steps, share in ((0, 0.2), (50, 0.5), (100, 0.8), (1000, 0.8)):
-        nets.steps.fill_(steps)
+    nets.class_prior = torch.full((2,), 0.5)
+    method = MultiscaleSelfTraining(initial_share=0.2, share=0.8, ramp_steps=100, scales=(1.0,), class_prior_power=0.0)
+    for step, share in ((0, 0.2), (50, 0.5), (100, 0.8), (1000, 0.8)):
+        nets.step = step
         nets.thresholds = torch.zeros(2)
-        kept = (method.labels(nets, target) != IGNORE).float().mean()
+        kept = (method.pseudo_labels(nets, target) != IGNORE).float().mean()
         assert float(kept) == pytest.approx(share, abs=0.05)
-    assert Overfly(begin=None, keep=0.6).share_at(0) == 0.6
 
 
-def test_every_step_is_counted(nets: OverflyNetworks) -> None:
-    Overfly().after_step(nets, 0)
-    Overfly().after_step(nets, 1)
-    assert int(nets.steps) == 2
-
-
-def test_few_sure_labels_weigh_little_or_as_much_as_all(
-    nets: OverflyNetworks, batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    label = torch.full((2, 64, 64), IGNORE)
-    label[:, :16] = 3
-    monkeypatch.setattr(Overfly, "labels", lambda *_: label)
-    found = []
-    for method in (Overfly(mix=0.0, mean="all"), Overfly(mix=0.0)):
-        torch.manual_seed(0)
-        found.append(float(method.losses(nets, batch)["mixed_main"].detach()))
-    assert found[0] / found[1] == pytest.approx(0.25)
+def test_every_step_is_counted(nets: MultiscaleNetworks) -> None:
+    MultiscaleSelfTraining().after_step(nets, 0)
+    MultiscaleSelfTraining().after_step(nets, 1)
+    assert nets.step == 2
 
 
 def test_ignored_source_pixels_are_never_pasted(
-    nets: OverflyNetworks, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    nets: MultiscaleNetworks, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    losses: Any = Overfly.supervised
+    losses: Any = MultiscaleSelfTraining.supervised
 
-    def watched(self: Overfly, logits: Logits, label: Tensor, **named: Tensor) -> Any:
+    def watched(self: MultiscaleSelfTraining, logits: Logits, label: Tensor, **named: Tensor) -> Any:
         if "where" in named:
             seen.extend((label, named["where"]))
         return losses(self, logits, label, **named)
 
-    monkeypatch.setattr(Overfly, "supervised", watched)
-    Overfly().losses(nets, batch)
+    monkeypatch.setattr(MultiscaleSelfTraining, "supervised", watched)
+    MultiscaleSelfTraining().losses(nets, batch)
     label, cut = seen
     assert not cut[:, :8].any()
     assert torch.equal(label[cut], batch.source.label[cut])
 
 
-def test_a_target_of_which_nothing_is_sure_adds_nothing(nets: OverflyNetworks, batch: Batch) -> None:
+def test_a_target_of_which_nothing_is_sure_adds_nothing(nets: MultiscaleNetworks, batch: Batch) -> None:
     nets.thresholds.fill_(2.0)
-    losses = Overfly(mix=0.0, keep=0.0).losses(nets, batch)
+    losses = MultiscaleSelfTraining(mix_share=0.0, initial_share=0.0).losses(nets, batch)
     assert float(losses["mixed_main"].detach()) == 0
     assert float(losses["source_main"].detach()) > 0
 
 
-def test_the_teacher_is_shipped_and_follows_with_its_statistics(nets: OverflyNetworks) -> None:
-    method = Overfly(ema=0.5)
+def test_the_teacher_is_shipped_and_follows_with_its_statistics(nets: MultiscaleNetworks) -> None:
+    method = MultiscaleSelfTraining(ema=0.5)
     assert method.deployed(nets) is nets.teacher
     norm, taught = batch_norms(nets.student)[0], batch_norms(nets.teacher)[0]
     assert norm.running_mean is not None

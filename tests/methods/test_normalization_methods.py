@@ -166,8 +166,8 @@ def test_distillation_reads_the_source_only_where_there_is_one(small: dict[str, 
     with_source = load({**small, "method": method})
     assert load(with_source.model_dump(mode="json")) == with_source
     assert streams(with_source)[0] is not None
-    without = load({**small, "source": None, "start": str(file), "method": method, "model": recipe.model.name})
-    assert streams(without)[0] is None
+    unlabeled = load({**small, "source": None, "start": str(file), "method": method, "model": recipe.model.name})
+    assert streams(unlabeled)[0] is None
 
 
 def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[str, Any], tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from overfly import train
-from overfly.ops.normalization import batch_norms, collecting_statistics, forget_statistics
+from overfly.commands.api import train
+from overfly.ops.normalization import batch_norms, reset_statistics, updating_statistics
 from overfly.recipe import load
 from overfly.training.run import Run
 from overfly.training.setup import first_segmenter, streams
@@ -16,8 +16,8 @@ from overfly.training.setup import first_segmenter, streams
 def test_statistics_are_the_plain_average_over_all_batches() -> None:
     norm = torch.nn.BatchNorm2d(3)
     batches = [torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(i)) * 2 + 1 for i in range(3)]
-    forget_statistics(norm)
-    with collecting_statistics(norm):
+    reset_statistics(norm)
+    with updating_statistics(norm):
         for batch in batches:
             norm(batch)
     mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
@@ -30,7 +30,7 @@ def test_statistics_are_the_plain_average_over_all_batches() -> None:
 
 def test_dropout_sleeps_while_statistics_are_collected_and_modes_come_back() -> None:
     module = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Dropout(0.5))
-    with collecting_statistics(module):
+    with updating_statistics(module):
         assert module[0].training
         assert not module[1].training
     assert module.training
@@ -48,10 +48,10 @@ def test_recalibration_moves_statistics_alone(small: dict[str, Any], tmp_path: P
     assert moved
     assert all(key.rsplit(".", 1)[1] in ("running_mean", "running_var", "num_batches_tracked") for key in moved)
     expected = first_segmenter(recipe, Run.find(tmp_path, recipe.start).weights)  # type: ignore[arg-type,union-attr]
-    forget_statistics(expected)
+    reset_statistics(expected)
     _, target = streams(recipe)
     assert target is not None
-    with collecting_statistics(expected), torch.no_grad():
+    with updating_statistics(expected), torch.no_grad():
         for step in range(2):
             expected(target.read(step, [0, 1]).image)
     first = next(name for name, part in expected.named_modules() if part is batch_norms(expected)[0])

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from overfly.core.records import IGNORE, Batch, Labeled
-from overfly.data.loading import BatchDataset
+from overfly.data.loading import Steps
 from overfly.methods.cbst import CBST
-from overfly.methods.dacs import DACS, GCW_KEEP
-from overfly.methods.daformer import AnchoredNetworks, DAFormer
+from overfly.methods.dacs import DACS
+from overfly.methods.daformer import AnchoredNetworks, DAFormer, feature_distance, majority
+from overfly.methods.gcw_ldq import GCWLDQ
 from overfly.methods.iast import IAST
 from overfly.methods.method import Method, Networks, TeacherStudent
 from overfly.methods.mic import MIC
@@ -26,13 +27,14 @@ from overfly.recipe import Recipe, load
 from overfly.training.setup import first_segmenter, streams
 
 TEACHERS = ["cbst", "dacs", "daformer", "dsbn", "iast", "mic", "source_free"]
+NODATA_METHODS = ["minent", "cbst", "distill", "dsbn", "iast", "multiscale_self_training", "source_free", "tent"]
 Case = tuple[Recipe, Batch]
 
 
 @pytest.fixture
 def case(small: dict[str, Any]) -> Case:
     recipe = load(small, "method=dacs")
-    return recipe, BatchDataset(*streams(recipe)).batch(0)
+    return recipe, Steps(*streams(recipe)).batch(0)
 
 
 class Seen:
@@ -70,12 +72,12 @@ def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
     assert not any(weight.requires_grad for weight in nets.teacher.parameters())
     seen = Seen(nets)
     before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}
-    recipe.method.losses(nets, BatchDataset(*streams(recipe)).batch(0))
+    recipe.method.losses(nets, Steps(*streams(recipe)).batch(0))
     assert len(seen.images) == (2 if name == "mic" else 1)  # covered images apart
     assert all(torch.equal(value, before[key]) for key, value in nets.teacher.state_dict().items())
     recipe.method.after_step(nets, 0)
     own = nets.teacher.state_dict()
-    keeps = name in {"overfly", "source_free"}  # from the first step on
+    keeps = name in {"multiscale_self_training", "source_free"}  # from the first step on
     share = float(getattr(recipe.method, "ema", 0)) if keeps else 0.0
     for key, value in nets.student.state_dict().items():
         expected = torch.lerp(value, before[key], share) if value.is_floating_point() else value
@@ -88,17 +90,17 @@ def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
 def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: Case, sure: float) -> None:
     (image, label), target, _ = case[1]
     pseudo = torch.randint(0, 7, label.shape)
-    method = DACS(strong=())
+    method = DACS(strong_augment=())
     nets = method.networks(first_segmenter(case[0])).train()
     nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=scores_of(pseudo, sure)))
     torch.manual_seed(0)
     mix = method.mix(nets, case[1])
     expected = pseudo if sure else torch.zeros_like(pseudo)
-    assert mix.cut.any()
-    assert torch.equal(mix.label, torch.where(mix.cut, label, expected))
-    assert torch.allclose(mix.image, torch.where(mix.cut[:, None], image, target), atol=1e-3)
-    assert (mix.weight[mix.cut] == 1).all()
-    assert (mix.weight[~mix.cut] == float(sure > 0)).all()
+    assert mix.from_source.any()
+    assert torch.equal(mix.label, torch.where(mix.from_source, label, expected))
+    assert torch.allclose(mix.image, torch.where(mix.from_source[:, None], image, target), atol=1e-3)
+    assert (mix.weight[mix.from_source] == 1).all()
+    assert (mix.weight[~mix.from_source] == float(sure > 0)).all()
     assert not (mix.label == IGNORE).any()
 
 
@@ -119,19 +121,18 @@ def test_boundaries_are_learned_from_source_pixels_alone(case: Case) -> None:
 
 def test_geometry_cannot_be_a_strong_augmentation() -> None:
     with pytest.raises(ValueError, match="dihedral moves pixels away from their pseudo-labels"):
-        DACS(strong=(ColorJitter(), Dihedral()))
+        DACS(strong_augment=(ColorJitter(), Dihedral()))
 
 
 def test_gradual_class_weights_follow_the_source(case: Case) -> None:
-    nets, _, losses = run(DACS(gcw=True), case)
+    nets, _, losses = run(GCWLDQ(), case)
     label = case[1].source.label
     each = []
     for one in label:  # the weights of each image, not of all together
         shares = torch.stack([(one == index).sum() / (one != IGNORE).sum() for index in range(7)])
         each.append(7 * ((1 - shares) / 0.1).softmax(0))
-    assert torch.allclose(nets.weights, GCW_KEEP + (1 - GCW_KEEP) * torch.stack(each).mean(0))
-    plain, _, without = run(DACS(), case)
-    assert torch.equal(plain.weights, torch.ones(7))
+    assert torch.allclose(nets.class_weights, 0.9 + (1 - 0.9) * torch.stack(each).mean(0))
+    _, _, without = run(DACS(), case)
     assert losses["source_main"] != without["source_main"]
     assert losses["mixed_main"] == without["mixed_main"]
 
@@ -140,19 +141,19 @@ def test_local_quality_weighs_pixel_by_pixel(case: Case) -> None:
     label = torch.zeros_like(case[1].source.label)
     teach = scores_of(label, 50.0)
     teach[..., :32] = 0  # the left half is not sure
-    method = DACS(ldq=True, strong=())
+    method = GCWLDQ(strong_augment=())
     nets = method.networks(first_segmenter(case[0])).train()
     nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
     mix = method.mix(nets, case[1])
-    assert (mix.quality[:, :, :29] == 0).all()
-    assert (mix.quality[:, :, 35:] == 1).all()
+    assert (mix.pseudo_weight[:, :, :29] == 0).all()
+    assert (mix.pseudo_weight[:, :, 35:] == 1).all()
 
 
 def test_warm_up_is_the_source_alone(case: Case) -> None:
     nets, seen, losses = run(DACS(warmup=1), case)
     assert len(seen.images[0]) == 2
     assert not [key for key in losses if key.startswith("mixed")]
-    nets.steps += 1
+    nets.step = 1
     assert "mixed_main" in DACS(warmup=1).losses(nets, case[1])
 
 
@@ -166,15 +167,15 @@ def test_daformer_stays_near_its_beginning(case: Case) -> None:
     with torch.no_grad():
         next(nets.student.parameters()).mul_(3)
     assert method.losses(nets, case[1])["feature_distance"] > 1e-4
-    nothing = DAFormer(things=(6,))
+    nothing = DAFormer(feature_classes=(6,))
     batch = case[1]._replace(source=case[1].source._replace(label=torch.zeros_like(case[1].source.label)))
     assert nothing.losses(nets, batch)["feature_distance"] == 0
 
 
 def test_mic_covers_target_images_alone(case: Case) -> None:
-    nets, seen, losses = run(MIC(block=8, ratio=0.7, strong=()), case)
+    nets, seen, losses = run(MIC(mask_block=8, mask_ratio=0.7, strong_augment=()), case)
     source, masked = seen.images[0].chunk(2)[0], seen.images[1]
-    plain, _, _ = run(DACS(strong=()), case)
+    plain, _, _ = run(DACS(strong_augment=()), case)
     for name, value in plain.student.named_buffers():  # what is covered does not reach the statistics
         if value.is_floating_point():
             assert torch.equal(value, dict(nets.student.named_buffers())[name])
@@ -191,7 +192,7 @@ def test_mic_covers_target_images_alone(case: Case) -> None:
 
 
 def test_cbst_raises_its_share_and_keeps_it_of_every_class(case: Case) -> None:
-    method = CBST(share=0.2, final=0.6, rise=10, keep=0.0)
+    method = CBST(initial_share=0.2, share=0.6, ramp_steps=10, threshold_ema=0.0)
     assert [method.share_at(step) for step in (0, 5, 10, 99)] == pytest.approx([0.2, 0.4, 0.6, 0.6])
     label = torch.randint(0, 7, case[1].source.label.shape)
     noisy = scores_of(label, 6.0) + torch.rand(len(label), 7, *label.shape[1:])
@@ -200,9 +201,9 @@ def test_cbst_raises_its_share_and_keeps_it_of_every_class(case: Case) -> None:
     for index in range(7):
         own = probability[pseudo == index]
         assert abs((own >= nets.thresholds[index]).float().mean() - 0.2) < 0.01
-    nets.steps += 1
+    method.after_step(nets, 0)
     saved = nets.state_dict()
-    assert int(saved["steps"]) == 1
+    assert int(saved["_extra_state"]) == 1
     assert all(value.isfinite().all() for value in saved.values() if value.is_floating_point())
 
 
@@ -237,7 +238,7 @@ def test_iast_regularizes_by_a_mean_over_pixels_and_classes(case: Case) -> None:
 
 def test_source_free_never_looks_at_the_source(case: Case) -> None:
     empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
-    nets, seen, losses = run(SourceFree(strong=()), (case[0], Batch(empty, case[1].target)))
+    nets, seen, losses = run(SourceFree(strong_augment=()), (case[0], Batch(empty, case[1].target)))
     assert torch.allclose(seen.images[0], case[1].target, atol=1e-3)
     assert set(losses) == {"target_main", "target_aux", "information"}
     frozen = {name for name, weight in nets.student.named_parameters() if not weight.requires_grad}
@@ -245,9 +246,9 @@ def test_source_free_never_looks_at_the_source(case: Case) -> None:
     assert all(name.startswith("network.seghead_d.") for name in frozen)
 
 
-@pytest.mark.parametrize(("statistics", "same"), [("kept", True), ("own", False)])
+@pytest.mark.parametrize(("statistics", "same"), [("frozen", True), ("batch", False)])
 def test_source_free_keeps_the_statistics_that_nothing_else_remembers(
-    case: Case, statistics: Literal["kept", "own"], same: bool
+    case: Case, statistics: Literal["frozen", "batch"], same: bool
 ) -> None:
     method = SourceFree(statistics=statistics)
     nets = method.networks(first_segmenter(case[0])).train()
@@ -266,24 +267,26 @@ def test_the_source_free_teacher_sees_several_sizes_and_what_it_says_often_is_de
     said = torch.zeros(1, 7, 1, 1)
     said[0, 0], said[0, 1] = 1.0, 0.9  # hardly the second
     nets.teacher.register_forward_hook(lambda *each: each[2]._replace(main=said.expand_as(each[2].main)))
-    nets.shares.copy_(torch.tensor([0.7, *[0.05] * 6]))
-    label = method.labels(nets, case[1].target)
+    nets.class_prior.copy_(torch.tensor([0.7, *[0.05] * 6]))
+    label = method.pseudo_labels(nets, case[1].target)
     side = case[1].target.shape[-1]
     assert sides == [round(0.67 * side), side, round(1.5 * side)]
     assert bool((label == 1).all())
 
 
-@pytest.mark.parametrize("name", ["minent", "cbst", "distill", "dsbn", "iast", "overfly", "source_free", "tent"])
+@pytest.mark.parametrize(
+    "name", ["minent", "cbst", "distill", "dsbn", "iast", "multiscale_self_training", "source_free", "tent"]
+)
 def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_of: Callable[..., Recipe]) -> None:
     """Of a target of which nothing was measured no term is left, and thresholds stay as they were."""
     recipe = recipe_of(name)
-    changes = {"mix": 0.0} if name == "overfly" else {}
+    changes = {"mix_share": 0.0} if name == "multiscale_self_training" else {}
     method = recipe.method.model_copy(update=changes)
     nets = method.networks(first_segmenter(recipe)).train()
-    before = {key: value.clone() for key, value in nets.named_buffers() if key in {"thresholds", "shares"}}
-    batch = BatchDataset(*streams(recipe)).batch(0)
+    before = {key: value.clone() for key, value in nets.named_buffers() if key in {"thresholds", "class_prior"}}
+    batch = Steps(*streams(recipe)).batch(0)
     torch.manual_seed(0)
-    found = dict(method.losses(nets, batch))
+    measured = dict(method.losses(nets, batch))
     for key, value in before.items():
         dict(nets.named_buffers())[key].copy_(value)
     nodata_mask = torch.ones(len(batch.target), *batch.target.shape[-2:], dtype=torch.bool)
@@ -291,8 +294,29 @@ def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_
     losses = method.losses(nets, batch._replace(nodata_mask=nodata_mask))
     own = [key for key in losses if key.split("_")[0] in {"target", "mixed", "soft", "entropy", "uniform"}]
     assert own or name == "source_free"
-    assert any(found[key] != 0 for key in own)
+    assert any(measured[key] != 0 for key in own)
     assert all(losses[key] == 0 for key in own)
     assert all(torch.equal(dict(nets.named_buffers())[key], value) for key, value in before.items())
     total = torch.stack([value for value in losses.values() if value.requires_grad]).sum()
     assert total.isfinite()
+
+
+def test_a_cell_has_the_class_that_fills_it() -> None:
+    label = torch.tensor([[[0, 0, 1, 2], [0, 0, 1, 1], [IGNORE, IGNORE, 2, 0], [IGNORE, 1, 1, 2]]])
+    assert majority(label, (2, 2), 0.75, 3).tolist() == [[[0, 1], [IGNORE, IGNORE]]]
+    assert majority(label, (2, 2), 0.0, 3).tolist() == [[[0, 1], [1, 2]]]
+    assert (majority(torch.full((1, 4, 4), IGNORE), (2, 2), 0.0, 3) == IGNORE).all()
+
+
+def test_feature_distance() -> None:
+    anchor = torch.randn(1, 6, 2, 2)
+    features = anchor.clone().requires_grad_()
+    everywhere = torch.ones(1, 2, 2, dtype=torch.bool)
+    found = feature_distance(features, anchor, everywhere)
+    found.backward()  # type: ignore[no-untyped-call]
+    assert found < 1e-5
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+    moved = anchor + torch.tensor([3.0, 4.0, 0, 0, 0, 0]).view(1, 6, 1, 1)
+    assert torch.allclose(feature_distance(moved, anchor, everywhere), torch.tensor(5.0))
+    assert feature_distance(moved, anchor, ~everywhere) == 0

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RecipeError, WeightsError
-from overfly.models import Network, Segmenter, build, registry
+from overfly.models import Network, Segmenter, build, network
 from overfly.models.deeplabv2 import DeepLabV2
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, read_segmenter_file
 
@@ -125,8 +125,8 @@ def test_where_a_resnet_halves_survives_saving(tmp_path: Path, monkeypatch: pyte
         del training_heads
         return DeepLabV2(classes, bands, (1, 1, 1, 1))
 
-    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
-    registry.register(small_deeplab)
+    monkeypatch.setattr(network, "_BUILDERS", dict(network._BUILDERS))
+    network.register(small_deeplab)
     made = segmenter("small_deeplab", CLASSES, mean=MEAN, std=STD)
     made.network.set_extra_state(torch.tensor(0))
     again = Segmenter.load(made.save(tmp_path / "d.safetensors"))

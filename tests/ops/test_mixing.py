@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.records import IGNORE, Labeled
-from overfly.ops.mixing import class_mask, paste
+from overfly.ops.mixing import block_mask, class_mask, cover, paste
 
 
 def labels(seed: int, classes: int, count: int = 2) -> torch.Tensor:
@@ -67,3 +67,30 @@ def test_a_pasted_crop_keeps_its_labels_under_the_mask() -> None:
 def test_an_image_is_not_pasted_onto_a_label() -> None:
     with pytest.raises(TypeError, match="both images, both labels"):
         paste(torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 3, 2, 2), Labeled(*[torch.zeros(1, 3, 2, 2)] * 2))  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])
+def test_the_share_of_covered_squares(ratio: float) -> None:
+    torch.manual_seed(0)
+    mask = block_mask(torch.zeros(8, 3, 64, 64), 4, ratio)
+    assert mask.shape == (8, 1, 64, 64)
+    assert abs(mask.float().mean().item() - ratio) < 0.03
+
+
+def test_squares_are_covered_whole_and_the_last_may_be_cut() -> None:
+    torch.manual_seed(0)
+    mask = block_mask(torch.zeros(2, 1, 20, 13), 8, 0.5)
+    assert mask.shape == (2, 1, 20, 13)
+    for top in range(0, 20, 8):
+        for left in range(0, 13, 8):
+            square = mask[:, 0, top : top + 8, left : left + 8].flatten(1)
+            assert (square.all(1) == square.any(1)).all()
+    assert 0 < mask.float().mean() < 1
+
+
+def test_covered_pixels_show_the_mean_color_and_the_others_themselves() -> None:
+    image = torch.rand(2, 3, 16, 16)
+    mask = block_mask(image, 4, 0.5).expand(-1, 3, -1, -1)
+    found = cover(image, mask[:, :1])
+    assert torch.equal(found[~mask], image[~mask])
+    assert torch.equal(found[mask], image.mean((2, 3), keepdim=True).expand_as(image)[mask])

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from overfly.core.records import Logits
-from overfly.ops.normalization import blend_statistics, replace, together
+from overfly.models.network import build
+from overfly.ops.normalization import blend_statistics, freeze_unused, joint_forward, replace_modules
 
 
 class Scores(nn.Module):
@@ -22,7 +23,7 @@ class Scores(nn.Module):
 def test_groups_of_images_go_through_as_one_batch() -> None:
     first, second = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 4, 4) + 5
     network = Scores()
-    found = together(network, first, second)
+    found = joint_forward(network, first, second)
     whole = Scores()(torch.cat([first, second]))
     assert torch.equal(found[0].main, whole.main[:2])
     assert torch.equal(found[1].aux[0], whole.aux[0][2:])
@@ -48,7 +49,18 @@ def test_blended_statistics_lie_between() -> None:
 
 def test_parts_are_replaced_at_any_depth_but_for_those_to_skip() -> None:
     module = nn.Sequential(nn.BatchNorm2d(1), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()), nn.BatchNorm2d(3))
-    replace(module, nn.BatchNorm2d, lambda part: nn.Identity() if part.num_features > 1 else part, skip=("2",))
+    replace_modules(module, nn.BatchNorm2d, lambda part: nn.Identity() if part.num_features > 1 else part, skip=("2",))
     assert [type(part).__name__ for part in module.modules()][1:] == [
         "BatchNorm2d", "Sequential", "Identity", "ReLU", "BatchNorm2d",
     ]  # fmt: skip
+
+
+def test_only_the_boundary_head_is_frozen_and_nothing_else_changes() -> None:
+    network = build("pidnet_s", 3).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    freeze_unused(network, 3, lambda logits: (logits.main, *logits.aux))
+    frozen = {name for name, weight in network.named_parameters() if not weight.requires_grad}
+    assert frozen == {name for name, _ in network.named_parameters() if name.startswith("seghead_d.")}
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(part.training for part in network.modules())
+    assert all(weight.grad is None for weight in network.parameters())

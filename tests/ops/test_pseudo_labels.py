@@ -7,15 +7,14 @@ from torch import Tensor, nn
 
 from overfly.core.records import IGNORE
 from overfly.ops.pseudo_labels import (
-    Pseudo,
-    follow,
+    PseudoLabels,
+    class_thresholds,
+    confident_share,
+    ema_thresholds,
+    ema_update,
+    filter_by_threshold,
     instance_thresholds,
-    keep_above,
-    local_quality,
-    moved,
     pseudo_label,
-    share_above,
-    surest,
 )
 
 
@@ -26,15 +25,15 @@ def network(seed: int) -> nn.Module:
     return made
 
 
-def drawn(seed: int, classes: int = 4, shape: tuple[int, ...] = (2, 16, 16)) -> Pseudo:
+def drawn(seed: int, classes: int = 4, shape: tuple[int, ...] = (2, 16, 16)) -> PseudoLabels:
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(0, classes, shape, generator=generator)
-    return Pseudo(label, torch.rand(shape, generator=generator) * 0.99 + 0.01)
+    return PseudoLabels(label, torch.rand(shape, generator=generator) * 0.99 + 0.01)
 
 
 def test_at_step_0_the_teacher_is_the_student_buffers_included() -> None:
     teacher, student = network(1), network(2)
-    follow(teacher, student, 0.99, 0)
+    ema_update(teacher, student, 0.99, 0)
     own = teacher.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in student.state_dict().items())
 
@@ -43,11 +42,11 @@ def test_parameters_and_statistics_are_averaged_and_counters_copied() -> None:
     teacher, student = network(1), network(2)
     student[1].num_batches_tracked += 5  # type: ignore[index]
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    follow(teacher, student, 0.9, 1000)
+    ema_update(teacher, student, 0.9, 1000)
     for name, value in student.state_dict().items():
         expected = 0.9 * before[name] + 0.1 * value if value.is_floating_point() else value
         assert torch.allclose(teacher.state_dict()[name], expected, atol=1e-6), name
-    follow(teacher, student, 0.9, 1)
+    ema_update(teacher, student, 0.9, 1)
     assert not torch.equal(teacher.state_dict()["1.running_var"], before["1.running_var"])
 
 
@@ -56,7 +55,7 @@ def test_the_first_steps_are_a_plain_average() -> None:
     values = [3.0, 5.0, 10.0, -2.0]
     for step, value in enumerate(values):
         nn.init.constant_(student.weight, value)
-        follow(teacher, student, 0.99, step)
+        ema_update(teacher, student, 0.99, step)
     assert abs(teacher.weight.item() - sum(values) / 4) < 1e-6
 
 
@@ -71,7 +70,7 @@ def test_pseudo_labels_are_the_most_probable_class() -> None:
 def test_share_above() -> None:
     probability = torch.tensor([[[0.9, 0.5], [0.97, 0.99]], [[0.1, 0.2], [0.3, 0.968]]])
     label = torch.zeros(2, 2, 2, dtype=torch.int64)
-    assert share_above(Pseudo(label, probability), 0.968).flatten().tolist() == [0.5, 0.0]
+    assert confident_share(PseudoLabels(label, probability), 0.968).flatten().tolist() == [0.5, 0.0]
 
 
 def test_what_was_not_measured_is_no_pixel_of_any_class() -> None:
@@ -81,33 +80,21 @@ def test_what_was_not_measured_is_no_pixel_of_any_class() -> None:
     nodata_mask[..., 4:] = True
     logits[..., 4:] = torch.tensor([9.0, 0.0, 0.0]).view(1, 3, 1, 1)  # surely the first class
     whole, half = pseudo_label(logits, nodata_mask), pseudo_label(logits[..., :4])
-    assert share_above(whole, 0.5).allclose(share_above(half, 0.5))
-    thresholds = surest(whole, 0.3, 3)
-    assert torch.equal(thresholds, surest(half, 0.3, 3))
-    kept = keep_above(whole, thresholds)
-    assert torch.equal(kept[..., :4], keep_above(half, thresholds))
+    assert confident_share(whole, 0.5).allclose(confident_share(half, 0.5))
+    thresholds = class_thresholds(whole, 0.3, 3)
+    assert torch.equal(thresholds, class_thresholds(half, 0.3, 3))
+    kept = filter_by_threshold(whole, thresholds)
+    assert torch.equal(kept[..., :4], filter_by_threshold(half, thresholds))
     assert (kept[..., 4:] == IGNORE).all()
     nothing = pseudo_label(logits, torch.ones_like(nodata_mask))
-    assert share_above(nothing, 0.5).item() == 0
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.integers(0, 1000), st.sampled_from([1, 3, 5, 7]))
-def test_local_quality_is_the_share_of_sure_pixels_around(seed: int, size: int) -> None:
-    probability = torch.rand(1, 9, 6, generator=torch.Generator().manual_seed(seed))
-    found = local_quality(probability, 0.7, size)
-    reach = size // 2
-    for y in range(9):
-        for x in range(6):
-            around = probability[0, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
-            assert abs(found[0, y, x].item() - (around >= 0.7).float().mean().item()) < 1e-5
+    assert confident_share(nothing, 0.5).item() == 0
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0]))
 def test_the_same_share_of_every_class_is_kept(seed: int, share: float) -> None:
     pseudo = drawn(seed)
-    kept = keep_above(pseudo, surest(pseudo, share, 4))
+    kept = filter_by_threshold(pseudo, class_thresholds(pseudo, share, 4))
     for index in range(4):
         own = pseudo.label == index
         count = int((kept == index).sum())
@@ -116,17 +103,17 @@ def test_the_same_share_of_every_class_is_kept(seed: int, share: float) -> None:
             assert pseudo.probability[kept == index].min() >= pseudo.probability[own & (kept == IGNORE)].max()
 
 
-def test_a_class_without_pixels_has_no_threshold_and_a_ceiling_holds() -> None:
-    pseudo = Pseudo(torch.zeros(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 0.95))
-    found = surest(pseudo, 0.5, 3, ceiling=0.9)
-    assert abs(found[0].item() - 0.9) < 1e-6
+def test_a_class_without_pixels_has_no_threshold_() -> None:
+    pseudo = PseudoLabels(torch.zeros(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 0.95))
+    found = class_thresholds(pseudo, 0.5, 3)
+    assert found[0].item() == pseudo.probability[0, 0, 0]
     assert found[1:].isnan().all()
 
 
 def test_each_class_may_have_a_share_of_its_own() -> None:
     pseudo = drawn(3)
     shares = torch.tensor([0.1, 0.3, 0.6, 1.0])
-    kept = keep_above(pseudo, surest(pseudo, shares, 4))
+    kept = filter_by_threshold(pseudo, class_thresholds(pseudo, shares, 4))
     found = [((kept == index).sum() / (pseudo.label == index).sum()).item() for index in range(4)]
     assert torch.allclose(torch.tensor(found), shares, atol=0.02)
 
@@ -134,32 +121,32 @@ def test_each_class_may_have_a_share_of_its_own() -> None:
 def test_thresholds_move_where_a_class_was_seen() -> None:
     before = torch.tensor([0.5, 0.5, 0.0, 0.0])
     found = torch.tensor([1.0, float("nan"), 0.8, float("nan")])
-    assert torch.allclose(moved(before, found, 0.9), torch.tensor([0.55, 0.5, 0.8, 0.0]))
+    assert torch.allclose(ema_thresholds(before, found, 0.9), torch.tensor([0.55, 0.5, 0.8, 0.0]))
 
 
-def image_of(probability: Tensor) -> Pseudo:
-    return Pseudo(torch.zeros_like(probability, dtype=torch.int64), probability)
+def image_of(probability: Tensor) -> PseudoLabels:
+    return PseudoLabels(torch.zeros_like(probability, dtype=torch.int64), probability)
 
 
 def test_thresholds_follow_the_instance() -> None:
     before = torch.full((2,), 0.9)
     low, high = torch.linspace(0.3, 0.5, 100), torch.linspace(0.95, 0.999, 100)
     pair = image_of(torch.stack([low, high]).view(2, 10, 10))
-    rows = instance_thresholds(pair, before, share=0.2, hardness=8.0, keep=0.5)
+    rows = instance_thresholds(pair, before, share=0.2, hardness=8.0, decay=0.5)
     assert rows[0, 0] < 0.9 < rows[1, 0] + 0.3
     assert rows[0, 0] < rows[1, 0]
     assert (rows[:, 1] == 0.9).all()  # a class that no image shows
     expected = 0.5 * 0.9 + 0.5 * low.sort(descending=True).values[round(100 * 0.2 * 0.9**8) - 1]
     assert abs(rows[0, 0] - expected) < 0.01
-    kept = keep_above(pair, rows)
+    kept = filter_by_threshold(pair, rows)
     assert (kept[0] == IGNORE).all()
     assert (kept[1] != IGNORE).all()
 
 
 def test_hard_classes_keep_fewer_pixels() -> None:
     pseudo = drawn(5, classes=2, shape=(1, 64, 64))
-    rows = instance_thresholds(pseudo, torch.tensor([0.9, 0.6]), share=0.5, hardness=4.0, keep=0.0)
-    kept = keep_above(pseudo, rows)
+    rows = instance_thresholds(pseudo, torch.tensor([0.9, 0.6]), share=0.5, hardness=4.0, decay=0.0)
+    kept = filter_by_threshold(pseudo, rows)
     shares = [((kept == index).sum() / (pseudo.label == index).sum()).item() for index in range(2)]
     assert abs(shares[0] - 0.5 * 0.9**4) < 0.01
     assert abs(shares[1] - 0.5 * 0.6**4) < 0.01

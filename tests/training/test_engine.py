@@ -25,8 +25,7 @@ import sys
 from torch import nn
 from overfly import cli
 from overfly.core.records import Logits
-from overfly.models.network import Network
-from overfly.models.registry import register
+from overfly.models.network import Network, register
 
 
 class Plain(Network):

@@ -22,7 +22,7 @@ from overfly.core.records import Batch, Losses
 from overfly.data.loading import BatchDataset
 from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
-from overfly.models.registry import build
+from overfly.models.network import build
 from overfly.recipe import Recipe, load
 from overfly.training.engine import arithmetic, hasten
 from overfly.training.run import Run

@@ -28,7 +28,7 @@ from overfly.data.folder import Folder
 from overfly.data.headers import read_header
 from overfly.data.statistics import statistics
 from overfly.methods.method import Method
-from overfly.methods.multiscale_self_training import LIGHT, Overfly
+from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
 from overfly.methods.source_free import SourceFree
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
@@ -61,7 +61,7 @@ RATE = 1e-3
 (docs/results/ablation.md). A network that somebody brings, of which nothing is known, learns at half."""
 WORTH = 150
 """Steps of each of two adaptations below which the time is better spent on one."""
-WAYS = (Overfly(), Overfly(mix=0.0, strong=LIGHT))
+WAYS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION))
 """The two ways to adapt between folders of one's own: pasting source things in unchanged colors, and pasting nothing.
 On the synthetic world each wins in one direction by 8.8 points or more and loses in the other, and labels are not
 needed to tell which (docs/results/synthetic.md)."""
@@ -231,8 +231,8 @@ def _lengthened(way: Recipe, steps: Mapping[str, int], overrides: Sequence[str])
     images = len(way.source.items("train")) if way.epochs and way.source is not None else 0
     count = way.length(images) if _given(way) else steps["adapted"]
     method = way.method
-    if isinstance(method, Overfly) and method.begin is not None:
-        method = method.model_copy(update={"rise": max(1, count // 3)})
+    if isinstance(method, MultiscaleSelfTraining):
+        method = method.model_copy(update={"ramp_steps": max(1, count // 3)})
     schedule = Poly(power=1.0, warmup=max(1, count // 10))
     first = way.start
     if isinstance(first, Recipe) and not _given(first):

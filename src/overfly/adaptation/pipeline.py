@@ -133,7 +133,7 @@ def _before(recipe: Recipe) -> Recipe | Path:
     if recipe.target is None:
         raise RecipeError("adapt needs the images to adapt to; say where they are under target")
     if isinstance(recipe.method, SourceOnly):
-        raise RecipeError("method source_only does not adapt; name another under method, such as overfly")
+        raise RecipeError("method source_only does not adapt; set another method, such as multiscale_self_training")
     if recipe.start is not None:
         return recipe.start
     return recipe.model_copy(update={"method": SourceOnly(criterion=recipe.method.criterion), "target": recipe.target})

@@ -31,7 +31,7 @@ class CandidateReport(Spec):
     metrics: LabelFreeMetrics
     """What can be said of it without target labels."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What its recipe says otherwise than the other adapted ones', such as ``method.mix``."""
+    """What its recipe says otherwise than the other adapted ones', such as ``method.mix_share``."""
     rejections: tuple[str, ...] = ()
     """What speaks against it; empty where nothing does."""
     estimate: Estimate | None = None

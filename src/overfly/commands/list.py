@@ -48,11 +48,11 @@ def list_kinds() -> Catalog:
 def build_catalog() -> Catalog:
     """Read the catalog from the registries, plug-ins included."""
     from overfly.core.spec import load_plugins
-    from overfly.models import registry
+    from overfly.models import network as networks
     from overfly.models.weights import NAMED
 
     load_plugins()
-    groups = {"model": {name: registry.about(name) for name in registry.names()}}
+    groups = {"model": {name: networks.about(name) for name in networks.names()}}
     groups["weights"] = {name: url for name, (url, _) in sorted(NAMED.items())}
     for group, choice in choices().items():
         groups[group] = {name: summary(kind) for name, kind in sorted(choice.kinds.items())}

@@ -90,7 +90,7 @@ def speed(
     """
     from overfly.core.device import select_device
     from overfly.evaluation.speed import measure_speed
-    from overfly.models.registry import build
+    from overfly.models.network import build
     from overfly.training.run import Run
 
     check_bounds(

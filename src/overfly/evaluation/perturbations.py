@@ -10,9 +10,8 @@ from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from overfly.ops.color import ColorJitter, Gamma, Gray
-from overfly.ops.masking import block_mask, cover
-from overfly.ops.style import match_colors, swap_low_frequencies
+from overfly.ops.color import ColorJitter, Gamma, Gray, match_colors, swap_low_frequencies
+from overfly.ops.mixing import block_mask, cover
 
 MASKED = 0.5
 """Share of a picture that `masked` covers."""
@@ -121,7 +120,7 @@ def like(style: Tensor, beta: float | None = None) -> Perturbation:
 
     Args:
         style: (C, H, W), in the sensor's range.
-        beta: as `overfly.ops.style.swap_low_frequencies`.
+        beta: as `overfly.ops.color.swap_low_frequencies`.
     """
 
     def alter(image: Tensor, max_value: float, generator: Generator) -> Tensor:

@@ -1,27 +1,28 @@
-"""One paper a file. Each method is a value that says which networks it needs and what to minimize."""
+"""Training and adaptation methods, one paper per file. A new method is added to this list."""
 
 from overfly.methods import (
     adaptsegnet,
     advent,
     cbst,
     clan,
+    color_transfer,
     dacs,
     daformer,
+    distillation,
     dsbn,
     fada,
     fda,
+    gcw_ldq,
     iast,
     mcd,
     mic,
+    multiscale_self_training,
     recalibrate,
     source_free,
     source_only,
     tent,
     transnorm,
 )
-from overfly.methods import color_transfer as color_transfer
-from overfly.methods import distillation as distill
-from overfly.methods import multiscale_self_training as overfly
 
 __all__ = [
     "adaptsegnet",
@@ -31,14 +32,15 @@ __all__ = [
     "color_transfer",
     "dacs",
     "daformer",
-    "distill",
+    "distillation",
     "dsbn",
     "fada",
     "fda",
+    "gcw_ldq",
     "iast",
     "mcd",
     "mic",
-    "overfly",
+    "multiscale_self_training",
     "recalibrate",
     "source_free",
     "source_only",

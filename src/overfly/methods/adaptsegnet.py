@@ -1,4 +1,4 @@
-"""AdaptSegNet: predictions of both domains made alike (Tsai et al., CVPR 2018, arXiv:1802.10349)."""
+"""AdaptSegNet: adversarial alignment of the output space (Tsai et al., CVPR 2018, arXiv:1802.10349)."""
 
 from __future__ import annotations
 
@@ -6,38 +6,47 @@ from torch import Tensor, nn
 
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
-from overfly.methods.adversarial import Adversarial, Levels, WithCritic, critics, outputs, play
+from overfly.methods.adversarial import (
+    Adversarial,
+    Levels,
+    StudentCritic,
+    adversarial_terms,
+    level_critics,
+    level_scores,
+)
 from overfly.ops.losses import probabilities
-from overfly.ops.normalization import together
+from overfly.ops.normalization import joint_forward
 
 
-class AdaptSegNet(Adversarial[WithCritic], name="adaptsegnet"):
-    """Make predictions on the target look to a critic like those on the source (Tsai et al., 2018).
+class AdaptSegNet(Adversarial[StudentCritic], name="adaptsegnet"):
+    """Train the student so that a critic takes its target predictions for source predictions (Tsai et al., 2018).
 
-    The arrangement of classes in a picture differs less between domains than its look, so the game is played on class
-    probabilities. Source and target pass the student in one batch: its batch normalization has the statistics of both.
+    The critic reads class probabilities, since the layout of classes differs less between domains than appearance.
+    Source and target share one forward pass.
     """
 
     levels: Levels = "single"
-    """What critics judge: the main scores, or (``multi``) those of the auxiliary head too, by a critic of their own."""
+    """Outputs with a critic: the main scores, or (``multi``) those of the auxiliary head too."""
     weight: NonNegative = 0.001
-    """Weight of fooling the critic of the main scores."""
+    """Weight of the adversarial loss of the main scores."""
     aux_weight: NonNegative = 0.0002
-    """Weight of fooling the critic of the auxiliary scores."""
+    """Weight of the adversarial loss of the auxiliary scores."""
 
-    def networks(self, student: nn.Module) -> WithCritic:
-        """The student and a critic a level."""
-        return WithCritic(student, critics(student, self.levels))
+    def networks(self, student: nn.Module) -> StudentCritic:
+        """The student and one critic per level."""
+        return StudentCritic(student, level_critics(student, self.levels))
 
-    def losses(self, nets: WithCritic, batch: Batch) -> Losses:
-        """The criterion on the source; the student fools the critics; they learn to tell the domains apart."""
-        source, target = together(nets.student, batch.source.image, batch.target)
-        seen, shown = ([self.judged(scores) for scores in outputs(part, self.levels)] for part in (source, target))
+    def losses(self, nets: StudentCritic, batch: Batch) -> Losses:
+        """Supervised loss on the source; adversarial losses of student and critics."""
+        source, target = joint_forward(nets.student, batch.source.image, batch.target)
+        source_maps, target_maps = (
+            [self.critic_input(scores) for scores in level_scores(logits, self.levels)] for logits in (source, target)
+        )
         return {
             **self.supervised(source, batch.source.label),
-            **play(nets.critic.children(), seen, shown, (self.weight, self.aux_weight)),
+            **adversarial_terms(nets.critic.children(), source_maps, target_maps, (self.weight, self.aux_weight)),
         }
 
-    def judged(self, scores: Tensor) -> Tensor:
-        """What a critic sees of class scores (B, K, H, W): the probabilities."""
+    def critic_input(self, scores: Tensor) -> Tensor:
+        """Class probabilities (B, K, H, W) of class scores."""
         return probabilities(scores)

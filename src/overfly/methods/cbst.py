@@ -1,4 +1,4 @@
-"""CBST: class-balanced self-training (Zou et al., 2018, arXiv:1810.07911)."""
+"""CBST: class-balanced self-training (Zou et al., ECCV 2018, arXiv:1810.07911)."""
 
 from __future__ import annotations
 
@@ -9,72 +9,62 @@ from torch import Tensor, nn
 
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import Count, NonNegative, Share
-from overfly.methods.method import Method, TeacherStudent, named
-from overfly.ops.normalization import together
-from overfly.ops.pseudo_labels import follow, keep_above, moved, pseudo_label, rising, surest
+from overfly.methods.method import SelfTraining, TeacherStudent, prefixed
+from overfly.ops.normalization import joint_forward
+from overfly.ops.pseudo_labels import class_thresholds, ema_thresholds, filter_by_threshold, linear_ramp, pseudo_label
 
 
 class ThresholdNetworks(TeacherStudent):
-    """Student and teacher, the steps that are done, and the threshold of each class."""
+    """Student, teacher, and the confidence threshold of each class.
 
-    steps: Tensor
+    Attributes:
+        thresholds: moving average over batches (K,), 0 to 1.
+    """
+
     thresholds: Tensor
 
-    def __init__(self, student: nn.Module, begin: float = 0.0) -> None:
+    def __init__(self, student: nn.Module, threshold: float = 0.0) -> None:
         super().__init__(student)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("thresholds", torch.full((len(self.segmenter.classes),), begin))
+        self.register_buffer("thresholds", torch.full((len(self.segmenter.classes),), threshold))
 
 
-class CBST(Method[ThresholdNetworks], name="cbst"):
-    """Learn from the surest share of every class's pseudo-labels, a share that grows (Zou et al., 2018).
+class CBST(SelfTraining[ThresholdNetworks], name="cbst"):
+    """Train on the most confident share of each class's pseudo-labels, a share that grows (Zou et al., 2018).
 
-    One threshold for all classes would keep the easy ones alone. The paper labels the whole target anew in rounds; here
-    a teacher follows the student at every step, and thresholds are moving averages over batches, so that more than the
-    share is kept of a class that few batches show. Source and target go through the student in one pass. The teacher is
-    what is deployed.
+    A threshold per class (algorithm 2) keeps pixels of every class, where one threshold for all would keep only the
+    easy classes. The paper labels the whole target anew in rounds; here a mean teacher labels each batch, and the
+    thresholds are moving averages over batches. Source and target share one forward pass. The teacher is deployed.
     """
 
     needs_start: ClassVar[bool] = True
 
-    ema: Share = 0.99
-    """Share of the teacher that is kept at every step."""
-    share: Share = 0.2
-    """Share of each class's pixels that is kept at the beginning."""
-    final: Share = 0.5
-    """Share that is kept at the end of the rise."""
-    rise: Count = 2000
-    """Steps over which the share goes from the first to the last, in a line."""
-    keep: Share = 0.9
-    """Share of the old thresholds that is kept at every step; 0: those of the batch alone."""
+    initial_share: Share = 0.2
+    """Share of each class's pixels that is kept at the first step."""
+    share: Share = 0.5
+    """Share of each class's pixels that is kept after the ramp."""
+    ramp_steps: Count = 2000
+    """Steps over which the share grows linearly from `initial_share` to `share`."""
+    threshold_ema: Share = 0.9
+    """Decay of the thresholds' moving average; 0: the thresholds of the batch alone."""
     weight: NonNegative = 1.0
-    """Weight of the pseudo-labels' terms."""
+    """Weight of the losses on pseudo-labels."""
 
     def networks(self, student: nn.Module) -> ThresholdNetworks:
-        """The student and its teacher; no class has been met."""
+        """The student and its teacher."""
         return ThresholdNetworks(student)
 
     def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:
-        """The criterion on the source, and on the target's surest pseudo-labels."""
+        """Supervised loss on the source; pseudo-label loss on the target."""
         pseudo = pseudo_label(nets.teacher(batch.target).main, batch.nodata_mask)
-        found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.thresholds))
-        nets.thresholds.copy_(moved(nets.thresholds, found, self.keep))
-        kept = keep_above(pseudo, nets.thresholds)
-        source, target = together(nets.student, batch.source.image, batch.target)
+        thresholds = class_thresholds(pseudo, self.share_at(nets.step), len(nets.thresholds))
+        nets.thresholds.copy_(ema_thresholds(nets.thresholds, thresholds, self.threshold_ema))
+        label = filter_by_threshold(pseudo, nets.thresholds)
+        source, target = joint_forward(nets.student, batch.source.image, batch.target)
         return {
-            **named("source", self.supervised(source, batch.source.label)),
-            **named("target", self.imitated(target, kept), self.weight),
+            **prefixed("source", self.supervised(source, batch.source.label)),
+            **prefixed("target", self.pseudo_supervised(target, label), self.weight),
         }
 
     def share_at(self, step: int) -> float:
         """Share of each class's pixels that is kept at a step."""
-        return rising(self.share, self.final, self.rise, step)
-
-    def after_step(self, nets: ThresholdNetworks, step: int) -> None:
-        """The teacher follows the student."""
-        follow(nets.teacher, nets.student, self.ema, step)
-        nets.steps += 1
-
-    def deployed(self, nets: ThresholdNetworks) -> nn.Module:
-        """The teacher."""
-        return nets.teacher
+        return linear_ramp(self.initial_share, self.share, self.ramp_steps, step)

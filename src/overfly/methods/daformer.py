@@ -1,72 +1,106 @@
-"""DAFormer's training, for convolutional networks too (Hoyer et al., 2022, arXiv:2111.14887)."""
+"""DAFormer's training, for convolutional networks too (Hoyer et al., CVPR 2022, arXiv:2111.14887)."""
 
 from __future__ import annotations
 
 import copy
-from typing import Self, cast
+from typing import Self
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from overfly.core.records import Batch, Losses
+from overfly.core.records import IGNORE, Batch, Losses
 from overfly.core.spec import NonNegative, Share, Whole
-from overfly.methods.dacs import DACS, MixNetworks
-from overfly.ops.distillation import feature_distance, majority
-from overfly.ops.normalization import together
+from overfly.methods.dacs import DACS
+from overfly.methods.method import TeacherStudent
+from overfly.ops.normalization import joint_forward
 
 
-class AnchoredNetworks(MixNetworks):
-    """Student and teacher, and the network that both began as, which never changes."""
+class AnchoredNetworks(TeacherStudent):
+    """Student, teacher, and a frozen copy of the initial student."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
         self.anchor = copy.deepcopy(student).requires_grad_(requires_grad=False).eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the student's mode; teacher and anchor stay as they are."""
+        """Set the student's mode; teacher and anchor stay in evaluation mode."""
         super().train(mode)
         self.anchor.eval()
         return self
 
 
 class DAFormer(DACS, name="daformer"):
-    """DACS, a warm-up, and features that stay near those of the starting encoder (Hoyer et al., 2022).
+    """DACS plus a feature distance to the initial encoder (Hoyer et al., 2022, section 3.3).
 
-    Of the paper's other ingredients, rare-class sampling is a recipe's ``sampling: rare`` and the warm-up of the
-    learning rate its ``schedule.warmup``. The distance only means something where training begins from weights.
-    It is taken at the map that the network gives its class layer, the anchor normalized by its running statistics and
-    the student by the batch's, so that it is not 0 at the first step.
+    The paper's rare-class sampling is a recipe's ``sampling: rare``, and its learning-rate warm-up ``schedule.warmup``.
+    Features are those that the network's class layer reads. The distance needs a recipe that starts from pretrained
+    weights; it is above 0 from the first step on, since the anchor normalizes by running statistics and the student by
+    those of the batch.
     """
 
     ema: Share = 0.999
-    """Share of the teacher that is kept at every step."""
+    """Decay of the teacher's moving average."""
     warmup: Whole = 500
-    """Steps on the source alone before the first pseudo-label."""
-    features: NonNegative = 0.005
-    """Weight of the distance of source features to those of the starting encoder."""
-    things: tuple[Whole, ...] = ()
-    """Ids of the classes on which the distance counts (in the paper things, not stuff); left out, all."""
-    filled: Share = 0.75
-    """How much of a feature's cell one class must fill for the cell to count."""
+    """Steps on the source alone before the first pseudo-labels."""
+    feature_weight: NonNegative = 0.005
+    """Weight of the feature distance on source images."""
+    feature_classes: tuple[Whole, ...] = ()
+    """Ids of the classes whose features count (in the paper the thing classes); empty: all."""
+    feature_min_share: Share = 0.75
+    """Smallest share of a feature cell that one class must fill for the cell to count."""
 
     def networks(self, student: nn.Module) -> AnchoredNetworks:
-        """Student, teacher, and the network that both began as."""
+        """Student, teacher, and a frozen copy of the student."""
         return AnchoredNetworks(student)
 
-    def losses(self, nets: MixNetworks, batch: Batch) -> Losses:
-        """DACS, and the feature distance on the source."""
+    def losses(self, nets: TeacherStudent, batch: Batch) -> Losses:
+        """The losses of DACS; feature distance on the source."""
+        assert isinstance(nets, AnchoredNetworks)  # noqa: S101 - made by `networks`
         image, label = batch.source
-        warm = bool(nets.steps >= self.warmup)
-        mix = self.mix(nets, batch) if warm else None
-        source, *mixed = together(nets.student, image, *([mix.image] if mix else []))
-        terms = self.on_source(nets, source, label)
-        if mix:
-            terms |= self.on_mixed(mixed[0], mix)
-        if self.features and source.features is not None:
+        mixed = self.mix(nets, batch) if nets.step >= self.warmup else None
+        source, *rest = joint_forward(nets.student, image, *([mixed.image] if mixed else []))
+        terms = dict(self.source_loss(nets, source, label))
+        if mixed:
+            terms |= self.mixed_loss(rest[0], mixed)
+        if self.feature_weight and source.features is not None:
             with torch.no_grad():
-                anchor = cast(AnchoredNetworks, nets).anchor(image).features
-            cells = majority(label, (anchor.shape[2], anchor.shape[3]), self.filled, len(nets.weights))
-            chosen = torch.tensor(self.things or range(len(nets.weights)), device=cells.device)
-            distance = feature_distance(source.features, anchor, torch.isin(cells, chosen))
-            terms["feature_distance"] = self.features * distance
+                anchor = nets.anchor(image).features
+            size = (anchor.shape[2], anchor.shape[3])
+            cells = majority(label, size, self.feature_min_share, len(nets.segmenter.classes))
+            counted = cells != IGNORE
+            if self.feature_classes:
+                counted = torch.stack([cells == index for index in self.feature_classes]).any(0)
+            terms["feature_distance"] = self.feature_weight * feature_distance(source.features, anchor, counted)
         return terms
+
+
+def majority(label: Tensor, size: tuple[int, int], share: float, classes: int) -> Tensor:
+    """Label at lower resolution: the most frequent class of each cell, `IGNORE` where its share is too small.
+
+    Args:
+        label: class ids (B, H, W) or `IGNORE`.
+        size: (h, w) of the result.
+        share: smallest share of a cell that its class must fill, 0 to 1.
+        classes: number of classes K.
+
+    Returns:
+        (B, h, w), int64.
+    """
+    one_hot = F.one_hot(label.masked_fill(label == IGNORE, classes), classes + 1)[..., :classes]
+    filled, best = F.adaptive_avg_pool2d(one_hot.permute(0, 3, 1, 2).float(), size).max(1)
+    return best.masked_fill(filled < max(share, 1e-6), IGNORE)
+
+
+def feature_distance(features: Tensor, anchor: Tensor, where: Tensor) -> Tensor:
+    """Mean Euclidean distance of feature vectors (B, F, h, w) where ``where`` (B, h, w) is true; 0 if nowhere.
+
+    Args:
+        features: (B, F, h, w).
+        anchor: features of the frozen network, the same shape.
+        where: bool (B, h, w).
+    """
+    square = (features.float() - anchor.detach().float()).square().sum(1)
+    distance = (square + 1e-12).sqrt()  # finite gradient where both are equal
+    counted = where.to(distance.dtype)
+    return (distance * counted).sum() / torch.clamp(counted.sum(), min=1)

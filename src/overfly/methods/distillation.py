@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import NonNegative, Positive
-from overfly.methods.method import Method, Networks, named
+from overfly.methods.method import Method, Networks, prefixed
 from overfly.models.segmenter import Segmenter
-from overfly.ops.distillation import soft_label_loss
-from overfly.ops.normalization import together
+from overfly.ops.losses import soft_label_loss
+from overfly.ops.normalization import joint_forward
 
 
 class TaughtNetworks(Networks):
@@ -80,9 +80,9 @@ class Distill(Method[TaughtNetworks], name="distill"):
             given = nets.teacher.scores(batch.target)
         if not len(batch.source.image):
             return self.on_target(nets.student(batch.target), given, batch.valid_mask)
-        source, target = together(nets.student, batch.source.image, batch.target)
+        source, target = joint_forward(nets.student, batch.source.image, batch.target)
         return {
-            **named("source", self.supervised(source, batch.source.label), self.source),
+            **prefixed("source", self.supervised(source, batch.source.label), self.source),
             **self.on_target(target, given, batch.valid_mask),
         }
 

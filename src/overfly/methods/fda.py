@@ -10,9 +10,9 @@ from torch import nn
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
 from overfly.methods.method import Method, Networks
-from overfly.ops.information import charbonnier_entropy
-from overfly.ops.normalization import together
-from overfly.ops.style import swap_low_frequencies
+from overfly.ops.color import swap_low_frequencies
+from overfly.ops.losses import charbonnier_entropy
+from overfly.ops.normalization import joint_forward
 
 
 class FDA(Method[Networks], name="fda"):
@@ -40,7 +40,7 @@ class FDA(Method[Networks], name="fda"):
         restyled = swap_low_frequencies(image, batch.target, self.beta).clamp(0, nets.segmenter.max_value)
         if not self.entropy:
             return self.supervised(nets.student(restyled), label)
-        source, target = together(nets.student, restyled, batch.target)
+        source, target = joint_forward(nets.student, restyled, batch.target)
         return {
             **self.supervised(source, label),
             "entropy": self.entropy * charbonnier_entropy(target.main, self.power),

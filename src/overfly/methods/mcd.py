@@ -1,97 +1,95 @@
-"""MCD: two class layers disagree, features settle it (Saito et al., CVPR 2018, arXiv:1712.02560)."""
+"""MCD: maximum classifier discrepancy (Saito et al., CVPR 2018, arXiv:1712.02560)."""
 
 from __future__ import annotations
 
-from typing import Literal
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import Count, NonNegative
-from overfly.methods.method import Method
-from overfly.methods.two_classifiers import Twins, class_layer, enlarged, look, twin_optimizer
-from overfly.ops.adversarial import frozen, given
+from overfly.methods.method import Method, Networks, prefixed
+from overfly.models.segmenter import Segmenter
+from overfly.ops.adversarial import forward_detached, forward_frozen
 from overfly.ops.losses import probabilities
+from overfly.ops.normalization import split_logits
 
 
-class TakingTurns(Twins):
-    """A student, a second class layer, and how many steps they have made."""
-
-    turn: Tensor
+class TwoClassifiers(Networks):
+    """A student and a second class layer; the student with its own class layer is deployed."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
-        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
+        self.second = second_class_layer(student)
 
 
-class MCD(Method[TakingTurns], name="mcd"):
-    """Two class layers seek target pixels to disagree on, the features learn to leave them none (Saito et al., 2018).
+class MCD(Method[TwoClassifiers], name="mcd"):
+    """Train two class layers to disagree on the target, and the features to make them agree (Saito et al., 2018).
 
-    The paper goes through three phases: A, both class layers and the features learn the source; B, the class layers
-    learn the source and to disagree on the target, features given; C, the features learn to make them agree, class
-    layers given. ``in_turn`` is that, one step a phase, each with its own batch. ``at_once`` takes all three from one
-    forward pass: each weight gets the gradient that its phases give it at the present weights (the source's once), as
-    with a layer that reverses gradients. It costs one step where a round of ``in_turn`` has ``2 + repeats``, and is no
-    longer the paper's update, since no phase sees what the one before has changed. Discrepancy is measured at the class
-    layers' own size.
-
-    Source and target pass the student in one batch: its batch normalization has the statistics of both. What is shipped
-    is the student with the first class layer.
+    The paper (section 3.3) alternates three steps: A trains class layers and features on the source; B trains the class
+    layers on the source and to maximize their discrepancy on the target, with fixed features; C trains the features to
+    minimize it, with fixed class layers. ``alternating`` is that, one batch per step. ``joint`` takes all three from
+    one forward pass, like a gradient reversal layer: it costs one step instead of ``2 + feature_steps``, but no step
+    sees the weights that the one before has changed. The discrepancy is measured at the class layers' own resolution.
+    Source and target share one forward pass. The student with its own class layer is deployed.
     """
 
-    update: Literal["at_once", "in_turn"] = "at_once"
-    """All three phases in every step, or one after the other."""
-    disagree: NonNegative = 1.0
-    """Weight of the class layers' disagreement on the target, which they seek."""
-    agree: NonNegative = 1.0
-    """Weight of the same, which the features avoid."""
-    repeats: Count = 4
-    """Steps of phase C for one of A and one of B, where they take turns."""
+    update: Literal["joint", "alternating"] = "joint"
+    """Steps A, B and C together, or one after the other."""
+    classifier_weight: NonNegative = 1.0
+    """Weight of the discrepancy that the class layers maximize."""
+    feature_weight: NonNegative = 1.0
+    """Weight of the discrepancy that the features minimize."""
+    feature_steps: Count = 4
+    """Steps C per step A and step B, with ``alternating`` (n of the paper)."""
 
-    def networks(self, student: nn.Module) -> TakingTurns:
+    def networks(self, student: nn.Module) -> TwoClassifiers:
         """The student and a second class layer."""
-        return TakingTurns(student)
+        return TwoClassifiers(student)
 
-    def losses(self, nets: TakingTurns, batch: Batch) -> Losses:
-        """Phases A, B and C, or the one whose turn it is."""
-        (source, _), read = look(nets.student, nets.twin, batch.source.image, batch.target)
-        first, second = class_layer(nets.student), nets.twin
-        targets = slice(len(batch.source.image), None)
-        phases = self.phases(int(nets.turn))
+    def losses(self, nets: TwoClassifiers, batch: Batch) -> Losses:
+        """The losses of steps A, B and C, or of the current one."""
+        (source, _), features = two_classifier_forward(nets.student, nets.second, batch.source.image, batch.target)
+        layers, label = (class_layer(nets.student), nets.second), batch.source.label
+        sources, targets = slice(len(label)), slice(len(label), None)
+        steps = self.steps(nets.step)
         terms: dict[str, Tensor] = {}
-        if "A" in phases:
-            terms |= self.supervised(source.logits, batch.source.label)
-            terms |= _twin(self.supervised(Logits(source.twin), batch.source.label))
-        if "B" in phases:
-            one, other = given(first, read), given(second, read)
-            terms["disagree"] = -self.disagree * discrepancy(one[targets], other[targets])
-            if "A" not in phases:
-                one, other = (enlarged(nets.student, each, batch.target)[: targets.start] for each in (one, other))
-                terms |= self.supervised(Logits(one), batch.source.label)
-                terms |= _twin(self.supervised(Logits(other), batch.source.label))
-        if "C" in phases:
-            terms["agree"] = self.agree * discrepancy(frozen(first, read)[targets], frozen(second, read)[targets])
+        if "A" in steps:
+            terms |= self.supervised(source.logits, label)
+            terms |= prefixed("second", self.supervised(Logits(source.second), label))
+        if "B" in steps:
+            one, other = (forward_detached(layer, features) for layer in layers)
+            terms["maximize"] = -self.classifier_weight * discrepancy(one[targets], other[targets])
+            if "A" not in steps:
+                one, other = (upsample(nets.student, scores, batch.target)[sources] for scores in (one, other))
+                terms |= self.supervised(Logits(one), label)
+                terms |= prefixed("second", self.supervised(Logits(other), label))
+        if "C" in steps:
+            one, other = (forward_frozen(layer, features)[targets] for layer in layers)
+            terms["minimize"] = self.feature_weight * discrepancy(one, other)
         return terms
 
-    def phases(self, turn: int) -> str:
-        """The phases of a step."""
-        return "ABC" if self.update == "at_once" else ("A", "B", *"C" * self.repeats)[turn % (2 + self.repeats)]
+    def steps(self, step: int) -> str:
+        """Those of the paper's steps A, B and C that an optimizer step does."""
+        return (
+            "ABC" if self.update == "joint" else ("A", "B", *"C" * self.feature_steps)[step % (2 + self.feature_steps)]
+        )
 
-    def after_step(self, nets: TakingTurns, step: int) -> None:
-        """The next phase's turn."""
-        nets.turn.fill_(step + 1)
-
-    def optimizers(self, nets: TakingTurns, optim: Optim) -> list[Optimizer]:
+    def optimizers(self, nets: TwoClassifiers, optim: Optim) -> list[Optimizer]:
         """The student's and the second class layer's."""
-        return [*super().optimizers(nets, optim), twin_optimizer(nets.twin, optim)]
+        return [*super().optimizers(nets, optim), head_optimizer(nets.second, optim)]
 
     @property
     def leaves_weights_out(self) -> bool:
-        """In turn, phases B and C do."""
-        return super().leaves_weights_out or self.update == "in_turn"
+        """Whether some step gives some trainable weight no gradient: with ``alternating``, B and C do."""
+        return super().leaves_weights_out or self.update == "alternating"
 
 
 def discrepancy(one: Tensor, other: Tensor) -> Tensor:
@@ -99,5 +97,80 @@ def discrepancy(one: Tensor, other: Tensor) -> Tensor:
     return (probabilities(one) - probabilities(other)).abs().mean()
 
 
-def _twin(terms: Losses) -> dict[str, Tensor]:
-    return {f"twin_{key}": loss for key, loss in terms.items()}
+class TwoOutputs(NamedTuple):
+    """Outputs of two class layers for the same images.
+
+    Attributes:
+        logits: the student's, at the size of the images.
+        second: class scores of the second class layer (B, K, H, W), at the size of the images.
+    """
+
+    logits: Logits
+    second: Tensor
+
+
+def class_layer(student: nn.Module) -> nn.Module:
+    """The submodule of a student that maps one feature map to class scores.
+
+    Raises:
+        RecipeError: the network does not name it.
+    """
+    network = _segmenter(student).network
+    return network.get_submodule(network.class_layer)
+
+
+def second_class_layer(student: nn.Module) -> nn.Module:
+    """A copy of the student's class layer with new random weights.
+
+    Raises:
+        RecipeError: the network does not name its class layer.
+    """
+    second = copy.deepcopy(class_layer(student))
+    for part in second.modules():
+        reset = getattr(part, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    return second
+
+
+def two_classifier_forward(student: nn.Module, second: nn.Module, *images: Tensor) -> tuple[list[TwoOutputs], Tensor]:
+    """Outputs of both class layers for several groups of images (B_i, C, H, W), from one forward pass.
+
+    Returns:
+        The outputs of each group, and the feature map (B, F, h, w) of all groups that both class layers read.
+    """
+    batch, sizes = torch.cat(images), [len(group) for group in images]
+    with _captured_input(class_layer(student)) as captured:
+        logits: Logits = student(batch)
+    scores = upsample(student, second(captured[0]), batch)
+    outputs = map(TwoOutputs, split_logits(logits, sizes), scores.split(sizes))
+    return list(outputs), captured[0]
+
+
+def upsample(student: nn.Module, scores: Tensor, images: Tensor) -> Tensor:
+    """Scores (B, K, h, w) of a class layer at the size of the images (B, C, H, W)."""
+    height, width = images.shape[-2:]
+    return _segmenter(student).upsample(scores, height, width)
+
+
+def head_optimizer(layer: nn.Module, optim: Optim) -> Optimizer:
+    """Optimizer of a second class layer, at the learning rate of heads."""
+    return optim.optimizer(layer, [name for name, _ in layer.named_parameters()])
+
+
+def _segmenter(student: nn.Module) -> Segmenter:
+    if isinstance(student, Segmenter) and student.network.class_layer:
+        return student
+    name = getattr(student, "architecture", type(student).__name__)
+    raise RecipeError(f"methods mcd and clan need a network that names its class_layer, and {name} does not")
+
+
+@contextmanager
+def _captured_input(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the inputs of a layer during the block."""
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()

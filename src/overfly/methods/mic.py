@@ -1,45 +1,46 @@
-"""MIC: masked image consistency (Hoyer et al., 2023, arXiv:2212.01322)."""
+"""MIC: masked image consistency (Hoyer et al., CVPR 2023, arXiv:2212.01322)."""
 
 from __future__ import annotations
 
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative, Pixels, Share
-from overfly.methods.dacs import DACS, MixNetworks
-from overfly.methods.method import named
-from overfly.ops.color import recolored
-from overfly.ops.masking import block_mask, cover
-from overfly.ops.normalization import together, untracked_statistics
+from overfly.methods.dacs import DACS
+from overfly.methods.method import TeacherStudent, prefixed
+from overfly.ops.color import augment_colors
+from overfly.ops.mixing import block_mask, cover
+from overfly.ops.normalization import joint_forward, untracked_statistics
 
 
 class MIC(DACS, name="mic"):
-    """DACS, and target images with random squares covered must get the labels of the whole ones (Hoyer et al., 2023).
+    """DACS plus consistency of masked target images with the teacher's pseudo-labels (Hoyer et al., 2023).
 
-    Source and mixed images go through the student in one pass. Covered ones go after it and leave its running
-    statistics alone: the network that is shipped never sees an image in which most is flat.
+    Source and mixed images share one forward pass. Masked images have a pass of their own that leaves the running
+    statistics of batch normalization unchanged, since the deployed network never sees masked images.
     """
 
     ema: Share = 0.999
-    """Share of the teacher that is kept at every step."""
-    block: Pixels = 64
-    """Side of the covered squares in pixels; the paper takes 64 for crops of 1024, 32 at half that resolution."""
-    ratio: Share = 0.7
-    """Share of the squares that are covered."""
-    masked: NonNegative = 1.0
-    """Weight of the covered images' terms."""
+    """Decay of the teacher's moving average."""
+    mask_block: Pixels = 64
+    """Side of the masked squares in pixels; the paper takes 64 for crops of 1024, 32 at half that resolution."""
+    mask_ratio: Share = 0.7
+    """Share of the squares that is masked."""
+    masked_weight: NonNegative = 1.0
+    """Weight of the losses on masked images."""
 
-    def losses(self, nets: MixNetworks, batch: Batch) -> Losses:
-        """DACS, and the teacher's labels on covered target images."""
+    def losses(self, nets: TeacherStudent, batch: Batch) -> Losses:
+        """The losses of DACS; pseudo-label loss on masked target images."""
         image, label = batch.source
-        if nets.steps < self.warmup:
-            return self.on_source(nets, nets.student(image), label)
-        mix = self.mix(nets, batch)
-        view = recolored(batch.target, self.strong, nets.segmenter.max_value)
-        covered = cover(view, block_mask(view, self.block, self.ratio))
-        source, mixed = together(nets.student, image, mix.image)
+        if nets.step < self.warmup:
+            return self.source_loss(nets, nets.student(image), label)
+        mixed = self.mix(nets, batch)
+        view = augment_colors(batch.target, self.strong_augment, nets.segmenter.max_value)
+        masked = cover(view, block_mask(view, self.mask_block, self.mask_ratio))
+        source, logits = joint_forward(nets.student, image, mixed.image)
         with untracked_statistics(nets.student):
-            masked = nets.student(covered)
+            prediction = nets.student(masked)
+        masked_terms = self.pseudo_supervised(prediction, mixed.pseudo_label, mixed.pseudo_weight)
         return {
-            **self.on_source(nets, source, label),
-            **self.on_mixed(mixed, mix),
-            **named("masked", self.imitated(masked, mix.pseudo, mix.quality), self.masked),
+            **self.source_loss(nets, source, label),
+            **self.mixed_loss(logits, mixed),
+            **prefixed("masked", masked_terms, self.masked_weight),
         }

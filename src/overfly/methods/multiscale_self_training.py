@@ -1,4 +1,4 @@
-"""Our own adaptation, for batch-normalized real-time networks and imagery seen from above."""
+"""Multi-scale class-balanced self-training, for batch-normalized real-time networks and overhead imagery."""
 
 from __future__ import annotations
 
@@ -9,141 +9,154 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from overfly.core.records import IGNORE, Batch, Labeled, Losses
-from overfly.core.spec import Count, NonNegative, Pixels, Positive, Share
+from overfly.core.spec import Count, NonNegative, Positive, Share
 from overfly.methods.cbst import ThresholdNetworks
-from overfly.methods.method import Method, named
+from overfly.methods.method import SelfTraining, prefixed
 from overfly.ops.augmentation import augment
-from overfly.ops.color import GaussianBlur, Illumination, Strong, recolored
+from overfly.ops.color import ColorAugments, GaussianBlur, Illumination, augment_colors
 from overfly.ops.criterion import Criterion, CrossEntropy
 from overfly.ops.geometry import Dihedral
-from overfly.ops.masking import block_mask, cover
 from overfly.ops.mixing import class_mask, paste
-from overfly.ops.normalization import keeping_statistics, together
-from overfly.ops.pseudo_labels import follow, keep_above, moved, rising, said_of, surest
+from overfly.ops.normalization import frozen_statistics, joint_forward
+from overfly.ops.pseudo_labels import (
+    class_thresholds,
+    ema_thresholds,
+    filter_by_threshold,
+    linear_ramp,
+    multiscale_pseudo_labels,
+)
 
-LIGHT: Strong = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
-"""Another light rather than another hue, which tells classes apart from above: for `Overfly.strong`."""
-MEMORY = 0.95
-"""Share of the old thresholds and class shares that is kept at every step."""
+ILLUMINATION: ColorAugments = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
+"""Changes of illumination and sharpness that keep hues, which tell classes apart in overhead imagery."""
+BATCH_EMA = 0.95
+"""Decay of the moving averages of thresholds and class prior over batches."""
 
 
-class OverflyNetworks(ThresholdNetworks):
-    """Student and teacher, steps done, how sure a label of each class must be, and how often the teacher says each."""
+class MultiscaleNetworks(ThresholdNetworks):
+    """Student, teacher, class thresholds, and the class prior of the teacher's predictions.
 
-    shares: Tensor
+    Attributes:
+        class_prior: moving average of the mean class probabilities (K,), sums to 1.
+    """
+
+    class_prior: Tensor
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
         classes = len(self.segmenter.classes)
-        self.register_buffer("shares", torch.full((classes,), 1 / classes))
+        self.register_buffer("class_prior", torch.full((classes,), 1 / classes))
 
 
-class Overfly(Method[OverflyNetworks], name="overfly"):
-    """A teacher labels the target at several ground resolutions; the student learns from that and from the source.
-
-    The teacher, a moving average of weights and statistics in evaluation mode, sees each target image at every one of
-    `scales`, turned by a random quarter or mirrored, and averages: what a network says at the wrong resolution is its
-    commonest error from place to place. Classes that it says too often are made dearer (`debias`; Wang et al., 2022,
-    DebiasPL), and of every class the surest share is learned from, first a little and then more (Zou et al., 2018,
-    CBST), on images into which half of a source image's classes are pasted (Olsson et al., 2021, ClassMix), colors
-    unchanged. Source and mixed images go through the student in one pass and share its batch statistics. Boundaries
-    are learned from source pixels alone, and weigh less than in training from scratch. The teacher is what is deployed.
-    Whether pasting helps or harms depends on the two places; `overfly adapt` between two folders trains both and
-    chooses without labels.
-    """
+class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
+    """A trained teacher that labels the target at several scales."""
 
     needs_start: ClassVar[bool] = True
+    ema_warmup: ClassVar[bool] = False
 
-    criterion: Criterion = CrossEntropy(boundary=1.0)
-    """The supervised loss."""
-    ema: Share = 0.99
-    """Share of the teacher that is kept at every step."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.67, 1.0, 1.5)
-    """Sizes at which the teacher sees each target image: 1.5 shows things half as large again. The square of each is
-    what it costs. Nobody knows beforehand which of the two places has the larger things, so both ways by default."""
-    debias: NonNegative = 0.5
-    """How much dearer a class is that the teacher says often: its probabilities are divided by its share to this power;
-    0: not at all."""
-    keep: Share = 0.8
-    """Share of each class's pixels, the surest, that is learned from; by thresholds that are moving averages over
-    batches, so it is more of a class that few batches show."""
-    begin: Share | None = 0.2
-    """That share at the first step, when what a class is confused with is still among its less sure pixels; from there
-    it goes to `keep` in a line. None: `keep` from the first step on."""
-    rise: Count = 400
-    """Steps that `begin` takes to become `keep`."""
-    mix: Share = 0.5
-    """Share of each source image's classes that are pasted onto the target, rounded up; 0: none are."""
-    strong: Strong = ()
-    """What is done to the colors of what the student sees of the target: nothing, since it cost 3.6 points from drawn
-    town to country where things are pasted; where nothing is, another light (illumination and gaussian_blur) helps."""
-    masked: Share = 0.0
-    """Share of squares of the target's part that are covered (Hoyer et al., 2023, MIC)."""
-    block: Pixels = 16
-    """Side of these squares in pixels."""
-    weight: NonNegative = 1.0
-    """Weight of the mixed images' terms."""
-    mean: Literal["all", "labeled"] = "labeled"
-    """What these terms are a mean over: all pixels, so that few sure ones weigh little, or the labeled ones alone."""
-    statistics: Literal["kept", "joint"] = "joint"
-    """Batch normalization of the student: the statistics that it began with, or those of source and mixed images."""
+    """Scales at which the teacher predicts each target image, each under a random quarter turn or flip; the predictions
+    are averaged. The cost of a scale is its square. Enlarging and reducing cover a target of either resolution."""
+    class_prior_power: NonNegative = 0.5
+    """Strength of the class-prior correction: predicted probabilities are divided by the class prior to this power; 0:
+    no correction."""
 
-    def networks(self, student: nn.Module) -> OverflyNetworks:
+    def networks(self, student: nn.Module) -> MultiscaleNetworks:
         """The student and its teacher."""
-        return OverflyNetworks(student)
-
-    def losses(self, nets: OverflyNetworks, batch: Batch) -> Losses:
-        """The criterion on source images, and on target images with a part of the source pasted."""
-        source, max_value = batch.source, nets.segmenter.max_value
-        nodata_mask = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
-        if batch.nodata_mask is not None:
-            nodata_mask.masked_fill_(batch.nodata_mask, IGNORE)
-        target, nodata_mask = augment(
-            Labeled(batch.target, nodata_mask), (Dihedral(),), max_value=max_value, generator=torch.default_generator
-        )
-        label = self.labels(nets, target, None if batch.nodata_mask is None else nodata_mask == IGNORE)
-        cut = class_mask(source.label, self.mix) if self.mix else torch.zeros_like(source.label, dtype=torch.bool)
-        mixed = paste(cut, source, Labeled(target, label))
-        view = recolored(mixed.image, self.strong, max_value)
-        if self.masked:
-            view = cover(view, block_mask(view, self.block, self.masked) & ~cut[:, None])
-        with keeping_statistics(nets.student, active=self.statistics == "kept"):
-            of_source, of_mixed = together(nets.student, source.image, view)
-        counts = (mixed.label != IGNORE).float().mean() if self.mean == "all" else 1.0
-        return {
-            **named("source", self.supervised(of_source, source.label)),
-            **named("mixed", self.supervised(of_mixed, mixed.label, where=cut), self.weight * float(counts)),
-        }
+        return MultiscaleNetworks(student)
 
     @torch.no_grad()
-    def labels(self, nets: OverflyNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
-        """The teacher's labels of target images (B, H, W), `IGNORE` where it is not among the surest of their class.
+    def label_target(
+        self,
+        nets: MultiscaleNetworks,
+        target: Tensor,
+        nodata_mask: Tensor | None,
+        *,
+        share: float,
+        threshold_ema: float,
+    ) -> Tensor:
+        """Pseudo-labels (B, H, W) of the most confident ``share`` of each class's pixels; `IGNORE` elsewhere.
 
-        Nor are there any where nothing was measured (``nodata_mask``).
+        Args:
+            nets: thresholds and class prior are updated.
+            target: images (B, C, H, W).
+            nodata_mask: True where the images have no data (B, H, W); None: nowhere.
+            share: 0 to 1.
+            threshold_ema: decay of the thresholds' moving average.
         """
-        pseudo = said_of(
+        pseudo, class_prior = multiscale_pseudo_labels(
             nets.teacher,
             target,
+            nets.class_prior,
             scales=self.scales,
-            shares=nets.shares,
-            power=self.debias,
-            keep=MEMORY,
+            power=self.class_prior_power,
+            decay=BATCH_EMA,
             nodata_mask=nodata_mask,
         )
-        found = surest(pseudo, self.share_at(int(nets.steps)), len(nets.shares))
-        nets.thresholds.copy_(moved(nets.thresholds, found, MEMORY))
-        return keep_above(pseudo, nets.thresholds)
+        nets.class_prior.copy_(class_prior)
+        thresholds = class_thresholds(pseudo, share, len(nets.thresholds))
+        nets.thresholds.copy_(ema_thresholds(nets.thresholds, thresholds, threshold_ema))
+        return filter_by_threshold(pseudo, nets.thresholds)
+
+
+class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training"):
+    """Self-training with multi-scale, prior-corrected, class-balanced pseudo-labels and pasted source classes.
+
+    The mean teacher (Tarvainen and Valpola, 2017) predicts each target image at several `scales`, since a wrong ground
+    resolution is the most common error between regions. The class prior of its predictions is corrected (after Wang et
+    al., 2022, DebiasPL), the most confident share of each class is kept (Zou et al., 2018, CBST), and half of a source
+    image's classes are pasted onto the target image (Olsson et al., 2021, ClassMix). Source and mixed images share one
+    forward pass. Boundaries are trained at source pixels only. The teacher is deployed. Whether pasting helps depends
+    on source and target: `overfly adapt` between two folders trains both variants and selects without labels.
+    """
+
+    criterion: Criterion = CrossEntropy(boundary=1.0)
+    """Supervised loss."""
+    initial_share: Share = 0.2
+    """Share of each class's pixels that is kept at the first step; a small one leaves out confused classes early on."""
+    share: Share = 0.8
+    """Share of each class's pixels that is kept after the ramp. Thresholds are moving averages over batches, so more
+    than this share is kept of a class that few batches show."""
+    ramp_steps: Count = 400
+    """Steps over which the share changes linearly from `initial_share` to `share`."""
+    mix_share: Share = 0.5
+    """Share of each source image's classes that is pasted onto a target image, rounded up; 0: nothing is pasted."""
+    strong_augment: ColorAugments = ()
+    """Color augmentations of the mixed images. None by default: with pasting they cost 3.6 points of mIoU on the
+    synthetic world; without pasting, illumination and gaussian_blur help."""
+    weight: NonNegative = 1.0
+    """Weight of the losses on mixed images."""
+    statistics: Literal["frozen", "joint"] = "joint"
+    """Batch-normalization statistics of the student: those of the starting network, or those of source and mixed
+    images together."""
+
+    def losses(self, nets: MultiscaleNetworks, batch: Batch) -> Losses:
+        """Supervised loss on source images and on mixed images."""
+        source = batch.source
+        target, nodata_mask = self.turned_target(nets, batch)
+        label = self.pseudo_labels(nets, target, nodata_mask)
+        mask = class_mask(source.label, self.mix_share) if self.mix_share else torch.zeros_like(label, dtype=torch.bool)
+        mixed = paste(mask, source, Labeled(target, label))
+        view = augment_colors(mixed.image, self.strong_augment, nets.segmenter.max_value)
+        with frozen_statistics(nets.student, active=self.statistics == "frozen"):
+            source_logits, mixed_logits = joint_forward(nets.student, source.image, view)
+        return {
+            **prefixed("source", self.supervised(source_logits, source.label)),
+            **prefixed("mixed", self.supervised(mixed_logits, mixed.label, where=mask), self.weight),
+        }
+
+    def turned_target(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Target images (B, C, H, W) under random quarter turns and flips, and their no-data mask (B, H, W)."""
+        nodata = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
+        if batch.nodata_mask is not None:
+            nodata.masked_fill_(batch.nodata_mask, IGNORE)
+        max_value, generator = nets.segmenter.max_value, torch.default_generator
+        turned = augment(Labeled(batch.target, nodata), (Dihedral(),), max_value=max_value, generator=generator)
+        return turned.image, None if batch.nodata_mask is None else turned.label == IGNORE
+
+    def pseudo_labels(self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
+        """Pseudo-labels of target images (B, H, W), `IGNORE` where not confident or without data."""
+        return self.label_target(nets, target, nodata_mask, share=self.share_at(nets.step), threshold_ema=BATCH_EMA)
 
     def share_at(self, step: int) -> float:
-        """Share of each class's pixels that is learned from at a step."""
-        first = self.keep if self.begin is None else self.begin
-        return rising(first, self.keep, self.rise, step)
-
-    def after_step(self, nets: OverflyNetworks, step: int) -> None:  # noqa: ARG002 - the teacher is never young
-        """The teacher, trained already, follows the student slowly from the first step on."""
-        follow(nets.teacher, nets.student, self.ema)
-        nets.steps += 1
-
-    def deployed(self, nets: OverflyNetworks) -> nn.Module:
-        """The teacher."""
-        return nets.teacher
+        """Share of each class's pixels that is kept at a step."""
+        return linear_ramp(self.initial_share, self.share, self.ramp_steps, step)

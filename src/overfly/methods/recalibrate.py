@@ -13,7 +13,7 @@ from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import Share
 from overfly.methods.method import Method, Networks
-from overfly.ops.normalization import blend_statistics, collecting_statistics, forget_statistics
+from overfly.ops.normalization import blend_statistics, reset_statistics, updating_statistics
 
 
 class WithBeginning(Networks):
@@ -43,13 +43,13 @@ class Recalibrate(Method[Networks], name="recalibrate"):
         """The student, its statistics forgotten; with a share below 1 also the network as it was."""
         student.requires_grad_(False)
         beginning = None if self.share == 1 else copy.deepcopy(student)
-        forget_statistics(student)
+        reset_statistics(student)
         return Networks(student) if beginning is None else WithBeginning(student, beginning)
 
     @torch.no_grad()
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         """Nothing to minimize: the forward pass alone moves the statistics."""
-        with collecting_statistics(nets.student):
+        with updating_statistics(nets.student):
             nets.student(batch.target)
         return {}
 

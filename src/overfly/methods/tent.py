@@ -8,9 +8,8 @@ from torch import nn
 
 from overfly.core.records import Batch, Losses
 from overfly.methods.method import Method, Networks
-from overfly.ops.freezing import freeze_unreached
 from overfly.ops.losses import mean_entropy
-from overfly.ops.normalization import batch_norms, collecting_statistics
+from overfly.ops.normalization import batch_norms, freeze_unused, updating_statistics
 
 
 class Tent(Method[Networks], name="tent"):
@@ -30,11 +29,11 @@ class Tent(Method[Networks], name="tent"):
         for norm in batch_norms(student):
             norm.requires_grad_(True)
         nets = Networks(student)
-        freeze_unreached(student, nets.segmenter.bands, lambda logits: (logits.main,))
+        freeze_unused(student, nets.segmenter.bands, lambda logits: (logits.main,))
         return nets
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         """The entropy of the target's predictions."""
-        with collecting_statistics(nets.student):
+        with updating_statistics(nets.student):
             logits = nets.student(batch.target)
         return {"entropy": mean_entropy(logits.main, batch.valid_mask)}

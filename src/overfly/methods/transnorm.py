@@ -12,7 +12,7 @@ from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
 from overfly.methods.method import Method, Networks
 from overfly.ops.losses import mean_entropy
-from overfly.ops.normalization import replace, together
+from overfly.ops.normalization import joint_forward, replace_modules
 
 
 class TransferableNorm(nn.Module):
@@ -97,12 +97,12 @@ class TransNorm(Method[Networks], name="transnorm"):
 
     def networks(self, student: nn.Module) -> Networks:
         """The student, every batch normalization made transferable."""
-        replace(student, _BatchNorm, TransferableNorm)
+        replace_modules(student, _BatchNorm, TransferableNorm)
         return Networks(student)
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         """The criterion on the source, and the entropy on the target."""
-        source, target = together(nets.student, batch.source.image, batch.target)
+        source, target = joint_forward(nets.student, batch.source.image, batch.target)
         terms = dict(self.supervised(source, batch.source.label))
         if self.entropy:
             terms["entropy"] = self.entropy * mean_entropy(target.main, batch.valid_mask)
@@ -111,5 +111,5 @@ class TransNorm(Method[Networks], name="transnorm"):
     def deployed(self, nets: Networks) -> nn.Module:
         """The student with ordinary normalizations."""
         ordinary = copy.deepcopy(nets.student)
-        replace(ordinary, TransferableNorm, TransferableNorm.folded)
+        replace_modules(ordinary, TransferableNorm, TransferableNorm.folded)
         return ordinary

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from overfly.models import deeplabv2, lraspp, pidnet
-from overfly.models.network import Network
-from overfly.models.registry import build, names, register
+from overfly.models.network import Network, build, names, register
 from overfly.models.segmenter import Segmenter
 from overfly.models.weights import NAMED, Report, load_weights
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.records import Logits
-from overfly.models.network import Network
-from overfly.models.registry import register
+from overfly.models.network import Network, register
 
 DILATIONS = (6, 12, 18, 24)
 """Dilations of the four classifiers."""

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.records import Logits
-from overfly.models.network import Network
-from overfly.models.registry import register
+from overfly.models.network import Network, register
 
 
 class Row(NamedTuple):

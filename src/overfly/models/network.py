@@ -1,25 +1,28 @@
-"""What every network is: a module that says its stride, its new layers, and which heads only training needs."""
+"""The base class of all networks, and their registry: one builder function per variant."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from overfly.core.errors import RecipeError
 from overfly.core.records import Logits
+from overfly.core.spec import load_plugins
 
 
 class Network(nn.Module):
     """A segmentation network: normalized images (B, C, H, W) in, `Logits` at its own stride out.
 
     Attributes:
-        stride: `Logits.main` is this many times smaller than the image; sides of the image should be multiples of it.
-        heads: prefixes of the parameters that ImageNet weights never hold (decoder, class layers), for a multiplier
-            of the learning rate.
-        training_heads: names of the submodules that only training reads; None where they have been left out.
-        first: name of the convolution that reads the image's bands.
-        class_layer: name of the submodule that reads one map and gives `Logits.main`; methods with two class layers
-            make a second of its kind. Empty: there is no such submodule, and those methods are not to be had.
+        stride: downsampling factor of `Logits.main`; image sides should be multiples of it.
+        heads: prefixes of the parameters that ImageNet weights do not contain (decoder and class layers), for a
+            learning-rate multiplier.
+        training_heads: names of the submodules that only training uses; None where they were removed.
+        first: name of the convolution that reads the image.
+        class_layer: name of the submodule that maps one feature map to `Logits.main`, which methods with two
+            classifiers (MCD, CLAN) need; empty: the network has none.
     """
 
     stride: int = 1
@@ -39,25 +42,81 @@ class Network(nn.Module):
 
     @property
     def has_training_heads(self) -> bool:
-        """Whether this network carries heads that only training reads."""
+        """Whether the network has heads that only training uses."""
         return any(getattr(self, name, None) is not None for name in self.training_heads)
 
     def drop_training_heads(self) -> None:
-        """Take away, in place, the heads that only training reads; `Logits.main` stays as it was."""
+        """Remove, in place, the heads that only training uses; `Logits.main` does not change."""
         for name in self.training_heads:
             setattr(self, name, None)
 
     def is_head(self, parameter: str) -> bool:
-        """Whether a parameter, named as by `named_parameters`, is one that ImageNet weights never hold."""
+        """Whether a parameter, named as by `named_parameters`, is in a head that ImageNet weights do not contain."""
         return any(parameter.startswith(f"{prefix}.") for prefix in self.heads)
 
     def adopt(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Rename the tensors of public checkpoints of this architecture to the names used here.
+        """Rename the tensors of public checkpoints of this architecture to this network's names.
 
         Args:
-            state: tensors of a checkpoint by name, prefixes such as ``module.`` already gone.
+            state: tensors of a checkpoint by name, without prefixes such as ``module.``.
 
         Returns:
-            The tensors under this network's names, and sentences on what a person should know about them.
+            The tensors under this network's names, and notes for the user.
         """
         return state, ()
+
+
+Builder = Callable[[int, bool, int], Network]
+"""Function of (classes, training_heads, bands) that returns a network with random weights."""
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register(builder: Builder) -> Builder:
+    """Register a builder under its function's name (decorator).
+
+    Args:
+        builder: function of (classes, training_heads, bands) that returns a `Network`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    name = str(getattr(builder, "__name__", builder))
+    if name in _BUILDERS:
+        raise ValueError(f"network {name!r} is registered twice; rename the builder in {builder.__module__}")
+    _BUILDERS[name] = builder
+    return builder
+
+
+def names() -> tuple[str, ...]:
+    """Names of all registered networks, sorted."""
+    return tuple(sorted(_BUILDERS))
+
+
+def build(name: str, classes: int = 7, training_heads: bool = True, bands: int = 3) -> Network:
+    """Build a network with random weights.
+
+    Args:
+        name: one of `names`, or of a plug-in (entry point ``overfly.plugins``).
+        classes: number of classes K.
+        training_heads: whether to add the auxiliary and boundary heads that only training uses.
+        bands: number of bands C of the images.
+
+    Returns:
+        A module that maps normalized images (B, C, H, W) to `Logits` at its own stride.
+
+    Raises:
+        RecipeError: the name is unknown, or a number is below 1.
+    """
+    if name not in _BUILDERS:
+        load_plugins()
+    if name not in _BUILDERS:
+        raise RecipeError(f"unknown network {name!r}; choose one of: {', '.join(names())}")
+    if classes < 1 or bands < 1:
+        raise RecipeError(f"network {name} needs at least 1 class and 1 band, got {classes} and {bands}")
+    return _BUILDERS[name](classes, training_heads, bands)
+
+
+def about(name: str) -> str:
+    """First paragraph of the docstring of a network's builder, on one line."""
+    return (_BUILDERS[name].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")

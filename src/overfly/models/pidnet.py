@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.records import Logits
-from overfly.models.network import Network
-from overfly.models.registry import register
+from overfly.models.network import Network, register
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:

@@ -20,8 +20,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError, RecipeError, WeightsError
 from overfly.core.records import Logits
 from overfly.models.checkpoints import check_values, first_line
-from overfly.models.network import Network
-from overfly.models.registry import build
+from overfly.models.network import Network, build
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue over ImageNet, as a share of the peak."""
@@ -120,13 +119,13 @@ class Segmenter(nn.Module):
             normalized = F.pad(normalized, (0, right, 0, below), mode="replicate")
         out = self.network(normalized)
         return Logits(
-            main=self.enlarge(out.main, height, width),
-            aux=tuple(self.enlarge(scores, height, width) for scores in out.aux),
-            boundary=None if out.boundary is None else self.enlarge(out.boundary, height, width),
+            main=self.upsample(out.main, height, width),
+            aux=tuple(self.upsample(scores, height, width) for scores in out.aux),
+            boundary=None if out.boundary is None else self.upsample(out.boundary, height, width),
             features=out.features,
         )
 
-    def enlarge(self, scores: Tensor, height: int, width: int) -> Tensor:
+    def upsample(self, scores: Tensor, height: int, width: int) -> Tensor:
         """Scores (B, K, h, w) of one of the network's heads at the size of the image, H × W."""
         size = (height + -height % self.stride, width + -width % self.stride)
         return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]

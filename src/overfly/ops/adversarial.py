@@ -1,8 +1,7 @@
-"""Critics, which tell the domains apart, and the two terms of the game that a student plays against them.
+"""Domain critics and adversarial losses.
 
-The game needs no second loop. The student's term scores with the critic's weights `frozen`; the critic's term is given
-the student's maps detached. So each term has gradients for one side alone, and the gradients of their sum are those of
-the classic update in two phases.
+Student and critic are trained in one step, without a second loop: the student's loss uses the critic with detached
+weights, the critic's loss uses detached maps. The gradients of the sum equal those of the classic two-phase update.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from torch import Tensor, nn
 
 from overfly.core.errors import RecipeError
 
-SMALLEST = 32
-"""Side of the smallest maps that a `Critic` can judge, in pixels."""
+MIN_SIDE = 32
+"""Smallest side of the maps that a `Critic` accepts, in pixels."""
 
 
 class Critic(nn.Sequential):
-    """Fully convolutional critic: 4×4 convolutions of stride 2, widths 64-128-256-512-1, leaky by 0.2.
+    """Fully convolutional critic: 4×4 convolutions of stride 2, widths 64-128-256-512-1, leaky ReLU of slope 0.2.
 
-    It maps (B, C, H, W) to scores (B, 1, ⌊H/32⌋, ⌊W/32⌋), before any sigmoid; above 0 means source.
-    Source: AdaptSegNet (Tsai et al., 2018), section 4.1, after DCGAN.
+    Maps (B, C, H, W) to scores (B, 1, ⌊H/32⌋, ⌊W/32⌋) before the sigmoid; above 0 means source. Source: AdaptSegNet
+    (Tsai et al., 2018), section 4.1, after DCGAN.
 
     Args:
         channels: C of the maps.
@@ -41,57 +40,54 @@ class Critic(nn.Sequential):
         """Scores of maps (B, C, H, W).
 
         Raises:
-            RecipeError: the maps are too small for five halvings.
+            RecipeError: a side is below `MIN_SIDE`.
         """
         height, width = maps.shape[-2:]
-        if min(height, width) < SMALLEST:
-            raise RecipeError(
-                f"the critic judges maps of {SMALLEST}×{SMALLEST} pixels or more, and these have {height}×{width}; "
-                f"raise crop to {SMALLEST} or more"
-            )
+        if min(height, width) < MIN_SIDE:
+            raise RecipeError(f"crop must be at least {MIN_SIDE} for a critic, got maps of {height}×{width} pixels")
         for layer in self:
             maps = layer(maps)
         return maps
 
 
-def frozen(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module makes of ``x``, its weights taken as given: gradients reach ``x`` alone, buffers do not move."""
+def forward_frozen(module: nn.Module, x: Tensor) -> Tensor:
+    """Output of a module with detached weights: gradients reach ``x`` only, buffers do not change."""
     weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
     scores: Tensor = torch.func.functional_call(module, weights | _copied_buffers(module), (x,))
     return scores
 
 
-def given(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module makes of ``x``, taken as given: gradients reach its weights alone, buffers do not move."""
+def forward_detached(module: nn.Module, x: Tensor) -> Tensor:
+    """Output of a module for detached ``x``: gradients reach its weights only, buffers do not change."""
     scores: Tensor = torch.func.functional_call(module, _copied_buffers(module), (x.detach(),))
     return scores
 
 
-def fool(critic: nn.Module, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The student's term: how far the critic is from taking the target's maps for the source's.
+def adversarial_loss(critic: nn.Module, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The student's loss: binary cross-entropy of the critic taking target maps for source maps.
 
     Args:
         critic: its weights get no gradient.
         target: maps of target images (B, C, H, W).
-        weight: what each pixel counts (B, H, W); left out, all count 1.
+        weight: of each pixel (B, H, W); None: 1.
 
     Returns:
-        Binary cross-entropy, mean over the scores.
+        A scalar, the mean over the scores.
     """
-    return _cross_entropy(frozen(critic, target), True, weight)
+    return _cross_entropy(forward_frozen(critic, target), True, weight)
 
 
-def tell_apart(critic: nn.Module, source: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The critic's term: how far it is from telling the source's maps from the target's.
+def critic_loss(critic: nn.Module, source: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The critic's loss: binary cross-entropy of telling source maps from target maps.
 
     Args:
-        critic: what learns.
+        critic: the module that is trained.
         source: maps of source images (B, C, H, W); they get no gradient.
         target: maps of target images (B, C, H, W); they get no gradient.
-        weight: what each pixel of the target counts (B, H, W), without gradient; left out, all count 1.
+        weight: of each pixel of the target (B, H, W), detached here; None: 1.
 
     Returns:
-        Mean of the binary cross-entropies of the two domains.
+        A scalar, the mean of both domains' losses.
     """
     true = _cross_entropy(critic(source.detach()), True)
     false = _cross_entropy(critic(target.detach()), False, None if weight is None else weight.detach())

@@ -200,14 +200,54 @@ def _colors_alone(augments: tuple[Augment, ...]) -> tuple[Augment, ...]:
     return augments
 
 
-Strong = Annotated[tuple[Augment, ...], AfterValidator(_colors_alone)]
+ColorAugments = Annotated[tuple[Augment, ...], AfterValidator(_colors_alone)]
 """Augmentations that change color and sharpness alone, so that pseudo-labels still fit."""
 
 
-def recolored(image: Tensor, augments: tuple[Augment, ...], max_value: float) -> Tensor:
+def augment_colors(image: Tensor, augments: tuple[Augment, ...], max_value: float) -> Tensor:
     """A view of images (B, C, H, W), 0 to ``max_value``, by augmentations of color; the same range.
 
     Random numbers come from torch's generator on the CPU.
     """
     none = torch.zeros(len(image), 1, 1, dtype=torch.int64, device=image.device)
     return augment(Labeled(image, none), augments, max_value=max_value, generator=torch.default_generator).image
+
+
+def swap_low_frequencies(image: Tensor, style: Tensor, beta: float) -> Tensor:
+    """Images with the low-frequency amplitudes of the style and their own phases (Yang and Soatto, 2020, FDA).
+
+    Args:
+        image: (B, C, H, W), float.
+        style: of the same shape.
+        beta: half the side of the swapped square, as a share of the shorter side of the centered spectrum; 0 swaps the
+            mean only.
+
+    Returns:
+        (B, C, H, W); values may leave the sensor's range. With itself as style an image does not change.
+    """
+    spectrum, other = torch.fft.fft2(image.float()), torch.fft.fft2(style.float())
+    height, width = image.shape[-2:]
+    reach = int(beta * min(height, width))
+    rows, columns = ((torch.fft.fftfreq(side, device=image.device) * side).round().abs() for side in (height, width))
+    low = (rows[:, None] <= reach) & (columns[None, :] <= reach)
+    amplitude = torch.where(low, other.abs(), spectrum.abs())
+    restyled: Tensor = torch.fft.ifft2(torch.polar(amplitude, spectrum.angle()))
+    return restyled.real.to(image.dtype)
+
+
+def match_colors(image: Tensor, style: Tensor, *, per_image: bool = True) -> Tensor:
+    """Images with each band's mean and standard deviation of the style (after Reinhard et al., 2001).
+
+    Args:
+        image: (B, C, H, W), float.
+        style: (B, C, H', W'); any number of images where ``per_image`` is False.
+        per_image: match each image to its own style image; False matches the batch to all style images as one, which
+            keeps differences between images.
+
+    Returns:
+        (B, C, H, W); values may leave the sensor's range.
+    """
+    dims = (2, 3) if per_image else (0, 2, 3)
+    std, mean = torch.std_mean(image, dims, keepdim=True)
+    style_std, style_mean = torch.std_mean(style, dims, keepdim=True)
+    return (image - mean) / std.clamp_min(1e-6) * style_std + style_mean

@@ -1,11 +1,11 @@
-"""Cutting classes out of one image and pasting them into another (ClassMix; Olsson et al., 2021)."""
+"""Masks and mixing: paste classes of one image onto another (ClassMix), cover random squares (MIC)."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from overfly.core.records import IGNORE, Labeled
 
@@ -13,28 +13,27 @@ T = TypeVar("T", Tensor, Labeled)
 
 
 def class_mask(label: Tensor, share: float = 0.5) -> Tensor:
-    """Where a random part of the classes of each image lies (B, H, W), bool.
+    """Mask of a random part of each image's classes, bool (B, H, W) (Olsson et al., 2021, ClassMix).
+
+    The classes are chosen on the CPU by torch's generator; one transfer from the device reads which are present.
 
     Args:
-        label: class ids (B, H, W), or `IGNORE`, which is never part of the mask.
-        share: part of the classes that each image shows, rounded up; of a single class at most this share of images.
-
-    Returns:
-        True on the chosen classes. Random numbers come from torch's generator on the CPU.
+        label: class ids (B, H, W) or `IGNORE`, which the mask never covers.
+        share: share of the classes of an image that is chosen, rounded up. An image of one class is covered whole with
+            this probability.
     """
-    mask = torch.zeros_like(label, dtype=torch.bool)
-    for index, each in enumerate(label):
-        present = each.unique()
-        present = present[present != IGNORE]
-        if not len(present):
-            continue
-        if len(present) == 1:
-            if float(torch.rand(())) < share:
-                mask[index] = each == present[0]
-            continue
-        chosen = present[torch.randperm(len(present))[: -int(-len(present) * share // 1)].to(label.device)]
-        mask[index] = torch.isin(each, chosen)
-    return mask
+    present = torch.zeros(len(label), IGNORE + 1, dtype=torch.bool, device=label.device)
+    present.scatter_(1, label.flatten(1).long(), True)
+    present[:, IGNORE] = False
+    table = torch.zeros(len(label), IGNORE + 1, dtype=torch.bool)
+    for row, classes in zip(table, present.cpu(), strict=True):
+        ids = classes.nonzero().squeeze(1)
+        if len(ids) == 1:
+            row[ids] = float(torch.rand(())) < share
+        elif len(ids):
+            row[ids[torch.randperm(len(ids))[: -int(-len(ids) * share // 1)]]] = True
+    table = table.to(label.device, non_blocking=True)
+    return table.gather(1, label.flatten(1).long()).view_as(label)
 
 
 def paste(mask: Tensor, over: T, under: T) -> T:
@@ -48,5 +47,25 @@ def paste(mask: Tensor, over: T, under: T) -> T:
     if isinstance(over, Labeled) and isinstance(under, Labeled):
         return Labeled(paste(mask, over.image, under.image), paste(mask, over.label, under.label))
     if not isinstance(over, Tensor) or not isinstance(under, Tensor):
-        raise TypeError("what is pasted and what lies under it are both images, both labels, or both pairs of them")
+        raise TypeError("over and under must both be tensors or both be Labeled")
     return torch.where(mask[:, None] if over.ndim == 4 else mask, over, under)
+
+
+def block_mask(image: Tensor, block: int, ratio: float, generator: Generator | None = None) -> Tensor:
+    """Mask of random squares, bool (B, 1, H, W) (Hoyer et al., 2023, MIC, section 3.1).
+
+    Args:
+        image: (B, C, H, W), of which only shape and device are read.
+        block: side of a square in pixels; the last row and column may be cut.
+        ratio: probability that a square is masked.
+        generator: on the CPU; None: torch's own.
+    """
+    count, _, height, width = image.shape
+    coarse = torch.rand(count, 1, -(-height // block), -(-width // block), generator=generator) < ratio
+    fine = coarse.repeat_interleave(block, 2).repeat_interleave(block, 3)[..., :height, :width]
+    return fine.to(image.device, non_blocking=True)
+
+
+def cover(image: Tensor, mask: Tensor) -> Tensor:
+    """Images (B, C, H, W) with their mean color where the mask (B, 1, H, W) is true."""
+    return torch.where(mask, image.mean((2, 3), keepdim=True), image)

@@ -1,7 +1,8 @@
-"""Batch normalization: its statistics, and estimating them again on other images."""
+"""Batch normalization and its statistics; joint forward passes; freezing of weights."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -16,56 +17,55 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """All batch normalizations of a module that keep running statistics."""
+    """Batch normalizations of a module that have running statistics."""
     return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
 
 
-def forget_statistics(module: nn.Module) -> None:
-    """Set the running statistics of a module to those of no data, to be averaged anew over all batches that follow."""
+def reset_statistics(module: nn.Module) -> None:
+    """Reset the running statistics of a module, to be averaged equally over all batches that follow."""
     for norm in batch_norms(module):
         norm.reset_running_stats()
         norm.momentum = None
 
 
 @contextmanager
-def collecting_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch normalizations see batches as in training, everything else (dropout too) behaves as at test time."""
-    training = {part: part.training for part in module.modules()}
-    module.eval()
-    for norm in batch_norms(module):
-        norm.train()
+def restored_modes(module: nn.Module) -> Iterator[None]:
+    """Restore every submodule's training or evaluation mode at the end of the block."""
+    modes = {part: part.training for part in module.modules()}
     try:
         yield
     finally:
-        for part, mode in training.items():
+        for part, mode in modes.items():
             part.training = mode
 
 
 @contextmanager
-def keeping_statistics(module: nn.Module, *, active: bool = True) -> Iterator[None]:
-    """Batch normalizations normalize by their running statistics and leave them alone; all else trains.
+def updating_statistics(module: nn.Module) -> Iterator[None]:
+    """Put batch normalizations in training mode and everything else, such as dropout, in evaluation mode."""
+    with restored_modes(module):
+        module.eval()
+        for norm in batch_norms(module):
+            norm.train()
+        yield
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module, *, active: bool = True) -> Iterator[None]:
+    """Put batch normalizations in evaluation mode: they use their running statistics and do not update them.
 
     Args:
-        module: whose parts are switched.
+        module: in training mode.
         active: False changes nothing.
     """
-    switched = [norm for norm in batch_norms(module) if norm.training] if active else []
-    for norm in switched:
-        norm.eval()
-    try:
+    with restored_modes(module):
+        for norm in batch_norms(module) if active else []:
+            norm.eval()
         yield
-    finally:
-        for norm in switched:
-            norm.train()
 
 
 @contextmanager
 def untracked_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch normalizations in training normalize by the batch, as ever, and leave their running statistics alone.
-
-    Args:
-        module: whose parts are switched.
-    """
+    """Let batch normalizations in training use the statistics of the batch without updating the running ones."""
     switched = [(norm, norm.momentum) for norm in batch_norms(module) if norm.training]
     for norm, _ in switched:
         norm.momentum = 0.0
@@ -78,30 +78,32 @@ def untracked_statistics(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def blend_statistics(module: nn.Module, other: nn.Module, share: float) -> None:
-    """Move a module's running means and variances a share of the way to those of another of the same structure.
+    """Interpolate the running means and variances of a module towards those of another of the same structure.
 
-    Means and variances are blended each by itself, as published (Schneider et al., 2020, arXiv:2006.16971).
-    The variance of a mixture would also hold ``share (1 - share)`` times the squared distance of the means; it is left
-    out, since a batch at test time comes from one domain alone, and this would shrink every feature that has moved.
+    Means and variances are blended separately (Schneider et al., 2020, arXiv:2006.16971). The variance of a mixture
+    would also have ``share (1 - share)`` times the squared distance of the means; it is left out, since a test batch
+    comes from one domain alone.
 
     Args:
         module: changed in place.
-        other: left alone.
-        share: 0 keeps the module's own to the last bit, 1 takes the other's.
+        other: not changed.
+        share: 0 keeps the module's own bit for bit, 1 takes the other's.
     """
-    for own, given in zip(batch_norms(module), batch_norms(other), strict=True):
+    for own, target in zip(batch_norms(module), batch_norms(other), strict=True):
         for name in ("running_mean", "running_var"):
-            getattr(own, name).lerp_(getattr(given, name), share)
+            getattr(own, name).lerp_(getattr(target, name), share)
 
 
-def replace(module: nn.Module, kind: type[M], make: Callable[[M], nn.Module], skip: Collection[str] = ()) -> None:
-    """Put another part in the place of every part of a kind, at any depth.
+def replace_modules(
+    module: nn.Module, kind: type[M], make: Callable[[M], nn.Module], skip: Collection[str] = ()
+) -> None:
+    """Replace every submodule of a type, at any depth.
 
     Args:
         module: changed in place.
-        kind: of the parts to replace.
-        make: from a part to what takes its place.
-        skip: names of direct children that are left as they are.
+        kind: type of the submodules to replace.
+        make: returns the replacement of a submodule.
+        skip: names of direct children that stay unchanged.
     """
     for name, part in module.named_children():
         if name in skip:
@@ -109,21 +111,46 @@ def replace(module: nn.Module, kind: type[M], make: Callable[[M], nn.Module], sk
         if isinstance(part, kind):
             setattr(module, name, make(part))
         else:
-            replace(part, kind, make)
+            replace_modules(part, kind, make)
 
 
-def together(student: nn.Module, *images: Tensor) -> list[Logits]:
-    """Logits of several groups of images, by one forward pass: batch normalization sees them as one batch.
+def joint_forward(student: nn.Module, *images: Tensor) -> list[Logits]:
+    """Logits of several groups of images from one forward pass, so that batch normalization sees one batch.
 
-    Separate passes in training would normalize each group by itself and blend running statistics that fit none.
+    Separate passes would normalize each group by its own statistics and mix running statistics that fit neither.
 
     Args:
         student: returns `Logits`.
         images: groups (B_i, C, H, W) of the same size.
     """
-    logits: Logits = student(torch.cat(images))
-    found, begin = [], 0
-    for group in images:
-        found.append(logits.of(slice(begin, begin + len(group))))
-        begin += len(group)
-    return found
+    return split_logits(student(torch.cat(images)), [len(group) for group in images])
+
+
+def split_logits(logits: Logits, sizes: list[int]) -> list[Logits]:
+    """The logits of each group of images, of ``sizes`` images each, from those of the whole batch."""
+    ends = itertools.accumulate(sizes)
+    return [logits.of(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def probe(student: nn.Module, bands: int) -> Logits:
+    """Output of a student in evaluation mode for one empty image of 64 pixels; modes and statistics stay unchanged."""
+    like = next(student.parameters())
+    with restored_modes(student):
+        logits: Logits = student.eval()(torch.zeros(1, bands, 64, 64, dtype=like.dtype, device=like.device))
+    return logits
+
+
+def freeze_unused(student: nn.Module, bands: int, read: Callable[[Logits], tuple[Tensor, ...]]) -> None:
+    """Freeze, in place, the trainable weights that a method's losses do not depend on.
+
+    Args:
+        student: returns `Logits`.
+        bands: number of bands of its images.
+        read: the outputs that the losses read.
+    """
+    with torch.enable_grad():
+        outputs = read(probe(student, bands))
+        weights = [weight for weight in student.parameters() if weight.requires_grad]
+        gradients = torch.autograd.grad(torch.stack([out.sum() for out in outputs]).sum(), weights, allow_unused=True)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.requires_grad_(gradient is not None)

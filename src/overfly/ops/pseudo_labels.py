@@ -1,4 +1,4 @@
-"""A teacher that follows the student, and the labels it gives to images that have none."""
+"""Mean teachers, and the pseudo-labels that they give to unlabeled images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from overfly.core.records import IGNORE
 
 
-class Pseudo(NamedTuple):
-    """What a teacher says of images without labels.
+class PseudoLabels(NamedTuple):
+    """A teacher's predictions for unlabeled images.
 
     Attributes:
-        label: most probable class (B, H, W), int64; `IGNORE` where the image was not measured.
-        probability: its probability (B, H, W), 0 to 1; 0 there.
+        label: most probable class (B, H, W), int64; `IGNORE` where the image has no data.
+        probability: probability of that class (B, H, W), float32, 0 to 1; 0 where the image has no data.
     """
 
     label: Tensor
@@ -24,123 +24,127 @@ class Pseudo(NamedTuple):
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, keep: float, step: int | None = None) -> None:
-    """Move the teacher a little towards the student: parameters and buffers, batch-normalization statistics included.
+def ema_update(teacher: nn.Module, student: nn.Module, decay: float, step: int | None = None) -> None:
+    """Update the teacher as the exponential moving average of the student (Tarvainen and Valpola, 2017).
 
-    ``teacher = k teacher + (1 - k) student`` with ``k = min(1 - 1 / (step + 1), keep)``, so that the first steps are a
-    plain average (Tarvainen and Valpola, 2017). Buffers that are no floats, such as counters, are copied.
+    ``teacher = d * teacher + (1 - d) * student`` with ``d = min(1 - 1 / (step + 1), decay)``, for parameters and for
+    floating-point buffers such as batch-normalization statistics; other buffers are copied.
 
     Args:
         teacher: changed in place; of the student's structure.
-        student: left alone.
-        keep: share of the teacher that is kept once training is under way, 0 to 1.
-        step: from 0; None: the teacher is trained already, and keeps its share from the first step on.
+        student: not changed.
+        decay: share of the teacher that an update keeps, 0 to 1.
+        step: optimizer step from 0: the first updates are a plain average of all students; None: d is `decay` always.
     """
-    share = keep if step is None else min(1 - 1 / (step + 1), keep)
-    own = teacher.state_dict()
+    decay = decay if step is None else min(1 - 1 / (step + 1), decay)
+    averages = teacher.state_dict()
     for name, value in student.state_dict().items():
         if value.is_floating_point():
-            own[name].lerp_(value.to(own[name].dtype), 1 - share)
+            averages[name].lerp_(value.to(averages[name].dtype), 1 - decay)
         else:
-            own[name].copy_(value)
+            averages[name].copy_(value)
 
 
 @torch.no_grad()
-def pseudo_label(logits: Tensor, nodata_mask: Tensor | None = None) -> Pseudo:
-    """The most probable class of each pixel, and its probability.
+def pseudo_label(logits: Tensor, nodata_mask: Tensor | None = None) -> PseudoLabels:
+    """Most probable class of each pixel of class scores (B, K, H, W), and its probability.
 
     Args:
         logits: class scores (B, K, H, W).
-        nodata_mask: where the image was not measured (B, H, W); None: nowhere.
+        nodata_mask: True where the image has no data, bool (B, H, W); None: nowhere.
     """
     probability, label = logits.float().softmax(1).max(1)
-    return without(Pseudo(label, probability), nodata_mask)
+    return mask_nodata(PseudoLabels(label, probability), nodata_mask)
 
 
-def without(pseudo: Pseudo, nodata_mask: Tensor | None) -> Pseudo:
-    """Pseudo-labels with `IGNORE`, and probability 0, where the image was not measured (B, H, W); None: nowhere."""
+def mask_nodata(pseudo: PseudoLabels, nodata_mask: Tensor | None) -> PseudoLabels:
+    """Pseudo-labels with `IGNORE` and probability 0 where ``nodata_mask`` (B, H, W) is true; None: nowhere."""
     if nodata_mask is None:
         return pseudo
-    return Pseudo(pseudo.label.masked_fill(nodata_mask, IGNORE), pseudo.probability.masked_fill(nodata_mask, 0.0))
+    return PseudoLabels(pseudo.label.masked_fill(nodata_mask, IGNORE), pseudo.probability.masked_fill(nodata_mask, 0.0))
 
 
 @torch.no_grad()
-def seen_at(teacher: nn.Module, image: Tensor, scale: float) -> Tensor:
-    """Class probabilities (B, K, H, W) of images seen larger or smaller, and turned by a random quarter or mirrored.
+def predict_augmented(teacher: nn.Module, image: Tensor, scale: float) -> Tensor:
+    """Class probabilities of rescaled images under one random quarter turn and flip, mapped back to the input.
 
-    The turn is drawn once for all images from torch's generator on the CPU; the probabilities are turned and scaled
-    back.
+    The turn and the flip are drawn once for all images, from torch's generator on the CPU.
 
     Args:
         teacher: images (B, C, H, W) to `Logits` at their size.
-        image: (B, C, H, W), square unless quarter turns do not matter, in the sensor's range.
-        scale: 2 shows things at twice their size.
+        image: (B, C, H, W), in the sensor's range; square, so that a quarter turn keeps its shape.
+        scale: factor of height and width; 2 doubles both.
+
+    Returns:
+        (B, K, H, W), float32.
     """
     quarters, mirrored = int(torch.randint(4, ())), bool(torch.randint(2, ()))
     size = (image.shape[-2], image.shape[-1])
-    seen = image
+    view = image
     if scale != 1:
-        larger = [max(8, round(side * scale)) for side in size]
-        seen = nn.functional.interpolate(image, size=larger, mode="bilinear", antialias=scale < 1)
-    seen = (seen.flip(-1) if mirrored else seen).rot90(quarters, (-2, -1))
-    found: Tensor = teacher(seen).main.float().softmax(1).rot90(-quarters, (-2, -1))
-    found = found.flip(-1) if mirrored else found
-    return found if scale == 1 else nn.functional.interpolate(found, size=size, mode="bilinear")
+        scaled = [max(8, round(side * scale)) for side in size]
+        view = nn.functional.interpolate(image, size=scaled, mode="bilinear", antialias=scale < 1)
+    view = (view.flip(-1) if mirrored else view).rot90(quarters, (-2, -1))
+    probability: Tensor = teacher(view).main.float().softmax(1).rot90(-quarters, (-2, -1))
+    probability = probability.flip(-1) if mirrored else probability
+    return probability if scale == 1 else nn.functional.interpolate(probability, size=size, mode="bilinear")
 
 
-def debiased(probability: Tensor, shares: Tensor, power: float) -> Tensor:
-    """Probabilities with classes that are said often made dearer (after Wang et al., 2022, DebiasPL).
+def correct_class_prior(probability: Tensor, class_prior: Tensor, power: float) -> Tensor:
+    """Class probabilities divided by ``class_prior ** power`` and normalized (after Wang et al., 2022, DebiasPL).
 
     Args:
-        probability: (B, K, H, W), summing to 1.
-        shares: how often each class is said (K,), such as a moving average of the mean probabilities.
-        power: 0 changes nothing; 1 evens all classes out.
+        probability: (B, K, H, W), sums to 1 over K.
+        class_prior: mean probability of each class (K,), such as a moving average over batches.
+        power: 0 changes nothing; 1 removes the prior.
 
     Returns:
-        (B, K, H, W), summing to 1.
+        (B, K, H, W), sums to 1 over K.
     """
-    dearer = probability / shares.clamp_min(1e-6).view(1, -1, 1, 1) ** power
-    return dearer / dearer.sum(1, keepdim=True)
+    corrected = probability / class_prior.clamp_min(1e-6).view(1, -1, 1, 1) ** power
+    return corrected / corrected.sum(1, keepdim=True)
 
 
 @torch.no_grad()
-def said_of(
+def multiscale_pseudo_labels(
     teacher: nn.Module,
     image: Tensor,
+    class_prior: Tensor,
     *,
     scales: Sequence[float],
-    shares: Tensor,
     power: float,
-    keep: float,
+    decay: float,
     nodata_mask: Tensor | None = None,
-) -> Pseudo:
-    """What a teacher says of images seen at several sizes, with classes that it says often made dearer.
+) -> tuple[PseudoLabels, Tensor]:
+    """Pseudo-labels from the mean prediction over several scales, corrected by the class prior of the predictions.
 
     Args:
         teacher: images (B, C, H, W) to `Logits` at their size.
         image: (B, C, H, W), in the sensor's range.
-        scales: sizes at which it sees each; its probabilities are averaged.
-        shares: how often each class is said (K,); followed in place.
-        power: how much dearer; 0: not at all (`debiased`).
-        keep: share of the old shares that is kept.
-        nodata_mask: where nothing was measured, bool (B, H, W): no label, and no part in the shares; None: nowhere.
+        class_prior: moving average of the mean class probabilities of earlier batches (K,); not changed.
+        scales: factors of height and width; see `predict_augmented`.
+        power: strength of the correction; see `correct_class_prior`.
+        decay: share of ``class_prior`` that the new average keeps, 0 to 1.
+        nodata_mask: True where the image has no data, bool (B, H, W): no label, no part in the prior; None: nowhere.
 
     Returns:
-        Labels and probabilities (B, H, W), the latter 0 to 1 after frequent classes were made dearer.
+        Pseudo-labels with corrected probabilities, and the new class prior (K,).
     """
-    probability = torch.stack([seen_at(teacher, image, scale) for scale in scales]).mean(0)
+    probability = torch.stack([predict_augmented(teacher, image, scale) for scale in scales]).mean(0)
     if nodata_mask is None:
-        shares.lerp_(probability.mean((0, 2, 3)), 1 - keep)
-    elif not bool(nodata_mask.all()):
-        shares.lerp_(probability.movedim(1, -1)[~nodata_mask].mean(0), 1 - keep)
-    sureness, label = debiased(probability, shares, power).max(1)
-    return without(Pseudo(label, sureness), nodata_mask)
+        class_prior = class_prior.lerp(probability.mean((0, 2, 3)), 1 - decay)
+    else:
+        count = (~nodata_mask).sum()
+        mean = probability.masked_fill(nodata_mask[:, None], 0).sum((0, 2, 3)) / count.clamp_min(1)
+        class_prior = torch.where(count > 0, class_prior.lerp(mean, 1 - decay), class_prior)
+    corrected, label = correct_class_prior(probability, class_prior, power).max(1)
+    return mask_nodata(PseudoLabels(label, corrected), nodata_mask), class_prior
 
 
-def share_above(pseudo: Pseudo, threshold: float) -> Tensor:
-    """Share of each image's measured pixels above a probability (B, 1, 1): the weight of DACS (Tranheden et al., 2021).
+def confident_share(pseudo: PseudoLabels, threshold: float) -> Tensor:
+    """Share of each image's pixels with a probability above ``threshold`` (B, 1, 1) (Tranheden et al., 2021, DACS).
 
-    It is 0 for an image of which nothing was measured.
+    Pixels without data are left out; the share is 0 for an image without any data.
     """
     above, measured = (
         chosen.float().mean((1, 2), keepdim=True) for chosen in (pseudo.probability > threshold, pseudo.label != IGNORE)
@@ -148,89 +152,83 @@ def share_above(pseudo: Pseudo, threshold: float) -> Tensor:
     return above / measured.clamp_min(1e-6)
 
 
-def local_quality(probability: Tensor, threshold: float = 0.7, size: int = 7) -> Tensor:
-    """LDQ: share of sure pixels in the surroundings of each pixel (B, H, W) (Li et al., 2022, Remote Sensing 14:4942).
+def class_thresholds(pseudo: PseudoLabels, share: float | Tensor, classes: int) -> Tensor:
+    """Probability threshold of each class that keeps its most confident pixels (Zou et al., 2018, CBST).
+
+    Runs without waiting for the device: one sort by (class, probability), then one lookup per class.
 
     Args:
-        probability: of the most probable class (B, H, W).
-        threshold: probability from which a pixel is sure.
-        size: side of the square surroundings in pixels, odd; beyond the border nothing counts.
-    """
-    sure = (probability >= threshold).float()[:, None]
-    return nn.functional.avg_pool2d(sure, size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
-
-
-def surest(pseudo: Pseudo, share: float | Tensor, classes: int, ceiling: float = 1.0) -> Tensor:
-    """Threshold of each class (K,) that keeps the surest share of its pixels (Zou et al., 2018, CBST).
-
-    Args:
-        pseudo: labels and probabilities.
-        share: share of each class's pixels to keep, 0 to 1; for all, or of each class (K,). One pixel is kept at least.
-        classes: K.
-        ceiling: a threshold above this is lowered to it: what is so sure is always kept.
+        pseudo: pseudo-labels of any shape.
+        share: share of each class's pixels to keep, 0 to 1: one number, or one per class (K,). At least one pixel of
+            each class is kept.
+        classes: number of classes K.
 
     Returns:
-        Thresholds (K,); that of a class without any pixel is not a number.
+        Thresholds (K,); NaN for a class without pixels.
     """
-    shares = torch.as_tensor(share, dtype=torch.float64).cpu().expand(classes).tolist()
-    found = torch.full((classes,), float("nan"), device=pseudo.label.device)
-    for index in range(classes):
-        values = pseudo.probability[pseudo.label == index]
-        if len(values):
-            rank = min(len(values), max(1, round(len(values) * (1 - shares[index])) + 1))
-            found[index] = values.kthvalue(rank).values.clamp(max=ceiling)
-    return found
+    label, probability = pseudo.label.flatten().long(), pseudo.probability.flatten().float()
+    exact = torch.float32 if label.device.type == "mps" else torch.float64  # MPS has no float64
+    # floats of 0 and above sort like their bits, so label and probability make one integer key
+    keys = ((label << 32) + probability.view(torch.int32)).sort().values
+    first = torch.searchsorted(keys, torch.arange(classes + 1, device=keys.device) << 32)
+    count = first.diff()
+    dropped = (count.to(exact) * (1 - torch.as_tensor(share, dtype=exact))).round().long()
+    rank = torch.minimum(count, (dropped + 1).clamp_min(1))  # ascending from 1; 0 for a class without pixels
+    threshold = (keys[first[:-1] + rank - 1] & 0x7FFFFFFF).int().view(torch.float32)
+    return torch.where(count > 0, threshold, torch.nan)
 
 
-def rising(first: float, last: float, rise: int, step: int) -> float:
-    """A share that goes from the first to the last in a line over the first ``rise`` steps, at a step from 0."""
-    return first + (last - first) * min(1.0, step / rise)
+def linear_ramp(start: float, end: float, steps: int, step: int) -> float:
+    """Value at ``step`` (from 0) of a line from ``start`` to ``end`` over ``steps`` steps; ``end`` afterwards."""
+    return start + (end - start) * min(1.0, step / steps)
 
 
-def keep_above(pseudo: Pseudo, thresholds: Tensor) -> Tensor:
-    """Pseudo-labels (B, H, W) with `IGNORE` where the probability is below the threshold of its class.
+def filter_by_threshold(pseudo: PseudoLabels, thresholds: Tensor) -> Tensor:
+    """Labels (B, H, W) with `IGNORE` where the probability is below the threshold of the pixel's class.
 
     Args:
-        pseudo: labels and probabilities.
-        thresholds: of each class (K,), or of each image and class (B, K).
+        pseudo: pseudo-labels (B, H, W).
+        thresholds: one per class (K,), or one per image and class (B, K).
     """
-    each = thresholds.expand(len(pseudo.label), -1)
-    named = pseudo.label.masked_fill(pseudo.label == IGNORE, 0)
-    limit = each.gather(1, named.flatten(1)).view_as(pseudo.probability)
+    per_image = thresholds.expand(len(pseudo.label), -1)
+    index = pseudo.label.masked_fill(pseudo.label == IGNORE, 0)
+    limit = per_image.gather(1, index.flatten(1)).view_as(pseudo.probability)
     return pseudo.label.masked_fill(pseudo.probability < limit, IGNORE)
 
 
-def moved(before: Tensor, found: Tensor, keep: float) -> Tensor:
-    """Thresholds (K,) that follow those of the last images as a moving average.
+def ema_thresholds(thresholds: Tensor, batch_thresholds: Tensor, decay: float) -> Tensor:
+    """Moving average of class thresholds (K,) over batches.
 
     Args:
-        before: until now (K,); 0 where a class was not met yet, which then takes what is found as it is.
-        found: of the last images (K,); not a number where they do not show the class, which then stays as it was.
-        keep: share of the old, 0 to 1.
+        thresholds: average so far (K,); 0 for a class without pixels so far, which takes the batch's threshold.
+        batch_thresholds: thresholds of the last batch (K,); NaN keeps the average of the class.
+        decay: share of the average so far that is kept, 0 to 1.
     """
-    blended = torch.where(before > 0, torch.lerp(found, before, keep), found)
-    return torch.where(found.isnan(), before, blended)
+    blended = torch.where(thresholds > 0, torch.lerp(batch_thresholds, thresholds, decay), batch_thresholds)
+    return torch.where(batch_thresholds.isnan(), thresholds, blended)
 
 
-def instance_thresholds(pseudo: Pseudo, before: Tensor, share: float, hardness: float, keep: float) -> Tensor:
-    """Thresholds of every image (B, K) and class, which follow what the images show (Mei et al., 2020, IAST).
+def instance_thresholds(
+    pseudo: PseudoLabels, thresholds: Tensor, share: float, hardness: float, decay: float
+) -> Tensor:
+    """Class thresholds of every image, a moving average over images (Mei et al., 2020, IAST).
 
-    Image by image the surest ``share * t ** hardness`` of each class's pixels sets a threshold, where t is the one
-    before: classes that are hard, whose thresholds are low, keep fewer. The threshold moves towards it.
+    Each image keeps the most confident ``share * t ** hardness`` of a class's pixels, where t is the average before
+    it: fewer pixels of hard classes, whose thresholds are low.
 
     Args:
-        pseudo: labels and probabilities of B images.
-        before: thresholds that the images before left (K,), each above 0.
-        share: share of the pixels to keep of a class whose threshold is 1 (alpha of the paper).
-        hardness: how much fewer are kept of a hard class (gamma).
-        keep: share of the old threshold (beta).
+        pseudo: pseudo-labels (B, H, W).
+        thresholds: average over the images before (K,), above 0.
+        share: share kept of a class whose threshold is 1 (alpha).
+        hardness: exponent of the threshold (gamma).
+        decay: share of the average so far that is kept (beta).
 
     Returns:
-        The thresholds after each image; the last row is the next ``before``.
+        (B, K): the average after each image; the last row is the next batch's ``thresholds``.
     """
     rows = []
     for label, probability in zip(pseudo.label, pseudo.probability, strict=True):
-        found = surest(Pseudo(label, probability), share * before**hardness, len(before))
-        before = moved(before, found, keep)
-        rows.append(before)
+        current = class_thresholds(PseudoLabels(label, probability), share * thresholds**hardness, len(thresholds))
+        thresholds = ema_thresholds(thresholds, current, decay)
+        rows.append(thresholds)
     return torch.stack(rows)

@@ -17,7 +17,7 @@ from overfly.benchmarking import Row, compared
 from overfly.core.errors import RunError
 from overfly.data.domain import SPLITS, Split
 from overfly.evaluation.speed import Speed, measure_speed
-from overfly.models.registry import build
+from overfly.models.network import build
 from overfly.recipe import Recipe
 from overfly.reporting.charts import SERIES
 from overfly.reporting.curves import collected

@@ -12,8 +12,7 @@ from overfly.data.domain import Domain, without_labels
 from overfly.data.loading import Stream
 from overfly.data.sampling import Uniform
 from overfly.data.statistics import statistics
-from overfly.models.network import Network
-from overfly.models.registry import build
+from overfly.models.network import Network, build
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
 from overfly.models.weights import Report, load_weights
 from overfly.recipe import Recipe

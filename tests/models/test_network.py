@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from overfly.core.errors import RecipeError
-from overfly.models import build, names, register, registry
+from overfly.models import build, names, network, register
 from overfly.models.network import Network
 from overfly.models.pidnet import PIDNet
 
@@ -25,15 +25,15 @@ def test_impossible_numbers_are_refused(classes: int, bands: int) -> None:
 
 
 def test_plugins_are_asked_when_a_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
-    monkeypatch.setattr(registry, "load_plugins", lambda: register(tiny))
+    monkeypatch.setattr(network, "_BUILDERS", dict(network._BUILDERS))
+    monkeypatch.setattr(network, "load_plugins", lambda: register(tiny))
     network = build("tiny", classes=3, bands=2)
     assert isinstance(network, PIDNet)
     assert "tiny" in names()
 
 
 def test_a_name_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+    monkeypatch.setattr(network, "_BUILDERS", dict(network._BUILDERS))
     register(tiny)
     with pytest.raises(ValueError, match="two networks"):
         register(tiny)
