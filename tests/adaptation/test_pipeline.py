@@ -75,7 +75,9 @@ def test_the_seed_reaches_all_three(tiny: dict[str, Any]) -> None:
 
 
 def test_several_ways_begin_from_one_network_and_say_where_they_differ(tiny: dict[str, Any]) -> None:
-    one, two = (load({**tiny, "method": {"name": "multiscale_self_training", "mix_share": share}}) for share in (0.5, 0.0))
+    one, two = (
+        load({**tiny, "method": {"name": "multiscale_self_training", "mix_share": share}}) for share in (0.5, 0.0)
+    )
     plans = beside(one, two)
     assert list(plans) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
     assert plans["adapted 2"] == two
@@ -115,7 +117,10 @@ def test_what_a_later_recipe_lacks_is_found_before_the_first_is_trained(tiny: di
 def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_path: Path) -> None:
     start = {**tiny, "start": {**tiny["start"], "steps": 60}, "steps": 20}
     files = []
-    for name, method in (("harm", {"name": "shuffled", "ema": 0.5}), ("own", {"name": "multiscale_self_training", "mix_share": 0.0})):
+    for name, method in (
+        ("harm", {"name": "shuffled", "ema": 0.5}),
+        ("own", {"name": "multiscale_self_training", "mix_share": 0.0}),
+    ):
         files.append(tmp_path / f"{name}.yaml")
         load({**start, "method": method}).save(files[-1])
     found = adapt(files[0], str(files[1]), "seed=1", out=tmp_path, device="cpu", quiet=True, estimate=False)
@@ -129,7 +134,9 @@ def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_
     safe = load_file(refused.path / "best.safetensors")
     assert all(torch.equal(safe[name], each) for name, each in load_file(found.best).items())
     assert f"adapted 1: {refused.path.name} (name shuffled" in "".join(found.selection.differences)
-    assert found.run.recipe.method.name == ("shuffled" if candidates["adapted 2"].rejections else "multiscale_self_training")
+    assert found.run.recipe.method.name == (
+        "shuffled" if candidates["adapted 2"].rejections else "multiscale_self_training"
+    )
     assert found.run.recipe.seed == 1
     assert "In what the adapted networks differ" in (found.path / "selection.md").read_text()
     assert found.selection.labels_opened == 0

@@ -63,7 +63,11 @@ def test_a_report_tells_all_and_counts_the_labels_it_reads(copied: Path, tmp_pat
     assert found.recipes == 4
     assert found.labels_opened == 12
     assert sum(after.values()) - sum(before.values()) == 3
-    for words in ("source only, Urban to Rural", "recalibrate, Urban to Rural", "overfly, Urban to Rural"):
+    for words in (
+        "source only, Urban to Rural",
+        "recalibrate, Urban to Rural",
+        "multiscale_self_training, Urban to Rural",
+    ):
         assert text.count(words) > 4
     for words in ("Verdict without target labels", "worst", "best", "labels read for this choice: 9", "agriculture"):
         assert words in text
@@ -126,7 +130,9 @@ def test_networks_are_offered_by_what_they_are_and_loaded_when_asked(runs: Path,
     (selection,) = copied.glob("*/selection.json")
     selection.unlink()
     (selection.parent / "best.safetensors").unlink()
-    adapted = next(each for each in served_networks([str(copied)]) if each.about["method"] == "multiscale_self_training")
+    adapted = next(
+        each for each in served_networks([str(copied)]) if each.about["method"] == "multiscale_self_training"
+    )
     assert adapted.title == "overfly, Urban to Rural, seed 0"
     assert adapted.about["mIoU target"].endswith("(val)")
     assert adapted.opened().metadata.classes.names[0] == "background"

@@ -27,13 +27,12 @@ def test_impossible_numbers_are_refused(classes: int, bands: int) -> None:
 def test_plugins_are_asked_when_a_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "_BUILDERS", dict(network._BUILDERS))
     monkeypatch.setattr(network, "load_plugins", lambda: register(tiny))
-    network = build("tiny", classes=3, bands=2)
-    assert isinstance(network, PIDNet)
+    assert isinstance(build("tiny", classes=3, bands=2), PIDNet)
     assert "tiny" in names()
 
 
-def test_a_name_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_a_name_twice_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "_BUILDERS", dict(network._BUILDERS))
     register(tiny)
-    with pytest.raises(ValueError, match="two networks"):
+    with pytest.raises(ValueError, match="registered twice"):
         register(tiny)
