@@ -16,7 +16,7 @@ help:  ## Show what can be made
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,vector,track,export,openvino,hub,serve,stream,cluster]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,vector,tensorboard,export,openvino,hub,serve,stream,cluster]'
 	touch $@
 
 demo: $(READY)  ## Learn the synthetic urban, adapt to the country without its labels, print a table and a verdict

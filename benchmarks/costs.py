@@ -26,11 +26,12 @@ import torch
 
 from overfly.core.device import describe_machine
 from overfly.recipe import load
-from overfly.training.engine import Engine, launch
+from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.run import Run
-from overfly.training.trainer import Training, prepare
+from overfly.training.setup import prepare_training
+from overfly.training.trainer import Trainer
 
-ENGINE = Engine(device="cpu", quiet=True)
+CONFIG = TrainerConfig(device="cpu", quiet=True)
 FEW = 3
 """Steps before the clock starts, and those of which memory is measured."""
 SMALL = ("source.train=40", "target.train=40")
@@ -41,10 +42,10 @@ def stepper(file: Path, folder: Path) -> Callable[[int], object]:
     """What does step ``number`` of a recipe."""
     recipe = load(file)
     recipe = load(file, *(override for override in SMALL if getattr(recipe, override.partition(".")[0]) is not None))
-    fabric = launch(recipe, ENGINE)
-    training = Training(Run.place(folder, recipe), fabric, ENGINE, prepare(recipe, fabric, ENGINE))
-    training.begin()
-    return lambda number: training.one(number, iter([training.steps[number]]))
+    fabric = launch_fabric(recipe, CONFIG)
+    trainer = Trainer(Run.open_or_create(folder, recipe), fabric, CONFIG, prepare_training(recipe, fabric, CONFIG))
+    trainer.resume()
+    return lambda number: trainer.train_step(number, iter([trainer.batches[number]]))
 
 
 def peak() -> float:

@@ -25,7 +25,7 @@ from rasterio import Affine
 from overfly.core.device import describe_machine
 from overfly.data.synthetic.domain import synthesize
 from overfly.recipe import load
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 
 
 def scenes(folder: Path, count: int, size: int) -> None:
@@ -83,7 +83,7 @@ def main() -> int:
     if settings.network is None:
         drawn = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
         recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
-        settings.network = first_segmenter(recipe).eval().save(root / "network.safetensors")
+        settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
     found = fleet(settings.network, root / "scenes", root / "maps", settings.scenes)
     alone = [sys.executable, "-m", "overfly.cli", "predict", str(settings.network), f"{root}/scenes/*.tif", "--quiet"]
     subprocess.run([*alone, "--out", str(root / "alone")], check=True, stdout=subprocess.DEVNULL)

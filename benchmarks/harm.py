@@ -28,10 +28,10 @@ from overfly.evaluation.score import score
 from overfly.methods.multiscale_self_training import MultiscaleNetworks, MultiscaleSelfTraining
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
-from overfly.training.engine import Engine, launch
+from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.run import Run
 
-ENGINE = Engine(device="cpu", quiet=True)
+CONFIG = TrainerConfig(device="cpu", quiet=True)
 
 
 class Planted(MultiscaleSelfTraining, name="planted"):
@@ -97,7 +97,7 @@ def main() -> int:
             before = None
             for plant, recipe in planted(honest, given.steps, given.images):
                 run, selection = adaptation(
-                    recipe, out=given.out, fabric=launch(recipe, ENGINE), engine=ENGINE, estimates=False
+                    recipe, out=given.out, fabric=launch_fabric(recipe, CONFIG), config=CONFIG, estimates=False
                 )
                 refused = bool(selection.candidates["adapted"].rejections)
                 before = before or truth(weights_of(selection.candidates["source only"].run), honest)

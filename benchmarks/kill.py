@@ -40,13 +40,13 @@ def command(recipe: Path, out: Path, devices: int) -> list[str]:
 
 
 def steps_done(out: Path) -> int:
-    """Lines of the only journal below a folder."""
-    journals = list(out.glob("*/journal.jsonl"))
-    return len(journals[0].read_text().splitlines()) if journals else 0
+    """Lines of the only log below a folder."""
+    logs = list(out.glob("*/log.jsonl"))
+    return len(logs[0].read_text().splitlines()) if logs else 0
 
 
 def trial(recipe: Path, out: Path, devices: int, kills: list[int]) -> list[int]:
-    """Train, killing once the journal has as many lines as each of ``kills``; the lines there were at each kill."""
+    """Train, killing once the log has as many lines as each of ``kills``; the lines there were at each kill."""
     at = []
     for lines in kills:
         process = subprocess.Popen(command(recipe, out, devices), start_new_session=True, stderr=subprocess.DEVNULL)
@@ -81,7 +81,7 @@ def main() -> int:
         found = load_file(next(out.glob("*/checkpoints/best.safetensors")))
         same = found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
         equal += same and bool(at)
-        print(f"trial {number + 1}: killed after journal line {at}, {'equal' if same else 'DIFFERENT'}", flush=True)
+        print(f"trial {number + 1}: killed after log line {at}, {'equal' if same else 'DIFFERENT'}", flush=True)
     print(f"{equal} of {settings.times} bitwise equal ({settings.devices} process(es))")
     return int(equal != settings.times)
 

@@ -27,9 +27,9 @@ from overfly.exporting.metadata import ExportSettings, Format
 from overfly.exporting.parity import ParityError
 from overfly.models.network import names
 from overfly.recipe import Recipe
-from overfly.training.engine import Engine, launch
+from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.run import Run
-from overfly.training.train_recipe import carry_out
+from overfly.training.train_recipe import train_recipe
 
 KINDS: list[tuple[Format, Precision]] = [
     ("onnx", "32"), ("onnx", "16"), ("onnx", "int8"),
@@ -48,8 +48,8 @@ def quick(run: Run, name: str, steps: int, folder: Path) -> Run:
         "window": min(own.window or 256, 256), "optim": {"name": "adamw", "lr": 1e-3},
     }  # fmt: skip
     recipe = Recipe.model_validate(values)
-    engine = Engine("cpu", quiet=True)
-    return carry_out(recipe, folder / name, launch(recipe, engine), engine)
+    config = TrainerConfig("cpu", quiet=True)
+    return train_recipe(recipe, folder / name, launch_fabric(recipe, config), config)
 
 
 def rows_of(run: Run, weights: str, images: int, folder: Path) -> list[dict[str, Any]]:

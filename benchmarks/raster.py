@@ -43,7 +43,7 @@ from overfly.raster.map_raster import map_raster
 from overfly.raster.raster_source import inspect_raster
 from overfly.raster.window_reader import FinishedRows, read_windows
 from overfly.recipe import load
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 
 TILE = 1024
 
@@ -173,7 +173,7 @@ def main() -> int:
     if settings.stand_in is False and settings.network is None:
         drawn = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
         recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
-        settings.network = first_segmenter(recipe).eval().save(root / "network.safetensors")
+        settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
     predictor = stand_in() if settings.stand_in else load_predictor(settings.network, device="cpu")
     if settings.measure:
         found = measure(predictor, raster, root / "whole.tif", settings.share)

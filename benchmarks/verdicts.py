@@ -22,7 +22,7 @@ from typing import Any
 from overfly.adaptation.selection import BEFORE, Selection
 from overfly.data.domain import Split
 from overfly.evaluation.scores import Scores
-from overfly.training.evaluate import assess, recorded
+from overfly.training.evaluate import evaluate_domain, stored_scores
 from overfly.training.run import Run
 
 HARM = 0.01
@@ -42,7 +42,7 @@ def verdicts(folders: Sequence[Path]) -> Iterator[tuple[Run, Selection]]:
 def truth(run: Run, split: Split) -> Scores:
     """What a network scores on its target, measured where it was not yet."""
     domain = run.recipe.domain("target")
-    return recorded(run, "target", split, domain) or assess(run, domain, "target", split)
+    return stored_scores(run, "target", split, domain) or evaluate_domain(run, domain, "target", split)
 
 
 def row(selection: Selection, split: Split) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from overfly.methods.method import Method
 from overfly.recipe import Recipe, load
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -60,7 +60,7 @@ def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
     """From a method's name to a small recipe that has what the method needs: a trained start, a teacher."""
     special: dict[str, Callable[[], dict[str, Any]]] = {
         "daformer": lambda: {"warmup": 1},
-        "distill": lambda: {"teacher": str(first_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
+        "distill": lambda: {"teacher": str(initial_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
         "source_free": lambda: {"statistics": "own"},  # those of a start of three steps normalize nothing
     }
 

@@ -8,17 +8,17 @@ import pytest
 import yaml
 
 from overfly import benchmark
-from overfly.benchmarking import Figure, expand
+from overfly.benchmarking import SeedStatistics, expand_recipe_paths
 from overfly.commands.arguments import parse_seeds
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
 
 
 def test_figures_are_means_with_deviations() -> None:
-    assert Figure.of([0.5, 0.7]).percent() == "60.00 ± 14.14"
-    assert Figure.of([0.5]).percent() == "50.00"
-    assert Figure.of([None, None]).percent() == "–"
-    assert Figure.of([0.5, None]).values == (0.5, None)
+    assert SeedStatistics.of([0.5, 0.7]).percent() == "60.00 ± 14.14"
+    assert SeedStatistics.of([0.5]).percent() == "50.00"
+    assert SeedStatistics.of([None, None]).percent() == "–"
+    assert SeedStatistics.of([0.5, None]).values == (0.5, None)
 
 
 def test_a_table_of_two_rows_runs_once_and_reads_labels_once(small: dict[str, Any], tmp_path: Path) -> None:
@@ -83,9 +83,14 @@ def test_paths_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("a.yaml", "b.yaml"):
         (tmp_path / name).touch()
     both = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
-    assert expand([tmp_path]) == expand([tmp_path / "*.yaml"]) == expand([*both, *both]) == both
+    assert (
+        expand_recipe_paths([tmp_path])
+        == expand_recipe_paths([tmp_path / "*.yaml"])
+        == expand_recipe_paths([*both, *both])
+        == both
+    )
     with pytest.raises(RecipeError, match="means no recipe"):
-        expand([tmp_path / "c*.yaml"])
+        expand_recipe_paths([tmp_path / "c*.yaml"])
 
 
 def test_the_gap_is_closed_between_source_only_and_the_oracle(small: dict[str, Any], tmp_path: Path) -> None:

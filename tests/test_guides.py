@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import REPOSITORY
 from overfly import cli
 from overfly.recipe import load
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 
 sys.path.insert(0, str(Path(__file__).parent / "deploy"))
 
@@ -35,7 +35,7 @@ def commands(page: str) -> list[list[str]]:
 @pytest.fixture
 def place(small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which what the guides name is there."""
-    network = first_segmenter(load(small)).eval().save(tmp_path / "runs" / "NAME" / "network.safetensors")
+    network = initial_segmenter(load(small)).eval().save(tmp_path / "runs" / "NAME" / "network.safetensors")
     for name in ("scene.tif", "scenes/a.tif", "scenes/b.tif", "scenes/east/c.tif", "more/d.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, noise(64, 80))

@@ -11,12 +11,12 @@ from conftest import REPOSITORY
 from overfly import benchmark, train
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Adam
-from overfly.core.settings import OPTIONS, parse
+from overfly.core.settings import OPTIONS, parse_yaml
 from overfly.data.loveda import CLASSES
 from overfly.methods.adaptsegnet import AdaptSegNet
 from overfly.ops.criterion import CrossEntropy
 from overfly.recipe import Recipe, load
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 
@@ -70,22 +70,27 @@ def test_overrides_reach_every_depth(small: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stepps=3", "stepps: there is no such setting"),
-        ("device=cpu", "device: how a command runs is no setting of a recipe but an option, --device"),
-        ("optim.lr=-1", "optim"),
-        ("optim.lr=fast", "optim.*lr.*fast"),
-        ("model=unet", "no model is called 'unet'; there are: .*pidnet_s"),
-        ("method=dance", "no method is called 'dance'"),
-        ("source=null", "say where they are under source"),
-        ("epochs=2", "steps or epochs, not both"),
-        ("nonsense", "write key=value"),
-        ("steps.x=3", "plain value"),
+        ("stepps=3", "stepps: .*steps"),
+        ("optim.momentun=0.5", r"optim\.momentun: .*momentum"),
+        ("source.sise=32", r"source\.sise: .*size"),
+        ("augment=[{name: gamma, lov: 1}]", r"augment\.0\.lov: .*low"),
+        ("device=cpu", "device: .*--device"),
+        ("optim.lr=-1", r"optim\.lr.*0.*-1"),
+        ("optim.lr=fast", r"optim\.lr.*fast"),
+        ("batch=0", "batch must be at least 1, got 0"),
+        ("source={name: folder, root: x, classes: [no, yes]}", r"classes.*0.*false"),
+        ("model=unet", "unet.*pidnet_s"),
+        ("method=dance", "dance"),
+        ("source=null", "source"),
+        ("epochs=2", "steps.*epochs"),
+        ("nonsense", "nonsense"),
+        ("steps.x=3", r"steps\.x"),
     ],
 )
 def test_what_is_wrong_is_named(small: dict[str, Any], override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         load(small, override)
-    assert "\n" not in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("\n", "Input", "valid", "(given"))
 
 
 def test_a_start_recipe_is_part_of_the_value_and_has_the_same_seed(small: dict[str, Any], tmp_path: Path) -> None:
@@ -104,7 +109,7 @@ def test_a_start_recipe_is_part_of_the_value_and_has_the_same_seed(small: dict[s
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="is not there"):
+    with pytest.raises(RecipeError, match=r"no\.yaml"):
         load(tmp_path / "no.yaml")
     for text in ("a: [", "just words", "\x00"):
         (tmp_path / "bad.yaml").write_text(text)
@@ -113,9 +118,9 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 
 
 def test_numbers_may_be_written_as_people_do() -> None:
-    assert parse("1e-3") == 0.001
-    assert parse("{a: 5E2}") == {"a": 500.0}
-    assert parse("1e") == "1e"
+    assert parse_yaml("1e-3") == 0.001
+    assert parse_yaml("{a: 5E2}") == {"a": 500.0}
+    assert parse_yaml("1e") == "1e"
 
 
 def test_length_in_epochs(small: dict[str, Any]) -> None:
@@ -135,13 +140,13 @@ def test_another_network_is_another_for_the_start_too(small: dict[str, Any]) -> 
     assert isinstance(found.start, Recipe)
     assert found.start.model.name == found.model.name == "lraspp_mobilenet_v2"
     assert load(values, "model.name=pidnet_m").model.name == "pidnet_m"
-    with pytest.raises(RecipeError, match=r"under start trains pidnet_s, and this one asks for pidnet_m"):
+    with pytest.raises(RecipeError, match=r"start.*pidnet_s.*pidnet_m"):
         load({**values, "model": "pidnet_m", "start": {**values["start"], "model": "pidnet_s"}})
 
 
 def test_domains_of_two_ranges_of_values_are_refused(small: dict[str, Any], tmp_path: Path) -> None:
     target = {"name": "folder", "root": str(tmp_path), "classes": list(CLASSES.names), "max_value": 65535}
-    with pytest.raises(RecipeError, match="source goes up to 255 and target to 65535"):
+    with pytest.raises(RecipeError, match=r"255.*65535.*max_value"):
         load({**small, "target": target, "method": "dacs"})
 
 
@@ -149,30 +154,30 @@ def test_pictures_of_two_sizes_do_not_reach_a_method_that_mixes_them(small: dict
     cropped = ("augment=[{name: random_crop, size: 32}]",)
     assert load(small, *cropped, "method=source_only")
     assert load(small, *cropped, "method=dacs", "crop=32")
-    with pytest.raises(RecipeError, match=r"random_crop leaves 32 pixels .* crop: 64; set crop to 32, or take"):
+    with pytest.raises(RecipeError, match=r"random_crop.* 32 .*crop: 64"):
         load(small, *cropped, "method=dacs")
 
 
 def test_a_network_of_another_range_of_values_is_no_start(small: dict[str, Any], tmp_path: Path) -> None:
-    trained = first_segmenter(load(small))
+    trained = initial_segmenter(load(small))
     trained.max_value = 1.0
     start = trained.save(tmp_path / "unit.safetensors")
-    with pytest.raises(RecipeError, match=r"unit\.safetensors was trained on values up to 1, .* up to 255"):
-        first_segmenter(load(small), start)
+    with pytest.raises(RecipeError, match=r"unit\.safetensors.* 1,.*255"):
+        initial_segmenter(load(small), start)
 
 
 @pytest.mark.parametrize("name", ["cbst", "iast", "multiscale_self_training"])
 def test_what_changes_a_trained_network_needs_one(name: str, small: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=f"method {name} changes a trained network; name a run or recipe"):
+    with pytest.raises(RecipeError, match=f"{name}.*start"):
         load({**small, "method": name})
-    trained = first_segmenter(load(small)).network
+    trained = initial_segmenter(load(small)).network
     state = {key: value for key, value in trained.state_dict().items() if not key.startswith(trained.class_layer)}
     save_file(state, tmp_path / "encoder.safetensors")
     model = {"name": "pidnet_s", "weights": str(tmp_path / "encoder.safetensors")}
-    with pytest.raises(RecipeError, match=r"encoder\.safetensors holds no class layer"):
-        first_segmenter(load({**small, "method": name, "model": model}))
+    with pytest.raises(RecipeError, match=r"encoder\.safetensors"):
+        initial_segmenter(load({**small, "method": name, "model": model}))
     begun = {**small, "model": model}
-    assert first_segmenter(load({**begun, "method": name, "start": begun}))  # as it is prepared before its start is
+    assert initial_segmenter(load({**begun, "method": name, "start": begun}))  # as it is prepared before its start is
 
 
 def test_what_is_named_as_an_option_is_one() -> None:

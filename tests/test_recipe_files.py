@@ -10,7 +10,7 @@ import yaml
 from conftest import REPOSITORY
 from overfly import benchmark, data_synthesize, train
 from overfly.recipe import Recipe, load
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 ROWS = [path for path in RECIPES if path.parent.name == "loveda" and "adapt" not in path.stem]
@@ -42,7 +42,7 @@ def test_every_recipe_trains(path: Path, world: Path, tmp_path: Path) -> None:
     if "start" in values and "light" in path.stem:
         changes += ["start.model.weights=null", "start.model.sha256=null"]
     if isinstance(values["method"], dict) and "teacher" in values["method"]:
-        teacher = first_segmenter(load(path, *changes)).save(tmp_path / "teacher.safetensors")
+        teacher = initial_segmenter(load(path, *changes)).save(tmp_path / "teacher.safetensors")
         changes.append(f"method.teacher={teacher}")
     recipe = load(path, *changes)
     assert isinstance(recipe, Recipe)

@@ -21,16 +21,16 @@ from overfly.evaluation.scores import Scores
 from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build
 from overfly.recipe import Recipe, load
-from overfly.training.engine import Engine, on_main
-from overfly.training.evaluate import Role, assess, labeled, recorded
+from overfly.training.engine import TrainerConfig, run_on_rank_zero
+from overfly.training.evaluate import Role, evaluate_domain, has_labels, stored_scores
 from overfly.training.run import Run
-from overfly.training.train_recipe import carry_out
+from overfly.training.train_recipe import train_recipe
 
-Draw = Callable[[Run, str, Domain, Scores, Samples], object]
+SaveSamples = Callable[[Run, str, Domain, Scores, Samples], object]
 """Makes pictures: run, what to call them, the domain, its scores, and a few pictures with their predictions."""
 
 
-class Figure(Spec):
+class SeedStatistics(Spec):
     """One quantity over seeds."""
 
     mean: float | None
@@ -41,7 +41,7 @@ class Figure(Spec):
     """One value a seed."""
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> Figure:
+    def of(cls, values: Sequence[float | None]) -> SeedStatistics:
         """Mean and deviation of the values that are there."""
         there = [value for value in values if value is not None]
         return cls(
@@ -58,7 +58,7 @@ class Figure(Spec):
         return f"{100 * self.mean:.2f}{spread}"
 
 
-class Row(Spec):
+class BenchmarkRow(Spec):
     """One recipe over all its seeds."""
 
     recipe: str
@@ -83,11 +83,11 @@ class Row(Spec):
     """Learning-rate schedule with its settings."""
     length: str
     """Epochs, or steps."""
-    miou: dict[str, Figure]
+    miou: dict[str, SeedStatistics]
     """mIoU, 0 to 1, by the title of the place it was measured in."""
-    classes: dict[str, dict[str, Figure]]
+    classes: dict[str, dict[str, SeedStatistics]]
     """IoU of each class by the title of the place."""
-    minutes: Figure
+    minutes: SeedStatistics
     """Minutes of training."""
     runs: tuple[str, ...]
     """Folders of the runs, one a seed."""
@@ -95,12 +95,12 @@ class Row(Spec):
     """The split that was scored."""
     labels_opened: int
     """How often the target's labels were read, all seeds together."""
-    gap_closed: Figure | None = None
+    gap_closed: SeedStatistics | None = None
     """(adapted - source only) / (oracle - source only) in mIoU on the target, seed by seed, where the table has both:
     a network trained on the same source alone, and one trained on the target's own labels; of several the longest."""
 
 
-class Network(Spec):
+class NetworkSummary(Spec):
     """One network of the table."""
 
     name: str
@@ -111,16 +111,16 @@ class Network(Spec):
     """Its size and speed without those heads."""
 
 
-class Table(Spec):
+class BenchmarkTable(Spec):
     """What a benchmark found."""
 
     seeds: tuple[int, ...]
     """The seeds."""
     machine: dict[str, Any]
     """Where it was trained."""
-    networks: tuple[Network, ...]
+    networks: tuple[NetworkSummary, ...]
     """Size and speed of each network."""
-    rows: tuple[Row, ...]
+    rows: tuple[BenchmarkRow, ...]
     """One a recipe."""
     data: tuple[str, ...]
     """The places, and where their pictures lie."""
@@ -187,7 +187,7 @@ seeds {{ table.seeds|join(", ") }}. Trained on: {{ table.machine.device }}.
 """
 
 
-def expand(recipes: Sequence[Path | str]) -> list[Path]:
+def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
     """The recipe files that some paths, folders and patterns mean, each once.
 
     Raises:
@@ -209,16 +209,16 @@ def expand(recipes: Sequence[Path | str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def study(
+def run_benchmark(
     recipes: Sequence[Path],
     overrides: Sequence[str],
     seeds: Sequence[int],
     *,
     out: Path,
     fabric: Fabric,
-    engine: Engine,
+    config: TrainerConfig,
     split: Split,
-    draw: Draw | None = None,
+    save_samples: SaveSamples | None = None,
     workers: int = 0,
 ) -> dict[Path, list[Run]]:
     """Train and score every recipe with every seed, as far as it has not been done.
@@ -231,17 +231,17 @@ def study(
         seeds: each recipe is trained once with each.
         out: folder of the runs.
         fabric: launched.
-        engine: how, not what.
+        config: devices, intervals and output.
         split: which pictures are scored.
-        draw: makes pictures of what was scored.
+        save_samples: makes pictures of what was scored.
         workers: threads that read ahead while scoring.
     """
     planned = [(path, [load(path, *overrides, f"seed={seed}") for seed in seeds]) for path in recipes]
     done: dict[Path, list[Run]] = {}
     for path, versions in planned:
         for recipe in versions:
-            run = carry_out(recipe, out, fabric, engine)
-            on_main(fabric, partial(_score, run, split, fabric, draw, workers))
+            run = train_recipe(recipe, out, fabric, config)
+            run_on_rank_zero(fabric, partial(_score, run, split, fabric, save_samples, workers))
             done.setdefault(path, []).append(run)
     return done
 
@@ -254,9 +254,9 @@ def tabulate(
     size: int,
     device: str,
     changed: Sequence[str] = (),
-) -> Table:
+) -> BenchmarkTable:
     """The table of finished and scored runs."""
-    rows = compared(done, split)
+    rows = benchmark_rows(done, split)
     networks = []
     for name in dict.fromkeys(row.model for row in rows):
         recipe = next(runs[0].recipe for runs in done.values() if runs[0].recipe.model.name == name)
@@ -264,11 +264,11 @@ def tabulate(
         full = build(name, len(domain.classes), training_heads=True, bands=domain.bands)
         speed = measure_speed(full, size=size, bands=domain.bands, device=device)
         parameters = sum(parameter.numel() for parameter in full.parameters())
-        networks.append(Network(name=name, parameters_training=parameters, speed=speed))
+        networks.append(NetworkSummary(name=name, parameters_training=parameters, speed=speed))
     machine = next(iter(done.values()))[0].machine
     recipes = [runs[0].recipe for runs in done.values()]
     places = [domain for recipe in recipes for domain in (recipe.source, recipe.target) if domain is not None]
-    return Table(
+    return BenchmarkTable(
         seeds=tuple(seeds),
         machine=machine,
         networks=tuple(networks),
@@ -278,51 +278,51 @@ def tabulate(
     )
 
 
-def compared(done: Mapping[Path, Sequence[Run]], split: Split) -> list[Row]:
+def benchmark_rows(done: Mapping[Path, Sequence[Run]], split: Split) -> list[BenchmarkRow]:
     """The rows of a table: what finished runs scored, by recipe, and what share of the gap each closed."""
-    rows: list[Row] = []
+    rows: list[BenchmarkRow] = []
     for path, runs in done.items():
         row = _row(path, runs, sum(row.model == runs[0].recipe.model.name for row in rows), split)
         rows.append(row.model_copy(update={"gap_closed": _gap_closed(runs, done.values(), split)}))
     return rows
 
 
-def write(table: Table, out: Path) -> None:
+def write(table: BenchmarkTable, out: Path) -> None:
     """Write ``table.md`` and ``table.json``."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table.markdown().rstrip() + "\n", encoding="utf-8")
     (out / "table.json").write_text(json.dumps(table.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
 
 
-def _score(run: Run, split: Split, fabric: Fabric, draw: Draw | None, workers: int) -> None:
+def _score(run: Run, split: Split, fabric: Fabric, save_samples: SaveSamples | None, workers: int) -> None:
     for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
-        if domain is None or recorded(run, key, split, domain) is not None:
+        if domain is None or stored_scores(run, key, split, domain) is not None:
             continue
-        if labeled(domain, split):
+        if has_labels(domain, split):
             samples = Samples()
-            found = assess(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
-            if draw is not None:
-                draw(run, f"{key}-{split}", domain, found, samples)
+            found = evaluate_domain(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
+            if save_samples is not None:
+                save_samples(run, f"{key}-{split}", domain, found, samples)
 
 
-def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
+def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> BenchmarkRow:
     recipe = runs[0].recipe
     roles: tuple[tuple[Role, Any], ...] = (("source", recipe.source), ("target", recipe.target))
-    miou: dict[str, Figure] = {}
-    classes: dict[str, dict[str, Figure]] = {}
+    miou: dict[str, SeedStatistics] = {}
+    classes: dict[str, dict[str, SeedStatistics]] = {}
     for key, domain in roles:
-        found = [recorded(run, key, split, domain) for run in runs] if domain is not None else []
+        found = [stored_scores(run, key, split, domain) for run in runs] if domain is not None else []
         if domain is None or all(scores is None for scores in found):
             continue
         title = f"{domain.title} ({key})" if domain.title in miou else domain.title
-        miou[title] = Figure.of([scores.miou if scores else None for scores in found])
+        miou[title] = SeedStatistics.of([scores.miou if scores else None for scores in found])
         classes[title] = {
-            name: Figure.of([scores.classes[name].iou if scores else None for scores in found])
+            name: SeedStatistics.of([scores.classes[name].iou if scores else None for scores in found])
             for name in domain.classes.names
         }
     origin = recipe.start if isinstance(recipe.start, Recipe) else recipe
     origin_source = recipe.source or origin.source
-    return Row(
+    return BenchmarkRow(
         recipe=path.stem,
         version=version,
         model=recipe.model.name,
@@ -336,7 +336,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
         length=_length(recipe),
         miou=miou,
         classes=classes,
-        minutes=Figure.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
+        minutes=SeedStatistics.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
         runs=tuple(run.path.name for run in runs),
         split=split,
         labels_opened=sum(
@@ -345,7 +345,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Row:
     )
 
 
-def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> Figure | None:
+def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> SeedStatistics | None:
     """What share of the way from source only to the oracle each seed went; none where the table lacks one of them."""
     baselines = [run for each in others for run in each if run.recipe.method.name == "source_only"]
 
@@ -361,16 +361,16 @@ def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Spl
         if recipe.method.name == "source_only" or target is None or before is None or oracle is None:
             return None
         scores = (
-            recorded(before, "target", split, target),
-            recorded(run, "target", split, target),
-            recorded(oracle, "source", split, target),
+            stored_scores(before, "target", split, target),
+            stored_scores(run, "target", split, target),
+            stored_scores(oracle, "source", split, target),
         )
         low, own, high = (found.miou if found is not None else None for found in scores)
         if low is None or own is None or high is None or high <= low:
             closed.append(None)
         else:
             closed.append((own - low) / (high - low))
-    return Figure.of(closed)
+    return SeedStatistics.of(closed)
 
 
 def _length(recipe: Recipe) -> str:

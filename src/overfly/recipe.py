@@ -69,7 +69,7 @@ class Validation(Spec):
     """Validations without a new best after which training stops; 0: never."""
     target: bool = False
     """Look at fixed pictures of the target's train split too, without labels, and write the label-free figures of the
-    network (entropy, consistency, agreement with its teacher, …) into the journal."""
+    network (entropy, consistency, agreement with its teacher, …) into log.jsonl."""
     keep_all: bool = False
     """Keep each validation's weights as checkpoints/step-N.safetensors, for `overfly validate` to choose from."""
 
@@ -283,7 +283,7 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(validation_message(error, named)) from None
+        raise RecipeError(validation_message(error, named, Recipe)) from None
 
 
 def _anchored(values: dict[str, Any], file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from overfly.core.optimizers import AdamW, Poly
 from overfly.data.folder import Folder
 from overfly.data.synthetic.domain import synthesize
 from overfly.recipe import Recipe
-from overfly.training.engine import Engine
+from overfly.training.engine import TrainerConfig
 from overfly.training.run import Run
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 
 NAMES = ["background", "building", "road", "water", "barren", "forest", "agriculture"]
 
@@ -52,7 +52,7 @@ def test_what_is_no_time_is_said(text: str) -> None:
 
 def test_steps_follow_the_time_and_the_machine(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proposal, "step_seconds", lambda recipe, _: 1.0 if recipe.method.needs_target else 0.5)
-    recipe, plain = of_folders(own, "10m", Engine("cpu", quiet=True))
+    recipe, plain = of_folders(own, "10m", TrainerConfig("cpu", quiet=True))
     assert isinstance(recipe.start, Recipe)
     assert plain.start == recipe.start
     assert (recipe.steps, plain.steps, recipe.start.steps) == (174, 174, 300)
@@ -79,33 +79,33 @@ def test_settings_that_are_given_hold_for_all_and_are_not_proposed(own: Own, mon
 
     monkeypatch.setattr(proposal, "step_seconds", step_seconds)
     changes = ["model=lraspp_mobilenet_v2", "steps=60", "start.steps=40"]
-    one, two = of_folders(own, "10m", Engine("cpu", quiet=True), changes)
+    one, two = of_folders(own, "10m", TrainerConfig("cpu", quiet=True), changes)
     assert isinstance(one.start, Recipe)
     assert (one.model.name, one.start.model.name) == ("lraspp_mobilenet_v2",) * 2
     assert (one.steps, two.steps, one.start.steps, one.schedule.warmup) == (60, 60, 40, 6)
     assert one.method.model_dump()["ramp_steps"] == 20
     assert not timed
-    (dacs,) = of_folders(own, "10m", Engine("cpu", quiet=True), ["method=dacs", "model=lraspp_mobilenet_v2"])
+    (dacs,) = of_folders(own, "10m", TrainerConfig("cpu", quiet=True), ["method=dacs", "model=lraspp_mobilenet_v2"])
     assert dacs.method.name == "dacs"
     assert dacs.steps == int(0.4 * 600 / 0.1)
     assert set(timed) == {"lraspp_mobilenet_v2"}
 
 
 def test_the_same_proposal_again_has_the_same_steps(own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, out = Engine("cpu", quiet=True), tmp_path / "runs"
+    config, out = TrainerConfig("cpu", quiet=True), tmp_path / "runs"
     monkeypatch.setattr(proposal, "step_seconds", lambda *_: 0.2)
-    first = of_folders(own, "10m", engine, out=out)
+    first = of_folders(own, "10m", config, out=out)
     monkeypatch.setattr(proposal, "step_seconds", lambda *_: 0.4)
-    assert of_folders(own, "10m", engine, out=out) == first
-    assert of_folders(own, "30m", engine, out=out)[0].steps == 1305
+    assert of_folders(own, "10m", config, out=out) == first
+    assert of_folders(own, "30m", config, out=out)[0].steps == 1305
     (note,) = [file for file in out.iterdir() if json.loads(file.read_text())["adapted"] == first[0].steps][:1]
     note.write_text("{")
-    assert of_folders(own, "10m", engine, out=out)[0].steps == 435
+    assert of_folders(own, "10m", config, out=out)[0].steps == 435
 
 
 def test_a_short_time_goes_to_one_adaptation(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proposal, "step_seconds", lambda recipe, _: 1.0 if recipe.method.needs_target else 0.5)
-    (recipe,) = of_folders(own, "8m", Engine("cpu", quiet=True))
+    (recipe,) = of_folders(own, "8m", TrainerConfig("cpu", quiet=True))
     assert isinstance(recipe.start, Recipe)
     assert (recipe.steps, recipe.start.steps) == (192, 432)
 
@@ -113,7 +113,7 @@ def test_a_short_time_goes_to_one_adaptation(own: Own, monkeypatch: pytest.Monke
 def test_a_time_that_is_too_short_is_said_with_what_is_needed(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proposal, "step_seconds", lambda *_: 2.0)
     with pytest.raises(RecipeError, match=r"too short .* give 5m or more"):
-        of_folders(own, "1m", Engine("cpu", quiet=True))
+        of_folders(own, "1m", TrainerConfig("cpu", quiet=True))
 
 
 def test_colors_of_classes_are_read_as_colors(own: Own) -> None:
@@ -136,7 +136,7 @@ def test_colors_of_classes_are_read_as_colors(own: Own) -> None:
 )
 def test_what_is_missing_is_said_in_a_sentence(own: Own, change: dict[str, Path | None], words: str) -> None:
     with pytest.raises(OverflyError, match=words):
-        of_folders(Own(**{**own.__dict__, **change}), "10m", Engine("cpu", quiet=True))
+        of_folders(Own(**{**own.__dict__, **change}), "10m", TrainerConfig("cpu", quiet=True))
 
 
 def test_a_time_is_not_silently_ignored_beside_a_recipe(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_settings_beside_classes_that_cannot_be_are_said(own: Own, beside: dict[
     assert own.classes is not None
     own.classes.write_text(yaml.safe_dump({"classes": NAMES, **beside}))
     with pytest.raises(RecipeError, match=words):
-        of_folders(own, "10m", Engine("cpu", quiet=True), ["steps=2", "start.steps=2"])
+        of_folders(own, "10m", TrainerConfig("cpu", quiet=True), ["steps=2", "start.steps=2"])
 
 
 def test_a_file_of_classes_may_be_any_file(own: Own) -> None:
@@ -211,7 +211,7 @@ def test_of_few_pictures_one_is_held_back_all_the_same(own: Own, count: int) -> 
     for folder in (own.images_a, own.masks_a):
         for number in range(count, 8):
             (folder / f"{number}.png").unlink()
-    recipe, _ = of_folders(own, "10m", Engine("cpu", quiet=True), ["steps=2", "start.steps=2"])
+    recipe, _ = of_folders(own, "10m", TrainerConfig("cpu", quiet=True), ["steps=2", "start.steps=2"])
     assert recipe.source is not None
     train, held = (recipe.source.items(split) for split in ("train", "val"))
     assert train
@@ -221,12 +221,12 @@ def test_of_few_pictures_one_is_held_back_all_the_same(own: Own, count: int) -> 
         for number in range(1, count):
             (folder / f"{number}.png").unlink()
     with pytest.raises(RecipeError, match="images holds one picture"):
-        of_folders(own, "10m", Engine("cpu", quiet=True))
+        of_folders(own, "10m", TrainerConfig("cpu", quiet=True))
 
 
 def test_epochs_may_be_given_instead_of_steps(own: Own, tmp_path: Path) -> None:
     changes = ["epochs=6", "start.epochs=2", "batch=2"]
-    recipe, _ = of_folders(own, "10m", Engine("cpu", quiet=True), changes, tmp_path / "runs")
+    recipe, _ = of_folders(own, "10m", TrainerConfig("cpu", quiet=True), changes, tmp_path / "runs")
     assert isinstance(recipe.start, Recipe)
     assert recipe.source is not None
     assert (recipe.epochs, recipe.steps, recipe.start.epochs, recipe.start.steps) == (6, None, 2, None)
@@ -236,7 +236,7 @@ def test_epochs_may_be_given_instead_of_steps(own: Own, tmp_path: Path) -> None:
 
 def test_weights_say_their_own_network(own: Own, tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"source": {"name": "synthetic"}, "model": "lraspp_mobilenet_v2"})
-    file = first_segmenter(recipe).save(tmp_path / "network.safetensors")
-    (found,) = of_folders(Own(images_b=own.images_b, start=file), "10m", Engine("cpu", quiet=True), ["steps=2"])
+    file = initial_segmenter(recipe).save(tmp_path / "network.safetensors")
+    (found,) = of_folders(Own(images_b=own.images_b, start=file), "10m", TrainerConfig("cpu", quiet=True), ["steps=2"])
     assert found.model.name == "lraspp_mobilenet_v2"
     assert found.optim == AdamW(lr=5e-4)

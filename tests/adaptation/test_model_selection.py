@@ -99,7 +99,7 @@ def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> 
     assert opened == [run.scores["labels_opened"]["target/val"] for run in gather([runs])], (
         "what is known is not reread"
     )
-    kept = next(run for run in gather([runs]) if run.kept)
+    kept = next(run for run in gather([runs]) if run.validation_weights)
     assert set(kept.scores["checkpoints"]) == {"step-1", "step-2"}
     text = shown(found)
     assert "rank correlation" in text
@@ -113,7 +113,7 @@ def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> 
 
 
 def test_estimates_and_agreement_where_asked_for(runs: Path) -> None:
-    (single,) = [run for run in gather([runs]) if not run.kept]
+    (single,) = [run for run in gather([runs]) if not run.validation_weights]
     ranking = rank(
         [str(single.path)], estimate=True, reference=str(single.path), limit=2, crop=32, device="cpu", json=True
     )
@@ -134,8 +134,8 @@ def test_what_cannot_be_validated(runs: Path, tmp_path: Path) -> None:
         rank([str(tmp_path)])
     with pytest.raises(RecipeError, match="--limit 0 is out of range"):
         rank([str(runs)], limit=0)
-    other = Run.place(tmp_path, load({**RECIPE, "target": {**PLACE, "scene": "rural", "size": 96}}))
+    other = Run.open_or_create(tmp_path, load({**RECIPE, "target": {**PLACE, "scene": "rural", "size": 96}}))
     with pytest.raises(RecipeError, match="have different targets"):
         rank_runs([*gather([runs]), other])
     with pytest.raises(RecipeError, match="none of these runs has a target"):
-        rank_runs([Run.place(tmp_path, load({**RECIPE, "target": None}))])
+        rank_runs([Run.open_or_create(tmp_path, load({**RECIPE, "target": None}))])

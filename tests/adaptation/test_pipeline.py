@@ -26,7 +26,7 @@ from overfly.data.synthetic.domain import Synthetic, synthesize
 from overfly.evaluation.score import score
 from overfly.methods.dacs import DACS, Mix, MixNetworks
 from overfly.recipe import Recipe, load
-from overfly.training.engine import Engine, launch
+from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.run import Run
 
 
@@ -148,8 +148,8 @@ def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any],
     loose = Gate(source_loss=1.0, agreement=0.0, familiar=0.0, sureness=1.0).model_copy(
         update={"margin": -1.0, "alike": 1e-9}
     )
-    engine = Engine("cpu", quiet=True)
-    _, selection = judge(*recipes, out=tmp_path, fabric=launch(recipes[0], engine), engine=engine, gate=loose)
+    config = TrainerConfig("cpu", quiet=True)
+    _, selection = judge(*recipes, out=tmp_path, fabric=launch_fabric(recipes[0], config), config=config, gate=loose)
     others = {
         role: geometric_consistency(each.metrics)
         for role, each in selection.candidates.items()
@@ -167,12 +167,12 @@ def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any],
 def test_where_the_pictures_may_be_strange_what_the_labels_teach_is_asked(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, engine = load({**tiny, "method": "dacs"}, "target.train=8"), Engine("cpu", quiet=True)
+    recipe, config = load({**tiny, "method": "dacs"}, "target.train=8"), TrainerConfig("cpu", quiet=True)
 
     def selection(known: float, asked: float) -> Selection:
         monkeypatch.setattr("overfly.adaptation.pipeline.familiarity", lambda *_: known)
         gate = Gate(known=asked)
-        return judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=gate)[1]
+        return judge(recipe, out=tmp_path, fabric=launch_fabric(recipe, config), config=config, gate=gate)[1]
 
     refused, taken = selection(0.6, 1.0), selection(0.6, 0.0)
     assert refused.reverse_validation is not None
@@ -325,8 +325,10 @@ def test_labels_of_target_pictures_that_the_source_has_too_are_counted(tiny: dic
 
 def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, Any], tmp_path: Path) -> None:
     recipe = load({**tiny, "method": "dacs", "steps": 1})
-    engine = Engine("cpu", quiet=True)
-    run, selection = judge(recipe, out=tmp_path, fabric=launch(recipe, engine), engine=engine, gate=Gate(margin=1.0))
+    config = TrainerConfig("cpu", quiet=True)
+    run, selection = judge(
+        recipe, out=tmp_path, fabric=launch_fabric(recipe, config), config=config, gate=Gate(margin=1.0)
+    )
     assert selection.recommended == "source only"
     before = Run.open(selection.candidates["source only"].run)
     story = card_content(run)

@@ -14,7 +14,7 @@ from overfly import cli
 from overfly.commands.predict import fingerprint, predict
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 
 sys.path.insert(0, str(Path(__file__).parent / "deploy"))
 
@@ -29,7 +29,7 @@ def overfly(*arguments: str | Path) -> int:
 
 @pytest.fixture
 def network(small: dict[str, Any], tmp_path: Path) -> Path:
-    return first_segmenter(load(small)).eval().save(tmp_path / "network.safetensors")
+    return initial_segmenter(load(small)).eval().save(tmp_path / "network.safetensors")
 
 
 def test_one_raster(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,7 @@ def test_python_takes_what_the_command_line_takes(network: Path, tmp_path: Path)
 
 
 def test_another_network_has_another_mark(network: Path, small: dict[str, Any], tmp_path: Path) -> None:
-    other = first_segmenter(load(small, "model=lraspp_mobilenet_v2")).save(tmp_path / "run" / "best.safetensors")
+    other = initial_segmenter(load(small, "model=lraspp_mobilenet_v2")).save(tmp_path / "run" / "best.safetensors")
     assert fingerprint(network) != fingerprint(other)
     assert fingerprint(other) == fingerprint(tmp_path / "run")
     assert np.unique([fingerprint(network), fingerprint(network)]).size == 1

@@ -68,10 +68,10 @@ def test_a_flight_is_made_and_watched(network: object, tmp_path: Path, capsys: p
 
 def test_a_trained_run_watches_a_folder(tmp_path: Path, recipe: object, capsys: pytest.CaptureFixture[str]) -> None:
     from overfly.recipe import Recipe
-    from overfly.training.setup import first_segmenter
+    from overfly.training.setup import initial_segmenter
 
     assert isinstance(recipe, Recipe)
-    weights = first_segmenter(recipe).save(tmp_path / "net.safetensors")
+    weights = initial_segmenter(recipe).save(tmp_path / "net.safetensors")
     frames = tmp_path / "frames"
     frames.mkdir()
     for index in range(3):

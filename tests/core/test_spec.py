@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from overfly.core.optimizers import SGD, AdamW, Cosine, OneCycle, Optim, Poly, Schedule, StepDecay, set_rate
+from overfly.core.optimizers import SGD, AdamW, Cosine, OneCycle, Optim, Poly, Schedule, StepDecay, set_learning_rate
 from overfly.core.spec import Choice, Spec, load_plugins
 
 
@@ -113,7 +113,7 @@ def test_the_head_learns_faster_and_norms_are_spared() -> None:
     assert rates["1.weight"] == rates["0.bias"] == (0.1, 0.0)
     assert rates["2.weight"] == (1.0, 0.5)
     assert len(rates) == len(list(module.parameters()))
-    set_rate([optimizer], 0.5)
+    set_learning_rate([optimizer], 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.05, 0.5}
 
 

@@ -23,7 +23,7 @@ from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch
 from overfly.models import names
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 from random_networks import random_network
 
 SIDE = 64
@@ -153,7 +153,7 @@ def test_integers_are_calibrated_on_the_images(recipe: Recipe, tmp_path: Path, k
 
 def test_integers_are_not_for_torch(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(OverflyError, match="onnx or openvino"):
-        shipped(first_segmenter(recipe), ExportSettings(format="torch", precision="int8"), tmp_path)
+        shipped(initial_segmenter(recipe), ExportSettings(format="torch", precision="int8"), tmp_path)
 
 
 def test_a_file_that_differs_is_not_there_and_the_layer_is_named(

@@ -12,16 +12,16 @@ from overfly.methods.fda import FDA
 from overfly.methods.method import Method
 from overfly.methods.source_only import SourceOnly
 from overfly.recipe import load
-from overfly.training.setup import first_segmenter, streams
+from overfly.training.setup import initial_segmenter, training_streams
 
 
 def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> None:
     recipe = load(small, "method=fda")
-    batch = BatchDataset(*streams(recipe)).batch(0)
+    batch = BatchDataset(*training_streams(recipe)).batch(0)
     batch = batch._replace(target=batch.source.image)
     methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColorTransfer(), ColorTransfer(per_image=True)]
     for method in methods:
-        nets = method.networks(first_segmenter(recipe)).train()
+        nets = method.networks(initial_segmenter(recipe)).train()
         shown: list[torch.Tensor] = []
         nets.student.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))
         found = method.losses(nets, batch)
@@ -31,10 +31,10 @@ def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> N
 
 def test_images_stay_in_the_sensors_range_and_labels_as_they_are(small: dict[str, Any]) -> None:
     recipe = load(small, "method=fda")
-    batch = BatchDataset(*streams(recipe)).batch(0)
+    batch = BatchDataset(*training_streams(recipe)).batch(0)
     batch = batch._replace(target=255 - batch.target)
     for method in (FDA(beta=0.09), ColorTransfer()):
-        nets = method.networks(first_segmenter(recipe)).train()
+        nets = method.networks(initial_segmenter(recipe)).train()
         shown: list[torch.Tensor] = []
         nets.student.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))
         losses = method.losses(nets, batch)

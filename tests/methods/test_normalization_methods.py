@@ -20,8 +20,8 @@ from overfly.methods.tent import Tent
 from overfly.methods.transnorm import TransferableNorm, TransNorm
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
-from overfly.training.setup import first_segmenter, streams
-from overfly.training.train_recipe import weights_of
+from overfly.training.setup import initial_segmenter, training_streams
+from overfly.training.train_recipe import resolve_start
 
 Case = tuple[Recipe, Batch]
 
@@ -29,12 +29,12 @@ Case = tuple[Recipe, Batch]
 @pytest.fixture
 def case(small: dict[str, Any]) -> Case:
     recipe = load(small, "method=dacs")
-    return recipe, BatchDataset(*streams(recipe)).batch(0)
+    return recipe, BatchDataset(*training_streams(recipe)).batch(0)
 
 
 def stepped(method: Method[Any], case: Case, steps: int = 2) -> Any:
     """Networks after a few steps of plain descent."""
-    nets = method.networks(first_segmenter(case[0])).train()
+    nets = method.networks(initial_segmenter(case[0])).train()
     optimizers = method.optimizers(nets, case[0].optim)
     for step in range(steps):
         losses = method.losses(nets, case[1])
@@ -49,7 +49,7 @@ def stepped(method: Method[Any], case: Case, steps: int = 2) -> Any:
 
 def test_a_share_of_0_leaves_the_network_as_it_was_and_of_1_is_adabn(case: Case) -> None:
     torch.manual_seed(0)
-    segmenter = first_segmenter(case[0])
+    segmenter = initial_segmenter(case[0])
     found = {}
     for share in (0.0, 0.5, 1.0):
         method = Recalibrate(share=share)
@@ -57,7 +57,7 @@ def test_a_share_of_0_leaves_the_network_as_it_was_and_of_1_is_adabn(case: Case)
         found[share] = method.deployed(stepped(method, case)).state_dict()
     segmenter.load_state_dict(found[0.0])
     torch.manual_seed(0)
-    start = first_segmenter(case[0]).state_dict()
+    start = initial_segmenter(case[0]).state_dict()
     assert all(torch.equal(value, start[key]) for key, value in found[0.0].items())
     for key, value in found[0.5].items():
         if "running" in key:
@@ -69,7 +69,7 @@ def test_a_share_of_0_leaves_the_network_as_it_was_and_of_1_is_adabn(case: Case)
 
 def test_tent_moves_scales_shifts_and_statistics_alone(case: Case) -> None:
     torch.manual_seed(0)
-    before = first_segmenter(case[0])
+    before = initial_segmenter(case[0])
     norms = {name for name, part in before.named_modules() if isinstance(part, nn.BatchNorm2d)}
     torch.manual_seed(0)
     after = stepped(Tent(), case).student.state_dict()
@@ -112,7 +112,7 @@ def test_what_is_deployed_is_an_ordinary_network_with_equal_outputs(
     nets = stepped(method, case)
     deployed = method.deployed(nets).eval()
     assert isinstance(deployed, Segmenter)
-    assert deployed.state_dict().keys() == first_segmenter(case[0]).state_dict().keys()
+    assert deployed.state_dict().keys() == initial_segmenter(case[0]).state_dict().keys()
     loaded = Segmenter.load(deployed.save(tmp_path / "deployed.safetensors")).eval()
     image = case[1].target
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_transferable_normalization_by_the_papers_formula() -> None:
 
 
 def test_distillation_costs_nothing_where_the_student_is_its_teacher(case: Case, tmp_path: Path) -> None:
-    file = first_segmenter(case[0]).save(tmp_path / "teacher.safetensors")
+    file = initial_segmenter(case[0]).save(tmp_path / "teacher.safetensors")
     method = Distill(teacher=file)
     nets = method.networks(Segmenter.load(file))
     nets.eval()
@@ -161,17 +161,17 @@ def test_distillation_costs_nothing_where_the_student_is_its_teacher(case: Case,
 
 def test_distillation_reads_the_source_only_where_there_is_one(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load(small)
-    file = first_segmenter(recipe).save(tmp_path / "teacher.safetensors")
+    file = initial_segmenter(recipe).save(tmp_path / "teacher.safetensors")
     method = {"name": "distill", "teacher": str(file)}
     with_source = load({**small, "method": method})
     assert load(with_source.model_dump(mode="json")) == with_source
-    assert streams(with_source)[0] is not None
+    assert training_streams(with_source)[0] is not None
     unlabeled = load({**small, "source": None, "start": str(file), "method": method, "model": recipe.model.name})
-    assert streams(unlabeled)[0] is None
+    assert training_streams(unlabeled)[0] is None
 
 
 def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[str, Any], tmp_path: Path) -> None:
-    student = first_segmenter(load(small))
+    student = initial_segmenter(load(small))
     with pytest.raises(RecipeError, match=r"method\.teacher: there is no trained network at .*nowhere"):
         Distill(teacher=tmp_path / "nowhere").networks(student)
     with pytest.raises(RecipeError, match=r"method\.teacher: there is no trained network"):
@@ -181,9 +181,9 @@ def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[s
     student.classes = other
     with pytest.raises(RecipeError, match="of the same classes, bands and range"):
         Distill(teacher=file).networks(student)
-    wide = first_segmenter(load(small))
+    wide = initial_segmenter(load(small))
     wide.max_value = 65535.0
     with pytest.raises(RecipeError, match=r"3 bands up to 255 and .*, the student 3 up to 65535 and"):
         Distill(teacher=file).networks(wide)
     with pytest.raises(RecipeError, match="is not there"):
-        weights_of(tmp_path / "nowhere")
+        resolve_start(tmp_path / "nowhere")

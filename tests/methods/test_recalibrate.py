@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from overfly.ops.normalization import batch_norms, reset_statistics, updating_statistics
 from overfly.recipe import load
 from overfly.training.run import Run
-from overfly.training.setup import first_segmenter, streams
+from overfly.training.setup import initial_segmenter, training_streams
 
 
 def test_statistics_are_the_plain_average_over_all_batches() -> None:
@@ -47,9 +47,9 @@ def test_recalibration_moves_statistics_alone(small: dict[str, Any], tmp_path: P
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved
     assert all(key.rsplit(".", 1)[1] in ("running_mean", "running_var", "num_batches_tracked") for key in moved)
-    expected = first_segmenter(recipe, Run.find(tmp_path, recipe.start).weights)  # type: ignore[arg-type,union-attr]
+    expected = initial_segmenter(recipe, Run.find(tmp_path, recipe.start).weights)  # type: ignore[arg-type,union-attr]
     reset_statistics(expected)
-    _, target = streams(recipe)
+    _, target = training_streams(recipe)
     assert target is not None
     with updating_statistics(expected), torch.no_grad():
         for step in range(2):
@@ -60,6 +60,6 @@ def test_recalibration_moves_statistics_alone(small: dict[str, Any], tmp_path: P
 
 
 def test_target_items_carry_no_labels(small: dict[str, Any]) -> None:
-    _, target = streams(load({"start": small, "target": small["target"], "method": "recalibrate", "crop": 64}))
+    _, target = training_streams(load({"start": small, "target": small["target"], "method": "recalibrate", "crop": 64}))
     assert target is not None
     assert all(item.label is None for item in target.items)

@@ -24,7 +24,7 @@ from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral
 from overfly.ops.normalization import batch_norms
 from overfly.recipe import Recipe, load
-from overfly.training.setup import first_segmenter, streams
+from overfly.training.setup import initial_segmenter, training_streams
 
 TEACHERS = ["cbst", "dacs", "daformer", "dsbn", "iast", "mic", "source_free"]
 NODATA_METHODS = ["minent", "cbst", "distill", "dsbn", "iast", "multiscale_self_training", "source_free", "tent"]
@@ -34,7 +34,7 @@ Case = tuple[Recipe, Batch]
 @pytest.fixture
 def case(small: dict[str, Any]) -> Case:
     recipe = load(small, "method=dacs")
-    return recipe, Steps(*streams(recipe)).batch(0)
+    return recipe, Steps(*training_streams(recipe)).batch(0)
 
 
 class Seen:
@@ -48,7 +48,7 @@ class Seen:
 def run(method: Method[Any], case: Case, teach: Tensor | None = None) -> tuple[Any, Seen, dict[str, Tensor]]:
     """One step's losses, with a teacher whose scores may be given."""
     torch.manual_seed(0)
-    nets = method.networks(first_segmenter(case[0])).train()
+    nets = method.networks(initial_segmenter(case[0])).train()
     if teach is not None:
         nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
     seen = Seen(nets)
@@ -66,13 +66,13 @@ def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
     name: str, recipe_of: Callable[..., Recipe]
 ) -> None:
     recipe = recipe_of(name)
-    nets = recipe.method.networks(first_segmenter(recipe)).train()
+    nets = recipe.method.networks(initial_segmenter(recipe)).train()
     assert isinstance(nets, TeacherStudent)
     assert not any(part.training for part in nets.teacher.modules())
     assert not any(weight.requires_grad for weight in nets.teacher.parameters())
     seen = Seen(nets)
     before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}
-    recipe.method.losses(nets, Steps(*streams(recipe)).batch(0))
+    recipe.method.losses(nets, Steps(*training_streams(recipe)).batch(0))
     assert len(seen.images) == (2 if name == "mic" else 1)  # covered images apart
     assert all(torch.equal(value, before[key]) for key, value in nets.teacher.state_dict().items())
     recipe.method.after_step(nets, 0)
@@ -91,7 +91,7 @@ def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: C
     (image, label), target, _ = case[1]
     pseudo = torch.randint(0, 7, label.shape)
     method = DACS(strong_augment=())
-    nets = method.networks(first_segmenter(case[0])).train()
+    nets = method.networks(initial_segmenter(case[0])).train()
     nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=scores_of(pseudo, sure)))
     torch.manual_seed(0)
     mix = method.mix(nets, case[1])
@@ -142,7 +142,7 @@ def test_local_quality_weighs_pixel_by_pixel(case: Case) -> None:
     teach = scores_of(label, 50.0)
     teach[..., :32] = 0  # the left half is not sure
     method = GCWLDQ(strong_augment=())
-    nets = method.networks(first_segmenter(case[0])).train()
+    nets = method.networks(initial_segmenter(case[0])).train()
     nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
     mix = method.mix(nets, case[1])
     assert (mix.pseudo_weight[:, :, :29] == 0).all()
@@ -159,7 +159,7 @@ def test_warm_up_is_the_source_alone(case: Case) -> None:
 
 def test_daformer_stays_near_its_beginning(case: Case) -> None:
     method = DAFormer()
-    nets = method.networks(first_segmenter(case[0])).train()
+    nets = method.networks(initial_segmenter(case[0])).train()
     assert isinstance(nets, AnchoredNetworks)
     assert not any(part.training for part in nets.anchor.modules())
     nets.student.eval()
@@ -225,7 +225,7 @@ def test_iast_regularizes_by_a_mean_over_pixels_and_classes(case: Case) -> None:
     teach = torch.where(kept[:, None], scores_of(label, 50.0), scores_of(label, 1.0))
     said = torch.randn(2 * len(label), 7, *label.shape[1:], generator=torch.Generator().manual_seed(1))
     method = IAST()
-    nets = method.networks(first_segmenter(case[0])).train()
+    nets = method.networks(initial_segmenter(case[0])).train()
     nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
     nets.student.register_forward_hook(lambda *given: given[2]._replace(main=said))
     losses = method.losses(nets, case[1])
@@ -251,7 +251,7 @@ def test_source_free_keeps_the_statistics_that_nothing_else_remembers(
     case: Case, statistics: Literal["frozen", "batch"], same: bool
 ) -> None:
     method = SourceFree(statistics=statistics)
-    nets = method.networks(first_segmenter(case[0])).train()
+    nets = method.networks(initial_segmenter(case[0])).train()
     before = {name: value.clone() for name, value in nets.student.named_buffers() if "running" in name}
     method.losses(nets, case[1])
     now = dict(nets.student.named_buffers())
@@ -261,7 +261,7 @@ def test_source_free_keeps_the_statistics_that_nothing_else_remembers(
 
 def test_the_source_free_teacher_sees_several_sizes_and_what_it_says_often_is_dearer(case: Case) -> None:
     method = SourceFree(share=1.0)
-    nets = method.networks(first_segmenter(case[0])).train()
+    nets = method.networks(initial_segmenter(case[0])).train()
     sides: list[int] = []
     nets.teacher.register_forward_pre_hook(lambda _, given: sides.append(given[0].shape[-1]))
     said = torch.zeros(1, 7, 1, 1)
@@ -282,9 +282,9 @@ def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_
     recipe = recipe_of(name)
     changes = {"mix_share": 0.0} if name == "multiscale_self_training" else {}
     method = recipe.method.model_copy(update=changes)
-    nets = method.networks(first_segmenter(recipe)).train()
+    nets = method.networks(initial_segmenter(recipe)).train()
     before = {key: value.clone() for key, value in nets.named_buffers() if key in {"thresholds", "class_prior"}}
-    batch = Steps(*streams(recipe)).batch(0)
+    batch = Steps(*training_streams(recipe)).batch(0)
     torch.manual_seed(0)
     measured = dict(method.losses(nets, batch))
     for key, value in before.items():

@@ -45,7 +45,7 @@ def test_draws_what_there_is(tmp_path: Path, kept: str) -> None:
         assert float(str(darkest)) < 100
 
 
-def test_an_empty_journal_is_said(tmp_path: Path) -> None:
+def test_an_empty_log_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no figures yet"):
         curves([{"step": 1, "event": "not finite"}], tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from conftest import REPOSITORY
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
-from overfly.training.engine import Engine, processes
+from overfly.training.engine import TrainerConfig, process_counts
 
 PLAIN = '''
 """A network without batch normalization, whose gradient does not depend on how a batch is shared; then the command."""
@@ -87,16 +87,16 @@ def test_two_machines_end_where_one_process_ends_with_the_same_batch(small: dict
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
-    journal = next((tmp_path / "one").glob("*/journal.jsonl")).read_text().splitlines()
-    losses = [json.loads(line)["main"] for line in journal]
+    log = next((tmp_path / "one").glob("*/log.jsonl")).read_text().splitlines()
+    losses = [json.loads(line)["main"] for line in log]
     assert losses[-1] < losses[0]  # there was something to learn
 
 
 def test_how_many_processes_torchrun_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert processes(Engine(devices=3)) == (3, 1)
+    assert process_counts(TrainerConfig(devices=3)) == (3, 1)
     for name, value in {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12"}.items():
         monkeypatch.setenv(name, value)
-    assert processes(Engine()) == (4, 3)
-    assert processes(Engine(devices=4)) == (4, 3)
+    assert process_counts(TrainerConfig()) == (4, 3)
+    assert process_counts(TrainerConfig(devices=4)) == (4, 3)
     with pytest.raises(RecipeError, match="torchrun starts 4 processes here, not --devices 2"):
-        processes(Engine(devices=2))
+        process_counts(TrainerConfig(devices=2))

@@ -9,7 +9,7 @@ from lightning_fabric.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim import SGD
 
-from overfly.training.optimizer_step import move
+from overfly.training.trainer import optimizer_step
 
 
 class Two(nn.Module):
@@ -29,7 +29,7 @@ def scaled(first: float, second: float | None, clip: float | None) -> tuple[Two,
     scaler.scale(torch.zeros(()))  # makes the scale known
     module.one.grad = torch.tensor(first) * scaler.get_scale()
     module.other.grad = None if second is None else torch.tensor(second) * scaler.get_scale()
-    move(fabric, module, optimizers, clip)
+    optimizer_step(fabric, module, optimizers, clip)
     return module, scaler
 
 

@@ -24,10 +24,10 @@ from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
 from overfly.models.network import build
 from overfly.recipe import Recipe, load
-from overfly.training.engine import arithmetic, hasten
+from overfly.training.engine import apply_performance_settings, effective_precision
 from overfly.training.run import Run
-from overfly.training.setup import first_segmenter, streams
-from overfly.training.trainer import Training
+from overfly.training.setup import initial_segmenter, training_streams
+from overfly.training.trainer import Trainer
 
 
 def weights(run: Run) -> dict[str, Tensor]:
@@ -67,25 +67,25 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(small: dict[str, Any], tmp_p
     )  # fmt: skip
     STOPPED.clear()
     with pytest.raises(KeyboardInterrupt):
-        trained(recipe, tmp_path / "cut", checkpoint_every=2, journal_every=1)
-    cut = trained(recipe, tmp_path / "cut", checkpoint_every=2, journal_every=1)
-    whole = trained(recipe, tmp_path / "whole", checkpoint_every=100, journal_every=1)
+        trained(recipe, tmp_path / "cut", checkpoint_every=2, log_every=1)
+    cut = trained(recipe, tmp_path / "cut", checkpoint_every=2, log_every=1)
+    whole = trained(recipe, tmp_path / "whole", checkpoint_every=100, log_every=1)
     assert equal(cut, whole)
-    rows = [[row for row in run.journal.rows() if "event" not in row] for run in (cut, whole)]
+    rows = [[row for row in run.log.rows() if "event" not in row] for run in (cut, whole)]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5]
 
 
 def kill_and_resume(recipe: Path, out: Path, devices: int, after: int) -> None:
-    """Train in a process of its own, kill -9 it once the journal has ``after`` lines, then let it finish."""
+    """Train in a process of its own, kill -9 it once the log has ``after`` lines, then let it finish."""
     command = [sys.executable, "-m", "overfly.cli", "train", str(recipe), "--out", str(out), "--device", "cpu"]
     command += ["--devices", str(devices), "--checkpoint-every", "2", "--log-every", "1", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
-        journals = list(out.glob("*/journal.jsonl"))
-        if journals and len(journals[0].read_text().splitlines()) >= after:
+        logs = list(out.glob("*/log.jsonl"))
+        if logs and len(logs[0].read_text().splitlines()) >= after:
             break
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert not run.finished
     names = str(caught.value).split("pictures: ")[1].split(")")[0].split(", ")
     assert len(names) == 2
-    assert any(row.get("event") == "not finite" and row["items"] == ", ".join(names) for row in run.journal.rows())
+    assert any(row.get("event") == "not finite" and row["items"] == ", ".join(names) for row in run.log.rows())
 
 
 def test_a_finished_run_is_not_trained_again_and_another_recipe_never_overwrites(
@@ -168,8 +168,8 @@ def test_the_recipe_in_the_folder_runs_it_again(recipe: Recipe, tmp_path: Path) 
 
 def test_best_by_source_validation_and_early_stop(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load(small, "validation.every=1", "validation.patience=2", "optim.lr=1e-9", "steps=20")
-    run = trained(recipe, tmp_path, journal_every=1)
-    rows = [row for row in run.journal.rows() if row.get("event") == "validation"]
+    run = trained(recipe, tmp_path, log_every=1)
+    rows = [row for row in run.log.rows() if row.get("event") == "validation"]
     assert 3 <= len(rows) < 20
     values = [row["source_miou"] for row in rows]
     assert max(values[:-2]) >= max(values[-2:])
@@ -185,13 +185,13 @@ def test_nothing_is_left_behind_where_the_data_is_missing(small: dict[str, Any],
 
 
 def test_a_second_process_is_kept_out(recipe: Recipe, tmp_path: Path) -> None:
-    run = Run.place(tmp_path, recipe)
-    with run.locked(), pytest.raises(RunError, match="another process"):
+    run = Run.open_or_create(tmp_path, recipe)
+    with run.lock(), pytest.raises(RunError, match="another process"):
         trained(recipe, tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(recipe: Recipe, tmp_path: Path) -> None:
-    run = Run.place(tmp_path, recipe)
+    run = Run.open_or_create(tmp_path, recipe)
     run.checkpoint.write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(RunError, match=r"last\.ckpt cannot be resumed from"):
         trained(recipe, tmp_path)
@@ -214,10 +214,10 @@ def test_a_processor_without_kernels_of_16_bits_computes_in_32(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = torch.device("cpu")
-    assert arithmetic("32", cpu) == "32"
-    assert arithmetic("bf16", torch.device("cuda")) == "bf16"
+    assert effective_precision("32", cpu) == "32"
+    assert effective_precision("bf16", torch.device("cuda")) == "bf16"
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert arithmetic("bf16", cpu) == "32"
+    assert effective_precision("bf16", cpu) == "32"
     run = trained(load(small, "precision=bf16"), tmp_path)
     assert run.machine["precision"] == "32"
 
@@ -226,7 +226,7 @@ def test_mixed_precision_keeps_channels_last_and_says_the_same() -> None:
     network = build("pidnet_s", 7).eval().double()
     image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     before = network(image).main
-    hasten(network, [], "bf16", torch.device("cpu"))
+    apply_performance_settings(network, [], "bf16", torch.device("cpu"))
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.dim() == 4)
     torch.testing.assert_close(network(image).main, before)
 
@@ -239,7 +239,7 @@ def test_an_optimizer_made_faster_takes_the_same_steps(optim: Optim) -> None:
         net = nn.Linear(3, 2)
         optimizer = optim.optimizer(net)
         if faster:
-            hasten(net, [optimizer], "32", torch.device("cpu"))
+            apply_performance_settings(net, [optimizer], "32", torch.device("cpu"))
         for _ in range(5):
             net(torch.ones(1, 3)).square().sum().backward()
             optimizer.step()
@@ -256,16 +256,16 @@ def test_every_method_is_resumed_exactly(name: str, recipe_of: Callable[..., Rec
     recipe = recipe_of(name, steps=4)
     whole = trained(recipe, tmp_path / "whole")
     saves: list[int] = []
-    original = Training.save
+    original = Trainer.save
 
-    def stop_after_two(self: Training) -> None:
+    def stop_after_two(self: Trainer) -> None:
         original(self)
         if self.state["step"] == 2 and self.recipe == recipe:
             saves.append(2)
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "save", stop_after_two)
+        patch.setattr(Trainer, "save", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             trained(recipe, tmp_path / "cut", checkpoint_every=2)
     assert saves == [2]
@@ -279,8 +279,8 @@ def test_every_weight_that_a_method_trains_gets_a_gradient(
     name: str, recipe_of: Callable[..., Recipe], small: dict[str, Any]
 ) -> None:
     recipe = recipe_of(name, batch=4)
-    source, target = streams(recipe)
-    nets = recipe.method.networks(first_segmenter(load(small)))
+    source, target = training_streams(recipe)
+    nets = recipe.method.networks(initial_segmenter(load(small)))
     optimizers = recipe.method.optimizers(nets, recipe.optim)
     wanted = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
     trains = {key: parameter for key, parameter in nets.named_parameters() if id(parameter) in wanted}

@@ -21,9 +21,9 @@ from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
 from overfly.training.run import Run
-from overfly.training.setup import first_segmenter
-from overfly.training.trainer import Training
-from overfly.training.validation import label_free_metrics_at, reference, source_miou_at
+from overfly.training.setup import initial_segmenter
+from overfly.training.trainer import Trainer
+from overfly.training.validation import label_free_metrics_at, logged_source_miou, reference
 
 WATCHED = ("validation.every=2", "validation.target=true", "validation.keep_all=true", "steps=4", "optim.lr=1e-5",
            "target.train=2", "source.val=1")  # fmt: skip
@@ -49,18 +49,18 @@ def _blind(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_blind")
 def test_every_validation_is_written_down_and_kept(small: dict[str, Any], tmp_path: Path) -> None:
     run = trained(load(small, *WATCHED), tmp_path)
-    rows = list(run.journal.rows())
-    assert list(run.kept) == [2, 4]
-    for step, file in run.kept.items():
+    rows = list(run.log.rows())
+    assert list(run.validation_weights) == [2, 4]
+    for step, file in run.validation_weights.items():
         found = label_free_metrics_at(rows, step)
         assert found is not None
-        assert found.source_miou == source_miou_at(rows, step)
-        assert (found.labels_opened, found.pictures) == (0, 2)
+        assert found.source_miou == logged_source_miou(rows, step)
+        assert (found.labels_opened, found.images) == (0, 2)
         assert {name for name in VALIDATORS if found.figures()[name] is None} == {"agreement", "consensus"}
         assert Segmenter.load(file).classes == run.recipe.domain("source").classes
     assert label_free_metrics_at(rows, 3) is None
-    best = max(run.kept, key=lambda step: source_miou_at(rows, step) or 0)
-    assert all(torch.equal(load_file(run.weights)[k], v) for k, v in load_file(run.kept[best]).items())
+    best = max(run.validation_weights, key=lambda step: logged_source_miou(rows, step) or 0)
+    assert all(torch.equal(load_file(run.weights)[k], v) for k, v in load_file(run.validation_weights[best]).items())
 
 
 def test_watching_changes_nothing_and_resumes_exactly(small: dict[str, Any], tmp_path: Path) -> None:
@@ -68,32 +68,32 @@ def test_watching_changes_nothing_and_resumes_exactly(small: dict[str, Any], tmp
     whole = trained(recipe, tmp_path / "whole")
     blind = trained(load(recipe, "validation.target=false", "validation.keep_all=false"), tmp_path / "blind")
     assert all(torch.equal(load_file(blind.weights)[k], v) for k, v in load_file(whole.weights).items())
-    original = Training.save
+    original = Trainer.save
 
-    def dies(self: Training) -> None:
+    def dies(self: Trainer) -> None:
         if self.state["step"] == 4:
             raise KeyboardInterrupt
         original(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "save", dies)
+        patch.setattr(Trainer, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             trained(recipe, tmp_path / "cut", checkpoint_every=2)
     cut = trained(recipe, tmp_path / "cut", checkpoint_every=2)
-    rows = [[row for row in run.journal.rows() if "event" in row] for run in (cut, whole)]
+    rows = [[row for row in run.log.rows() if "event" in row] for run in (cut, whole)]
     assert rows[0] == rows[1]
-    for step, file in whole.kept.items():
-        assert all(torch.equal(load_file(cut.kept[step])[k], v) for k, v in load_file(file).items())
+    for step, file in whole.validation_weights.items():
+        assert all(torch.equal(load_file(cut.validation_weights[step])[k], v) for k, v in load_file(file).items())
 
 
 def test_a_run_without_a_source_watches_the_target_alone(small: dict[str, Any], tmp_path: Path) -> None:
     start = trained(load(small), tmp_path)
     free = {"target": small["target"], "start": str(start.path), "method": "recalibrate", "batch": 2, "crop": 64}
     run = trained(load(free, *WATCHED[:-1]), tmp_path / "free")
-    found = label_free_metrics_at(list(run.journal.rows()), 4)
+    found = label_free_metrics_at(list(run.log.rows()), 4)
     assert found is not None
     assert found.source_miou is None
-    assert all(torch.equal(load_file(run.weights)[k], v) for k, v in load_file(run.kept[4]).items())
+    assert all(torch.equal(load_file(run.weights)[k], v) for k, v in load_file(run.validation_weights[4]).items())
 
 
 def test_what_a_network_is_compared_with() -> None:
@@ -126,9 +126,9 @@ def test_several_processes_write_what_one_would(small: dict[str, Any], tmp_path:
     command += ["--devices", "2", "--out", str(tmp_path / "runs"), "--quiet"]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=120)
     run = Run.open(next((tmp_path / "runs").glob("*/recipe.yaml")).parent)
-    rows = [row for row in run.journal.rows() if row.get("event") == "label-free"]
+    rows = [row for row in run.log.rows() if row.get("event") == "label-free"]
     assert [row["step"] for row in rows] == [2]
-    assert list(run.kept) == [2]
+    assert list(run.validation_weights) == [2]
 
 
 def test_no_network_is_compared_with_itself(recipe_of: Callable[..., Recipe]) -> None:
@@ -139,5 +139,5 @@ def test_no_network_is_compared_with_itself(recipe_of: Callable[..., Recipe]) ->
         ("source_only", False),
     ):
         recipe = recipe_of(name)
-        nets = recipe.method.networks(first_segmenter(recipe))
+        nets = recipe.method.networks(initial_segmenter(recipe))
         assert reference(recipe.method, nets) is (nets.student if student else None), name

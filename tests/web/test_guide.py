@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from offered import network, ramp
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from overfly.training.setup import first_segmenter
+from overfly.training.setup import initial_segmenter
 from overfly.web.config import Limits
 from overfly.web.server import Running, application, start
 
@@ -57,7 +57,7 @@ def test_the_python_of_the_guide_runs(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-    weights = first_segmenter(recipe).save(tmp_path / "network.safetensors")
+    weights = initial_segmenter(recipe).save(tmp_path / "network.safetensors")
     assert isinstance(Segmenter.load(weights), Segmenter)
     monkeypatch.chdir(tmp_path)
     code = block.replace("runs/NAME", "network.safetensors")

@@ -35,9 +35,9 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral, ScaleJitter
 from overfly.recipe import Recipe, load
-from overfly.training.engine import Engine, Step, launch
-from overfly.training.train_recipe import weights_of
-from overfly.training.trainer import prepare
+from overfly.training.engine import LossModule, TrainerConfig, launch_fabric
+from overfly.training.setup import prepare_training
+from overfly.training.train_recipe import resolve_start
 
 BUDGET = "30m"
 """The time that there is where nobody says."""
@@ -294,14 +294,14 @@ def step_seconds(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
     """Seconds of one step of a recipe on this device: forward and backward, after one to warm up, the median."""
     file = None
     if isinstance(recipe.start, Path):
-        file = weights_of(recipe.start)
-    prepared = prepare(recipe, fabric, Engine(quiet=True), file)
-    module = fabric.to_device(Step(recipe.method, prepared.nets))
+        file = resolve_start(recipe.start)
+    setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), file)
+    module = fabric.to_device(LossModule(recipe.method, setup.nets))
     module.train()
     found = []
     for number in range(repeats + 1):
         begun = time.monotonic()
-        batch = prepared.steps[number]
+        batch = setup.batches[number]
         if isinstance(batch, Exception):
             raise batch
         module.batch = fabric.to_device(batch)
@@ -316,7 +316,7 @@ def step_seconds(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
 
 def classes_from(start: Path) -> dict[str, Any]:
     """The classes and bands of a trained network, as settings of a folder."""
-    network = Segmenter.load(weights_of(start))
+    network = Segmenter.load(resolve_start(start))
     return {"classes": network.classes, "bands": network.bands, "max_value": network.max_value}
 
 
@@ -350,14 +350,14 @@ class Own:
 
 
 def of_folders(
-    own: Own, budget: str | None, engine: Engine, overrides: Sequence[str] = (), out: Path | None = None
+    own: Own, budget: str | None, config: TrainerConfig, overrides: Sequence[str] = (), out: Path | None = None
 ) -> list[Recipe]:
     """The recipes for two folders of one's own, or for a trained network and one folder.
 
     Args:
         own: the folders.
         budget: the time there is, such as 10m; None: `BUDGET`.
-        engine: the device that it is for.
+        config: with the device that it is for.
         overrides: settings to change in them.
         out: folder of the runs, where steps are kept for the same command again; None keeps none.
 
@@ -374,9 +374,9 @@ def of_folders(
     target = folder("B", own.images_b or Path(), settings)
     methods: Sequence[Method[Any]] = WAYS if source is not None else (SourceFree(),)
     first: Method[Any] = SourceOnly() if source is not None else methods[0]
-    fabric = launch(Recipe(target=target, start=own.start, source=source, method=first), engine)
+    fabric = launch_fabric(Recipe(target=target, start=own.start, source=source, method=first), config)
     found = propose(source, target, methods, overrides, start=own.start, budget=there_is, fabric=fabric, notes=out)
-    if fabric.is_global_zero and not engine.quiet:
+    if fabric.is_global_zero and not config.quiet:
         before, each = found[0].start, _length(found[0])
         first_of_all = f"{_length(before)} of source only, then " if isinstance(before, Recipe) else ""
         then = f"{len(found)} ways to adapt of {each} each" if len(found) > 1 else f"{each} of adaptation"

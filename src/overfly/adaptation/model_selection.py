@@ -26,9 +26,9 @@ from overfly.evaluation.label_free_metrics import (
 from overfly.evaluation.ranking import best, regret, spearman
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
-from overfly.training.evaluate import assess, labeled, recorded
+from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
 from overfly.training.run import Run
-from overfly.training.validation import source_miou_at
+from overfly.training.validation import logged_source_miou
 
 
 class Candidate(Spec):
@@ -122,7 +122,7 @@ def gather(paths: Sequence[Path | str]) -> list[Run]:
     for entry in map(Path, paths):
         folder = not (entry / "recipe.yaml").is_file() and entry.is_dir()
         runs = [Run(file.parent) for file in sorted(entry.glob("*/recipe.yaml"))] if folder else [Run.open(entry)]
-        runs = [run for run in runs if run.finished or run.kept]
+        runs = [run for run in runs if run.finished or run.validation_weights]
         if not runs:
             raise RunError(f"{entry} has no trained network to choose from; give finished runs or a folder of them")
         found |= {run.path.resolve(): run for run in runs}
@@ -133,7 +133,10 @@ def places(runs: Sequence[Run]) -> list[Place]:
     """Every network of some runs, each once: kept validations in order, then what the run ended in if it is another."""
     found = []
     for run in runs:
-        own = [Place(run, step, final=run.finished and _same(run.weights, file)) for step, file in run.kept.items()]
+        own = [
+            Place(run, step, final=run.finished and _same(run.weights, file))
+            for step, file in run.validation_weights.items()
+        ]
         found += own if any(place.final for place in own) or not run.finished else [*own, Place(run, None, final=True)]
     return found
 
@@ -169,7 +172,7 @@ def rank(
     """
     _check_members(members)
     target = target_of(runs)
-    if study and not labeled(target, "val"):
+    if study and not has_labels(target, "val"):
         raise DataError(
             f"the target {target.title} has no labels in val, and a study needs them; leave out --with-labels"
         )
@@ -278,7 +281,7 @@ def _with_consensus(
 
 def _estimated(place: Place, network: nn.Module, target: Domain, sight: TargetImages) -> Estimate | None:
     recipe = place.run.recipe
-    if recipe.source is None or not labeled(recipe.source, "val"):
+    if recipe.source is None or not has_labels(recipe.source, "val"):
         return None
     return estimate(
         network, recipe.source, target, split=sight.split,
@@ -290,17 +293,19 @@ def _source_miou(place: Place, device: torch.device | str) -> float | None:
     """What the journal or ``scores.json`` holds; measured where neither does. None without a source."""
     run, source = place.run, place.run.recipe.source
     split = run.recipe.validation.split
-    if source is None or not labeled(source, split):
+    if source is None or not has_labels(source, split):
         return None
     if place.step is not None:
-        return source_miou_at(list(run.journal.rows()), place.step)
-    return (recorded(run, "source", split, source) or assess(run, source, "source", split, device=device)).miou
+        return logged_source_miou(list(run.log.rows()), place.step)
+    return (
+        stored_scores(run, "source", split, source) or evaluate_domain(run, source, "source", split, device=device)
+    ).miou
 
 
 def _truth(place: Place, target: Domain, device: torch.device | str) -> Scores:
     """Scores on the target; labels are opened once a network, as ``scores.json`` of its run counts."""
-    found = recorded(place.run, "target", "val", target, place.step)
-    return found or assess(place.run, target, "target", "val", device=device, checkpoint=place.step)
+    found = stored_scores(place.run, "target", "val", target, place.step)
+    return found or evaluate_domain(place.run, target, "target", "val", device=device, checkpoint=place.step)
 
 
 def _columns(candidates: Sequence[Candidate]) -> dict[str, list[float | None]]:

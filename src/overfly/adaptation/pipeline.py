@@ -33,11 +33,11 @@ from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from overfly.training.engine import Engine, on_main
-from overfly.training.evaluate import assess, labeled, recorded
+from overfly.training.engine import TrainerConfig, run_on_rank_zero
+from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
 from overfly.training.run import Run
-from overfly.training.train_recipe import carry_out, weights_of
-from overfly.training.trainer import prepare
+from overfly.training.setup import prepare_training
+from overfly.training.train_recipe import resolve_start, train_recipe
 
 RECALIBRATION = {"batch": 16, "steps": 25}
 """How much of the target the recalibrated network sees."""
@@ -144,7 +144,7 @@ def adapt(
     *others: Recipe,
     out: Path,
     fabric: Fabric,
-    engine: Engine,
+    config: TrainerConfig,
     gate: Gate | None = None,
     estimates: bool = True,
 ) -> tuple[Run, Selection]:
@@ -160,7 +160,7 @@ def adapt(
         others: other ways to adapt from the same start; which is best is said without labels, too.
         out: folder of the runs.
         fabric: launched.
-        engine: how, not what.
+        config: devices, intervals and output.
         gate: what a network must hold; left out, `Gate` by its defaults.
         estimates: whether to estimate each network's mIoU on the target.
 
@@ -172,11 +172,11 @@ def adapt(
     runs: dict[str, Run | Path] = {}
     for role, plan in plans.items():
         if isinstance(plan, Recipe):
-            runs[role] = carry_out(plan, out, fabric, engine)
+            runs[role] = train_recipe(plan, out, fabric, config)
         else:
-            runs[role] = Run.open(plan) if plan.is_dir() else weights_of(plan)
+            runs[role] = Run.open(plan) if plan.is_dir() else resolve_start(plan)
     ours = {role: run for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)}
-    selection = on_main(fabric, lambda: _judge(recipe, runs, gate or Gate(), fabric.device, estimates))
+    selection = run_on_rank_zero(fabric, lambda: _judge(recipe, runs, gate or Gate(), fabric.device, estimates))
     passed = [role for role in ours if not selection.candidates[role].rejections]
     adapted = ours[selection.recommended if selection.recommended in ours else (passed or list(ours))[0]]
     if fabric.is_global_zero:
@@ -200,10 +200,9 @@ def _check_all_can_start(recipes: Sequence[Recipe], fabric: Fabric) -> None:
         try:
             if recipe.source is not None:
                 for split in (recipe.validation.split, ESTIMATED_BY):
-                    labeled(recipe.source, split)
-            prepare(
-                recipe, fabric, Engine(quiet=True), weights_of(recipe.start) if isinstance(recipe.start, Path) else None
-            )
+                    has_labels(recipe.source, split)
+            start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
+            prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
         except OverflyError as error:
             if len(recipes) == 1:
                 raise
@@ -233,13 +232,13 @@ def _judge(
     for role, network in candidates.items():
         found = label_free_metrics(network, target, "train", reference=candidates[BEFORE], **sight)
         metrics[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
-        if estimates and recipe.source is not None and labeled(recipe.source, ESTIMATED_BY):
+        if estimates and recipe.source is not None and has_labels(recipe.source, ESTIMATED_BY):
             guesses[role] = estimate(network, recipe.source, target, **sight | {"limit": ESTIMATED_ON})
     known = taught = None
     if _held_out(recipe):
         source, held = recipe.domain("source"), recipe.validation.split
         known = familiarity(label_free_metrics(candidates[BEFORE], source, held, **sight), metrics[BEFORE])
-        if gate.familiar and labeled(source, "train") and labeled(source, held):
+        if gate.familiar and has_labels(source, "train") and has_labels(source, held):
             taught = reverse_validation(candidates[BEFORE], source, target, held, **sight)
     reasons = gate.refusals(BEFORE, metrics, known, taught)
     ours = {
@@ -304,11 +303,11 @@ def _network(run: Run | Path) -> Segmenter:
 def _source_miou(recipe: Recipe, run: Run | Path, device: torch.device) -> float | None:
     """MIoU on the source's held-out labels, of every network as the recipe scores; measured once of a run like it."""
     split = recipe.validation.split
-    if recipe.source is None or not labeled(recipe.source, split):
+    if recipe.source is None or not has_labels(recipe.source, split):
         return None
     if isinstance(run, Run) and (run.recipe.resize, run.recipe.window) == (recipe.resize, recipe.window):
-        found = recorded(run, "source", split, recipe.source)
-        return (found or assess(run, recipe.source, "source", split, device=device)).miou
+        found = stored_scores(run, "source", split, recipe.source)
+        return (found or evaluate_domain(run, recipe.source, "source", split, device=device)).miou
     network = _network(run)
     return score(network, recipe.source, split, resize=recipe.resize, window=recipe.window or None, device=device).miou
 
@@ -321,7 +320,7 @@ def _truth(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
     found = {}
     for key, domain in (("source", recipe.source), ("target", recipe.target)):
         for split in splits:
-            scores = recorded(run, key, split, domain) if domain is not None else None
+            scores = stored_scores(run, key, split, domain) if domain is not None else None
             if scores is not None:
                 found[f"{key}/{split}"] = scores.miou
     return found
@@ -341,7 +340,7 @@ def _keep(run: Run, selection: Selection, runs: Mapping[str, Run | Path], *, bes
             part.replace(file)
     else:
         file.unlink(missing_ok=True)
-    run.record("selection.json", selection.model_dump(mode="json"))
+    run.write_json("selection.json", selection.model_dump(mode="json"))
     page = run.path / "selection.md"
     with atomic_write(page) as part:
         part.write_text(selection.report(), encoding="utf-8")

@@ -100,12 +100,12 @@ def adapt(
     from overfly.adaptation.gate import Gate
     from overfly.commands.load_predictor import resolve_start
     from overfly.recipe import load
-    from overfly.training.engine import Engine, launch
+    from overfly.training.engine import TrainerConfig, launch_fabric
 
     def path(value: PathLike | None) -> Path | None:
         return None if value is None else Path(value)
 
-    engine = Engine(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
+    config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
     start = None if checkpoint is None else resolve_start(Path(checkpoint))
     own = auto_recipe.Own(path(source_images), path(source_masks), path(target_images), path(classes), start)
     recipes, settings = split_entries([*([] if recipe is None else [recipe]), *overrides])
@@ -114,9 +114,9 @@ def adapt(
     if recipes and budget is not None:
         raise RecipeError(f"--budget {budget} is for your own folders; a recipe sets its length with steps=…")
     values = [load(each, *settings) for each in recipes]
-    values = values or auto_recipe.of_folders(own, budget, engine, settings, Path(out))
+    values = values or auto_recipe.of_folders(own, budget, config, settings, Path(out))
     run, selection = pipeline.adapt(
-        *values, out=Path(out), fabric=launch(values[0], engine), engine=engine, estimates=estimate,
+        *values, out=Path(out), fabric=launch_fabric(values[0], config), config=config, estimates=estimate,
         gate=Gate(familiar=0.0) if skip_familiarity else None,
     )  # fmt: skip
     return AdaptResult(run.path, selection)

@@ -14,14 +14,14 @@ from overfly.core.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from overfly.benchmarking import Table
+    from overfly.benchmarking import BenchmarkTable
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
     """A benchmark's table."""
 
-    table: Table
+    table: BenchmarkTable
     folder: Path
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -70,10 +70,10 @@ def benchmark(
     from overfly import benchmarking
     from overfly.recipe import load
     from overfly.reporting.run_samples import draw
-    from overfly.training.engine import Engine, launch, on_main
+    from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
 
     overrides = [entry for entry in recipes if is_setting(entry)]
-    files = benchmarking.expand([entry for entry in recipes if entry not in overrides])
+    files = benchmarking.expand_recipe_paths([entry for entry in recipes if entry not in overrides])
     if not files:
         raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")
     numbers = parse_seeds(seeds)
@@ -83,14 +83,22 @@ def benchmark(
     for path in (out, folder):
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file; give --out and --table a folder")
-    engine = Engine(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
-    fabric = launch(load(files[0], *overrides), engine)
-    done = benchmarking.study(
-        files, overrides, numbers, out=out, fabric=fabric, engine=engine, split=split, draw=draw, workers=workers
+    config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
+    fabric = launch_fabric(load(files[0], *overrides), config)
+    done = benchmarking.run_benchmark(
+        files,
+        overrides,
+        numbers,
+        out=out,
+        fabric=fabric,
+        config=config,
+        split=split,
+        save_samples=draw,
+        workers=workers,
     )
     place = str(fabric.device)
-    result = on_main(
+    result = run_on_rank_zero(
         fabric, lambda: benchmarking.tabulate(done, numbers, split, size=size, device=place, changed=overrides)
     )
-    on_main(fabric, lambda: benchmarking.write(result, folder))
+    run_on_rank_zero(fabric, lambda: benchmarking.write(result, folder))
     return BenchmarkResult(result, folder)

@@ -11,12 +11,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from overfly.commands.arguments import load_domain, load_domains, pathlike
 from overfly.core.choices import Scene, Split
+from overfly.core.progress import Progress
 from overfly.data import check as checks
 from overfly.data.domain import SPLITS
 from overfly.data.download import Downloaded, download_loveda
 from overfly.data.statistics import Statistics, statistics
 from overfly.data.synthetic.domain import write_synthetic
-from overfly.training.progress import Transfers
 
 __all__ = ["data_check", "data_fetch", "data_stats", "data_synthesize"]
 
@@ -108,9 +108,9 @@ def data_fetch(
         What was fetched, and the license that it comes with.
     """
     del name
-    with Transfers() as shown:
+    with Progress("bytes") as progress:
         return download_loveda(
-            root, tuple(splits or SPLITS), base=base, progress=shown.update, keep_archives=keep_archives
+            root, tuple(splits or SPLITS), base=base, progress=progress.update, keep_archives=keep_archives
         )
 
 

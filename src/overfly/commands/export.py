@@ -30,7 +30,7 @@ from overfly.exporting.parity import LabeledSplit
 from overfly.exporting.predictor import Floats, ModelMetadata
 from overfly.ops.windows import cut, windows
 from overfly.recipe import Recipe
-from overfly.training.evaluate import labeled
+from overfly.training.evaluate import has_labels
 from overfly.training.run import Run
 
 __all__ = ["export", "hub_load", "hub_push"]
@@ -231,7 +231,7 @@ def _evidence(
     if settings.precision == "int8":
         calibration = list(patches(place, measured, CALIBRATION, window))
     labeled_split = None
-    if labels and labeled(place, "val"):
+    if labels and has_labels(place, "val"):
         labeled_split = LabeledSplit(place, "val", before, side, images)
     return EvaluationData(
         images=list(patches(place, shown, images, side or window)),
@@ -286,7 +286,7 @@ def _note_labels(run: Run, key: str, found: ExportReport) -> None:
     times = 1 + len(found.parity)
     counts["times"] += times
     counts["images"] += times * opened
-    run.record("scores.json", scores)
+    run.write_json("scores.json", scores)
 
 
 def card_content(run: Run) -> CardContent:

@@ -65,13 +65,13 @@ def train(
         The run's folder.
     """
     from overfly.recipe import load
-    from overfly.training.engine import Engine, launch
-    from overfly.training.train_recipe import carry_out
+    from overfly.training.engine import TrainerConfig, launch_fabric
+    from overfly.training.train_recipe import train_recipe
 
     if isinstance(recipe, Path | str) and (Path(recipe) / "recipe.yaml").is_file() and not overrides:
         out = Path(recipe)
     value = load(recipe, *overrides)
-    engine = Engine(
-        device, devices, workers, checkpoint_every, log_every, image_cache(cache), track=tensorboard, quiet=quiet
+    config = TrainerConfig(
+        device, devices, workers, checkpoint_every, log_every, image_cache(cache), tensorboard=tensorboard, quiet=quiet
     )
-    return TrainResult(carry_out(value, Path(out), launch(value, engine), engine).path)
+    return TrainResult(train_recipe(value, Path(out), launch_fabric(value, config), config).path)

@@ -181,8 +181,8 @@ class OneCycle(Schedule, name="one_cycle"):
         return self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
-    """Set every group's rate to ``factor`` of its top."""
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set the learning rate of each group to ``factor`` times its maximum."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -199,5 +199,5 @@ __all__ = [
     "Poly",
     "Schedule",
     "StepDecay",
-    "set_rate",
+    "set_learning_rate",
 ]

@@ -87,6 +87,6 @@ class Logits(NamedTuple):
 
 
 Losses = Mapping[str, Tensor]
-"""Named scalar terms. The step minimizes their sum and the journal keeps each."""
+"""Named scalar terms. The step minimizes their sum and the log keeps each."""
 
 UInt8 = NDArray[np.uint8]

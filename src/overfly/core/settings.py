@@ -1,29 +1,31 @@
-"""Settings as text: YAML files, and ``key=value`` changes to what they hold."""
+"""Settings as text: YAML files, ``key=value`` overrides, and messages for invalid values."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from overfly.core.errors import RecipeError
+from overfly.core.spec import Spec
 
 OPTIONS = ("cache", "checkpoint-every", "device", "devices", "out", "seeds", "split", "workers")
-"""Options of commands that are taken for settings now and then."""
+"""Options of commands that are likely to be given as settings."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written 1e-3, which YAML 1.1 takes for a word, and whose keys stand once."""
+    """YAML with 1e-3 as a number, which YAML 1.1 reads as text, and an error for duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for place, key in enumerate(keys) if key in keys[:place]]
-        if twice:
-            raise yaml.YAMLError(f"{twice[0]} stands twice, again in line {node.start_mark.line + 1} or below")
+        duplicates = [key for index, key in enumerate(keys) if key in keys[:index]]
+        if duplicates:
+            raise yaml.YAMLError(f"duplicate key {duplicates[0]} in line {node.start_mark.line + 1} or below")
         return super().construct_mapping(node, deep)
 
 
@@ -32,11 +34,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse(text: str) -> Any:
-    """A value written as YAML.
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML value.
 
     Raises:
-        yaml.YAMLError: it is none, or is nested too deeply.
+        yaml.YAMLError: the text is not YAML, or is nested too deeply.
     """
     if max(map(text.count, "[{")) > 1000:
         raise yaml.YAMLError("it is nested too deeply")
@@ -44,24 +46,24 @@ def parse(text: str) -> Any:
 
 
 def read_mapping(path: Path, kind: str = "recipe") -> dict[str, Any]:
-    """The settings that a YAML file holds.
+    """Read the settings in a YAML file.
 
     Args:
         path: of the file.
-        kind: what it should be, for the sentence that says it is not.
+        kind: of the file, for messages.
 
     Raises:
-        RecipeError: the file is missing, or not YAML, or no mapping.
+        RecipeError: the file is missing, or not YAML, or not a mapping.
     """
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path} is not there; give the file of a {kind}") from None
+        raise RecipeError(f"{path} does not exist; give the file of a {kind}") from None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path} cannot be read as YAML ({reason}); correct it and try again") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no settings; a {kind} is a YAML mapping of settings such as 'name: value'")
+        raise RecipeError(f"{path} is not a {kind}; write a YAML mapping of settings, such as 'name: value'")
     return cast(dict[str, Any], values)
 
 
@@ -73,17 +75,17 @@ def set_value(values: dict[str, Any], override: str) -> None:
         override: ``dotted.key=value``, the value as YAML.
 
     Raises:
-        RecipeError: this is no key=value, or the key leads through a plain value.
+        RecipeError: the override is not key=value, or its key leads through a plain value.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"{override!r} changes no setting; write key=value, such as method.ema=0.99")
+        raise RecipeError(f"{override!r} is not a setting; write key=value, such as method.ema=0.99")
     if not text.strip():
-        raise RecipeError(f"{override!r} has no value; write {key}=null to take a setting away")
+        raise RecipeError(f"{override!r} has no value; write {key}=null to unset it")
     try:
-        value = parse(text)
+        value = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise RecipeError(f"{override!r} holds a value that is not YAML; quote it") from None
+        raise RecipeError(f"{override!r} has a value that is not YAML; quote it") from None
     *parents, last = key.split(".")
     place: Any = values
     for parent in parents:
@@ -94,24 +96,90 @@ def set_value(values: dict[str, Any], override: str) -> None:
         place[last] = value
 
 
-def validation_message(error: ValidationError, named: str) -> str:
-    """All that pydantic found, as one sentence with dotted keys."""
-    found = []
+def validation_message(error: ValidationError, named: str, spec: type[Spec] | None = None) -> str:
+    """All errors of a validation in one sentence with dotted keys.
+
+    Args:
+        error: of pydantic.
+        named: the file or object that was validated.
+        spec: its class, whose settings are suggested for a misspelled one.
+    """
+    problems = []
     for entry in error.errors():
-        key = ".".join(part for part in map(str, entry["loc"]) if not _is_machinery(part))
-        what = entry["msg"].removeprefix("Value error, ")
+        path = [part for part in map(str, entry["loc"]) if not _is_machinery(part)]
+        key = ".".join(path)
         if entry["type"] == "extra_forbidden":
-            what = "there is no such setting"
-            if key in OPTIONS:
-                what = f"how a command runs is no setting of a recipe but an option, --{key}"
-        given = entry.get("input")
-        shown = isinstance(given, str | int | float) and entry["type"] != "value_error"
-        found.append((f"{key}: {what}" if key else what) + (f" (given: {given!r})" if shown else ""))
-    return f"{named} cannot be used: {'; '.join(dict.fromkeys(found))}; correct this and try again"
+            problems.append(f"{key}: {_unknown(path, spec)}")
+        elif entry["type"] == "value_error":
+            text = entry["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {text}" if key else text)
+        else:
+            problems.append(f"{key or 'it'} {_problem(entry)}")
+    return f"{named} cannot be used: {'; '.join(dict.fromkeys(problems))}; correct this and try again"
+
+
+PROBLEMS = {
+    "missing": "is missing",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+    "finite_number": "must be a finite number",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+}
+"""Text of each pydantic error type, with the values of its context."""
+TYPES = {
+    "int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list",
+    "list": "a list", "dict": "a mapping", "model": "a mapping of settings", "path": "a path", "mapping": "a mapping",
+}  # fmt: skip
+"""Names of the types in a recipe, by the start of pydantic's error type."""
+
+
+def _problem(entry: Mapping[str, Any]) -> str:
+    """What is wrong with a value, with the value."""
+    kind, value = entry["type"], entry.get("input")
+    if kind in PROBLEMS:
+        what = PROBLEMS[kind].format(**entry.get("ctx", {}))
+    else:
+        what = f"must be {TYPES.get(kind.partition('_')[0], 'another value')}"
+    if kind == "string_type" and isinstance(value, bool):
+        return f"{what}, got {str(value).lower()}; YAML reads yes, no, on and off as true or false, so quote them"
+    if isinstance(value, bool):
+        return f"{what}, got {str(value).lower()}"
+    return f"{what}, got {value!r}" if isinstance(value, int | float | str) else what
+
+
+def _unknown(path: list[str], spec: type[Spec] | None) -> str:
+    """What is wrong with a setting that does not exist."""
+    if path[0] in OPTIONS and len(path) == 1:
+        return f"not a setting of a recipe but an option of the command, --{path[0]}"
+    known = sorted({name for kind in _specs_at(path[:-1], spec) for name in kind.model_fields})
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    return "there is no such setting" + (f", did you mean {near[0]}?" if near else "")
+
+
+def _specs_at(path: list[str], spec: type[Spec] | None) -> list[type[Spec]]:
+    """The classes whose settings may stand at a dotted key: of a choice, all kinds."""
+    specs = [] if spec is None else [spec]
+    for part in path:
+        if not part.isdigit():
+            fields = [kind.model_fields[part] for kind in specs if part in kind.model_fields]
+            specs = [kind for field in fields for kind in _specs_in(field.annotation)]
+    return specs
+
+
+def _specs_in(annotation: Any) -> list[type[Spec]]:
+    """The classes of settings in a type, such as the one of ``tuple[Augment, ...] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        kinds: Mapping[str, type[Spec]] = getattr(annotation, "kinds", {})
+        return [annotation, *kinds.values()]
+    return [kind for argument in get_args(annotation) for kind in _specs_in(argument)]
 
 
 def _is_machinery(part: str) -> bool:
-    """Whether a part of pydantic's location speaks of its own inside."""
+    """Whether a part of pydantic's location names a validator instead of a setting."""
     return part.startswith(("function-", "Recipe", "lax-or-strict", "json-or-python")) or "[" in part or part == "path"
 
 
@@ -121,18 +189,18 @@ def _descend(place: Any, part: str, key: str) -> Any:
         if isinstance(place[index], str):
             place[index] = {"name": place[index]}
         if not isinstance(place[index], dict | list):
-            raise RecipeError(f"{key}: {part} is a plain value and has no settings below it; change {part} itself")
+            raise RecipeError(f"{key}: {part} is a plain value without settings; set {part} itself")
         return place[index]
     if part != "name" and isinstance(place.get(part), str):
         place[part] = {"name": place[part]}
     if place.get(part) is None:
         place[part] = {}
     if not isinstance(place[part], dict | list):
-        raise RecipeError(f"{key}: {part} is a plain value and has no settings below it; change {part} itself")
+        raise RecipeError(f"{key}: {part} is a plain value without settings; set {part} itself")
     return place[part]
 
 
 def _index(place: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise RecipeError(f"{key}: {part!r} is no entry of a list of {len(place)}; count from 0")
+        raise RecipeError(f"{key}: {part!r} must be an index from 0 to {len(place) - 1}")
     return int(part)

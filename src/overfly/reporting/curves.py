@@ -1,4 +1,4 @@
-"""What a run's journal holds, as curves: losses, learning rate, validation."""
+"""What log.jsonl holds, as curves: losses, learning rate, validation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: float = 
     something measured: its numbers are points; a text under ``domain`` or ``split`` becomes part of their name.
 
     Args:
-        rows: lines of the journal, such as ``{"step": 40, "source": 0.78, "lr": 0.0098}``.
+        rows: lines of log.jsonl, such as ``{"step": 40, "source": 0.78, "lr": 0.0098}``.
         path: the file to write; its folder is made.
         smoothing: share of a line's points that each point of the smoothed one is the mean of, 0 to 1; the plain line
             stays in the background.
@@ -35,7 +35,7 @@ def curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: float = 
         The path.
 
     Raises:
-        RunError: the journal holds no figures yet.
+        RunError: log.jsonl holds no figures yet.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: float = 
         measured = {}
     parts = [part for part in (losses, rates, measured) if part]
     if not parts:
-        raise RunError("the journal holds no figures yet, so there is nothing to draw; train some steps first")
+        raise RunError("log.jsonl holds no figures yet, so there is nothing to draw; train some steps first")
     heights = [1.0 if part is rates else 2.0 for part in parts]
     figure = Figure(figsize=(8, 0.8 + 1.5 * sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -15,7 +15,7 @@ from overfly.evaluation.images import predict_scores, unlabeled_images
 from overfly.evaluation.samples import Sample
 from overfly.evaluation.score import evaluation_mode, score
 from overfly.reporting.embedded import small, small_picture
-from overfly.training.evaluate import Role, labeled, note_opened
+from overfly.training.evaluate import Role, has_labels, record_opened_labels
 from overfly.training.run import Run
 
 SPLIT: Split = "val"
@@ -101,7 +101,7 @@ def album(
     first = next(iter(runs.values()))
     domain = first.recipe.domain(role)
     try:
-        if labels and labeled(domain, SPLIT):
+        if labels and has_labels(domain, SPLIT):
             return _judged(runs, role, domain, limit, device)
         note = "labels were not opened" if not labels else f"there are no labels in {SPLIT}"
         return _plain(runs, role, domain, device, note)
@@ -121,7 +121,7 @@ def _judged(runs: Mapping[str, Run], role: Role, domain: Domain, limit: int, dev
             run.segmenter(), domain, SPLIT, resize=recipe.resize, window=recipe.window, device=device,
             samples=shelves[name], shard=(0, every), add=lambda counts: counts,
         )  # fmt: skip
-        note_opened(run, role, SPLIT, len(shelves[name].kept))
+        record_opened_labels(run, role, SPLIT, len(shelves[name].kept))
         opened += len(shelves[name].kept)
     chosen = choose(
         {name: {place: one.accuracy for place, one in shelf.kept.items()} for name, shelf in shelves.items()}

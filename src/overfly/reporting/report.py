@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 class Quantity(Protocol):
-    """A figure over seeds, such as `overfly.benchmarking.Figure`."""
+    """A figure over seeds, such as `overfly.benchmarking.SeedStatistics`."""
 
     @property
     def mean(self) -> float | None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from overfly.adaptation.gate import geometric_consistency
 from overfly.adaptation.selection import BEFORE, Selection
-from overfly.benchmarking import Row, compared
+from overfly.benchmarking import BenchmarkRow, benchmark_rows
 from overfly.core.errors import RunError
 from overfly.data.domain import SPLITS, Split
 from overfly.evaluation.speed import Speed, measure_speed
@@ -23,7 +23,7 @@ from overfly.reporting.charts import SERIES
 from overfly.reporting.curves import collected
 from overfly.reporting.extremes import Album, album
 from overfly.reporting.report import Entry, Evidence, Gallery, Matrix, Report
-from overfly.training.evaluate import Role, recorded
+from overfly.training.evaluate import Role, stored_scores
 from overfly.training.run import Run
 
 MOST = 4
@@ -108,7 +108,7 @@ def collect_report(
     done = by_recipe(runs)
     shown = split or scored_split(runs)
     albums = _albums(done, labels, limit, device) if limit else []
-    rows = dict(zip(done, compared(done, shown), strict=True))
+    rows = dict(zip(done, benchmark_rows(done, shown), strict=True))
     speeds: dict[str, Speed] = {}
     for same in done.values():
         recipe = same[0].recipe
@@ -147,9 +147,9 @@ def _first_target(done: Mapping[Path, Sequence[Run]]) -> Path | None:
     return adapted[-1] if adapted else next(iter(done), None)
 
 
-def _entry(name: Path, runs: Sequence[Run], row: Row, split: Split, *, open_: bool) -> Entry:
+def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, open_: bool) -> Entry:
     first = runs[0]
-    losses, rates, measured = collected(first.journal.rows())
+    losses, rates, measured = collected(first.log.rows())
     del rates
     return Entry(
         name=str(name),
@@ -189,7 +189,7 @@ def _matrices(runs: Sequence[Run], split: Split, *, open_: bool) -> list[Matrix]
     found: list[Matrix] = []
     for role in ROLES:
         domain = getattr(recipe, role)
-        scores = [recorded(run, role, split, domain) for run in runs] if domain is not None else []
+        scores = [stored_scores(run, role, split, domain) for run in runs] if domain is not None else []
         counts = [torch.tensor(each.confusion) for each in scores if each is not None]
         if counts:
             total = torch.stack(counts).sum(0).tolist()

@@ -43,7 +43,7 @@ def draw(run: Run, name: str, domain: Domain, scores: Scores, samples: Samples) 
     drawn = [folder / f"{name}.png", folder / f"{name}-confusion.png", folder / "curves.png"]
     panels(samples, domain.classes, drawn[0])
     confusion_figure(scores.confusion, domain.classes, drawn[1])
-    curves(list(run.journal.rows()), drawn[2])
+    curves(list(run.log.rows()), drawn[2])
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""All state of a run in one file: networks, optimizers, the step, the loss scale. Whole or not there."""
+"""The checkpoint: networks, optimizers, loss scale and step of a run in one file, written atomically."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from torch.optim import Optimizer
 from overfly.core.errors import RunError
 from overfly.methods.method import Networks
 
-DAMAGE = (
+UNREADABLE = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
 )  # fmt: skip
-"""What reading a damaged or foreign checkpoint raises."""
+"""Errors raised by loading a damaged or foreign checkpoint."""
 
 
 def save_state(
     path: Path, state: dict[str, Any], nets: Networks, optimizers: Sequence[Optimizer], fabric: Fabric
 ) -> None:
-    """Write a checkpoint beside its place, then put it there; a crash leaves the one before.
+    """Write a checkpoint under another name, then rename it; the one before survives a crash.
 
     Args:
         path: of the checkpoint.
-        state: step and what selection remembers; plain values.
+        state: step and results of model selection; plain values.
         nets: every network of the method.
-        optimizers: as the method made them.
-        fabric: its precision may scale the loss, which is state too.
+        optimizers: in the method's order.
+        fabric: its precision plugin may hold the scale of the loss.
+
+    Raises:
+        RunError: the file cannot be written.
     """
-    whole = {
+    checkpoint = {
         "state": state,
         "nets": nets.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -43,7 +46,7 @@ def save_state(
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            torch.save(whole, file)
+            torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -53,23 +56,26 @@ def save_state(
 
 
 def load_state(path: Path, nets: Networks, optimizers: Sequence[Optimizer], fabric: Fabric) -> dict[str, Any]:
-    """Put a checkpoint back where it was taken from.
+    """Load a checkpoint into networks, optimizers and precision.
 
     Returns:
         The plain values of ``state``.
 
     Raises:
-        RunError: the file is damaged, or another method's.
+        RunError: the file is damaged, or of another method.
     """
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
-        nets.load_state_dict(whole["nets"])
-        for optimizer, saved in zip(optimizers, whole["optimizers"], strict=True):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        nets.load_state_dict(checkpoint["nets"])
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        if whole["precision"]:
-            fabric.strategy.precision.load_state_dict(whole["precision"])
-        found: dict[str, Any] = whole["state"]
-    except DAMAGE as error:
+        if checkpoint["precision"]:
+            fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+        state: dict[str, Any] = checkpoint["state"]
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path} cannot be resumed from ({reason}); delete it to train from the start") from None
-    return found
+    return state
+
+
+__all__ = ["load_state", "save_state"]

@@ -1,4 +1,4 @@
-"""How a run is carried out: devices, processes, precision. What it ends in is the recipe's to say."""
+"""Devices, processes and precision of training, by Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import nn
 from torch.optim import Optimizer
 
-from overfly.core import device as machines
+from overfly.core.device import select_device
 from overfly.core.errors import OverflyError, RecipeError, TrainingError
 from overfly.core.records import Batch, Labeled, Losses
 from overfly.methods.method import Method, Networks
 from overfly.recipe import Recipe
 
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision it is asked for
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs the choice of each precision
 
 T = TypeVar("T")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-"""What Fabric calls a recipe's precision."""
+"""Fabric's name of each precision of a recipe."""
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How a run is carried out. The number of devices is part of what a run ends in, the rest changes only how fast."""
+class TrainerConfig:
+    """Options of training outside the recipe. Only the number of devices changes the resulting weights."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     devices: int = 1
-    """Processes, one a device."""
+    """Processes, one per device."""
     workers: int = 0
-    """Processes that read pictures, for each device; 0: none beside the training itself."""
+    """Processes that read images, per device; 0: the training process reads them."""
     checkpoint_every: int = 200
     """Steps between two checkpoints."""
-    journal_every: int = 10
-    """Steps that one journal line averages."""
+    log_every: int = 10
+    """Steps that one line of log.jsonl averages. Losses are checked for being finite at the same interval."""
     cache: Path | str | None = "memory"
-    """Where decoded pictures are kept: a folder, "memory", or None."""
-    track: bool = False
+    """Where decoded images are kept: a folder, "memory", or None."""
+    tensorboard: bool = False
     """Whether to write TensorBoard curves."""
     quiet: bool = False
     """Whether to print nothing."""
 
     def __post_init__(self) -> None:
-        least = {"devices": 1, "workers": 0, "checkpoint_every": 1, "journal_every": 1}
-        for name, bound in least.items():
+        minimum = {"devices": 1, "workers": 0, "checkpoint_every": 1, "log_every": 1}
+        for name, bound in minimum.items():
             if getattr(self, name) < bound:
                 option = name.replace("_", "-")
-                raise RecipeError(f"--{option} {getattr(self, name)} is too few; take {bound} or more")
+                raise RecipeError(f"--{option} must be at least {bound}, got {getattr(self, name)}")
 
 
-class Step(nn.Module):
-    """The one module that Fabric wraps: a method with its networks.
+class LossModule(nn.Module):
+    """A method with its networks, as the one module that Fabric wraps; its forward pass returns the losses.
 
-    The batch is handed over beside the call: mixed precision casts what a call is given, and pictures must reach the
+    The batch is an attribute instead of an argument: mixed precision casts arguments, and images must reach the
     Segmenter's normalization in full precision.
     """
 
@@ -76,17 +76,18 @@ class Step(nn.Module):
         return losses
 
 
-def hasten(nets: nn.Module, optimizers: Iterable[Optimizer], precision: str, device: torch.device) -> None:
-    """Arrange weights and optimizers as a machine likes them: faster, not different.
+def apply_performance_settings(
+    nets: nn.Module, optimizers: Iterable[Optimizer], precision: str, device: torch.device
+) -> None:
+    """Enable channels-last weights for 16-bit precision, and fused optimizers on the CPU.
 
-    Kernels of 16 bits want channels last in memory. On a processor an optimizer's step is one pass over the memory when
-    fused; on a GPU the loss scale of half precision does not go with that and gradient clipping.
+    Fused optimizers stay off on a GPU: the loss scale of precision 16 does not support them with gradient clipping.
 
     Args:
-        nets: whose weights are changed in place.
-        optimizers: of these weights.
+        nets: networks, changed in place.
+        optimizers: of these networks.
         precision: the recipe's.
-        device: where it will run.
+        device: of training.
     """
     if precision != "32":
         for weight in nets.parameters():
@@ -98,99 +99,106 @@ def hasten(nets: nn.Module, optimizers: Iterable[Optimizer], precision: str, dev
                 group["fused"] = True
 
 
-def arithmetic(precision: str, device: torch.device) -> str:
-    """The precision that a device computes in: bf16 becomes 32 on a processor without kernels of it.
-
-    Emulating them takes many times as long and is no more exact.
-    """
+def effective_precision(precision: str, device: torch.device) -> str:
+    """The precision that a device computes in: bf16 becomes 32 on a CPU that would emulate it."""
     if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "32"
     return precision
 
 
-def processes(engine: Engine) -> tuple[int, int]:
-    """How many processes train on this machine, and on how many machines; more than one where torchrun started them.
+def process_counts(config: TrainerConfig) -> tuple[int, int]:
+    """Processes on this machine, and number of machines; more than one where torchrun started them.
 
     Raises:
-        RecipeError: torchrun has started another number of processes than the devices asked for.
+        RecipeError: torchrun has started another number of processes than ``config.devices``.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return engine.devices, 1
-    here, every = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    if engine.devices not in (1, here):
-        raise RecipeError(f"torchrun starts {here} processes here, not --devices {engine.devices}; leave --devices out")
-    return here, every // here
+        return config.devices, 1
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if config.devices not in (1, local):
+        raise RecipeError(
+            f"torchrun starts {local} processes on this machine, got --devices {config.devices}; leave --devices out"
+        )
+    return local, world // local
 
 
-def launch(recipe: Recipe, engine: Engine) -> Fabric:
+def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
     """Start the processes of a run.
 
     Raises:
-        RecipeError: recipe and devices do not go together.
+        RecipeError: recipe and devices do not fit together.
     """
-    here, nodes = processes(engine)
-    every = here * nodes
-    if recipe.batch % every:
-        raise RecipeError(f"a batch of {recipe.batch} cannot be shared by {every} devices; change one of them")
-    if recipe.batch == every:
-        raise RecipeError("batch normalization needs two pictures on each device or more; raise batch")
-    device = machines.select_device(engine.device, here)
+    local, machines = process_counts(config)
+    world = local * machines
+    if recipe.batch % world:
+        raise RecipeError(f"batch must be a multiple of the {world} devices, got {recipe.batch}")
+    if recipe.batch == world:
+        raise RecipeError(
+            f"batch must be at least {2 * world}, two images per device for batch normalization, got {recipe.batch}"
+        )
+    device = select_device(config.device, local)
     if recipe.precision == "16" and device.type == "cpu":
-        raise RecipeError("precision 16 needs a GPU; on this processor use precision=bf16 or 32")
-    accelerator = {"cuda": "gpu"}.get(device.type, device.type)
-    devices: Any = [device.index] if device.index is not None and here == 1 else here
-    unsupervised = recipe.method.takes_source and recipe.source is None  # a boundary head then learns nothing
+        raise RecipeError("precision 16 needs a GPU; set precision=bf16 or precision=32 on a CPU")
+    devices: Any = [device.index] if device.index is not None and local == 1 else local
+    without_source = recipe.method.takes_source and recipe.source is None  # a boundary head then gets no gradient
     strategy = DDPStrategy(
         process_group_backend="nccl" if device.type == "cuda" else "gloo",
-        find_unused_parameters=recipe.method.leaves_weights_out or unsupervised,
+        find_unused_parameters=recipe.method.leaves_weights_out or without_source,
     )
     fabric = Fabric(
-        accelerator=accelerator,
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=devices,
-        num_nodes=nodes,
-        strategy=strategy if every > 1 else "auto",
-        precision=PRECISIONS[arithmetic(recipe.precision, device)],
+        num_nodes=machines,
+        strategy=strategy if world > 1 else "auto",
+        precision=PRECISIONS[effective_precision(recipe.precision, device)],
     )
     fabric.launch()
     return fabric
 
 
-def fabric_of(recipe: Recipe, fabric: Fabric, engine: Engine) -> Fabric:
+def fabric_for(recipe: Recipe, fabric: Fabric, config: TrainerConfig) -> Fabric:
     """A fabric with this recipe's precision and a loss scale of its own.
 
     Raises:
-        RecipeError: several processes are running, and this recipe needs others than they were started for.
+        RecipeError: several processes are running, and this recipe needs another precision or cannot share its batch.
     """
     if fabric.world_size == 1:
-        return launch(recipe, engine)
-    wanted = Fabric(precision=PRECISIONS[arithmetic(recipe.precision, fabric.device)])
-    same = type(fabric.strategy.precision) is type(wanted.strategy.precision)
+        return launch_fabric(recipe, config)
+    required = Fabric(precision=PRECISIONS[effective_precision(recipe.precision, fabric.device)])
+    same = type(fabric.strategy.precision) is type(required.strategy.precision)
     if not same or recipe.precision == "16" or recipe.batch % fabric.world_size or recipe.batch == fabric.world_size:
         raise RecipeError(
-            "these recipes differ in precision or cannot share their batch, and several processes serve them together; "
-            "run them one by one"
+            "with several processes all recipes need one precision (not 16) and a batch that the devices can share; "
+            "run these recipes one by one"
         )
     return fabric
 
 
-def on_main(fabric: Fabric, work: Callable[[], T]) -> T:
-    """Do something in the first process alone; all get its result, or its error.
+def run_on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
+    """Call a function in the first process only; all processes return its result or raise its error.
 
     Args:
         fabric: launched.
-        work: what to do; its result travels to the other processes.
+        work: the function; its result must be picklable.
     """
     if fabric.world_size == 1:
         return work()
-    found: tuple[T | None, OverflyError | None] = (None, None)
+    outcome: tuple[T | None, OverflyError | None] = (None, None)
     if fabric.is_global_zero:
         try:
-            found = (work(), None)
+            outcome = (work(), None)
         except OverflyError as error:
-            found = (None, error)
+            outcome = (None, error)
         except OSError as error:
-            found = (None, TrainingError(f"{error.filename}: {error.strerror}; put this right and try again"))
-    result, wrong = fabric.broadcast(found)
-    if wrong is not None:
-        raise wrong
+            outcome = (None, TrainingError(f"{error.filename}: {error.strerror}; correct this and try again"))
+    result, error = fabric.broadcast(outcome)
+    if error is not None:
+        raise error
     return result  # type: ignore[return-value]
+
+
+def any_rank(fabric: Fabric, flag: bool) -> bool:
+    """Whether the flag is true in any process."""
+    if fabric.world_size == 1:
+        return flag
+    return bool(fabric.all_reduce(torch.tensor(float(flag)), reduce_op="sum"))

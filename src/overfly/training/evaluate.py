@@ -1,4 +1,4 @@
-"""Scoring a run and writing down what was found, and how often labels were opened for it."""
+"""Score a run's network, and store the scores with the number of labels read for them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from overfly.evaluation.scores import Scores
 from overfly.training.run import Run
 
 Role = Literal["source", "target"]
-SMALLEST_WINDOW = 16
-"""Side of a window in pixels below which scoring would take for ever and mean nothing."""
-MOST_OVERLAP = 0.9
-"""Share of a window that the next may cover again."""
+MIN_WINDOW = 16
+"""Smallest side of a window, in pixels."""
+MAX_OVERLAP = 0.9
+"""Largest share of a window that the next one overlaps."""
 
 
-def assess(
+def evaluate_domain(
     run: Run,
     domain: Domain,
     key: str,
@@ -34,95 +34,105 @@ def assess(
     workers: int = 0,
     checkpoint: int | None = None,
 ) -> Scores:
-    """Score a run's network on a split and record it in ``scores.json``.
+    """Score a run's network on a split and store the scores in ``scores.json``.
 
     Args:
         run: finished.
         domain: whose labels are read.
-        key: what the domain is called in ``scores.json``: source, target, or a name.
-        split: which pictures.
+        key: name of the domain in ``scores.json``: source, target, or another.
+        split: of the domain.
         device: where the network runs.
-        window: side of overlapping windows in pixels; 0: whole pictures; None: as the recipe says.
-        overlap: share of a window that the next one covers again.
-        samples: keeps a few pictures to draw.
+        window: side of overlapping windows in pixels; 0: whole images; None: as in the recipe.
+        overlap: share of a window that the next one overlaps, 0 to 0.9.
+        samples: collects a few images with their predictions.
         workers: threads that read ahead.
-        checkpoint: the step of a kept validation, to score its weights instead of the run's own.
+        checkpoint: step of a validation whose weights are scored instead of the run's final ones.
 
     Raises:
-        DataError: no picture of the split has a label.
+        DataError: no image of the split has a label.
+        RecipeError: window or overlap is out of range.
         RunError: the run is not finished.
     """
-    chosen = (run.recipe.window if window is None else window) or None
-    if chosen is not None and chosen < SMALLEST_WINDOW:
-        raise RecipeError(f"windows of {chosen} pixels are too small; take {SMALLEST_WINDOW} or more, or 0 for none")
-    if not 0 <= overlap <= MOST_OVERLAP:
-        raise RecipeError(f"an overlap of {overlap:g} is none; take a share from 0 to {MOST_OVERLAP}")
-    found = score(
+    side = (run.recipe.window if window is None else window) or None
+    if side is not None and side < MIN_WINDOW:
+        raise RecipeError(f"window must be at least {MIN_WINDOW}, or 0 for whole images, got {side}")
+    if not 0 <= overlap <= MAX_OVERLAP:
+        raise RecipeError(f"overlap must be between 0 and {MAX_OVERLAP}, got {overlap:g}")
+    result = score(
         run.segmenter(checkpoint), domain, split,
-        resize=run.recipe.resize, device=device, window=chosen, overlap=overlap, samples=samples, workers=workers,
+        resize=run.recipe.resize, device=device, window=side, overlap=overlap, samples=samples, workers=workers,
     )  # fmt: skip
-    scores = _opened(run, key, split, found.labels_opened)
-    place = scores if checkpoint is None else scores.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
-    place[f"{key}/{split}"] = found.model_dump(mode="json")
-    run.record("scores.json", scores)
-    step = run_length(run) if checkpoint is None else checkpoint
-    run.journal.write(step, event="scored", domain=key, split=split, miou=found.miou)
-    return found
+    stored = _count_opened_labels(run, key, split, result.labels_opened)
+    place = stored if checkpoint is None else stored.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
+    place[f"{key}/{split}"] = result.model_dump(mode="json")
+    run.write_json("scores.json", stored)
+    step = last_step(run) if checkpoint is None else checkpoint
+    run.log.write(step, event="scored", domain=key, split=split, miou=result.miou)
+    return result
 
 
-def note_opened(run: Run, key: str, split: Split, images: int) -> None:
-    """Write down that labels were read for something else than scores, such as pictures of a report.
+def record_opened_labels(run: Run, key: str, split: Split, images: int) -> None:
+    """Count labels in ``scores.json`` that were read for something other than scores, such as a report.
 
     Args:
         run: whose ``scores.json``.
         key: source or target.
-        split: which pictures.
-        images: labels that were read.
+        split: of the domain.
+        images: number of labels that were read.
     """
-    run.record("scores.json", _opened(run, key, split, images))
+    run.write_json("scores.json", _count_opened_labels(run, key, split, images))
 
 
-def _opened(run: Run, key: str, split: Split, images: int) -> dict[str, Any]:
-    """What ``scores.json`` holds, labels of a split counted as opened once more."""
-    scores = run.scores
-    opened = scores.setdefault("labels_opened", {})
+def _count_opened_labels(run: Run, key: str, split: Split, images: int) -> dict[str, Any]:
+    """Contents of ``scores.json`` with one more reading of a split's labels."""
+    stored = run.scores
+    opened = stored.setdefault("labels_opened", {})
     before = opened.get(f"{key}/{split}", {"times": 0, "images": 0})
     opened[f"{key}/{split}"] = {"times": before["times"] + 1, "images": before["images"] + images}
-    return scores
+    return stored
 
 
-def recorded(run: Run, key: str, split: Split, domain: Domain, checkpoint: int | None = None) -> Scores | None:
-    """What was found earlier for this domain in the recipe's own way of scoring, or None; reading it opens no label."""
+def stored_scores(run: Run, key: str, split: Split, domain: Domain, checkpoint: int | None = None) -> Scores | None:
+    """The scores in ``scores.json`` of this domain, with the recipe's resize and window, or None. Reads no labels."""
     try:
         place = run.scores if checkpoint is None else run.scores["checkpoints"][f"step-{checkpoint}"]
-        found = Scores.model_validate(place[f"{key}/{split}"])
+        scores = Scores.model_validate(place[f"{key}/{split}"])
     except (KeyError, ValidationError):
         return None
-    same = (found.protocol.resize, found.protocol.window) == (run.recipe.resize, run.recipe.window)
-    return found if same and found.domain == domain.model_dump(mode="json") else None
+    same = (scores.protocol.resize, scores.protocol.window) == (run.recipe.resize, run.recipe.window)
+    return scores if same and scores.domain == domain.model_dump(mode="json") else None
 
 
-def labeled(domain: Domain, split: Split) -> bool:
-    """Whether a domain has this split, and labels in it."""
+def has_labels(domain: Domain, split: Split) -> bool:
+    """Whether a domain has this split, with at least one label."""
     try:
         return any(item.label is not None for item in domain.items(split))
     except SplitError:
         return False
 
 
-def run_length(run: Run) -> int:
-    """The last step that the journal knows."""
-    return max((int(row.get("step", 0)) for row in run.journal.rows()), default=0)
+def last_step(run: Run) -> int:
+    """The last step in the log."""
+    return max((int(row["step"]) for row in run.log.rows()), default=0)
 
 
-def roles(run: Run, which: str) -> list[tuple[str, Domain]]:
-    """The domains of a run's recipe that ``which`` means: source, target or both.
+def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:
+    """The domains of a run's recipe with their names.
+
+    Args:
+        run: whose recipe.
+        which: source, target or both.
 
     Raises:
         DataError: the recipe has no such domain.
     """
     pairs = [("source", run.recipe.source), ("target", run.recipe.target)]
-    chosen = [(key, domain) for key, domain in pairs if domain is not None and which in (key, "both")]
-    if not chosen:
-        raise DataError(f"{run.path} has no {which} domain; name a domain file instead, such as --domain mine.yaml")
-    return chosen
+    selected = [(key, domain) for key, domain in pairs if domain is not None and which in (key, "both")]
+    if not selected:
+        raise DataError(f"{run.path} has no {which} domain; give a domain file instead, such as --domain mine.yaml")
+    return selected
+
+
+__all__ = [
+    "Role", "domain_roles", "evaluate_domain", "has_labels", "last_step", "record_opened_labels", "stored_scores",
+]  # fmt: skip

@@ -1,31 +1,83 @@
-"""The run: a folder on disk as an object. Nothing is loaded before it is asked for."""
+"""The folder of a run: its recipe, machine, log, checkpoints and scores. Files are read on first use."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from overfly.core.atomic_files import atomic_write
-from overfly.core.errors import RunError
+from overfly.core.errors import MissingExtraError, RunError
 from overfly.core.settings import validation_message
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from overfly.training.journal import Journal
 
-Scores = dict[str, Any]
-"""What ``scores.json`` holds: for each ``role/split``, what the scorer found."""
+FORMAT = 2
+"""Version of the folder's layout, ``format`` in ``machine.json``."""
+
+
+class RunLog:
+    """``log.jsonl``: one JSON object per line, each with its step.
+
+    Args:
+        path: of the file.
+        tensorboard: folder that TensorBoard curves of the same values are written to (extra ``tensorboard``).
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
+        self.path = path
+        self.writer: Any = None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise MissingExtraError("tensorboard", "tensorboard", "--tensorboard") from None
+            self.writer = SummaryWriter(str(tensorboard))
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append a line: the number of finished optimizer steps, and what was measured or done there."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.writer.add_scalar(name, float(value), step)
+            self.writer.flush()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All lines, oldest first, without a last one that a killed process left incomplete."""
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+
+    def rewind(self, step: int) -> None:
+        """Remove the lines after a step; a resumed run writes them again."""
+        kept = [json.dumps(row) for row in self.rows() if row["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
 
 
 class Run:
-    """A folder that holds a recipe and what came of it.
+    """A folder that holds a recipe and the results of training it.
 
     Attributes:
         path: the folder.
@@ -39,175 +91,188 @@ class Run:
         """The run in a folder.
 
         Raises:
-            RunError: there is no run there.
+            RunError: the folder is missing, is not a run, or was written by an older version.
         """
         path = Path(path)
         if not path.exists():
-            raise RunError(f"{path} is not there; give the folder of a run, such as one below runs/")
+            raise RunError(f"{path} does not exist; give the folder of a run, such as one below runs/")
         if not (path / "recipe.yaml").is_file():
-            raise RunError(f"{path} is no run: it has no recipe.yaml; give the folder that `overfly train` named")
-        return cls(path)
+            raise RunError(f"{path} is not a run, it has no recipe.yaml; give the folder that `overfly train` printed")
+        run = cls(path)
+        if run.machine.get("format") != FORMAT:
+            raise RunError(f"{path} was written by an older version of overfly; train it again")
+        return run
 
     @classmethod
-    def place(cls, out: Path | str, recipe: Recipe) -> Run:
-        """The run of a recipe below ``out``: the one that is there already, finished or not, else a new folder.
+    def open_or_create(cls, out: Path | str, recipe: Recipe, start_sha256: str | None = None) -> Run:
+        """The run of a recipe in or below ``out``, finished or not, or else a new folder.
+
+        Args:
+            out: folder of runs, or the run's own.
+            recipe: the experiment.
+            start_sha256: SHA-256 of the weights file that the recipe's ``start`` resolves to.
 
         Raises:
-            RunError: ``out`` is itself the run of another recipe, or cannot be written.
+            RunError: ``out`` is the run of another recipe or of other initial weights, or cannot be written.
         """
         out = Path(out)
         if (out / "recipe.yaml").is_file():
             run = cls.open(out)
             if run.recipe != recipe:
-                raise RunError(
-                    f"{out} holds the run of another recipe, which is never overwritten; choose another --out"
-                )
+                raise RunError(f"{out} holds the run of another recipe, which is never overwritten; change --out")
+            if run.machine.get("start_sha256") != start_sha256:
+                raise RunError(f"{out} was trained from other weights than start has now; change --out")
             return run
-        found = cls.find(out, recipe)
-        if found is not None:
-            return found
+        for run in cls.matching(out, recipe):
+            if run.machine.get("start_sha256") == start_sha256:
+                return run
         try:
             path = _new_folder(out, _title(recipe))
+            run = cls(path)
+            run.write_json("machine.json", {"format": FORMAT, "start_sha256": start_sha256})
             partial = path / "recipe.partial"
             recipe.save(partial)
             partial.replace(path / "recipe.yaml")
         except OSError as error:
-            raise RunError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
-        return cls(path)
+            raise RunError(f"{out} cannot be written ({error.strerror}); change --out") from None
+        return run
 
     @classmethod
     def find(cls, out: Path | str, recipe: Recipe) -> Run | None:
-        """The newest run below ``out`` that has just this recipe, or None."""
+        """The newest run of exactly this recipe below ``out``, or None."""
+        return next(cls.matching(out, recipe), None)
+
+    @classmethod
+    def matching(cls, out: Path | str, recipe: Recipe) -> Iterator[Run]:
+        """The runs of exactly this recipe below ``out``, newest first; they may differ in their initial weights."""
         for file in sorted(Path(out).glob("*/recipe.yaml"), reverse=True):
-            try:
-                if Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) == recipe:
-                    return cls(file.parent)
-            except (ValueError, yaml.YAMLError, OSError):
-                continue
-        return None
+            with contextlib.suppress(RunError):
+                run = cls.open(file.parent)
+                if run.recipe == recipe:
+                    yield run
 
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe, every setting resolved.
 
         Raises:
-            RunError: the file was changed into something that is no recipe.
+            RunError: recipe.yaml is not a valid recipe.
         """
         file = self.path / "recipe.yaml"
         try:
             return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
         except ValidationError as error:
-            raise RunError(validation_message(error, str(file))) from None
+            raise RunError(validation_message(error, str(file), Recipe)) from None
         except (ValueError, yaml.YAMLError, OSError):
-            raise RunError(f"{file} is no YAML any more; restore it, or train again") from None
+            raise RunError(f"{file} cannot be read as YAML; restore it, or train again") from None
 
     @property
     def checkpoint(self) -> Path:
-        """All state of training, to resume from."""
+        """The file that training resumes from."""
         return self.path / "checkpoints" / "last.ckpt"
 
     @property
     def weights(self) -> Path:
-        """The network that the run ends in: weights, classes, normalization."""
+        """The trained network: weights, classes, normalization."""
         return self.path / "checkpoints" / "best.safetensors"
 
     def weights_at(self, step: int) -> Path:
-        """Where the weights of a validation are kept, if the recipe says so."""
+        """The weights file of a validation, written where the recipe sets ``validation.keep_all``."""
         return self.path / "checkpoints" / f"step-{step}.safetensors"
 
     @property
-    def kept(self) -> dict[int, Path]:
-        """The weights that validations kept, by step, earliest first."""
-        found = (self.path / "checkpoints").glob("step-*.safetensors")
-        steps = sorted(int(number) for file in found if (number := file.stem.removeprefix("step-")).isdigit())
+    def validation_weights(self) -> dict[int, Path]:
+        """The weights files of validations by step, earliest first."""
+        files = (self.path / "checkpoints").glob("step-*.safetensors")
+        steps = sorted(int(number) for file in files if (number := file.stem.removeprefix("step-")).isdigit())
         return {step: self.weights_at(step) for step in steps}
 
     @property
-    def journal(self) -> Journal:
-        """What happened, line by line."""
-        return Journal(self.path / "journal.jsonl")
+    def log(self) -> RunLog:
+        """Losses, validations and other events by step."""
+        return RunLog(self.path / "log.jsonl")
 
     @property
     def machine(self) -> dict[str, Any]:
-        """Versions, device, start, duration."""
-        return self._json("machine.json")
+        """Contents of ``machine.json``: versions, device, start, duration, digest of the initial weights."""
+        return self._read_json("machine.json")
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end."""
+        """Whether training is complete."""
         return bool(self.machine.get("finished")) and self.weights.exists()
 
     @property
-    def scores(self) -> Scores:
-        """What the scorer found, by ``role/split``; empty before `overfly evaluate`."""
-        scores = self._json("scores.json")
+    def scores(self) -> dict[str, Any]:
+        """Contents of ``scores.json``, by ``role/split``; empty before `overfly evaluate`."""
+        scores = self._read_json("scores.json")
         if all(isinstance(values, dict) for values in scores.values()):
             return scores
         raise RunError(f"{self.path / 'scores.json'} is damaged; delete it and run overfly evaluate again")
 
-    def record(self, file: str, values: dict[str, Any]) -> None:
-        """Write a JSON file of the folder, whole or not at all."""
+    def write_json(self, file: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file of the folder atomically."""
         path = self.path / file
         with atomic_write(path) as part:
             part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             part.replace(path)
 
     def segmenter(self, step: int | None = None) -> Segmenter:
-        """The network that the run ended in, or that of a kept validation, in evaluation mode.
+        """The trained network in evaluation mode.
 
         Args:
-            step: of a validation whose weights were kept.
+            step: of a validation whose weights were kept; None: the run's final choice.
 
         Raises:
-            RunError: training has not come to its end, or kept no weights at this step.
+            RunError: training is not complete, or no weights were kept at this step.
         """
         if step is not None:
             if not self.weights_at(step).is_file():
-                raise RunError(f"{self.path} kept no weights at step {step}; train it with validation.keep_all")
+                raise RunError(f"{self.path} has no weights of step {step}; train it with validation.keep_all=true")
             return Segmenter.load(self.weights_at(step)).eval()
         if not self.finished:
-            raise RunError(f"{self.path} has no trained network yet; run `overfly train {self.path}` to go on with it")
+            raise RunError(f"{self.path} has no trained network yet; continue it with `overfly train {self.path}`")
         return Segmenter.load(self.weights).eval()
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder against a second process; the lock goes with the process, however it ends.
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; the system releases the lock when the process ends.
 
         Raises:
             RunError: another process trains here.
         """
         try:
-            import fcntl
-        except ImportError:  # Windows has other locks; there two trainings of one folder are the user's to avoid
-            yield
-            return
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"{self.path} is being trained by another process; wait for it or stop it") from None
-            yield
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise RunError(f"{self.path} is being trained by another process; wait for it or stop it") from None
 
-    def _json(self, file: str) -> dict[str, Any]:
+    def _read_json(self, file: str) -> dict[str, Any]:
         path = self.path / file
         if not path.exists():
             return {}
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise RunError(f"{path} is damaged; delete it and run the command that wrote it again") from None
+            values = None
         if not isinstance(values, dict):
             raise RunError(f"{path} is damaged; delete it and run the command that wrote it again")
         return values
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _title(recipe: Recipe) -> str:
-    places = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
-    return f"{places}_{recipe.model.name}_{recipe.method.name}_{recipe.seed}".replace("/", "-").replace(" ", "-")
+    domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
+    return f"{domains}_{recipe.model.name}_{recipe.method.name}_{recipe.seed}".replace("/", "-").replace(" ", "-")
 
 
 def _new_folder(out: Path, title: str) -> Path:
-    """A folder that no other process has, with the time of day in front."""
+    """Make a folder that is named by the time of day and a title, with its folder of checkpoints."""
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         path = out / f"{stamp}_{title}{suffix}"
@@ -215,4 +280,12 @@ def _new_folder(out: Path, title: str) -> Path:
             path.mkdir(parents=True)
             (path / "checkpoints").mkdir()
             return path
-    raise OSError(0, "too many runs of one second")
+    raise OSError(0, "100 runs started in one second")
+
+
+def utc_now() -> str:
+    """The date and time in UTC (ISO 8601)."""
+    return datetime.now(UTC).isoformat()
+
+
+__all__ = ["FORMAT", "Run", "RunLog", "file_sha256", "utc_now"]

@@ -1,41 +1,111 @@
-"""What a run begins with: the streams of its data and its first network."""
+"""What training begins with: the data streams, the initial networks and their optimizers."""
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from overfly.core.errors import RecipeError
+import torch
+from lightning_fabric import Fabric
+from torch.optim import Optimizer
+
+from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.progress import print_status
 from overfly.core.transfer import format_bytes
 from overfly.data.cache import estimate
-from overfly.data.domain import Domain, without_labels
-from overfly.data.loading import Stream
+from overfly.data.check import check_masks
+from overfly.data.domain import Domain, Split, without_labels
+from overfly.data.loading import BatchDataset, Stream
 from overfly.data.sampling import Uniform
 from overfly.data.statistics import statistics
+from overfly.methods.method import Networks
 from overfly.models.network import Network, build
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
 from overfly.models.weights import Report, load_weights
 from overfly.recipe import Recipe
+from overfly.training.engine import TrainerConfig, run_on_rank_zero
 
-ESTIMATED_FROM = 200
-"""Pictures that mean and standard deviation are estimated from where nobody has given them."""
+STATISTICS_IMAGES = 200
+"""Images that mean and standard deviation are estimated from where the recipe does not give them."""
 
 
-def streams(recipe: Recipe, cache: Path | str | None = None) -> tuple[Stream | None, Stream | None]:
-    """The source with its labels and the target without, as far as the method reads them."""
-    method = recipe.method
-    found: list[Stream | None] = []
-    reads_source = method.needs_source or (method.takes_source and recipe.source is not None)
-    for key, (role, needed) in enumerate((("source", reads_source), ("target", method.needs_target))):
+@dataclass(frozen=True)
+class TrainingSetup:
+    """Data and networks of a run."""
+
+    batches: BatchDataset
+    """Batches by number; an optimizer step takes ``accumulate`` of them."""
+    nets: Networks
+    """The method's networks with their initial weights."""
+    optimizers: list[Optimizer]
+    """The method's optimizers; empty where nothing is minimized."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+
+
+def prepare_training(recipe: Recipe, fabric: Fabric, config: TrainerConfig, start: Path | None = None) -> TrainingSetup:
+    """Open the data and build the networks, without writing anything.
+
+    Args:
+        recipe: the experiment.
+        fabric: launched.
+        config: with the cache of decoded images.
+        start: weights file that the recipe's ``start`` resolves to.
+
+    Raises:
+        OverflyError: data, weights and recipe do not fit together.
+    """
+    quiet = config.quiet or not fabric.is_global_zero
+    print_status("checking the masks of the source", quiet=quiet or recipe.source is None)
+    run_on_rank_zero(fabric, lambda: _check_source_masks(recipe))
+    print_status("reading the data", quiet=quiet)
+    source, target = training_streams(recipe, config.cache, quiet=quiet)
+    torch.manual_seed(recipe.seed)
+    nets = recipe.method.networks(initial_segmenter(recipe, start))
+    optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
+    shard = (fabric.global_rank, fabric.world_size) if optimizers else (0, 1)  # (0, 1): every process sees all images
+    batches = BatchDataset(source, target, *shard)
+    first = batches[0]  # errors of the data are raised here, before a folder exists
+    if isinstance(first, OverflyError):
+        raise first
+    return TrainingSetup(batches, nets, optimizers, recipe.length(len(source.items) if source else 0))
+
+
+def _check_source_masks(recipe: Recipe) -> None:
+    """Decode the masks that the run reads, also those of a later validation."""
+    splits: list[Split] = ["train"] if _reads_source(recipe) else []
+    if recipe.validation.every:
+        splits.append(recipe.validation.split)
+    if recipe.source is not None and splits:
+        check_masks(recipe.source, splits)
+
+
+def _reads_source(recipe: Recipe) -> bool:
+    return recipe.method.needs_source or (recipe.method.takes_source and recipe.source is not None)
+
+
+def training_streams(
+    recipe: Recipe, cache: Path | str | None = None, *, quiet: bool = True
+) -> tuple[Stream | None, Stream | None]:
+    """The labeled source and the unlabeled target, each None where the method does not read it.
+
+    Args:
+        recipe: the experiment.
+        cache: folder of decoded images, "memory", or None.
+        quiet: do not print the size of a cache folder.
+    """
+    streams: list[Stream | None] = []
+    reads = {"source": _reads_source(recipe), "target": recipe.method.needs_target}
+    for key, (role, needed) in enumerate(reads.items()):
         if not needed:
-            found.append(None)
+            streams.append(None)
             continue
         domain = recipe.domain("source" if role == "source" else "target")
         items = list(domain.items("train"))
         if isinstance(cache, Path):
-            needed_bytes = estimate(domain, items, recipe.resize)
-            print(f"decoded pictures of {domain.title} take {format_bytes(needed_bytes)} in {cache}", file=sys.stderr)
-        found.append(
+            size = format_bytes(estimate(domain, items, recipe.resize))
+            print_status(f"decoded images of {domain.title} take {size} in {cache}", quiet=quiet)
+        streams.append(
             Stream(
                 domain,
                 items if role == "source" else without_labels(items),
@@ -49,58 +119,62 @@ def streams(recipe: Recipe, cache: Path | str | None = None) -> tuple[Stream | N
                 labeled=role == "source",
             )
         )
-    return found[0], found[1]
+    return streams[0], streams[1]
 
 
-def first_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
-    """The network that training begins with, its training heads on.
+def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
+    """The network that training begins with, including its training heads.
+
+    Args:
+        recipe: the experiment.
+        start: weights file that the recipe's ``start`` resolves to.
 
     Raises:
-        RecipeError: the network to start from does not fit the domains.
-        WeightsError: the weights do not fit the network.
+        RecipeError: the network under ``start`` and the domains do not fit together.
+        WeightsError: ``model.weights`` do not fit the network.
     """
     domain = recipe.source or recipe.domain("target")
     if start is not None:
         segmenter = Segmenter.load(start)
-        if segmenter.classes.names != domain.classes.names:
-            raise RecipeError(
-                f"{start} knows the classes {', '.join(segmenter.classes.names)}, the {domain.name} domain has "
-                f"{', '.join(domain.classes.names)}; bring them together with the folder domain's mapping"
-            )
-        if segmenter.architecture != recipe.model.name:
-            raise RecipeError(
-                f"{start} holds {segmenter.architecture}, and the recipe asks for {recipe.model.name}; "
-                f"write model: {segmenter.architecture}, or start from another run"
-            )
-        if segmenter.bands != domain.bands:
-            raise RecipeError(
-                f"{start} reads {segmenter.bands} bands, and the {domain.title} domain has {domain.bands}; "
-                "give them the same bands"
-            )
-        if segmenter.max_value != domain.max_value:
-            raise RecipeError(
-                f"{start} was trained on values up to {segmenter.max_value:g}, and the {domain.title} domain "
-                f"has them up to "
-                f"{domain.max_value:g}; bring its images to that range"
-            )
+        _check_start(start, segmenter, recipe, domain)
         return segmenter
     network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
     if recipe.model.weights is not None:
         report = load_weights(network, recipe.model.weights, sha256=recipe.model.sha256)
-        print(report, file=sys.stderr)
-        _check_trained(recipe, network, report)
+        print_status(str(report))
+        _check_class_layer(recipe, network, report)
     mean, std = normalization(recipe, domain)
     return Segmenter(
         network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, max_value=domain.max_value
     )
 
 
-def _check_trained(recipe: Recipe, network: Network, report: Report) -> None:
-    """Refuse weights without a class layer where the method changes a trained network.
+def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Domain) -> None:
+    """Compare classes, architecture, bands and range of the network under ``start`` with the recipe's."""
+    if segmenter.classes.names != domain.classes.names:
+        raise RecipeError(
+            f"{start} has the classes {', '.join(segmenter.classes.names)}, and the {domain.name} domain has "
+            f"{', '.join(domain.classes.names)}; unify them with the folder domain's mapping"
+        )
+    if segmenter.architecture != recipe.model.name:
+        raise RecipeError(
+            f"{start} holds {segmenter.architecture}, and the recipe has model: {recipe.model.name}; "
+            f"set model: {segmenter.architecture}, or start from another run"
+        )
+    if segmenter.bands != domain.bands:
+        raise RecipeError(
+            f"{start} reads {segmenter.bands} bands, and the {domain.title} domain has {domain.bands}; "
+            "use the same bands in both"
+        )
+    if segmenter.max_value != domain.max_value:
+        raise RecipeError(
+            f"{start} was trained with max_value {segmenter.max_value:g}, and the {domain.title} domain has "
+            f"{domain.max_value:g}; rescale its images to the same range"
+        )
 
-    Raises:
-        RecipeError: the class layer was left at random.
-    """
+
+def _check_class_layer(recipe: Recipe, network: Network, report: Report) -> None:
+    """Refuse weights without a class layer where the method needs a trained network."""
     layer = network.class_layer
     if (
         layer
@@ -109,18 +183,21 @@ def _check_trained(recipe: Recipe, network: Network, report: Report) -> None:
         and not any(name.startswith(f"{layer}.") for name in report.loaded)
     ):
         raise RecipeError(
-            f"method {recipe.method.name} changes a trained network, and {report.source.name} holds no class layer for "
-            "these classes; name a run or recipe under start"
+            f"method {recipe.method.name} needs a trained network, and {report.source.name} has no class layer for "
+            "these classes; set start to a run or a recipe"
         )
 
 
 def normalization(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each band in the sensor's range: given, ImageNet's with weights, or the data's."""
+    """Mean and standard deviation of each band, in the sensor's range.
+
+    Those of the recipe, or else ImageNet's where ``model.weights`` are given, or else the domain's.
+    """
     model = recipe.model
     if model.mean is not None and model.std is not None:
         if len(model.mean) != domain.bands or len(model.std) != domain.bands:
             raise RecipeError(
-                f"model.mean and model.std need {domain.bands} numbers each, one a band, not {len(model.mean)} and "
+                f"model.mean and model.std need {domain.bands} numbers each, one per band, got {len(model.mean)} and "
                 f"{len(model.std)}"
             )
         return model.mean, model.std
@@ -129,5 +206,8 @@ def normalization(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tu
         return mean, std
     if domain.statistics is not None:
         return domain.statistics
-    found = statistics(domain, "train", limit=ESTIMATED_FROM)
-    return tuple(found.mean), tuple(max(value, 1e-6) for value in found.std)
+    estimated = statistics(domain, "train", limit=STATISTICS_IMAGES)
+    return tuple(estimated.mean), tuple(max(value, 1e-6) for value in estimated.std)
+
+
+__all__ = ["TrainingSetup", "initial_segmenter", "normalization", "prepare_training", "training_streams"]

@@ -1,64 +1,69 @@
-"""From a recipe to a finished run: what it starts from first, then itself, each once."""
+"""From a recipe to a finished run. The recipe under ``start`` is trained first; finished runs are not trained again."""
 
 from __future__ import annotations
 
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from lightning_fabric import Fabric
 
 from overfly.core.errors import RecipeError
+from overfly.core.progress import print_status
 from overfly.recipe import Recipe
-from overfly.training.engine import Engine, fabric_of, on_main
-from overfly.training.run import Run
-from overfly.training.trainer import fit, prepare
+from overfly.training.engine import TrainerConfig, fabric_for, run_on_rank_zero
+from overfly.training.run import Run, file_sha256
+from overfly.training.setup import prepare_training
+from overfly.training.trainer import fit
 
 
-def carry_out(recipe: Recipe, out: Path, fabric: Fabric, engine: Engine) -> Run:
-    """Train a recipe below ``out``: begun runs go on, finished ones are not trained again.
+def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfig) -> Run:
+    """Train a recipe below ``out``, resume its unfinished run, or return its finished one.
 
     Args:
-        recipe: the experiment. Where it starts from another recipe, that one is carried out first.
+        recipe: the experiment.
         out: folder of runs, or the run's own.
         fabric: launched.
-        engine: how, not what.
+        config: devices, intervals and output.
 
     Raises:
-        OverflyError: recipe, data or weights do not go together; no folder is left behind for what never began.
+        OverflyError: recipe, data or weights do not fit together. No folder is created in that case.
     """
+    quiet = config.quiet or not fabric.is_global_zero
     start: Path | None = None
     if isinstance(recipe.start, Recipe):
         parent = out.parent if (out / "recipe.yaml").is_file() else out
-        if fabric.is_global_zero and not engine.quiet and _done(parent, recipe.start) is None:
-            print("first the recipe that this starts from, as start.steps=… and the like change it", file=sys.stderr)
-        start = carry_out(recipe.start, parent, fabric, engine).weights
+        before = Run.find(parent, recipe.start)
+        if before is None or not before.finished:
+            print_status("training the recipe under start first; its settings are start.steps and so on", quiet=quiet)
+        start = train_recipe(recipe.start, parent, fabric, config).weights
     elif recipe.start is not None:
-        start = weights_of(recipe.start)
-    done = on_main(fabric, lambda: _done(out, recipe))
-    if done is not None:
-        if fabric.is_global_zero and not engine.quiet:
-            print(f"{done.name}: trained already", file=sys.stderr, flush=True)
-        return Run(done)
-    fabric = fabric_of(recipe, fabric, engine)
-    prepared = prepare(recipe, fabric, engine, start)
-    run = Run(on_main(fabric, lambda: Run.place(out, recipe).path))
-    if not fabric.is_global_zero:
-        return fit(run, prepared, fabric, engine)
-    with run.locked():
-        return fit(run, prepared, fabric, engine)
+        start = resolve_start(recipe.start)
+    digest = run_on_rank_zero(fabric, lambda: None if start is None else file_sha256(start))
+    finished = run_on_rank_zero(fabric, lambda: _finished_run(out, recipe, digest))
+    if finished is not None:
+        print_status(f"{finished.name}: already trained", quiet=quiet)
+        return Run(finished)
+    fabric = fabric_for(recipe, fabric, config)
+    setup = prepare_training(recipe, fabric, config, start)
+    run = Run(run_on_rank_zero(fabric, lambda: Run.open_or_create(out, recipe, digest).path))
+    with run.lock() if fabric.is_global_zero else nullcontext():
+        return fit(run, setup, fabric, config)
 
 
-def _done(out: Path, recipe: Recipe) -> Path | None:
-    """The finished run of a recipe in or below a folder, or None."""
-    run = Run(out) if (out / "recipe.yaml").is_file() else Run.find(out, recipe)
-    return run.path if run is not None and run.finished and run.recipe == recipe else None
+def _finished_run(out: Path, recipe: Recipe, start_sha256: str | None) -> Path | None:
+    """Folder of the finished run of a recipe in or below a folder, from these initial weights, or None."""
+    runs = [Run.open(out)] if (out / "recipe.yaml").is_file() else Run.matching(out, recipe)
+    for run in runs:
+        if run.finished and run.recipe == recipe and run.machine.get("start_sha256") == start_sha256:
+            return run.path
+    return None
 
 
-def weights_of(start: Path) -> Path:
-    """The weights file that a path means: itself, or the network of a run folder.
+def resolve_start(start: Path) -> Path:
+    """The weights file that ``start`` names: a file, or the network of a run folder.
 
     Raises:
-        RecipeError: there is no such file.
+        RecipeError: the file is missing, or the run is not finished.
     """
     if start.is_dir():
         run = Run.open(start)
@@ -66,5 +71,8 @@ def weights_of(start: Path) -> Path:
             raise RecipeError(f"start: {start} has no trained network yet; finish it with `overfly train {start}`")
         return run.weights
     if not start.is_file():
-        raise RecipeError(f"start: {start} is not there; give a run folder, a .safetensors file or a recipe")
+        raise RecipeError(f"start: {start} does not exist; give a run folder, a .safetensors file or a recipe")
     return start
+
+
+__all__ = ["resolve_start", "train_recipe"]

@@ -1,213 +1,180 @@
-"""The one training loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from overfly.core import device as machines
+from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError, TrainingError
 from overfly.core.interrupts import interrupts_held
-from overfly.core.optimizers import set_rate
+from overfly.core.optimizers import set_learning_rate
+from overfly.core.progress import Progress, print_status
 from overfly.core.records import Batch, Labeled, Losses
-from overfly.data.loading import BatchDataset, batch_loader
-from overfly.methods.method import Networks
+from overfly.data.loading import batch_loader
 from overfly.models.segmenter import Segmenter
 from overfly.ops.augmentation import augment
-from overfly.recipe import Recipe
 from overfly.training.checkpoint import load_state, save_state
-from overfly.training.engine import Engine, Step, arithmetic, hasten
-from overfly.training.optimizer_step import move
-from overfly.training.progress import Progress
-from overfly.training.run import Run
-from overfly.training.setup import first_segmenter, streams
-from overfly.training.validation import Watch, journalled
+from overfly.training.engine import (
+    LossModule,
+    TrainerConfig,
+    any_rank,
+    apply_performance_settings,
+    effective_precision,
+)
+from overfly.training.run import Run, RunLog, utc_now
+from overfly.training.setup import TrainingSetup
+from overfly.training.validation import Validator, log_entry
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What a run needs before its folder is made."""
-
-    steps: BatchDataset
-    """What each step sees."""
-    nets: Networks
-    """Every network of the method, at its beginning."""
-    optimizers: list[Optimizer]
-    """The method's; none where nothing is minimized."""
-    length: int
-    """Steps of the optimizer."""
-
-
-def prepare(recipe: Recipe, fabric: Fabric, engine: Engine, start: Path | None = None) -> Prepared:
-    """Find the data and build the networks; nothing is written.
-
-    Args:
-        recipe: the experiment.
-        fabric: launched.
-        engine: where decoded pictures are kept.
-        start: weights file that the recipe's ``start`` came to.
-
-    Raises:
-        OverflyError: data, weights and recipe do not go together.
-    """
-    source, target = streams(recipe, engine.cache)
-    torch.manual_seed(recipe.seed)
-    nets = recipe.method.networks(first_segmenter(recipe, start))
-    optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
-    shares = (fabric.global_rank, fabric.world_size) if optimizers else (0, 1)  # (0, 1): all do the same work
-    steps = BatchDataset(source, target, *shares)
-    first = steps[0]  # what is wrong with the data is best said before there is a folder
-    if isinstance(first, OverflyError):
-        raise first
-    return Prepared(steps, nets, optimizers, recipe.length(len(source.items) if source else 0))
-
-
-def fit(run: Run, prepared: Prepared, fabric: Fabric, engine: Engine) -> Run:
-    """Train a run to its end, from wherever it stands.
+def fit(run: Run, setup: TrainingSetup, fabric: Fabric, config: TrainerConfig) -> Run:
+    """Train a run to its end, from its last checkpoint where it has one.
 
     Args:
         run: the folder, with its recipe.
-        prepared: data and networks.
-        fabric: launched; its devices do the work.
-        engine: what changes only how fast it goes.
+        setup: data and networks.
+        fabric: launched.
+        config: devices, intervals and output.
 
     Raises:
-        TrainingError: a loss was not finite; the last checkpoint is kept.
+        TrainingError: a loss or a weight is not finite; the last checkpoint is kept.
     """
-    training = Training(run, fabric, engine, prepared)
-    training.begin()
-    training.go()
-    training.end()
+    trainer = Trainer(run, fabric, config, setup)
+    trainer.resume()
+    trainer.train()
+    trainer.finish()
     return run
 
 
-class Training:
-    """One run in motion."""
+class Trainer:
+    """The state of one run during training.
 
-    def __init__(self, run: Run, fabric: Fabric, engine: Engine, prepared: Prepared) -> None:
-        self.run, self.fabric, self.engine, self.recipe = run, fabric, engine, run.recipe
-        self.steps, self.nets, self.length = prepared.steps, prepared.nets, prepared.length
-        nets = self.nets
+    Counts: ``step`` is the number of finished optimizer steps, ``index`` the number of the current one from 0, and
+    ``batch_index`` the number of a batch, ``accumulate`` of which make a step.
+    """
+
+    def __init__(self, run: Run, fabric: Fabric, config: TrainerConfig, setup: TrainingSetup) -> None:
+        self.run, self.fabric, self.config, self.recipe = run, fabric, config, run.recipe
+        self.batches, self.nets, self.total_steps = setup.batches, setup.nets, setup.total_steps
         self.state: dict[str, Any] = {
-            "step": 0,
-            "best": None,
-            "best_step": 0,
-            "stale": 0,
-            "stopped": False,
-            "took_s": 0.0,
-        }
-        self.optimizers = prepared.optimizers
-        hasten(nets, self.optimizers, self.recipe.precision, fabric.device)
-        self.module = Step(self.recipe.method, nets)
+            "step": 0, "validated": 0, "best": None, "best_step": 0, "stale": 0, "stopped": False, "took_s": 0.0,
+        }  # fmt: skip
+        self.optimizers = setup.optimizers
+        apply_performance_settings(self.nets, self.optimizers, self.recipe.precision, fabric.device)
+        self.losses = LossModule(self.recipe.method, self.nets)
+        self.wrapped: Any = None
+        self.wrapped_optimizers: list[Any] = []
         if self.optimizers:
-            self.step, *wrapped = fabric.setup(self.module, *self.optimizers)
-            self.wrapped = wrapped
+            self.wrapped, *self.wrapped_optimizers = fabric.setup(self.losses, *self.optimizers)
         else:
-            self.step, self.wrapped = fabric.to_device(self.module), []
+            self.wrapped = fabric.to_device(self.losses)
         self.main = fabric.is_global_zero
-        self.journal = run.journal
-        self.watch = Watch(self.recipe, self.nets, fabric)
-        self.began = time.monotonic()
+        tensorboard = run.path / "tensorboard" if config.tensorboard and self.main else None
+        self.log = RunLog(run.log.path, tensorboard)
+        self.recent: list[dict[str, Tensor]] = []
+        """Loss terms of the steps since the last line of the log, on the device."""
+        self.validator = Validator(self.recipe, self.nets, fabric)
+        self.between_steps = True
+        self.started = time.monotonic()
 
-    def begin(self) -> None:
-        """Take up the last checkpoint, or write down that the run begins."""
+    def resume(self) -> None:
+        """Load the last checkpoint where there is one, and describe the machine in machine.json."""
         if self.run.checkpoint.exists():
             self.state |= load_state(self.run.checkpoint, self.nets, self.optimizers, self.fabric)
             if self.state.get("processes", self.fabric.world_size) != self.fabric.world_size:
                 raise RecipeError(
-                    f"{self.run.path} was begun with --devices {self.state['processes']} and would end otherwise with "
-                    f"{self.fabric.world_size}; go on with as many, or delete the folder"
+                    f"{self.run.path} was started with --devices {self.state['processes']}, got "
+                    f"{self.fabric.world_size}, which gives other weights; use the same number, or delete the folder"
                 )
         self.state["processes"] = self.fabric.world_size
         if self.main:
-            self.journal.rewind(self.state["step"])
-            machine = self.run.machine or {"started": datetime.now(UTC).isoformat()}
-            machine |= machines.describe_machine(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
+            self.log.rewind(self.state["step"])
+            machine = {"started": utc_now()} | self.run.machine
+            machine |= describe_machine(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
             machine |= {"processes": self.fabric.world_size, "finished": None}
-            machine["precision"] = arithmetic(self.recipe.precision, self.fabric.device)
-            self.run.record("machine.json", machine)
-            if self.engine.track:
-                from overfly.training.journal import TensorBoard
-
-                self.journal.sinks.append(TensorBoard(self.run.path / "tensorboard"))
+            machine["precision"] = effective_precision(self.recipe.precision, self.fabric.device)
+            self.run.write_json("machine.json", machine)
         self.fabric.barrier()
 
-    def go(self) -> None:
-        """Every step that is left."""
+    def train(self) -> None:
+        """Take all remaining optimizer steps, with logging, validation and checkpoints."""
         if self.state["stopped"]:
             return
-        recipe, accumulate = self.recipe, self.recipe.accumulate
-        first = self.state["step"]
+        first, accumulate = self.state["step"], self.recipe.accumulate
+        quiet = self.config.quiet or not self.main
+        resumed = f", resumed after step {first}" if first else ""
+        print_status(f"training {self.run.path.name}: {self.total_steps} steps{resumed}", quiet=quiet)
+        if first > self.state["validated"] and self.validate(first):
+            return
+        self.first, self.looped = first, time.monotonic()
         with interrupts_held():
             batches = iter(
                 batch_loader(
-                    self.steps,
+                    self.batches,
                     first * accumulate,
-                    self.length * accumulate,
-                    workers=self.engine.workers,
+                    self.total_steps * accumulate,
+                    workers=self.config.workers,
                     pin=self.fabric.device.type == "cuda",
                 )
             )
-        progress = Progress(self.run.path.name, first, self.length, quiet=self.engine.quiet or not self.main)
-        recent: list[dict[str, Tensor]] = []
-        with progress:
-            for number in range(first, self.length):
-                factor = recipe.schedule.factor(number, self.length)
-                set_rate(self.optimizers, factor)
-                recent.append(self.one(number, batches))
-                self.state["step"] = number + 1
-                if (number + 1) % self.engine.journal_every == 0 or number + 1 == self.length:
-                    figures = {key: float(value) for key, value in _mean(recent).items()}
-                    if self.optimizers:
-                        figures["lr"] = recipe.optim.lr * factor
-                    progress.update(number + 1, figures, recipe.batch * accumulate)
-                    if self.main:
-                        self.journal.write(number + 1, **figures)
-                    recent.clear()
-                stop = self.state["stopped"] = self.validate(number + 1)
-                if stop or (number + 1) % self.engine.checkpoint_every == 0 or number + 1 == self.length:
+        with Progress("steps", quiet=quiet) as progress:
+            progress.update("training", first, self.total_steps)
+            for index in range(first, self.total_steps):
+                set_learning_rate(self.optimizers, self.recipe.schedule.factor(index, self.total_steps))
+                try:
+                    self.recent.append(self.train_step(index, batches))
+                    step = self.state["step"] = index + 1
+                    if step % self.config.log_every == 0 or step == self.total_steps:
+                        self.write_log(step, progress)
+                    stop = self.validate(step)
+                except OverflyError:
+                    self.save_after_error()
+                    raise
+                except (RuntimeError, ValueError):
+                    if (report := self.non_finite_loss()) is not None:  # then that is the cause
+                        self.fail(*report)
+                    raise
+                if stop or step % self.config.checkpoint_every == 0 or step == self.total_steps:
                     self.save()
                 if stop:
                     break
 
-    def one(self, number: int, batches: Any) -> dict[str, Tensor]:
-        """One step of the optimizer; its loss terms."""
+    def train_step(self, index: int, batches: Iterator[Batch | OverflyError]) -> dict[str, Tensor]:
+        """Take one optimizer step; its loss terms, averaged over its batches, on the device."""
         accumulate = self.recipe.accumulate
         total: dict[str, Tensor] = {}
-        self.step.train()
+        self.wrapped.train()
         for part in range(accumulate):
-            micro = number * accumulate + part
-            found = next(batches)
-            if isinstance(found, OverflyError):
-                raise found
-            self.module.batch = self.prepare(found, micro)
+            batch_index = index * accumulate + part
+            batch = next(batches)
+            if isinstance(batch, OverflyError):
+                raise batch
+            self.between_steps = False
+            self.losses.batch = self.prepare_batch(batch, batch_index)
             last = part == accumulate - 1 or not self.optimizers
-            with nullcontext() if last else self.fabric.no_backward_sync(self.step):
-                losses: Losses = self.step()
-                self.check(losses, number, micro)
+            with nullcontext() if last else self.fabric.no_backward_sync(self.wrapped):
+                losses: Losses = self.wrapped()
                 if losses:
                     self.fabric.backward(torch.stack(list(losses.values())).sum() / accumulate)
             for key, value in losses.items():
                 total[key] = total.get(key, torch.zeros((), device=value.device)) + value.detach().float() / accumulate
-        move(self.fabric, self.step, self.wrapped, self.recipe.clip)
-        self.recipe.method.after_step(self.nets, number)
+        optimizer_step(self.fabric, self.wrapped, self.wrapped_optimizers, self.recipe.clip)
+        self.recipe.method.after_step(self.nets, index)
+        self.between_steps = True
         return total
 
-    def prepare(self, batch: Batch, micro: int) -> Batch:
-        """Move a batch to the device, seed this step's random choices, and augment the source."""
-        seed = (self.recipe.seed * 1_000_003 + micro) * 1_009 + self.fabric.global_rank
+    def prepare_batch(self, batch: Batch, batch_index: int) -> Batch:
+        """Move a batch to the device, seed the random choices made with it, and augment the source."""
+        seed = (self.recipe.seed * 1_000_003 + batch_index) * 1_009 + self.fabric.global_rank
         torch.manual_seed(2 * seed)
         generator = torch.Generator().manual_seed(2 * seed + 1)
         batch = self.fabric.to_device(batch)
@@ -217,108 +184,185 @@ class Training:
             batch = batch._replace(source=Labeled(*source))
         return batch
 
-    def check(self, losses: Losses, number: int, micro: int) -> None:
-        """Stop where a loss is not finite, before it reaches the weights."""
-        if not losses:
-            return
-        finite = bool(torch.stack([value.detach() for value in losses.values()]).isfinite().all())
-        terms = ", ".join(f"{key} = {value.item()}" for key, value in losses.items()) if not finite else ""
-        if self.fabric.world_size > 1:
-            bad = float(torch.as_tensor(self.fabric.all_reduce(torch.tensor(float(not finite)), reduce_op="sum")))
-            if not bad:
-                return
-            found: list[Any] = [None] * self.fabric.world_size
-            torch.distributed.all_gather_object(found, (terms, self.steps.names(micro)))
-            terms, pictures = next(entry for entry in found if entry[0])
-        elif finite:
-            return
-        else:
-            pictures = self.steps.names(micro)
-        names = ", ".join(pictures)
+    def write_log(self, step: int, progress: Progress) -> None:
+        """Append the mean losses since the last line. Only here does a step without validation wait for a GPU."""
+        self.check_losses()
+        means = _means(self.recent)
+        values = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) if means else {}
+        if self.optimizers:
+            values["lr"] = self.recipe.optim.lr * self.recipe.schedule.factor(step - 1, self.total_steps)
         if self.main:
-            self.journal.write(number, event="not finite", terms=terms, items=names)
+            self.log.write(step, **values)
+        rate = (step - self.first) * self.recipe.batch * self.recipe.accumulate / (time.monotonic() - self.looped)
+        losses = "  ".join(f"{key} {value:.3g}" for key, value in values.items())
+        progress.update("training", step, self.total_steps, f"{losses}  {rate:.1f} images/s")
+        self.recent.clear()
+
+    def check_losses(self) -> None:
+        """Raise TrainingError if a loss since the last line of the log is not finite in any process."""
+        report = self.non_finite_loss()
+        if any_rank(self.fabric, report is not None):
+            reports = [report]
+            if self.fabric.world_size > 1:
+                reports = [None] * self.fabric.world_size
+                torch.distributed.all_gather_object(reports, report)
+            self.fail(*min(found for found in reports if found is not None))
+
+    def non_finite_loss(self) -> tuple[int, str, str] | None:
+        """The first step since the last line of the log with a loss that is not finite: step, terms, images."""
+        finite = [torch.stack(list(row.values())).isfinite().all() for row in self.recent if row]
+        if not finite or bool(torch.stack(finite).all()):
+            return None
+        offset = next(n for n, row in enumerate(self.recent) if not all(value.isfinite() for value in row.values()))
+        terms = ", ".join(f"{key} = {value.item()}" for key, value in self.recent[offset].items())
+        index = self.state["step"] - len(self.recent) + offset
+        accumulate = self.recipe.accumulate
+        names = [name for part in range(accumulate) for name in self.batches.names(index * accumulate + part)]
+        return index + 1, terms, ", ".join(names)
+
+    def fail(self, step: int, terms: str, images: str) -> NoReturn:
+        """Log and raise that the loss of a step is not finite."""
+        if self.main:
+            self.log.write(step, event="not finite", terms=terms, items=images)
+        first, last = self.state["step"] - len(self.recent) + 1, self.state["step"]
         raise TrainingError(
-            f"the loss is not finite at step {number} ({terms}; pictures: {names}); lower optim.lr or set clip, or "
-            f"look at these pictures with `overfly data check`; the last good checkpoint is kept: {self._kept()}"
+            f"the loss is not finite at step {step} ({terms}; images: {images}; checked steps {first} to {last}); "
+            "lower optim.lr or set clip, or check these images with `overfly data check`; last good checkpoint: "
+            f"{self.last_checkpoint}"
         )
 
-    def _kept(self) -> str:
-        return str(self.run.checkpoint) if self.run.checkpoint.exists() else "none yet"
+    @property
+    def last_checkpoint(self) -> str:
+        """The checkpoint's path for messages."""
+        return str(self.run.checkpoint) if self.run.checkpoint.exists() else "none"
 
     def check_weights(self) -> None:
-        """Refuse to keep weights that are not finite: a finite loss may still have had a gradient that was not."""
-        for name, value in self.nets.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise TrainingError(
-                    f"{name} is not finite after step {self.state['step']}; lower optim.lr or set clip; the last good "
-                    f"checkpoint is kept: {self._kept()}"
-                )
+        """Raise TrainingError if a weight is not finite; the gradient of a finite loss may not be."""
+        name = self.non_finite_weight()
+        if any_rank(self.fabric, name is not None):
+            raise TrainingError(
+                f"{name or 'a weight in another process'} is not finite after step {self.state['step']}; lower "
+                f"optim.lr or set clip; last good checkpoint: {self.last_checkpoint}"
+            )
 
-    def validate(self, number: int) -> bool:
-        """Look at source and target when it is time; whether training should stop."""
-        rule = self.recipe.validation
-        if not rule.every or (number % rule.every and number != self.length):
-            return False
-        self.check_weights()
-        found = self.watch.source(min(self.engine.workers, 1)) if self.recipe.source else None
-        if self.main:
-            self.journal.write(number, event="validation", source_miou=found)
-        if rule.target:
-            figures = self.watch.target(found)
-            if self.main and figures is not None:
-                self.journal.write(number, event="label-free", **journalled(figures))
-        if rule.keep_all:
-            self.keep(self.run.weights_at(number))
-        return self.chosen(number, found or 0.0) if self.recipe.source else False
+    def non_finite_weight(self) -> str | None:
+        """Name of the first weight or buffer that is not finite, or None."""
+        tensors = {name: value for name, value in self.nets.state_dict().items() if value.is_floating_point()}
+        finite = [value.isfinite().all() for value in tensors.values()]
+        if not finite or bool(torch.stack(finite).all()):
+            return None
+        return next(name for name, good in zip(tensors, finite, strict=True) if not good)
 
-    def chosen(self, number: int, value: float) -> bool:
-        """Keep the best by the source's held-out labels; whether there was no better one for too long."""
+    def validate(self, step: int) -> bool:
+        """Score source and target where the recipe has a validation at this step; whether training should stop."""
         rule = self.recipe.validation
-        if self.state["best"] is None or value > self.state["best"]:
-            self.state |= {"best": value, "best_step": number, "stale": 0}
+        stop = False
+        if rule.every and (step % rule.every == 0 or step == self.total_steps):
+            self.check_losses()
+            self.check_weights()
+            miou = self.validator.source_miou(min(self.config.workers, 1)) if self.recipe.source else None
+            if self.main:
+                self.log.write(step, event="validation", source_miou=miou)
+            if rule.target:
+                metrics = self.validator.target_metrics(miou)
+                if self.main and metrics is not None:
+                    self.log.write(step, event="label-free", **log_entry(metrics))
+            if rule.keep_all:
+                self.save_weights(self.run.weights_at(step))
+            stop = self.select(step, miou or 0.0) if self.recipe.source else False
+        self.state |= {"validated": step, "stopped": stop}
+        return stop
+
+    def select(self, step: int, miou: float) -> bool:
+        """Save the weights of the best source mIoU; whether ``patience`` validations have brought no better one."""
+        rule = self.recipe.validation
+        if self.state["best"] is None or miou > self.state["best"]:
+            self.state |= {"best": miou, "best_step": step, "stale": 0}
             if rule.select == "best":
-                self.keep(self.run.weights)
+                self.save_weights(self.run.weights)
         else:
             self.state["stale"] += 1
         return bool(rule.patience and self.state["stale"] >= rule.patience)
 
-    def keep(self, path: Path) -> None:
-        """Write the network as it stands."""
+    def save_weights(self, path: Path) -> None:
+        """Write the network that the method deploys."""
         network = self.recipe.method.deployed(self.nets)
         if self.main and isinstance(network, Segmenter):
             network.save(path)
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint."""
+        self.check_losses()
         self.check_weights()
-        self.state["took_s"] = self.took()
+        self.write_checkpoint()
+        self.fabric.barrier()
+
+    def save_after_error(self) -> None:
+        """Write the checkpoint of the finished steps where an error comes between two steps, as from a broken mask."""
+        if self.between_steps and self.non_finite_loss() is None and self.non_finite_weight() is None:
+            self.write_checkpoint()
+
+    def write_checkpoint(self) -> None:
+        """Write the state in the first process."""
+        self.count_time()
         if self.main:
             save_state(self.run.checkpoint, self.state, self.nets, self.optimizers, self.fabric)
-        self.fabric.barrier()
 
-    def end(self) -> None:
-        """Keep the last weights unless a better validation was kept, and write down that the run is whole."""
+    def finish(self) -> None:
+        """Save the last weights unless a validation selected others, and mark the run as finished."""
         rule = self.recipe.validation
         if not rule.every or rule.select == "last" or not self.run.weights.exists():
-            self.keep(self.run.weights)
+            self.save_weights(self.run.weights)
         if self.main:
-            finished = datetime.now(UTC).isoformat()
-            self.run.record("machine.json", self.run.machine | {"took_s": round(self.took(), 1), "finished": finished})
+            self.count_time()
+            took_s = round(self.state["took_s"], 1)
+            self.run.write_json("machine.json", self.run.machine | {"took_s": took_s, "finished": utc_now()})
         self.fabric.barrier()
 
-    def took(self) -> float:
-        """Seconds of training, those before an interruption counted in as far as a checkpoint knows of them."""
+    def count_time(self) -> None:
+        """Add the time since the last call to the seconds of training, which checkpoints carry over interruptions."""
         now = time.monotonic()
-        total = float(self.state["took_s"]) + now - self.began
-        self.began = now
-        self.state["took_s"] = total
-        return total
+        self.state["took_s"] += now - self.started
+        self.started = now
 
 
-def _mean(rows: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
-    """Mean of each term over the steps that had it."""
+def optimizer_step(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
+    """Clip the gradients of each optimizer, step all optimizers, and reset the gradients.
+
+    In precision 16 all optimizers share one loss scale, which is updated once, after all have stepped: otherwise the
+    second would divide by another scale than its gradients were multiplied by. There, optimizers without gradients are
+    skipped, such as a critic's while only the student trains.
+
+    Args:
+        fabric: launched.
+        module: as set up by Fabric.
+        optimizers: as set up by Fabric.
+        clip: largest norm of the gradients of each optimizer; None: unlimited.
+    """
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    active = [optimizer for optimizer in optimizers if scaler is None or _has_gradients(optimizer)]
+    if clip is not None:
+        for optimizer in active:
+            fabric.clip_gradients(module, optimizer, max_norm=clip, error_if_nonfinite=False)
+    for optimizer in active:
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer.optimizer)
+    if scaler is not None and active:
+        scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+
+def _has_gradients(optimizer: Any) -> bool:
+    return any(value.grad is not None for group in optimizer.param_groups for value in group["params"])
+
+
+def _means(rows: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Mean of each term over the steps that have it."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return {key: torch.stack([row[key] for row in rows if key in row]).mean() for key in keys}
 
 
-__all__ = ["Prepared", "Training", "fit", "prepare"]
+__all__ = ["Trainer", "fit", "optimizer_step"]

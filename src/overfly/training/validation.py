@@ -1,4 +1,4 @@
-"""What a validation looks at: the source's held-out labels, and fixed pictures of the target without labels."""
+"""Validation during training: source mIoU on held-out labels, and label-free metrics of the target."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_m
 from overfly.evaluation.score import score
 from overfly.methods.method import Method, Networks
 from overfly.recipe import Recipe
-from overfly.training.engine import on_main
+from overfly.training.engine import run_on_rank_zero
 
-WATCHED = 24
-"""Pictures of the target that every validation looks at, the middle of each in the size of a crop."""
+TARGET_IMAGES = 24
+"""Target images of every validation, each center-cropped to the size of a training crop."""
 
 
-class Watch:
-    """The validations of one run. They read no random state and change none, nor any network."""
+class Validator:
+    """Scores the networks of one run. It changes no random state and no network.
+
+    Args:
+        recipe: the experiment.
+        nets: its networks.
+        fabric: launched.
+    """
 
     def __init__(self, recipe: Recipe, nets: Networks, fabric: Fabric) -> None:
         self.recipe, self.nets, self.fabric = recipe, nets, fabric
 
-    def source(self, workers: int = 0) -> float | None:
-        """Mean IoU on the source's held-out labels, every process its share of the pictures; None if not finite."""
+    def source_miou(self, workers: int = 0) -> float | None:
+        """Mean IoU, 0 to 1, on the source's held-out labels, which the processes share.
+
+        Returns:
+            None, in all processes, where the predictions of one are not finite.
+        """
         recipe = self.recipe
         try:
             return score(
@@ -40,22 +50,22 @@ class Watch:
                 workers=workers,
                 shard=(self.fabric.global_rank, self.fabric.world_size),
             ).miou
-        except NotFiniteError:  # statistics of the first steps may not hold yet
+        except NotFiniteError:  # normalization statistics of the first steps may overflow
             return None
 
-    def target(self, source_miou: float | None = None) -> LabelFreeMetrics | None:
-        """Label-free figures of the network that would be shipped now; the first process works, the others wait.
+    def target_metrics(self, source_miou: float | None = None) -> LabelFreeMetrics | None:
+        """Label-free metrics of the deployed network, computed by the first process.
 
         Args:
-            source_miou: what `source` found, to stand beside them.
+            source_miou: stored beside them.
 
         Returns:
-            None where the network's scores are not finite.
+            None where the network's predictions are not finite.
         """
 
         def work() -> LabelFreeMetrics | None:
             try:
-                found = label_free_metrics_of_images(
+                metrics = label_free_metrics_of_images(
                     self.recipe.method.deployed(self.nets),
                     self.images,
                     self.recipe.domain("target").max_value,
@@ -65,22 +75,22 @@ class Watch:
                 )
             except NotFiniteError:
                 return None
-            return found.model_copy(update={"source_miou": source_miou})
+            return metrics.model_copy(update={"source_miou": source_miou})
 
-        return on_main(self.fabric, work)
+        return run_on_rank_zero(self.fabric, work)
 
     @cached_property
     def images(self) -> list[Tensor]:
-        """The pictures, read once, labels taken away before."""
+        """The target images, without labels, read once."""
         recipe = self.recipe
         domain = recipe.domain("target")
-        return list(unlabeled_images(domain, "train", limit=WATCHED, resize=recipe.resize, crop=recipe.crop))
+        return list(unlabeled_images(domain, "train", limit=TARGET_IMAGES, resize=recipe.resize, crop=recipe.crop))
 
 
 def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
-    """What the deployed network is compared with: the student, where a teacher is deployed; else a teacher, or None.
+    """The network that the deployed one is compared with: the other of teacher and student; None without a teacher.
 
-    A network that is made of one of the two for deployment, such as one with normalizations folded, counts as that one.
+    A network derived from one of them for deployment, such as one with folded normalization, counts as that one.
     """
     teacher = getattr(nets, "teacher", None)
     if not isinstance(teacher, nn.Module):
@@ -88,25 +98,25 @@ def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
     return teacher if method.deployed(nets) is nets.student else nets.student
 
 
-def journalled(found: LabelFreeMetrics) -> dict[str, Any]:
-    """A line of the journal: the validators as its figures, the rest under ``looked``."""
-    rest = ("shares", "by_view", "images", "labels_opened")
-    return {**found.model_dump(exclude=set(rest)), "looked": found.model_dump(include=set(rest))}
+def log_entry(metrics: LabelFreeMetrics) -> dict[str, Any]:
+    """Label-free metrics as values of a log line; those that are not numbers stand under ``details``."""
+    details = {"shares", "by_view", "images", "labels_opened"}
+    return {**metrics.model_dump(exclude=details), "details": metrics.model_dump(include=details)}
 
 
 def label_free_metrics_at(rows: list[dict[str, Any]], step: int) -> LabelFreeMetrics | None:
-    """What `journalled` wrote at a step, or None."""
+    """The label-free metrics that were logged at a step, or None."""
     for row in reversed(rows):
         if row.get("event") == "label-free" and row["step"] == step:
-            values = {key: value for key, value in row.items() if key not in ("step", "event", "looked")}
-            return LabelFreeMetrics.model_validate({**values, **row["looked"]})
+            values = {key: value for key, value in row.items() if key not in ("step", "event", "details")}
+            return LabelFreeMetrics.model_validate({**values, **row["details"]})
     return None
 
 
-def source_miou_at(rows: list[dict[str, Any]], step: int) -> float | None:
-    """The source mIoU that was journalled at a step, or None."""
-    found = [row.get("source_miou") for row in rows if row.get("event") == "validation" and row["step"] == step]
-    return found[-1] if found else None
+def logged_source_miou(rows: list[dict[str, Any]], step: int) -> float | None:
+    """The source mIoU that was logged at a step, or None."""
+    values = [row.get("source_miou") for row in rows if row.get("event") == "validation" and row["step"] == step]
+    return values[-1] if values else None
 
 
-__all__ = ["WATCHED", "Watch", "journalled", "label_free_metrics_at", "reference", "source_miou_at"]
+__all__ = ["TARGET_IMAGES", "Validator", "label_free_metrics_at", "log_entry", "logged_source_miou", "reference"]

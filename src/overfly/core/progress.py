@@ -1,0 +1,112 @@
+"""Progress on stderr: bars in a terminal, a plain line now and then elsewhere, nothing where quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+PLAIN_SECONDS = 20.0
+"""Seconds between two plain lines."""
+
+
+def print_status(text: str, *, quiet: bool = False) -> None:
+    """Print a line on stderr, above the bars where some are shown."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Task:
+    first: int
+    started: float
+    printed: float
+    bar: TaskID | None
+
+
+class Progress:
+    """How far one or several tasks are; a context manager.
+
+    Each name that `update` is called with is a task with a bar of its own. ``partial(progress.update, name)`` is a
+    callback ``(done, total)``. Updates may come from several threads.
+
+    Args:
+        unit: of the counts, such as ``steps``; ``bytes`` are shown as MB.
+        quiet: show nothing.
+    """
+
+    def __init__(self, unit: str = "", *, quiet: bool = False) -> None:
+        self.unit, self.quiet = unit, quiet
+        self.tasks: dict[str, _Task] = {}
+        self.bars = _bars(unit) if not quiet and sys.stderr.isatty() else None
+
+    def __enter__(self) -> Self:
+        if self.bars is not None:
+            self.bars.start()
+        return self
+
+    def update(self, name: str, done: int, total: int | None = None, detail: str = "") -> None:
+        """Show that ``done`` of ``total`` are finished.
+
+        Args:
+            name: of the task.
+            done: how many are finished; the first call's count is where the task resumes.
+            total: how many there are; None if unknown.
+            detail: text behind the counts, such as losses.
+        """
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if name not in self.tasks:
+            bar = None if self.bars is None else self.bars.add_task(name, total=total, completed=done, detail=detail)
+            self.tasks[name] = _Task(done, now, now, bar)
+        task = self.tasks[name]
+        if self.bars is not None and task.bar is not None:
+            self.bars.update(task.bar, completed=done, total=total, detail=detail)
+        elif now - task.printed >= PLAIN_SECONDS or (done == total and done > task.first):
+            task.printed = now
+            print_status(self._line(name, task, done, total, detail))
+
+    def _line(self, name: str, task: _Task, done: int, total: int | None, detail: str) -> str:
+        scale = 1e6 if self.unit == "bytes" else 1
+        count = f"{done / scale:.0f}" + (f"/{total / scale:.0f}" if total is not None else "")
+        parts = [f"{name}: {count} {'MB' if self.unit == 'bytes' else self.unit}".rstrip(), detail]
+        if total is not None and total > done > task.first:
+            seconds = (total - done) * (time.monotonic() - task.started) / (done - task.first)
+            parts.append(f"{seconds:.0f} s left")
+        return "  ".join(filter(None, parts))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+
+def _bars(unit: str) -> Bars:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    return Bars(
+        TextColumn("{task.description}"), BarColumn(20), *counts, TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+    )  # fmt: skip
+
+
+__all__ = ["PLAIN_SECONDS", "Progress", "print_status"]
