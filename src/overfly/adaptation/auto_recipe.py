@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
-from overfly.core.settings import parse, validation_message
+from overfly.core.settings import parse_yaml, validation_message
 from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.data.folder import Folder
 from overfly.data.headers import read_header
@@ -148,7 +148,7 @@ def classes_of(file: Path) -> dict[str, Any]:
         fault = "is no file" if file.exists() else "is not there"
         raise RecipeError(f"{file} {fault}; give a YAML file of classes, such as {{building: [255, 0, 0], …}}")
     try:
-        held = parse(file.read_text(encoding="utf-8"))
+        held = parse_yaml(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{file} cannot be read as YAML ({reason}); correct it and try again") from None
