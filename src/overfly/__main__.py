@@ -1,15 +1,15 @@
-"""The program ``overfly``: small, so that Ctrl-C is answered from its first moment on."""
+"""The program ``overfly``."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command line; being stopped while that is read has its exit status too."""
+    """Run the command line; Ctrl-C while it is imported exits with status 130 too."""
     try:
-        from overfly.cli import main as run
+        from overfly import cli
     except KeyboardInterrupt:
         sys.exit(130)
-    run()
+    cli.main()
 
 
 if __name__ == "__main__":

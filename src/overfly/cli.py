@@ -1,46 +1,82 @@
-"""The API's functions as commands, nothing else."""
+"""The command line: the functions of `overfly.commands`, parsed by cyclopts."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-TYPE_CHECKING = False  # as in overfly/__init__.py: what takes time is imported where a Ctrl-C is answered already
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import FrameType
-    from typing import Any
 
     from cyclopts import App
 
-FIRST = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-"""Whether this is the process that speaks, of the several that train together."""
-WRONG = 2
-"""Exit status where the user can put it right."""
-STOPPED = 128
-"""Exit status of what a signal has stopped, less the signal's number: 130 after Ctrl-C."""
+RANK_ZERO = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+"""Whether this process prints, of the several that train together."""
+USER_ERROR = 2
+"""Exit status of a mistake that the user can correct."""
 
 HELP = """
-Segmentation of aerial imagery in real time, in the place you have labels for and in the place you do not.
+Segment aerial imagery in real time: train on a labeled domain, adapt to an unlabeled one, export the network.
 
-A recipe is a YAML file; every setting of it can be changed behind it: overfly train recipe.yaml optim.lr=0.005
+A recipe is a YAML file; any of its settings can be changed after it: overfly train recipe.yaml optim.lr=0.005
 """
-
-
 GROUPS = {
-    "data": "Look at, draw and fetch imagery.",
-    "hub": "Push networks to a model hub, and load them from one.",
+    "data": "Check, measure, synthesize and download imagery.",
+    "hub": "Push exported networks to a model hub, and load them from one.",
 }
 """Help of the commands of two words, by the first."""
 
 
-def words(name: str) -> tuple[str, ...]:
-    """Return the words that call a function: ``data_synthesize`` is ``data synthesize``, ``list_kinds`` is ``list``."""
-    return ("list",) if name == "list_kinds" else tuple(name.split("_"))
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. It stops a command as Ctrl-C does, with another exit status."""
 
 
-def application() -> App:
-    """Build the command line: one command for each function of `overfly.commands`, imported when it is called."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    try:
+        if handled:
+            signal.signal(signal.SIGTERM, _terminate)
+        status = run(list(sys.argv[1:] if arguments is None else arguments))
+    except BaseException as error:
+        status = handle(error)
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise Terminated
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command, print its result and return the exit status."""
+    from overfly.commands.usage import check_settings
+
+    command, bound, _ = application(arguments).parse_args(arguments, exit_on_error=False, print_error=False)
+    check_settings(command, bound.args)
+    result = command(*bound.args, **bound.kwargs)
+    if result is not None and RANK_ZERO:
+        from rich.console import Console
+
+        Console(soft_wrap=True, highlight=False, markup=False).print(result)
+        sys.stdout.flush()
+    return int(getattr(result, "exit_status", 0))
+
+
+def application(arguments: Sequence[str] = ()) -> App:
+    """Build the command line: one command for each function of `overfly.commands`.
+
+    Args:
+        arguments: the command line. Where it names a command, the others are not imported.
+    """
     from cyclopts import App, Parameter
 
     from overfly import __version__
@@ -52,124 +88,59 @@ def application() -> App:
         version=__version__,
         help_format="markdown",
         default_parameter=Parameter(negative_iterable=(), negative_none=()),
-        suppress_keyboard_interrupt=False,
-        exit_on_error=False,
-        print_error=False,
         result_action="return_value",
     )
     groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
-    for group in groups.values():
-        app.command(group)
+    named = any(tuple(arguments[: len(words(name))]) == words(name) for name in MODULES)
     for name, module in MODULES.items():
         *group, command = words(name)
-        (groups[group[0]] if group else app).command(f"overfly.commands.{module}:{name}", name=command)
+        parent = groups[group[0]] if group else app
+        parent.command(f"overfly.commands.{module}:{name}", name=command)
+        if not named:
+            parent[command]  # imports it, for the summary of its help
+    for group in groups.values():
+        app.command(group)
     return app
 
 
-class Stop:
-    """Answers Ctrl-C, and being told to end, which is like it.
+def words(name: str) -> tuple[str, ...]:
+    """Return the words that call a function: ``data_synthesize`` is ``data synthesize``, ``list_kinds`` is ``list``."""
+    return ("list",) if name == "list_kinds" else tuple(name.split("_"))
 
-    While nothing is begun, or all is done, the process ends at once: an import that is interrupted raises what it
-    likes. In between, what is half made is cleared away or left to be gone on with.
 
-    Attributes:
-        begun: whether a command is at work.
-        status: the exit status that came of it; 0 where nobody has stopped it.
+def handle(error: BaseException) -> int:
+    """Print an error that the user can act on, on one line, and return the exit status; raise any other.
+
+    Some libraries turn a Ctrl-C while they are imported into an error of their own, so its context counts.
     """
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.status = 0
-        self._before: dict[int, Any] = {}
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
-        del frame
-        self.status = STOPPED + number
-        if not self.begun:
-            if FIRST:
-                os.write(2, b"overfly: stopped\n")
-            os._exit(self.status)
-        raise KeyboardInterrupt
-
-    def listen(self) -> None:
-        """Handle the signals from now on, but those that whoever started the process wants ignored."""
-        import signal
-
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.getsignal(number)
-                if before is not signal.SIG_IGN:
-                    signal.signal(number, self)
-                    self._before[number] = before
-        except ValueError:  # not in the main thread
-            return
-
-    def leave(self) -> None:
-        """Have the signals handled as they were."""
-        import signal
-
-        for number, before in self._before.items():
-            signal.signal(number, before)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a mistake of the user's is one sentence and exit status 2, being stopped is 130."""
-    stop = Stop()
-    try:
-        stop.listen()
-        status = run(list(sys.argv[1:] if arguments is None else arguments), stop)
-    except KeyboardInterrupt:
-        stop.begun = False
-        stop.status = stop.status or STOPPED + 2  # before it was listened for
-        status = fail("stopped; the same command goes on where it can")
-    except Exception:  # of a library that was interrupted
-        stop.begun = False
-        if not stop.status:
-            raise
-        status = fail("stopped; the same command goes on where it can")
-    stop.begun = False
-    if arguments is not None:
-        stop.leave()
-    sys.exit(stop.status if stop.status and status == WRONG else status)
-
-
-def run(arguments: list[str], stop: Stop) -> int:
-    """Run one command; its exit status."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__context__
+    if cause is not None:
+        status = 128 + (signal.SIGTERM if isinstance(cause, Terminated) else signal.SIGINT)
+        return fail("stopped; the same command resumes where it can", status)
     from cyclopts import CycloptsError
-    from rich.console import Console
 
+    from overfly.commands.usage import usage_message
     from overfly.core.errors import OverflyError
 
-    try:
-        app = application()
-        stop.begun = True
-        result = app(arguments)
-        if result is not None and FIRST:
-            Console(soft_wrap=True, highlight=False, markup=False).print(result)
-            sys.stdout.flush()
-        return int(getattr(result, "exit_status", 0))
-    except OverflyError as error:
-        return fail(str(error))
-    except CycloptsError as error:
-        return fail(f"{str(error).strip().rstrip('.')}; see overfly --help")
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    except OSError as error:
-        return fail(f"{error.filename or 'a file'}: {error.strerror or error}; put this right and try again")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        return fail("this does not fit the memory; lower batch, crop or size, or use a larger machine")
+    match error:
+        case OverflyError():
+            return fail(str(error))
+        case CycloptsError():
+            return fail(usage_message(error))
+        case BrokenPipeError():
+            sys.stderr.close()
+            return 0
+        case OSError():
+            return fail(f"{error.filename or 'a file'}: {error.strerror or error}; correct this and try again")
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or "memory" in str(error):
+            return fail("out of memory; lower batch, crop or size, or use a larger machine")
+    raise error
 
 
-def fail(sentence: str) -> int:
-    """Say what is wrong; the status to exit with."""
-    if FIRST:
-        print(f"overfly: {' '.join(sentence.split())}", file=sys.stderr)
-    return WRONG
-
-
-if __name__ == "__main__":
-    main()
+def fail(message: str, status: int = USER_ERROR) -> int:
+    """Print an error message on one line and return the exit status."""
+    if RANK_ZERO:
+        print(f"overfly: {' '.join(message.split())}", file=sys.stderr)
+    return status

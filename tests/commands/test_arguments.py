@@ -1,39 +1,13 @@
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
-from overfly.commands import api
-from overfly.commands.arguments import is_setting, pathlike
-
-
-@pathlike
-def take(
-    one: Path, *rest: str, several: list[Path] | None = None, out: Path | None = None, both: Path | str = ""
-) -> list[object]:
-    return [one, rest, several, out, both]
-
-
-def test_text_becomes_a_path_where_a_path_is_asked_for_and_nowhere_else() -> None:
-    assert take("a", "b", several=["c"], out="d", both="e") == [Path("a"), ("b",), [Path("c")], Path("d"), "e"]  # type: ignore[arg-type, list-item]
-    assert take(Path("a")) == [Path("a"), (), None, None, ""]
-
-
-def test_a_missing_argument_is_told_as_ever() -> None:
-    with pytest.raises(TypeError, match=r"take.*missing"):
-        take()  # type: ignore[call-arg]
-
-
-@pytest.mark.parametrize("name", sorted(api.__all__))
-def test_every_function_of_the_api_takes_its_paths_as_text(name: str) -> None:
-    function = getattr(api, name)
-    kinds = [get_args(hint) or (hint,) for hint in get_type_hints(function).values()]
-    paths = any((Path in each and str not in each) or list[Path] in each for each in kinds)
-    assert paths == hasattr(function, "__wrapped__")
-    assert inspect.signature(function) == inspect.signature(inspect.unwrap(function))
+from overfly import data_synthesize
+from overfly.commands.arguments import check_bounds, is_setting, parse_seeds, split_entries
+from overfly.core.errors import RecipeError
+from overfly.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -50,17 +24,42 @@ def test_every_function_of_the_api_takes_its_paths_as_text(name: str) -> None:
         ("recipes/lr=3/a.yaml", False),
         ("lr=3/*.yaml", False),
         ("a.yaml", False),
-        ("there=1.yaml", False),
+        ("exists=1.yaml", False),
     ],
 )
-def test_settings_are_told_from_recipes(
+def test_settings_are_distinguished_from_recipes(
     entry: str, setting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "there=1.yaml").write_text("steps: 1\n")
+    (tmp_path / "exists=1.yaml").write_text("steps: 1\n")
     assert is_setting(entry) == setting
 
 
-def test_a_notebooks_call(tmp_path: Path) -> None:
-    api.data_synthesize(str(tmp_path / "world"), scenes=["urban"], size=64, train=1, val=1, test=1)  # type: ignore[arg-type]
+def test_entries_are_split_into_recipes_and_settings(recipe: Recipe, tmp_path: Path) -> None:
+    file = recipe.save(tmp_path / "a.yaml")
+    assert split_entries([recipe, str(file), "seed=1"]) == ([recipe, str(file)], ["seed=1"])
+    for missing in ("missing.yaml", "runs/missing", "missing"):
+        with pytest.raises(RecipeError, match=missing):
+            split_entries([missing])
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", [0, 1, 2]), ("0,5,0", [0, 5]), ("2,", [2])])
+def test_seeds_are_a_count_or_a_list(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "many", "1,-1"])
+def test_invalid_seeds_name_the_option(text: str) -> None:
+    with pytest.raises(RecipeError, match="--seeds"):
+        parse_seeds(text)
+
+
+def test_bounds_name_the_option_and_the_value() -> None:
+    check_bounds({"size": (8, 8, 16)})
+    with pytest.raises(RecipeError, match="--size must be 8 to 16, got 17"):
+        check_bounds({"size": (17, 8, 16)})
+
+
+def test_a_folder_may_be_a_string(tmp_path: Path) -> None:
+    data_synthesize(str(tmp_path / "world"), scenes=["urban"], size=64, train=1, val=1, test=1)
     assert (tmp_path / "world").is_dir()

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from overfly.data.domain import Domain
     from overfly.recipe import Recipe
 
+    PathLike = Path | str
+    PathLikes = Sequence[Path | str]
     RecipeLike = Recipe | Path | str
-    Paths = Sequence[Path | str]
 else:  # the types that the command line parses
+    PathLike = Path
+    PathLikes = list[str]
     RecipeLike = str
-    Paths = list[str]
 
-PathLike = Path | str
 MAX_SIDE = 16384
 """Largest side of an image, in pixels."""
 

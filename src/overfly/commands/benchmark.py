@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import MAX_SIDE, PathLike, check_bounds, image_cache, is_setting, parse_seeds
+from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds, image_cache, is_setting, parse_seeds
 from overfly.core.choices import Cache, Split
 from overfly.core.errors import RecipeError
 
@@ -32,7 +31,7 @@ class BenchmarkResult:
 
 
 def benchmark(
-    recipes: Sequence[str],
+    recipes: PathLikes,
     *,
     seeds: str = "3",
     out: PathLike = Path("runs"),
@@ -72,8 +71,8 @@ def benchmark(
     from overfly.reporting.run_samples import draw
     from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
 
-    overrides = [entry for entry in recipes if is_setting(entry)]
-    files = benchmarking.expand_recipe_paths([entry for entry in recipes if entry not in overrides])
+    overrides = [str(entry) for entry in recipes if is_setting(entry)]
+    files = benchmarking.expand_recipe_paths([entry for entry in recipes if not is_setting(entry)])
     if not files:
         raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")
     numbers = parse_seeds(seeds)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import MAX_SIDE, PathLike, check_bounds
+from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds
 from overfly.core.choices import Split
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _study_table(ranking: Ranking) -> Table:
 
 
 def rank(
-    runs: list[str],
+    runs: PathLikes,
     *,
     with_labels: bool = False,
     estimate: bool = False,
