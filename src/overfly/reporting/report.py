@@ -1,63 +1,43 @@
-"""A report: one HTML file that holds everything, opens from disk, asks no network and stays below 5 MB."""
+"""A report as one self-contained HTML file of at most 5 MB."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from overfly.benchmarking import Figure
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
+from overfly.core.records import UInt8
+from overfly.core.text import percent
 from overfly.evaluation.speed import Speed
-from overfly.reporting.charts import SERIES, Bar, bars, grouped, lines
-from overfly.reporting.curves import Points
-from overfly.reporting.embedded import png, safe, small, small_picture, uri, webp
-from overfly.reporting.extremes import Album
-from overfly.training.evaluate import Role
+from overfly.reporting.figures import SERIES, Bar, Points, bars, grouped_bars, line_chart
+from overfly.reporting.images import accessible_colors, data_uri, encode_png, encode_webp, thumbnail
+from overfly.reporting.samples import SampleSet
 
-LARGEST = 5_000_000
-"""Bytes that a report may have."""
+MAX_BYTES = 5_000_000
 SIDES = (320, 240, 180, 120, 80)
-"""Longest sides of its pictures in pixels, the first that fits the bytes."""
+"""Longest sides of the images in pixels; the first that fits `MAX_BYTES` is used."""
 HERE = Path(__file__).parent
 
 
-class Quantity(Protocol):
-    """A figure over seeds, such as `overfly.benchmarking.SeedStatistics`."""
-
-    @property
-    def mean(self) -> float | None:
-        """Mean over the seeds."""
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation over the seeds."""
-
-    @property
-    def values(self) -> Sequence[float | None]:
-        """One value a seed."""
-
-    def percent(self) -> str:
-        """In percent, as a table shows it."""
-
-
 @dataclass(frozen=True)
-class Matrix:
-    """Counts of pixels (K, K), rows the labels, columns the predictions, of all seeds together."""
+class ConfusionTable:
+    """Counts of pixels (K, K) over all seeds, rows the labels, columns the predictions; ``open``: shown expanded."""
 
     title: str
     names: Sequence[str]
     counts: Sequence[Sequence[int]]
     open: bool = False
-    """Whether it is shown without being asked for."""
 
     @property
     def rows(self) -> list[tuple[str, float, list[float | None]]]:
-        """Each label's name, its share of all pixels, and what share of it was predicted as each class."""
+        """For each label: its name, its share of all pixels, and the shares of it predicted as each class."""
         total = max(sum(map(sum, self.counts)), 1)
         found = []
         for name, row in zip(self.names, self.counts, strict=True):
@@ -72,91 +52,91 @@ class Entry:
 
     Attributes:
         name: unique in the report.
-        network: name of the network.
-        about: facts in words: method, source, length, criterion.
+        model: name of the model.
+        about: method, source, length, criterion, and more, as text.
         seeds: of the runs.
-        miou: by the title of the place.
-        classes: IoU of each class by the title of the place.
-        gap: share of the way from source only to the oracle.
-        opened: how often target labels were read, and how many, in words; empty where none were.
-        matrices: one a place.
-        losses: curves of training of the first seed.
-        measured: what was measured while it trained.
-        runs: folders, names alone.
+        miou: by the title of the domain.
+        classes: IoU of each class by the title of the domain.
+        gap: share of the gap between source only and oracle that was closed.
+        labels_opened: how often target labels were read, and how many; empty for never.
+        confusions: one a domain.
+        losses: training curves of the first seed.
+        metrics: validation curves of the first seed.
+        runs: names of the folders.
         recipe: YAML of the first seed.
-        machine: where the first seed was trained.
+        machine: of the first seed.
     """
 
     name: str
-    network: str
+    model: str
     about: Mapping[str, str]
     seeds: Sequence[int]
-    miou: Mapping[str, Quantity]
-    classes: Mapping[str, Mapping[str, Quantity]]
-    gap: Quantity | None
-    opened: str
-    matrices: Sequence[Matrix]
+    miou: Mapping[str, Figure]
+    classes: Mapping[str, Mapping[str, Figure]]
+    gap: Figure | None
+    labels_opened: str
+    confusions: Sequence[ConfusionTable]
     losses: Points
-    measured: Points
+    metrics: Points
     runs: Sequence[str]
     recipe: str
     machine: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What is known of an adaptation without target labels.
+class SelectionTable:
+    """The selection of a comparison by label-free metrics.
 
     Attributes:
-        title: the run it was written for.
-        sentence: the verdict.
+        title: name of its folder.
+        summary: the selection as a sentence.
         columns: headings.
-        rows: network, cells, and a word such as recommended or refused.
-        against: what speaks against networks, as sentences.
-        ways: which run each of several adapted networks is, and in what it differs.
-        familiarity: how familiar the target is to the network before adaptation, in words; empty where unknown.
+        rows: candidate, cells, and "recommended", "rejected" or nothing.
+        rejections: reasons, as sentences.
+        differences: the run of each adapted candidate, and its differing settings.
+        familiarity: how familiar the target is to the baseline; empty if unknown.
         labels_opened: target labels that were read for it.
     """
 
     title: str
-    sentence: str
+    summary: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str], str]]
-    against: Sequence[str]
-    ways: Sequence[str]
+    rejections: Sequence[str]
+    differences: Sequence[str]
     familiarity: str
     labels_opened: int
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures of a domain, and the classes they are painted in."""
+    """Sample images of a domain, and the classes of their maps."""
 
-    album: Album
+    samples: SampleSet
     classes: Classes
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a report shows."""
+    """The content of a report."""
 
     title: str
-    made: str
+    date: str
     split: str
     entries: Sequence[Entry]
-    evidence: Sequence[Evidence] = ()
+    selections: Sequence[SelectionTable] = ()
     galleries: Sequence[Gallery] = ()
     speeds: Mapping[str, Speed] = field(default_factory=dict)
     own_colors: bool = False
 
     @property
-    def places(self) -> list[str]:
-        """Titles of all places that something was scored in."""
-        return list(dict.fromkeys(place for entry in self.entries for place in entry.miou))
+    def domains(self) -> list[str]:
+        """Titles of all domains that a recipe was scored on."""
+        return list(dict.fromkeys(domain for entry in self.entries for domain in entry.miou))
 
     @property
     def gap_chart(self) -> Markup | None:
-        """Bars of the share of the gap that was closed; none where no entry has one."""
+        """A chart of the gap closed; None where no entry has one."""
         found = [
             Bar(entry.name, entry.gap.mean, entry.gap.deviation, entry.gap.values)
             for entry in self.entries
@@ -166,75 +146,81 @@ class Report:
 
     @property
     def class_charts(self) -> list[tuple[str, Markup]]:
-        """For each place, IoU of each class; a chart holds as many entries as there are colors."""
+        """For each domain, charts of the IoU of each class, with as many entries as there are colors."""
         charts = []
-        for place in self.places:
-            kinds = dict.fromkeys(tuple(each.classes[place]) for each in self.entries if place in each.classes)
-            for kind in kinds:
-                same = [each for each in self.entries if tuple(each.classes.get(place, ())) == kind]
+        for domain in self.domains:
+            for names in dict.fromkeys(tuple(each.classes[domain]) for each in self.entries if domain in each.classes):
+                same = [each for each in self.entries if tuple(each.classes.get(domain, ())) == names]
                 for first in range(0, len(same), len(SERIES)):
                     part = same[first : first + len(SERIES)]
-                    rows = {name: [each.classes[place][name].mean for each in part] for name in kind}
-                    words = f"IoU of each class in {place}, percent"
-                    charts.append((place, grouped(rows, [each.name for each in part], words)))
+                    rows = {name: [each.classes[domain][name].mean for each in part] for name in names}
+                    title = f"IoU of each class in {domain}, percent"
+                    charts.append((domain, grouped_bars(rows, [each.name for each in part], title)))
         return charts
 
 
 def render(report: Report) -> str:
-    """The page, its pictures as large as the bytes allow.
+    """Render a report as HTML, its images as large as the limit on bytes allows.
 
     Raises:
-        OverflyError: there are so many runs that it is too large even so.
+        OverflyError: it exceeds the limit even with the smallest images.
     """
-    page = ""
+    template = environment().get_template("report.html.jinja")
+    style = Markup((HERE.parent / "web" / "static" / "look.css").read_text(encoding="utf-8"))  # noqa: S704
+    shared = {
+        "report": report, "style": style, "gap_chart": report.gap_chart, "class_charts": report.class_charts,
+        "curves": [
+            (line_chart(entry.losses, f"{entry.name}: losses over the steps"),
+             line_chart(entry.metrics, f"{entry.name}: validation metrics over the steps", smoothing=0.0))
+            for entry in report.entries
+        ],
+    }  # fmt: skip
+    size = 0
     for side in SIDES:
-        page = _page(report, side)
-        if len(page.encode("utf-8")) <= LARGEST:
+        galleries = [_embed(gallery, side, own_colors=report.own_colors) for gallery in report.galleries]
+        page = template.render(galleries=galleries, **shared)
+        size = len(page.encode("utf-8"))
+        if size <= MAX_BYTES:
             return page
     raise OverflyError(
-        f"a report of {len(report.entries)} recipes takes {len(page.encode('utf-8')) / 1e6:.1f} MB, more than "
-        f"{LARGEST / 1e6:.0f}; make one of fewer runs"
+        f"a report of {len(report.entries)} recipes takes {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}; give "
+        "fewer runs"
     )
 
 
 def environment(folder: Path = HERE) -> Environment:
     """Templates of a folder; every value is escaped."""
     return Environment(
-        loader=FileSystemLoader(folder),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=True,
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
     )
 
 
-def _page(report: Report, side: int) -> str:
-    template = environment().get_template("report.html.jinja")
-    style = Markup((HERE.parent / "web" / "static" / "look.css").read_text(encoding="utf-8"))  # noqa: S704
-    galleries = [_shown(gallery, side, own=report.own_colors) for gallery in report.galleries]
-    return template.render(report=report, style=style, galleries=galleries, lines=lines)
+def _embed(gallery: Gallery, side: int, *, own_colors: bool) -> dict[str, Any]:
+    """A gallery with its images as data URIs."""
+    classes = gallery.classes if own_colors else accessible_colors(gallery.classes)
 
+    def tile(caption: str, ids: UInt8) -> tuple[str, str, str]:
+        return caption, data_uri(encode_png(thumbnail(ids, side), classes)), describe_shares(ids, classes)
 
-def _shown(gallery: Gallery, side: int, *, own: bool) -> dict[str, Any]:
-    """A gallery with its pictures as addresses."""
-    classes = gallery.classes if own else safe(gallery.classes)
-    scenes = []
-    for scene in gallery.album.scenes:
-        tiles = [("image", uri(webp(small_picture(scene.picture, side))), "")]
-        if scene.label is not None:
-            tiles.append(("label", uri(png(small(scene.label, side), classes)), shares(scene.label, classes)))
-        for name, ids in scene.maps.items():
-            right = f" · {100 * scene.accuracy[name]:.0f} % right" if name in scene.accuracy else ""
-            tiles.append((name + right, uri(png(small(ids, side), classes)), shares(ids, classes)))
-        scenes.append({"name": scene.name, "why": scene.why, "tiles": tiles})
+    images = []
+    for sample in gallery.samples.images:
+        tiles = [("image", data_uri(encode_webp(thumbnail(sample.image, side))), "")]
+        if sample.label is not None:
+            tiles.append(tile("label", sample.label))
+        for name, ids in sample.predictions.items():
+            correct = f" · {percent(sample.accuracy[name], 0)} % correct" if name in sample.accuracy else ""
+            tiles.append(tile(name + correct, ids))
+        images.append({"name": sample.name, "reason": sample.reason, "tiles": tiles})
     colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in classes.colors]
-    return {"album": gallery.album, "scenes": scenes, "legend": list(zip(classes.names, colors, strict=True))}
+    return {"samples": gallery.samples, "images": images, "legend": list(zip(classes.names, colors, strict=True))}
 
 
-def shares(ids: Any, classes: Classes) -> str:
-    """What a map shows, in words: its classes with their shares, largest first."""
-    found = [(float((ids == index).mean()), name) for index, name in enumerate(classes.names)]
-    return ", ".join(f"{name} {100 * share:.0f} %" for share, name in sorted(found, reverse=True) if share >= 0.005)
+def describe_shares(ids: UInt8, classes: Classes) -> str:
+    """Describe a class map: its classes with their shares, largest first."""
+    shares = [(float((ids == index).mean()), name) for index, name in enumerate(classes.names)]
+    return ", ".join(f"{name} {percent(share, 0)} %" for share, name in sorted(shares, reverse=True) if share >= 0.005)
 
 
-__all__ = ["Entry", "Evidence", "Gallery", "Matrix", "Quantity", "Report", "Role", "environment", "render", "shares"]
+__all__ = [
+    "ConfusionTable", "Entry", "Gallery", "Report", "SelectionTable", "describe_shares", "environment", "render",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a server takes from outside, and what it holds at once."""
+"""Bounds of a server: sizes, times, and the pixels that are worked on at the same time."""
 
 from __future__ import annotations
 
@@ -8,72 +8,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from overfly.core.errors import OverflyError
-from overfly.core.spec import Count, NonNegative, Positive, Spec
+from overfly.core.spec import Count, Positive, Spec
 
 
-class LateError(OverflyError):
-    """A request that took longer than it may."""
+class RequestTimeoutError(OverflyError):
+    """A request that exceeded the time limit of the server."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "this took longer than a request may; send a smaller image, or try again when less is going on"
-        )
+        super().__init__("the request exceeded the time limit; send a smaller image, or try again later")
 
 
 class Limits(Spec):
-    """Bounds of a server; whoever exceeds one gets an answer that says so."""
+    """Bounds of a server. A request beyond one is refused with a status and a message."""
 
     upload: Count = 64_000_000
-    """Bytes of a request."""
+    """Bytes of a request body; beyond it 413."""
     pixels: Count = 9_000_000
-    """Pixels of an image, seen in its header before it is decoded."""
+    """Pixels of an image, read from its header before it is decoded; beyond it 400."""
     seconds: Positive = 60.0
-    """Time that a request may take, from its first byte to its answer."""
+    """Time to receive a body (then 408), and time to process it (then 503)."""
     queue: Count = 16
-    """Requests that are read, waiting or worked on at the same time; the next is answered 429."""
-    batch: Count = 8
-    """Images of one size that go through the network together."""
-    wait: NonNegative = 0.004
-    """Seconds that the first of a batch waits for others."""
-    kept: Count = 60_000_000
-    """Pixels of the maps that are kept to be looked at, all together; the oldest goes first."""
-    streams: Count = 8
-    """Watchers of the live picture at the same time."""
+    """Images that are processed or wait at the same time; beyond it 429."""
+    connections: Count = 256
+    """Open connections, those of the live page included; beyond it 503."""
+    cache: Count = 60_000_000
+    """Pixels of all maps kept in memory; the least recently used is evicted first."""
+    viewers: Count = 8
+    """Viewers of the live stream at the same time; beyond it 429."""
 
 
-class Room:
-    """Pixels that may be worked on at the same time, so that many large images do not exceed the memory together."""
+class PixelBudget:
+    """A bound on the pixels that are processed at the same time, so that large images do not exhaust the memory."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels = pixels
-        self._taken = 0
+        self._used = 0
         self._changed = threading.Condition()
 
     @contextmanager
-    def take(self, pixels: int, deadline: float) -> Iterator[None]:
-        """Hold room for some pixels, at most all there is, until the block ends.
+    def reserve(self, pixels: int, deadline: float) -> Iterator[None]:
+        """Reserve pixels, at most the whole budget, while the context lasts.
 
         Args:
-            pixels: wanted.
+            pixels: number to reserve.
             deadline: time of `time.monotonic` at which to give up.
 
         Raises:
-            LateError: there was no room in time.
+            RequestTimeoutError: the pixels were not free before the deadline.
         """
         wanted = min(pixels, self.pixels)
         with self._changed:
-            there = self._changed.wait_for(
-                lambda: self._taken + wanted <= self.pixels, max(0.0, deadline - time.monotonic())
-            )
-            if not there:
-                raise LateError
-            self._taken += wanted
+            timeout = max(0.0, deadline - time.monotonic())
+            if not self._changed.wait_for(lambda: self._used + wanted <= self.pixels, timeout):
+                raise RequestTimeoutError
+            self._used += wanted
         try:
             yield
         finally:
             with self._changed:
-                self._taken -= wanted
+                self._used -= wanted
                 self._changed.notify_all()
 
 
-__all__ = ["LateError", "Limits", "Room"]
+__all__ = ["Limits", "PixelBudget", "RequestTimeoutError"]

@@ -1,10 +1,12 @@
-"""Who may ask: the right host, the right origin and, where there is one, the token; and what every answer forbids."""
+"""ASGI middleware: bounds of request bodies, and access by origin and token. Hosts are checked by Starlette."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import secrets
+import time
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -12,10 +14,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from overfly.web.config import Limits
+
 COOKIE = "overfly"
 OPEN = ("/health",)
-"""What needs no token, for machines that look whether the server is alive."""
-LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Paths that need no token."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -26,27 +29,74 @@ HEADERS = {
 }
 
 
-class Guard:
-    """An ASGI application behind a host list, a check of origins and a token."""
+class BodyLimitMiddleware:
+    """Refuse request bodies that are too large (413) or arrive too slowly (408)."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, its body counted and timed while it is read."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        refusal = self._too_large() if length.isdigit() and int(length) > self.limits.upload else None
+        deadline = time.monotonic() + self.limits.seconds
+        size, complete = 0, False
+
+        async def bounded_receive() -> Message:
+            nonlocal size, complete, refusal
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                refusal = _refuse(408, f"the body did not arrive within {self.limits.seconds:g} s; send a smaller one")
+                return {"type": "http.disconnect"}
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if size > self.limits.upload:
+                refusal = self._too_large()
+                return {"type": "http.disconnect"}
+            return message
+
+        async def bounded_send(message: Message) -> None:
+            if refusal is None:
+                await send(message)
+
+        if refusal is None:
+            await self.app(scope, bounded_receive, bounded_send)
+        if refusal is not None:
+            refusal.headers["connection"] = "close"
+            await refusal(scope, receive, send)
+
+    def _too_large(self) -> Response:
+        megabytes = self.limits.upload / 1e6
+        return _refuse(413, f"the body exceeds {megabytes:g} MB; send less, or use overfly predict for large rasters")
+
+
+class AccessMiddleware:
+    """Check the origin and the token of every request, and set headers that protect the pages."""
 
     def __init__(self, app: ASGIApp, token: str | None = None) -> None:
         """Wrap an application.
 
         Args:
-            app: what is guarded.
-            token: that a client must know; None: the server is local, and only asked by local names.
+            app: the application.
+            token: required from clients; None: no token is required.
         """
         self.app = app
         self.token = token
         self.session = hmac.new(secrets.token_bytes(32), b"session", hashlib.sha256).hexdigest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        async def safely(message: Message) -> None:
+        async def send_protected(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -54,82 +104,59 @@ class Guard:
                 headers.setdefault("cache-control", "no-store")
             await send(message)
 
-        refusal = self._refusal(scope)
-        await (refusal or self.app)(scope, receive, safely)
+        await (self._refusal(scope) or self.app)(scope, receive, send_protected)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        wrong = self._wrong_place(scope["method"], headers)
-        if wrong:
-            return _told(403, wrong)
+        origin = headers.get("origin")
+        if scope["method"] not in ("GET", "HEAD") and origin and (_netloc(origin) or None) != headers.get("host"):
+            return _refuse(403, "another web site must not send requests to this server")
         if self.token is None or scope["path"] in OPEN:
             return None
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and self._same(given.strip(), self.token):
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and _equal(token.strip(), self.token):
             return None
-        if self._same(_cookie(headers.get("cookie", "")), self.session):
+        if _equal(_cookie(headers.get("cookie", "")), self.session):
             return None
-        return self._by_query(scope)
+        return self._login(scope)
 
-    def _wrong_place(self, method: str, headers: Headers) -> str:
-        """What is wrong with the name that a request calls this server by, or with where it comes from; or nothing."""
-        host = _netloc(f"//{headers.get('host', '')}")
-        if host is None:
-            return "the header Host is no name of a host; send the one in this server's address"
-        if self.token is None and _name(host) not in LOCAL:
-            return "this server answers to 127.0.0.1 and localhost alone; start it with --host and --token"
-        origin = headers.get("origin")
-        if method not in ("GET", "HEAD") and origin and _netloc(origin) != host:
-            return "another web site may not send requests here"
-        return ""
-
-    def _by_query(self, scope: Scope) -> Response:
-        """A browser that brings the token in its address gets a cookie, and the address without it."""
+    def _login(self, scope: Scope) -> Response:
+        """Set a cookie for a browser whose address holds the token, and redirect to the address without it."""
         pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        given = next((value for name, value in pairs if name == "token"), "")
-        if scope["method"] not in ("GET", "HEAD") or not self._same(given, self.token or ""):
-            answer = _told(401, "this server needs its token: a header Authorization: Bearer …, or /?token=… once")
+        token = next((value for name, value in pairs if name == "token"), "")
+        if scope["method"] not in ("GET", "HEAD") or not _equal(token, self.token or ""):
+            answer = _refuse(401, "this server requires a token: a header Authorization: Bearer …, or /?token=… once")
             answer.headers["www-authenticate"] = "Bearer"
             return answer
-        rest = urlencode([(name, value) for name, value in pairs if name != "token"])
-        place = "/" + scope["path"].lstrip("/\\") + (f"?{rest}" if rest else "")
-        found = RedirectResponse(place, status_code=303)
-        found.set_cookie(COOKIE, self.session, httponly=True, samesite="strict", secure=scope["scheme"] == "https")
-        return found
+        query = urlencode([(name, value) for name, value in pairs if name != "token"])
+        redirect = RedirectResponse("/" + scope["path"].lstrip("/\\") + (f"?{query}" if query else ""), 303)
+        redirect.set_cookie(COOKIE, self.session, httponly=True, samesite="strict", secure=scope["scheme"] == "https")
+        return redirect
 
-    @staticmethod
-    def _same(given: str, wanted: str) -> bool:
-        """Whether two texts are the same, in a time that tells nothing of where they differ."""
-        one, other = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, wanted))
-        return hmac.compare_digest(one, other)
+
+def _equal(given: str, expected: str) -> bool:
+    """Compare two texts in constant time."""
+    one, other = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, expected))
+    return hmac.compare_digest(one, other)
 
 
 def _netloc(address: str) -> str | None:
-    """The part of an address that says where it leads; None where the address is none."""
     try:
         return urlsplit(address).netloc
     except ValueError:
         return None
 
 
-def _name(netloc: str) -> str:
-    """The host of ``host:port`` and ``[::1]:port``."""
-    try:
-        return (urlsplit(f"//{netloc}").hostname or "").lower()
-    except ValueError:
-        return ""
-
-
 def _cookie(text: str) -> str:
     try:
-        found = SimpleCookie(text).get(COOKIE)
+        cookie = SimpleCookie(text).get(COOKIE)
     except CookieError:
         return ""
-    return found.value if found is not None else ""
+    return cookie.value if cookie is not None else ""
 
 
-def _told(status: int, sentence: str) -> JSONResponse:
+def _refuse(status: int, sentence: str) -> JSONResponse:
     return JSONResponse({"detail": sentence}, status)
 
 
-__all__ = ["HEADERS", "LOCAL", "Guard"]
+__all__ = ["HEADERS", "AccessMiddleware", "BodyLimitMiddleware"]

@@ -1,4 +1,4 @@
-"""The pages of the server: list of networks, a map, two runs beside each other, the live picture, the API."""
+"""HTML pages of the server: networks, a map, a comparison of two runs, the live stream, the API."""
 
 from __future__ import annotations
 
@@ -12,56 +12,53 @@ from markupsafe import Markup
 
 from overfly.core.errors import OverflyError
 from overfly.evaluation.scores import Scores
-from overfly.reporting.charts import grouped
+from overfly.reporting.figures import grouped_bars
 from overfly.reporting.report import environment
 from overfly.training.run import Run
 from overfly.video.player import LatestFrame
-from overfly.web.networks import Network
-from overfly.web.service import Desk
+from overfly.web.service import InferenceService, ServedNetwork
 
 
-def router(desk: Desk, screen: LatestFrame | None) -> APIRouter:
-    """All pages.
+def page_router(service: InferenceService, screen: LatestFrame | None) -> APIRouter:
+    """Routes of all pages.
 
     Args:
-        desk: the networks.
-        screen: holds the live picture, where there is one.
+        service: the networks.
+        screen: holds the newest overlay of a live stream, if there is one.
     """
-    live = screen is not None
     routes = APIRouter(default_response_class=HTMLResponse)
     templates = environment(Path(__file__).parent / "templates")
 
-    def page(name: str, **values: Any) -> HTMLResponse:
-        return HTMLResponse(templates.get_template(f"{name}.html.jinja").render(live=live, **values))
+    def page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
+        text = templates.get_template(f"{name}.html.jinja").render(
+            stream=screen is not None, networks=list(service.networks.values()), **values
+        )
+        return HTMLResponse(text, status)
 
     @routes.head("/")
     @routes.get("/")
     def start() -> Response:
-        if not desk.networks:
+        networks = list(service.networks.values())
+        if not networks:
             return RedirectResponse("/live")
-        networks = list(desk.networks.values())
-        columns = list(dict.fromkeys(name for each in networks for name in each.about))
-        scenes = [path.name for path in desk.scenes]
-        return page(
-            "start", networks=networks, columns=columns, limits=desk.limits, scenes=scenes, chosen=pair(networks)
-        )
+        columns = list(dict.fromkeys(name for network in networks for name in network.about))
+        scenes = [path.name for path in service.scenes]
+        return page("start", columns=columns, limits=service.limits, scenes=scenes, chosen=default_pair(networks))
 
     @routes.get("/map/{key}")
-    def look(key: str) -> HTMLResponse:
-        if desk.kept.get(key) is None:
-            return HTMLResponse(templates.get_template("gone.html.jinja").render(live=live), 404)
-        return page("map", key=key)
+    def show_map(key: str) -> HTMLResponse:
+        return page("map", key=key) if service.stored_map(key) is not None else page("gone", 404)
 
     @routes.get("/compare")
     def compare(one: Annotated[str, Query(max_length=64)], other: Annotated[str, Query(max_length=64)]) -> HTMLResponse:
-        if one not in desk.networks or other not in desk.networks:
-            raise HTTPException(404, "there is no such network here")
-        both = [desk.networks[one], desk.networks[other]]
-        return page("compare", both=both, charts=charts(both), differences=differences(both))
+        if one not in service.networks or other not in service.networks:
+            raise HTTPException(404, "unknown network; /networks lists the keys")
+        pair = [service.networks[one], service.networks[other]]
+        return page("compare", pair=pair, comparisons=compare_scores(pair), differences=compare_recipes(pair))
 
     @routes.get("/live")
-    def look_at_film() -> HTMLResponse:
-        return page("live", ended=screen is not None and screen.closed, how=screen.ended if screen is not None else "")
+    def live() -> HTMLResponse:
+        return page("live", ended=screen is not None and screen.closed, reason=screen.ended if screen else "")
 
     @routes.get("/docs")
     def api() -> HTMLResponse:
@@ -70,44 +67,47 @@ def router(desk: Desk, screen: LatestFrame | None) -> APIRouter:
     return routes
 
 
-def pair(networks: list[Network]) -> tuple[str, str]:
-    """Keys of the two networks to begin with: one from the source alone, and the last that was adapted."""
-    plain = [each.key for each in networks if _method(each) == "source_only"]
-    adapted = [each.key for each in networks if _method(each) not in ("source_only", "recalibrate", "")]
-    one = plain[0] if plain else networks[0].key
-    return one, adapted[-1] if adapted else networks[-1].key
+def default_pair(networks: list[ServedNetwork]) -> tuple[str, str]:
+    """Keys of the two networks that the page selects first: the first source-only one and the last adapted one."""
+    source_only = [network.key for network in networks if _method(network) == "source_only"]
+    adapted = [network.key for network in networks if _method(network) not in ("source_only", "recalibrate", "")]
+    return [*source_only, networks[0].key][0], [networks[-1].key, *adapted][-1]
 
 
-def _method(network: Network) -> str:
+def _method(network: ServedNetwork) -> str:
     return network.run.recipe.method.name if network.run is not None else ""
 
 
-def charts(both: list[Network]) -> list[tuple[str, Markup, list[tuple[str, list[str]]]]]:
-    """IoU of each class, for every domain and split that one of two runs was scored on, with figures beside it."""
-    scores = [_scores(each.run) for each in both]
-    titles = [f"{letter}: {each.title}" for letter, each in zip("AB", both, strict=True)]
+def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tuple[str, list[str]]]]]:
+    """Compare two networks on every domain and split that one of them was scored on.
+
+    Returns:
+        For each: its name, a chart of the IoU of each class, and rows of metrics in percent.
+    """
+    scores = [_scores(network.run) for network in pair]
+    titles = [f"{letter}: {network.title}" for letter, network in zip("AB", pair, strict=True)]
     found = []
     for key in dict.fromkeys(key for each in scores for key in each):
-        seen = [each.get(key) for each in scores]
-        names = list(dict.fromkeys(name for one in seen if one is not None for name in one.classes))
+        both = [each.get(key) for each in scores]
+        names = list(dict.fromkeys(name for one in both if one is not None for name in one.classes))
         rows = {
-            name: [one.classes[name].iou if one is not None and name in one.classes else None for one in seen]
+            name: [one.classes[name].iou if one is not None and name in one.classes else None for one in both]
             for name in names
         }
-        figures = [
-            (words, [_percent(getattr(one, attribute)) if one is not None else "–" for one in seen])
-            for words, attribute in (
+        metrics = [
+            (title, [percent(getattr(one, attribute) if one is not None else None, 2) for one in both])
+            for title, attribute in (
                 ("mIoU", "miou"),
                 ("pixel accuracy", "accuracy"),
                 ("boundary mIoU", "boundary_miou"),
             )
         ]
-        found.append((key, grouped(rows, titles, f"IoU of each class, {key}"), figures))
+        found.append((key, grouped_bars(rows, titles, f"IoU of each class, {key}"), metrics))
     return found
 
 
 def _scores(run: Run | None) -> dict[str, Scores]:
-    """What a run scored, by role and split; what cannot be read is left out."""
+    """Scores of a run by role and split; entries of another format are left out."""
     found: dict[str, Scores] = {}
     for key, values in (run.scores if run is not None else {}).items():
         if "/" in key and isinstance(values, dict):
@@ -118,28 +118,27 @@ def _scores(run: Run | None) -> dict[str, Scores]:
     return found
 
 
-def differences(both: list[Network]) -> list[tuple[str, str, str]]:
-    """Settings of two recipes that differ: their names, and what each says."""
-    flat: list[dict[str, str]] = []
-    for each in both:
-        try:
-            values = each.run.recipe.model_dump(mode="json") if each.run is not None else {}
-        except OverflyError:
-            values = {}
-        flat.append(dict(_flat(values)))
-    names = list(dict.fromkeys([*flat[0], *flat[1]]))
+def compare_recipes(pair: list[ServedNetwork]) -> list[tuple[str, str, str]]:
+    """Settings in which two recipes differ: dotted name, and both values."""
+    first, second = (_settings(network) for network in pair)
+    names = dict.fromkeys([*first, *second])
     return [
-        (name, flat[0].get(name, "–"), flat[1].get(name, "–"))
-        for name in names
-        if flat[0].get(name) != flat[1].get(name)
+        (name, first.get(name, "–"), second.get(name, "–")) for name in names if first.get(name) != second.get(name)
     ]
+
+
+def _settings(network: ServedNetwork) -> dict[str, str]:
+    try:
+        return dict(_flat(network.run.recipe.model_dump(mode="json"))) if network.run is not None else {}
+    except OverflyError:
+        return {}
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     found = []
     for name, value in values.items():
         if name == "start" and isinstance(value, dict):
-            found.append((f"{before}{name}", "another recipe, trained first"))
+            found.append((f"{before}{name}", "a recipe"))
         elif isinstance(value, dict) and value:
             found += _flat(value, f"{before}{name}.")
         else:
@@ -147,8 +146,4 @@ def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f}"
-
-
-__all__ = ["router"]
+__all__ = ["page_router"]

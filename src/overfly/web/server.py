@@ -1,4 +1,4 @@
-"""The web server: look at runs and predictions in a browser, or ask by HTTP. Put together here, in parts elsewhere."""
+"""The web server: the application put together, and served in this process or in a thread of it."""
 
 from __future__ import annotations
 
@@ -16,163 +16,168 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from prometheus_client import CollectorRegistry
+from prometheus_fastapi_instrumentator import Instrumentator
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.video.player import LatestFrame
-from overfly.web.admission import Admission
-from overfly.web.config import LateError, Limits
-from overfly.web.gauges import Meter
-from overfly.web.middleware import Guard
-from overfly.web.networks import Network
-from overfly.web.pages import router as html_router
-from overfly.web.routes import router
-from overfly.web.service import Desk
+from overfly.web.config import Limits, RequestTimeoutError
+from overfly.web.middleware import AccessMiddleware, BodyLimitMiddleware
+from overfly.web.pages import page_router
+from overfly.web.routes import api_router
+from overfly.web.service import InferenceService, ServedNetwork
 
 STATIC = Path(__file__).parent / "static"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+PARTS = {"body": "form field", "query": "parameter", "path": "part of the address", "header": "header"}
 DESCRIPTION = """
-Semantic segmentation of aerial imagery. Send an image to **/predict** and get its map; every answer that is no map is
-JSON with a sentence under `detail`.
+Semantic segmentation of aerial imagery. Send an image to **/predict** for its map. Errors are JSON with a message under
+`detail`.
 """
 
 
 def application(
-    networks: Sequence[Network],
+    networks: Sequence[ServedNetwork],
     *,
     limits: Limits | None = None,
     token: str | None = None,
     screen: LatestFrame | None = None,
     scenes: Sequence[Path] = (),
-) -> ASGIApp:
-    """The server as an ASGI application.
+) -> FastAPI:
+    """Build the server as an ASGI application.
 
     Args:
         networks: the networks to serve, the first is the default; without any, only the stream's pages are served.
-        limits: its bounds; left out, `Limits` by its defaults.
-        token: that clients must know; None: it answers to 127.0.0.1 and localhost alone.
-        screen: holds the live picture, where something makes one.
-        scenes: pictures on this machine that the page lists.
+        limits: bounds; None: the defaults of `Limits`.
+        token: required from clients; None: the server answers to the names 127.0.0.1 and localhost alone.
+        screen: holds the newest overlay of a live stream, if there is one.
+        scenes: images on this machine that the page lists.
     """
-    bounds = limits or Limits()
-    desk = Desk(networks, bounds, scenes)
+    limits = limits or Limits()
+    service = InferenceService(networks, limits, scenes)
 
     @asynccontextmanager
-    async def alive(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         yield
-        desk.close()
+        service.close()
 
     app = FastAPI(
-        title="overfly",
-        version=version("overfly"),
-        description=DESCRIPTION,
-        docs_url=None,
-        redoc_url=None,
-        lifespan=alive,
-    )
-    app.include_router(router(desk, screen), tags=["api"])
-    app.include_router(html_router(desk, screen), include_in_schema=False)
+        title="overfly", version=version("overfly"), description=DESCRIPTION, docs_url=None, redoc_url=None,
+        lifespan=lifespan,
+    )  # fmt: skip
+    app.include_router(api_router(service, screen), tags=["api"])
+    app.include_router(page_router(service, screen), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_exception_handler(OverflyError, _sentence)
-    app.add_exception_handler(RequestValidationError, _misshapen)
-    return Guard(Meter(Admission(app, bounds, desk.gauges.refused.inc), desk.gauges), token)
+    app.add_exception_handler(OverflyError, _handle_error)
+    app.add_exception_handler(RequestValidationError, _handle_invalid_request)
+    app.add_middleware(BodyLimitMiddleware, limits=limits)
+    app.add_middleware(AccessMiddleware, token=token)
+    if token is None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    metrics = Instrumentator(
+        should_group_status_codes=False, excluded_handlers=["^/stream$"], registry=CollectorRegistry()
+    )
+    metrics.instrument(app, metric_namespace="overfly").expose(app, include_in_schema=False)
+    return app
 
 
-async def _sentence(request: Request, error: Exception) -> JSONResponse:
-    """A mistake of the client's, or a request that took too long."""
+async def _handle_error(request: Request, error: Exception) -> JSONResponse:
     del request
-    if isinstance(error, LateError):
+    if isinstance(error, RequestTimeoutError):
         return JSONResponse({"detail": str(error)}, 503, {"retry-after": "5"})
     return JSONResponse({"detail": str(error)}, 400)
 
 
-PARTS = {"body": "form field", "query": "parameter", "path": "part of the address", "header": "header"}
-
-
-async def _misshapen(request: Request, error: Exception) -> JSONResponse:
-    """A request that lacks something, or has a value that is none: in a sentence, without the value."""
+async def _handle_invalid_request(request: Request, error: Exception) -> JSONResponse:
+    """Name each missing or invalid field, without its value."""
     del request
-    found = error.errors() if isinstance(error, RequestValidationError) else ()
-    wrong = []
-    for each in found:
+    problems = []
+    for each in error.errors() if isinstance(error, RequestValidationError) else ():
         part, *names = [str(name) for name in each["loc"]]
-        what = f"the {PARTS.get(part, part)} {'.'.join(names)}" if names else f"the request's {part}"
-        says = "is missing" if each["type"] == "missing" else f"is wrong ({each['msg'][:1].lower()}{each['msg'][1:]})"
-        wrong.append(f"{what} {says}")
-    return JSONResponse({"detail": f"{' and '.join(wrong)}; /docs describes what a request needs"}, 422)
+        field = f"the {PARTS.get(part, part)} {'.'.join(names)}" if names else f"the request's {part}"
+        message = "missing" if each["type"] == "missing" else f"invalid ({each['msg'][:1].lower()}{each['msg'][1:]})"
+        problems.append(f"{field} is {message}")
+    return JSONResponse({"detail": f"{' and '.join(problems)}; /docs describes what a request needs"}, 422)
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes one that is free.
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket; port 0 takes a free port.
 
     Raises:
-        RecipeError: the address is taken, or not this machine's.
+        RecipeError: the port is in use, or the address is not one of this machine.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
         raise RecipeError(
-            f"{host}:{port} cannot be served ({error.strerror or error}); give another --port, or an address of this "
+            f"cannot serve on {host}:{port} ({error.strerror or error}); give another --port, or an address of this "
             "machine as --host"
         ) from None
-    return found
+    return bound
 
 
-def address(place: socket.socket) -> str:
-    """What to type into a browser."""
-    host, port = place.getsockname()[:2]
+def url_of(bound: socket.socket) -> str:
+    """Return the address of a bound socket for a browser."""
+    host, port = bound.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def _server(app: ASGIApp, **settings: Any) -> uvicorn.Server:
-    settings = {"log_level": "warning", "timeout_graceful_shutdown": 3, "server_header": False, **settings}
-    return uvicorn.Server(uvicorn.Config(app, **settings))
+def _server(app: FastAPI, limits: Limits | None = None) -> uvicorn.Server:
+    settings: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": 3, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, limit_concurrency=(limits or Limits()).connections, **settings))
 
 
-def run(app: ASGIApp, place: socket.socket) -> None:
-    """Serve until the process is told to stop."""
-    _server(app).run(sockets=[place])
+def run(app: FastAPI, bound: socket.socket, limits: Limits | None = None) -> None:
+    """Serve until the process is interrupted."""
+    _server(app, limits).run(sockets=[bound])
 
 
 class Running:
-    """A server in a thread of this process."""
+    """A server in a thread of this process.
 
-    def __init__(self, app: ASGIApp, place: socket.socket) -> None:
-        self.address = address(place)
-        self._place = place
+    Attributes:
+        address: of the first page.
+    """
+
+    def __init__(self, app: FastAPI, bound: socket.socket) -> None:
+        self.address = url_of(bound)
+        self._socket = bound
         self._server = _server(app)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [place]}, daemon=True)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]}, daemon=True)
         self._thread.start()
         until = time.monotonic() + 30
         while not self._server.started and self._thread.is_alive() and time.monotonic() < until:
             time.sleep(0.01)
 
-    def watched(self) -> bool:
-        """Return whether a client has an open connection."""
-        return bool(self._server.server_state.connections)
+    @property
+    def connections(self) -> int:
+        """Number of open connections."""
+        return len(self._server.server_state.connections)
 
     def stop(self) -> None:
-        """End it, and wait until it has ended."""
+        """Stop the server and wait for its thread."""
         self._server.should_exit = True
         self._thread.join()
-        self._place.close()
+        self._socket.close()
 
 
-def start(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> Running:
-    """Serve in a thread, beside something else that this process does.
+def start(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Running:
+    """Serve in a thread.
 
     Args:
-        app: what `application` made.
-        host: the address.
-        port: 0 takes one that is free; see ``address`` of what comes back.
+        app: made by `application`.
+        host: address to serve on.
+        port: 0 takes a free port; see ``address`` of the result.
 
     Raises:
-        RecipeError: the address is taken.
+        RecipeError: the port is in use.
     """
-    return Running(app, bound(host, port))
+    return Running(app, bind(host, port))
 
 
 @contextmanager
@@ -193,8 +198,8 @@ def serve_stream(screen: LatestFrame, port: int = 0) -> Iterator[str]:
     try:
         yield f"{running.address}live"
     finally:
-        time.sleep(1.5 if screen.closed and running.watched() else 0)  # pages ask every second how the stream ended
+        time.sleep(1.5 if screen.closed and running.connections else 0)  # pages poll the state of a stream every second
         running.stop()
 
 
-__all__ = ["Running", "address", "application", "bound", "run", "serve_stream", "start"]
+__all__ = ["Running", "application", "bind", "run", "serve_stream", "start", "url_of"]

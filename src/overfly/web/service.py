@@ -1,105 +1,294 @@
-"""What the web server asks of the networks: an uploaded image becomes maps, within its time and room."""
+"""The networks of a server, and the maps that they predict from uploaded images."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import secrets
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+import torch
+from cachetools import LRUCache
+from fastapi import HTTPException
+from torch import Tensor
+
+from overfly.core.classes import Classes
+from overfly.core.errors import NotFiniteError
+from overfly.core.records import IGNORE, UInt8
 from overfly.evaluation.panels import displayed
+from overfly.exporting.predictor import Floats, Predictor
+from overfly.ops.windows import sliding
+from overfly.raster.georeference import Georeference
 from overfly.raster.raster_source import input_gain
-from overfly.web.config import Limits, Room
-from overfly.web.gauges import Gauges
-from overfly.web.kept import Answer, Kept, Map
-from overfly.web.networks import Network
-from overfly.web.prediction import predict
-from overfly.web.uploads import Picture, checked, read, stored
+from overfly.training.run import Run
+from overfly.web.config import Limits, PixelBudget, RequestTimeoutError
+from overfly.web.uploads import UploadedImage, check_header, read_upload, stored_upload
 
 T = TypeVar("T")
+MIN_SIDE = 32
+"""Side in pixels that smaller images are padded to."""
+WINDOWS = 4
+"""Windows of an image in one batch."""
+ROWS = 256
+"""Rows whose class probabilities are reduced at a time."""
 
 
-class Desk:
+@dataclass(eq=False)
+class ServedNetwork:
+    """A network of a server, loaded at its first request.
+
+    Attributes:
+        key: its name in addresses.
+        title: its name on pages.
+        load: returns the predictor.
+        run: the run that it comes from; None for a file.
+        about: columns of the table of networks.
+    """
+
+    key: str
+    title: str
+    load: Callable[[], Predictor]
+    run: Run | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _predictor: Predictor | None = None
+
+    def predictor(self) -> Predictor:
+        """Load the network once.
+
+        Raises:
+            OverflyError: it cannot be loaded.
+        """
+        if self._predictor is None:
+            with self._lock:
+                self._predictor = self._predictor or self.load()
+        return self._predictor
+
+    def probabilities(self, images: Floats, deadline: float) -> Floats:
+        """Class probabilities (N, K, H, W) of images (N, C, H, W), one call at a time.
+
+        Args:
+            images: float32, in the range that the network was trained on.
+            deadline: time of `time.monotonic` after which the network is not called.
+
+        Raises:
+            RequestTimeoutError: the network was not free before the deadline.
+        """
+        predictor = self.predictor()
+        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise RequestTimeoutError
+        try:
+            if time.monotonic() > deadline:
+                raise RequestTimeoutError
+            return predictor(images)
+        finally:
+            self._lock.release()
+
+    def unload(self) -> None:
+        """Drop the loaded network."""
+        self._predictor = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The map of one network.
+
+    Attributes:
+        title: the network's.
+        classes: names and colors.
+        ids: class ids (H, W), 255 where the image has no data.
+        uncertainty: entropy of each pixel's class probabilities over ln K, (H, W), scaled to 0 to 255.
+        shares: share of the pixels with data that each class has.
+    """
+
+    title: str
+    classes: Classes
+    ids: UInt8
+    uncertainty: UInt8
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMap:
+    """An image and its maps, kept in memory.
+
+    Attributes:
+        key: its random name in addresses.
+        image: (H, W, 3), for display.
+        georeference: None for images without coordinates.
+        predictions: by the key of the network.
+    """
+
+    key: str
+    image: UInt8
+    georeference: Georeference | None
+    predictions: Mapping[str, Prediction]
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the image and of its maps together."""
+        return int(self.image.shape[0] * self.image.shape[1]) * (1 + len(self.predictions))
+
+
+class InferenceService:
     """The networks of a server, its bounds, and the maps that it keeps.
 
     Attributes:
         networks: by key.
         limits: the bounds.
-        kept: maps that were made for the page.
-        gauges: what is counted.
-        scenes: pictures of the server's own, by the number in the list.
+        scenes: images on the server's machine, by their number in the list.
     """
 
-    def __init__(self, networks: Sequence[Network], limits: Limits, scenes: Sequence[Path] = ()) -> None:
+    def __init__(self, networks: Sequence[ServedNetwork], limits: Limits, scenes: Sequence[Path] = ()) -> None:
         self.networks = {network.key: network for network in networks}
         self.limits = limits
         self.scenes = list(scenes)
-        self.kept = Kept(limits.kept)
-        self.room = Room(2 * limits.pixels)
+        self._budget = PixelBudget(2 * limits.pixels)
+        self._active = 0
         self._pool: ThreadPoolExecutor | None = None
-        self.gauges = Gauges(lambda: sum(network.waiting for network in networks))
+        size = max(limits.cache, 3 * limits.pixels)  # the largest map, with two predictions, fits
+        self._maps: LRUCache[str, StoredMap] = LRUCache(size, getsizeof=lambda stored: stored.pixels)
+        self._lock = threading.Lock()
 
-    async def work(self, task: Callable[[float], T]) -> T:
-        """What a task gives that is told its deadline, done by a thread while others are served."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.limits.queue, thread_name_prefix="requests")
+    async def run(self, task: Callable[[float], T]) -> T:
+        """Run a task in a thread; it is given its deadline in the time of `time.monotonic`.
+
+        Raises:
+            HTTPException: too many tasks run or wait (429).
+            RequestTimeoutError: the task exceeded the time limit; its thread ends later.
+        """
+        if self._active >= self.limits.queue:
+            raise HTTPException(429, "the server is busy; try again in a few seconds", {"retry-after": "2"})
+        self._pool = self._pool or ThreadPoolExecutor(self.limits.queue, thread_name_prefix="requests")
         deadline = time.monotonic() + self.limits.seconds
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: task(deadline))
+        future = asyncio.get_running_loop().run_in_executor(self._pool, task, deadline)
+        self._active += 1
+        future.add_done_callback(self._finish)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), self.limits.seconds)
+        except TimeoutError:
+            raise RequestTimeoutError from None
 
-    def upload(
-        self, file: BinaryIO, networks: Sequence[Network], deadline: float, max_value: float | None = None
-    ) -> tuple[Picture, dict[str, Answer]]:
-        """What some networks say of an image that somebody sent.
+    def _finish(self, future: asyncio.Future[Any]) -> None:
+        self._active -= 1
+        if not future.cancelled():
+            future.exception()  # retrieved here as well: after a timeout no request awaits it
+
+    def predict_upload(
+        self, file: BinaryIO, networks: Sequence[ServedNetwork], deadline: float, max_value: float | None = None
+    ) -> tuple[UploadedImage, dict[str, Prediction]]:
+        """Predict an uploaded image with some networks.
 
         Args:
             file: the bytes of a PNG, JPEG or TIFF.
-            networks: who is asked, each once.
+            networks: each once.
             deadline: time of `time.monotonic` at which to give up.
-            max_value: value of the image's brightest pixel; None where it is the networks'.
+            max_value: value of full brightness in the image; None: that of the networks.
 
         Raises:
-            DataError: it is no image that they read, or of another range of values and ``max_value`` is not given.
-            LateError: the deadline has passed.
+            DataError: the image cannot be read by these networks.
+            RequestTimeoutError: the deadline has passed.
         """
-        with stored(file) as path:
-            return self.ask(path, networks, deadline, max_value)
+        with stored_upload(file) as path:
+            return self.predict_file(path, networks, deadline, max_value)
 
-    def ask(
-        self, path: Path, networks: Sequence[Network], deadline: float, max_value: float | None = None
-    ) -> tuple[Picture, dict[str, Answer]]:
-        """The same of a file on disk; each network gets the bands that it reads, the picture is the first's."""
-        answers: dict[str, Answer] = {}
-        metadata = [network.ready(self.limits, self.gauges.batches.observe)[0] for network in networks]
+    def predict_file(
+        self, path: Path, networks: Sequence[ServedNetwork], deadline: float, max_value: float | None = None
+    ) -> tuple[UploadedImage, dict[str, Prediction]]:
+        """Predict a file. Each network reads its own bands; the image returned is the first network's."""
+        metadata = [network.predictor().metadata for network in networks]
         several = len({each.bands for each in metadata}) > 1
         for network, each in zip(networks, metadata, strict=True):
             title = network.title if several else "the network"
-            found = checked(path, bands=each.bands, pixels=self.limits.pixels, network=title)
-        gains = [
-            input_gain(path, found.stored or found.dtype, each, max_value, option="max_value=") for each in metadata
-        ]
-        pixels = found.height * found.width
-        with self.room.take(pixels, deadline):
-            pictures = {bands: read(path, found, bands) for bands in dict.fromkeys(each.bands for each in metadata)}
+            header = check_header(path, bands=each.bands, pixels=self.limits.pixels, network=title)
+        dtype = header.stored or header.dtype
+        gains = [input_gain(path, dtype, each, max_value, option="max_value=") for each in metadata]
+        predictions: dict[str, Prediction] = {}
+        with self._budget.reserve(header.height * header.width, deadline):
+            images = {bands: read_upload(path, header, bands) for bands in {each.bands for each in metadata}}
             for network, each, gain in zip(networks, metadata, gains, strict=True):
-                picture = pictures[each.bands]
-                run = network.runner(self.limits, deadline, self.gauges.batches.observe)
-                answers[network.key] = Answer(network.title, each.classes, predict(picture, each, run, gain))
-                self.gauges.pixels.inc(pixels)
-        return pictures[metadata[0].bands], answers
+                predictions[network.key] = predict_image(network, images[each.bands], deadline, gain)
+        return images[metadata[0].bands], predictions
 
-    def keep(self, picture: Picture, answers: dict[str, Answer]) -> Map:
-        """Keep maps to be looked at."""
-        return self.kept.add(displayed(picture.image), picture.place, answers)
+    def store(self, image: UploadedImage, predictions: Mapping[str, Prediction]) -> StoredMap:
+        """Keep maps in memory; the least recently used are evicted."""
+        stored = StoredMap(secrets.token_urlsafe(12), displayed(image.image), image.georeference, predictions)
+        with self._lock:
+            self._maps[stored.key] = stored
+        return stored
+
+    def stored_map(self, key: str) -> StoredMap | None:
+        """Return the map of a key; None if it was evicted."""
+        with self._lock:
+            return self._maps.get(key)
 
     def close(self) -> None:
-        """Let go of all networks and threads; the next request begins anew."""
+        """Unload all networks and end the threads; a later request starts them again."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)
         for network in self.networks.values():
-            network.close()
+            network.unload()
 
 
-__all__ = ["Desk"]
+def predict_image(network: ServedNetwork, image: UploadedImage, deadline: float, gain: float = 1.0) -> Prediction:
+    """Predict an image of any size: whole up to the network's window, else in overlapping windows.
+
+    Args:
+        network: the network.
+        image: with the bands that the network reads.
+        deadline: time of `time.monotonic` at which to give up.
+        gain: factor that brings the image's values into the range that the network was trained on.
+
+    Raises:
+        NotFiniteError: the network's probabilities are not finite.
+        RequestTimeoutError: the deadline has passed.
+    """
+    metadata = network.predictor().metadata
+    values = np.ascontiguousarray(image.image.transpose(2, 0, 1), dtype=np.float32)
+    if gain != 1:
+        values = values * np.float32(gain)
+    height, width = values.shape[1:]
+
+    def predict_windows(windows: Tensor) -> Tensor:
+        return torch.from_numpy(network.probabilities(windows.contiguous().numpy(), deadline))
+
+    if metadata.fixed or max(height, width) > metadata.window:
+        probabilities = sliding(predict_windows, torch.from_numpy(values), metadata.window, batch=WINDOWS).numpy()
+    else:
+        below, right = max(0, MIN_SIDE - height), max(0, MIN_SIDE - width)
+        padded = np.pad(values, ((0, 0), (0, below), (0, right)), mode="edge") if below or right else values
+        probabilities = network.probabilities(padded[None], deadline)[0, :, :height, :width]
+    ids, uncertainty = _classify(probabilities)
+    if image.nodata_mask is not None:
+        ids[image.nodata_mask] = IGNORE
+        uncertainty[image.nodata_mask] = 0
+    counts = np.bincount(ids.ravel(), minlength=256)[: len(metadata.classes)]
+    total = max(int(counts.sum()), 1)
+    shares = tuple(float(count) / total for count in counts)
+    return Prediction(network.title, metadata.classes, ids, uncertainty, shares)
+
+
+def _classify(probabilities: Floats) -> tuple[UInt8, UInt8]:
+    """Class ids and uncertainty (H, W) of class probabilities (K, H, W)."""
+    classes, height, width = probabilities.shape
+    ids, uncertainty = np.empty((height, width), np.uint8), np.empty((height, width), np.uint8)
+    for top in range(0, height, ROWS):
+        rows = slice(top, top + ROWS)
+        part = probabilities[:, rows]
+        if not np.isfinite(part).all():
+            raise NotFiniteError("the network's class probabilities are not finite; train it again or use another one")
+        ids[rows] = part.argmax(0)
+        entropy = -(part * np.log(np.maximum(part, 1e-12))).sum(0) / max(math.log(classes), 1e-12)
+        uncertainty[rows] = (entropy.clip(0, 1) * 255).round()
+    return ids, uncertainty
+
+
+__all__ = ["InferenceService", "Prediction", "ServedNetwork", "StoredMap", "predict_image"]

@@ -1,4 +1,4 @@
-"""Squares of a picture for a map in a browser, and maps of classes as files."""
+"""Tiles of images and class maps for a map in a browser, and class maps as GeoTIFF."""
 
 from __future__ import annotations
 
@@ -16,75 +16,76 @@ from overfly.core.classes import Classes
 from overfly.core.errors import MissingExtraError
 from overfly.core.records import IGNORE, UInt8
 from overfly.raster.georeference import Georeference
-from overfly.reporting.embedded import png
+from overfly.reporting.images import encode_png
 
 SIDE = 256
 """Side of a tile in pixels."""
-DOUBT = ((0, (255, 255, 204, 0)), (110, (254, 178, 76, 190)), (255, (128, 0, 38, 235)))
-"""Colors of doubt: clear where the network is sure, dark red where it knows nothing."""
+UNCERTAINTY_COLORS = ((0, (255, 255, 204, 0)), (110, (254, 178, 76, 190)), (255, (128, 0, 38, 235)))
+"""RGBA at three uncertainties: transparent at 0, dark red at 255."""
 
 
 class Layer(NamedTuple):
-    """What a tile is cut from.
+    """A layer of a map, from which tiles are cut.
 
     Attributes:
-        values: a picture (H, W, 3), class ids (H, W), or doubt (H, W) from 0 to 255.
-        classes: colors of class ids; None for doubt and pictures.
+        values: an image (H, W, 3), class ids (H, W), or uncertainty (H, W) from 0 to 255.
+        classes: colors of class ids; None for uncertainty and images.
     """
 
     values: UInt8
     classes: Classes | None = None
 
 
-def depth(height: int, width: int) -> int:
-    """The zoom at which a pixel of the picture is one of the screen; at 0 the whole picture is one tile."""
+def max_zoom(height: int, width: int) -> int:
+    """Return the zoom at full resolution; at zoom 0 the whole image is one tile."""
     return max(0, math.ceil(math.log2(max(height, width) / SIDE)))
 
 
-def tile(layer: Layer, zoom: int, column: int, row: int) -> bytes | None:
-    """One square of a picture as PNG, transparent beyond its border; None where there is no such square.
+def render_tile(layer: Layer, zoom: int, column: int, row: int) -> bytes | None:
+    """Render a tile as PNG, transparent beyond the image's border; None outside the image.
 
     Args:
-        layer: the picture.
-        zoom: 0 for the whole picture, up to `depth` for its own pixels.
+        layer: the layer.
+        zoom: 0 for the whole image, up to `max_zoom` for full resolution.
         column: counted from the left.
         row: counted from the top.
     """
     height, width = layer.values.shape[:2]
-    step = 2 ** (depth(height, width) - zoom) if 0 <= zoom <= depth(height, width) else 0
+    deepest = max_zoom(height, width)
+    step = 2 ** (deepest - zoom) if 0 <= zoom <= deepest else 0
     reach = SIDE * step
     if not step or column < 0 or row < 0 or column * reach >= width or row * reach >= height:
         return None
     part = layer.values[row * reach : (row + 1) * reach, column * reach : (column + 1) * reach]
     if layer.classes is not None:
         ids = np.full((SIDE, SIDE), IGNORE, np.uint8)
-        thin = part[step // 2 :: step, step // 2 :: step]
-        ids[: thin.shape[0], : thin.shape[1]] = thin
-        return png(ids, layer.classes, clear=True)
-    picture = Image.fromarray(_heat(part) if part.ndim == 2 else part).convert("RGBA")
-    small = picture.resize((math.ceil(part.shape[1] / step), math.ceil(part.shape[0] / step)), Image.Resampling.BOX)
+        sampled = part[step // 2 :: step, step // 2 :: step]
+        ids[: sampled.shape[0], : sampled.shape[1]] = sampled
+        return encode_png(ids, layer.classes, transparent=True)
+    image = Image.fromarray(_color_uncertainty(part) if part.ndim == 2 else part).convert("RGBA")
+    small = image.resize((math.ceil(part.shape[1] / step), math.ceil(part.shape[0] / step)), Image.Resampling.BOX)
     whole = Image.new("RGBA", (SIDE, SIDE))
     whole.paste(small, (0, 0))
-    return _file(whole, "PNG", compress_level=3)
+    file = io.BytesIO()
+    whole.save(file, "PNG", compress_level=3)
+    return file.getvalue()
 
 
-def _heat(doubt: UInt8) -> UInt8:
-    """Doubt (H, W) as a picture with opacity (H, W, 4)."""
-    stops = [stop for stop, _ in DOUBT]
-    table = np.stack(
-        [np.interp(np.arange(256), stops, [color[band] for _, color in DOUBT]) for band in range(4)], axis=1
-    )
-    painted: UInt8 = table.round().astype(np.uint8)[doubt]
-    return painted
+def _color_uncertainty(values: UInt8) -> UInt8:
+    """RGBA (H, W, 4) of uncertainty (H, W)."""
+    stops, colors = zip(*UNCERTAINTY_COLORS, strict=True)
+    bands = [np.interp(np.arange(256), stops, band) for band in zip(*colors, strict=True)]
+    colored: UInt8 = np.stack(bands, axis=1).round().astype(np.uint8)[values]
+    return colored
 
 
-def geotiff(ids: UInt8, classes: Classes, place: Georeference | None) -> bytes:
-    """A map of classes (H, W) as a GeoTIFF: colors, names, no data 255, and the image's own coordinates.
+def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | None) -> bytes:
+    """Encode a class map as GeoTIFF with color table, class names, no data 255, and coordinates.
 
     Args:
-        ids: class ids, 255 for none.
+        ids: class ids (H, W), 255 for no data.
         classes: names and colors.
-        place: where it lies; None leaves coordinates out.
+        georeference: coordinates; None leaves them out.
 
     Raises:
         MissingExtraError: rasterio is not installed.
@@ -102,8 +103,8 @@ def geotiff(ids: UInt8, classes: Classes, place: Georeference | None) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with memory.open(driver="GTiff", height=height, width=width, count=1, dtype="uint8", **settings) as file:
-                if place is not None:
-                    _put(file, place)
+                if georeference is not None:
+                    _write_georeference(file, georeference)
                 file.write(ids, 1)
                 colors = {index: (*color, 255) for index, color in enumerate(classes.colors)}
                 file.write_colormap(1, {**colors, IGNORE: (0, 0, 0, 0)})
@@ -114,15 +115,15 @@ def geotiff(ids: UInt8, classes: Classes, place: Georeference | None) -> bytes:
         return bytes(memory.read())
 
 
-def _put(file: Any, place: Georeference) -> None:
-    """Say in a new dataset where it lies."""
+def _write_georeference(file: Any, place: Georeference) -> None:
+    """Write coordinates into a new dataset."""
     import rasterio
     from rasterio.control import GroundControlPoint
 
     if place.point:
         file.update_tags(AREA_OR_POINT="Point")
     if place.points:
-        right, down = _drift() if place.point else (0.0, 0.0)
+        right, down = _control_point_offset() if place.point else (0.0, 0.0)
         points = [
             GroundControlPoint(row - down, column - right, x, y, z, name) for column, row, x, y, z, name in place.points
         ]
@@ -136,10 +137,10 @@ def _put(file: Any, place: Georeference) -> None:
 
 
 @cache
-def _drift() -> tuple[float, float]:
-    """How far off (columns, rows) GDAL gives a control point back that it wrote where coordinates are those of centers.
+def _control_point_offset() -> tuple[float, float]:
+    """Offset (columns, rows) between a control point that GDAL writes and reads, where coordinates are of pixel centers.
 
-    GDAL 3.10 says one pixel: it moves such points by half a pixel the same way when it writes and when it reads.
+    GDAL 3.10 shifts such points by half a pixel in the same direction when it writes and when it reads.
     """
     import rasterio
     from rasterio.control import GroundControlPoint
@@ -155,10 +156,4 @@ def _drift() -> tuple[float, float]:
             return point.col - 8, point.row - 8
 
 
-def _file(picture: Image.Image, kind: str, **settings: object) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **settings)
-    return file.getvalue()
-
-
-__all__ = ["SIDE", "Layer", "depth", "geotiff", "tile"]
+__all__ = ["SIDE", "Layer", "encode_geotiff", "max_zoom", "render_tile"]

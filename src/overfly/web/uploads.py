@@ -1,4 +1,4 @@
-"""From the bytes that somebody sent to an image: bounded, and never by the name that they gave it."""
+"""Uploaded images: stored under a name of the server, checked by their header, then decoded."""
 
 from __future__ import annotations
 
@@ -16,85 +16,85 @@ from overfly.data.reading import Mask, nodata_mask, read_image
 from overfly.raster.georeference import Georeference, georeference
 
 
-class Picture(NamedTuple):
-    """An image as it was sent.
+class UploadedImage(NamedTuple):
+    """A decoded image.
 
     Attributes:
         image: (H, W, C), in its own type and range.
-        nodata_mask: where nothing was measured (H, W); None where all pixels count.
-        place: None for pictures without one.
+        nodata_mask: True where there is no data (H, W); None where all pixels are valid.
+        georeference: None for images without coordinates.
     """
 
     image: Array
     nodata_mask: Mask | None
-    place: Georeference | None
+    georeference: Georeference | None
 
 
 @contextmanager
-def stored(file: BinaryIO) -> Iterator[Path]:
-    """What was sent, as a file under a name of our own, until the block ends."""
+def stored_upload(file: BinaryIO) -> Iterator[Path]:
+    """Store an upload in a temporary file while the context lasts; errors name "the image" instead of its path."""
     with tempfile.TemporaryDirectory(prefix="overfly-") as folder:
         path = Path(folder) / "upload"
-        with path.open("wb") as own:
-            shutil.copyfileobj(file, own)
+        with path.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
         try:
             yield path
         except (DataError, MissingExtraError) as error:
             raise DataError(str(error).replace(str(path), "the image")) from None
 
 
-def within(path: Path, pixels: int) -> ImageHeader:
-    """What the header says of an image of so many pixels at most.
+def check_size(path: Path, pixels: int) -> ImageHeader:
+    """Read the header of an image of at most so many pixels.
 
     Raises:
-        DataError: it is no image, or too large.
+        DataError: the file is not an image, or has more pixels.
     """
-    found = read_header(path)
-    if found.height * found.width > pixels:
+    header = read_header(path)
+    if header.height * header.width > pixels:
         raise DataError(
-            f"{path} has {found.height * found.width / 1e6:.1f} million pixels and this server takes {pixels / 1e6:g}; "
-            "send a part of it, or use overfly predict for large rasters"
+            f"{path} has {header.height * header.width / 1e6:.1f} million pixels, more than the {pixels / 1e6:g} "
+            "million that this server accepts; send a part of it, or use overfly predict"
         )
-    return found
+    return header
 
 
-def checked(path: Path, *, bands: int, pixels: int, network: str = "the network") -> ImageHeader:
-    """What the header says, before anything is decoded.
+def check_header(path: Path, *, bands: int, pixels: int, network: str = "the network") -> ImageHeader:
+    """Read the header of an image and check it against a network, before anything is decoded.
 
     Args:
         path: the file.
-        bands: that the network reads.
-        pixels: that an image may have.
-        network: what it is called.
+        bands: bands that the network reads.
+        pixels: bound on the image's pixels.
+        network: name of the network in the message.
 
     Raises:
-        DataError: it is no image, too large, or of other bands.
+        DataError: the file is not an image, too large, or has other bands.
     """
-    found = within(path, pixels)
-    if bands not in (found.bands, found.bands - found.alpha):
-        raise DataError(f"{path} has {found.bands} bands and {network} reads {bands}; send an image with its bands")
-    return found
+    header = check_size(path, pixels)
+    if bands not in (header.bands, header.bands - header.alpha):
+        raise DataError(f"{path} has {header.bands} bands and {network} reads {bands}; send an image with these bands")
+    return header
 
 
-def read(path: Path, found: ImageHeader, bands: int) -> Picture:
-    """Decode a file whose header was seen.
+def read_upload(path: Path, header: ImageHeader, bands: int) -> UploadedImage:
+    """Decode an image whose header was checked.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the file is damaged.
     """
-    image = read_image(path, bands=bands)
-    return Picture(image, nodata_mask(path, bands=bands), _place(path) if found.kind in ("tiff", "jp2") else None)
+    coordinates = _georeference(path) if header.kind in ("tiff", "jp2") else None
+    return UploadedImage(read_image(path, bands=bands), nodata_mask(path, bands=bands), coordinates)
 
 
-def _place(path: Path) -> Georeference | None:
-    """Coordinates; none where the file has none, or rasterio is not there to read them."""
+def _georeference(path: Path) -> Georeference | None:
+    """Coordinates of a file; None without coordinates, or without rasterio."""
     try:
         with open_raster(path) as dataset:
             found = georeference(dataset)
-            placed = found.crs or found.transform is not None or found.points or found.rational
-            return found if placed else None
+            known = found.crs or found.transform is not None or found.points or found.rational
+            return found if known else None
     except MissingExtraError:
         return None
 
 
-__all__ = ["Picture", "checked", "read", "stored", "within"]
+__all__ = ["UploadedImage", "check_header", "check_size", "read_upload", "stored_upload"]

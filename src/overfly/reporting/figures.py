@@ -1,0 +1,281 @@
+"""Figures of runs: bars and curves as SVG for pages, in light and dark, and training curves as a PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from markupsafe import Markup, escape
+
+from overfly.core.errors import RunError
+from overfly.core.text import percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points = dict[str, list[tuple[int, float]]]
+"""For each name, its points (step, value)."""
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Colors that the color-blind can tell apart, visible on white and on black (Okabe and Ito, 2008)."""
+DASHES = ("-", (0, (5, 3)), (0, (2, 2)))
+INK, PAPER, LINE = "#010101", "#fefefe", "#d9dce1"
+"""Colors that the page replaces by its own, in light and in dark."""
+VARIABLES = {INK: "var(--ink)", PAPER: "var(--paper)", LINE: "var(--line)"}
+WIDTH = 360
+"""Width of an SVG in points: about that of a phone, so that its text has its nominal size there."""
+MAX_POINTS = 240
+"""Points of a curve in an SVG."""
+
+
+class Bar(NamedTuple):
+    """A bar: its name, its length (1 is 100 %), the standard deviation over seeds, and one value a seed."""
+
+    name: str
+    value: float
+    deviation: float | None = None
+    values: Sequence[float | None] = ()
+
+
+def bars(entries: Sequence[Bar], title: str) -> Markup:
+    """Draw horizontal bars in percent, from top to bottom, with a dot for each seed; they may exceed 0 to 100.
+
+    Args:
+        entries: the bars.
+        title: text for screen readers.
+    """
+    figure, axes = _new_figure(40 * len(entries), left=12, right=14, bottom=20)
+    axes.barh(range(len(entries)), [bar.value for bar in entries], 0.28, color=SERIES[0], clip_on=False)
+    for row, bar in enumerate(entries):
+        deviation = "" if bar.deviation is None else f" ± {percent(bar.deviation, 1)}"
+        text = {"y": row - 0.25, "va": "bottom", "fontsize": 11, "transform": axes.get_yaxis_transform()}
+        axes.text(0, s=_shorten(bar.name, 38), **text)
+        axes.text(1, s=f"{percent(bar.value, 1)} %{deviation}", ha="right", fontweight="bold", **text)
+        values = [value for value in bar.values if value is not None]
+        axes.plot(values, [row] * len(values), "o", mfc=PAPER, mec=INK, markersize=6, clip_on=False)
+    numbers = [0.0, 1.0, *(value for bar in entries for value in (bar.value, *bar.values) if value is not None)]
+    axes.set(xlim=(min(numbers), max(numbers)), ylim=(len(entries) - 0.6, -0.8), yticks=[])
+    axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
+    axes.axvline(0, color=INK, linewidth=0.8)
+    return _svg(figure, title)
+
+
+def grouped_bars(rows: Mapping[str, Sequence[float | None]], series: Sequence[str], title: str) -> Markup:
+    """Draw bars from 0 to 100 percent, one a series for each name, with a legend below.
+
+    Args:
+        rows: for each name, such as a class, one value a series, 0 to 1.
+        series: names of the series, at most as many as `SERIES`.
+        title: text for screen readers.
+    """
+    number = len(series)
+    figure, axes = _new_figure(9 * (number + 1) * len(rows), left=110, right=34, bottom=22 + 17 * number)
+    for index, name in enumerate(series):
+        values = [values[index] for values in rows.values()]
+        places = [row + (index + 0.5 - number / 2) / (number + 1) for row in range(len(rows))]
+        drawn = axes.barh(
+            places, [value or 0.0 for value in values], 0.85 / (number + 1), color=SERIES[index], label=name, clip_on=False
+        )
+        axes.bar_label(drawn, [percent(value, 1) for value in values], padding=3, fontsize=9)
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50", "", "100"])
+    axes.set_yticks(range(len(rows)), [_shorten(name, 16) for name in rows])
+    _legend(figure, axes, longest=52)
+    return _svg(figure, title)
+
+
+def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *, smoothing: float = 0.05) -> Markup:
+    """Draw curves over the steps, on a logarithmic axis where values span more than a factor of 100.
+
+    Args:
+        curves: by name, points (step, value) in the order of the steps.
+        title: text for screen readers.
+        smoothing: share of a curve's points that each point is averaged over.
+    """
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return Markup("")
+    figure, axes = _new_figure(142, left=46, right=10, bottom=24 + 17 * math.ceil(len(curves) / 2))
+    for index, (name, points) in enumerate(curves.items()):
+        every = math.ceil(len(points) / MAX_POINTS)
+        smooth = smoothed([value for _, value in points], round(smoothing * len(points)))
+        shown = [place for place in range(len(points)) if place % every == 0 or place == len(points) - 1]
+        axes.plot(
+            [points[place][0] for place in shown], [smooth[place] for place in shown], color=SERIES[index % len(SERIES)],
+            linestyle=DASHES[index // len(SERIES) % len(DASHES)], linewidth=1.6, label=name, clip_on=False,
+        )  # fmt: skip
+    steps = [step for points in curves.values() for step, _ in points]
+    low, high = axes.get_ylim()
+    if not _use_log_scale(axes, curves):
+        axes.set_ylim(min(0.0, low), high)
+        axes.locator_params(axis="y", nbins=4)
+    axes.set_xlim(min(steps), max(max(steps), min(steps) + 1))
+    axes.set_xticks([min(steps), max(steps)], [f"{min(steps):,}", f"{max(steps):,} steps"])
+    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=False):
+        label.set_horizontalalignment(side)
+    _legend(figure, axes, columns=2, longest=24)
+    return _svg(figure, title)
+
+
+def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: float = 0.05) -> Path:
+    """Draw losses, learning rate and validation metrics over the steps, one below the other, into a PNG.
+
+    Args:
+        rows: lines of the log, such as ``{"step": 40, "source": 0.78, "lr": 0.0098}``; see `training_curves`.
+        path: the file to write; its folder is created.
+        smoothing: share of a curve's points that each point is averaged over; the plain curve stays in the background.
+
+    Returns:
+        The path.
+
+    Raises:
+        RunError: the log has no numbers yet.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses, rates, metrics = training_curves(rows)
+    if all(len(points) < 2 for points in metrics.values()) and losses:  # a single score is not a curve
+        metrics = {}
+    panels = [(name, part) for name, part in (("loss", losses), ("learning rate", rates), ("score", metrics)) if part]
+    if not panels:
+        raise RunError("the log has no numbers yet; train some steps first")
+    heights = [1.0 if name == "learning rate" else 2.0 for name, _ in panels]
+    figure = Figure(figsize=(8, 0.8 + 1.5 * sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (name, part) in zip(grid[:, 0], panels, strict=True):
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel(name)
+        for index, (label, points) in enumerate(part.items()):
+            steps, values = zip(*points, strict=True)
+            color = "#444444" if part is rates else SERIES[index % len(SERIES)]
+            if part is losses:
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+                values = smoothed(values, round(smoothing * len(values)))
+            marker = "o" if part is metrics else ""
+            axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=4, label=label)
+        if part is rates:
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+            continue
+        if part is losses:
+            _use_log_scale(axes, losses)
+        axes.legend(frameon=False, fontsize=9, ncols=3)
+    grid[-1, 0].set_xlabel("step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, Points]:
+    """Losses, learning rate and metrics of a log, each as points by name; numbers that are not finite are left out.
+
+    A row without ``event`` is a training step: ``lr`` is the learning rate, every other number a loss. The numbers of a
+    row with ``event`` are metrics; texts under ``domain`` and ``split`` become part of their names. Of several rows of
+    a step the last counts.
+    """
+    found: tuple[dict[str, dict[int, float]], ...] = ({}, {}, {})
+    for row in rows:
+        step = row.get("step")
+        if not isinstance(step, int):
+            continue
+        prefix = " ".join(str(row[key]) for key in ("domain", "split") if isinstance(row.get(key), str))
+        for key, value in row.items():
+            if key == "step" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if math.isfinite(value):
+                kind = 2 if "event" in row else 1 if key == "lr" else 0
+                found[kind].setdefault(f"{prefix} {key}".strip(), {})[step] = float(value)
+    losses, rates, metrics = ({key: sorted(part[key].items()) for key in part} for part in found)
+    return losses, rates, metrics
+
+
+def smoothed(values: Sequence[float], width: int) -> list[float]:
+    """Centered moving average over ``width`` values; over fewer, symmetrically, towards the ends."""
+    half = width // 2
+    found = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        part = values[index - reach : index + reach + 1]
+        found.append(sum(part) / len(part))
+    return found
+
+
+def _use_log_scale(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
+    """Make the vertical axis logarithmic where positive values span more than a factor of 100."""
+    values = [value for points in curves.values() for _, value in points]
+    logarithmic = min(values) > 0 and max(values) / min(values) > 100
+    if logarithmic:
+        axes.set_yscale("log")
+    return logarithmic
+
+
+def _new_figure(height: float, *, left: float, right: float, bottom: float) -> tuple[Figure, Axes]:
+    """A figure whose axes have a height and margins in points."""
+    from matplotlib.figure import Figure
+
+    total = height + bottom + 6
+    figure = Figure(figsize=(WIDTH / 72, total / 72), facecolor="none")
+    place = (left / WIDTH, bottom / total, (WIDTH - left - right) / WIDTH, height / total)
+    axes = figure.add_axes(place, facecolor="none")
+    axes.spines[:].set_visible(False)
+    axes.grid(axis="y" if left == 46 else "x", color=LINE, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=11, which="both")
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes, *, longest: int, columns: int = 1) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, [_shorten(name, longest) for name in names], loc="lower left", bbox_to_anchor=(0.01, 0), ncols=columns,
+        mode="expand" if columns > 1 else None, frameon=False, fontsize=11, borderpad=0, borderaxespad=0.2,
+        handlelength=1.2, handleheight=0.8, labelspacing=0.42, handletextpad=0.5,
+    )  # fmt: skip
+
+
+def _shorten(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _svg(figure: Figure, title: str) -> Markup:
+    """A figure as inline SVG: presentation attributes instead of styles, and the page's font and colors."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overfly", "text.parse_math": False}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has other fonts
+            figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = re.sub(r"<style.*?</style>|<metadata.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    body = re.sub(r"<[^>]+>", _clean_tag, text[text.index("<svg") : text.rindex("</svg>")])
+    height = round(72 * figure.get_size_inches()[1])
+    return Markup(  # noqa: S704  (matplotlib escapes text)
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}" '
+        f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        f"{body[body.index('>') + 1 :]}</svg>"
+    )
+
+
+def _clean_tag(match: re.Match[str]) -> str:
+    tag = re.sub(r"(\.\d\d)\d+", r"\1", match[0].replace("\n", " "))
+    tag = re.sub(r'<g id="[^"]*"', "<g", tag)
+    tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", tag)
+    tag = re.sub(r' style="([^"]*)"', lambda style: "".join(map(_attribute, style[1].split("; "))), tag)
+    for color, variable in VARIABLES.items():
+        tag = tag.replace(color, variable)
+    return tag
+
+
+def _attribute(declaration: str) -> str:
+    name, _, value = declaration.partition(": ")
+    return "" if name == "font-family" else f' {name}="{value.removesuffix("px")}"'
+
+
+__all__ = ["SERIES", "Bar", "Points", "bars", "draw_curves", "grouped_bars", "line_chart", "smoothed", "training_curves"]

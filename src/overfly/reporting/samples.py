@@ -1,0 +1,225 @@
+"""Sample images of runs: the worst and best of a report, and the panels in a run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from overfly.core.errors import DataError, RunError
+from overfly.core.records import UInt8
+from overfly.data.domain import Domain, Split, SplitError
+from overfly.evaluation.images import predict_scores, unlabeled_images
+from overfly.evaluation.panels import confusion_figure, panels
+from overfly.evaluation.samples import Sample, Samples
+from overfly.evaluation.score import evaluation_mode, score
+from overfly.evaluation.scores import Scores
+from overfly.reporting.figures import draw_curves
+from overfly.reporting.images import thumbnail
+from overfly.training.evaluate import Role, labeled, note_opened
+from overfly.training.run import Run
+
+SPLIT: Split = "val"
+"""The split whose labels are read."""
+SIDE = 320
+"""Longest side of the images kept, in pixels."""
+UNLABELED = 4
+"""Images shown where there are no labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampleImage:
+    """An image with its label and the predictions of several networks, all shrunk.
+
+    Attributes:
+        name: the item's name.
+        reason: why it was chosen, such as "worst".
+        image: (h, w, 3).
+        label: class ids (h, w); None without a label.
+        predictions: class ids (h, w) by network.
+        accuracy: share of labeled pixels predicted correctly, by network.
+    """
+
+    name: str
+    reason: str
+    image: UInt8
+    label: UInt8 | None
+    predictions: Mapping[str, UInt8]
+    accuracy: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSet:
+    """Sample images of a domain with the predictions of several networks.
+
+    Attributes:
+        title: the domain's.
+        role: source or target, as in the recipes of the runs.
+        images: the images chosen.
+        candidates: number of images that they were chosen from.
+        labels_opened: labels read for the choice, of all networks together.
+        note: why there are no labels or no images; otherwise empty.
+    """
+
+    title: str
+    role: Role
+    images: Sequence[SampleImage]
+    candidates: int
+    labels_opened: int
+    note: str = ""
+
+
+@dataclass(eq=False)
+class _Collector:
+    """Keeps every sample that it is shown, shrunk."""
+
+    samples: dict[int, Sample] = field(default_factory=dict)
+
+    def show(self, sample: Sample, index: int, total: int) -> None:
+        """Keep a sample. See `overfly.evaluation.samples.SampleCollector`."""
+        del total
+        label = None if sample.label is None else thumbnail(sample.label, SIDE)
+        image, prediction = thumbnail(sample.image, SIDE), thumbnail(sample.prediction, SIDE)
+        self.samples[index] = Sample(sample.name, image, prediction, label, sample.accuracy)
+
+
+def collect_samples(
+    runs: Mapping[str, Run], role: Role, *, labels: bool = True, limit: int = 60, device: torch.device | str = "cpu"
+) -> SampleSet:
+    """Choose the images where the last network is worst and best, and where it differs most from the first.
+
+    Args:
+        runs: finished runs by title, with the same domain in this role.
+        role: source or target.
+        labels: read the labels of the domain's val split; ``scores.json`` of each run counts them.
+        limit: number of images to choose from, evenly sampled.
+        device: where the networks run.
+
+    Returns:
+        The images; none, with a note of the reason, where the domain's files cannot be read.
+    """
+    domain = next(iter(runs.values())).recipe.domain(role)
+    try:
+        if labels and labeled(domain, SPLIT):
+            return _labeled_samples(runs, role, domain, limit, device)
+        note = "labels were not opened" if not labels else f"there are no labels in {SPLIT}"
+        return _unlabeled_samples(runs, role, domain, device, note)
+    except DataError as error:
+        return SampleSet(domain.title, role, (), 0, 0, str(error))
+
+
+def _labeled_samples(
+    runs: Mapping[str, Run], role: Role, domain: Domain, limit: int, device: torch.device | str
+) -> SampleSet:
+    every = -(-sum(item.label is not None for item in domain.items(SPLIT)) // limit)
+    samples: dict[str, dict[int, Sample]] = {}
+    for name, run in runs.items():
+        collector = _Collector()
+        score(
+            run.segmenter(), domain, SPLIT, resize=run.recipe.resize, window=run.recipe.window, device=device,
+            samples=collector, shard=(0, every), add=lambda counts: counts,
+        )  # fmt: skip
+        samples[name] = collector.samples
+        note_opened(run, role, SPLIT, len(collector.samples))
+    accuracy = {name: {index: one.accuracy for index, one in some.items()} for name, some in samples.items()}
+    images = []
+    for index, reason in choose_images(accuracy).items():
+        shown = {name: some[index] for name, some in samples.items()}
+        first = next(iter(shown.values()))
+        predictions = {name: one.prediction for name, one in shown.items()}
+        correct = {name: one.accuracy for name, one in shown.items() if one.accuracy is not None}
+        images.append(SampleImage(first.name, reason, first.image, first.label, predictions, correct))
+    return SampleSet(domain.title, role, images, len(next(iter(samples.values()))), sum(map(len, samples.values())))
+
+
+def choose_images(accuracy: Mapping[str, Mapping[int, float | None]], number: int = 2) -> dict[int, str]:
+    """Choose the worst and best images of the last network, and its largest gain and loss against the first.
+
+    Args:
+        accuracy: by network and image; None without labeled pixels.
+        number: worst and best images each.
+
+    Returns:
+        The reasons by image, in the order to show.
+    """
+    names = list(accuracy)
+    last = {index: value for index, value in accuracy[names[-1]].items() if value is not None}
+    ordered = sorted(last, key=lambda index: (last[index], index))
+    reasons: dict[int, list[str]] = {}
+    for index in ordered[:number]:
+        reasons.setdefault(index, []).append("worst")
+    for index in [index for index in ordered[::-1][:number] if index not in reasons]:
+        reasons.setdefault(index, []).append("best")
+    if last and len(names) > 1:
+        first = accuracy[names[0]]
+        gains = {index: value - (first.get(index) or 0.0) for index, value in last.items()}
+        most, least = max(gains, key=lambda index: gains[index]), min(gains, key=lambda index: gains[index])
+        if gains[most] > 0:
+            reasons.setdefault(most, []).append(f"largest gain, {100 * gains[most]:+.0f} points")
+        if gains[least] < 0:
+            reasons.setdefault(least, []).append(f"largest loss, {100 * gains[least]:+.0f} points")
+    return {index: ", ".join(some) for index, some in reasons.items()}
+
+
+def _unlabeled_samples(
+    runs: Mapping[str, Run], role: Role, domain: Domain, device: torch.device | str, note: str
+) -> SampleSet:
+    recipe = next(iter(runs.values())).recipe
+    try:
+        split: Split = SPLIT if domain.items(SPLIT) else "train"
+    except SplitError:
+        split = "train"
+    images = list(unlabeled_images(domain, split, limit=UNLABELED, resize=recipe.resize, crop=1024))
+    predictions: list[dict[str, UInt8]] = [{} for _ in images]
+    for name, run in runs.items():
+        network = run.segmenter().to(device)
+        with evaluation_mode(network), torch.inference_mode():
+            for index, image in enumerate(images):
+                ids = predict_scores(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
+                predictions[index][name] = thumbnail(ids, SIDE)
+    found = []
+    for index, image in enumerate(images):
+        values = image.permute(1, 2, 0).numpy()
+        shown = thumbnail(values.astype(np.uint8) if domain.max_value == 255 else values, SIDE)
+        found.append(SampleImage(f"{domain.title} {index + 1}", "", shown, None, predictions[index], {}))
+    return SampleSet(domain.title, role, found, len(images), 0, note)
+
+
+def samples_folder(run: Run) -> Path:
+    """Create the folder of a run's sample images.
+
+    Raises:
+        RunError: a file has this name.
+    """
+    folder = run.path / "samples"
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file, but sample images are written to a folder of this name; move it away")
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def draw_samples(run: Run, name: str, domain: Domain, scores: Scores, samples: Samples) -> list[Path]:
+    """Draw panels, the confusion matrix and the training curves into a run's folder.
+
+    Args:
+        run: the run.
+        name: stem of the files, such as target-val.
+        domain: its classes and colors are shown.
+        scores: with the confusion matrix.
+        samples: images with labels and predictions.
+
+    Returns:
+        The files.
+    """
+    folder = samples_folder(run)
+    return [
+        panels(samples, domain.classes, folder / f"{name}.png"),
+        confusion_figure(scores.confusion, domain.classes, folder / f"{name}-confusion.png"),
+        draw_curves(list(run.journal.rows()), folder / "curves.png"),
+    ]
+
+
+__all__ = ["SampleImage", "SampleSet", "choose_images", "collect_samples", "draw_samples", "samples_folder"]
