@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from overfly.web.networks import Network
 from PIL import Image
 
 from overfly.core.classes import Classes
@@ -31,7 +32,6 @@ from overfly.data.domain import Domain
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.web import server
 from overfly.web.config import Limits
-from overfly.web.networks import Network
 
 STAND_IN = "stand-in"
 BOUNDARY = "overfly-load"

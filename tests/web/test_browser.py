@@ -1,4 +1,4 @@
-"""A person's path through the page, in headless Chromium: open, drop an image, see the map, swipe, download."""
+"""The pages in headless Chromium: drop an image, see its map, swipe, download; the live stream."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offered import encoded, inverted, network
-from overfly.video.mjpeg import serving
 from overfly.video.player import LatestFrame
-from overfly.web.server import Running, application, start
+from overfly.web.server import Running, application, serve_stream, start
+from served import encoded, inverted, network
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(
@@ -54,7 +53,7 @@ def running() -> Iterator[Running]:
 
 @pytest.fixture
 def page(browser: Any, running: Running) -> Iterator[Any]:
-    """A page on a phone, which fails the test where a script or the policy complains, or another host is asked."""
+    """A page of phone size; script errors, policy violations and requests to other hosts fail the test."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, accept_downloads=True)
     context.set_default_timeout(20_000)
     found = context.new_page()
@@ -72,7 +71,7 @@ def page(browser: Any, running: Running) -> Iterator[Any]:
 
 @pytest.fixture(params=[390, 1280])
 def wide(request: pytest.FixtureRequest, browser: Any) -> Iterator[Any]:
-    """A page on a phone, and one on a desk."""
+    """A page of phone size and one of desktop size."""
     found = browser.new_page(viewport={"width": request.param, "height": 844})
     found.set_default_timeout(20_000)
     yield found
@@ -84,11 +83,11 @@ def _complains(message: Any) -> bool:
     return bool(message.type in ("error", "warning") and "400 (Bad Request)" not in message.text)
 
 
-def _shows(page: Any, picture: str) -> bool:
+def _shows(page: Any, image: str) -> bool:
     """Whether an image of the page comes to show its 64 columns, within a while."""
     for _ in range(200):
         page.wait_for_timeout(50)
-        if page.evaluate(f"document.querySelector('{picture}')?.naturalWidth") == 64:
+        if page.evaluate(f"document.querySelector('{image}')?.naturalWidth") == 64:
             return True
     return False
 
@@ -101,7 +100,7 @@ def _bright_at(page: Any, x: int) -> bool:
     return bool(shown[0, 0].sum() > 300)
 
 
-def test_from_an_image_to_its_map(page: Any, running: Running, tmp_path: Path) -> None:
+def test_dropped_image_opens_its_map(page: Any, running: Running, tmp_path: Path) -> None:
     page.goto(running.address)
     image = np.full((200, 320, 3), 255, np.uint8)
     page.evaluate(DROP, [base64.b64encode(encoded(image)).decode(), "../<b>x</b>.png"])
@@ -114,7 +113,7 @@ def test_from_an_image_to_its_map(page: Any, running: Running, tmp_path: Path) -
     assert "100.0 %" in rows.nth(1).locator("td").nth(2).inner_text()
     assert "0.0 %" in rows.nth(1).locator("td").nth(3).inner_text()
 
-    page.check("#own")
+    page.check("#own-colors")
     page.locator("#opacity").evaluate(
         "(bar) => { bar.value = 100; bar.dispatchEvent(new Event('input', {bubbles: true})); }"
     )
@@ -127,8 +126,8 @@ def test_from_an_image_to_its_map(page: Any, running: Running, tmp_path: Path) -
         seen[value] = _bright_at(page, 180)
     assert seen == {100: False, 900: True}, "the network on the left says bright, the one on the right dark"
 
-    page.check("input[value=doubt]")
-    page.wait_for_selector("img.leaflet-tile-loaded[src*=doubt]")
+    page.check("input[value=uncertainty]")
+    page.wait_for_selector("img.leaflet-tile-loaded[src*=uncertainty]")
     assert "entropy" in page.locator("#hint").inner_text()
     page.check("input[value=image]")
     assert page.locator("#swipe").is_hidden()
@@ -140,17 +139,17 @@ def test_from_an_image_to_its_map(page: Any, running: Running, tmp_path: Path) -
     assert (np.asarray(Image.open(tmp_path / "map.png")) == 1).all()
 
 
-def test_a_file_that_is_no_image_is_told_so(page: Any, running: Running, tmp_path: Path) -> None:
+def test_invalid_file_shows_an_error(page: Any, running: Running, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no picture at all")
     page.goto(running.address)
     with page.expect_response("**/maps") as answer:
         page.set_input_files("#file", tmp_path / "x.png")
     assert answer.value.status == 400
-    page.wait_for_selector("#told.warn")
-    assert "not a PNG" in page.locator("#told").inner_text()
+    page.wait_for_selector("#message.warn")
+    assert "not a PNG" in page.locator("#message").inner_text()
 
 
-def test_two_networks_the_api_and_the_film(page: Any, running: Running) -> None:
+def test_compare_api_and_live_pages(page: Any, running: Running) -> None:
     page.goto(running.address)
     page.click("#compare")
     page.wait_for_url("**/compare?*")
@@ -159,10 +158,10 @@ def test_two_networks_the_api_and_the_film(page: Any, running: Running) -> None:
     page.wait_for_selector("#api details")
     assert "POST /predict" in page.inner_text("#api")
     page.goto(f"{running.address}live", wait_until="commit")
-    assert _shows(page, ".film")
+    assert _shows(page, ".frame")
 
 
-def test_the_networks_fit_a_phone(wide: Any) -> None:
+def test_networks_fit_a_phone(wide: Any) -> None:
     about = {name: f"{name} of some length" for name in ("model", "method", "folder", "source", "target", "mIoU")}
     networks = [network("0"), network("1", inverted)]
     networks[0].about = about
@@ -172,43 +171,45 @@ def test_the_networks_fit_a_phone(wide: Any) -> None:
         assert wide.evaluate("[document.documentElement, ...document.querySelectorAll('.scroll')].every("
                              "(box) => box.scrollWidth <= box.clientWidth)")  # fmt: skip
         phone = wide.viewport_size["width"] == 390
-        assert wide.locator(".offered thead").is_visible() != phone
-        before = wide.evaluate("getComputedStyle(document.querySelector('.offered td[data-name]'), '::before').content")
+        assert wide.locator(".networks thead").is_visible() != phone
+        before = wide.evaluate(
+            "getComputedStyle(document.querySelector('.networks td[data-name]'), '::before').content"
+        )
         assert ("model" in before) == phone
         wide.check("input[name=network][value='1']")
-        assert wide.evaluate("chosen()") == {"network": "1", "other": "1"}
+        assert wide.evaluate("selected()") == {"network": "1", "other": "1"}
     finally:
         running.stop()
 
 
-def test_a_stream_that_has_ended_does_not_look_live(wide: Any) -> None:
+def test_ended_stream_is_grayed_out(wide: Any) -> None:
     screen = LatestFrame()
     screen.show(np.full((48, 64, 3), 90, np.uint8))
     running = start(application([network()], screen=screen))
     try:
         wide.goto(f"{running.address}live", wait_until="commit")
-        assert _shows(wide, ".film")
+        assert _shows(wide, ".frame")
         assert wide.locator("#state").inner_text() == ""
         screen.close("it came to its end after 1 picture")
         wide.wait_for_selector("#state.warn")
         assert wide.inner_text("#state") == "This stream has ended: it came to its end after 1 picture."
-        assert wide.locator("#film.ended").count() == 1
+        assert wide.locator("#stream.ended").count() == 1
         wide.goto(f"{running.address}live")
-        assert _shows(wide, ".film")
+        assert _shows(wide, ".frame")
         assert "came to its end" in wide.inner_text("#state")
         assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")
     finally:
         running.stop()
 
 
-def test_the_page_of_watch_says_that_the_stream_has_ended(wide: Any) -> None:
+def test_serve_stream_shows_the_end_of_the_stream(wide: Any) -> None:
     screen = LatestFrame()
     screen.show(np.full((48, 64, 3), 90, np.uint8))
-    with serving(screen, 0) as address:
+    with serve_stream(screen) as address:
         wide.goto(address, wait_until="commit")
-        assert _shows(wide, "img")
-        assert wide.locator("p").is_hidden()
-        screen.close("it came to its end after 1 picture")
-    wide.wait_for_selector("body.ended")
-    assert wide.inner_text("p") == "This stream has ended: it came to its end after 1 picture."
+        assert _shows(wide, ".frame")
+        assert wide.locator("#state").inner_text() == ""
+        screen.close("it came to its end after 1 frame")
+    wide.wait_for_selector("#stream.ended")
+    assert "1 frame" in wide.inner_text("#state")
     assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offered import CLASSES
 from overfly.core.records import IGNORE, UInt8
 from overfly.raster.georeference import Georeference, georeference
-from overfly.web.tiles import SIDE, Layer, depth, geotiff, tile
+from overfly.web.tiles import SIDE, Layer, encode_geotiff, max_zoom, render_tile
+from served import CLASSES
 
 
 def _opened(data: bytes | None) -> UInt8:
@@ -18,49 +18,49 @@ def _opened(data: bytes | None) -> UInt8:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
 
 
-def test_tiles_of_the_last_zoom_are_the_picture_itself() -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (300, 520, 3), dtype=np.uint8)
-    assert depth(300, 520) == 2
+def test_tiles_at_max_zoom_equal_the_image() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (300, 520, 3), dtype=np.uint8)
+    assert max_zoom(300, 520) == 2
     whole = np.zeros((2 * SIDE, 3 * SIDE, 4), np.uint8)
     for row in range(2):
         for column in range(3):
-            found = _opened(tile(Layer(picture), 2, column, row))
+            found = _opened(render_tile(Layer(image), 2, column, row))
             whole[row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE] = found
-    np.testing.assert_array_equal(whole[:300, :520, :3], picture)
+    np.testing.assert_array_equal(whole[:300, :520, :3], image)
     assert (whole[:300, :520, 3] == 255).all()
     assert not whole[300:, :, 3].any()
     assert not whole[:, 520:, 3].any()
 
 
-def test_classes_are_thinned_and_never_blended() -> None:
+def test_class_tiles_are_not_interpolated() -> None:
     ids = np.zeros((600, 600), np.uint8)
     ids[:, 300:] = 1
     ids[500:] = IGNORE
-    found = _opened(tile(Layer(ids, CLASSES), 0, 0, 0))
+    found = _opened(render_tile(Layer(ids, CLASSES), 0, 0, 0))
     colors = {tuple(color) for color in found.reshape(-1, 4)}
     assert {color for color in colors if color[3]} == {(*color, 255) for color in CLASSES.colors}
     assert found[140, 10, 3] == 0
 
 
-def test_doubt_is_clear_where_the_network_is_sure() -> None:
-    doubt = np.zeros((10, 10), np.uint8)
-    doubt[:, 5:] = 255
-    found = _opened(tile(Layer(doubt), 0, 0, 0))
+def test_uncertainty_is_transparent_at_zero() -> None:
+    uncertainty = np.zeros((10, 10), np.uint8)
+    uncertainty[:, 5:] = 255
+    found = _opened(render_tile(Layer(uncertainty), 0, 0, 0))
     assert found[5, 2, 3] == 0
     assert found[5, 7, 3] > 200
 
 
 @pytest.mark.parametrize("place", [(3, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (0, -1, 0)])
-def test_there_is_nothing_beyond_the_border(place: tuple[int, int, int]) -> None:
-    assert tile(Layer(np.zeros((200, 200, 3), np.uint8)), *place) is None
+def test_tiles_outside_the_image_are_none(place: tuple[int, int, int]) -> None:
+    assert render_tile(Layer(np.zeros((200, 200, 3), np.uint8)), *place) is None
 
 
-def test_a_geotiff_keeps_place_colors_and_names() -> None:
+def test_geotiff_has_coordinates_colors_and_names() -> None:
     rasterio = pytest.importorskip("rasterio")
     ids = np.random.default_rng(0).integers(0, 2, (300, 310), dtype=np.uint8)
     ids[0, 0] = IGNORE
     crs = rasterio.CRS.from_epsg(32650).to_wkt()
-    data = geotiff(ids, CLASSES, Georeference(crs, (500000.0, 0.3, 0.0, 3500000.0, 0.0, -0.3)))
+    data = encode_geotiff(ids, CLASSES, Georeference(crs, (500000.0, 0.3, 0.0, 3500000.0, 0.0, -0.3)))
     with rasterio.MemoryFile(data) as memory, memory.open() as file:
         assert file.crs.to_epsg() == 32650
         assert tuple(file.transform)[:6] == (0.3, 0.0, 500000.0, 0.0, -0.3, 3500000.0)
@@ -72,7 +72,7 @@ def test_a_geotiff_keeps_place_colors_and_names() -> None:
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
 @pytest.mark.parametrize("kind", ["nothing", "point", "points", "both", "transform", "turned", "rational"])
-def test_a_geotiff_lies_where_the_image_lay(kind: str) -> None:
+def test_geotiff_keeps_every_kind_of_georeference(kind: str) -> None:
     rasterio = pytest.importorskip("rasterio")
     crs = rasterio.CRS.from_epsg(32650).to_wkt()
     points = tuple((5.0 * i, 7.0 * (i % 2), 500000.0 + 2 * i, 3500000.0 - 3 * i, 10.0, str(i)) for i in range(1, 5))
@@ -90,7 +90,7 @@ def test_a_geotiff_lies_where_the_image_lay(kind: str) -> None:
         "turned": Georeference(crs, (500000.0, 0.4, 0.3, 3500000.0, 0.3, -0.4)),
         "rational": Georeference(rational=tuple(sorted(rational.items()))),
     }[kind]
-    data = geotiff(np.zeros((20, 30), np.uint8), CLASSES, place)
+    data = encode_geotiff(np.zeros((20, 30), np.uint8), CLASSES, place)
     with rasterio.MemoryFile(data) as memory, memory.open() as file:
         found = georeference(file)
         assert (found.crs, found.points_crs) == (place.crs, place.points_crs)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds, image_cache, is_setting, parse_seeds
+from overfly.commands.arguments import MAX_SIDE, PathLike, check_bounds, image_cache, is_setting, parse_seeds
 from overfly.core.choices import Cache, Split
 from overfly.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from overfly.benchmarking import BenchmarkTable
+    from overfly.benchmarking import Table
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
     """A benchmark's table."""
 
-    table: BenchmarkTable
+    table: Table
     folder: Path
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -31,7 +32,7 @@ class BenchmarkResult:
 
 
 def benchmark(
-    recipes: PathLikes,
+    recipes: Sequence[str],
     *,
     seeds: str = "3",
     out: PathLike = Path("runs"),
@@ -68,11 +69,11 @@ def benchmark(
     """
     from overfly import benchmarking
     from overfly.recipe import load
-    from overfly.reporting.run_samples import draw
-    from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
+    from overfly.reporting.samples import draw_samples
+    from overfly.training.engine import Engine, launch, on_main
 
-    overrides = [str(entry) for entry in recipes if is_setting(entry)]
-    files = benchmarking.expand_recipe_paths([entry for entry in recipes if not is_setting(entry)])
+    overrides = [entry for entry in recipes if is_setting(entry)]
+    files = benchmarking.expand([entry for entry in recipes if entry not in overrides])
     if not files:
         raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")
     numbers = parse_seeds(seeds)
@@ -82,22 +83,22 @@ def benchmark(
     for path in (out, folder):
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file; give --out and --table a folder")
-    config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
-    fabric = launch_fabric(load(files[0], *overrides), config)
-    done = benchmarking.run_benchmark(
+    engine = Engine(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
+    fabric = launch(load(files[0], *overrides), engine)
+    done = benchmarking.study(
         files,
         overrides,
         numbers,
         out=out,
         fabric=fabric,
-        config=config,
+        engine=engine,
         split=split,
-        save_samples=draw,
+        draw=draw_samples,
         workers=workers,
     )
     place = str(fabric.device)
-    result = run_on_rank_zero(
+    result = on_main(
         fabric, lambda: benchmarking.tabulate(done, numbers, split, size=size, device=place, changed=overrides)
     )
-    run_on_rank_zero(fabric, lambda: benchmarking.write(result, folder))
+    on_main(fabric, lambda: benchmarking.write(result, folder))
     return BenchmarkResult(result, folder)

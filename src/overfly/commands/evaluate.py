@@ -87,17 +87,15 @@ def evaluate(
     from overfly.commands.arguments import load_domain, override_domain
     from overfly.core.device import select_device
     from overfly.evaluation.samples import Samples
-    from overfly.reporting.run_samples import draw, samples_folder
-    from overfly.training.evaluate import domain_roles, evaluate_domain, has_labels
+    from overfly.reporting.samples import draw_samples, samples_folder
+    from overfly.training.evaluate import assess, labeled, roles
     from overfly.training.run import Run
 
     opened = Run.open(run)
     named = domain in ("source", "target", "both")
-    chosen = domain_roles(opened, domain) if named else [(domain, load_domain(domain))]
+    chosen = roles(opened, domain) if named else [(domain, load_domain(domain))]
     domains = [(key if named else value.title, override_domain(value, overrides)) for key, value in chosen]
-    notes = [
-        f"{key} has no labels in {split} and is left out" for key, value in domains if not has_labels(value, split)
-    ]
+    notes = [f"{key} has no labels in {split} and is left out" for key, value in domains if not labeled(value, split)]
     if len(notes) == len(domains):
         names = " and ".join(key for key, _ in domains)
         raise DataError(f"{names}: no image of {split} has a label, so there is nothing to score; take another --split")
@@ -105,13 +103,13 @@ def evaluate(
         samples_folder(opened)
     scores, drawn = {}, []
     for key, value in domains:
-        if not has_labels(value, split):
+        if not labeled(value, split):
             continue
         chosen_samples = Samples() if samples else None
-        scores[f"{key}/{split}"] = evaluate_domain(
+        scores[f"{key}/{split}"] = assess(
             opened, value, key, split,
             device=select_device(device), window=window, overlap=overlap, samples=chosen_samples, workers=workers,
         )  # fmt: skip
         if chosen_samples is not None:
-            drawn += draw(opened, f"{key}-{split}", value, scores[f"{key}/{split}"], chosen_samples)
+            drawn += draw_samples(opened, f"{key}-{split}", value, scores[f"{key}/{split}"], chosen_samples)
     return EvaluateResult(opened.path, scores, list(dict.fromkeys(drawn)), notes)

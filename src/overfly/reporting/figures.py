@@ -79,7 +79,12 @@ def grouped_bars(rows: Mapping[str, Sequence[float | None]], series: Sequence[st
         values = [values[index] for values in rows.values()]
         places = [row + (index + 0.5 - number / 2) / (number + 1) for row in range(len(rows))]
         drawn = axes.barh(
-            places, [value or 0.0 for value in values], 0.85 / (number + 1), color=SERIES[index], label=name, clip_on=False
+            places,
+            [value or 0.0 for value in values],
+            0.85 / (number + 1),
+            color=SERIES[index],
+            label=name,
+            clip_on=False,
         )
         axes.bar_label(drawn, [percent(value, 1) for value in values], padding=3, fontsize=9)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
@@ -104,9 +109,10 @@ def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *,
     for index, (name, points) in enumerate(curves.items()):
         every = math.ceil(len(points) / MAX_POINTS)
         smooth = smoothed([value for _, value in points], round(smoothing * len(points)))
-        shown = [place for place in range(len(points)) if place % every == 0 or place == len(points) - 1]
+        shown = sorted({*range(0, len(points), every), len(points) - 1})
+        steps, values = [points[place][0] for place in shown], [smooth[place] for place in shown]
         axes.plot(
-            [points[place][0] for place in shown], [smooth[place] for place in shown], color=SERIES[index % len(SERIES)],
+            steps, values, color=SERIES[index % len(SERIES)],
             linestyle=DASHES[index // len(SERIES) % len(DASHES)], linewidth=1.6, label=name, clip_on=False,
         )  # fmt: skip
     steps = [step for points in curves.values() for step, _ in points]
@@ -247,14 +253,16 @@ def _shorten(text: str, longest: int) -> str:
 def _svg(figure: Figure, title: str) -> Markup:
     """A figure as inline SVG: presentation attributes instead of styles, and the page's font and colors."""
     import matplotlib
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overfly", "text.parse_math": False}):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has other fonts
-            figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = re.sub(r"<style.*?</style>|<metadata.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
-    body = re.sub(r"<[^>]+>", _clean_tag, text[text.index("<svg") : text.rindex("</svg>")])
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overfly"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has other fonts
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = re.sub(r"<style.*?</style>|<metadata.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    body = re.sub(r"<[^>]+>", _clean_tag, svg[svg.index("<svg") : svg.rindex("</svg>")])
     height = round(72 * figure.get_size_inches()[1])
     return Markup(  # noqa: S704  (matplotlib escapes text)
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}" '
@@ -278,4 +286,14 @@ def _attribute(declaration: str) -> str:
     return "" if name == "font-family" else f' {name}="{value.removesuffix("px")}"'
 
 
-__all__ = ["SERIES", "Bar", "Points", "bars", "draw_curves", "grouped_bars", "line_chart", "smoothed", "training_curves"]
+__all__ = [
+    "SERIES",
+    "Bar",
+    "Points",
+    "bars",
+    "draw_curves",
+    "grouped_bars",
+    "line_chart",
+    "smoothed",
+    "training_curves",
+]

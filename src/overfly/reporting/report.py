@@ -191,7 +191,11 @@ def render(report: Report) -> str:
 def environment(folder: Path = HERE) -> Environment:
     """Templates of a folder; every value is escaped."""
     return Environment(
-        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
     )
 
 

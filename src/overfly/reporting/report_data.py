@@ -1,4 +1,4 @@
-"""What some runs have to tell, gathered for a report: table, evidence, pictures, curves, speed."""
+"""The content of a report, collected from run folders: table, selections, sample images, curves, speed."""
 
 from __future__ import annotations
 
@@ -13,68 +13,67 @@ from pydantic import ValidationError
 
 from overfly.adaptation.gate import geometric_consistency
 from overfly.adaptation.selection import BEFORE, Selection
-from overfly.benchmarking import BenchmarkRow, benchmark_rows
+from overfly.benchmarking import Row, compared
 from overfly.core.errors import RunError
+from overfly.core.text import percent
 from overfly.data.domain import SPLITS, Split
 from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build
 from overfly.recipe import Recipe
-from overfly.reporting.charts import SERIES
-from overfly.reporting.curves import collected
-from overfly.reporting.extremes import Album, album
-from overfly.reporting.report import Entry, Evidence, Gallery, Matrix, Report
-from overfly.training.evaluate import Role, stored_scores
+from overfly.reporting.figures import SERIES, training_curves
+from overfly.reporting.report import ConfusionTable, Entry, Gallery, Report, SelectionTable
+from overfly.reporting.samples import collect_samples
+from overfly.training.evaluate import Role, recorded
 from overfly.training.run import Run
 
-MOST = 4
-"""Networks that stand beside each other in pictures."""
+MAX_NETWORKS = 4
+"""Networks whose predictions stand beside each other."""
 ROLES: tuple[Role, ...] = ("target", "source")
 
 
 def find_runs(paths: Sequence[Path | str]) -> list[Run]:
-    """The runs that some folders mean: runs, or folders of runs.
+    """Return the runs of some folders: run folders, or folders of them.
 
     Raises:
-        RunError: a folder means none.
+        RunError: a folder contains none.
     """
     found: dict[Path, Run] = {}
-    for entry in map(Path, paths):
-        folder = not (entry / "recipe.yaml").is_file() and entry.is_dir()
-        runs = [Run(file.parent) for file in sorted(entry.glob("*/recipe.yaml"))] if folder else [Run.open(entry)]
+    for path in map(Path, paths):
+        several = not (path / "recipe.yaml").is_file() and path.is_dir()
+        runs = [Run(file.parent) for file in sorted(path.glob("*/recipe.yaml"))] if several else [Run.open(path)]
         if not runs:
-            raise RunError(f"{entry} holds no run; give folders that `overfly train` named, or a folder of them")
+            raise RunError(f"{path} contains no run; give folders that `overfly train` wrote, or a folder of them")
         found |= {run.path.resolve(): run for run in runs}
     return list(found.values())
 
 
-def by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
-    """The runs of each recipe, all its seeds together, by a name for people; adapted networks last, rising seeds."""
-    kinds: dict[str, list[Run]] = {}
+def group_by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
+    """Group runs that differ in their seed alone, by a title of their recipe; adapted networks last."""
+    groups: dict[str, list[Run]] = {}
     order = {"source_only": 0, "recalibrate": 1}
     for run in sorted(runs, key=lambda run: (order.get(run.recipe.method.name, 2), run.path.name)):
-        kinds.setdefault(json.dumps(_without_seed(run.recipe), sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(_without_seed(run.recipe).model_dump(mode="json"), sort_keys=True), []).append(run)
+    several_models = len({run.recipe.model.name for run in runs}) > 1
     found: dict[Path, list[Run]] = {}
-    for same in kinds.values():
-        recipe = same[0].recipe
-        words = recipe_title(recipe)
-        several = len({run.recipe.model.name for run in runs}) > 1
-        words = f"{words}, {recipe.model.name}" if several else words
-        name, number = words, 1
+    for group in groups.values():
+        recipe = group[0].recipe
+        title = f"{recipe_title(recipe)}, {recipe.model.name}" if several_models else recipe_title(recipe)
+        name, number = title, 1
         while Path(name) in found:
             number += 1
-            name = f"{words} ({number})"
-        found[Path(name)] = sorted(same, key=lambda run: run.recipe.seed)
+            name = f"{title} ({number})"
+        found[Path(name)] = sorted(group, key=lambda run: run.recipe.seed)
     return found
 
 
 def recipe_title(recipe: Recipe) -> str:
-    """A recipe for people: ``source only, Urban to Rural``."""
-    places = " to ".join(domain.title for domain in (recipe.source, recipe.target) if domain is not None)
-    return f"{recipe.method.name.replace('_', ' ')}, {places}"
+    """Title of a recipe, such as ``source only, Urban to Rural``."""
+    domains = " to ".join(domain.title for domain in (recipe.source, recipe.target) if domain is not None)
+    return f"{recipe.method.name.replace('_', ' ')}, {domains}"
 
 
 def scored_split(runs: Sequence[Run]) -> Split:
-    """The split that most runs were scored on, val where none was."""
+    """Return the split that most runs were scored on; val if none was."""
     counts = {split: sum(f"{role}/{split}" in run.scores for run in runs for role in ROLES) for split in SPLITS}
     return max(("val", "test", "train"), key=lambda split: counts[split])
 
@@ -91,69 +90,61 @@ def collect_report(
     device: torch.device,
     own_colors: bool,
 ) -> Report:
-    """Everything that a report of some runs shows.
+    """Collect the content of a report.
 
     Args:
         paths: runs or folders of runs.
-        title: of the page.
+        title: heading of the page.
         split: whose scores are shown; None: the one that most runs were scored on.
-        labels: open labels of val for the pictures.
-        limit: pictures that the worst and the best are chosen from; 0: no pictures.
-        speed: measure the networks here and now.
+        labels: read labels of val to choose the sample images.
+        limit: images that the samples are chosen from; 0: no samples.
+        speed: measure the networks on this machine.
         size: side of the image that speed is measured with.
         device: where networks run.
-        own_colors: paint classes in their own colors.
+        own_colors: show the classes' own colors instead of accessible ones.
     """
     runs = find_runs(paths)
-    done = by_recipe(runs)
-    shown = split or scored_split(runs)
-    albums = _albums(done, labels, limit, device) if limit else []
-    rows = dict(zip(done, benchmark_rows(done, shown), strict=True))
+    groups = group_by_recipe(runs)
+    split = split or scored_split(runs)
+    galleries = _galleries(groups, labels, limit, device) if limit else []
+    rows = dict(zip(groups, compared(groups, split), strict=True))
+    adapted = [name for name, group in groups.items() if group[0].recipe.method.name != "source_only"]
+    expanded = adapted[-1] if adapted else next(iter(groups), None)
+    return Report(
+        title=title,
+        date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        split=split,
+        entries=[_entry(name, group, rows[name], split, expand=name == expanded) for name, group in groups.items()],
+        selections=_selections(runs),
+        galleries=galleries,
+        speeds=_speeds(runs, size, device) if speed else {},
+        own_colors=own_colors,
+    )
+
+
+def _speeds(runs: Sequence[Run], size: int, device: torch.device) -> dict[str, Speed]:
     speeds: dict[str, Speed] = {}
-    for same in done.values():
-        recipe = same[0].recipe
-        if speed and recipe.model.name not in speeds:
+    for recipe in (run.recipe for run in runs):
+        if recipe.model.name not in speeds:
             domain = recipe.source or recipe.domain("target")
             network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
             speeds[recipe.model.name] = measure_speed(
                 network, size=size, bands=domain.bands, device=device, warmup=3, repeats=15
             )
-    first = _first_target(done)
-    return Report(
-        title=title,
-        made=f"Made by overfly on {datetime.now().astimezone():%Y-%m-%d %H:%M}",
-        split=shown,
-        entries=[_entry(name, same, rows[name], shown, open_=name == first) for name, same in done.items()],
-        evidence=_evidences(runs),
-        galleries=albums,
-        speeds=speeds,
-        own_colors=own_colors,
-    )
+    return speeds
 
 
-def _without_seed(recipe: Recipe) -> object:
-    return recipe.model_copy(update={"seed": 0, "start": _unseeded(recipe.start)}).model_dump(mode="json")
+def _without_seed(recipe: Recipe) -> Recipe:
+    start = _without_seed(recipe.start) if isinstance(recipe.start, Recipe) else recipe.start
+    return recipe.model_copy(update={"seed": 0, "start": start})
 
 
-def _unseeded(start: Recipe | Path | None) -> Recipe | Path | None:
-    if not isinstance(start, Recipe):
-        return start
-    return start.model_copy(update={"seed": 0, "start": _unseeded(start.start)})
-
-
-def _first_target(done: Mapping[Path, Sequence[Run]]) -> Path | None:
-    """Whose confusion matrix is shown without being asked for: the last adapted network's, else the first."""
-    adapted = [name for name, runs in done.items() if runs[0].recipe.method.name != "source_only"]
-    return adapted[-1] if adapted else next(iter(done), None)
-
-
-def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, open_: bool) -> Entry:
+def _entry(name: Path, runs: Sequence[Run], row: Row, split: Split, *, expand: bool) -> Entry:
     first = runs[0]
-    losses, rates, measured = collected(first.log.rows())
-    del rates
+    losses, _, metrics = training_curves(first.journal.rows())
     return Entry(
         name=str(name),
-        network=row.model,
+        model=row.model,
         about={
             "method": row.method, "source": row.source, "augmentation": row.augmentation, "batch": str(row.batch),
             "criterion": row.criterion, "optimizer": row.optimizer, "scheduler": row.scheduler, "length": row.length,
@@ -163,18 +154,18 @@ def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, 
         miou=row.miou,
         classes=row.classes,
         gap=row.gap_closed,
-        opened=_opened(runs),
-        matrices=_matrices(runs, split, open_=open_),
+        labels_opened=_labels_opened(runs),
+        confusions=_confusions(runs, split, expand=expand),
         losses=dict(list(losses.items())[: 2 * len(SERIES)]),
-        measured={key: points for key, points in list(measured.items())[: len(SERIES)] if len(points) > 1},
+        metrics={key: points for key, points in list(metrics.items())[: len(SERIES)] if len(points) > 1},
         runs=[run.path.name for run in runs],
         recipe=yaml.safe_dump(first.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         machine=first.machine,
     )  # fmt: skip
 
 
-def _opened(runs: Sequence[Run]) -> str:
-    """How often target labels were read for these runs, in words."""
+def _labels_opened(runs: Sequence[Run]) -> str:
+    """How often target labels were read for these runs, such as ``val: 2 × (80 images)``; empty for never."""
     found: dict[str, tuple[int, int]] = {}
     for run in runs:
         for key, counts in run.scores.get("labels_opened", {}).items():
@@ -184,95 +175,99 @@ def _opened(runs: Sequence[Run]) -> str:
     return ", ".join(f"{key.split('/')[1]}: {times} × ({images} images)" for key, (times, images) in found.items())
 
 
-def _matrices(runs: Sequence[Run], split: Split, *, open_: bool) -> list[Matrix]:
-    recipe = runs[0].recipe
-    found: list[Matrix] = []
+def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[ConfusionTable]:
+    found: list[ConfusionTable] = []
     for role in ROLES:
-        domain = getattr(recipe, role)
-        scores = [stored_scores(run, role, split, domain) for run in runs] if domain is not None else []
+        domain = getattr(runs[0].recipe, role)
+        scores = [recorded(run, role, split, domain) for run in runs] if domain is not None else []
         counts = [torch.tensor(each.confusion) for each in scores if each is not None]
         if counts:
             total = torch.stack(counts).sum(0).tolist()
-            found.append(Matrix(f"{domain.title} ({role})", domain.classes.names, total, open_ and not found))
+            title = f"{domain.title} ({role})"
+            found.append(ConfusionTable(title, domain.classes.names, total, open=expand and not found))
     return found
 
 
-def _evidences(runs: Sequence[Run]) -> list[Evidence]:
-    """The verdicts that lie in some runs' folders; one that lies in several, as of several ways to adapt, once."""
-    found: dict[str, Evidence] = {}
+def _selections(runs: Sequence[Run]) -> list[SelectionTable]:
+    """Read the selections in the folders of some runs, each once."""
+    found: dict[str, SelectionTable] = {}
     for run in runs:
-        evidence = _evidence(run)
-        if evidence is not None:
-            found.setdefault((run.path / "selection.json").read_text(encoding="utf-8"), evidence)
+        file = run.path / "selection.json"
+        if file.is_file():
+            found.setdefault(file.read_text(encoding="utf-8"), _selection(file))
     return list(found.values())
 
 
-def _evidence(run: Run) -> Evidence | None:
-    """What `overfly adapt` wrote, if it did."""
-    file = run.path / "selection.json"
-    if not file.is_file():
-        return None
+def _selection(file: Path) -> SelectionTable:
     try:
         selection = Selection.model_validate_json(file.read_bytes())
     except ValidationError:
         raise RunError(f"{file} is damaged; delete it, or run `overfly adapt` again") from None
     rows = []
-    for role, report in selection.candidates.items():
+    for name, report in selection.candidates.items():
         seen, guess = report.metrics, report.estimate
         cells = [seen.source_miou, seen.masked_miou, seen.views_miou, geometric_consistency(seen), seen.agreement]
-        between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
-        word = "recommended" if role == selection.recommended else "refused" if report.rejections else ""
-        rows.append((role, [*map(_percent, cells), between], word))
-    return Evidence(
-        title=run.path.name,
-        sentence=selection.summary[0].upper() + selection.summary[1:] + ".",
-        columns=["source", "masked", "views", "steady", "as before", "target, estimated"],
+        between = f"{percent(guess.miou, 1)} ({percent(guess.low, 1)} to {percent(guess.high, 1)})" if guess else "–"
+        decision = "recommended" if name == selection.recommended else "rejected" if report.rejections else ""
+        rows.append((name, [*(percent(cell, 1) for cell in cells), between], decision))
+    return SelectionTable(
+        title=file.parent.name,
+        summary=selection.summary[0].upper() + selection.summary[1:] + ".",
+        columns=["source", "masked", "views", "geometric", "agreement", "estimated target"],
         rows=rows,
-        against=[f"{role}: {reason}" for role, each in selection.candidates.items() for reason in each.rejections],
-        ways=selection.differences,
+        rejections=[f"{name}: {reason}" for name, each in selection.candidates.items() for reason in each.rejections],
+        differences=selection.differences,
         familiarity=selection.familiarity_summary,
         labels_opened=selection.labels_opened,
     )
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _albums(done: Mapping[Path, Sequence[Run]], labels: bool, limit: int, device: torch.device) -> list[Gallery]:
-    """Pictures of every domain that networks were to work in, with those of the same pair beside each other."""
+def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, device: torch.device) -> list[Gallery]:
+    """Sample images of every pair of domains, with the predictions of its networks beside each other."""
     pairs: dict[str, dict[str, Run]] = {}
-    for name, runs in done.items():
+    for name, runs in groups.items():
         recipe, run = runs[0].recipe, runs[0]
         if not run.finished:
             continue
         domain = recipe.target or recipe.source
-        key = json.dumps([recipe.target is None, domain.model_dump(mode="json") if domain else None], sort_keys=True)
         origin = recipe.start.source if recipe.source is None and isinstance(recipe.start, Recipe) else recipe.source
-        pair = f"{key} {origin.model_dump_json() if origin else ''} {recipe.model.name}"
-        before = _before(run) if recipe.method.name != "source_only" else None
-        same = pairs.setdefault(pair, {})
-        if before is not None and not any(each.recipe.method.name == "source_only" for each in same.values()):
-            same[BEFORE] = before
+        same = pairs.setdefault(
+            json.dumps(
+                [
+                    recipe.target is None,
+                    domain.model_dump(mode="json") if domain else None,
+                    origin.model_dump(mode="json") if origin else None,
+                    recipe.model.name,
+                ],
+                sort_keys=True,
+            ),
+            {},
+        )
+        baseline = _baseline(run) if recipe.method.name != "source_only" else None
+        if baseline is not None and not any(each.recipe.method.name == "source_only" for each in same.values()):
+            same[BEFORE] = baseline
         same[str(name)] = run
-    found: list[Album] = []
-    classes = []
+    found = []
     for same in pairs.values():
-        kept = list(same.items())
-        shown = dict(kept if len(kept) <= MOST else [*kept[: MOST - 1], kept[-1]])
-        role: Role = "source" if next(iter(shown.values())).recipe.target is None else "target"
-        found.append(album(shown, role, labels=labels, limit=limit, device=device))
-        classes.append(next(iter(shown.values())).segmenter().classes)
-    return [Gallery(each, own) for each, own in zip(found, classes, strict=True)]
+        names = list(same)
+        shown = {
+            name: same[name]
+            for name in (names if len(names) <= MAX_NETWORKS else [*names[: MAX_NETWORKS - 1], names[-1]])
+        }
+        first = next(iter(shown.values()))
+        role: Role = "source" if first.recipe.target is None else "target"
+        samples = collect_samples(shown, role, labels=labels, limit=limit, device=device)
+        found.append(Gallery(samples, first.segmenter().classes))
+    return found
 
 
-def _before(run: Run) -> Run | None:
-    """The run that another was adapted from, if it lies beside it or where the recipe says."""
+def _baseline(run: Run) -> Run | None:
+    """The finished run that another was adapted from, beside it or at the path in its recipe."""
     start = run.recipe.start
-    before = Run.find(run.path.parent, start) if isinstance(start, Recipe) else None
+    found = Run.find(run.path.parent, start) if isinstance(start, Recipe) else None
     if isinstance(start, Path) and (start / "recipe.yaml").is_file():
-        before = Run.open(start)
-    return before if before is not None and before.finished else None
+        found = Run.open(start)
+    return found if found is not None and found.finished else None
 
 
-__all__ = ["by_recipe", "collect_report", "find_runs", "recipe_title", "scored_split"]
+__all__ = ["collect_report", "find_runs", "group_by_recipe", "recipe_title", "scored_split"]

@@ -199,7 +199,9 @@ def _add_map_routes(routes: APIRouter, service: InferenceService) -> None:
         """Describe a map."""
         return summarize_map(_stored_map(service, key))
 
-    @routes.get("/maps/{key}/file", response_class=Response, responses=MAP_PROBLEMS | _problems(400) | _binary("image/png"))
+    @routes.get(
+        "/maps/{key}/file", response_class=Response, responses=MAP_PROBLEMS | _problems(400) | _binary("image/png")
+    )
     def get_file(
         key: MapKey, network: Annotated[str, Query(max_length=64)], output: Literal["png", "tiff"] = "tiff"
     ) -> Response:

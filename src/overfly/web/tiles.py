@@ -138,7 +138,7 @@ def _write_georeference(file: Any, place: Georeference) -> None:
 
 @cache
 def _control_point_offset() -> tuple[float, float]:
-    """Offset (columns, rows) between a control point that GDAL writes and reads, where coordinates are of pixel centers.
+    """Offset (columns, rows) of control points between GDAL's writing and reading, where they are of pixel centers.
 
     GDAL 3.10 shifts such points by half a pixel in the same direction when it writes and when it reads.
     """

@@ -1,5 +1,5 @@
 "use strict";
-// The API page: /openapi.json as something to read.
+// The API page: /openapi.json as tables.
 function element(name, text, kind) {
   const made = document.createElement(name);
   if (text !== undefined) made.textContent = text;
@@ -7,37 +7,37 @@ function element(name, text, kind) {
   return made;
 }
 
-function typed(schema) {
+function typeName(schema) {
   if (!schema) return "";
-  if (schema.anyOf) return schema.anyOf.filter((each) => each.type !== "null").map(typed).join(" or ");
+  if (schema.anyOf) return schema.anyOf.filter((each) => each.type !== "null").map(typeName).join(" or ");
   if (schema.enum) return schema.enum.join(" | ");
   if (schema.$ref) return schema.$ref.split("/").pop();
-  if (schema.type === "array") return `list of ${typed(schema.items)}`;
+  if (schema.type === "array") return `list of ${typeName(schema.items)}`;
   return schema.contentMediaType || schema.format === "binary" ? "file" : schema.type || "";
 }
 
-function resolved(whole, schema) {
-  return schema && schema.$ref ? whole.components.schemas[schema.$ref.split("/").pop()] : schema;
+function resolve(schemas, schema) {
+  return schema && schema.$ref ? schemas.components.schemas[schema.$ref.split("/").pop()] : schema;
 }
 
-function rows(whole, operation) {
-  const found = (operation.parameters || []).map((each) => [each.name, each.in, typed(each.schema), each.required, each.description || each.schema.description, each.schema.default]);
+function rows(schemas, operation) {
+  const found = (operation.parameters || []).map((each) => [each.name, each.in, typeName(each.schema), each.required, each.description || each.schema.description, each.schema.default]);
   const body = Object.entries((operation.requestBody || { content: {} }).content)[0];
   if (body) {
-    const schema = resolved(whole, body[1].schema);
+    const schema = resolve(schemas, body[1].schema);
     for (const [name, each] of Object.entries(schema.properties || {})) {
-      found.push([name, "form", typed(each), (schema.required || []).includes(name), each.description, each.default]);
+      found.push([name, "form", typeName(each), (schema.required || []).includes(name), each.description, each.default]);
     }
   }
   return found;
 }
 
-function shown(whole, path, method, operation) {
+function describe(schemas, path, method, operation) {
   const part = element("details");
   const summary = element("summary");
   summary.append(element("code", `${method.toUpperCase()} ${path}`), ` ${(operation.description || operation.summary || "").split("\n")[0]}`);
   part.append(summary);
-  const inputs = rows(whole, operation);
+  const inputs = rows(schemas, operation);
   if (inputs.length) {
     const table = element("table");
     const head = table.createTHead().insertRow();
@@ -60,10 +60,10 @@ function shown(whole, path, method, operation) {
   return part;
 }
 
-document.getElementById("here").textContent = `${location.origin}/`;
-fetch("/openapi.json").then((answer) => answer.json()).then((whole) => {
-  const place = document.getElementById("api");
-  for (const [path, methods] of Object.entries(whole.paths)) {
-    for (const [method, operation] of Object.entries(methods)) place.append(shown(whole, path, method, operation));
+document.getElementById("address").textContent = `${location.origin}/`;
+fetch("/openapi.json").then((answer) => answer.json()).then((schemas) => {
+  const container = document.getElementById("api");
+  for (const [path, methods] of Object.entries(schemas.paths)) {
+    for (const [method, operation] of Object.entries(methods)) container.append(describe(schemas, path, method, operation));
   }
 });

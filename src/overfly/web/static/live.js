@@ -1,27 +1,27 @@
 "use strict";
-// The live page: says when the stream has ended, and how; its last picture then looks no longer live.
-const state = document.getElementById("state");
-const film = document.getElementById("film");
+// The live page: polls the state of the stream, and shows its end and the reason.
+const message = document.getElementById("state");
+const stream = document.getElementById("stream");
 
-function say(words, still) {
-  if (state.textContent !== words) state.textContent = words;
-  state.classList.toggle("warn", still);
-  film.classList.toggle("ended", still);
+function show(text, ended) {
+  if (message.textContent !== text) message.textContent = text;
+  message.classList.toggle("warn", ended);
+  stream.classList.toggle("ended", ended);
 }
 
-async function look() {
+async function poll() {
   let again = true;
   try {
     const answer = await fetch("/stream/state", { cache: "no-store" });
     if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
-    const found = await answer.json();
-    again = found.live;
-    if (!found.live) say(`This stream has ended${found.ended ? `: ${found.ended}` : ""}.`, true);
-    else say(found.frames ? "" : "Waiting for the first picture …", false);
+    const state = await answer.json();
+    again = state.live;
+    if (!state.live) show(`This stream has ended${state.ended ? `: ${state.ended}` : ""}.`, true);
+    else show(state.frames ? "" : "Waiting for the first frame …", false);
   } catch (error) {
-    say("The server does not answer; the picture stands still.", true);
+    show("The server does not answer; the image is not live.", true);
   }
-  if (again) setTimeout(look, 1000);
+  if (again) setTimeout(poll, 1000);
 }
 
-look();
+poll();

@@ -1,7 +1,6 @@
 "use strict";
 // The map page: image, classes and uncertainty of one or two networks, a swipe between them, shares and downloads.
-const room = document.querySelector(".maproom");
-const base = `/maps/${encodeURIComponent(room.dataset.key)}`;
+const base = `/maps/${encodeURIComponent(document.querySelector(".maplayout").dataset.key)}`;
 const swipe = document.getElementById("swipe");
 const line = document.getElementById("line");
 
@@ -24,21 +23,21 @@ function percent(share) {
   return share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)} %`;
 }
 
-function legend(facts, own) {
+function legend(info, ownColors) {
   const table = document.getElementById("legend");
   table.replaceChildren();
   const head = table.createTHead().insertRow();
-  const two = facts.predictions.length > 1;
-  for (const words of ["", "class", ...facts.predictions.map((_, index) => (two ? "AB"[index] : "share"))]) head.append(element("th", words));
+  const two = info.predictions.length > 1;
+  for (const words of ["", "class", ...info.predictions.map((_, index) => (two ? "AB"[index] : "share"))]) head.append(element("th", words));
   const body = table.createTBody();
-  const names = [...new Set(facts.predictions.flatMap((each) => each.classes.map((one) => one.name)))];
+  const names = [...new Set(info.predictions.flatMap((each) => each.classes.map((one) => one.name)))];
   for (const name of names) {
-    const seen = facts.predictions.map((each) => each.classes.find((one) => one.name === name));
+    const seen = info.predictions.map((each) => each.classes.find((one) => one.name === name));
     const first = seen.find((one) => one);
     const row = body.insertRow();
     const cell = row.insertCell();
     cell.className = "swatch";
-    cell.append(swatch(own ? first.color : first.safe_color));
+    cell.append(swatch(ownColors ? first.color : first.safe_color));
     row.insertCell().textContent = name;
     for (const one of seen) {
       const share = row.insertCell();
@@ -48,31 +47,31 @@ function legend(facts, own) {
   }
 }
 
-function files(facts) {
-  const place = document.getElementById("files");
-  facts.predictions.forEach((each, index) => {
-    const which = facts.predictions.length > 1 ? ` of ${"AB"[index]}` : "";
-    for (const [kind, words] of [["tiff", facts.placed ? "GeoTIFF" : "TIFF"], ["png", "PNG"]]) {
-      const link = element("a", `Download ${words}${which}`);
+function files(info) {
+  const container = document.getElementById("files");
+  info.predictions.forEach((each, index) => {
+    const which = info.predictions.length > 1 ? ` of ${"AB"[index]}` : "";
+    for (const [kind, name] of [["tiff", info.georeferenced ? "GeoTIFF" : "TIFF"], ["png", "PNG"]]) {
+      const link = element("a", `Download ${name}${which}`);
       link.className = "button";
-      link.href = `${base}/file?${new URLSearchParams({ network: each.network, answer: kind })}`;
+      link.href = `${base}/file?${new URLSearchParams({ network: each.network, output: kind })}`;
       link.setAttribute("download", "");
       link.title = each.title;
-      place.append(link);
+      container.append(link);
     }
   });
 }
 
-function begin(facts) {
-  const map = L.map("map", { crs: L.CRS.Simple, minZoom: -2, maxZoom: facts.depth + 4, zoomSnap: 0.25, attributionControl: true });
+function showMap(info) {
+  const map = L.map("map", { crs: L.CRS.Simple, minZoom: -2, maxZoom: info.max_zoom + 4, zoomSnap: 0.25, attributionControl: true });
   map.attributionControl.setPrefix("Leaflet 1.9.4");
-  const corner = (x, y) => map.unproject([x, y], facts.depth);
-  const bounds = L.latLngBounds(corner(0, facts.height), corner(facts.width, 0));
-  const settings = { bounds, noWrap: true, tileSize: 256, minNativeZoom: 0, maxNativeZoom: facts.depth, minZoom: -2, maxZoom: facts.depth + 4 };
+  const corner = (x, y) => map.unproject([x, y], info.max_zoom);
+  const bounds = L.latLngBounds(corner(0, info.height), corner(info.width, 0));
+  const settings = { bounds, noWrap: true, tileSize: 256, minNativeZoom: 0, maxNativeZoom: info.max_zoom, minZoom: -2, maxZoom: info.max_zoom + 4 };
   const tiles = (layer, more, pane) => L.tileLayer(`${base}/tiles/${layer}/{z}/{x}/{y}?${new URLSearchParams(more)}`, { ...settings, pane });
   tiles("image", {}, "tilePane").addTo(map);
-  const panes = facts.predictions.map((_, index) => {
-    const pane = map.createPane(`answer-${index}`);
+  const panes = info.predictions.map((_, index) => {
+    const pane = map.createPane(`prediction-${index}`);
     pane.style.zIndex = 250 + index;
     return pane;
   });
@@ -89,7 +88,7 @@ function begin(facts) {
     for (const layer of shown) {
       const container = layer.getContainer();
       if (!container) continue;
-      const left = layer.options.pane === "answer-0";
+      const left = layer.options.pane === "prediction-0";
       const sides = left ? [top.y, middle, bottom.y, top.x] : [top.y, bottom.x, bottom.y, middle];
       container.style.clip = `rect(${sides.map((side) => `${side}px`).join(",")})`;
     }
@@ -97,16 +96,16 @@ function begin(facts) {
   }
 
   function draw() {
-    const what = document.querySelector("input[name=layer]:checked").value;
-    const own = document.getElementById("own").checked;
+    const layerName = document.querySelector("input[name=layer]:checked").value;
+    const ownColors = document.getElementById("own-colors").checked;
     for (const layer of shown) layer.remove();
-    shown = what === "image" ? [] : facts.predictions.map((each, index) => tiles(what, { network: each.network, own }, `answer-${index}`));
+    shown = layerName === "image" ? [] : info.predictions.map((each, index) => tiles(layerName, { network: each.network, own_colors: ownColors }, `prediction-${index}`));
     for (const layer of shown) layer.addTo(map);
-    legend(facts, own);
-    document.getElementById("hint").textContent = what === "doubt"
-      ? "Uncertainty is the entropy of each pixel's probabilities: clear where the network is sure, dark red where it knows nothing."
-      : facts.predictions.map((each, index) => `${facts.predictions.length > 1 ? `${"AB"[index]}: ` : ""}${each.title}`).join(" · ");
-    swipe.hidden = line.hidden = facts.predictions.length < 2 || what === "image";
+    legend(info, ownColors);
+    document.getElementById("hint").textContent = layerName === "uncertainty"
+      ? "Uncertainty is the entropy of each pixel's class probabilities: transparent at 0, dark red at its maximum."
+      : info.predictions.map((each, index) => `${info.predictions.length > 1 ? `${"AB"[index]}: ` : ""}${each.title}`).join(" · ");
+    swipe.hidden = line.hidden = info.predictions.length < 2 || layerName === "image";
     fade();
     clip();
   }
@@ -119,11 +118,11 @@ function begin(facts) {
   document.getElementById("opacity").addEventListener("input", fade);
   swipe.addEventListener("input", clip);
   map.on("move zoom viewreset resize", clip);
-  files(facts);
+  files(info);
   draw();
 }
 
 fetch(base)
   .then((answer) => (answer.ok ? answer.json() : Promise.reject(new Error(`the server answered ${answer.status}`))))
-  .then(begin)
+  .then(showMap)
   .catch((error) => { document.getElementById("hint").textContent = `The map cannot be shown: ${error.message}`; });

@@ -1,29 +1,29 @@
 "use strict";
-// The first page: an image is dropped or chosen, sent, and its map opened.
-const form = document.getElementById("ask");
-const told = document.getElementById("told");
+// The first page: send an image that is dropped or chosen, and open its map.
+const form = document.getElementById("upload");
+const message = document.getElementById("message");
 const drop = document.getElementById("drop");
 const file = document.getElementById("file");
 
-function chosen() {
+function selected() {
   const values = new FormData(form);
   return { network: values.get("network"), other: values.get("other") };
 }
 
-async function open(address, settings) {
-  told.className = "";
-  told.textContent = "Working …";
+async function createMap(address, settings) {
+  message.className = "";
+  message.textContent = "Predicting …";
   try {
     const answer = await fetch(address, { method: "POST", ...settings });
-    const found = await answer.json().catch(() => ({}));
+    const result = await answer.json().catch(() => ({}));
     if (!answer.ok) {
-      const detail = typeof found.detail === "string" ? found.detail : `the server answered ${answer.status}`;
+      const detail = typeof result.detail === "string" ? result.detail : `the server answered ${answer.status}`;
       throw new Error(detail);
     }
-    location.assign(`/map/${encodeURIComponent(found.key)}`);
+    location.assign(`/map/${encodeURIComponent(result.key)}`);
   } catch (error) {
-    told.className = "warn";
-    told.textContent = `That did not work: ${error.message}`;
+    message.className = "warn";
+    message.textContent = `Error: ${error.message}`;
   }
 }
 
@@ -31,8 +31,8 @@ function send(image) {
   if (!image) return;
   const body = new FormData();
   body.append("image", image);
-  for (const [name, value] of Object.entries(chosen())) if (value) body.append(name, value);
-  open("/maps", { body });
+  for (const [name, value] of Object.entries(selected())) if (value) body.append(name, value);
+  createMap("/maps", { body });
 }
 
 file.addEventListener("change", () => send(file.files[0]));
@@ -46,10 +46,10 @@ document.addEventListener("drop", (event) => {
   send(event.dataTransfer.files[0]);
 });
 for (const button of document.querySelectorAll("[data-scene]")) {
-  button.addEventListener("click", () => open(`/scenes/${button.dataset.scene}?${new URLSearchParams(chosen())}`, {}));
+  button.addEventListener("click", () => createMap(`/scenes/${button.dataset.scene}?${new URLSearchParams(selected())}`, {}));
 }
 document.getElementById("compare").addEventListener("click", () => {
-  const { network, other } = chosen();
+  const { network, other } = selected();
   location.assign(`/compare?${new URLSearchParams({ one: network, other })}`);
 });
-window.addEventListener("pageshow", () => { told.textContent = ""; file.value = ""; });
+window.addEventListener("pageshow", () => { message.textContent = ""; file.value = ""; });

@@ -1,4 +1,4 @@
-"""Networks and images for tests of the server: quick, and with answers that are known."""
+"""Networks with known predictions, and images, for tests of the server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.records import Array
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
-from overfly.web.networks import Network
+from overfly.web.service import ServedNetwork
 
 CLASSES = Classes(names=("dark", "<b>bright</b>"), colors=((10, 20, 30), (250, 240, 230)))
 
@@ -28,8 +28,8 @@ def predictor(run: Callable[[Floats], Floats] = bright, **changes: Any) -> Predi
     return Predictor(metadata.model_copy(update=changes), "torch", "cpu", run)
 
 
-def network(key: str = "0", run: Callable[[Floats], Floats] = bright, **changes: Any) -> Network:
-    return Network(key, f"network {key}", lambda: predictor(run, **changes), None, {"network": "threshold"})
+def network(key: str = "0", run: Callable[[Floats], Floats] = bright, **changes: Any) -> ServedNetwork:
+    return ServedNetwork(key, f"network {key}", lambda: predictor(run, **changes), None, {"network": "threshold"})
 
 
 def inverted(images: Floats) -> Floats:

@@ -10,11 +10,11 @@ from PIL import Image
 from overfly.core.classes import PALETTE, Classes
 from overfly.core.records import IGNORE
 from overfly.data.loveda import LoveDA
-from overfly.reporting.embedded import png, safe, small, small_picture, uri, webp
+from overfly.reporting.images import accessible_colors, data_uri, encode_png, encode_webp, thumbnail
 
 DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))
 PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
-"""What is left of linear colors (Machado, Oliveira and Fernandes, 2009)."""
+"""Linear colors as seen with color blindness (Machado, Oliveira and Fernandes, 2009)."""
 
 
 def _lab(color: tuple[int, int, int], seen: tuple[tuple[float, ...], ...] | None) -> np.ndarray:
@@ -29,8 +29,8 @@ def _lab(color: tuple[int, int, int], seen: tuple[tuple[float, ...], ...] | None
 
 
 @pytest.mark.parametrize("seen", [None, DEUTERANOPIA, PROTANOPIA], ids=["full", "deuteranopia", "protanopia"])
-def test_the_color_blind_can_tell_classes_apart(seen: tuple[tuple[float, ...], ...] | None) -> None:
-    shown = safe(Classes(names=tuple("abcdefg"), colors=((255, 0, 0), (0, 255, 0)) * 3 + ((9, 9, 9),)))
+def test_accessible_colors_differ_for_the_color_blind(seen: tuple[tuple[float, ...], ...] | None) -> None:
+    shown = accessible_colors(Classes(names=tuple("abcdefg"), colors=((255, 0, 0), (0, 255, 0)) * 3 + ((9, 9, 9),)))
     apart = [np.linalg.norm(_lab(one, seen) - _lab(other, seen)) for one, other in combinations(shown.colors, 2)]
     assert min(apart) > 12
     lovely = [(255, 0, 0), (0, 255, 0), (0, 128, 0), (255, 128, 0)]
@@ -40,35 +40,37 @@ def test_the_color_blind_can_tell_classes_apart(seen: tuple[tuple[float, ...], .
     assert min(plain) < 40
 
 
-def test_safe_colors_keep_their_hue_and_differ() -> None:
+def test_accessible_colors_are_nearest_in_hue() -> None:
     classes = LoveDA(root="nowhere").classes
-    shown = dict(zip(classes.names, safe(classes).colors, strict=True))
+    shown = dict(zip(classes.names, accessible_colors(classes).colors, strict=True))
     assert shown["water"] == (0, 114, 178)
     assert shown["forest"] == (0, 158, 115)
     assert shown["building"] == (213, 94, 0)
     assert shown["road"] == (240, 228, 66)
     assert len(set(shown.values())) == 7
     unnamed = Classes(names=("a", "b", "c"))
-    assert safe(unnamed).colors == PALETTE[:3]
+    assert accessible_colors(unnamed).colors == PALETTE[:3]
     many = Classes(names=tuple(map(str, range(20))))
-    assert safe(many) == many
+    assert accessible_colors(many) == many
 
 
-def test_a_map_is_read_back_as_it_was() -> None:
+def test_png_round_trip() -> None:
     classes = Classes(names=("a", "b"), colors=((1, 2, 3), (200, 100, 50)))
     ids = np.array([[0, 1, 1], [IGNORE, IGNORE, 0]], np.uint8)
-    clear = Image.open(io.BytesIO(png(ids, classes, clear=True)))
+    clear = Image.open(io.BytesIO(encode_png(ids, classes, transparent=True)))
     assert clear.mode == "P"
     np.testing.assert_array_equal(np.asarray(clear), ids)
     seen = np.asarray(clear.convert("RGBA"))
     assert tuple(seen[0, 1]) == (200, 100, 50, 255)
     assert seen[1, 0, 3] == 0
-    striped = np.asarray(Image.open(io.BytesIO(png(np.full((16, 16), IGNORE, np.uint8), classes))).convert("RGB"))
+    striped = np.asarray(
+        Image.open(io.BytesIO(encode_png(np.full((16, 16), IGNORE, np.uint8), classes))).convert("RGB")
+    )
     assert {tuple(color) for color in striped.reshape(-1, 3)} == {(70, 70, 70), (0, 0, 0)}
 
 
-def test_pictures_are_made_small_and_never_larger() -> None:
-    assert small(np.zeros((100, 50), np.uint8), 20).shape == (20, 10)
-    assert small_picture(np.zeros((10, 8, 3), np.uint8), 20).shape == (10, 8, 3)
-    assert small_picture(np.zeros((30, 300, 5), np.uint16), 20).shape == (2, 20, 3)
-    assert uri(webp(np.zeros((4, 4, 3), np.uint8))).startswith("data:image/webp;base64,")
+def test_thumbnails_are_never_enlarged() -> None:
+    assert thumbnail(np.zeros((100, 50), np.uint8), 20).shape == (20, 10)
+    assert thumbnail(np.zeros((10, 8, 3), np.uint8), 20).shape == (10, 8, 3)
+    assert thumbnail(np.zeros((30, 300, 5), np.uint16), 20).shape == (2, 20, 3)
+    assert data_uri(encode_webp(np.zeros((4, 4, 3), np.uint8))).startswith("data:image/webp;base64,")
