@@ -23,7 +23,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from overfly.web.networks import Network
 from PIL import Image
 
 from overfly.core.classes import Classes
@@ -32,6 +31,7 @@ from overfly.data.domain import Domain
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.web import server
 from overfly.web.config import Limits
+from overfly.web.service import ServedNetwork
 
 STAND_IN = "stand-in"
 BOUNDARY = "overfly-load"
@@ -120,9 +120,9 @@ def stand_in(queue: int) -> None:
     def bright(images: Floats) -> Floats:
         return np.concatenate([1 - images[:, :1] / 255, images[:, :1] / 255], 1).astype(np.float32)
 
-    network = Network("0", "threshold", lambda: Predictor(metadata, "torch", "cpu", bright))
-    place = server.bound("127.0.0.1", 0)
-    print(f"serving at {server.address(place)}", file=sys.stderr, flush=True)
+    network = ServedNetwork("0", "threshold", lambda: Predictor(metadata, "torch", "cpu", bright))
+    place = server.bind("127.0.0.1", 0)
+    print(f"serving at {server.url_of(place)}", file=sys.stderr, flush=True)
     server.run(server.application([network], limits=Limits(queue=queue)), place)
 
 

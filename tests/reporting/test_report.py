@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from overfly.benchmarking import Figure
+from overfly.benchmarking import SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.reporting import report as reports
@@ -19,9 +19,9 @@ CLASSES = Classes(names=(NASTY, "road"))
 
 
 def _entry(name: str = NASTY, **changes: Any) -> Entry:
-    figure = Figure.of([0.5, 0.6])
+    figure = SeedStatistics.of([0.5, 0.6])
     values: dict[str, Any] = {
-        "name": name, "model": NASTY, "seeds": [0, 1], "miou": {NASTY: figure}, "gap": Figure.of([0.4, -0.1]),
+        "name": name, "model": NASTY, "seeds": [0, 1], "miou": {NASTY: figure}, "gap": SeedStatistics.of([0.4, -0.1]),
         "classes": {NASTY: {NASTY: figure, "road": figure}}, "labels_opened": "",
         "about": dict.fromkeys(("method", "source", "length", "criterion"), NASTY),
         "confusions": [ConfusionTable(NASTY, CLASSES.names, [[30, 10], [0, 0]], True)],

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import MAX_SIDE, PathLike, check_bounds, image_cache, is_setting, parse_seeds
+from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds, image_cache, is_setting, parse_seeds
 from overfly.core.choices import Cache, Split
 from overfly.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from overfly.benchmarking import Table
+    from overfly.benchmarking import BenchmarkTable
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
     """A benchmark's table."""
 
-    table: Table
+    table: BenchmarkTable
     folder: Path
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -32,7 +31,7 @@ class BenchmarkResult:
 
 
 def benchmark(
-    recipes: Sequence[str],
+    recipes: PathLikes,
     *,
     seeds: str = "3",
     out: PathLike = Path("runs"),
@@ -69,11 +68,10 @@ def benchmark(
     """
     from overfly import benchmarking
     from overfly.recipe import load
-    from overfly.reporting.samples import draw_samples
-    from overfly.training.engine import Engine, launch, on_main
+    from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
 
-    overrides = [entry for entry in recipes if is_setting(entry)]
-    files = benchmarking.expand([entry for entry in recipes if entry not in overrides])
+    overrides = [str(entry) for entry in recipes if is_setting(entry)]
+    files = benchmarking.expand_recipe_paths([entry for entry in recipes if not is_setting(entry)])
     if not files:
         raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")
     numbers = parse_seeds(seeds)
@@ -83,22 +81,22 @@ def benchmark(
     for path in (out, folder):
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file; give --out and --table a folder")
-    engine = Engine(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
-    fabric = launch(load(files[0], *overrides), engine)
-    done = benchmarking.study(
+    config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
+    fabric = launch_fabric(load(files[0], *overrides), config)
+    done = benchmarking.run_benchmark(
         files,
         overrides,
         numbers,
         out=out,
         fabric=fabric,
-        engine=engine,
+        config=config,
         split=split,
-        draw=draw_samples,
+        save_samples=draw_samples,
         workers=workers,
     )
     place = str(fabric.device)
-    result = on_main(
+    result = run_on_rank_zero(
         fabric, lambda: benchmarking.tabulate(done, numbers, split, size=size, device=place, changed=overrides)
     )
-    on_main(fabric, lambda: benchmarking.write(result, folder))
+    run_on_rank_zero(fabric, lambda: benchmarking.write(result, folder))
     return BenchmarkResult(result, folder)

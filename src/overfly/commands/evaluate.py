@@ -88,14 +88,16 @@ def evaluate(
     from overfly.core.device import select_device
     from overfly.evaluation.samples import Samples
     from overfly.reporting.samples import draw_samples, samples_folder
-    from overfly.training.evaluate import assess, labeled, roles
+    from overfly.training.evaluate import domain_roles, evaluate_domain, has_labels
     from overfly.training.run import Run
 
     opened = Run.open(run)
     named = domain in ("source", "target", "both")
-    chosen = roles(opened, domain) if named else [(domain, load_domain(domain))]
+    chosen = domain_roles(opened, domain) if named else [(domain, load_domain(domain))]
     domains = [(key if named else value.title, override_domain(value, overrides)) for key, value in chosen]
-    notes = [f"{key} has no labels in {split} and is left out" for key, value in domains if not labeled(value, split)]
+    notes = [
+        f"{key} has no labels in {split} and is left out" for key, value in domains if not has_labels(value, split)
+    ]
     if len(notes) == len(domains):
         names = " and ".join(key for key, _ in domains)
         raise DataError(f"{names}: no image of {split} has a label, so there is nothing to score; take another --split")
@@ -103,10 +105,10 @@ def evaluate(
         samples_folder(opened)
     scores, drawn = {}, []
     for key, value in domains:
-        if not labeled(value, split):
+        if not has_labels(value, split):
             continue
         chosen_samples = Samples() if samples else None
-        scores[f"{key}/{split}"] = assess(
+        scores[f"{key}/{split}"] = evaluate_domain(
             opened, value, key, split,
             device=select_device(device), window=window, overlap=overlap, samples=chosen_samples, workers=workers,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from overfly.benchmarking import Figure
+from overfly.benchmarking import SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.core.records import UInt8
@@ -71,9 +71,9 @@ class Entry:
     model: str
     about: Mapping[str, str]
     seeds: Sequence[int]
-    miou: Mapping[str, Figure]
-    classes: Mapping[str, Mapping[str, Figure]]
-    gap: Figure | None
+    miou: Mapping[str, SeedStatistics]
+    classes: Mapping[str, Mapping[str, SeedStatistics]]
+    gap: SeedStatistics | None
     labels_opened: str
     confusions: Sequence[ConfusionTable]
     losses: Points

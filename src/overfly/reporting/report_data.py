@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from overfly.adaptation.gate import geometric_consistency
 from overfly.adaptation.selection import BEFORE, Selection
-from overfly.benchmarking import Row, compared
+from overfly.benchmarking import BenchmarkRow, benchmark_rows
 from overfly.core.errors import RunError
 from overfly.core.text import percent
 from overfly.data.domain import SPLITS, Split
@@ -23,7 +23,7 @@ from overfly.recipe import Recipe
 from overfly.reporting.figures import SERIES, training_curves
 from overfly.reporting.report import ConfusionTable, Entry, Gallery, Report, SelectionTable
 from overfly.reporting.samples import collect_samples
-from overfly.training.evaluate import Role, recorded
+from overfly.training.evaluate import Role, stored_scores
 from overfly.training.run import Run
 
 MAX_NETWORKS = 4
@@ -107,7 +107,7 @@ def collect_report(
     groups = group_by_recipe(runs)
     split = split or scored_split(runs)
     galleries = _galleries(groups, labels, limit, device) if limit else []
-    rows = dict(zip(groups, compared(groups, split), strict=True))
+    rows = dict(zip(groups, benchmark_rows(groups, split), strict=True))
     adapted = [name for name, group in groups.items() if group[0].recipe.method.name != "source_only"]
     expanded = adapted[-1] if adapted else next(iter(groups), None)
     return Report(
@@ -139,9 +139,9 @@ def _without_seed(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"seed": 0, "start": start})
 
 
-def _entry(name: Path, runs: Sequence[Run], row: Row, split: Split, *, expand: bool) -> Entry:
+def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, expand: bool) -> Entry:
     first = runs[0]
-    losses, _, metrics = training_curves(first.journal.rows())
+    losses, _, metrics = training_curves(first.log.rows())
     return Entry(
         name=str(name),
         model=row.model,
@@ -179,7 +179,7 @@ def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[Conf
     found: list[ConfusionTable] = []
     for role in ROLES:
         domain = getattr(runs[0].recipe, role)
-        scores = [recorded(run, role, split, domain) for run in runs] if domain is not None else []
+        scores = [stored_scores(run, role, split, domain) for run in runs] if domain is not None else []
         counts = [torch.tensor(each.confusion) for each in scores if each is not None]
         if counts:
             total = torch.stack(counts).sum(0).tolist()

@@ -19,7 +19,7 @@ from overfly.evaluation.score import evaluation_mode, score
 from overfly.evaluation.scores import Scores
 from overfly.reporting.figures import draw_curves
 from overfly.reporting.images import thumbnail
-from overfly.training.evaluate import Role, labeled, note_opened
+from overfly.training.evaluate import Role, has_labels, record_opened_labels
 from overfly.training.run import Run
 
 SPLIT: Split = "val"
@@ -103,7 +103,7 @@ def collect_samples(
     """
     domain = next(iter(runs.values())).recipe.domain(role)
     try:
-        if labels and labeled(domain, SPLIT):
+        if labels and has_labels(domain, SPLIT):
             return _labeled_samples(runs, role, domain, limit, device)
         note = "labels were not opened" if not labels else f"there are no labels in {SPLIT}"
         return _unlabeled_samples(runs, role, domain, device, note)
@@ -123,7 +123,7 @@ def _labeled_samples(
             samples=collector, shard=(0, every), add=lambda counts: counts,
         )  # fmt: skip
         samples[name] = collector.samples
-        note_opened(run, role, SPLIT, len(collector.samples))
+        record_opened_labels(run, role, SPLIT, len(collector.samples))
     accuracy = {name: {index: one.accuracy for index, one in some.items()} for name, some in samples.items()}
     images = []
     for index, reason in choose_images(accuracy).items():
@@ -218,7 +218,7 @@ def draw_samples(run: Run, name: str, domain: Domain, scores: Scores, samples: S
     return [
         panels(samples, domain.classes, folder / f"{name}.png"),
         confusion_figure(scores.confusion, domain.classes, folder / f"{name}-confusion.png"),
-        draw_curves(list(run.journal.rows()), folder / "curves.png"),
+        draw_curves(list(run.log.rows()), folder / "curves.png"),
     ]
 
 
