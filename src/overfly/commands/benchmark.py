@@ -68,6 +68,7 @@ def benchmark(
     """
     from overfly import benchmarking
     from overfly.recipe import load
+    from overfly.reporting.samples import draw_samples
     from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
 
     overrides = [str(entry) for entry in recipes if is_setting(entry)]

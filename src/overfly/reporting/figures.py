@@ -120,7 +120,7 @@ def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *,
     if not _use_log_scale(axes, curves):
         axes.set_ylim(min(0.0, low), high)
         axes.locator_params(axis="y", nbins=4)
-    axes.set_xlim(min(steps), max(max(steps), min(steps) + 1))
+    axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
     axes.set_xticks([min(steps), max(steps)], [f"{min(steps):,}", f"{max(steps):,} steps"])
     for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=False):
         label.set_horizontalalignment(side)
