@@ -1,4 +1,4 @@
-"""Documents are run, so that they stay true."""
+"""Recipes, commands, links and Python of the documents work, and generated pages are current."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from conftest import REPOSITORY
 from overfly import cli
 from overfly.recipe import Recipe
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 RECIPES = [
     (page, block)
     for page in PAGES
-    if page.exists()
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     if re.search(r"^(source|start):", block, re.MULTILINE)
 ]
 COMMANDS = [
     (page, line.strip())
     for page in PAGES
-    if page.exists()
     for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip().startswith("overfly ")
@@ -43,22 +41,22 @@ def script(name: str) -> Any:
     return module
 
 
-def test_every_method_has_the_page_that_its_code_says() -> None:
+def test_method_pages_are_current() -> None:
     module = script("methods")
     pages: dict[Path, str] = module.pages()
-    there = set(module.FOLDER.glob("*.md"))
-    assert there == set(pages), "run `make docs`"
+    existing = set(module.FOLDER.glob("*.md"))
+    assert existing == set(pages), "run `make docs`"
     for file, text in pages.items():
         assert file.read_text(encoding="utf-8") == text, f"{file.name}: run `make docs`"
 
 
-def test_the_reference_is_what_the_code_says() -> None:
+def test_the_reference_is_current() -> None:
     module = script("build")
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run `make docs`"
 
 
 @pytest.mark.parametrize(("page", "block"), RECIPES, ids=lambda value: value.name if isinstance(value, Path) else "")
-def test_every_recipe_in_the_documents_is_one(page: Path, block: str) -> None:
+def test_recipes_in_documents_are_valid(page: Path, block: str) -> None:
     del page
     values = yaml.safe_load(block)
     if not isinstance(values.get("start"), str):
@@ -66,23 +64,21 @@ def test_every_recipe_in_the_documents_is_one(page: Path, block: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda value: value.name if isinstance(value, Path) else value)
-def test_every_command_in_the_documents_is_understood(page: Path, line: str) -> None:
+def test_commands_in_documents_parse(page: Path, line: str) -> None:
     del page
     words = [word for word in shlex.split(line, comments=True)[1:] if word not in ("|", "&&")]
     if "--help" not in words:
         cli.application().parse_args(words, print_error=False, exit_on_error=False)
 
 
-def test_documents_link_to_files_that_are_there() -> None:
+def test_links_in_documents_exist() -> None:
     for page in PAGES:
-        if not page.exists():
-            continue
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http", "mailto:")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -96,6 +92,12 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert getattr(names["scores"], "shape", None) == (1, 7, 256, 256)
 
 
-def test_nothing_in_the_documents_is_left_to_fill_in() -> None:
+def test_files_named_in_contributing_exist() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"`([a-z_/]+\.py)`", text)):
+        assert name.endswith("mine.py") or (REPOSITORY / "src" / "overfly" / name).exists() or "/" not in name, name
+
+
+def test_documents_have_no_comments() -> None:
     for page in PAGES:
         assert "<!--" not in page.read_text(encoding="utf-8"), page

@@ -1,10 +1,9 @@
-"""The commands of the guides to rasters and clusters, carried out on small scenes."""
+"""The commands of the guides to rasters and clusters run on small rasters."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,13 @@ from conftest import REPOSITORY
 from overfly import cli
 from overfly.recipe import load
 from overfly.training.setup import initial_segmenter
-
-sys.path.insert(0, str(Path(__file__).parent / "deploy"))
-
 from rasters import ids, noise, write
 
 GUIDES = REPOSITORY / "docs" / "guides"
 
 
 def commands(page: str) -> list[list[str]]:
-    """The `overfly predict` commands of a guide."""
+    """Return the `overfly predict` commands of a guide."""
     text = (GUIDES / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("overfly predict")]
@@ -33,22 +29,22 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def place(small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which what the guides name is there."""
-    network = initial_segmenter(load(small)).eval().save(tmp_path / "runs" / "NAME" / "network.safetensors")
+def network(small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights of a network, in a working folder with the files that the guides name."""
+    weights = initial_segmenter(load(small)).eval().save(tmp_path / "runs" / "NAME" / "network.safetensors")
     for name in ("scene.tif", "scenes/a.tif", "scenes/b.tif", "scenes/east/c.tif", "more/d.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, noise(64, 80))
     Image.fromarray(np.moveaxis(noise(64, 64), 0, -1)).save(tmp_path / "photo.png")
     write(tmp_path / "multispectral.tif", noise(64, 80, bands=4).astype(np.uint16) * 39)
     monkeypatch.chdir(tmp_path)
-    return network
+    return weights
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # of the photograph
-def test_the_guide_to_rasters_does_what_it_says(place: Path) -> None:
+def test_the_guide_to_rasters_runs(network: Path) -> None:
     for words in commands("rasters.md"):
-        filled = [str(place) if word == "runs/NAME" else word for word in words]
+        filled = [str(network) if word == "runs/NAME" else word for word in words]
         with pytest.raises(SystemExit) as left:
             cli.main([*filled, "--device", "cpu", "--quiet"])
         assert left.value.code == 0, words
@@ -58,12 +54,12 @@ def test_the_guide_to_rasters_does_what_it_says(place: Path) -> None:
     assert Path("map_c_probabilities.tif").is_file()
     (block,) = re.findall(r"```python\n(.*?)```", (GUIDES / "rasters.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(block.replace("runs/NAME", str(place)), "rasters.md", "exec"), names)  # noqa: S102  (our own guide)
+    exec(compile(block.replace("runs/NAME", str(network)), "rasters.md", "exec"), names)  # noqa: S102  (our own guide)
     assert sum(names["done"].maps[0].shares.values()) == pytest.approx(1)
 
 
-def test_the_guide_to_clusters_is_carried_out_by_other_tests() -> None:
-    """Its first command is that of tests/deploy/test_fleet.py, its launcher that of tests/training/test_engine.py."""
+def test_the_guide_to_clusters_uses_tested_options() -> None:
+    """Its first command is run by tests/raster/test_fleet.py, its launcher by tests/training/test_engine.py."""
     local, remote = commands("cluster.md")
     assert local[-2:] == ["--workers", "2"]
     assert "--scheduler" in remote
