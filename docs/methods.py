@@ -1,4 +1,4 @@
-"""Write docs/methods/*.md: a page for each method, from its code and from the results that are kept in docs/results."""
+"""Write docs/methods/*.md: a page for each method, from its code and from the results in docs/results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TEMPLATE = """\
 
 {{ idea }}
 
-It reads {{ reads }}{% if start %}, and begins from a trained network (`start`){% endif %}. \
+Each step reads {{ reads }}{% if start %}; training starts from a trained network (`start`){% endif %}. \
 {% if bases %}It is a variant of {{ bases }}. {% endif %}\
 Code: [src/overfly/methods/{{ file }}](../../src/overfly/methods/{{ file }}).
 
-## A step
+## Losses of a step
 ```python
 {{ losses }}
 ```
@@ -39,19 +39,19 @@ Code: [src/overfly/methods/{{ file }}](../../src/overfly/methods/{{ file }}).
 """
 INDEX = """\
 # Methods
-Each page is made by `make docs` from the method's own code. Which to use: [choosing](../guides/choosing.md).
+`make docs` writes these pages from the code. How to choose: [rank networks](../guides/choosing.md), [results](../results/methods.md).
 
-| method | in a sentence |
+| method | summary |
 |---|---|
 {% for name, sentence in rows %}
 | [`{{ name }}`]({{ name }}.md) | {{ sentence }} |
 {% endfor %}
 """
-NO_RESULTS = "No study of it has been run yet; any figure would be a guess."
+NO_RESULTS = "None yet."
 
 
 def _build() -> Any:
-    """The page of settings, whose words are used here too."""
+    """The module docs/build.py."""
     spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
     if spec is None or spec.loader is None:
         raise ImportError("docs/build.py is missing")
@@ -66,41 +66,41 @@ def kinds() -> dict[str, type[Method[Any]]]:
 
 
 def results(name: str) -> str:
-    """A table of what the studies in docs/results found for a method."""
+    """A table of a method's scores in the studies of docs/results."""
     rows = []
     for file in sorted((DOCS / "results").glob("*.json")):
         held = json.loads(file.read_text(encoding="utf-8"))
-        if "seeds" not in held:  # figures of something else than training
+        if "seeds" not in held:  # not a table of trainings
             continue
         seeds = ", ".join(map(str, held["seeds"]))
         for row in held["rows"]:
             if row["method"] != name:
                 continue
-            places = "; ".join(f"{place} {_percent(figure)}" for place, figure in row["miou"].items())
+            scores = "; ".join(f"{domain} {_percent(score)}" for domain, score in row["miou"].items())
             minutes = row.get("minutes", {}).get("mean")
             took = f"{minutes:.1f}" if minutes else "–"
             page = f"../results/{file.stem.partition('-')[0]}.md"
             rows.append(
-                f"| [{row['recipe']}]({page}) | `{row['model']}` | {row['source']} | {places} | {seeds} | {took} | "
+                f"| [{row['recipe']}]({page}) | `{row['model']}` | {row['source']} | {scores} | {seeds} | {took} | "
                 f"{held['machine']['device']} |"
             )
     if not rows:
         return NO_RESULTS
-    head = "| recipe | network | labels of | mIoU (%) | seeds | minutes | machine |\n|---|---|---|---|---|---|---|\n"
+    head = "| recipe | network | source | mIoU (%) | seeds | minutes | machine |\n|---|---|---|---|---|---|---|\n"
     return head + "\n".join(rows)
 
 
-def _percent(figure: dict[str, Any]) -> str:
-    if figure["mean"] is None:
+def _percent(score: dict[str, Any]) -> str:
+    if score["mean"] is None:
         return "–"
-    spread = f" ± {100 * figure['deviation']:.1f}" if figure["deviation"] is not None else ""
-    return f"{100 * figure['mean']:.1f}{spread}"
+    spread = f" ± {100 * score['deviation']:.1f}" if score["deviation"] is not None else ""
+    return f"{100 * score['mean']:.1f}{spread}"
 
 
 def _reads(kind: type[Method[Any]]) -> str:
-    """What a step sees."""
+    """Images that a step reads."""
     source = "labeled source images" if kind.needs_source else None
-    maybe = "labeled source images where there are any" if kind.takes_source and not source else None
+    maybe = "labeled source images if the recipe has a source" if kind.takes_source and not source else None
     target = "unlabeled target images" if kind.needs_target else None
     return " and ".join(part for part in (source, maybe, target) if part)
 
@@ -129,7 +129,7 @@ def page(name: str, kind: type[Method[Any]]) -> str:
 def pages() -> dict[Path, str]:
     """Every page, by its file."""
     build = _build()
-    rows = [(name, build.sentence(kind)) for name, kind in kinds().items()]
+    rows = [(name, build.summary(kind)) for name, kind in kinds().items()]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
     found = {FOLDER / "README.md": environment.from_string(INDEX).render(rows=rows).rstrip() + "\n"}
     return found | {FOLDER / f"{name}.md": page(name, kind) for name, kind in kinds().items()}
