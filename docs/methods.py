@@ -39,7 +39,7 @@ Code: [src/overfly/methods/{{ file }}](../../src/overfly/methods/{{ file }}).
 """
 INDEX = """\
 # Methods
-`make docs` writes these pages from the code. How to choose: [rank networks](../guides/choosing.md), [results](../results/methods.md).
+`make docs` writes these pages from the code. Compared in [results](../results/methods.md); [how to choose](../guides/choosing.md).
 
 | method | summary |
 |---|---|
