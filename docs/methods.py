@@ -39,7 +39,7 @@ Code: [src/overfly/methods/{{ file }}](../../src/overfly/methods/{{ file }}).
 """
 INDEX = """\
 # Methods
-`make docs` writes these pages from the code. Compared in [results](../results/methods.md); [how to choose](../guides/choosing.md).
+Made by `make docs`. [Results](../results/methods.md); [how to rank networks](../guides/choosing.md).
 
 | method | summary |
 |---|---|
