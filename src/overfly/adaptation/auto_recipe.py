@@ -265,7 +265,6 @@ def _kept_steps(ways: Sequence[Recipe], budget: float, fabric: Fabric, notes: Pa
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as part:
             part.write_text(json.dumps(found) + "\n", encoding="utf-8")
-            part.replace(file)
     return found
 
 

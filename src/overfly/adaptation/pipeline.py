@@ -337,14 +337,12 @@ def _keep(run: Run, selection: Selection, runs: Mapping[str, Run | Path], *, bes
         chosen = runs[selection.recommended]
         with atomic_write(file) as part:
             shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, part)
-            part.replace(file)
     else:
         file.unlink(missing_ok=True)
     run.write_json("selection.json", selection.model_dump(mode="json"))
     page = run.path / "selection.md"
     with atomic_write(page) as part:
         part.write_text(selection.report(), encoding="utf-8")
-        part.replace(page)
 
 
 def _draw(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:

@@ -1,46 +1,43 @@
-"""What the API does with imagery alone: draw, fetch, measure and check it."""
+"""The commands ``data synthesize``, ``data fetch``, ``data stats`` and ``data check``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console, ConsoleOptions, RenderResult
-
-from overfly.commands.arguments import load_domain, load_domains, pathlike
+from overfly.commands.arguments import PathLike
 from overfly.core.choices import Scene, Split
-from overfly.core.progress import Progress
-from overfly.data import check as checks
-from overfly.data.domain import SPLITS
-from overfly.data.download import Downloaded, download_loveda
-from overfly.data.statistics import Statistics, statistics
-from overfly.data.synthetic.domain import write_synthetic
 
-__all__ = ["data_check", "data_fetch", "data_stats", "data_synthesize"]
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from overfly.data.check import Report
+    from overfly.data.download import Downloaded
+    from overfly.data.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class SynthesizeResult:
-    """A synthetic world on disk."""
+    """A synthetic dataset on disk."""
 
     root: Path
-    pictures: int
+    images: int
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield f"drawn: {self.pictures} pictures in LoveDA's layout below {self.root}"
+        yield f"written: {self.images} images in LoveDA's layout below {self.root}"
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Findings of ``overfly data check``."""
+    """Reports of the checked domains, by title."""
 
-    reports: Mapping[str, checks.Report]
+    reports: Mapping[str, Report]
 
     @property
     def exit_status(self) -> int:
-        """1 where a file is bad."""
+        """1 if any file has a problem."""
         return int(any(report.problems for report in self.reports.values()))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -49,9 +46,8 @@ class CheckResult:
             yield str(report)
 
 
-@pathlike
 def data_synthesize(
-    root: Path,
+    root: PathLike,
     *,
     scenes: list[Scene] | None = None,
     size: int = 256,
@@ -60,84 +56,90 @@ def data_synthesize(
     test: int = 60,
     workers: int = 1,
 ) -> SynthesizeResult:
-    """Draw the world that needs no download, in LoveDA's own layout.
+    """Write synthetic urban and rural scenes in LoveDA's layout; needs no download.
 
     Args:
         root: folder to write, the root of a loveda domain.
-        scenes: urban or rural, both where left out; may be repeated: --scenes urban --scenes rural.
-        size: side of each picture in pixels.
-        train: pictures of each scene for training.
-        val: pictures of each scene for validation.
-        test: pictures of each scene without masks.
-        workers: processes that draw.
+        scenes: urban or rural; both by default; may be repeated: --scenes urban --scenes rural.
+        size: side of each image in pixels.
+        train: training images of each scene.
+        val: validation images of each scene.
+        test: test images of each scene, without masks.
+        workers: processes.
 
     Returns:
-        The folder, and how many pictures it holds.
+        The folder and its number of images.
     """
+    from overfly.data.synthetic.domain import write_synthetic
+
     count = write_synthetic(
-        root,
-        size=size,
-        train=train,
-        val=val,
-        test=test,
-        scenes=tuple(scenes or ("urban", "rural")),
-        workers=workers,
+        root, size=size, train=train, val=val, test=test, scenes=tuple(scenes or ("urban", "rural")), workers=workers
     )
-    return SynthesizeResult(root, count)
+    return SynthesizeResult(Path(root), count)
 
 
-@pathlike
 def data_fetch(
     name: Literal["loveda"],
     *,
-    root: Path = Path("data/loveda"),
+    root: PathLike = Path("data/loveda"),
     splits: list[Split] | None = None,
     base: str | None = None,
     keep_archives: bool = False,
 ) -> Downloaded:
-    """Download a public dataset, check it and unpack it; a broken download goes on where it stopped.
+    """Download a public dataset, verify its checksums and unpack it; resumes an interrupted download.
 
     Args:
         name: the dataset.
         root: folder to unpack into.
-        splits: train, val or test, all where left out; may be repeated: --splits train --splits val.
-        base: another address to fetch from.
+        splits: train, val or test; all by default; may be repeated: --splits train --splits val.
+        base: base URL to download from instead of the dataset's own.
         keep_archives: keep the downloaded archives.
 
     Returns:
-        What was fetched, and the license that it comes with.
+        The folders, and the license of the dataset.
     """
+    from overfly.core.progress import Progress
+    from overfly.data.domain import SPLITS
+    from overfly.data.download import download_loveda
+
     del name
     with Progress("bytes") as progress:
         return download_loveda(
-            root, tuple(splits or SPLITS), base=base, progress=progress.update, keep_archives=keep_archives
+            Path(root), tuple(splits or SPLITS), base=base, progress=progress.update, keep_archives=keep_archives
         )
 
 
-def data_stats(domain: str, *overrides: str, split: Split = "train", limit: int | None = None) -> Statistics:
-    """Estimate the mean and standard deviation of each band, for a domain's or a recipe's settings.
+def data_stats(domain: PathLike, *overrides: str, split: Split = "train", limit: int | None = None) -> Statistics:
+    """Compute mean and standard deviation of each band of a domain.
 
     Args:
-        domain: the file or the name of a domain, or a recipe file (its source).
+        domain: file or name of a domain, or a recipe file (its source).
         overrides: settings of the domain, such as root=/data/loveda scene=urban.
         split: train, val or test.
-        limit: pictures to look at, evenly spread; all where left out.
+        limit: number of images, evenly spaced; all by default.
 
     Returns:
-        Mean, standard deviation, smallest and largest value of each band.
+        Mean, standard deviation, minimum and maximum of each band.
     """
-    return statistics(load_domain(domain, overrides), split, limit=limit)
+    from overfly.commands.arguments import load_domain
+    from overfly.data.statistics import statistics
+
+    return statistics(load_domain(str(domain), overrides), split, limit=limit)
 
 
-def data_check(domain: str, *overrides: str, splits: list[Split] | None = None) -> CheckResult:
-    """Go through every picture of a domain, or of both of a recipe: what cannot be read, class shares, sizes, bands.
+def data_check(domain: PathLike, *overrides: str, splits: list[Split] | None = None) -> CheckResult:
+    """Check all images and masks of a domain, or of a recipe's domains: unreadable files, class shares, sizes, bands.
 
     Args:
-        domain: a recipe file, or the file or the name of a domain.
+        domain: a recipe file, or file or name of a domain.
         overrides: settings to change, such as root=/data/loveda of a domain, or source.root=/data/loveda of a recipe.
-        splits: train, val or test, all that are there where left out; may be repeated: --splits train --splits val.
+        splits: train, val or test; all that exist by default; may be repeated: --splits train --splits val.
 
     Returns:
-        The findings. The command exits with status 1 where a file is bad.
+        The reports. The command exits with status 1 if a file has a problem.
     """
-    return CheckResult({name: checks.check(place, splits) for name, place in load_domains(domain, overrides).items()})
+    from overfly.commands.arguments import load_domains
+    from overfly.data.check import check
+
+    domains = load_domains(str(domain), overrides)
+    return CheckResult({name: check(value, splits) for name, value in domains.items()})

@@ -1,7 +1,7 @@
-"""Files and folders on the way to their names: nobody else's are touched, and those of dead processes are cleared away.
+"""Write files so that they appear complete or not at all, and lock files between processes.
 
-Beside ``name`` lies ``.name.HOST.TOKEN.part`` while it is made. Its process holds a lock on it, which the system lets
-go of however the process ends: so a later one knows what was left by a process that was killed.
+A file ``name`` in progress is a hidden sibling ``.name.HOST.TOKEN.part``. Its writer holds a lock beside it, which the
+system releases when the process ends; so parts of killed processes are recognized and removed by later writers.
 """
 
 from __future__ import annotations
@@ -16,87 +16,82 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 @contextmanager
-def atomic_write(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A new file, or folder, beside ``path``, to be written and then renamed; what is not renamed is taken away.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces ``path`` when the block ends without an error.
 
-    Parts of the same name that processes of this machine left when they were killed are taken away before.
+    The file gets the permissions that the umask allows, whatever permissions its writer chose.
 
     Args:
-        path: the name that is to be had in the end; its folder is there.
-        folder: whether a folder is wanted.
+        path: final name; its folder exists.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be written.
+    """
+    with temporary_path(path) as part:
+        mode = part.stat().st_mode & 0o777
+        yield part
+        part.chmod(mode)
+        part.replace(path)
+
+
+@contextmanager
+def temporary_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Yield a new empty file or folder beside ``path``; remove it at the end unless the block has renamed it.
+
+    Args:
+        path: final name; its folder exists.
+        folder: whether to create a folder.
+
+    Raises:
+        OSError: it cannot be created.
     """
     remove_stale(path)
-    part, handle = _new(path, folder)
-    try:
-        yield part
-    finally:
-        _remove(part)
-        if handle is not None:
-            os.close(handle)
+    part = path.parent / f".{path.name}.{_host()}.{uuid.uuid4().hex[:12]}.part"
+    with lock(_lock_of(part)):
+        try:
+            if folder:
+                part.mkdir()
+            else:
+                part.touch(exist_ok=False)
+            yield part
+        finally:
+            _remove(part)
 
 
 def remove_stale(path: Path) -> None:
-    """Take away the parts of a name that killed processes of this machine left; those of others are left alone."""
+    """Remove the parts of ``path`` that killed processes of this machine left; parts in progress stay."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}\.[0-9a-f]{{12}}\.part")
     with suppress(OSError), os.scandir(path.parent) as entries:
         for part in [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]:
-            with suppress(OSError):
-                handle = lock(part, wait=False)
-                if handle is not None:
-                    _remove(part)
-                    os.close(handle)
+            with suppress(OSError, Timeout), lock(_lock_of(part), wait=False):
+                _remove(part)
 
 
-def _new(path: Path, folder: bool) -> tuple[Path, int | None]:
-    """A part of one's own, and what holds its lock; None where the system knows no locks."""
-    while True:
-        part = path.parent / f".{path.name}.{_host()}.{uuid.uuid4().hex[:12]}.part"
-        if folder:
-            part.mkdir()
-        else:
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        try:
-            handle = lock(part, wait=True)
-        except OSError:
-            return part, None
-        if handle is not None:  # else another process swept it in the moment before it was held
-            return part, handle
-
-
-def lock(part: Path, *, wait: bool) -> int | None:
-    """What holds the lock of a part for this process; None where the part is gone.
+@contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file ``path`` exclusively among threads and processes; it is removed at the end.
 
     Raises:
-        OSError: another process holds it, and one is not to wait; or there are no such locks.
+        Timeout: another thread or process holds it, and ``wait`` is False.
+        OSError: the lock file cannot be created.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows, which keeps files that are open from being renamed
-        raise OSError("there are no locks that end with their process") from None
-    try:
-        handle = os.open(part, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(os.fstat(handle), part.stat()):
-            return handle
-    except FileNotFoundError:
-        pass
-    except BaseException:
-        os.close(handle)
-        raise
-    os.close(handle)
-    return None
+    with FileLock(path, timeout=-1 if wait else 0):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # still held: a waiting process notices that the file is gone and starts over
+
+
+def _lock_of(part: Path) -> Path:
+    return part.with_name(part.name + ".lock")
 
 
 def _host() -> str:
-    """Eight digits of this machine's name: locks of a shared folder may be seen on one machine alone."""
+    """Eight hex digits of the machine's name: locks in a shared folder may be visible on one machine only."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -108,4 +103,4 @@ def _remove(part: Path) -> None:
             part.unlink()
 
 
-__all__ = ["atomic_write", "remove_stale"]
+__all__ = ["Timeout", "atomic_write", "lock", "remove_stale", "temporary_path"]

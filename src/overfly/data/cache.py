@@ -177,10 +177,8 @@ def _load(path: Path) -> Array | None:
 def _save(path: Path, made: Array) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part:
-            with part.open("wb") as file:
-                np.save(file, made, allow_pickle=False)
-            part.replace(path)
+        with atomic_write(path) as part, part.open("wb") as file:
+            np.save(file, made, allow_pickle=False)
     except OSError as error:
         raise DataError(
             f"the cache {path.parent.parent} cannot be written ({error.strerror}); free space, or train without it"

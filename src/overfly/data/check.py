@@ -233,7 +233,6 @@ def _save_record(record: Path, passed: dict[str, list[int]]) -> None:
         record.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(record) as part:
             part.write_text(json.dumps(passed), encoding="utf-8")
-            part.replace(record)
 
 
 def _check_split(

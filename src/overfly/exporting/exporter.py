@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import temporary_path
 from overfly.core.device import describe_machine
 from overfly.core.errors import MissingExtraError, RecipeError
 from overfly.core.spec import Pixels, Spec, Whole
@@ -109,7 +109,7 @@ def export(
         raise RecipeError("PyTorch runs no exported 8-bit network; take --format onnx or openvino, or --precision 16")
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{name}{SUFFIX[settings.format]}"
-    with atomic_write(final, folder=True) as work:
+    with temporary_path(final, folder=True) as work:
         tell(f"writing {final.name}")
         with writing(final):
             file = _write(segmenter, metadata, settings, data, work / final.name)

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import temporary_path
 from overfly.core.errors import DownloadError, MissingExtraError, WeightsError
 from overfly.exporting import shelf
 from overfly.models.checkpoints import first_line
@@ -95,7 +95,7 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
     with contextlib.ExitStack() as held:
         with shelf.writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            work = held.enter_context(atomic_write(out, folder=True))
+            work = held.enter_context(temporary_path(out, folder=True))
         try:
             package.snapshot_download(
                 repository, revision=revision, local_dir=work, allow_patterns=patterns, endpoint=endpoint

@@ -63,7 +63,7 @@ def locate(path: Path | str) -> Path:
         return _inside_package(text)
     if text in NAMED and not Path(text).is_file():
         url, digest = NAMED[text]
-        return download_file(url, cache_folder() / "weights" / url.rsplit("/", 1)[1], sha256=digest)
+        return download_file(url, cache_folder() / "weights" / url.rsplit("/", 1)[1], known_hash=f"sha256:{digest}")
     found = Path(text).expanduser()
     if not found.is_file():
         raise WeightsError(

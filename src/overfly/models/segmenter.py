@@ -169,7 +169,6 @@ class Segmenter(nn.Module):
             save_file(tensors, unfinished, metadata={key: json.dumps(value) for key, value in about.items()})
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
-            unfinished.replace(path)
         return path
 
     @classmethod

@@ -215,7 +215,6 @@ class Run:
         path = self.path / file
         with atomic_write(path) as part:
             part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            part.replace(path)
 
     def segmenter(self, step: int | None = None) -> Segmenter:
         """The trained network in evaluation mode.

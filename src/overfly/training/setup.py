@@ -9,9 +9,9 @@ import torch
 from lightning_fabric import Fabric
 from torch.optim import Optimizer
 
+from overfly.core.download import format_bytes
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.progress import print_status
-from overfly.core.transfer import format_bytes
 from overfly.data.cache import estimate
 from overfly.data.check import check_masks
 from overfly.data.domain import Domain, Split, without_labels

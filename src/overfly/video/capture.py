@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import temporary_path
 from overfly.core.errors import DataError, MissingExtraError, RecipeError
 from overfly.core.records import UInt8
 from overfly.data.headers import SUFFIXES, read_header
@@ -342,7 +342,7 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
     av = _av()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(
+        with temporary_path(
             path
         ) as part:  # FFmpeg opens it with the first frame; a place that cannot be written is told now
             writer = _Writer(part, CONTAINERS[path.suffix.lower()], rate)

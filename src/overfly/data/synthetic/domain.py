@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 from PIL import Image
 
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import temporary_path
 from overfly.core.choices import Scene
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
@@ -191,7 +191,7 @@ def write_synthetic(
         return count
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(root, folder=True) as part:
+        with temporary_path(root, folder=True) as part:
             world = part / "world"
             _write_all(world, numbers, sorted(set(scenes)), size, workers)
             (world / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

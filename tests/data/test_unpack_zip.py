@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.errors import DownloadError
-from overfly.data.unpacking import remove_stale, unpack_zip
+from overfly.data import download
+from overfly.data.download import unpack_zip
 
 
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:
@@ -30,7 +31,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("top", ["Train/", ""])
-def test_the_top_folder_is_left_out(tmp_path: Path, top: str) -> None:
+def test_top_folder_is_left_out(tmp_path: Path, top: str) -> None:
     archive = make_zip(
         tmp_path / "Train.zip",
         {
@@ -48,7 +49,7 @@ def test_the_top_folder_is_left_out(tmp_path: Path, top: str) -> None:
     assert names(tmp_path) == ["Train", "Train.zip"]
 
 
-def test_others_may_read_what_was_unpacked(tmp_path: Path) -> None:
+def test_unpacked_folder_honors_the_umask(tmp_path: Path) -> None:
     (tmp_path / "usual").mkdir()
     unpack_zip(make_zip(tmp_path / "a.zip", {"1.png": b""}), tmp_path / "a")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)
@@ -70,11 +71,11 @@ def test_others_may_read_what_was_unpacked(tmp_path: Path) -> None:
         "..",
     ],
 )
-def test_no_path_leads_outside(tmp_path: Path, name: str) -> None:
+def test_paths_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     root = tmp_path / "deep" / "root"
     root.mkdir(parents=True)
     archive = make_zip(tmp_path / "Train.zip", {"Train/1.png": b"fine", name: b"evil"})
-    with pytest.raises(DownloadError, match="not safe to unpack"):
+    with pytest.raises(DownloadError):
         unpack_zip(archive, root / "Train")
     assert set(tree(tmp_path)) == {"Train.zip"}
     assert names(root) == []
@@ -86,7 +87,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: int) -> None:
     info.external_attr = (kind | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "Train.zip", "w") as archive:
         archive.writestr(info, "/etc/hosts")
-    with pytest.raises(DownloadError, match="is a link or a device"):
+    with pytest.raises(DownloadError, match="link"):
         unpack_zip(tmp_path / "Train.zip", tmp_path / "Train")
     assert names(tmp_path) == ["Train.zip"]
 
@@ -97,42 +98,43 @@ def test_encrypted_files_are_refused(tmp_path: Path) -> None:
     raw[6] |= 1  # the flags of the file's own header
     raw[raw.index(b"PK\x01\x02") + 8] |= 1  # and of the directory
     path.write_bytes(bytes(raw))
-    with pytest.raises(DownloadError, match="is encrypted"):
+    with pytest.raises(DownloadError, match="encrypted"):
         unpack_zip(path, tmp_path / "a")
 
 
-def test_the_same_name_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_names_are_refused(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "Train.zip", {"Train/a.png": b"1", "Train/A.png": b"2"})
     with pytest.raises(DownloadError, match="twice"):
         unpack_zip(archive, tmp_path / "Train")
 
 
-def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = make_zip(tmp_path / "a.zip", {f"{i}.png": bytes(10_000) for i in range(10)})
     assert archive.stat().st_size < 5000
-    with pytest.raises(DownloadError, match=r"10 files of 100\.0 kB, more than the plausible"):
-        unpack_zip(archive, tmp_path / "a", most_bytes=99_999)
-    with pytest.raises(DownloadError, match="more than the plausible 9 files"):
-        unpack_zip(archive, tmp_path / "a", most_files=9)
+    for limit, value in (("MAX_BYTES", 99_999), ("MAX_FILES", 9)):
+        with monkeypatch.context() as patch:
+            patch.setattr(download, limit, value)
+            with pytest.raises(DownloadError, match=r"10 files of 100\.0 kB"):
+                unpack_zip(archive, tmp_path / "a")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1234))
-    with pytest.raises(DownloadError, match=r"needs 100\.0 kB unpacked and 1\.2 kB are free"):
+    with pytest.raises(DownloadError, match=r"100\.0 kB .* 1\.2 kB"):
         unpack_zip(archive, tmp_path / "a")
     assert names(tmp_path) == ["a.zip"]
 
 
-def test_an_archive_that_lies_about_its_sizes_writes_no_more_than_it_says(tmp_path: Path) -> None:
+def test_archive_with_wrong_sizes(tmp_path: Path) -> None:
     path = make_zip(tmp_path / "a.zip", {"1.png": bytes(1_000_000)})
     raw = path.read_bytes()
     path.write_bytes(raw.replace((1_000_000).to_bytes(4, "little"), (1000).to_bytes(4, "little")))
-    with pytest.raises(DownloadError, match="not an intact zip"):
-        unpack_zip(path, tmp_path / "a", most_bytes=2000)
+    with pytest.raises(DownloadError, match=r"a\.zip"):
+        unpack_zip(path, tmp_path / "a")
     assert names(tmp_path) == ["a.zip"]
 
 
 @settings(deadline=None, max_examples=40)
 @given(at=st.integers(0, 2000), length=st.integers(1, 400), cut=st.booleans())
-def test_a_damaged_archive_unpacks_right_or_not_at_all(
+def test_damaged_archive_unpacks_correctly_or_not_at_all(
     tmp_path_factory: pytest.TempPathFactory, at: int, length: int, cut: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("damaged")
@@ -151,11 +153,11 @@ def test_a_damaged_archive_unpacks_right_or_not_at_all(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DownloadError, MemoryError])
-def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_exception_while_unpacking_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
     archive = make_zip(tmp_path / "Train.zip", {f"Train/{i}.png": b"x" for i in range(5)})
 
     def stop(done: int, _: int | None) -> None:
-        assert [name for name in names(tmp_path) if name.startswith(".Train.unpacking-")]
+        assert [name for name in names(tmp_path) if name.startswith(".Train.") and name.endswith(".part")]
         if done == 3:
             raise error("stop")
 
@@ -164,7 +166,7 @@ def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path, error: type[B
     assert names(tmp_path) == ["Train.zip"]
 
 
-def test_the_check_sees_the_folder_before_it_has_its_name(tmp_path: Path) -> None:
+def test_check_runs_before_the_folder_appears(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "Train.zip", {"Train/1.png": b"x"})
 
     def check(unfinished: Path) -> None:
@@ -177,18 +179,11 @@ def test_the_check_sees_the_folder_before_it_has_its_name(tmp_path: Path) -> Non
     assert names(tmp_path) == ["Train.zip"]
 
 
-def test_a_folder_with_something_in_it_is_not_replaced(tmp_path: Path) -> None:
+def test_nonempty_folder_is_not_replaced(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "Train.zip", {"Train/1.png": b"new"})
     (tmp_path / "Train").mkdir()
     unpack_zip(archive, tmp_path / "Train")  # empty: taken
     (tmp_path / "Train" / "1.png").write_bytes(b"mine")
-    with pytest.raises(DownloadError, match="cannot be unpacked"):
+    with pytest.raises(DownloadError):
         unpack_zip(archive, tmp_path / "Train")
     assert tree(tmp_path / "Train") == {"1.png": b"mine"}
-
-
-def test_sweep_takes_only_what_is_left_of_this_folder(tmp_path: Path) -> None:
-    for name in (".Train.unpacking-abc", ".Val.unpacking-abc", "Train"):
-        (tmp_path / name / "deep").mkdir(parents=True)
-    remove_stale(tmp_path / "Train")
-    assert names(tmp_path) == [".Val.unpacking-abc", "Train"]
