@@ -61,7 +61,7 @@ def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
     special: dict[str, Callable[[], dict[str, Any]]] = {
         "daformer": lambda: {"warmup": 1},
         "distill": lambda: {"teacher": str(initial_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
-        "source_free": lambda: {"statistics": "own"},  # those of a start of three steps normalize nothing
+        "source_free": lambda: {"statistics": "batch"},  # those of a start of three steps normalize nothing
     }
 
     def made(name: str, **changes: Any) -> Recipe:

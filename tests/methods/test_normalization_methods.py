@@ -28,7 +28,7 @@ Case = tuple[Recipe, Batch]
 
 @pytest.fixture
 def case(small: dict[str, Any]) -> Case:
-    recipe = load(small, "method=dacs")
+    recipe = load(small, "method=dacs", "optim.lr=1e-4")
     return recipe, BatchDataset(*training_streams(recipe)).batch(0)
 
 

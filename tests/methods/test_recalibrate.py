@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from overfly.commands.api import train
 from safetensors.torch import load_file
 
+from overfly import train
 from overfly.ops.normalization import batch_norms, reset_statistics, updating_statistics
 from overfly.recipe import load
 from overfly.training.run import Run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from overfly.core.records import IGNORE, Batch, Labeled
-from overfly.data.loading import Steps
+from overfly.data.loading import BatchDataset
 from overfly.methods.cbst import CBST
 from overfly.methods.dacs import DACS
 from overfly.methods.daformer import AnchoredNetworks, DAFormer, feature_distance, majority
@@ -34,7 +34,7 @@ Case = tuple[Recipe, Batch]
 @pytest.fixture
 def case(small: dict[str, Any]) -> Case:
     recipe = load(small, "method=dacs")
-    return recipe, Steps(*training_streams(recipe)).batch(0)
+    return recipe, BatchDataset(*training_streams(recipe)).batch(0)
 
 
 class Seen:
@@ -72,7 +72,7 @@ def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
     assert not any(weight.requires_grad for weight in nets.teacher.parameters())
     seen = Seen(nets)
     before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}
-    recipe.method.losses(nets, Steps(*training_streams(recipe)).batch(0))
+    recipe.method.losses(nets, BatchDataset(*training_streams(recipe)).batch(0))
     assert len(seen.images) == (2 if name == "mic" else 1)  # covered images apart
     assert all(torch.equal(value, before[key]) for key, value in nets.teacher.state_dict().items())
     recipe.method.after_step(nets, 0)
@@ -284,7 +284,7 @@ def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_
     method = recipe.method.model_copy(update=changes)
     nets = method.networks(initial_segmenter(recipe)).train()
     before = {key: value.clone() for key, value in nets.named_buffers() if key in {"thresholds", "class_prior"}}
-    batch = Steps(*training_streams(recipe)).batch(0)
+    batch = BatchDataset(*training_streams(recipe)).batch(0)
     torch.manual_seed(0)
     measured = dict(method.losses(nets, batch))
     for key, value in before.items():

@@ -150,7 +150,7 @@ def test_class_weights() -> None:
     weights = (0.5, 1.0, 2.0)
     terms = CrossEntropy(class_weights=weights).terms(logits, label)
     torch.testing.assert_close(terms["main"], cross_entropy(logits.main, label, class_weight=torch.tensor(weights)))
-    with pytest.raises(RecipeError, match=r"criterion\.class_weights has 2 weights and the network 3 classes"):
+    with pytest.raises(RecipeError, match=r"criterion\.class_weights .* \(3\), got 2"):
         Ohem(class_weights=(1, 2)).terms(logits, label)
 
 
@@ -165,18 +165,17 @@ def slow(label: Tensor, width: int) -> Tensor:
     """Boundaries pixel by pixel."""
     after = width // 2
     before = width - after
-    result = torch.zeros(label.shape)
+    result = torch.zeros(label.shape, dtype=torch.bool)
     for b, y, x in (label != IGNORE).nonzero().tolist():
         window = label[b, max(0, y - before) : y + after + 1, max(0, x - before) : x + after + 1]
-        result[b, y, x] = float(len(set(window.flatten().tolist()) - {IGNORE}) > 1)
+        result[b, y, x] = len(set(window.flatten().tolist()) - {IGNORE}) > 1
     return result
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6])
 def test_a_straight_border_gives_a_band_of_the_width(width: int) -> None:
     band = boundaries(halves(), width)
-    assert band.dtype == torch.float32
-    assert set(band.flatten().tolist()) == {0.0, 1.0}
+    assert band.dtype == torch.bool
     columns = band[0, 0].nonzero().flatten().tolist()
     assert columns == list(range(6 - width // 2, 6 - width // 2 + width))
     assert bool((band == band[:, :1]).all())
@@ -218,11 +217,12 @@ def test_turns_with_the_label(quarters: int, mirrored: bool) -> None:
     label = torch.randint(0, 3, (1, 4, 4), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 1)
     label = label.repeat_interleave(4, 2)
     image = boundaries(label).unsqueeze(1)
-    assert 0 < float(image.mean()) < 1
+    assert image.any()
+    assert not image.all()
     moved = turn(Labeled(image, label), quarters, mirrored)
     assert torch.equal(boundaries(moved.label).unsqueeze(1), moved.image)
 
 
 def test_a_boundary_has_a_width() -> None:
-    with pytest.raises(ValueError, match="1 pixel wide or more"):
+    with pytest.raises(ValueError, match="width must be at least 1"):
         boundaries(halves(), 0)

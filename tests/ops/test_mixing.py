@@ -65,7 +65,7 @@ def test_a_pasted_crop_keeps_its_labels_under_the_mask() -> None:
 
 
 def test_an_image_is_not_pasted_onto_a_label() -> None:
-    with pytest.raises(TypeError, match="both images, both labels"):
+    with pytest.raises(TypeError, match="Labeled"):
         paste(torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 3, 2, 2), Labeled(*[torch.zeros(1, 3, 2, 2)] * 2))  # type: ignore[type-var]
 
 

@@ -26,6 +26,7 @@ from overfly.evaluation.perturbations import Perturbation, masked, views
 from overfly.evaluation.ranking import committee
 from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import number
+from overfly.ops.losses import distribution_entropy
 
 Validator = Literal[
     "entropy", "information", "nuclear_norm", "snd", "agreement",
@@ -180,7 +181,7 @@ class Tally:
         """Count the probabilities (K, H, W) of a picture as it is."""
         flat = probability.flatten(1).double()
         self.images, self.pixels = self.images + 1, self.pixels + flat.shape[1]
-        self.entropy += float(entropies(flat.T).sum())
+        self.entropy += float(distribution_entropy(flat.T).sum())
         self.mean += flat.sum(1).cpu()
         self.predicted += torch.bincount(flat.argmax(0), minlength=self.classes).cpu()
         chosen = random_pixels(*probability.shape[1:], PIXELS, seed, place)
@@ -203,7 +204,7 @@ class Tally:
         by_view = {name: balanced_miou(pair) for name, pair in pairs.items()}
         return LabelFreeMetrics(
             entropy=-certainty / scale,
-            information=(float(entropies(mean)) - certainty) / scale,
+            information=(float(distribution_entropy(mean)) - certainty) / scale,
             nuclear_norm=nuclear_norm(samples),
             snd=number(neighborhood_density(few)),
             agreement=None if reference is None else shared_miou(reference),
@@ -211,17 +212,11 @@ class Tally:
             masked_miou=balanced_miou(cover),
             views=sum(pair.accuracy for pair in pairs.values()) / len(pairs),
             views_miou=sum(by_view.values()) / len(by_view),
-            diversity=float(entropies(shares)) / scale,
+            diversity=float(distribution_entropy(shares)) / scale,
             shares=tuple(shares.tolist()),
             by_view=by_view,
             images=self.images,
         )
-
-
-def entropies(probability: Tensor) -> Tensor:
-    """Entropy of distributions (..., K), in nats; 0 · ln 0 is 0."""
-    each: Tensor = torch.special.entr(probability)
-    return each.sum(-1)
 
 
 def nuclear_norm(probability: Tensor) -> float:
@@ -257,7 +252,7 @@ def neighborhood_density(probability: Tensor, temperature: float = 0.05, chunk: 
         similar = unit[first : first + chunk] @ unit.T / temperature
         own = torch.arange(len(similar))
         similar[own, own + first] = -torch.inf
-        total += float(entropies(similar.softmax(1)).double().sum())
+        total += float(distribution_entropy(similar.softmax(1)).double().sum())
     return total / count / math.log(count - 1)
 
 
@@ -293,7 +288,6 @@ __all__ = [
     "Validator",
     "balanced_miou",
     "elect",
-    "entropies",
     "label_free_metrics",
     "label_free_metrics_of_images",
     "neighborhood_density",

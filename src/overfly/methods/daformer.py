@@ -87,8 +87,8 @@ def majority(label: Tensor, size: tuple[int, int], share: float, classes: int) -
     Returns:
         (B, h, w), int64.
     """
-    one_hot = F.one_hot(label.masked_fill(label == IGNORE, classes), classes + 1)[..., :classes]
-    filled, best = F.adaptive_avg_pool2d(one_hot.permute(0, 3, 1, 2).float(), size).max(1)
+    one_hot = label.unsqueeze(1) == torch.arange(classes, device=label.device).view(1, -1, 1, 1)
+    filled, best = F.adaptive_avg_pool2d(one_hot.float(), size).max(1)
     return best.masked_fill(filled < max(share, 1e-6), IGNORE)
 
 

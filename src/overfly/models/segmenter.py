@@ -1,4 +1,4 @@
-"""Segmenter: a network with its normalization and its class names. What is trained, saved, scored and exported."""
+"""Segmenter: a network with its normalization and its class names, as it is trained, saved, scored and exported."""
 
 from __future__ import annotations
 
@@ -23,36 +23,38 @@ from overfly.models.checkpoints import check_values, first_line
 from overfly.models.network import Network, build
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Mean of red, green and blue over ImageNet, as a share of the peak."""
+"""Mean of red, green and blue over ImageNet, as a share of the maximum value."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Standard deviation of red, green and blue over ImageNet, as a share of the peak."""
+"""Standard deviation of red, green and blue over ImageNet, as a share of the maximum value."""
 
-FORMAT = "overfly.segmenter/1"
-"""What the metadata of a saved file calls itself."""
+FORMAT = 2
+"""Version of the description in saved files."""
+KEY = "overfly"
+"""Metadata key of a saved file under which its description lies as JSON."""
 
 
 class Segmenter(nn.Module):
-    """Images (B, C, H, W) in the sensor's own range in, `Logits` at the size of the image out.
+    """A network with normalization: images (B, C, H, W) in the sensor's range in, `Logits` at the image's size out.
 
     Args:
-        network: what maps normalized images to `Logits` at its own stride.
-        classes: names and colors of the K classes that the network tells apart.
-        architecture: the network's name in the registry.
-        mean: mean of each band, in the sensor's own range.
-        std: standard deviation of each band, in the sensor's own range.
-        max_value: value of the brightest pixel that the sensor can give.
+        network: maps normalized images to `Logits` at its own stride.
+        classes: names and colors of the K classes.
+        architecture: name of the network in the registry.
+        mean: mean of each band, in the sensor's range.
+        std: standard deviation of each band, in the sensor's range.
+        max_value: largest value of the sensor's range.
 
     Attributes:
-        network: the network itself.
+        network: the network.
         classes: the classes.
-        architecture: the network's name in the registry.
+        architecture: name of the network in the registry.
         bands: number of bands C.
-        max_value: value of the brightest pixel that the sensor can give.
+        max_value: largest value of the sensor's range.
         mean: buffer (1, C, 1, 1).
         std: buffer (1, C, 1, 1).
 
     Raises:
-        RecipeError: mean and std are not one positive number a band.
+        RecipeError: mean and std are not one positive number per band.
     """
 
     mean: Tensor
@@ -71,8 +73,8 @@ class Segmenter(nn.Module):
         super().__init__()
         if not mean or len(mean) != len(std) or min(std) <= 0:
             raise RecipeError(
-                f"the normalization needs one mean and one standard deviation above 0 for each band, not mean "
-                f"{list(mean)} and std {list(std)}; estimate them with: overfly data stats"
+                f"mean and std need one value per band, std above 0, got {list(mean)} and {list(std)}; estimate them "
+                "with: overfly data stats"
             )
         self.network = network
         self.classes = classes
@@ -84,24 +86,24 @@ class Segmenter(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Sides of images that are multiples of this are not padded."""
+        """Image sides that are multiples of this are not padded."""
         stride: int = self.network.stride
         return stride
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Prefixes of this module's parameters that ImageNet weights never hold."""
+        """Prefixes of this module's parameters that ImageNet weights do not contain."""
         return tuple(f"network.{prefix}" for prefix in self.network.heads)
 
     def forward(self, image: Tensor) -> Logits:
         """Scores at the image's size.
 
         Args:
-            image: (B, C, H, W), any number type, in the sensor's own range. Sides that are no multiple of the stride
-                are padded on the right and below by repeating the last pixels, and the scores are cut back.
+            image: (B, C, H, W), any number type, in the sensor's range. Sides that are not a multiple of the stride are
+                padded on the right and below by repeating the last pixels, and the scores are cropped.
 
         Returns:
-            main, aux and boundary upsampled to H × W (bilinear, corners not aligned); features as the network gives
+            main, aux and boundary upsampled to H × W (bilinear, corners not aligned); features as the network returns
             them.
 
         Raises:
@@ -109,7 +111,7 @@ class Segmenter(nn.Module):
         """
         if image.ndim != 4 or image.shape[1] != self.bands:
             raise DataError(
-                f"{self.architecture} reads images (B, {self.bands}, H, W), not {tuple(image.shape)}; give it "
+                f"{self.architecture} reads images (B, {self.bands}, H, W), got {tuple(image.shape)}; give it "
                 f"{self.bands} bands, or build a network with another number of bands"
             )
         height, width = image.shape[-2:]
@@ -136,27 +138,27 @@ class Segmenter(nn.Module):
             """See `forward`."""
 
     def scores(self, image: Tensor) -> Tensor:
-        """Class scores before any softmax, (B, K, H, W), of images (B, C, H, W) in the sensor's own range."""
+        """Class scores before the softmax (B, K, H, W) of images (B, C, H, W) in the sensor's range."""
         main: Tensor = self(image).main
         return main
 
     def without_training_heads(self) -> Self:
-        """A copy without the heads that only training reads; its class scores are the same."""
-        lighter = copy.deepcopy(self)
-        lighter.network.drop_training_heads()
-        return lighter
+        """A copy without the heads that only training uses; its class scores are equal."""
+        copied = copy.deepcopy(self)
+        copied.network.drop_training_heads()
+        return copied
 
     def save(self, path: Path | str) -> Path:
-        """Write one safetensors file that holds the weights and all that is needed to use them.
+        """Write one safetensors file with the weights and everything needed to use them, atomically.
 
-        The file appears whole or not at all: it is written under another name in the same folder and then renamed.
+        Equal segmenters give equal bytes.
 
         Returns:
             The path.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {
+        description = {
             "format": FORMAT,
             "architecture": self.architecture,
             "classes": self.classes.model_dump(mode="json"),
@@ -166,103 +168,88 @@ class Segmenter(nn.Module):
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(path) as unfinished:
-            save_file(tensors, unfinished, metadata={key: json.dumps(value) for key, value in about.items()})
+            # one key: safetensors writes several in a random order
+            save_file(tensors, unfinished, metadata={KEY: json.dumps(description, sort_keys=True)})
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
         return path
 
     @classmethod
     def load(cls, path: Path | str, training_heads: bool | None = None) -> Self:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Args:
-            path: a file that `save` wrote.
-            training_heads: None keeps the training heads that the file holds. False leaves them out. True builds them
-                in any case; where the file has none they start from random weights.
+            path: the file.
+            training_heads: None keeps the training heads of the file; False removes them; True builds them in any case,
+                with random weights where the file has none.
 
         Raises:
-            WeightsError: the file is missing, damaged, not one of ours, holds values that are not finite, or needs a
-                network that is not known here.
+            WeightsError: the file is missing, damaged, not written by `save`, has values that are not finite, or needs
+                an unknown network.
         """
-        about, tensors = read_segmenter_file(Path(path))
+        description, tensors = read_segmenter_file(Path(path))
         check_values(Path(path), tensors)
         try:
-            held = bool(about["training_heads"])
-            wanted = held if training_heads is None else training_heads
-            classes = Classes.model_validate(about["classes"])
-            network = build(about["architecture"], len(classes), wanted, about["bands"])
-            made = cls(
+            saved_heads = bool(description["training_heads"])
+            wanted = saved_heads if training_heads is None else training_heads
+            classes = Classes.model_validate(description["classes"])
+            network = build(description["architecture"], len(classes), wanted, description["bands"])
+            segmenter = cls(
                 network,
                 classes,
-                architecture=about["architecture"],
+                architecture=description["architecture"],
                 mean=tensors["mean"].flatten().tolist(),
                 std=tensors["std"].flatten().tolist(),
-                max_value=about["max_value"],
+                max_value=description["max_value"],
             )
         except (OverflyError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            why = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise WeightsError(
-                f"{path} describes a network that cannot be built here ({why}); install the plug-in or the version "
+                f"{path} describes a network that cannot be built here ({reason}); install the plug-in or the version "
                 "of overfly that wrote it"
             ) from error
-        own = made.state_dict()
+        own = segmenter.state_dict()
         heads = tuple(f"network.{name}." for name in network.training_heads)
-        missing = [name for name in own if name not in tensors and not (wanted and not held and name.startswith(heads))]
-        extra = [name for name in tensors if name not in own and not (held and not wanted and name.startswith(heads))]
+        new, dropped = (heads if add else () for add in (wanted and not saved_heads, saved_heads and not wanted))
+        missing = [name for name in own if name not in tensors and not name.startswith(new)]
+        extra = [name for name in tensors if name not in own and not name.startswith(dropped)]
         shaped = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
         if missing or extra or shaped:
-            name = (missing + extra + shaped)[0]
             raise WeightsError(
-                f"{path} does not fit {made.architecture} as this version builds it ({len(missing)} tensors missing, "
-                f"{len(extra)} not known, {len(shaped)} of another shape; first: {name}); load it with the version of "
-                "overfly that wrote it"
+                f"{path} does not fit {segmenter.architecture} as this version builds it ({len(missing)} tensors "
+                f"missing, {len(extra)} unknown, {len(shaped)} of another shape; first: "
+                f"{(missing + extra + shaped)[0]}); load it with the version of overfly that wrote it"
             )
-        made.load_state_dict(tensors, strict=False)
-        return made
+        segmenter.load_state_dict(tensors, strict=False)
+        return segmenter
 
 
 def read_segmenter_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a file that `Segmenter.save` wrote.
+    """Description and tensors of a file that `Segmenter.save` wrote.
 
     Raises:
-        WeightsError: the file is missing, damaged or not one of ours.
+        WeightsError: the file is missing, damaged, of another format, or not written by `save`.
     """
     if not path.is_file():
-        raise WeightsError(f"there is no file of weights at {path}; give the path of a .safetensors file")
+        raise WeightsError(f"{path} does not exist; give the path of a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # the library raises many kinds for a file that is not what it says
-        raise WeightsError(_no_segmenter_file(path, error)) from error
-    try:
-        about = {key: json.loads(value) for key, value in metadata.items()}
-    except ValueError:
-        about = {}
-    if about.get("format") != FORMAT:
+    except Exception as error:  # the library raises many kinds for a file that is damaged
+        if path.suffix.lower() == ".safetensors":
+            raise WeightsError(f"{path} is damaged ({first_line(error)}); copy or train it again") from error
         raise WeightsError(
-            f"{path} holds bare weights and says nothing of their network, classes and normalization; name the file as "
-            "model.weights in a recipe, or build the network by name and read the file with overfly.load_weights"
+            f"{path} is not a .safetensors file of overfly; give one that a run wrote (set bare weights such as a .pth "
+            "as model.weights in a recipe)"
+        ) from error
+    try:
+        description = json.loads(metadata.get(KEY, "{}"))
+    except ValueError:
+        description = {}
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path} has no description of format {FORMAT}: it holds bare weights, to be set as model.weights in a "
+            "recipe, or was written by another version of overfly, to be trained again"
         )
-    return about, tensors
-
-
-def _no_segmenter_file(path: Path, error: Exception) -> str:
-    """What a file is that safetensors cannot read, by its name, and where it belongs."""
-    suffix = path.suffix.lower()
-    if suffix in {".pth", ".pt", ".tar", ".ckpt", ".bin", ".pkl"}:
-        return (
-            f"{path} is no network file of overfly, which is one .safetensors file with the network's description; "
-            f"bare weights such as a {suffix} belong under model.weights in a recipe"
-        )
-    if suffix in {".yaml", ".yml"}:
-        return (
-            f"{path} is no network file of overfly but, by its name, a recipe; give the .safetensors file that a run "
-            "of it wrote (a .pth of bare weights goes under model.weights)"
-        )
-    if suffix != ".safetensors":
-        return (
-            f"{path} is no network file of overfly ({first_line(error)}); give a .safetensors file that a run wrote (a "
-            ".pth of bare weights goes under model.weights)"
-        )
-    return f"{path} is damaged or no safetensors file ({first_line(error)}); copy or train it again"
+    return description, tensors

@@ -1,4 +1,4 @@
-"""Load public checkpoints into a network, and say what fitted and what did not."""
+"""Load public checkpoints into a network, and report which tensors matched."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Report:
-    """What `load_weights` did; printed, it is a few sentences.
+    """Result of `load_weights`; ``str`` gives a summary.
 
     Attributes:
         source: the file that was read.
         loaded: names of the network's tensors that now hold the file's values.
         missing: names of the network's tensors that the file does not have.
         unexpected: names of the file's tensors that the network does not have.
-        mismatched: (name, shape in the file, shape in the network) of tensors that could not be taken.
-        notes: sentences on what was changed on the way, or should be known about the file.
+        mismatched: (name, shape in the file, shape in the network) of tensors of different shapes.
+        notes: sentences about conversions and about the file.
     """
 
     source: Path
@@ -39,40 +39,42 @@ class Report:
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        said = [f"{self.source.name}: {len(self.loaded)} of the network's {total} tensors loaded."]
+        sentences = [f"{self.source.name}: {len(self.loaded)} of the network's {total} tensors loaded."]
         if self.mismatched:
-            shapes = [f"{name} ({_shape(file)} in the file, {_shape(own)} here)" for name, file, own in self.mismatched]
-            said.append(f"Left at random for their shape: {_some(shapes)}.")
+            shapes = [
+                f"{name} ({_shape(file)} in the file, {_shape(own)} in the network)"
+                for name, file, own in self.mismatched
+            ]
+            sentences.append(f"Random because of another shape: {_some(shapes)}.")
         if self.missing:
-            said.append(f"Left at random, as the file has none: {_some(_groups(self.missing, self.loaded))}.")
+            sentences.append(f"Random because not in the file: {_some(_groups(self.missing, self.loaded))}.")
         if self.unexpected:
-            said.append(f"In the file but not used: {_some(_groups(self.unexpected, self.loaded))}.")
-        said += [f"{note[0].upper()}{note[1:]}." for note in self.notes]
-        return " ".join(said)
+            sentences.append(f"Not used: {_some(_groups(self.unexpected, self.loaded))}.")
+        sentences += [f"{note[0].upper()}{note[1:]}." for note in self.notes]
+        return " ".join(sentences)
 
 
 def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = None) -> Report:
-    """Give a network the weights of a checkpoint, as far as names and shapes agree.
+    """Load the tensors of a checkpoint whose names and shapes match the network's.
 
-    Known spellings are translated: PIDNet's release (ImageNet and Cityscapes), torchvision's ResNet-101 and
-    MobileNetV2, DeepLab of the AdaptSegNet family, and files of overfly. Where the file's first convolution reads
-    another number of bands, every band gets the mean over the file's bands, scaled by their number over the network's,
-    so that a gray picture answers as before.
+    Names of known checkpoints are translated: PIDNet's release (ImageNet and Cityscapes), torchvision's ResNet-101 and
+    MobileNetV2, DeepLab of the AdaptSegNet family, and files of overfly. Where the file's first convolution has another
+    number of bands, each band gets the mean over the file's bands, scaled by their number over the network's, so that
+    the output for a gray image does not change.
 
     Args:
-        network: a network, or the `Segmenter` around one, which keeps its own normalization and classes.
+        network: a network, or the `Segmenter` around one, whose normalization and classes do not change.
         path: a .safetensors, .pth or .pt file; or ``package:NAME/inner/file.pth``, a file inside an installed Python
-            package; or a name out of `NAMED`.
-        sha256: what the file's SHA-256 must be, in full or its first 8 or more hex digits.
+            package; or a key of `NAMED`.
+        sha256: expected SHA-256 of the file, in full or its first 8 or more hex digits.
 
     Returns:
-        What was loaded and what was not.
+        Which tensors were loaded.
 
     Raises:
-        WeightsError: the file is missing, damaged, would run code, has another digest, holds values for the network
-            that are NaN, infinite or no real numbers, or fits less than half of the network apart from its heads. The
-            network is then as it was.
-        DownloadError: a named file cannot be fetched.
+        WeightsError: the file is missing, damaged, would run code, has another digest, holds values that are not finite
+            real numbers, or matches less than half of the network without its heads. The network is then unchanged.
+        DownloadError: the download of a named file fails.
     """
     if isinstance(network, Segmenter):
         network = network.network
@@ -86,14 +88,14 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
     own = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     check_values(file, {name: tensor for name, tensor in state.items() if name in own})
     if isinstance(network, Network):
-        state, said = _fit_bands(network, state)
-        notes += said
+        state, bands = _fit_bands(network, state)
+        notes += bands
     fitting = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
     report = Report(
         source=file,
-        loaded=_counted(fitting),
-        missing=_counted(own.keys() - state.keys(), order=own),
-        unexpected=_counted(state.keys() - own.keys(), order=state),
+        loaded=_weights(fitting),
+        missing=_weights(name for name in own if name not in state),
+        unexpected=_weights(name for name in state if name not in own),
         mismatched=tuple(
             (name, tuple(tensor.shape), tuple(own[name].shape))
             for name, tensor in state.items()
@@ -107,17 +109,13 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
     return report
 
 
-def _counted(names: Iterable[str], order: Iterable[str] | None = None) -> tuple[str, ...]:
-    """Names that are weights, in the order of the second argument; BatchNorm's counters are bookkeeping."""
-    held = set(names)
-    bookkeeping = ("num_batches_tracked", "_extra_state")
-    return tuple(
-        name for name in (names if order is None else order) if name in held and not name.endswith(bookkeeping)
-    )
+def _weights(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of weights, without counters such as those of batch normalization."""
+    return tuple(name for name in names if not name.endswith(("num_batches_tracked", "_extra_state")))
 
 
 def _fit_bands(network: Network, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Adapt the convolution that reads the image to the network's number of bands."""
+    """Convert the first convolution to the network's number of bands."""
     name = f"{network.first}.weight"
     mine = network.state_dict().get(name)
     theirs = state.get(name)
@@ -127,32 +125,32 @@ def _fit_bands(network: Network, state: dict[str, Tensor]) -> tuple[dict[str, Te
     if before == 0 or theirs[:, 0].shape != mine[:, 0].shape:
         return state, ()
     adapted = (theirs.float().mean(1, keepdim=True) * (before / now)).expand(-1, now, -1, -1)
-    note = f"{name} read {before} bands and now reads {now}: each has their mean, times {before}/{now}"
+    note = f"{name} converted from {before} bands to {now}: their mean times {before}/{now}"
     return {**state, name: adapted}, (note,)
 
 
 def _check_share(network: nn.Module, own: dict[str, Tensor], fitting: dict[str, Tensor], report: Report) -> None:
-    """Refuse a file that holds less than half of the network's weights apart from its heads."""
+    """Check that a file holds at least half of the network's weights without its heads."""
     heads = tuple(f"{prefix}." for prefix in network.heads) if isinstance(network, Network) else ()
-    body = [name for name in _counted(own) if not name.startswith(heads)] if heads else list(_counted(own))
-    whole = sum(own[name].numel() for name in body)
-    share = sum(own[name].numel() for name in body if name in fitting) / max(whole, 1)
+    body = [name for name in _weights(own) if not name.startswith(heads)]
+    total = sum(own[name].numel() for name in body)
+    share = sum(own[name].numel() for name in body if name in fitting) / max(total, 1)
     if share < 0.5:
         names = _some(_groups([*report.unexpected, *(name for name, *_ in report.mismatched)], ()))
         raise WeightsError(
-            f"{report.source} fits {share:.0%} of {type(network).__name__} apart from its heads, so it was made for "
-            f"another network (tensors that do not fit: {names}); choose that network, or another file"
+            f"{report.source} matches {share:.0%} of {type(network).__name__} without its heads (tensors that do not "
+            f"match: {names}); choose another network or another file"
         )
 
 
 def _groups(names: Iterable[str], loaded: Iterable[str]) -> list[str]:
-    """Names cut to the shortest beginning that no loaded tensor shares, each once."""
+    """Names cut to the shortest prefix that no loaded tensor has, each once."""
     taken = {name.rsplit(".", depth)[0] for name in loaded for depth in range(name.count(".") + 1)}
     groups: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
-        beginnings = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-        groups[next((beginning for beginning in beginnings if beginning not in taken), name)] = None
+        prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        groups[next((prefix for prefix in prefixes if prefix not in taken), name)] = None
     return list(groups)
 
 
@@ -161,7 +159,7 @@ def _some(words: list[str], most: int = 8) -> str:
 
 
 def _shape(shape: Shape) -> str:
-    return "×".join(map(str, shape)) or "one number"
+    return "×".join(map(str, shape)) or "scalar"
 
 
 __all__ = ["NAMED", "Report", "load_weights"]

@@ -1,4 +1,4 @@
-"""The supervised loss as a value of a recipe: which terms, and what each weighs."""
+"""Supervised losses as recipe settings: their terms, their weights, and the class boundaries that they need."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from overfly.ops.losses import boundary_loss, cross_entropy, dice_loss, ohem_cro
 
 
 class Criterion(Choice, ABC):
-    """What a network is told about its scores where the label is known. Heads that a network lacks drop their terms."""
+    """Supervised loss of all heads of a network; a head that the network lacks has no term."""
 
     aux: NonNegative = 0.4
     """Weight of the cross-entropy of each auxiliary head."""
     boundary: NonNegative = 20.0
     """Weight of the balanced binary cross-entropy of the boundary head."""
     width: Pixels = 4
-    """Width of the boundaries that the boundary head learns, in pixels."""
+    """Width of the boundaries that the boundary head is trained on, in pixels."""
     class_weights: tuple[NonNegative, ...] = ()
-    """Weight of each class, in the order of the ids; left out, all weigh the same."""
+    """Weight of each class, in the order of the ids; empty: equal weights."""
 
     @abstractmethod
     def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
@@ -40,55 +40,54 @@ class Criterion(Choice, ABC):
         Args:
             logits: scores at the label's size.
             label: class ids (B, H, W) or `IGNORE`.
-            weight: what each pixel counts, broadcasts to (B, H, W); multiplies every term's loss at that pixel.
-            where: True at pixels whose boundaries may be trusted, bool (B, H, W): in mixed images the source's pixels.
-                It concerns the boundary head alone, which is taught nothing within reach of the others unless
-                a boundary between trusted classes is there; left out, all pixels with a class are trusted.
+            weight: weight of each pixel, broadcasts to (B, H, W); multiplies every term's loss at that pixel.
+            where: True at pixels whose boundaries are known, bool (B, H, W): in mixed images the source's; None: all
+                with a class. The boundary head is not trained within reach of the other pixels, except at boundaries
+                between known pixels.
 
         Returns:
             Scalars by name: ``main``, then ``aux`` and ``boundary`` where the network has these heads.
 
         Raises:
-            RecipeError: the number of class weights is not that of the classes.
+            RecipeError: `class_weights` does not have one weight per class.
             ValueError: scores and label differ in size.
         """
         terms = self.main(logits, label, weight)
         if logits.aux and self.aux:
-            classes = self._classes(logits.main)
-            each = [cross_entropy(scores, label, weight=weight, class_weight=classes) for scores in logits.aux]
-            terms["aux"] = self.aux * torch.stack(each).sum()
+            classes = self._class_weight(logits.main)
+            aux = [cross_entropy(scores, label, weight=weight, class_weight=classes) for scores in logits.aux]
+            terms["aux"] = self.aux * torch.stack(aux).sum()
         if logits.boundary is not None and self.boundary:
             valid = label != IGNORE
             edges = boundaries(label, self.width, where)
-            if where is not None:  # beside a paste a boundary may run or not
-                valid = valid & where & (edges.bool() | surroundings(where, self.width))
+            if where is not None:
+                valid = valid & where & (edges | within_known(where, self.width))
             terms["boundary"] = boundary_loss(logits.boundary, edges, self.boundary, valid=valid, pixel_weight=weight)
         return terms
 
-    def _classes(self, scores: Tensor) -> Tensor | None:
-        """The class weights as a tensor (K,) on the scores' device."""
+    def _class_weight(self, scores: Tensor) -> Tensor | None:
+        """The class weights as a tensor (K,) on the scores' device; None: equal weights."""
         if not self.class_weights:
             return None
         if len(self.class_weights) != scores.shape[1]:
             raise RecipeError(
-                f"criterion.class_weights has {len(self.class_weights)} weights and the network {scores.shape[1]} "
-                f"classes; give one weight a class, or leave it out"
+                f"criterion.class_weights must have one weight per class ({scores.shape[1]}), got "
+                f"{len(self.class_weights)}"
             )
-        return torch.tensor(self.class_weights, dtype=torch.float32, device=scores.device)
+        return torch.tensor(self.class_weights, dtype=torch.float32).to(scores.device, non_blocking=True)
 
 
 class CrossEntropy(Criterion, name="cross_entropy"):
-    """Cross-entropy of every head, and the boundary head's own loss."""
+    """Cross-entropy of the main and auxiliary heads, balanced binary cross-entropy of the boundary head."""
 
     def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
         """Cross-entropy, mean over the valid pixels."""
-        return {
-            "main": cross_entropy(logits.main, label, weight=weight, class_weight=self._classes(logits.main)),
-        }
+        classes = self._class_weight(logits.main)
+        return {"main": cross_entropy(logits.main, label, weight=weight, class_weight=classes)}
 
 
 class Ohem(Criterion, name="ohem"):
-    """PIDNet's training loss: hard pixels alone, and once more where the network sees a boundary (Xu et al., 2023).
+    """PIDNet's training loss: hard pixels only, and again where the network predicts a boundary (Xu et al., 2023).
 
     The sum is ``0.4 CE(aux) + OHEM(main) + 20 BCE(boundary) + OHEM(main at predicted boundaries)``, with the weights of
     the published configurations.
@@ -97,20 +96,20 @@ class Ohem(Criterion, name="ohem"):
     threshold: Share = 0.9
     """Pixels whose true class has a probability below this are hard."""
     min_kept: Whole = 131072
-    """How many pixels of a batch are kept at least, hard or not."""
+    """Smallest number of pixels of a batch that are kept, hard or not."""
     boundary_threshold: Share = 0.8
-    """Probability of a boundary above which a pixel counts in the term ``at_boundary``."""
+    """Predicted boundary probability above which a pixel counts in the term ``at_boundary``."""
 
     def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
-        """OHEM cross-entropy; with a boundary head also that of the pixels it is sure of."""
+        """OHEM cross-entropy; with a boundary head also that of the pixels at predicted boundaries."""
         terms = {"main": self._ohem(logits.main, label, weight)}
         if logits.boundary is not None:
-            seen = logits.boundary.detach().float().sigmoid().squeeze(1) > self.boundary_threshold
-            terms["at_boundary"] = self._ohem(logits.main, label.masked_fill(~seen, IGNORE), weight)
+            predicted = logits.boundary.detach().float().sigmoid().squeeze(1) > self.boundary_threshold
+            terms["at_boundary"] = self._ohem(logits.main, label.masked_fill(~predicted, IGNORE), weight)
         return terms
 
     def _ohem(self, scores: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-        classes = self._classes(scores)
+        classes = self._class_weight(scores)
         return ohem_cross_entropy(scores, label, self.threshold, self.min_kept, class_weight=classes, weight=weight)
 
 
@@ -122,7 +121,7 @@ class Dice(Criterion, name="dice"):
 
     def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
         """Cross-entropy and Dice loss."""
-        classes = self._classes(logits.main)
+        classes = self._class_weight(logits.main)
         return {
             "main": cross_entropy(logits.main, label, weight=weight, class_weight=classes),
             "dice": self.dice * dice_loss(logits.main, label, weight=weight),
@@ -130,48 +129,41 @@ class Dice(Criterion, name="dice"):
 
 
 def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None, *, ignore: int = IGNORE) -> Tensor:
-    """Where two classes meet: pixels with another valid class within reach.
+    """Boundaries between classes: pixels with another valid class within reach, bool (B, H, W).
 
-    A straight border gives a band ``width`` pixels wide, half of it on either side (an odd width has its extra pixel
-    on the lower or right side). Ignored pixels are no class: they neither are boundaries nor make any. The published
-    PIDNet code dilates Canny edges of the label with a 4×4 kernel, a band of the same width.
+    To be called after every augmentation. A straight border gives a band ``width`` pixels wide, half of it on either
+    side; an odd width has its extra pixel on the lower or right side. Ignored pixels neither are boundaries nor make
+    any. The published PIDNet code dilates Canny edges of the label with a 4×4 kernel, a band of the same width.
 
     Args:
         label: class ids (B, H, W), integers.
         width: of the band, in pixels, 1 or more.
-        where: True at pixels that take part, broadcasts to (B, H, W); the others are treated as ignored. With pasted
-            images, name the source's pixels here, so that neither pseudo-labels nor paste seams make boundaries.
-        ignore: the id of pixels without a class.
-
-    Returns:
-        (B, H, W), float32, 1 on boundaries and 0 elsewhere.
+        where: True at pixels that take part, broadcasts to (B, H, W); the others count as ignored. In mixed images
+            these are the source's pixels, so that neither pseudo-labels nor paste seams make boundaries.
+        ignore: id of pixels without a class.
 
     Raises:
         ValueError: ``width`` is below 1.
     """
     if width < 1:
-        raise ValueError(f"a boundary is 1 pixel wide or more, not {width}")
+        raise ValueError(f"width must be at least 1, got {width}")
     valid = label != ignore
     if where is not None:
         valid = valid & where.bool()
     ids = label.to(torch.int16)
     highest = _window(ids.masked_fill(~valid, -1), width, torch.maximum, fill=-1)
     lowest = _window(ids.masked_fill(~valid, IGNORE + 1), width, torch.minimum, fill=IGNORE + 1)
-    return (valid & (highest != lowest)).float()
+    return valid & (highest != lowest)
 
 
-def surroundings(where: Tensor, width: int = 4) -> Tensor:
-    """Pixels of which all that decides whether they are a boundary is trusted.
+def within_known(where: Tensor, width: int = 4) -> Tensor:
+    """Pixels of which every pixel within reach of `boundaries` is known, bool (B, H, W).
 
-    Beside a paste a boundary may run or not: the label there is a teacher's guess. Such pixels, unless a boundary
-    between trusted classes runs through them anyway, are no example of either.
+    Beside a pasted region the label is a pseudo-label, so a missing boundary there is no negative example.
 
     Args:
-        where: True at trusted pixels, bool (B, H, W).
+        where: True at known pixels, bool (B, H, W); pixels outside the image count as known.
         width: of the boundaries, in pixels, 1 or more.
-
-    Returns:
-        bool (B, H, W), True where every pixel within reach of `boundaries` is trusted; those outside the image are.
     """
     return _window(where.to(torch.int16), width, torch.minimum, fill=1).bool()
 
