@@ -79,7 +79,7 @@ def test_cityscapes_file_for_other_classes(official: dict[str, Tensor], tmp_path
     assert ("final_layer.conv2.weight", (19, 128, 1, 1), (7, 128, 1, 1)) in report.mismatched
     assert (report.missing, report.unexpected) == ((), ())
     said = str(report)
-    assert "final_layer.conv2.bias (19 in the file, 7 here)" in said
+    assert "final_layer.conv2.bias (19 in the file, 7 in the network)" in said
     assert torch.equal(network.state_dict()["layer4.1.conv2.weight"], official["layer4.1.conv2.weight"])
 
 
@@ -218,7 +218,7 @@ def test_file_inside_a_package(written: str, tmp_path: Path, monkeypatch: pytest
     (folder / "w.pth").write_bytes(b"1")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert checkpoints.locate(f"package:{written}/inner/w.pth") == folder / "w.pth"
-    with pytest.raises(WeightsError, match=r"holds no file inner/v\.pth"):
+    with pytest.raises(WeightsError, match=r"no file inner/v\.pth"):
         checkpoints.locate(f"package:{written}/inner/v.pth")
     with pytest.raises(WeightsError, match="NAME/inner/file"):
         checkpoints.locate(f"package:{written}/../secret")
@@ -307,8 +307,8 @@ def bad_missing(path: Path) -> None:
         (bad_code, "would run code"),
         (bad_pickle, "would run code"),
         (bad_truncated, "damaged"),
-        (bad_text, "damaged or no file of weights"),
-        (bad_empty, "damaged or no file of weights"),
+        (bad_text, "damaged"),
+        (bad_empty, "damaged"),
         (bad_no_tensors, "no tensors by name"),
         (bad_list, "no tensors by name"),
         (bad_other_network, "made for another network"),
@@ -347,9 +347,9 @@ def test_digest_is_demanded(tmp_path: Path) -> None:
     load_weights(network, tmp_path / "w.pth", sha256=right.upper())
     load_weights(network, tmp_path / "w.pth", sha256=right[:8])
     wrong = "0" * 64
-    with pytest.raises(WeightsError, match=f"{right}, but {wrong}"):
+    with pytest.raises(WeightsError, match=f"{right}, expected {wrong}"):
         load_weights(network, tmp_path / "w.pth", sha256=wrong)
-    with pytest.raises(WeightsError, match="no SHA-256"):
+    with pytest.raises(WeightsError, match="sha256"):
         load_weights(network, tmp_path / "w.pth", sha256="tbd")
 
 
@@ -365,7 +365,7 @@ def test_other_bands_answer_a_gray_picture_alike(bands: int, tmp_path: Path) -> 
         got, expected = other(gray.expand(-1, bands, -1, -1)).main, three(gray.expand(-1, 3, -1, -1)).main
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert report.mismatched == ()
-    assert f"read 3 bands and now reads {bands}" in str(report)
+    assert f"from 3 bands to {bands}" in str(report)
 
 
 @pytest.mark.parametrize(

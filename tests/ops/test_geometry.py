@@ -216,7 +216,7 @@ def test_a_crop_larger_than_the_image_says_so() -> None:
 
 def test_holes_hold_the_mean_and_no_class() -> None:
     batch = encoded(3, count=40)
-    holes = CoarseDropout(p=1, least_holes=1, most_holes=1, smallest=0.25, largest=0.25)(batch, seeded(0))
+    holes = CoarseDropout(p=1, min_holes=1, max_holes=1, min_size=0.25, max_size=0.25)(batch, seeded(0))
     hidden = holes.label == IGNORE
     assert bool((hidden.sum((1, 2)) == 8 * 8).all())
     mean = batch.image.mean((2, 3), keepdim=True).expand_as(batch.image)

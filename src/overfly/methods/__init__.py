@@ -1,49 +1,13 @@
 """Training and adaptation methods, one paper per file. A new method is added to this list."""
 
-from overfly.methods import (
-    adaptsegnet,
-    advent,
-    cbst,
-    clan,
-    color_transfer,
-    dacs,
-    daformer,
-    distillation,
-    dsbn,
-    fada,
-    fda,
-    gcw_ldq,
-    iast,
-    mcd,
-    mic,
-    multiscale_self_training,
-    recalibrate,
-    source_free,
-    source_only,
-    tent,
-    transnorm,
-)
+from importlib import import_module
 
-__all__ = [
-    "adaptsegnet",
-    "advent",
-    "cbst",
-    "clan",
-    "color_transfer",
-    "dacs",
-    "daformer",
-    "distillation",
-    "dsbn",
-    "fada",
-    "fda",
-    "gcw_ldq",
-    "iast",
-    "mcd",
-    "mic",
-    "multiscale_self_training",
-    "recalibrate",
-    "source_free",
-    "source_only",
-    "tent",
-    "transnorm",
-]
+BUILT_IN = (
+    "adaptsegnet", "advent", "cbst", "clan", "color_transfer", "dacs", "daformer", "distillation", "dsbn", "fada",
+    "fda", "gcw_ldq", "iast", "mcd", "mic", "multiscale_self_training", "recalibrate", "source_free", "source_only",
+    "tent", "transnorm",
+)  # fmt: skip
+"""The modules whose methods are always registered."""
+
+for _name in BUILT_IN:
+    import_module(f"overfly.methods.{_name}")

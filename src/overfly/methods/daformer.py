@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +18,11 @@ from overfly.ops.normalization import joint_forward
 class AnchoredNetworks(TeacherStudent):
     """Student, teacher, and a frozen copy of the initial student."""
 
+    evaluating = ("teacher", "anchor")
+
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
         self.anchor = copy.deepcopy(student).requires_grad_(requires_grad=False).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the student's mode; teacher and anchor stay in evaluation mode."""
-        super().train(mode)
-        self.anchor.eval()
-        return self
 
 
 class DAFormer(DACS, name="daformer"):

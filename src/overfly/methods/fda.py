@@ -1,4 +1,4 @@
-"""FDA: Fourier domain adaptation (Yang and Soatto, 2020, arXiv:2004.05498)."""
+"""FDA: Fourier domain adaptation (Yang and Soatto, CVPR 2020, arXiv:2004.05498)."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from overfly.ops.normalization import joint_forward
 
 
 class FDA(Method[Networks], name="fda"):
-    """Give source images the low frequencies of target images and learn from them (Yang and Soatto, 2020).
+    """Train on source images with the low-frequency amplitudes of target images (Yang and Soatto, 2020).
 
-    Each source image takes the amplitudes of the target image beside it and keeps its own phases, in the sensor's own
-    range, and is clamped to it. The paper averages networks of several betas; here one beta makes one network.
+    Each source image takes the amplitudes of one target image and keeps its own phases, in the sensor's range. The
+    paper averages networks of several betas; here one beta trains one network.
     """
 
     beta: Annotated[float, Field(ge=0, le=0.5)] = 0.01
     """Half the side of the swapped square of the spectrum, as a share of the image's side; the paper takes 0.01 to
-    0.09. Below one cycle per image (0.01 of 64 pixels) the mean color alone is swapped."""
+    0.09. Below one cycle per image (0.01 of 64 pixels) only the mean color is swapped."""
     entropy: NonNegative = 0.005
-    """Weight of the robust entropy of the target's predictions; at 0 the student never sees target images as such."""
+    """Weight of the robust entropy of the target's predictions; 0 leaves target images out of the forward pass."""
     power: NonNegative = 2.0
-    """Exponent of that entropy (eta of the paper): the higher, the less pixels count that are nearly sure."""
+    """Exponent of that entropy (eta): higher reduces the influence of confident pixels."""
 
     def networks(self, student: nn.Module) -> Networks:
         """The student alone."""
         return Networks(student)
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
-        """The criterion on restyled source images, and the entropy on the target."""
+        """Supervised loss on restyled source images; robust entropy on the target."""
         image, label = batch.source
         restyled = swap_low_frequencies(image, batch.target, self.beta).clamp(0, nets.segmenter.max_value)
         if not self.entropy:

@@ -1,4 +1,4 @@
-"""What a method must say: the networks it needs, and what to minimize."""
+"""The interface of a method, and the networks that methods train."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ class Networks(nn.Module):
         step: optimizer steps done so far; a Python integer, so that reading it never waits for the device.
     """
 
+    evaluating: ClassVar[tuple[str, ...]] = ()
+    """Names of the networks that are in evaluation mode while the student trains."""
+
     step: int = 0
 
     def __init__(self, student: nn.Module) -> None:
@@ -36,6 +39,13 @@ class Networks(nn.Module):
     def segmenter(self) -> Segmenter:
         """The student, with its classes and the value range of its sensor."""
         return cast(Segmenter, self.student)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; the networks named by `evaluating` stay in evaluation mode."""
+        super().train(mode)
+        for name in self.evaluating:
+            self.get_submodule(name).eval()
+        return self
 
     def get_extra_state(self) -> Tensor:
         """The step, for the state dict."""
@@ -49,15 +59,11 @@ class Networks(nn.Module):
 class TeacherStudent(Networks):
     """A student and its teacher, an exponential moving average in evaluation mode without gradients."""
 
+    evaluating = ("teacher",)
+
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
         self.teacher = copy.deepcopy(student).requires_grad_(requires_grad=False).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the student's mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
 
 N = TypeVar("N", bound=Networks)
@@ -65,9 +71,9 @@ T = TypeVar("T", bound=TeacherStudent)
 
 
 class Method(Choice, ABC, Generic[N]):
-    """A way to train or adapt: a value (its settings) that says which networks it needs and what to minimize.
+    """A training or adaptation method: its settings, the networks that it needs, and its losses.
 
-    A method returns named losses. It never calls ``backward``, never logs, and never knows a dataset.
+    A method returns named losses. It never calls ``backward``, never logs, and depends on no dataset.
     """
 
     needs_source: ClassVar[bool] = True
@@ -75,59 +81,58 @@ class Method(Choice, ABC, Generic[N]):
     needs_target: ClassVar[bool] = True
     """Whether a step reads unlabeled images of the target."""
     takes_source: ClassVar[bool] = False
-    """Whether a step also reads labeled images of the source where the recipe has one."""
+    """Whether a step reads labeled images of the source where the recipe has one."""
     needs_start: ClassVar[bool] = False
-    """Whether it only changes a network that is trained already."""
-
+    """Whether the student must be a trained network."""
     trains: ClassVar[bool] = True
-    """Whether anything is minimized."""
+    """Whether a loss is minimized."""
 
     criterion: Criterion = CrossEntropy()
-    """The supervised loss on labeled images."""
+    """Supervised loss on labeled images."""
 
     @property
     def leaves_weights_out(self) -> bool:
-        """Whether some step gives some trainable weight no gradient; several processes must know."""
+        """Whether some step gives some trainable weight no gradient, which distributed training must know."""
         return self.criterion.aux == 0 or self.criterion.boundary == 0
 
     @abstractmethod
     def networks(self, student: nn.Module) -> N:
-        """Surround the student with the other networks that the method needs."""
+        """The student and the other networks that the method needs."""
 
     @abstractmethod
     def losses(self, nets: N, batch: Batch) -> Losses:
         """One step of the paper's algorithm: named terms whose sum is minimized.
 
-        Random choices come from torch's global generator, which the loop seeds by (seed, step, rank).
+        Random choices come from torch's global generator, which the trainer seeds by (seed, step, rank).
         """
 
     def after_step(self, nets: N, step: int) -> None:
-        """Update what is not trained by gradients, after the optimizers' step ``step`` (from 0); count the step."""
+        """Update what is not trained by gradients, after optimizer step ``step`` (from 0); count the step."""
         nets.step = step + 1
 
     def optimizers(self, nets: N, optim: Optim) -> list[Optimizer]:
-        """The optimizers of a step; by default one, of the student. None: nothing is minimized."""
+        """The optimizers of a step, by default one of the student; empty where no loss is minimized."""
         return [optim.optimizer(nets.student, getattr(nets.student, "heads", ()))]
 
     def deployed(self, nets: N) -> nn.Module:
-        """The network that is validated, saved and shipped; by default the student."""
+        """The network that is validated, saved and exported; by default the student."""
         return nets.student
 
     def supervised(
         self, logits: Logits, label: Tensor, weight: Tensor | None = None, *, where: Tensor | None = None
     ) -> Losses:
-        """The criterion's terms for logits at the label's size.
+        """Supervised loss terms for logits at the label's size.
 
         Args:
             logits: class scores (B, K, H, W) and those of the training heads.
             label: class ids (B, H, W), 255 where there is none.
-            weight: of each pixel, (B, H, W) or (B, 1, 1), 0 to 1.
-            where: True at pixels whose boundaries may be trusted (B, H, W): in mixed images the source's.
+            weight: weight of each pixel, (B, H, W) or (B, 1, 1), 0 to 1.
+            where: True at pixels whose boundaries are known (B, H, W): in mixed images the source's.
         """
         return self.criterion.terms(logits, label, weight, where=where)
 
     def pseudo_supervised(self, logits: Logits, label: Tensor, weight: Tensor | None = None) -> Losses:
-        """The criterion's terms for pseudo-labels: no boundary of a pseudo-label is ever learned."""
+        """Supervised loss terms for pseudo-labels, without the boundary head."""
         return self.criterion.model_copy(update={"boundary": 0.0}).terms(logits, label, weight)
 
 
@@ -151,5 +156,5 @@ class SelfTraining(Method[T], Generic[T]):
 
 
 def prefixed(prefix: str, terms: Losses, weight: float = 1.0) -> dict[str, Tensor]:
-    """Terms whose names begin with what they are of, times a weight."""
+    """Terms times ``weight``, their names prefixed with ``prefix``."""
     return {f"{prefix}_{name}": weight * term for name, term in terms.items()}

@@ -1,4 +1,4 @@
-"""AdaBN: batch-normalization statistics estimated again on the target (Li et al., 2017, arXiv:1603.04779)."""
+"""AdaBN: batch-normalization statistics estimated on the target (Li et al., ICLR workshop 2017, arXiv:1603.04779)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from overfly.methods.method import Method, Networks
 from overfly.ops.normalization import blend_statistics, reset_statistics, updating_statistics
 
 
-class WithBeginning(Networks):
-    """The student that collects the target's statistics, and the network as it was."""
+class RecalibrateNetworks(Networks):
+    """The student that collects the target's statistics, and the starting network."""
 
-    def __init__(self, student: nn.Module, beginning: nn.Module) -> None:
+    def __init__(self, student: nn.Module, start: nn.Module) -> None:
         super().__init__(student)
-        self.beginning = beginning
+        self.start = start
 
 
 class Recalibrate(Method[Networks], name="recalibrate"):
-    """Keep every weight, estimate every mean and variance again on unlabeled target images; seconds of work.
+    """Estimate the statistics of batch normalization on target images; all weights stay unchanged (Li et al., 2017).
 
-    Each step adds one batch to a plain average over all batches, so `steps` says how many batches are looked at. Where
-    the domains differ in how often classes occur, statistics of the target alone mislead; a share below 1 blends them
-    with those that the network began with (Schneider et al., 2020, arXiv:2006.16971).
+    Each step adds one batch to an average over all batches, so `steps` is the number of batches. Where the class
+    frequencies of the domains differ, a share below 1 keeps part of the source's statistics (Schneider et al., 2020,
+    arXiv:2006.16971).
     """
 
     needs_source: ClassVar[bool] = False
@@ -37,18 +37,18 @@ class Recalibrate(Method[Networks], name="recalibrate"):
     trains: ClassVar[bool] = False
 
     share: Share = 1.0
-    """Share of the target's statistics; the rest are those that the network began with."""
+    """Share of the target's statistics; the rest is that of the starting network."""
 
     def networks(self, student: nn.Module) -> Networks:
-        """The student, its statistics forgotten; with a share below 1 also the network as it was."""
+        """The student with reset statistics; with a share below 1 also the starting network."""
         student.requires_grad_(False)
-        beginning = None if self.share == 1 else copy.deepcopy(student)
+        start = None if self.share == 1 else copy.deepcopy(student)
         reset_statistics(student)
-        return Networks(student) if beginning is None else WithBeginning(student, beginning)
+        return Networks(student) if start is None else RecalibrateNetworks(student, start)
 
     @torch.no_grad()
     def losses(self, nets: Networks, batch: Batch) -> Losses:
-        """Nothing to minimize: the forward pass alone moves the statistics."""
+        """No loss: the forward pass updates the statistics."""
         with updating_statistics(nets.student):
             nets.student(batch.target)
         return {}
@@ -58,9 +58,9 @@ class Recalibrate(Method[Networks], name="recalibrate"):
         return []
 
     def deployed(self, nets: Networks) -> nn.Module:
-        """The student, or the network as it was with its statistics a share of the way to the student's."""
-        if not isinstance(nets, WithBeginning):
+        """The student, or the starting network with blended statistics."""
+        if not isinstance(nets, RecalibrateNetworks):
             return nets.student
-        blended = copy.deepcopy(nets.beginning)
+        blended = copy.deepcopy(nets.start)
         blend_statistics(blended, nets.student, self.share)
         return blended

@@ -1,4 +1,4 @@
-"""Training on the source alone: the baseline that every adaptation is measured against."""
+"""Source only: supervised training on the source, the baseline of every adaptation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from overfly.methods.method import Method, Networks
 
 
 class SourceOnly(Method[Networks], name="source_only"):
-    """Learn from the labeled source and never look at the target."""
+    """Train on the labeled source alone."""
 
     needs_target: ClassVar[bool] = False
 
@@ -20,5 +20,5 @@ class SourceOnly(Method[Networks], name="source_only"):
         return Networks(student)
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
-        """The criterion on the source."""
+        """Supervised loss on the source."""
         return self.supervised(nets.student(batch.source.image), batch.source.label)

@@ -1,4 +1,4 @@
-"""Tent: entropy minimized over normalization alone (Wang et al., 2021, arXiv:2006.10726)."""
+"""Tent: entropy minimization over batch normalization (Wang et al., ICLR 2021, arXiv:2006.10726)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from overfly.ops.normalization import batch_norms, freeze_unused, updating_stati
 
 
 class Tent(Method[Networks], name="tent"):
-    """Minimize the entropy of target predictions over the scales and shifts of batch normalization (Wang et al., 2021).
+    """Minimize the entropy of target predictions over scales and shifts of batch normalization (Wang et al., 2021).
 
-    Batches are normalized by their own statistics, and the running ones follow them; they are what the network is
-    deployed with. The paper adapts at test time; here it is done once, on the target's training images. Thirty steps or
-    so are needed for the statistics alone to arrive at the target.
+    Batches are normalized by their own statistics; the network is deployed with the running ones, which need about
+    thirty steps to converge to the target. The paper adapts at test time, this method on the target's training images.
     """
 
     needs_source: ClassVar[bool] = False
     needs_start: ClassVar[bool] = True
 
     def networks(self, student: nn.Module) -> Networks:
-        """The student, all frozen but the scales and shifts that its class scores depend on."""
+        """The student, frozen except for the scales and shifts that its class scores depend on."""
         student.requires_grad_(False)
         for norm in batch_norms(student):
             norm.requires_grad_(True)
@@ -33,7 +32,7 @@ class Tent(Method[Networks], name="tent"):
         return nets
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
-        """The entropy of the target's predictions."""
+        """Mean entropy of the target's predictions."""
         with updating_statistics(nets.student):
             logits = nets.student(batch.target)
         return {"entropy": mean_entropy(logits.main, batch.valid_mask)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -157,7 +156,7 @@ def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if not plain or tensor.dtype not in NUMBERS:
             kind = str(tensor.dtype if plain else f"{tensor.layout} on {tensor.device.type}").replace("torch.", "")
             raise WeightsError(
-                f"{path} holds values that are not plain real numbers ({name}: {kind}); save its weights as float32, or "
+                f"{path} holds values that are not plain real numbers ({name}: {kind}); save them as float32, or "
                 "give another file"
             )
         bad = tensor.numel() - int(tensor.float().isfinite().sum())
@@ -201,13 +200,10 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly every kind there is for bytes that are no pickle
-        refused = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
-        if refused or "TorchScript" in str(error):
-            raise WeightsError(
-                f"{path} holds more than tensors, and loading it would run code from the file; where it came from, "
-                f"{SAVE_AGAIN}"
-            ) from error
-        raise WeightsError(f"{path} is damaged or not a weights file; download or save it again") from error
+        raise WeightsError(
+            f"{path} is damaged, or holds objects whose loading would run code from the file; download it again, or "
+            f"{SAVE_AGAIN}"
+        ) from error
 
 
 def _check_zip(path: Path) -> None:

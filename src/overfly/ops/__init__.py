@@ -1,1 +1,1 @@
-"""Pure functions: the words that methods are written in."""
+"""Pure functions that methods are written with."""

@@ -1,7 +1,7 @@
-"""Augmentations that change color and sharpness: the label stays, the image stays in 0 to 1.
+"""Color augmentations, which leave labels unchanged, and transfer of color statistics and low frequencies.
 
-They work before normalization and on any number of bands. Hue and saturation mean something for three bands only; with
-any other number each band gets its own brightness and contrast instead.
+Augmentations apply before normalization, to images in 0 to 1 of any number of bands. Hue and saturation apply to three
+bands only; with any other number each band gets its own brightness and contrast.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from overfly.core.spec import NonNegative, Positive, Share
 from overfly.ops.augmentation import Augment, augment, log_uniform, ordered, uniform
 
 LUMA = (0.299, 0.587, 0.114)
-"""Share of red, green and blue in the brightness that the eye sees (ITU-R BT.601)."""
+"""Weights of red, green and blue in luma (ITU-R BT.601)."""
 
 
 class ColorAugment(Augment, ABC):
-    """A random change of the values of images; labels are left alone."""
+    """A random transform of image values; labels do not change."""
 
     @abstractmethod
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
-        """Change every image of (B, C, H, W) in 0 to 1; values may leave that range, they are clamped afterwards."""
+        """Transform every image of (B, C, H, W) in 0 to 1; values outside are clamped afterwards."""
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Change every image and clamp it to 0 to 1."""
+        """Transform every image and clamp it to 0 to 1."""
         return Labeled(self.recolor(batch.image, generator).clamp(0, 1), batch.label)
 
 
@@ -40,13 +40,13 @@ def gray(image: Tensor) -> Tensor:
     """Brightness (B, 1, H, W) of images (B, C, H, W): luma of three bands, the mean of any other number."""
     if image.shape[1] != 3:
         return image.mean(1, keepdim=True)
-    luma = torch.tensor(LUMA, dtype=image.dtype, device=image.device)
+    luma = torch.tensor(LUMA, dtype=image.dtype).to(image.device, non_blocking=True)
     return (image * luma.view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def _per_image(values: Tensor, image: Tensor) -> Tensor:
-    """Values (B,) or (B, C) on the image's device, ready to multiply (B, C, H, W)."""
-    return values.to(image.device, image.dtype).reshape(len(image), -1, 1, 1)
+    """Values (B,) or (B, C) as (B, 1 or C, 1, 1) on the image's device."""
+    return values.to(image.device, image.dtype, non_blocking=True).reshape(len(image), -1, 1, 1)
 
 
 def _about(image: Tensor, middle: Tensor, factor: Tensor) -> Tensor:
@@ -55,10 +55,10 @@ def _about(image: Tensor, middle: Tensor, factor: Tensor) -> Tensor:
 
 
 class BrightnessContrast(ColorAugment, name="brightness_contrast"):
-    """Add a constant, and stretch the differences from the image's mean."""
+    """Add a constant, and scale the differences from the image's mean."""
 
     brightness: Share = 0.2
-    """Largest constant added or taken away, as a share of the range."""
+    """Largest constant added or subtracted, as a share of the range."""
     contrast: NonNegative = 0.2
     """Largest change of contrast: 0.2 means 0.8 to 1.2 times."""
 
@@ -72,7 +72,7 @@ class BrightnessContrast(ColorAugment, name="brightness_contrast"):
 
 
 class ColorJitter(ColorAugment, name="color_jitter"):
-    """Change brightness, contrast, saturation and hue, in this order; other than three bands each on its own."""
+    """Change brightness, contrast, saturation and hue, in this order; per band unless there are three bands."""
 
     brightness: NonNegative = 0.2
     """Largest change of brightness: 0.2 means 0.8 to 1.2 times."""
@@ -126,18 +126,18 @@ class GaussianBlur(ColorAugment, name="gaussian_blur"):
 
 
 class Gray(ColorAugment, name="gray"):
-    """Show the brightness alone, in every band."""
+    """Set every band to the luma."""
 
     p: Share = 0.1
-    """Probability that an image is changed."""
+    """Probability that an image is transformed."""
 
-    def recolor(self, image: Tensor, generator: Generator) -> Tensor:  # noqa: ARG002 - nothing is left to chance
+    def recolor(self, image: Tensor, generator: Generator) -> Tensor:  # noqa: ARG002 - not random
         """Make every image gray."""
         return gray(image).expand_as(image)
 
 
 class Gamma(ColorAugment, name="gamma"):
-    """Raise values to a random power: shadows brighter and lights as they are, or the reverse."""
+    """Raise values to a random power."""
 
     low: Positive = 0.8
     """Smallest power; below 1 brightens."""
@@ -154,10 +154,9 @@ class Gamma(ColorAugment, name="gamma"):
 
 
 class Illumination(ColorAugment, name="illumination"):
-    """Another light: values times a gain that all bands share, and one of each band's own.
+    """Multiply values by a random gain of all bands and one of each band (the diagonal model of von Kries, 1902).
 
-    What sun, sky and sensor change between two flights (the diagonal model of von Kries, 1902). Unlike a shift of hue
-    it keeps colors in their order: grass turns bluer at dusk, never blue.
+    It simulates differences of sun, sky and sensor between flights. Unlike a shift of hue it keeps the order of colors.
     """
 
     brightness: NonNegative = 0.2
@@ -166,7 +165,7 @@ class Illumination(ColorAugment, name="illumination"):
     """Standard deviation of the logarithm of each band's own gain."""
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
-        """Light every image its own way."""
+        """Scale every image by its own gains."""
         count, bands = image.shape[:2]
         shared = self.brightness * torch.randn(count, 1, generator=generator)
         own = self.color * torch.randn(count, bands, generator=generator)
@@ -174,7 +173,7 @@ class Illumination(ColorAugment, name="illumination"):
 
 
 class GaussianNoise(ColorAugment, name="gaussian_noise"):
-    """Add noise that is independent from pixel to pixel and band to band."""
+    """Add independent noise to every pixel and band."""
 
     low: NonNegative = 0.01
     """Smallest standard deviation of the noise, as a share of the range."""
@@ -192,25 +191,22 @@ class GaussianNoise(ColorAugment, name="gaussian_noise"):
         return image + strength * noise.to(image.device, image.dtype)
 
 
-def _colors_alone(augments: tuple[Augment, ...]) -> tuple[Augment, ...]:
-    for each in augments:
-        if not isinstance(each, ColorAugment):
+def _check_colors_only(augments: tuple[Augment, ...]) -> tuple[Augment, ...]:
+    for augmentation in augments:
+        if not isinstance(augmentation, ColorAugment):
             known = ", ".join(sorted(name for name, kind in Augment.kinds.items() if issubclass(kind, ColorAugment)))
-            raise ValueError(f"{each.name} moves pixels away from their pseudo-labels; choose among: {known}")
+            raise ValueError(f"{augmentation.name} moves pixels relative to their labels; choose among: {known}")
     return augments
 
 
-ColorAugments = Annotated[tuple[Augment, ...], AfterValidator(_colors_alone)]
-"""Augmentations that change color and sharpness alone, so that pseudo-labels still fit."""
+ColorAugments = Annotated[tuple[Augment, ...], AfterValidator(_check_colors_only)]
+"""Augmentations of color and sharpness, which leave labels valid."""
 
 
 def augment_colors(image: Tensor, augments: tuple[Augment, ...], max_value: float) -> Tensor:
-    """A view of images (B, C, H, W), 0 to ``max_value``, by augmentations of color; the same range.
-
-    Random numbers come from torch's generator on the CPU.
-    """
-    none = torch.zeros(len(image), 1, 1, dtype=torch.int64, device=image.device)
-    return augment(Labeled(image, none), augments, max_value=max_value, generator=torch.default_generator).image
+    """Color-augmented images (B, C, H, W), 0 to ``max_value``; draws from torch's CPU generator."""
+    label = torch.zeros(len(image), 1, 1, dtype=torch.int64, device=image.device)
+    return augment(Labeled(image, label), augments, max_value=max_value, generator=torch.default_generator).image
 
 
 def swap_low_frequencies(image: Tensor, style: Tensor, beta: float) -> Tensor:
