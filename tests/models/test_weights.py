@@ -311,9 +311,9 @@ def bad_missing(path: Path) -> None:
         (bad_empty, "damaged"),
         (bad_no_tensors, "no tensors by name"),
         (bad_list, "no tensors by name"),
-        (bad_other_network, "made for another network"),
-        (bad_other_size, "made for another network"),
-        (bad_missing, "there is no file"),
+        (bad_other_network, "matches"),
+        (bad_other_size, "matches"),
+        (bad_missing, "does not exist"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
