@@ -39,3 +39,9 @@ def test_paint_shows_each_class_in_its_color_and_ignored_pixels_black() -> None:
     assert classes.index("water") == 1
     with pytest.raises(ValueError, match="land, water"):
         classes.index("sky")
+
+
+def test_yaml_booleans_as_class_names_are_explained() -> None:
+    for classes in ([False, True], {False: [0, 0, 0], True: [1, 1, 1]}, {"names": [False, True]}):
+        with pytest.raises(ValidationError, match="quote names"):
+            Classes.model_validate(classes)

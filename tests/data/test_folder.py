@@ -203,7 +203,7 @@ def test_settings_that_cannot_be_are_refused_at_once(tmp_path: Path, settings: d
 def test_folders_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder"):
         folder(root=tmp_path / "nowhere", classes=["a"]).items("train")
-    with pytest.raises(DataError, match="holds no images images"):
+    with pytest.raises(DataError, match="images holds no images"):
         folder(root=tmp_path, classes=["a"]).items("train")
 
 
@@ -230,3 +230,14 @@ def test_dubai(tiles: str, count: int) -> None:
     for number, color in enumerate(COLORS.values()):
         assert ((raw == color).all(axis=1) == (read == number)).all()
     assert all(item.label is None for item in without_labels(train))
+
+
+def test_folder_one_level_too_high_names_the_subfolders(tmp_path: Path) -> None:
+    for name in ("tile 1", "tile 2"):
+        (tmp_path / "city" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "city" / name / "a.png")
+    with pytest.raises(DataError, match=r"city holds no images .* tile 1, tile 2 .* city/tile 1"):
+        Folder(root=tmp_path, images="city", classes=["a"]).items("train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="root or images"):
+        Folder(root=tmp_path / "empty", classes=["a"]).items("train")

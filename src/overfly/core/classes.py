@@ -20,7 +20,7 @@ PALETTE: tuple[Color, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
     (120, 120, 120), (136, 34, 85), (17, 119, 51), (221, 204, 119), (51, 34, 136), (68, 170, 153), (170, 68, 153),
 )  # fmt: skip
-"""Colors that the color-blind can tell apart (Okabe and Ito, 2008; Tol, 2021), for classes that bring none."""
+"""Default colors, distinguishable by color-blind people (Okabe and Ito, 2008; Tol, 2021)."""
 
 
 class Classes(Spec):
@@ -29,12 +29,17 @@ class Classes(Spec):
     names: tuple[str, ...]
     """Name of each class, in the order of the ids."""
     colors: tuple[Color, ...] = ()
-    """Display color of each class; left out, a palette that the color-blind can tell apart."""
+    """Display color of each class; defaults to `PALETTE`."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_mapping(cls, value: object) -> object:
         """Accept ``{building: [255, 0, 0], road: [255, 255, 0]}`` and plain lists of names too."""
+        names = value.get("names", value) if isinstance(value, Mapping) else value
+        for name in names if isinstance(names, list | tuple | Mapping) else ():
+            if isinstance(name, bool):
+                word = "yes" if name else "no"
+                raise ValueError(f"YAML reads yes, no, on, off, true and false as {name}; quote names: ['{word}', …]")
         if isinstance(value, list | tuple):
             return {"names": tuple(value)}
         if isinstance(value, Mapping) and value and "names" not in value:
@@ -44,12 +49,12 @@ class Classes(Spec):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not 1 <= len(self.names) < IGNORE:
-            raise ValueError(f"a label set has 1 to {IGNORE - 1} classes, this one {len(self.names)}")
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        if twice:
-            raise ValueError(f"class names must differ; {', '.join(twice)} stands more than once")
+            raise ValueError(f"there must be 1 to {IGNORE - 1} classes, got {len(self.names)}")
+        duplicates = sorted({name for name in self.names if self.names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"class names must differ, got {', '.join(duplicates)} more than once")
         if self.colors and len(self.colors) != len(self.names):
-            raise ValueError(f"{len(self.names)} classes need {len(self.names)} colors, not {len(self.colors)}")
+            raise ValueError(f"{len(self.names)} classes need {len(self.names)} colors, got {len(self.colors)}")
         if not self.colors:
             colors = tuple(PALETTE[i % len(PALETTE)] for i in range(len(self.names)))
             object.__setattr__(self, "colors", colors)
@@ -59,7 +64,7 @@ class Classes(Spec):
         return len(self.names)
 
     def paint(self, label: UInt8) -> UInt8:
-        """Color a label (H, W) of class ids as a picture (H, W, 3); ignored pixels are black."""
+        """Color a label (H, W) of class ids as an image (H, W, 3); ignored pixels are black."""
         table = np.zeros((256, 3), np.uint8)
         table[: len(self.colors)] = self.colors
         painted: UInt8 = table[label]
@@ -69,8 +74,8 @@ class Classes(Spec):
         """Id of the class called ``name``.
 
         Raises:
-            ValueError: there is no such class; the message lists those that exist.
+            ValueError: there is no such class.
         """
         if name not in self.names:
-            raise ValueError(f"no class is called {name!r}; there are: {', '.join(self.names)}")
+            raise ValueError(f"there is no class {name!r}; classes: {', '.join(self.names)}")
         return self.names.index(name)

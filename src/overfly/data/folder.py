@@ -155,7 +155,7 @@ class Folder(Domain, name="folder"):
         found = listing.find_images(root, images, masks, lenient=inserted and split == "test")
         if not found:
             kind = SplitError if inserted else DataError
-            raise kind(f"{root} holds no images {images}; correct the domain's root or images")
+            raise kind(listing.no_images_message(root, images))
         if self.splits and not inserted:
             rules: dict[str, listing.Rule] = {name: self.splits[name] for name in SPLITS if name in self.splits}
             found = listing.choose(found, split, rules, root, self.seed)

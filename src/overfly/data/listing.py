@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -194,6 +195,22 @@ def _check_pairs(found: Mapping[Key, Path], labels: Mapping[Key, Path], root: Pa
             )
     if faults:
         raise DataError(f"{', and '.join(faults)}; add what is missing, take the rest away, or correct the patterns")
+
+
+def no_images_message(root: Path, images: str) -> str:
+    """Error message for a folder or glob without images; names the subfolders that hold some."""
+    folder = root / images if (root / images).is_dir() else root
+    files = (path for path in itertools.islice(folder.rglob("*"), 10_000) if path.suffix.lower() in SUFFIXES)
+    subfolders = sorted({path.parent.relative_to(folder).as_posix() for path in files} - {"."}, key=natural_key)
+    message = f"{root / images} holds no images ({', '.join(SUFFIXES)})"
+    if not subfolders:
+        return f"{message}, nor do its subfolders; correct the domain's root or images"
+    more = f" and {len(subfolders) - 3} more" if len(subfolders) > 3 else ""
+    below = (folder / subfolders[0]).relative_to(root).as_posix()
+    return (
+        f"{message}; its subfolders {', '.join(subfolders[:3])}{more} do: set images to one of them, such as {below}, "
+        "or to a glob over all, such as **/*.png"
+    )
 
 
 def _below(root: Path, path: Path) -> str:

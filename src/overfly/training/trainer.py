@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError, TrainingError
-from overfly.core.interrupts import interrupts_held
 from overfly.core.optimizers import set_learning_rate
 from overfly.core.progress import Progress, print_status
 from overfly.core.records import Batch, Labeled, Losses
@@ -116,16 +115,15 @@ class Trainer:
         if first > self.state["validated"] and self.validate(first):
             return
         self.first, self.looped = first, time.monotonic()
-        with interrupts_held():
-            batches = iter(
-                batch_loader(
-                    self.batches,
-                    first * accumulate,
-                    self.total_steps * accumulate,
-                    workers=self.config.workers,
-                    pin=self.fabric.device.type == "cuda",
-                )
+        batches = iter(
+            batch_loader(
+                self.batches,
+                first * accumulate,
+                self.total_steps * accumulate,
+                workers=self.config.workers,
+                pin=self.fabric.device.type == "cuda",
             )
+        )
         with Progress("steps", quiet=quiet) as progress:
             progress.update("training", first, self.total_steps)
             for index in range(first, self.total_steps):

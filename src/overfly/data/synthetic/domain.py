@@ -8,6 +8,7 @@ shapes and sizes, materials and season, ground resolution, sun and shadow, haze,
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -22,7 +23,6 @@ from overfly.core.atomic_files import temporary_path
 from overfly.core.choices import Scene
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
-from overfly.core.interrupts import interrupts_held
 from overfly.core.records import Item, UInt8
 from overfly.core.spec import Count, Pixels
 from overfly.data.domain import SPLITS, Domain, Split
@@ -238,10 +238,9 @@ def _write_all(world: Path, numbers: dict[Split, int], scenes: Sequence[Scene], 
         for job in jobs:
             _write(job)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        with interrupts_held():
-            done = pool.map(_write, jobs)  # one by one: where it is interrupted, a worker finishes what it was given
-        list(done)
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process, which ends the workers
+    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore_interrupts) as pool:
+        list(pool.map(_write, jobs))
 
 
 def _write(job: tuple[Path, Scene, Split, int, int]) -> None:

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from overfly import data_check, data_stats, data_synthesize
+
+
+def test_data_commands_accept_paths_and_text(tmp_path: Path) -> None:
+    for number, root in enumerate((tmp_path / "0", str(tmp_path / "1"))):
+        data_synthesize(root, scenes=["urban"], size=32, train=2, val=1, test=1)
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(f"name: loveda\nroot: {root}\nscene: urban\n")
+        for domain in (file, str(file)):
+            (report,) = data_check(domain, splits=["train"]).reports.values()
+            assert (report.splits[0].images, report.problems) == (2, ())
+            assert data_stats(domain).images == 2
+
+
+def test_exit_status_of_data_check(tmp_path: Path) -> None:
+    data_synthesize(tmp_path / "world", scenes=["urban"], size=32, train=2, val=1, test=1)
+    next((tmp_path / "world").rglob("masks_png/*.png")).write_bytes(b"")
+    assert data_check("loveda", f"root={tmp_path / 'world'}", "scene=urban").exit_status == 1
