@@ -118,7 +118,7 @@ def handle(error: BaseException) -> int:
         cause = cause.__context__
     if cause is not None:
         status = 128 + (signal.SIGTERM if isinstance(cause, Terminated) else signal.SIGINT)
-        return fail("stopped; the same command resumes where it can", status)
+        return fail("stopped; the same command resumes a training, a map or a download", status)
     from cyclopts import CycloptsError
 
     from overfly.commands.usage import usage_message
