@@ -98,8 +98,8 @@ def application(arguments: Sequence[str] = ()) -> App:
         parent.command(f"overfly.commands.{module}:{name}", name=command)
         if not named:
             parent[command]  # imports it, for the summary of its help
-    for group in groups.values():
-        app.command(group)
+    for parent in groups.values():
+        app.command(parent)
     return app
 
 

@@ -36,7 +36,8 @@ def test_settings_are_distinguished_from_recipes(
 
 
 def test_entries_are_split_into_recipes_and_settings(recipe: Recipe, tmp_path: Path) -> None:
-    file = recipe.save(tmp_path / "a.yaml")
+    file = tmp_path / "a.yaml"
+    recipe.save(file)
     assert split_entries([recipe, str(file), "seed=1"]) == ([recipe, str(file)], ["seed=1"])
     for missing in ("missing.yaml", "runs/missing", "missing"):
         with pytest.raises(RecipeError, match=missing):

@@ -4,6 +4,7 @@ Each file holds one verb: a function whose signature and docstring are the comma
 its result, which prints itself (``__rich_console__``). A command file is light to import, so that ``--help`` is fast:
 at the top only the standard library, cyclopts, `overfly.core.errors`, `overfly.core.choices` and
 `overfly.commands.arguments`; everything else (rich too) is imported inside the functions, or under TYPE_CHECKING.
+cyclopts resolves the annotations of the function, its result's too, so these need a class that exists at runtime.
 Paths are annotated `PathLike` (a Path or a string) and converted with ``Path(…)`` inside.
 """
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from overfly.data.check import Report
     from overfly.data.download import Downloaded
     from overfly.data.statistics import Statistics
+else:  # cyclopts resolves the annotations of results, which need not be imported for it
+    Downloaded = Statistics = object
 
 
 @dataclass(frozen=True)
