@@ -19,7 +19,7 @@ PICTURE = Path(__file__).parent / "images" / "two_domains.png"
 
 
 def sample(run: Run, domain: Domain, place: int) -> Sample:
-    """What a run says of one picture of a domain's test split, evenly spread places counted from 0."""
+    """Predict one of six evenly sampled images of a domain's test split, numbered from 0."""
     samples = Samples(spread=6, extremes=False)
     score(run.segmenter(), domain, "test", resize=run.recipe.resize, window=run.recipe.window, samples=samples)
     return list(samples)[place]

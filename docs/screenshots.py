@@ -1,8 +1,8 @@
-"""Draw docs/images/{report,map,start}-*.webp: the report and the page on a phone and a desk, light and dark.
+"""Draw docs/images/{report,map,start}-*.webp: the report and the server's pages at phone and desktop size, light and dark.
 
 python docs/screenshots.py runs/demo
 
-Needs the extras serve and dev, and a Chromium. Runs are those of `make demo`; nothing is written to them.
+Needs the extras serve and dev, and a Chromium. Runs are those of `make demo`, which are not changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST = 300_000
 
 
 def scene(path: Path) -> Path:
-    """A synthetic picture of the country, six tiles large."""
+    """A rural synthetic image of six tiles."""
     domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": 256, "val": 6})
     tiles = [domain.read_image(item) for item in domain.items("val")]
     rows = [np.concatenate(tiles[first : first + 3], axis=1) for first in (0, 3)]
@@ -39,7 +39,7 @@ def scene(path: Path) -> Path:
 
 
 def shoot(browser: Any, name: str, visit: Callable[[Any], None], height: int | None = None) -> None:
-    """One picture for each size and scheme; the page must not be wider than the screen."""
+    """Take a screenshot for each size and color scheme; the page must not be wider than the viewport."""
     for width, tall in SIZES:
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": width, "height": height or tall}, color_scheme=scheme)
@@ -59,15 +59,15 @@ def shoot(browser: Any, name: str, visit: Callable[[Any], None], height: int | N
 
 
 def main() -> None:
-    """Make a report, serve the runs, and look at both."""
+    """Write a report, serve the runs, and take screenshots of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as engine:
         copied = Path(folder) / "runs"
-        shutil.copytree(settings.runs, copied, symlinks=True)  # reading labels is counted in a run's folder
-        written = report([str(copied)], out=Path(folder) / "report.html", title="Town to country", device="cpu").path
-        picture = scene(Path(folder) / "scene.png")
+        shutil.copytree(settings.runs, copied, symlinks=True)  # labels opened are counted in a run's folder
+        written = report([str(copied)], out=Path(folder) / "report.html", title="Urban to Rural", device="cpu").path
+        image = scene(Path(folder) / "scene.png")
         running = start(application(served_networks([str(copied)], device="cpu")))
         browser = engine.chromium.launch(
             executable_path=next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None),
@@ -76,7 +76,7 @@ def main() -> None:
 
         def drop(page: Any) -> None:
             page.goto(running.address)
-            page.set_input_files("#file", str(picture))
+            page.set_input_files("#file", str(image))
             page.wait_for_url("**/map/*", timeout=120_000)
             page.wait_for_selector("img.leaflet-tile-loaded")
 

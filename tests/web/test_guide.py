@@ -74,5 +74,6 @@ def test_limits_in_the_guide_are_the_defaults() -> None:
         f"`--queue` | {limits.queue} |",
         f"before anything is decoded | {limits.pixels / 1e6:g} |",
         f"{limits.cache // 10**6} million",
+        f"open connections | {limits.connections} |",
     ):
         assert words in GUIDE, words
