@@ -1,4 +1,4 @@
-"""Draw docs/images/{report,map,start}-*.webp: the report and the server's pages at phone and desktop size, light and dark.
+"""Draw docs/images/{report,map,start}-*.webp: the report and the server's pages, small and large, light and dark.
 
 python docs/screenshots.py runs/demo
 

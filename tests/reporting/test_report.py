@@ -11,7 +11,7 @@ from overfly.benchmarking import SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.reporting import report as reports
-from overfly.reporting.report import ConfusionTable, Entry, Gallery, Report, SelectionTable, describe_shares, render
+from overfly.reporting.report import ConfusionTable, Entry, Report, SelectionTable, describe_shares, render
 from overfly.reporting.samples import SampleImage, SampleSet
 
 NASTY = '"><script>alert(1)</script><img src="http://evil.example/x.png" onerror="y()">'
@@ -31,7 +31,7 @@ def _entry(name: str = NASTY, **changes: Any) -> Entry:
     return Entry(**(values | changes))
 
 
-def _gallery(number: int = 1, side: int = 240) -> Gallery:
+def _gallery(number: int = 1, side: int = 240) -> SampleSet:
     rng = np.random.default_rng(0)
     images = [
         SampleImage(
@@ -44,7 +44,7 @@ def _gallery(number: int = 1, side: int = 240) -> Gallery:
         )
         for _ in range(number)
     ]
-    return Gallery(SampleSet(NASTY, "target", images, 10, 20), CLASSES)
+    return SampleSet(NASTY, CLASSES, "target", images, 10, 20)
 
 
 def _report(**changes: Any) -> Report:
@@ -100,7 +100,7 @@ def test_report_of_a_run_without_scores() -> None:
     assert "overfly evaluate" in text
     assert "No training steps" in text
     assert "Gap closed" not in text
-    note = Gallery(SampleSet("Far", "target", [], 0, 0, "data/x is not there"), CLASSES)
+    note = SampleSet("Far", CLASSES, "target", [], 0, 0, "data/x is not there")
     assert "data/x is not there" in render(_report(galleries=[note]))
 
 

@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from overfly.core.records import Array
 from overfly.exporting.predictor import Floats
 from overfly.video.player import LatestFrame
-from overfly.web.config import Limits, PixelBudget, RequestTimeoutError
+from overfly.web.config import Limits, RequestTimeoutError
 from overfly.web.server import application, serve_stream, start
 from served import CLASSES, bright, encoded, inverted, network, ramp
 
@@ -411,15 +411,3 @@ def test_a_network_is_called_by_one_request_at_a_time() -> None:
     assert calls == [1] * 8
     with pytest.raises(RequestTimeoutError):
         shared.probabilities(images, time.monotonic() - 1)
-
-
-def test_pixel_budget_is_shared_and_times_out() -> None:
-    budget = PixelBudget(100)
-    later = time.monotonic() + 30
-    with budget.reserve(80, later):
-        with budget.reserve(20, later), pytest.raises(RequestTimeoutError), budget.reserve(1, time.monotonic() + 0.02):
-            pass
-        with budget.reserve(20, time.monotonic() + 0.02):
-            pass
-    with budget.reserve(1000, time.monotonic() + 0.02):
-        pass

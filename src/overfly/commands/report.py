@@ -77,4 +77,4 @@ def report(
     )  # fmt: skip
     with atomic_write(out) as partial:
         partial.write_text(render(found), encoding="utf-8")
-    return ReportResult(out, len(found.entries), sum(gallery.samples.labels_opened for gallery in found.galleries))
+    return ReportResult(out, len(found.entries), sum(samples.labels_opened for samples in found.galleries))

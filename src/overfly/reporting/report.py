@@ -109,14 +109,6 @@ class SelectionTable:
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """Sample images of a domain, and the classes of their maps."""
-
-    samples: SampleSet
-    classes: Classes
-
-
-@dataclass(frozen=True)
 class Report:
     """The content of a report."""
 
@@ -125,7 +117,7 @@ class Report:
     split: str
     entries: Sequence[Entry]
     selections: Sequence[SelectionTable] = ()
-    galleries: Sequence[Gallery] = ()
+    galleries: Sequence[SampleSet] = ()
     speeds: Mapping[str, Speed] = field(default_factory=dict)
     own_colors: bool = False
 
@@ -199,15 +191,15 @@ def environment(folder: Path = HERE) -> Environment:
     )
 
 
-def _embed(gallery: Gallery, side: int, *, own_colors: bool) -> dict[str, Any]:
-    """A gallery with its images as data URIs."""
-    classes = gallery.classes if own_colors else accessible_colors(gallery.classes)
+def _embed(samples: SampleSet, side: int, *, own_colors: bool) -> dict[str, Any]:
+    """Sample images as data URIs."""
+    classes = samples.classes if own_colors else accessible_colors(samples.classes)
 
     def tile(caption: str, ids: UInt8) -> tuple[str, str, str]:
         return caption, data_uri(encode_png(thumbnail(ids, side), classes)), describe_shares(ids, classes)
 
     images = []
-    for sample in gallery.samples.images:
+    for sample in samples.images:
         tiles = [("image", data_uri(encode_webp(thumbnail(sample.image, side))), "")]
         if sample.label is not None:
             tiles.append(tile("label", sample.label))
@@ -216,7 +208,7 @@ def _embed(gallery: Gallery, side: int, *, own_colors: bool) -> dict[str, Any]:
             tiles.append(tile(name + correct, ids))
         images.append({"name": sample.name, "reason": sample.reason, "tiles": tiles})
     colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in classes.colors]
-    return {"samples": gallery.samples, "images": images, "legend": list(zip(classes.names, colors, strict=True))}
+    return {"samples": samples, "images": images, "legend": list(zip(classes.names, colors, strict=True))}
 
 
 def describe_shares(ids: UInt8, classes: Classes) -> str:
@@ -226,5 +218,5 @@ def describe_shares(ids: UInt8, classes: Classes) -> str:
 
 
 __all__ = [
-    "ConfusionTable", "Entry", "Gallery", "Report", "SelectionTable", "describe_shares", "environment", "render",
+    "ConfusionTable", "Entry", "Report", "SelectionTable", "describe_shares", "environment", "render",
 ]  # fmt: skip

@@ -21,8 +21,8 @@ from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build
 from overfly.recipe import Recipe
 from overfly.reporting.figures import SERIES, training_curves
-from overfly.reporting.report import ConfusionTable, Entry, Gallery, Report, SelectionTable
-from overfly.reporting.samples import collect_samples
+from overfly.reporting.report import ConfusionTable, Entry, Report, SelectionTable
+from overfly.reporting.samples import SampleSet, collect_samples
 from overfly.training.evaluate import Role, stored_scores
 from overfly.training.run import Run
 
@@ -222,7 +222,7 @@ def _selection(file: Path) -> SelectionTable:
     )
 
 
-def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, device: torch.device) -> list[Gallery]:
+def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, device: torch.device) -> list[SampleSet]:
     """Sample images of every pair of domains, with the predictions of its networks beside each other."""
     pairs: dict[str, dict[str, Run]] = {}
     for name, runs in groups.items():
@@ -256,8 +256,7 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
         }
         first = next(iter(shown.values()))
         role: Role = "source" if first.recipe.target is None else "target"
-        samples = collect_samples(shown, role, labels=labels, limit=limit, device=device)
-        found.append(Gallery(samples, first.segmenter().classes))
+        found.append(collect_samples(shown, role, labels=labels, limit=limit, device=device))
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RunError
 from overfly.core.records import UInt8
 from overfly.data.domain import Domain, Split, SplitError
@@ -57,6 +58,7 @@ class SampleSet:
 
     Attributes:
         title: the domain's.
+        classes: names and colors of the maps.
         role: source or target, as in the recipes of the runs.
         images: the images chosen.
         candidates: number of images that they were chosen from.
@@ -65,6 +67,7 @@ class SampleSet:
     """
 
     title: str
+    classes: Classes
     role: Role
     images: Sequence[SampleImage]
     candidates: int
@@ -108,7 +111,7 @@ def collect_samples(
         note = "labels were not opened" if not labels else f"there are no labels in {SPLIT}"
         return _unlabeled_samples(runs, role, domain, device, note)
     except DataError as error:
-        return SampleSet(domain.title, role, (), 0, 0, str(error))
+        return SampleSet(domain.title, domain.classes, role, (), 0, 0, str(error))
 
 
 def _labeled_samples(
@@ -132,7 +135,8 @@ def _labeled_samples(
         predictions = {name: one.prediction for name, one in shown.items()}
         correct = {name: one.accuracy for name, one in shown.items() if one.accuracy is not None}
         images.append(SampleImage(first.name, reason, first.image, first.label, predictions, correct))
-    return SampleSet(domain.title, role, images, len(next(iter(samples.values()))), sum(map(len, samples.values())))
+    opened = [len(some) for some in samples.values()]
+    return SampleSet(domain.title, domain.classes, role, images, opened[0], sum(opened))
 
 
 def choose_images(accuracy: Mapping[str, Mapping[int, float | None]], number: int = 2) -> dict[int, str]:
@@ -185,7 +189,7 @@ def _unlabeled_samples(
         values = image.permute(1, 2, 0).numpy()
         shown = thumbnail(values.astype(np.uint8) if domain.max_value == 255 else values, SIDE)
         found.append(SampleImage(f"{domain.title} {index + 1}", "", shown, None, predictions[index], {}))
-    return SampleSet(domain.title, role, found, len(images), 0, note)
+    return SampleSet(domain.title, domain.classes, role, found, len(images), 0, note)
 
 
 def samples_folder(run: Run) -> Path:

@@ -1,11 +1,6 @@
-"""Bounds of a server: sizes, times, and the pixels that are worked on at the same time."""
+"""Limits of a server."""
 
 from __future__ import annotations
-
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from overfly.core.errors import OverflyError
 from overfly.core.spec import Count, Positive, Spec
@@ -19,7 +14,7 @@ class RequestTimeoutError(OverflyError):
 
 
 class Limits(Spec):
-    """Bounds of a server. A request beyond one is refused with a status and a message."""
+    """Limits of a server. A request beyond one is refused with a status and a message."""
 
     upload: Count = 64_000_000
     """Bytes of a request body; beyond it 413."""
@@ -37,37 +32,4 @@ class Limits(Spec):
     """Viewers of the live stream at the same time; beyond it 429."""
 
 
-class PixelBudget:
-    """A bound on the pixels that are processed at the same time, so that large images do not exhaust the memory."""
-
-    def __init__(self, pixels: int) -> None:
-        self.pixels = pixels
-        self._used = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def reserve(self, pixels: int, deadline: float) -> Iterator[None]:
-        """Reserve pixels, at most the whole budget, while the context lasts.
-
-        Args:
-            pixels: number to reserve.
-            deadline: time of `time.monotonic` at which to give up.
-
-        Raises:
-            RequestTimeoutError: the pixels were not free before the deadline.
-        """
-        wanted = min(pixels, self.pixels)
-        with self._changed:
-            timeout = max(0.0, deadline - time.monotonic())
-            if not self._changed.wait_for(lambda: self._used + wanted <= self.pixels, timeout):
-                raise RequestTimeoutError
-            self._used += wanted
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._used -= wanted
-                self._changed.notify_all()
-
-
-__all__ = ["Limits", "PixelBudget", "RequestTimeoutError"]
+__all__ = ["Limits", "RequestTimeoutError"]

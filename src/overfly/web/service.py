@@ -28,7 +28,7 @@ from overfly.ops.windows import sliding
 from overfly.raster.georeference import Georeference
 from overfly.raster.raster_source import input_gain
 from overfly.training.run import Run
-from overfly.web.config import Limits, PixelBudget, RequestTimeoutError
+from overfly.web.config import Limits, RequestTimeoutError
 from overfly.web.uploads import UploadedImage, check_header, read_upload, stored_upload
 
 T = TypeVar("T")
@@ -36,6 +36,8 @@ MIN_SIDE = 32
 """Side in pixels that smaller images are padded to."""
 WINDOWS = 4
 """Windows of an image in one batch."""
+WORKERS = 2
+"""Threads that process images: one decodes while another predicts. Their number bounds the memory."""
 ROWS = 256
 """Rows whose class probabilities are reduced at a time."""
 
@@ -150,7 +152,6 @@ class InferenceService:
         self.networks = {network.key: network for network in networks}
         self.limits = limits
         self.scenes = list(scenes)
-        self._budget = PixelBudget(2 * limits.pixels)
         self._active = 0
         self._pool: ThreadPoolExecutor | None = None
         size = max(limits.cache, 3 * limits.pixels)  # the largest map, with two predictions, fits
@@ -166,7 +167,7 @@ class InferenceService:
         """
         if self._active >= self.limits.queue:
             raise HTTPException(429, "the server is busy; try again in a few seconds", {"retry-after": "2"})
-        self._pool = self._pool or ThreadPoolExecutor(self.limits.queue, thread_name_prefix="requests")
+        self._pool = self._pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="requests")
         deadline = time.monotonic() + self.limits.seconds
         future = asyncio.get_running_loop().run_in_executor(self._pool, task, deadline)
         self._active += 1
@@ -210,11 +211,11 @@ class InferenceService:
             header = check_header(path, bands=each.bands, pixels=self.limits.pixels, network=title)
         dtype = header.stored or header.dtype
         gains = [input_gain(path, dtype, each, max_value, option="max_value=") for each in metadata]
-        predictions: dict[str, Prediction] = {}
-        with self._budget.reserve(header.height * header.width, deadline):
-            images = {bands: read_upload(path, header, bands) for bands in {each.bands for each in metadata}}
-            for network, each, gain in zip(networks, metadata, gains, strict=True):
-                predictions[network.key] = predict_image(network, images[each.bands], deadline, gain)
+        images = {bands: read_upload(path, header, bands) for bands in {each.bands for each in metadata}}
+        predictions = {
+            network.key: predict_image(network, images[each.bands], deadline, gain)
+            for network, each, gain in zip(networks, metadata, gains, strict=True)
+        }
         return images[metadata[0].bands], predictions
 
     def store(self, image: UploadedImage, predictions: Mapping[str, Prediction]) -> StoredMap:
