@@ -8,7 +8,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,16 +27,6 @@ MAX_REASONS = 3
 """Scenes left out, of which the reason is printed."""
 
 
-@dataclass(frozen=True)
-class ServeResult:
-    """A server that was stopped."""
-
-    address: str
-
-    def __rich__(self) -> str:
-        return f"stopped: {self.address}"
-
-
 @pathlike
 def serve(
     networks: list[str],
@@ -54,7 +43,7 @@ def serve(
     megapixels: float = 9.0,
     seconds: float = 60.0,
     queue: int = 16,
-) -> ServeResult:
+) -> str:
     """Serve networks in a browser and over HTTP, until Ctrl-C.
 
     The page lists the networks, compares two of them, and shows the map of an image that is dropped on it. Programs
@@ -78,7 +67,7 @@ def serve(
         queue: images that are processed or wait at the same time; beyond them 429.
 
     Returns:
-        The address, after the server was stopped.
+        A line with the address, after the server was stopped.
     """
     from overfly.web import load_server
     from overfly.web.config import Limits
@@ -101,7 +90,7 @@ def serve(
         print(f"overfly: {len(served)} network(s) at {address}; Ctrl-C stops it", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(app, bound, limits)
-    return ServeResult(address)
+    return f"stopped: {address}"
 
 
 @contextlib.contextmanager
@@ -175,8 +164,9 @@ def served_networks(
                 about = {"model": predictor.metadata.architecture, "folder": path.resolve().parent.name}
                 about |= dict(zip(("format", "precision"), predictor.export or (), strict=False))
                 about["runtime"] = predictor.backend
-                load = partial(_return, predictor)
-                found[path.resolve()] = ServedNetwork(str(len(found)), path.name, load, None, about)
+                found[path.resolve()] = ServedNetwork(
+                    str(len(found)), path.name, partial(_return, predictor), None, about
+                )
             continue
         runs = [run for run in find_runs([path]) if run.finished]
         if not runs:
@@ -211,23 +201,19 @@ def _describe(run: Run) -> dict[str, str]:
 
 
 def _make_titles_unique(networks: Mapping[Path, ServedNetwork]) -> None:
-    """Append the folder, and format and precision of exports, to titles that several networks have."""
+    """Append the folder, as short as possible, and format and precision of exports to titles of several networks."""
     titles = Counter(network.title for network in networks.values())
     for title in [title for title, count in titles.items() if count > 1]:
         same = {path: network for path, network in networks.items() if network.title == title}
         folders = [path if network.run is not None else path.parent for path, network in same.items()]
-        for network, folder in zip(same.values(), _shortest_tails(folders), strict=True):
+        tails = [folder.as_posix() for folder in folders]
+        for length in range(1, max(len(folder.parts) for folder in folders)):
+            tails = [Path(*folder.parts[-length:]).as_posix() for folder in folders]
+            if len(set(tails)) == len(tails):
+                break
+        for network, tail in zip(same.values(), tails, strict=True):
             kind = [network.about[name] for name in ("format", "precision") if name in network.about]
-            network.title = f"{title} ({', '.join([folder, *kind])})"
-
-
-def _shortest_tails(folders: Sequence[Path]) -> list[str]:
-    """Last parts of some paths, as few as make them different."""
-    for length in range(1, max(len(folder.parts) for folder in folders)):
-        tails = [Path(*folder.parts[-length:]).as_posix() for folder in folders]
-        if len(set(tails)) == len(tails):
-            return tails
-    return [str(folder) for folder in folders]
+            network.title = f"{title} ({', '.join([tail, *kind])})"
 
 
 def _check_token(host: str, token: str | None) -> str | None:
