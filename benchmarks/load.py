@@ -1,8 +1,8 @@
-"""The page under load: many clients send images to a server on this machine for a while.
+"""Load test of the server: many clients send images to a server on this machine.
 
 python benchmarks/load.py runs/NAME --clients 32 --seconds 60 --out docs/results
-python benchmarks/load.py runs/NAME --queue 40      # no client is turned away
-python benchmarks/load.py stand-in                  # a network that costs nothing: the server itself
+python benchmarks/load.py runs/NAME --queue 40      # no client is refused
+python benchmarks/load.py stand-in                  # a network of negligible cost: the server alone
 
 Counts answers by status, times those that were answered, and reads the server's resident memory every half second.
 """
@@ -36,19 +36,19 @@ from overfly.web.service import ServedNetwork
 STAND_IN = "stand-in"
 BOUNDARY = "overfly-load"
 WARM = 15.0
-"""Seconds after which memory is expected to stay as it is."""
+"""Seconds after which memory is expected to be constant."""
 
 
 def body(image: Any) -> bytes:
-    """A multipart request that holds an image."""
+    """Encode an image as a multipart request."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
     return head.encode() + file.getvalue() + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
-def client(place: tuple[str, int], bodies: list[bytes], until: float, seen: list[tuple[int | str, float]]) -> None:
-    """Send one image after another; wait as long as the server says where it is full."""
+def client(place: tuple[str, int], bodies: list[bytes], until: float, requests: list[tuple[int | str, float]]) -> None:
+    """Send one image after another; wait for `Retry-After` when it is refused."""
     number = 0
     while time.monotonic() < until:
         start = time.monotonic()
@@ -58,18 +58,18 @@ def client(place: tuple[str, int], bodies: list[bytes], until: float, seen: list
             connection.request("POST", "/predict", bodies[number % len(bodies)], headers)
             answer = connection.getresponse()
             answer.read()
-            seen.append((answer.status, time.monotonic() - start))
+            requests.append((answer.status, time.monotonic() - start))
             if answer.status == 429:
                 time.sleep(min(float(answer.headers["retry-after"]), max(0.0, until - time.monotonic())))
         except (OSError, http.client.HTTPException) as error:
-            seen.append((type(error).__name__, time.monotonic() - start))
+            requests.append((type(error).__name__, time.monotonic() - start))
         finally:
             connection.close()
         number += 1
 
 
 def resident(process: int) -> float:
-    """Memory of a process in units of 10⁶ bytes."""
+    """Resident memory of a process in MB."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024 / 1e6
@@ -77,7 +77,7 @@ def resident(process: int) -> float:
 
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
-    """Start a server, load it, and say what was seen."""
+    """Start a server, load it, and measure."""
     own = [sys.executable, __file__, STAND_IN, "--serve", "--queue", str(settings.queue)]
     real = [sys.executable, "-m", "overfly.cli", "serve", settings.run, "--port", "0", "--queue", str(settings.queue)]
     command = own if settings.run == STAND_IN else real
@@ -89,11 +89,11 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         place = (str(address.hostname), int(address.port or 0))
         domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": settings.size, "val": 8})
         bodies = [body(domain.read_image(item)) for item in domain.items("val")]
-        seen: list[tuple[int | str, float]] = []
+        requests: list[tuple[int | str, float]] = []
         client(place, bodies, time.monotonic() + 0.01, [])
         begun = time.monotonic()
         threads = [
-            threading.Thread(target=client, args=(place, bodies, begun + settings.seconds, seen))
+            threading.Thread(target=client, args=(place, bodies, begun + settings.seconds, requests))
             for _ in range(settings.clients)
         ]
         for thread in threads:
@@ -108,7 +108,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     finally:
         process.terminate()
         process.wait(20)
-    return figures(settings, seen, memory, took, len(bodies[0]))
+    return summarize(settings, requests, memory, took, len(bodies[0]))
 
 
 def stand_in(queue: int) -> None:
@@ -126,18 +126,19 @@ def stand_in(queue: int) -> None:
     server.run(server.application([network], limits=Limits(queue=queue)), place)
 
 
-def figures(
+def summarize(
     settings: argparse.Namespace,
-    seen: list[tuple[int | str, float]],
+    requests: list[tuple[int | str, float]],
     memory: list[tuple[float, float]],
     took: float,
     size: int,
 ) -> dict[str, Any]:
-    """What was seen, in figures."""
-    good = np.asarray([seconds for status, seconds in seen if status == 200]) * 1e3
-    full = np.asarray([seconds for status, seconds in seen if status == 429] or [np.nan]) * 1e3
+    """Summarize the measurements."""
+    good = np.asarray([seconds for status, seconds in requests if status == 200]) * 1e3
+    full = np.asarray([seconds for status, seconds in requests if status == 429] or [np.nan]) * 1e3
     statuses = {
-        str(status): sum(each == status for each, _ in seen) for status in dict.fromkeys(each for each, _ in seen)
+        str(status): sum(each == status for each, _ in requests)
+        for status in dict.fromkeys(each for each, _ in requests)
     }
     warm = [megabytes for when, megabytes in memory if when >= WARM]
     thirds = [float(np.median(part)) for part in np.array_split(np.asarray(warm), 3)] if len(warm) >= 3 else []
@@ -161,7 +162,7 @@ def figures(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help=f"a run; or {STAND_IN}: a network that costs nothing")
+    parser.add_argument("run", help=f"a run; or {STAND_IN}: a network of negligible cost")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)

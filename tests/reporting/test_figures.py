@@ -49,10 +49,10 @@ def test_training_curves_skip_non_finite_values_and_keep_the_last_row() -> None:
 @pytest.mark.parametrize("kept", ["all", "losses", "measured"])
 def test_draw_curves(tmp_path: Path, kept: str) -> None:
     rows = [row for row in _rows() if kept == "all" or ("event" in row) == (kept == "measured")]
-    with Image.open(draw_curves(rows, tmp_path / "new" / "curves.png")) as picture:
-        assert picture.format == "PNG"
-        assert picture.width == 960
-        darkest, _ = picture.convert("L").getextrema()
+    with Image.open(draw_curves(rows, tmp_path / "new" / "curves.png")) as image:
+        assert image.format == "PNG"
+        assert image.width == 960
+        darkest, _ = image.convert("L").getextrema()
         assert float(str(darkest)) < 100
 
 

@@ -124,7 +124,7 @@ def test_dropped_image_opens_its_map(page: Any, running: Running, tmp_path: Path
         page.locator("#swipe").evaluate(swipe, value)
         page.wait_for_timeout(200)
         seen[value] = _bright_at(page, 180)
-    assert seen == {100: False, 900: True}, "the network on the left says bright, the one on the right dark"
+    assert seen == {100: False, 900: True}, "the left network predicts bright, the right one dark"
 
     page.check("input[value=uncertainty]")
     page.wait_for_selector("img.leaflet-tile-loaded[src*=uncertainty]")
@@ -140,7 +140,7 @@ def test_dropped_image_opens_its_map(page: Any, running: Running, tmp_path: Path
 
 
 def test_invalid_file_shows_an_error(page: Any, running: Running, tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_text("no picture at all")
+    (tmp_path / "x.png").write_text("not an image")
     page.goto(running.address)
     with page.expect_response("**/maps") as answer:
         page.set_input_files("#file", tmp_path / "x.png")
@@ -190,9 +190,9 @@ def test_ended_stream_is_grayed_out(wide: Any) -> None:
         wide.goto(f"{running.address}live", wait_until="commit")
         assert _shows(wide, ".frame")
         assert wide.locator("#state").inner_text() == ""
-        screen.close("it came to its end after 1 picture")
+        screen.close("it came to its end after 1 frame")
         wide.wait_for_selector("#state.warn")
-        assert wide.inner_text("#state") == "This stream has ended: it came to its end after 1 picture."
+        assert wide.inner_text("#state") == "This stream has ended: it came to its end after 1 frame."
         assert wide.locator("#stream.ended").count() == 1
         wide.goto(f"{running.address}live")
         assert _shows(wide, ".frame")

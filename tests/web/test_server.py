@@ -40,14 +40,14 @@ def client() -> Iterator[TestClient]:
         yield found
 
 
-def ask(client: TestClient, image: bytes, name: str = "a.png", **form: str) -> Any:
+def predict(client: TestClient, image: bytes, name: str = "a.png", **form: str) -> Any:
     return client.post("/predict", files={"image": (name, image)}, data=form)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 50), (1, 1), (200, 130), (64, 64), (3, 300)])
 def test_predict_returns_class_ids_as_png(client: TestClient, height: int, width: int) -> None:
     image = ramp(height, width)
-    found = ask(client, encoded(image))
+    found = predict(client, encoded(image))
     assert found.status_code == 200
     assert found.headers["content-type"] == "image/png"
     ids = np.asarray(Image.open(io.BytesIO(found.content)))
@@ -56,8 +56,8 @@ def test_predict_returns_class_ids_as_png(client: TestClient, height: int, width
 
 def test_predict_returns_class_shares_of_the_named_network(client: TestClient) -> None:
     image = encoded(np.full((20, 20, 3), 200, np.uint8))
-    one = ask(client, image, output="json").json()
-    other = ask(client, image, output="json", network="1").json()
+    one = predict(client, image, output="json").json()
+    other = predict(client, image, output="json", network="1").json()
     assert [each["share"] for each in one["classes"]] == [0.0, 1.0]
     assert [each["share"] for each in other["classes"]] == [1.0, 0.0]
     assert one["classes"][1]["name"] == CLASSES.names[1]
@@ -72,7 +72,7 @@ def test_predict_geotiff_keeps_coordinates_and_no_data(client: TestClient, tmp_p
     settings = {"height": 70, "width": 90, "count": 3, "dtype": "uint8", "nodata": 0}
     with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32650", transform=transform, **settings) as file:
         file.write(image)
-    found = ask(client, path.read_bytes(), "../../etc/passwd", output="tiff")
+    found = predict(client, path.read_bytes(), "../../etc/passwd", output="tiff")
     assert found.status_code == 200
     assert found.headers["content-disposition"] == 'attachment; filename="map.tif"'
     with rasterio.MemoryFile(found.content) as memory, memory.open() as file:
@@ -98,14 +98,14 @@ def tiff(path: Path, image: Array, **settings: Any) -> bytes:
 def test_other_data_types_need_max_value(client: TestClient, tmp_path: Path, dtype: str) -> None:
     image = (ramp() // 3).astype(dtype)
     sent = tiff(tmp_path / "scene.tif", image)
-    found = ask(client, sent)
+    found = predict(client, sent)
     assert found.status_code == 400
     words = "complex" if dtype == "complex64" else f"{dtype}.* max_value="
     assert re.search(words, found.json()["detail"])
     maps = client.post("/maps", files={"image": ("x", sent)})
     assert (maps.status_code, maps.json()) == (400, found.json())
     if dtype != "complex64":
-        found = ask(client, sent, max_value="85")
+        found = predict(client, sent, max_value="85")
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.content))), image[..., 0] * 3.0 > 127.5)
 
 
@@ -113,10 +113,10 @@ def test_bit_depth_must_match_the_network() -> None:
     deep = encoded(np.full((8, 8), 20000, np.uint16))
     several = [network("0", bands=1), network("1", bands=1, max_value=65535), network("2", bands=1, max_value=1)]
     with make_client(networks=several) as client:
-        assert "values up to 1;" in ask(client, deep, network="2").json()["detail"]
-        assert "uint16" in ask(client, deep).json()["detail"]
-        assert ask(client, deep, network="1").status_code == 200
-        assert "uint8" in ask(client, encoded(ramp()[..., 0]), network="1").json()["detail"]
+        assert "values up to 1;" in predict(client, deep, network="2").json()["detail"]
+        assert "uint16" in predict(client, deep).json()["detail"]
+        assert predict(client, deep, network="1").status_code == 200
+        assert "uint8" in predict(client, encoded(ramp()[..., 0]), network="1").json()["detail"]
         both = client.post("/maps", files={"image": ("x", deep)}, data={"network": "1", "other": "0"})
         assert both.status_code == 400
 
@@ -131,7 +131,7 @@ def test_predict_geotiff_keeps_mask_and_control_points(client: TestClient, tmp_p
     tiff(path, ramp(), gcps=points, crs="EPSG:32650")
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="YES"), rasterio.open(path, "r+") as file:
         file.write_mask(shown)
-    found = ask(client, path.read_bytes(), output="tiff")
+    found = predict(client, path.read_bytes(), output="tiff")
     with rasterio.MemoryFile(found.content) as memory, memory.open() as file:
         np.testing.assert_array_equal(file.read(1) == 255, shown == 0)
         assert [(p.row, p.col, p.x, p.y) for p in file.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in points]
@@ -192,7 +192,7 @@ def _bomb(side: int) -> bytes:
     ],
 )
 def test_invalid_images_are_refused_without_their_path(client: TestClient, image: bytes, words: str) -> None:
-    found = ask(client, image)
+    found = predict(client, image)
     assert found.status_code == 400
     assert words in found.json()["detail"]
     assert "overfly-" not in found.json()["detail"]
@@ -218,8 +218,8 @@ def test_invalid_requests_name_the_field(client: TestClient) -> None:
             assert answer.json()["detail"].endswith("needs")
     schema = client.get("/openapi.json").json()
     assert "HTTPValidationError" not in schema["components"]["schemas"]
-    told = schema["paths"]["/predict"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
-    assert told["$ref"].endswith("/Problem")
+    problem = schema["paths"]["/predict"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
+    assert problem["$ref"].endswith("/Problem")
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
@@ -237,11 +237,11 @@ def test_request_times_out_and_the_server_continues() -> None:
 
     with make_client(Limits(seconds=1.0), networks=[network("0", slow)]) as client:
         start_ = time.monotonic()
-        found = ask(client, encoded(ramp()))
+        found = predict(client, encoded(ramp()))
         assert found.status_code == 503
         assert time.monotonic() - start_ < 4
         held.set()
-        assert ask(client, encoded(ramp())).status_code == 200
+        assert predict(client, encoded(ramp())).status_code == 200
 
 
 def test_pages_list_and_escape_networks(client: TestClient) -> None:
@@ -267,8 +267,8 @@ def test_scenes_are_listed_by_number(tmp_path: Path) -> None:
 
 def test_metrics_count_requests_by_route_and_status() -> None:
     with make_client() as client:
-        ask(client, encoded(ramp(40, 50)))
-        ask(client, b"nothing")
+        predict(client, encoded(ramp(40, 50)))
+        predict(client, b"nothing")
         client.get("/nowhere")
         lines = client.get("/metrics").text.splitlines()
     counts = {line for line in lines if line.startswith("overfly_http_requests_total{")}
@@ -306,14 +306,14 @@ def test_ended_stream_shows_its_reason_and_last_frame() -> None:
         assert client.get("/stream/state").json() == {"live": True, "frames": 0, "ended": ""}
         assert "has ended" not in client.get("/live").text
         screen.show(np.zeros((8, 8, 3), np.uint8))
-        screen.close("it broke off (<b>gone</b>) after 1 picture")
+        screen.close("it broke off (<b>gone</b>) after 1 frame")
         screen.close("later words")
         last = client.get("/stream")
         assert last.headers["content-type"] == "image/jpeg"
         assert last.content.startswith(b"\xff\xd8")
-        assert client.get("/stream/state").json()["ended"] == "it broke off (<b>gone</b>) after 1 picture"
+        assert client.get("/stream/state").json()["ended"] == "it broke off (<b>gone</b>) after 1 frame"
         assert (
-            "This stream has ended: it broke off (&lt;b&gt;gone&lt;/b&gt;) after 1 picture." in client.get("/live").text
+            "This stream has ended: it broke off (&lt;b&gt;gone&lt;/b&gt;) after 1 frame." in client.get("/live").text
         )
     empty = LatestFrame()
     empty.close()
@@ -347,7 +347,7 @@ def test_networks_read_their_own_bands(order: str, tmp_path: Path) -> None:
             refused = client.post("/maps", files={"image": ("x", image)}, data=both)
             assert refused.status_code == 400
             assert words in refused.json()["detail"]
-        assert ask(client, infrared, network="1").status_code == 200
+        assert predict(client, infrared, network="1").status_code == 200
 
 
 def test_serve_stream_shows_the_live_page_without_a_network() -> None:
@@ -371,15 +371,15 @@ def test_requests_beyond_the_queue_are_refused() -> None:
         return bright(images)
 
     with make_client(Limits(queue=1), networks=[network("0", slow)]) as client, ThreadPoolExecutor(1) as pool:
-        first = pool.submit(ask, client, encoded(ramp()))
+        first = pool.submit(predict, client, encoded(ramp()))
         time.sleep(0.3)
-        refused = ask(client, encoded(ramp()))
+        refused = predict(client, encoded(ramp()))
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) > 0
         assert client.get("/health").status_code == 200
         release.set()
         assert first.result().status_code == 200
-        assert ask(client, encoded(ramp())).status_code == 200
+        assert predict(client, encoded(ramp())).status_code == 200
 
 
 def test_a_failing_network_is_an_error_of_one_request() -> None:
@@ -388,8 +388,8 @@ def test_a_failing_network_is_an_error_of_one_request() -> None:
 
     with make_client(Limits(queue=1), networks=[network("0", fail), network("1")]) as client:
         for _ in range(3):
-            assert ask(client, encoded(ramp())).status_code == 400
-        assert ask(client, encoded(ramp()), network="1").status_code == 200
+            assert predict(client, encoded(ramp())).status_code == 400
+        assert predict(client, encoded(ramp()), network="1").status_code == 200
 
 
 def test_a_network_is_called_by_one_request_at_a_time() -> None:

@@ -97,7 +97,7 @@ def test_geotiff_keeps_every_kind_of_georeference(kind: str) -> None:
         assert found.point == place.point
         assert found.points == place.points
         assert found.transform == (None if place.transform is None else pytest.approx(place.transform))
-        told = {key: value.split() for key, value in found.rational}
-        assert {key: [float(each) for each in told[key]] for key, _ in place.rational} == {
+        tags = {key: value.split() for key, value in found.rational}
+        assert {key: [float(each) for each in tags[key]] for key, _ in place.rational} == {
             key: [float(each) for each in value.split()] for key, value in place.rational
         }
