@@ -185,11 +185,11 @@ def _return(predictor: Predictor) -> Predictor:
 
 
 def _describe(run: Run) -> dict[str, str]:
-    """Columns of the table of networks: model, method, folder, domains, and one mIoU a domain and split."""
+    """Columns of the table of networks: model, method, domains, one mIoU a domain and split, and the folder."""
     from overfly.core.text import percent
 
     recipe = run.recipe
-    about = {"model": recipe.model.name, "method": recipe.method.name, "folder": run.path.name}
+    about = {"model": recipe.model.name, "method": recipe.method.name}
     domains = {role: domain for role in ("source", "target") if (domain := getattr(recipe, role)) is not None}
     about |= {role: domain.title for role, domain in domains.items()}
     for role in domains:
@@ -197,7 +197,7 @@ def _describe(run: Run) -> dict[str, str]:
             miou = run.scores.get(f"{role}/{split}", {}).get("miou")
             if isinstance(miou, float):
                 about[f"mIoU {role} {split}"] = percent(miou, 1)
-    return about
+    return about | {"folder": run.path.name}
 
 
 def _make_titles_unique(networks: Mapping[Path, ServedNetwork]) -> None:

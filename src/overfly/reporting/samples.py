@@ -161,9 +161,9 @@ def choose_images(accuracy: Mapping[str, Mapping[int, float | None]], number: in
         first = accuracy[names[0]]
         gains = {index: value - (first.get(index) or 0.0) for index, value in last.items()}
         most, least = max(gains, key=lambda index: gains[index]), min(gains, key=lambda index: gains[index])
-        if gains[most] > 0:
+        if gains[most] >= 0.005:
             reasons.setdefault(most, []).append(f"largest gain, {100 * gains[most]:+.0f} points")
-        if gains[least] < 0:
+        if gains[least] <= -0.005:
             reasons.setdefault(least, []).append(f"largest loss, {100 * gains[least]:+.0f} points")
     return {index: ", ".join(some) for index, some in reasons.items()}
 
