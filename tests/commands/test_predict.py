@@ -93,7 +93,7 @@ def test_mistakes_are_answered_in_one_sentence(  # noqa: PLR0917 - fixtures
     arguments: list[str], said: str, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("overfly.raster.fleet.LOST", 1.0)
+    monkeypatch.setattr("overfly.raster.fleet.CONNECT_TIMEOUT", 1.0)
     monkeypatch.chdir(tmp_path)
     scene = write(tmp_path / "scene.tif", noise(64, 64))
     names = {"{network}": str(network), "{folder}": str(tmp_path), "{scene}": str(scene)}

@@ -43,7 +43,7 @@ SETTINGS = MapSettings(window=64, batch=2)
 
 @pytest.mark.usefixtures("importable")
 @pytest.mark.filterwarnings("ignore")  # dask's own processes end loudly when one of them is killed
-def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
     journal = tmp_path / "opened"
     jobs = {}
     for number in range(8):
@@ -52,12 +52,12 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     bad = tmp_path / "bad.tif"
     bad.write_bytes((tmp_path / "0.tif").read_bytes()[:2000])
     jobs[str(bad)] = tmp_path / "maps" / "bad.tif"
-    on_progress: list[str] = []
+    reported: list[str] = []
     killed: list[int] = []
 
     def kill() -> None:
         """Kill one of the two workers once both are at work and something is written."""
-        while not list((tmp_path / "maps").glob(".*.unfinished/job.json")):
+        while not list((tmp_path / "maps").glob(".*.unfinished/progress.json")):
             time.sleep(0.02)
         victim = int(journal.read_text().split()[0])
         killed.append(victim)
@@ -67,25 +67,25 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     killer.start()
     maps, failures = map_rasters(
         partial(slow, str(journal), 0.05), jobs, SETTINGS, network="slow", workers=2,
-        on_progress=lambda source, _: on_progress.append(source),
+        on_progress=lambda source, _: reported.append(source),
     )  # fmt: skip
     killer.join(5)
     assert killed
-    assert sorted(on_progress) == sorted(jobs)
+    assert sorted(reported) == sorted(jobs)
     assert list(failures) == [str(bad)]
     assert "truncated" in failures[str(bad)]
     assert [made.source for made in maps] == list(jobs)[:8]
     for number in range(8):
         truth = likely(noise(400, 64, seed=number)[None].astype(np.float32))[0].argmax(0)
         np.testing.assert_array_equal(ids(tmp_path / "maps" / f"{number}.tif"), truth)
-    assert sum(made.made for made in maps) >= 7  # the killed worker may have finished one and not have said so
+    assert sum(made.made for made in maps) >= 7  # the killed worker may have finished one without reporting it
     assert any(made.resumed for made in maps)
-    open_raster = journal.read_text().split()
-    assert len(open_raster) == len(set(open_raster)) == 3  # once a worker: two, and the one in the killed one's place
+    opened = journal.read_text().split()
+    assert len(opened) == len(set(opened)) == 3  # once per worker: two, and the replacement
     assert not list((tmp_path / "maps").glob(".*"))
 
 
-def test_a_worker_opens_the_network_once_and_tells_what_is_wrong(tmp_path: Path) -> None:
+def test_worker_opens_the_network_once_and_returns_errors(tmp_path: Path) -> None:
     journal = tmp_path / "opened"
     source = str(write(tmp_path / "a.tif", noise(64, 64)))
     task = MapTask(source, tmp_path / "map.tif", SETTINGS, "once", None)
@@ -95,10 +95,10 @@ def test_a_worker_opens_the_network_once_and_tells_what_is_wrong(tmp_path: Path)
     assert isinstance(again, MapResult)
     assert (first.made, again.made) == (True, False)
     assert len(journal.read_text().split()) == 1
-    nodata_of_band = MapTask(str(tmp_path / "none.tif"), tmp_path / "b.tif", SETTINGS, "once", None)
-    assert "does not exist" in str(run_task(partial(slow, str(journal), 0.0), nodata_of_band))
+    missing = MapTask(str(tmp_path / "none.tif"), tmp_path / "b.tif", SETTINGS, "once", None)
+    assert "does not exist" in str(run_task(partial(slow, str(journal), 0.0), missing))
 
 
-def test_a_fleet_has_workers() -> None:
-    with pytest.raises(RecipeError, match="--workers 0"):
+def test_map_rasters_needs_workers() -> None:
+    with pytest.raises(RecipeError, match="--workers"):
         map_rasters(partial(slow, "", 0.0), {}, SETTINGS, network="none")

@@ -30,7 +30,7 @@ def wanted(pixels: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_a_map_is_a_whole_cog_on_the_grid_of_its_raster(tmp_path: Path) -> None:
+def test_map_is_a_cog_on_the_grid_of_its_raster(tmp_path: Path) -> None:
     pixels = noise(700, 1100)
     source = write(tmp_path / "scene.tif", pixels)
     made = mapped(source, tmp_path / "map.tif", settings=replace(SETTINGS, probabilities=True, uncertainty=True))
@@ -63,7 +63,7 @@ def test_a_map_is_a_whole_cog_on_the_grid_of_its_raster(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "max_value", "given"), [("uint16", 65535, None), ("uint16", 255, 65535.0), ("float32", 1, None)]
 )
-def test_other_types_and_ranges(tmp_path: Path, dtype: str, max_value: float, given: float | None) -> None:
+def test_data_types_and_value_ranges(tmp_path: Path, dtype: str, max_value: float, given: float | None) -> None:
     pixels = noise(90, 150)
     stored = pixels.astype(dtype) * (257 if dtype == "uint16" else 1 / 255)
     source = write(tmp_path / "scene.tif", stored.astype(dtype))
@@ -72,7 +72,7 @@ def test_other_types_and_ranges(tmp_path: Path, dtype: str, max_value: float, gi
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels))
 
 
-def test_bands_are_chosen_in_order(tmp_path: Path) -> None:
+def test_bands_are_read_in_the_given_order(tmp_path: Path) -> None:
     pixels = np.concatenate([noise(80, 100, 1, seed) for seed in range(5)])
     source = write(tmp_path / "scene.tif", pixels)
 
@@ -82,12 +82,12 @@ def test_bands_are_chosen_in_order(tmp_path: Path) -> None:
     predictor = replace(pointwise(), run=second)
     mapped(source, tmp_path / "map.tif", predictor, replace(SETTINGS, bands="5,4,1"))
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels[3:4]))
-    with pytest.raises(DataError, match=r"5 bands, the network reads 3; .* --bands 1,2,3"):
+    with pytest.raises(DataError, match="--bands 1,2,3"):
         mapped(source, tmp_path / "other.tif")
 
 
 @pytest.mark.parametrize("how", ["nodata", "given", "mask", "alpha", "nan"])
-def test_what_was_not_measured_stays_so(tmp_path: Path, how: str) -> None:
+def test_no_data_stays_no_data(tmp_path: Path, how: str) -> None:
     pixels = np.maximum(noise(150, 200), 1)
     hidden = np.zeros((150, 200), bool)
     hidden[:100, :90] = True  # whole windows, and parts of others
@@ -119,11 +119,11 @@ def test_what_was_not_measured_stays_so(tmp_path: Path, how: str) -> None:
 
     made = mapped(path, tmp_path / "map.tif", replace(predictor, run=run), settings)
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), truth)
-    assert made.windows == sum(seen) < 12  # windows in which nothing was measured are not looked at
+    assert made.windows == sum(seen) < 12  # windows without data are skipped
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # some are not, on purpose
-def test_places_of_every_kind_are_kept(tmp_path: Path) -> None:
+def test_georeferences_of_every_kind_are_kept(tmp_path: Path) -> None:
     pixels = noise(70, 90)
     turned = Affine.translation(500_000, 10_000) @ Affine.rotation(12) @ Affine.scale(0.2, -0.3)
     points = [
@@ -152,7 +152,7 @@ def test_places_of_every_kind_are_kept(tmp_path: Path) -> None:
             assert (found.tags().get("AREA_OR_POINT") == "Point") == (name == "centers")
 
 
-def test_png_jpeg_and_a_world_file(tmp_path: Path) -> None:
+def test_png_jpeg_and_world_file(tmp_path: Path) -> None:
     pixels = noise(100, 140)
     for driver, ending in (("PNG", "png"), ("JPEG", "jpg")):
         write(tmp_path / f"a.{ending}", pixels, driver=driver, crs=None, transform=None)
@@ -164,7 +164,7 @@ def test_png_jpeg_and_a_world_file(tmp_path: Path) -> None:
         assert found.transform == Affine(0.5, 0, 1000, 0, -0.5, 2000)
 
 
-def test_the_network_sees_another_resolution_and_the_map_keeps_its_grid(tmp_path: Path) -> None:
+def test_resampled_input_keeps_the_grid_of_the_map(tmp_path: Path) -> None:
     blocks = np.random.default_rng(1).choice(np.array([20, 128, 240], np.uint8), (16, 24))
     pixels = np.repeat(np.repeat(blocks, 12, 0), 12, 1)[None].repeat(3, 0)
     pixels[:, :40, :40] = 0
@@ -181,35 +181,35 @@ def test_the_network_sees_another_resolution_and_the_map_keeps_its_grid(tmp_path
         assert (found == truth)[inside].all(), name
         assert made.windows > 0
     write(tmp_path / "plain.tif", pixels, crs=None)
-    with pytest.raises(DataError, match="how long its pixels are"):
+    with pytest.raises(DataError, match="--resolution"):
         mapped(tmp_path / "plain.tif", tmp_path / "map.tif", settings=replace(SETTINGS, resolution=0.6))
 
 
-def test_a_resolution_unlike_the_training_is_remarked(tmp_path: Path) -> None:
+def test_differing_gsd_is_noted(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(70, 70))
     made = mapped(source, tmp_path / "map.tif", pointwise(gsd=3.0))
-    assert "pixels of 0.3 m and the network was trained on 3 m; with --match-gsd" in made.notes[0]
+    assert "--match-gsd" in made.notes[0]
     assert not mapped(source, tmp_path / "alike.tif", pointwise(gsd=0.25)).notes
 
 
-def test_a_map_is_not_made_twice_and_never_replaced_unasked(tmp_path: Path) -> None:
+def test_existing_map_is_skipped_or_replaced_by_option(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
     assert mapped(source, out).made
     before = out.stat().st_mtime_ns
     assert not mapped(source, out).made
     assert out.stat().st_mtime_ns == before
-    with pytest.raises(DataError, match=r"made otherwise \(overlap 0.25 instead of 0.5\).*--overwrite"):
+    with pytest.raises(DataError, match=r"overlap 0.25 instead of 0.5.*--overwrite"):
         mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
     assert mapped(source, out, settings=replace(SETTINGS, overlap=0.5, overwrite=True)).made
     write(source, noise(100, 100, seed=4))
-    with pytest.raises(DataError, match="made otherwise"):
+    with pytest.raises(DataError, match="--overwrite"):
         mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
     write(tmp_path / "foreign.tif", noise(10, 10))
-    with pytest.raises(DataError, match="no map of ours"):
+    with pytest.raises(DataError, match=r"foreign\.tif"):
         mapped(source, tmp_path / "foreign.tif")
 
 
-def test_bad_rasters_are_told_in_a_sentence_and_leave_nothing(tmp_path: Path) -> None:
+def test_bad_rasters_leave_no_files(tmp_path: Path) -> None:
     whole = write(tmp_path / "scene.tif", noise(300, 300))
     out = tmp_path / "maps" / "map.tif"
     cut = tmp_path / "cut.tif"
@@ -218,10 +218,10 @@ def test_bad_rasters_are_told_in_a_sentence_and_leave_nothing(tmp_path: Path) ->
     text.write_text("no raster")
     (tmp_path / "empty.tif").touch()
     cases = {
-        cut: "truncated", text: "cannot be read as a raster", tmp_path / "empty.tif": "is empty",
-        tmp_path / "none.tif": "does not exist", tmp_path: "is no file",
-        write(tmp_path / "one.tif", noise(50, 50, 1)): "1 band, the network reads 3",
-        write(tmp_path / "deep.tif", noise(50, 50).astype(np.uint16)): "holds uint16.*--max-value",
+        cut: "truncated", text: "text.tif", tmp_path / "empty.tif": "is empty",
+        tmp_path / "none.tif": "does not exist", tmp_path: ".",
+        write(tmp_path / "one.tif", noise(50, 50, 1)): "--bands",
+        write(tmp_path / "deep.tif", noise(50, 50).astype(np.uint16)): "uint16.*--max-value",
     }  # fmt: skip
     for source, said in cases.items():
         with pytest.raises(DataError, match=said):
@@ -231,18 +231,18 @@ def test_bad_rasters_are_told_in_a_sentence_and_leave_nothing(tmp_path: Path) ->
     middle = bytearray(whole.read_bytes())
     middle[len(middle) // 2 : len(middle) // 2 + 3000] = b"\0" * 3000
     cut.write_bytes(middle)
-    with pytest.raises(DataError, match=r"cut.tif cannot be read as a raster \(.*copy, download or export it again"):
+    with pytest.raises(DataError, match=r"cut\.tif"):
         mapped(cut, out)
     assert not list(out.parent.iterdir())
 
 
-def test_bad_places_are_told_in_a_sentence(tmp_path: Path) -> None:
+def test_bad_output_paths_are_rejected(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(50, 50))
     (tmp_path / "folder.tif").mkdir()
     (tmp_path / "file").touch()
     cases = {
-        source: "is the raster itself", tmp_path / "folder.tif": "is a folder", tmp_path / "map.png": "ends in .tif",
-        tmp_path / "file" / "map.tif": "is no folder that may be written to",
+        source: "scene.tif", tmp_path / "folder.tif": "folder.tif", tmp_path / "map.png": "--out",
+        tmp_path / "file" / "map.tif": "--out",
     }  # fmt: skip
     before = source.read_bytes()
     for out, said in cases.items():
@@ -252,47 +252,47 @@ def test_bad_places_are_told_in_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["map.tif", "map_uncertainty.tif"])
-def test_a_link_to_nothing_is_not_replaced(tmp_path: Path, name: str) -> None:
+def test_broken_link_is_not_replaced(tmp_path: Path, name: str) -> None:
     source, out = write(tmp_path / "scene.tif", noise(50, 50)), tmp_path / "map.tif"
     (tmp_path / name).symlink_to(tmp_path / "archive" / "old.tif")
     for overwrite in (False, True):
         settings = replace(SETTINGS, uncertainty=True, overwrite=overwrite)
-        with pytest.raises(DataError, match=rf"{name} is a link to .*old.tif, which is not there; take the link away"):
+        with pytest.raises(DataError, match=rf"{name} is a link to .*old.tif"):
             mapped(source, out, settings=settings)
     assert (tmp_path / name).is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "scene.tif"])
 
 
-def test_a_full_disk_is_told_and_the_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from overfly.raster import resume_store as store
+def test_job_resumes_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from overfly.raster.writer import UnfinishedMap
 
     source, out = write(tmp_path / "scene.tif", noise(300, 100)), tmp_path / "map.tif"
-    put, count = store._put, 0
+    write_rows, count = UnfinishedMap.write, 0
 
-    def full(file: Any, data: bytes, at: int) -> None:
+    def full(*arguments: Any) -> None:
         nonlocal count
         count += 1
         if count > 2:
             raise OSError(28, "No space left on device")
-        put(file, data, at)
+        write_rows(*arguments)
 
-    monkeypatch.setattr(store, "_put", full)
-    with pytest.raises(DataError, match=r"No space left on device.*goes on where it was"):
+    monkeypatch.setattr(UnfinishedMap, "write", full)
+    with pytest.raises(DataError, match="No space left on device"):
         mapped(source, out)
     assert not out.exists()
-    monkeypatch.setattr(store, "_put", put)
+    monkeypatch.setattr(UnfinishedMap, "write", write_rows)
     assert mapped(source, out).resumed == 2
 
 
-def test_probabilities_that_are_not_finite_are_no_map(tmp_path: Path) -> None:
+def test_infinite_probabilities_are_an_error(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
     broken = replace(pointwise(), run=lambda images: likely(images) * np.float32("nan"))
-    with pytest.raises(NotFiniteError, match="not finite"):
+    with pytest.raises(NotFiniteError, match=r"scene\.tif"):
         mapped(source, out, broken)
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
 
 
-def test_a_network_of_fixed_windows_gets_such(tmp_path: Path) -> None:
+def test_fixed_window_is_kept(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(40, 50))
     fixed = replace(pointwise(), metadata=metadata(64, fixed=True))
     mapped(source, tmp_path / "map.tif", fixed, MapSettings())

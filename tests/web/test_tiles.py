@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from overfly.core.records import IGNORE, UInt8
-from overfly.raster.georeference import Georeference, georeference
+from overfly.raster.raster_source import Georeference, georeference
 from overfly.web.tiles import SIDE, Layer, encode_geotiff, max_zoom, render_tile
 from served import CLASSES
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, NotFiniteError, RecipeError
+from overfly.core.prefetch import map_ahead
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.samples import Sample, SampleCollector, Samples
@@ -126,12 +125,7 @@ def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 
     if workers == 0:
         yield from map(read, todo)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        rest = iter(todo)
-        waiting = [pool.submit(read, entry) for entry in islice(rest, 2 * workers)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting.extend(pool.submit(read, entry) for entry in islice(rest, 1))
+    yield from map_ahead(read, todo, workers=workers)
 
 
 def _groups(images: Iterator[Picture], batch: int) -> Iterator[list[Picture]]:

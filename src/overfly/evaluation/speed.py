@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,12 @@ METHOD = (
     "after warm-up; transfers and decoding are not in it"
 )
 DTYPES: dict[Precision, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+RECENT = 120
+"""Frames of the recent statistics of a stream."""
+RATIO = 1.01
+"""Ratio of the bounds of a latency histogram's bins."""
+SHORTEST = 1e-5
+"""Shortest latency of the histogram, in seconds."""
 
 
 class Timing(Spec):
@@ -266,4 +274,56 @@ def _memory_kind(device: torch.device) -> str:
     return "resident memory of the whole process at its peak, interpreter and libraries included"
 
 
-__all__ = ["Precision", "Speed", "Timing", "count_macs", "measure_speed", "without_training_heads"]
+class Latencies:
+    """Latencies and frame rate of a stream, in constant memory.
+
+    The last `RECENT` frames are exact. Over all frames a histogram with bins of 1 % is kept, so that percentiles are
+    exact to half a percent.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
+        self._bins: Counter[int] = Counter()
+        self._first_began = self._last_ready = 0.0
+
+    def add(self, began: float, ready: float) -> None:
+        """Count a frame that was decoded at ``began`` and whose overlay was ready at ``ready``, in seconds."""
+        latency = max(ready - began, SHORTEST)
+        if not self.count:
+            self._first_began = began
+        self._recent.append((latency, ready))
+        self._bins[int(math.log(latency / SHORTEST) / math.log(RATIO))] += 1
+        self._last_ready = ready
+        self.count += 1
+
+    def recent(self, share: float) -> float | None:
+        """Percentile of the last frames' latencies, in seconds; None before the first."""
+        latencies = [latency for latency, _ in self._recent]
+        return float(np.quantile(latencies, share, method="inverted_cdf")) if latencies else None
+
+    def overall(self, share: float) -> float | None:
+        """Percentile of all latencies, in seconds; None before the first."""
+        rest = max(1, math.ceil(share * self.count))
+        for index in sorted(self._bins):
+            rest -= self._bins[index]
+            if rest <= 0:
+                return SHORTEST * float(RATIO ** (index + 0.5))
+        return None
+
+    @property
+    def recent_rate(self) -> float | None:
+        """Overlays per second over the last frames; None before the second."""
+        if len(self._recent) < 2:
+            return None
+        seconds = self._recent[-1][1] - self._recent[0][1]
+        return (len(self._recent) - 1) / seconds if seconds > 0 else None
+
+    @property
+    def overall_rate(self) -> float | None:
+        """Overlays per second, from the first frame decoded to the last overlay ready; None before the first."""
+        seconds = self._last_ready - self._first_began
+        return self.count / seconds if seconds > 0 else None
+
+
+__all__ = ["Latencies", "Precision", "Speed", "Timing", "count_macs", "measure_speed", "without_training_heads"]

@@ -1,48 +1,50 @@
-"""Many rasters over many machines: one network a worker, on dask.distributed."""
+"""Map many rasters: list them, and share them among processes or machines with dask.distributed."""
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
+from overfly.data.headers import SUFFIXES
+from overfly.data.listing import natural_key
 from overfly.exporting.predictor import Predictor
 from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
-from overfly.raster.resume_store import BusyError
+from overfly.raster.writer import BusyError
 
+WILDCARDS = frozenset("*?[")
 RETRIES = 3
-"""How often a raster is tried again: on another worker, where its worker was lost; and where the system failed."""
-PATIENCE = 600.0
+"""How often a raster is tried again after its worker was lost or the system failed."""
+BUSY_TIMEOUT = 600.0
 """Seconds to wait for a map that another process is making."""
-LOST = 30.0
-"""Seconds without a sign of life after which a worker of this machine counts as lost."""
+CONNECT_TIMEOUT = 30.0
+"""Seconds to wait for a scheduler or a worker."""
 
 OpenPredictor = Callable[[], Predictor]
-"""What opens the network on a worker; it travels there, so it is a function of a module with plain arguments."""
-Heard = Callable[[str, MapResult | str], None]
-"""Called with a raster and its map, or why there is none."""
+"""Opens the network on a worker; it is pickled, so it is a function of a module with plain arguments."""
 
 
 @dataclass(frozen=True)
 class MapTask:
-    """What a worker is asked to do.
+    """The map of one raster, for a worker.
 
     Attributes:
         source: path or address of the raster, as the worker sees it.
         out: the map.
         settings: how it is made.
-        network: what tells this network from others.
-        threads: of the network on the worker; None leaves them as they are.
+        network: digest of the network's file.
+        threads: CPU threads of the network on the worker; None leaves them unchanged.
     """
 
     source: str
@@ -50,6 +52,103 @@ class MapTask:
     settings: MapSettings
     network: str
     threads: int | None
+
+
+def list_rasters(entries: Sequence[str], out: Path) -> dict[str, Path]:
+    """List rasters, each with the path of its map.
+
+    Args:
+        entries: files, folders, globs, and addresses such as s3://bucket/scenes/*.tif.
+        out: a .tif file for one raster; else a folder. Maps in it are named after their rasters, in the folders below a
+            glob's first wildcard.
+
+    Raises:
+        DataError: an entry matches nothing, or ``out`` cannot hold the maps.
+    """
+    rasters: dict[str, Path] = {}
+    for entry in entries:
+        rasters.update(_list_addresses(entry) if "://" in entry else _list_paths(entry))
+    if not rasters:
+        raise DataError("no raster was given; give files, folders or globs")
+    if out.suffix.lower() in (".tif", ".tiff") and not out.is_dir():
+        if len(rasters) > 1:
+            raise DataError(f"--out {out} is one map, and there are {len(rasters)} rasters; give a folder")
+        return dict.fromkeys(rasters, out)
+    if len(rasters) > 1 or not out.is_dir():
+        for path in (out, *out.absolute().parents):
+            if path.exists() and not path.is_dir():
+                raise DataError(
+                    f"--out {out} is not a folder: {path} is a file; give a folder, or a name ending in .tif"
+                )
+    return {source: out / name.with_suffix(".tif") for source, name in rasters.items()}
+
+
+def check_distinct_outputs(files: Mapping[str, Iterable[Path]]) -> None:
+    """Check that no two rasters would write the same file.
+
+    Args:
+        files: output files by raster.
+
+    Raises:
+        DataError: two would.
+    """
+    first: dict[Path, str] = {}
+    for source, paths in files.items():
+        for path in paths:
+            if path in first:
+                raise DataError(
+                    f"{first[path]} and {source} would both become {path}; map them with two commands, each with its "
+                    "own --out"
+                )
+            first[path] = source
+
+
+def _list_paths(entry: str) -> dict[str, Path]:
+    """Files by an entry, each with its map's name below the folder of maps."""
+    path = Path(entry)
+    if path.is_dir():
+        files = sorted(
+            (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")),
+            key=lambda file: natural_key(file.name),
+        )
+        if not files:
+            raise DataError(f"{entry} contains no rasters ({', '.join(SUFFIXES)}); give another folder, or a glob")
+        return {str(file): Path(file.name) for file in files}
+    if path.exists() or not WILDCARDS & set(entry):
+        return {entry: Path(path.name)}
+    names = sorted(glob.glob(entry, recursive=True), key=natural_key)  # noqa: PTH207 - any root
+    files = [Path(name) for name in names if not Path(name).is_dir()]
+    if not files:
+        raise DataError(f"{entry} matches no file; correct the pattern")
+    fixed: list[str] = []
+    for part in path.parts:
+        if WILDCARDS & set(part):
+            break
+        fixed.append(part)
+    return {str(file): file.relative_to(Path(*fixed)) if fixed else file for file in files}
+
+
+def _list_addresses(entry: str) -> dict[str, Path]:
+    """Addresses by an entry with "://"; those with wildcards are listed by fsspec."""
+    scheme, _, rest = entry.partition("://")
+    if not WILDCARDS & set(rest.split("?")[0] if scheme.startswith("http") else rest):
+        return {entry: Path(PurePosixPath(rest.split("?")[0]).name)}
+    try:
+        from fsspec.core import url_to_fs
+
+        system, pattern = url_to_fs(entry)
+        listed = sorted(system.glob(pattern), key=natural_key)
+    except ImportError as error:
+        raise DataError(
+            f"listing {entry} needs a package ({error}); install it, or give the rasters one by one"
+        ) from None
+    except Exception as error:  # each storage has its own errors
+        raise DataError(
+            f"{entry} cannot be listed ({' '.join(str(error).split())}); check the address and its permissions"
+        ) from error
+    if not listed:
+        raise DataError(f"{entry} matches nothing; correct the pattern")
+    return {system.unstrip_protocol(name): Path(PurePosixPath(name).name) for name in listed}
 
 
 def map_rasters(
@@ -60,25 +159,25 @@ def map_rasters(
     network: str,
     workers: int = 0,
     scheduler: str | None = None,
-    on_progress: Heard | None = None,
+    on_progress: Callable[[str, MapResult | str], None] | None = None,
 ) -> tuple[list[MapResult], dict[str, str]]:
-    """Make maps of many rasters on many processes or machines.
+    """Map many rasters with several processes or machines.
 
-    A worker opens the network once. A raster whose worker is lost is given to another, which goes on where it was;
-    what fails for a reason of its own, such as damage, is not tried again and does not stop the others. Workers must
-    see rasters and maps under the same paths as this process.
+    A worker opens the network once. A raster whose worker is lost goes to another, which resumes it; a raster that
+    fails for its own reason, such as damage, is not tried again and does not stop the others. Workers need rasters and
+    maps under the same paths as this process.
 
     Args:
         open_network: opens the network on a worker.
         jobs: rasters with their maps.
         settings: how maps are made.
-        network: what tells this network from others.
-        workers: processes to start on this machine, where there is no scheduler.
+        network: digest of the network's file.
+        workers: processes to start on this machine, without a scheduler.
         scheduler: address of a running scheduler, such as tcp://10.0.0.1:8786.
-        on_progress: called as rasters are done, in whatever order.
+        on_progress: called with each finished raster and its result, or the reason of its failure, in any order.
 
     Returns:
-        The maps in the order of the rasters, and the rasters that failed with the reason.
+        The maps in the order of the rasters, and the failed rasters with their reasons.
 
     Raises:
         MissingExtraError: distributed is not installed.
@@ -90,67 +189,60 @@ def map_rasters(
         from distributed import as_completed
 
         threads = max(1, (os.cpu_count() or 1) // workers) if scheduler is None else None
+        tasks = [MapTask(source, out, settings, network, threads) for source, out in jobs.items()]
         futures = {
-            client.submit(
-                run_task, open_network, MapTask(source, out, settings, network, threads), pure=False, retries=RETRIES
-            ): source
-            for source, out in jobs.items()
-        }  # fmt: skip
+            client.submit(run_task, open_network, task, pure=False, retries=RETRIES): task.source for task in tasks
+        }
         for future in as_completed(futures):  # type: ignore[no-untyped-call]
-            source = futures[future]
-            found = _outcome(future)
-            if isinstance(found, str):
-                failures[source] = found
+            source, outcome = futures[future], _outcome(future)
+            if isinstance(outcome, str):
+                failures[source] = outcome
             else:
-                done[source] = found
+                done[source] = outcome
             if on_progress is not None:
-                on_progress(source, found)
+                on_progress(source, outcome)
     return [done[source] for source in jobs if source in done], failures
 
 
 _OPENED: dict[str, Predictor] = {}
-"""The network of this process, where it is a worker."""
+"""The network of this process, if it is a worker, by its digest."""
 
 
 def run_task(open_network: OpenPredictor, task: MapTask) -> MapResult | str:
-    """Make one map on a worker.
-
-    Returns:
-        The map; or why there is none, where trying again would not help.
-    """
+    """Make one map on a worker; return the reason of a failure that trying again would not mend."""
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     try:
         if task.network not in _OPENED:
             _OPENED.clear()
             _OPENED[task.network] = open_network()
-        return _patiently(_OPENED[task.network], task)
+        return _map_when_free(_OPENED[task.network], task)
     except OverflyError as error:
         return str(error)
 
 
-def _patiently(predictor: Predictor, task: MapTask) -> MapResult:
-    """Make a map; wait where another process makes it, such as a worker that the scheduler lost sight of."""
-    until = time.monotonic() + PATIENCE
+def _map_when_free(predictor: Predictor, task: MapTask) -> MapResult:
+    """Make a map; wait while another process makes it, such as a worker that the scheduler counts as lost."""
+    deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
             return map_raster(predictor, task.source, task.out, task.settings, network=task.network)
         except BusyError:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(1.0)
 
 
 def _outcome(future: Any) -> MapResult | str:
-    """What became of a raster."""
+    """The result of a raster, or the reason of its failure."""
     from distributed import KilledWorker
 
     error = future.exception()
     if error is None:
-        found: MapResult | str = future.result()
-        return found
+        result: MapResult | str = future.result()
+        return result
     if isinstance(error, KilledWorker):
-        return f"the workers that took it were lost, {RETRIES + 1} times; it may not fit their memory, lower --batch"
+        return f"its workers were lost {RETRIES + 1} times, perhaps for lack of memory; lower --batch"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -163,17 +255,17 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
     except ImportError:
         raise MissingExtraError("distributed", "cluster", "maps over several workers") from None
     if scheduler is None and workers < 1:
-        raise RecipeError(f"--workers {workers} is too few; take 1 or more")
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what happens to rasters is told by us
-    settled = {
+        raise RecipeError(f"--workers must be at least 1, got {workers}")
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # failures are reported by raster instead
+    options = {
         "distributed.scheduler.allowed-failures": RETRIES,
-        "distributed.comm.timeouts.connect": f"{LOST}s",
+        "distributed.comm.timeouts.connect": f"{CONNECT_TIMEOUT}s",
         "distributed.worker.daemon": True,
     }
-    with warnings.catch_warnings(), dask.config.set(settled):
+    with warnings.catch_warnings(), dask.config.set(options):
         warnings.simplefilter("ignore")
         if scheduler is not None:
-            with _connected(Client, scheduler) as client:
+            with _connect(Client, scheduler) as client:
                 yield client
             return
         with (
@@ -187,9 +279,9 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _connected(make: Callable[..., Any], address: str) -> Iterator[Any]:
+def _connect(client_class: Callable[..., Any], address: str) -> Iterator[Any]:
     try:
-        client = make(address, timeout=LOST)
+        client = client_class(address, timeout=CONNECT_TIMEOUT)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"no scheduler answers at {address} ({reason}); start one with: dask scheduler") from None

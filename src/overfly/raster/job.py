@@ -1,23 +1,30 @@
-"""What a map is made of: settings, files, windows; and whether the same map is there already."""
+"""What a map is made from and consists of: settings, files, manifest, bands; and whether it is made already."""
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 
 from overfly.core.errors import DataError, RecipeError
-from overfly.exporting.predictor import ModelMetadata, Predictor
-from overfly.raster.cog import read_manifest
-from overfly.raster.products import Kind
-from overfly.raster.raster_source import RasterSource, scale_of
-from overfly.raster.resume_store import Manifest, alike, begun
-from overfly.raster.tiling import TilingPlan, plan_windows, scaled
+from overfly.core.records import IGNORE, UInt8
+from overfly.data.reading import Mask
+from overfly.exporting.predictor import Floats, Predictor
+from overfly.raster.raster_source import RasterSource
 
-LARGEST = 64
-"""How many times longer and wider a network may see a raster."""
-STRIDE = 32
-"""Sides of the windows of small pictures are multiples of this."""
+Kind = Literal["classes", "probabilities", "uncertainty"]
+Manifest = Mapping[str, Any]
+"""What a map is made from, as plain values: the raster, the network, the settings."""
+TAG = "OVERFLY_MANIFEST"
+"""Metadata key of a finished map's manifest."""
+CHUNK = 1 << 16
+"""Pixels that are encoded at once, so that they stay in the CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,18 @@ class MapSettings:
 
     Attributes:
         window: side of the windows in pixels; None takes the network's.
-        overlap: share of a window that the next one covers again, 0 to below 1.
-        batch: windows given to the network at once.
-        bands: numbers of the bands to read, from 1, separated by commas; None where they are the network's.
-        nodata: value of pixels in which nothing was measured; None takes what the file says.
-        opacity: whether the last band is opacity; None takes what the file says.
-        max_value: value of the brightest pixel; None where it is the network's.
-        resolution: meters a pixel at which the network sees the raster; None keeps the raster's own.
+        overlap: share of a window that the next one covers again, 0 to 0.9.
+        batch: windows per batch of the network.
+        bands: numbers of the bands to read, from 1, separated by commas; None takes all.
+        nodata: no-data value; None takes the file's.
+        alpha_band: True if the last band is an alpha band, False if no band is; None takes what the file declares.
+        max_value: value of the brightest pixel; None takes the network's.
+        resolution: meters per pixel to which the raster is resampled for the network; None keeps its own.
         probabilities: whether to write a band of probability for each class.
         uncertainty: whether to write a band of entropy.
         polygons: gpkg or geojson, to outline the classes' areas too.
-        smallest: area of the smallest polygon, in pixels.
-        overwrite: whether to replace a map that was made otherwise.
+        min_area: area of the smallest polygon, in pixels.
+        overwrite: whether to replace a map of another manifest.
     """
 
     window: int | None = None
@@ -56,16 +63,88 @@ class MapSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= 0.9:
-            raise RecipeError(f"--overlap {self.overlap} is out of range; take 0 to 0.9")
-        for name, value in (("max_value", self.max_value), ("resolution", self.resolution)):
+            raise RecipeError(f"--overlap must be 0 to 0.9, got {self.overlap}")
+        for option, value in (("--max-value", self.max_value), ("--resolution", self.resolution)):
             if value is not None and not 0 < value < float("inf"):
-                raise RecipeError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+                raise RecipeError(f"{option} must be above 0, got {value}")
         if self.polygons not in (None, "gpkg", "geojson"):
-            raise RecipeError(f"--polygons {self.polygons} is no format of polygons; take gpkg or geojson")
+            raise RecipeError(f"--polygons must be gpkg or geojson, got {self.polygons}")
 
 
-def outputs(out: Path, settings: MapSettings) -> dict[Kind | str, Path]:
-    """The files of a job by what they hold; the map itself first."""
+@dataclass(frozen=True)
+class Product:
+    """One file of a map.
+
+    Attributes:
+        kind: what its bands hold.
+        bands: how many.
+        encode: weighted sums of probabilities (K, h, w) and where there is no data (h, w), to bands (bands, h, w).
+    """
+
+    kind: Kind
+    bands: int
+    encode: Callable[[Floats, Mask | None], UInt8]
+
+
+def list_products(classes: int, *, probabilities: bool, uncertainty: bool) -> list[Product]:
+    """Files of a map of K classes: the class ids, and on request probabilities and entropy in percent."""
+    result = [Product("classes", 1, _class_ids)]
+    if probabilities:
+        result.append(Product("probabilities", classes, _percentages))
+    if uncertainty:
+        result.append(Product("uncertainty", 1, _entropy))
+    return result
+
+
+def encode(product: Product, sums: Floats, nodata_mask: Mask | None) -> UInt8:
+    """Bands (bands, h, w) of weighted sums of probabilities (K, h, w); 255 where there is no data (h, w)."""
+    _, height, width = sums.shape
+    result = np.empty((product.bands, height, width), np.uint8)
+    rows = max(1, CHUNK // max(1, width))
+    for begin in range(0, height, rows):
+        part = slice(begin, min(begin + rows, height))
+        result[:, part] = product.encode(sums[:, part], None if nodata_mask is None else nodata_mask[part])
+    return result
+
+
+def _class_ids(sums: Floats, nodata_mask: Mask | None) -> UInt8:
+    """The most probable class; of equal ones the first."""
+    best = sums[0].copy()
+    ids = np.zeros(best.shape, np.uint8)
+    for number in range(1, len(sums)):
+        np.copyto(ids, np.uint8(number), where=sums[number] > best)
+        np.maximum(best, sums[number], out=best)
+    ids[best <= 0] = IGNORE  # in no window
+    if nodata_mask is not None:
+        ids[nodata_mask] = IGNORE
+    return ids[None]
+
+
+def _means(sums: Floats, nodata_mask: Mask | None) -> tuple[Floats, Mask]:
+    """Mean probabilities, and where there is no data or no window."""
+    total = sums.sum(0)
+    empty: Mask = total <= 0
+    means: Floats = (sums / np.where(empty, np.float32(1), total)).astype(np.float32, copy=False)
+    return means, empty if nodata_mask is None else nodata_mask | empty
+
+
+def _percentages(sums: Floats, nodata_mask: Mask | None) -> UInt8:
+    means, empty = _means(sums, nodata_mask)
+    result: UInt8 = np.rint(100 * means).astype(np.uint8)
+    result[:, empty] = IGNORE
+    return result
+
+
+def _entropy(sums: Floats, nodata_mask: Mask | None) -> UInt8:
+    means, empty = _means(sums, nodata_mask)
+    entropy = -(means * np.log(np.maximum(means, 1e-12))).sum(0) / np.log(max(2, len(means)))
+    result: UInt8 = np.rint(100 * np.clip(entropy, 0, 1)).astype(np.uint8)
+    result[empty] = IGNORE
+    return result[None]
+
+
+def output_files(out: Path, settings: MapSettings) -> dict[Kind | str, Path]:
+    """The files of a map by what they hold; the class ids first."""
     files: dict[Kind | str, Path] = {"classes": out}
     if settings.probabilities:
         files["probabilities"] = out.with_name(f"{out.stem}_probabilities.tif")
@@ -76,113 +155,112 @@ def outputs(out: Path, settings: MapSettings) -> dict[Kind | str, Path]:
     return files
 
 
-def make_manifest(scene: RasterSource, predictor: Predictor, settings: MapSettings, network: str) -> Manifest:
-    """What the map is made of, as plain values; two jobs that are equal make the same map."""
-    path = Path(scene.source)
+def check_outputs(source: RasterSource, out: Path, files: Mapping[Kind | str, Path]) -> None:
+    """Check that the files can be written.
+
+    Raises:
+        DataError: a name is not that of a map, is taken, or lies in a folder that cannot be written.
+    """
+    if out.suffix.lower() not in (".tif", ".tiff"):
+        raise DataError(f"--out must end in .tif, or be a folder, got {out}")
+    for file in files.values():
+        if file.is_symlink() and not file.exists():  # as cp does: replacing it would not write its target
+            raise DataError(
+                f"{file} is a link to {file.readlink()}, which does not exist; delete the link, or choose another "
+                "--out, such as its target"
+            )
+        if file.is_dir():
+            raise DataError(f"{file} is a folder, and a map of this name would be written; choose another --out")
+        if file.exists() and Path(source.source).exists() and file.samefile(source.source):
+            raise DataError(f"{file} is the input raster; choose another --out")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"{out} cannot be written: {folder} is not a writable folder; choose another --out")
+
+
+def make_manifest(source: RasterSource, predictor: Predictor, settings: MapSettings, network: str) -> Manifest:
+    """What a map is made from, as plain values; equal manifests make equal maps.
+
+    Args:
+        source: the raster.
+        predictor: the network.
+        settings: how the map is made.
+        network: digest of the network's file.
+    """
+    path = Path(source.source)
     stat = path.stat() if path.is_file() else None
-    settled = asdict(settings)
-    for key in ("batch", "overwrite"):  # they change how fast, and what is replaced
-        del settled[key]
-    if settings.alpha_band is None:  # a map that was made before there was this setting is the same
-        del settled["alpha_band"]
+    values = asdict(settings)
+    for key in ("batch", "overwrite"):  # without influence on the pixels
+        del values[key]
     return {
-        "raster": path.name if stat else scene.source,
+        "raster": path.name if stat else source.source,
         "bytes": stat.st_size if stat else None,
         "modified": stat.st_mtime_ns if stat else None,
         "network": network,
         "title": predictor.metadata.title,
         "backend": predictor.backend,
-        **settled,
+        **values,
         "window": settings.window or predictor.metadata.window,
-        "bands": ",".join(map(str, scene.bands)),
+        "bands": ",".join(map(str, source.bands)),
     }
 
 
-def check_outputs(scene: RasterSource, out: Path, files: dict[Kind | str, Path]) -> None:
-    """See that the files can be written where they are asked for."""
-    if out.suffix.lower() not in (".tif", ".tiff"):
-        raise DataError(f"--out {out} is no name of a map; take one that ends in .tif, or a folder")
-    for file in files.values():
-        if file.is_symlink() and not file.exists():  # as cp does: it would be replaced, and its target never made
-            raise DataError(
-                f"{file} is a link to {file.readlink()}, which is not there; take the link away, or choose another "
-                "--out, such as the link's target"
-            )
-        if file.is_dir():
-            raise DataError(f"{file} is a folder, and a map of this name is to be written; choose another --out")
-        if file.exists() and Path(scene.source).exists() and file.samefile(scene.source):
-            raise DataError(f"{file} is the raster itself; choose another --out")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"{out} cannot be written: {folder} is no folder that may be written to; choose another --out")
+def read_manifest(path: Path) -> Any:
+    """The manifest of a finished map; None if it has none, or is not a raster."""
+    import rasterio
+    from rasterio._err import CPLE_BaseError
+    from rasterio.errors import RasterioError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with rasterio.open(path) as dataset:
+                return json.loads(dataset.tags().get(TAG, "null"))
+    except (RasterioError, CPLE_BaseError, OSError, ValueError):
+        return None
 
 
-def is_made(out: Path, files: dict[Kind | str, Path], job: Manifest, settings: MapSettings) -> bool:
-    """Whether the same map is there, whole.
+def equal_json(first: Any, second: Any) -> bool:
+    """Whether plain values are equal as JSON, in which a tuple is a list and NaN equals NaN."""
+    return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Folder of an unfinished map."""
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def is_begun(out: Path, manifest: Manifest) -> bool:
+    """Whether there is an unfinished map of this manifest."""
+    try:
+        return equal_json(json.loads((unfinished_folder(out) / "progress.json").read_text())["manifest"], manifest)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def is_made(out: Path, files: Mapping[Kind | str, Path], manifest: Manifest, settings: MapSettings) -> bool:
+    """Whether the map of this manifest exists with all its files.
 
     Raises:
-        DataError: there is another one, and it is not to be replaced.
+        DataError: a map of another manifest exists, and ``settings.overwrite`` is not set.
     """
     if settings.overwrite or not any(file.exists() for file in files.values()):
         return False
-    if not out.exists() and begun(out, job):  # killed while the files were given their names, the map's last
+    if not out.exists() and is_begun(out, manifest):  # killed while the files were renamed, the map last
         return False
-    held = read_manifest(out) if out.exists() else {}
-    if alike(held, job):
+    existing = read_manifest(out) if out.exists() else {}
+    if equal_json(existing, manifest):
         return all(file.exists() for file in files.values())
-    if not isinstance(held, dict):
-        raise DataError(f"{out} is there and is no map of ours; choose another --out, or replace it by --overwrite")
-    if not held:
+    if not isinstance(existing, dict):
+        raise DataError(f"{out} exists and is not a map of overfly; choose another --out, or replace it by --overwrite")
+    if not existing:
         first = next(file for file in files.values() if file.exists())
-        raise DataError(f"{first} is there without its map; move it away, or replace it by --overwrite")
-    others = [key for key in job if key not in held or not alike(held[key], job[key])]
+        raise DataError(f"{first} exists without its map; move it away, or replace it by --overwrite")
+    others = [key for key in manifest if key not in existing or not equal_json(existing[key], manifest[key])]
     if {"raster", "bytes", "modified"} & set(others):
-        shown = f"of {held.get('raster')} as it was then"
+        differences = f"of another version of {existing.get('raster')}"
     else:
-        shown = ", ".join(f"{key} {held.get(key)} instead of {job[key]}" for key in others[:3])
-    raise DataError(f"{out} was made otherwise ({shown}); choose another --out, or replace it by --overwrite")
-
-
-def plan_raster(scene: RasterSource, metadata: ModelMetadata, settings: MapSettings, memory: int) -> TilingPlan:
-    """The windows. Small pictures get a window of their own size, where the network takes any."""
-    size = settings.window or metadata.window
-    if metadata.fixed and size != metadata.window:
-        raise RecipeError(f"this network reads windows of {metadata.window} pixels alone; leave --window out")
-    scale = scale_of(scene, settings.resolution)
-    if scene.ground_size is not None and max(scale) > LARGEST:
-        raise DataError(
-            f"{scene.source} has pixels of {max(scene.ground_size):.3g} m, and at {settings.resolution:.3g} m the "
-            f"network would see each of them {max(scale):.3g} times as long; take a --resolution of "
-            f"{1.01 * max(scene.ground_size) / LARGEST:.3g} m or more, or leave --resolution and --match-gsd out"
-        )
-    if not metadata.fixed:
-        longest = max(scaled(scene.height, scale[0]), scaled(scene.width, scale[1]))
-        size = min(size, -(-longest // STRIDE) * STRIDE)
-    return plan_windows(
-        scene.height, scene.width, classes=len(metadata.classes), size=size, overlap=settings.overlap, scale=scale,
-        memory=memory,
-    )  # fmt: skip
-
-
-def raster_notes(scene: RasterSource, metadata: ModelMetadata, settings: MapSettings) -> list[str]:
-    """What a user should know of a raster that the network may not be made for."""
-    notes: list[str] = []
-    if scene.alpha_band is not None and settings.alpha_band is None:
-        notes.append(
-            f"{scene.source} marks its band {scene.alpha_band} as an alpha band: where it is 0 the map has no "
-            "data; if it was measured like the others, say --no-alpha-band"
-        )
-    if scene.gain != 1 and settings.max_value is None:
-        notes.append(
-            f"{scene.source} says that its values times {scene.gain:g} are what was measured, and so the network saw "
-            "them; say --max-value with the value of its brightest pixel for another scale"
-        )
-    if settings.resolution is not None or metadata.gsd is None or scene.ground_size is None:
-        return notes
-    ratio = (scene.ground_size[0] * scene.ground_size[1]) ** 0.5 / metadata.gsd
-    if not 2 / 3 < ratio < 3 / 2:
-        notes.append(
-            f"{scene.source} has pixels of {ratio * metadata.gsd:.3g} m and the network was trained on "
-            f"{metadata.gsd:g} m; with --match-gsd it sees the raster at that resolution"
-        )
-    return notes
+        differences = ", ".join(f"{key} {existing.get(key)} instead of {manifest[key]}" for key in others[:3])
+    raise DataError(
+        f"{out} was made with other settings ({differences}); choose another --out, or replace it by --overwrite"
+    )

@@ -1,37 +1,46 @@
-"""A raster in, a georeferenced map out, window by window, in constant memory; what is killed goes on where it was."""
+"""Predict a raster window by window into a georeferenced map, in constant memory; a stopped job resumes."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from overfly.core.errors import DataError, NotFiniteError, OverflyError
-from overfly.core.records import IGNORE
-from overfly.exporting.predictor import Floats, Predictor
-from overfly.raster import blending
-from overfly.raster import resume_store as store
-from overfly.raster.cog import write_cog
-from overfly.raster.job import MapSettings, check_outputs, is_made, make_manifest, outputs, plan_raster, raster_notes
-from overfly.raster.overlapping import ahead, behind
+from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
+from overfly.core.prefetch import background, prefetch
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
+from overfly.raster import writer
+from overfly.raster.job import (
+    Kind,
+    MapSettings,
+    check_outputs,
+    encode,
+    is_made,
+    list_products,
+    make_manifest,
+    output_files,
+)
 from overfly.raster.polygons import write_polygons
-from overfly.raster.products import Kind, Product, make, products
-from overfly.raster.raster_source import RasterSource, inspect_raster
-from overfly.raster.resume_store import Manifest, Store, UnwrittenError
-from overfly.raster.tiling import MEMORY, TilingPlan
+from overfly.raster.raster_source import RasterSource, inspect_raster, scale_to
+from overfly.raster.tiling import MEMORY, Blend, TilingPlan, plan_windows, scaled
 from overfly.raster.window_reader import FinishedRows, WindowBatch, read_windows
+from overfly.raster.writer import UnfinishedMap, UnwrittenError, write_cog
 
-AHEAD = 3
+DEPTH = 3
 """Batches that wait before the network, and behind it."""
 IMPLAUSIBLE = 1000
-"""Times the brightest pixel from which on a value is no brightness."""
+"""Multiple of the maximum value from which on a value cannot be an intensity."""
+MAX_SCALE = 64
+"""Largest factor by which a raster is enlarged for the network, along each axis."""
+STRIDE = 32
+"""Windows of small rasters are multiples of this, in pixels."""
 OnProgress = Callable[[int, int], None]
-"""Called with the steps that are done, and how many there are."""
+"""Called with the number of finished steps, and of all steps."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,14 @@ class MapResult:
     Attributes:
         source: the raster.
         out: the map.
-        files: all that was written, the map first.
-        made: False where the same map was there already.
-        resumed: steps that an earlier, killed job had done.
-        windows: windows that the network saw.
-        seconds: the whole job.
-        network: seconds in which the network was at work.
-        shares: share of each class among the pixels that were measured.
-        notes: sentences that a user should read.
+        files: all files, the map first.
+        made: False if the map existed already.
+        resumed: steps that an earlier, stopped job had finished.
+        windows: windows that the network predicted.
+        seconds: duration of the whole job.
+        network: duration of the network's predictions in seconds.
+        shares: share of each class in the valid pixels.
+        notes: remarks for the user.
     """
 
     source: str
@@ -64,25 +73,13 @@ class MapResult:
 
 
 @dataclass(frozen=True)
-class Work:
-    """All that a job works with.
-
-    Attributes:
-        predictor: the network.
-        scene: the raster.
-        plan: its windows.
-        held: where the unfinished map lies.
-        wanted: what is written.
-        job: what the map is made of.
-        done: steps that were done before.
-    """
+class _Job:
+    """A network, a raster, its windows, the unfinished map, and the steps that are finished already."""
 
     predictor: Predictor
-    scene: RasterSource
+    source: RasterSource
     plan: TilingPlan
-    held: Store
-    wanted: Sequence[Product]
-    job: Manifest
+    unfinished: UnfinishedMap
     done: int
 
 
@@ -96,186 +93,231 @@ def map_raster(
     on_progress: OnProgress | None = None,
     memory: int = MEMORY,
 ) -> MapResult:
-    """Make the map of one raster.
+    """Predict the map of one raster.
 
-    Reading, the network, and blending with writing go on at the same time. The map appears under its name when it is
-    whole; until then it lies in a hidden folder beside it, which a job that was killed goes on from.
+    Reading, prediction, and blending with writing run concurrently. Until the map is whole, it lies in a hidden folder
+    beside its name, from which a stopped job resumes.
 
     Args:
         predictor: the network.
         source: path or address of the raster.
         out: the map, a .tif file.
         settings: how it is made.
-        network: what tells this network from others, such as its file's checksum.
-        on_progress: called as the job goes on.
+        network: digest of the network's file.
+        on_progress: called with the number of finished steps, and of all steps.
         memory: bytes that the probabilities of a row of windows may take.
 
     Raises:
-        DataError: the raster cannot be read or does not fit the network, the map cannot be written, or there is one
-            already that was made otherwise.
+        DataError: the raster cannot be read or does not fit the network, the map cannot be written, or a map of other
+            settings exists.
     """
-    began = time.monotonic()
-    scene = inspect_raster(
+    start = time.monotonic()
+    raster = inspect_raster(
         source, predictor.metadata, bands=settings.bands, nodata=settings.nodata, max_value=settings.max_value,
         alpha_band=settings.alpha_band,
     )  # fmt: skip
-    job = make_manifest(scene, predictor, settings, network)
-    files = outputs(out, settings)
-    check_outputs(scene, out, files)
-    if is_made(out, files, job, settings):
-        store.clear(out, job)
+    manifest = make_manifest(raster, predictor, settings, network)
+    files = output_files(out, settings)
+    check_outputs(raster, out, files)
+    if is_made(out, files, manifest, settings):
+        writer.discard_leftovers(out, manifest)
         return MapResult(source, out, list(files.values()), made=False)
-    plan = plan_raster(scene, predictor.metadata, settings, memory)
-    notes = raster_notes(scene, predictor.metadata, settings)
-    with store.locked(out) as folder:
-        if is_made(out, files, job, settings):  # another process has just finished it
-            store.discard(folder)
+    plan = plan_raster(raster, predictor.metadata, settings, memory)
+    notes = _notes(raster, predictor.metadata, settings)
+    classes = predictor.metadata.classes
+    products = list_products(len(classes), probabilities=settings.probabilities, uncertainty=settings.uncertainty)
+    with writer.lock_unfinished(out) as folder:
+        if is_made(out, files, manifest, settings):  # another process has just finished it
+            writer.discard(folder)
             return MapResult(source, out, list(files.values()), made=False)
-        wanted = products(
-            len(predictor.metadata.classes), probabilities=settings.probabilities, uncertainty=settings.uncertainty
+        unfinished = UnfinishedMap(
+            folder, raster.height, raster.width, raster.georeference, classes, products, manifest
         )
-        held = Store(folder, scene.height, scene.width)
-        with _writable(out):
-            done, other = store.begin(held, wanted, job)
-        if other:
-            notes.append(f"an unfinished {out.name} of other settings was thrown away")
-        work = Work(predictor, scene, plan, held, wanted, job, done)
-        windows, busy, shares = _finished(work, out, files, settings, on_progress)
-    took = time.monotonic() - began
-    return MapResult(source, out, list(files.values()), True, done, windows, took, busy, shares, notes)
+        with _write_errors(out):
+            done, discarded = unfinished.begin()
+        if discarded:
+            notes.append(f"an unfinished {out.name} of other settings was discarded")
+        job = _Job(predictor, raster, plan, unfinished, done)
+        windows, network_seconds, shares = _finish(job, out, files, settings, on_progress)
+    seconds = time.monotonic() - start
+    return MapResult(source, out, list(files.values()), True, done, windows, seconds, network_seconds, shares, notes)
 
 
-def _finished(
-    work: Work, out: Path, files: dict[str, Path], settings: MapSettings, on_progress: OnProgress | None
+def plan_raster(source: RasterSource, metadata: ModelMetadata, settings: MapSettings, memory: int) -> TilingPlan:
+    """Plan the windows of a raster. A raster below the window's size gets a smaller window, if the network takes any.
+
+    Raises:
+        DataError: the resolution would enlarge the raster too much, or its ground sample distance is unknown.
+        RecipeError: the network has a fixed window, and ``settings.window`` is another.
+    """
+    size = settings.window or metadata.window
+    if metadata.fixed and size != metadata.window:
+        raise RecipeError(f"--window must be {metadata.window}, the fixed window of this network, got {size}")
+    scale = scale_to(source, settings.resolution)
+    if source.gsd is not None and max(scale) > MAX_SCALE:
+        raise DataError(
+            f"{source.source} has pixels of {max(source.gsd):.3g} m, and --resolution {settings.resolution:.3g} would "
+            f"enlarge it {max(scale):.3g} times; give a --resolution of {1.01 * max(source.gsd) / MAX_SCALE:.3g} m or "
+            "more, or leave out --resolution and --match-gsd"
+        )
+    if not metadata.fixed:
+        longest = max(scaled(source.height, scale[0]), scaled(source.width, scale[1]))
+        size = min(size, -(-longest // STRIDE) * STRIDE)
+    return plan_windows(
+        source.height, source.width, classes=len(metadata.classes), size=size, overlap=settings.overlap, scale=scale,
+        memory=memory,
+    )  # fmt: skip
+
+
+def _notes(source: RasterSource, metadata: ModelMetadata, settings: MapSettings) -> list[str]:
+    """Remarks on a raster that may not be like the network's training images."""
+    notes: list[str] = []
+    if source.alpha_band is not None and settings.alpha_band is None:
+        notes.append(
+            f"{source.source} marks its band {source.alpha_band} as alpha, so the map has no data where it is 0; if it "
+            "is a measurement, give --no-alpha-band"
+        )
+    if source.gain != 1 and settings.max_value is None:
+        notes.append(
+            f"{source.source} declares a scale of {source.gain:g}, and its values were multiplied by it; for another "
+            "scale, give the value of its brightest pixel with --max-value"
+        )
+    if settings.resolution is not None or metadata.gsd is None or source.gsd is None:
+        return notes
+    ratio = (source.gsd[0] * source.gsd[1]) ** 0.5 / metadata.gsd
+    if not 2 / 3 < ratio < 3 / 2:
+        notes.append(
+            f"{source.source} has pixels of {ratio * metadata.gsd:.3g} m and the network was trained on "
+            f"{metadata.gsd:g} m; --match-gsd resamples the raster to that"
+        )
+    return notes
+
+
+def _finish(
+    job: _Job, out: Path, files: Mapping[Kind | str, Path], settings: MapSettings, on_progress: OnProgress | None
 ) -> tuple[int, float, dict[str, float]]:
-    """Do what is left and give the map its name; windows, the network's seconds, and the classes' shares.
+    """Finish and publish a map; return predicted windows, the network's seconds, and the classes' shares.
 
-    What is half done stays where it is if it cannot be written now, and is thrown away if it can never be finished.
+    The unfinished map stays if it cannot be written now, and is deleted if it can never be finished.
     """
     try:
-        with _writable(out):
-            windows, busy = _run(work, settings.batch, on_progress)
-            shares = _shares(work)
-            _publish(work, files, settings)
+        with _write_errors(out):
+            windows, seconds = _predict(job, settings.batch, on_progress)
+            shares = job.unfinished.class_shares()
+            _publish(job, files, settings)
     except OverflyError as error:
         if not isinstance(error, UnwrittenError):
-            store.discard(work.held.folder)
+            writer.discard(job.unfinished.folder)
         raise
-    store.discard(work.held.folder)
-    return windows, busy, shares
+    writer.discard(job.unfinished.folder)
+    return windows, seconds, shares
 
 
 @contextmanager
-def _writable(out: Path) -> Iterator[None]:
-    """Tell what the system refuses to write as a sentence."""
+def _write_errors(out: Path) -> Iterator[None]:
+    """Report errors of the system or of GDAL while writing as `UnwrittenError`."""
+    from rasterio._err import CPLE_BaseError
+    from rasterio.errors import RasterioError
+
     try:
         yield
-    except OSError as error:
+    except (OSError, RasterioError, CPLE_BaseError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UnwrittenError(
-            f"{out} cannot be written ({error.strerror or error}); put this right and give the same command again: it "
-            "goes on where it was"
+            f"{out} cannot be written ({reason}); correct this and give the same command again: it resumes"
         ) from error
 
 
-def _run(work: Work, batch: int, on_progress: OnProgress | None) -> tuple[int, float]:
-    """Do the steps that are left; how many windows that took, and how long the network was at work."""
-    count, busy = 0, 0.0
+def _predict(job: _Job, batch: int, on_progress: OnProgress | None) -> tuple[int, float]:
+    """Predict the remaining windows; return their number and the network's seconds."""
+    count, seconds = 0, 0.0
     if on_progress is not None:
-        on_progress(work.done, work.plan.steps)
-    items = read_windows(work.scene, work.plan, batch, work.done)
-    with behind(_finisher(work, on_progress), AHEAD) as put, ahead(items, AHEAD) as read:
+        on_progress(job.done, job.plan.steps)
+    items = read_windows(job.source, job.plan, batch, job.done)
+    with background(_row_writer(job, on_progress), DEPTH) as put, prefetch(items, DEPTH) as read:
         for item in read:
             if isinstance(item, FinishedRows):
                 put(item)
                 continue
-            begun = time.monotonic()
-            probabilities = work.predictor(item.images)
-            busy += time.monotonic() - begun
+            start = time.monotonic()
+            probabilities = job.predictor(item.images)
+            seconds += time.monotonic() - start
             count += len(item.images)
             put((item, probabilities))
-    return count, busy
+    return count, seconds
 
 
-def _finisher(
-    work: Work, on_progress: OnProgress | None
+def _row_writer(
+    job: _Job, on_progress: OnProgress | None
 ) -> Callable[[FinishedRows | tuple[WindowBatch, Floats]], None]:
-    """What blends and writes, given batches and the ends of rows in order."""
-    plan, rows = work.plan, len(work.plan.tops)
-    blends: dict[int, blending.Blend] = {}
+    """A function that blends batches and writes finished rows, both in order."""
+    plan, rows, unfinished = job.plan, len(job.plan.tops), job.unfinished
+    blends: dict[int, Blend] = {}
 
-    def current(slab: int) -> blending.Blend:
-        if slab not in blends:
+    def blend_of(strip: int) -> Blend:
+        if strip not in blends:
             blends.clear()
-            made = plan.made(min(max(work.done - slab * rows, 0), rows) - 1)
-            blends[slab] = blending.blend(plan, plan.slabs[slab], len(work.predictor.metadata.classes), made)
-        return blends[slab]
+            finished = plan.finished(min(max(job.done - strip * rows, 0), rows) - 1)
+            blends[strip] = Blend.start(plan, plan.strips[strip], len(unfinished.classes), finished)
+        return blends[strip]
 
-    def finish(item: FinishedRows | tuple[WindowBatch, Floats]) -> None:
+    def process(item: FinishedRows | tuple[WindowBatch, Floats]) -> None:
         if not isinstance(item, FinishedRows):
             batch, probabilities = item
             if not np.isfinite(probabilities.sum()):
-                raise _not_finite(work, batch, probabilities)
-            for window, scores in zip(batch.places, probabilities, strict=True):
-                blending.add(current(batch.slab), scores, window)
+                raise _not_finite(job, batch, probabilities)
+            for window, scores in zip(batch.windows, probabilities, strict=True):
+                blend_of(batch.strip).add(scores, window)
             return
-        blend = current(item.slab)
-        sums = blending.take(blend, item.first, item.last)
-        for product in work.wanted:
-            store.write(
-                work.held, product, make(product, sums, item.nodata_mask), item.first, plan.slabs[item.slab].first
-            )
-        blending.drop(blend, item.last)
-        step = item.slab * rows + item.row + 1
-        store.advance(work.held, work.job, step)
+        blend = blend_of(item.strip)
+        sums = blend.read(item.first, item.last)
+        if item.first < item.last:
+            for product in unfinished.products:
+                bands = encode(product, sums, item.nodata_mask)
+                unfinished.write(product, bands, item.first, plan.strips[item.strip].first)
+        blend.drop(item.last)
+        step = item.strip * rows + item.row + 1
+        unfinished.advance(step)
         if on_progress is not None:
             on_progress(step, plan.steps)
 
-    return finish
+    return process
 
 
-def _not_finite(work: Work, batch: WindowBatch, probabilities: Floats) -> OverflyError:
-    """Whose fault it is: the raster's, where the network was shown what no picture holds, else the network's."""
-    scene, metadata = work.scene, work.predictor.metadata
+def _not_finite(job: _Job, batch: WindowBatch, probabilities: Floats) -> OverflyError:
+    """The error of the raster, if its values are implausible as intensities, else of the network."""
+    source, metadata = job.source, job.predictor.metadata
     images = batch.images[~np.isfinite(probabilities).all(axis=(1, 2, 3))].astype(np.float64)
-    largest = images.flat[np.abs(images).argmax()] / scene.gain
-    if abs(largest) * scene.gain <= IMPLAUSIBLE * metadata.max_value:
-        return NotFiniteError(f"the network's probabilities are not finite on {scene.source}; train or export it anew")
+    largest = images.flat[np.abs(images).argmax()] / source.gain
+    if abs(largest) * source.gain <= IMPLAUSIBLE * metadata.max_value:
+        return NotFiniteError(
+            f"the network's probabilities are not finite on {source.source}; train it or export it again"
+        )
     shown = f"such as {largest:.9g}" if np.isfinite(largest) else "of up to 1e38"
     value = f"{largest:.9g}" if np.isfinite(largest) else "VALUE"
     return DataError(
-        f"{scene.source} holds values {shown}, and {metadata.max_value / scene.gain:g} is taken for its brightest "
-        f"pixel; say "
-        f"--nodata {value} if they stand for nothing measured, or --max-value if pixels are as bright"
+        f"{source.source} holds values {shown}, above its assumed maximum of {metadata.max_value / source.gain:g}; "
+        f"give --nodata {value} if they mean no data, or --max-value if pixels are as bright"
     )
 
 
-def _shares(work: Work) -> dict[str, float]:
-    """Share of each class among the pixels that were measured."""
-    counts = np.zeros(256, np.int64)
-    with work.held.plane(work.wanted[0]).open("rb") as file:
-        while piece := file.read(1 << 22):
-            counts += np.bincount(np.frombuffer(piece, np.uint8), minlength=256)
-    total = max(1, int(counts[:IGNORE].sum()))
-    return {name: int(counts[index]) / total for index, name in enumerate(work.predictor.metadata.classes.names)}
-
-
-def _publish(work: Work, files: dict[Kind | str, Path], settings: MapSettings) -> None:
-    """Make all files in the hidden folder, then give them their names, the map's last."""
-    classes = work.predictor.metadata.classes
-    made = {product.kind: write_cog(work.held, product, classes, work.scene.place, work.job) for product in work.wanted}
+def _publish(job: _Job, files: Mapping[Kind | str, Path], settings: MapSettings) -> None:
+    """Write all files in the hidden folder, then rename them, the map last."""
+    unfinished = job.unfinished
+    written = {product.kind: write_cog(unfinished, product) for product in unfinished.products}
     ready: list[tuple[Path, Path]] = []
     if settings.polygons:
-        outlines = work.held.folder / f"polygons.{settings.polygons}"
-        write_polygons(made["classes"], outlines, classes, min_area=settings.min_area)
+        outlines = unfinished.folder / f"polygons.{settings.polygons}"
+        write_polygons(written["classes"], outlines, unfinished.classes, min_area=settings.min_area)
         ready.append((outlines, files["polygons"]))
-    for kind, file in reversed(made.items()):
+    for kind, file in reversed(written.items()):
         sidecar = Path(f"{file}.aux.xml")
         ready += [(sidecar, Path(f"{files[kind]}.aux.xml"))] if sidecar.exists() else []
         ready.append((file, files[kind]))
-    for file, _ in ready:  # all of them first: a disk that is full says so before any has its name
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    for kind in made:
-        Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of an earlier map: it would speak for this one
+    for file, _ in ready:  # all before the first is renamed: a full disk is noticed in time
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    for kind in written:
+        Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of an earlier map
     for file, target in ready:
         file.replace(target)

@@ -1,10 +1,13 @@
-"""The areas of a map as polygons: GeoPackage or GeoJSON."""
+"""Outline the areas of a map as polygons: GeoPackage or GeoJSON."""
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 import sqlite3
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,24 +17,28 @@ from numpy.typing import NDArray
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, MissingExtraError
-from overfly.raster.georeference import Plane, equal_area_plane
+from overfly.core.records import IGNORE
 from overfly.raster.raster_source import open_raster
-from overfly.raster.resume_store import UnwrittenError
+from overfly.raster.writer import UnwrittenError
 
-AT_ONCE = 20_000
+CHUNK = 20_000
 """Polygons that are written at once."""
+WGS84 = (6_378_137.0, 298.257223563)
+"""Semi-major axis in meters, and inverse flattening."""
+Projection = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""From coordinates (N, 2) of a raster to meters in a plane (N, 2)."""
 
 
 def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 10) -> Path:
     """Outline the areas of each class of a finished map.
 
-    Outlines follow the pixels' edges, so that neighbors share them. Areas below the smallest are left out, and so are
-    holes below it in others. Attributes: class_id, class, color, and area in square meters: on the ellipsoid where
-    coordinates are degrees, else in the plane of the map's projection; in pixels where there is no coordinate system.
-    GeoJSON is written in longitude and latitude (RFC 7946), where the map has a coordinate system.
+    Outlines follow the pixels' edges, so that neighbors share them. Areas below ``min_area`` are left out, and holes
+    below it are filled. Attributes: class_id, class, color, and area in square meters: on the ellipsoid if coordinates
+    are degrees, else in the plane of the map's projection; in pixels without a coordinate reference system. GeoJSON is
+    written in longitude and latitude (RFC 7946) if the map has a coordinate reference system.
 
     Args:
-        map_: a map of class ids, 255 where nothing was measured.
+        map_: a map of class ids, 255 where there is no data.
         out: file that ends in .gpkg or .geojson.
         classes: names and colors.
         min_area: area of the smallest polygon, in pixels.
@@ -41,26 +48,25 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
         UnwrittenError: the file cannot be written whole, as on a full disk, or the map cannot be read.
     """
     try:
-        import shapely  # noqa: F401 - seen here, used below
+        import shapely  # noqa: F401 - checked here, used below
         from pyogrio._err import CPLE_BaseError
         from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
     except ImportError as error:
         raise MissingExtraError(str(error.name or "pyogrio"), "vector", "polygons of a map") from None
     try:
-        crs, plane, rings, ids = _outlines(map_, min_area)
-    except DataError as error:  # the map has just been made: it is the disk that fails
+        crs, projection, polygons, ids = _outline(map_, min_area)
+    except DataError as error:  # the map was written a moment ago: the disk fails
         raise UnwrittenError(f"{error}, by giving the same command again") from error
-    numbers = np.array(ids, np.int32)
     names = np.array([classes.names[number] for number in ids], object)
     colors = np.array(["#{:02x}{:02x}{:02x}".format(*classes.colors[number]) for number in ids], object)
-    for part in out.parent.glob(f"{out.name}*"):  # of a try that failed
+    for part in out.parent.glob(f"{out.name}*"):  # of a failed attempt
         part.unlink()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a map of a plain picture has no coordinate system
-            fields = [numbers, names, colors, _areas(rings, plane)]
-            _write(out, crs, rings, fields, out.suffix == ".geojson")
-        reason = _flaw(out, len(rings))
+            warnings.simplefilter("ignore", UserWarning)  # maps without a coordinate reference system
+            fields = [np.array(ids, np.int32), names, colors, _areas(polygons, projection)]
+            _write(out, crs, polygons, fields, out.suffix == ".geojson")
+        reason = _damage(out, len(polygons))
     except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, OSError) as error:
         reason = " ".join(str(error).split())
     if reason:
@@ -68,80 +74,111 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
         out.unlink(missing_ok=True)
         raise UnwrittenError(
             f"{out.name} could not be written whole into {out.parent} ({reason}; {room / 1e6:.1f} MB were free); free "
-            "space there and give the same command again: it goes on where it was"
+            "space there and give the same command again: it resumes"
         )
     return out
 
 
-def _outlines(map_: Path, min_area: int) -> tuple[str | None, Plane, list[Any], list[int]]:
-    """The map's coordinate system, a plane in which areas are true, its polygons, and the class of each."""
-    import shapely
+def _outline(map_: Path, min_area: int) -> tuple[str | None, Projection, list[Any], list[int]]:
+    """The map's coordinate reference system, a projection for areas, its polygons, and the class id of each."""
     from rasterio.features import shapes
 
-    rings: list[Any] = []
+    polygons: list[Any] = []
     ids: list[int] = []
     with open_raster(str(map_)) as dataset:
         transform = dataset.transform
         least = min_area * abs(transform.determinant) * (1 - 1e-6)  # a square's area is rounded
         band = dataset.read(1)
-        for shape, number in shapes(band, mask=band != 255, transform=transform):
-            polygon = _filled(shapely, shape["coordinates"], least)
+        for shape, number in shapes(band, mask=band != IGNORE, transform=transform):
+            polygon = _polygon(shape["coordinates"], least)
             if polygon is not None:
-                rings.append(polygon)
+                polygons.append(polygon)
                 ids.append(int(number))
-        return dataset.crs.to_wkt() if dataset.crs else None, equal_area_plane(dataset), rings, ids
+        crs = dataset.crs.to_wkt() if dataset.crs else None
+        return crs, _equal_area_projection(dataset), polygons, ids
 
 
-def _flaw(out: Path, count: int) -> str:
-    """What is wrong with a written file; empty where it is whole: what fails at closing, GDAL tells nobody."""
-    if not out.is_file():
-        return "it is not there"
-    if out.suffix == ".gpkg":
-        try:
-            with closing(sqlite3.connect(out)) as base:
-                state = base.execute("PRAGMA integrity_check(1)").fetchone()[0]
-                held = base.execute("SELECT count(*) FROM map").fetchone()[0]
-        except sqlite3.Error as error:
-            return str(error)
-        return "it is not whole" if state != "ok" or held != count else ""
-    held, last = 0, b""
-    with out.open("rb") as file:
-        for line in file:
-            held += line.startswith(b'{ "type": "Feature",')
-            if b"\0" in line:
-                return "it has holes"
-            last = line.strip() or last
-    return "it breaks off" if held != count or last != b"}" else ""
+def _polygon(coordinates: list[Any], least: float) -> Any:
+    """A polygon without holes below an area; None if it is below it itself."""
+    import shapely
+
+    outer, *holes = coordinates
+    if shapely.area(shapely.polygons(outer)) < least:
+        return None
+    large = [hole for hole in holes if shapely.area(shapely.polygons(hole)) >= least]
+    return shapely.polygons(outer, [shapely.linearrings(hole) for hole in large] or None)
 
 
-def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], web: bool) -> None:
+def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], geojson: bool) -> None:
     import pyogrio.raw
     import shapely
 
-    options: dict[str, Any] = {"RFC7946": "YES"} if web and crs else {}
-    step = max(1, len(polygons)) if web else AT_ONCE
+    options: dict[str, Any] = {"RFC7946": "YES"} if geojson and crs else {}
+    step = max(1, len(polygons)) if geojson else CHUNK
     for begin in range(0, max(1, len(polygons)), step):
         part = slice(begin, begin + step)
         values = [field[part] for field in fields]
         pyogrio.raw.write(
             str(out), shapely.to_wkb(polygons[part]), values, ["class_id", "class", "color", "area"], layer="map",
-            crs=crs, geometry_type="Polygon", driver="GeoJSON" if web else "GPKG", append=begin > 0, **options,
+            crs=crs, geometry_type="Polygon", driver="GeoJSON" if geojson else "GPKG", append=begin > 0, **options,
         )  # fmt: skip
 
 
-def _areas(polygons: list[Any], plane: Plane) -> NDArray[np.float64]:
+def _damage(out: Path, count: int) -> str:
+    """What is wrong with a written file; empty if it is whole. GDAL does not report errors on closing a file."""
+    if not out.is_file():
+        return "it does not exist"
+    if out.suffix == ".gpkg":
+        try:
+            with closing(sqlite3.connect(out)) as base:
+                state = base.execute("PRAGMA integrity_check(1)").fetchone()[0]
+                written = base.execute("SELECT count(*) FROM map").fetchone()[0]
+        except sqlite3.Error as error:
+            return str(error)
+        return "it is incomplete" if state != "ok" or written != count else ""
+    written, last = 0, b""
+    with out.open("rb") as file:
+        for line in file:
+            written += line.startswith(b'{ "type": "Feature",')
+            if b"\0" in line:
+                return "it has holes"
+            last = line.strip() or last
+    return "it is truncated" if written != count or last != b"}" else ""
+
+
+def _areas(polygons: list[Any], projection: Projection) -> NDArray[np.float64]:
     """Area of each polygon, in square meters."""
     import shapely
 
-    parts = (polygons[begin : begin + AT_ONCE] for begin in range(0, len(polygons), AT_ONCE))
-    found = [shapely.area(shapely.transform(np.array(part, object), plane)) for part in parts]
-    return np.concatenate([np.zeros(0), *found])
+    chunks = (polygons[begin : begin + CHUNK] for begin in range(0, len(polygons), CHUNK))
+    areas = [shapely.area(shapely.transform(np.array(chunk, object), projection)) for chunk in chunks]
+    return np.concatenate([np.zeros(0), *areas])
 
 
-def _filled(shapely: Any, coordinates: list[Any], least: float) -> Any:
-    """A polygon without small holes; None where it is too small itself."""
-    outer, *holes = coordinates
-    if shapely.area(shapely.polygons(outer)) < least:
-        return None
-    kept = [hole for hole in holes if shapely.area(shapely.polygons(hole)) >= least]
-    return shapely.polygons(outer, [shapely.linearrings(hole) for hole in kept] or None)
+def _equal_area_projection(dataset: Any) -> Projection:
+    """A projection in which areas of an open dataset's polygons are square meters; identity if its unit is unknown.
+
+    Degrees go to the cylindrical equal-area projection of their ellipsoid (Snyder, Map Projections: A Working Manual,
+    1987, equations 3-12, 10-14 and 10-15), in which edges of pixels, along meridians and parallels, stay straight.
+    """
+    crs = dataset.crs
+    if not crs or not crs.is_geographic:
+        try:
+            meters = float(crs.linear_units_factor[1]) if crs else 1.0
+        except Exception:  # rasterio has its own error for a system without a linear unit
+            meters = 1.0
+        return lambda points: points * meters
+    ellipsoid = re.search(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([\d.]+),\s*([\d.]+)', crs.to_wkt())
+    axis, inverse = (float(ellipsoid[1]), float(ellipsoid[2])) if ellipsoid else WGS84
+    squared = 2 / inverse - 1 / inverse**2 if inverse else 0.0
+    radians = float(crs.units_factor[1])
+
+    def project(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        east, sine = axis * radians * points[:, 0], np.sin(radians * points[:, 1])
+        if not squared:
+            return np.stack([east, axis * sine], axis=1)
+        eccentricity = math.sqrt(squared)
+        authalic = sine / (1 - squared * sine**2) + np.arctanh(eccentricity * sine) / eccentricity
+        return np.stack([east, axis * (1 - squared) / 2 * authalic], axis=1)
+
+    return project

@@ -1,7 +1,8 @@
-"""A raster as the network's input: what its header says, and whether it fits."""
+"""Open a raster and decide how it is read: bands, value range, no data, alpha band, georeference."""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,15 +15,42 @@ import numpy as np
 
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.exporting.predictor import ModelMetadata
-from overfly.raster.alpha_band import check_alpha_band, find_alpha_band
-from overfly.raster.georeference import Georeference, georeference, ground_size
 
 CACHE = 96 * 2**20
-"""Bytes of decoded blocks that GDAL may keep; by default it takes a share of the machine's memory."""
+"""Bytes of decoded blocks that GDAL may cache; its default is a share of the machine's memory."""
 FRACTIONS = 16.0
-"""Brightest pixel below which a network was trained on fractions, such as reflectances of 0 to 1."""
-SAME = 0.02
-"""Difference of ground resolution, as a share, that is not worth a resampling."""
+"""Maximum value below which a network was trained on fractions, such as reflectances of 0 to 1."""
+SAME_SCALE = 0.02
+"""Relative difference of ground resolution below which nothing is resampled."""
+EQUATOR_DEGREE = 111_319.49
+"""Meters of a degree of longitude on the equator (WGS 84)."""
+MERIDIAN_DEGREE = 110_574.0
+"""Meters of a degree of latitude on the equator (WGS 84)."""
+ALPHA_SAMPLES, ALPHA_SIDE = 5, 64
+"""A marked alpha band is sampled on a grid of 5 × 5 squares of this side, in pixels."""
+ALPHA_MODE_SHARE = 0.5
+"""Least share of the values above 0 that equal their mode in an alpha band."""
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """Location of a raster on the ground.
+
+    Attributes:
+        crs: coordinate reference system as WKT; empty if unknown.
+        transform: affine transform from pixel to coordinate in GDAL's order; None if unknown.
+        points: ground control points (column, row, x, y, z, id).
+        points_crs: their coordinate reference system as WKT.
+        rational: rational polynomial coefficients (RPC), as the file's text.
+        point: whether coordinates are those of pixel centers (AREA_OR_POINT=Point).
+    """
+
+    crs: str = ""
+    transform: tuple[float, ...] | None = None
+    points: tuple[tuple[float, float, float, float, float, str], ...] = ()
+    points_crs: str = ""
+    rational: tuple[tuple[str, str], ...] = ()
+    point: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,16 +59,15 @@ class RasterSource:
 
     Attributes:
         source: path or address, as rasterio opens it.
-        height: rows.
-        width: columns.
-        bands: numbers of the bands that are read, from 1, in the network's order.
-        dtype: type that it is stored in.
-        nodata: value that stands for "nothing was measured here"; None where there is none.
-        masked: whether a mask of the whole picture says where nothing was measured.
-        opacity: number of the band that is 0 where nothing was measured; None where there is none.
-        gain: what its values are multiplied by, to be in the range that the network was trained on.
-        ground: meters on the ground that a pixel is high and wide; None if unknown.
-        place: where it lies.
+        height, width: in pixels.
+        bands: numbers of the bands to read, from 1, in the network's order.
+        dtype: data type of the stored values.
+        nodata: no-data value; None if there is none.
+        masked: whether the file has a mask of valid pixels.
+        alpha_band: number of the alpha band, which is 0 where there is no data; None if there is none.
+        gain: factor from stored values to the value range of the training images.
+        gsd: ground sample distance (y, x) in meters; None if unknown.
+        georeference: location on the ground.
     """
 
     source: str
@@ -52,17 +79,17 @@ class RasterSource:
     masked: bool
     alpha_band: int | None
     gain: float
-    ground_size: tuple[float, float] | None
-    place: Georeference
+    gsd: tuple[float, float] | None
+    georeference: Georeference
 
 
 @contextmanager
 def open_raster(source: str) -> Iterator[Any]:
-    """Open a raster; its blocks are kept in little memory.
+    """Open a raster with rasterio and a small block cache.
 
     Raises:
         MissingExtraError: rasterio is not installed.
-        DataError: there is no such raster, or it is damaged, seen on opening or while it is read within.
+        DataError: the raster does not exist, or is damaged, on opening or while it is read.
     """
     try:
         import rasterio
@@ -91,30 +118,29 @@ def inspect_raster(
     max_value: float | None,
     alpha_band: bool | None = None,
 ) -> RasterSource:
-    """What a raster's header says, and that the network can read it.
+    """Read the header of a raster and check that it fits a network.
 
     Args:
         source: path or address.
-        metadata: what the network reads.
-        bands: numbers of bands separated by commas; None takes all, where they are as many as the network's.
-        nodata: value that stands for "nothing was measured here"; None takes what the file says.
-        max_value: value of the brightest pixel; None where it is the network's.
-        alpha_band: whether the last band is opacity; None takes what the file says.
+        metadata: bands and value range that the network reads.
+        bands: numbers of the bands separated by commas; None takes all, if their number equals the network's.
+        nodata: no-data value; None takes the file's.
+        max_value: value of the brightest pixel; None takes the network's.
+        alpha_band: True if the last band is an alpha band, False if no band is; None takes what the file declares.
 
     Raises:
-        DataError: it is missing, damaged, or does not fit; the sentence says which option helps.
+        DataError: the raster does not exist, is damaged, or does not fit the network.
     """
     with open_raster(source) as dataset:
         if not dataset.count or not dataset.height * dataset.width:
-            raise DataError(f"{source} holds no raster bands of its own; name the raster inside, or export it anew")
-        clear = find_alpha_band(source, dataset, alpha_band)
-        chosen = _bands(source, dataset, metadata, bands, clear)
+            raise DataError(f"{source} has no raster bands of its own; give one of its subdatasets, or export it again")
+        alpha = find_alpha_band(source, dataset, alpha_band)
+        chosen = _bands(source, dataset, metadata, bands, alpha)
         dtype = str(dataset.dtypes[chosen[0] - 1])
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
-            raise DataError(f"{source} holds a palette, whose numbers are no brightness; save it as plain bands first")
+            raise DataError(f"{source} stores palette indices instead of intensities; save it as plain bands first")
         gain = input_gain(source, dtype, metadata, max_value, scale=_scale(dataset, chosen))
-        _check_whole(source, dataset)
-        clear = _opacity(source, dataset, chosen, clear, alpha_band)
+        _check_complete(source, dataset)
         declared = dataset.nodatavals[chosen[0] - 1]
         flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
         return RasterSource(
@@ -125,72 +151,42 @@ def inspect_raster(
             dtype,
             nodata=declared if nodata is None else nodata,
             masked="per_dataset" in flags and "alpha" not in flags,
-            alpha_band=clear,
+            alpha_band=_unread_alpha_band(source, dataset, chosen, alpha, alpha_band),
             gain=gain,
-            ground_size=ground_size(dataset),
-            place=georeference(dataset),
+            gsd=_gsd(dataset),
+            georeference=georeference(dataset),
         )
 
 
-def scale_of(scene: RasterSource, resolution: float | None) -> tuple[float, float]:
-    """Working pixels an input pixel (y, x), so that a working pixel is ``resolution`` meters; (1, 1) without one.
+def georeference(dataset: Any) -> Georeference:
+    """Georeference of an open rasterio dataset."""
+    points, points_crs = dataset.gcps
+    transform = dataset.transform
+    return Georeference(
+        crs=dataset.crs.to_wkt() if dataset.crs else "",
+        transform=None if transform.is_identity else tuple(transform.to_gdal()),
+        points=tuple((p.col, p.row, p.x, p.y, p.z or 0.0, str(p.id)) for p in points),
+        points_crs=points_crs.to_wkt() if points_crs else "",
+        rational=tuple(sorted(dataset.tags(ns="RPC").items())),
+        point=dataset.tags().get("AREA_OR_POINT") == "Point",
+    )
+
+
+def scale_to(source: RasterSource, resolution: float | None) -> tuple[float, float]:
+    """Resampling factor (y, x) from the raster's pixels to pixels of ``resolution`` meters; (1, 1) without one.
 
     Raises:
-        DataError: the raster does not say how long its pixels are.
+        DataError: the raster's ground sample distance is unknown.
     """
     if resolution is None:
         return 1.0, 1.0
-    if scene.ground_size is None:
+    if source.gsd is None:
         raise DataError(
-            f"{scene.source} does not say how long its pixels are on the ground; leave out --resolution "
-            "and --match-gsd, or give it a coordinate system"
+            f"{source.source} has no coordinate reference system, so its ground sample distance is unknown; leave out "
+            "--resolution and --match-gsd, or assign one"
         )
-    y, x = (length / resolution for length in scene.ground_size)
-    return (1.0, 1.0) if abs(y - 1) < SAME and abs(x - 1) < SAME else (y, x)
-
-
-def _bands(source: str, dataset: Any, metadata: ModelMetadata, bands: str | None, clear: int | None) -> tuple[int, ...]:
-    """Numbers of the bands to read, where band ``clear`` is opacity."""
-    present = dataset.count - (clear == dataset.count)
-    if bands is None:
-        if metadata.bands in (present, dataset.count):
-            return tuple(range(1, metadata.bands + 1))
-        example = ",".join(str(min(number, present)) for number in range(1, metadata.bands + 1))
-        raise DataError(
-            f"{source} has {present} band{'s' * (present != 1)}, the network reads {metadata.bands}; say which they "
-            f"are, in the order of the training images, such as --bands {example}"
-        )
-    try:
-        chosen = tuple(int(number) for number in bands.split(","))
-    except ValueError:
-        raise DataError(f"--bands {bands} are no numbers of bands; write them as --bands 4,3,2") from None
-    if len(chosen) != metadata.bands:
-        raise DataError(f"--bands {bands} are {len(chosen)}, the network reads {metadata.bands}; name as many")
-    if min(chosen) < 1 or max(chosen) > dataset.count:
-        raise DataError(f"--bands {bands}: {source} has the bands 1 to {dataset.count}; name some of these")
-    return chosen
-
-
-def _opacity(source: str, dataset: Any, chosen: tuple[int, ...], clear: int | None, asked: bool | None) -> int | None:
-    """The band of opacity, where the network does not read it as one of its own."""
-    if clear is None or (clear in chosen and not asked):
-        return None
-    if clear in chosen:
-        raise DataError(
-            f"--alpha-band says that band {clear} of {source} is opacity, and it is one of the {len(chosen)} that the "
-            "network reads; leave --alpha-band out, or name other bands by --bands"
-        )
-    if not asked:
-        check_alpha_band(source, dataset, clear, ",".join(map(str, chosen)))
-    return clear
-
-
-def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
-    """What a raster says that its values are to be multiplied by; None where it says nothing, or more than that."""
-    scales = {float(dataset.scales[band - 1]) for band in bands}
-    scale = scales.pop()
-    plain = not scales and not any(dataset.offsets[band - 1] for band in bands)
-    return scale if plain and 0 < scale < 1 else None
+    y, x = (length / resolution for length in source.gsd)
+    return (1.0, 1.0) if abs(y - 1) < SAME_SCALE and abs(x - 1) < SAME_SCALE else (y, x)
 
 
 def input_gain(
@@ -202,61 +198,161 @@ def input_gain(
     scale: float | None = None,
     option: str = "--max-value ",
 ) -> float:
-    """What brings a raster's values into the range that the network was trained on.
+    """Factor from a raster's values to the value range of the network's training images.
 
     Args:
-        source: what the raster is called in a message.
-        dtype: type that it is stored in.
-        metadata: what the network reads.
-        max_value: value of the brightest pixel; None where it is the network's.
-        scale: what the raster itself says that makes fractions of its whole numbers; None where it says nothing.
-        option: how a user gives the value of the brightest pixel, up to the number.
+        source: name of the raster in messages.
+        dtype: data type of the stored values.
+        metadata: value range that the network reads.
+        max_value: value of the brightest pixel; None takes the network's.
+        scale: the file's own scale from integers to fractions; None if it declares none.
+        option: how messages name the option for the brightest value, up to the number.
 
     Raises:
-        DataError: the type cannot hold brightness, or is of another range and neither ``max_value`` nor the file helps.
+        DataError: the type holds no intensities, or its range is another and neither ``max_value`` nor ``scale`` is
+            given.
     """
     if "complex" in dtype:
-        raise DataError(f"{source} holds complex numbers; save it as plain bands first")
+        raise DataError(f"{source} stores complex numbers; save it as plain bands first")
     if max_value is not None:
         return metadata.max_value / max_value
-    whole, fractions = np.dtype(dtype).kind in "iu", metadata.max_value < FRACTIONS
-    if whole and fractions and scale is not None:
+    integers, fractions = np.dtype(dtype).kind in "iu", metadata.max_value < FRACTIONS
+    if integers and fractions and scale is not None:
         return scale
-    if (dtype == "uint8") != (metadata.max_value == 255) or (whole and fractions):
-        example = "255" if dtype == "uint8" else "10000" if whole else "1"
+    if (dtype == "uint8") != (metadata.max_value == 255) or (integers and fractions):
+        example = "255" if dtype == "uint8" else "10000" if integers else "1"
         raise DataError(
-            f"{source} holds {dtype}, and the network was trained on values up to {metadata.max_value:g}; say the "
-            f"value of its "
-            f"brightest pixel, such as {option}{example}, and it is scaled"
+            f"{source} holds {dtype}, and the network was trained on values up to {metadata.max_value:g}; give the "
+            f"value of its brightest pixel, such as {option}{example}, and it is scaled"
         )
     return 1.0
+
+
+def find_alpha_band(source: str, dataset: Any, given: bool | None) -> int | None:
+    """Number of the alpha band, from 1; None if there is none.
+
+    Args:
+        source: name of the raster in messages.
+        dataset: the open raster.
+        given: True if the last band is an alpha band, False if no band is, None to take what the file declares. Many
+            writers mark the fourth of four 8-bit bands as alpha by default.
+
+    Raises:
+        DataError: ``given`` is True for a raster of one band.
+    """
+    if given is False:
+        return None
+    if given:
+        if dataset.count == 1:
+            raise DataError(f"{source} has one band, which cannot be an alpha band; leave out --alpha-band")
+        return int(dataset.count)
+    marked = (number for number, color in enumerate(dataset.colorinterp, 1) if color.name == "alpha")
+    return next(marked, None) if dataset.count > 1 else None
+
+
+def _unread_alpha_band(
+    source: str, dataset: Any, chosen: tuple[int, ...], alpha: int | None, given: bool | None
+) -> int | None:
+    """The alpha band, unless the network reads it as one of its own; check that a marked one looks like one."""
+    if alpha is None or (alpha in chosen and not given):
+        return None
+    if alpha in chosen:
+        raise DataError(
+            f"--alpha-band makes band {alpha} of {source} an alpha band, but it is one of the {len(chosen)} bands that "
+            "the network reads; leave out --alpha-band, or give other bands with --bands"
+        )
+    if not given and _varies(dataset, alpha):
+        raise DataError(
+            f"{source} marks its band {alpha} as alpha, but its values vary as measurements do; give --no-alpha-band "
+            f"--bands {','.join(map(str, chosen))} if it is a measurement, or --alpha-band if 0 means no data"
+        )
+    return alpha
+
+
+def _varies(dataset: Any, number: int) -> bool:
+    """Whether no value above 0 of a band is frequent: an alpha band is opaque or transparent nearly everywhere."""
+    from rasterio.windows import Window
+
+    height, width = min(ALPHA_SIDE, dataset.height), min(ALPHA_SIDE, dataset.width)
+    grids = ([int(at) for at in np.linspace(0, max(0, side - ALPHA_SIDE), ALPHA_SAMPLES)] for side in dataset.shape)
+    tops, lefts = (sorted(set(grid)) for grid in grids)
+    windows = [Window(left, top, width, height) for top in tops for left in lefts]
+    values = np.concatenate([dataset.read(number, window=window).ravel() for window in windows])
+    _, counts = np.unique(values[values > 0], return_counts=True)
+    return bool(counts.size and counts.max() < ALPHA_MODE_SHARE * counts.sum())
+
+
+def _bands(source: str, dataset: Any, metadata: ModelMetadata, bands: str | None, alpha: int | None) -> tuple[int, ...]:
+    """Numbers of the bands to read; ``alpha`` is the alpha band."""
+    count = dataset.count - (alpha == dataset.count)
+    if bands is None:
+        if metadata.bands in (count, dataset.count):
+            return tuple(range(1, metadata.bands + 1))
+        example = ",".join(str(min(number, count)) for number in range(1, metadata.bands + 1))
+        raise DataError(
+            f"{source} has {count} band{'s' * (count != 1)}, the network reads {metadata.bands}; name them in the "
+            f"order of the training images, such as --bands {example}"
+        )
+    try:
+        chosen = tuple(int(number) for number in bands.split(","))
+    except ValueError:
+        raise DataError(f"--bands must be band numbers such as 4,3,2, got {bands}") from None
+    if len(chosen) != metadata.bands:
+        raise DataError(f"--bands {bands} names {len(chosen)} bands, the network reads {metadata.bands}; name as many")
+    if min(chosen) < 1 or max(chosen) > dataset.count:
+        raise DataError(f"--bands {bands}: {source} has the bands 1 to {dataset.count}; choose from these")
+    return chosen
+
+
+def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
+    """The common scale below 1 that the file declares for its bands; None if they differ or have an offset."""
+    scales = {float(dataset.scales[band - 1]) for band in bands}
+    scale = scales.pop()
+    plain = not scales and not any(dataset.offsets[band - 1] for band in bands)
+    return scale if plain and 0 < scale < 1 else None
+
+
+def _gsd(dataset: Any) -> tuple[float, float] | None:
+    """Ground sample distance (y, x) in meters in the middle of an open dataset; None if unknown."""
+    crs, transform = dataset.crs, dataset.transform
+    if not crs or transform.is_identity:
+        return None
+    x, y = math.hypot(transform.a, transform.d), math.hypot(transform.b, transform.e)
+    if crs.is_geographic:
+        latitude = transform.d * dataset.width / 2 + transform.e * dataset.height / 2 + transform.f
+        return y * MERIDIAN_DEGREE, x * EQUATOR_DEGREE * max(0.01, math.cos(math.radians(latitude)))
+    try:
+        meters = float(crs.linear_units_factor[1])
+    except Exception:  # rasterio has its own error for a system without a linear unit
+        return None
+    return y * meters, x * meters
 
 
 def _check_file(path: Path) -> None:
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
     if not path.is_file():
-        raise DataError(f"{path} is no file; name a raster, a folder of them or a glob")
+        raise DataError(f"{path} is not a file; give a raster, a folder of rasters or a glob")
     if not os.access(path, os.R_OK):
-        raise DataError(f"{path} may not be read; change its rights")
+        raise DataError(f"{path} is not readable; change its permissions")
     if not path.stat().st_size:
         raise DataError(f"{path} is empty; copy, download or export it again")
 
 
-def _check_whole(source: str, dataset: Any) -> None:
-    """See that the blocks that a TIFF's header lists last are in the file: an hour later would be late to say so."""
+def _check_complete(source: str, dataset: Any) -> None:
+    """Check that the last blocks that a TIFF's header lists are in the file, before hours are spent on the others."""
     path = Path(source)
     if dataset.driver != "GTiff" or not path.is_file():
         return
     length = path.stat().st_size
     for band in {1, dataset.count}:
-        high, wide = dataset.block_shapes[band - 1]
-        row = (dataset.height - 1) // high
-        for column in range((dataset.width - 1) // wide + 1):
+        height, width = dataset.block_shapes[band - 1]
+        row = (dataset.height - 1) // height
+        for column in range((dataset.width - 1) // width + 1):
             begin = dataset.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=band)
             size = dataset.get_tag_item(f"BLOCK_SIZE_{column}_{row}", "TIFF", bidx=band)
             if begin and size and int(begin) + int(size) > length:
                 raise DataError(
-                    f"{source} is truncated: its header speaks of {(int(begin) + int(size)) / 1e6:.1f} MB or more, and "
-                    f"{length / 1e6:.1f} are there; copy or download it again"
+                    f"{source} is truncated: its header lists {(int(begin) + int(size)) / 1e6:.1f} MB or more, and the "
+                    f"file has {length / 1e6:.1f}; copy or download it again"
                 )

@@ -1,34 +1,37 @@
-"""How a raster that fits no memory is gone through: slabs, rows of windows, and which pixels each row completes.
+"""Plan the windows of a raster of any size, and blend overlapping windows into rows of probabilities.
 
-Two grids are at work. The *input grid* is the raster's own, and the output's. The *working grid* is what the network
-sees: the same where nothing is resampled, else the input grid times a scale. Windows lie on the working grid.
+Two grids: the *input grid* is the raster's own, and the map's. The *working grid* is what the network reads: the input
+grid, or the input grid resampled by a scale. Windows lie on the working grid.
 
-A *slab* is a range of columns of the output whose probabilities fit the memory at a window's height; most rasters are
-one slab. Each slab is gone through by rows of windows, from above; once a row is done, all pixels above the next row's
-top are complete.
+A *column strip* is a range of the map's columns whose probabilities fit into memory at a window's height; most rasters
+are one strip. Each strip is processed by rows of windows from the top; after a row, all pixels above the next row's top
+are complete.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from overfly.ops.windows import starts
+import numpy as np
+
+from overfly.exporting.predictor import Floats
+from overfly.ops.windows import Window, blend_weights, starts
 
 MEMORY = 400 * 2**20
-"""Bytes that the probabilities of one slab's row of windows may take."""
+"""Bytes that the probabilities of one strip's row of windows may take."""
 
 
 class ColumnStrip(NamedTuple):
     """A range of columns.
 
     Attributes:
-        first: first column of the output that it makes.
-        last: one behind the last.
+        first: first column of the map that it fills.
+        last: one past the last.
         left: first column of the working grid that its windows cover.
-        right: one behind the last.
+        right: one past the last.
         lefts: first working column of each of its windows.
     """
 
@@ -41,15 +44,15 @@ class ColumnStrip(NamedTuple):
 
 @dataclass(frozen=True)
 class TilingPlan:
-    """Windows of a raster, and how they follow each other.
+    """Windows of a raster and their order.
 
     Attributes:
         height: rows of the input grid.
         width: columns of the input grid.
-        scale: working pixels an input pixel, along rows and columns (y, x).
+        scale: working pixels per input pixel (y, x).
         size: side of a window in working pixels.
         tops: first working row of each row of windows.
-        slabs: ranges of columns, from the left.
+        strips: ranges of columns, from the left.
     """
 
     height: int
@@ -57,11 +60,11 @@ class TilingPlan:
     scale: tuple[float, float]
     size: int
     tops: tuple[int, ...]
-    slabs: tuple[ColumnStrip, ...]
+    strips: tuple[ColumnStrip, ...]
 
     @property
     def resampled(self) -> bool:
-        """Whether the working grid is another than the input's."""
+        """Whether the working grid differs from the input grid."""
         return self.scale != (1.0, 1.0)
 
     @property
@@ -71,39 +74,39 @@ class TilingPlan:
 
     @property
     def steps(self) -> int:
-        """Rows of windows of all slabs; each is a step that a job can go on from."""
-        return len(self.slabs) * len(self.tops)
+        """Rows of windows of all strips; a stopped job resumes after the last complete one."""
+        return len(self.strips) * len(self.tops)
 
     @property
     def windows(self) -> int:
-        """Windows of all slabs."""
-        return len(self.tops) * sum(len(slab.lefts) for slab in self.slabs)
+        """Windows of all strips."""
+        return len(self.tops) * sum(len(strip.lefts) for strip in self.strips)
 
     def complete(self, row: int) -> int:
-        """Working rows that are complete once a row of windows is done."""
+        """Working rows that are complete after a row of windows."""
         return self.tops[row + 1] if row + 1 < len(self.tops) else self.working[0]
 
-    def made(self, row: int) -> int:
-        """Rows of the output that can be written once a row of windows is done; 0 before the first (-1)."""
+    def finished(self, row: int) -> int:
+        """Map rows that can be written after a row of windows; 0 before the first (-1)."""
         if row < 0:
             return 0
-        whole = self.complete(row)
-        if not self.resampled or whole == self.working[0]:
-            return min(whole, self.height) if not self.resampled else self.height
-        # the last output row y whose lower neighbor, floor((y + 0.5) s - 0.5) + 1, lies above `whole`
-        made = int((whole - 0.5) / self.scale[0] - 0.5) + 1
-        while made > 0 and needed(made - 1, self.scale[0]) + 1 > whole - 1:
-            made -= 1
-        return min(made, self.height)
+        complete = self.complete(row)
+        if not self.resampled or complete == self.working[0]:
+            return min(complete, self.height) if not self.resampled else self.height
+        # the last map row y whose lower neighbor, floor((y + 0.5) s - 0.5) + 1, lies above `complete`
+        finished = int((complete - 0.5) / self.scale[0] - 0.5) + 1
+        while finished > 0 and neighbor(finished - 1, self.scale[0]) + 1 > complete - 1:
+            finished -= 1
+        return min(finished, self.height)
 
     def first_for(self, row: int) -> int:
-        """First row of windows that must be computed (again), so that what follows ``row`` - 1 comes out as it was."""
-        keep = self.above(self.made(row - 1))
-        return next(index for index, top in enumerate(self.tops) if top + self.size > keep)
+        """First row of windows to compute (again) so that ``row`` and those after it are the same as in one run."""
+        top = self.first_needed(self.finished(row - 1))
+        return next(index for index, first in enumerate(self.tops) if first + self.size > top)
 
-    def above(self, made: int) -> int:
-        """First working row that is still asked for when ``made`` rows of the output are written."""
-        return max(0, needed(made, self.scale[0])) if self.resampled else made
+    def first_needed(self, finished: int) -> int:
+        """First working row that is still needed once ``finished`` map rows are written."""
+        return max(0, neighbor(finished, self.scale[0])) if self.resampled else finished
 
 
 def scaled(length: int, scale: float) -> int:
@@ -111,8 +114,8 @@ def scaled(length: int, scale: float) -> int:
     return max(1, round(length * scale))
 
 
-def needed(position: int, scale: float) -> int:
-    """Upper or left one of the two working pixels that an output pixel lies between; -1 before the first."""
+def neighbor(position: int, scale: float) -> int:
+    """Upper or left one of the two working pixels that a map pixel lies between; -1 before the first."""
     return math.floor((position + 0.5) * scale - 0.5)
 
 
@@ -134,8 +137,8 @@ def plan_windows(
         classes: K.
         size: side of a window in working pixels.
         overlap: share of a window that the next one covers again, 0 to below 1.
-        scale: working pixels an input pixel (y, x); it is changed so little that both grids end where the raster ends.
-        memory: bytes that the probabilities of a slab's row of windows may take.
+        scale: working pixels per input pixel (y, x); adjusted slightly so that both grids end with the raster.
+        memory: bytes that the probabilities of a strip's row of windows may take.
     """
     rows, columns = scaled(height, scale[0]), scaled(width, scale[1])
     scale = (rows / height, columns / width)
@@ -144,11 +147,90 @@ def plan_windows(
     widest = max(memory // (4 * classes * size) - 2 * size, size)
     number = math.ceil(columns / widest)
     borders = [round(index * width / number) for index in range(number + 1)]
-    slabs = []
+    strips = []
     for first, last in itertools.pairwise(borders):
         low, high = first, last
         if scale != (1.0, 1.0):
-            low, high = max(0, needed(first, scale[1])), min(columns, needed(last - 1, scale[1]) + 2)
-        its = tuple(left for left in lefts if left < high and left + size > low)
-        slabs.append(ColumnStrip(first, last, its[0], min(its[-1] + size, columns), its))
-    return TilingPlan(height, width, scale, size, tuple(tops), tuple(slabs))
+            low, high = max(0, neighbor(first, scale[1])), min(columns, neighbor(last - 1, scale[1]) + 2)
+        within = tuple(left for left in lefts if left < high and left + size > low)
+        strips.append(ColumnStrip(first, last, within[0], min(within[-1] + size, columns), within))
+    return TilingPlan(height, width, scale, size, tuple(tops), tuple(strips))
+
+
+@dataclass
+class Blend:
+    """Rows of one column strip that windows are still added to.
+
+    Attributes:
+        plan: the windows.
+        strip: the columns.
+        top: working row of the first row of ``sums``.
+        sums: weighted sums of the probabilities (K, rows, columns of the strip's windows); their sum over the classes
+            is the sum of the weights.
+        weights: weight of each pixel of a window (size, size).
+    """
+
+    plan: TilingPlan
+    strip: ColumnStrip
+    top: int
+    sums: Floats
+    weights: Floats
+    scratch: Floats = field(repr=False)
+
+    @classmethod
+    def start(cls, plan: TilingPlan, strip: ColumnStrip, classes: int, finished: int = 0) -> Blend:
+        """An empty blend of K classes of a strip of which ``finished`` map rows are written."""
+        size = plan.size
+        rows = size + (2 if plan.resampled else 0)  # the working rows around the last map row are needed again
+        sums = np.zeros((classes, rows, strip.right - strip.left), np.float32)
+        weights, scratch = blend_weights(size).numpy(), np.empty((size, size), np.float32)
+        return cls(plan, strip, plan.first_needed(finished), sums, weights, scratch)
+
+    def add(self, probabilities: Floats, window: Window) -> None:
+        """Add the weighted probabilities (K, size, size) of one window; rows above ``top`` are skipped."""
+        skip = max(0, self.top - window.top)
+        rows = slice(window.top + skip - self.top, window.top + window.height - self.top)
+        columns = slice(window.left - self.strip.left, window.left - self.strip.left + window.width)
+        inside = (slice(skip, window.height), slice(0, window.width))
+        part = self.scratch[inside]
+        for total, scores in zip(self.sums, probabilities, strict=True):
+            np.multiply(scores[inside], self.weights[inside], out=part)
+            total[rows, columns] += part
+
+    def read(self, first: int, last: int) -> Floats:
+        """Weighted sums (K, rows, columns) of the map rows ``first`` to ``last``, in the strip's columns.
+
+        If the working grid is resampled, they are weighted means, interpolated (bilinear, corners not aligned). All
+        windows of these rows must be added.
+        """
+        plan, strip = self.plan, self.strip
+        if not plan.resampled:
+            return self.sums[:, first - self.top : last - self.top, strip.first - strip.left : strip.last - strip.left]
+        up, down, vertical = _neighbors(first, last, plan.scale[0], plan.working[0])
+        left, right, horizontal = _neighbors(strip.first, strip.last, plan.scale[1], plan.working[1])
+        begin, end = int(up.min()), int(down.max()) + 1
+        sums = self.sums[:, begin - self.top : end - self.top]
+        means = sums / np.maximum(sums.sum(0), np.finfo(np.float32).tiny)
+        lines = means[:, up - begin] * (1 - vertical)[:, None] + means[:, down - begin] * vertical[:, None]
+        left, right = left - strip.left, right - strip.left
+        result: Floats = lines[..., left] * (1 - horizontal) + lines[..., right] * horizontal
+        return result
+
+    def drop(self, finished: int) -> None:
+        """Discard the rows that are not needed once ``finished`` map rows are written."""
+        count = self.plan.first_needed(finished) - self.top
+        if count <= 0:
+            return
+        rest = self.sums.shape[1] - count
+        if rest > 0:
+            self.sums[:, :rest] = self.sums[:, count:]
+        self.sums[:, max(rest, 0) :] = 0
+        self.top += count
+
+
+def _neighbors(first: int, last: int, scale: float, length: int) -> tuple[np.ndarray, np.ndarray, Floats]:
+    """The two working pixels around each map pixel, and its distance to the first."""
+    positions = (np.arange(first, last) + 0.5) * scale - 0.5
+    before = np.array([neighbor(position, scale) for position in range(first, last)])
+    share = (positions - before).astype(np.float32)
+    return np.clip(before, 0, length - 1), np.clip(before + 1, 0, length - 1), share

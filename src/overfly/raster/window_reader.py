@@ -1,7 +1,9 @@
-"""A raster's windows from top to bottom, every pixel decoded once."""
+"""Read a raster window by window from top to bottom, decoding every pixel once, with no data excluded."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,211 +11,346 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from overfly.data.reading import Mask
 from overfly.exporting.predictor import Floats
 from overfly.ops.windows import Window, cut
-from overfly.raster.alpha_band import Mask, covered, either, transparent
-from overfly.raster.averaging import nodata_of_band, resampled
 from overfly.raster.raster_source import RasterSource, open_raster
 from overfly.raster.tiling import ColumnStrip, TilingPlan
+
+Range = tuple[int, int]
+"""First index, and one past the last."""
+CHUNK_ROWS, CHUNK_COLUMNS = 256, 512
+"""Input pixels that are averaged at once."""
+CHUNK_VALUES = 1 << 20
+"""Working pixels that are averaged at once."""
 
 
 class WindowBatch(NamedTuple):
     """Windows for the network.
 
     Attributes:
-        slab: number of the slab.
+        strip: index of the column strip.
         images: (B, C, size, size), float32.
-        places: where each lies on the working grid.
+        windows: location of each on the working grid.
     """
 
-    slab: int
+    strip: int
     images: Floats
-    places: tuple[Window, ...]
+    windows: tuple[Window, ...]
 
 
 class FinishedRows(NamedTuple):
     """The end of a row of windows.
 
     Attributes:
-        slab: number of the slab.
-        row: its number in the slab.
-        first: first row of the output that can be written now.
-        last: one behind the last.
-        nodata_mask: where nothing was measured in these rows, in the slab's columns; None where all pixels count.
+        strip: index of the column strip.
+        row: index of the row of windows.
+        first: first map row that can be written now.
+        last: one past the last.
+        nodata_mask: where these rows, in the strip's columns, have no data; None if all pixels are valid.
     """
 
-    slab: int
+    strip: int
     row: int
     first: int
     last: int
     nodata_mask: Mask | None
 
 
-class Held(NamedTuple):
-    """Rows of the working grid that are in memory.
-
-    Attributes:
-        top: the first of them.
-        pixels: (C, rows, columns of the slab's windows), as stored.
-        nodata_mask: where nothing was measured; None where all pixels count.
-    """
+class _Rows(NamedTuple):
+    """Rows of the working grid in memory: the first of them, pixels (C, rows, columns), and where there is no data."""
 
     top: int
     pixels: NDArray[Any]
     nodata_mask: Mask | None
 
 
-class Reading(NamedTuple):
-    """A raster that is being read.
-
-    Attributes:
-        dataset: as rasterio opened it.
-        scene: what is read of it.
-        plan: the order of the windows.
-        batch: windows given at once.
-    """
+class _Reader(NamedTuple):
+    """An open rasterio dataset, how it is read, the order of its windows, and windows per batch."""
 
     dataset: Any
-    scene: RasterSource
+    source: RasterSource
     plan: TilingPlan
     batch: int
 
 
 def read_windows(
-    scene: RasterSource, plan: TilingPlan, batch: int, start: int = 0
+    source: RasterSource, plan: TilingPlan, batch: int, start: int = 0
 ) -> Iterator[WindowBatch | FinishedRows]:
-    """Read a raster window by window; every pixel is decoded once a slab.
+    """Read a raster window by window; every pixel is decoded once per column strip.
 
-    Windows in which nothing was measured are left out. Of others the network is shown what the readers of training and
-    scoring show it: 0 where there is no data or a mask, and the stored values where a pixel is transparent.
+    Windows without any valid pixel are skipped. In the others, pixels are as in training and evaluation: 0 where there
+    is no data or a mask, and the stored values where the alpha band is 0.
 
     Args:
-        scene: the raster.
+        source: the raster.
         plan: the order of the windows.
-        batch: windows given at once, of one row of windows.
-        start: steps of the plan that are done; windows of those that what follows needs come again.
+        batch: windows per batch; a batch stays within one row of windows.
+        start: steps of the plan that are finished; windows of those that overlap the rest are read again.
 
     Yields:
-        Batches, and a Row after each row of windows whose pixels are not done yet.
+        Batches, and `FinishedRows` after each row of windows whose pixels are not written yet.
     """
-    with open_raster(scene.source) as dataset:
-        reading = Reading(dataset, scene, plan, batch)
-        for number in range(len(plan.slabs)):
-            done = min(max(start - number * len(plan.tops), 0), len(plan.tops))
+    with open_raster(source.source) as dataset:
+        reader = _Reader(dataset, source, plan, batch)
+        for index in range(len(plan.strips)):
+            done = min(max(start - index * len(plan.tops), 0), len(plan.tops))
             if done < len(plan.tops):
-                yield from _slab(reading, number, done)
+                yield from _read_strip(reader, index, done)
 
 
-def _slab(reading: Reading, number: int, done: int) -> Iterator[WindowBatch | FinishedRows]:
-    plan, slab = reading.plan, reading.plan.slabs[number]
-    held: Held | None = None
+def _read_strip(reader: _Reader, index: int, done: int) -> Iterator[WindowBatch | FinishedRows]:
+    plan, strip = reader.plan, reader.plan.strips[index]
+    rows: _Rows | None = None
     for row in range(plan.first_for(done), len(plan.tops)):
-        held = _further(reading, slab, row, held)
-        yield from _batches(reading, number, held)
+        rows = _next_rows(reader, strip, row, rows)
+        yield from _batches(reader, index, rows)
         if row < done:
             continue
-        first, last = plan.made(row - 1), plan.made(row)
+        first, last = plan.finished(row - 1), plan.finished(row)
         if plan.resampled:
-            nodata_mask = _blank_rows(reading, (first, last), (slab.first, slab.last))
-        elif held.nodata_mask is None:
+            nodata_mask = _input_nodata_mask(reader, (first, last), (strip.first, strip.last))
+        elif rows.nodata_mask is None:
             nodata_mask = None
         else:
-            columns = slice(slab.first - slab.left, slab.last - slab.left)
-            nodata_mask = held.nodata_mask[first - held.top : last - held.top, columns].copy()
-        yield FinishedRows(number, row, first, last, nodata_mask)
+            columns = slice(strip.first - strip.left, strip.last - strip.left)
+            nodata_mask = rows.nodata_mask[first - rows.top : last - rows.top, columns].copy()
+        yield FinishedRows(index, row, first, last, nodata_mask)
 
 
-def _further(reading: Reading, slab: ColumnStrip, row: int, held: Held | None) -> Held:
-    """The pixels of a row of windows: those that are held already, and those that are not."""
-    plan = reading.plan
-    top, bottom, columns = plan.tops[row], min(plan.tops[row] + plan.size, plan.working[0]), (slab.left, slab.right)
-    if held is None or held.top + held.pixels.shape[1] <= top:
-        return Held(top, *_read(reading, (top, bottom), columns))
-    pixels, nodata_mask = _read(reading, (held.top + held.pixels.shape[1], bottom), columns)
-    kept = slice(top - held.top, None)
-    known = held.nodata_mask is not None and nodata_mask is not None
-    return Held(
+def _next_rows(reader: _Reader, strip: ColumnStrip, row: int, rows: _Rows | None) -> _Rows:
+    """The pixels of a row of windows: those in memory, and those below them."""
+    plan = reader.plan
+    top, bottom, columns = plan.tops[row], min(plan.tops[row] + plan.size, plan.working[0]), (strip.left, strip.right)
+    if rows is None or rows.top + rows.pixels.shape[1] <= top:
+        return _Rows(top, *_read(reader, (top, bottom), columns))
+    pixels, nodata_mask = _read(reader, (rows.top + rows.pixels.shape[1], bottom), columns)
+    above = slice(top - rows.top, None)
+    known = rows.nodata_mask is not None and nodata_mask is not None
+    return _Rows(
         top,
-        np.concatenate([held.pixels[:, kept], pixels], axis=1),
-        np.concatenate([held.nodata_mask[kept], nodata_mask]) if known else None,  # type: ignore[index]
+        np.concatenate([rows.pixels[:, above], pixels], axis=1),
+        np.concatenate([rows.nodata_mask[above], nodata_mask]) if known else None,  # type: ignore[index]
     )
 
 
-def _batches(reading: Reading, number: int, held: Held) -> Iterator[WindowBatch]:
-    """The windows of one row, those in which nothing was measured left out."""
-    slab, size, width = reading.plan.slabs[number], reading.plan.size, reading.plan.working[1]
-    high, places = held.pixels.shape[1], []
-    for left in slab.lefts:
-        window = Window(held.top, left, high, min(size, width - left))
-        columns = slice(left - slab.left, left - slab.left + window.width)
-        if held.nodata_mask is None or not held.nodata_mask[:, columns].all():
-            places.append(window)
-    for begin in range(0, len(places), reading.batch):
-        chosen = tuple(places[begin : begin + reading.batch])
-        images = np.empty((len(chosen), len(held.pixels), size, size), np.float32)
+def _batches(reader: _Reader, index: int, rows: _Rows) -> Iterator[WindowBatch]:
+    """The windows of one row that have a valid pixel."""
+    strip, size, width = reader.plan.strips[index], reader.plan.size, reader.plan.working[1]
+    height, windows = rows.pixels.shape[1], []
+    for left in strip.lefts:
+        window = Window(rows.top, left, height, min(size, width - left))
+        columns = slice(left - strip.left, left - strip.left + window.width)
+        if rows.nodata_mask is None or not rows.nodata_mask[:, columns].all():
+            windows.append(window)
+    for begin in range(0, len(windows), reader.batch):
+        chosen = tuple(windows[begin : begin + reader.batch])
+        images = np.empty((len(chosen), len(rows.pixels), size, size), np.float32)
         for image, window in zip(images, chosen, strict=True):
-            column = window.left - slab.left
-            patch = torch.from_numpy(held.pixels[..., column : column + window.width].astype(np.float32))
+            column = window.left - strip.left
+            patch = torch.from_numpy(rows.pixels[..., column : column + window.width].astype(np.float32))
             image[:] = cut(patch, Window(0, 0, window.height, window.width), size).numpy()
-        if reading.scene.gain != 1:
-            images *= np.float32(reading.scene.gain)
-        yield WindowBatch(number, images, chosen)
+        if reader.source.gain != 1:
+            images *= np.float32(reader.source.gain)
+        yield WindowBatch(index, images, chosen)
 
 
-def _read(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[NDArray[Any], Mask | None]:
-    """Pixels (C, h, w) of the working grid as the network is to see them, and where nothing was measured."""
+def _read(reader: _Reader, rows: Range, columns: Range) -> tuple[NDArray[Any], Mask | None]:
+    """Pixels (C, h, w) of the working grid as the network reads them, and where there is no data (h, w)."""
     from rasterio.enums import Resampling
     from rasterio.windows import Window as Part
 
-    dataset, scene, plan, _ = reading
-    if plan.resampled and _may_miss(scene):
-        return resampled(dataset, scene, plan.scale, rows, columns)
-    (up, left), (y, x) = (rows[0], columns[0]), plan.scale
-    high, wide = rows[1] - rows[0], columns[1] - columns[0]
+    dataset, source, plan, _ = reader
+    if plan.resampled and _may_lack_data(source):
+        return read_resampled(dataset, source, plan.scale, rows, columns)
+    (top, left), (y, x) = (rows[0], columns[0]), plan.scale
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
     if plan.resampled:
-        finer = Resampling.average if max(plan.scale) <= 1 else Resampling.bilinear
-        part = Part(left / x, up / y, wide / x, high / y)
-        found: NDArray[Any] = dataset.read(
-            list(scene.bands), window=part, out_shape=(len(scene.bands), high, wide), resampling=finer
+        method = Resampling.average if max(plan.scale) <= 1 else Resampling.bilinear
+        part = Part(left / x, top / y, width / x, height / y)
+        resampled: NDArray[Any] = dataset.read(
+            list(source.bands), window=part, out_shape=(len(source.bands), height, width), resampling=method
         )
-        return found, None
-    part = Part(left, up, wide, high)
-    pixels: NDArray[Any] = dataset.read(list(scene.bands), window=part)
-    nodata_mask = _unmeasured(pixels, scene.nodata)
-    hidden = covered(dataset, scene.bands[0], scene.masked, part)
-    if hidden is not None:
-        pixels[:, hidden] = 0
-    # what is transparent is shown as it is stored, as `data.reading` shows it in training
-    return pixels, either(either(nodata_mask, hidden), transparent(dataset, scene.alpha_band, part))
+        return resampled, None
+    part = Part(left, top, width, height)
+    pixels: NDArray[Any] = dataset.read(list(source.bands), window=part)
+    nodata_mask = _zero_nodata(pixels, source.nodata)
+    masked = _masked(dataset, source, part)
+    if masked is not None:
+        pixels[:, masked] = 0
+    # transparent pixels keep their stored values, as `data.reading` keeps them in training
+    return pixels, _union(_union(nodata_mask, masked), _transparent(dataset, source, part))
 
 
-def _may_miss(scene: RasterSource) -> bool:
-    """Whether some pixels may not have been measured."""
-    hidden = scene.masked or scene.alpha_band is not None
-    return hidden or scene.nodata is not None or np.dtype(scene.dtype).kind == "f"
-
-
-def _blank_rows(reading: Reading, rows: tuple[int, int], columns: tuple[int, int]) -> Mask | None:
-    """Where nothing was measured in rows of the input grid."""
+def _input_nodata_mask(reader: _Reader, rows: Range, columns: Range) -> Mask | None:
+    """Where rows of the input grid have no data."""
     from rasterio.windows import Window as Part
 
-    dataset, scene = reading.dataset, reading.scene
-    if not _may_miss(scene) or rows[0] >= rows[1]:
+    dataset, source = reader.dataset, reader.source
+    if not _may_lack_data(source) or rows[0] >= rows[1]:
         return None
     part = Part(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
     nodata_mask: Mask | None = None
-    if scene.nodata is not None or np.dtype(scene.dtype).kind == "f":
-        nodata_mask = _unmeasured(dataset.read(list(scene.bands), window=part), scene.nodata)
-    hidden = covered(dataset, scene.bands[0], scene.masked, part)
-    return either(either(nodata_mask, hidden), transparent(dataset, scene.alpha_band, part))
+    if source.nodata is not None or np.dtype(source.dtype).kind == "f":
+        nodata_mask = _zero_nodata(dataset.read(list(source.bands), window=part), source.nodata)
+    return _union(_union(nodata_mask, _masked(dataset, source, part)), _transparent(dataset, source, part))
 
 
-def _unmeasured(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
-    """Set values that were not measured to 0; where that is in every band, None where no value can be such."""
+def _may_lack_data(source: RasterSource) -> bool:
+    by_mask = source.masked or source.alpha_band is not None
+    return by_mask or source.nodata is not None or np.dtype(source.dtype).kind == "f"
+
+
+def _transparent(dataset: Any, source: RasterSource, window: Any) -> Mask | None:
+    """Where the alpha band of a window (h, w) is 0; None without an alpha band."""
+    if source.alpha_band is None:
+        return None
+    transparent: Mask = dataset.read(source.alpha_band, window=window) == 0
+    return transparent
+
+
+def _masked(dataset: Any, source: RasterSource, window: Any) -> Mask | None:
+    """Where the file's mask marks pixels of a window (h, w) as invalid; None without a mask."""
+    if not source.masked:
+        return None
+    masked: Mask = dataset.read_masks(source.bands[0], window=window) == 0
+    return masked
+
+
+def _union(first: Mask | None, second: Mask | None) -> Mask | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first | second
+
+
+def _zero_nodata(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
+    """Set no data to 0 in place; return where all bands (C, h, w) lack it, None if none can."""
     everywhere: Mask | None = None
     for band in pixels:
-        nodata_mask = nodata_of_band(band, nodata)
+        nodata_mask = _band_nodata_mask(band, nodata)
         if nodata_mask is not None:
             band[nodata_mask] = 0
             everywhere = nodata_mask if everywhere is None else everywhere & nodata_mask
     return everywhere
+
+
+def _band_nodata_mask(band: NDArray[Any], nodata: float | None) -> Mask | None:
+    """Where a band (h, w) is the no-data value or not finite; None if it cannot be."""
+    floats = band.dtype.kind == "f"
+    number = nodata is not None and not math.isnan(nodata)
+    if not floats and not number:
+        return None
+    nodata_mask: Mask = ~np.isfinite(band) if floats else np.zeros(band.shape, np.bool_)
+    if number:
+        with np.errstate(over="ignore"):
+            nodata_mask |= band == (band.dtype.type(nodata) if floats else nodata)
+    return nodata_mask
+
+
+def read_resampled(
+    dataset: Any, source: RasterSource, scale: tuple[float, float], rows: Range, columns: Range
+) -> tuple[NDArray[Any], Mask]:
+    """Read a part of the working grid, averaging only valid pixels.
+
+    Each pixel is the area-weighted mean of the valid pixels under it (along an enlarged axis: interpolated between its
+    neighbors). GDAL would exclude the file's declared no data, but neither ``--nodata`` nor undeclared NaN.
+
+    Args:
+        dataset: the open raster.
+        source: how it is read.
+        scale: working pixels per input pixel (y, x).
+        rows: of the working grid.
+        columns: of the working grid.
+
+    Returns:
+        Pixels (C, h, w) of the raster's type, and where no band has data (h, w). There they are 0, or, where all pixels
+        under them are transparent, the mean of the stored values.
+    """
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    pixels = np.empty((len(source.bands), height, width), source.dtype)
+    nodata_mask = np.empty((height, width), np.bool_)
+    step = max(16, CHUNK_VALUES // (len(source.bands) * max(1, height)))
+    for first in range(columns[0], columns[1], step):
+        last = min(first + step, columns[1])
+        part = np.s_[:, first - columns[0] : last - columns[0]]
+        pixels[:, *part], nodata_mask[part] = _average(dataset, source, scale, (rows, (first, last)))
+    return pixels, nodata_mask
+
+
+def _average(
+    dataset: Any, source: RasterSource, scale: tuple[float, float], area: tuple[Range, Range]
+) -> tuple[NDArray[Any], Mask]:
+    """Sum up values and weights chunk by chunk, so that memory does not grow with the pixels under the area."""
+    from rasterio.windows import Window as Part
+
+    exact = np.result_type(source.dtype, np.float32)
+    shape = (len(source.bands), *(last - first for first, last in area))
+    sums, weights = np.zeros(shape, exact), np.zeros(shape, exact)
+    transparent_sums = None if source.alpha_band is None else (np.zeros(shape, exact), np.zeros(shape, exact))
+    lengths = (dataset.height, dataset.width)
+    low, high = zip(*(_input_range(*axis) for axis in zip(area, scale, lengths, strict=True)), strict=True)
+    for top, left in itertools.product(range(low[0], high[0], CHUNK_ROWS), range(low[1], high[1], CHUNK_COLUMNS)):
+        ends = (min(top + CHUNK_ROWS, high[0]), min(left + CHUNK_COLUMNS, high[1]))
+        window = Part(left, top, ends[1] - left, ends[0] - top)
+        vertical, y = _weights(area[0], scale[0], (top, ends[0]), lengths[0])
+        horizontal, x = _weights(area[1], scale[1], (left, ends[1]), lengths[1])
+        vertical, horizontal = vertical.astype(exact), horizontal.astype(exact).T
+        masked, transparent = _masked(dataset, source, window), _transparent(dataset, source, window)
+        for number, band in enumerate(dataset.read(list(source.bands), window=window)):
+            nodata_mask = _union(_band_nodata_mask(band, source.nodata), masked)
+            values, valid = band.astype(exact), np.ones(band.shape, exact)
+            if nodata_mask is not None:
+                values[nodata_mask] = valid[nodata_mask] = 0
+            if transparent is not None and transparent_sums is not None:
+                transparent_sums[0][number, y, x] += vertical @ (values * transparent) @ horizontal
+                transparent_sums[1][number, y, x] += vertical @ (valid * transparent) @ horizontal
+                values[transparent] = valid[transparent] = 0
+            sums[number, y, x] += vertical @ values @ horizontal
+            weights[number, y, x] += vertical @ valid @ horizontal
+    return _means(sums, weights, np.dtype(source.dtype), transparent_sums)
+
+
+def _means(
+    sums: NDArray[Any],
+    weights: NDArray[Any],
+    dtype: np.dtype[Any],
+    transparent_sums: tuple[NDArray[Any], NDArray[Any]] | None,
+) -> tuple[NDArray[Any], Mask]:
+    """Means (C, h, w) of the raster's type, and where no band has any weight (h, w).
+
+    Without weight they are the means of the transparent pixels, or 0.
+    """
+    valid = weights > 1e-5
+    means = np.zeros_like(sums)
+    for above, below in (transparent_sums, (sums, weights)) if transparent_sums is not None else ((sums, weights),):
+        np.divide(above, below, out=means, where=below > 1e-5)
+    if dtype.kind in "iu":
+        means = np.clip(np.rint(means), np.iinfo(dtype).min, np.iinfo(dtype).max)
+    nodata_mask: Mask = np.asarray(~valid.any(axis=0), dtype=np.bool_)
+    return means.astype(dtype), nodata_mask
+
+
+def _input_range(area: Range, scale: float, length: int) -> Range:
+    """Input pixels that a range of working pixels is computed from."""
+    if scale <= 1:
+        low, high = math.floor(area[0] / scale), math.ceil(area[1] / scale)
+    else:
+        low, high = math.floor((area[0] + 0.5) / scale - 0.5), math.floor((area[1] - 0.5) / scale - 0.5) + 2
+    low = min(max(low, 0), length - 1)
+    return low, min(max(high, low + 1), length)
+
+
+def _weights(area: Range, scale: float, part: Range, length: int) -> tuple[NDArray[Any], slice]:
+    """Weight of each input pixel of ``part`` in each working pixel (working, input), and their slice of ``area``.
+
+    Over all input pixels the weights of a working pixel sum to 1.
+    """
+    begin = max(area[0], math.floor((part[0] - 1) * scale) - 1)
+    end = min(area[1], math.ceil((part[1] + 1) * scale) + 1)
+    at, pixels = np.arange(begin, max(end, begin))[:, None], np.arange(*part)[None]
+    if scale <= 1:
+        overlap = np.minimum((at + 1) / scale, pixels + 1) - np.maximum(at / scale, pixels)
+        weights = np.clip(overlap, 0, 1) * scale
+    else:
+        weights = np.clip(1 - np.abs(np.clip((at + 0.5) / scale - 0.5, 0, length - 1) - pixels), 0, 1)
+    return weights, slice(begin - area[0], begin - area[0] + len(at))

@@ -1,4 +1,4 @@
-"""Videos, cameras, addresses and folders of pictures as streams; overlays as a video. The one file that knows PyAV."""
+"""Open videos, cameras, addresses and folders of images as streams; write overlays as a video. Uses PyAV."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from overfly.core.records import UInt8
 from overfly.data.headers import SUFFIXES, read_header
 from overfly.data.listing import natural_key
 from overfly.data.reading import read_image
-from overfly.video.overlay import fitted
+from overfly.video.overlay import letterbox
 from overfly.video.player import SourceFrame
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-"""What a video is written as, by its ending."""
+"""Container format of a written video by its suffix."""
 ENCODERS = (("libx264", {"preset": "veryfast", "crf": "20"}), ("mpeg4", {"qscale": "3"}))
-"""Who writes it: the first that this FFmpeg has."""
+"""Encoders with options; the first that FFmpeg has is used."""
 TICKS = 90_000
-"""Parts of a second that a written frame's time is counted in."""
+"""Time base of a written video, in parts of a second."""
 TIMEOUT = 10.0
 """Seconds that an address has to answer."""
 FPS = 10.0
-"""Pictures of a folder shown in a second, where nothing else is said."""
-HOPELESS = 300
-"""Damaged packets in a row after which a live source is given up."""
+"""Frames per second of a folder of images by default."""
+MAX_DAMAGED = 300
+"""Damaged packets in a row after which a live source ends."""
 BT709 = 1
-"""What FFmpeg calls the colors of high definition, in each of four fields; range 1 is that of television."""
+"""FFmpeg's number of the BT.709 color space; as a range, 1 is limited (video) range."""
 
 
 @dataclass
 class StreamErrors:
-    """What went wrong with a live source that went on all the same.
+    """Errors of a live source that continued.
 
     Attributes:
         damaged: packets that could not be decoded.
-        ended: why it ended, where that was no plain end.
+        ended: reason of an irregular end; empty for a regular one.
     """
 
     damaged: int = 0
@@ -56,15 +56,15 @@ class StreamErrors:
 
 @dataclass(frozen=True)
 class VideoStream:
-    """A stream that has been opened.
+    """An open stream.
 
     Attributes:
-        title: what it is, as a person named it.
-        live: whether it goes on whether or not somebody looks.
-        rate: frames a second, as it says itself.
-        width, height: of a frame as it is coded, in pixels; it may say that it is to be turned.
-        pictures: its frames; they may be read once, in any one thread.
-        trouble: what went wrong, filled in while it is read.
+        title: the source as the user gave it.
+        live: whether frames come at their own pace, as from a camera.
+        rate: nominal frames per second.
+        width, height: of a coded frame in pixels, before its rotation flag is applied.
+        frames: iterate once, in one thread.
+        errors: filled while the frames are read.
     """
 
     title: str
@@ -76,8 +76,8 @@ class VideoStream:
     errors: StreamErrors = field(default_factory=StreamErrors)
 
 
-class _Stream(NamedTuple):
-    """An open container, its stream of pictures, and whether it is live."""
+class _Container(NamedTuple):
+    """An open PyAV container, its video stream, and whether it is live."""
 
     container: Any
     video: Any
@@ -86,30 +86,30 @@ class _Stream(NamedTuple):
 
 @contextmanager
 def open_stream(source: str, *, fps: float | None = None) -> Iterator[VideoStream]:
-    """Open a video, a camera, an address or a folder of pictures.
+    """Open a video, a camera, an address or a folder of images.
 
     Args:
-        source: file; folder, whose pictures come in natural order of their names; camera such as ``/dev/video0`` or
-            its number; address such as ``rtsp://…`` or ``http://…``. An address with a known length is no live source.
-        fps: pictures of a folder a second.
+        source: a file; a folder, whose images come in natural order of their names; a camera such as ``/dev/video0`` or
+            its number; an address such as ``rtsp://…`` or ``http://…``. An address of known length is not live.
+        fps: frames per second of a folder.
 
     Raises:
-        DataError: there is nothing such, or nothing that can be seen.
-        RecipeError: ``fps`` for something that has its own speed.
+        DataError: the source does not exist, or has no frames.
+        RecipeError: ``fps`` for a source with its own speed.
         MissingExtraError: PyAV is not installed.
     """
     path = Path(source)
     if path.is_dir():
-        found = _folder(path, FPS if fps is None else fps)
+        stream = _open_folder(path, FPS if fps is None else fps)
     elif fps is not None:
-        raise RecipeError(f"--fps is the speed of a folder of pictures, and {source} has its own; leave it out")
+        raise RecipeError(f"--fps is for folders of images, and {source} has its own speed; leave it out")
     else:
-        found = _video(source)
+        stream = _open_video(source)
     try:
-        yield found
+        yield stream
     finally:
-        with suppress(ValueError, AttributeError):  # still in the hands of a thread that does not answer
-            found.frames.close()  # type: ignore[attr-defined]
+        with suppress(ValueError, AttributeError):  # a reading thread that does not answer still iterates
+            stream.frames.close()  # type: ignore[attr-defined]
 
 
 def _av() -> Any:
@@ -124,13 +124,11 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error).rstrip(".").lower()
 
 
-def _folder(path: Path, fps: float) -> VideoStream:
-    files = sorted(
-        (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")),
-        key=lambda file: natural_key(file.name),
-    )
+def _open_folder(path: Path, fps: float) -> VideoStream:
+    names = sorted((file.name for file in path.iterdir() if not file.name.startswith(".")), key=natural_key)
+    files = [path / name for name in names if Path(name).suffix.lower() in SUFFIXES]
     if not files:
-        raise DataError(f"{path} holds no picture ({', '.join(SUFFIXES)}); name a folder of frames, or a video")
+        raise DataError(f"{path} contains no images ({', '.join(SUFFIXES)}); give a folder of frames, or a video")
 
     def frames() -> Iterator[SourceFrame]:
         for index, file in enumerate(files):
@@ -139,37 +137,31 @@ def _folder(path: Path, fps: float) -> VideoStream:
                 raise DataError(
                     f"{file} has pixels of {image.dtype}, and a stream has 8 bits a band; map it with overfly predict"
                 )
-            yield SourceFrame(partial(_same, image), index / fps)
+            yield SourceFrame(partial(np.asarray, image), index / fps)
 
     first = read_header(files[0])
     return VideoStream(str(path), False, fps, first.width, first.height, frames())
 
 
-def _same(image: UInt8) -> UInt8:
-    return image
-
-
-def _video(source: str) -> VideoStream:
-    stream = _open(source)
-    errors = StreamErrors()
+def _open_video(source: str) -> VideoStream:
+    stream, errors = _open_container(source), StreamErrors()
     context = stream.video.codec_context
     rate = float(stream.video.average_rate or stream.video.guessed_rate or 25)
-    return VideoStream(
-        source, stream.live, rate, context.width, context.height, _decoded(source, stream, rate, errors), errors
-    )
+    frames = _decode(source, stream, rate, errors)
+    return VideoStream(source, stream.live, rate, context.width, context.height, frames, errors)
 
 
-def _open(source: str) -> _Stream:
-    """Open what FFmpeg reads; a file by its path alone, whatever its name looks like."""
+def _open_container(source: str) -> _Container:
+    """Open a source with FFmpeg; a file is opened by its path even if its name looks like an address."""
     address = "://" in source
     if not address and source.isdecimal() and not Path(source).exists():
         source = f"/dev/video{source}"
     camera = not address and source.startswith("/dev/video")
     if not address and not Path(source).exists():
         raise DataError(
-            f"there is no camera {source}; see which there are with ls /dev/video*, and plug yours in"
+            f"there is no camera {source}; list cameras with ls /dev/video*, and plug yours in"
             if camera
-            else f"{source} is not there; give a video, a folder of pictures, a camera such as /dev/video0 or an "
+            else f"{source} does not exist; give a video, a folder of images, a camera such as /dev/video0 or an "
             "address such as rtsp://…"
         )
     av = _av()
@@ -182,29 +174,29 @@ def _open(source: str) -> _Stream:
         else:
             container = av.open(f"file:{source}")
     except (av.FFmpegError, OSError, ValueError) as error:
-        what = "stream" if address else "camera" if camera else "video"
-        todo = "see that it is on, and not in use" if address or camera else "play it to see, or copy it again"
-        raise DataError(f"{source} cannot be opened as a {what} ({_reason(error)}); {todo}") from None
+        kind = "stream" if address else "camera" if camera else "video"
+        todo = "check that it is on, and not in use" if address or camera else "play it to check, or copy it again"
+        raise DataError(f"{source} cannot be opened as a {kind} ({_reason(error)}); {todo}") from None
     if not container.streams.video:
         container.close()
-        raise DataError(f"{source} has no pictures in it, only other streams; give a video")
+        raise DataError(f"{source} has no video stream; give a video")
     live = camera or (address and container.duration is None)
     video = container.streams.video[0]
     if video.codec_context is None or not video.codec_context.width:
         container.close()
-        raise DataError(f"{source} says neither how it is coded nor its size; play it to see, or copy it again")
-    video.thread_type = "SLICE" if live else "AUTO"  # frames in several threads come late
-    return _Stream(container, video, live)
+        raise DataError(f"{source} declares neither codec nor size; play it to check, or copy it again")
+    video.thread_type = "SLICE" if live else "AUTO"  # decoding frames in several threads delays them
+    return _Container(container, video, live)
 
 
-class _CutError(Exception):
-    """A file that breaks off; says why."""
+class _TruncatedError(Exception):
+    """A file that ends early."""
 
 
-def _batches(stream: _Stream, errors: StreamErrors) -> Iterator[list[Any]]:
-    """The frames of each packet. What is damaged ends a file (`_CutError`); a live source goes on, if it can."""
+def _packets(stream: _Container, errors: StreamErrors) -> Iterator[list[Any]]:
+    """The frames of each packet. Damage ends a file (`_TruncatedError`); a live source continues if it can."""
     av = _av()
-    packets, bad = stream.container.demux(stream.video), 0
+    packets, damaged = stream.container.demux(stream.video), 0
     while True:
         packet = None
         try:
@@ -213,10 +205,10 @@ def _batches(stream: _Stream, errors: StreamErrors) -> Iterator[list[Any]]:
         except (StopIteration, av.EOFError):
             return
         except av.FFmpegError as error:
-            bad += 1
+            damaged += 1
             if not stream.live:
-                raise _CutError(_reason(error)) from None
-            if not isinstance(error, av.InvalidDataError) or bad > HOPELESS:
+                raise _TruncatedError(_reason(error)) from None
+            if not isinstance(error, av.InvalidDataError) or damaged > MAX_DAMAGED:
                 errors.ended = _reason(error)
                 return
             errors.damaged += 1
@@ -224,66 +216,62 @@ def _batches(stream: _Stream, errors: StreamErrors) -> Iterator[list[Any]]:
                 packets = stream.container.demux(stream.video)
             continue
         if packet.is_corrupt and not stream.live:
-            raise _CutError("a packet is cut short")
+            raise _TruncatedError("a packet is cut short")
         errors.damaged += packet.is_corrupt
-        bad = 0
+        damaged = 0
         yield frames
 
 
-def _decoded(source: str, stream: _Stream, rate: float, errors: StreamErrors) -> Iterator[SourceFrame]:
-    """The frames of an open container with their times: a live source's are those at which they came."""
+def _decode(source: str, stream: _Container, rate: float, errors: StreamErrors) -> Iterator[SourceFrame]:
+    """The frames of an open container with their times: their arrival for a live source."""
     first: float | None = None
     count, at = 0, 0.0
     try:
-        for frame in chain.from_iterable(_batches(stream, errors)):
-            told = time.perf_counter() if stream.live else frame.time
-            if told is not None:
-                first = told if first is None else first
-                at = told - first
+        for frame in chain.from_iterable(_packets(stream, errors)):
+            timestamp = time.perf_counter() if stream.live else frame.time
+            if timestamp is not None:
+                first = timestamp if first is None else first
+                at = timestamp - first
             elif count:
                 at += 1 / rate
             count += 1
             yield SourceFrame(partial(_pixels, frame), at)
         if not count and not stream.live:
-            raise DataError(f"{source} holds no frame that can be decoded; play it to see, or copy it again")
-        if missing := _missing(stream, at + 1 / rate):
-            raise _CutError(f"it says that {missing:.1f} s more follow")
-    except _CutError as cut:
-        raise _broken_off(source, at, str(cut)) from None
+            raise DataError(f"{source} has no frame that can be decoded; play it to check, or copy it again")
+        if missing := _missing_seconds(stream, at + 1 / rate):
+            raise _TruncatedError(f"{missing:.1f} s of its declared length are missing")
+    except _TruncatedError as error:
+        whole = math.floor(10 * at) / 10
+        other = f", or watch up to there with --seconds {whole}" if whole else ""
+        raise DataError(f"{source} ends early, after {at:.1f} s ({error}); copy it again{other}") from None
     finally:
         stream.container.close()
 
 
-def _missing(stream: _Stream, seconds: float) -> float:
-    """Seconds that a file lacks of the length that it declares; 0 where nothing can be said.
+def _missing_seconds(stream: _Container, seconds: float) -> float:
+    """Seconds that a file lacks of its declared length; 0 if unknown.
 
-    A format that counts its frames tells by itself where they end; in one that does not, a video without other streams
-    is as long as it says.
+    Formats that count their frames detect it themselves. In others, a video without other streams is as long as its
+    container declares.
     """
     container = stream.container
     if stream.live or stream.video.frames or container.duration is None or len(container.streams) > 1:
         return 0.0
-    lacking = float(container.duration / 1e6 - seconds)
-    return lacking if lacking > max(0.5, 0.01 * seconds) else 0.0
-
-
-def _broken_off(source: str, at: float, reason: str) -> DataError:
-    whole = math.floor(10 * at) / 10
-    other = f", or watch up to there with --seconds {whole}" if whole else ""
-    return DataError(f"{source} breaks off after {at:.1f} s ({reason}); copy it again{other}")
+    missing = float(container.duration / 1e6 - seconds)
+    return missing if missing > max(0.5, 0.01 * seconds) else 0.0
 
 
 def _pixels(frame: Any) -> UInt8:
-    """A decoded frame as (H, W, 3), turned as it says; colors that name no standard are taken as players take them."""
-    untold = frame.colorspace in (0, 2) and frame.height >= 720 and not frame.format.is_rgb
-    standard = {"src_colorspace": "ITU709"} if untold else {}
-    pixels: UInt8 = frame.to_ndarray(format="rgb24", **standard)
-    quarters = round(frame.rotation / 90) % 4  # a telephone held upright
+    """A decoded frame as (H, W, 3), rotated as flagged; HD frames without a color space are taken as BT.709."""
+    unspecified = frame.colorspace in (0, 2) and frame.height >= 720 and not frame.format.is_rgb
+    colorspace = {"src_colorspace": "ITU709"} if unspecified else {}
+    pixels: UInt8 = frame.to_ndarray(format="rgb24", **colorspace)
+    quarters = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
 
 
 class _Writer:
-    """One video file under way. Frames of another size than the first are fitted into it."""
+    """A video file that is being written. Frames of another size than the first are fitted into it."""
 
     def __init__(self, part: Path, kind: str, rate: float) -> None:
         self.av = _av()
@@ -298,7 +286,7 @@ class _Writer:
         if self.video is None:
             self.height, self.width = overlay.shape[:2]
             self._begin()
-        pixels = fitted(overlay, self.width, self.height)
+        pixels = letterbox(overlay, self.width, self.height)
         odd = (self.height % 2, self.width % 2)
         if any(odd):
             pixels = np.pad(pixels, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
@@ -309,8 +297,8 @@ class _Writer:
         self.container.mux(self.video.encode(frame))
 
     def _begin(self) -> None:
-        known = self.av.codecs_available
-        name, options = next((entry for entry in ENCODERS if entry[0] in known), ENCODERS[-1])
+        available = self.av.codecs_available
+        name, options = next((entry for entry in ENCODERS if entry[0] in available), ENCODERS[-1])
         self.video = self.container.add_stream(name, rate=self.rate)
         self.video.width, self.video.height = self.width + self.width % 2, self.height + self.height % 2
         self.video.pix_fmt = "yuv420p"
@@ -320,31 +308,29 @@ class _Writer:
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
 
     def finish(self) -> None:
-        """Write what is still in the encoder, and the file's index."""
+        """Write the encoder's pending frames and the file's index."""
         if self.video is not None:
             self.container.mux(self.video.encode(None))
         self.container.close()
 
 
 @contextmanager
-def writing(path: Path, rate: float) -> Iterator[_Writer]:
-    """Write a video (H.264 in MP4, MOV or MKV). It appears under its name when it is whole, or not at all.
+def write_video(path: Path, rate: float) -> Iterator[_Writer]:
+    """Write a video (H.264 in MP4, MOV or MKV). It appears under its name once it is whole, or not at all.
 
     Args:
-        path: file, of which there is none yet.
-        rate: frames a second that are expected; each frame brings its own time.
+        path: file that does not exist yet.
+        rate: nominal frames per second; each frame has its own time.
 
     Raises:
-        DataError: the file is there, cannot be written, or has another ending.
+        DataError: the file exists, cannot be written, or has another suffix.
         MissingExtraError: PyAV is not installed.
     """
     check_output(path)
     av = _av()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_path(
-            path
-        ) as part:  # FFmpeg opens it with the first frame; a place that cannot be written is told now
+        with temporary_path(path) as part:
             writer = _Writer(part, CONTAINERS[path.suffix.lower()], rate)
             try:
                 yield writer
@@ -356,28 +342,26 @@ def writing(path: Path, rate: float) -> Iterator[_Writer]:
                     writer.container.close()
                 raise
     except (av.FFmpegError, OSError) as error:
-        raise DataError(f"{path} cannot be written ({_reason(error)}); choose another --out, or make room") from None
+        raise DataError(f"{path} cannot be written ({_reason(error)}); choose another --out, or free space") from None
 
 
 def _publish(part: Path, path: Path) -> None:
-    """Give a finished file its name, unless another process has taken it meanwhile."""
+    """Rename a finished file, unless another process has created the name meanwhile."""
     try:
         os.link(part, path)
     except FileExistsError:
-        raise DataError(
-            f"{path} was written by another process meanwhile and is left as it is; give this command another --out"
-        ) from None
-    except OSError:  # a file system without links
+        raise DataError(f"{path} was meanwhile written by another process; choose another --out") from None
+    except OSError:  # a file system without hard links
         part.replace(path)
 
 
 def check_output(path: Path) -> None:
-    """See that a video can be written to a path.
+    """Check that a video can be written to a path.
 
     Raises:
-        DataError: it is there already, or its ending is not that of a video.
+        DataError: it exists, or its suffix is not that of a video.
     """
     if path.suffix.lower() not in CONTAINERS:
-        raise DataError(f"{path} has no ending of a video; name it {path.with_suffix('.mp4').name}")
+        raise DataError(f"--out must end in {', '.join(CONTAINERS)}, got {path}; name it {path.stem}.mp4")
     if os.path.lexists(path):
-        raise DataError(f"{path} is there already; take it away, or choose another --out")
+        raise DataError(f"{path} exists; delete it, or choose another --out")

@@ -12,7 +12,7 @@ from fastapi import Path as InPath
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
-from overfly.raster.georeference import Georeference
+from overfly.raster.raster_source import Georeference
 from overfly.reporting.images import accessible_colors, encode_png
 from overfly.video.player import LatestFrame
 from overfly.web.service import InferenceService, Prediction, ServedNetwork, StoredMap

@@ -25,8 +25,7 @@ from overfly.core.records import IGNORE, UInt8
 from overfly.evaluation.panels import displayed
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import sliding
-from overfly.raster.georeference import Georeference
-from overfly.raster.raster_source import input_gain
+from overfly.raster.raster_source import Georeference, input_gain
 from overfly.training.run import Run
 from overfly.web.config import Limits, RequestTimeoutError
 from overfly.web.uploads import UploadedImage, check_header, read_upload, stored_upload

