@@ -1,4 +1,4 @@
-"""Networks that see by rule, and clocks that go by hand, for tests of streams."""
+"""Rule-based networks and a simulated clock, for tests of streams."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def brightest(images: Floats) -> Floats:
 
 def seeing(run: Callable[[Floats], Floats] = brightest, **changes: object) -> Predictor:
     """A network of three classes that needs no weights."""
-    metadata = ModelMetadata(architecture="rule", classes=NAMES, mean=(0.0,) * 3, std=(1.0,) * 3, title="by rule")
+    metadata = ModelMetadata(architecture="rule", classes=NAMES, mean=(0.0,) * 3, std=(1.0,) * 3, title="rule")
     return Predictor(metadata.model_copy(update=changes), "torch", "cpu", run)
 
 
 class Clock:
-    """Seconds that pass when the test says so; who waits for a time is told when it has come."""
+    """A simulated clock; callbacks run at their times."""
 
     def __init__(self) -> None:
         self.time = 100.0
@@ -37,12 +37,12 @@ class Clock:
         return self.time
 
     def at(self, when: float, what: Callable[[], None]) -> None:
-        """Have something happen at a time."""
+        """Schedule a callback."""
         self.due.append((when, what))
         self.due.sort(key=lambda entry: entry[0])
 
     def pass_on(self, seconds: float) -> None:
-        """Let time pass, and happen what is due."""
+        """Advance the clock and run due callbacks."""
         end = self.time + seconds
         while self.due and self.due[0][0] <= end:
             self.time, what = self.due.pop(0)
@@ -51,7 +51,7 @@ class Clock:
 
 
 def striped(index: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]:
-    """A frame whose brightness tells its number, 0 to 15, on a third each of red, green and blue."""
+    """A frame that encodes its number, 0 to 15, in its brightness, with a third each of red, green and blue."""
     frame = np.zeros((height, width, 3), np.uint8)
     for band in range(3):
         frame[:, band * width // 3 : (band + 1) * width // 3, band] = 100 + 10 * index
@@ -59,16 +59,16 @@ def striped(index: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]:
 
 
 def number_of(frame: NDArray[np.uint8]) -> int:
-    """The number of a `striped` frame, from its picture or what a video codec made of it."""
+    """The number of a `striped` frame, from its pixels, also after a lossy codec."""
     red = frame[:, : frame.shape[1] // 3 - 4, 0]
     return round((float(red.mean()) - 100) / 10)
 
 
 def video(path: Path, frames: int = 10, fps: float = 10.0, size: tuple[int, int] = (64, 48)) -> Path:
     """A video of `striped` frames."""
-    from overfly.video.capture import writing
+    from overfly.video.capture import write_video
 
-    with writing(path, fps) as file:
+    with write_video(path, fps) as file:
         for index in range(frames):
             file.write(striped(index % 16, *size), index / fps)
     return path

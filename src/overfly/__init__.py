@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from overfly.commands.serve import serve
     from overfly.commands.speed import speed
     from overfly.commands.train import train
-    from overfly.commands.watch import data_fly, watch
+    from overfly.commands.watch import watch
     from overfly.core.classes import Classes
     from overfly.core.errors import OverflyError
     from overfly.data.domain import Domain
@@ -44,7 +44,6 @@ __all__ = [
     "build",
     "data_check",
     "data_fetch",
-    "data_fly",
     "data_stats",
     "data_synthesize",
     "evaluate",

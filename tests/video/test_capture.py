@@ -13,7 +13,7 @@ from PIL import Image
 
 from overfly.core import atomic_files as parts
 from overfly.core.errors import DataError, OverflyError, RecipeError
-from overfly.video.capture import StreamErrors, _decoded, _Stream, check_output, open_stream, writing
+from overfly.video.capture import StreamErrors, _Container, _decode, check_output, open_stream, write_video
 from overfly.video.player import limit_duration
 from seeing import number_of, read, striped, video
 
@@ -27,7 +27,7 @@ def frames_of(path: Path | str, fps: float | None = None) -> tuple[list[np.ndarr
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "A.MP4"])
-def test_what_is_written_is_what_is_read(name: str, tmp_path: Path) -> None:
+def test_written_frames_are_read_back(name: str, tmp_path: Path) -> None:
     path = video(tmp_path / name, frames=12, fps=8)
     with open_stream(str(path)) as source:
         assert (source.width, source.height, source.live) == (64, 48, False)
@@ -41,13 +41,13 @@ def test_what_is_written_is_what_is_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 48), (1280, 720)])
-def test_colors_survive(size: tuple[int, int], tmp_path: Path) -> None:
+def test_colors_are_kept(size: tuple[int, int], tmp_path: Path) -> None:
     colors = [(230, 20, 30), (10, 200, 60), (20, 40, 240), (255, 195, 128)]
     frame = np.zeros((size[1], size[0], 3), np.uint8)
     wide = size[0] // 4
     for index, color in enumerate(colors):
         frame[:, index * wide : (index + 1) * wide] = color
-    with writing(tmp_path / "a.mp4", 10) as file:
+    with write_video(tmp_path / "a.mp4", 10) as file:
         for index in range(3):
             file.write(frame, index / 10)
     (found, *_), _ = frames_of(tmp_path / "a.mp4")
@@ -56,7 +56,7 @@ def test_colors_survive(size: tuple[int, int], tmp_path: Path) -> None:
         np.testing.assert_allclose(middle.mean(0), color, atol=4)
 
 
-def test_a_video_that_names_no_standard_is_read_as_players_read_it(tmp_path: Path) -> None:
+def test_unspecified_hd_colors_are_bt709(tmp_path: Path) -> None:
     """Above 720 lines those colors are BT.709; FFmpeg by itself would take BT.601, and greens would be off by 20."""
     for height, standard in ((720, "ITU709"), (360, "ITU601")):
         path = tmp_path / f"{height}.mkv"
@@ -72,9 +72,9 @@ def test_a_video_that_names_no_standard_is_read_as_players_read_it(tmp_path: Pat
         np.testing.assert_allclose(found.reshape(-1, 3).mean(0), (20, 180, 60), atol=4)
 
 
-def test_frames_keep_their_times_where_some_are_missing(tmp_path: Path) -> None:
+def test_frames_keep_their_times(tmp_path: Path) -> None:
     times = [0.0, 0.1, 0.5, 0.5, 2.0]
-    with writing(tmp_path / "a.mp4", 10) as file:
+    with write_video(tmp_path / "a.mp4", 10) as file:
         for index, at in enumerate(times):
             file.write(striped(index), at)
     pixels, found = frames_of(tmp_path / "a.mp4")
@@ -82,8 +82,8 @@ def test_frames_keep_their_times_where_some_are_missing(tmp_path: Path) -> None:
     assert [number_of(frame) for frame in pixels] == [0, 1, 2, 3, 4]
 
 
-def test_odd_sides_gain_a_pixel_and_other_sizes_are_fitted(tmp_path: Path) -> None:
-    with writing(tmp_path / "a.mp4", 10) as file:
+def test_odd_sides_are_padded_and_other_sizes_fitted(tmp_path: Path) -> None:
+    with write_video(tmp_path / "a.mp4", 10) as file:
         file.write(striped(4, 63, 47), 0)
         file.write(striped(4, 126, 94), 0.1)
         file.write(striped(4, 63, 20), 0.2)
@@ -93,7 +93,7 @@ def test_odd_sides_gain_a_pixel_and_other_sizes_are_fitted(tmp_path: Path) -> No
     assert pixels[2][:10].mean() < 8
 
 
-def test_a_video_that_is_to_be_turned_is_turned(tmp_path: Path) -> None:
+def test_rotation_flag_is_applied(tmp_path: Path) -> None:
     """The second matrix in an MP4 is that of the pictures: here a quarter to the right, as a telephone writes it."""
     path = video(tmp_path / "a.mp4")
     one, minus = b"\0\1\0\0", b"\xff\xff\0\0"
@@ -107,7 +107,7 @@ def test_a_video_that_is_to_be_turned_is_turned(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels[4], np.rot90(upright[4], -1))
 
 
-def test_a_folder_comes_in_the_order_of_its_names(tmp_path: Path) -> None:
+def test_folder_is_read_in_natural_order(tmp_path: Path) -> None:
     for index, name in enumerate(["frame_2.png", "frame_10.png", "frame_11.jpg"]):
         Image.fromarray(striped(index)).save(tmp_path / name)
     (tmp_path / ".frame_3.png").write_bytes(b"")
@@ -124,30 +124,30 @@ def cut(path: Path, share: float) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_a_cut_video_is_told_wherever_the_cut_is(name: str, tmp_path: Path) -> None:
+def test_truncated_video_is_an_error(name: str, tmp_path: Path) -> None:
     path = video(tmp_path / name, frames=80, fps=25, size=(320, 180))
-    told = set()
+    ends_early = False
     for share in (0.02, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8):
         with pytest.raises(DataError) as error:
             frames_of(cut(path, share))
         sentence = str(error.value)
         assert f"cut_{int(share * 100)}" in sentence
         assert "\n" not in sentence
-        told |= set(re.findall("cannot be opened|breaks off|no frame|says neither", sentence))
+        ends_early |= "--seconds" in sentence
         if hint := re.search(r"--seconds (\S+)$", sentence):
             with open_stream(str(cut(path, share))) as source:
                 seconds = float(hint.group(1))
-                assert list(limit_duration(source.frames, seconds)), "the hint leads nowhere"
-    assert "breaks off" in told
+                assert list(limit_duration(source.frames, seconds)), "the hint is wrong"
+    assert ends_early
 
 
-def test_damaged_bytes_are_told(tmp_path: Path) -> None:
+def test_damaged_video_is_an_error(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", frames=60, fps=25, size=(320, 180))
     data = bytearray(path.read_bytes())
     for place in range(len(data) // 2, len(data) // 2 + 1500):
         data[place] ^= 0x5A
     path.write_bytes(data)
-    with pytest.raises(DataError, match="breaks off after"):
+    with pytest.raises(DataError, match=r"a\.mp4"):
         frames_of(path)
 
 
@@ -185,47 +185,43 @@ class Camera:
         ((1, *[av.InvalidDataError(1, "Bad")] * 400, 2), 1, 300, "bad"),
     ],
 )
-def test_a_live_source_goes_on_over_damage_and_ends_in_peace(
-    script: tuple[object, ...], frames: int, damaged: int, ended: str
-) -> None:
+def test_live_source_continues_after_damage(script: tuple[object, ...], frames: int, damaged: int, ended: str) -> None:
     camera, errors = Camera(*script), StreamErrors()
-    found = list(_decoded("camera", _Stream(camera, None, True), 25, errors))
+    found = list(_decode("camera", _Container(camera, None, True), 25, errors))
     assert len(found) == frames
     assert found[0].time == 0
     assert (errors.damaged, errors.ended) == (damaged, ended)
     assert camera.closed
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "cannot be opened"), (b"hello, I am no video", "cannot be opened")]
-)
-def test_what_is_no_video_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "reason"), [(b"", "video"), (b"plain text", "video")])
+def test_other_files_are_rejected(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(content)
     with pytest.raises(DataError, match=reason):
         frames_of(tmp_path / "a.mp4")
 
 
-def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+def test_audio_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
-    with pytest.raises(DataError, match="has no pictures"):
+    with pytest.raises(DataError, match="video"):
         frames_of(path)
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_sources_are_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     told: dict[Path | str, str] = {
-        tmp_path / "no.mp4": "is not there; give a video",
-        tmp_path / "empty": "holds no picture",
-        "/dev/video77": "no camera /dev/video77",
-        "77": "no camera /dev/video77",
-        "rtsp://127.0.0.1:9/none": "cannot be opened as a stream",
-        "http://127.0.0.1:9/none": "cannot be opened",
-        "nonsense://x": "cannot be opened",
+        tmp_path / "no.mp4": r"no\.mp4",
+        tmp_path / "empty": "empty",
+        "/dev/video77": "/dev/video77",
+        "77": "/dev/video77",
+        "rtsp://127.0.0.1:9/none": "rtsp://127.0.0.1:9/none",
+        "http://127.0.0.1:9/none": "http://127.0.0.1:9/none",
+        "nonsense://x": "nonsense://x",
     }
     for source, words in told.items():
         with pytest.raises(DataError, match=words):
@@ -234,18 +230,18 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
         frames_of(video(tmp_path / "a.mp4"), fps=3)
 
 
-def test_a_file_is_opened_by_its_name_whatever_it_looks_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_named_like_an_address_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("concat:a.mp4", "b%03d.mp4", "-c.mp4", "ü ö.mp4"):
         shutil.copy(video(Path("plain.mp4")), name)
         Path("plain.mp4").unlink()
         assert len(frames_of(name)[0]) == 10
-    with writing(Path("http:d.mp4"), 10) as file:
+    with write_video(Path("http:d.mp4"), 10) as file:
         file.write(striped(1), 0)
     assert Path("http:d.mp4").is_file()
 
 
-def test_pictures_of_a_folder_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_unsuitable_images_of_a_folder_are_errors(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "gray.png")
     with pytest.raises(OverflyError, match=r"gray\.png has 1 band"):
         frames_of(tmp_path)
@@ -254,50 +250,50 @@ def test_pictures_of_a_folder_that_do_not_fit_are_told(tmp_path: Path) -> None:
         frames_of(tmp_path)
 
 
-def test_nothing_is_left_of_a_video_that_fails(tmp_path: Path) -> None:
+def test_failed_video_leaves_no_file(tmp_path: Path) -> None:
     def fails() -> None:
-        with writing(tmp_path / "a.mp4", 10) as file:
+        with write_video(tmp_path / "a.mp4", 10) as file:
             file.write(striped(0), 0)
             assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
             raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="mine"):
         fails()
-    with writing(tmp_path / "b.mp4", 10):
+    with write_video(tmp_path / "b.mp4", 10):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_unwritable_paths_are_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "a.mp4", Path("/proc/a.mp4")):
-        with pytest.raises(DataError, match="cannot be written"), writing(path, 10) as file:
+        with pytest.raises(DataError, match="cannot be written"), write_video(path, 10) as file:
             file.write(striped(0), 0)
-    for path, words in ((video(tmp_path / "there.mp4"), "is there already"), (tmp_path / "a.gif", r"name it a\.mp4")):
+    for path, words in ((video(tmp_path / "there.mp4"), r"there\.mp4"), (tmp_path / "a.gif", r"name it a\.mp4")):
         with pytest.raises(DataError, match=words):
             check_output(path)
 
 
-def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_deleted(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     part, handle = parts._new(path, False)
     if handle is None:
         pytest.skip("no locks here")
-    with writing(path, 10) as writer:
+    with write_video(path, 10) as writer:
         writer.write(np.zeros((32, 32, 3), np.uint8), 0.0)
         assert part.exists()  # its writer lives
     path.unlink()
     os.close(handle)  # as the system does for the dead
-    with writing(path, 10) as writer:
+    with write_video(path, 10) as writer:
         writer.write(np.zeros((32, 32, 3), np.uint8), 0.0)
     assert [left.name for left in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_full_disk_is_an_error(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
 
     def fills() -> None:
-        with writing(tmp_path / "a.mkv", 10) as file:
+        with write_video(tmp_path / "a.mkv", 10) as file:
             for index in range(100):
                 file.write(np.roll(noise, index * 7, 1), index / 10)
 
@@ -311,11 +307,11 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_video_that_another_process_wrote_meanwhile_is_left_alone(tmp_path: Path) -> None:
+def test_video_of_another_process_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
 
     def write() -> None:
-        with writing(path, 10) as file:
+        with write_video(path, 10) as file:
             file.write(striped(0), 0)
             path.write_bytes(b"theirs")
 

@@ -5,13 +5,13 @@ import pytest
 
 from overfly.core.classes import Classes
 from overfly.exporting.predictor import Floats
-from overfly.video.overlay import OverlayRenderer, OverlayStyle, fitted, legend, shrunk
+from overfly.video.overlay import OverlayRenderer, OverlayStyle, downscale, legend, letterbox
 from seeing import BLUE, GREEN, NAMES, RED, brightest, seeing, striped
 
-BARE = {"legend": False, "figures": False}
+BARE = {"legend": False, "stats": False}
 
 
-def test_classes_are_painted_in_their_colors() -> None:
+def test_overlay_has_the_colors_of_the_classes() -> None:
     frame = striped(5, 96, 60)
     overlay = OverlayRenderer(seeing(), OverlayStyle(opacity=1.0, **BARE))(frame)
     assert overlay.shape == frame.shape
@@ -19,14 +19,14 @@ def test_classes_are_painted_in_their_colors() -> None:
         assert (overlay[:, 32 * band : 32 * (band + 1)] == color).all()
 
 
-def test_opacity_is_the_share_of_the_colors() -> None:
+def test_opacity_blends_colors_and_frame() -> None:
     frame = striped(5, 96, 60)
     np.testing.assert_array_equal(OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, **BARE))(frame), frame)
     mixed = OverlayRenderer(seeing(), OverlayStyle(opacity=0.25, **BARE))(frame)
     np.testing.assert_allclose(mixed[0, 0], 0.75 * frame[0, 0] + 0.25 * np.array(RED), atol=1)
 
 
-def test_frames_are_shrunk_for_the_network_alone() -> None:
+def test_size_downscales_only_the_input() -> None:
     sizes: list[tuple[int, ...]] = []
 
     def noted(images: Floats) -> Floats:
@@ -39,17 +39,17 @@ def test_frames_are_shrunk_for_the_network_alone() -> None:
     assert overlay.shape == (120, 192, 3)
     for band, color in enumerate((RED, GREEN, BLUE)):
         assert (overlay[:, 64 * band + 6 : 64 * band + 58] == color).all()
-    assert shrunk(frame, 500) is frame
-    assert shrunk(frame[:1], 16).shape == (1, 16, 3)
+    assert downscale(frame, 500) is frame
+    assert downscale(frame[:1], 16).shape == (1, 16, 3)
 
 
-def test_shrinking_takes_means() -> None:
+def test_downscale_averages() -> None:
     board = np.indices((64, 64)).sum(0) % 2 * 255
-    small = shrunk(np.repeat(board[..., None], 3, -1).astype(np.uint8), 16)
+    small = downscale(np.repeat(board[..., None], 3, -1).astype(np.uint8), 16)
     np.testing.assert_allclose(small[2:-2, 2:-2], 127.5, atol=2)
 
 
-def test_a_network_of_fixed_windows_sees_all_of_the_frame() -> None:
+def test_fixed_windows_cover_the_frame() -> None:
     def fixed(images: Floats) -> Floats:
         assert images.shape == (1, 3, 32, 32)
         return brightest(images)
@@ -59,7 +59,7 @@ def test_a_network_of_fixed_windows_sees_all_of_the_frame() -> None:
     np.testing.assert_array_equal(overlay, OverlayRenderer(seeing(), OverlayStyle(opacity=1.0, **BARE))(frame))
 
 
-def test_brightness_is_brought_to_the_range_that_was_learned() -> None:
+def test_frames_are_scaled_to_the_value_range() -> None:
     peaks: list[float] = []
 
     def noted(images: Floats) -> Floats:
@@ -72,11 +72,11 @@ def test_brightness_is_brought_to_the_range_that_was_learned() -> None:
     assert peaks == pytest.approx([255.0, 1.0, 65535.0])
 
 
-def test_legend_and_figures_are_drawn_where_they_belong() -> None:
+def test_legend_and_stats_have_their_corners() -> None:
     frame = np.full((240, 320, 3), 120, np.uint8)
     plain = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, **BARE))(frame)
-    named = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, legend=True, figures=False))(frame, ["12.0 frames/s"])
-    told = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, legend=False, figures=True))(frame, ["12.0 frames/s"])
+    named = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, legend=True, stats=False))(frame, ["12.0 frames/s"])
+    told = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, legend=False, stats=True))(frame, ["12.0 frames/s"])
     assert (plain == 120).all()
     changed = (named != 120).any(-1)
     assert changed[120:, :160].any()
@@ -89,7 +89,7 @@ def test_legend_and_figures_are_drawn_where_they_belong() -> None:
     assert not changed[60:].any()
 
 
-def test_a_legend_of_many_classes_says_how_many_it_leaves_out() -> None:
+def test_legend_counts_omitted_classes() -> None:
     many = Classes(names=tuple(f"class {index}" for index in range(100)))
     sheet = legend(many, 640, 360)
     assert sheet is not None
@@ -102,7 +102,7 @@ def test_a_legend_of_many_classes_says_how_many_it_leaves_out() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (64, 64), (65, 300), (300, 65), (63, 900)])
-def test_any_frame_can_be_drawn_on(size: tuple[int, int]) -> None:
+def test_overlay_of_any_size(size: tuple[int, int]) -> None:
     frame = striped(2, *size)
     assert (
         OverlayRenderer(seeing(), OverlayStyle())(frame, ["10.0 frames/s   p50 100 ms   p95 100 ms", "more"]).shape
@@ -110,8 +110,8 @@ def test_any_frame_can_be_drawn_on(size: tuple[int, int]) -> None:
     )
 
 
-def test_pictures_are_fitted_with_bars() -> None:
-    found = fitted(np.full((50, 100, 3), 200, np.uint8), 100, 100)
+def test_letterbox_adds_bars() -> None:
+    found = letterbox(np.full((50, 100, 3), 200, np.uint8), 100, 100)
     assert found.shape == (100, 100, 3)
     assert (found[:25] == 0).all()
     assert (found[25:75] == 200).all()

@@ -1,4 +1,4 @@
-"""Frames in order, or the newest and no lag: on a clock that goes by hand, and once with threads."""
+"""Processing of streams, on a simulated clock and with threads."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from overfly.core.errors import DataError
 from overfly.exporting.predictor import Floats
 from overfly.video.overlay import OverlayRenderer, OverlayStyle
 from overfly.video.player import (
-    Frame,
     LatestFrame,
     LatestSlot,
     SourceFrame,
     StreamStats,
+    TimedFrame,
     limit_duration,
     live_frames,
     paced_frames,
     process_stream,
     render_frames,
-    summarize,
 )
 from seeing import Clock, brightest, number_of, seeing, striped
 
-PLAIN = OverlayStyle(opacity=0.0, legend=False, figures=False)
+PLAIN = OverlayStyle(opacity=0.0, legend=False, stats=False)
 
 
 def source_frames(count: int, fps: float = 10.0) -> Iterator[SourceFrame]:
@@ -40,7 +39,7 @@ def source_frames(count: int, fps: float = 10.0) -> Iterator[SourceFrame]:
 
 
 class Slow:
-    """A network that takes its time, on the test's clock."""
+    """A slow network on the test's clock."""
 
     def __init__(self, clock: Clock, takes: Callable[[int], float]) -> None:
         self.clock, self.takes, self.passes = clock, takes, 0
@@ -57,7 +56,7 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
     start = clock()
 
     def comes(index: int) -> None:
-        slot.put(Frame(SourceFrame(partial(striped, index % 16), index / fps), clock()))
+        slot.put(TimedFrame(SourceFrame(partial(striped, index % 16), index / fps), clock()))
         if index == count - 1:
             slot.close()
 
@@ -71,10 +70,10 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
         times.append(at)
         ages.append(clock() - start - at)
 
-    def frames() -> Iterator[Frame]:
+    def frames() -> Iterator[TimedFrame]:
         taken = slot.frames(stop)
         while clock.due or not slot._closed or slot._frame is not None:
-            if slot._frame is None:  # nothing there yet: time passes until something comes
+            if slot._frame is None:  # time passes until the next frame
                 clock.pass_on(max(0.0, clock.due[0][0] - clock()))
             yield next(taken)
 
@@ -82,11 +81,11 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
     return render_frames(renderer, frames(), [sink], slot=slot, now=clock), times, ages, clock
 
 
-def test_a_slow_network_drops_frames_and_never_lags() -> None:
-    standing, times, ages, clock = live(300, fps=30, takes=lambda _: 0.1)
-    assert standing.read == 300
-    assert standing.latencies.count + standing.dropped == 300
-    assert standing.dropped == pytest.approx(200, abs=2)
+def test_slow_network_drops_frames_without_lag() -> None:
+    stats, times, ages, clock = live(300, fps=30, takes=lambda _: 0.1)
+    assert stats.read == 300
+    assert stats.latencies.count + stats.dropped == 300
+    assert stats.dropped == pytest.approx(200, abs=2)
     assert times == sorted(set(times))
     assert times[-1] == pytest.approx(299 / 30)
     assert max(ages) <= 0.1 + 1 / 30 + 1e-9
@@ -94,29 +93,29 @@ def test_a_slow_network_drops_frames_and_never_lags() -> None:
     assert clock() - 100 <= 299 / 30 + 0.2 + 1e-9
 
 
-def test_latency_holds_the_wait_and_the_network() -> None:
-    standing, _, ages, _ = live(200, fps=20, takes=lambda _: 0.07)
-    found = summarize(standing)
+def test_latency_includes_waiting_and_prediction() -> None:
+    stats, _, ages, _ = live(200, fps=20, takes=lambda _: 0.07)
+    found = stats.summary()
     assert found.p50_ms is not None
     assert 70 <= found.p50_ms <= 120.6
     assert found.p95_ms == pytest.approx(1000 * np.quantile(ages, 0.95, method="inverted_cdf"), rel=0.01)
     assert found.frames_per_second == pytest.approx(1 / 0.07, rel=0.05)
 
 
-def test_a_fast_network_drops_nothing() -> None:
-    standing, times, ages, _ = live(100, fps=25, takes=lambda _: 0.03)
-    assert standing.dropped == 0
-    assert len(times) == standing.read == 100
+def test_fast_network_drops_nothing() -> None:
+    stats, times, ages, _ = live(100, fps=25, takes=lambda _: 0.03)
+    assert stats.dropped == 0
+    assert len(times) == stats.read == 100
     assert max(ages) == pytest.approx(0.03)
 
 
-def test_one_hiccup_is_caught_up_at_once() -> None:
-    standing, _, ages, _ = live(100, fps=25, takes=lambda index: 2.0 if index == 10 else 0.01)
-    assert standing.dropped == 49
+def test_delay_is_caught_up_at_once() -> None:
+    stats, _, ages, _ = live(100, fps=25, takes=lambda index: 2.0 if index == 10 else 0.01)
+    assert stats.dropped == 49
     assert sum(age > 0.06 for age in ages) <= 2
 
 
-def test_frames_are_played_when_they_are_due() -> None:
+def test_paced_frames_begin_when_due() -> None:
     clock = Clock()
     given = [
         (frame.began, clock()) for frame in paced_frames(source_frames(5), threading.Event(), clock, clock.pass_on)
@@ -129,15 +128,15 @@ def test_slow_decoding_counts_as_latency() -> None:
     clock = Clock()
 
     def decoded() -> Iterator[SourceFrame]:
-        for picture in source_frames(4):
+        for frame in source_frames(4):
             clock.pass_on(0.25)
-            yield picture
+            yield frame
 
     late = [clock() - frame.began for frame in paced_frames(decoded(), threading.Event(), clock, clock.pass_on)]
     assert late == pytest.approx([0, 0.15, 0.30, 0.45])
 
 
-def test_every_frame_is_processed_where_nobody_hurries() -> None:
+def test_process_stream_keeps_every_frame_of_a_file() -> None:
     seen: list[int] = []
     times: list[float] = []
 
@@ -151,7 +150,7 @@ def test_every_frame_is_processed_where_nobody_hurries() -> None:
     assert (found.read, found.shown, found.dropped, found.stopped) == (16, 16, 0, False)
 
 
-def test_a_stream_that_is_played_with_threads_drops_too() -> None:
+def test_realtime_stream_drops_frames() -> None:
     times: list[float] = []
 
     def slow(images: Floats) -> Floats:
@@ -172,7 +171,7 @@ def test_a_stream_that_is_played_with_threads_drops_too() -> None:
     assert found.seconds >= 0.59
 
 
-def test_stopping_finishes_the_frame_at_work() -> None:
+def test_stop_finishes_the_current_frame() -> None:
     for live, realtime in ((False, False), (True, False), (False, True)):
         stop, times = threading.Event(), list[float]()
 
@@ -195,19 +194,19 @@ def test_stopping_finishes_the_frame_at_work() -> None:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_broken_source_says_so_after_the_frames_before(live: bool) -> None:
+def test_error_of_the_source_follows_its_frames(live: bool) -> None:
     def breaking() -> Iterator[SourceFrame]:
         yield from source_frames(3)
         time.sleep(0.05)
-        raise DataError("the film tore; splice it")
+        raise DataError("frame 4 is damaged")
 
     shown: list[float] = []
-    with pytest.raises(DataError, match="tore"):
+    with pytest.raises(DataError, match="frame 4"):
         process_stream(OverlayRenderer(seeing(), PLAIN), breaking(), [lambda _, at: shown.append(at)], live=live)
     assert shown
 
 
-def test_a_sink_that_fails_ends_the_reading_thread() -> None:
+def test_error_of_a_sink_ends_the_reading_thread() -> None:
     before = threading.active_count()
 
     def full(*_: object) -> None:
@@ -218,7 +217,7 @@ def test_a_sink_that_fails_ends_the_reading_thread() -> None:
     assert threading.active_count() == before
 
 
-def test_a_part_of_a_stream() -> None:
+def test_limit_duration() -> None:
     assert len(list(limit_duration(source_frames(30), 1.0))) == 10
     assert len(list(limit_duration(source_frames(30), None))) == 30
     stop = threading.Event()
@@ -226,7 +225,7 @@ def test_a_part_of_a_stream() -> None:
     assert not list(live_frames(source_frames(3), stop))
 
 
-def test_figures_stand_still_for_half_a_second() -> None:
+def test_stats_are_refreshed_twice_a_second() -> None:
     clock, drawn = Clock(), list[str]()
 
     class Noted(OverlayRenderer):
@@ -241,7 +240,7 @@ def test_figures_stand_still_for_half_a_second() -> None:
     assert drawn[6] == drawn[9] == "10.0 frames/s   p50 100 ms   p95 100 ms"
 
 
-def test_the_screen_holds_the_newest_for_all_who_look() -> None:
+def test_latest_frame_is_encoded_once_for_all_viewers() -> None:
     screen = LatestFrame()
     assert screen.latest() is None
     assert screen.wait(timeout=0.01) is None

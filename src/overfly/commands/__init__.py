@@ -13,7 +13,6 @@ MODULES = {
     "benchmark": "benchmark",
     "data_check": "data",
     "data_fetch": "data",
-    "data_fly": "watch",
     "data_stats": "data",
     "data_synthesize": "data",
     "evaluate": "evaluate",

@@ -113,27 +113,26 @@ def live_stream(
         return
     from overfly.video import player
     from overfly.video.capture import open_stream
-    from overfly.video.endings import FAULT, end_message, public_message
-    from overfly.video.overlay import OverlayStyle, overlay_renderer
+    from overfly.video.overlay import OverlayRenderer, OverlayStyle
 
     screen, stop = player.LatestFrame(), threading.Event()
 
     def process(stream: VideoStream) -> None:
-        ended = public = FAULT
+        ended = public = player.INTERNAL_ERROR
         try:
             summary = player.process_stream(
                 renderer, stream.frames, [screen.show], live=stream.live, realtime=not stream.live, stop=stop
             )
-            ended = public = end_message(summary, stream.errors.ended)
+            ended = public = player.end_message(summary, stream.errors.ended)
         except OverflyError as error:
-            ended, public = str(error), public_message(error, source)
+            ended, public = str(error), player.public_message(error, source)
         finally:
             if not stop.is_set():
                 print(f"overfly: the stream has ended: {ended}", file=sys.stderr, flush=True)
             screen.close(public)
 
     with open_stream(source) as opened:
-        renderer = overlay_renderer(load(), OverlayStyle(size=size))
+        renderer = OverlayRenderer(load(), OverlayStyle(size=size))
         thread = threading.Thread(target=process, args=(opened,), name="overfly-watch", daemon=True)
         thread.start()
         try:

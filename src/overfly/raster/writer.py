@@ -143,7 +143,9 @@ class UnfinishedMap:
         ) as dataset:  # fmt: skip
             dataset.update_tags(**tags, **({"AREA_OR_POINT": "Point"} if place.point else {}))
             if place.points:
-                points = [GroundControlPoint(row, column, *at) for column, row, *at in place.points]
+                # GDAL moves points of pixel centers by half a pixel on writing, and by another on reading
+                shift = 1.0 if place.point else 0.0
+                points = [GroundControlPoint(y - shift, x - shift, *at) for x, y, *at in place.points]
                 dataset.gcps = (points, CRS.from_wkt(place.points_crs) if place.points_crs else None)
             if place.rational:
                 dataset.update_tags(ns="RPC", **dict(place.rational))

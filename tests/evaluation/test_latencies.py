@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from overfly.evaluation import speed
+from overfly.evaluation.speed import Latencies
+
+
+def test_percentiles_of_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "RECENT", 100)
+    values = np.random.default_rng(0).lognormal(-3, 1, 5000)
+    latencies = Latencies()
+    for index, value in enumerate(values):
+        latencies.add(index, index + value)
+    for share in (0.5, 0.95, 0.99):
+        wanted = np.quantile(values, share, method="inverted_cdf")
+        assert latencies.overall(share) == pytest.approx(wanted, rel=0.006)
+        recent = latencies.recent(share)
+        assert recent == pytest.approx(np.quantile(values[-100:], share, method="inverted_cdf"))
+    assert latencies.count == 5000
+
+
+def test_rates_of_recent_and_all_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "RECENT", 5)
+    latencies = Latencies()
+    for index in range(10):
+        latencies.add(index, index + 0.5)
+    for index in range(5):
+        latencies.add(10 + index / 10, 10.5 + index / 10)
+    assert latencies.recent_rate == pytest.approx(10)
+    assert latencies.overall_rate == pytest.approx(15 / 10.9)
+
+
+def test_statistics_are_none_before_the_first_frame() -> None:
+    latencies = Latencies()
+    assert (latencies.recent(0.5), latencies.overall(0.5), latencies.recent_rate, latencies.overall_rate) == (None,) * 4
+    latencies.add(0, 0)
+    assert latencies.recent_rate is None
+    assert latencies.overall(0.5) is not None
