@@ -147,8 +147,8 @@ def _end_of(source: str) -> str:
 def test_live_stream_reports_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         Image.fromarray(striped(number)).save(tmp_path / f"{number}.png")
-    assert _end_of(str(tmp_path)) == "it came to its end after 3 pictures"
-    assert "the stream has ended: it came to its end after 3 pictures" in capsys.readouterr().err
+    assert _end_of(str(tmp_path)) == "finished after 3 frames"
+    assert "the stream has ended: finished after 3 frames" in capsys.readouterr().err
     (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     assert str(tmp_path / "1.png") in _end_of(str(tmp_path))
     printed = capsys.readouterr().err
