@@ -1,4 +1,4 @@
-"""Training by several processes, as torchrun starts them on one machine or on many."""
+"""Training by several processes, started by --devices or by torchrun."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from conftest import REPOSITORY
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
 from overfly.training.engine import TrainerConfig, process_counts
+from overfly.training.run import Run
 
 PLAIN = '''
 """A network without batch normalization, whose gradient does not depend on how a batch is shared; then the command."""
@@ -49,6 +50,33 @@ def plain(classes: int, training_heads: bool, bands: int) -> Plain:
 
 cli.main(sys.argv[1:])
 '''
+
+
+BROKEN_IN_ONE_PROCESS = """
+import os, sys
+from torch import nn
+from overfly import cli
+from overfly.methods.multiscale_self_training import MultiscaleSelfTraining
+
+
+class Broken(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image):
+        logits = self.network(image)
+        return logits._replace(main=logits.main * float("nan"))
+
+
+class HalfBroken(MultiscaleSelfTraining, name="half_broken"):
+    def deployed(self, nets):
+        network = super().deployed(nets)
+        return Broken(network) if os.environ.get("LOCAL_RANK") == "1" else network
+
+
+cli.main(sys.argv[1:])
+"""
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,11 +120,46 @@ def test_two_machines_end_where_one_process_ends_with_the_same_batch(small: dict
     assert losses[-1] < losses[0]  # there was something to learn
 
 
+def test_validation_that_is_not_finite_in_one_of_two_processes_does_not_block(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = ("batch=4", "steps=2", "validation.every=1")
+    load({**small, "start": {**small, "batch": 4}, "method": "multiscale_self_training"}, *changes).save(
+        tmp_path / "recipe.yaml"
+    )
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN_IN_ONE_PROCESS)
+    run_two_processes([str(script), "train", str(tmp_path / "recipe.yaml"), "method=half_broken"], tmp_path / "runs")
+    run = Run.open(next((tmp_path / "runs").glob("*half_broken*")))
+    rows = [row for row in run.log.rows() if row.get("event") == "validation"]
+    assert [(row["step"], row["source_miou"]) for row in rows] == [(1, None), (2, None)]
+    assert run.finished
+
+
+def test_adapt_on_two_processes(small: dict[str, Any], tmp_path: Path) -> None:
+    load({**small, "start": {**small, "batch": 4}, "method": "multiscale_self_training", "batch": 4}).save(
+        tmp_path / "recipe.yaml"
+    )
+    run_two_processes(["-m", "overfly", "adapt", str(tmp_path / "recipe.yaml")], tmp_path / "runs")
+    assert len(list((tmp_path / "runs").rglob("selection.json"))) == 1
+    methods = [Run.open(file.parent).recipe.method.name for file in (tmp_path / "runs").glob("*/recipe.yaml")]
+    assert sorted(methods) == ["multiscale_self_training", "recalibrate", "source_only"]
+
+
+def run_two_processes(command: list[str], out: Path) -> None:
+    """Run a command of overfly with two processes on the CPU."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
+    arguments = ["--devices", "2", "--device", "cpu", "--quiet", "--out", str(out)]
+    subprocess.run(
+        [sys.executable, *command, *arguments], env=environment, check=True, capture_output=True, timeout=300
+    )
+
+
 def test_how_many_processes_torchrun_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_counts(TrainerConfig(devices=3)) == (3, 1)
     for name, value in {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12"}.items():
         monkeypatch.setenv(name, value)
     assert process_counts(TrainerConfig()) == (4, 3)
     assert process_counts(TrainerConfig(devices=4)) == (4, 3)
-    with pytest.raises(RecipeError, match="torchrun starts 4 processes here, not --devices 2"):
+    with pytest.raises(RecipeError, match="4 processes.*--devices 2"):
         process_counts(TrainerConfig(devices=2))

@@ -16,6 +16,14 @@ def test_opening_what_is_no_run(tmp_path: Path) -> None:
         Run.open(tmp_path)
 
 
+def test_a_run_of_an_older_version_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    run = Run.open_or_create(tmp_path, recipe)
+    (run.path / "machine.json").write_text("{}")
+    with pytest.raises(RunError, match="older version"):
+        Run.open(run.path)
+    assert Run.find(tmp_path, recipe) is None
+
+
 def test_a_run_is_found_by_its_recipe_alone(recipe: Recipe, tmp_path: Path) -> None:
     run = Run.open_or_create(tmp_path, recipe)
     renamed = run.path.rename(tmp_path / "my best run")

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError, NotFiniteError, RecipeError
+from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
 from overfly.core.prefetch import map_ahead
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
+from overfly.evaluation.confusion import over_ranks
 from overfly.evaluation.samples import Sample, SampleCollector, Samples
 from overfly.evaluation.scores import Protocol, Scores, Tally, number, summarize
 from overfly.ops.windows import sliding
@@ -77,7 +78,7 @@ def score(
     labeled = _labeled(items, segmenter, domain, split)
     todo = list(enumerate(labeled))[shard[0] :: shard[1]]
     tally = Tally.empty(len(domain.classes), protocol)
-    with evaluation_mode(segmenter.to(device)), torch.inference_mode():
+    with evaluation_mode(segmenter.to(device)), torch.inference_mode(), _shared_errors(shard[1], add or over_ranks):
         for group in _groups(read_ahead(domain, todo, workers), 1 if window else batch):
             predicted = _predict(segmenter, group, protocol, torch.device(device), batch)
             for picture, scores in zip(group, predicted, strict=True):
@@ -90,6 +91,25 @@ def score(
     if shard[1] > 1:
         tally = tally.reduce(add)
     return summarize(tally, domain, split, protocol, unlabeled=len(items) - len(labeled))
+
+
+@contextlib.contextmanager
+def _shared_errors(ranks: int, add: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Raise an error of one rank in all ranks, which would otherwise wait for it in the sum of the counts."""
+    error: OverflyError | None = None
+    try:
+        yield
+    except OverflyError as caught:
+        error = caught
+    if ranks > 1:
+        mine = [isinstance(error, NotFiniteError), error is not None and not isinstance(error, NotFiniteError)]
+        not_finite, other = add(torch.tensor(mine, dtype=torch.int64)).tolist()
+        if other and (error is None or isinstance(error, NotFiniteError)):
+            raise DataError("another process could not score its share of the images; see its message")
+        if not_finite and error is None:
+            raise NotFiniteError("predictions of another process are not finite")
+    if error is not None:
+        raise error
 
 
 @contextlib.contextmanager
