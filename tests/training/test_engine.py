@@ -161,5 +161,5 @@ def test_how_many_processes_torchrun_has_started(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     assert process_counts(TrainerConfig()) == (4, 3)
     assert process_counts(TrainerConfig(devices=4)) == (4, 3)
-    with pytest.raises(RecipeError, match="4 processes.*--devices 2"):
+    with pytest.raises(RecipeError, match=r"4 processes.*--devices 2"):
         process_counts(TrainerConfig(devices=2))
