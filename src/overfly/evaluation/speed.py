@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,55 @@ def measure_speed(
             memory=_memory_kind(place),
             method=METHOD,
         )
+
+
+class Latency(Spec):
+    """Times of one image on one runtime."""
+
+    median_ms: NonNegative
+    """Median over the rounds."""
+    min_ms: NonNegative
+    """Shortest over the rounds."""
+    cpu_ms: NonNegative
+    """Median CPU time of all threads of this process."""
+    rounds: Count
+    """Images timed."""
+
+
+def compare_latency(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2, seconds: float | None = None
+) -> dict[str, Latency]:
+    """Time several runtimes in turn, round after round, so that other load of the machine falls on all alike.
+
+    Args:
+        runs: what to time, by name.
+        rounds: times that each is run.
+        warmup: times that each is run before.
+        seconds: start no further round after so long, but run three at least; None: no limit.
+    """
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    for index in range(rounds):
+        if seconds is not None and index >= 3 and time.perf_counter() - start > seconds:
+            break
+        for name, run in runs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            cpu = time.process_time() - cpu
+            times[name].append((1e3 * (time.perf_counter() - wall), 1e3 * cpu))
+    latencies = {}
+    for name, values in times.items():
+        wall_ms, cpu_ms = zip(*values, strict=True)
+        latencies[name] = Latency(
+            median_ms=float(np.median(wall_ms)),
+            min_ms=min(wall_ms),
+            cpu_ms=float(np.median(cpu_ms)),
+            rounds=len(values),
+        )
+    return latencies
 
 
 def without_training_heads(network: nn.Module) -> nn.Module:
@@ -326,4 +375,4 @@ class Latencies:
         return self.count / seconds if seconds > 0 else None
 
 
-__all__ = ["Latencies", "Precision", "Speed", "Timing", "count_macs", "measure_speed", "without_training_heads"]
+__all__ = ["Latencies", "Latency", "Speed", "Timing", "compare_latency", "count_macs", "measure_speed"]

@@ -1,11 +1,13 @@
-"""The one exporter: write a file under another name, measure it against PyTorch, and give it its name if it agrees."""
+"""Export a network: write a file under a temporary name, compare it with PyTorch, rename it if the two agree."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,110 +17,112 @@ import torch
 
 from overfly.core.atomic_files import temporary_path
 from overfly.core.device import describe_machine
-from overfly.core.errors import MissingExtraError, RecipeError
+from overfly.core.errors import MissingExtraError, OverflyError, RecipeError
 from overfly.core.spec import Pixels, Spec, Whole
-from overfly.exporting.formats import write_onnx, write_openvino, write_torch
+from overfly.evaluation.speed import Latency, compare_latency
+from overfly.exporting.formats import write_onnx, write_openvino
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.metadata import ExportSettings, metadata_entries
-from overfly.exporting.onnx_metadata import deepness_properties
-from overfly.exporting.parity import LabeledSplit, Parity, ParityError, measure_parity, miou
-from overfly.exporting.predictor import Floats, ModelMetadata, Predictor, segmenter_predictor
-from overfly.exporting.quantize import Ranges, quantize_onnx, quantize_openvino
-from overfly.exporting.resizing import resized
+from overfly.exporting.metadata import ExportSettings, deepness_entries, metadata_entries
+from overfly.exporting.parity import LabeledSplit, Parity, ParityError, measure_parity, score_predictor
+from overfly.exporting.predictor import Floats, ModelMetadata, Predictor, resized, segmenter_predictor
+from overfly.exporting.quantize import RANGES, Ranges, quantize_onnx, quantize_openvino
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
-from overfly.exporting.shelf import writing
-from overfly.exporting.timing import Latency, measure_latency
+from overfly.exporting.torch_program import write_torch
 from overfly.models.segmenter import Segmenter
 
-SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-"""Suffix of the file that is opened, by format."""
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+"""Suffix of the file to open, by format."""
 ROUNDS, SECONDS = 10, 20.0
-"""Images that each runtime is timed on, and after how long no further round begins."""
-CHOSEN_ON = 8
-"""Calibration images that decide how the ranges of 8-bit maps are taken."""
+"""Images that each runtime is timed on, and seconds after which no further round starts."""
+RANGE_IMAGES = 8
+"""Calibration images that decide between the `Ranges` of 8-bit maps."""
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Real images that an export is measured on; the first two have no labels, the last is for the scorer alone.
+    """Real images that an export is measured on.
 
     Attributes:
-        images: each (1, C, H, W), float32, in the sensor's own range, compared with PyTorch pixel by pixel.
-        calibration: images of the same kind that the ranges of 8-bit maps are measured on, all of one size.
-        labeled_split: where labels are; None: there are none.
-        title: where the images are from, in words.
+        images: each (1, C, H, W), float32, in the sensor's own range, without labels.
+        calibration: unlabeled images of one size that the ranges of 8-bit maps are measured on.
+        labels: labels for the scorer; None: mIoU is not measured.
+        title: title of the domain, and its split.
     """
 
     images: Sequence[Floats]
     calibration: Sequence[Floats]
-    labeled_split: LabeledSplit | None
+    labels: LabeledSplit | None
     title: str
 
 
 class ExportReport(Spec):
-    """What is known of an exported file; written beside it as JSON."""
+    """Description and measurements of an exported file; written beside it as JSON."""
 
     file: str
-    """Its name."""
+    """Name of the file."""
     bytes: Whole
-    """Its size on disk, weights included."""
+    """Its size, weights included."""
     sha256: str
     """Checksum of the file."""
     settings: ExportSettings
-    """How it was made."""
+    """How it was exported."""
     metadata: ModelMetadata
-    """What its user must know of it."""
+    """What the network reads and predicts."""
     images: str
-    """Where the images that it was measured on are from."""
+    """Domain and split of the images that it was measured on."""
     calibration_images: Whole
     """Unlabeled images that 8-bit ranges were measured on; 0 without 8-bit maps."""
     parity: tuple[Parity, ...]
-    """Agreement with PyTorch, by runtime."""
+    """Agreement with PyTorch, by runtime; the runtime of the file's format first."""
     latency: dict[str, Latency]
-    """Time of one image, by runtime; ``torch eager`` is the trained network as it was, in float32."""
+    """Time of one image, by runtime; ``torch eager`` is the trained network in float32."""
     latency_side: Pixels
     """Side of the image of these times."""
     machine: dict[str, Any]
-    """Where it was measured."""
+    """Machine that it was measured on."""
 
 
 def export(
     segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData, *,
-    folder: Path, name: str, tell: Callable[[str], None] = print,
+    folder: Path, name: str, on_progress: Callable[[str], None] = print,
 ) -> tuple[Path, ExportReport]:  # fmt: skip
-    """Write a network for other runtimes, measure it, and give it its name only if it agrees with PyTorch.
+    """Export a network, and keep the file only if it agrees with PyTorch.
 
     Args:
-        segmenter: the trained network; it is left alone.
-        metadata: what is to be known of it; ``fixed`` and ``window`` say whether tiles have one size.
-        settings: format, precision, answer and inner size.
-        data: what it is measured on.
-        folder: where the file is to lie.
-        name: of the file, without suffix.
-        tell: says what is being done.
+        segmenter: the trained network; it is not changed.
+        metadata: its metadata; ``fixed`` and ``window`` make a file for tiles of one size.
+        settings: format, precision, output and inner size.
+        data: images that it is measured on.
+        folder: folder to write to.
+        name: name of the file without suffix.
+        on_progress: called with a line on each phase.
 
     Returns:
-        The file, and what is known of it, as it lies beside it in ``NAME.json``.
+        The file, and its report, which is also written to ``NAME.json``.
 
     Raises:
-        ParityError: it does not agree. No file of the name is there then; ``NAME.failed.json`` holds the figures.
+        ParityError: it does not agree. No file is kept; ``NAME.failed.json`` holds the report.
         MissingExtraError: a package is not installed.
-        DownloadError: the disk is full.
+        OverflyError: the folder cannot be written.
     """
     if settings.precision == "int8" and settings.format == "torch":
-        raise RecipeError("PyTorch runs no exported 8-bit network; take --format onnx or openvino, or --precision 16")
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{name}{SUFFIX[settings.format]}"
-    with temporary_path(final, folder=True) as work:
-        tell(f"writing {final.name}")
-        with writing(final):
+        raise RecipeError("precision int8 needs format onnx or openvino, got torch; set --format, or --precision 16")
+    final = folder / f"{name}{SUFFIXES[settings.format]}"
+    with contextlib.ExitStack() as stack:
+        with readable_disk_errors(final):
+            folder.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(temporary_path(final, folder=True))
+            on_progress(f"writing {final.name}")
             file = _write(segmenter, metadata, settings, data, work / final.name)
-        tell(f"comparing it with PyTorch on {len(data.images)} images of {data.title}")
-        found = _measure(file, segmenter, metadata, settings, data)
-        _judge(found, folder / f"{name}.failed.json")
-        with writing(final):
-            _move(work, folder, file, found, name)
-    return final, found
+        on_progress(f"comparing it with PyTorch on {len(data.images)} images of {data.title}")
+        report = _measure(file, segmenter, metadata, settings, data)
+        with readable_disk_errors(final):
+            _raise_if_different(report, folder / f"{name}.failed.json")
+            values = json.loads(report.model_dump_json())
+            (work / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            for part in sorted(work.iterdir(), key=lambda part: part == file):  # the file to open comes last
+                part.replace(folder / part.name)
+    return final, report
 
 
 def _write(
@@ -133,43 +137,44 @@ def _write(
     if settings.format == "torch":
         return write_torch(module, path, metadata.bands, properties)
     if settings.output == "probabilities" and settings.format == "onnx":
-        properties |= deepness_properties(metadata)
+        properties |= deepness_entries(metadata)
     plain = path.with_suffix(".plain.onnx")
     write_onnx(module, plain, metadata.bands, properties)
     try:
         if settings.format == "onnx" and settings.precision != "int8":
             return plain.replace(path)
         if settings.precision == "int8":
-            return _quantize(plain, path, _reference(segmenter, metadata, settings), data, settings, **properties)
+            reference = _reference(segmenter, metadata, settings)
+            return _quantize(plain, path, reference=reference, data=data, settings=settings, properties=properties)
         return write_openvino(plain, path, properties, half=settings.precision == "16")
     finally:
         plain.unlink(missing_ok=True)
 
 
 def _quantize(
-    plain: Path, path: Path, reference: Predictor, data: EvaluationData, settings: ExportSettings, **text: str
-) -> Path:
-    """Write 8-bit integers with ranges taken in each way, and keep the file that agrees best on the same images."""
+    plain: Path, path: Path, *, reference: Predictor, data: EvaluationData, settings: ExportSettings,
+    properties: dict[str, str],
+) -> Path:  # fmt: skip
+    """Quantize with each of the `Ranges`, and keep the file that agrees best with PyTorch on a few images."""
     quantize = quantize_onnx if settings.format == "onnx" else quantize_openvino
-    shown = data.calibration[:: max(1, len(data.calibration) // CHOSEN_ON)][:CHOSEN_ON]
-    wanted = [reference(image).argmax(1) for image in shown]
-    found: dict[Ranges, float] = {}
-    ways: tuple[Ranges, ...] = ("extremes", "means")
-    for ranges in ways:
-        file = quantize(plain, path.parent / ranges / path.name, data.calibration, text, ranges)
-        predictor = runtimes_of(file, settings)[0]
-        same = [(predictor(image).argmax(1) == right).mean() for image, right in zip(shown, wanted, strict=True)]
-        found[ranges] = float(sum(same))
-    best = max(found, key=lambda ranges: found[ranges])
+    images = data.calibration[:: max(1, len(data.calibration) // RANGE_IMAGES)][:RANGE_IMAGES]
+    expected = [reference(image).argmax(1) for image in images]
+    agreement: dict[Ranges, float] = {}
+    for ranges in RANGES:
+        file = quantize(plain, path.parent / ranges / path.name, data.calibration, properties, ranges)
+        predictor = open_file(file, settings)[0]
+        same = [(predictor(image).argmax(1) == ids).mean() for image, ids in zip(images, expected, strict=True)]
+        agreement[ranges] = float(sum(same))
+    best = max(agreement, key=lambda ranges: agreement[ranges])
     for part in (path.parent / best).iterdir():
         part.replace(path.parent / part.name)
-    for ranges in ways:
+    for ranges in RANGES:
         shutil.rmtree(path.parent / ranges)
     return path
 
 
 def _reference(segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings) -> Predictor:
-    """PyTorch in float32, as the network was before anything was folded."""
+    """Return the network in PyTorch, float32, before batch normalization is folded."""
     reference = segmenter_predictor(segmenter, metadata)
     return reference if settings.resize is None else resized(reference, settings.resize)
 
@@ -177,25 +182,21 @@ def _reference(segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSe
 def _measure(
     file: Path, segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData
 ) -> ExportReport:
-    """Everything that is known of a file."""
+    """Measure parity and latency of a file."""
     reference = _reference(segmenter, metadata, settings)
-    fixed = (metadata.window, metadata.window) if metadata.fixed else None
-    graph = ExportModule(segmenter, output=settings.output, resize=settings.resize, fixed=fixed).eval()
-    truth_of_torch = None if data.labeled_split is None else miou(reference, data.labeled_split)[0]
-    predictors = runtimes_of(file, settings)
+    miou = None if data.labels is None else score_predictor(reference, data.labels)[0]
+    predictors = open_file(file, settings)
     parity = [
-        measure_parity(file, predictor, settings, reference=reference, module=graph, images=data.images,
-            labeled_split=data.labeled_split, truth_of_torch=truth_of_torch,
+        measure_parity(
+            predictor, settings, reference=reference, images=data.images, labels=data.labels, miou_of_torch=miou
         )
         for predictor in predictors
-    ]  # fmt: skip
+    ]
     side = metadata.window
-    image = (
-        metadata.max_value * torch.rand(1, metadata.bands, side, side, generator=torch.Generator().manual_seed(0))
-    ).numpy()
+    noise = torch.rand(1, metadata.bands, side, side, generator=torch.Generator().manual_seed(0))
+    image = (metadata.max_value * noise).numpy()
     runs: dict[str, Callable[[], Any]] = {"torch eager": partial(reference, image)}
     runs |= {predictor.backend: partial(predictor, image) for predictor in predictors}
-    agrees = not parity[0].violations
     return ExportReport(
         file=file.name,
         bytes=sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists()),
@@ -205,14 +206,14 @@ def _measure(
         images=data.title,
         calibration_images=len(data.calibration) if settings.precision == "int8" else 0,
         parity=tuple(parity),
-        latency=measure_latency(runs, rounds=ROUNDS, seconds=SECONDS) if agrees else {},
+        latency={} if parity[0].violations else compare_latency(runs, rounds=ROUNDS, seconds=SECONDS),
         latency_side=side,
         machine=describe_machine(),
     )
 
 
-def runtimes_of(file: Path, settings: ExportSettings, threads: int | None = None) -> list[Predictor]:
-    """A file on every runtime that is installed and opens it, the one that it is made for first.
+def open_file(file: Path, settings: ExportSettings) -> list[Predictor]:
+    """Open a file with every installed runtime that reads it, the runtime of its format first.
 
     Raises:
         MissingExtraError: no runtime for it is installed.
@@ -220,40 +221,43 @@ def runtimes_of(file: Path, settings: ExportSettings, threads: int | None = None
     if settings.format == "torch":
         return [torch_predictor(file)]
     if settings.format == "openvino":
-        return [openvino_predictor(file, threads=threads)]
-    found, missing = [], None
+        return [openvino_predictor(file)]
+    predictors, missing = [], None
     for opened in (onnx_predictor, openvino_predictor):
         try:
-            found.append(opened(file, threads=threads))
+            predictors.append(opened(file))
         except MissingExtraError as error:
             missing = missing or error
-    if not found and missing is not None:
+    if not predictors and missing is not None:
         raise missing
-    return found
+    return predictors
 
 
-def _judge(found: ExportReport, report: Path) -> None:
-    """Raise where the runtime that a file is made for is beyond tolerance, and leave the figures.
-
-    Others that open it too are measured, and what they are is told.
-    """
-    report.unlink(missing_ok=True)
-    for parity in found.parity[:1]:
-        if parity.violations:
-            report.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            raise ParityError(
-                f"{found.file} was not written: run by {parity.backend} on {parity.images} images of {found.images} it "
-                f"differs from PyTorch ({parity.violations}); {parity.where}; every layer's error is in {report}; "
-                "take a higher --precision, train for longer, or measure on images of the target with --domain"
-            )
+def _raise_if_different(report: ExportReport, failed: Path) -> None:
+    """Raise where the runtime of the file's format is beyond tolerance, and write the report; others are reported."""
+    failed.unlink(missing_ok=True)
+    parity = report.parity[0]
+    if parity.violations:
+        failed.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        raise ParityError(
+            f"{report.file} was not kept: run by {parity.backend} on {parity.images} images of {report.images} it "
+            f"differs from PyTorch ({parity.violations}; see {failed}); choose a higher --precision, train for longer, "
+            "or measure on the images it is meant for with --domain"
+        )
 
 
-def _move(work: Path, folder: Path, file: Path, found: ExportReport, name: str) -> None:
-    """Give the files their names, the one that is opened last."""
-    values = json.loads(found.model_dump_json())
-    (work / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    for part in sorted(work.iterdir(), key=lambda part: part == file):
-        part.replace(folder / part.name)
+@contextlib.contextmanager
+def readable_disk_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the disk into an `OverflyError` that names the file."""
+    try:
+        yield
+    except BrokenPipeError:  # of a closed terminal
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OverflyError(f"{path}: the disk is full; free some space, or choose another folder") from error
+        reason = error.strerror or error
+        raise OverflyError(f"{path} cannot be written ({reason}); choose a folder you may write to") from error
 
 
-__all__ = ["EvaluationData", "ExportReport", "export", "runtimes_of"]
+__all__ = ["EvaluationData", "ExportReport", "export", "open_file", "readable_disk_errors"]

@@ -1,37 +1,35 @@
-"""The graph that leaves the house: image in, answer out, and nothing in between that nobody needs.
+"""The graph that is exported: from an image in the sensor's own range to probabilities, logits or class ids.
 
-What training alone reads is gone, and batch normalization and the division by the standard deviation are folded into
-the convolutions.
+Training heads are dropped, and batch normalization and the division by the standard deviation are folded into the
+convolutions.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overfly.core.choices import ExportOutput
 from overfly.models.network import Network
 from overfly.models.segmenter import Segmenter
 
-Output = Literal["probabilities", "logits", "classes"]
-"""What the graph gives: probabilities (B, K, H, W), logits (B, K, H, W), or class ids (B, H, W), uint8."""
-Precision = Literal["32", "16", "int8"]
-"""Arithmetic of the exported network: 32 bits, 16 bits, or 8-bit integers."""
+LEAST_SIDE = 32
+"""Least side of an image that a graph of any size accepts, in pixels."""
 
 
 class ExportModule(nn.Module):
-    """A trained network as it is exported: images (B, C, H, W), float32, in the sensor's own range, to its answer.
+    """A trained network as it is exported: images (B, C, H, W), float32, in the sensor's own range, to its output.
 
     Args:
-        segmenter: the trained network; it is left alone.
-        output: what the graph gives.
-        dtype: what the network computes in; normalization and answer stay in float32.
-        resize: side of the square that images are resized to before the network; its scores are brought back to the
-            image's own size.
-        fixed: images have one size, whose sides are multiples of the network's stride or not; else any size goes.
+        segmenter: the trained network; it is not changed.
+        output: probabilities (B, K, H, W), logits (B, K, H, W), or classes: class ids (B, H, W), uint8.
+        dtype: arithmetic of the network; normalization and output stay in float32.
+        resize: side of the square that images are resized to before the network; its scores are resized back to
+            the image's own size.
+        fixed: height and width of all images, any numbers; None: any size.
 
     Attributes:
         network: a folded copy of the network.
@@ -45,7 +43,7 @@ class ExportModule(nn.Module):
         self,
         segmenter: Segmenter,
         *,
-        output: Output = "probabilities",
+        output: ExportOutput = "probabilities",
         dtype: torch.dtype = torch.float32,
         resize: int | None = None,
         fixed: tuple[int, int] | None = None,
@@ -58,17 +56,17 @@ class ExportModule(nn.Module):
         self.classes = len(segmenter.classes)
         self.register_buffer("mean", lighter.mean.clone())
         self.register_buffer("std", lighter.std.clone())
-        # the convolution pads with 0, which is the mean once it is subtracted: only the division can move into it
+        # the convolution pads with 0, the mean after its subtraction: only the division can be folded into it
         self.divides = dtype != torch.float32 or not fold_division(network, lighter.std)
         self.network = network.to(dtype)
         self.head = OutputHead(output)
 
     def forward(self, image: Tensor) -> Tensor:
-        """The answer at the image's size."""
+        """Return the output at the image's size."""
         height, width = image.shape[-2:]
         x = image
         if self.resize is not None:
-            smooth = not torch.onnx.is_in_onnx_export()  # the exporter does not know it; `formats` puts it in
+            smooth = not torch.onnx.is_in_onnx_export()  # the exporter cannot write it; `formats` adds it
             x = F.interpolate(
                 x, size=(self.resize, self.resize), mode="bilinear", align_corners=False, antialias=smooth
             )
@@ -79,13 +77,13 @@ class ExportModule(nn.Module):
         x, whole, padded = self._padded(x, rows, columns)
         scores = self.network(x.to(self.dtype)).main.float()
         crop = (rows, columns) if padded else None
-        output: Tensor = self.head(scores, whole, crop, None if self.resize is None else (height, width))
-        return output
+        result: Tensor = self.head(scores, whole, crop, None if self.resize is None else (height, width))
+        return result
 
     def _padded(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, int], bool]:
-        """Images whose sides are multiples of the stride, by repeating the last pixels; their size; whether they grew.
+        """Pad images to multiples of the stride by repeating the last pixels; return them, their size, whether padded.
 
-        Where any size goes the graph always pads, by 0 pixels if need be: it has no branches.
+        A graph of any size always pads, by 0 pixels where none are missing: it has no branches.
         """
         known = self.fixed is not None or self.resize is not None
         stride = self.stride
@@ -96,26 +94,26 @@ class ExportModule(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """From class scores at the network's own stride to the answer at the image's size.
+    """From class scores at the network's own stride to the output at the image's size.
 
     Args:
-        output: what it gives.
+        output: as in `ExportModule`.
     """
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: ExportOutput) -> None:
         super().__init__()
         self.output = output
 
     def forward(
         self, scores: Tensor, whole: tuple[int, int], crop: tuple[int, int] | None, image: tuple[int, int] | None
     ) -> Tensor:
-        """The answer.
+        """Return the output.
 
         Args:
             scores: (B, K, h, w).
-            whole: size that they are interpolated to.
-            crop: size that is cut from it, where the image was padded.
-            image: size that it is then brought to, where the image was resized.
+            whole: size to interpolate to.
+            crop: size to crop to, where the image was padded.
+            image: size to resize to, where the image was resized.
         """
         scores = F.interpolate(scores, size=whole, mode="bilinear", align_corners=False)
         if crop is not None:
@@ -128,25 +126,26 @@ class OutputHead(nn.Module):
             return scores.argmax(1).to(torch.uint8)
         if not torch.onnx.is_in_onnx_export():
             return scores.softmax(1)
-        # what a softmax is: as one operator over the second dimension, ONNX Runtime turns the maps around twice for it,
-        # a fifth of PIDNet-S's whole time at 512×512; OpenVINO sees that it is one
+        # a softmax by its definition: for the operator over dimension 1 ONNX Runtime transposes the maps twice,
+        # a fifth of PIDNet-S's time at 512×512; OpenVINO recognizes it
         odds = (scores - scores.amax(1, keepdim=True)).exp()
         return odds / odds.sum(1, keepdim=True)
 
 
 def fold_batch_norm(network: Network, bands: int) -> Network:
-    """A copy whose batch normalizations that follow a convolution are folded into it; its answer is the same.
+    """Return a copy whose batch normalizations are folded into the convolutions before them; its output is the same.
 
-    Which follows which is seen on a small image: a normalization is folded where its input is the very tensor that a
-    convolution gave. Where that changes the answer (a convolution that somebody else reads too), nothing is folded.
+    A forward pass of a small image shows which follows which: a normalization is folded where its input is the very
+    tensor that a convolution returned. Where folding changes the output (other modules read the convolution too),
+    nothing is folded.
 
     Args:
-        network: in evaluation mode; it is left alone.
+        network: in evaluation mode; it is not changed.
         bands: bands of its images.
     """
     folded = copy.deepcopy(network)
     image = torch.randn(1, bands, 64, 64, generator=torch.Generator().manual_seed(0))
-    gave: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: list[tuple[str, nn.Conv2d, nn.BatchNorm2d]] = []
     hooks = []
     for name, part in folded.named_modules():
@@ -154,16 +153,16 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
 
             def keep(conv: nn.Module, _inputs: object, out: Tensor) -> None:
                 if isinstance(conv, nn.Conv2d):
-                    gave[id(out)] = (conv, out)
+                    outputs[id(out)] = (conv, out)
 
             hooks.append(part.register_forward_hook(keep))
         elif isinstance(part, nn.BatchNorm2d):
 
-            def see(norm: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                if id(inputs[0]) in gave and isinstance(norm, nn.BatchNorm2d):
-                    pairs.append((name, gave[id(inputs[0])][0], norm))
+            def pair(norm: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                if id(inputs[0]) in outputs and isinstance(norm, nn.BatchNorm2d):
+                    pairs.append((name, outputs[id(inputs[0])][0], norm))
 
-            hooks.append(part.register_forward_pre_hook(see))
+            hooks.append(part.register_forward_pre_hook(pair))
     with torch.no_grad():
         wanted = folded(image).main
         for hook in hooks:
@@ -174,14 +173,14 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
             _fold(conv, norm)
             owner, _, child = name.rpartition(".")
             setattr(folded.get_submodule(owner), child, nn.Identity())
-        found = folded(image).main
-    close = torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max() + 1e-12))
+        result = folded(image).main
+    close = torch.allclose(result, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max() + 1e-12))
     return folded if close else copy.deepcopy(network)
 
 
 @torch.no_grad()
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Make a convolution give what the normalization behind it gives."""
+    """Fold a normalization into the convolution before it."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a batch normalization without running statistics cannot be folded")
     scale = (norm.weight if norm.affine else torch.ones_like(norm.running_mean)).double()
@@ -195,7 +194,7 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 @torch.no_grad()
 def fold_division(network: Network, std: Tensor) -> bool:
-    """Divide the weights of the convolution that reads the image, so that the image need not be; whether it could be.
+    """Fold the division by the standard deviation into the convolution that reads the image; return if it could be.
 
     Args:
         network: changed in place.
@@ -211,4 +210,4 @@ def fold_division(network: Network, std: Tensor) -> bool:
     return True
 
 
-__all__ = ["ExportModule", "Output", "OutputHead", "Precision", "fold_batch_norm", "fold_division"]
+__all__ = ["LEAST_SIDE", "ExportModule", "OutputHead", "fold_batch_norm", "fold_division"]

@@ -1,144 +1,289 @@
-"""A model hub: exported files pushed to a repository with their card as its page, and loaded from one."""
+"""Model cards, and exported files pushed to a model hub or loaded from one by huggingface_hub."""
 
 from __future__ import annotations
 
-import contextlib
+import filecmp
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from overfly.core.atomic_files import temporary_path
 from overfly.core.errors import DownloadError, MissingExtraError, WeightsError
-from overfly.exporting import shelf
-from overfly.models.checkpoints import first_line
+from overfly.exporting.exporter import ExportReport, readable_disk_errors
+from overfly.exporting.torch_program import clean_archive
+from overfly.models.checkpoints import check_digest, first_line
 
+SUFFIXES = (".onnx", ".xml", ".pt2")
+"""Suffixes of the files to open."""
 PAGE = "README.md"
-"""What a hub shows as a repository's page."""
-FOLDER = "file://"
-"""Begins the address of a folder that is laid out like a hub's repository."""
-FRONT = f"""{shelf.OWN_PAGE}pipeline_tag: image-segmentation
-tags:
-- semantic-segmentation
-- remote-sensing
-- aerial-imagery
----
-"""
+"""Name of the model card in a repository."""
+TAGS = ["semantic-segmentation", "remote-sensing", "aerial-imagery"]
+
+
+@dataclass(frozen=True)
+class CardDomain:
+    """A domain in a model card.
+
+    Attributes:
+        title: its title in tables.
+        description: lines of its data sheet: format, bands, license, citation.
+        role: its role in training.
+    """
+
+    title: str
+    description: Sequence[str]
+    role: str
+
+
+@dataclass(frozen=True)
+class CardContent:
+    """What a model card holds beside the report of an export.
+
+    Attributes:
+        title: name of the run.
+        method: how it was trained or adapted.
+        domains: the domains.
+        scores: mIoU and IoU by class, by domain and split, by seed, of this run and of those that differ in the seed.
+        selection: label-free metrics of the candidates as Markdown; empty where the run was not adapted.
+        recipe: the recipe as YAML.
+    """
+
+    title: str
+    method: str
+    domains: Sequence[CardDomain]
+    scores: Mapping[str, Mapping[int, Mapping[str, float | None]]] = field(default_factory=dict)
+    selection: str = ""
+    recipe: str = ""
+
+
+def model_card(report: ExportReport, content: CardContent) -> str:
+    """Return the model card of an export as Markdown (Mitchell et al., 2019)."""
+    metadata, settings = report.metadata, report.settings
+    gsd = "unknown" if metadata.gsd is None else f"{metadata.gsd:g} m a pixel"
+    size = f"tiles of {metadata.window}×{metadata.window}" if metadata.fixed else "any size"
+    inner = "" if settings.resize is None else f", resized to {settings.resize}×{settings.resize} inside"
+    output = {
+        "probabilities": "class probabilities (B, K, H, W), float32",
+        "logits": "class scores before softmax (B, K, H, W), float32",
+        "classes": "class ids (B, H, W), 8 bits",
+    }[settings.output]
+    bits = {"32": "32-bit floats", "16": "16-bit floats", "int8": "8-bit integers"}[settings.precision]
+    lines = [
+        f"# {metadata.architecture}, from {content.title}",
+        "",
+        f"Semantic segmentation of aerial imagery: `{report.file}`, {report.bytes / 1e6:.1f} MB, {settings.format}, "
+        f"{bits}, exported by overfly {settings.version}. SHA-256 `{report.sha256}`.",
+        "",
+        "## Use",
+        f"- **Input**: images (B, {metadata.bands}, H, W), float32, in the sensor's own range "
+        f"(0 to {metadata.max_value:g}), {size}{inner}; the graph normalizes them itself.",
+        f"- **Output**: {output}.",
+        f"- **Classes**: {', '.join(f'{number} {name}' for number, name in enumerate(metadata.classes.names))}.",
+        f"- **Ground sampling distance** of the training images: {gsd}. Resample imagery of another one first.",
+        f"- `overfly predict {report.file} scene.tif` writes a map.",
+        "",
+        "## Data",
+        *(f"- **{domain.title}** ({domain.role}). {' '.join(domain.description)}" for domain in content.domains),
+        "",
+        f"Trained by {content.method}.",
+        "",
+        "## Scores",
+        *_score_lines(content),
+        "",
+        *(["## Metrics without target labels", content.selection, ""] if content.selection else []),
+        "## Agreement with PyTorch",
+        *_parity_lines(report),
+        "",
+        "## Latency",
+        *_latency_lines(report),
+        "",
+        "## Limits",
+        f"- It is scored on {' and '.join(each.title for each in content.domains) or 'its training domains'} alone; on "
+        "another domain, season or sensor its quality is unknown.",
+        "- Every pixel is assigned one of the classes above.",
+        *(["- The output has no probabilities."] if settings.output == "classes" else []),
+        *(["", "## Recipe", "```text", content.recipe.rstrip(), "```"] if content.recipe else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _score_lines(content: CardContent) -> list[str]:
+    if not content.scores:
+        return ["Not scored against labels; `overfly evaluate` does it."]
+    seeds = sorted({seed for by_seed in content.scores.values() for seed in by_seed})
+    names = list(dict.fromkeys(name for runs in content.scores.values() for each in runs.values() for name in each))
+    lines = [
+        f"IoU in percent of the trained network in PyTorch, seeds {', '.join(map(str, seeds))}: mean ± standard "
+        "deviation (number of seeds).",
+        "",
+        f"| | {' | '.join(content.scores)} |",
+        f"|---|{'---|' * len(content.scores)}",
+    ]
+    for name in names:
+        cells = [_mean([each.get(name) for each in by_seed.values()]) for by_seed in content.scores.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    percent = [100 * value for value in values if value is not None]
+    if len(percent) < 2:
+        return f"{percent[0]:.1f}" if percent else "–"
+    return f"{statistics.fmean(percent):.1f} ± {statistics.stdev(percent):.1f} ({len(percent)})"
+
+
+def _parity_lines(report: ExportReport) -> list[str]:
+    lines = [
+        f"On {report.parity[0].images} images of {report.images}, this file against PyTorch in float32:",
+        "",
+        "| runtime | same class | largest difference of a probability | mIoU | mIoU of PyTorch |",
+        "|---|---|---|---|---|",
+    ]
+    for each in report.parity:
+        mious = ["–" if value is None else f"{100 * value:.2f}" for value in (each.miou, each.miou_of_torch)]
+        same = f"{100 * each.agreement:.3f} %" + (f" (beyond tolerance: {each.violations})" if each.violations else "")
+        lines.append(f"| {each.backend} | {same} | {each.probability_difference:.2g} | {mious[0]} | {mious[1]} |")
+    return lines
+
+
+def _latency_lines(report: ExportReport) -> list[str]:
+    machine = report.machine
+    return [
+        f"One image of {report.latency_side}×{report.latency_side} on {machine.get('device')}, "
+        f"{machine.get('threads')} thread(s) for PyTorch, the runtimes' defaults for the others:",
+        "",
+        "| runtime | median ms | shortest ms |",
+        "|---|---|---|",
+        *(f"| {name} | {each.median_ms:.1f} | {each.min_ms:.1f} |" for name, each in report.latency.items()),
+    ]
 
 
 def push(export: Path, repository: str, *, private: bool = True, endpoint: str | None = None) -> tuple[list[str], str]:
-    """Push an exported file with all that lies beside it.
+    """Push an exported file, its weights, report and model card to a model hub, in one commit.
 
     Args:
-        export: the file that is opened (.onnx, .xml or .pt2).
-        repository: OWNER/NAME of a hub, or ``file://`` and a folder.
+        export: the file to open (.onnx, .xml or .pt2).
+        repository: OWNER/NAME.
         private: make a new repository private.
         endpoint: address of another hub than the default.
 
     Returns:
-        Names of the files, and where they are.
+        Names of the files, and the address of the repository.
 
     Raises:
-        WeightsError: there is no such export, or it is not the one of the figures beside it.
-        DownloadError: the hub refuses, or files of somebody else are in the way in the folder.
+        WeightsError: there is no such export, or it is not the one that its .json describes.
+        DownloadError: the hub refuses.
         MissingExtraError: huggingface_hub is not installed.
     """
-    if export.suffix not in shelf.OPENED or not export.is_file():
-        raise WeightsError(f"{export} is no exported file; give the .onnx, .xml or .pt2 that `overfly export` wrote")
-    shelf.check_export(export)
-    parts = shelf.parts(export)
-    page = export.with_suffix(".md")
-    text = FRONT + (page.read_text(encoding="utf-8") if page.is_file() else f"# {export.stem}\n")
-    names = [part.name for part in parts] + [PAGE]
-    if repository.startswith(FOLDER):
-        folder = _folder(repository)
-        copied: dict[Path, Path | str] = {folder / part.name: part for part in reversed(parts)}
-        shelf.put({folder / PAGE: text, **copied}, folder)
-        return names, str(folder)
-    api = _package().HfApi(endpoint=endpoint)
-    operation = _package().CommitOperationAdd
-    try:
-        address = api.create_repo(repository, private=private, exist_ok=True)
-        operations = [operation(path_in_repo=part.name, path_or_fileobj=str(part)) for part in parts]
-        operations.append(operation(path_in_repo=PAGE, path_or_fileobj=text.encode()))
-        api.create_commit(repository, operations, commit_message=f"{export.name} from overfly")
-    except Exception as error:  # the client raises its own kinds and those of its transport
-        raise DownloadError(
-            f"the hub did not take {repository} ({first_line(error)}); check the name and log in with `hf auth login`"
-        ) from error
+    if export.suffix not in SUFFIXES or not export.is_file():
+        raise WeightsError(f"{export} is not an exported file; give a .onnx, .xml or .pt2 that `overfly export` wrote")
+    check_export(export)
+    package = _package()
+    card = export.with_suffix(".md")
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {export.stem}\n"
+    data = package.ModelCardData(library_name="overfly", pipeline_tag="image-segmentation", tags=TAGS)
+    with tempfile.TemporaryDirectory() as folder:
+        package.ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / PAGE)
+        for part in (export, export.with_suffix(".bin"), export.with_suffix(".json")):
+            if part.is_file():
+                (Path(folder) / part.name).symlink_to(part.resolve())
+        names = sorted(part.name for part in Path(folder).iterdir())
+        try:
+            api = package.HfApi(endpoint=endpoint)
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=f"{export.name} from overfly", ignore_patterns=[]
+            )
+        except Exception as error:  # the client raises its own kinds and those of its transport
+            raise DownloadError(
+                f"the hub refused {repository} ({first_line(error)}); check the name, and log in with `hf auth login`"
+            ) from error
     return names, str(address)
 
 
 def load(repository: str, out: Path, *, revision: str | None = None, endpoint: str | None = None) -> list[Path]:
-    """Load exported files from a repository.
+    """Load the exported files of a repository; its page becomes the card of its export.
 
     Args:
-        repository: OWNER/NAME of a hub, or ``file://`` and a folder.
+        repository: OWNER/NAME.
         out: folder to write to.
         revision: branch, tag or commit; None: the newest.
         endpoint: address of another hub than the default.
 
     Returns:
-        The files that came: those that are opened, then those beside them. A repository's page comes as the card of
-        its export.
+        The files: those to open first.
 
     Raises:
-        DownloadError: there is no such repository, or it holds no export, or files of somebody else are in the way.
-        WeightsError: an export is not the one of the figures beside it.
+        DownloadError: there is no such repository, it holds no export, or another file of the same name exists.
+        WeightsError: an export is not the one that its .json describes, or it could run code.
         MissingExtraError: huggingface_hub is not installed.
     """
-    if repository.startswith(FOLDER):
-        folder = _folder(repository)
-        if folder.resolve() == out.resolve():
-            raise DownloadError(f"{folder} is the repository itself; give another folder as --out")
-        return _take(folder, out, str(folder))
-    patterns = [f"*{suffix}" for suffix in (*shelf.OPENED, ".bin", ".json", ".md")]
     package = _package()
-    with contextlib.ExitStack() as held:
-        with shelf.writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            work = held.enter_context(temporary_path(out, folder=True))
-        try:
-            package.snapshot_download(
-                repository, revision=revision, local_dir=work, allow_patterns=patterns, endpoint=endpoint
-            )
-        except Exception as error:  # as above
-            if isinstance(error, OSError) and error.errno in shelf.FULL:
-                with shelf.writing(out):
-                    raise
-            raise DownloadError(
-                f"{repository} cannot be loaded from the hub ({first_line(error)}); check the name, and log in with "
-                "`hf auth login` where it is private"
-            ) from error
-        return _take(work, out, repository)
+    patterns = [f"*{suffix}" for suffix in (*SUFFIXES, ".bin", ".json", ".md")]
+    with readable_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_path(out, folder=True) as folder:
+            try:
+                package.snapshot_download(
+                    repository, revision=revision, local_dir=folder, allow_patterns=patterns, endpoint=endpoint
+                )
+            except Exception as error:  # as above
+                raise DownloadError(
+                    f"{repository} cannot be loaded from the hub ({first_line(error)}); check the name, and log in "
+                    "with `hf auth login` if it is private"
+                ) from error
+            return _take(folder, out, repository)
 
 
-def _folder(repository: str) -> Path:
-    """The folder that an address names."""
-    named = repository.removeprefix(FOLDER)
-    if not named:
-        raise DownloadError(f"{repository} names no folder; write it as {FOLDER}/some/folder")
-    return Path(named)
-
-
-def _take(folder: Path, out: Path, title: str) -> list[Path]:
-    """Copy the exports of a folder, and what belongs to them, to another; the files there."""
-    found = shelf.exports(folder)
-    if not found:
-        raise DownloadError(
-            f"{title} holds no exported file (.onnx, .pt2, .xml with its .bin); give another one that does"
-        )
-    beside: dict[Path, Path | str] = {}
-    for export in found:
-        shelf.check_export(export)
-        more = [*shelf.parts(export)[1:], *([card] if (card := export.with_suffix(".md")).is_file() else [])]
-        beside |= {out / part.name: part for part in more}
+def _take(folder: Path, out: Path, repository: str) -> list[Path]:
+    """Check the exports of a folder, and move them to another with their weights, reports and cards."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
+    exports = [file for file in files if file.suffix != ".xml" or file.with_suffix(".bin").is_file()]
+    if not exports:
+        raise DownloadError(f"{repository} holds no exported file (.onnx, .pt2, .xml with its .bin)")
+    for export in exports:
+        check_export(export)
+        if export.suffix == ".pt2":
+            clean_archive(export)
     page = folder / PAGE
-    target = shelf.page_target(page, found, out) if page.is_file() else None
-    if target is not None:
-        text = page.read_text(encoding="utf-8", errors="replace")
-        beside[target] = text.removeprefix(FRONT) if target.name != PAGE else page
-    opened: dict[Path, Path | str] = {out / export.name: export for export in found}
-    shelf.put({**beside, **opened}, out)
-    return [*opened, *beside]
+    if page.is_file() and len(exports) == 1:
+        package = _package()
+        exports[0].with_suffix(".md").write_text(package.ModelCard.load(page).text, encoding="utf-8")
+    beside = [export.with_suffix(suffix) for export in exports for suffix in (".bin", ".json", ".md")]
+    parts = [*exports, *(part for part in beside if part.is_file())]
+    for part in parts:
+        target = out / part.name
+        if target.exists() and not filecmp.cmp(part, target, shallow=False):
+            raise DownloadError(f"{target} exists and differs; delete it, or choose another folder as --out")
+    out.mkdir(exist_ok=True)
+    for part in reversed(parts):
+        part.replace(out / part.name)
+    return [out / part.name for part in parts]
+
+
+def check_export(export: Path) -> None:
+    """Compare an export with the size and the checksum in the .json beside it, if there is one.
+
+    Raises:
+        WeightsError: they differ.
+    """
+    try:
+        report = json.loads(export.with_suffix(".json").read_text(encoding="utf-8"))
+        name, size, digest = report["file"], report["bytes"], str(report["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if name != export.name:
+        return
+    actual = sum(part.stat().st_size for part in (export, export.with_suffix(".bin")) if part.is_file())
+    if actual != size:
+        raise WeightsError(
+            f"{export} has {actual} bytes with its weights, {size} by its .json; export or load it again"
+        )
+    check_digest(export, digest)
 
 
 def _package() -> Any:
@@ -149,4 +294,4 @@ def _package() -> Any:
     return package
 
 
-__all__ = ["load", "push"]
+__all__ = ["CardContent", "CardDomain", "check_export", "load", "model_card", "push"]

@@ -1,15 +1,15 @@
-"""One call over all runtimes: images in the sensor's own range in, class probabilities out."""
+"""`Predictor`: a network on any runtime, from images in the sensor's own range to class probabilities."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from overfly.core.choices import Backend
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.spec import Count, Meters, Pixels, Positive, Spec
@@ -19,7 +19,7 @@ Floats = NDArray[np.float32]
 
 
 class ModelMetadata(Spec):
-    """What a network's user must know of it; an exported file carries it as JSON in its metadata, key ``overfly``."""
+    """What a network reads and predicts; an exported file carries it as JSON in its metadata, key ``overfly``."""
 
     architecture: str
     """The network's name in the registry."""
@@ -28,19 +28,19 @@ class ModelMetadata(Spec):
     bands: Count = 3
     """Bands C of the image, in the order of the training images."""
     max_value: Positive = 255.0
-    """Value of the brightest pixel that the sensor can give."""
+    """Largest value that the sensor can give."""
     mean: tuple[float, ...]
     """Mean of each band in the sensor's own range; the network subtracts it itself."""
     std: tuple[float, ...]
     """Standard deviation of each band in the sensor's own range; the network divides by it itself."""
     window: Pixels = 512
-    """Side of the windows that large pictures are cut into, in pixels."""
+    """Side of the windows that large images are cut into, in pixels."""
     fixed: bool = False
-    """Whether images must have just this side; else any size goes."""
+    """Whether images must have exactly this side; otherwise any size is accepted."""
     gsd: Meters | None = None
-    """Length on the ground of a pixel that the network was trained on, in meters; None where nobody has given it."""
+    """Ground sampling distance of the training images, in meters a pixel; None where it is unknown."""
     title: str = ""
-    """The run that it came from."""
+    """Name of the run that trained it."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Predictor:
     Attributes:
         metadata: classes, bands, window.
         backend: torch, onnxruntime or openvino.
-        device: where it runs, in the runtime's words.
+        device: where it runs, as the runtime names it.
         run: images (B, C, H, W), float32, in the sensor's own range, to class probabilities (B, K, H, W), float32.
-            May be called from several threads, one at a time.
-        export: format and precision of its file; None where it is no export.
+            Several threads may call it, one at a time.
+        export: format and precision of its file; None for a network that is not exported.
     """
 
     metadata: ModelMetadata
@@ -63,19 +63,17 @@ class Predictor:
     export: tuple[str, str] | None = None
 
     def __call__(self, images: Floats) -> Floats:
-        """Class probabilities (B, K, H, W), float32, of images (B, C, H, W) in the sensor's own range.
+        """Return class probabilities (B, K, H, W), float32, of images (B, C, H, W) in the sensor's own range.
 
         Raises:
             DataError: the images do not have the bands, or the fixed size, that the network reads.
         """
         metadata, shape = self.metadata, images.shape
         if len(shape) != 4 or shape[1] != metadata.bands:
-            raise DataError(
-                f"the network reads images (B, {metadata.bands}, H, W), not {shape}; give it {metadata.bands} bands"
-            )
+            raise DataError(f"images must have shape (B, {metadata.bands}, H, W), got {shape}")
         if metadata.fixed and shape[2:] != (metadata.window, metadata.window):
             raise DataError(
-                f"the network reads windows of {metadata.window} pixels a side, not {shape[2]} × {shape[3]}"
+                f"the network reads windows of {metadata.window} pixels a side, got {shape[2]} × {shape[3]}"
             )
         return self.run(np.ascontiguousarray(images, dtype=np.float32))
 
@@ -83,13 +81,13 @@ class Predictor:
 def model_metadata(
     segmenter: Segmenter, *, window: int = 512, gsd: float | None = None, title: str = ""
 ) -> ModelMetadata:
-    """The facts of a trained network.
+    """Return the metadata of a trained network.
 
     Args:
         segmenter: the network.
-        window: side of the windows that large pictures are cut into, in pixels.
-        gsd: length of a pixel of its training images on the ground, in meters.
-        title: the run that it came from.
+        window: side of the windows that large images are cut into, in pixels.
+        gsd: ground sampling distance of its training images, in meters a pixel.
+        title: name of the run that trained it.
     """
     return ModelMetadata(
         architecture=segmenter.architecture,
@@ -105,23 +103,42 @@ def model_metadata(
 
 
 def segmenter_predictor(segmenter: Segmenter, metadata: ModelMetadata, device: torch.device | str = "cpu") -> Predictor:
-    """A trained network run by PyTorch, without its training heads.
+    """Return a trained network run by PyTorch, without its training heads.
 
     Args:
         segmenter: the network; a copy of it is used.
-        metadata: what `model_metadata` says of it.
+        metadata: its metadata, see `model_metadata`.
         device: where to run.
     """
-    place = torch.device(device)
-    network = segmenter.without_training_heads().eval().to(place)
+    device = torch.device(device)
+    network = segmenter.without_training_heads().eval().to(device)
 
     def run(images: Floats) -> Floats:
         with torch.inference_mode():
-            found = network.scores(torch.from_numpy(images).to(place)).float().softmax(1)
-        probabilities: Floats = found.cpu().numpy()
+            result = network.scores(torch.from_numpy(images).to(device)).float().softmax(1)
+        probabilities: Floats = result.cpu().numpy()
         return probabilities
 
-    return Predictor(metadata, "torch", str(place), run)
+    return Predictor(metadata, "torch", str(device), run)
 
 
-__all__ = ["Backend", "Floats", "ModelMetadata", "Predictor", "model_metadata", "segmenter_predictor"]
+def resized(predictor: Predictor, side: int) -> Predictor:
+    """Return a predictor that resizes images to a square, and its class scores back to the images' size.
+
+    Args:
+        predictor: predicts the square.
+        side: side of the square in pixels.
+    """
+
+    def run(images: Floats) -> Floats:
+        image = torch.from_numpy(images)
+        square = F.interpolate(image, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        scores = torch.from_numpy(predictor.run(np.ascontiguousarray(square.numpy()))).clamp_min(1e-30).log()
+        scores = F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
+        probabilities: Floats = scores.softmax(1).numpy()
+        return probabilities
+
+    return replace(predictor, run=run)
+
+
+__all__ = ["Floats", "ModelMetadata", "Predictor", "model_metadata", "resized", "segmenter_predictor"]

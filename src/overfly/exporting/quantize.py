@@ -1,42 +1,45 @@
-"""8-bit integers: the range of every map is measured on unlabeled images of the target, by the runtime's own tool."""
+"""8-bit quantization by the runtime's own tool; value ranges are measured on unlabeled images of the target."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from overfly.core.errors import MissingExtraError
-from overfly.exporting.formats import describe, onnx, save_openvino
+from overfly.exporting.formats import onnx, save_openvino, set_properties
 from overfly.exporting.predictor import Floats
-from overfly.exporting.runtimes import onnxruntime, openvino_core, smooth
-from overfly.exporting.signal_stack import signal_stack_kept
+from overfly.exporting.runtimes import antialias_resize, onnxruntime, openvino_core
 
-INTEGERS = ("Conv", "Add", "Concat", "Resize", "MaxPool", "Mul")
-"""ONNX operators that compute in integers; others stay in float32 between them."""
+INTEGER_OPERATORS = ("Conv", "Add", "Concat", "Resize", "MaxPool", "Mul")
+"""ONNX operators that compute in integers; others stay in float32."""
 Ranges = Literal["extremes", "means"]
-"""How the range of a map is taken: from its extremes over all images, or from the means of each image's extremes, which
-cuts rare values off and resolves the others finer. Which is better depends on the network."""
+"""Range of a map's values: from its extremes over all images, or from the means of each image's extremes, which clips
+rare values and quantizes the others finer. Which is better depends on the network."""
+RANGES: tuple[Ranges, ...] = get_args(Ranges)
 HEAD = "/head/"
-"""Scope of the nodes from the class scores to the answer, which stay in float32."""
+"""Scope of the nodes from the class scores to the output, which stay in float32."""
 
 
 def quantize_onnx(
     source: Path, path: Path, images: Sequence[Floats], properties: Mapping[str, str], ranges: Ranges = "means"
 ) -> Path:
-    """Static quantization for ONNX Runtime: weights by channel, maps by tensor, as pairs of (de)quantize nodes.
+    """Quantize for ONNX Runtime: static, weights by channel, maps by tensor, as pairs of (de)quantize nodes.
 
     Args:
         source: the ONNX file in float32.
         path: file to write.
         images: each (1, C, H, W), float32, in the sensor's own range; all of one size.
-        properties: what the file says of itself.
-        ranges: how the range of a map is taken.
+        properties: metadata of the file.
+        ranges: how value ranges are estimated.
     """
     onnxruntime()
     package = onnx()
@@ -44,66 +47,68 @@ def quantize_onnx(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     path.parent.mkdir(exist_ok=True)
-    moving = {"CalibMovingAverage": True, "CalibMovingAverageConstant": 1 / max(2, len(images))}
+    averaging = {"CalibMovingAverage": True, "CalibMovingAverageConstant": 1 / max(2, len(images))}
     prepared = path.with_suffix(".prepared.onnx")
     with _quiet():
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         try:
             nodes = package.load(prepared).graph.node
-            kept = [node.name for node in nodes if HEAD in node.name or node.name.startswith(("/Sub", "/Div", "/Pad"))]
-            kept += grouped(prepared)
+            floats = [
+                node.name for node in nodes if HEAD in node.name or node.name.startswith(("/Sub", "/Div", "/Pad"))
+            ]
+            floats += grouped_convolutions(prepared)
             quantize_static(
                 str(prepared), str(path), _Images(images),
-                quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=list(INTEGERS),
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=kept,
+                quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=list(INTEGER_OPERATORS),
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=floats,
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options=moving if ranges == "means" else {},
+                extra_options=averaging if ranges == "means" else {},
             )  # fmt: skip
         finally:
             prepared.unlink(missing_ok=True)
     model = package.load(path)
-    describe(model, properties)
+    set_properties(model, properties)
     package.save(model, path)
     return path
 
 
-def grouped(source: Path) -> list[str]:
-    """Names of an ONNX file's convolutions in few groups of many planes, which OpenVINO 2026.4 gets wrong in integers.
+def grouped_convolutions(source: Path) -> list[str]:
+    """Return the names of an ONNX file's grouped convolutions that are not depthwise; OpenVINO 2026.4 miscomputes them.
 
-    PIDNet's pyramid has one, on maps of a 64th of the size: in floats it costs nothing.
+    PIDNet's pyramid has one, on maps of a 64th of the size: in float32 it costs nothing.
     """
     graph = onnx().load(source).graph
     planes = {tensor.name: tensor.dims[1] for tensor in graph.initializer if len(tensor.dims) == 4}
-    found = []
+    names = []
     for node in graph.node:
         groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
         if node.op_type == "Conv" and groups > 1 and planes.get(node.input[1], 1) > 1:
-            found.append(node.name)
-    return found
+            names.append(node.name)
+    return names
 
 
 class _Images:
-    """Images as ONNX Runtime's calibration asks for them."""
+    """Images as the data reader of ONNX Runtime's calibration."""
 
     def __init__(self, images: Sequence[Floats]) -> None:
-        self.left: Iterator[Floats] = iter(images)
+        self.images: Iterator[Floats] = iter(images)
 
     def get_next(self) -> dict[str, Floats] | None:
-        image = next(self.left, None)
+        image = next(self.images, None)
         return None if image is None else {"image": image}
 
 
 def quantize_openvino(
     source: Path, path: Path, images: Sequence[Floats], properties: Mapping[str, str], ranges: Ranges = "extremes"
 ) -> Path:
-    """Quantization by NNCF for OpenVINO: what the processor computes in integers, biases corrected for it.
+    """Quantize for OpenVINO by NNCF, with bias correction.
 
     Args:
         source: the ONNX file in float32.
-        path: the .xml file to write; its .bin comes beside it.
+        path: the .xml file to write; its .bin is written beside it.
         images: each (1, C, H, W), float32, in the sensor's own range.
-        properties: what the file says of itself.
-        ranges: how the range of a map is taken.
+        properties: metadata of the file.
+        ranges: how value ranges are estimated.
 
     Raises:
         MissingExtraError: nncf is not installed.
@@ -112,7 +117,7 @@ def quantize_openvino(
     path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own dependencies
-        os.environ.setdefault("NNCF_CI", "1")  # else it reports each use to its makers over the network
+        os.environ.setdefault("NNCF_CI", "1")  # without it NNCF reports each use over the network
         try:
             import nncf
         except ImportError:
@@ -121,8 +126,8 @@ def quantize_openvino(
 
         estimator = Estimators.MINMAX if ranges == "extremes" else Estimators.MEAN_MINMAX
         model = core.read_model(source)
-        smooth(model)
-        with _quiet(), signal_stack_kept():
+        antialias_resize(model)
+        with _quiet(), _restored_signal_stack():
             quantized = nncf.quantize(
                 model,
                 nncf.Dataset(list(images)),
@@ -130,9 +135,9 @@ def quantize_openvino(
                 subset_size=len(images),
                 fast_bias_correction=True,
                 advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=estimator),
-                # a pool that counts its padding would count 0 of the integers, which is not 0 of the map
+                # a pool that counts its padding would count the integer 0, which is not the value 0
                 ignored_scope=nncf.IgnoredScope(
-                    names=grouped(source), patterns=[f"{HEAD}.*"], types=["AvgPool"], validate=False
+                    names=grouped_convolutions(source), patterns=[f"{HEAD}.*"], types=["AvgPool"], validate=False
                 ),
             )
     save_openvino(quantized, path, properties)
@@ -141,7 +146,7 @@ def quantize_openvino(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tools' progress off a person's terminal."""
+    """Silence the tools' progress and warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -151,4 +156,31 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-__all__ = ["Ranges", "quantize_onnx", "quantize_openvino"]
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of Linux (man 2 sigaltstack)."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def _restored_signal_stack() -> Iterator[None]:
+    """Restore this thread's alternative signal stack at the end; does nothing but on Linux.
+
+    OpenVINO's CPU plug-in sets one, and restores the previous one when it is closed. Two plug-ins that are closed in
+    the order of their opening, as within one quantization, leave an unmapped stack: the next signal, such as Ctrl-C,
+    would end the process by a segmentation fault.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library = ctypes.CDLL(None)
+    before = _SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        gc.collect()  # closes plug-ins that would change it later
+        library.sigaltstack(ctypes.byref(before), None)
+
+
+__all__ = ["RANGES", "Ranges", "quantize_onnx", "quantize_openvino"]

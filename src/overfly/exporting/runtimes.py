@@ -1,9 +1,9 @@
-"""Exported files as predictors: .onnx by onnxruntime or openvino, .xml by openvino, .pt2 by PyTorch."""
+"""Exported files as predictors: .onnx by ONNX Runtime or OpenVINO, .xml by OpenVINO, .pt2 by PyTorch."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +11,77 @@ import numpy as np
 import torch
 
 from overfly.core.errors import MissingExtraError, RecipeError, WeightsError
-from overfly.exporting import agreement
-from overfly.exporting.metadata import MADE, ExportSettings, read_metadata
-from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
-from overfly.exporting.program import read_program
+from overfly.exporting.metadata import (
+    EXPORT_KEY,
+    MODEL_KEY,
+    ExportSettings,
+    GraphSignature,
+    check_output,
+    check_signature,
+    onnx_signature,
+    openvino_signature,
+    read_metadata,
+    torch_signature,
+)
+from overfly.exporting.predictor import Floats, Predictor
+from overfly.exporting.torch_program import read_program
 from overfly.models.checkpoints import first_line
 
 Graph = Callable[[Floats], Any]
-"""Images (B, C, H, W), float32, to whatever the graph gives."""
+"""Images (B, C, H, W), float32, to the output of the file's graph."""
 
 
 def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
-    """An ONNX file run by ONNX Runtime.
+    """Open an ONNX file with ONNX Runtime.
 
     Args:
         path: a file that `overfly export` wrote.
         device: cpu, or cuda where onnxruntime was built for it.
-        threads: threads of the processor; None: as many as it has cores.
+        threads: CPU threads; None: one a core.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        WeightsError: the file is missing, damaged, not one of ours, or its graph is not what it says.
+        WeightsError: the file is missing or damaged, not exported by overfly, or its graph is not that of its metadata.
     """
     runtime = onnxruntime()
-    _there(path)
+    _check_exists(path)
     kind = torch.device(device).type
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
     if provider is None or provider not in runtime.get_available_providers():
-        raise RecipeError(f"the onnxruntime installed here does not run on {device}; use --device cpu")
+        raise RecipeError(f"the installed onnxruntime does not run on {device}; use --device cpu")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         session = runtime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:  # the library raises its own kinds for files that are not what they say
+    except Exception as error:  # the library raises many kinds for damaged files
         raise WeightsError(f"{path} cannot be opened by onnxruntime ({first_line(error)}); export it again") from error
-    metadata, settings = read_metadata(session.get_modelmeta().custom_metadata_map, path)
-    agreement.check(path, agreement.of_session(session), metadata, settings)
     name = session.get_inputs()[0].name
 
     def graph(images: Floats) -> Any:
         return session.run(None, {name: images})[0]
 
-    return Predictor(metadata, "onnxruntime", kind, probabilities(graph, metadata, settings, path), settings.kind)
+    properties = session.get_modelmeta().custom_metadata_map
+    return _predictor(path, ("onnxruntime", kind), graph, onnx_signature(session), properties)
 
 
 def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
-    """An OpenVINO or ONNX file run by OpenVINO.
+    """Open an OpenVINO or ONNX file with OpenVINO.
 
     Args:
         path: the .xml (its .bin beside it) or .onnx file that `overfly export` wrote.
-        device: cpu, or a device in OpenVINO's words, such as GPU.
-        threads: threads of the processor; None: as many as it has cores.
+        device: cpu, or a device as OpenVINO names it, such as GPU.
+        threads: CPU threads; None: one a core.
 
     Raises:
         MissingExtraError: openvino is not installed.
-        WeightsError: the file is missing, damaged, not one of ours, or its graph is not what it says.
+        WeightsError: the file is missing or damaged, not exported by overfly, or its graph is not that of its metadata.
     """
     core = openvino_core()
-    _there(path)
-    place = "CPU" if device == "cpu" else device.upper()
-    if place.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
+    _check_exists(path)
+    kind = "CPU" if device == "cpu" else device.upper()
+    if kind.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
         raise RecipeError(
             f"openvino runs on {', '.join(core.available_devices)} here, not on {device}; use --device cpu"
         )
@@ -80,69 +89,71 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
         model = core.read_model(path)
     except Exception as error:  # as above
         raise WeightsError(f"{path} cannot be opened by openvino ({first_line(error)}); export it again") from error
-    metadata, settings = read_metadata(openvino_metadata(model), path)
-    agreement.check(path, agreement.of_model(model), metadata, settings)
-    smooth(model)
-    compiled = core.compile_model(model, place, openvino_settings(settings, threads))
-    request = compiled.create_infer_request()
+    properties = openvino_properties(model)
+    settings = read_metadata(properties, path)[1]
+    signature = openvino_signature(model)
+    antialias_resize(model)
+    request = core.compile_model(model, kind, openvino_options(settings, threads)).create_infer_request()
 
     def graph(images: Floats) -> Any:
         return np.array(request.infer([images])[0])
 
-    return Predictor(metadata, "openvino", place.lower(), probabilities(graph, metadata, settings, path), settings.kind)
+    return _predictor(path, ("openvino", kind.lower()), graph, signature, properties)
 
 
 def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor:
-    """A program of torch.export run by PyTorch.
+    """Open a program of torch.export with PyTorch.
 
     Args:
         path: the .pt2 file that `overfly export` wrote.
         device: where to run.
 
     Raises:
-        WeightsError: the file is missing, damaged, not one of ours, would run code, or its graph is not what it says.
+        WeightsError: the file is missing or damaged, not exported by overfly, could run code, or its graph is not that
+            of its metadata.
     """
-    _there(path)
-    place = torch.device(device)
+    _check_exists(path)
+    device = torch.device(device)
     program, properties = read_program(path)
-    metadata, settings = read_metadata(properties, path)
-    agreement.check(path, agreement.of_graph(program), metadata, settings)
-    if place.type != "cpu":
+    signature = torch_signature(program)
+    if device.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
-        program = move_to_device_pass(program, place)
+        program = move_to_device_pass(program, device)
     module = program.module()
 
     def graph(images: Floats) -> Any:
         with torch.inference_mode():
-            return module(torch.from_numpy(images).to(place)).cpu().numpy()
+            return module(torch.from_numpy(images).to(device)).cpu().numpy()
 
-    return Predictor(metadata, "torch", str(place), probabilities(graph, metadata, settings, path), settings.kind)
+    return _predictor(path, ("torch", str(device)), graph, signature, properties)
 
 
-def probabilities(
-    graph: Graph, metadata: ModelMetadata, settings: ExportSettings, path: Path
-) -> Callable[[Floats], Floats]:
-    """Images to class probabilities (B, K, H, W), float32, whatever the graph itself gives."""
+def _predictor(
+    path: Path, name: tuple[str, str], graph: Graph, signature: GraphSignature, properties: Mapping[str, str]
+) -> Predictor:
+    """Return a predictor of class probabilities, whatever the graph's output is; ``name`` is backend and device."""
+    metadata, settings = read_metadata(properties, path)
+    check_signature(path, signature, metadata, settings)
 
     def run(images: Floats) -> Floats:
-        given = graph(images)
-        agreement.check_given(path, given, metadata, settings)
-        if settings.output == "classes":  # all that is known is which class is likeliest
-            return np.ascontiguousarray(np.eye(len(metadata.classes), dtype=np.float32)[given].transpose(0, 3, 1, 2))
+        output = graph(images)
+        check_output(path, output, metadata, settings)
+        if settings.output == "classes":  # one-hot: probabilities are not known
+            return np.ascontiguousarray(np.eye(len(metadata.classes), dtype=np.float32)[output].transpose(0, 3, 1, 2))
         if settings.output == "logits":
-            odds = np.exp(given - given.max(1, keepdims=True))
-            given = odds / odds.sum(1, keepdims=True)
-        found: Floats = np.asarray(given, dtype=np.float32)
-        return found
+            odds = np.exp(output - output.max(1, keepdims=True))
+            output = odds / odds.sum(1, keepdims=True)
+        probabilities: Floats = np.asarray(output, dtype=np.float32)
+        return probabilities
 
-    return run
+    return Predictor(metadata, *name, run, (settings.format, settings.precision))
 
 
-def smooth(model: Any) -> None:
-    """Let a model of OpenVINO resize its images as PyTorch does, averaging over the pixels that are left out.
+def antialias_resize(model: Any) -> None:
+    """Let a model of OpenVINO resize its images as PyTorch does, with antialiasing.
 
-    OpenVINO reads ONNX's Resize and passes over its ``antialias``.
+    OpenVINO ignores the ``antialias`` of ONNX's Resize.
     """
     from openvino import opset13 as operators
 
@@ -158,30 +169,28 @@ def smooth(model: Any) -> None:
             return
 
 
-def openvino_metadata(model: Any) -> dict[str, str]:
-    """The metadata of a model that OpenVINO has read: of an .xml file under our own keys, of ONNX under framework."""
-    found: dict[str, str] = {}
+def openvino_properties(model: Any) -> dict[str, str]:
+    """Return the metadata of a model of OpenVINO: at the top level of an .xml file, under ``framework`` of ONNX."""
+    properties: dict[str, str] = {}
     for section in ([], ["framework"]):
-        for key in ("overfly", MADE):
+        for key in (MODEL_KEY, EXPORT_KEY):
             if model.has_rt_info([*section, key]):
-                found[key] = str(model.get_rt_info([*section, key]).value)
-    return found
+                properties[key] = str(model.get_rt_info([*section, key]).value)
+    return properties
 
 
-def openvino_settings(settings: ExportSettings, threads: int | None = None) -> dict[str, Any]:
-    """How OpenVINO compiles: for the latency of single images, with 16-bit arithmetic only where the file says so."""
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if (
-        settings.precision != "16" or settings.format != "openvino"
-    ):  # left alone, it takes bfloat16 where the processor has it
-        settings["INFERENCE_PRECISION_HINT"] = "f32"
+def openvino_options(settings: ExportSettings, threads: int | None = None) -> dict[str, Any]:
+    """Return how OpenVINO compiles: for latency, with 16-bit arithmetic only in OpenVINO files of that precision."""
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if settings.precision != "16" or settings.format != "openvino":  # its default is bfloat16 where the CPU has it
+        options["INFERENCE_PRECISION_HINT"] = "f32"
     if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    return settings
+        options["INFERENCE_NUM_THREADS"] = threads
+    return options
 
 
 def onnxruntime() -> Any:
-    """The package onnxruntime.
+    """Import onnxruntime.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -194,7 +203,7 @@ def onnxruntime() -> Any:
 
 
 def openvino() -> Any:
-    """The package openvino.
+    """Import openvino.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -208,7 +217,7 @@ def openvino() -> Any:
 
 @functools.cache
 def openvino_core() -> Any:
-    """OpenVINO's `Core`, one for the process and never closed, so that its plug-ins are opened once.
+    """Return OpenVINO's `Core`, one a process and never closed, so that its plug-ins are opened once.
 
     Raises:
         MissingExtraError: openvino is not installed.
@@ -216,19 +225,17 @@ def openvino_core() -> Any:
     return openvino().Core()
 
 
-def _there(path: Path) -> None:
+def _check_exists(path: Path) -> None:
     if not path.is_file():
-        raise WeightsError(f"there is no file {path}; give one that `overfly export` wrote")
+        raise WeightsError(f"{path} does not exist; give a file that `overfly export` wrote")
 
 
 __all__ = [
+    "antialias_resize",
     "onnx_predictor",
     "onnxruntime",
     "openvino",
     "openvino_core",
-    "openvino_metadata",
     "openvino_predictor",
-    "openvino_settings",
-    "smooth",
     "torch_predictor",
 ]

@@ -1,0 +1,244 @@
+"""Programs of torch.export as .pt2 files: traced and written, and read without running code of the file.
+
+`torch.export.load` evaluates expressions, imports names and unpickles objects of the file that it reads. Therefore
+`clean_archive` parses a .pt2 file first, refuses all that an export of overfly does not hold, and copies the rest into
+a new archive, the only one that PyTorch reads.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import logging
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overfly.core.errors import OverflyError, WeightsError
+from overfly.exporting.graph import LEAST_SIDE, ExportModule
+from overfly.exporting.metadata import EXPORT_KEY, MODEL_KEY
+from overfly.models.checkpoints import first_line
+
+TRACED = (1280, 1408)
+"""Image size that programs of any size are traced with: large enough that no feature map has one pixel."""
+PARTS = re.compile(
+    r"archive/(archive_format|archive_version|byteorder|\.data/(serialization_id|version)"
+    r"|models/\w+\.json|data/(weights|constants)/\w+\.json|data/weights/weight_\d+|data/constants/tensor_\d+"
+    r"|data/sample_inputs/\w+\.pt|extra/\w+)"
+)
+"""Names of the parts of an archive; others, such as pickled objects, are refused."""
+MAX_JSON = 64 * 2**20
+"""Largest JSON part of an archive, in bytes."""
+NAME = re.compile(r"[A-Za-z0-9_.]*")
+"""Every string and key of an archive's JSON but those that `_is_allowed` treats by their key."""
+SYMBOL = re.compile(r"[a-z]{1,2}\d{1,9}")
+"""Symbols in the expressions of sizes, such as s0."""
+FUNCTIONS = frozenset({"Integer", "Add", "Mul", "FloorDiv", "CeilDiv", "Mod", "PythonMod", "Max", "Min"})
+"""Functions in the expressions of sizes."""
+SCALAR_OPERATORS = re.compile(
+    r"_operator\.(add|sub|mul|floordiv|mod|neg|ge|gt|le|lt|eq|ne)|torch\.sym_(max|min|not|int|float)"
+)
+"""Operators on sizes."""
+TREES = frozenset(
+    torch.utils._pytree.treespec_dumps(torch.utils._pytree.tree_structure(tree)) for tree in (((0,), {}), 0)
+)
+"""Structures of input and output: one image, one tensor. PyTorch imports modules that other structures name."""
+FORBIDDEN = frozenset({"guards_code", "use_pickle", "as_graph", "as_custom_obj", "as_operator"})
+"""Keys whose values PyTorch executes or unpickles; they are false or empty in our exports."""
+
+
+def write_torch(module: ExportModule, path: Path, bands: int, properties: Mapping[str, str]) -> Path:
+    """Trace a graph and write it as a program of torch.export (.pt2).
+
+    Args:
+        module: the graph, in evaluation mode.
+        path: file to write.
+        bands: bands of its images.
+        properties: metadata of the file.
+
+    Raises:
+        OverflyError: the network cannot be traced.
+        WeightsError: the program holds what `clean_archive` refuses.
+    """
+    program = _traced(module, bands)
+    program._example_inputs = None  # an image of noise, as large as all the weights
+    archive = io.BytesIO()  # PyTorch's own writer ends the process on a full disk
+    with _quiet():
+        torch.export.save(program, archive, extra_files=dict(properties))
+    path.write_bytes(clean_archive(path, archive).getbuffer())
+    return path
+
+
+def _traced(module: ExportModule, bands: int) -> Any:
+    import torch.fx.experimental._config as shapes
+
+    dim = torch.export.Dim
+    batch = {0: dim("batch", min=1)}
+    sides = {} if module.fixed else {2: dim("height", min=LEAST_SIDE), 3: dim("width", min=LEAST_SIDE)}
+    image = torch.zeros(2, bands, *(module.fixed or TRACED))
+    try:
+        # a feature map with a side of one pixel is no special case: bilinear resizing takes it as any other
+        with warnings.catch_warnings(), shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            warnings.simplefilter("ignore")  # of the library's own workings
+            return torch.export.export(module, (image,), dynamic_shapes=(batch | sides,), strict=False)
+    except Exception as error:  # the library raises many kinds for what it cannot trace
+        raise OverflyError(
+            f"the network cannot be traced by torch.export ({first_line(error)}); set --size for tiles of a fixed size"
+        ) from error
+
+
+class _ForeignContentError(Exception):
+    """An archive holds what our exports do not."""
+
+
+def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
+    """Copy an archive of torch.export into memory, or refuse it where loading it could run code.
+
+    The metadata of nodes (stack traces, names of modules) is left out.
+
+    Args:
+        path: the .pt2 file.
+        archive: its content; None: read from the file.
+
+    Raises:
+        WeightsError: the file is damaged, or holds what our exports do not.
+    """
+    try:
+        return _copied_archive(archive or path)
+    except _ForeignContentError as error:
+        raise WeightsError(
+            f"{path} holds {error}, which overfly does not export and which could run code, so it was refused; export "
+            "the run again with `overfly export`"
+        ) from None
+    except Exception as error:  # zlib's, struct's and zipfile's own, by where the damage is
+        raise WeightsError(f"{path} is damaged or not a .pt2 file ({first_line(error)}); export it again") from error
+
+
+def _copied_archive(archive: io.BytesIO | Path) -> io.BytesIO:
+    """Copy the parts of an archive that `PARTS` names.
+
+    Raises:
+        _ForeignContentError: it holds another part, or a part holds what our exports do not.
+    """
+    cleaned = io.BytesIO()
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(cleaned, "w") as target:
+        seen = set()
+        for part in source.infolist():
+            name = part.filename
+            if not PARTS.fullmatch(name) or name.lower() in seen or part.compress_type != zipfile.ZIP_STORED:
+                raise _ForeignContentError(f"the part {name!r}")
+            seen.add(name.lower())  # PyTorch looks names up without regard to case
+            if name.endswith(".pt") and part.file_size:
+                raise _ForeignContentError(f"pickled inputs in {name!r}")
+            if name.endswith(".json"):
+                if part.file_size > MAX_JSON:
+                    raise _ForeignContentError(f"the part {name!r} of {part.file_size} bytes")
+                content = json.dumps(_cleaned(json.loads(source.read(part)))).encode()
+            else:
+                content = source.read(part)
+            target.writestr(zipfile.ZipInfo(name), content)
+    cleaned.seek(0)
+    return cleaned
+
+
+def _cleaned(value: Any, key: str = "") -> Any:
+    """Return a JSON value without the metadata of nodes.
+
+    Raises:
+        _ForeignContentError: it holds a string, key or object that our exports do not.
+    """
+    if key in FORBIDDEN and value:
+        raise _ForeignContentError(f"{key} {str(value)[:60]!r}")
+    if key == "metadata":
+        return {}
+    if isinstance(value, dict):
+        for inner in value:
+            if not NAME.fullmatch(inner):
+                raise _ForeignContentError(f"the key {inner[:60]!r}")
+        return {inner: _cleaned(item, inner) for inner, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item, key) for item in value]
+    if isinstance(value, str) and not _is_allowed(key, value):
+        raise _ForeignContentError(f"{key} {value[:60]!r}")
+    return value
+
+
+def _is_allowed(key: str, text: str) -> bool:
+    """Return whether a string of an archive's JSON is one that our exports can hold under its key."""
+    if key == "expr_str":
+        try:
+            return len(text) <= 10_000 and _is_size(ast.parse(text, mode="eval").body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    if key == "target":
+        return SCALAR_OPERATORS.fullmatch(text) is not None or _is_tensor_operator(text)
+    if key in ("in_spec", "out_spec"):
+        return text in TREES
+    return key == "torch_version" or NAME.fullmatch(text) is not None
+
+
+def _is_size(node: ast.expr) -> bool:
+    """Return whether an expression is made of integers, symbols such as s0, + - * // and `FUNCTIONS` alone."""
+    match node:
+        case ast.Constant(value=value):
+            return type(value) is int and value.bit_length() < 64
+        case ast.Name(id=name) | ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))]):
+            assumptions = getattr(node, "keywords", [])
+            return SYMBOL.fullmatch(name) is not None and all(
+                isinstance(each.value, ast.Constant) and each.value.value is True for each in assumptions
+            )
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return _is_size(operand)
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv(), right=right):
+            return _is_size(left) and _is_size(right)
+        case ast.Call(func=ast.Name(id=name), args=values, keywords=[]):
+            return name in FUNCTIONS and all(_is_size(value) for value in values)
+    return False
+
+
+def _is_tensor_operator(target: str) -> bool:
+    """Return whether a node's target is an operator of ATen that takes no text, such as the name of a file."""
+    namespace, _, name = target.rpartition("torch.ops.aten.")
+    packet, _, overload = name.partition(".")
+    schema = getattr(getattr(getattr(torch.ops.aten, packet, None), overload, None), "_schema", None)
+    if namespace or not isinstance(schema, torch._C.FunctionSchema):
+        return False
+    return all("str" not in str(argument.type) or argument.name == "mode" for argument in schema.arguments)
+
+
+def read_program(path: Path) -> tuple[Any, dict[str, str]]:
+    """Read an exported program and its metadata from a .pt2 file.
+
+    Raises:
+        WeightsError: the file is damaged, or holds what our exports do not and what could run code.
+    """
+    archive = clean_archive(path)
+    properties = dict.fromkeys((MODEL_KEY, EXPORT_KEY), "")
+    try:
+        with _quiet():
+            program = torch.export.load(archive, extra_files=properties)
+    except Exception as error:  # the library raises many kinds
+        raise WeightsError(f"{path} cannot be opened by torch ({first_line(error)}); export it again") from error
+    return program, {key: str(value) for key, value in properties.items() if value}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warnings of torch.export about its own workings."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+__all__ = ["clean_archive", "read_program", "write_torch"]
