@@ -23,18 +23,19 @@ import torch
 
 from overfly.commands.export import patches
 from overfly.commands.load_predictor import load_network
+from overfly.core.choices import ExportOutput
 from overfly.core.device import describe_machine
+from overfly.evaluation.speed import compare_latency
 from overfly.exporting.formats import write_onnx, write_openvino
-from overfly.exporting.graph import ExportModule, Output
+from overfly.exporting.graph import ExportModule
 from overfly.exporting.metadata import ExportSettings, metadata_entries
 from overfly.exporting.quantize import quantize_onnx, quantize_openvino
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor
-from overfly.exporting.timing import measure_latency
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run
 
 
-def candidates(run: Path, side: int, threads: int, output: Output, folder: Path) -> dict[str, Callable[[], Any]]:
+def candidates(run: Path, side: int, threads: int, output: ExportOutput, folder: Path) -> dict[str, Callable[[], Any]]:
     """What is timed, by name: eager first."""
     segmenter, metadata = load_network(run)
     metadata = metadata.model_copy(update={"window": side, "fixed": True})
@@ -75,15 +76,15 @@ def candidates(run: Path, side: int, threads: int, output: Output, folder: Path)
 
 def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = [
-        "| network | candidate | median ms | least ms | processor ms | × eager (median) | (least) | (processor) |",
+        "| network | candidate | median ms | shortest ms | CPU ms | × eager (median) | (shortest) | (CPU) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for network, found in rows.items():
         for name, each in found.items():
             lines.append(
-                f"| {network} | {name} | {each['median_ms']:.1f} | {each['least_ms']:.1f} | "
-                f"{each['processor_ms']:.1f} | {each['times_median']:.2f} | {each['times_least']:.2f} | "
-                f"{each['times_processor']:.2f} |"
+                f"| {network} | {name} | {each['median_ms']:.1f} | {each['min_ms']:.1f} | "
+                f"{each['cpu_ms']:.1f} | {each['times_median']:.2f} | {each['times_min']:.2f} | "
+                f"{each['times_cpu']:.2f} |"
             )
     return "\n".join(lines)
 
@@ -102,14 +103,14 @@ def main() -> None:
     for run in given.runs:
         with tempfile.TemporaryDirectory() as folder:
             runs = candidates(run, given.side, given.threads, given.output, Path(folder))
-            found = measure_latency(runs, rounds=given.rounds)
+            found = compare_latency(runs, rounds=given.rounds)
         eager = found["torch eager 32"]
         rows[load_network(run)[1].architecture] = {
             name: each.model_dump()
             | {
                 "times_median": eager.median_ms / each.median_ms,
-                "times_least": eager.least_ms / each.least_ms,
-                "times_processor": eager.processor_ms / each.processor_ms,
+                "times_min": eager.min_ms / each.min_ms,
+                "times_cpu": eager.cpu_ms / each.cpu_ms,
             }
             for name, each in found.items()
         }

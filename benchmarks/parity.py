@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from overfly.commands.export import export
+from overfly.core.choices import ExportFormat, ExportPrecision
 from overfly.core.errors import OverflyError
 from overfly.exporting import exporter as exporting
-from overfly.exporting.graph import Precision
-from overfly.exporting.metadata import ExportSettings, Format
+from overfly.exporting.metadata import ExportSettings
 from overfly.exporting.parity import ParityError
 from overfly.models.network import names
 from overfly.recipe import Recipe
@@ -31,7 +31,7 @@ from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.run import Run
 from overfly.training.train_recipe import train_recipe
 
-KINDS: list[tuple[Format, Precision]] = [
+KINDS: list[tuple[ExportFormat, ExportPrecision]] = [
     ("onnx", "32"), ("onnx", "16"), ("onnx", "int8"),
     ("openvino", "32"), ("openvino", "16"), ("openvino", "int8"),
     ("torch", "32"), ("torch", "16"),

@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from overfly.commands.load_predictor import load_predictor
-from overfly.core.errors import DownloadError, OverflyError, WeightsError
+from overfly.core.choices import ExportFormat
+from overfly.core.errors import OverflyError, WeightsError
 from overfly.exporting import exporter as exporting
 from overfly.exporting.exporter import EvaluationData, ExportReport, export
-from overfly.exporting.formats import write_onnx, write_openvino, write_torch
+from overfly.exporting.formats import write_onnx, write_openvino
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.metadata import ExportSettings, Format, metadata_entries
+from overfly.exporting.metadata import ExportSettings, metadata_entries
 from overfly.exporting.parity import TOLERANCES, ParityError
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor, model_metadata, segmenter_predictor
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
+from overfly.exporting.torch_program import write_torch
 from overfly.models import names
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
@@ -33,7 +35,7 @@ def data(count: int = 1) -> EvaluationData:
     generator = np.random.default_rng(0)
     coarse = generator.uniform(0, 255, (count, 1, 3, SIDE // 8, SIDE // 8))
     images: list[Floats] = [np.kron(each, np.ones((1, 1, 8, 8))).astype(np.float32) for each in coarse]
-    return EvaluationData(images, images, None, "drawn noise")
+    return EvaluationData(images, images, None, "noise")
 
 
 def metadata(segmenter: Segmenter, *, fixed: bool = True) -> ModelMetadata:
@@ -41,11 +43,11 @@ def metadata(segmenter: Segmenter, *, fixed: bool = True) -> ModelMetadata:
 
 
 def shipped(segmenter: Segmenter, settings: ExportSettings, folder: Path, **changes: Any) -> Path:
-    told: list[str] = []
+    lines: list[str] = []
     file, _ = export(
-        segmenter, metadata(segmenter, **changes), settings, data(), folder=folder, name="it", tell=told.append
+        segmenter, metadata(segmenter, **changes), settings, data(), folder=folder, name="it", on_progress=lines.append
     )
-    assert told
+    assert lines
     return file
 
 
@@ -60,7 +62,7 @@ def test_every_network_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_network_is_the_same_in_every_format(recipe: Recipe, tmp_path: Path, name: str) -> None:
+def test_every_format_predicts_as_pytorch(recipe: Recipe, tmp_path: Path, name: str) -> None:
     segmenter = random_network(recipe, name)
     known, image = metadata(segmenter), data().images[0]
     wanted = segmenter_predictor(segmenter, known)(image)
@@ -84,7 +86,7 @@ def test_every_network_is_the_same_in_every_format(recipe: Recipe, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
-def test_an_export_is_measured(recipe: Recipe, tmp_path: Path, kind: Format) -> None:
+def test_report_holds_parity_and_latency(recipe: Recipe, tmp_path: Path, kind: ExportFormat) -> None:
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
     file = shipped(segmenter, ExportSettings(format=kind), tmp_path)
     found = ExportReport.model_validate_json((tmp_path / "it.json").read_text())
@@ -93,14 +95,13 @@ def test_an_export_is_measured(recipe: Recipe, tmp_path: Path, kind: Format) -> 
     for parity in found.parity:
         assert parity.agreement >= TOLERANCES["32"].agreement
         assert parity.pixels == SIDE * SIDE
-        assert parity.logit_difference is not None
-        assert 0 <= parity.logit_difference < 1e-2
+        assert 0 <= parity.probability_difference < 1e-2
     assert set(found.latency) == {"torch eager", *(parity.backend for parity in found.parity)}
     assert load_predictor(file, device="cpu").metadata.classes == segmenter.classes
     assert not list(tmp_path.glob(".*"))
 
 
-def test_images_of_any_size_and_batch(recipe: Recipe, tmp_path: Path) -> None:
+def test_any_size_and_batch(recipe: Recipe, tmp_path: Path) -> None:
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
     wanted = segmenter_predictor(segmenter, metadata(segmenter, fixed=False))
     files = [
@@ -113,7 +114,7 @@ def test_images_of_any_size_and_batch(recipe: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("output", "resize"), [("logits", None), ("classes", None), ("probabilities", 32)])
-def test_answers_and_inner_sizes(recipe: Recipe, tmp_path: Path, output: Any, resize: int | None) -> None:
+def test_outputs_and_inner_sizes(recipe: Recipe, tmp_path: Path, output: Any, resize: int | None) -> None:
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
     file = shipped(segmenter, ExportSettings(output=output, resize=resize), tmp_path)
     predictor = load_predictor(file, backend="onnxruntime", device="cpu")
@@ -127,14 +128,14 @@ def test_answers_and_inner_sizes(recipe: Recipe, tmp_path: Path, output: Any, re
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("onnx", "16"), ("openvino", "16"), ("torch", "16")])
-def test_half_precision(recipe: Recipe, tmp_path: Path, kind: Format, precision: Any, monkeypatch: Any) -> None:
+def test_half_precision(recipe: Recipe, tmp_path: Path, kind: ExportFormat, precision: Any, monkeypatch: Any) -> None:
     loose = TOLERANCES[precision].model_copy(update={"agreement": 0.6})  # of noise, where classes are close
     monkeypatch.setitem(TOLERANCES, precision, loose)
     shipped(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(format=kind, precision=precision), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
-def test_integers_are_calibrated_on_the_images(recipe: Recipe, tmp_path: Path, kind: Format, monkeypatch: Any) -> None:
+def test_int8_is_calibrated_and_smaller(recipe: Recipe, tmp_path: Path, kind: ExportFormat, monkeypatch: Any) -> None:
     loose = TOLERANCES["int8"].model_copy(update={"agreement": 0.5})
     monkeypatch.setitem(TOLERANCES, "int8", loose)
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
@@ -144,72 +145,59 @@ def test_integers_are_calibrated_on_the_images(recipe: Recipe, tmp_path: Path, k
     whole = shipped(segmenter, ExportSettings(format=kind), tmp_path / "32")
     weights = file.with_suffix(".bin") if kind == "openvino" else file
     assert weights.stat().st_size < 0.5 * whole.with_suffix(weights.suffix).stat().st_size
-    heard: list[int] = []
-    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
     signal.raise_signal(signal.SIGUSR1)  # ends the process where a library left the stack of signals broken
     signal.signal(signal.SIGUSR1, before)
-    assert heard == [signal.SIGUSR1]
+    assert received == [signal.SIGUSR1]
 
 
-def test_integers_are_not_for_torch(recipe: Recipe, tmp_path: Path) -> None:
+def test_int8_is_refused_for_torch(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(OverflyError, match="onnx or openvino"):
         shipped(initial_segmenter(recipe), ExportSettings(format="torch", precision="int8"), tmp_path)
 
 
-def test_a_file_that_differs_is_not_there_and_the_layer_is_named(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_beyond_tolerance_is_not_kept(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
-    honest = write_onnx
+    written = write_onnx
 
     def tampered(module: Any, *rest: Any) -> Path:
         with torch.no_grad():
             module.network.at_eighth[3].weight.mul_(-3.0)
-        return honest(module, *rest)
+        return written(module, *rest)
 
     monkeypatch.setattr(exporting, "write_onnx", tampered)
-    with pytest.raises(ParityError, match=r"the first layer beyond .* is network\.at_eighth\.3") as raised:
+    with pytest.raises(ParityError, match=r"it\.onnx .*it\.failed\.json"):
         shipped(segmenter, ExportSettings(), tmp_path)
-    assert "% of pixels have the same class" in str(raised.value)
     assert [file.name for file in tmp_path.iterdir()] == ["it.failed.json"]
-    monkeypatch.setattr(exporting, "write_onnx", honest)
+    monkeypatch.setattr(exporting, "write_onnx", written)
     shipped(segmenter, ExportSettings(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["it.json", "it.onnx"]
 
 
-def test_a_full_disk_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
     monkeypatch.setattr(torch.onnx, "export", full)
-    with pytest.raises(DownloadError, match=r"it\.onnx: the disk is full; free some space there"):
+    with pytest.raises(OverflyError, match=r"it\.onnx: .*disk is full"):
         shipped(segmenter, ExportSettings(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_others_and_damaged_ones_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+def test_damaged_and_missing_files_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     for suffix in (".onnx", ".xml", ".pt2"):
         file = tmp_path / f"it{suffix}"
         file.write_bytes(b"no such thing")
         with pytest.raises(WeightsError, match=file.name):
             load_predictor(file, device="cpu")
-        with pytest.raises(WeightsError, match="there is no file"):
+        with pytest.raises(WeightsError, match="does not exist"):
             load_predictor(tmp_path / f"none{suffix}", device="cpu")
     del recipe
 
 
-def test_a_program_with_a_pickle_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    import zipfile
-
-    file = shipped(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(format="torch"), tmp_path)
-    with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr(f"{archive.namelist()[0].split('/')[0]}/data/constants/opaque_obj_0", b"cos\nsystem\n")
-    with pytest.raises(WeightsError, match="could run code"):
-        torch_predictor(file)
-
-
-def test_predictors_keep_the_interface(recipe: Recipe, tmp_path: Path) -> None:
+def test_runtimes_and_fixed_sizes(recipe: Recipe, tmp_path: Path) -> None:
     file = shipped(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(), tmp_path)
     for backend in ("auto", "onnxruntime", "openvino"):
         predictor = load_predictor(file, backend=backend, device="cpu")

@@ -29,16 +29,16 @@ def test_probabilities_are_those_of_the_network(segmenter: Segmenter) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-def test_other_bands_and_other_sides_are_refused(segmenter: Segmenter) -> None:
+def test_other_bands_and_sizes_are_refused(segmenter: Segmenter) -> None:
     metadata = model_metadata(segmenter, window=64)
-    with pytest.raises(DataError, match="3 bands"):
+    with pytest.raises(DataError, match=r"\(B, 3, H, W\)"):
         segmenter_predictor(segmenter, metadata)(np.zeros((1, 4, 64, 64), np.float32))
     fixed = metadata.model_copy(update={"fixed": True})
     with pytest.raises(DataError, match="64 pixels a side"):
         Predictor(fixed, "torch", "cpu", lambda images: images)(np.zeros((1, 3, 64, 32), np.float32))
 
 
-def test_a_network_file_is_opened_and_other_runtimes_are_refused(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_other_runtimes_of_a_weights_file_are_refused(segmenter: Segmenter, tmp_path: Path) -> None:
     file = segmenter.save(tmp_path / "a.safetensors")
     predictor = load_predictor(file, device="cpu")
     assert predictor.metadata.classes == segmenter.classes

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from overfly.commands.arguments import MAX_SIDE, check_bounds, load_domain, pathlike
 from overfly.commands.load_predictor import load_network, origin_of, selection_of
+from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
 from overfly.data.domain import Domain, Split, SplitError, sample_evenly, without_labels
@@ -23,9 +24,8 @@ from overfly.exporting import hub
 from overfly.exporting.exporter import EvaluationData, ExportReport
 from overfly.exporting.exporter import export as write
 from overfly.exporting.formats import OPSET
-from overfly.exporting.graph import Output, Precision
-from overfly.exporting.metadata import ExportSettings, Format
-from overfly.exporting.model_card import CardContent, CardDomain, card
+from overfly.exporting.hub import CardContent, CardDomain, model_card
+from overfly.exporting.metadata import ExportSettings
 from overfly.exporting.parity import LabeledSplit
 from overfly.exporting.predictor import Floats, ModelMetadata
 from overfly.ops.windows import cut, windows
@@ -51,21 +51,20 @@ class ExportResult:
         found = self.found
         table = Table(title=f"{self.path.name} against PyTorch, on {found.images}", title_justify="left")
         time = f"ms an image of {found.latency_side}×{found.latency_side}"
-        for heading in ("runtime", "same class", "logits differ by", "mIoU", "mIoU of PyTorch", time):
+        for heading in ("runtime", "same class", "mIoU", "mIoU of PyTorch", time):
             table.add_column(heading, justify="left" if heading == "runtime" else "right")
         for each in found.parity:
-            logit = "–" if each.logit_difference is None else f"{each.logit_difference:.2g}"
             time = f"{found.latency[each.backend].median_ms:.1f}" if each.backend in found.latency else "–"
             mious = ["–" if value is None else f"{100 * value:.2f}" for value in (each.miou, each.miou_of_torch)]
-            table.add_row(each.backend, f"{100 * each.agreement:.3f} %", logit, *mious, time)
+            table.add_row(each.backend, f"{100 * each.agreement:.3f} %", *mious, time)
         if "torch eager" in found.latency:
             threads = found.machine["threads"]
             eager = f"torch eager, {threads} thread{'s' * (threads != 1)}"
-            table.add_row(eager, "", "", "", "", f"{found.latency['torch eager'].median_ms:.1f}")
+            table.add_row(eager, "", "", "", f"{found.latency['torch eager'].median_ms:.1f}")
         yield table
         for each in found.parity:
             if each.violations:
-                yield f"not for {each.backend}: {each.violations}; {each.where}"
+                yield f"not for {each.backend}: {each.violations}"
         yield f"exported: {self.path} ({found.bytes / 1e6:.1f} MB)"
         yield f"figures:  {self.path.with_suffix('.json')}"
         yield f"card:     {self.card}"
@@ -88,9 +87,9 @@ class HubResult:
 def export(
     run: Path | str,
     *,
-    format: Format = "onnx",  # noqa: A002  (the command line's --format)
-    precision: Precision = "32",
-    output: Output = "probabilities",
+    format: ExportFormat = "onnx",  # noqa: A002  (the command line's --format)
+    precision: ExportPrecision = "32",
+    output: ExportOutput = "probabilities",
     size: int | None = None,
     resize: int | None = None,
     domain: str = "target",
@@ -140,13 +139,13 @@ def export(
     data = _evidence(place, recipe, settings, metadata.window, images, labels=labels)
     folder = Path(out) if out is not None else opened.path / "exports"
     path, found = write(
-        segmenter, metadata, settings, data, folder=folder, name=stem, tell=(lambda _: None) if quiet else _tell
+        segmenter, metadata, settings, data, folder=folder, name=stem, on_progress=(lambda _: None) if quiet else _tell
     )
     own = {"target": recipe.target, "source": recipe.source}
     role = next((role for role, each in own.items() if domain in own and each is place), domain)
     _note_labels(opened, role, found)
     written = path.with_suffix(".md")
-    written.write_text(card(found, card_content(opened)), encoding="utf-8")
+    written.write_text(model_card(found, card_content(opened)), encoding="utf-8")
     return ExportResult(path, written, found)
 
 
@@ -236,7 +235,7 @@ def _evidence(
     return EvaluationData(
         images=list(patches(place, shown, images, side or window)),
         calibration=calibration,
-        labeled_split=labeled_split,
+        labels=labeled_split,
         title=f"{place.title} ({shown})",
     )
 
@@ -307,9 +306,9 @@ def card_content(run: Run) -> CardContent:
     return CardContent(
         title=run.path.name,
         method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0].rstrip('.')}",
-        places=places,
+        domains=places,
         scores=scores_of_seeds(run),
-        verdict=data,
+        selection=data,
         recipe=yaml.safe_dump(_without_paths(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
     )
 
@@ -320,10 +319,10 @@ def _story_of_a_stranger(run: Run, data: str) -> CardContent:
     return CardContent(
         title=run.path.name,
         method="a run that is not there any more: the verdict below recommends its network",
-        places=[]
+        domains=[]
         if target is None
         else [CardDomain(target.title, sheet(target), "without labels, as far as is known")],
-        verdict=data,
+        selection=data,
     )
 
 
