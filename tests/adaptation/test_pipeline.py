@@ -109,7 +109,7 @@ def test_ways_without_a_start_need_one_in_common(small: dict[str, Any]) -> None:
 def test_what_a_later_recipe_lacks_is_found_before_the_first_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
     one = load({**tiny, "method": "dacs"})
     two = load({**tiny, "method": {"name": "distill", "teacher": str(tmp_path / "nowhere.safetensors")}})
-    with pytest.raises(RecipeError, match=r"recipe 2: method.teacher: there is no trained network"):
+    with pytest.raises(RecipeError, match=r"recipe 2: method.teacher: .* does not exist"):
         adapt(one, two, out=tmp_path / "runs", device="cpu", quiet=True)
     assert not (tmp_path / "runs").exists()
 
@@ -303,7 +303,7 @@ def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any],
 
 def test_what_the_recipe_lacks_is_found_before_its_start_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
     recipe = load({**tiny, "method": {"name": "distill", "teacher": str(tmp_path / "nowhere.safetensors")}})
-    with pytest.raises(OverflyError, match=r"^method.teacher: there is no trained network"):
+    with pytest.raises(OverflyError, match=r"^method.teacher: .* does not exist"):
         adapt(recipe, out=tmp_path / "runs", device="cpu", quiet=True)
     assert not (tmp_path / "runs").exists()
 

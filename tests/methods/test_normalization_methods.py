@@ -172,18 +172,18 @@ def test_distillation_reads_the_source_only_where_there_is_one(small: dict[str, 
 
 def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[str, Any], tmp_path: Path) -> None:
     student = initial_segmenter(load(small))
-    with pytest.raises(RecipeError, match=r"method\.teacher: there is no trained network at .*nowhere"):
+    with pytest.raises(RecipeError, match=r"method\.teacher: .*nowhere"):
         Distill(teacher=tmp_path / "nowhere").networks(student)
-    with pytest.raises(RecipeError, match=r"method\.teacher: there is no trained network"):
+    with pytest.raises(RecipeError, match=r"method\.teacher"):
         Distill(teacher=tmp_path).networks(student)
     file = student.save(tmp_path / "teacher.safetensors")
     other = student.classes.model_copy(update={"names": tuple(reversed(student.classes.names))})
     student.classes = other
-    with pytest.raises(RecipeError, match="of the same classes, bands and range"):
+    with pytest.raises(RecipeError, match="same classes, bands"):
         Distill(teacher=file).networks(student)
     wide = initial_segmenter(load(small))
     wide.max_value = 65535.0
-    with pytest.raises(RecipeError, match=r"3 bands up to 255 and .*, the student 3 up to 65535 and"):
+    with pytest.raises(RecipeError, match="65535"):
         Distill(teacher=file).networks(wide)
     with pytest.raises(RecipeError, match="is not there"):
         resolve_start(tmp_path / "nowhere")

@@ -109,11 +109,11 @@ def test_no_seams_where_windows_disagree() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="below 1, not 1"):
+    with pytest.raises(ValueError, match="overlap"):
         windows(10, 10, 4, 1.0)
-    with pytest.raises(ValueError, match="at least one pixel"):
+    with pytest.raises(ValueError, match="at least 1 pixel"):
         windows(10, 10, 0, 0.5)
-    with pytest.raises(ValueError, match=r"scores of a window are \(2, 2\)"):
+    with pytest.raises(ValueError, match="scores of a window"):
         sliding(lambda patch: patch[..., ::2, ::2], torch.zeros(3, 8, 8), 4)
     with pytest.raises(ValueError, match="empty"):
         sliding(lambda patch: patch, torch.zeros(0, 3, 8, 8), 4)
