@@ -1,4 +1,4 @@
-"""Networks, the segmenter around them, and where their weights come from. A new architecture is added to this list."""
+"""Networks, the segmenter around them, and their weights. A new architecture is added to `BUILT_IN`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.models.weights import NAMED, Report, load_weights
 
 BUILT_IN = (deeplabv2, lraspp, pidnet)
-"""The modules whose builders are always known."""
+"""The modules whose builders are always registered."""
 
 __all__ = [
     "BUILT_IN",

@@ -1,7 +1,7 @@
 """DeepLabV2 on ResNet-101: dilated stages and four dilated classifiers (Chen et al., TPAMI 2018).
 
-The form is the one that domain adaptation compares itself with (Tsai et al., AdaptSegNet, CVPR 2018), without a
-second scale. Names inside the ResNet are torchvision's.
+The variant that domain adaptation papers use (Tsai et al., AdaptSegNet, CVPR 2018), with one scale. Names inside the
+ResNet are torchvision's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
         self.halve_at_first(True)
 
     def halve_at_first(self, first: bool) -> None:
-        """Put the stride into the first convolution (Caffe's ResNet) or into the second (torchvision's)."""
+        """Set the stride in the first convolution (Caffe's ResNet) or in the second (torchvision's)."""
         self.conv1.stride = (self.stride, self.stride) if first else (1, 1)
         self.conv2.stride = (1, 1) if first else (self.stride, self.stride)
 
@@ -59,10 +59,10 @@ def _stage(inputs: int, planes: int, blocks: int, stride: int = 1, dilation: int
 
 
 class SumOf(nn.ModuleList):
-    """The sum of what several layers make of one map."""
+    """Sum of the outputs of several layers for one input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the layers' sum."""
+        """Sum of the layers' outputs for (B, C, H, W)."""
         total: Tensor = self[0](x)
         for layer in self[1:]:
             total = total + layer(x)
@@ -72,9 +72,9 @@ class SumOf(nn.ModuleList):
 class DeepLabV2(Network):
     """ResNet at output stride 8 (stages 3 and 4 dilated by 2 and 4) and the sum of four dilated 3×3 classifiers.
 
-    ResNets come in two kinds that share names and shapes: the first block of stage 2 halves its map in the 1×1
-    convolution (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `adopt` recognizes which kind a checkpoint is, and
-    the state dict remembers it (``_extra_state``), so that either gives the outputs it was trained for.
+    Two kinds of ResNet share names and shapes: the stride of stage 2 is in the 1×1 convolution of its first block
+    (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `adopt` detects the kind of a checkpoint, and the state dict
+    stores it (``_extra_state``).
 
     Args:
         classes: number of classes K.
@@ -116,21 +116,21 @@ class DeepLabV2(Network):
         return Logits(self.classifier(x), features=x)
 
     def get_extra_state(self) -> Tensor:
-        """Which kind of ResNet this is, for the state dict: 1 where stage 2 halves in its first convolution."""
+        """Kind of ResNet, for the state dict: 1 where the stride of stage 2 is in the first convolution."""
         return torch.tensor(int(self.halves_at_first))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Become the kind of ResNet that a state dict says."""
+        """Set the kind of ResNet from a state dict."""
         self.halves_at_first = bool(state)
         for module in self.modules():
             if isinstance(module, Bottleneck):
                 module.halve_at_first(self.halves_at_first)
 
     def adopt(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Rename the class layers of the AdaptSegNet family; tell Caffe's ResNet from torchvision's.
+        """Rename the class layers of AdaptSegNet checkpoints, and detect the kind of ResNet.
 
-        Its files with two levels hold the class layers of stage 4 as ``layer6`` and those of stage 3, which this
-        network does not have, as ``layer5``.
+        Files with two levels have the class layers of stage 4 as ``layer6`` and those of stage 3, which this network
+        does not have, as ``layer5``.
         """
         main = "layer6" if any(name.startswith("layer6.") for name in state) else "layer5"
         spelling = re.compile(rf"^(?:{main}|classifier)\.conv2d_list\.")
@@ -140,13 +140,13 @@ class DeepLabV2(Network):
         if any(".conv2d_list." in name for name in state):
             renamed["_extra_state"] = torch.tensor(1)
             note = (
-                "a checkpoint of the AdaptSegNet family: stage 2 halves in its 1×1 convolution; the family's images "
-                "are blue, green, red, 0 to 255, less their mean (104.0, 116.7, 122.7)"
+                "AdaptSegNet checkpoint: stride of stage 2 in its 1×1 convolution; the input is blue, green, red, "
+                "0 to 255, minus the mean (104.0, 116.7, 122.7)"
             )
             return renamed, (note,)
         if "fc.weight" in state or not any(name.startswith("classifier.") for name in state):
             renamed["_extra_state"] = torch.tensor(0)
-            return renamed, ("a ResNet as torchvision trains it: stage 2 now halves in its 3×3 convolution",)
+            return renamed, ("torchvision's ResNet: the stride of stage 2 is in its 3×3 convolution",)
         return renamed, ()
 
 

@@ -1,8 +1,7 @@
-"""A light decoder on MobileNetV2, for real-time networks that start from ImageNet weights.
+"""LR-ASPP on MobileNetV2: a light real-time network that starts from ImageNet weights.
 
-The encoder is MobileNetV2 (Sandler et al., CVPR 2018) with torchvision's names, its last stage dilated so that nothing
-is coarser than a 16th. The decoder is LR-ASPP (Howard et al., MobileNetV3, ICCV 2019), which weights context by a mean
-of the whole picture, with one skip more: finer maps of an 8th and a 4th join it, so that roads and roofs keep edges.
+The encoder is MobileNetV2 (Sandler et al., CVPR 2018) with torchvision's names, its last stages dilated to output
+stride 16. The decoder is LR-ASPP (Howard et al., MobileNetV3, ICCV 2019), with skips from output strides 8 and 4.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ ROWS = (
     Row(6, 320, 1, 1, dilation=2),
 )
 QUARTER, EIGHTH = 3, 6
-"""Indices of the last blocks at a 4th and at an 8th of the size."""
+"""Indices of the last blocks at output strides 4 and 8."""
 
 
 def _conv_bn_relu6(inputs: int, outputs: int, size: int = 1, stride: int = 1) -> nn.Sequential:
@@ -51,7 +50,7 @@ def _depthwise(planes: int, stride: int, dilation: int) -> nn.Sequential:
 
 
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
-    """A 3×3 convolution of each plane, then a 1×1 convolution across planes."""
+    """Depthwise 3×3 convolution, then 1×1 convolution."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
         nn.BatchNorm2d(inputs),
@@ -67,7 +66,7 @@ def _resize(image: Tensor, like: Tensor) -> Tensor:
 
 
 class InvertedResidual(nn.Module):
-    """Widen by 1×1, convolve each plane by 3×3, narrow by 1×1; add the input where shapes allow."""
+    """1×1 expansion, depthwise 3×3, 1×1 projection; the input is added where shapes allow."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, dilation: int) -> None:
         super().__init__()
@@ -88,9 +87,9 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenet_v2_features(bands: int) -> nn.Sequential:
-    """MobileNetV2 up to its 320 planes, at a 16th of the size; the 1280 planes for its classifier are left out.
+    """MobileNetV2 up to its 320 planes, at output stride 16, without the 1280 planes of its classifier.
 
-    In a dilated stage the block that no longer halves keeps undilated taps, as it saw its input undilated before.
+    The first block of a dilated stage is not dilated, since its input is not.
     """
     blocks: list[nn.Module] = [_conv_bn_relu6(bands, 32, 3, 2)]
     inputs, before = 32, 1
@@ -104,7 +103,7 @@ def mobilenet_v2_features(bands: int) -> nn.Sequential:
 
 
 class LRASPP(Network):
-    """MobileNetV2 with an LR-ASPP decoder that ends at a 4th of the size.
+    """MobileNetV2 with an LR-ASPP decoder of output stride 4.
 
     Args:
         classes: number of classes K.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -30,15 +29,11 @@ class Network(nn.Module):
     training_heads: tuple[str, ...] = ()
     first: str = ""
     class_layer: str = ""
+    __call__: Callable[[Tensor], Logits]
 
     def forward(self, image: Tensor) -> Logits:
         """Class scores and, with training heads, auxiliary and boundary scores of normalized images (B, C, H, W)."""
         raise NotImplementedError
-
-    if TYPE_CHECKING:  # torch types a module's call as Any
-
-        def __call__(self, image: Tensor) -> Logits:
-            """See `forward`."""
 
     @property
     def has_training_heads(self) -> bool:

@@ -1,6 +1,6 @@
 """PIDNet: three branches for detail (P), context (I) and boundaries (D) (Xu, Xiong and Bhattacharyya, CVPR 2023).
 
-Structure and submodule names are those of the authors' release, so that its checkpoints fit.
+Structure and submodule names are those of the authors' release, so that its checkpoints load.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from overfly.models.network import Network, register
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the side, or divides it by the stride and rounds up."""
+    """A padded convolution without bias; sides are divided by the stride and rounded up."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
@@ -33,7 +33,7 @@ def _resize(image: Tensor, like: Tensor) -> Tensor:
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with a shortcut; the last ReLU is left to the caller where ``last_relu`` is False."""
+    """Two 3×3 convolutions with a shortcut, without the last ReLU where ``last_relu`` is False."""
 
     expansion = 1
 
@@ -82,7 +82,7 @@ class Bottleneck(nn.Module):
 def _stage(
     block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, blocks: int, stride: int = 1
 ) -> nn.Sequential:
-    """Blocks in a row. A stage of several ends without ReLU; the only `Bottleneck` of a stage ends without one too."""
+    """Several blocks; the last one, or the only `Bottleneck`, has no final ReLU."""
     first = block(inputs, planes, stride, last_relu=block is BasicBlock)
     rest = [block(planes * block.expansion, planes, last_relu=i < blocks - 1) for i in range(1, blocks)]
     return nn.Sequential(first, *rest)
@@ -105,7 +105,7 @@ class Head(nn.Module):
 
 
 class Pag(nn.Module):
-    """Pixel-attention-guided fusion: the P branch takes from the I branch where both agree (section 3.1)."""
+    """Pixel-attention-guided fusion of the P and I branches (section 3.1)."""
 
     def __init__(self, planes: int, inner: int) -> None:
         super().__init__()
@@ -114,13 +114,13 @@ class Pag(nn.Module):
 
     def forward(self, detail: Tensor, context: Tensor) -> Tensor:
         """Fuse detail (B, C, h, w) with coarser context (B, C, h', w') to (B, C, h, w)."""
-        likeness = (self.f_x(detail) * _resize(self.f_y(context), detail)).sum(1, keepdim=True).sigmoid()
-        fused: Tensor = (1 - likeness) * detail + likeness * _resize(context, detail)
+        similarity = (self.f_x(detail) * _resize(self.f_y(context), detail)).sum(1, keepdim=True).sigmoid()
+        fused: Tensor = (1 - similarity) * detail + similarity * _resize(context, detail)
         return fused
 
 
 def _pooled(inputs: int, planes: int) -> dict[str, nn.Sequential]:
-    """The five scales of the pyramid: the map itself, three average pools, and the mean of the whole."""
+    """The five scales of the pyramid: the map itself, three average pools, and the global mean."""
     pools = [nn.AvgPool2d(2 * step + 1, step, step) for step in (2, 4, 8)]
     scales = {"scale0": nn.Sequential(*_bn_relu_conv(inputs, planes))}
     for i, pool in enumerate([*pools, nn.AdaptiveAvgPool2d(1)], start=1):
@@ -129,7 +129,7 @@ def _pooled(inputs: int, planes: int) -> dict[str, nn.Sequential]:
 
 
 class Pyramid(nn.Module):
-    """What the two pyramid pooling modules share: context from five scales, added to a shortcut (section 3.2)."""
+    """Base of the two pyramid pooling modules: context from five scales, added to a shortcut (section 3.2)."""
 
     def __init__(self, inputs: int, planes: int, outputs: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Pyramid(nn.Module):
 
 
 class DAPPM(Pyramid):
-    """Deep aggregation pyramid: each scale is refined together with the one before (PIDNet-L)."""
+    """Deep aggregation pyramid: each scale is refined with the previous one (PIDNet-L)."""
 
     def __init__(self, inputs: int, planes: int, outputs: int) -> None:
         super().__init__(inputs, planes, outputs)
@@ -184,7 +184,7 @@ class LightBag(nn.Module):
         self.conv_i = _conv_bn(planes, planes)
 
     def forward(self, p: Tensor, i: Tensor, d: Tensor) -> Tensor:
-        """Fuse the three branches, each (B, C, h, w): detail where a boundary runs, context elsewhere."""
+        """Fuse the three branches, each (B, C, h, w): detail at boundaries, context elsewhere."""
         edge = d.sigmoid()
         fused: Tensor = self.conv_p((1 - edge) * i + p) + self.conv_i(i + edge * p)
         return fused
@@ -198,7 +198,7 @@ class Bag(nn.Module):
         self.conv = nn.Sequential(*_bn_relu_conv(planes, planes, 3))
 
     def forward(self, p: Tensor, i: Tensor, d: Tensor) -> Tensor:
-        """Fuse the three branches, each (B, C, h, w): detail where a boundary runs, context elsewhere."""
+        """Fuse the three branches, each (B, C, h, w): detail at boundaries, context elsewhere."""
         edge = d.sigmoid()
         fused: Tensor = self.conv(edge * p + (1 - edge) * i)
         return fused
@@ -219,7 +219,7 @@ class PIDNet(Network):
     """
 
     stride = 8
-    # the authors' ImageNet files hold the I and P branches with their fusions, and nothing of these
+    # not in the authors' ImageNet files, which hold the I and P branches with their fusions
     heads = (
         "layer3_d",
         "layer4_d",
@@ -288,7 +288,7 @@ class PIDNet(Network):
     def forward(self, image: Tensor) -> Logits:
         """Scores at an 8th of the size, from normalized images (B, C, H, W).
 
-        The release applies its ReLUs in place, so its training heads see the P and D maps after the ReLU; so do these.
+        As in the release, whose ReLUs are in place, the training heads read the P and D maps after the ReLU.
 
         Returns:
             main (B, K, ⌈H/8⌉, ⌈W/8⌉); with training heads aux (the P head, as large) and boundary (the D head,

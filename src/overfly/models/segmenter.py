@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ class Segmenter(nn.Module):
 
     mean: Tensor
     std: Tensor
+    __call__: Callable[[Tensor], Logits]
 
     def __init__(
         self,
@@ -131,11 +132,6 @@ class Segmenter(nn.Module):
         """Scores (B, K, h, w) of one of the network's heads at the size of the image, H × W."""
         size = (height + -height % self.stride, width + -width % self.stride)
         return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
-
-    if TYPE_CHECKING:  # torch types a module's call as Any
-
-        def __call__(self, image: Tensor) -> Logits:
-            """See `forward`."""
 
     def scores(self, image: Tensor) -> Tensor:
         """Class scores before the softmax (B, K, H, W) of images (B, C, H, W) in the sensor's range."""

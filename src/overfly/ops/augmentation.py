@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Self
 
 import torch
+from pydantic import model_validator
 from torch import Generator, Tensor
 
 from overfly.core.records import Labeled
-from overfly.core.spec import Choice, Share, Spec
-
-AnySpec = TypeVar("AnySpec", bound=Spec)
+from overfly.core.spec import Choice, Share
 
 
 class Augment(Choice, ABC):
@@ -25,6 +24,14 @@ class Augment(Choice, ABC):
 
     p: Share = 0.5
     """Probability that an image is transformed."""
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        for low, high in (("low", "high"), ("min_holes", "max_holes"), ("min_size", "max_size")):
+            smallest, largest = getattr(self, low, 0), getattr(self, high, 0)
+            if smallest > largest:
+                raise ValueError(f"{low} must not be above {high}, got {smallest:g} and {largest:g}")
+        return self
 
     @abstractmethod
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
@@ -89,15 +96,3 @@ def uniform(shape: Sequence[int], low: float, high: float, generator: Generator)
 def log_uniform(shape: Sequence[int], low: float, high: float, generator: Generator) -> Tensor:
     """Random factors of a shape from ``low`` to ``high``, both above 0, uniform in their logarithm."""
     return uniform(shape, math.log(low), math.log(high), generator).exp()
-
-
-def ordered(spec: AnySpec, low: str = "low", high: str = "high") -> AnySpec:
-    """Return the spec, checked that its setting ``low`` is not above its setting ``high``.
-
-    Raises:
-        ValueError: ``low`` is above ``high``.
-    """
-    smallest, largest = getattr(spec, low), getattr(spec, high)
-    if smallest > largest:
-        raise ValueError(f"{low} must not be above {high}, got {smallest:g} and {largest:g}")
-    return spec

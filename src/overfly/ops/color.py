@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from kornia.enhance import adjust_hue
 from kornia.filters import gaussian_blur2d
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 from torch import Generator, Tensor
 
 from overfly.core.records import Labeled
 from overfly.core.spec import NonNegative, Positive, Share
-from overfly.ops.augmentation import Augment, augment, log_uniform, ordered, uniform
+from overfly.ops.augmentation import Augment, augment, log_uniform, uniform
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in luma (ITU-R BT.601)."""
@@ -112,10 +112,6 @@ class GaussianBlur(ColorAugment, name="gaussian_blur"):
     high: Positive = 3.0
     """Largest standard deviation of the Gaussian, in pixels."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        return ordered(self)
-
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Blur every image by its own width."""
         sigma = uniform((len(image), 1), self.low, self.high, generator).expand(-1, 2)
@@ -143,10 +139,6 @@ class Gamma(ColorAugment, name="gamma"):
     """Smallest power; below 1 brightens."""
     high: Positive = 1.25
     """Largest power; above 1 darkens. Powers are uniform in their logarithm."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        return ordered(self)
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Raise every image to its own power."""
@@ -179,10 +171,6 @@ class GaussianNoise(ColorAugment, name="gaussian_noise"):
     """Smallest standard deviation of the noise, as a share of the range."""
     high: NonNegative = 0.05
     """Largest standard deviation of the noise, as a share of the range."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        return ordered(self)
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Add noise of its own strength to every image."""

@@ -6,17 +6,17 @@ beyond their edges. Coordinates are in pixels from the upper left corner; the ce
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Generator, Tensor
 
 from overfly.core.errors import RecipeError
 from overfly.core.records import IGNORE, Labeled
 from overfly.core.spec import Count, Pixels, Positive, Share
-from overfly.ops.augmentation import Augment, chance, log_uniform, ordered, uniform
+from overfly.ops.augmentation import Augment, chance, log_uniform, uniform
 
 PartOfOne = Annotated[float, Field(ge=0, lt=1)]
 """A share from 0 to below 1."""
@@ -201,10 +201,6 @@ class ScaleJitter(Augment, name="scale_jitter"):
     high: Positive = 2.0
     """Largest factor; 2 doubles the size of objects. Factors are uniform in their logarithm."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        return ordered(self)
-
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Scale every image by its own factor."""
         count = len(batch.image)
@@ -225,10 +221,6 @@ class CoarseDropout(Augment, name="coarse_dropout"):
     """Largest side of a rectangle, as a share of the image's side."""
     fill: Literal["ignore", "keep"] = "ignore"
     """The label under a rectangle: ignored, or kept, so that the class is predicted from its surroundings."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        return ordered(ordered(self, "min_holes", "max_holes"), "min_size", "max_size")
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
         """Fill rectangles of every image."""
