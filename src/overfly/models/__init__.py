@@ -10,14 +10,4 @@ from overfly.models.weights import NAMED, Report, load_weights
 BUILT_IN = (deeplabv2, lraspp, pidnet)
 """The modules whose builders are always registered."""
 
-__all__ = [
-    "BUILT_IN",
-    "NAMED",
-    "Network",
-    "Report",
-    "Segmenter",
-    "build",
-    "load_weights",
-    "names",
-    "register",
-]
+__all__ = ["BUILT_IN", "NAMED", "Network", "Report", "Segmenter", "build", "load_weights", "names", "register"]

@@ -119,22 +119,15 @@ class Pag(nn.Module):
         return fused
 
 
-def _pooled(inputs: int, planes: int) -> dict[str, nn.Sequential]:
-    """The five scales of the pyramid: the map itself, three average pools, and the global mean."""
-    pools = [nn.AvgPool2d(2 * step + 1, step, step) for step in (2, 4, 8)]
-    scales = {"scale0": nn.Sequential(*_bn_relu_conv(inputs, planes))}
-    for i, pool in enumerate([*pools, nn.AdaptiveAvgPool2d(1)], start=1):
-        scales[f"scale{i}"] = nn.Sequential(pool, *_bn_relu_conv(inputs, planes))
-    return scales
-
-
 class Pyramid(nn.Module):
     """Base of the two pyramid pooling modules: context from five scales, added to a shortcut (section 3.2)."""
 
     def __init__(self, inputs: int, planes: int, outputs: int) -> None:
         super().__init__()
-        for name, scale in _pooled(inputs, planes).items():
-            self.add_module(name, scale)
+        self.scale0 = nn.Sequential(*_bn_relu_conv(inputs, planes))
+        pools = [*(nn.AvgPool2d(2 * step + 1, step, step) for step in (2, 4, 8)), nn.AdaptiveAvgPool2d(1)]
+        for i, pool in enumerate(pools, start=1):
+            self.add_module(f"scale{i}", nn.Sequential(pool, *_bn_relu_conv(inputs, planes)))
         self.compression = nn.Sequential(*_bn_relu_conv(planes * 5, outputs))
         self.shortcut = nn.Sequential(*_bn_relu_conv(inputs, outputs))
 
@@ -153,7 +146,7 @@ class DAPPM(Pyramid):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to context (B, outputs, h, w)."""
-        scales = [self.get_submodule("scale0")(x)]
+        scales = [self.scale0(x)]
         for i, pooled in enumerate(self.pools(x), start=1):
             scales.append(self.get_submodule(f"process{i}")(pooled + scales[-1]))
         context: Tensor = self.compression(torch.cat(scales, 1)) + self.shortcut(x)
@@ -169,7 +162,7 @@ class PAPPM(Pyramid):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to context (B, outputs, h, w)."""
-        own = self.get_submodule("scale0")(x)
+        own = self.scale0(x)
         scales = self.scale_process(torch.cat([pooled + own for pooled in self.pools(x)], 1))
         context: Tensor = self.compression(torch.cat([own, scales], 1)) + self.shortcut(x)
         return context

@@ -128,7 +128,7 @@ class Dice(Criterion, name="dice"):
         }
 
 
-def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None, *, ignore: int = IGNORE) -> Tensor:
+def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None) -> Tensor:
     """Boundaries between classes: pixels with another valid class within reach, bool (B, H, W).
 
     To be called after every augmentation. A straight border gives a band ``width`` pixels wide, half of it on either
@@ -140,14 +140,13 @@ def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None, *, ig
         width: of the band, in pixels, 1 or more.
         where: True at pixels that take part, broadcasts to (B, H, W); the others count as ignored. In mixed images
             these are the source's pixels, so that neither pseudo-labels nor paste seams make boundaries.
-        ignore: id of pixels without a class.
 
     Raises:
         ValueError: ``width`` is below 1.
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
-    valid = label != ignore
+    valid = label != IGNORE
     if where is not None:
         valid = valid & where.bool()
     ids = label.to(torch.int16)

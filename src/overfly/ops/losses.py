@@ -17,12 +17,7 @@ from overfly.core.records import IGNORE
 
 
 def cross_entropy(
-    logits: Tensor,
-    label: Tensor,
-    *,
-    weight: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    ignore: int = IGNORE,
+    logits: Tensor, label: Tensor, *, weight: Tensor | None = None, class_weight: Tensor | None = None
 ) -> Tensor:
     """Cross-entropy, mean over the valid pixels.
 
@@ -31,10 +26,9 @@ def cross_entropy(
 
     Args:
         logits: class scores (B, K, H, W).
-        label: class ids (B, H, W), 0 to K-1 or ``ignore``.
+        label: class ids (B, H, W), 0 to K-1 or `IGNORE`.
         weight: weight of each pixel, any shape that broadcasts to (B, H, W), such as (B, 1, 1) for whole images.
         class_weight: weight of each class (K,).
-        ignore: id of pixels that are left out.
 
     Returns:
         A scalar; 0 where no pixel is valid.
@@ -42,10 +36,10 @@ def cross_entropy(
     Raises:
         ValueError: scores and label differ in size.
     """
-    loss = _per_pixel(logits, label, ignore)
-    count = (label != ignore).to(loss.dtype)
+    loss = _per_pixel(logits, label)
+    count = (label != IGNORE).to(loss.dtype)
     if class_weight is not None:
-        count = count * _per_pixel_weight(class_weight, label, ignore).to(loss.dtype)
+        count = count * _per_pixel_weight(class_weight, label).to(loss.dtype)
         loss = loss * count
     if weight is not None:
         loss = loss * weight
@@ -57,7 +51,6 @@ def ohem_cross_entropy(
     label: Tensor,
     threshold: float = 0.9,
     min_kept: int = 131072,
-    ignore: int = IGNORE,
     *,
     class_weight: Tensor | None = None,
     weight: Tensor | None = None,
@@ -72,10 +65,9 @@ def ohem_cross_entropy(
 
     Args:
         logits: class scores (B, K, H, W).
-        label: class ids (B, H, W), 0 to K-1 or ``ignore``.
+        label: class ids (B, H, W), 0 to K-1 or `IGNORE`.
         threshold: pixels with a probability of the true class below this are hard, 0 to 1.
         min_kept: smallest number of pixels of the batch to keep.
-        ignore: id of pixels that are left out.
         class_weight: (K,), multiplies each pixel's loss; unlike in `cross_entropy` the count stays that of the kept
             pixels, as published.
         weight: multiplies each pixel's loss, broadcasts to (B, H, W); it does not change which pixels are kept.
@@ -86,13 +78,13 @@ def ohem_cross_entropy(
     Raises:
         ValueError: scores and label differ in size.
     """
-    loss = _per_pixel(logits, label, ignore)
-    valid = label != ignore
+    loss = _per_pixel(logits, label)
+    valid = label != IGNORE
     probability = torch.exp(-loss.detach())
     limit = _ohem_limit(probability, valid, threshold, max(1, min_kept))
     kept = (valid & (probability < limit)).to(loss.dtype)
     if class_weight is not None:
-        loss = loss * _per_pixel_weight(class_weight, label, ignore).to(loss.dtype)
+        loss = loss * _per_pixel_weight(class_weight, label).to(loss.dtype)
     if weight is not None:
         loss = loss * weight
     return _ratio((loss * kept).sum(), kept.sum())
@@ -142,7 +134,7 @@ def boundary_loss(
     return weight * _ratio(loss.sum(), total)
 
 
-def dice_loss(logits: Tensor, label: Tensor, *, weight: Tensor | None = None, ignore: int = IGNORE) -> Tensor:
+def dice_loss(logits: Tensor, label: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """One minus the soft Dice coefficient, mean over the classes that occur in the batch's valid pixels.
 
     Sums run over the whole batch. Pixel weights scale the sums, and the result is multiplied by their mean over the
@@ -151,9 +143,8 @@ def dice_loss(logits: Tensor, label: Tensor, *, weight: Tensor | None = None, ig
 
     Args:
         logits: class scores (B, K, H, W).
-        label: class ids (B, H, W), 0 to K-1 or ``ignore``.
+        label: class ids (B, H, W), 0 to K-1 or `IGNORE`.
         weight: broadcasts to (B, H, W).
-        ignore: id of pixels that are left out.
 
     Returns:
         A scalar, 0 to 1 times the mean weight; 0 where no pixel is valid.
@@ -163,7 +154,7 @@ def dice_loss(logits: Tensor, label: Tensor, *, weight: Tensor | None = None, ig
     """
     _check_size(logits, label)
     probability = probabilities(logits)
-    valid = (label != ignore).to(probability.dtype)
+    valid = (label != IGNORE).to(probability.dtype)
     counts = valid if weight is None else valid * weight
     classes = torch.arange(logits.shape[1], device=label.device).view(1, -1, 1, 1)
     truth = (label.unsqueeze(1) == classes).to(probability.dtype) * counts.unsqueeze(1)
@@ -288,10 +279,10 @@ def distance_to_uniform(logits: Tensor, where: Tensor) -> Tensor:
     return (per_pixel * counted).sum() / torch.clamp(counted.sum(), min=1)
 
 
-def _per_pixel(logits: Tensor, label: Tensor, ignore: int) -> Tensor:
+def _per_pixel(logits: Tensor, label: Tensor) -> Tensor:
     """Cross-entropy of each pixel (B, H, W), 0 at ignored ones."""
     _check_size(logits, label)
-    return F.cross_entropy(_full_precision(logits), label.long(), ignore_index=ignore, reduction="none")
+    return F.cross_entropy(_full_precision(logits), label.long(), ignore_index=IGNORE, reduction="none")
 
 
 def _check_size(logits: Tensor, label: Tensor) -> None:
@@ -306,9 +297,9 @@ def _full_precision(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _per_pixel_weight(class_weight: Tensor, label: Tensor, ignore: int) -> Tensor:
+def _per_pixel_weight(class_weight: Tensor, label: Tensor) -> Tensor:
     """The weight of each pixel's class (B, H, W), 0 at ignored pixels."""
-    valid = label != ignore
+    valid = label != IGNORE
     return class_weight[label.long().masked_fill(~valid, 0)] * valid
 
 
