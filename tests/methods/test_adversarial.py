@@ -52,7 +52,7 @@ def both(net: nn.Module, seen: Batch) -> tuple[Logits, Logits]:
 
 @pytest.mark.parametrize("levels", ["single", "multi"])
 @pytest.mark.parametrize(("kind", "shown"), [(AdaptSegNet, probabilities), (Advent, surprise)])
-def test_levels_play_as_in_two_phases(kind: type[Any], shown: Scores, levels: str) -> None:
+def test_adaptsegnet_and_advent_have_the_gradients_of_two_phases(kind: type[Any], shown: Scores, levels: str) -> None:
     method, seen = kind(levels=levels, weight=1.0, aux_weight=0.3), batch()
     one, two = twice(method.networks(student()))
     backward(method.losses(one, seen).values())
@@ -74,7 +74,7 @@ def test_levels_play_as_in_two_phases(kind: type[Any], shown: Scores, levels: st
     assert_same_gradients(one, two)
 
 
-def test_fada_plays_as_in_two_phases() -> None:
+def test_fada_has_the_gradients_of_two_phases() -> None:
     method, seen = FADA(weight=1.0), batch()
     one, two = twice(method.networks(student()))
     backward(method.losses(one, seen).values())
@@ -109,7 +109,7 @@ def swapped(net: nn.Module, second_layer: nn.Module, images: Tensor) -> Tensor:
     return logits.main
 
 
-def test_clan_plays_as_in_two_phases() -> None:
+def test_clan_has_the_gradients_of_two_phases() -> None:
     method, seen = CLAN(weight=1.0, discrepancy_weight=0.5, preheat_steps=0), batch()
     one, two = twice(method.networks(student()))
     backward(method.losses(one, seen).values())
@@ -164,7 +164,7 @@ def test_two_levels_need_an_auxiliary_head(method: Method[Any]) -> None:
 
 
 @pytest.mark.parametrize("method", [AdaptSegNet(), Advent(), MinEnt(), CLAN(), FADA(), MCD()])
-def test_networks_without_training_heads_will_do(method: Method[Any]) -> None:
+def test_adversarial_methods_work_without_training_heads(method: Method[Any]) -> None:
     nets = method.networks(without_aux()).double().train()
     optimizers = method.optimizers(nets, SGD())
     terms = method.losses(nets, batch())
@@ -175,7 +175,7 @@ def test_networks_without_training_heads_will_do(method: Method[Any]) -> None:
     assert all("initial_lr" in group for each in optimizers for group in each.param_groups)
 
 
-def test_the_critic_learns_at_its_own_rate() -> None:
+def test_the_critic_has_its_own_learning_rate() -> None:
     method = AdaptSegNet()
     first, critic = method.optimizers(method.networks(student()), SGD(lr=0.01))
     assert first.param_groups[0]["initial_lr"] == 0.01
@@ -210,7 +210,7 @@ def test_fada_needs_features() -> None:
         MCD().networks(student(Bare()))
 
 
-def test_clan_weighs_pixels_alike_until_its_second_layer_is_trained() -> None:
+def test_clan_weights_are_1_during_preheat_steps() -> None:
     method, seen = CLAN(preheat_steps=2), batch()
     nets = method.networks(student()).double()
     alike = CLAN(preheat_steps=0, local_weight=0.0, epsilon=1.0).losses(nets, seen)

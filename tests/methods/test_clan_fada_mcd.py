@@ -42,7 +42,7 @@ def test_every_network_names_the_layer_that_gives_its_scores(name: str) -> None:
 
 
 @pytest.mark.parametrize("net", [student, with_several_class_layers])
-def test_the_second_class_layer_sees_what_the_first_sees(net: Any) -> None:
+def test_both_class_layers_read_the_same_features(net: Any) -> None:
     segmenter = net()
     second = second_class_layer(segmenter)
     layer = class_layer(segmenter)
@@ -58,7 +58,7 @@ def test_the_second_class_layer_sees_what_the_first_sees(net: Any) -> None:
     assert not layer._forward_pre_hooks
 
 
-def test_advents_critic_sees_nothing_of_sure_predictions() -> None:
+def test_self_information_is_zero_for_confident_predictions() -> None:
     sure = torch.tensor([80.0, 0.0, 0.0]).view(1, 3, 1, 1)
     assert self_information(sure).max() < 1e-30
     unsure = self_information(torch.zeros(1, 3, 2, 2))
@@ -92,7 +92,7 @@ def test_clan_compares_kernels_by_their_angle() -> None:
     assert alignment(one, other).item() == pytest.approx(-1)
 
 
-def test_fada_truth_is_a_distribution_over_domain_and_class() -> None:
+def test_fada_soft_labels_are_a_distribution_over_domain_and_class() -> None:
     method, seen = FADA(max_probability=1.0), batch()
     logits = student()(seen.target)
     assert logits.features is not None
@@ -106,7 +106,7 @@ def test_fada_truth_is_a_distribution_over_domain_and_class() -> None:
         assert not truth[:, empty].any()
 
 
-def test_fada_softens_by_temperature_and_cuts_the_sure() -> None:
+def test_fada_soft_labels_use_temperature_and_max_probability() -> None:
     scores = torch.tensor([1.8, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     logits = Logits(scores, features=torch.zeros(1, 1, 2, 2))
     expected = torch.tensor([1.0, 0.0, 0.0]).softmax(0)
@@ -134,7 +134,7 @@ def small_scores(net: Segmenter, second: nn.Module | None, images: Tensor) -> Te
     return logits.main[2:]
 
 
-def test_mcd_at_once_gives_each_weight_the_gradient_of_its_phases() -> None:
+def test_mcd_joint_update_has_the_gradients_of_its_three_steps() -> None:
     method, seen = MCD(classifier_weight=0.7, feature_weight=0.3), batch()
     one, two = twice(method.networks(student()))
     backward(method.losses(one, seen).values())
@@ -159,7 +159,7 @@ def test_mcd_at_once_gives_each_weight_the_gradient_of_its_phases() -> None:
     assert_same_gradients(one, two)
 
 
-def test_mcd_in_turn_trains_in_each_phase_what_the_paper_trains() -> None:
+def test_mcd_alternating_update_trains_the_papers_weights_in_each_step() -> None:
     method, seen = MCD(update="alternating", feature_steps=2), batch()
     nets = method.networks(student()).double().train()
     assert method.leaves_weights_out
@@ -181,7 +181,7 @@ def test_mcd_in_turn_trains_in_each_phase_what_the_paper_trains() -> None:
     assert nets.step == 6
 
 
-def test_mcd_phase_b_has_the_gradient_of_the_source_and_of_disagreement() -> None:
+def test_mcd_step_b_has_the_gradient_of_source_loss_and_discrepancy() -> None:
     method, seen = MCD(update="alternating", classifier_weight=0.5), batch()
     one, two = twice(method.networks(student()))
     method.after_step(one, 0)

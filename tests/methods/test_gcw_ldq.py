@@ -14,7 +14,7 @@ def test_shares_leave_ignored_pixels_out() -> None:
     assert torch.allclose(class_shares(torch.full((1, 2, 2), IGNORE), 4), torch.full((1, 4), 0.25))
 
 
-def test_rare_classes_weigh_more_with_a_mean_of_1() -> None:
+def test_rare_class_weights_are_larger_with_mean_1() -> None:
     weights = rare_class_weights(torch.tensor([0.6, 0.3, 0.1]), 0.1)
     assert weights[0] < weights[1] < weights[2]
     assert abs(weights.mean().item() - 1) < 1e-6
@@ -24,7 +24,7 @@ def test_rare_classes_weigh_more_with_a_mean_of_1() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from([1, 3, 5, 7]))
-def test_local_quality_is_the_share_of_sure_pixels_around(seed: int, size: int) -> None:
+def test_local_quality_is_the_share_of_confident_pixels_in_the_window(seed: int, size: int) -> None:
     probability = torch.rand(1, 9, 6, generator=torch.Generator().manual_seed(seed))
     found = local_quality(probability, 0.7, size)
     reach = size // 2

@@ -15,7 +15,7 @@ from overfly.recipe import load
 from overfly.training.setup import initial_segmenter, training_streams
 
 
-def test_a_target_that_is_the_source_changes_nothing(small: dict[str, Any]) -> None:
+def test_style_transfer_between_equal_images_changes_nothing(small: dict[str, Any]) -> None:
     recipe = load(small, "method=fda")
     batch = BatchDataset(*training_streams(recipe)).batch(0)
     batch = batch._replace(target=batch.source.image)

@@ -35,7 +35,7 @@ def batch() -> Batch:
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5, 2.0])
-def test_what_is_seen_larger_and_turned_comes_back_to_its_place(scale: float) -> None:
+def test_predict_augmented_maps_predictions_back_to_the_input(scale: float) -> None:
     image = torch.zeros(1, 1, 32, 32)
     image[..., 4:20, 6:14] = 1
     for seed in range(8):
@@ -46,7 +46,7 @@ def test_what_is_seen_larger_and_turned_comes_back_to_its_place(scale: float) ->
         assert wrong <= (0 if scale >= 1 else 0.02)
 
 
-def test_debiasing_makes_common_classes_dearer() -> None:
+def test_correct_class_prior_lowers_frequent_classes() -> None:
     probability = torch.tensor([0.55, 0.45]).view(1, 2, 1, 1)
     shares = torch.tensor([0.8, 0.2])
     assert torch.equal(correct_class_prior(probability, shares, 0.0), probability)
@@ -54,7 +54,7 @@ def test_debiasing_makes_common_classes_dearer() -> None:
     assert correct_class_prior(shares.view(1, 2, 1, 1), shares, 1.0).flatten().tolist() == pytest.approx([0.5, 0.5])
 
 
-def test_statistics_are_kept_and_weights_are_not(nets: MultiscaleNetworks, batch: Batch) -> None:
+def test_frozen_statistics_do_not_change_in_training(nets: MultiscaleNetworks, batch: Batch) -> None:
     norms = batch_norms(nets.student)
     before = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
     method = MultiscaleSelfTraining(statistics="frozen")
@@ -67,7 +67,7 @@ def test_statistics_are_kept_and_weights_are_not(nets: MultiscaleNetworks, batch
     assert not all(torch.equal(norm.running_mean, old) for norm, old in zip(norms, before, strict=True))  # type: ignore[arg-type]
 
 
-def test_frozen_statistics_ends_with_its_block() -> None:
+def test_frozen_statistics_restores_modes() -> None:
     norm = nn.BatchNorm2d(2)
     modes = []
     for active in (True, False):
@@ -77,7 +77,7 @@ def test_frozen_statistics_ends_with_its_block() -> None:
     assert modes == [False, True, True, True]
 
 
-def test_every_class_keeps_the_surest_share(nets: MultiscaleNetworks) -> None:
+def test_the_most_confident_share_of_every_class_is_kept(nets: MultiscaleNetworks) -> None:
     target = torch.rand(2, 3, 64, 64)
     nets.teacher = Bright()
     nets.class_prior, nets.thresholds = torch.full((2,), 0.5), torch.zeros(2)
@@ -92,7 +92,7 @@ def test_every_class_keeps_the_surest_share(nets: MultiscaleNetworks) -> None:
     assert torch.equal(label[label != IGNORE], everything[label != IGNORE])
 
 
-def test_the_share_of_a_class_rises_from_its_first_to_its_last(nets: MultiscaleNetworks) -> None:
+def test_the_share_grows_linearly_over_ramp_steps(nets: MultiscaleNetworks) -> None:
     target = torch.rand(2, 3, 64, 64)
     nets.teacher = Bright()
     nets.class_prior = torch.full((2,), 0.5)
@@ -104,7 +104,7 @@ def test_the_share_of_a_class_rises_from_its_first_to_its_last(nets: MultiscaleN
         assert float(kept) == pytest.approx(share, abs=0.05)
 
 
-def test_every_step_is_counted(nets: MultiscaleNetworks) -> None:
+def test_after_step_counts_steps(nets: MultiscaleNetworks) -> None:
     MultiscaleSelfTraining().after_step(nets, 0)
     MultiscaleSelfTraining().after_step(nets, 1)
     assert nets.step == 2
@@ -128,14 +128,14 @@ def test_ignored_source_pixels_are_never_pasted(
     assert torch.equal(label[cut], batch.source.label[cut])
 
 
-def test_a_target_of_which_nothing_is_sure_adds_nothing(nets: MultiscaleNetworks, batch: Batch) -> None:
+def test_a_target_without_confident_pixels_has_no_loss(nets: MultiscaleNetworks, batch: Batch) -> None:
     nets.thresholds.fill_(2.0)
     losses = MultiscaleSelfTraining(mix_share=0.0, initial_share=0.0).losses(nets, batch)
     assert float(losses["mixed_main"].detach()) == 0
     assert float(losses["source_main"].detach()) > 0
 
 
-def test_the_teacher_is_shipped_and_follows_with_its_statistics(nets: MultiscaleNetworks) -> None:
+def test_the_teacher_is_deployed_and_averages_statistics(nets: MultiscaleNetworks) -> None:
     method = MultiscaleSelfTraining(ema=0.5)
     assert method.deployed(nets) is nets.teacher
     norm, taught = batch_norms(nets.student)[0], batch_norms(nets.teacher)[0]

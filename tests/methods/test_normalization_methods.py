@@ -47,7 +47,7 @@ def stepped(method: Method[Any], case: Case, steps: int = 2) -> Any:
     return nets
 
 
-def test_a_share_of_0_leaves_the_network_as_it_was_and_of_1_is_adabn(case: Case) -> None:
+def test_recalibrate_share_interpolates_statistics(case: Case) -> None:
     torch.manual_seed(0)
     segmenter = initial_segmenter(case[0])
     found = {}
@@ -67,7 +67,7 @@ def test_a_share_of_0_leaves_the_network_as_it_was_and_of_1_is_adabn(case: Case)
     assert "beginning" not in "".join(Recalibrate().networks(segmenter).state_dict())
 
 
-def test_tent_moves_scales_shifts_and_statistics_alone(case: Case) -> None:
+def test_tent_changes_batch_normalization_only(case: Case) -> None:
     torch.manual_seed(0)
     before = initial_segmenter(case[0])
     norms = {name for name, part in before.named_modules() if isinstance(part, nn.BatchNorm2d)}
@@ -97,7 +97,7 @@ def test_dsbn_of_equal_domains_is_ordinary_batch_normalization() -> None:
     assert torch.equal(double.eval()(image), plain.eval()(image))
 
 
-def test_dsbn_keeps_the_domains_apart() -> None:
+def test_dsbn_has_separate_statistics() -> None:
     double = DomainNorm(nn.BatchNorm2d(1))
     double(torch.cat([torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8) * 9 + 100]))
     found = {name: float(value) for name, value in double.state_dict().items() if name.endswith("running_mean")}
@@ -106,9 +106,7 @@ def test_dsbn_keeps_the_domains_apart() -> None:
 
 
 @pytest.mark.parametrize("method", [DSBN(), TransNorm(), Recalibrate(share=0.3)], ids=lambda method: method.name)
-def test_what_is_deployed_is_an_ordinary_network_with_equal_outputs(
-    method: Method[Any], case: Case, tmp_path: Path
-) -> None:
+def test_deployed_networks_are_ordinary_with_equal_outputs(method: Method[Any], case: Case, tmp_path: Path) -> None:
     nets = stepped(method, case)
     deployed = method.deployed(nets).eval()
     assert isinstance(deployed, Segmenter)
@@ -143,7 +141,7 @@ def test_transferable_normalization_by_the_papers_formula() -> None:
     assert torch.allclose(found, torch.cat(normal) * (1 + alpha).view(1, 3, 1, 1), atol=1e-5)
 
 
-def test_distillation_costs_nothing_where_the_student_is_its_teacher(case: Case, tmp_path: Path) -> None:
+def test_distillation_loss_is_zero_for_equal_networks(case: Case, tmp_path: Path) -> None:
     file = initial_segmenter(case[0]).save(tmp_path / "teacher.safetensors")
     method = Distill(teacher=file)
     nets = method.networks(Segmenter.load(file))
@@ -159,7 +157,7 @@ def test_distillation_costs_nothing_where_the_student_is_its_teacher(case: Case,
     assert all(torch.equal(value, before[key]) for key, value in after.items())
 
 
-def test_distillation_reads_the_source_only_where_there_is_one(small: dict[str, Any], tmp_path: Path) -> None:
+def test_distillation_reads_the_source_if_there_is_one(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load(small)
     file = initial_segmenter(recipe).save(tmp_path / "teacher.safetensors")
     method = {"name": "distill", "teacher": str(file)}
@@ -170,7 +168,7 @@ def test_distillation_reads_the_source_only_where_there_is_one(small: dict[str, 
     assert training_streams(unlabeled)[0] is None
 
 
-def test_a_teacher_that_is_missing_or_knows_other_classes_is_named(small: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_or_different_teacher_raises(small: dict[str, Any], tmp_path: Path) -> None:
     student = initial_segmenter(load(small))
     with pytest.raises(RecipeError, match=r"method\.teacher: .*nowhere"):
         Distill(teacher=tmp_path / "nowhere").networks(student)

@@ -28,7 +28,7 @@ def test_statistics_are_the_plain_average_over_all_batches() -> None:
     assert torch.allclose(norm.running_var, variance, atol=1e-6)
 
 
-def test_dropout_sleeps_while_statistics_are_collected_and_modes_come_back() -> None:
+def test_updating_statistics_disables_dropout_and_restores_modes() -> None:
     module = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Dropout(0.5))
     with updating_statistics(module):
         assert module[0].training
@@ -37,7 +37,7 @@ def test_dropout_sleeps_while_statistics_are_collected_and_modes_come_back() -> 
     assert module[1].training
 
 
-def test_recalibration_moves_statistics_alone(small: dict[str, Any], tmp_path: Path) -> None:
+def test_recalibrate_changes_statistics_only(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load(
         {"start": small, "target": small["target"], "method": "recalibrate", "crop": 64, "batch": 2, "steps": 2}
     )

@@ -62,7 +62,7 @@ def scores_of(label: Tensor, sure: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_the_student_sees_one_batch_and_the_teacher_is_deployed_in_evaluation(
+def test_self_training_uses_one_forward_pass_and_deploys_the_teacher(
     name: str, recipe_of: Callable[..., Recipe]
 ) -> None:
     recipe = recipe_of(name)
@@ -104,7 +104,7 @@ def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: C
     assert not (mix.label == IGNORE).any()
 
 
-def test_boundaries_are_learned_from_source_pixels_alone(case: Case) -> None:
+def test_boundary_loss_uses_source_pixels_only(case: Case) -> None:
     teach = scores_of(torch.randint(0, 7, case[1].source.label.shape), 50.0)
     unlabeled = case[1]._replace(
         source=Labeled(case[1].source.image, torch.full_like(case[1].source.label, IGNORE)),
@@ -149,7 +149,7 @@ def test_local_quality_weighs_pixel_by_pixel(case: Case) -> None:
     assert (mix.pseudo_weight[:, :, 35:] == 1).all()
 
 
-def test_warm_up_is_the_source_alone(case: Case) -> None:
+def test_dacs_warmup_trains_on_the_source_only(case: Case) -> None:
     nets, seen, losses = run(DACS(warmup=1), case)
     assert len(seen.images[0]) == 2
     assert not [key for key in losses if key.startswith("mixed")]
@@ -157,7 +157,7 @@ def test_warm_up_is_the_source_alone(case: Case) -> None:
     assert "mixed_main" in DACS(warmup=1).losses(nets, case[1])
 
 
-def test_daformer_stays_near_its_beginning(case: Case) -> None:
+def test_daformer_feature_distance_is_zero_at_the_anchor(case: Case) -> None:
     method = DAFormer()
     nets = method.networks(initial_segmenter(case[0])).train()
     assert isinstance(nets, AnchoredNetworks)
@@ -172,7 +172,7 @@ def test_daformer_stays_near_its_beginning(case: Case) -> None:
     assert nothing.losses(nets, batch)["feature_distance"] == 0
 
 
-def test_mic_covers_target_images_alone(case: Case) -> None:
+def test_mic_masks_target_images_only(case: Case) -> None:
     nets, seen, losses = run(MIC(mask_block=8, mask_ratio=0.7, strong_augment=()), case)
     source, masked = seen.images[0].chunk(2)[0], seen.images[1]
     plain, _, _ = run(DACS(strong_augment=()), case)
@@ -191,7 +191,7 @@ def test_mic_covers_target_images_alone(case: Case) -> None:
     assert {"masked_main", "masked_aux"} <= losses.keys()
 
 
-def test_cbst_raises_its_share_and_keeps_it_of_every_class(case: Case) -> None:
+def test_cbst_ramps_its_share_and_keeps_it_of_every_class(case: Case) -> None:
     method = CBST(initial_share=0.2, share=0.6, ramp_steps=10, threshold_ema=0.0)
     assert [method.share_at(step) for step in (0, 5, 10, 99)] == pytest.approx([0.2, 0.4, 0.6, 0.6])
     label = torch.randint(0, 7, case[1].source.label.shape)
@@ -236,7 +236,7 @@ def test_iast_regularizes_by_a_mean_over_pixels_and_classes(case: Case) -> None:
     torch.testing.assert_close(losses["uniform"], 0.1 / 7 * far[kept].mean())
 
 
-def test_source_free_never_looks_at_the_source(case: Case) -> None:
+def test_source_free_reads_no_source(case: Case) -> None:
     empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
     nets, seen, losses = run(SourceFree(strong_augment=()), (case[0], Batch(empty, case[1].target)))
     assert torch.allclose(seen.images[0], case[1].target, atol=1e-3)
@@ -247,7 +247,7 @@ def test_source_free_never_looks_at_the_source(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("statistics", "same"), [("frozen", True), ("batch", False)])
-def test_source_free_keeps_the_statistics_that_nothing_else_remembers(
+def test_source_free_freezes_statistics_by_default(
     case: Case, statistics: Literal["frozen", "batch"], same: bool
 ) -> None:
     method = SourceFree(statistics=statistics)
@@ -259,7 +259,7 @@ def test_source_free_keeps_the_statistics_that_nothing_else_remembers(
     assert all(torch.equal(now[name], value) for name, value in before.items()) == same
 
 
-def test_the_source_free_teacher_sees_several_sizes_and_what_it_says_often_is_dearer(case: Case) -> None:
+def test_source_free_labels_at_several_scales_with_class_prior_correction(case: Case) -> None:
     method = SourceFree(share=1.0)
     nets = method.networks(initial_segmenter(case[0])).train()
     sides: list[int] = []
@@ -277,7 +277,7 @@ def test_the_source_free_teacher_sees_several_sizes_and_what_it_says_often_is_de
 @pytest.mark.parametrize(
     "name", ["minent", "cbst", "distill", "dsbn", "iast", "multiscale_self_training", "source_free", "tent"]
 )
-def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_of: Callable[..., Recipe]) -> None:
+def test_pixels_without_data_have_no_loss(name: str, recipe_of: Callable[..., Recipe]) -> None:
     """Of a target of which nothing was measured no term is left, and thresholds stay as they were."""
     recipe = recipe_of(name)
     changes = {"mix_share": 0.0} if name == "multiscale_self_training" else {}
@@ -301,7 +301,7 @@ def test_nothing_is_learned_where_the_target_was_not_measured(name: str, recipe_
     assert total.isfinite()
 
 
-def test_a_cell_has_the_class_that_fills_it() -> None:
+def test_majority_is_the_most_frequent_class_of_a_cell() -> None:
     label = torch.tensor([[[0, 0, 1, 2], [0, 0, 1, 1], [IGNORE, IGNORE, 2, 0], [IGNORE, 1, 1, 2]]])
     assert majority(label, (2, 2), 0.75, 3).tolist() == [[[0, 1], [IGNORE, IGNORE]]]
     assert majority(label, (2, 2), 0.0, 3).tolist() == [[[0, 1], [1, 2]]]

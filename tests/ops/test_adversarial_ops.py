@@ -19,12 +19,12 @@ def test_the_critic_is_the_published_one() -> None:
     assert critic(torch.zeros(1, 7, 32, 33)).shape == (1, 1, 1, 1)
 
 
-def test_maps_that_are_too_small_are_refused_in_a_sentence() -> None:
+def test_maps_below_min_side_raise() -> None:
     with pytest.raises(RecipeError, match="crop must be at least 32"):
         Critic(2)(torch.zeros(1, 2, 31, 64))
 
 
-def test_frozen_and_given_send_gradients_one_way_and_leave_statistics_alone() -> None:
+def test_forward_frozen_and_forward_detached_send_gradients_one_way() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -53,7 +53,7 @@ class Constant(nn.Module):
         return self.score.expand(len(maps), 1, 2, 2)
 
 
-def test_the_game_is_binary_cross_entropy_with_source_above_zero() -> None:
+def test_adversarial_and_critic_loss_are_binary_cross_entropy() -> None:
     maps = torch.zeros(2, 1, 64, 64)
     source = 1 / (1 + math.exp(-2.0))  # the critic's probability of the source
     assert adversarial_loss(Constant(2.0), maps).item() == pytest.approx(-math.log(source))

@@ -88,7 +88,7 @@ def test_p_zero_changes_nothing_and_p_one_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_seed_is_a_result(name: str) -> None:
+def test_equal_seeds_give_equal_results(name: str) -> None:
     batch = scene(1, count=8)
     first, again, other = (make(name, 0.7)(batch, seeded(seed)) for seed in (5, 5, 6))
     assert torch.equal(first.image, again.image)

@@ -79,7 +79,7 @@ def test_saturation_leaves_the_brightness() -> None:
 
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 8])
-def test_other_numbers_of_bands_jitter_each_on_its_own(bands: int) -> None:
+def test_color_jitter_is_per_band_without_three_bands(bands: int) -> None:
     image = images(5, bands)
     jittered = changed(ColorJitter(p=1, contrast=0), image)
     gain = (jittered / image).flatten(2)
@@ -90,7 +90,7 @@ def test_other_numbers_of_bands_jitter_each_on_its_own(bands: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_gray_pictures_stay_finite(value: float) -> None:
+def test_gray_images_stay_finite(value: float) -> None:
     flat = torch.full((2, 3, 16, 16), value)
     for kind in (
         ColorJitter(p=1),
@@ -146,7 +146,7 @@ def test_noise_has_the_strength_and_no_bias() -> None:
     assert abs(float((noise[:, 0] * noise[:, 1]).mean())) < 1e-4
 
 
-def test_another_light_is_one_gain_a_band_about_one_of_the_image() -> None:
+def test_illumination_is_a_gain_of_the_image_times_one_per_band() -> None:
     dark = images(400) * 0.1
     gain = (changed(Illumination(p=1, brightness=0.2, color=0.05), dark) / dark).flatten(2)
     assert bool((gain.std(2) < 1e-4).all())
@@ -166,7 +166,7 @@ def test_with_itself_as_style_an_image_stays(seed: int, beta: float, height: int
     assert torch.allclose(swap_low_frequencies(image, image, beta), image, atol=1e-3)
 
 
-def test_amplitudes_of_the_window_are_the_styles_and_phases_the_random_images() -> None:
+def test_low_frequency_amplitudes_are_the_styles_and_phases_the_images() -> None:
     image, style = random_images(0), random_images(1)
     found = swap_low_frequencies(image, style, 0.15)  # 0.15 of 16: two cycles
     spectra = [torch.fft.fftshift(torch.fft.fft2(each), dim=(2, 3)) for each in (found, image, style)]

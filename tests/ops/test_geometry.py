@@ -61,7 +61,7 @@ def test_image_and_label_move_together(seed: int, move: Augment, size: tuple[int
 
 
 @pytest.mark.parametrize("move", [ShiftScaleRotate(), GridDistortion(), ScaleJitter(), Dihedral(p=0.5)])
-def test_they_do_so_when_only_some_move(move: Augment) -> None:
+def test_image_and_label_move_together_in_part_of_a_batch(move: Augment) -> None:
     batch = encoded(0, count=20)
     moved = move(batch, seeded(0))
     still = (moved.label == batch.label).flatten(1).all(1)
@@ -70,7 +70,7 @@ def test_they_do_so_when_only_some_move(move: Augment) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_test_above_sees_a_label_that_stayed_behind(seed: int) -> None:
+def test_a_label_that_does_not_move_is_detected(seed: int) -> None:
     batch = encoded(seed)
     moved = ShiftScaleRotate(p=1)(batch, seeded(seed))
     assert not bool(agreement(Labeled(moved.image, batch.label)).all())
@@ -135,7 +135,7 @@ def test_zoom_scales_areas() -> None:
     assert bool((small[:, 16:48, 16:48] != IGNORE).all())
 
 
-def test_nothing_done_is_exact_for_labels() -> None:
+def test_identity_is_exact_for_labels() -> None:
     batch = encoded(0, height=24, width=40)
     batch.label[:, 3:5] = IGNORE
     middle = torch.tensor([[20.0, 12.0]]).expand(3, 2)
@@ -164,7 +164,7 @@ def test_a_quarter_rotation_is_rot90() -> None:
     assert torch.equal(turned.label, exact.label)
 
 
-def test_limits_are_kept() -> None:
+def test_invalid_ranges_raise() -> None:
     still = ShiftScaleRotate(p=1, shift=0, scale=0, rotate=0)
     batch = encoded(1)
     assert torch.equal(still(batch, seeded(0)).label, batch.label)
@@ -195,7 +195,7 @@ def test_grid_distortion_keeps_the_edges() -> None:
     assert not torch.equal(bent, batch.label)
 
 
-def test_random_crops_reach_every_place() -> None:
+def test_random_crops_reach_every_position() -> None:
     place = torch.arange(36).view(1, 6, 6).expand(300, 6, 6)
     batch = Labeled(place[:, None].float(), place)
     image, label = RandomCrop(size=4)(batch, seeded(0))
@@ -207,12 +207,12 @@ def test_random_crops_reach_every_place() -> None:
     assert torch.equal(RandomCrop(size=6)(batch, seeded(0)).label, place)
 
 
-def test_a_crop_larger_than_the_image_says_so() -> None:
+def test_a_crop_larger_than_the_image_raises() -> None:
     with pytest.raises(RecipeError, match=r"random_crop\.size must be at most 32"):
         RandomCrop(size=64)(encoded(0, height=32, width=48), seeded(0))
 
 
-def test_holes_hold_the_mean_and_no_class() -> None:
+def test_coarse_dropout_fills_with_the_mean_and_ignores_labels() -> None:
     batch = encoded(3, count=40)
     holes = CoarseDropout(p=1, min_holes=1, max_holes=1, min_size=0.25, max_size=0.25)(batch, seeded(0))
     hidden = holes.label == IGNORE

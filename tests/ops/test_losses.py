@@ -149,7 +149,7 @@ def test_nothing_valid_is_zero_and_differentiable() -> None:
     assert not scores.grad.any()
 
 
-def test_nan_scores_show() -> None:
+def test_nan_scores_give_nan_losses() -> None:
     logits, label = scene(2, ignored=0)
     with torch.no_grad():
         logits[0, :, 2, 2] = torch.nan
@@ -224,7 +224,7 @@ def test_dice_falls_to_zero_when_right(seed: int) -> None:
     assert 0.5 < dice_loss(-right, label).item() <= 1
 
 
-def test_entropy_is_a_share() -> None:
+def test_entropy_is_0_to_1() -> None:
     logits = torch.stack((torch.zeros(K), torch.tensor([100.0, 0, 0, 0])), 1).view(1, K, 1, 2)
     torch.testing.assert_close(entropy(logits), torch.tensor([[[1.0, 0.0]]]))
     assert mean_entropy(logits).item() == pytest.approx(0.5)
@@ -270,7 +270,7 @@ def test_distance_to_uniform() -> None:
     assert distance_to_uniform(logits, ~everywhere) == 0
 
 
-def test_soft_labels_cost_nothing_where_both_agree() -> None:
+def test_soft_label_loss_is_zero_for_equal_scores() -> None:
     logits = torch.randn(2, 5, 4, 4)
     assert soft_label_loss(logits, logits, 2.0).abs() < 1e-6
     assert soft_label_loss(logits, logits + 3.0, 2.0).abs() < 1e-5  # a constant changes no probability

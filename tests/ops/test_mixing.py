@@ -33,7 +33,7 @@ def test_a_share_of_the_classes_is_cut_whole_and_never_ignored_pixels(seed: int,
             assert len(chosen) == math.ceil(len(present) * share - 1e-9)
 
 
-def test_a_single_class_is_cut_half_of_the_time_and_none_never() -> None:
+def test_a_single_class_is_chosen_with_the_probability_of_the_share() -> None:
     torch.manual_seed(0)
     single = torch.zeros(400, 2, 2, dtype=torch.int64)
     found = class_mask(single).flatten(1)
@@ -42,7 +42,7 @@ def test_a_single_class_is_cut_half_of_the_time_and_none_never() -> None:
     assert not class_mask(torch.full((3, 2, 2), IGNORE)).any()
 
 
-def test_images_choose_each_for_itself_and_a_seed_repeats_it() -> None:
+def test_class_mask_draws_per_image_and_repeats_with_a_seed() -> None:
     label = labels(0, 6, 1).expand(20, -1, -1)
     torch.manual_seed(1)
     first = class_mask(label)
@@ -64,7 +64,7 @@ def test_a_pasted_crop_keeps_its_labels_under_the_mask() -> None:
     assert torch.equal(paste(mask, over.label, under.label), mixed.label)
 
 
-def test_an_image_is_not_pasted_onto_a_label() -> None:
+def test_paste_rejects_mixed_types() -> None:
     with pytest.raises(TypeError, match="Labeled"):
         paste(torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 3, 2, 2), Labeled(*[torch.zeros(1, 3, 2, 2)] * 2))  # type: ignore[type-var]
 
@@ -88,7 +88,7 @@ def test_squares_are_covered_whole_and_the_last_may_be_cut() -> None:
     assert 0 < mask.float().mean() < 1
 
 
-def test_covered_pixels_show_the_mean_color_and_the_others_themselves() -> None:
+def test_cover_fills_masked_pixels_with_the_mean_color() -> None:
     image = torch.rand(2, 3, 16, 16)
     mask = block_mask(image, 4, 0.5).expand(-1, 3, -1, -1)
     found = cover(image, mask[:, :1])

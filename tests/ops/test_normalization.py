@@ -20,7 +20,7 @@ class Scores(nn.Module):
         return Logits(out, (out * 2,), out[:, :1], out * 3)
 
 
-def test_groups_of_images_go_through_as_one_batch() -> None:
+def test_joint_forward_normalizes_groups_as_one_batch() -> None:
     first, second = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 4, 4) + 5
     network = Scores()
     found = joint_forward(network, first, second)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from overfly.core.records import IGNORE
+from overfly.core.records import IGNORE, Logits
 from overfly.ops.pseudo_labels import (
     PseudoLabels,
     class_thresholds,
@@ -14,6 +14,8 @@ from overfly.ops.pseudo_labels import (
     ema_update,
     filter_by_threshold,
     instance_thresholds,
+    mask_nodata,
+    multiscale_pseudo_labels,
     pseudo_label,
 )
 
@@ -31,14 +33,14 @@ def drawn(seed: int, classes: int = 4, shape: tuple[int, ...] = (2, 16, 16)) -> 
     return PseudoLabels(label, torch.rand(shape, generator=generator) * 0.99 + 0.01)
 
 
-def test_at_step_0_the_teacher_is_the_student_buffers_included() -> None:
+def test_ema_update_at_step_0_copies_the_student_with_buffers() -> None:
     teacher, student = network(1), network(2)
     ema_update(teacher, student, 0.99, 0)
     own = teacher.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in student.state_dict().items())
 
 
-def test_parameters_and_statistics_are_averaged_and_counters_copied() -> None:
+def test_ema_update_averages_parameters_and_statistics_and_copies_counters() -> None:
     teacher, student = network(1), network(2)
     student[1].num_batches_tracked += 5  # type: ignore[index]
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -50,7 +52,7 @@ def test_parameters_and_statistics_are_averaged_and_counters_copied() -> None:
     assert not torch.equal(teacher.state_dict()["1.running_var"], before["1.running_var"])
 
 
-def test_the_first_steps_are_a_plain_average() -> None:
+def test_ema_update_of_the_first_steps_is_a_plain_average() -> None:
     teacher, student = nn.Linear(1, 1), nn.Linear(1, 1)
     values = [3.0, 5.0, 10.0, -2.0]
     for step, value in enumerate(values):
@@ -67,13 +69,13 @@ def test_pseudo_labels_are_the_most_probable_class() -> None:
     assert not found.probability.requires_grad
 
 
-def test_share_above() -> None:
+def test_confident_share() -> None:
     probability = torch.tensor([[[0.9, 0.5], [0.97, 0.99]], [[0.1, 0.2], [0.3, 0.968]]])
     label = torch.zeros(2, 2, 2, dtype=torch.int64)
     assert confident_share(PseudoLabels(label, probability), 0.968).flatten().tolist() == [0.5, 0.0]
 
 
-def test_what_was_not_measured_is_no_pixel_of_any_class() -> None:
+def test_pixels_without_data_do_not_count() -> None:
     """As if the blank half of an image were not there: its share of sure pixels, thresholds and labels."""
     logits = torch.randn(1, 3, 8, 8)
     nodata_mask = torch.zeros(1, 8, 8, dtype=torch.bool)
@@ -92,7 +94,7 @@ def test_what_was_not_measured_is_no_pixel_of_any_class() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0]))
-def test_the_same_share_of_every_class_is_kept(seed: int, share: float) -> None:
+def test_class_thresholds_keep_the_same_share_of_every_class(seed: int, share: float) -> None:
     pseudo = drawn(seed)
     kept = filter_by_threshold(pseudo, class_thresholds(pseudo, share, 4))
     for index in range(4):
@@ -150,3 +152,34 @@ def test_hard_classes_keep_fewer_pixels() -> None:
     shares = [((kept == index).sum() / (pseudo.label == index).sum()).item() for index in range(2)]
     assert abs(shares[0] - 0.5 * 0.9**4) < 0.01
     assert abs(shares[1] - 0.5 * 0.6**4) < 0.01
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.integers(1, 9), st.floats(0, 1))
+def test_class_thresholds_equal_the_kth_value_of_each_class(seed: int, classes: int, share: float) -> None:
+    pseudo = drawn(seed, classes, (2, 9, 7))
+    pseudo = mask_nodata(pseudo, torch.rand(2, 9, 7, generator=torch.Generator().manual_seed(seed)) < 0.3)
+    expected = torch.full((classes + 1,), torch.nan)
+    for index in range(classes):
+        values = pseudo.probability[pseudo.label == index]
+        if len(values):
+            rank = min(len(values), max(1, round(len(values) * (1 - share)) + 1))
+            expected[index] = values.kthvalue(rank).values
+    assert torch.equal(class_thresholds(pseudo, share, classes + 1).nan_to_num(-1), expected.nan_to_num(-1))
+
+
+def test_multiscale_pseudo_labels_do_not_change_the_class_prior_in_place() -> None:
+    class Scores(nn.Module):
+        def forward(self, image: Tensor) -> Logits:
+            return Logits(image)
+
+    image, prior = torch.rand(2, 3, 16, 16) * 9, torch.full((3,), 1 / 3)
+    nodata_mask = torch.ones(2, 16, 16, dtype=torch.bool)
+    before = prior.clone()
+    _, updated = multiscale_pseudo_labels(Scores(), image, prior, scales=(1.0, 1.5), power=0.5, decay=0.9)
+    assert torch.equal(prior, before)
+    assert not torch.equal(updated, before)
+    _, same = multiscale_pseudo_labels(
+        Scores(), image, prior, scales=(1.0,), power=0.5, decay=0.9, nodata_mask=nodata_mask
+    )
+    assert torch.equal(same, before)

@@ -30,7 +30,7 @@ def test_windows_cover_every_pixel_and_nothing_else(height: int, width: int, siz
 
 @settings(deadline=None, max_examples=60)
 @given(length=st.integers(1, 400), size=st.integers(1, 64), overlap=overlaps)
-def test_neighbors_overlap_by_at_least_what_was_asked(length: int, size: int, overlap: float) -> None:
+def test_windows_overlap_by_at_least_the_setting(length: int, size: int, overlap: float) -> None:
     at = starts(length, size, overlap)
     stride = max(1, round(size * (1 - overlap)))
     assert at[0] == 0
@@ -108,7 +108,7 @@ def test_no_seams_where_windows_disagree() -> None:
     assert apart.max() > 60
 
 
-def test_bad_arguments_are_refused() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="overlap"):
         windows(10, 10, 4, 1.0)
     with pytest.raises(ValueError, match="at least 1 pixel"):
