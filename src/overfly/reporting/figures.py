@@ -53,9 +53,10 @@ def bars(entries: Sequence[Bar], title: str) -> Markup:
     axes.barh(range(len(entries)), [bar.value for bar in entries], 0.28, color=SERIES[0], clip_on=False)
     for row, bar in enumerate(entries):
         deviation = "" if bar.deviation is None else f" ± {percent(bar.deviation, 1)}"
-        text = {"y": row - 0.25, "va": "bottom", "fontsize": 11, "transform": axes.get_yaxis_transform()}
-        axes.text(0, s=_shorten(bar.name, 38), **text)
-        axes.text(1, s=f"{percent(bar.value, 1)} %{deviation}", ha="right", fontweight="bold", **text)
+        across = axes.get_yaxis_transform()
+        length = f"{percent(bar.value, 1)} %{deviation}"
+        axes.text(0, row - 0.25, _shorten(bar.name, 38), va="bottom", fontsize=11, transform=across)
+        axes.text(1, row - 0.25, length, va="bottom", ha="right", fontsize=11, fontweight="bold", transform=across)
         values = [value for value in bar.values if value is not None]
         axes.plot(values, [row] * len(values), "o", mfc=PAPER, mec=INK, markersize=6, clip_on=False)
     numbers = [0.0, 1.0, *(value for bar in entries for value in (bar.value, *bar.values) if value is not None)]
@@ -122,8 +123,9 @@ def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *,
         axes.locator_params(axis="y", nbins=4)
     axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
     axes.set_xticks([min(steps), max(steps)], [f"{min(steps):,}", f"{max(steps):,} steps"])
-    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=False):
-        label.set_horizontalalignment(side)
+    first, last = axes.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
     _legend(figure, axes, columns=2, longest=24)
     return _svg(figure, title)
 
@@ -160,7 +162,7 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: flo
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylabel(name)
         for index, (label, points) in enumerate(part.items()):
-            steps, values = zip(*points, strict=True)
+            steps, values = [step for step, _ in points], [value for _, value in points]
             color = "#444444" if part is rates else SERIES[index % len(SERIES)]
             if part is losses:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)

@@ -20,8 +20,9 @@ from overfly.reporting.images import encode_png
 
 SIDE = 256
 """Side of a tile in pixels."""
-UNCERTAINTY_COLORS = ((0, (255, 255, 204, 0)), (110, (254, 178, 76, 190)), (255, (128, 0, 38, 235)))
-"""RGBA at three uncertainties: transparent at 0, dark red at 255."""
+UNCERTAINTIES = (0, 110, 255)
+COLORS = ((255, 255, 204, 0), (254, 178, 76, 190), (128, 0, 38, 235))
+"""RGBA at the three `UNCERTAINTIES`: transparent at 0, dark red at 255."""
 
 
 class Layer(NamedTuple):
@@ -73,8 +74,7 @@ def render_tile(layer: Layer, zoom: int, column: int, row: int) -> bytes | None:
 
 def _color_uncertainty(values: UInt8) -> UInt8:
     """RGBA (H, W, 4) of uncertainty (H, W)."""
-    stops, colors = zip(*UNCERTAINTY_COLORS, strict=True)
-    bands = [np.interp(np.arange(256), stops, band) for band in zip(*colors, strict=True)]
+    bands = [np.interp(np.arange(256), UNCERTAINTIES, band) for band in zip(*COLORS, strict=True)]
     colored: UInt8 = np.stack(bands, axis=1).round().astype(np.uint8)[values]
     return colored
 
