@@ -1,4 +1,4 @@
-"""Latency of PyTorch eager and of every export on this processor, in one process, taking turns.
+"""Latency of PyTorch eager and of every export on this CPU, in one process, in turn.
 
     python benchmarks/latency.py RUN… [--side 512] [--threads 2] [--rounds 15] [--out latency.json]
 
@@ -6,7 +6,7 @@ Each RUN is the folder of a finished run; its network is exported into a tempora
 at batch 1. All give the same thing: class probabilities at full resolution, or class ids (--output classes). Every
 round times each candidate once, so that whatever else the machine does falls on all alike; ratios are of medians, and
 of the shortest times, which are what the machine does when it is left alone. On a machine that others use too, take
---threads 1 and read the processor's own time, which does not count what others do. Writes JSON and prints a table.
+--threads 1 and read the CPU time, which does not count other processes. Writes JSON and prints a table.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main() -> None:
             for name, each in found.items()
         }
     told = {
-        "side": given.side, "batch": 1, "threads": given.threads, "answer": given.answer,
+        "side": given.side, "batch": 1, "threads": given.threads, "output": given.output,
         "machine": describe_machine(), "networks": rows,
     }  # fmt: skip
     given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

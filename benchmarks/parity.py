@@ -78,7 +78,8 @@ def rows_of(run: Run, weights: str, images: int, folder: Path) -> list[dict[str,
             row = {
                 "network": network, "weights": weights, "target": target, "format": kind, "precision": precision,
                 "megabytes": found["bytes"] / 1e6, "failed": parity["agreement"] < parity["tolerance"]["agreement"],
-                **{key: parity[key] for key in ("backend", "agreement", "logit_difference", "miou", "miou_of_torch")},
+                **{key: parity[key] for key in ("backend", "agreement", "miou", "miou_of_torch")},
+                "probability_difference": parity["probability_difference"],
             }  # fmt: skip
             rows.append(row)
             print(line(row), flush=True)
@@ -88,11 +89,11 @@ def rows_of(run: Run, weights: str, images: int, folder: Path) -> list[dict[str,
 
 
 def line(row: dict[str, Any]) -> str:
-    logit = "–" if row["logit_difference"] is None else f"{row['logit_difference']:.2g}"
+    difference = f"{row['probability_difference']:.2g}"
     word = "beyond tolerance" if row["failed"] else "passes"
     return (
         f"| {row['network']} ({row['weights']}) | {row['target']} | {row['format']} {row['precision']} | "
-        f"{row['backend']} | {100 * row['agreement']:.3f} | {logit} | {row['megabytes']:.1f} | {word} |"
+        f"{row['backend']} | {100 * row['agreement']:.3f} | {difference} | {row['megabytes']:.1f} | {word} |"
     )
 
 
@@ -105,7 +106,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path("parity.json"))
     given = parser.parse_args()
-    print("| network | target | file | run by | same class (%) | largest logit difference | MB | |")
+    print("| network | target | file | run by | same class (%) | largest probability difference | MB | |")
     print("|---|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
     others = [] if given.networks == "none" else list(names()) if given.networks == "all" else given.networks.split(",")
@@ -115,9 +116,9 @@ def main() -> int:
             rows += rows_of(run, "trained", given.images, Path(folder))
             for name in others:
                 if name != run.recipe.model.name:
-                    settings = quick(run, name, given.steps, Path(folder))
-                    rows += rows_of(settings, f"{given.steps} steps", given.images, Path(folder))
-                    shutil.rmtree(settings.path)
+                    other = quick(run, name, given.steps, Path(folder))
+                    rows += rows_of(other, f"{given.steps} steps", given.images, Path(folder))
+                    shutil.rmtree(other.path)
         told = {"torch": torch.__version__, "version": ExportSettings().version, "images": given.images, "rows": rows}
         given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return int(any(row["failed"] for row in rows))

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
+from fake_hub import fake_hub
 from overfly import cli
 from overfly.commands import export as shipping
 from overfly.commands.load_predictor import load_predictor
@@ -57,7 +58,7 @@ def overfly(*arguments: str | Path) -> int:
     return int(left.value.code or 0)
 
 
-def test_export_says_how_far_it_is_from_pytorch(
+def test_export_reports_parity(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -81,7 +82,7 @@ def test_export_says_how_far_it_is_from_pytorch(
     assert [size.dim_param for size in sizes] == ["batch", "", "height", "width"]
 
 
-def test_the_card_tells_what_a_stranger_must_know(trained: Path) -> None:
+def test_model_card(trained: Path) -> None:
     assert overfly("export", trained, "--no-labels", "--quiet", "--name", "told", "--images", "1") == 0
     card = (trained / "exports" / "told.md").read_text()
     for said in (
@@ -95,7 +96,7 @@ def test_the_card_tells_what_a_stranger_must_know(trained: Path) -> None:
     assert not re.search(r"(?<![\w.:])/(home|tmp|root|work)/", card)
 
 
-def test_images_smaller_than_a_tile_and_of_a_folder(trained: Path) -> None:
+def test_fixed_tiles(trained: Path) -> None:
     assert overfly("export", trained, "--size", "96", "--images", "2", "--quiet") == 0
     predictor = load_predictor(trained / "exports" / "lraspp_mobilenet_v2-onnx-32-96.onnx")
     assert predictor.metadata.fixed
@@ -138,13 +139,16 @@ def test_the_commands_of_the_guides_run(page: str, trained: Path, tmp_path: Path
     monkeypatch.setitem(TOLERANCES, "int8", loose)  # after three steps all classes are as likely
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "NAME").symlink_to(trained)
-    network, share = "lraspp_mobilenet_v2", f"file://{tmp_path}/hub"
+    network = "lraspp_mobilenet_v2"
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     monkeypatch.setattr(shipping, "CALIBRATION", 2)
-    quick = {"export": ["--images", "1", "--no-labels"]}
-    for words in commands(page):
-        filled = [word.replace("pidnet_s", network).replace("me/aerial-pidnet", share) for word in words]
-        tiles = ["--size", "64"] if "torch" in words else []  # tracing any size takes ten times as long
-        assert overfly(*filled, *quick.get(words[0], []), *tiles) == 0, words
+    quick: dict[str, list[str]] = {"export": ["--images", "1", "--no-labels"]}
+    with fake_hub() as address:
+        quick["hub"] = ["--endpoint", address]
+        for words in commands(page):
+            filled = [word.replace("pidnet_s", network) for word in words]
+            tiles = ["--size", "64"] if "torch" in words else []  # tracing any size takes ten times as long
+            assert overfly(*filled, *quick.get(words[0], []), *tiles) == 0, words
     if page == "qgis.md":
         assert (trained / "exports" / f"{network}-onnx-32-512.onnx").is_file()
     else:
