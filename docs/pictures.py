@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from overfly.data.domain import Domain
-from overfly.evaluation.panels import comparison
-from overfly.evaluation.samples import Sample, Samples
+from overfly.evaluation.panels import comparison_figure
+from overfly.evaluation.score import Sample, Samples
 from overfly.evaluation.score import score
 from overfly.recipe import Recipe
 from overfly.training.run import Run
@@ -45,7 +45,7 @@ def main() -> None:
         for domain, place in zip((recipe.domain("source"), recipe.domain("target")), settings.places, strict=True)
     }
     PICTURE.parent.mkdir(exist_ok=True)
-    print(comparison(rows, recipe.domain("source").classes, PICTURE, side=256))
+    print(comparison_figure(rows, recipe.domain("source").classes, PICTURE, side=256))
 
 
 if __name__ == "__main__":

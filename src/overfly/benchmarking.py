@@ -16,7 +16,7 @@ from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim, Schedule
 from overfly.core.spec import Spec, Whole
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.samples import Samples
+from overfly.evaluation.score import Samples
 from overfly.evaluation.scores import Scores
 from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build

@@ -11,8 +11,8 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.panels import comparison, confusion_figure, displayed, panels
-from overfly.evaluation.samples import Sample
+from overfly.evaluation.panels import comparison_figure, confusion_figure, to_rgb, panels
+from overfly.evaluation.score import Sample
 
 CLASSES = Classes(names=("field", "house", "Straße"), colors=((10, 200, 30), (220, 20, 60), (40, 60, 250)))
 
@@ -65,7 +65,7 @@ def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
     first, second = _sample(), _sample()
     second.prediction[:] = 1
     rows = {"urban": {"before": first, "after": second}, "rural": {"before": _sample("c")}}
-    picture = _open(comparison(rows, CLASSES, tmp_path / "c.png", side=90))
+    picture = _open(comparison_figure(rows, CLASSES, tmp_path / "c.png", side=90))
     assert picture.shape[1] == 12 + 4 * 102
     assert _share(picture[:, -102:], CLASSES.colors[1]) > 0.15
     assert _share(picture[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colors[2]) > 0.35
@@ -73,9 +73,9 @@ def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
 
 def test_comparison_without_labels_has_no_column_for_them(tmp_path: Path) -> None:
     rows = {"rural": {"before": dataclasses.replace(_sample(), label=None), "after": _sample()}}
-    assert _open(comparison(rows, CLASSES, tmp_path / "a.png", side=90)).shape[1] == 12 + 4 * 102
+    assert _open(comparison_figure(rows, CLASSES, tmp_path / "a.png", side=90)).shape[1] == 12 + 4 * 102
     rows["rural"]["after"] = rows["rural"]["before"]
-    assert _open(comparison(rows, CLASSES, tmp_path / "b.png", side=90)).shape[1] == 12 + 3 * 102
+    assert _open(comparison_figure(rows, CLASSES, tmp_path / "b.png", side=90)).shape[1] == 12 + 3 * 102
 
 
 def test_large_pictures_make_no_large_sheets(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_large_pictures_make_no_large_sheets(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
 def test_any_sensor_can_be_shown(bands: int, kind: type[np.generic]) -> None:
     image = (np.random.default_rng(0).random((8, 9, bands)) * 200).astype(kind)
-    shown = displayed(image)
+    shown = to_rgb(image)
     assert shown.shape == (8, 9, 3)
     assert shown.dtype == np.uint8
     assert shown.max() > 150
@@ -95,10 +95,10 @@ def test_any_sensor_can_be_shown(bands: int, kind: type[np.generic]) -> None:
 
 def test_eight_bits_stay_as_they_are_and_others_are_stretched() -> None:
     eight = np.full((4, 4, 3), 7, np.uint8)
-    np.testing.assert_array_equal(displayed(eight), eight)
-    np.testing.assert_array_equal(displayed(eight[..., 0]), eight)
+    np.testing.assert_array_equal(to_rgb(eight), eight)
+    np.testing.assert_array_equal(to_rgb(eight[..., 0]), eight)
     sixteen = np.linspace(3000, 4000, 400).reshape(20, 20, 1).astype(np.uint16)
-    shown = displayed(sixteen)
+    shown = to_rgb(sixteen)
     assert shown.min() == 0
     assert shown.max() == 255
     assert abs(float(shown.mean()) - 127.5) < 2
@@ -106,19 +106,19 @@ def test_eight_bits_stay_as_they_are_and_others_are_stretched() -> None:
 
 def test_stated_bands_are_shown_and_others_refused() -> None:
     image = np.stack([np.full((3, 3), level, np.uint8) for level in (1, 2, 3, 4)], -1)
-    assert displayed(image, (3, 1, 0))[0, 0].tolist() == [4, 2, 1]
+    assert to_rgb(image, (3, 1, 0))[0, 0].tolist() == [4, 2, 1]
     with pytest.raises(ValueError, match="bands 0 to 3"):
-        displayed(image, (4, 1, 0))
+        to_rgb(image, (4, 1, 0))
 
 
 def test_holes_in_float_images_are_black() -> None:
     image = np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10, 1)
     image[0, 0] = np.nan
     image[0, 1] = np.inf
-    shown = displayed(image)
+    shown = to_rgb(image)
     assert shown[0, 0].tolist() == shown[0, 1].tolist() == [0, 0, 0]
     assert shown.max() == 255
-    assert displayed(np.full((3, 3, 1), np.nan)).max() == 0
+    assert to_rgb(np.full((3, 3, 1), np.nan)).max() == 0
 
 
 def test_confusion_is_drawn_row_by_row(tmp_path: Path) -> None:

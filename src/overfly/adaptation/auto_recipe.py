@@ -1,4 +1,4 @@
-"""A recipe for somebody's own folders: what it takes from the data, the machine and the time there is."""
+"""Recipes for two image folders, or a trained network and one folder, that fit a time budget on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,9 +19,11 @@ from lightning_fabric import Fabric
 from pydantic import ValidationError
 
 from overfly.core.atomic_files import atomic_write
+from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
-from overfly.core.settings import parse_yaml, validation_message
+from overfly.core.progress import print_status
+from overfly.core.settings import parse, validation_message
 from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.data.folder import Folder
 from overfly.data.headers import read_header
@@ -35,67 +36,111 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral, ScaleJitter
 from overfly.recipe import Recipe, load
-from overfly.training.engine import LossModule, TrainerConfig, launch_fabric
+from overfly.training.engine import Step, TrainerConfig, launch_fabric
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start
 
-BUDGET = "30m"
-"""The time that there is where nobody says."""
+DEFAULT_BUDGET = "30m"
+UNITS = {
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1),
+    **dict.fromkeys(("", "m", "min", "mins", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600),
+}
+"""Seconds of each unit of a budget."""
 CROPS = {"cpu": 256, "cuda": 512, "mps": 384}
-"""Largest crop by the kind of device, in pixels."""
+"""Largest crop by device type, in pixels."""
 BATCHES = {"cpu": 4, "cuda": 8, "mps": 4}
-"""Pictures of each domain in a step."""
-LOOKED_AT = 50
-"""Pictures whose sizes are read, and from which mean and standard deviation are estimated."""
-FEWEST, MOST = 50, 40_000
-"""Steps of one training below which nothing is learned, and above which little more is."""
-KEPT_BACK: dict[Split, float] = {"train": 0.85, "val": 0.15}
-"""Shares of the labeled pictures that are learned from and judged by."""
-PARTS = {1: {"source": 0.45, "adapted": 0.4}, 2: {"source": 0.25, "adapted": 0.29}}
-"""Shares of the time for source only and for each of one or two adaptations; the rest goes to reading, recalibration,
-looking and scoring."""
-OF_ONE_PLACE = ("root", "title", "images", "masks", "splits")
-"""Settings of a folder that the options give each of the two places."""
-RATE = 1e-3
-"""Learning rate of an adaptation from the source-only training that is proposed here; half of it costs a point of mIoU
-(docs/results/ablation.md). A network that somebody brings, of which nothing is known, learns at half."""
-WORTH = 150
-"""Steps of each of two adaptations below which the time is better spent on one."""
-WAYS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION))
-"""The two ways to adapt between folders of one's own: pasting source things in unchanged colors, and pasting nothing.
-On the synthetic world each wins in one direction by 8.8 points or more and loses in the other, and labels are not
-needed to tell which (docs/results/synthetic.md)."""
+"""Images of each domain per step, by device type."""
+SAMPLED_IMAGES = 50
+"""Images whose sizes are read, and from which mean and standard deviation are estimated."""
+MIN_STEPS, MAX_STEPS = 100, 40_000
+"""Bounds for the steps of each training. With fewer steps an adaptation learns nothing: 67 steps on real images did not
+change the predictions. More steps gain little."""
+MIN_STEPS_OF_TWO = 150
+"""With fewer steps for each of two variants, one is trained instead."""
+TIMING_SECONDS = 3.0
+"""Time after which no further step is timed."""
+SPLITS: dict[Split, float] = {"train": 0.85, "val": 0.15}
+"""Shares of the labeled images for training and validation."""
+BUDGET_SHARES = {1: {"source": 0.45, "adapted": 0.4}, 2: {"source": 0.25, "adapted": 0.29}}
+"""Shares of the budget for the source-only training and for each of one or two adaptations. The rest is for reading,
+recalibration, metrics and scores."""
+DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
+"""Settings of a folder that the options give for each domain."""
+LEARNING_RATE = 1e-3
+"""For adapting a source-only network that was trained by these recipes; half of it costs a point of mIoU
+(docs/results/ablation.md). Other networks are adapted with half of it."""
+VARIANTS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION))
+"""Adaptation with pasted source classes, and without. On the synthetic world each is better in one direction, by 8.8
+points or more (docs/results/synthetic.md), and label-free metrics tell which."""
 
 
-def seconds(budget: str) -> float:
-    """The seconds that ``90s``, ``10m`` or ``2h`` means.
+def parse_budget(budget: str) -> float:
+    """Seconds of a budget such as ``90s``, ``5min`` or ``2h``; a number without unit is in minutes.
 
     Raises:
-        RecipeError: it means none.
+        RecipeError: the text is not a duration above 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", budget.strip().lower())
-    if match is None or float(match[1]) == 0:
-        raise RecipeError(f"--budget {budget} is no time; write it as 90s, 10m or 2h")
-    return float(match[1]) * {"s": 1, "": 60, "m": 60, "h": 3600}[match[2]]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", budget.strip().lower())
+    if match is None or match[2] not in UNITS or float(match[1]) == 0:
+        raise RecipeError(f"--budget must be a duration such as 90s, 10min or 2h, got {budget!r}")
+    return float(match[1]) * UNITS[match[2]]
 
 
-def folder(title: str, images: Path, settings: Mapping[str, Any], masks: Path | None = None) -> Folder:
-    """The domain of a folder of images, with or without masks, its mean and standard deviation estimated.
+@dataclass(frozen=True)
+class FolderInputs:
+    """Image folders or patterns, and a file of classes or a trained network."""
+
+    source_images: Path | None = None
+    """Labeled images."""
+    source_masks: Path | None = None
+    """Their masks."""
+    target_images: Path | None = None
+    """Images to adapt to."""
+    classes: Path | None = None
+    """File of the classes."""
+    checkpoint: Path | None = None
+    """Run or weights, without source images."""
+
+    def check(self) -> None:
+        """Check that the options are complete.
+
+        Raises:
+            RecipeError: an option is missing, or ``checkpoint`` is combined with source options.
+        """
+        names = ("source_images", "source_masks", "target_images", "classes")
+        if self.checkpoint is not None:
+            names = ("target_images",)
+            if self.source_images or self.source_masks or self.classes:
+                raise RecipeError("--checkpoint replaces --source-images, --source-masks and --classes; leave these out")
+        missing = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is None]
+        if missing:
+            raise RecipeError(
+                f"{', '.join(missing)} missing: adapt needs a recipe; or --source-images, --source-masks, "
+                "--target-images and --classes; or --checkpoint and --target-images"
+            )
+
+
+def folder_domain(
+    title: str, images: Path, settings: Mapping[str, Any], masks: Path | None = None, settings_file: Path | None = None
+) -> Folder:
+    """The domain of an image folder, with mean and standard deviation estimated.
 
     Args:
-        title: what tables call it.
+        title: name in tables.
         images: folder or pattern.
-        settings: of the domain, such as classes.
+        settings: settings of the domain, such as classes.
         masks: folder or pattern.
+        settings_file: file of the settings, for messages.
 
     Raises:
-        OverflyError: there is nothing there, or it cannot be read.
+        OverflyError: a folder is missing, empty or cannot be read, or a setting is invalid.
     """
     for option, path in (("images", images), ("masks", masks)):
-        if path is not None and not any(mark in str(path) for mark in "*?[") and not path.is_dir():
-            raise DataError(f"{path} is no folder of {option}; give a folder, or a pattern in quotes")
+        if path is not None and not _is_pattern(path) and not path.is_dir():
+            raise DataError(f"{option}: {path} is not a folder; give a folder, or a pattern in quotes")
     root = Path(os.path.commonpath([path.absolute() for path in (images, masks) if path is not None]))
-    while any(mark in str(root) for mark in "*?["):
+    while _is_pattern(root):
         root = root.parent
     root = root.parent if root == images.absolute() else root
     paths = {"images": images, "masks": masks}
@@ -103,204 +148,218 @@ def folder(title: str, images: Path, settings: Mapping[str, Any], masks: Path | 
         key: str(path.absolute().relative_to(root)) for key, path in paths.items() if path is not None
     }
     try:
-        found = Folder(root=root, title=title, **{**settings, **values})
+        domain = Folder(root=root, title=title, **{**settings, **values})
     except ValidationError as error:
-        raise RecipeError(validation_message(error, f"the folder {images}")) from None
+        raise RecipeError(validation_message(error, str(settings_file or f"the folder {images}"))) from None
     if masks is not None:
-        found = _held_back(found, images)
-    if found.mean is not None:
-        return found
-    measured = statistics(found, "train", limit=LOOKED_AT)
-    return found.model_copy(
-        update={
-            "mean": tuple(round(v, 3) for v in measured.mean),
-            "std": tuple(round(max(v, 1e-3), 3) for v in measured.std),
-        }
-    )
+        domain = _split_off_validation(domain, images)
+    if domain.mean is not None:
+        return domain
+    measured = statistics(domain, "train", limit=SAMPLED_IMAGES)
+    mean = tuple(round(value, 3) for value in measured.mean)
+    std = tuple(round(max(value, 1e-3), 3) for value in measured.std)
+    return domain.model_copy(update={"mean": mean, "std": std})
 
 
-def _held_back(place: Folder, images: Path) -> Folder:
-    """A folder with pictures held back to judge by, at least one, drawn by the first seed that leaves some for both.
+def _is_pattern(path: Path) -> bool:
+    return any(mark in str(path) for mark in "*?[")
+
+
+def _split_off_validation(domain: Folder, images: Path) -> Folder:
+    """The domain with `SPLITS`, drawn with the first seed for which both splits have an image.
 
     Raises:
-        RecipeError: there is one picture.
+        RecipeError: there is one image.
     """
-    if len(place.items("train")) < 2:
-        raise RecipeError(
-            f"{images} holds one picture, and what is learned is judged by another; cut it and its mask into several"
-        )
-    seed = place.seed
+    if len(domain.items("train")) < 2:
+        raise RecipeError(f"{images} has 1 image, and training and validation need one each; cut it into several")
+    seed = domain.seed
     while True:
-        found = place.model_copy(update={"seed": seed, "splits": KEPT_BACK})
+        divided = domain.model_copy(update={"seed": seed, "splits": SPLITS})
         with suppress(DataError):  # a share takes none
-            if found.items("train") and found.items("val"):
-                return found
+            if divided.items("train") and divided.items("val"):
+                return divided
         seed += 1
 
 
-def classes_of(file: Path) -> dict[str, Any]:
-    """Settings of a folder from a file of classes: names, names with colors, or settings with ``classes`` among them.
+def read_classes(file: Path) -> dict[str, Any]:
+    """Settings of a folder domain from a YAML file: class names, colors by name, or settings with ``classes``.
 
     Raises:
-        RecipeError: the file is missing or holds none of these.
+        RecipeError: the file is missing, or holds something else.
     """
     if not file.is_file():
-        fault = "is no file" if file.exists() else "is not there"
-        raise RecipeError(f"{file} {fault}; give a YAML file of classes, such as {{building: [255, 0, 0], …}}")
+        raise RecipeError(f"--classes: {file} is not a file; give a YAML file such as {{building: [255, 0, 0], …}}")
     try:
-        held = parse_yaml(file.read_text(encoding="utf-8"))
+        values = parse(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{file} cannot be read as YAML ({reason}); correct it and try again") from None
-    if isinstance(held, list) and held:
-        return {"classes": held}
-    if not isinstance(held, dict) or not held:
-        raise RecipeError(f"{file} holds no classes; write a list of names, or a name and its color a line")
-    if "classes" not in held:
-        return {"classes": held}
-    if held.get("name", "folder") != "folder":
-        raise RecipeError(f"{file} speaks of the domain {held['name']}, and adapt reads folders; take the name out")
-    said = [str(key) for key in held if key in OF_ONE_PLACE]
-    if said:
+        raise RecipeError(f"--classes: {file} is not valid YAML: {' '.join(str(error).split())}") from None
+    settings = values if isinstance(values, dict) and "classes" in values else {"classes": values}
+    try:
+        Classes.model_validate(settings["classes"])
+        if not settings["classes"]:
+            raise ValueError("no class")
+    except ValueError:  # pydantic's ValidationError is one
         raise RecipeError(
-            f"{file} says {', '.join(said)}, and it is read for both places, each of which the options say; take that "
-            "out, or write a recipe"
+            f"--classes: {file} must hold a list of names, such as [building, road], or a color for each name, such as "
+            f"{{building: [255, 0, 0], road: [0, 0, 255]}}; got {str(settings['classes'])[:80]}"
+        ) from None
+    if settings.get("name", "folder") != "folder":
+        raise RecipeError(f"--classes: {file} names the domain {settings['name']}; only settings of folder are allowed")
+    reserved = [str(key) for key in settings if key in DOMAIN_SETTINGS]
+    if reserved:
+        raise RecipeError(
+            f"--classes: {file} sets {', '.join(reserved)}, which the options give for source and target; remove them, "
+            "or write a recipe"
         )
-    return {str(key): value for key, value in held.items() if key != "name"}
+    return {str(key): value for key, value in settings.items() if key != "name"}
 
 
-def crop_for(domains: list[Domain], device: torch.device) -> int:
-    """Side of the crop: as large as device and pictures allow, a multiple of 32, 64 at least."""
+def checkpoint_settings(checkpoint: Path) -> dict[str, Any]:
+    """Classes, bands and max_value of a trained network, as settings of a folder domain."""
+    network = Segmenter.load(resolve_start(checkpoint))
+    return {"classes": network.classes, "bands": network.bands, "max_value": network.max_value}
+
+
+def choose_crop(domains: list[Domain], device: torch.device) -> int:
+    """Crop that device and median image size allow: a multiple of 32, 64 or more."""
     sides = []
     for domain in domains:
-        for item in sample_evenly(list(domain.items("train")), LOOKED_AT):
+        for item in sample_evenly(list(domain.items("train")), SAMPLED_IMAGES):
             if isinstance(item.image, Path):
-                size = read_header(item.image)
-                sides.append(min(size.height, size.width))
-    middle = sorted(sides)[len(sides) // 2] if sides else CROPS[device.type]
-    return max(64, min(CROPS.get(device.type, 256), middle) // 32 * 32)
+                header = read_header(item.image)
+                sides.append(min(header.height, header.width))
+    median = sorted(sides)[len(sides) // 2] if sides else CROPS[device.type]
+    return max(64, min(CROPS.get(device.type, 256), median) // 32 * 32)
 
 
-def propose(
+def propose_recipes(
     source: Domain | None,
     target: Domain,
     methods: Sequence[Method[Any]],
     overrides: Sequence[str],
     *,
-    start: Path | None,
+    checkpoint: Path | None,
     budget: float,
     fabric: Fabric,
-    notes: Path | None = None,
+    out: Path | None = None,
 ) -> list[Recipe]:
-    """Recipes whose trainings all fit a time on this machine.
+    """Recipes whose trainings fit a time budget on this machine.
 
     Args:
-        source: labeled images; None where the network alone is there.
+        source: labeled images; None if only a network is given.
         target: images to adapt to.
-        methods: how, in one way or in two; where the time is short, in the first alone.
-        overrides: settings to change; ways that they make alike are one. Steps that they set are not proposed.
-        start: run or weights to begin from; without it a source-only training comes first.
-        budget: seconds for everything.
-        fabric: launched; a few steps of each training are timed on its device.
-        notes: folder where steps are kept, so that the same proposal made again has the same; None keeps none.
+        methods: one or two variants; if the budget is short, only the first.
+        overrides: settings to change. Steps that are set here are not proposed.
+        checkpoint: run or weights to start from; None: a source-only network is trained first.
+        budget: seconds in all.
+        fabric: launched; steps are timed on its device.
+        out: folder where proposed steps are stored, so that the same proposal gives the same recipes; None: nowhere.
 
     Raises:
-        RecipeError: the time is too short, or a setting is unknown.
+        RecipeError: the budget is too short, or a setting is unknown.
     """
     device = fabric.device
-    crop = crop_for([domain for domain in (source, target) if domain is not None], device)
-    augment = (Dihedral(), ScaleJitter(), ColorJitter())
+    crop = choose_crop([domain for domain in (source, target) if domain is not None], device)
     shared: dict[str, Any] = {
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(device.type, 4),
-        "augment": augment, "clip": 10.0,
+        "augment": (Dihedral(), ScaleJitter(), ColorJitter()), "clip": 10.0,
     }  # fmt: skip
-    if start is not None and not start.is_dir():  # of a run its recipe tells
-        shared["model"] = Segmenter.load(start).architecture
-    first: Recipe | Path | None = start
-    if source is not None and start is None:
-        first = Recipe(**shared, model="pidnet_s", method=SourceOnly(), optim=AdamW(lr=2e-3))
-    optim = AdamW(lr=RATE if isinstance(first, Recipe) else RATE / 2)
-    made = [load(Recipe(**shared, start=first, method=each, optim=optim), *overrides) for each in methods]
-    ways = [way for place, way in enumerate(made) if way not in made[:place]]
-    steps = _kept_steps(ways, budget, fabric, notes)
-    return [_lengthened(way, steps, overrides) for way in ways[: steps["ways"]]]
+    if checkpoint is not None and not checkpoint.is_dir():  # the recipe of a run gives its model
+        shared["model"] = Segmenter.load(checkpoint).architecture
+    start: Recipe | Path | None = checkpoint
+    if source is not None and checkpoint is None:
+        start = Recipe(**shared, model="pidnet_s", method=SourceOnly(), optim=AdamW(lr=2e-3))
+    optim = AdamW(lr=LEARNING_RATE if isinstance(start, Recipe) else LEARNING_RATE / 2)
+    recipes = [load(Recipe(**shared, start=start, method=method, optim=optim), *overrides) for method in methods]
+    recipes = [recipe for index, recipe in enumerate(recipes) if recipe not in recipes[:index]]
+    steps = _propose_steps(recipes, budget, fabric, out)
+    return [_with_steps(recipe, steps, overrides) for recipe in recipes[: steps["variants"]]]
 
 
-def _lengthened(way: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
-    """A recipe with its steps and what hangs on them: without a warm-up the first steps undo what was learned."""
-    images = len(way.source.items("train")) if way.epochs and way.source is not None else 0
-    count = way.length(images) if _given(way) else steps["adapted"]
-    method = way.method
+def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
+    """A recipe with its steps, and the warm-up and ramp that depend on them."""
+    images = len(recipe.source.items("train")) if recipe.epochs and recipe.source is not None else 0
+    count = recipe.length(images) if _has_length(recipe) else steps["adapted"]
+    method, start = recipe.method, recipe.start
     if isinstance(method, MultiscaleSelfTraining):
         method = method.model_copy(update={"ramp_steps": max(1, count // 3)})
-    schedule = Poly(power=1.0, warmup=max(1, count // 10))
-    first = way.start
-    if isinstance(first, Recipe) and not _given(first):
-        first = first.model_copy(update={"steps": steps["source"]})
-    found = way.model_copy(update={"start": first, "schedule": schedule, "method": method})
-    return load(found if _given(way) else found.model_copy(update={"steps": count}), *overrides)
+    if isinstance(start, Recipe) and not _has_length(start):
+        start = start.model_copy(update={"steps": steps["source"]})
+    update: dict[str, Any] = {
+        "start": start, "schedule": Poly(power=1.0, warmup=max(1, count // 10)), "method": method
+    }  # fmt: skip
+    if not _has_length(recipe):
+        update["steps"] = count
+    return load(recipe.model_copy(update=update), *overrides)
 
 
-def _given(recipe: Recipe) -> bool:
-    """Whether the length of a training was said, and is not to be proposed."""
+def _has_length(recipe: Recipe) -> bool:
     return bool(recipe.steps or recipe.epochs)
 
 
-def _kept_steps(ways: Sequence[Recipe], budget: float, fabric: Fabric, notes: Path | None) -> dict[str, int]:
-    """Steps of each training and the number of ways, as they were proposed before for the same, or timed now."""
-    asked = json.dumps([[way.model_dump(mode="json") for way in ways], budget, fabric.device.type], sort_keys=True)
-    file = notes and notes / f".adapt-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
-    with suppress(OSError, ValueError):
+def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out: Path | None) -> dict[str, int]:
+    """Number of variants, and steps of each training: stored for the same recipes and budget, or timed now."""
+    key = json.dumps([[each.model_dump(mode="json") for each in recipes], budget, fabric.device.type], sort_keys=True)
+    file = out and out / f".adapt-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError, KeyError):
         if file is not None:
-            held = json.loads(file.read_text(encoding="utf-8"))
-            return {name: int(held[name]) for name in ("ways", *(key for key in ("adapted", "source") if key in held))}
-    first, count = ways[0].start, len(ways)
-    times = {} if _given(ways[0]) else {"adapted": max(step_seconds(way, fabric) for way in ways)}
-    if isinstance(first, Recipe) and not _given(first):
-        times["source"] = step_seconds(first, fabric)
-    if count > 1 and _counts(budget, times, 2).get("adapted", WORTH) < WORTH:
-        count = 1
-    found = {"ways": count, **_steps(budget, times, count)}
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return {"variants": int(stored.pop("variants")), **{name: int(value) for name, value in stored.items()}}
+    start, variants = recipes[0].start, len(recipes)
+    times = {}
+    if isinstance(start, Recipe) and not _has_length(start):
+        times["source"] = time_step(start, fabric)
+    if not _has_length(recipes[0]):
+        times["adapted"] = max(time_step(recipe, fabric) for recipe in recipes)
+    if variants > 1 and _fitting_steps(budget, times, 2).get("adapted", MIN_STEPS_OF_TWO) < MIN_STEPS_OF_TWO:
+        variants = 1
+    steps = _fitting_steps(budget, times, variants)
+    if steps and min(steps.values()) < MIN_STEPS:
+        raise RecipeError(_budget_message(budget, times, steps, variants, recipes[0]))
+    steps = {"variants": variants, **steps}
     if times and file is not None and fabric.is_global_zero:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as part:
-            part.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    return found
-
-
-def _counts(budget: float, times: Mapping[str, float], ways: int) -> dict[str, int]:
-    """Steps of each training that fit a time, with so many adaptations."""
-    return {name: min(MOST, int(PARTS[ways][name] * budget / each)) for name, each in times.items()}
-
-
-def _steps(budget: float, times: Mapping[str, float], ways: int) -> dict[str, int]:
-    """Steps of each training that fit a time.
-
-    Raises:
-        RecipeError: the time is too short.
-    """
-    steps = _counts(budget, times, ways)
-    if steps and min(steps.values()) < FEWEST:
-        need = max(FEWEST * each / PARTS[ways][name] for name, each in times.items())
-        raise RecipeError(
-            f"--budget {budget:g}s is too short for {FEWEST} steps of each training here; give "
-            f"{int(need / 60) + 1}m or more"
-        )
+            part.write_text(json.dumps(steps) + "\n", encoding="utf-8")
+            part.replace(file)
     return steps
 
 
-def step_seconds(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
-    """Seconds of one step of a recipe on this device: forward and backward, after one to warm up, the median."""
-    file = None
-    if isinstance(recipe.start, Path):
-        file = resolve_start(recipe.start)
-    setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), file)
-    module = fabric.to_device(LossModule(recipe.method, setup.nets))
+def _fitting_steps(budget: float, times: Mapping[str, float], variants: int) -> dict[str, int]:
+    """Steps of each training that fit a budget, from seconds per step."""
+    shares = BUDGET_SHARES[variants]
+    return {name: min(MAX_STEPS, int(shares[name] * budget / seconds)) for name, seconds in times.items()}
+
+
+def _budget_message(
+    budget: float, times: Mapping[str, float], steps: Mapping[str, int], variants: int, recipe: Recipe
+) -> str:
+    """What does not fit a budget, and what would: a longer one, a smaller crop or a lighter network."""
+    fitting = " and ".join(f"{count} {'source-only' if name == 'source' else name} steps" for name, count in steps.items())
+    needed = max(MIN_STEPS * seconds / BUDGET_SHARES[variants][name] for name, seconds in times.items())
+    advice = [f"--budget {int(needed / 60) + 1}m"]
+    crop = int(recipe.crop * (min(steps.values()) / MIN_STEPS) ** 0.5) // 32 * 32
+    if crop >= 64:
+        advice.append(f"crop={crop} window={crop}")
+    if recipe.model.name != "lraspp_mobilenet_v2" and recipe.source is not None:
+        advice.append("model=lraspp_mobilenet_v2")
+    return (
+        f"--budget of {budget:g} s is too short: it fits {fitting} on this machine, and each training needs at least "
+        f"{MIN_STEPS}; use {', or '.join(advice)}"
+    )
+
+
+def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
+    """Median seconds of a recipe's training step on this device, after one step of warm-up."""
+    start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
+    setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
+    module = fabric.to_device(Step(recipe.method, setup.nets))
     module.train()
-    found = []
+    seconds: list[float] = []
     for number in range(repeats + 1):
-        begun = time.monotonic()
-        batch = setup.batches[number]
+        started = time.monotonic()
+        batch = setup.steps[number]
         if isinstance(batch, Exception):
             raise batch
         module.batch = fabric.to_device(batch)
@@ -309,79 +368,56 @@ def step_seconds(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
             torch.autograd.backward(torch.stack(list(losses.values())).sum())
         if fabric.device.type == "cuda":
             torch.cuda.synchronize(fabric.device)
-        found.append(time.monotonic() - begun)
-    return sorted(found[1:])[repeats // 2]
+        seconds.append(time.monotonic() - started)
+        if number and sum(seconds) > TIMING_SECONDS:
+            break
+    timed = sorted(seconds[1:])
+    return timed[len(timed) // 2]
 
 
-def classes_from(start: Path) -> dict[str, Any]:
-    """The classes and bands of a trained network, as settings of a folder."""
-    network = Segmenter.load(resolve_start(start))
-    return {"classes": network.classes, "bands": network.bands, "max_value": network.max_value}
-
-
-@dataclass(frozen=True)
-class Own:
-    """What somebody has: A with masks, or a network trained on it, and B."""
-
-    images_a: Path | None = None
-    """Folder or pattern of the labeled images."""
-    masks_a: Path | None = None
-    """Folder or pattern of their masks."""
-    images_b: Path | None = None
-    """Folder or pattern of the images to adapt to."""
-    classes: Path | None = None
-    """File of the classes."""
-    start: Path | None = None
-    """Run or weights, where the source's imagery is not there."""
-
-    def see(self) -> None:
-        """Refuse what does not make a whole.
-
-        Raises:
-            RecipeError: something is missing, or too much is given.
-        """
-        given = {name for name in ("images_a", "masks_a", "images_b", "classes", "start") if getattr(self, name)}
-        if given not in ({"images_a", "masks_a", "images_b", "classes"}, {"images_b", "start"}):
-            raise RecipeError(
-                "adapt needs a recipe; or --source-images, --source-masks, --target-images and --classes; "
-                "or --checkpoint and --target-images"
-            )
-
-
-def of_folders(
-    own: Own, budget: str | None, config: TrainerConfig, overrides: Sequence[str] = (), out: Path | None = None
+def folder_recipes(
+    inputs: FolderInputs,
+    budget: str | None,
+    config: TrainerConfig,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
 ) -> list[Recipe]:
-    """The recipes for two folders of one's own, or for a trained network and one folder.
+    """Recipes for two image folders, or for a trained network and one folder.
 
     Args:
-        own: the folders.
-        budget: the time there is, such as 10m; None: `BUDGET`.
-        config: with the device that it is for.
-        overrides: settings to change in them.
-        out: folder of the runs, where steps are kept for the same command again; None keeps none.
+        inputs: the folders.
+        budget: time such as 10m; None: `DEFAULT_BUDGET`.
+        config: the device.
+        overrides: settings to change.
+        out: folder of the runs, where proposed steps are stored; None: nowhere.
 
     Raises:
-        OverflyError: something is missing, cannot be read, or the time is too short.
+        OverflyError: an option is missing, a folder cannot be read, or the budget is too short.
     """
-    own.see()
-    budget = budget or BUDGET
-    there_is = seconds(budget)
-    settings = classes_of(own.classes) if own.classes is not None else {}
-    if own.start is not None:
-        settings = classes_from(own.start)
-    source = folder("A", own.images_a, settings, own.masks_a) if own.images_a is not None else None
-    target = folder("B", own.images_b or Path(), settings)
-    methods: Sequence[Method[Any]] = WAYS if source is not None else (SourceFree(),)
-    first: Method[Any] = SourceOnly() if source is not None else methods[0]
-    fabric = launch_fabric(Recipe(target=target, start=own.start, source=source, method=first), config)
-    found = propose(source, target, methods, overrides, start=own.start, budget=there_is, fabric=fabric, notes=out)
-    if fabric.is_global_zero and not config.quiet:
-        before, each = found[0].start, _length(found[0])
-        first_of_all = f"{_length(before)} of source only, then " if isinstance(before, Recipe) else ""
-        then = f"{len(found)} ways to adapt of {each} each" if len(found) > 1 else f"{each} of adaptation"
-        print(f"in {budget}: {first_of_all}{then}", file=sys.stderr, flush=True)
-    return found
+    inputs.check()
+    budget = budget or DEFAULT_BUDGET
+    seconds = parse_budget(budget)
+    checkpoint, images, file = inputs.checkpoint, inputs.source_images, inputs.classes
+    settings = checkpoint_settings(checkpoint) if checkpoint is not None else read_classes(file or Path())
+    print_status("reading images", quiet=config.quiet)
+    source = folder_domain("A", images, settings, inputs.source_masks, file) if images is not None else None
+    target = folder_domain("B", inputs.target_images or Path(), settings, settings_file=file)
+    methods: Sequence[Method[Any]] = VARIANTS if source is not None else (SourceFree(),)
+    method: Method[Any] = SourceOnly() if source is not None else methods[0]
+    fabric = launch_fabric(Recipe(target=target, start=checkpoint, source=source, method=method), config)
+    quiet = config.quiet or not fabric.is_global_zero
+    print_status("timing training steps", quiet=quiet)
+    recipes = propose_recipes(
+        source, target, methods, overrides, checkpoint=checkpoint, budget=seconds, fabric=fabric, out=out
+    )
+    before, length = recipes[0].start, _length_text(recipes[0])
+    first = f"{_length_text(before)} source only, then " if isinstance(before, Recipe) else ""
+    print_status(f"in {budget}: {first}{len(recipes)} x {length} of adaptation", quiet=quiet)
+    return recipes
 
 
-def _length(recipe: Recipe) -> str:
+def _length_text(recipe: Recipe) -> str:
     return f"{recipe.epochs:g} epochs" if recipe.epochs else f"{recipe.steps} steps"
+
+
+__all__ = ["FolderInputs", "folder_recipes", "parse_budget", "propose_recipes", "read_classes"]

@@ -1,10 +1,9 @@
-"""Do no harm: whether a network that was adapted without labels may take the place of the one it came from.
+"""Accept or reject adapted networks without target labels, by comparison with the network before adaptation.
 
-Adaptation often ends worse than where it began, and no single label-free figure shows it: a network that has exchanged
-two classes is as sure and as consistent as before, one that has collapsed is surer. So the gate asks several questions,
-each against the network before adaptation, and one answer against it is enough to refuse. One more is asked of that
-network alone: whether the target shows what it has learned at all. Since it is as unsteady where it is bad as where the
-pictures are strange, one is asked too who learns from what it says (`overfly.adaptation.reverse_validation`).
+No single label-free metric detects every failure: a network with two classes exchanged is as confident and consistent
+as before, and a collapsed one more so. So the gate combines several checks, and one failed check rejects a candidate.
+Two more checks concern the target images: whether they are familiar to the network before adaptation, and whether its
+predictions on them teach the source's classes (`overfly.adaptation.reverse_validation`).
 """
 
 from __future__ import annotations
@@ -14,159 +13,166 @@ from collections.abc import Mapping
 
 from overfly.core.spec import Share, Spec
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
-from overfly.evaluation.perturbations import geometric
+from overfly.evaluation.perturbations import geometric_perturbations
 
-STRANGE = (
-    "the target may show other things than the classes, or lack some; if you have looked and it shows them, say "
-    "--skip-familiarity"
+UNFAMILIAR = (
+    "the target may show other objects than the source's classes, or lack some; if you have checked that it shows "
+    "them, pass --skip-familiarity"
 )
-GEOMETRIC = tuple(view.name for view in geometric())
+GEOMETRIC = tuple(perturbation.name for perturbation in geometric_perturbations())
 
 
 class Gate(Spec):
-    """What a network must hold to take the place of the one before adaptation."""
+    """Bounds that a candidate must meet to be accepted."""
 
-    source_loss: Share = 0.05
-    """mIoU on the source's held-out labels that may be lost: the network is to work in both places."""
-    agreement: Share = 0.25
-    """Least mIoU between its predictions on the target and those before adaptation, over the classes that either says.
-    Adaptation mends a part of the picture; where more than this has changed, classes were lost or exchanged, or the
-    network before was very bad."""
-    known: Share = 0.38
-    """How well the network before adaptation must know the target: how familiar it is (`familiarity`) times what its
-    labels of it teach of the source's classes (`overfly.adaptation.reverse_validation`). Pictures that show other
-    things than the classes turn any adaptation into invention."""
-    familiar: Share = 0.65
-    """How familiar it must be, instead, where the latter cannot be asked. 0 where somebody has looked: then nobody asks
-    what the target shows."""
-    sureness: Share = 0.05
-    """Nuclear norm of its probabilities on the target, from sure and of many classes down to unsure or of few, that may
-    be lost. Labels that contradict each other leave a network unsure, however consistent it is."""
-    margin: Share = 0.02
-    """How much more consistent, on average under cover and under other views, it must be on the target. Self-training
-    that won gained 2.6 points and more of it in nearly all cases; three networks that won gained about 1, and are
-    refused, since as much comes from any further training."""
-    alike: Share = 0.02
+    max_source_loss: Share = 0.05
+    """Largest accepted loss of mIoU on the source's held-out labels."""
+    min_agreement: Share = 0.25
+    """Least mIoU between the predictions on the target before and after adaptation, over the classes that either
+    predicts. Below it, classes were lost or exchanged, or the network before adaptation was very bad."""
+    min_reverse_familiarity: Share = 0.38
+    """Least product of `familiarity` and `overfly.adaptation.reverse_validation`, both of the network before
+    adaptation. Images that show other objects than the classes cannot be adapted to."""
+    min_familiarity: Share = 0.65
+    """Least familiarity if reverse validation is not available."""
+    max_confidence_loss: Share = 0.05
+    """Largest accepted loss of the nuclear norm of the probabilities on the target. Contradictory pseudo-labels lower
+    it, however consistent the predictions are."""
+    min_consistency_gain: Share = 0.02
+    """Gain of `consistency` on the target that must be exceeded. In nearly all cases self-training that won gained 2.6
+    points or more; three networks that won gained about 1, and are rejected, since any further training gains as
+    much."""
+    tolerance: Share = 0.02
     """Difference in `geometric_consistency` on the target below which two networks count as equal."""
+    skip_familiarity: bool = False
+    """Skip familiarity and reverse validation, for target images that a user has checked."""
 
     def rejections(self, before: LabelFreeMetrics, after: LabelFreeMetrics) -> tuple[str, ...]:
-        """What speaks against a network, as sentences; empty where nothing does.
+        """Reasons to reject a network; empty if it is accepted.
 
         Args:
-            before: figures of the network before adaptation.
-            after: figures of the adapted one on the same pictures, its ``agreement`` taken with that network.
+            before: metrics of the network before adaptation.
+            after: metrics of the adapted network on the same images, its ``agreement`` with the former.
         """
-        found = []
+        reasons = []
         if before.source_miou is not None and after.source_miou is not None:
-            lost = before.source_miou - after.source_miou
-            if lost > self.source_loss:
-                found.append(
-                    f"it loses {100 * lost:.1f} points of mIoU on the source's held-out labels, more than "
-                    f"{100 * self.source_loss:g}"
-                )
-        if after.agreement is not None and after.agreement < self.agreement:
-            found.append(
-                f"on the target it agrees with the network before adaptation by {100 * after.agreement:.1f} % mIoU "
-                f"alone, less than {100 * self.agreement:g}"
+            loss = before.source_miou - after.source_miou
+            if loss > self.max_source_loss:
+                reasons.append(f"source mIoU falls by {_points(loss)} points, more than {_points(self.max_source_loss)}")
+        if after.agreement is not None and after.agreement < self.min_agreement:
+            reasons.append(
+                f"agreement with the source-only predictions on the target is {_points(after.agreement)} % mIoU, less "
+                f"than {_points(self.min_agreement)} %"
             )
-        if (unsure := before.nuclear_norm - after.nuclear_norm) > self.sureness:
-            found.append(
-                f"on the target it is less sure of its classes, or of fewer, than the network before adaptation, by "
-                f"{100 * unsure:.1f} points of nuclear norm, more than {100 * self.sureness:g}"
+        loss = before.nuclear_norm - after.nuclear_norm
+        if loss > self.max_confidence_loss:
+            reasons.append(
+                f"confidence on the target (nuclear norm) falls by {_points(loss)} points, more than "
+                f"{_points(self.max_confidence_loss)}"
             )
-        gained = consistency(after) - consistency(before)
-        if gained <= self.margin:
-            found.append(
-                f"its predictions on the target are not clearly more consistent ({100 * consistency(after):.1f} % mIoU "
-                f"under cover and other views, {100 * consistency(before):.1f} before)"
+        gain = consistency(after) - consistency(before)
+        if gain <= self.min_consistency_gain:
+            reasons.append(
+                f"consistency on the target changes from {_points(consistency(before))} to "
+                f"{_points(consistency(after))} % mIoU, a gain of {_points(gain)} points; more than "
+                f"{_points(self.min_consistency_gain)} is required"
             )
-        return tuple(found)
+        return tuple(reasons)
 
-    def unfamiliar(self, familiar: float | None, reverse_validation: float | None = None) -> tuple[str, ...]:
-        """What speaks against any adaptation to these pictures, as a sentence.
+    def unfamiliar(self, familiarity: float | None, reverse_validation: float | None = None) -> tuple[str, ...]:
+        """Reasons to reject every adaptation to the target images; empty if there are none.
 
         Args:
-            familiar: how familiar the target is to the network before adaptation; none: nobody can tell.
-            reverse_validation: what its labels of the target teach of the source's classes; none: nobody can tell.
+            familiarity: of the target to the network before adaptation; None: unknown.
+            reverse_validation: score of the network's predictions on the target; None: unknown.
         """
-        if familiar is None or not self.familiar:
+        if familiarity is None or self.skip_familiarity:
             return ()
-        share = f"{100 * familiar:.1f} % as familiar to the network before adaptation as the source's"
         if reverse_validation is None:
-            few = f"the target's pictures are only {share}, less than {100 * self.familiar:g}: {STRANGE}"
-            return (few,) if familiar < self.familiar else ()
-        if (known := familiar * reverse_validation) >= self.known:
+            if familiarity >= self.min_familiarity:
+                return ()
+            return (
+                f"familiarity of the target is {_points(familiarity)} %, less than {_points(self.min_familiarity)} %: "
+                f"{UNFAMILIAR}",
+            )
+        product = familiarity * reverse_validation
+        if product >= self.min_reverse_familiarity:
             return ()
         return (
-            f"the target's pictures are {share}, and its labels of them teach {100 * reverse_validation:.1f} % of what "
-            f"the source's own labels teach of its classes, {100 * known:.1f} % together, less than "
-            f"{100 * self.known:g}: {STRANGE}",
+            f"familiarity of the target is {_points(familiarity)} % and its reverse validation "
+            f"{_points(reverse_validation)} %; their product, {_points(product)} %, is less than "
+            f"{_points(self.min_reverse_familiarity)} %: {UNFAMILIAR}",
         )
 
-    def refusals(
+    def all_rejections(
         self,
-        before: str,
+        baseline: str,
         metrics: Mapping[str, LabelFreeMetrics],
-        familiar: float | None = None,
+        familiarity: float | None = None,
         reverse_validation: float | None = None,
     ) -> dict[str, tuple[str, ...]]:
-        """What speaks against each network but the one before adaptation, as sentences; empty where nothing does.
+        """Reasons to reject each network except the one before adaptation; empty for accepted networks.
 
         Args:
-            before: name of the network before adaptation.
+            baseline: name of the network before adaptation.
             metrics: of all networks, by name.
-            familiar: how familiar the target is to the network before adaptation; none: nobody can tell.
-            reverse_validation: what its labels of the target teach of the source's classes; none: nobody can tell.
+            familiarity: see `unfamiliar`.
+            reverse_validation: see `unfamiliar`.
         """
-        unfamiliar = self.unfamiliar(familiar, reverse_validation)
+        unfamiliar = self.unfamiliar(familiarity, reverse_validation)
         return {
-            name: unfamiliar + self.rejections(metrics[before], each)
+            name: unfamiliar + self.rejections(metrics[baseline], each)
             for name, each in metrics.items()
-            if name != before
+            if name != baseline
         }
 
 
-def select(before: str, metrics: Mapping[str, LabelFreeMetrics], alike: float) -> str:
-    """Of networks that nothing speaks against, the first that is about as steady on the target as the steadiest.
+def select(baseline: str, metrics: Mapping[str, LabelFreeMetrics], tolerance: float) -> str:
+    """Name of the first accepted network within ``tolerance`` of the highest geometric consistency on the target.
 
     Args:
-        before: name of the network before adaptation; returned where there is no other.
-        metrics: of the networks that nothing speaks against, by name, what to prefer where they are alike first.
-        alike: difference in steadiness below which networks are; `Gate.alike`.
+        baseline: name of the network before adaptation; returned if there is no other.
+        metrics: of the accepted networks, by name, preferred ones first.
+        tolerance: `Gate.tolerance`.
     """
-    steady = {name: geometric_consistency(each) for name, each in metrics.items() if name != before}
-    most = max(steady.values(), default=0.0)
-    return next((name for name, found in steady.items() if most - found < alike), before)
+    values = {name: geometric_consistency(each) for name, each in metrics.items() if name != baseline}
+    highest = max(values.values(), default=0.0)
+    return next((name for name, value in values.items() if highest - value < tolerance), baseline)
 
 
 def geometric_consistency(metrics: LabelFreeMetrics) -> float:
-    """Mean class-balanced consistency under the geometric views, 0 to 1.
+    """Mean class-balanced consistency under the geometric perturbations, 0 to 1.
 
-    Networks are only compared fairly by what all of them were taught alike. Methods differ in what they teach to
-    ignore: one changes colors, another covers or pastes, and each then stands firm under its own. Turns, mirrors and
-    sizes are taught by every recipe's augmentation, and change no pixel's value.
+    Candidates are compared by these alone: every recipe augments with rotations, flips and scales, while color changes,
+    masking and pasting are augmentations of some methods only, whose networks are more consistent under them.
     """
     return math.fsum(metrics.by_view[name] for name in GEOMETRIC) / len(GEOMETRIC)
 
 
 def consistency(metrics: LabelFreeMetrics) -> float:
-    """Mean of class-balanced consistency under cover and under other views, 0 to 1."""
+    """Mean of class-balanced consistency under masking and under mild perturbations, 0 to 1."""
     return (metrics.masked_miou + metrics.views_miou) / 2
 
 
-def familiarity(home: LabelFreeMetrics, away: LabelFreeMetrics) -> float:
-    """How steady and sure of many classes a network is away, as a share of what it is at home, 0 to 1.
+def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
+    """Consistency and confidence of a network on the target, relative to held-out source images, 0 to 1.
 
-    The product of two shares, neither counted above 1: of `geometric_consistency` and of the nuclear norm.
-    Under cover a network is steadier the plainer the ground, and under changed colors the more it was taught to
-    ignore them, whatever is shown; so these are left out.
+    The product of two ratios, each at most 1: of geometric consistency, summed over the classes that the network
+    predicts, and of the nuclear norm. Classes that it predicts on the source only therefore lower the first. Masking
+    and color changes are left out: consistency under them depends on how uniform the ground is, and on the
+    augmentation that the network was trained with.
 
     Args:
-        home: figures of a network on held-out pictures of the domain it learned from.
-        away: its figures elsewhere.
+        source: metrics on held-out images of the domain that the network was trained on, over the classes it predicts.
+        target: metrics on the target, over the classes it predicts.
     """
-    shares = ((geometric_consistency(away), geometric_consistency(home)), (away.nuclear_norm, home.nuclear_norm))
-    return math.prod(min(1.0, there / here) if here else 1.0 for there, here in shares)
+    one, two = (geometric_consistency(each) * sum(share > 0 for share in each.shares) for each in (source, target))
+    ratios = ((two, one), (target.nuclear_norm, source.nuclear_norm))
+    return math.prod(min(1.0, other / own) if own else 1.0 for other, own in ratios)
 
 
-__all__ = ["Gate", "consistency", "familiarity", "geometric_consistency", "select"]
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+__all__ = ["GEOMETRIC", "Gate", "consistency", "familiarity", "geometric_consistency", "select"]

@@ -1,105 +1,118 @@
-"""Choosing among runs and their kept checkpoints without target labels; and, for study, how well that went."""
+"""Rank runs and their kept checkpoints without target labels; optionally evaluate the ranking with labels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from overfly.adaptation.consensus import consensus
 from overfly.adaptation.estimate import Estimate, estimate
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.images import unlabeled_images
+from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.images import predict_scores, unlabeled_images
 from overfly.evaluation.label_free_metrics import (
-    DEFAULT_VALIDATORS,
     VALIDATORS,
     LabelFreeMetrics,
-    elect,
+    Validator,
+    balanced_miou,
     label_free_metrics,
 )
-from overfly.evaluation.ranking import best, regret, spearman
+from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
-from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
+from overfly.training.evaluate import evaluate_domain, labeled, stored_scores
 from overfly.training.run import Run
-from overfly.training.validation import logged_source_miou
+from overfly.training.validation import source_miou_at
+
+DEFAULT_VALIDATORS: tuple[Validator, ...] = ("consensus", "masked_miou", "views_miou", "source_miou")
+"""Validators of the mean rank. The mean prediction of all candidates is usually better than any of them, and the one
+nearest to it errs least in ways of its own; fewer than three candidates have no consensus. Class-balanced consistency
+falls when predictions depend on what is masked or when classes are lost, but does not detect exchanged classes; source
+mIoU does, and knows nothing of the target. Left out: entropy, density and pixel agreement, which collapse maximizes;
+information and nuclear norm, which reward an even class distribution, also where the target's is uneven; agreement,
+which the reference itself maximizes."""
+MIN_CONSENSUS = 3
+"""Fewest networks with a consensus: two agree with their mean equally."""
 
 
 class Candidate(Spec):
-    """One network that could be chosen."""
+    """A network to choose from."""
 
     run: str
-    """Folder of its run."""
+    """Its run folder."""
     checkpoint: str
-    """``step N`` of a kept validation, ``final`` for what the run ended in, or both."""
+    """``step N`` for a kept checkpoint, ``final`` for the run's network, or both."""
     metrics: LabelFreeMetrics
-    """What can be said of it without target labels."""
-    committee: Share
-    """Mean rank over the committee's members, 1 for first with all."""
+    """Label-free metrics on the target."""
+    mean_rank: Share
+    """Mean rank over the validators: 1 for the first by all, 0 for the last by all."""
     estimate: Estimate | None = None
-    """Estimated target mIoU with its interval, where asked for. Not a measurement."""
-    truth: Share | None = None
-    """Target mIoU against labels, where a study opened them."""
+    """Estimated target mIoU with its interval, if requested; not a measurement."""
+    target_miou: Share | None = None
+    """Target mIoU from labels, if they were read."""
 
     @property
     def title(self) -> str:
-        """Run and checkpoint as words."""
+        """Run folder name and checkpoint."""
         return f"{Path(self.run).name}, {self.checkpoint}"
 
 
-class ValidatorAccuracy(Spec):
-    """How far one validator can be trusted, by a study with labels."""
+class ValidatorQuality(Spec):
+    """How well a validator ranks the candidates, from target labels."""
 
-    chosen: str
-    """What it chooses; the first of equals."""
+    best: str
+    """Its highest candidate; the first of equals."""
     correlation: float | None
-    """Spearman's rank correlation of its figure with the true target mIoU; none where one of them is constant."""
+    """Spearman's rank correlation with target mIoU; none if either is constant."""
     regret: float
-    """Best true mIoU of all candidates minus that of the chosen one."""
+    """Highest target mIoU of all candidates minus that of its highest candidate."""
 
 
 class Ranking(Spec):
-    """Candidates by every validator, and who is chosen."""
+    """Candidates, ranked by the mean rank over validators."""
 
     target: dict[str, Any]
-    """The target as a recipe names it."""
+    """The target, as in a recipe."""
     split: Split
-    """Split of its pictures that were looked at, without labels."""
-    members: tuple[str, ...]
-    """The committee."""
+    """Split of its images that metrics were computed on, without labels."""
+    validators: tuple[str, ...]
+    """Validators of the mean rank."""
     candidates: tuple[Candidate, ...]
-    """Best of the committee first."""
-    chosen: dict[str, str]
-    """What each validator chooses, the committee, and, with estimates, the mIoU that calibrated confidences expect: the
-    correction for shift, which differs from network to network, is too noisy to rank by."""
-    study: dict[str, ValidatorAccuracy] | None = None
-    """For each validator, how well it chose; where labels were opened for study."""
+    """Highest mean rank first."""
+    best: dict[str, str]
+    """Highest candidate by each validator, by mean rank and, with estimates, by expected mIoU before the correction for
+    shift, which is too noisy to rank by."""
+    quality: dict[str, ValidatorQuality] | None = None
+    """Quality of each validator, if target labels were read."""
     labels_opened: Whole
-    """Target labels that true scores rest on, read now or earlier: 0 unless it is a study."""
+    """Target labels behind the target mIoUs, read now or earlier; 0 without labels."""
 
 
 @dataclass(frozen=True)
 class TargetImages:
-    """Which pictures of the target are looked at, labels taken away, and where networks run."""
+    """The target images that metrics are computed on, and the device."""
 
     split: Split = "train"
     """Split of the target."""
     limit: int | None = 24
-    """How many, evenly spread."""
+    """Maximum number, evenly spaced."""
     crop: int | None = 512
-    """Longest side that is cut from their middle."""
+    """Side of the center crop."""
     device: torch.device | str = "cpu"
     """Where networks run."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Checkpoint:
     """A network on disk: of a run, at a kept step or its end."""
 
     run: Run
@@ -107,42 +120,51 @@ class Place:
     final: bool
 
     @property
-    def checkpoint(self) -> str:
-        """As `Candidate` names it."""
+    def name(self) -> str:
+        """See `Candidate.checkpoint`."""
         return "final" if self.step is None else f"step {self.step}{', final' if self.final else ''}"
 
+    def options(self, images: TargetImages) -> dict[str, Any]:
+        """Image options of `label_free_metrics` and `estimate`, with the recipe's window and resize."""
+        recipe = self.run.recipe
+        return {
+            "limit": images.limit, "crop": images.crop, "window": recipe.window, "resize": recipe.resize,
+            "device": images.device, "split": images.split,
+        }  # fmt: skip
 
-def gather(paths: Sequence[Path | str]) -> list[Run]:
-    """The runs that some folders mean: runs, or folders of runs, of which the unfinished are left out.
+
+def find_trained_runs(paths: Sequence[Path | str]) -> list[Run]:
+    """The runs in run folders or folders of runs, except those without weights.
 
     Raises:
-        RunError: a folder means none.
+        RunError: a folder has no run with weights.
     """
-    found: dict[Path, Run] = {}
-    for entry in map(Path, paths):
-        folder = not (entry / "recipe.yaml").is_file() and entry.is_dir()
-        runs = [Run(file.parent) for file in sorted(entry.glob("*/recipe.yaml"))] if folder else [Run.open(entry)]
-        runs = [run for run in runs if run.finished or run.validation_weights]
-        if not runs:
-            raise RunError(f"{entry} has no trained network to choose from; give finished runs or a folder of them")
-        found |= {run.path.resolve(): run for run in runs}
-    return list(found.values())
+    runs: dict[Path, Run] = {}
+    for path in map(Path, paths):
+        folder = not (path / "recipe.yaml").is_file() and path.is_dir()
+        found = [Run(file.parent) for file in sorted(path.glob("*/recipe.yaml"))] if folder else [Run.open(path)]
+        found = [run for run in found if run.finished or run.kept]
+        if not found:
+            raise RunError(f"{path} has no trained network; give finished runs or a folder of them")
+        runs |= {run.path.resolve(): run for run in found}
+    return list(runs.values())
 
 
-def places(runs: Sequence[Run]) -> list[Place]:
-    """Every network of some runs, each once: kept validations in order, then what the run ended in if it is another."""
-    found = []
+def list_checkpoints(runs: Sequence[Run]) -> list[Checkpoint]:
+    """Every network of some runs once: kept checkpoints in order, then the final one if it differs from these."""
+    checkpoints = []
     for run in runs:
-        own = [
-            Place(run, step, final=run.finished and _same(run.weights, file))
-            for step, file in run.validation_weights.items()
+        kept = [
+            Checkpoint(run, step, final=run.finished and _same_weights(run.weights, file))
+            for step, file in run.kept.items()
         ]
-        found += own if any(place.final for place in own) or not run.finished else [*own, Place(run, None, final=True)]
-    return found
+        if run.finished and not any(each.final for each in kept):
+            kept.append(Checkpoint(run, None, final=True))
+        checkpoints += kept
+    return checkpoints
 
 
-def _same(one: Path, other: Path) -> bool:
-    """Whether two files hold the same weights; their bytes may differ, for what describes them has no order."""
+def _same_weights(one: Path, other: Path) -> bool:
     first, second = (read_segmenter_file(file)[1] for file in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -150,193 +172,253 @@ def _same(one: Path, other: Path) -> bool:
 def rank(
     runs: Sequence[Run],
     *,
-    members: Sequence[str] = DEFAULT_VALIDATORS,
+    validators: Sequence[str] = DEFAULT_VALIDATORS,
     reference: Run | None = None,
     estimates: bool = False,
-    study: bool = False,
-    sight: TargetImages = TargetImages(),
+    with_labels: bool = False,
+    images: TargetImages = TargetImages(),
 ) -> Ranking:
-    """Rank networks without target labels.
+    """Rank the networks of runs without target labels.
 
     Args:
         runs: finished, or with kept checkpoints; all of one target.
-        members: validators that form the committee.
-        reference: a run whose network's predictions all are compared with (agreement), such as source-only.
-        estimates: estimate the target mIoU of each too; the source's labels are read for it.
-        study: open the target's labels in val, score each network on them, and say how well each validator chose.
-        sight: the pictures that are looked at.
+        validators: the validators of the mean rank.
+        reference: run whose network's predictions the metric agreement compares with, such as source only.
+        estimates: estimate each target mIoU too; source labels are read.
+        with_labels: read the target's val labels, score each network, and compute the quality of each validator.
+        images: the target images.
 
     Raises:
-        RecipeError: the runs have different targets or none, or a validator is unknown.
-        DataError: a study, and the target has no labels.
+        RecipeError: the runs have several targets or none, or a validator is unknown.
+        DataError: ``with_labels`` for a target without labels.
     """
-    _check_members(members)
-    target = target_of(runs)
-    if study and not has_labels(target, "val"):
-        raise DataError(
-            f"the target {target.title} has no labels in val, and a study needs them; leave out --with-labels"
-        )
-    compared = reference.segmenter() if reference is not None else None
-    if reference is not None and compared is not None:
-        _check_classes(reference, compared, target)
-    candidates = places(runs)
+    unknown = [name for name in validators if name not in VALIDATORS]
+    if unknown or not validators:
+        raise RecipeError(f"--validators must be of {', '.join(VALIDATORS)}; got {unknown[0] if unknown else 'none'}")
+    target = shared_target(runs)
+    if with_labels and not labeled(target, "val"):
+        raise DataError(f"the target {target.title} has no labels in val; leave out --with-labels")
+    reference_network = reference.segmenter() if reference is not None else None
+    if reference is not None and reference_network is not None:
+        _check_classes(reference, reference_network, target)
+    checkpoints = list_checkpoints(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
-    metrics, guesses, truths = [], [], []
-    for place in candidates:
-        network = place.run.segmenter(place.step)
-        _check_classes(place.run, network, target)
-        found = _looked(place, network, target, sight, compared)
-        source = _source_miou(place, sight.device) if same_source else None
-        metrics.append(found.model_copy(update={"source_miou": source}))
-        guesses.append(_estimated(place, network, target, sight) if estimates else None)
-        truths.append(_truth(place, target, sight.device) if study else None)
-    metrics = _with_consensus(candidates, metrics, target, sight)
-    votes = elect(metrics, members)
-    rows = zip(candidates, metrics, votes, guesses, truths, strict=True)
+    metrics, estimated, scored = [], [], []
+    for each in checkpoints:
+        network = each.run.segmenter(each.step)
+        _check_classes(each.run, network, target)
+        options = each.options(images)
+        source_miou = _source_miou(each, images.device) if same_source else None
+        found = label_free_metrics(network, target, reference=reference_network, **options)
+        metrics.append(found.model_copy(update={"source_miou": source_miou}))
+        source = each.run.recipe.source
+        estimable = estimates and source is not None and labeled(source, "val")
+        estimated.append(estimate(network, source, target, **options) if estimable and source is not None else None)
+        scored.append(_target_scores(each, target, images.device) if with_labels else None)
+    metrics = _with_consensus(checkpoints, metrics, target, images)
+    ranks = mean_ranks([each.by_validator() for each in metrics], validators)
     candidates = [
-        Candidate(run=str(place.run.path), checkpoint=place.checkpoint, metrics=figure, committee=vote,
-                  estimate=guess, truth=truth and (truth.miou or 0.0))
-        for place, figure, vote, guess, truth in rows
+        Candidate(run=str(each.run.path), checkpoint=each.name, metrics=found, mean_rank=share, estimate=guess,
+                  target_miou=scores and (scores.miou or 0.0))
+        for each, found, share, guess, scores in zip(checkpoints, metrics, ranks, estimated, scored, strict=True)
     ]  # fmt: skip
-    candidates.sort(key=lambda candidate: -candidate.committee)
+    candidates.sort(key=lambda candidate: -candidate.mean_rank)
     columns = _columns(candidates)
-    picked = {name: best(column) for name, column in columns.items()}
+    best = {name: highest(column) for name, column in columns.items()}
     return Ranking(
         target=target.model_dump(mode="json"),
-        split=sight.split,
-        members=tuple(members),
+        split=images.split,
+        validators=tuple(validators),
         candidates=tuple(candidates),
-        chosen={name: candidates[place].title for name, place in picked.items() if place is not None},
-        study=_trust(candidates, columns) if study else None,
-        labels_opened=sum(truth.labels_opened for truth in truths if truth is not None),
+        best={name: candidates[index].title for name, index in best.items() if index is not None},
+        quality=_quality(candidates, columns) if with_labels else None,
+        labels_opened=sum(scores.labels_opened for scores in scored if scores is not None),
     )
 
 
-def write(verdict: Ranking, out: Path) -> Path:
-    """Write ``validators.json`` into a folder.
+def write_ranking(ranking: Ranking, out: Path) -> Path:
+    """Write ``ranking.json`` into a folder.
 
     Raises:
-        RecipeError: the folder is a file.
+        RecipeError: ``out`` is a file.
     """
     if out.exists() and not out.is_dir():
-        raise RecipeError(f"{out} is a file; give a folder to write validators.json to")
+        raise RecipeError(f"--out {out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "validators.json"
-    file.write_text(verdict.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    file = out / "ranking.json"
+    with atomic_write(file) as part:
+        part.write_text(ranking.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        part.replace(file)
     return file
 
 
-def target_of(runs: Sequence[Run]) -> Domain:
-    """The one target of some runs; those without any do not matter.
+def shared_target(runs: Sequence[Run]) -> Domain:
+    """The one target of some runs; those without a target are ignored.
 
     Raises:
         RecipeError: they have several, or none.
     """
-    found = {str(run.recipe.target.model_dump(mode="json")): run for run in runs if run.recipe.target is not None}
-    if not found:
-        raise RecipeError("none of these runs has a target to choose for; train with one, under target in the recipe")
-    if len(found) > 1:
-        first, second = list(found.values())[:2]
-        raise RecipeError(
-            f"{first.path} and {second.path} have different targets, and figures on different pictures do not compare; "
-            "validate the runs of one target at a time"
-        )
-    return next(iter(found.values())).recipe.domain("target")
+    targets = {str(run.recipe.target.model_dump(mode="json")): run for run in runs if run.recipe.target is not None}
+    if not targets:
+        raise RecipeError("none of the runs has a target; set target in the recipe and train again")
+    if len(targets) > 1:
+        first, second = list(targets.values())[:2]
+        raise RecipeError(f"{first.path} and {second.path} have different targets; rank the runs of one target at a time")
+    return next(iter(targets.values())).recipe.domain("target")
 
 
-def _check_members(members: Sequence[str]) -> None:
-    unknown = [name for name in members if name not in VALIDATORS]
-    if unknown or not members:
-        named = f"no validator is called {unknown[0]!r}" if unknown else "a committee needs members"
-        raise RecipeError(f"{named}; there are: {', '.join(VALIDATORS)}")
+def mean_ranks(candidates: Sequence[Mapping[str, float | None]], validators: Sequence[str]) -> list[float]:
+    """Mean rank of each candidate over validators: 0 for the last by all, 1 for the first by all.
+
+    Each validator ranks all candidates, so scales do not matter; equal values share their mean rank. A validator
+    without a value for some candidate is left out; without any validator all candidates get 0.5.
+
+    Args:
+        candidates: values of each by validator, higher is better.
+        validators: names of the validators.
+    """
+    from scipy.stats import rankdata
+
+    columns = [[candidate.get(name) for candidate in candidates] for name in validators]
+    complete = [column for column in columns if all(value is not None for value in column)]
+    if len(candidates) < 2 or not complete:
+        return [0.5] * len(candidates)
+    shares = (rankdata(np.asarray(complete, np.float64), axis=1) - 1) / (len(candidates) - 1)
+    return [float(share) for share in np.mean(shares, axis=0)]
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, -1 to 1; None for fewer than two values or if either side is constant."""
+    from scipy.stats import spearmanr
+
+    if len(first) < 2 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    value = float(spearmanr(first, second).statistic)
+    return value if math.isfinite(value) else None
+
+
+def highest(values: Sequence[float | None]) -> int | None:
+    """Index of the highest value, the first of equals; None if there is none."""
+    return max((i for i, value in enumerate(values) if value is not None), key=lambda i: values[i] or 0.0, default=None)
+
+
+def consensus(
+    networks: Iterable[tuple[nn.Module, int | None]], images: Sequence[Tensor], device: torch.device | str = "cpu"
+) -> list[float | None]:
+    """Class-balanced mIoU of each network's predictions with those of the mean of all networks' probabilities.
+
+    Memory holds one network at a time, the mean, and a byte per pixel and network.
+
+    Args:
+        networks: networks, images (C, H, W) to `Logits`, each with its window size.
+        images: images (C, H, W) in the sensor's range.
+        device: where networks run.
+
+    Returns:
+        0 to 1 per network; None for each of fewer than three.
+    """
+    sums: list[Tensor] = []
+    predictions: list[list[Tensor]] = []
+    classes = 0
+    for network, window in networks:
+        own = []
+        with evaluation_mode(network.to(device)), torch.inference_mode():
+            for index, image in enumerate(images):
+                probability = predict_scores(network, image.to(device), window).softmax(0).cpu()
+                classes = len(probability)
+                if len(sums) == index:
+                    sums.append(torch.zeros_like(probability))
+                sums[index] += probability
+                own.append(probability.argmax(0).to(torch.uint8))
+        predictions.append(own)
+    if len(predictions) < MIN_CONSENSUS:
+        return [None] * len(predictions)
+    common = [total.argmax(0) for total in sums]
+    shares: list[float | None] = []
+    for own in predictions:
+        pair = Confusion.empty(classes)
+        for prediction, mean in zip(own, common, strict=True):
+            pair += Confusion.of(prediction, mean, classes)
+        shares.append(balanced_miou(pair))
+    return shares
 
 
 def _check_classes(run: Run, network: Segmenter, target: Domain) -> None:
     if network.classes.names != target.classes.names:
-        raise RecipeError(f"{run.path} tells other classes apart than the target {target.title}; leave it out")
-
-
-def _looked(
-    place: Place, network: nn.Module, target: Domain, sight: TargetImages, reference: nn.Module | None
-) -> LabelFreeMetrics:
-    recipe = place.run.recipe
-    return label_free_metrics(
-        network, target, sight.split, reference=reference,
-        limit=sight.limit, crop=sight.crop, window=recipe.window, resize=recipe.resize, device=sight.device,
-    )  # fmt: skip
+        raise RecipeError(f"{run.path} has other classes than the target {target.title}; leave it out")
 
 
 def _with_consensus(
-    candidates: Sequence[Place], metrics: Sequence[LabelFreeMetrics], target: Domain, sight: TargetImages
+    checkpoints: Sequence[Checkpoint], metrics: Sequence[LabelFreeMetrics], target: Domain, images: TargetImages
 ) -> list[LabelFreeMetrics]:
-    """The figures, and how far each network agrees with all together, where all read pictures of one size."""
-    resizes = {place.run.recipe.resize for place in candidates}
+    """The metrics with `consensus`, if all networks have the same resize."""
+    resizes = {each.run.recipe.resize for each in checkpoints}
     if len(resizes) > 1:
         return list(metrics)
-    images = list(unlabeled_images(target, sight.split, limit=sight.limit, resize=resizes.pop(), crop=sight.crop))
-    loaded = ((place.run.segmenter(place.step), place.run.recipe.window) for place in candidates)
-    found = consensus(loaded, images, sight.device)
-    return [each.model_copy(update={"consensus": share}) for each, share in zip(metrics, found, strict=True)]
+    read = list(unlabeled_images(target, images.split, limit=images.limit, resize=resizes.pop(), crop=images.crop))
+    networks = ((each.run.segmenter(each.step), each.run.recipe.window) for each in checkpoints)
+    shares = consensus(networks, read, images.device)
+    return [each.model_copy(update={"consensus": share}) for each, share in zip(metrics, shares, strict=True)]
 
 
-def _estimated(place: Place, network: nn.Module, target: Domain, sight: TargetImages) -> Estimate | None:
-    recipe = place.run.recipe
-    if recipe.source is None or not has_labels(recipe.source, "val"):
-        return None
-    return estimate(
-        network, recipe.source, target, split=sight.split,
-        limit=sight.limit, crop=sight.crop, window=recipe.window, resize=recipe.resize, device=sight.device,
-    )  # fmt: skip
-
-
-def _source_miou(place: Place, device: torch.device | str) -> float | None:
-    """What the journal or ``scores.json`` holds; measured where neither does. None without a source."""
-    run, source = place.run, place.run.recipe.source
+def _source_miou(checkpoint: Checkpoint, device: torch.device | str) -> float | None:
+    """Source mIoU from the run's log or ``scores.json``, else computed; None without source labels."""
+    run, source = checkpoint.run, checkpoint.run.recipe.source
     split = run.recipe.validation.split
-    if source is None or not has_labels(source, split):
+    if source is None or not labeled(source, split):
         return None
-    if place.step is not None:
-        return logged_source_miou(list(run.log.rows()), place.step)
-    return (
-        stored_scores(run, "source", split, source) or evaluate_domain(run, source, "source", split, device=device)
-    ).miou
+    if checkpoint.step is not None:
+        return source_miou_at(list(run.log.rows()), checkpoint.step)
+    stored = stored_scores(run, "source", split, source)
+    return (stored or evaluate_domain(run, source, "source", split, device=device)).miou
 
 
-def _truth(place: Place, target: Domain, device: torch.device | str) -> Scores:
-    """Scores on the target; labels are opened once a network, as ``scores.json`` of its run counts."""
-    found = stored_scores(place.run, "target", "val", target, place.step)
-    return found or evaluate_domain(place.run, target, "target", "val", device=device, checkpoint=place.step)
+def _target_scores(checkpoint: Checkpoint, target: Domain, device: torch.device | str) -> Scores:
+    """Scores on the target's val split; stored ones are reused, so labels are read once per network."""
+    run, step = checkpoint.run, checkpoint.step
+    stored = stored_scores(run, "target", "val", target, step)
+    return stored or evaluate_domain(run, target, "target", "val", device=device, checkpoint=step)
 
 
 def _columns(candidates: Sequence[Candidate]) -> dict[str, list[float | None]]:
-    """Every figure that could choose, by its name."""
-    columns: dict[str, list[float | None]] = {
-        name: [candidate.metrics.by_validator()[name] for candidate in candidates] for name in VALIDATORS
-    }
-    columns["committee"] = [candidate.committee for candidate in candidates]
-    columns["expected"] = [each.estimate.expected if each.estimate else None for each in candidates]
+    """Values of all candidates by validator, mean rank and expected mIoU, if every candidate has one."""
+    rows = [
+        {**each.metrics.by_validator(), "mean_rank": each.mean_rank,
+         "expected": each.estimate.expected if each.estimate else None}
+        for each in candidates
+    ]  # fmt: skip
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {name: column for name, column in columns.items() if all(value is not None for value in column)}
 
 
-def _trust(candidates: Sequence[Candidate], columns: dict[str, list[float | None]]) -> dict[str, ValidatorAccuracy]:
-    truth = [candidate.truth or 0.0 for candidate in candidates]
-    found = {}
+def _quality(candidates: Sequence[Candidate], columns: dict[str, list[float | None]]) -> dict[str, ValidatorQuality]:
+    mious = [candidate.target_miou or 0.0 for candidate in candidates]
+    quality = {}
     for name, column in columns.items():
-        place, lost = best(column), regret(column, truth)
-        if place is not None and lost is not None:
-            correlation = spearman([value or 0.0 for value in column], truth)
-            found[name] = ValidatorAccuracy(chosen=candidates[place].title, correlation=correlation, regret=lost)
-    return found
+        index = highest(column)
+        if index is not None:
+            quality[name] = ValidatorQuality(
+                best=candidates[index].title,
+                correlation=rank_correlation([value or 0.0 for value in column], mious),
+                regret=max(mious) - mious[index],
+            )
+    return quality
 
 
 __all__ = [
+    "DEFAULT_VALIDATORS",
     "Candidate",
+    "Checkpoint",
     "Ranking",
     "TargetImages",
-    "ValidatorAccuracy",
-    "gather",
-    "places",
+    "ValidatorQuality",
+    "consensus",
+    "find_trained_runs",
+    "highest",
+    "list_checkpoints",
+    "mean_ranks",
     "rank",
-    "target_of",
-    "write",
+    "rank_correlation",
+    "shared_target",
+    "write_ranking",
 ]

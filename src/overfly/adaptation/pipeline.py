@@ -1,13 +1,13 @@
-"""Adaptation that does no harm: source only, recalibrated and adapted in one way or in several.
-
-All are looked at without labels, and one of them is recommended.
-"""
+"""Adaptation with a safeguard: train source-only, recalibrated and adapted networks, compare them, recommend one."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,119 +19,115 @@ from lightning_fabric import Fabric
 from overfly.adaptation.estimate import Estimate, estimate
 from overfly.adaptation.gate import Gate, familiarity, select
 from overfly.adaptation.reverse_validation import reverse_validation
-from overfly.adaptation.selection import ADAPTED, BEFORE, RECALIBRATED, CandidateReport, Selection, said
+from overfly.adaptation.selection import (
+    ADAPTED,
+    BASELINE,
+    RECALIBRATED,
+    CandidateReport,
+    Comparison,
+    Selection,
+    value_text,
+)
 from overfly.core.atomic_files import atomic_write
-from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.errors import OverflyError, RecipeError, RunError
+from overfly.core.progress import print_status
 from overfly.core.records import Item
 from overfly.data.domain import Split, SplitError
 from overfly.evaluation.images import predict_scores, unlabeled_images
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
-from overfly.evaluation.panels import comparison
-from overfly.evaluation.samples import Sample
-from overfly.evaluation.score import evaluation_mode, score
+from overfly.evaluation.panels import comparison_figure
+from overfly.evaluation.score import Sample, evaluation_mode, score
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
-from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
+from overfly.training.evaluate import evaluate_domain, labeled, stored_scores
 from overfly.training.run import Run
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start, train_recipe
 
 RECALIBRATION = {"batch": 16, "steps": 25}
-"""How much of the target the recalibrated network sees."""
-LOOKED_AT = 16
-"""Target pictures that networks are looked at on."""
-ESTIMATED_ON = 8
-"""Pictures of each domain that the estimate rests on; each is seen under two dozen shifts."""
-ESTIMATED_BY: Split = "val"
-"""Split of the source whose labels the estimate is calibrated by."""
+"""Batch size and steps of the recalibrated network."""
+METRIC_IMAGES = 16
+"""Target images for label-free metrics."""
+ESTIMATE_IMAGES = 8
+"""Images of each domain for the estimate, which perturbs each in two dozen ways."""
+ESTIMATE_SPLIT: Split = "val"
+"""Split of the source that the estimate is calibrated on."""
 CROP = 320
-"""Longest side that is cut from the middle of these."""
+"""Side of the center crop of these images, in pixels."""
 
 
-def beside(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
-    """The recipes of all networks: what adaptation begins from, the same recalibrated, and the recipes themselves.
+def plan_candidates(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
+    """Recipes of all candidates: source only, recalibrated, and the given recipes.
 
-    A recipe that starts from another recipe, a run or weights begins from that; any other is given a source-only
-    network trained by its own settings.
+    A recipe with ``start`` is compared with the network it starts from, any other with a source-only network trained
+    with its own settings.
 
     Raises:
-        RecipeError: a recipe does not adapt, names no target, or does not begin where the others do.
+        RecipeError: a recipe does not adapt, has no target, or differs from the first in a setting they must share.
     """
-    before = _before(recipe)
+    baseline = _baseline(recipe)
     for number, other in enumerate(others, start=2):
         if other in (recipe, *others[: number - 2]):
-            raise RecipeError(f"recipe {number} says what another one says; name each recipe once")
-        _check_alike(recipe, other, number)
-    found: dict[str, Recipe | Path] = {BEFORE: before}
+            raise RecipeError(f"recipe {number} equals an earlier one; give each recipe once")
+        _check_shared_settings(recipe, other, number)
+    plans: dict[str, Recipe | Path] = {BASELINE: baseline}
     if not isinstance(recipe.method, Recalibrate):
-        found[RECALIBRATED] = Recipe(
-            source=recipe.source,
-            target=recipe.target,
-            start=before,
-            model=recipe.model,
-            method=Recalibrate(),
-            crop=recipe.crop,
-            window=recipe.window,
-            resize=recipe.resize,
-            seed=recipe.seed,
-            **RECALIBRATION,
-        )
+        shared = {key: getattr(recipe, key) for key in ("source", "target", "model", "crop", "window", "resize", "seed")}
+        plans[RECALIBRATED] = Recipe(start=baseline, method=Recalibrate(), **shared, **RECALIBRATION)
     if not others:
-        return {**found, ADAPTED: recipe}
-    return found | {f"{ADAPTED} {number}": each for number, each in enumerate((recipe, *others), start=1)}
+        return {**plans, ADAPTED: recipe}
+    return plans | {f"{ADAPTED} {number}": each for number, each in enumerate((recipe, *others), start=1)}
 
 
-def _check_alike(recipe: Recipe, other: Recipe, number: int) -> None:
-    """Refuse a recipe that cannot be chosen among with the first, by the first setting in which it may not differ.
+def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
+    """Check that a recipe shares source, target, seed, resize, window and start with the first.
 
     Raises:
-        RecipeError: it has another source, target, seed, resize, window or start.
+        RecipeError: it does not; the message names the first setting that differs.
     """
     shared = ("source", "target", "seed", "resize", "window")
-    one, two = (
-        _flat({key: each.model_dump(mode="json")[key] for key in shared} | {"start": _written(_before(each))})
+    first, second = (
+        _flatten({key: each.model_dump(mode="json")[key] for key in shared} | {"start": _start_values(each)})
         for each in (recipe, other)
     )
-    for key in dict.fromkeys([*one, *two]):
-        if one.get(key) != two.get(key):
-            alone = key.startswith("start") and recipe.start is None and other.start is None
-            do = (
-                "without start each begins from source only by its own settings, so write the same start in both"
-                if alone
-                else "recipes to choose among share source, target, seed, resize, window and start, so change it, or "
-                "adapt by it in a command of its own"
-            )
+    for key in dict.fromkeys([*first, *second]):
+        if first.get(key) != second.get(key):
+            advice = "recipes of one comparison share source, target, seed, resize, window and start"
+            if key.startswith("start") and recipe.start is None and other.start is None:
+                advice = "without start each recipe gets a source-only network of its own settings; give both one start"
             raise RecipeError(
-                f"recipe {number} says {said(two.get(key))} for {key}, and the first {said(one.get(key))}; {do}"
+                f"recipe {number} sets {key} to {value_text(second.get(key))}, the first to "
+                f"{value_text(first.get(key))}; {advice}"
             )
 
 
-def _written(before: Recipe | Path) -> object:
-    return before.model_dump(mode="json") if isinstance(before, Recipe) else str(before)
+def _start_values(recipe: Recipe) -> object:
+    baseline = _baseline(recipe)
+    return baseline.model_dump(mode="json") if isinstance(baseline, Recipe) else str(baseline)
 
 
-def differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
-    """What each of some recipes says otherwise than the rest, by dotted setting."""
-    flat = [_flat(recipe.model_dump(mode="json", exclude={"source", "target", "start"})) for recipe in recipes]
+def setting_differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """For each recipe, the settings that are not equal in all, by dotted name."""
+    flat = [_flatten(recipe.model_dump(mode="json", exclude={"source", "target", "start"})) for recipe in recipes]
     names = list(dict.fromkeys(key for each in flat for key in each))
-    apart = [name for name in names if any(each.get(name) != flat[0].get(name) for each in flat)]
-    return [{name: each[name] for name in apart if name in each} for each in flat]
+    differing = [name for name in names if any(each.get(name) != flat[0].get(name) for each in flat)]
+    return [{name: each[name] for name in differing if name in each} for each in flat]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
-def _before(recipe: Recipe) -> Recipe | Path:
-    """What adaptation by a recipe begins from."""
+def _baseline(recipe: Recipe) -> Recipe | Path:
+    """The network that a recipe adapts: its start, or a source-only recipe with its settings."""
     if recipe.target is None:
-        raise RecipeError("adapt needs the images to adapt to; say where they are under target")
+        raise RecipeError("adapt needs a target domain; add target to the recipe")
     if isinstance(recipe.method, SourceOnly):
         raise RecipeError("method source_only does not adapt; set another method, such as multiscale_self_training")
     if recipe.start is not None:
@@ -147,60 +143,70 @@ def adapt(
     config: TrainerConfig,
     gate: Gate | None = None,
     estimates: bool = True,
-) -> tuple[Run, Selection]:
-    """Train the networks, look at them without target labels, and recommend one.
+) -> Comparison:
+    """Train all candidates, compare them without target labels, and recommend one.
 
-    What was trained already, by these or other recipes, is not trained again. The selection, the pictures
-    and the recommended network (``best.safetensors``) lie in the folder of the adapted run that stands best: the
-    recommended one, else the first that nothing speaks against, else the first. The others get the selection too, and,
-    where they were refused, the recommended network.
+    Candidates that are trained already are reused. The selection, the recommended network and a figure are written to a
+    comparison folder beside the runs; the same recipes use the same folder.
 
     Args:
-        recipe: of an adapted network.
-        others: other ways to adapt from the same start; which is best is said without labels, too.
+        recipe: an adapted candidate.
+        others: more adapted candidates with the same start.
         out: folder of the runs.
         fabric: launched.
         config: devices, intervals and output.
-        gate: what a network must hold; left out, `Gate` by its defaults.
-        estimates: whether to estimate each network's mIoU on the target.
+        gate: bounds of the checks; None: `Gate()`.
+        estimates: whether to estimate each candidate's target mIoU.
 
     Raises:
-        OverflyError: recipes, data or weights do not go together.
+        OverflyError: recipes, data or weights do not fit together.
     """
-    plans = beside(recipe, *others)
-    _check_all_can_start([recipe, *others], fabric)
+    recipes = [recipe, *others]
+    plans = plan_candidates(*recipes)
+    _check_inputs(recipes, fabric)
+    runs = _train_all(plans, out, fabric, config)
+    print_status(f"comparing {len(runs)} candidates", quiet=config.quiet or not fabric.is_global_zero)
+
+    def compare() -> Path:
+        selection = _compare(recipes, runs, gate or Gate(), fabric.device, estimates)
+        return _write_comparison(selection, recipe, runs, out, fabric.device).path
+
+    return Comparison(run_on_rank_zero(fabric, compare))
+
+
+def _train_all(
+    plans: Mapping[str, Recipe | Path], out: Path, fabric: Fabric, config: TrainerConfig
+) -> dict[str, Run | Path]:
+    """Train every recipe that has no finished run below ``out``."""
+    quiet = config.quiet or not fabric.is_global_zero
+    recipes = {name: plan for name, plan in plans.items() if isinstance(plan, Recipe)}
+    found = {name: Run.find(out, each) for name, each in recipes.items()}
+    finished = [name for name, run in found.items() if run is not None and run.finished]
+    if finished:
+        print_status(f"already trained: {', '.join(finished)}", quiet=quiet)
+    pending = [name for name in recipes if name not in finished]
     runs: dict[str, Run | Path] = {}
-    for role, plan in plans.items():
-        if isinstance(plan, Recipe):
-            runs[role] = train_recipe(plan, out, fabric, config)
-        else:
-            runs[role] = Run.open(plan) if plan.is_dir() else resolve_start(plan)
-    ours = {role: run for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)}
-    selection = run_on_rank_zero(fabric, lambda: _judge(recipe, runs, gate or Gate(), fabric.device, estimates))
-    passed = [role for role in ours if not selection.candidates[role].rejections]
-    adapted = ours[selection.recommended if selection.recommended in ours else (passed or list(ours))[0]]
-    if fabric.is_global_zero:
-        for role, run in ours.items():
-            _keep(run, selection, runs, best=run is adapted or role not in passed)
-        _draw(adapted.path / "samples" / "selection.png", recipe, runs, fabric.device)
-        for run in ours.values():
-            if run is not adapted:
-                (run.path / "samples").mkdir(exist_ok=True)
-                shutil.copyfile(adapted.path / "samples" / "selection.png", run.path / "samples" / "selection.png")
-    return adapted, selection
+    for name, plan in plans.items():
+        if isinstance(plan, Path):
+            runs[name] = Run.open(plan) if plan.is_dir() else resolve_start(plan)
+            continue
+        if name in pending:
+            print_status(f"training {pending.index(name) + 1} of {len(pending)}: {name}", quiet=quiet)
+        runs[name] = train_recipe(plan, out, fabric, replace(config, quiet=config.quiet or name in finished))
+    return runs
 
 
-def _check_all_can_start(recipes: Sequence[Recipe], fabric: Fabric) -> None:
-    """Refuse before the first of the trainings what would be found before the last, or at the selection.
+def _check_inputs(recipes: Sequence[Recipe], fabric: Fabric) -> None:
+    """Check data, weights and teachers of all recipes before the first training.
 
     Raises:
-        OverflyError: data, weights or a teacher of a recipe are not there or do not fit; the message says of which.
+        OverflyError: they are missing or do not fit; the message names the recipe.
     """
     for number, recipe in enumerate(recipes, start=1):
         try:
             if recipe.source is not None:
-                for split in (recipe.validation.split, ESTIMATED_BY):
-                    has_labels(recipe.source, split)
+                for split in (recipe.validation.split, ESTIMATE_SPLIT):
+                    labeled(recipe.source, split)
             start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
             prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
         except OverflyError as error:
@@ -209,160 +215,178 @@ def _check_all_can_start(recipes: Sequence[Recipe], fabric: Fabric) -> None:
             raise RecipeError(f"recipe {number}: {error}") from error
 
 
-def _held_out(recipe: Recipe) -> bool:
-    """Whether the source has pictures that are not learned from; nobody need have kept any."""
+def _has_held_out_images(recipe: Recipe) -> bool:
+    """Whether the source has images in its validation split, other than those trained on."""
     try:
-        held = recipe.validation.split
-        return recipe.source is not None and held != "train" and bool(recipe.source.items(held))
+        split = recipe.validation.split
+        return recipe.source is not None and split != "train" and bool(recipe.source.items(split))
     except SplitError:
         return False
 
 
-def _judge(
-    recipe: Recipe, runs: Mapping[str, Run | Path], gate: Gate, device: torch.device, estimates: bool
+def _compare(
+    recipes: Sequence[Recipe], runs: Mapping[str, Run | Path], gate: Gate, device: torch.device, estimates: bool
 ) -> Selection:
-    """Look at every network on the same target pictures, labels taken away."""
+    """Compute label-free metrics of every candidate on the same target images, apply the gate and select."""
+    recipe = recipes[0]
     target = recipe.domain("target")
-    candidates = {role: _network(run) for role, run in runs.items()}
-    sight: dict[str, Any] = {
-        "limit": LOOKED_AT, "crop": CROP, "resize": recipe.resize, "window": recipe.window, "device": device
+    networks = {name: _load(run) for name, run in runs.items()}
+    baseline = networks[BASELINE]
+    options: dict[str, Any] = {
+        "limit": METRIC_IMAGES, "crop": CROP, "resize": recipe.resize, "window": recipe.window, "device": device
     }  # fmt: skip
+
+    def metrics_of(network: Segmenter, domain: Any, split: Split) -> LabelFreeMetrics:
+        return label_free_metrics(network, domain, split, reference=baseline, reference_classes=True, **options)
+
     metrics: dict[str, LabelFreeMetrics] = {}
-    guesses: dict[str, Estimate] = {}
-    for role, network in candidates.items():
-        found = label_free_metrics(network, target, "train", reference=candidates[BEFORE], **sight)
-        metrics[role] = found.model_copy(update={"source_miou": _source_miou(recipe, runs[role], device)})
-        if estimates and recipe.source is not None and has_labels(recipe.source, ESTIMATED_BY):
-            guesses[role] = estimate(network, recipe.source, target, **sight | {"limit": ESTIMATED_ON})
-    known = taught = None
-    if _held_out(recipe):
-        source, held = recipe.domain("source"), recipe.validation.split
-        known = familiarity(label_free_metrics(candidates[BEFORE], source, held, **sight), metrics[BEFORE])
-        if gate.familiar and has_labels(source, "train") and has_labels(source, held):
-            taught = reverse_validation(candidates[BEFORE], source, target, held, **sight)
-    reasons = gate.refusals(BEFORE, metrics, known, taught)
-    ours = {
-        role: run.recipe for role, run in runs.items() if role not in (BEFORE, RECALIBRATED) and isinstance(run, Run)
-    }
-    settings = dict(zip(ours, differences(list(ours.values())), strict=True))
-    passed = {role: metrics[role] for role in (BEFORE, *ours, *metrics) if not reasons.get(role)}
-    reports = {
-        role: CandidateReport(
+    estimated: dict[str, Estimate] = {}
+    for name, network in networks.items():
+        source_miou = _source_miou(recipe, runs[name], device)
+        metrics[name] = metrics_of(network, target, "train").model_copy(update={"source_miou": source_miou})
+        if estimates and recipe.source is not None and labeled(recipe.source, ESTIMATE_SPLIT):
+            estimated[name] = estimate(network, recipe.source, target, **options | {"limit": ESTIMATE_IMAGES})
+    familiar = reverse = None
+    if _has_held_out_images(recipe):
+        source, held_out = recipe.domain("source"), recipe.validation.split
+        familiar = familiarity(metrics_of(baseline, source, held_out), metrics[BASELINE])
+        if not gate.skip_familiarity and labeled(source, "train") and labeled(source, held_out):
+            reverse = reverse_validation(baseline, source, target, held_out, **options)
+    rejections = gate.all_rejections(BASELINE, metrics, familiar, reverse)
+    adapted = [name for name in runs if name not in (BASELINE, RECALIBRATED)]
+    settings = dict(zip(adapted, setting_differences(recipes), strict=True))
+    accepted = {name: metrics[name] for name in (BASELINE, *adapted, *metrics) if not rejections.get(name)}
+    candidates = {
+        name: CandidateReport(
             run=str(run.path if isinstance(run, Run) else run),
-            metrics=metrics[role],
-            settings=settings.get(role, {}),
-            rejections=reasons.get(role, ()),
-            estimate=guesses.get(role),
-            truth=_truth(run, recipe),
+            metrics=metrics[name],
+            settings=settings.get(name, {}),
+            rejections=rejections.get(name, ()),
+            estimate=estimated.get(name),
+            labeled_miou=_labeled_miou(run, recipe),
         )
-        for role, run in runs.items()
+        for name, run in runs.items()
     }
     return Selection(
-        recommended=select(BEFORE, passed, gate.alike),
-        candidates=reports,
+        recommended=select(BASELINE, accepted, gate.tolerance),
+        candidates=candidates,
+        recipes=tuple(each.model_dump(mode="json") for each in recipes),
         gate=gate,
         target=target.model_dump(mode="json"),
-        familiarity=known,
-        reverse_validation=taught,
-        labels_opened=sum(each.labels_opened for each in metrics.values()) + _learned_with_labels(recipe),
+        familiarity=familiar,
+        reverse_validation=reverse,
+        labels_opened=_shared_images(recipe),
     )
 
 
-def _learned_with_labels(recipe: Recipe) -> int:
-    """Target pictures that are the source's too, or that of what it began from: their labels are read as the source's.
+def _shared_images(recipe: Recipe) -> int:
+    """Number of target images that are labeled source images too, of this recipe or of those it starts from.
 
-    What is no longer there cannot be compared and is not counted.
+    Starts that do not exist any more are not counted.
     """
-    labeled_ones: set[object] = set()
-    now: Recipe | Path | None = recipe
-    while now is not None:
-        if isinstance(now, Path):
+    source_images: set[object] = set()
+    current: Recipe | Path | None = recipe
+    while current is not None:
+        if isinstance(current, Path):
             with suppress(OverflyError):
-                now = Run.open(now).recipe
-            if isinstance(now, Path):
+                current = Run.open(current).recipe
+            if isinstance(current, Path):
                 break
-        for split in {"train", now.validation.split, ESTIMATED_BY} if now.source is not None else ():
+        for split in {"train", current.validation.split, ESTIMATE_SPLIT} if current.source is not None else ():
             with suppress(OverflyError):
-                labeled_ones |= {_picture(item) for item in now.domain("source").items(split) if item.label}
-        now = now.start
-    return sum(_picture(item) in labeled_ones for item in recipe.domain("target").items("train"))
+                source_images |= {_identity(item) for item in current.domain("source").items(split) if item.label}
+        current = current.start
+    return sum(_identity(item) in source_images for item in recipe.domain("target").items("train"))
 
 
-def _picture(item: Item) -> object:
-    """What two items of one picture have in common: the file, or what draws it and from what."""
+def _identity(item: Item) -> object:
+    """The image file of an item, or the function and arguments that synthesize it."""
     image = item.image
     if isinstance(image, Path):
         return image.resolve()
     return (image.func, repr((image.args, image.keywords))) if isinstance(image, partial) else image
 
 
-def _network(run: Run | Path) -> Segmenter:
+def _load(run: Run | Path) -> Segmenter:
     return run.segmenter() if isinstance(run, Run) else Segmenter.load(run)
 
 
 def _source_miou(recipe: Recipe, run: Run | Path, device: torch.device) -> float | None:
-    """MIoU on the source's held-out labels, of every network as the recipe scores; measured once of a run like it."""
+    """mIoU on the source's held-out labels, scored with the recipe's resize and window; stored scores are reused."""
     split = recipe.validation.split
-    if recipe.source is None or not has_labels(recipe.source, split):
+    if recipe.source is None or not labeled(recipe.source, split):
         return None
     if isinstance(run, Run) and (run.recipe.resize, run.recipe.window) == (recipe.resize, recipe.window):
-        found = stored_scores(run, "source", split, recipe.source)
-        return (found or evaluate_domain(run, recipe.source, "source", split, device=device)).miou
-    network = _network(run)
-    return score(network, recipe.source, split, resize=recipe.resize, window=recipe.window or None, device=device).miou
+        stored = stored_scores(run, "source", split, recipe.source)
+        return (stored or evaluate_domain(run, recipe.source, "source", split, device=device)).miou
+    window = recipe.window or None
+    return score(_load(run), recipe.source, split, resize=recipe.resize, window=window, device=device).miou
 
 
-def _truth(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
-    """What ``scores.json`` holds already; nothing is opened for it."""
+def _labeled_miou(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
+    """mIoU by domain and split in the run's ``scores.json``; no label is read."""
     if not isinstance(run, Run):
         return {}
     splits: tuple[Split, ...] = ("val", "test")
-    found = {}
-    for key, domain in (("source", recipe.source), ("target", recipe.target)):
+    mious = {}
+    for role, domain in (("source", recipe.source), ("target", recipe.target)):
         for split in splits:
-            scores = stored_scores(run, key, split, domain) if domain is not None else None
+            scores = stored_scores(run, role, split, domain) if domain is not None else None
             if scores is not None:
-                found[f"{key}/{split}"] = scores.miou
-    return found
+                mious[f"{role}/{split}"] = scores.miou
+    return mious
 
 
-def _keep(run: Run, selection: Selection, runs: Mapping[str, Run | Path], *, best: bool) -> None:
-    """Write the selection into an adapted run's folder and, where it is used or was refused, the recommended network.
-
-    So no folder of a network that would do harm is without one that does not. A network that passed and was not chosen
-    keeps what it learned.
-    """
-    file = run.path / "best.safetensors"
-    if best:
-        chosen = runs[selection.recommended]
+def _write_comparison(
+    selection: Selection, recipe: Recipe, runs: Mapping[str, Run | Path], out: Path, device: torch.device
+) -> Comparison:
+    """Write the comparison folder, ``selection.json`` last."""
+    comparison = _comparison_folder(selection, recipe, out)
+    recommended = runs[selection.recommended]
+    with atomic_write(comparison.weights) as part:
+        shutil.copyfile(recommended.weights if isinstance(recommended, Run) else recommended, part)
+        part.replace(comparison.weights)
+    _draw_predictions(comparison.path / "samples" / "selection.png", recipe, runs, device)
+    content = json.dumps(selection.model_dump(mode="json"), indent=2) + "\n"
+    for name, text in (("selection.md", selection.markdown()), ("selection.json", content)):
+        file = comparison.path / name
         with atomic_write(file) as part:
-            shutil.copyfile(chosen.weights if isinstance(chosen, Run) else chosen, part)
-    else:
-        file.unlink(missing_ok=True)
-    run.write_json("selection.json", selection.model_dump(mode="json"))
-    page = run.path / "selection.md"
-    with atomic_write(page) as part:
-        part.write_text(selection.report(), encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
+            part.replace(file)
+    return comparison
 
 
-def _draw(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:
-    """Target pictures as every network sees them; no label is read."""
+def _comparison_folder(selection: Selection, recipe: Recipe, out: Path) -> Comparison:
+    """The comparison of the same recipes below ``out``, else a new folder."""
+    folder = out.parent if (out / "recipe.yaml").is_file() else out
+    for comparison in Comparison.find_all(folder):
+        with suppress(RunError):
+            if comparison.selection.recipes == selection.recipes:
+                return Comparison(comparison.path)
+    domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
+    title = f"{domains}_comparison".replace("/", "-").replace(" ", "-")
+    stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H%M%S")
+    names = [f"{stamp}_{title}", *(f"{stamp}-{number}_{title}" for number in range(2, 100))]
+    for name in names:
+        with suppress(FileExistsError):
+            (folder / name).mkdir(parents=True)
+            return Comparison(folder / name)
+    raise RunError(f"{folder} has too many comparisons of one second; choose another --out")
+
+
+def _draw_predictions(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:
+    """Draw target images with every candidate's prediction; no label is read."""
     target = recipe.domain("target")
     images = list(unlabeled_images(target, "train", limit=4, resize=recipe.resize, crop=CROP))
-    rows: dict[str, dict[str, Sample]] = {f"target {place + 1}": {} for place in range(len(images))}
-    for role, run in runs.items():
-        network = _network(run).to(device)
+    rows: dict[str, dict[str, Sample]] = {f"target {number}": {} for number in range(1, len(images) + 1)}
+    dtype = np.uint8 if target.max_value == 255 else np.uint16 if target.max_value > 1 else np.float32
+    for name, run in runs.items():
+        network = _load(run).to(device)
         with evaluation_mode(network), torch.inference_mode():
-            for place, image in enumerate(images):
+            for (heading, samples), image in zip(rows.items(), images, strict=True):
                 ids = predict_scores(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
-                name = f"target {place + 1}"
-                rows[name][role] = Sample(name, image.permute(1, 2, 0).numpy().astype(_kind(target.max_value)), ids)
-    comparison(rows, target.classes, path)
+                samples[name] = Sample(heading, image.permute(1, 2, 0).numpy().astype(dtype), ids)
+    comparison_figure(rows, target.classes, path)
 
 
-def _kind(max_value: float) -> type[np.generic]:
-    """The number type of pictures with this brightest value, so that they are shown in their own range."""
-    return np.uint8 if max_value == 255 else np.uint16 if max_value > 1 else np.float32
-
-
-__all__ = ["adapt", "beside", "differences"]
+__all__ = ["adapt", "plan_candidates", "setting_differences"]

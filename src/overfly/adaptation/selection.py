@@ -1,188 +1,256 @@
-"""The verdict on an adaptation: all networks that stand beside each other, which is recommended, and why, in words."""
+"""The result of `overfly adapt`: all candidates, which is recommended, and why; and its folder on disk."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from overfly.adaptation.estimate import Estimate
 from overfly.adaptation.gate import Gate, geometric_consistency
+from overfly.core.errors import RunError
 from overfly.core.spec import Share, Spec, Whole
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
+from overfly.training.run import Run
 
-BEFORE = "source only"
-"""The network that the others are measured against."""
+BASELINE = "source only"
+"""Name of the network before adaptation, which the others are compared with."""
 RECALIBRATED = "recalibrated"
-"""The same with statistics of the target."""
+"""Name of the same network with BatchNorm statistics of the target."""
 ADAPTED = "adapted"
-"""What the recipe makes; numbered, ``adapted 1`` and so on, where there are several recipes."""
-SAID = 3
-"""Settings that a sentence names; where there are more, it names the method, or says how many."""
+"""Name of the recipe's network; ``adapted 1``, ``adapted 2`` … for several recipes."""
+MAX_SETTINGS = 3
+"""Settings that a summary lists; with more, it names the method or their number."""
+COLUMNS = (
+    "source mIoU", "masked mIoU", "views mIoU", "geometric mIoU", "agreement", "estimated target mIoU", "decision",
+)  # fmt: skip
+"""Columns of the candidates' table, after the candidate."""
 
 
 class CandidateReport(Spec):
-    """One of the networks."""
+    """A candidate network."""
 
     run: str
-    """Its run's folder, or the file of its weights."""
+    """Its run folder, or its weights file."""
     metrics: LabelFreeMetrics
-    """What can be said of it without target labels."""
+    """Label-free metrics on the target."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What its recipe says otherwise than the other adapted ones', such as ``method.mix_share``."""
+    """Settings in which its recipe differs from the other adapted ones, such as ``method.mix``."""
     rejections: tuple[str, ...] = ()
-    """What speaks against it; empty where nothing does."""
+    """Reasons to reject it; empty if it is accepted."""
     estimate: Estimate | None = None
-    """Estimated mIoU on the target with an interval: an estimate, no measurement."""
-    truth: dict[str, Share | None] = Field(default_factory=dict)
-    """mIoU against labels, by domain and split, where it was measured earlier; it had no part in the verdict."""
+    """Estimated target mIoU with an interval; not a measurement."""
+    labeled_miou: dict[str, Share | None] = Field(default_factory=dict)
+    """mIoU from labels, by domain and split, if it was computed earlier; not used for the selection."""
 
 
 class Selection(Spec):
-    """Which network to use in the target, and why."""
+    """Which candidate to use on the target, and why."""
 
+    format: Literal[1] = 1
+    """Version of this file's format."""
     recommended: str
-    """The network to use."""
+    """The candidate to use."""
     candidates: dict[str, CandidateReport]
-    """All that were looked at."""
+    """All candidates by name."""
+    recipes: tuple[dict[str, Any], ...]
+    """Recipes of the adapted candidates; the same recipes use the same comparison folder."""
     gate: Gate
-    """What a network had to hold."""
+    """Bounds of the checks."""
     target: dict[str, Any]
-    """The target as a recipe names it."""
+    """The target domain, as in a recipe."""
     familiarity: Share | None = None
-    """How familiar the target is to the network before adaptation, against the source's held-out pictures; none where
-    there are no such pictures."""
+    """Familiarity of the target to the network before adaptation; none without held-out source images."""
     reverse_validation: Share | None = None
-    """What its labels of the target teach of the source's classes, against what the source's own labels teach; none
-    where nobody could or needed to be asked."""
+    """Reverse validation score of that network's predictions on the target; none if it was skipped or not possible."""
     labels_opened: Whole
-    """Target labels that were read for training, choice and verdict: 0 unless pictures of the target are the source's
-    too."""
+    """Target labels that were read for training and selection: those of target images that are source images too."""
 
     @property
     def summary(self) -> str:
-        """The verdict in words."""
-        refused = [role for role, report in self.candidates.items() if report.rejections]
-        if self.recommended == BEFORE:
-            return f"use the source-only network: {_refused(refused) or 'there is no other'}"
-        tail = f"; {_refused(refused)}" if refused else ""
-        first = self.candidates[self.recommended]
-        way = in_words(first.settings)
-        network = f"{self.recommended} ({way})" if way else f"the {self.recommended} network"
-        behind = [role for role in self.candidates if role not in (BEFORE, self.recommended, *refused)]
-        lead = {
-            role: geometric_consistency(first.metrics) - geometric_consistency(self.candidates[role].metrics)
-            for role in behind
-        }
-        clear = [role for role in behind if lead[role] >= self.gate.alike]
-        others = [role for role in behind if role not in clear]
-        rest = f", and it is steadier on the target than {_listed(clear)}" if clear else ""
-        rest += f", and {_listed(others)} {_is(others)} not clearly steadier there" if others else ""
-        return f"use {network}: nothing speaks against it{rest}{tail}"
+        """The recommendation in one sentence."""
+        rejected = [name for name, each in self.candidates.items() if each.rejections]
+        tail = f"; rejected: {_joined(rejected)}" if rejected else ""
+        if self.recommended == BASELINE:
+            return f"recommended: {BASELINE}{tail or '; there is no other candidate'}"
+        best = self.candidates[self.recommended]
+        settings = settings_text(best.settings)
+        others = [name for name in self.candidates if name not in (BASELINE, self.recommended, *rejected)]
+        value = geometric_consistency(best.metrics)
+        lower = [
+            name
+            for name in others
+            if value - geometric_consistency(self.candidates[name].metrics) >= self.gate.tolerance
+        ]
+        similar = [name for name in others if name not in lower]
+        text = f"recommended: {self.recommended}{f' ({settings})' if settings else ''}, accepted by all checks"
+        text += f"; geometric consistency higher than {_joined(lower)}" if lower else ""
+        text += f"; geometric consistency similar to {_joined(similar)}" if similar else ""
+        return text + tail
 
     @property
     def familiarity_summary(self) -> str:
-        """How familiar the target is, in words; empty where nobody could be asked."""
+        """Familiarity and reverse validation in words."""
         if self.familiarity is None:
-            return ""
-        share = f"{100 * self.familiarity:.0f} %"
-        known = f"To the source-only network the target is {share} as familiar as held-out source pictures."
+            return "Familiarity of the target is unknown: the source has no held-out images."
+        known = f"Familiarity of the target to the source-only network: {100 * self.familiarity:.0f} %"
         if self.reverse_validation is None:
-            return f"{known} What its labels of the target teach could not be asked, or needed not."
-        taught = f"{100 * self.reverse_validation:.0f} %"
-        return (
-            f"{known} Its labels of the target teach {taught} of what the source's own teach of the source's classes."
-        )
+            return f"{known}. Reverse validation was skipped or not possible."
+        return f"{known}; reverse validation: {100 * self.reverse_validation:.0f} %."
 
     @property
     def differences(self) -> list[str]:
-        """Which run each of several adapted networks is, and in which settings it differs, a sentence each."""
+        """Run folder and differing settings of each adapted candidate, if there are several."""
         return [
-            f"{role}: {Path(each.run).name} ({in_words(each.settings, most=None)})"
-            for role, each in self.candidates.items()
+            f"{name}: {Path(each.run).name} ({settings_text(each.settings, most=None)})"
+            for name, each in self.candidates.items()
             if each.settings
         ]
 
-    def table(self) -> str:
-        """The networks and their label-free figures in percent, as a Markdown table."""
-        rows = [
-            "| network | source | masked | views | steady | as before | target, estimated | |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for role, report in self.candidates.items():
-            seen = report.metrics
-            guess = report.estimate
-            between = f"{_percent(guess.miou)} ({_percent(guess.low)} to {_percent(guess.high)})" if guess else "–"
-            word = "recommended" if role == self.recommended else "refused" if report.rejections else ""
-            cells = [seen.source_miou, seen.masked_miou, seen.views_miou, geometric_consistency(seen), seen.agreement]
-            rows.append(f"| {role} | {' | '.join(_percent(cell) for cell in cells)} | {between} | {word} |")
-        return "\n".join(rows)
+    @property
+    def reasons(self) -> list[str]:
+        """Reasons of all rejections, with the candidate's name in front."""
+        return [f"{name} rejected: {reason}" for name, each in self.candidates.items() for reason in each.rejections]
 
-    def report(self) -> str:
-        """All of it as a Markdown page."""
-        differences = [f"- {way}." for way in self.differences]
-        rejections = [f"- {role}: {reason}." for role, each in self.candidates.items() for reason in each.rejections]
-        known = (
-            self.familiarity_summary
-            or "Without held-out pictures of the source nobody asked how familiar the target is."
-        )
+    def rows(self) -> list[list[str]]:
+        """Rows of the candidates' table: the name, then a cell per entry of `COLUMNS`, in percent."""
+        rows = []
+        for name, each in self.candidates.items():
+            metrics, estimate = each.metrics, each.estimate
+            values = [
+                metrics.source_miou, metrics.masked_miou, metrics.views_miou, geometric_consistency(metrics),
+                metrics.agreement,
+            ]  # fmt: skip
+            interval = f" ({_percent(estimate.low)} to {_percent(estimate.high)})" if estimate else ""
+            decision = "rejected" if each.rejections else "baseline" if name == BASELINE else "accepted"
+            decision = "recommended" if name == self.recommended else decision
+            estimated = _percent(estimate.miou if estimate else None) + interval
+            rows.append([name, *map(_percent, values), estimated, decision])
+        return rows
+
+    def table(self) -> str:
+        """The candidates as a Markdown table, in percent."""
+        lines = [["candidate", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *self.rows()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def markdown(self) -> str:
+        """The selection as a Markdown page."""
+        differences = [f"- {line}" for line in self.differences]
+        reasons = [f"- {line}" for line in self.reasons]
         return "\n".join(
             [
-                "# Verdict", "", self.summary[0].upper() + self.summary[1:] + ".", "", self.table(), "",
-                *(["In what the adapted networks differ:", "", *differences, ""] if differences else []),
-                *(["What speaks against a network:", "", *rejections, ""] if rejections else []),
-                "All figures are mIoU in percent. *Source* is measured on the source's held-out labels. *Masked* "
-                "and *views* compare predictions on target pictures as they are with those half covered, and turned, "
-                "scaled and recolored; *steady*, by which one of those that nothing speaks against is chosen, is "
-                "the turned and scaled part of that; *as before* compares them with the source-only network's. "
-                "*Target* is an estimate with its interval, and had no part in the verdict. "
-                f"Target labels opened: {self.labels_opened}.", "",
-                known, "",
-                "![Target pictures and what each network says](samples/selection.png)", "",
+                "# Selection", "", self.summary[0].upper() + self.summary[1:] + ".", "", self.table(), "",
+                *(["Settings of the adapted candidates:", "", *differences, ""] if differences else []),
+                *(["Reasons:", "", *reasons, ""] if reasons else []),
+                "All values are mIoU in percent. *Source* is computed on the source's held-out labels. *Masked* and "
+                "*views* compare predictions on target images with those on masked and perturbed images, over the "
+                "classes that the source-only network predicts there; *geometric* is the rotated, flipped and scaled "
+                "part of *views*, by which accepted candidates are compared. *Agreement* compares predictions with "
+                "those of the source-only network. The *estimated* target mIoU is not a measurement and not used for "
+                f"the selection. Target labels opened: {self.labels_opened}.", "",
+                self.familiarity_summary, "",
+                "![Target images and the candidates' predictions](samples/selection.png)", "",
             ]
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison folder: ``selection.json``, ``selection.md``, ``recommended.safetensors``, ``samples/``."""
+
+    path: Path
+
+    @classmethod
+    def find_all(cls, folder: Path) -> list[Comparison]:
+        """The folder itself if it is a comparison, or those in it, oldest first."""
+        files = [folder / "selection.json", *sorted(folder.glob("*_comparison/selection.json"))]
+        return [cls(file.parent) for file in files if file.is_file()]
+
+    @property
+    def weights(self) -> Path:
+        """The recommended network: weights, classes and normalization."""
+        return self.path / "recommended.safetensors"
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The content of ``selection.json``.
+
+        Raises:
+            RunError: the file is damaged or of another format version.
+        """
+        file = self.path / "selection.json"
+        try:
+            return Selection.model_validate_json(file.read_bytes())
+        except (ValidationError, OSError):
+            raise RunError(
+                f"{file} is damaged or of another version of overfly; delete the folder and run `overfly adapt` again"
+            ) from None
+
+    def run(self, candidate: str) -> Run | None:
+        """The run of a candidate, beside this folder or at its recorded path; None for a weights file or a lost run."""
+        path = Path(self.selection.candidates[candidate].run)
+        places = (self.path.parent / path.name, path)
+        return next((Run.open(place) for place in places if (place / "recipe.yaml").is_file()), None)
+
+    def recommended_run(self) -> Run | None:
+        """The run of the recommended candidate; None for a weights file or a lost run."""
+        return self.run(self.selection.recommended)
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a path is a comparison folder."""
+    return (path / "selection.json").is_file() and not (path / "recipe.yaml").is_file()
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The run or weights file to start from: of a comparison folder, its recommended candidate's."""
+    if not is_comparison(path):
+        return path
+    run = Comparison(path).recommended_run()
+    return Comparison(path).weights if run is None else run.path
+
+
+def settings_text(settings: Mapping[str, Any], most: int | None = MAX_SETTINGS) -> str:
+    """Settings of `CandidateReport` as text, or the method's name if there are more than ``most``; None: no limit."""
+    if most is None or len(settings) <= most:
+        return ", ".join(f"{name.removeprefix('method.')} {value_text(value)}" for name, value in settings.items())
+    method = settings.get("method.name")
+    return f"method {method}" if method else f"{len(settings)} settings"
+
+
+def value_text(value: object) -> str:
+    """A setting's value as text: names of specs, lists joined by +, none."""
+    if isinstance(value, Mapping):
+        return value_text(value.get("name"))
+    if isinstance(value, list):
+        return " + ".join(map(value_text, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def in_words(settings: Mapping[str, Any], most: int | None = SAID) -> str:
-    """In what an adapted network differs from others, in a few words; empty where it does in nothing.
-
-    Args:
-        settings: as `CandidateReport` holds them.
-        most: how many settings to name; None names all.
-    """
-    if most is None or len(settings) <= most:
-        return ", ".join(f"{name.removeprefix('method.')} {said(value)}" for name, value in settings.items())
-    method = settings.get("method.name")
-    return f"method {method}" if method else f"{len(settings)} settings of its own"
-
-
-def said(value: object) -> str:
-    """A setting's value in a sentence."""
-    if isinstance(value, list):
-        return (
-            " + ".join(said(each.get("name")) if isinstance(each, Mapping) else said(each) for each in value) or "none"
-        )
-    return "none" if value is None else str(value)
-
-
-def _refused(names: Sequence[str]) -> str:
-    """``a and b are refused``; empty where none is."""
-    return f"{_listed(names)} {_is(names)} refused" if names else ""
-
-
-def _is(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
-
-
-def _listed(names: Sequence[str]) -> str:
+def _joined(names: Sequence[str]) -> str:
     """``a, b and c``."""
-    return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)
+    return re.sub(r", ([^,]*)$", r" and \1", ", ".join(names))
 
 
-__all__ = ["ADAPTED", "BEFORE", "RECALIBRATED", "CandidateReport", "Selection", "in_words", "said"]
+__all__ = [
+    "ADAPTED",
+    "BASELINE",
+    "COLUMNS",
+    "RECALIBRATED",
+    "CandidateReport",
+    "Comparison",
+    "Selection",
+    "is_comparison",
+    "resolve_checkpoint",
+    "settings_text",
+    "value_text",
+]

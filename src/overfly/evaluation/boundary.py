@@ -1,8 +1,8 @@
-"""How well the outlines are met: Boundary IoU (Cheng et al., CVPR 2021) at a stated width, in counts that add up.
+"""Boundary IoU (Cheng et al., CVPR 2021) at a given width, from counts that add up.
 
 For each class, only the pixels of the mask that lie within ``width`` pixels of its outline are compared. As in the
-authors' code, distance is measured on squares (``width`` erosions by 3 × 3). Unlike it, the border of the picture and
-that of ignored areas are no outline: a tile cuts through fields, and nobody drew that line.
+authors' code, distance is measured on squares (``width`` erosions by 3 × 3). Unlike in it, the border of the image and
+that of ignored areas are not outlines, since tiles cut through objects.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class Boundary:
 
     @classmethod
     def empty(cls, classes: int, width: int) -> Self:
-        """No picture yet, for ``classes`` classes and bands of ``width`` pixels."""
+        """No images yet, for ``classes`` classes and bands of ``width`` pixels."""
         return cls(torch.zeros(3, classes, dtype=torch.int64), width)
 
     @classmethod
     def of(cls, prediction: Tensor, label: Tensor, classes: int, width: int, ignore: int = IGNORE) -> Self:
-        """Count the bands of whole pictures.
+        """Count the bands of whole images.
 
         Args:
             prediction: class ids (H, W) or (B, H, W).
             label: class ids or ``ignore``, of the same shape.
             classes: number of classes K.
             width: width of the band inside each outline, in pixels of the label.
-            ignore: pixels with this label are left out, and are no neighbor to anybody.
+            ignore: pixels with this label are left out, and not compared with as neighbors.
         """
         truth = label.reshape(-1, *label.shape[-2:]).long()
         guess = prediction.reshape(-1, *label.shape[-2:]).long()
@@ -61,19 +61,19 @@ class Boundary:
         return Boundary(self.counts + other.counts.to(self.counts.device), self.width)
 
     def reduce(self, add: Callable[[Tensor], Tensor] | None = None) -> Boundary:
-        """The sum over all ranks, as `Confusion.reduce`."""
+        """Sum over all ranks; see `Confusion.reduce`."""
         return Boundary((add or over_ranks)(self.counts).to(self.counts.device), self.width)
 
     @property
     def iou(self) -> Tensor:
-        """Boundary IoU of each class (K,), float64, 0 to 1; NaN for a class that has no outline anywhere."""
+        """Boundary IoU of each class (K,), float64, 0 to 1; NaN for a class without an outline."""
         label, prediction, both = self.counts.double()
         share: Tensor = both / (label + prediction - both)
         return share
 
     @property
     def miou(self) -> float:
-        """Mean over the classes that have an outline in labels or predictions; NaN where none has."""
+        """Mean over the classes that have an outline in labels or predictions; NaN if none has."""
         return float(self.iou.nanmean())
 
 
@@ -98,7 +98,7 @@ def band(ids: Tensor, valid: Tensor, width: int) -> Tensor:
 
 
 def _local_minimum(value: Tensor, dim: int, width: int, outside: int) -> Tensor:
-    """Minimum over ``2 · width + 1`` neighbors along a dimension, the span doubling at each step."""
+    """Minimum over ``2 · width + 1`` neighbors along a dimension; the span doubles at each step."""
     length, span, full = value.shape[dim], 1, 2 * width + 1
     shape = list(value.shape)
     shape[dim] = width

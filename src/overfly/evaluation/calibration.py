@@ -1,7 +1,7 @@
-"""Whether a network's confidence means anything: expected calibration error (Guo et al., ICML 2017, equation 3).
+"""Expected calibration error (Guo et al., ICML 2017, equation 3).
 
-Of the pixels that a calibrated network predicts with probability 0.8, 80 % are right. Counts are kept per bin of
-confidence and add up over pictures, windows and ranks.
+Of the pixels that a calibrated network predicts with probability 0.8, 80 % are correct. Counts per confidence bin add
+up over images, windows and ranks.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from overfly.evaluation.confusion import over_ranks
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Sums (3, bins), float64: pixels, right ones, and confidence, in bins of equal width from 0 to 1."""
+    """Sums (3, bins), float64: pixels, correct pixels, and confidence, in bins of equal width from 0 to 1."""
 
     sums: Tensor
 
     @classmethod
     def empty(cls, bins: int = 15) -> Self:
-        """No pixel yet."""
+        """No pixels yet."""
         return cls(torch.zeros(3, bins, dtype=torch.float64))
 
     @classmethod
@@ -40,19 +40,17 @@ class Calibration:
         """
         confidence, prediction = scores.float().softmax(-3).max(-3)
         valid = label != ignore
-        sure = confidence[valid].double().cpu()
-        right = (prediction == label)[valid].double().cpu()
-        place = (sure * bins).long().clamp(0, bins - 1)
-        counted = torch.bincount(place, minlength=bins).double()
-        return cls(
-            torch.stack([counted, torch.bincount(place, right, bins), torch.bincount(place, sure, bins)]),
-        )
+        confidence = confidence[valid].double().cpu()
+        correct = (prediction == label)[valid].double().cpu()
+        index = (confidence * bins).long().clamp(0, bins - 1)
+        pixels = torch.bincount(index, minlength=bins).double()
+        return cls(torch.stack([pixels, torch.bincount(index, correct, bins), torch.bincount(index, confidence, bins)]))
 
     def __add__(self, other: Calibration) -> Calibration:
         return Calibration(self.sums + other.sums)
 
     def reduce(self, add: Callable[[Tensor], Tensor] | None = None) -> Calibration:
-        """The sum over all ranks, as `Confusion.reduce`."""
+        """Sum over all ranks; see `Confusion.reduce`."""
         return Calibration((add or over_ranks)(self.sums).to(self.sums.device))
 
     @property
@@ -62,7 +60,7 @@ class Calibration:
 
     @property
     def accuracy(self) -> Tensor:
-        """Share of each bin's pixels that are right (bins,); NaN in an empty bin."""
+        """Share of each bin's pixels that are predicted correctly (bins,); NaN in an empty bin."""
         return self.sums[1] / self.sums[0]
 
     @property
@@ -77,7 +75,7 @@ class Calibration:
 
     @property
     def overconfidence(self) -> float:
-        """Mean confidence minus accuracy, -1 to 1: above 0, the network claims more than it knows; NaN if empty."""
+        """Mean confidence minus accuracy, -1 to 1: positive if overconfident; NaN without pixels."""
         return float((self.sums[2].sum() - self.sums[1].sum()) / self.sums[0].sum())
 
 

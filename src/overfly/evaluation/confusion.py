@@ -1,8 +1,8 @@
-"""One confusion matrix a split: counts that add up over batches, windows and ranks, and the scores they give.
+"""The confusion matrix of a split: counts that add up over batches, windows and ranks, and scores computed from them.
 
-A class that occurs neither in the labels nor in the predictions has no IoU (NaN) and is left out of means. A class that
-is predicted somewhere but never labeled has IoU 0, and that counts. This is the field's definition: the intersection
-and the union are summed over the whole split before they are divided, and pixels without a label are left out.
+A class that is neither labeled nor predicted has no IoU (NaN) and is left out of means. A class that is predicted but
+never labeled has IoU 0, which counts. Intersection and union are summed over the whole split before they are divided,
+and pixels without a label are left out.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from overfly.core.records import IGNORE
 class Confusion:
     """Counts (K, K), int64: rows are the labels, columns the predictions.
 
-    Scores are float64 tensors (K,) or floats, 0 to 1, NaN where nothing defines them.
+    Scores are float64 tensors (K,) or floats, 0 to 1, NaN if undefined.
     """
 
     counts: Tensor
 
     @classmethod
     def empty(cls, classes: int) -> Self:
-        """No pixel yet, for ``classes`` classes."""
+        """No pixels yet, for ``classes`` classes."""
         return cls(torch.zeros(classes, classes, dtype=torch.int64))
 
     @classmethod
@@ -39,7 +39,7 @@ class Confusion:
             prediction: class ids 0 to K-1, of any shape and integer type.
             label: class ids 0 to K-1 or ``ignore``, of the same shape.
             classes: number of classes K.
-            ignore: pixels with this label are left out, whatever is predicted there.
+            ignore: pixels with this label are left out.
 
         Raises:
             ValueError: shapes differ, or an id outside 0 to K-1 that is not ignored.
@@ -65,17 +65,17 @@ class Confusion:
     __hash__ = None  # type: ignore[assignment]
 
     def reduce(self, add: Callable[[Tensor], Tensor] | None = None) -> Confusion:
-        """The sum over all ranks.
+        """Sum over all ranks.
 
         Args:
-            add: sums a tensor over ranks, such as ``lambda counts: fabric.all_reduce(counts, reduce_op="sum")``; left
-                out, `torch.distributed` where it is initialized, and itself where it is not.
+            add: sums a tensor over ranks, such as ``lambda counts: fabric.all_reduce(counts, reduce_op="sum")``; None:
+                `torch.distributed`, if it is initialized.
         """
         return Confusion((add or over_ranks)(self.counts).to(self.counts.device))
 
     @property
     def pixels(self) -> int:
-        """How many pixels were counted."""
+        """Number of counted pixels."""
         return int(self.counts.sum())
 
     @property
@@ -90,7 +90,7 @@ class Confusion:
 
     @property
     def hits(self) -> Tensor:
-        """Pixels of each class that are predicted as labeled (K,), int64."""
+        """Correctly predicted pixels of each class (K,), int64."""
         return self.counts.diagonal()
 
     @property
@@ -105,44 +105,44 @@ class Confusion:
 
     @property
     def recall(self) -> Tensor:
-        """Share of each class's labeled pixels that are found (K,), also called class accuracy; NaN if unlabeled."""
+        """Share of each class's labeled pixels that are predicted so (K,), also called class accuracy; NaN if unlabeled."""
         return self.hits.double() / self.labeled.double()
 
     @property
     def precision(self) -> Tensor:
-        """Share of each class's predicted pixels that are right (K,); NaN if never predicted."""
+        """Share of each class's predicted pixels that are labeled so (K,); NaN if never predicted."""
         return self.hits.double() / self.predicted.double()
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes that occur in labels or predictions; NaN where no pixel was counted."""
+        """Mean IoU over the classes that occur in labels or predictions; NaN without pixels."""
         return float(self.iou.nanmean())
 
     @property
     def mean_f1(self) -> float:
-        """Mean F1 over the classes that occur in labels or predictions; NaN where no pixel was counted."""
+        """Mean F1 over the classes that occur in labels or predictions; NaN without pixels."""
         return float(self.f1.nanmean())
 
     @property
     def mean_recall(self) -> float:
-        """Mean recall over the classes that occur in the labels; NaN where no pixel was counted."""
+        """Mean recall over the classes that occur in the labels; NaN without pixels."""
         return float(self.recall.nanmean())
 
     @property
     def accuracy(self) -> float:
-        """Share of pixels that are predicted as labeled; NaN where no pixel was counted."""
+        """Share of pixels that are predicted correctly; NaN without pixels."""
         return float(self.hits.sum().double() / self.counts.sum().double())
 
     @property
     def kappa(self) -> float:
-        """Agreement beyond chance (Cohen, 1960), -1 to 1; NaN where chance alone would agree everywhere."""
+        """Agreement beyond chance (Cohen, 1960), -1 to 1; NaN if expected agreement is 1."""
         total = self.counts.sum().double()
         chance = (self.labeled.double() * self.predicted.double()).sum() / total**2
         return float((self.hits.sum().double() / total - chance) / (1 - chance))
 
 
 def over_ranks(counts: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks of `torch.distributed`; where that is not initialized, the tensor itself."""
+    """Sum a tensor over all ranks of `torch.distributed`; the tensor itself if that is not initialized."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return counts
     total = counts.clone().cuda() if distributed.get_backend() == "nccl" else counts.clone()

@@ -1,4 +1,4 @@
-"""The fixed pictures that label-free figures are taken on, and what a network predicts of them."""
+"""Read the fixed images that label-free metrics are computed on, and predict them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from overfly.ops.windows import sliding
 def unlabeled_images(
     domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
 ) -> Iterator[Tensor]:
-    """Pictures of a split, evenly spread and always the same; their labels are taken away before anything is read.
+    """Read evenly spaced images of a split; labels are removed from its items before anything is read.
 
     Args:
-        domain: whose pictures.
+        domain: the images.
         split: which of them.
-        limit: how many at most; None: all.
-        resize: side of the square that each is first resized to.
-        crop: longest side that is cut from the middle of each; None: the whole picture.
+        limit: maximum number of images; None: all.
+        resize: side of the square that images are first resized to.
+        crop: side of the center crop; None: whole images.
 
     Yields:
-        (C, H, W), float, in the sensor's own range.
+        (C, H, W), float, in the sensor's range.
 
     Raises:
-        DataError: the split has no pictures, or one cannot be read.
+        DataError: the split has no images, or one cannot be read.
     """
     items = sample_evenly(without_labels(domain.items(split)), limit)
     if not items:
-        raise DataError(f"split {split} of the {domain.title} domain has no pictures to look at; choose another split")
+        raise DataError(f"split {split} of the {domain.title} domain has no images; choose another split")
     for item in items:
         yield center_crop(_resized(to_tensor(domain.read_image(item)), resize), crop)
 
@@ -43,12 +43,12 @@ def unlabeled_images(
 def labeled_images(
     domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `unlabeled_images`, each with its label (H, W), int64, brought to the picture's size by nearest neighbor.
+    """Read images as `unlabeled_images`, with labels (H, W), int64, resized to the image by nearest neighbor.
 
-    This opens labels: it is for the source.
+    Only for source domains.
 
     Raises:
-        DataError: no picture of the split has a label.
+        DataError: no image of the split has a label.
     """
     items: Sequence[Item] = sample_evenly([item for item in domain.items(split) if item.label is not None], limit)
     if not items:
@@ -62,12 +62,12 @@ def labeled_images(
 
 
 def to_tensor(image: Array) -> Tensor:
-    """An image (H, W, C) of any number type as (C, H, W), float32."""
+    """Convert an image (H, W, C) of any number type to (C, H, W), float32."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))
 
 
 def center_crop(image: Tensor, crop: int | None) -> Tensor:
-    """The middle of (..., H, W), no side longer than ``crop``."""
+    """Crop (..., H, W) at its center to sides of at most ``crop`` pixels."""
     height, width = image.shape[-2:]
     if crop is None or max(height, width) <= crop:
         return image
@@ -78,12 +78,12 @@ def center_crop(image: Tensor, crop: int | None) -> Tensor:
 
 @torch.inference_mode()
 def predict_scores(network: nn.Module, image: Tensor, window: int | None = None) -> Tensor:
-    """Class scores of one picture, before any softmax, at its own size.
+    """Class scores of one image, before any softmax, at the image's size.
 
     Args:
         network: images (B, C, H, W) in the sensor's range to `Logits` at their size, in evaluation mode.
         image: (C, H, W), on the network's device.
-        window: side of overlapping windows for pictures that are larger; None: the whole picture.
+        window: side of overlapping windows for larger images; None: the whole image.
 
     Returns:
         (K, H, W), float32.
@@ -100,16 +100,16 @@ def predict_scores(network: nn.Module, image: Tensor, window: int | None = None)
     scores = sliding(main, image[None], window)[0] if larger and window is not None else main(image[None])[0]
     if not bool(scores.isfinite().all()):
         raise NotFiniteError(
-            "the network gives scores that are not finite; its weights or its mean and standard deviation are broken, "
-            "so train again or take another checkpoint"
+            "the network's scores are not finite: its weights or its mean and standard deviation are invalid; train "
+            "it again or use another checkpoint"
         )
     return scores
 
 
-def random_pixels(height: int, width: int, pixels: int, *draw: int) -> Tensor:
-    """Places of ``pixels`` random pixels in a flattened picture (pixels,); the same for the same ``draw``."""
-    seed = int(np.random.SeedSequence(draw).generate_state(1)[0])
-    return torch.randint(height * width, (pixels,), generator=torch.Generator().manual_seed(seed))
+def random_pixels(height: int, width: int, pixels: int, *seed: int) -> Tensor:
+    """Indices (pixels,) of random pixels in a flattened image; a function of ``seed``."""
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.randint(height * width, (pixels,), generator=torch.Generator().manual_seed(state))
 
 
 def _resized(image: Tensor, side: int | None) -> Tensor:

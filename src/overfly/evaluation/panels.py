@@ -1,4 +1,4 @@
-"""Pictures of what a network sees: image | label | prediction, several runs side by side, and the confusion matrix."""
+"""Figures of predictions as PNG: image | label | prediction, several networks side by side, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from PIL import Image, ImageDraw, ImageFont
 from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.samples import Sample
+from overfly.evaluation.score import Sample
 
 Bands = tuple[int, int, int]
-"""Bands that are shown as red, green and blue, counted from 0."""
+"""Indices of the bands shown as red, green and blue."""
 
 INK, QUIET, FAINT, PAPER = (30, 30, 30), (95, 95, 95), (150, 150, 150), (255, 255, 255)
 GAP = 12
 HATCH = ((70, 70, 70), (0, 0, 0))
-"""The two grays of the stripes that stand for pixels without a label; no class of any palette here is striped."""
+"""The two grays of the stripes that mark pixels without a label."""
 
 
 class Tile(NamedTuple):
-    """A picture (H, W, 3) of a row; ``striped`` (H, W) marks pixels without a label."""
+    """An image (H, W, 3) of a row; ``striped`` (H, W) marks pixels without a label."""
 
-    picture: UInt8
+    image: UInt8
     striped: UInt8 | None = None
     sharp: bool = False
-    """Whether it shows classes, whose colors are never blended."""
+    """Whether it shows classes, whose colors must not be interpolated."""
 
 
 class Row(NamedTuple):
-    """One line of a sheet: its heading, and a tile for each column, or None where that column has nothing."""
+    """A row of a figure: its heading, and a tile or None per column."""
 
     heading: str
     tiles: list[Tile | None]
 
 
-def displayed(image: Array, bands: Bands | None = None) -> UInt8:
-    """An image of any sensor as a picture for the eye.
+def to_rgb(image: Array, bands: Bands | None = None) -> UInt8:
+    """Convert an image of any sensor to 8-bit RGB.
 
-    Eight-bit pictures of one or three bands are shown as they are. Others are stretched, each band by itself, from its
-    2nd to its 98th percentile, values that are not finite left out.
+    Eight-bit bands stay as they are. Others are stretched from their 2nd to their 98th percentile; values that are not
+    finite are left out.
 
     Args:
         image: (H, W, C) or (H, W), of any number type.
-        bands: bands to show as red, green and blue; None: the first three, or the first alone where there are two.
+        bands: bands to show as red, green and blue; None: the first three, or the first if there are fewer.
 
     Returns:
         (H, W, 3).
@@ -58,7 +58,7 @@ def displayed(image: Array, bands: Bands | None = None) -> UInt8:
     cube = image[..., None] if image.ndim == 2 else image
     chosen = bands or ((0, 1, 2) if cube.shape[-1] >= 3 else (0, 0, 0))
     if max(chosen) >= cube.shape[-1] or min(chosen) < 0:
-        raise ValueError(f"bands {chosen} are shown, but the image has bands 0 to {cube.shape[-1] - 1}")
+        raise ValueError(f"bands must be 0 to {cube.shape[-1] - 1}, got {chosen}")
     shown = cube[..., list(chosen)]
     if shown.dtype == np.uint8:
         eight_bit: UInt8 = np.ascontiguousarray(shown)
@@ -76,17 +76,16 @@ def displayed(image: Array, bands: Bands | None = None) -> UInt8:
 def panels(
     samples: Iterable[Sample], classes: Classes, path: Path, *, bands: Bands | None = None, side: int = 320
 ) -> Path:
-    """Draw image | label | prediction of a few samples, one a row, with a legend, into one PNG.
+    """Draw image | label | prediction of samples, one per row, with a legend, into a PNG.
 
-    Pixels without a label are striped in the label; the prediction is shown everywhere. Where no sample has a label,
-    that column is left out.
+    Pixels without a label are striped. Without any labels, that column is left out.
 
     Args:
-        samples: what to draw, such as `overfly.evaluation.samples.Samples`.
+        samples: the samples, such as `overfly.evaluation.score.Samples`.
         classes: names and colors.
         path: the file to write; its folder is made.
         bands: bands to show as red, green and blue.
-        side: longest side of each picture on the sheet, in pixels.
+        side: longest side of each image in the figure, in pixels.
 
     Returns:
         The path.
@@ -95,17 +94,17 @@ def panels(
     labeled = any(sample.label is not None for sample in samples)
     rows = []
     for sample in samples:
-        right = "" if sample.accuracy is None else f"   {sample.accuracy:.0%} of pixels right"
-        tiles: list[Tile | None] = [Tile(displayed(sample.image, bands))]
+        accuracy = "" if sample.accuracy is None else f"   pixel accuracy {sample.accuracy:.0%}"
+        tiles: list[Tile | None] = [Tile(to_rgb(sample.image, bands))]
         if labeled:
             tiles.append(_painted(sample.label, classes))
         tiles.append(_painted(sample.prediction, classes))
-        rows.append(Row(sample.name + right, tiles))
+        rows.append(Row(sample.name + accuracy, tiles))
     columns = ["image", "label", "prediction"] if labeled else ["image", "prediction"]
     return _sheet(rows, columns, classes, path, side)
 
 
-def comparison(
+def comparison_figure(
     rows: Mapping[str, Mapping[str, Sample]],
     classes: Classes,
     path: Path,
@@ -113,34 +112,33 @@ def comparison(
     bands: Bands | None = None,
     side: int = 320,
 ) -> Path:
-    """Draw image | label | prediction of one run | prediction of another | …, into one PNG.
+    """Draw image | label | predictions of several networks into a PNG.
 
     Args:
-        rows: for each heading of a row, such as the name of a domain, what each run says of the same picture:
-            ``{"rural": {"source only": sample, "recalibrated": sample}}``. Image and label are those of the first;
-            where nothing has a label there is no column for it.
+        rows: samples of one image by network, by row heading: ``{"rural": {"source only": sample, "recalibrated":
+            sample}}``. Image and label are those of the first network; without any labels, that column is left out.
         classes: names and colors.
         path: the file to write; its folder is made.
         bands: bands to show as red, green and blue.
-        side: longest side of each picture on the sheet, in pixels.
+        side: longest side of each image in the figure, in pixels.
 
     Returns:
         The path.
     """
-    runs = list(dict.fromkeys(run for samples in rows.values() for run in samples))
+    networks = list(dict.fromkeys(network for samples in rows.values() for network in samples))
     labeled = any(sample.label is not None for samples in rows.values() for sample in samples.values())
-    drawn = []
+    fitted = []
     for heading, samples in rows.items():
         first = next(iter(samples.values()))
-        tiles: list[Tile | None] = [Tile(displayed(first.image, bands))]
+        tiles: list[Tile | None] = [Tile(to_rgb(first.image, bands))]
         tiles += [_painted(first.label, classes)] if labeled else []
-        tiles += [_painted(samples[run].prediction if run in samples else None, classes) for run in runs]
-        drawn.append(Row(heading, tiles))
-    return _sheet(drawn, ["image", *(["label"] if labeled else []), *runs], classes, path, side)
+        tiles += [_painted(samples[run].prediction if run in samples else None, classes) for network in networks]
+        fitted.append(Row(heading, tiles))
+    return _sheet(fitted, ["image", *(["label"] if labeled else []), *networks], classes, path, side)
 
 
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
-    """Draw a confusion matrix, each row in percent of the pixels that have this label, into one PNG.
+    """Draw a confusion matrix, each row in percent of the pixels with this label, into a PNG.
 
     Args:
         confusion: counts (K, K), rows the labels, columns the predictions.
@@ -201,10 +199,10 @@ def _painted(ids: UInt8 | None, classes: Classes) -> Tile | None:
 
 
 def _sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
-    """Lay rows of tiles, titles and the legend out on one sheet."""
+    """Draw rows of tiles, titles and the legend into a PNG."""
     font, small = _font(15), _font(13)
-    drawn = [(row, [None if tile is None else _fitted(tile, side) for tile in row.tiles]) for row in rows]
-    heights = [max((picture.height for picture in images if picture), default=side) for _, images in drawn]
+    fitted = [(row, [None if tile is None else _fitted(tile, side) for tile in row.tiles]) for row in rows]
+    heights = [max((image.height for image in images if image), default=side) for _, images in fitted]
     width = GAP + len(columns) * (side + GAP)
     striped = any(tile is not None and tile.striped is not None for row in rows for tile in row.tiles)
     legend = _legend(classes, width, small, striped)
@@ -214,16 +212,16 @@ def _sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: 
     for index, column in enumerate(columns):
         pen.text((GAP + index * (side + GAP), 10), column, INK, font)
     top = 34
-    for (row, images), tall in zip(drawn, heights, strict=True):
+    for (row, images), tall in zip(fitted, heights, strict=True):
         pen.text((GAP, top + 4), row.heading, QUIET, small)
         top += 24
-        for index, picture in enumerate(images):
+        for index, image in enumerate(images):
             left = GAP + index * (side + GAP)
-            if picture is None:
+            if image is None:
                 pen.text((left, top + tall // 2), "none", FAINT, small)
                 continue
-            sheet.paste(picture, (left, top))
-            pen.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=FAINT)
+            sheet.paste(image, (left, top))
+            pen.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline=FAINT)
         top += tall + 8
     sheet.paste(legend, (0, top + 4))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,16 +230,16 @@ def _sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: 
 
 
 def _fitted(tile: Tile, side: int) -> Image.Image:
-    """The tile with its longest side made ``side`` pixels, stripes drawn on top."""
-    height, width = tile.picture.shape[:2]
+    """The tile, resized to ``side`` pixels on its longest side, with stripes on top."""
+    height, width = tile.image.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     how = Image.Resampling.NEAREST if tile.sharp or scale > 2 else Image.Resampling.LANCZOS
-    picture = Image.fromarray(tile.picture).resize(size, how)
+    image = Image.fromarray(tile.image).resize(size, how)
     if tile.striped is not None:
         mask = Image.fromarray(tile.striped * np.uint8(255)).resize(size, Image.Resampling.NEAREST)
-        picture.paste(_stripes(size), (0, 0), mask)
-    return picture
+        image.paste(_stripes(size), (0, 0), mask)
+    return image
 
 
 def _stripes(size: tuple[int, int]) -> Image.Image:
@@ -251,7 +249,7 @@ def _stripes(size: tuple[int, int]) -> Image.Image:
 
 
 def _legend(classes: Classes, width: int, font: ImageFont.FreeTypeFont, striped: bool) -> Image.Image:
-    """Swatches with names, in as many lines as they need."""
+    """Color swatches with class names, wrapped to the width."""
     names = [*classes.names, *(["no label"] if striped else [])]
     places, left, top = [], GAP, 8
     for name in names:
@@ -260,23 +258,23 @@ def _legend(classes: Classes, width: int, font: ImageFont.FreeTypeFont, striped:
             left, top = GAP, top + 24
         places.append((left, top))
         left += wide
-    picture = Image.new("RGB", (width, top + 28), PAPER)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, top + 28), PAPER)
+    pen = ImageDraw.Draw(image)
     for index, (name, (left, top)) in enumerate(zip(names, places, strict=True)):
         if index < len(classes.names):
-            picture.paste(classes.colors[index], (left, top, left + 16, top + 16))
+            image.paste(classes.colors[index], (left, top, left + 16, top + 16))
         else:
-            picture.paste(_stripes((16, 16)), (left, top))
+            image.paste(_stripes((16, 16)), (left, top))
         pen.rectangle((left, top, left + 16, top + 16), outline=FAINT)
         pen.text((left + 22, top), name, INK, font)
-    return picture
+    return image
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and knows the letters of most languages."""
+    """DejaVu Sans, which ships with matplotlib."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-__all__ = ["Bands", "comparison", "confusion_figure", "displayed", "panels"]
+__all__ = ["Bands", "comparison_figure", "confusion_figure", "to_rgb", "panels"]

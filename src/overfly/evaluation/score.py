@@ -1,9 +1,11 @@
-"""The one scorer: a network on the labeled pictures of a split. Nothing else opens a target's labels."""
+"""Score a network on the labeled images of a split. Nothing else opens target labels."""
 
 from __future__ import annotations
 
 import contextlib
+import typing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,18 +19,90 @@ from overfly.core.prefetch import map_ahead
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import over_ranks
-from overfly.evaluation.samples import Sample, SampleCollector, Samples
-from overfly.evaluation.scores import Protocol, Scores, Tally, number, summarize
+from overfly.evaluation.scores import Protocol, Scores, SplitCounts, finite, summarize
 from overfly.ops.windows import sliding
 
 
-class Picture(NamedTuple):
-    """One item as read: its place in the split, image (H, W, C), label (H, W)."""
+class LabeledImage(NamedTuple):
+    """An item as read.
 
-    place: int
+    Attributes:
+        index: position in the split.
+        item: where it was read from.
+        image: (H, W, C).
+        label: (H, W).
+    """
+
+    index: int
     item: Item
     image: Array
     label: UInt8
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """An image with its prediction.
+
+    Attributes:
+        name: the item's name.
+        image: (H, W, C), in the sensor's own type and range.
+        prediction: class ids (H, W).
+        label: class ids or 255, (H, W); None without a label.
+        accuracy: pixel accuracy, 0 to 1; None if no pixel has a label.
+    """
+
+    name: str
+    image: Array
+    prediction: UInt8
+    label: UInt8 | None = None
+    accuracy: float | None = None
+
+
+class SampleCollector(typing.Protocol):
+    """Receives every image while a split is scored."""
+
+    def show(self, sample: Sample, index: int, total: int) -> None:
+        """Receive a sample, its position in the split from 0, and the number of samples."""
+
+
+class Samples:
+    """Collects evenly spaced samples, and those of lowest and highest accuracy; iterates over them in this order.
+
+    Pass it to `score` and draw it with `overfly.evaluation.panels.panels`.
+    """
+
+    def __init__(self, spread: int = 4, extremes: bool = True) -> None:
+        """Start empty.
+
+        Args:
+            spread: number of evenly spaced samples.
+            extremes: whether to keep those of lowest and highest accuracy.
+        """
+        self.spread, self.extremes = spread, extremes
+        self._spread: dict[int, Sample] = {}
+        self._worst: Sample | None = None
+        self._best: Sample | None = None
+
+    def show(self, sample: Sample, index: int, total: int) -> None:
+        """Keep a sample if it is one of those wanted; see `SampleCollector`."""
+        if index in {(2 * part + 1) * total // (2 * self.spread) for part in range(self.spread)}:
+            self._spread[index] = sample
+        if not self.extremes or sample.accuracy is None:
+            return
+        if self._worst is None or sample.accuracy < (self._worst.accuracy or 0):
+            self._worst = sample
+        if self._best is None or sample.accuracy > (self._best.accuracy or 0):
+            self._best = sample
+
+    def __iter__(self) -> Iterator[Sample]:
+        samples = [self._spread[index] for index in sorted(self._spread)]
+        for extreme in (self._worst, self._best):
+            if extreme is not None and extreme.name not in {sample.name for sample in samples}:
+                samples.append(extreme)
+        return iter(samples)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def score(
@@ -48,49 +122,49 @@ def score(
     shard: tuple[int, int] = (0, 1),
     add: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
-    """Score a network on the labeled pictures of a split, in constant memory.
+    """Score a network on the labeled images of a split, in constant memory.
 
     Args:
         segmenter: images (B, C, H, W), float, in the sensor's range, to `Logits` at the image's size. It is moved to
-            ``device``; training or evaluation mode is as before afterwards.
-        domain: whose pictures and labels to read.
+            ``device``; its training or evaluation mode is restored.
+        domain: the images and labels.
         split: which of them.
-        resize: side of the square that pictures are resized to before the network; labels are never resized, scores
-            are brought to the label's size instead.
-        window: side of overlapping windows, in pixels after ``resize``; None: whole pictures.
-        overlap: share of a window's side that the next one covers again.
+        resize: side of the square that images are resized to before the network. Labels are never resized; scores
+            are resized to the label.
+        window: side of overlapping windows, in pixels after ``resize``; None: whole images.
+        overlap: overlap of neighboring windows, as a share of their side.
         device: where the network runs.
-        batch: windows, or whole pictures of equal size, in one forward pass.
+        batch: windows, or whole images of equal size, per forward pass.
         boundary_width: width of the band of Boundary IoU, in pixels of the label.
-        samples: is shown every picture with its prediction, such as `Samples`, which keeps a few to draw.
-        on_image: called with (pictures done, pictures in all) after each.
-        workers: threads that read ahead; 0 reads in turn.
-        shard: (rank, ranks): this process scores every ``ranks``-th picture, and all get the scores of the sum.
-        add: sums a tensor over ranks; left out, `torch.distributed`.
+        samples: receives every image with its prediction, such as `Samples`.
+        on_image: called after each image with the number of images done and in total.
+        workers: threads that read ahead; 0 reads in the calling thread.
+        shard: (rank, ranks): this process scores every ``ranks``-th image; scores are of the sum over ranks.
+        add: sums a tensor over ranks; None: `torch.distributed`.
 
     Raises:
         DataError: the split has no labels, or a label and its image differ in size; the message names the file.
         RecipeError: the network and the domain have different classes.
-        OverflyError: the network gives scores that are not finite.
+        NotFiniteError: the network's scores are not finite.
     """
     protocol = Protocol(resize=resize, window=window, overlap=overlap if window else 0.0, boundary_width=boundary_width)
     items = domain.items(split)
     labeled = _labeled(items, segmenter, domain, split)
     todo = list(enumerate(labeled))[shard[0] :: shard[1]]
-    tally = Tally.empty(len(domain.classes), protocol)
+    counts = SplitCounts.empty(len(domain.classes), protocol)
     with evaluation_mode(segmenter.to(device)), torch.inference_mode(), _shared_errors(shard[1], add or over_ranks):
         for group in _groups(read_ahead(domain, todo, workers), 1 if window else batch):
             predicted = _predict(segmenter, group, protocol, torch.device(device), batch)
-            for picture, scores in zip(group, predicted, strict=True):
-                prediction, one = _counted(scores, picture, domain, protocol)
-                tally = tally + one
+            for image, scores in zip(group, predicted, strict=True):
+                prediction, image_counts = _count(scores, image, domain, protocol)
+                counts = counts + image_counts
                 if samples is not None:
-                    samples.show(_sample(picture, prediction, one), picture.place, len(labeled))
+                    samples.show(_sample(image, prediction, image_counts), image.index, len(labeled))
                 if on_image is not None:
-                    on_image(tally.images, len(todo))
+                    on_image(counts.images, len(todo))
     if shard[1] > 1:
-        tally = tally.reduce(add)
-    return summarize(tally, domain, split, protocol, unlabeled=len(items) - len(labeled))
+        counts = counts.reduce(add)
+    return summarize(counts, domain, split, protocol, unlabeled=len(items) - len(labeled))
 
 
 @contextlib.contextmanager
@@ -114,7 +188,7 @@ def _shared_errors(ranks: int, add: Callable[[Tensor], Tensor]) -> Iterator[None
 
 @contextlib.contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and every submodule's own mode again afterwards."""
+    """Switch a network to evaluation mode within the context; restore every submodule's mode on exit."""
     before = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -124,23 +198,23 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 0) -> Iterator[Picture]:
-    """Read images and labels in order, with ``workers`` threads at most two pictures each ahead.
+def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 0) -> Iterator[LabeledImage]:
+    """Read images and labels in order, with ``workers`` threads that read at most two images each ahead.
 
     Raises:
         DataError: a label and its image differ in size.
     """
 
-    def read(entry: tuple[int, Item]) -> Picture:
+    def read(entry: tuple[int, Item]) -> LabeledImage:
         index, item = entry
         image, label = domain.read_image(item), domain.read_label(item)
         if image.shape[:2] != label.shape:
             named = item.name if callable(item.label) else item.label
             raise DataError(
                 f"label {named} is {label.shape[1]} x {label.shape[0]} pixels and its image {image.shape[1]} x "
-                f"{image.shape[0]}; bring them to one size, or take the picture out"
+                f"{image.shape[0]}; make them the same size, or remove the image"
             )
-        return Picture(index, item, image, label)
+        return LabeledImage(index, item, image, label)
 
     if workers == 0:
         yield from map(read, todo)
@@ -148,23 +222,23 @@ def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 
     yield from map_ahead(read, todo, workers=workers)
 
 
-def _groups(images: Iterator[Picture], batch: int) -> Iterator[list[Picture]]:
-    """Neighboring pictures of equal size, at most ``batch`` together."""
-    group: list[Picture] = []
-    for picture in images:
-        if group and (len(group) == batch or picture.image.shape != group[0].image.shape):
+def _groups(images: Iterator[LabeledImage], batch: int) -> Iterator[list[LabeledImage]]:
+    """Group consecutive images of equal size, at most ``batch`` each."""
+    group: list[LabeledImage] = []
+    for each in images:
+        if group and (len(group) == batch or each.image.shape != group[0].image.shape):
             yield group
             group = []
-        group.append(picture)
+        group.append(each)
     if group:
         yield group
 
 
 def _predict(
-    segmenter: nn.Module, group: list[Picture], protocol: Protocol, device: torch.device, batch: int
+    segmenter: nn.Module, group: list[LabeledImage], protocol: Protocol, device: torch.device, batch: int
 ) -> Tensor:
     """Class scores (B, K, H, W), float32, at the labels' own size."""
-    stack = np.stack([np.ascontiguousarray(picture.image, dtype=np.float32) for picture in group])
+    stack = np.stack([np.ascontiguousarray(each.image, dtype=np.float32) for each in group])
     image = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous().to(device)
     size = image.shape[-2:]
     if protocol.resize is not None and size != (protocol.resize, protocol.resize):
@@ -181,46 +255,46 @@ def _predict(
     return scores
 
 
-def _counted(scores: Tensor, picture: Picture, domain: Domain, protocol: Protocol) -> tuple[Tensor, Tally]:
-    """Class ids (H, W) and counts of one picture; or what is wrong with it."""
+def _count(scores: Tensor, image: LabeledImage, domain: Domain, protocol: Protocol) -> tuple[Tensor, SplitCounts]:
+    """Class ids (H, W) and counts of one image."""
     if len(scores) != len(domain.classes):
         raise RecipeError(
-            f"the network tells {len(scores)} classes apart and domain {domain.name} has {len(domain.classes)}; "
-            "score it on a domain with its classes, or map the labels onto them"
+            f"the network has {len(scores)} classes and domain {domain.name} has {len(domain.classes)}; "
+            "use a domain with the network's classes, or map its labels onto them"
         )
     highest, prediction = scores.max(0)
     if not bool(highest.isfinite().all()):
         raise NotFiniteError(
-            f"the network gives scores that are not finite on {picture.item.name}; its weights or its mean and "
-            "standard deviation are broken, so train again or take another checkpoint"
+            f"the network's scores are not finite on {image.item.name}: its weights or its mean and standard deviation "
+            "are invalid; train it again or use another checkpoint"
         )
-    label = torch.from_numpy(picture.label.astype(np.int64)).to(scores.device)
+    label = torch.from_numpy(image.label.astype(np.int64)).to(scores.device)
     if bool(((label >= len(scores)) & (label != IGNORE)).any()):
-        named = picture.item.name if callable(picture.item.label) else picture.item.label
+        named = image.item.name if callable(image.item.label) else image.item.label
         raise DataError(
             f"label {named} holds id {int(label[label != IGNORE].max())}, but the classes are 0 to "
             f"{len(scores) - 1} and {IGNORE} is ignored; correct the file or the domain's mapping"
         )
-    return prediction, Tally.of(scores, prediction, label, protocol)
+    return prediction, SplitCounts.of(scores, prediction, label, protocol)
 
 
-def _sample(picture: Picture, prediction: Tensor, tally: Tally) -> Sample:
+def _sample(image: LabeledImage, prediction: Tensor, counts: SplitCounts) -> Sample:
     ids = prediction.to("cpu", torch.uint8).numpy()
-    return Sample(picture.item.name, picture.image, ids, picture.label, number(tally.confusion.accuracy))
+    return Sample(image.item.name, image.image, ids, image.label, finite(counts.confusion.accuracy))
 
 
 def _labeled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split: Split) -> list[Item]:
-    """The items that can be scored, if any can."""
+    """The items with labels, after a check that network and domain have the same classes."""
     own = getattr(segmenter, "classes", None)
     if isinstance(own, Classes) and own.names != domain.classes.names:
         raise RecipeError(
-            f"the network tells apart {', '.join(own.names)}, but domain {domain.name} has "
-            f"{', '.join(domain.classes.names)}; score it on a domain with its classes, or map the labels onto them"
+            f"the network has the classes {', '.join(own.names)}, and domain {domain.name} has "
+            f"{', '.join(domain.classes.names)}; use a domain with the network's classes, or map its labels onto them"
         )
     labeled = [item for item in items if item.label is not None]
     if not labeled:
-        raise DataError(f"split {split} of domain {domain.name} has no labels to score against; choose another split")
+        raise DataError(f"split {split} of domain {domain.name} has no labels; choose another split")
     return labeled
 
 
-__all__ = ["Protocol", "Sample", "Samples", "Scores", "evaluation_mode", "read_ahead", "score"]
+__all__ = ["LabeledImage", "Protocol", "Sample", "SampleCollector", "Samples", "Scores", "evaluation_mode", "read_ahead", "score"]

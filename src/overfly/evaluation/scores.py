@@ -1,4 +1,4 @@
-"""What scoring gives: the counts of a split, which add up, and the scores they make, as a value for JSON."""
+"""Counts of a split, which add up over images and ranks, and the scores computed from them."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from overfly.evaluation.confusion import Confusion, over_ranks
 
 
 class Protocol(Spec):
-    """How a score was taken. Predictions are compared with the labels at the labels' own full resolution."""
+    """How a score was computed. Predictions are compared with labels at the label's full resolution."""
 
     resize: Pixels | None = None
-    """Side of the square that pictures are resized to before the network sees them; none: as they are."""
+    """Side of the square that images are resized to before the network; none: not resized."""
     window: Pixels | None = None
-    """Side of the overlapping windows in which pictures are predicted, after any resize; none: whole pictures."""
+    """Side of the overlapping windows that images are predicted in, after any resize; none: whole images."""
     overlap: float = 0.25
-    """Share of a window's side that the next one covers again; without windows it means nothing."""
+    """Overlap of neighboring windows, as a share of their side; unused without windows."""
     boundary_width: Pixels = 5
-    """Width of the band along outlines that Boundary IoU compares, in pixels of the label."""
+    """Width of the band along outlines for Boundary IoU, in pixels of the label."""
     bins: Count = 15
-    """Bins of confidence behind the calibration error."""
+    """Confidence bins of the calibration error."""
 
 
 class ClassScore(Spec):
-    """What one class scores, 0 to 1; none where nothing defines it."""
+    """Scores of one class, 0 to 1; none if undefined."""
 
     iou: Share | None
-    """Intersection over union; none for a class that is neither labeled nor predicted, which means leave out."""
+    """Intersection over union; none for a class that is neither labeled nor predicted, and left out of means."""
     f1: Share | None
     """Harmonic mean of precision and accuracy, also called Dice."""
     precision: Share | None
-    """Share of the pixels predicted as this class that are it."""
+    """Share of the pixels predicted as this class that are labeled so."""
     accuracy: Share | None
-    """Share of this class's labeled pixels that are found, also called recall."""
+    """Share of this class's labeled pixels that are predicted so, also called recall."""
     boundary_iou: Share | None
     """Boundary IoU (Cheng et al., 2021) at the protocol's width."""
     pixels: Whole
@@ -50,41 +50,41 @@ class ClassScore(Spec):
 
 
 class Reliability(Spec):
-    """Whether confidence means anything: pixels in bins of equal width by the probability of the predicted class."""
+    """Reliability diagram: pixels in bins of equal width by the probability of the predicted class."""
 
     ece: Share | None
     """Expected calibration error (Guo et al., 2017)."""
     overconfidence: float | None
-    """Mean confidence minus accuracy: above 0, the network claims more than it knows."""
+    """Mean confidence minus accuracy: positive if overconfident."""
     pixels: tuple[Whole, ...]
     """Pixels in each bin."""
     confidence: tuple[Share | None, ...]
     """Mean probability of the predicted class in each bin."""
     accuracy: tuple[Share | None, ...]
-    """Share of each bin's pixels that are right."""
+    """Share of each bin's pixels that are predicted correctly."""
 
 
 class Scores(Spec):
-    """What a network scores on one split of one domain; shares from 0 to 1, JSON through ``model_dump_json()``."""
+    """Scores of a network on one split of a domain; shares from 0 to 1."""
 
     domain: dict[str, Any]
-    """The domain as a recipe names it."""
+    """The domain, as in a recipe."""
     split: Split
-    """The split that was scored."""
+    """The split."""
     images: Whole
-    """Labeled pictures that were scored."""
+    """Labeled images that were scored."""
     labels_opened: Whole
-    """Labels that were read for it."""
+    """Labels that were read."""
     unlabeled: Whole
-    """Pictures of the split without a label, left out."""
+    """Images of the split without a label, left out."""
     protocol: Protocol
-    """How it was scored."""
+    """How the scores were computed."""
     miou: Share | None
-    """Mean IoU over the classes that are labeled or predicted somewhere in the split, from one confusion matrix."""
+    """Mean IoU over the classes that are labeled or predicted in the split, from one confusion matrix."""
     accuracy: Share | None
-    """Share of labeled pixels that are right."""
+    """Share of labeled pixels that are predicted correctly."""
     class_accuracy: Share | None
-    """Mean over the labeled classes of the share of their pixels that are found."""
+    """Mean recall over the labeled classes."""
     f1: Share | None
     """Mean F1 over the classes that are labeled or predicted."""
     kappa: float | None
@@ -92,7 +92,7 @@ class Scores(Spec):
     boundary_miou: Share | None
     """Mean Boundary IoU over the classes that have an outline."""
     classes: dict[str, ClassScore]
-    """Each class's own scores, in the order of the ids."""
+    """Scores by class, in the order of the ids."""
     calibration: Reliability
     """Confidence against accuracy."""
     confusion: tuple[tuple[Whole, ...], ...]
@@ -100,8 +100,8 @@ class Scores(Spec):
 
 
 @dataclass(frozen=True)
-class Tally:
-    """All that is counted while scoring; adds up over pictures and ranks."""
+class SplitCounts:
+    """Confusion matrix, boundary and calibration counts; adds up over images and ranks."""
 
     confusion: Confusion
     boundary: Boundary
@@ -109,8 +109,8 @@ class Tally:
     images: int = 0
 
     @classmethod
-    def empty(cls, classes: int, protocol: Protocol) -> Tally:
-        """Nothing counted."""
+    def empty(cls, classes: int, protocol: Protocol) -> SplitCounts:
+        """No images yet."""
         return cls(
             Confusion.empty(classes),
             Boundary.empty(classes, protocol.boundary_width),
@@ -118,8 +118,8 @@ class Tally:
         )
 
     @classmethod
-    def of(cls, scores: Tensor, prediction: Tensor, label: Tensor, protocol: Protocol) -> Tally:
-        """Count one picture: class scores (K, H, W) and the ids (H, W) they predict, against its label (H, W)."""
+    def of(cls, scores: Tensor, prediction: Tensor, label: Tensor, protocol: Protocol) -> SplitCounts:
+        """Count one image: class scores (K, H, W) and the class ids (H, W) they predict, against its label (H, W)."""
         classes = len(scores)
         return cls(
             Confusion.of(prediction, label, classes),
@@ -128,17 +128,17 @@ class Tally:
             1,
         )
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
+    def __add__(self, other: SplitCounts) -> SplitCounts:
+        return SplitCounts(
             self.confusion + other.confusion,
             self.boundary + other.boundary,
             self.calibration + other.calibration,
             self.images + other.images,
         )
 
-    def reduce(self, add: Callable[[Tensor], Tensor] | None) -> Tally:
-        """The sum over all ranks, as `Confusion.reduce`."""
-        return Tally(
+    def reduce(self, add: Callable[[Tensor], Tensor] | None) -> SplitCounts:
+        """Sum over all ranks; see `Confusion.reduce`."""
+        return SplitCounts(
             self.confusion.reduce(add),
             self.boundary.reduce(add),
             self.calibration.reduce(add),
@@ -146,46 +146,46 @@ class Tally:
         )
 
 
-def summarize(tally: Tally, domain: Domain, split: Split, protocol: Protocol, unlabeled: int) -> Scores:
-    """The scores that a split's counts make."""
-    counts, edges, trust = tally.confusion, tally.boundary, tally.calibration
-    columns = (counts.iou, counts.f1, counts.precision, counts.recall, edges.iou, counts.labeled)
+def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol: Protocol, unlabeled: int) -> Scores:
+    """Compute the scores of a split from its counts."""
+    counts, boundary, calibration = split_counts.confusion, split_counts.boundary, split_counts.calibration
+    columns = (counts.iou, counts.f1, counts.precision, counts.recall, boundary.iou, counts.labeled)
     classes = {
         name: ClassScore(
-            iou=number(iou), f1=number(f1), precision=number(precision), accuracy=number(recall),
-            boundary_iou=number(edge), pixels=int(pixels),
+            iou=finite(iou), f1=finite(f1), precision=finite(precision), accuracy=finite(recall),
+            boundary_iou=finite(edge), pixels=int(pixels),
         )
         for name, iou, f1, precision, recall, edge, pixels in zip(domain.classes.names, *columns, strict=True)
     }  # fmt: skip
     return Scores(
         domain=domain.model_dump(mode="json"),
         split=split,
-        images=tally.images,
-        labels_opened=tally.images,
+        images=split_counts.images,
+        labels_opened=split_counts.images,
         unlabeled=unlabeled,
         protocol=protocol,
-        miou=number(counts.miou),
-        accuracy=number(counts.accuracy),
-        class_accuracy=number(counts.mean_recall),
-        f1=number(counts.mean_f1),
-        kappa=number(counts.kappa),
-        boundary_miou=number(edges.miou),
+        miou=finite(counts.miou),
+        accuracy=finite(counts.accuracy),
+        class_accuracy=finite(counts.mean_recall),
+        f1=finite(counts.mean_f1),
+        kappa=finite(counts.kappa),
+        boundary_miou=finite(boundary.miou),
         classes=classes,
         calibration=Reliability(
-            ece=number(trust.ece),
-            overconfidence=number(trust.overconfidence),
-            pixels=tuple(int(value) for value in trust.pixels),
-            confidence=tuple(number(value) for value in trust.confidence),
-            accuracy=tuple(number(value) for value in trust.accuracy),
+            ece=finite(calibration.ece),
+            overconfidence=finite(calibration.overconfidence),
+            pixels=tuple(int(value) for value in calibration.pixels),
+            confidence=tuple(finite(value) for value in calibration.confidence),
+            accuracy=tuple(finite(value) for value in calibration.accuracy),
         ),
         confusion=tuple(tuple(int(value) for value in row) for row in counts.counts),
     )
 
 
-def number(value: float | Tensor) -> float | None:
-    """A number that JSON can hold: None for NaN."""
+def finite(value: float | Tensor) -> float | None:
+    """The value as a float, or None if it is not finite, since JSON has no NaN."""
     plain = float(value)
     return plain if math.isfinite(plain) else None
 
 
-__all__ = ["ClassScore", "Protocol", "Reliability", "Scores", "Tally", "number", "summarize"]
+__all__ = ["ClassScore", "Protocol", "Reliability", "Scores", "SplitCounts", "finite", "summarize"]

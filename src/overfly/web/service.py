@@ -22,7 +22,7 @@ from torch import Tensor
 from overfly.core.classes import Classes
 from overfly.core.errors import NotFiniteError
 from overfly.core.records import IGNORE, UInt8
-from overfly.evaluation.panels import displayed
+from overfly.evaluation.panels import to_rgb
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import sliding
 from overfly.raster.raster_source import Georeference, input_gain
@@ -219,7 +219,7 @@ class InferenceService:
 
     def store(self, image: UploadedImage, predictions: Mapping[str, Prediction]) -> StoredMap:
         """Keep maps in memory; the least recently used are evicted."""
-        stored = StoredMap(secrets.token_urlsafe(12), displayed(image.image), image.georeference, predictions)
+        stored = StoredMap(secrets.token_urlsafe(12), to_rgb(image.image), image.georeference, predictions)
         with self._lock:
             self._maps[stored.key] = stored
         return stored
