@@ -23,7 +23,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
-from overfly.core.settings import parse, validation_message
+from overfly.core.settings import parse_yaml, validation_message
 from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.data.folder import Folder
 from overfly.data.headers import read_header
@@ -36,7 +36,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral, ScaleJitter
 from overfly.recipe import Recipe, load
-from overfly.training.engine import Step, TrainerConfig, launch_fabric
+from overfly.training.engine import LossModule, TrainerConfig, launch_fabric
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start
 
@@ -112,7 +112,9 @@ class FolderInputs:
         if self.checkpoint is not None:
             names = ("target_images",)
             if self.source_images or self.source_masks or self.classes:
-                raise RecipeError("--checkpoint replaces --source-images, --source-masks and --classes; leave these out")
+                raise RecipeError(
+                    "--checkpoint replaces --source-images, --source-masks and --classes; leave these out"
+                )
         missing = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is None]
         if missing:
             raise RecipeError(
@@ -191,7 +193,7 @@ def read_classes(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RecipeError(f"--classes: {file} is not a file; give a YAML file such as {{building: [255, 0, 0], …}}")
     try:
-        values = parse(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"--classes: {file} is not valid YAML: {' '.join(str(error).split())}") from None
     settings = values if isinstance(values, dict) and "classes" in values else {"classes": values}
@@ -336,7 +338,9 @@ def _budget_message(
     budget: float, times: Mapping[str, float], steps: Mapping[str, int], variants: int, recipe: Recipe
 ) -> str:
     """What does not fit a budget, and what would: a longer one, a smaller crop or a lighter network."""
-    fitting = " and ".join(f"{count} {'source-only' if name == 'source' else name} steps" for name, count in steps.items())
+    fitting = " and ".join(
+        f"{count} {'source-only' if name == 'source' else name} steps" for name, count in steps.items()
+    )
     needed = max(MIN_STEPS * seconds / BUDGET_SHARES[variants][name] for name, seconds in times.items())
     advice = [f"--budget {int(needed / 60) + 1}m"]
     crop = int(recipe.crop * (min(steps.values()) / MIN_STEPS) ** 0.5) // 32 * 32
@@ -354,12 +358,12 @@ def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
     """Median seconds of a recipe's training step on this device, after one step of warm-up."""
     start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
     setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
-    module = fabric.to_device(Step(recipe.method, setup.nets))
+    module = fabric.to_device(LossModule(recipe.method, setup.nets))
     module.train()
     seconds: list[float] = []
     for number in range(repeats + 1):
         started = time.monotonic()
-        batch = setup.steps[number]
+        batch = setup.batches[number]
         if isinstance(batch, Exception):
             raise batch
         module.batch = fabric.to_device(batch)

@@ -23,8 +23,8 @@ from overfly.core.spec import Positive, Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import labeled_images, predict_scores, random_pixels, unlabeled_images
-from overfly.evaluation.label_free_metrics import drawn
-from overfly.evaluation.perturbations import shifts
+from overfly.evaluation.label_free_metrics import seeded
+from overfly.evaluation.perturbations import domain_shifts
 from overfly.evaluation.score import evaluation_mode
 
 PIXELS = 2048
@@ -256,18 +256,18 @@ def _errors(
     seed: int,
 ) -> Iterator[ShiftError]:
     """Estimate and truth of each shift; both leave out the pixels that have no label."""
-    for index, view in enumerate(shifts(styles)):
+    for index, perturbation in enumerate(domain_shifts(styles)):
         expected, truth = torch.zeros(1), None
         for place, (image, label) in enumerate(pairs):
-            _, generator = next(iter(drawn([view], seed + index, place)))
+            _, generator = next(iter(seeded([perturbation], seed + index, place)))
             known = label != IGNORE
             size = (image.shape[-2], image.shape[-1])
-            scores = view.back(score(view.alter(image, max_value, generator)), size)[:, known]
+            scores = perturbation.invert(score(perturbation.apply(image, max_value, generator)), size)[:, known]
             expected = expected + _expected(calibrator, scores)
             one = Confusion.of(scores.argmax(0), label[known], len(scores))
             truth = one if truth is None else truth + one
         if truth is not None and truth.pixels:
-            yield ShiftError(name=view.name, estimate=expected_miou(expected), truth=truth.miou)
+            yield ShiftError(name=perturbation.name, estimate=expected_miou(expected), truth=truth.miou)
 
 
 def _spread(counts: Sequence[Tensor], seed: int) -> float:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 
 from overfly.core.spec import Share, Spec
+from overfly.core.text import percent
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.evaluation.perturbations import geometric_perturbations
 
@@ -58,24 +59,26 @@ class Gate(Spec):
         if before.source_miou is not None and after.source_miou is not None:
             loss = before.source_miou - after.source_miou
             if loss > self.max_source_loss:
-                reasons.append(f"source mIoU falls by {_points(loss)} points, more than {_points(self.max_source_loss)}")
+                reasons.append(
+                    f"source mIoU falls by {percent(loss, 1)} points, more than {percent(self.max_source_loss, 1)}"
+                )
         if after.agreement is not None and after.agreement < self.min_agreement:
             reasons.append(
-                f"agreement with the source-only predictions on the target is {_points(after.agreement)} % mIoU, less "
-                f"than {_points(self.min_agreement)} %"
+                f"agreement with source only on the target is {percent(after.agreement, 1)} % mIoU, less "
+                f"than {percent(self.min_agreement, 1)} %"
             )
         loss = before.nuclear_norm - after.nuclear_norm
         if loss > self.max_confidence_loss:
             reasons.append(
-                f"confidence on the target (nuclear norm) falls by {_points(loss)} points, more than "
-                f"{_points(self.max_confidence_loss)}"
+                f"confidence on the target (nuclear norm) falls by {percent(loss, 1)} points, more than "
+                f"{percent(self.max_confidence_loss, 1)}"
             )
         gain = consistency(after) - consistency(before)
         if gain <= self.min_consistency_gain:
             reasons.append(
-                f"consistency on the target changes from {_points(consistency(before))} to "
-                f"{_points(consistency(after))} % mIoU, a gain of {_points(gain)} points; more than "
-                f"{_points(self.min_consistency_gain)} is required"
+                f"consistency on the target changes from {percent(consistency(before), 1)} to "
+                f"{percent(consistency(after), 1)} % mIoU, a gain of {percent(gain, 1)} points; more than "
+                f"{percent(self.min_consistency_gain, 1)} is required"
             )
         return tuple(reasons)
 
@@ -92,16 +95,16 @@ class Gate(Spec):
             if familiarity >= self.min_familiarity:
                 return ()
             return (
-                f"familiarity of the target is {_points(familiarity)} %, less than {_points(self.min_familiarity)} %: "
-                f"{UNFAMILIAR}",
+                f"familiarity of the target is {percent(familiarity, 1)} %, less than "
+                f"{percent(self.min_familiarity, 1)} %: {UNFAMILIAR}",
             )
         product = familiarity * reverse_validation
         if product >= self.min_reverse_familiarity:
             return ()
         return (
-            f"familiarity of the target is {_points(familiarity)} % and its reverse validation "
-            f"{_points(reverse_validation)} %; their product, {_points(product)} %, is less than "
-            f"{_points(self.min_reverse_familiarity)} %: {UNFAMILIAR}",
+            f"familiarity of the target is {percent(familiarity, 1)} % and its reverse validation "
+            f"{percent(reverse_validation, 1)} %; their product, {percent(product, 1)} %, is less than "
+            f"{percent(self.min_reverse_familiarity, 1)} %: {UNFAMILIAR}",
         )
 
     def all_rejections(
@@ -169,10 +172,6 @@ def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
     one, two = (geometric_consistency(each) * sum(share > 0 for share in each.shares) for each in (source, target))
     ratios = ((two, one), (target.nuclear_norm, source.nuclear_norm))
     return math.prod(min(1.0, other / own) if own else 1.0 for other, own in ratios)
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 __all__ = ["GEOMETRIC", "Gate", "consistency", "familiarity", "geometric_consistency", "select"]

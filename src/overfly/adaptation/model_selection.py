@@ -29,9 +29,9 @@ from overfly.evaluation.label_free_metrics import (
 from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
-from overfly.training.evaluate import evaluate_domain, labeled, stored_scores
+from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
 from overfly.training.run import Run
-from overfly.training.validation import source_miou_at
+from overfly.training.validation import logged_source_miou
 
 DEFAULT_VALIDATORS: tuple[Validator, ...] = ("consensus", "masked_miou", "views_miou", "source_miou")
 """Validators of the mean rank. The mean prediction of all candidates is usually better than any of them, and the one
@@ -143,7 +143,7 @@ def find_trained_runs(paths: Sequence[Path | str]) -> list[Run]:
     for path in map(Path, paths):
         folder = not (path / "recipe.yaml").is_file() and path.is_dir()
         found = [Run(file.parent) for file in sorted(path.glob("*/recipe.yaml"))] if folder else [Run.open(path)]
-        found = [run for run in found if run.finished or run.kept]
+        found = [run for run in found if run.finished or run.validation_weights]
         if not found:
             raise RunError(f"{path} has no trained network; give finished runs or a folder of them")
         runs |= {run.path.resolve(): run for run in found}
@@ -156,7 +156,7 @@ def list_checkpoints(runs: Sequence[Run]) -> list[Checkpoint]:
     for run in runs:
         kept = [
             Checkpoint(run, step, final=run.finished and _same_weights(run.weights, file))
-            for step, file in run.kept.items()
+            for step, file in run.validation_weights.items()
         ]
         if run.finished and not any(each.final for each in kept):
             kept.append(Checkpoint(run, None, final=True))
@@ -196,7 +196,7 @@ def rank(
     if unknown or not validators:
         raise RecipeError(f"--validators must be of {', '.join(VALIDATORS)}; got {unknown[0] if unknown else 'none'}")
     target = shared_target(runs)
-    if with_labels and not labeled(target, "val"):
+    if with_labels and not has_labels(target, "val"):
         raise DataError(f"the target {target.title} has no labels in val; leave out --with-labels")
     reference_network = reference.segmenter() if reference is not None else None
     if reference is not None and reference_network is not None:
@@ -212,7 +212,7 @@ def rank(
         found = label_free_metrics(network, target, reference=reference_network, **options)
         metrics.append(found.model_copy(update={"source_miou": source_miou}))
         source = each.run.recipe.source
-        estimable = estimates and source is not None and labeled(source, "val")
+        estimable = estimates and source is not None and has_labels(source, "val")
         estimated.append(estimate(network, source, target, **options) if estimable and source is not None else None)
         scored.append(_target_scores(each, target, images.device) if with_labels else None)
     metrics = _with_consensus(checkpoints, metrics, target, images)
@@ -263,7 +263,9 @@ def shared_target(runs: Sequence[Run]) -> Domain:
         raise RecipeError("none of the runs has a target; set target in the recipe and train again")
     if len(targets) > 1:
         first, second = list(targets.values())[:2]
-        raise RecipeError(f"{first.path} and {second.path} have different targets; rank the runs of one target at a time")
+        raise RecipeError(
+            f"{first.path} and {second.path} have different targets; rank the runs of one target at a time"
+        )
     return next(iter(targets.values())).recipe.domain("target")
 
 
@@ -365,10 +367,10 @@ def _source_miou(checkpoint: Checkpoint, device: torch.device | str) -> float | 
     """Source mIoU from the run's log or ``scores.json``, else computed; None without source labels."""
     run, source = checkpoint.run, checkpoint.run.recipe.source
     split = run.recipe.validation.split
-    if source is None or not labeled(source, split):
+    if source is None or not has_labels(source, split):
         return None
     if checkpoint.step is not None:
-        return source_miou_at(list(run.log.rows()), checkpoint.step)
+        return logged_source_miou(list(run.log.rows()), checkpoint.step)
     stored = stored_scores(run, "source", split, source)
     return (stored or evaluate_domain(run, source, "source", split, device=device)).miou
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,8 @@ from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
-from overfly.training.evaluate import evaluate_domain, labeled, stored_scores
-from overfly.training.run import Run
+from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
+from overfly.training.run import Run, new_folder
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start, train_recipe
 
@@ -75,7 +74,9 @@ def plan_candidates(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]
         _check_shared_settings(recipe, other, number)
     plans: dict[str, Recipe | Path] = {BASELINE: baseline}
     if not isinstance(recipe.method, Recalibrate):
-        shared = {key: getattr(recipe, key) for key in ("source", "target", "model", "crop", "window", "resize", "seed")}
+        shared = {
+            key: getattr(recipe, key) for key in ("source", "target", "model", "crop", "window", "resize", "seed")
+        }
         plans[RECALIBRATED] = Recipe(start=baseline, method=Recalibrate(), **shared, **RECALIBRATION)
     if not others:
         return {**plans, ADAPTED: recipe}
@@ -206,7 +207,7 @@ def _check_inputs(recipes: Sequence[Recipe], fabric: Fabric) -> None:
         try:
             if recipe.source is not None:
                 for split in (recipe.validation.split, ESTIMATE_SPLIT):
-                    labeled(recipe.source, split)
+                    has_labels(recipe.source, split)
             start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
             prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
         except OverflyError as error:
@@ -244,13 +245,13 @@ def _compare(
     for name, network in networks.items():
         source_miou = _source_miou(recipe, runs[name], device)
         metrics[name] = metrics_of(network, target, "train").model_copy(update={"source_miou": source_miou})
-        if estimates and recipe.source is not None and labeled(recipe.source, ESTIMATE_SPLIT):
+        if estimates and recipe.source is not None and has_labels(recipe.source, ESTIMATE_SPLIT):
             estimated[name] = estimate(network, recipe.source, target, **options | {"limit": ESTIMATE_IMAGES})
     familiar = reverse = None
     if _has_held_out_images(recipe):
         source, held_out = recipe.domain("source"), recipe.validation.split
         familiar = familiarity(metrics_of(baseline, source, held_out), metrics[BASELINE])
-        if not gate.skip_familiarity and labeled(source, "train") and labeled(source, held_out):
+        if not gate.skip_familiarity and has_labels(source, "train") and has_labels(source, held_out):
             reverse = reverse_validation(baseline, source, target, held_out, **options)
     rejections = gate.all_rejections(BASELINE, metrics, familiar, reverse)
     adapted = [name for name in runs if name not in (BASELINE, RECALIBRATED)]
@@ -312,9 +313,9 @@ def _load(run: Run | Path) -> Segmenter:
 
 
 def _source_miou(recipe: Recipe, run: Run | Path, device: torch.device) -> float | None:
-    """mIoU on the source's held-out labels, scored with the recipe's resize and window; stored scores are reused."""
+    """MIoU on the source's held-out labels, scored with the recipe's resize and window; stored scores are reused."""
     split = recipe.validation.split
-    if recipe.source is None or not labeled(recipe.source, split):
+    if recipe.source is None or not has_labels(recipe.source, split):
         return None
     if isinstance(run, Run) and (run.recipe.resize, run.recipe.window) == (recipe.resize, recipe.window):
         stored = stored_scores(run, "source", split, recipe.source)
@@ -324,7 +325,7 @@ def _source_miou(recipe: Recipe, run: Run | Path, device: torch.device) -> float
 
 
 def _labeled_miou(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
-    """mIoU by domain and split in the run's ``scores.json``; no label is read."""
+    """MIoU by domain and split in the run's ``scores.json``; no label is read."""
     if not isinstance(run, Run):
         return {}
     splits: tuple[Split, ...] = ("val", "test")
@@ -365,13 +366,7 @@ def _comparison_folder(selection: Selection, recipe: Recipe, out: Path) -> Compa
                 return Comparison(comparison.path)
     domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
     title = f"{domains}_comparison".replace("/", "-").replace(" ", "-")
-    stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H%M%S")
-    names = [f"{stamp}_{title}", *(f"{stamp}-{number}_{title}" for number in range(2, 100))]
-    for name in names:
-        with suppress(FileExistsError):
-            (folder / name).mkdir(parents=True)
-            return Comparison(folder / name)
-    raise RunError(f"{folder} has too many comparisons of one second; choose another --out")
+    return Comparison(new_folder(folder, title))
 
 
 def _draw_predictions(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:

@@ -15,6 +15,7 @@ from overfly.adaptation.estimate import Estimate
 from overfly.adaptation.gate import Gate, geometric_consistency
 from overfly.core.errors import RunError
 from overfly.core.spec import Share, Spec, Whole
+from overfly.core.text import percent
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.training.run import Run
 
@@ -126,11 +127,11 @@ class Selection(Spec):
                 metrics.source_miou, metrics.masked_miou, metrics.views_miou, geometric_consistency(metrics),
                 metrics.agreement,
             ]  # fmt: skip
-            interval = f" ({_percent(estimate.low)} to {_percent(estimate.high)})" if estimate else ""
+            interval = f" ({percent(estimate.low, 1)} to {percent(estimate.high, 1)})" if estimate else ""
             decision = "rejected" if each.rejections else "baseline" if name == BASELINE else "accepted"
             decision = "recommended" if name == self.recommended else decision
-            estimated = _percent(estimate.miou if estimate else None) + interval
-            rows.append([name, *map(_percent, values), estimated, decision])
+            estimated = percent(estimate.miou if estimate else None, 1) + interval
+            rows.append([name, *(percent(value, 1) for value in values), estimated, decision])
         return rows
 
     def table(self) -> str:
@@ -168,7 +169,7 @@ class Comparison:
     @classmethod
     def find_all(cls, folder: Path) -> list[Comparison]:
         """The folder itself if it is a comparison, or those in it, oldest first."""
-        files = [folder / "selection.json", *sorted(folder.glob("*_comparison/selection.json"))]
+        files = [folder / "selection.json", *sorted(folder.glob("*_comparison*/selection.json"))]
         return [cls(file.parent) for file in files if file.is_file()]
 
     @property
@@ -230,10 +231,6 @@ def value_text(value: object) -> str:
     if isinstance(value, list):
         return " + ".join(map(value_text, value)) or "none"
     return "none" if value is None else str(value)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -14,39 +14,44 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from overfly.adaptation.selection import Selection
-    from overfly.training.run import Run
 
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """A comparison of the networks before and after adaptation, and the recommended one."""
+    """A comparison of source-only, recalibrated and adapted networks, and the recommended one.
+
+    Attributes:
+        path: the comparison folder.
+        selection: all candidates and the recommendation.
+    """
 
     path: Path
     selection: Selection
 
     @property
-    def run(self) -> Run:
-        """The adapted run's folder as an object."""
-        from overfly.training.run import Run
-
-        return Run.open(self.path)
-
-    @property
-    def best(self) -> Path:
+    def recommended(self) -> Path:
         """File of the recommended network."""
-        return self.path / "best.safetensors"
+        return self.path / "recommended.safetensors"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.markdown import Markdown
+        from rich.table import Table
 
-        yield Markdown(self.selection.table())
-        yield f"result: {self.selection.summary}"
-        for role, report in self.selection.candidates.items():
-            yield from (f"  rejected {role}: {reason}" for reason in report.rejections)
-        yield from (f"  {way}" for way in self.selection.differences)
+        from overfly.adaptation.selection import COLUMNS
+
+        table = Table(title="candidates, in percent", title_justify="left")
+        table.add_column("candidate")
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name == COLUMNS[-1] else "right")
+        for row in self.selection.rows():
+            table.add_row(*row)
+        yield table
+        yield from self.selection.reasons
+        yield from self.selection.differences
+        yield self.selection.familiarity_summary
         yield f"target labels opened: {self.selection.labels_opened}"
-        yield f"recommended network: {self.best}"
-        yield f"report: {self.path / 'selection.md'}"
+        yield self.selection.summary
+        yield f"comparison: {self.path}"
+        yield f"predict with: overfly predict {self.path} IMAGE"
 
 
 def adapt(
@@ -68,11 +73,11 @@ def adapt(
     cache: Cache = "memory",
     quiet: bool = False,
 ) -> AdaptResult:
-    """Adapt to images without labels, and report whether the result is better than the network before adaptation.
+    """Adapt to images without labels, and recommend the adapted network or the one before adaptation.
 
-    Three candidates are compared without target labels: source only, recalibrated and adapted. Give a recipe, or
-    several with the same start to choose among; or your own folders, the source with masks and the target without; or,
-    without access to the source's images, a trained run (--checkpoint) and the target.
+    Candidates are compared without target labels: source only, recalibrated and adapted. Give a recipe, or several with
+    the same start; or image folders, the source with masks and the target without; or, without the source's images, a
+    trained network (--checkpoint) and the target.
 
     Args:
         recipe: a recipe file whose method adapts.
@@ -81,10 +86,10 @@ def adapt(
         source_masks: folder or pattern of their masks.
         target_images: folder or pattern of the images to adapt to.
         classes: YAML file of the classes: names, or names and their colors; or settings of a folder domain.
-        checkpoint: run or weights file to adapt, without its source's images.
-        budget: time for your own folders, such as 90s, 10m or 2h; default 30m. The same command again resumes.
+        checkpoint: run, comparison or weights file to adapt, without its source's images.
+        budget: time for image folders, such as 90s, 10min or 2h; default 30m. The same command again resumes.
         estimate: estimate each candidate's mIoU on the target too, with an interval; takes about as long again.
-        skip_familiarity: accept target images that are unfamiliar; use it where they show the source's classes.
+        skip_familiarity: skip the check of the target images; use it if they show the source's classes.
         out: folder of the runs.
         device: auto, cpu, cuda, cuda:1 or mps.
         devices: number of devices, one process each.
@@ -94,11 +99,12 @@ def adapt(
         quiet: print no progress.
 
     Returns:
-        The comparison and the file of the recommended network.
+        The comparison folder and its selection.
     """
-    from overfly.adaptation import auto_recipe, pipeline
+    from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes
     from overfly.adaptation.gate import Gate
-    from overfly.commands.load_predictor import resolve_start
+    from overfly.adaptation.pipeline import adapt as adapt_recipes
+    from overfly.adaptation.selection import resolve_checkpoint
     from overfly.recipe import load
     from overfly.training.engine import TrainerConfig, launch_fabric
 
@@ -106,17 +112,17 @@ def adapt(
         return None if value is None else Path(value)
 
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
-    start = None if checkpoint is None else resolve_start(Path(checkpoint))
-    own = auto_recipe.Own(path(source_images), path(source_masks), path(target_images), path(classes), start)
+    start = None if checkpoint is None else resolve_checkpoint(Path(checkpoint))
+    inputs = FolderInputs(path(source_images), path(source_masks), path(target_images), path(classes), start)
     recipes, settings = split_entries([*([] if recipe is None else [recipe]), *overrides])
-    if recipes and own != auto_recipe.Own():
-        raise RecipeError("adapt takes a recipe or your own folders, not both; leave one of them out")
+    if recipes and inputs != FolderInputs():
+        raise RecipeError("adapt takes a recipe or image folders, not both; leave one of them out")
     if recipes and budget is not None:
-        raise RecipeError(f"--budget {budget} is for your own folders; a recipe sets its length with steps=…")
+        raise RecipeError(f"--budget {budget} is for image folders; set steps=… for a recipe")
     values = [load(each, *settings) for each in recipes]
-    values = values or auto_recipe.of_folders(own, budget, config, settings, Path(out))
-    run, selection = pipeline.adapt(
+    values = values or folder_recipes(inputs, budget, config, settings, Path(out))
+    comparison = adapt_recipes(
         *values, out=Path(out), fabric=launch_fabric(values[0], config), config=config, estimates=estimate,
-        gate=Gate(familiar=0.0) if skip_familiarity else None,
+        gate=Gate(skip_familiarity=skip_familiarity),
     )  # fmt: skip
-    return AdaptResult(run.path, selection)
+    return AdaptResult(comparison.path, comparison.selection)

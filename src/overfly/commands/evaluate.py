@@ -86,7 +86,7 @@ def evaluate(
     """
     from overfly.commands.arguments import load_domain, override_domain
     from overfly.core.device import select_device
-    from overfly.evaluation.samples import Samples
+    from overfly.evaluation.score import Samples
     from overfly.reporting.samples import draw_samples, samples_folder
     from overfly.training.evaluate import domain_roles, evaluate_domain, has_labels
     from overfly.training.run import Run

@@ -13,8 +13,9 @@ import yaml
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from overfly.adaptation.selection import Selection
 from overfly.commands.arguments import MAX_SIDE, check_bounds, load_domain, pathlike
-from overfly.commands.load_predictor import load_network, origin_of, selection_of
+from overfly.commands.load_predictor import NetworkFolder, load_network
 from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
@@ -106,7 +107,7 @@ def export(
     layer the difference begins, and leaves no file.
 
     Args:
-        run: the folder of a finished run; of one adapted by `overfly adapt`, its recommended network.
+        run: the folder of a finished run; or a comparison folder, for its recommended network.
         format: onnx (.onnx), openvino (.xml and .bin) or torch (.pt2).
         precision: 32, 16, or int8, whose ranges are measured on unlabeled images of the target.
         output: what the file gives: probabilities, logits, or classes (ids, 8 bits).
@@ -125,10 +126,10 @@ def export(
     check_bounds(
         {"size": (size or 32, 32, MAX_SIDE), "resize": (resize or 32, 32, MAX_SIDE), "images": (images, 1, 10**4)}
     )
-    opened = Run.open(run)
+    opened = NetworkFolder.open(run)
     segmenter, metadata = load_network(opened.path)
-    recipe = opened.recipe
-    inner = (recipe.resize if resize is None else resize) or None
+    recipe = None if opened.run is None else opened.run.recipe
+    inner = ((recipe.resize if recipe else None) if resize is None else resize) or None
     if size is not None:
         metadata = metadata.model_copy(update={"window": size, "fixed": True})
     settings = ExportSettings(
@@ -141,9 +142,10 @@ def export(
     path, found = write(
         segmenter, metadata, settings, data, folder=folder, name=stem, on_progress=(lambda _: None) if quiet else _tell
     )
-    own = {"target": recipe.target, "source": recipe.source}
+    own = {"target": recipe.target, "source": recipe.source} if recipe else {}
     role = next((role for role, each in own.items() if domain in own and each is place), domain)
-    _note_labels(opened, role, found)
+    if opened.run is not None:
+        _note_labels(opened.run, role, found)
     written = path.with_suffix(".md")
     written.write_text(model_card(found, card_content(opened)), encoding="utf-8")
     return ExportResult(path, written, found)
@@ -202,14 +204,15 @@ def _stem(name: str | None, metadata: ModelMetadata, settings: ExportSettings, s
     return stem
 
 
-def _domain(run: Run, text: str, metadata: ModelMetadata) -> Domain:
+def _domain(folder: NetworkFolder, text: str, metadata: ModelMetadata) -> Domain:
     """The domain that an export is measured on, which has the network's classes and bands."""
-    recipe = run.recipe
-    order = (recipe.target, recipe.source) if text == "target" else (recipe.source, recipe.target)
+    recipe = None if folder.run is None else folder.run.recipe
+    domains = (recipe.target, recipe.source) if recipe else ()
+    order = domains if text == "target" else domains[::-1]
     own = next((domain for domain in order if domain is not None), None)
     found = own if text in ("target", "source") else load_domain(text)
     if found is None:
-        raise DataError(f"{run.path} has no domain to measure an export on; name one as --domain")
+        raise DataError(f"{folder.path} has no domain to measure an export on; name one as --domain")
     if found.classes.names != metadata.classes.names or found.bands != metadata.bands:
         raise RecipeError(
             f"the domain {found.title} has other classes or bands than the network; give one with "
@@ -219,10 +222,10 @@ def _domain(run: Run, text: str, metadata: ModelMetadata) -> Domain:
 
 
 def _evidence(
-    place: Domain, recipe: Recipe, settings: ExportSettings, window: int, images: int, *, labels: bool
+    place: Domain, recipe: Recipe | None, settings: ExportSettings, window: int, images: int, *, labels: bool
 ) -> EvaluationData:
     """Unlabeled images of a domain, and where its labels are for the scorer."""
-    before = None if settings.resize else recipe.resize
+    before = None if settings.resize or recipe is None else recipe.resize
     side = None if settings.resize else window
     shown: Split = "val" if _pictures(place, "val") else "train" if _pictures(place, "train") else "test"
     measured: Split = "train" if _pictures(place, "train") else shown
@@ -288,15 +291,17 @@ def _note_labels(run: Run, key: str, found: ExportReport) -> None:
     run.write_json("scores.json", scores)
 
 
-def card_content(run: Run) -> CardContent:
-    """What a model card tells of a run: domains, scores of it and of its siblings of other seeds, verdict.
-
-    Of a run that was refused the recommended network is exported, and its own run is told of.
-    """
-    origin, data = origin_of(run), _verdict(run)
-    if origin is None:
-        return _story_of_a_stranger(run, data)
-    run, recipe = origin, origin.recipe
+def card_content(folder: NetworkFolder) -> CardContent:
+    """The content of a model card: domains, scores of the run and of its other seeds, and the selection."""
+    selection = _selection_text(folder.selection)
+    if folder.run is None:
+        return CardContent(
+            title=folder.path.name,
+            method="unknown: the run of the recommended network does not exist any more",
+            domains=[],
+            selection=selection,
+        )
+    run, recipe = folder.run, folder.run.recipe
     places = []
     for domain, role in ((recipe.source, "with labels, trained on"), (recipe.target, "without labels, adapted to")):
         if domain is not None:
@@ -308,21 +313,8 @@ def card_content(run: Run) -> CardContent:
         method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0].rstrip('.')}",
         domains=places,
         scores=scores_of_seeds(run),
-        selection=data,
+        selection=selection,
         recipe=yaml.safe_dump(_without_paths(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
-    )
-
-
-def _story_of_a_stranger(run: Run, data: str) -> CardContent:
-    """What is left to tell where the exported network's own run is not there."""
-    target = run.recipe.target
-    return CardContent(
-        title=run.path.name,
-        method="a run that is not there any more: the verdict below recommends its network",
-        domains=[]
-        if target is None
-        else [CardDomain(target.title, sheet(target), "without labels, as far as is known")],
-        selection=data,
     )
 
 
@@ -360,13 +352,13 @@ def _unseeded(values: Any) -> Any:
     return None if isinstance(values, str) else values
 
 
-def _verdict(run: Run) -> str:
-    selection = selection_of(run)
+def _selection_text(selection: Selection | None) -> str:
+    """Summary, candidates and differing settings of a selection as Markdown; empty without one."""
     if selection is None:
         return ""
-    sentence = f"Verdict: {selection.summary}. Target labels opened for it: {selection.labels_opened}."
-    ways = "".join(f"- {way}\n" for way in selection.differences)
-    return f"{sentence}\n\n{selection.table()}" + (f"\n\n{ways}" if ways else "")
+    summary = f"{selection.summary[0].upper()}{selection.summary[1:]}. Target labels opened: {selection.labels_opened}."
+    differences = "\n".join(f"- {line}" for line in selection.differences)
+    return "\n\n".join(filter(None, [summary, selection.table(), differences]))
 
 
 def _without_paths(values: Any) -> Any:

@@ -1,10 +1,11 @@
-"""What a path means that somebody wants to predict with: a run, a network's file, an export."""
+"""Load a network from a run folder, a comparison folder, a weights file or an exported file."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from overfly.adaptation.selection import Selection
+from overfly.adaptation.selection import Comparison, Selection, is_comparison
 from overfly.core.choices import Backend
 from overfly.core.device import select_device
 from overfly.core.errors import MissingExtraError, RecipeError
@@ -14,26 +15,26 @@ from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run
 
 WINDOW = 512
-"""Side of the windows where nothing says another, in pixels."""
+"""Default side of windows, in pixels."""
 RUNTIMES: dict[str, tuple[Backend, ...]] = {
     ".onnx": ("onnxruntime", "openvino"),
     ".xml": ("openvino",),
     ".pt2": ("torch",),
 }
-"""What runs an exported file, by its suffix; the first is taken where nobody says."""
+"""Runtimes for exported files by suffix; the first is the default."""
 
 
 def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str = "auto") -> Predictor:
-    """The network that a path means, on a runtime.
+    """Load a network on a runtime.
 
     Args:
-        path: the folder of a finished run (its recommended network, where it was adapted by `overfly adapt`), a
-            ``.safetensors`` file that a run wrote, or an exported file (.onnx, .xml, .pt2).
-        backend: torch, onnxruntime or openvino; auto takes the one that the file is made for.
+        path: a run folder, a comparison folder (its recommended network), a ``.safetensors`` file, or an exported file
+            (.onnx, .xml, .pt2).
+        backend: torch, onnxruntime or openvino; auto: the one for the file's format.
         device: auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
-        OverflyError: there is no such network, or it does not run there.
+        OverflyError: there is no such network, or it does not run on this backend or device.
     """
     path = Path(path)
     runtimes = RUNTIMES.get(path.suffix.lower(), ("torch",)) if not path.is_dir() else ("torch",)
@@ -58,11 +59,44 @@ def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str =
             raise missing from None
 
 
+@dataclass(frozen=True)
+class NetworkFolder:
+    """A run folder, meaning its own network, or a comparison folder, meaning its recommended network.
+
+    Attributes:
+        path: the folder.
+        weights: the network's file.
+        run: the run that trained it; None for a comparison whose recommended candidate is a weights file or a run that
+            does not exist any more.
+        selection: of a comparison.
+    """
+
+    path: Path
+    weights: Path
+    run: Run | None
+    selection: Selection | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> NetworkFolder:
+        """Open a run or comparison folder.
+
+        Raises:
+            RunError: it is neither, or the run is not finished.
+        """
+        path = Path(path)
+        if is_comparison(path):
+            comparison = Comparison(path)
+            return cls(path, comparison.weights, comparison.recommended_run(), comparison.selection)
+        run = Run.open(path)
+        run.check_finished()
+        return cls(path, run.weights, run)
+
+
 def load_network(path: Path | str) -> tuple[Segmenter, ModelMetadata]:
-    """The trained network that a path means, in evaluation mode, and what its user must know of it.
+    """Load a trained network in evaluation mode, with its metadata.
 
     Args:
-        path: the folder of a finished run, or a ``.safetensors`` file that a run wrote.
+        path: a run folder, a comparison folder (its recommended network), or a ``.safetensors`` file.
 
     Raises:
         OverflyError: there is no such network.
@@ -71,48 +105,14 @@ def load_network(path: Path | str) -> tuple[Segmenter, ModelMetadata]:
     if not path.is_dir():
         segmenter = Segmenter.load(path).eval()
         return segmenter, model_metadata(segmenter, window=WINDOW, title=path.stem)
-    run = Run.open(path)
-    best = run.path / "best.safetensors"
-    segmenter = Segmenter.load(best).eval() if best.is_file() else run.segmenter()
-    recipe = run.recipe
+    folder = NetworkFolder.open(path)
+    segmenter = Segmenter.load(folder.weights).eval()
+    if folder.run is None:
+        return segmenter, model_metadata(segmenter, window=WINDOW, title=path.name)
+    recipe = folder.run.recipe
     resolutions = [domain.gsd for domain in (recipe.source, recipe.target) if domain is not None]
     gsd = next((meters for meters in resolutions if meters is not None), None)
-    return segmenter, model_metadata(segmenter, window=recipe.window or WINDOW, gsd=gsd, title=run.path.name)
+    return segmenter, model_metadata(segmenter, window=recipe.window or WINDOW, gsd=gsd, title=path.name)
 
 
-def selection_of(run: Run) -> Selection | None:
-    """What `overfly adapt` wrote into a run's folder; None where it did not, or where that is damaged."""
-    try:
-        return Selection.model_validate_json((run.path / "selection.json").read_bytes())
-    except (ValueError, OSError):
-        return None
-
-
-def origin_of(run: Run) -> Run | None:
-    """The run whose network a run's folder stands for: its own, or, of one that was refused, the recommended one.
-
-    Returns:
-        None where that run is not there, beside this one or where it was.
-    """
-    selection = selection_of(run)
-    if selection is None or not (run.path / "best.safetensors").is_file():
-        return run
-    place = Path(selection.candidates[selection.recommended].run)
-    there = [path for path in (run.path.parent / place.name, place) if (path / "recipe.yaml").is_file()]
-    return Run.open(there[0]) if there else None
-
-
-def resolve_start(start: Path) -> Path:
-    """What adaptation begins from where a path is named: itself, or the recommended network where a run was refused.
-
-    Args:
-        start: a run's folder or a file of weights; one that is neither is returned as it is.
-    """
-    if not (start / "recipe.yaml").is_file():
-        return start
-    run = Run.open(start)
-    origin = origin_of(run)
-    return run.path / "best.safetensors" if origin is None else start if origin.path == run.path else origin.path
-
-
-__all__ = ["RUNTIMES", "WINDOW", "load_network", "load_predictor", "origin_of", "resolve_start", "selection_of"]
+__all__ = ["RUNTIMES", "WINDOW", "NetworkFolder", "load_network", "load_predictor"]

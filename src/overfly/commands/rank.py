@@ -32,92 +32,85 @@ class RankResult:
         if self.as_json:
             yield ranking.model_dump_json(indent=2)
             return
-        yield from _candidates_tables(ranking.candidates, ranking.members, options.max_width)
+        yield from _candidates_tables(ranking.candidates, ranking.validators, options.max_width)
         yield ""
         for number, each in enumerate(ranking.candidates, 1):
             yield Text(f"{number:>3}  {each.title}", no_wrap=True, overflow="ignore")
         yield ""
-        if ranking.study is not None:
-            yield _study_table(ranking)
-        chosen = ranking.candidates[0]
-        yield f"chosen by the committee ({', '.join(ranking.members)}): {chosen.run}, {chosen.checkpoint}"
-        if ranking.study is None:
-            yield f"target labels opened: {ranking.labels_opened}"
-        else:
-            yield f"this is a study: its true scores rest on {ranking.labels_opened} opened target labels"
+        if ranking.quality is not None:
+            yield _quality_table(ranking)
+        best = ranking.candidates[0]
+        yield f"highest mean rank ({', '.join(ranking.validators)}): {best.run}, {best.checkpoint}"
+        yield f"target labels opened: {ranking.labels_opened}"
         if self.written is not None:
             yield f"written: {self.written}"
 
 
 COLUMNS = {
-    "consensus": "consensus", "source_miou": "source mIoU", "information": "information", "nuclear_norm": "BNM",
-    "masked_miou": "masked mIoU", "views_miou": "views mIoU", "masked": "masked", "views": "views",
-    "agreement": "agreement", "snd": "SND",
-    "entropy": "entropy",
+    "consensus": "consensus", "source_miou": "source mIoU", "information": "information",
+    "nuclear_norm": "nuclear norm", "masked_miou": "masked mIoU", "views_miou": "views mIoU", "masked": "masked",
+    "views": "views", "agreement": "agreement", "snd": "SND", "entropy": "entropy", "mean_rank": "mean rank",
+    "expected": "expected mIoU",
 }  # fmt: skip
-"""What the table calls the validators, most trusted first."""
-
-
+"""Column headings of the validators, in order."""
 WIDE = 120
-"""Characters of a terminal from which all label-free figures stand in one table."""
+"""Width of a terminal, in characters, from which all metrics are in one table."""
 
 
-def _candidates_tables(candidates: Sequence[Candidate], members: Sequence[str], width: int) -> Iterator[Table]:
-    """Figures of every candidate in percent, best of the committee first and numbered; its members apart if narrow."""
-    shown = [name for name in COLUMNS if any(each.metrics.by_validator()[name] is not None for each in candidates)]
+def _candidates_tables(candidates: Sequence[Candidate], validators: Sequence[str], width: int) -> Iterator[Table]:
+    """Tables of the metrics; in a narrow terminal the ranking validators and the others are apart."""
+    metrics = [each.metrics.by_validator() for each in candidates]
+    shown = [name for name in COLUMNS if any(values.get(name) is not None for values in metrics)]
     if width >= WIDE:
-        yield _candidates_table(candidates, shown, members, "label-free figures in percent, higher is better")
+        yield _candidates_table(candidates, shown, validators, "label-free metrics in percent, higher is better")
         return
-    voting = [name for name in shown if name in members]
-    yield _candidates_table(candidates, voting, members, "committee: label-free figures in percent, higher is better")
-    if others := [name for name in shown if name not in members]:
-        yield _candidates_table(candidates, others, (), "other label-free figures")
+    ranking = [name for name in shown if name in validators]
+    yield _candidates_table(candidates, ranking, validators, "ranking metrics in percent, higher is better")
+    if others := [name for name in shown if name not in validators]:
+        yield _candidates_table(candidates, others, (), "other metrics")
 
 
 def _candidates_table(
-    candidates: Sequence[Candidate], shown: Sequence[str], members: Sequence[str], title: str
+    candidates: Sequence[Candidate], shown: Sequence[str], validators: Sequence[str], title: str
 ) -> Table:
-    """Some figures of every candidate; with members of the committee in bold, their vote and what is known beside."""
+    """Metrics of the candidates; with validators, these in bold, and mean rank, estimate and target mIoU."""
     from rich.table import Table
 
     from overfly.core.text import percent
 
+    columns = {COLUMNS[name]: [percent(each.metrics.by_validator()[name]) for each in candidates] for name in shown}
+    bold = {COLUMNS[name] for name in validators}
+    if validators:
+        columns["mean rank"] = [percent(each.mean_rank) for each in candidates]
+    if validators and any(each.estimate for each in candidates):
+        estimates = [each.estimate for each in candidates]
+        columns["estimated mIoU"] = [
+            f"{percent(each.miou)} ({percent(each.low)} to {percent(each.high)})" if each else "–" for each in estimates
+        ]
+    if validators and any(each.target_miou is not None for each in candidates):
+        columns["target mIoU"] = [percent(each.target_miou) for each in candidates]
     table = Table(title=title, title_justify="left")
     table.add_column("", justify="right", no_wrap=True)
-    for name in shown:
-        table.add_column(COLUMNS[name], justify="right", style="bold" if name in members else None)
-    rows = [[percent(each.metrics.by_validator()[name]) for name in shown] for each in candidates]
-    if members:
-        table.add_column("committee", justify="right")
-        for row, each in zip(rows, candidates, strict=True):
-            row.append(percent(each.committee))
-    if members and any(each.estimate for each in candidates):
-        table.add_column("estimated mIoU", justify="right")
-        for row, each in zip(rows, candidates, strict=True):
-            guess = each.estimate
-            row.append(f"{percent(guess.miou)} ({percent(guess.low)} to {percent(guess.high)})" if guess else "–")
-    if members and any(each.truth is not None for each in candidates):
-        table.add_column("true mIoU", justify="right")
-        for row, each in zip(rows, candidates, strict=True):
-            row.append(percent(each.truth))
-    for number, row in enumerate(rows, 1):
+    for name in columns:
+        table.add_column(name, justify="right", style="bold" if name in bold else None)
+    for number, row in enumerate(zip(*columns.values(), strict=True), 1):
         table.add_row(str(number), *row)
     return table
 
 
-def _study_table(ranking: Ranking) -> Table:
-    """How well each validator chose, least regret first."""
+def _quality_table(ranking: Ranking) -> Table:
+    """Quality of each validator, least regret first."""
     from rich.table import Table
 
     from overfly.core.text import percent
 
-    table = Table(title="study: validators against true target mIoU", title_justify="left")
-    for heading in ("validator", "rank correlation", "regret", "chosen"):
-        table.add_column(heading, justify="left" if heading in ("validator", "chosen") else "right")
+    table = Table(title="validators against target mIoU from labels", title_justify="left")
+    for heading in ("validator", "rank correlation", "regret", "best"):
+        table.add_column(heading, justify="left" if heading in ("validator", "best") else "right")
     numbers = {each.title: number for number, each in enumerate(ranking.candidates, 1)}
-    for name, trust in sorted((ranking.study or {}).items(), key=lambda entry: entry[1].regret):
-        correlation = "–" if trust.correlation is None else f"{trust.correlation:+.2f}"
-        table.add_row(COLUMNS.get(name, name), correlation, percent(trust.regret), str(numbers[trust.chosen]))
+    for name, quality in sorted((ranking.quality or {}).items(), key=lambda entry: entry[1].regret):
+        correlation = "–" if quality.correlation is None else f"{quality.correlation:+.2f}"
+        table.add_row(COLUMNS.get(name, name), correlation, percent(quality.regret), str(numbers[quality.best]))
     return table
 
 
@@ -126,7 +119,7 @@ def rank(
     *,
     with_labels: bool = False,
     estimate: bool = False,
-    committee: list[str] | None = None,
+    validators: list[str] | None = None,
     reference: PathLike | None = None,
     split: Split = "train",
     limit: int = 24,
@@ -141,14 +134,14 @@ def rank(
         runs: folders of finished runs of one target, or folders of such; validation.keep_all keeps their checkpoints.
         with_labels: open the target's labels in val to measure the ranking: rank correlation and regret of each metric.
         estimate: estimate each network's target mIoU too, with an interval made on shifted source images.
-        committee: a metric whose ranks are averaged; may be repeated: --committee consensus --committee masked_miou;
+        validators: a metric whose ranks are averaged; may be repeated: --validators consensus --validators masked_miou;
             default: consensus, masked_miou, views_miou and source_miou.
         reference: a run, such as source-only, with whose predictions all are compared (agreement).
         split: split of the target whose images are predicted; its labels are not read.
         limit: number of images, evenly sampled.
         crop: largest side of the center crop of each image, in pixels.
         device: auto, cpu, cuda, cuda:1 or mps.
-        out: folder for validators.json.
+        out: folder for ranking.json.
         json: print JSON instead of tables.
 
     Returns:
@@ -156,17 +149,16 @@ def rank(
     """
     from overfly.adaptation import model_selection
     from overfly.core.device import select_device
-    from overfly.evaluation.label_free_metrics import DEFAULT_VALIDATORS
     from overfly.training.run import Run
 
     check_bounds({"limit": (limit, 1, 10**6), "crop": (crop, 16, MAX_SIDE)})
     ranking = model_selection.rank(
-        model_selection.gather(runs),
-        members=committee or DEFAULT_VALIDATORS,
+        model_selection.find_trained_runs(runs),
+        validators=validators or model_selection.DEFAULT_VALIDATORS,
         reference=Run.open(reference) if reference is not None else None,
         estimates=estimate,
-        study=with_labels,
-        sight=model_selection.TargetImages(split, limit, crop, select_device(device)),
+        with_labels=with_labels,
+        images=model_selection.TargetImages(split, limit, crop, select_device(device)),
     )
-    written = None if out is None else model_selection.write(ranking, Path(out))
+    written = None if out is None else model_selection.write_ranking(ranking, Path(out))
     return RankResult(ranking, written, as_json=json)

@@ -151,7 +151,8 @@ def served_networks(
     Raises:
         OverflyError: a path contains no network, or a file cannot be loaded.
     """
-    from overfly.commands.load_predictor import load_predictor
+    from overfly.adaptation.selection import is_comparison
+    from overfly.commands.load_predictor import NetworkFolder, load_predictor
     from overfly.reporting.report_data import find_runs, recipe_title
     from overfly.web.service import ServedNetwork
 
@@ -167,14 +168,16 @@ def served_networks(
                     str(len(found)), path.name, partial(_return, predictor), None, about
                 )
             continue
-        runs = [run for run in find_runs([path]) if run.finished]
-        if not runs:
+        folders = [path] if is_comparison(path) else [run.path for run in find_runs([path]) if run.finished]
+        if not folders:
             raise RunError(f"{path} contains no finished run; finish one with overfly train, or give another folder")
-        for run in runs:
-            if run.path.resolve() not in found:
-                load = partial(load_predictor, run.path, backend=backend, device=device)
-                title = f"{recipe_title(run.recipe)}, seed {run.recipe.seed}"
-                found[run.path.resolve()] = ServedNetwork(str(len(found)), title, load, run, _describe(run))
+        for folder in folders:
+            if folder.resolve() not in found:
+                load = partial(load_predictor, folder, backend=backend, device=device)
+                run = NetworkFolder.open(folder).run
+                title = folder.name if run is None else f"{recipe_title(run.recipe)}, seed {run.recipe.seed}"
+                about = {"folder": folder.name} if run is None else _describe(run) | {"folder": folder.name}
+                found[folder.resolve()] = ServedNetwork(str(len(found)), title, load, run, about)
     _make_titles_unique(found)
     return list(found.values())
 

@@ -105,7 +105,7 @@ class Confusion:
 
     @property
     def recall(self) -> Tensor:
-        """Share of each class's labeled pixels that are predicted so (K,), also called class accuracy; NaN if unlabeled."""
+        """Share of each class's labeled pixels that are predicted so (K,): class accuracy; NaN if unlabeled."""
         return self.hits.double() / self.labeled.double()
 
     @property

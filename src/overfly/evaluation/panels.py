@@ -1,4 +1,4 @@
-"""Figures of predictions as PNG: image | label | prediction, several networks side by side, and the confusion matrix."""
+"""Figures as PNG: image | label | prediction, several networks side by side, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def comparison_figure(
         first = next(iter(samples.values()))
         tiles: list[Tile | None] = [Tile(to_rgb(first.image, bands))]
         tiles += [_painted(first.label, classes)] if labeled else []
-        tiles += [_painted(samples[run].prediction if run in samples else None, classes) for network in networks]
+        tiles += [
+            _painted(samples[network].prediction if network in samples else None, classes) for network in networks
+        ]
         fitted.append(Row(heading, tiles))
     return _sheet(fitted, ["image", *(["label"] if labeled else []), *networks], classes, path, side)
 
@@ -277,4 +279,4 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-__all__ = ["Bands", "comparison_figure", "confusion_figure", "to_rgb", "panels"]
+__all__ = ["Bands", "comparison_figure", "confusion_figure", "panels", "to_rgb"]

@@ -131,7 +131,9 @@ def styled(style: Tensor, beta: float | None = None) -> Perturbation:
         sized = F.interpolate(other, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
         return swap_low_frequencies(image[None], sized, beta)[0].clamp(0, max_value)
 
-    return Perturbation("colors of the target" if beta is None else f"spectrum of the target {beta:g}", apply, _unchanged)
+    return Perturbation(
+        "colors of the target" if beta is None else f"spectrum of the target {beta:g}", apply, _unchanged
+    )
 
 
 def random_mask() -> Perturbation:
@@ -169,7 +171,16 @@ def domain_shifts(styles: Sequence[Tensor]) -> tuple[Perturbation, ...]:
     plain = Perturbation("none", lambda image, max_value, generator: image, _unchanged)  # noqa: ARG005
     gray = _recolored("gray", Gray(p=1.0).recolor)
     made = [plain, colored("color", 0.2, 0.2, 0.2, 0.05), colored("strong color", 0.4, 0.4, 0.5, 0.15), gray]
-    made += [gamma_corrected(0.6), gamma_corrected(1.6), blurred(1.0), blurred(2.0), noisy(0.2), noisy(0.5), hazy(0.3), hazy(0.55)]
+    made += [
+        gamma_corrected(0.6),
+        gamma_corrected(1.6),
+        blurred(1.0),
+        blurred(2.0),
+        noisy(0.2),
+        noisy(0.5),
+        hazy(0.3),
+        hazy(0.55),
+    ]
     made += [scaled(0.5), scaled(0.7), scaled(1.5), scaled(2.0)]
     for number, style in enumerate(styles):
         for perturbation in (styled(style), styled(style, 0.03)):

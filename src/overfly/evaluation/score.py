@@ -297,4 +297,14 @@ def _labeled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split:
     return labeled
 
 
-__all__ = ["LabeledImage", "Protocol", "Sample", "SampleCollector", "Samples", "Scores", "evaluation_mode", "read_ahead", "score"]
+__all__ = [
+    "LabeledImage",
+    "Protocol",
+    "Sample",
+    "SampleCollector",
+    "Samples",
+    "Scores",
+    "evaluation_mode",
+    "read_ahead",
+    "score",
+]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from overfly.core.classes import PALETTE, Classes, Color
 from overfly.core.records import IGNORE, Array, UInt8
-from overfly.evaluation.panels import HATCH, displayed
+from overfly.evaluation.panels import HATCH, to_rgb
 
 ACCESSIBLE = (*PALETTE[:7], (80, 80, 80), *PALETTE[8:])
 """The palette with a darker gray, distinct from green for people with deuteranopia."""
@@ -52,7 +52,7 @@ def _distance(one: Color, other: Color) -> float:
 def thumbnail(image: Array, side: int) -> UInt8:
     """Shrink an image (H, W, C) for display to a longest side of ``side``; class ids (H, W) are not interpolated."""
     ids = image.ndim == 2
-    shown = Image.fromarray(image if ids else displayed(image))
+    shown = Image.fromarray(image if ids else to_rgb(image))
     scale = min(1.0, side / max(shown.size))
     size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
     found: UInt8 = np.asarray(shown.resize(size, Image.Resampling.NEAREST if ids else Image.Resampling.LANCZOS))

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from overfly.adaptation.gate import geometric_consistency
-from overfly.adaptation.selection import BEFORE, Selection
+from overfly.adaptation.selection import BASELINE, COLUMNS, Comparison, is_comparison
 from overfly.benchmarking import BenchmarkRow, benchmark_rows
 from overfly.core.errors import RunError
 from overfly.core.text import percent
@@ -39,6 +39,11 @@ def find_runs(paths: Sequence[Path | str]) -> list[Run]:
     """
     found: dict[Path, Run] = {}
     for path in map(Path, paths):
+        if is_comparison(path):
+            comparison = Comparison(path)
+            candidates = [comparison.run(name) for name in comparison.selection.candidates]
+            found |= {run.path.resolve(): run for run in candidates if run is not None}
+            continue
         several = not (path / "recipe.yaml").is_file() and path.is_dir()
         runs = [Run(file.parent) for file in sorted(path.glob("*/recipe.yaml"))] if several else [Run.open(path)]
         if not runs:
@@ -189,33 +194,25 @@ def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[Conf
 
 
 def _selections(runs: Sequence[Run]) -> list[SelectionTable]:
-    """Read the selections in the folders of some runs, each once."""
-    found: dict[str, SelectionTable] = {}
-    for run in runs:
-        file = run.path / "selection.json"
-        if file.is_file():
-            found.setdefault(file.read_text(encoding="utf-8"), _selection(file))
-    return list(found.values())
+    """Read the comparisons beside some runs in which one of them is a candidate."""
+    names = {run.path.name for run in runs}
+    folders = dict.fromkeys(run.path.parent for run in runs)
+    comparisons = [comparison for folder in folders for comparison in Comparison.find_all(folder)]
+    return [
+        _selection(comparison)
+        for comparison in comparisons
+        if names & {Path(candidate.run).name for candidate in comparison.selection.candidates.values()}
+    ]
 
 
-def _selection(file: Path) -> SelectionTable:
-    try:
-        selection = Selection.model_validate_json(file.read_bytes())
-    except ValidationError:
-        raise RunError(f"{file} is damaged; delete it, or run `overfly adapt` again") from None
-    rows = []
-    for name, report in selection.candidates.items():
-        seen, guess = report.metrics, report.estimate
-        cells = [seen.source_miou, seen.masked_miou, seen.views_miou, geometric_consistency(seen), seen.agreement]
-        between = f"{percent(guess.miou, 1)} ({percent(guess.low, 1)} to {percent(guess.high, 1)})" if guess else "–"
-        decision = "recommended" if name == selection.recommended else "rejected" if report.rejections else ""
-        rows.append((name, [*(percent(cell, 1) for cell in cells), between], decision))
+def _selection(comparison: Comparison) -> SelectionTable:
+    selection = comparison.selection
     return SelectionTable(
-        title=file.parent.name,
+        title=comparison.path.name,
         summary=selection.summary[0].upper() + selection.summary[1:] + ".",
-        columns=["source", "masked", "views", "geometric", "agreement", "estimated target"],
-        rows=rows,
-        rejections=[f"{name}: {reason}" for name, each in selection.candidates.items() for reason in each.rejections],
+        columns=COLUMNS[:-1],
+        rows=[(name, cells, decision) for name, *cells, decision in selection.rows()],
+        rejections=selection.reasons,
         differences=selection.differences,
         familiarity=selection.familiarity_summary,
         labels_opened=selection.labels_opened,
@@ -245,7 +242,7 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
         )
         baseline = _baseline(run) if recipe.method.name != "source_only" else None
         if baseline is not None and not any(each.recipe.method.name == "source_only" for each in same.values()):
-            same[BEFORE] = baseline
+            same[BASELINE] = baseline
         same[str(name)] = run
     found = []
     for same in pairs.values():

@@ -15,7 +15,7 @@ from overfly.core.records import UInt8
 from overfly.data.domain import Domain, Split, SplitError
 from overfly.evaluation.images import predict_scores, unlabeled_images
 from overfly.evaluation.panels import confusion_figure, panels
-from overfly.evaluation.samples import Sample, Samples
+from overfly.evaluation.score import Sample, Samples
 from overfly.evaluation.score import evaluation_mode, score
 from overfly.evaluation.scores import Scores
 from overfly.reporting.figures import draw_curves
@@ -82,7 +82,7 @@ class _Collector:
     samples: dict[int, Sample] = field(default_factory=dict)
 
     def show(self, sample: Sample, index: int, total: int) -> None:
-        """Keep a sample. See `overfly.evaluation.samples.SampleCollector`."""
+        """Keep a sample. See `overfly.evaluation.score.SampleCollector`."""
         del total
         label = None if sample.label is None else thumbnail(sample.label, SIDE)
         image, prediction = thumbnail(sample.image, SIDE), thumbnail(sample.prediction, SIDE)

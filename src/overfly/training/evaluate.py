@@ -9,8 +9,7 @@ from pydantic import ValidationError
 
 from overfly.core.errors import DataError, RecipeError
 from overfly.data.domain import Domain, Split, SplitError
-from overfly.evaluation.score import Samples
-from overfly.evaluation.score import score
+from overfly.evaluation.score import Samples, score
 from overfly.evaluation.scores import Scores
 from overfly.training.run import Run
 

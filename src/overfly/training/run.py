@@ -127,7 +127,7 @@ class Run:
             if run.machine.get("start_sha256") == start_sha256:
                 return run
         try:
-            path = _new_folder(out, _title(recipe))
+            path = new_folder(out, _title(recipe))
             run = cls(path)
             run.write_json("machine.json", {"format": FORMAT, "start_sha256": start_sha256})
             partial = path / "recipe.partial"
@@ -229,9 +229,17 @@ class Run:
             if not self.weights_at(step).is_file():
                 raise RunError(f"{self.path} has no weights of step {step}; train it with validation.keep_all=true")
             return Segmenter.load(self.weights_at(step)).eval()
+        self.check_finished()
+        return Segmenter.load(self.weights).eval()
+
+    def check_finished(self) -> None:
+        """Check that training is finished.
+
+        Raises:
+            RunError: it is not.
+        """
         if not self.finished:
             raise RunError(f"{self.path} has no trained network yet; continue it with `overfly train {self.path}`")
-        return Segmenter.load(self.weights).eval()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -270,14 +278,13 @@ def _title(recipe: Recipe) -> str:
     return f"{domains}_{recipe.model.name}_{recipe.method.name}_{recipe.seed}".replace("/", "-").replace(" ", "-")
 
 
-def _new_folder(out: Path, title: str) -> Path:
-    """Make a folder that is named by the time of day and a title, with its folder of checkpoints."""
+def new_folder(out: Path, title: str) -> Path:
+    """Make a folder that is named by the time of day and a title."""
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         path = out / f"{stamp}_{title}{suffix}"
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
-            (path / "checkpoints").mkdir()
             return path
     raise OSError(0, "100 runs started in one second")
 
@@ -287,4 +294,4 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-__all__ = ["FORMAT", "Run", "RunLog", "file_sha256", "utc_now"]
+__all__ = ["FORMAT", "Run", "RunLog", "file_sha256", "new_folder", "utc_now"]
