@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from overfly.adaptation.pipeline import adapt as adaptation
+from overfly.adaptation.pipeline import adapt
 from overfly.core.records import IGNORE
 from overfly.evaluation.score import score
 from overfly.methods.multiscale_self_training import MultiscaleNetworks, MultiscaleSelfTraining
@@ -96,12 +96,12 @@ def main() -> int:
             honest = load(file, f"seed={seed}", *given.set)
             before = None
             for plant, recipe in planted(honest, given.steps, given.images):
-                run, selection = adaptation(
+                selection = adapt(
                     recipe, out=given.out, fabric=launch_fabric(recipe, CONFIG), config=CONFIG, estimates=False
-                )
+                ).selection
                 refused = bool(selection.candidates["adapted"].rejections)
                 before = before or truth(weights_of(selection.candidates["source only"].run), honest)
-                after = truth(run.weights, honest)
+                after = truth(weights_of(selection.candidates["adapted"].run), honest)
                 rows.append(
                     {
                         "recipe": file.stem,

@@ -1,4 +1,4 @@
-"""Verdicts of `overfly adapt` beside the truth: what was chosen without labels, and what that cost.
+"""Selections of `overfly adapt` against target labels: recommendation, gain and regret.
 
     python benchmarks/verdicts.py RUNS… [--splits val,test] [--out verdicts.json]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from overfly.adaptation.selection import BEFORE, Selection
+from overfly.adaptation.selection import BASELINE, Comparison, Selection
 from overfly.data.domain import Split
 from overfly.evaluation.scores import Scores
 from overfly.training.evaluate import evaluate_domain, stored_scores
@@ -29,14 +29,10 @@ HARM = 0.01
 """mIoU that a recommended network may be worse by before this ends with status 1."""
 
 
-def verdicts(folders: Sequence[Path]) -> Iterator[tuple[Run, Selection]]:
-    """Every selection below some folders, once, and a run that it lies in."""
-    seen: set[str] = set()
+def verdicts(folders: Sequence[Path]) -> Iterator[Selection]:
+    """The selection of every comparison below some folders."""
     for file in sorted(file for folder in folders for file in folder.rglob("selection.json")):
-        text = file.read_text(encoding="utf-8")
-        if text not in seen:
-            seen.add(text)
-            yield Run.open(file.parent), Selection.model_validate_json(text)
+        yield Comparison(file.parent).selection
 
 
 def truth(run: Run, split: Split) -> Scores:
@@ -56,7 +52,7 @@ def row(selection: Selection, split: Split) -> dict[str, Any]:
         "network": recipe.model.name, "split": split, "recommended": selection.recommended,
         "sentence": selection.summary, "labels_opened_for_the_verdict": selection.labels_opened,
         "regret": max(miou.values()) - miou[selection.recommended],
-        "gain": miou[selection.recommended] - miou[BEFORE],
+        "gain": miou[selection.recommended] - miou[BASELINE],
         "candidates": {
             role: {
                 "method": runs[role].recipe.method.model_dump(mode="json"), "steps": runs[role].recipe.steps,
@@ -97,14 +93,14 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     rows = []
     for split in given.splits.split(","):
-        for _, selection in held:
+        for selection in held:
             rows.append(row(selection, split))
             print(line(rows[-1]), flush=True)
     print(
         f"\n{len(rows)} verdicts: mean gain {100 * fmean(each['gain'] for each in rows):.1f}, mean regret "
         f"{100 * fmean(each['regret'] for each in rows):.1f}, least gain {100 * min(r['gain'] for r in rows):.1f}"
     )
-    machine = held[0][0].machine
+    machine = Run.open(held[0].candidates[BASELINE].run).machine
     told = {
         "machine": {key: machine.get(key) for key in ("device", "cores", "threads", "torch", "overfly")},
         "rows": rows,

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from overfly.data.domain import Domain
 from overfly.evaluation.panels import comparison_figure
-from overfly.evaluation.score import Sample, Samples
-from overfly.evaluation.score import score
+from overfly.evaluation.score import Sample, Samples, score
 from overfly.recipe import Recipe
 from overfly.training.run import Run
 

@@ -1,4 +1,4 @@
-"""Pictures in memory and networks of which it is known what they must score."""
+"""Images in memory, and networks with known predictions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ CLASSES = Classes(names=("dark", "gray", "bright"))
 
 
 class Patches(Domain):
-    """Squares of three levels with a little noise; not registered. Reading a label of a blind one is an error."""
+    """Squares of two or three gray levels with noise; not registered. With ``blind``, reading a label fails."""
 
     name: ClassVar[str] = "patches"
     blind: bool = True
     images: int = 5
     side: int = 32
     first: int = 0
+    levels: int = 3
 
     @property
     def classes(self) -> Classes:
@@ -36,7 +37,7 @@ class Patches(Domain):
         return [Item(f"p{self.first + i}", Path(f"p{i}.png"), Path(f"p{i}_mask.png")) for i in range(self.images)]
 
     def _levels(self, item: Item) -> UInt8:
-        coarse = np.random.default_rng(int(item.name[1:])).integers(0, 3, (self.side // 8, self.side // 8))
+        coarse = np.random.default_rng(int(item.name[1:])).integers(0, self.levels, (self.side // 8, self.side // 8))
         return coarse.repeat(8, 0).repeat(8, 1).astype(np.uint8)
 
     def read_image(self, item: Item) -> Array:
@@ -62,7 +63,7 @@ class Constant(nn.Module):
 
 
 class ByLevel(nn.Module):
-    """Tells classes apart by brightness, pixel by pixel: equivariant to turns; surer the larger ``sharpness``."""
+    """Classifies pixels by brightness: equivariant to rotations; more confident with larger ``sharpness``."""
 
     def __init__(self, sharpness: float = 1.0, order: tuple[int, ...] = (0, 1, 2)) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from overfly.adaptation.estimate import (
 )
 from overfly.core.records import IGNORE
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.perturbations import shifts
+from overfly.evaluation.perturbations import domain_shifts
 from planted import ByLevel, Constant, Patches
 
 
@@ -107,7 +107,7 @@ def test_a_collapsed_network_is_estimated_low() -> None:
 
 def test_shifts_are_finite_and_keep_their_range() -> None:
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 24, 24))).float()
-    family = shifts([image.flip(0)[:, :16], image * 0.2])
+    family = domain_shifts([image.flip(0)[:, :16], image * 0.2])
     assert len({shift.name for shift in family}) == len(family) > 15
     for shift in family:
         altered = shift.alter(image, 255.0, torch.Generator().manual_seed(0))

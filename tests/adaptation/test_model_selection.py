@@ -2,21 +2,34 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
 from overfly import rank, train
-from overfly.adaptation.model_selection import Ranking, TargetImages, gather, places
+from overfly.adaptation.model_selection import (
+    Ranking,
+    TargetImages,
+    consensus,
+    find_trained_runs,
+    highest,
+    list_checkpoints,
+    mean_ranks,
+    rank_correlation,
+)
 from overfly.adaptation.model_selection import rank as rank_runs
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic.domain import Synthetic
-from overfly.evaluation.ranking import regret, spearman
+from overfly.evaluation.images import unlabeled_images
 from overfly.recipe import load
 from overfly.training.run import Run
+from planted import ByLevel, Constant, Patches
 
 PLACE = {"name": "synthetic", "size": 64, "train": 3, "val": 2, "test": 2}
 RECIPE: dict[str, Any] = {
@@ -27,7 +40,7 @@ RECIPE: dict[str, Any] = {
     "batch": 2,
     "steps": 2,
 }
-SIGHT = TargetImages(limit=2, crop=48)
+IMAGES = TargetImages(limit=2, crop=48)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +60,11 @@ def shown(value: object, width: int = 300) -> str:
     return captured.get()
 
 
-def test_every_network_is_a_candidate_once(runs: Path) -> None:
-    found = places(gather([runs]))
-    assert sorted(place.checkpoint for place in found) == ["final", "step 1", "step 2, final"]
-    assert gather([runs, *runs.glob("*/")]) != []
-    assert len(gather([runs, *runs.glob("*/")])) == 2
+def test_every_checkpoint_is_listed_once(runs: Path) -> None:
+    found = list_checkpoints(find_trained_runs([runs]))
+    assert sorted(each.name for each in found) == ["final", "step 1", "step 2, final"]
+    assert find_trained_runs([runs, *runs.glob("*/")]) != []
+    assert len(find_trained_runs([runs, *runs.glob("*/")])) == 2
 
 
 def test_candidates_are_ranked_without_a_target_label(
@@ -67,43 +80,43 @@ def test_candidates_are_ranked_without_a_target_label(
     monkeypatch.setattr(Synthetic, "read_label", guarded)
     found = rank([str(runs)], limit=2, crop=48, device="cpu", out=tmp_path / "out")
     ranking = found.ranking
-    assert [each.committee for each in ranking.candidates] == sorted(
-        (each.committee for each in ranking.candidates), reverse=True
+    assert [each.mean_rank for each in ranking.candidates] == sorted(
+        (each.mean_rank for each in ranking.candidates), reverse=True
     )
     assert ranking.labels_opened == 0
-    assert ranking.study is None
+    assert ranking.quality is None
     assert all(each.metrics.source_miou is not None for each in ranking.candidates)
-    assert ranking.chosen["committee"] == ranking.candidates[0].title
-    assert "agreement" not in ranking.chosen
-    assert Ranking.model_validate_json((tmp_path / "out" / "validators.json").read_text()) == ranking
+    assert ranking.best["mean_rank"] == ranking.candidates[0].title
+    assert "agreement" not in ranking.best
+    assert Ranking.model_validate_json((tmp_path / "out" / "ranking.json").read_text()) == ranking
     text = shown(found)
     assert "target labels opened: 0" in text
-    assert "true mIoU" not in text
-    again = rank_runs(gather([runs]), sight=SIGHT)
+    assert "target mIoU" not in text
+    again = rank_runs(find_trained_runs([runs]), images=IMAGES)
     assert again == ranking
 
 
-def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> None:
+def test_with_labels_each_validator_gets_correlation_and_regret(runs: Path) -> None:
     found = rank([str(runs)], with_labels=True, limit=2, crop=48, device="cpu")
     ranking = found.ranking
-    assert ranking.study is not None
+    assert ranking.quality is not None
     assert ranking.labels_opened == 6
-    truth = [each.truth or 0.0 for each in ranking.candidates]
+    truth = [each.target_miou or 0.0 for each in ranking.candidates]
     column = [each.metrics.views_miou for each in ranking.candidates]
-    assert ranking.study["views_miou"].regret == regret(column, truth)
-    assert ranking.study["views_miou"].correlation == spearman(column, truth)
-    assert min(trust.regret for trust in ranking.study.values()) >= 0
-    opened = [run.scores["labels_opened"]["target/val"] for run in gather([runs])]
+    assert ranking.quality["views_miou"].regret == max(truth) - truth[column.index(max(column))]
+    assert ranking.quality["views_miou"].correlation == rank_correlation(column, truth)
+    assert min(quality.regret for quality in ranking.quality.values()) >= 0
+    opened = [run.scores["labels_opened"]["target/val"] for run in find_trained_runs([runs])]
     assert sorted(entry["times"] for entry in opened) == [1, 2]
     rank([str(runs)], with_labels=True, limit=2, crop=48, device="cpu")
-    assert opened == [run.scores["labels_opened"]["target/val"] for run in gather([runs])], (
+    assert opened == [run.scores["labels_opened"]["target/val"] for run in find_trained_runs([runs])], (
         "what is known is not reread"
     )
-    kept = next(run for run in gather([runs]) if run.validation_weights)
+    kept = next(run for run in find_trained_runs([runs]) if run.validation_weights)
     assert set(kept.scores["checkpoints"]) == {"step-1", "step-2"}
     text = shown(found)
     assert "rank correlation" in text
-    assert "6 opened target labels" in text
+    assert "target labels opened: 6" in text
     narrow = shown(found, 80)
     assert "…" not in narrow
     assert max(len(line) for line in narrow.splitlines() if line.startswith(("┃", "│"))) <= 80
@@ -112,30 +125,77 @@ def test_a_study_opens_labels_counts_them_and_says_whom_to_trust(runs: Path) -> 
         assert f"{100 * each.metrics.nuclear_norm:.2f}" in narrow
 
 
-def test_estimates_and_agreement_where_asked_for(runs: Path) -> None:
-    (single,) = [run for run in gather([runs]) if not run.validation_weights]
+def test_estimates_and_agreement_are_computed_on_request(runs: Path) -> None:
+    (single,) = [run for run in find_trained_runs([runs]) if not run.validation_weights]
     ranking = rank(
         [str(single.path)], estimate=True, reference=str(single.path), limit=2, crop=32, device="cpu", json=True
     )
     values = json.loads(shown(ranking))
     (candidate,) = values["candidates"]
     assert candidate["estimate"]["low"] <= candidate["estimate"]["miou"] <= candidate["estimate"]["high"]
-    assert candidate["estimate"]["labels_opened"] == 0
     assert candidate["metrics"]["agreement"] > 0
-    assert {"expected", "agreement", "committee"} <= set(values["chosen"])
+    assert {"expected", "agreement", "mean_rank"} <= set(values["best"])
 
 
-def test_what_cannot_be_validated(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no validator is called 'luck'; there are: entropy"):
-        rank([str(runs)], committee=["luck"])
+def test_invalid_options_raise(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="luck"):
+        rank([str(runs)], validators=["luck"])
     with pytest.raises(RunError, match="nowhere is not there"):
         rank([str(tmp_path / "nowhere")])
-    with pytest.raises(RunError, match="no trained network to choose from"):
+    with pytest.raises(RunError, match=re.escape(str(tmp_path))):
         rank([str(tmp_path)])
     with pytest.raises(RecipeError, match="--limit 0 is out of range"):
         rank([str(runs)], limit=0)
     other = Run.open_or_create(tmp_path, load({**RECIPE, "target": {**PLACE, "scene": "rural", "size": 96}}))
-    with pytest.raises(RecipeError, match="have different targets"):
-        rank_runs([*gather([runs]), other])
-    with pytest.raises(RecipeError, match="none of these runs has a target"):
+    with pytest.raises(RecipeError, match="target"):
+        rank_runs([*find_trained_runs([runs]), other])
+    with pytest.raises(RecipeError, match="target"):
         rank_runs([Run.open_or_create(tmp_path, load({**RECIPE, "target": None}))])
+
+
+def shares(*candidates: nn.Module) -> list[float | None]:
+    return consensus([(network, None) for network in candidates], list(unlabeled_images(Patches(), "train")))
+
+
+def test_consensus_is_lowest_for_the_network_that_differs() -> None:
+    right, same, exchanged, collapsed = shares(ByLevel(20), ByLevel(10), ByLevel(20, (1, 0, 2)), Constant(3.0))
+    assert right == same == pytest.approx(1.0)
+    assert exchanged is not None
+    assert collapsed is not None
+    assert exchanged < 0.7
+    assert collapsed < 0.4
+
+
+def test_two_networks_have_no_consensus() -> None:
+    assert shares(ByLevel(), Constant()) == [None, None]
+
+
+def test_consensus_uses_each_networks_window_and_restores_its_mode() -> None:
+    images = list(unlabeled_images(Patches(), "train"))
+    trained = ByLevel(20).train()
+    whole = consensus([(trained, None), (ByLevel(10), 16), (ByLevel(5), None)], images, torch.device("cpu"))
+    assert trained.training
+    assert whole == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_mean_ranks_ignore_scales_and_incomplete_validators() -> None:
+    candidates = [{"a": 0.1, "b": 900.0}, {"a": 0.2, "b": 100.0}, {"a": 0.3, "b": 800.0}]
+    assert mean_ranks(candidates, ["a"]) == [0, 0.5, 1]
+    assert mean_ranks(candidates, ["a", "b"]) == [0.5, 0.25, 0.75]
+    missing: list[dict[str, float | None]] = [{"a": 0.1, "b": 9.0}, {"a": 0.2, "b": 1.0}, {"a": 0.3, "b": None}]
+    assert mean_ranks(missing, ["a", "b"]) == [0, 0.5, 1]
+    assert mean_ranks(candidates, ["c"]) == [0.5, 0.5, 0.5]
+    assert mean_ranks(candidates[:1], ["a"]) == [0.5]
+
+
+def test_rank_correlation_shares_ranks_of_equal_values() -> None:
+    # ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4 give 4.5 / sqrt(4.5 * 5)
+    assert rank_correlation([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / 22.5**0.5)
+    assert rank_correlation([1], [2]) is None
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_highest_is_the_first_of_equals() -> None:
+    assert highest([0.2, None, 0.7, 0.7]) == 2
+    assert highest([-0.2, None, -0.1]) == 2
+    assert highest([None, None]) is None

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from overfly import adapt, train
 from overfly.adaptation.gate import Gate, geometric_consistency
-from overfly.adaptation.pipeline import adapt as judge
-from overfly.adaptation.pipeline import beside, differences
-from overfly.adaptation.selection import Selection
+from overfly.adaptation.pipeline import adapt as compare
+from overfly.adaptation.pipeline import plan_candidates, setting_differences
+from overfly.adaptation.selection import Comparison, Selection, resolve_checkpoint
 from overfly.commands.arguments import split_entries
 from overfly.commands.export import card_content
-from overfly.commands.load_predictor import resolve_start
+from overfly.commands.load_predictor import NetworkFolder, load_network
 from overfly.commands.serve import served_networks
-from overfly.core.errors import DataError, OverflyError, RecipeError
+from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
 from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
 from overfly.data.synthetic.domain import Synthetic, synthesize
@@ -46,13 +46,18 @@ def tiny(small: dict[str, Any]) -> dict[str, Any]:
     return {**small, **light, "start": {**small, **light, "steps": 12}, "steps": 6}
 
 
-def adapted(recipe: Recipe, out: Path) -> tuple[Run, dict[str, Any]]:
+def adapted(recipe: Recipe, out: Path) -> tuple[Path, dict[str, Any]]:
     found = adapt(recipe, out=out, device="cpu", quiet=True)
-    return found.run, json.loads((found.path / "selection.json").read_text())
+    return found.path, json.loads((found.path / "selection.json").read_text())
 
 
-def test_three_networks_stand_beside_each_other(tiny: dict[str, Any]) -> None:
-    plans = beside(load({**tiny, "method": "dacs"}))
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_candidates_are_source_only_recalibrated_and_adapted(tiny: dict[str, Any]) -> None:
+    plans = plan_candidates(load({**tiny, "method": "dacs"}))
     assert list(plans) == ["source only", "recalibrated", "adapted"]
     assert plans["source only"] == load(tiny["start"])
     recalibrated = plans["recalibrated"]
@@ -61,52 +66,52 @@ def test_three_networks_stand_beside_each_other(tiny: dict[str, Any]) -> None:
     assert recalibrated.method.name == "recalibrate"
 
 
-def test_a_recipe_without_a_start_is_given_its_own_baseline(small: dict[str, Any]) -> None:
+def test_a_recipe_without_start_gets_a_source_only_baseline(small: dict[str, Any]) -> None:
     recipe = load({**small, "method": "dacs", "augment": ["dihedral"]})
-    before = beside(recipe)["source only"]
+    before = plan_candidates(recipe)["source only"]
     assert isinstance(before, Recipe)
     assert before.method.name == "source_only"
     assert (before.augment, before.steps) == (recipe.augment, recipe.steps)
 
 
-def test_the_seed_reaches_all_three(tiny: dict[str, Any]) -> None:
-    plans = beside(load({**tiny, "method": "dacs"}, "seed=4"))
+def test_the_seed_holds_for_all_candidates(tiny: dict[str, Any]) -> None:
+    plans = plan_candidates(load({**tiny, "method": "dacs"}, "seed=4"))
     assert {plan.seed for plan in plans.values() if isinstance(plan, Recipe)} == {4}
 
 
-def test_several_ways_begin_from_one_network_and_say_where_they_differ(tiny: dict[str, Any]) -> None:
+def test_several_recipes_share_a_baseline_and_list_their_differences(tiny: dict[str, Any]) -> None:
     one, two = (
         load({**tiny, "method": {"name": "multiscale_self_training", "mix_share": share}}) for share in (0.5, 0.0)
     )
-    plans = beside(one, two)
+    plans = plan_candidates(one, two)
     assert list(plans) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
     assert plans["adapted 2"] == two
-    assert differences([one, two]) == [{"method.mix_share": 0.5}, {"method.mix_share": 0.0}]
-    assert differences([one]) == [{}]
+    assert setting_differences([one, two]) == [{"method.mix_share": 0.5}, {"method.mix_share": 0.0}]
+    assert setting_differences([one]) == [{}]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("start.steps=13", "recipe 2 says 13 for start.steps, and the first 12; recipes to choose among share"),
-        ("window=32", "recipe 2 says 32 for window, and the first none"),
-        ("seed=3", "recipe 2 says 3 for seed, and the first 0"),
-        ("target.scene=urban", "recipe 2 says urban for target.scene, and the first rural"),
-        ("batch=4", "recipe 2 says what another one says"),
+        ("start.steps=13", "recipe 2 sets start.steps to 13, the first to 12"),
+        ("window=32", "recipe 2 sets window to 32, the first to none"),
+        ("seed=3", "recipe 2 sets seed to 3, the first to 0"),
+        ("target.scene=urban", "recipe 2 sets target.scene to urban, the first to rural"),
+        ("batch=4", "recipe 2 equals"),
     ],
 )
-def test_ways_from_different_starts_are_not_chosen_among(tiny: dict[str, Any], change: str, words: str) -> None:
+def test_recipes_that_differ_in_a_shared_setting_raise(tiny: dict[str, Any], change: str, words: str) -> None:
     recipe = {**tiny, "method": "dacs"}
     with pytest.raises(RecipeError, match=words):
-        beside(load(recipe), load(recipe, change))
+        plan_candidates(load(recipe), load(recipe, change))
 
 
-def test_ways_without_a_start_need_one_in_common(small: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="write the same start in both"):
-        beside(load({**small, "method": "dacs"}), load({**small, "method": "dacs", "batch": 4}))
+def test_recipes_without_a_common_start_raise(small: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="start"):
+        plan_candidates(load({**small, "method": "dacs"}), load({**small, "method": "dacs", "batch": 4}))
 
 
-def test_what_a_later_recipe_lacks_is_found_before_the_first_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_teacher_of_a_later_recipe_raises_before_training(tiny: dict[str, Any], tmp_path: Path) -> None:
     one = load({**tiny, "method": "dacs"})
     two = load({**tiny, "method": {"name": "distill", "teacher": str(tmp_path / "nowhere.safetensors")}})
     with pytest.raises(RecipeError, match=r"recipe 2: method.teacher: .* does not exist"):
@@ -114,7 +119,7 @@ def test_what_a_later_recipe_lacks_is_found_before_the_first_is_trained(tiny: di
     assert not (tmp_path / "runs").exists()
 
 
-def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_one_of_several_recipes_is_recommended_without_labels(tiny: dict[str, Any], tmp_path: Path) -> None:
     start = {**tiny, "start": {**tiny["start"], "steps": 60}, "steps": 20}
     files = []
     for name, method in (
@@ -129,27 +134,24 @@ def test_of_several_ways_one_is_chosen_without_labels(tiny: dict[str, Any], tmp_
     assert candidates["adapted 1"].rejections
     assert found.selection.recommended != "adapted 1"
     assert candidates["adapted 2"].settings["method.name"] == "multiscale_self_training"
-    refused = Run.open(candidates["adapted 1"].run)
-    assert json.loads((refused.path / "selection.json").read_text())["recommended"] == found.selection.recommended
-    safe = load_file(refused.path / "best.safetensors")
-    assert all(torch.equal(safe[name], each) for name, each in load_file(found.best).items())
-    assert f"adapted 1: {refused.path.name} (name shuffled" in "".join(found.selection.differences)
-    assert found.run.recipe.method.name == (
-        "shuffled" if candidates["adapted 2"].rejections else "multiscale_self_training"
-    )
-    assert found.run.recipe.seed == 1
-    assert "In what the adapted networks differ" in (found.path / "selection.md").read_text()
+    rejected = Run.open(candidates["adapted 1"].run)
+    assert f"adapted 1: {rejected.path.name} (name shuffled" in "".join(found.selection.differences)
+    assert [recipe["seed"] for recipe in found.selection.recipes] == [1, 1]
+    assert "method" in (found.path / "selection.md").read_text()
     assert found.selection.labels_opened == 0
+    assert not list(found.path.glob("recipe.yaml"))
 
 
-def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """With a gate that lets all pass."""
+def test_of_several_accepted_candidates_the_most_consistent_is_recommended(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     recipes = [load({**tiny, "method": name}) for name in ("dacs", "mic")]
-    loose = Gate(source_loss=1.0, agreement=0.0, familiar=0.0, sureness=1.0).model_copy(
-        update={"margin": -1.0, "alike": 1e-9}
+    loose = Gate(max_source_loss=1.0, min_agreement=0.0, skip_familiarity=True, max_confidence_loss=1.0).model_copy(
+        update={"min_consistency_gain": -1.0, "tolerance": 1e-9}
     )
     config = TrainerConfig("cpu", quiet=True)
-    _, selection = judge(*recipes, out=tmp_path, fabric=launch_fabric(recipes[0], config), config=config, gate=loose)
+    fabric = launch_fabric(recipes[0], config)
+    selection = compare(*recipes, out=tmp_path, fabric=fabric, config=config, gate=loose).selection
     others = {
         role: geometric_consistency(each.metrics)
         for role, each in selection.candidates.items()
@@ -157,40 +159,37 @@ def test_of_several_that_pass_the_steadiest_is_recommended(tiny: dict[str, Any],
     }
     assert len(others) == 3
     assert others[selection.recommended] == max(others.values())
-    assert "it is steadier on the target than" in selection.summary
-    other = Path(selection.candidates["adapted 2" if selection.recommended != "adapted 2" else "adapted 1"].run)
-    assert (other / "selection.json").exists()
-    if selection.recommended != "recalibrated":
-        assert not (other / "best.safetensors").exists()
+    assert "geometric consistency higher than" in selection.summary
+    assert selection.reverse_validation is None
 
 
-def test_where_the_pictures_may_be_strange_what_the_labels_teach_is_asked(
+def test_unfamiliar_images_are_checked_by_reverse_validation(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, config = load({**tiny, "method": "dacs"}, "target.train=8"), TrainerConfig("cpu", quiet=True)
 
-    def selection(known: float, asked: float) -> Selection:
+    def selection(known: float, bound: float) -> Selection:
         monkeypatch.setattr("overfly.adaptation.pipeline.familiarity", lambda *_: known)
-        gate = Gate(known=asked)
-        return judge(recipe, out=tmp_path, fabric=launch_fabric(recipe, config), config=config, gate=gate)[1]
+        gate = Gate(min_reverse_familiarity=bound)
+        return compare(recipe, out=tmp_path, fabric=launch_fabric(recipe, config), config=config, gate=gate).selection
 
     refused, taken = selection(0.6, 1.0), selection(0.6, 0.0)
     assert refused.reverse_validation is not None
     assert 0.0 < refused.reverse_validation < 1.0
     assert refused.recommended == "source only"
-    assert f"teach {100 * refused.reverse_validation:.1f} %" in refused.candidates["adapted"].rejections[0]
-    assert f"Its labels of the target teach {100 * refused.reverse_validation:.0f} %" in refused.report()
+    assert f"{100 * refused.reverse_validation:.1f} %" in refused.candidates["adapted"].rejections[0]
+    assert f"reverse validation: {100 * refused.reverse_validation:.0f} %" in refused.markdown()
     assert refused.labels_opened == 0
     assert taken.reverse_validation == refused.reverse_validation
     assert not any("--skip-familiarity" in reason for reason in taken.candidates["adapted"].rejections)
 
 
-def test_source_only_is_no_adaptation(small: dict[str, Any]) -> None:
+def test_source_only_raises(small: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="does not adapt"):
-        beside(load(small))
+        plan_candidates(load(small))
 
 
-def test_the_verdict_is_written_and_no_target_label_is_opened(
+def test_the_comparison_is_written_and_no_target_label_is_read(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -201,19 +200,21 @@ def test_the_verdict_is_written_and_no_target_label_is_opened(
         return read(self, item)
 
     monkeypatch.setattr(Synthetic, "read_label", watched)
-    run, selection = adapted(load({**tiny, "method": "dacs"}), tmp_path)
+    path, selection = adapted(load({**tiny, "method": "dacs"}), tmp_path)
     assert set(opened) == {"urban"}
     assert selection["labels_opened"] == 0
     assert set(selection["candidates"]) == {"source only", "recalibrated", "adapted"}
-    best = load_file(run.path / "best.safetensors")
-    chosen = load_file(Run.open(selection["candidates"][selection["recommended"]]["run"]).weights)
-    assert best.keys() == chosen.keys()
-    assert all(torch.equal(best[name], chosen[name]) for name in best)
-    assert "Target labels opened: 0" in (run.path / "selection.md").read_text()
-    assert (run.path / "samples" / "selection.png").stat().st_size > 1000
+    recommended = Run.open(selection["candidates"][selection["recommended"]]["run"])
+    assert same_weights(path / "recommended.safetensors", recommended.weights)
+    assert "Target labels opened: 0" in (path / "selection.md").read_text()
+    assert (path / "samples" / "selection.png").stat().st_size > 1000
+    assert path.name.endswith("urban-rural_comparison")
+    for run in selection["candidates"].values():
+        assert not list(Path(run["run"]).glob("selection*"))
+        assert not list(Path(run["run"]).glob("*.safetensors"))
 
 
-def test_what_was_lost_at_home_is_asked_in_one_way_of_all(
+def test_source_miou_is_scored_with_the_recipes_window_for_all_candidates(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever window the start was trained to be scored with, and where it is a file of weights."""
@@ -233,18 +234,31 @@ def test_what_was_lost_at_home_is_asked_in_one_way_of_all(
         assert selection["candidates"]["source only"]["metrics"]["source_miou"] is not None
 
 
-def test_again_trains_nothing_and_says_the_same(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_the_same_recipes_use_the_same_comparison_folder_and_train_nothing(
+    tiny: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     recipe = load({**tiny, "method": "dacs"})
-    run, first = adapted(recipe, tmp_path)
+    adapt(recipe, out=tmp_path, device="cpu")
+    printed = capfd.readouterr().err
+    assert "training 1 of 3: source only" in printed
+    assert "training 3 of 3: adapted" in printed
+    assert "comparing 3 candidates" in printed
+    assert "already trained" not in printed
+    path, first = adapted(recipe, tmp_path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("last.ckpt")}
-    again, second = adapted(recipe, tmp_path)
-    assert again.path == run.path
-    assert first == second
+    capfd.readouterr()
+    found = adapt(recipe, out=tmp_path, device="cpu")
+    assert capfd.readouterr().err.count("already trained") == 1
+    assert found.path == path
+    assert json.loads((path / "selection.json").read_text()) == first
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("last.ckpt")}
+    assert len(list(tmp_path.glob("*_comparison"))) == 1
+    other, _ = adapted(load(recipe, "steps=5"), tmp_path)
+    assert other != path
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_shuffled_pseudo_labels_are_refused(tiny: dict[str, Any], tmp_path: Path, seed: int) -> None:
+def test_shuffled_pseudo_labels_are_rejected(tiny: dict[str, Any], tmp_path: Path, seed: int) -> None:
     start = {**tiny["start"], "steps": 60}
     recipe = load({**tiny, "start": start, "method": {"name": "shuffled", "ema": 0.5}, "steps": 30}, f"seed={seed}")
     _, selection = adapted(recipe, tmp_path)
@@ -253,14 +267,14 @@ def test_shuffled_pseudo_labels_are_refused(tiny: dict[str, Any], tmp_path: Path
 
 
 def test_a_run_is_adapted_without_its_source(tiny: dict[str, Any], tmp_path: Path) -> None:
-    run, _ = adapted(load({**tiny, "method": "dacs"}), tmp_path / "first")
+    run = train(load(tiny["start"]), out=tmp_path / "first", device="cpu", quiet=True).run
     recipe = load(
         {"start": str(run.path), "target": tiny["target"], "method": "source_free", "crop": 64, "batch": 4, "steps": 3}
     )
-    free, selection = adapted(recipe, tmp_path / "second")
+    path, selection = adapted(recipe, tmp_path / "second")
     assert selection["candidates"]["source only"]["run"] == str(run.path)
     assert selection["candidates"]["adapted"]["metrics"]["source_miou"] is None
-    assert (free.path / "best.safetensors").exists()
+    assert (path / "recommended.safetensors").exists()
 
 
 def test_split_entries_are_told_apart(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +295,7 @@ def test_split_entries_are_told_apart(tiny: dict[str, Any], tmp_path: Path, monk
             split_entries(["a.yaml", entry])
 
 
-def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_source_without_held_out_images_is_adapted(tiny: dict[str, Any], tmp_path: Path) -> None:
     """A folder without splits, as is the default: before, the selection failed after all the training."""
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
@@ -291,29 +305,29 @@ def test_a_source_of_which_nothing_was_held_out_is_adapted(tiny: dict[str, Any],
         Image.fromarray(label).save(tmp_path / "masks" / f"{index}.png")
     source = {"name": "folder", "root": str(tmp_path), "masks": "masks", "classes": list(CLASSES.names)}
     recipe = {**tiny, "source": source, "start": {**tiny["start"], "source": source}, "method": "dacs"}
-    run, selection = adapted(load(recipe), tmp_path / "runs")
+    path, selection = adapted(load(recipe), tmp_path / "runs")
     assert selection["familiarity"] is None
     assert selection["candidates"]["adapted"]["metrics"]["source_miou"] is None
-    assert "Without held-out pictures of the source" in (run.path / "selection.md").read_text()
+    assert "no held-out images" in (path / "selection.md").read_text()
     few = {"train": 0.999, "val": 0.001}
     with pytest.raises(DataError, match=r"the split val .* takes none"):
         adapted(load(recipe, f"source.splits={few}"), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_what_the_recipe_lacks_is_found_before_its_start_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_teacher_raises_before_training(tiny: dict[str, Any], tmp_path: Path) -> None:
     recipe = load({**tiny, "method": {"name": "distill", "teacher": str(tmp_path / "nowhere.safetensors")}})
     with pytest.raises(OverflyError, match=r"^method.teacher: .* does not exist"):
         adapt(recipe, out=tmp_path / "runs", device="cpu", quiet=True)
     assert not (tmp_path / "runs").exists()
 
 
-def test_labels_of_target_pictures_that_the_source_has_too_are_counted(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_labels_of_target_images_that_are_source_images_are_counted(tiny: dict[str, Any], tmp_path: Path) -> None:
     recipe = load({**tiny, "target": {**tiny["source"], "train": 3}, "method": "dacs", "steps": 1})
-    run, selection = adapted(recipe, tmp_path)
+    _, selection = adapted(recipe, tmp_path)
     assert selection["labels_opened"] == 3
     free = {
-        "start": str(run.path),
+        "start": selection["candidates"]["adapted"]["run"],
         "target": tiny["source"],
         "method": "source_free",
         "crop": 64,
@@ -323,27 +337,40 @@ def test_labels_of_target_pictures_that_the_source_has_too_are_counted(tiny: dic
     assert adapted(load(free), tmp_path / "free")[1]["labels_opened"] == 4
 
 
-def test_a_refused_run_is_told_of_as_the_network_that_it_ships(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_comparison_folder_means_its_recommended_network_and_a_run_folder_its_own(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     recipe = load({**tiny, "method": "dacs", "steps": 1})
-    config = TrainerConfig("cpu", quiet=True)
-    run, selection = judge(
-        recipe, out=tmp_path, fabric=launch_fabric(recipe, config), config=config, gate=Gate(margin=1.0)
-    )
+    config, gate = TrainerConfig("cpu", quiet=True), Gate(min_consistency_gain=1.0)
+    comparison = compare(recipe, out=tmp_path, fabric=launch_fabric(recipe, config), config=config, gate=gate)
+    path, selection = comparison.path, comparison.selection
     assert selection.recommended == "source only"
-    before = Run.open(selection.candidates["source only"].run)
-    story = card_content(run)
-    assert (story.title, story.method.split(":")[0]) == (before.path.name, "`source_only`")
-    assert story.scores["source/val"][0]["mIoU"] == before.scores["source/val"]["miou"]
-    assert "use the source-only network" in story.verdict
-    (network,) = served_networks([str(run.path)])
+    assert selection.summary == "recommended: source only; rejected: recalibrated and adapted"
+    before, run = (Run.open(selection.candidates[name].run) for name in ("source only", "adapted"))
+    assert same_weights(comparison.weights, before.weights)
+    image = torch.full((1, 3, 64, 64), 99.0)
+    for folder, own in ((path, before), (run.path, run), (before.path, before)):
+        assert torch.equal(load_network(folder)[0](image).main, own.segmenter()(image).main)
+    assert resolve_checkpoint(path) == before.path
+    assert resolve_checkpoint(run.path) == run.path
+    content = card_content(NetworkFolder.open(path))
+    assert (content.title, content.method.split(":")[0]) == (before.path.name, "`source_only`")
+    assert "source only" in content.verdict
+    assert card_content(NetworkFolder.open(run.path)).method.startswith("`dacs`")
+    (network,) = served_networks([str(path)])
     assert network.title == "source only, Urban to Rural, seed 0"
-    assert (network.about["method"], network.about["folder"]) == ("source_only", run.path.name)
-    assert selection.summary == "use the source-only network: recalibrated and adapted are refused"
-    assert resolve_start(run.path) == before.path  # what overfly adapt --from takes
-    assert resolve_start(before.path) == before.path
+    assert (network.about["method"], network.about["folder"]) == ("source_only", path.name)
+    assert len(served_networks([str(tmp_path)])) == 3
     shutil.rmtree(before.path)
-    assert resolve_start(run.path) == run.path / "best.safetensors"
-    assert "is not there any more" in card_content(run).method
-    assert served_networks([str(run.path)])[0].title == run.path.name
-    (run.path / "best.safetensors").unlink()
-    assert card_content(run).method.startswith("`dacs`")
+    assert resolve_checkpoint(path) == path / "recommended.safetensors"
+    assert load_network(path)[1].title == path.name
+    assert card_content(NetworkFolder.open(path)).title == path.name
+
+
+def test_a_damaged_selection_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "2026_a-b_comparison"
+    folder.mkdir()
+    (folder / "selection.json").write_text('{"format": 99}')
+    (found,) = Comparison.find_all(tmp_path)
+    with pytest.raises(RunError, match=r"selection.json .* overfly adapt"):
+        _ = found.selection

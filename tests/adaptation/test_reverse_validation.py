@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from overfly.adaptation.reverse_validation import FEW, described, pixels, reverse_validation, taught
+from overfly.adaptation.reverse_validation import (
+    MIN_IMAGES,
+    forest_miou,
+    pixel_features,
+    reverse_validation,
+    sample_pixels,
+)
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
@@ -25,7 +31,7 @@ class Place(Patches):
 
     images: int = 8
     noise: int = 60
-    levels: tuple[int, ...] = (0, 1, 2)
+    present: tuple[int, ...] = (0, 1, 2)
     read: ClassVar[list[str]] = []
 
     def items(self, split: Split) -> Sequence[Item]:
@@ -33,7 +39,7 @@ class Place(Patches):
 
     def _levels(self, item: Item) -> UInt8:
         levels: UInt8 = super()._levels(item)
-        levels[:] = np.asarray(self.levels, dtype=np.uint8)[levels % len(self.levels)]
+        levels[:] = np.asarray(self.present, dtype=np.uint8)[levels % len(self.present)]
         return levels
 
     def read_image(self, item: Item) -> Array:
@@ -83,44 +89,47 @@ def share(network: nn.Module, source: Domain = SOURCE, target: Domain = TARGET, 
     return found
 
 
-def test_right_labels_of_the_same_classes_teach_nearly_what_true_ones_do() -> None:
+def test_correct_predictions_score_high() -> None:
     assert 0.75 < share(Smooth()) <= 1.0
 
 
-def test_it_is_a_share_of_what_true_labels_teach() -> None:
+def test_the_score_is_relative_to_source_labels() -> None:
     """Of held-out labels that a forest knows by 60 to 90 %."""
-    home, asked = pixels(labeled_images(SOURCE, "train"), 255, 0), pixels(labeled_images(SOURCE, "val"), 255, 1)
-    known = taught(home, asked, 3, 0)
+    home, asked = (
+        sample_pixels(labeled_images(SOURCE, "train"), 255, 0),
+        sample_pixels(labeled_images(SOURCE, "val"), 255, 1),
+    )
+    known = forest_miou(home, asked, 3, 0)
     assert 0.6 < known < 0.95
     said = ((image, predict_scores(Smooth().eval(), image).argmax(0)) for image in unlabeled_images(TARGET, "train"))
-    away = pixels(said, 255, 0)
-    assert share(Smooth()) == pytest.approx(min(1.0, taught(away, asked, 3, 0) / known))
+    away = sample_pixels(said, 255, 0)
+    assert share(Smooth()) == pytest.approx(min(1.0, forest_miou(away, asked, 3, 0) / known))
 
 
 @pytest.mark.parametrize(("network", "most"), [(Smooth((1, 2, 0)), 0.2), (Smooth((0, 2, 1)), 0.5), (Constant(), 0.4)])
-def test_labels_that_are_exchanged_or_alike_teach_other_things(network: nn.Module, most: float) -> None:
+def test_exchanged_or_collapsed_classes_score_low(network: nn.Module, most: float) -> None:
     assert share(network) < most
 
 
-def test_pictures_of_other_things_teach_less() -> None:
+def test_images_of_other_objects_score_low() -> None:
     assert share(Smooth(), target=Other(first=100)) < 0.6
 
 
-def test_a_place_that_lacks_classes_teaches_less() -> None:
-    assert share(Smooth(), target=Place(first=100, levels=(0,))) < 0.5
+def test_a_target_that_lacks_classes_scores_low() -> None:
+    assert share(Smooth(), target=Place(first=100, present=(0,))) < 0.5
 
 
-def test_a_network_is_asked_in_evaluation_and_left_as_it_was() -> None:
+def test_the_network_runs_in_evaluation_mode_and_is_restored() -> None:
     network = Smooth().train()
     assert share(network) > 0.75
     assert network.training
 
 
-def test_the_splits_the_number_and_the_size_of_pictures_are_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_limit_crop_window_and_resize_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "read", [])
     network = Smooth()
     source = Place(blind=False, images=20, side=48)
-    share(network, source, Place(first=200, images=20, side=48), held="test", limit=10, crop=40, window=24)
+    share(network, source, Place(first=200, images=20, side=48), held_out="test", limit=10, crop=40, window=24)
     numbers = [int(name[1:]) for name in Place.read]
     assert len(numbers) == 30
     assert sum(number < 20 for number in numbers) == 10  # the source's train
@@ -132,19 +141,19 @@ def test_the_splits_the_number_and_the_size_of_pictures_are_as_asked(monkeypatch
     assert set(network.sizes) == {(32, 32)}
 
 
-def test_no_label_of_the_target_is_opened_and_the_sources_are() -> None:
+def test_source_labels_are_read_and_target_labels_are_not() -> None:
     share(Smooth(), target=Place(first=100, blind=True))
     with pytest.raises((DataError, AssertionError)):
         reverse_validation(Smooth(), Place(blind=True), TARGET)
 
 
-def test_where_it_would_mean_nothing_nobody_is_asked() -> None:
+def test_few_images_or_inseparable_classes_give_none() -> None:
     assert reverse_validation(Smooth(), Shapeless(blind=False), TARGET) is None
-    assert reverse_validation(Smooth(), SOURCE, Place(first=100, images=FEW - 1)) is None
-    assert reverse_validation(Smooth(), SOURCE, TARGET, limit=FEW - 1) is None
+    assert reverse_validation(Smooth(), SOURCE, Place(first=100, images=MIN_IMAGES - 1)) is None
+    assert reverse_validation(Smooth(), SOURCE, TARGET, limit=MIN_IMAGES - 1) is None
 
 
-def test_the_same_seed_gives_the_same_answer_and_touches_no_global_random_state() -> None:
+def test_the_score_depends_on_the_seed_and_not_on_global_random_state() -> None:
     python, numpys = random.getstate(), repr(np.random.get_state(legacy=False))  # noqa: NPY002
     torchs = torch.get_rng_state()
     first = share(Smooth((0, 2, 1)), seed=3)
@@ -155,30 +164,30 @@ def test_the_same_seed_gives_the_same_answer_and_touches_no_global_random_state(
     assert share(Smooth((0, 2, 1)), seed=4) != first
 
 
-def test_a_pixel_is_described_by_its_bands_and_what_surrounds_it() -> None:
+def test_pixel_features_are_bands_and_window_statistics() -> None:
     image = torch.full((4, 40, 40), 50.0)
     image[:, :, 20:] = 100.0
-    found = described(image, 200.0)
+    found = pixel_features(image, 200.0)
     assert found.shape == (4 + 4 * 5, 40, 40)
     assert torch.allclose(found[:4], image / 200)
     assert found[8, 20, 5] == pytest.approx(0.0, abs=1e-3)  # spread in the square of 3, far from the edge
     assert found[8, 20, 19] == pytest.approx(0.25 * np.sqrt(2) / 3, abs=1e-3)  # two columns of 0.25 and one of 0.5
-    assert torch.equal(described(image * 100, 20000.0), found)
+    assert torch.equal(pixel_features(image * 100, 20000.0), found)
 
 
-def test_a_picture_smaller_than_the_squares_and_one_with_gaps_are_described() -> None:
+def test_pixel_features_of_small_images_and_nan() -> None:
     image = torch.rand(3, 2, 5)
     image[0, 0, 0] = torch.nan
-    found = described(image, 1.0)
+    found = pixel_features(image, 1.0)
     assert found.shape == (19, 2, 5)
     assert bool(found.isfinite().all())
 
 
-def test_pixels_without_a_label_are_left_out() -> None:
+def test_unlabeled_pixels_are_left_out() -> None:
     image = torch.zeros(1, 8, 8)
     label = torch.full((8, 8), IGNORE)
     label[0] = 2
-    looks, labels = pixels([(image, label), (image, label)], 1.0, 0)
+    looks, labels = sample_pixels([(image, label), (image, label)], 1.0, 0)
     assert len(looks) == len(labels) > 0
     assert labels.unique().tolist() == [2]  # type: ignore[no-untyped-call]
 
@@ -194,18 +203,18 @@ class Pixels:
         return torch.tensor(self.values).repeat(times)[:, None], torch.tensor(self.classes).repeat(times)
 
 
-def test_a_class_that_nothing_taught_counts_as_missed_and_one_that_is_not_asked_for_not_at_all() -> None:
+def test_forest_miou_averages_over_the_test_classes() -> None:
     asked = Pixels((0.0, 1.0), (0, 1)).many()
-    assert taught(Pixels((0.0, 1.0), (0, 1)).many(), asked, 3, 0) == 1.0
-    assert taught(Pixels((0.0, 1.0, 2.0), (0, 1, 2)).many(), asked, 3, 0) == 1.0
-    assert taught(Pixels((0.0, 1.0), (0, 0)).many(), asked, 3, 0) == pytest.approx(0.25)
+    assert forest_miou(Pixels((0.0, 1.0), (0, 1)).many(), asked, 3, 0) == 1.0
+    assert forest_miou(Pixels((0.0, 1.0, 2.0), (0, 1, 2)).many(), asked, 3, 0) == 1.0
+    assert forest_miou(Pixels((0.0, 1.0), (0, 0)).many(), asked, 3, 0) == pytest.approx(0.25)
     nothing = torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
-    assert taught(nothing, asked, 3, 0) == taught(asked, nothing, 3, 0) == 0.0
+    assert forest_miou(nothing, asked, 3, 0) == forest_miou(asked, nothing, 3, 0) == 0.0
 
 
-def test_a_rare_class_weighs_as_much_as_a_frequent_one() -> None:
+def test_the_forest_is_class_balanced() -> None:
     """Ninety-seven pixels say 0 and three say 1 of the same look: all classes alike, the look is as much the one."""
     looks = torch.tensor([0.0] * 60 + [1.0] * 40)[:, None]
     labels = torch.tensor([0] * 60 + [0] * 37 + [1] * 3)
     asked = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
-    assert taught((looks, labels), asked, 2, 0) == 1.0
+    assert forest_miou((looks, labels), asked, 2, 0) == 1.0

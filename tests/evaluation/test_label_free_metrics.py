@@ -8,22 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from overfly.adaptation.model_selection import DEFAULT_VALIDATORS, mean_ranks
 from overfly.core.errors import NotFiniteError
 from overfly.core.records import Logits
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import center_crop, unlabeled_images
 from overfly.evaluation.label_free_metrics import (
-    DEFAULT_VALIDATORS,
     VALIDATORS,
     LabelFreeMetrics,
     balanced_miou,
-    elect,
     label_free_metrics,
     neighborhood_density,
     nuclear_norm,
-    shared_miou,
 )
-from overfly.evaluation.perturbations import masked, turned, views
+from overfly.evaluation.perturbations import Perturbation, mild_perturbations, random_mask, rotated
 from planted import ByLevel, Constant, Patches
 
 
@@ -37,18 +35,18 @@ def collapsed() -> LabelFreeMetrics:
     return label_free_metrics(Constant(), Patches())
 
 
-def test_a_perfect_sure_network(sharp: LabelFreeMetrics) -> None:
+def test_metrics_of_a_perfect_confident_network(sharp: LabelFreeMetrics) -> None:
     assert sharp.entropy == pytest.approx(0, abs=1e-3)
     assert sharp.information > 0.9
     assert sharp.diversity > 0.9
     assert sharp.by_view["90°"] == sharp.by_view["mirrored 180°"] == 1
     assert 0 < sharp.masked < 1
     assert sum(sharp.shares) == pytest.approx(1)
-    assert (sharp.images, sharp.labels_opened) == (5, 0)
+    assert sharp.images == 5
     assert (sharp.agreement, sharp.source_miou) == (None, None)
 
 
-def test_collapse_shows_where_it_is_said_to(sharp: LabelFreeMetrics, collapsed: LabelFreeMetrics) -> None:
+def test_metrics_of_a_collapsed_network(sharp: LabelFreeMetrics, collapsed: LabelFreeMetrics) -> None:
     assert collapsed.entropy == pytest.approx(0, abs=1e-6)
     assert collapsed.masked == collapsed.views == 1
     assert collapsed.snd == pytest.approx(1)
@@ -56,19 +54,19 @@ def test_collapse_shows_where_it_is_said_to(sharp: LabelFreeMetrics, collapsed: 
     assert collapsed.diversity == 0
     assert collapsed.nuclear_norm == pytest.approx(1 / math.sqrt(3))
     assert collapsed.masked_miou == collapsed.views_miou == pytest.approx(1 / 3)
-    assert elect([sharp, collapsed]) == [1, 0]
-    assert "entropy" not in DEFAULT_VALIDATORS
-    assert elect([sharp, collapsed], ["masked"]) == [0, 1]
+    values = [sharp.by_validator(), collapsed.by_validator()]
+    assert mean_ranks(values, DEFAULT_VALIDATORS) == [1, 0]
+    assert mean_ranks(values, ["masked"]) == [0, 1]
 
 
-def test_a_network_that_knows_nothing() -> None:
+def test_metrics_of_uniform_probabilities() -> None:
     found = label_free_metrics(Constant(0.0), Patches())
     assert found.entropy == pytest.approx(-1)
     assert found.information == pytest.approx(0, abs=1e-6)
     assert found.nuclear_norm == pytest.approx(1 / 3)
 
 
-def test_exchanged_classes_show_in_agreement_alone(sharp: LabelFreeMetrics) -> None:
+def test_exchanged_classes_change_agreement_only(sharp: LabelFreeMetrics) -> None:
     exchanged = label_free_metrics(ByLevel(20, (1, 2, 0)), Patches(), reference=ByLevel(20))
     assert exchanged.agreement == 0
     blind = set(VALIDATORS) - {"agreement", "source_miou"}
@@ -77,17 +75,17 @@ def test_exchanged_classes_show_in_agreement_alone(sharp: LabelFreeMetrics) -> N
     assert label_free_metrics(ByLevel(1), Patches(), reference=ByLevel(20)).agreement == 1
 
 
-def test_a_network_agrees_with_itself_whatever_it_never_says(collapsed: LabelFreeMetrics) -> None:
+def test_agreement_of_a_collapsed_network_with_itself_is_1(collapsed: LabelFreeMetrics) -> None:
     assert label_free_metrics(Constant(20.0), Patches(), reference=Constant(20.0)).agreement == 1
     assert collapsed.views_miou == pytest.approx(1 / 3)  # giving classes up still costs consistency
 
 
-def test_classes_given_up_count_against_agreement() -> None:
-    before = torch.tensor([[6, 0, 0], [2, 0, 0], [0, 0, 0]])  # what one says, by what the other does; neither the third
-    assert shared_miou(Confusion(before)) == pytest.approx((6 / 8 + 0) / 2)
+def test_lost_classes_lower_agreement() -> None:
+    before = torch.tensor([[6, 0, 0], [2, 0, 0], [0, 0, 0]])  # neither predicts the third class
+    assert Confusion(before).miou == pytest.approx((6 / 8 + 0) / 2)
 
 
-def test_looking_is_deterministic_and_leaves_everything_as_it_was(sharp: LabelFreeMetrics) -> None:
+def test_metrics_are_deterministic_and_change_no_state(sharp: LabelFreeMetrics) -> None:
     network = nn.Sequential(nn.Dropout(0.5))
     network.append(ByLevel(20))
     network[1].eval()
@@ -98,14 +96,14 @@ def test_looking_is_deterministic_and_leaves_everything_as_it_was(sharp: LabelFr
     assert label_free_metrics(ByLevel(20), Patches(), seed=1).masked != sharp.masked
 
 
-def test_every_figure_lies_in_its_range(sharp: LabelFreeMetrics, collapsed: LabelFreeMetrics) -> None:
+def test_metrics_are_in_their_ranges(sharp: LabelFreeMetrics, collapsed: LabelFreeMetrics) -> None:
     for found in (sharp, collapsed, label_free_metrics(ByLevel(0.1), Patches(), crop=20, window=16, limit=2)):
         for name, value in found.by_validator().items():
             assert value is None or (-1 if name == "entropy" else 0) - 1e-9 <= value <= 1 + 1e-9, name
     assert LabelFreeMetrics.model_validate_json(sharp.model_dump_json()) == sharp
 
 
-def test_pictures_are_fixed_cut_in_the_middle_and_without_labels() -> None:
+def test_images_are_evenly_spaced_center_crops_without_labels() -> None:
     found = list(unlabeled_images(Patches(images=10), "train", limit=3, crop=20))
     assert [tuple(image.shape) for image in found] == [(3, 20, 20)] * 3
     again = list(unlabeled_images(Patches(images=10), "train", limit=3, crop=20))
@@ -115,28 +113,28 @@ def test_pictures_are_fixed_cut_in_the_middle_and_without_labels() -> None:
     assert next(unlabeled_images(Patches(), "train", resize=16)).shape == (3, 16, 16)
 
 
-@pytest.mark.parametrize("view", [masked(), *views()], ids=lambda view: view.name)
+@pytest.mark.parametrize("view", [random_mask(), *mild_perturbations()], ids=lambda view: view.name)
 @pytest.mark.parametrize("size", [(24, 24), (16, 40)])
-def test_views_come_back_to_the_pictures_own_frame(view: object, size: tuple[int, int]) -> None:
-    assert isinstance(view, type(masked()))
+def test_perturbations_are_inverted_to_the_image_size(view: object, size: tuple[int, int]) -> None:
+    assert isinstance(view, Perturbation)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
-    altered = view.alter(image, 255.0, torch.Generator().manual_seed(0))
+    altered = view.apply(image, 255.0, torch.Generator().manual_seed(0))
     assert altered.min() >= 0
     assert altered.max() <= 255 + 1e-3
-    assert view.back(altered, size).shape == image.shape
+    assert view.invert(altered, size).shape == image.shape
     if view.name.endswith("°"):
-        assert torch.equal(view.back(altered, size), image)
+        assert torch.equal(view.invert(altered, size), image)
 
 
 @settings(deadline=None, max_examples=8)
 @given(st.integers(0, 3), st.booleans())
-def test_turns_are_undone(quarters: int, mirrored: bool) -> None:
+def test_rotations_are_inverted(quarters: int, mirrored: bool) -> None:
     image = torch.arange(2 * 3 * 5.0).reshape(2, 3, 5)
-    view = turned(quarters, mirrored)
-    assert torch.equal(view.back(view.alter(image, 1.0, torch.Generator()), (3, 5)), image)
+    view = rotated(quarters, mirrored)
+    assert torch.equal(view.invert(view.apply(image, 1.0, torch.Generator()), (3, 5)), image)
 
 
-def test_nuclear_norm_has_its_bounds() -> None:
+def test_nuclear_norm_bounds() -> None:
     sure = torch.eye(4).repeat(25, 1)
     assert nuclear_norm(sure) == pytest.approx(1)
     assert nuclear_norm(torch.eye(4)[:1].repeat(100, 1)) == pytest.approx(1 / 2)
@@ -146,12 +144,12 @@ def test_nuclear_norm_has_its_bounds() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(2, 40), st.integers(2, 6), st.integers(0, 10**6))
-def test_nuclear_norm_stays_in_its_range(rows: int, classes: int, seed: int) -> None:
+def test_nuclear_norm_is_in_its_range(rows: int, classes: int, seed: int) -> None:
     scores = torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)) * 3
     assert 1 / classes - 1e-6 <= nuclear_norm(scores.softmax(1)) <= 1
 
 
-def test_density_grows_with_clusters_that_hold_together() -> None:
+def test_neighborhood_density_grows_with_tighter_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     centers = torch.eye(4).repeat(20, 1) * 6
     noise = torch.randn(80, 4, generator=generator)
@@ -163,12 +161,28 @@ def test_density_grows_with_clusters_that_hold_together() -> None:
     assert math.isnan(neighborhood_density(torch.ones(2, 2)))
 
 
-def test_balanced_miou_counts_a_class_that_is_given_up() -> None:
+def test_consistency_averages_over_the_classes_that_the_reference_predicts() -> None:
+    """With two of three classes on the images, all K classes would give at most 2/3."""
+    two = Patches(levels=2)
+    network = ByLevel(20)
+    over_all = label_free_metrics(network, two, reference=network)
+    over_predicted = label_free_metrics(network, two, reference=network, reference_classes=True)
+    assert sum(share > 0 for share in over_all.shares) == 2
+    assert over_all.by_view["90°"] == pytest.approx(2 / 3)
+    assert over_predicted.by_view["90°"] == 1
+    assert over_predicted.views_miou == pytest.approx(1.5 * over_all.views_miou)
+    assert over_predicted.masked_miou == pytest.approx(1.5 * over_all.masked_miou)
+    collapsed = label_free_metrics(Constant(), two, reference=network, reference_classes=True)
+    assert collapsed.views_miou == pytest.approx(1 / 2)
+
+
+def test_balanced_miou_counts_a_lost_class_as_zero() -> None:
     assert balanced_miou(Confusion(torch.diag(torch.tensor([5, 5, 5])))) == 1
     assert balanced_miou(Confusion(torch.diag(torch.tensor([9, 0, 6])))) == pytest.approx(2 / 3)
+    assert balanced_miou(Confusion(torch.diag(torch.tensor([9, 0, 6]))), torch.tensor([True, False, True])) == 1
 
 
-def test_a_broken_network_is_named() -> None:
+def test_scores_that_are_not_finite_raise() -> None:
     class Broken(nn.Module):
         def forward(self, image: Tensor) -> Logits:
             return Logits(torch.full((len(image), 3, *image.shape[-2:]), float("nan")))

@@ -11,7 +11,7 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.panels import comparison_figure, confusion_figure, to_rgb, panels
+from overfly.evaluation.panels import comparison_figure, confusion_figure, panels, to_rgb
 from overfly.evaluation.score import Sample
 
 CLASSES = Classes(names=("field", "house", "Straße"), colors=((10, 200, 30), (220, 20, 60), (40, 60, 250)))

@@ -15,8 +15,7 @@ from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.score import Sample, Samples
-from overfly.evaluation.score import Scores, evaluation_mode, score
+from overfly.evaluation.score import Sample, Samples, Scores, evaluation_mode, score
 
 CLASSES = Classes(names=("dark", "gray", "bright", "never"))
 

@@ -1,12 +1,11 @@
-"""Reverse validation: whether what a network says of the target would, taught to another, serve the source.
+"""Reverse validation: how well a network's predictions on the target teach a classifier of the source.
 
-Where the target shows the same classes, somebody who has seen nothing but its pictures and the network's labels of them
-knows the classes in the source too. Where it shows other things, what the network takes for water there is not what
-water looks like. The labels of the target are never asked, and those of the source, which can be, give the answer.
+If the target shows the same classes, a classifier trained on target images with the network's predictions also
+classifies the source. If the target shows other objects, it does not. Only source labels are needed.
 
 Source: E. Zhong et al., "Cross validation framework to choose amongst models and datasets for transfer learning", 2010,
-with a forest (P. Geurts et al., "Extremely randomized trees", 2006) on plain color and texture as the one who learns:
-a network would bring along what it knew of the source.
+with a forest (P. Geurts et al., "Extremely randomized trees", 2006) on color and texture as the classifier: a network
+would carry over what it learned on the source.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from overfly.evaluation.images import labeled_images, predict_scores, random_pix
 from overfly.evaluation.score import evaluation_mode
 
 PIXELS = 512
-"""Random pixels of each picture that are learned from or asked about."""
+"""Random pixels per image for training and evaluation."""
 SIDES = (3, 7, 15, 31)
-"""Sides in pixels of the squares around a pixel whose mean and deviation describe it."""
+"""Sides of the windows, in pixels, whose mean and standard deviation are features of their center."""
 TREES = 100
 """Trees of the forest."""
-LEAF = 3
-"""Least pixels in a leaf."""
-FEW = 8
-"""Target pictures below which they show too little of a place to ask."""
-TELLS = 0.25
-"""mIoU of the forest that learns from true labels, below which color and texture tell the classes too badly to ask."""
+MIN_LEAF = 3
+"""Fewest pixels in a leaf."""
+MIN_IMAGES = 8
+"""Fewest target images."""
+MIN_MIOU = 0.25
+"""Least mIoU of the forest trained on source labels; below it, color and texture do not separate the classes."""
 
 
 def reverse_validation(
     network: nn.Module,
     source: Domain,
     target: Domain,
-    held: Split = "val",
+    held_out: Split = "val",
     *,
     limit: int | None = 16,
     crop: int | None = None,
@@ -50,59 +49,56 @@ def reverse_validation(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> float | None:
-    """How well the network's labels of the target teach the source's classes, as a share of what true labels teach.
+    """MIoU of a forest trained on target predictions, relative to one trained on source labels.
 
-    Two forests learn classes from color and texture: one from pixels of the target and what the network says of them,
-    one from pixels of the source's ``train`` split and its labels. Both are asked for the source's held-out labels.
+    Both are evaluated on the source's held-out labels.
 
     Args:
         network: images (B, C, H, W) in the sensor's range to `Logits` at their size; moved to ``device``.
-        source: with labels, which are read.
-        target: whose ``train`` pictures are looked at; labels are taken away from its items before anything is read.
-        held: split of the source that both are asked about.
-        limit: pictures of each at most, evenly spread; None: all.
-        crop: longest side that is cut from the middle of each picture; None: whole pictures.
-        window: side of overlapping windows for pictures that are larger; None: the whole picture at once.
-        resize: side of the square that pictures are first resized to.
+        source: labels are read.
+        target: images of its ``train`` split; labels are removed from its items before anything is read.
+        held_out: split of the source for evaluation.
+        limit: maximum number of images of each, evenly spaced; None: all.
+        crop: side of the center crop; None: whole images.
+        window: side of overlapping windows for larger images; None: the whole image at once.
+        resize: side of the square that images are first resized to.
         device: where the network runs.
-        seed: of the fixed random draws: same seed, same answer. No global random state is read or changed.
+        seed: of the random draws. Global random state is neither read nor changed.
 
     Returns:
-        mIoU of the first over mIoU of the second, 0 to 1, over the classes that the held-out labels have, so that a
-        target which lacks some of them teaches less; None where the question means nothing: of few pictures (`FEW`),
-        or where color and texture hardly tell the classes (`TELLS`).
+        0 to 1, over the classes in the held-out labels; None for fewer target images than `MIN_IMAGES`, or if color and
+        texture do not separate the classes (`MIN_MIOU`).
 
     Raises:
-        DataError: a split has no pictures or, of the source, no labels.
-        NotFiniteError: the network gives scores that are not finite.
+        DataError: a split has no images or, of the source, no labels.
+        NotFiniteError: the network's scores are not finite.
     """
-    if len(sample_evenly(target.items("train"), limit)) < FEW:
+    if len(sample_evenly(target.items("train"), limit)) < MIN_IMAGES:
         return None
-    looks = {"limit": limit, "crop": crop, "resize": resize}
-
-    home = pixels(labeled_images(source, "train", **looks), source.max_value, seed)
-    asked = pixels(labeled_images(source, held, **looks), source.max_value, seed + 1)
+    options = {"limit": limit, "crop": crop, "resize": resize}
+    labels = sample_pixels(labeled_images(source, "train", **options), source.max_value, seed)
+    test = sample_pixels(labeled_images(source, held_out, **options), source.max_value, seed + 1)
     classes = len(source.classes)
-    known = taught(home, asked, classes, seed)
-    if known < TELLS:
+    reference = forest_miou(labels, test, classes, seed)
+    if reference < MIN_MIOU:
         return None
 
-    def said() -> Iterator[tuple[Tensor, Tensor]]:
-        for image in unlabeled_images(target, "train", **looks):
+    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
+        for image in unlabeled_images(target, "train", **options):
             yield image, predict_scores(network, image.to(device), window).argmax(0).cpu()
 
     network.to(device)
     with evaluation_mode(network), torch.inference_mode():
-        away = pixels(said(), target.max_value, seed)
-    return min(1.0, taught(away, asked, classes, seed) / known)
+        predicted = sample_pixels(predictions(), target.max_value, seed)
+    return min(1.0, forest_miou(predicted, test, classes, seed) / reference)
 
 
-def described(image: Tensor, max_value: float) -> Tensor:
-    """What surrounds each pixel: its bands, their means in squares around it, and the deviation of the bands' mean.
+def pixel_features(image: Tensor, max_value: float) -> Tensor:
+    """Features of each pixel: its bands, and mean bands and gray standard deviation of the windows around it.
 
     Args:
-        image: (C, H, W), in the sensor's range; what is not a number counts as 0.
-        max_value: value of the brightest pixel that the sensor can give.
+        image: (C, H, W), in the sensor's range; values that are not finite count as 0.
+        max_value: of the sensor.
 
     Returns:
         (C + 4 (C + 1), H, W), 0 to 1.
@@ -110,51 +106,53 @@ def described(image: Tensor, max_value: float) -> Tensor:
     bands = (image.nan_to_num() / max_value)[None]
     gray = bands.mean(1, keepdim=True)
 
-    def around(values: Tensor, side: int) -> Tensor:
-        for height, width in ((side, 1), (1, side)):  # rows, then columns: the same means, side / 2 times faster
+    def window_mean(values: Tensor, side: int) -> Tensor:
+        for height, width in ((side, 1), (1, side)):  # separable: side / 2 times faster
             size, pad = (height, width), (height // 2, width // 2)
             values = F.avg_pool2d(values, size, 1, pad, count_include_pad=False)
         return values
 
-    found = [bands]
+    features = [bands]
     for side in SIDES:
-        deviation = (around(gray.square(), side) - around(gray, side).square()).clamp_min(0).sqrt()
-        found += [around(bands, side), deviation]
-    return torch.cat(found, 1)[0]
+        deviation = (window_mean(gray.square(), side) - window_mean(gray, side).square()).clamp_min(0).sqrt()
+        features += [window_mean(bands, side), deviation]
+    return torch.cat(features, 1)[0]
 
 
-def pixels(pairs: Iterable[tuple[Tensor, Tensor]], max_value: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Descriptions (N, D) and classes (N,) of random pixels of (C, H, W) and labels (H, W), none of `IGNORE`."""
-    looks, labels = [], []
-    for place, (image, label) in enumerate(pairs):
-        chosen = random_pixels(*label.shape, PIXELS, seed, place)
-        looks.append(described(image, max_value).flatten(1)[:, chosen].T)
+def sample_pixels(pairs: Iterable[tuple[Tensor, Tensor]], max_value: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and classes (N,) of random labeled pixels of images (C, H, W) and labels (H, W)."""
+    features, labels = [], []
+    for index, (image, label) in enumerate(pairs):
+        chosen = random_pixels(*label.shape, PIXELS, seed, index)
+        features.append(pixel_features(image, max_value).flatten(1)[:, chosen].T)
         labels.append(label.flatten()[chosen])
     known = (label := torch.cat(labels)) != IGNORE
-    return torch.cat(looks)[known], label[known]
+    return torch.cat(features)[known], label[known]
 
 
-def taught(examples: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], classes: int, seed: int) -> float:
-    """MIoU on the pixels asked about of a forest that learns from examples, all classes weighing alike.
+def forest_miou(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, seed: int) -> float:
+    """MIoU on test pixels of a class-balanced forest.
 
     Args:
-        examples: descriptions (N, D) and classes (N,).
-        asked: the same, of other pixels.
-        classes: how many there are.
+        train: features (N, D) and classes (N,).
+        test: the same, of other pixels.
+        classes: number of classes.
         seed: of the trees.
 
     Returns:
-        0 to 1, over the classes among those asked about; 0 where there is nothing to learn from or to ask.
+        0 to 1, over the classes in ``test``; 0 if either is empty.
     """
     from sklearn.ensemble import ExtraTreesClassifier
 
-    (looks, labels), (others, truth) = examples, asked
+    (features, labels), (others, truth) = train, test
     if not len(labels) or not len(truth):
         return 0.0
-    forest = ExtraTreesClassifier(TREES, min_samples_leaf=LEAF, class_weight="balanced", random_state=seed, n_jobs=1)
-    answers = torch.from_numpy(forest.fit(looks.numpy(), labels.numpy()).predict(others.numpy()))
-    found = Confusion.of(answers, truth, classes)
-    return float(found.iou[torch.bincount(truth, minlength=classes) > 0].mean())
+    forest = ExtraTreesClassifier(
+        TREES, min_samples_leaf=MIN_LEAF, class_weight="balanced", random_state=seed, n_jobs=1
+    )
+    predicted = torch.from_numpy(forest.fit(features.numpy(), labels.numpy()).predict(others.numpy()))
+    confusion = Confusion.of(predicted, truth, classes)
+    return float(confusion.iou[torch.bincount(truth, minlength=classes) > 0].mean())
 
 
-__all__ = ["described", "pixels", "reverse_validation", "taught"]
+__all__ = ["forest_miou", "pixel_features", "reverse_validation", "sample_pixels"]

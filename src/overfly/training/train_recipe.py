@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_fabric import Fabric
@@ -33,9 +34,10 @@ def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfi
     if isinstance(recipe.start, Recipe):
         parent = out.parent if (out / "recipe.yaml").is_file() else out
         before = Run.find(parent, recipe.start)
-        if before is None or not before.finished:
+        trained = before is not None and before.finished
+        if not trained:
             print_status("training the recipe under start first; its settings are start.steps and so on", quiet=quiet)
-        start = train_recipe(recipe.start, parent, fabric, config).weights
+        start = train_recipe(recipe.start, parent, fabric, replace(config, quiet=config.quiet or trained)).weights
     elif recipe.start is not None:
         start = resolve_start(recipe.start)
     digest = run_on_rank_zero(fabric, lambda: None if start is None else file_sha256(start))
