@@ -15,7 +15,6 @@ from overfly import rank, train
 from overfly.adaptation.model_selection import (
     Ranking,
     TargetImages,
-    consensus,
     find_trained_runs,
     highest,
     list_checkpoints,
@@ -27,6 +26,7 @@ from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic.domain import Synthetic
 from overfly.evaluation.images import unlabeled_images
+from overfly.evaluation.label_free_metrics import consensus
 from overfly.recipe import load
 from overfly.training.run import Run
 from planted import ByLevel, Constant, Patches

@@ -41,12 +41,6 @@ from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start
 
 DEFAULT_BUDGET = "30m"
-UNITS = {
-    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1),
-    **dict.fromkeys(("", "m", "min", "mins", "minute", "minutes"), 60),
-    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600),
-}
-"""Seconds of each unit of a budget."""
 CROPS = {"cpu": 256, "cuda": 512, "mps": 384}
 """Largest crop by device type, in pixels."""
 BATCHES = {"cpu": 4, "cuda": 8, "mps": 4}
@@ -54,8 +48,7 @@ BATCHES = {"cpu": 4, "cuda": 8, "mps": 4}
 SAMPLED_IMAGES = 50
 """Images whose sizes are read, and from which mean and standard deviation are estimated."""
 MIN_STEPS, MAX_STEPS = 100, 40_000
-"""Bounds for the steps of each training. With fewer steps an adaptation learns nothing: 67 steps on real images did not
-change the predictions. More steps gain little."""
+"""Bounds for the steps of each training: fewer are too few to adapt from, more gain little."""
 MIN_STEPS_OF_TWO = 150
 """With fewer steps for each of two variants, one is trained instead."""
 TIMING_SECONDS = 3.0
@@ -63,16 +56,13 @@ TIMING_SECONDS = 3.0
 SPLITS: dict[Split, float] = {"train": 0.85, "val": 0.15}
 """Shares of the labeled images for training and validation."""
 BUDGET_SHARES = {1: {"source": 0.45, "adapted": 0.4}, 2: {"source": 0.25, "adapted": 0.29}}
-"""Shares of the budget for the source-only training and for each of one or two adaptations. The rest is for reading,
-recalibration, metrics and scores."""
+"""Shares of the budget for source only and for each of one or two adaptations; the rest is for the comparison."""
 DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
 """Settings of a folder that the options give for each domain."""
 LEARNING_RATE = 1e-3
-"""For adapting a source-only network that was trained by these recipes; half of it costs a point of mIoU
-(docs/results/ablation.md). Other networks are adapted with half of it."""
+"""For source-only networks of these recipes, where half costs a point of mIoU; half of it for other networks."""
 VARIANTS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION))
-"""Adaptation with pasted source classes, and without. On the synthetic world each is better in one direction, by 8.8
-points or more (docs/results/synthetic.md), and label-free metrics tell which."""
+"""With pasted source classes, and without: each is better in one direction of the synthetic world, by 8.8 points."""
 
 
 def parse_budget(budget: str) -> float:
@@ -81,10 +71,11 @@ def parse_budget(budget: str) -> float:
     Raises:
         RecipeError: the text is not a duration above 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", budget.strip().lower())
-    if match is None or match[2] not in UNITS or float(match[1]) == 0:
+    units = "s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?"
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({units})?", budget.strip().lower())
+    if match is None or float(match[1]) == 0:
         raise RecipeError(f"--budget must be a duration such as 90s, 10min or 2h, got {budget!r}")
-    return float(match[1]) * UNITS[match[2]]
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[(match[2] or "m")[0]]
 
 
 @dataclass(frozen=True)
@@ -138,17 +129,15 @@ def folder_domain(
     Raises:
         OverflyError: a folder is missing, empty or cannot be read, or a setting is invalid.
     """
-    for option, path in (("images", images), ("masks", masks)):
+    paths = (("images", images), ("masks", masks))
+    for option, path in paths:
         if path is not None and not _is_pattern(path) and not path.is_dir():
             raise DataError(f"{option}: {path} is not a folder; give a folder, or a pattern in quotes")
     root = Path(os.path.commonpath([path.absolute() for path in (images, masks) if path is not None]))
     while _is_pattern(root):
         root = root.parent
     root = root.parent if root == images.absolute() else root
-    paths = {"images": images, "masks": masks}
-    values: dict[str, Any] = {
-        key: str(path.absolute().relative_to(root)) for key, path in paths.items() if path is not None
-    }
+    values: dict[str, Any] = {key: str(path.absolute().relative_to(root)) for key, path in paths if path is not None}
     try:
         domain = Folder(root=root, title=title, **{**settings, **values})
     except ValidationError as error:
@@ -217,12 +206,6 @@ def read_classes(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items() if key != "name"}
 
 
-def checkpoint_settings(checkpoint: Path) -> dict[str, Any]:
-    """Classes, bands and max_value of a trained network, as settings of a folder domain."""
-    network = Segmenter.load(resolve_start(checkpoint))
-    return {"classes": network.classes, "bands": network.bands, "max_value": network.max_value}
-
-
 def choose_crop(domains: list[Domain], device: torch.device) -> int:
     """Crop that device and median image size allow: a multiple of 32, 64 or more."""
     sides = []
@@ -261,10 +244,9 @@ def propose_recipes(
     Raises:
         RecipeError: the budget is too short, or a setting is unknown.
     """
-    device = fabric.device
-    crop = choose_crop([domain for domain in (source, target) if domain is not None], device)
+    crop = choose_crop([domain for domain in (source, target) if domain is not None], fabric.device)
     shared: dict[str, Any] = {
-        "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(device.type, 4),
+        "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(fabric.device.type, 4),
         "augment": (Dihedral(), ScaleJitter(), ColorJitter()), "clip": 10.0,
     }  # fmt: skip
     if checkpoint is not None and not checkpoint.is_dir():  # the recipe of a run gives its model
@@ -282,22 +264,16 @@ def propose_recipes(
 def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
     """A recipe with its steps, and the warm-up and ramp that depend on them."""
     images = len(recipe.source.items("train")) if recipe.epochs and recipe.source is not None else 0
-    count = recipe.length(images) if _has_length(recipe) else steps["adapted"]
+    count = recipe.length(images) if recipe.steps or recipe.epochs else steps["adapted"]
     method, start = recipe.method, recipe.start
     if isinstance(method, MultiscaleSelfTraining):
         method = method.model_copy(update={"ramp_steps": max(1, count // 3)})
-    if isinstance(start, Recipe) and not _has_length(start):
+    if isinstance(start, Recipe) and not (start.steps or start.epochs):
         start = start.model_copy(update={"steps": steps["source"]})
-    update: dict[str, Any] = {
-        "start": start, "schedule": Poly(power=1.0, warmup=max(1, count // 10)), "method": method
-    }  # fmt: skip
-    if not _has_length(recipe):
-        update["steps"] = count
+    length = {} if recipe.steps or recipe.epochs else {"steps": count}
+    schedule = Poly(power=1.0, warmup=max(1, count // 10))
+    update = {"start": start, "schedule": schedule, "method": method, **length}
     return load(recipe.model_copy(update=update), *overrides)
-
-
-def _has_length(recipe: Recipe) -> bool:
-    return bool(recipe.steps or recipe.epochs)
 
 
 def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out: Path | None) -> dict[str, int]:
@@ -308,11 +284,10 @@ def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out
         if file is not None:
             stored = json.loads(file.read_text(encoding="utf-8"))
             return {"variants": int(stored.pop("variants")), **{name: int(value) for name, value in stored.items()}}
-    start, variants = recipes[0].start, len(recipes)
-    times = {}
-    if isinstance(start, Recipe) and not _has_length(start):
+    start, variants, times = recipes[0].start, len(recipes), {}
+    if isinstance(start, Recipe) and not (start.steps or start.epochs):
         times["source"] = time_step(start, fabric)
-    if not _has_length(recipes[0]):
+    if not (recipes[0].steps or recipes[0].epochs):
         times["adapted"] = max(time_step(recipe, fabric) for recipe in recipes)
     if variants > 1 and _fitting_steps(budget, times, 2).get("adapted", MIN_STEPS_OF_TWO) < MIN_STEPS_OF_TWO:
         variants = 1
@@ -324,7 +299,6 @@ def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as part:
             part.write_text(json.dumps(steps) + "\n", encoding="utf-8")
-            part.replace(file)
     return steps
 
 
@@ -375,8 +349,7 @@ def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
         seconds.append(time.monotonic() - started)
         if number and sum(seconds) > TIMING_SECONDS:
             break
-    timed = sorted(seconds[1:])
-    return timed[len(timed) // 2]
+    return sorted(seconds[1:])[len(seconds[1:]) // 2]
 
 
 def folder_recipes(
@@ -392,8 +365,7 @@ def folder_recipes(
         inputs: the folders.
         budget: time such as 10m; None: `DEFAULT_BUDGET`.
         config: the device.
-        overrides: settings to change.
-        out: folder of the runs, where proposed steps are stored; None: nowhere.
+        overrides, out: see `propose_recipes`.
 
     Raises:
         OverflyError: an option is missing, a folder cannot be read, or the budget is too short.
@@ -402,7 +374,11 @@ def folder_recipes(
     budget = budget or DEFAULT_BUDGET
     seconds = parse_budget(budget)
     checkpoint, images, file = inputs.checkpoint, inputs.source_images, inputs.classes
-    settings = checkpoint_settings(checkpoint) if checkpoint is not None else read_classes(file or Path())
+    if checkpoint is None:
+        settings = read_classes(file or Path())
+    else:
+        network = Segmenter.load(resolve_start(checkpoint))
+        settings = {"classes": network.classes, "bands": network.bands, "max_value": network.max_value}
     print_status("reading images", quiet=config.quiet)
     source = folder_domain("A", images, settings, inputs.source_masks, file) if images is not None else None
     target = folder_domain("B", inputs.target_images or Path(), settings, settings_file=file)
@@ -414,14 +390,10 @@ def folder_recipes(
     recipes = propose_recipes(
         source, target, methods, overrides, checkpoint=checkpoint, budget=seconds, fabric=fabric, out=out
     )
-    before, length = recipes[0].start, _length_text(recipes[0])
-    first = f"{_length_text(before)} source only, then " if isinstance(before, Recipe) else ""
-    print_status(f"in {budget}: {first}{len(recipes)} x {length} of adaptation", quiet=quiet)
+    trainings = [each for each in (recipes[0].start, *recipes) if isinstance(each, Recipe)]
+    lengths = ", ".join(f"{each.epochs:g} epochs" if each.epochs else f"{each.steps} steps" for each in trainings)
+    print_status(f"trainings in {budget}: {lengths}", quiet=quiet)
     return recipes
-
-
-def _length_text(recipe: Recipe) -> str:
-    return f"{recipe.epochs:g} epochs" if recipe.epochs else f"{recipe.steps} steps"
 
 
 __all__ = ["FolderInputs", "folder_recipes", "parse_budget", "propose_recipes", "read_classes"]

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from overfly.adaptation.estimate import Estimate, estimate
 from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import predict_scores, unlabeled_images
+from overfly.evaluation.images import unlabeled_images
 from overfly.evaluation.label_free_metrics import (
     VALIDATORS,
     LabelFreeMetrics,
     Validator,
-    balanced_miou,
+    consensus,
     label_free_metrics,
 )
-from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
 from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
@@ -40,8 +37,6 @@ falls when predictions depend on what is masked or when classes are lost, but do
 mIoU does, and knows nothing of the target. Left out: entropy, density and pixel agreement, which collapse maximizes;
 information and nuclear norm, which reward an even class distribution, also where the target's is uneven; agreement,
 which the reference itself maximizes."""
-MIN_CONSENSUS = 3
-"""Fewest networks with a consensus: two agree with their mean equally."""
 
 
 class Candidate(Spec):
@@ -248,7 +243,6 @@ def write_ranking(ranking: Ranking, out: Path) -> Path:
     file = out / "ranking.json"
     with atomic_write(file) as part:
         part.write_text(ranking.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        part.replace(file)
     return file
 
 
@@ -302,47 +296,6 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
 def highest(values: Sequence[float | None]) -> int | None:
     """Index of the highest value, the first of equals; None if there is none."""
     return max((i for i, value in enumerate(values) if value is not None), key=lambda i: values[i] or 0.0, default=None)
-
-
-def consensus(
-    networks: Iterable[tuple[nn.Module, int | None]], images: Sequence[Tensor], device: torch.device | str = "cpu"
-) -> list[float | None]:
-    """Class-balanced mIoU of each network's predictions with those of the mean of all networks' probabilities.
-
-    Memory holds one network at a time, the mean, and a byte per pixel and network.
-
-    Args:
-        networks: networks, images (C, H, W) to `Logits`, each with its window size.
-        images: images (C, H, W) in the sensor's range.
-        device: where networks run.
-
-    Returns:
-        0 to 1 per network; None for each of fewer than three.
-    """
-    sums: list[Tensor] = []
-    predictions: list[list[Tensor]] = []
-    classes = 0
-    for network, window in networks:
-        own = []
-        with evaluation_mode(network.to(device)), torch.inference_mode():
-            for index, image in enumerate(images):
-                probability = predict_scores(network, image.to(device), window).softmax(0).cpu()
-                classes = len(probability)
-                if len(sums) == index:
-                    sums.append(torch.zeros_like(probability))
-                sums[index] += probability
-                own.append(probability.argmax(0).to(torch.uint8))
-        predictions.append(own)
-    if len(predictions) < MIN_CONSENSUS:
-        return [None] * len(predictions)
-    common = [total.argmax(0) for total in sums]
-    shares: list[float | None] = []
-    for own in predictions:
-        pair = Confusion.empty(classes)
-        for prediction, mean in zip(own, common, strict=True):
-            pair += Confusion.of(prediction, mean, classes)
-        shares.append(balanced_miou(pair))
-    return shares
 
 
 def _check_classes(run: Run, network: Segmenter, target: Domain) -> None:
@@ -414,7 +367,6 @@ __all__ = [
     "Ranking",
     "TargetImages",
     "ValidatorQuality",
-    "consensus",
     "find_trained_runs",
     "highest",
     "list_checkpoints",

@@ -346,14 +346,12 @@ def _write_comparison(
     recommended = runs[selection.recommended]
     with atomic_write(comparison.weights) as part:
         shutil.copyfile(recommended.weights if isinstance(recommended, Run) else recommended, part)
-        part.replace(comparison.weights)
     _draw_predictions(comparison.path / "samples" / "selection.png", recipe, runs, device)
     content = json.dumps(selection.model_dump(mode="json"), indent=2) + "\n"
     for name, text in (("selection.md", selection.markdown()), ("selection.json", content)):
         file = comparison.path / name
         with atomic_write(file) as part:
             part.write_text(text, encoding="utf-8")
-            part.replace(file)
     return comparison
 
 

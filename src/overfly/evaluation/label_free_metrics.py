@@ -10,7 +10,7 @@ none of these: only the source mIoU and the agreement with a reference network d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Literal, get_args
 
@@ -30,6 +30,8 @@ Validator = Literal[
     "masked", "masked_miou", "views", "views_miou", "source_miou", "consensus",
 ]  # fmt: skip
 VALIDATORS: tuple[Validator, ...] = get_args(Validator)
+MIN_CONSENSUS = 3
+"""Fewest networks with a consensus: two agree with their mean equally."""
 PIXELS = 512
 """Random pixels per image whose probabilities are kept for the nuclear norm."""
 NEIGHBORS = 3072
@@ -259,6 +261,47 @@ def neighborhood_density(probability: Tensor, temperature: float = 0.05, chunk: 
     return total / count / math.log(count - 1)
 
 
+def consensus(
+    networks: Iterable[tuple[nn.Module, int | None]], images: Sequence[Tensor], device: torch.device | str = "cpu"
+) -> list[float | None]:
+    """Class-balanced mIoU of each network's predictions with those of the mean of all networks' probabilities.
+
+    Memory holds one network at a time, the mean, and a byte per pixel and network.
+
+    Args:
+        networks: networks, images (C, H, W) to `Logits`, each with its window size.
+        images: images (C, H, W) in the sensor's range.
+        device: where networks run.
+
+    Returns:
+        0 to 1 per network; None for each of fewer than three.
+    """
+    sums: list[Tensor] = []
+    predictions: list[list[Tensor]] = []
+    classes = 0
+    for network, window in networks:
+        own = []
+        with evaluation_mode(network.to(device)), torch.inference_mode():
+            for index, image in enumerate(images):
+                probability = predict_scores(network, image.to(device), window).softmax(0).cpu()
+                classes = len(probability)
+                if len(sums) == index:
+                    sums.append(torch.zeros_like(probability))
+                sums[index] += probability
+                own.append(probability.argmax(0).to(torch.uint8))
+        predictions.append(own)
+    if len(predictions) < MIN_CONSENSUS:
+        return [None] * len(predictions)
+    common = [total.argmax(0) for total in sums]
+    shares: list[float | None] = []
+    for own in predictions:
+        pair = Confusion.empty(classes)
+        for prediction, mean in zip(own, common, strict=True):
+            pair += Confusion.of(prediction, mean, classes)
+        shares.append(balanced_miou(pair))
+    return shares
+
+
 def balanced_miou(pair: Confusion, classes: Tensor | None = None) -> float:
     """Mean IoU of two predictions over given classes; one of these that neither predicts counts as 0.
 
@@ -280,6 +323,7 @@ __all__ = [
     "PredictionStatistics",
     "Validator",
     "balanced_miou",
+    "consensus",
     "label_free_metrics",
     "label_free_metrics_of_images",
     "neighborhood_density",

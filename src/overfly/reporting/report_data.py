@@ -9,13 +9,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from pydantic import ValidationError
 
-from overfly.adaptation.gate import geometric_consistency
 from overfly.adaptation.selection import BASELINE, COLUMNS, Comparison, is_comparison
 from overfly.benchmarking import BenchmarkRow, benchmark_rows
 from overfly.core.errors import RunError
-from overfly.core.text import percent
 from overfly.data.domain import SPLITS, Split
 from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build

@@ -15,8 +15,7 @@ from overfly.core.records import UInt8
 from overfly.data.domain import Domain, Split, SplitError
 from overfly.evaluation.images import predict_scores, unlabeled_images
 from overfly.evaluation.panels import confusion_figure, panels
-from overfly.evaluation.score import Sample, Samples
-from overfly.evaluation.score import evaluation_mode, score
+from overfly.evaluation.score import Sample, Samples, evaluation_mode, score
 from overfly.evaluation.scores import Scores
 from overfly.reporting.figures import draw_curves
 from overfly.reporting.images import thumbnail
