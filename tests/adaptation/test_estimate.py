@@ -110,9 +110,9 @@ def test_shifts_are_finite_and_keep_their_range() -> None:
     family = domain_shifts([image.flip(0)[:, :16], image * 0.2])
     assert len({shift.name for shift in family}) == len(family) > 15
     for shift in family:
-        altered = shift.alter(image, 255.0, torch.Generator().manual_seed(0))
+        altered = shift.apply(image, 255.0, torch.Generator().manual_seed(0))
         assert altered.isfinite().all(), shift.name
         assert altered.min() >= -1e-3, shift.name
         assert altered.max() <= 255 + 1e-3, shift.name
-        assert shift.back(altered, (24, 24)).shape == image.shape
-    assert torch.equal(family[0].alter(image, 255.0, torch.Generator()), image)
+        assert shift.invert(altered, (24, 24)).shape == image.shape
+    assert torch.equal(family[0].apply(image, 255.0, torch.Generator()), image)

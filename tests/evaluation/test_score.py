@@ -238,11 +238,11 @@ class Few(nn.Module):
 
 
 def test_networks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"tells 2 classes apart and domain .* has 4"):
+    with pytest.raises(RecipeError, match="2 classes .* 4"):
         score(Few(), Memory(), "train")
     with pytest.raises(OverflyError, match="not finite on p0"):
         score(Few(4, float("nan")), Memory(), "train")
     named: Any = Few(4)
     named.classes = Classes(names=("a", "b", "c", "d"))
-    with pytest.raises(RecipeError, match="tells apart a, b, c, d, but domain"):
+    with pytest.raises(RecipeError, match="a, b, c, d"):
         score(named, Memory(), "train")

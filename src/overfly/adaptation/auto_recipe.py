@@ -365,7 +365,8 @@ def folder_recipes(
         inputs: the folders.
         budget: time such as 10m; None: `DEFAULT_BUDGET`.
         config: the device.
-        overrides, out: see `propose_recipes`.
+        overrides: settings to change.
+        out: see `propose_recipes`.
 
     Raises:
         OverflyError: an option is missing, a folder cannot be read, or the budget is too short.
