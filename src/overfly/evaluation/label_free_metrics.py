@@ -24,6 +24,7 @@ from overfly.evaluation.images import predict_scores, random_pixels, unlabeled_i
 from overfly.evaluation.perturbations import Perturbation, mild_perturbations, random_mask
 from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import finite
+from overfly.ops.losses import distribution_entropy
 
 Validator = Literal[
     "entropy", "information", "nuclear_norm", "snd", "agreement",
@@ -185,7 +186,7 @@ class PredictionStatistics:
         """Add the probabilities (K, H, W) of one unperturbed image."""
         flat = probability.flatten(1).double()
         self.images, self.pixels = self.images + 1, self.pixels + flat.shape[1]
-        self.entropy += float(torch.special.entr(flat.T).sum(-1).sum())
+        self.entropy += float(distribution_entropy(flat.T).sum())
         self.mean += flat.sum(1).cpu()
         self.predicted += torch.bincount(flat.argmax(0), minlength=self.classes).cpu()
         chosen = random_pixels(*probability.shape[1:], PIXELS, seed, index)
@@ -209,7 +210,7 @@ class PredictionStatistics:
         by_view = {name: balanced_miou(pair, averaged) for name, pair in pairs.items()}
         return LabelFreeMetrics(
             entropy=-mean_entropy / scale,
-            information=(float(torch.special.entr(mean).sum(-1)) - mean_entropy) / scale,
+            information=(float(distribution_entropy(mean)) - mean_entropy) / scale,
             nuclear_norm=nuclear_norm(samples),
             snd=finite(neighborhood_density(few)),
             agreement=None if reference is None else reference.miou,
@@ -217,7 +218,7 @@ class PredictionStatistics:
             masked_miou=balanced_miou(masked, averaged),
             views=sum(pair.accuracy for pair in pairs.values()) / len(pairs),
             views_miou=sum(by_view.values()) / len(by_view),
-            diversity=float(torch.special.entr(shares).sum(-1)) / scale,
+            diversity=float(distribution_entropy(shares)) / scale,
             shares=tuple(shares.tolist()),
             by_view=by_view,
             images=self.images,
@@ -257,7 +258,7 @@ def neighborhood_density(probability: Tensor, temperature: float = 0.05, chunk: 
         similar = unit[first : first + chunk] @ unit.T / temperature
         own = torch.arange(len(similar))
         similar[own, own + first] = -torch.inf
-        total += float(torch.special.entr(similar.softmax(1)).sum(-1).double().sum())
+        total += float(distribution_entropy(similar.softmax(1)).double().sum())
     return total / count / math.log(count - 1)
 
 
