@@ -15,7 +15,7 @@ from overfly.training.run import Run
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapted run with its baselines and selection, and one without a target; those with a target are scored."""
+    """An adapted run, its baselines and their comparison, and a run without a target; those with a target are scored."""
     out = tmp_path_factory.mktemp("runs")
     drawn = {"name": "synthetic", "size": 64, "train": 4, "val": 3, "test": 2}
     small: dict[str, Any] = {
@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overfly.adapt(adapted, out=out, device="cpu", quiet=True, estimate=False)
     alone = {key: value for key, value in small.items() if key != "target"}
     overfly.train(load({**alone, "seed": 1}), out=out, device="cpu", quiet=True)
-    for run in map(Run, sorted(out.glob("*"))):
+    for run in map(Run, sorted(out.glob("*_[0-9]"))):
         if run.recipe.target is not None:
             overfly.evaluate(run.path, device="cpu", samples=False)
     return out
@@ -39,7 +39,7 @@ def copied(runs: Path, tmp_path: Path) -> Path:
 
 def _opened(folder: Path) -> dict[str, int]:
     found = {
-        run.path.name: run.scores.get("labels_opened", {}).get("target/val", {}) for run in map(Run, folder.glob("*"))
+        run.path.name: run.scores.get("labels_opened", {}).get("target/val", {}) for run in map(Run, folder.glob("*_[0-9]"))
     }
     return {name: counts.get("times", 0) for name, counts in found.items()}
 
@@ -61,7 +61,7 @@ def test_report_shows_all_runs_and_counts_the_labels_opened(copied: Path, tmp_pa
     for words in ("Selection without target labels", "worst", "best", "labels read for this choice: 9", "agriculture"):
         assert words in text
     names = [
-        row["target/val"]["miou"] for row in (run.scores for run in map(Run, copied.glob("*"))) if "target/val" in row
+        row["target/val"]["miou"] for row in (run.scores for run in map(Run, copied.glob("*_[0-9]"))) if "target/val" in row
     ]
     assert len(names) == 3
     assert all(f"{100 * value:.2f}" in text for value in names)
@@ -81,7 +81,7 @@ def test_no_labels_opens_none(copied: Path, tmp_path: Path) -> None:
 
 
 def test_report_of_one_run_and_of_missing_data(copied: Path, tmp_path: Path) -> None:
-    (alone,) = [run for run in map(Run, copied.glob("*")) if run.recipe.target is None]
+    (alone,) = [run for run in map(Run, copied.glob("*_[0-9]")) if run.recipe.target is None]
     found = overfly.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
     assert (found.recipes, found.labels_opened) == (1, 3)
     moved = alone.recipe.model_dump(mode="json")
@@ -108,3 +108,10 @@ def test_damaged_selection_is_named(copied: Path, tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(RunError, match=re.escape(str(file))):
         overfly.report([str(copied)], out=tmp_path / "r.html", speed=False, images=0, device="cpu")
+
+
+def test_report_of_a_comparison_shows_its_candidates(copied: Path, tmp_path: Path) -> None:
+    (comparison,) = copied.glob("*_comparison")
+    found = overfly.report([str(comparison)], out=tmp_path / "r.html", speed=False, images=0, device="cpu")
+    assert found.recipes == 3
+    assert comparison.name in (tmp_path / "r.html").read_text()
