@@ -1,10 +1,9 @@
-"""An estimate of the mIoU on pictures without labels, with an interval, from confidences that the source calibrates.
+"""Estimate the mIoU on unlabeled images, with an interval, from confidence calibrated on the source.
 
-What a calibrated network expects: a pixel predicted as class j with probabilities p is of class k with probability p_k,
-so sums of probabilities by predicted class are an expected confusion matrix (confidence-based performance estimation).
-Calibration learned on the source fails under shift, mostly by too much confidence. By how much is measured where the
-truth is known: on the source's own held-out pictures, shifted in many ways, some towards the look of the target. It
-stays an estimate: shifts of kind (new things, other shares of the classes) are not among them.
+With calibrated probabilities p, a pixel predicted as class j is of class k with probability p_k, so sums of
+probabilities by predicted class are an expected confusion matrix (confidence-based performance estimation). Under
+domain shift the network is mostly overconfident. The error is measured on held-out source images under many synthetic
+shifts, some towards the style of the target. New objects and other class distributions are not among these shifts.
 """
 
 from __future__ import annotations
@@ -28,53 +27,51 @@ from overfly.evaluation.perturbations import domain_shifts
 from overfly.evaluation.score import evaluation_mode
 
 PIXELS = 2048
-"""Random pixels of each source picture that calibration learns from."""
+"""Random pixels per source image that the calibration is fitted on."""
 PRESENT = 1e-3
-"""Share of pixels that a class must be expected on, or predicted on, to count in an estimated mean."""
+"""Least share of expected or predicted pixels for a class to count in an estimated mean."""
 NEAR = 0.1
-"""Distance in estimated mIoU within which a shift's error counts most for the target."""
+"""Width, in estimated mIoU, of the kernel that weights errors of shifts by their distance from the target."""
 FLOOR = 0.25
-"""Weight of the error of a shift that is nowhere near, against one that is just there."""
+"""Least weight of the error of a shift."""
 DRAWS = 200
-"""Bootstrap samples of the pictures."""
+"""Bootstrap samples of the images."""
 COVERED = 0.8
-"""Share of the errors on shifted source that the interval covers."""
+"""Share of the errors on shifted source images that the interval covers."""
 STYLES = 3
-"""Target pictures whose look the source is given."""
+"""Target images whose style is transferred to the source."""
 
 
 class ShiftError(Spec):
-    """One shift of the source: what was estimated, and what was true."""
+    """Estimated and actual mIoU of the source under one shift."""
 
     name: str
     """The shift."""
     estimate: Share
-    """mIoU that the confidences expect."""
+    """Expected mIoU from calibrated confidence."""
     truth: Share
-    """mIoU against the source's labels."""
+    """mIoU from the source's labels."""
 
 
 class Estimate(Spec):
-    """An estimate of mIoU on pictures without labels. It is not a measurement."""
+    """An estimate of the mIoU on unlabeled images; not a measurement."""
 
     miou: Share
-    """The estimate, corrected by the median error on shifted source."""
+    """The estimate, corrected by the median error on shifted source images."""
     low: Share
     """Lower end of the interval."""
     high: Share
     """Upper end of the interval."""
     expected: Share
-    """What the calibrated confidences alone expect, before the correction."""
+    """Expected mIoU from calibrated confidence, before the correction."""
     temperature: Positive
-    """What scores are divided by before the softmax, fitted on the source."""
+    """Temperature of the softmax, fitted on the source."""
     classwise: bool
-    """Whether each class's score is moved by a constant too; only where that fits held-out source pixels better."""
+    """Whether a bias per class was fitted too, which lowers the loss on held-out source pixels."""
     shifts: tuple[ShiftError, ...]
-    """What the interval was made from."""
+    """The shifts behind the interval."""
     images: Whole
-    """Target pictures looked at."""
-    labels_opened: Whole = 0
-    """Labels of the target that were read: none."""
+    """Target images of the estimate."""
     source_labels: Whole
     """Labels of the source that were read."""
 
@@ -83,7 +80,7 @@ class Calibrator(NamedTuple):
     """Scores to probabilities: softmax(scores / temperature + bias) (Guo et al., 2017).
 
     Attributes:
-        temperature: above 1 makes less confident.
+        temperature: above 1 lowers confidence.
         bias: (K,), zeros for plain temperature scaling.
     """
 
@@ -97,13 +94,12 @@ class Calibrator(NamedTuple):
 
 
 def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Calibrator:
-    """Fit a temperature, and constants of the classes if they help where they were not fitted.
+    """Fit a temperature, and a bias per class if it lowers the loss in two-fold cross-validation.
 
     Args:
         scores: class scores of pixels (K, N), before any softmax.
         label: their true classes (N,), `IGNORE` left out.
-        groups: which picture each pixel is of (N,); constants must help the odd ones when fitted on the even ones, and
-            the other way round. None: no constants.
+        groups: image index of each pixel (N,); the folds are even and odd images. None: no bias.
     """
     known = label != IGNORE
     scores, label = scores[:, known].double(), label[known]
@@ -150,24 +146,24 @@ def estimate(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Estimate:
-    """Estimate a network's mIoU on a target without its labels; about thirty passes over the source's pictures.
+    """Estimate a network's target mIoU without target labels; about thirty forward passes per source image.
 
     Args:
-        network: as `overfly.evaluation.label_free_metrics.label_free_metrics` takes it.
-        source: whose labels calibration is learned from.
-        target: whose pictures are estimated; their labels are taken away before anything is read.
-        source_split: pictures of the source, held out from training.
-        split: pictures of the target.
-        limit: pictures of each, at most, evenly spread.
-        crop: longest side that is cut from the middle of each.
-        window: side of overlapping windows for pictures that are larger.
-        resize: side of the square that pictures are first resized to.
+        network: see `overfly.evaluation.label_free_metrics.label_free_metrics`.
+        source: calibration images; labels are read.
+        target: images of the estimate; labels are removed from its items before anything is read.
+        source_split: split of the source, held out from training.
+        split: split of the target.
+        limit: maximum number of images of each, evenly spaced.
+        crop: side of the center crop.
+        window: side of overlapping windows for larger images.
+        resize: side of the square that images are first resized to.
         device: where the network runs.
         seed: of the fixed random draws.
 
     Raises:
-        DataError: the source split has no labels, or the target split no pictures.
-        NotFiniteError: the network gives scores that are not finite.
+        DataError: the source split has no labels, or the target split no images.
+        NotFiniteError: the network's scores are not finite.
     """
     with evaluation_mode(network.to(device)), torch.inference_mode():
         images = list(unlabeled_images(target, split, limit=limit, resize=resize, crop=crop))
@@ -196,16 +192,16 @@ def estimate(
 
 
 def interval(expected: float, errors: Sequence[ShiftError], deviation: float = 0.0) -> tuple[float, float, float]:
-    """Low, middle and high of the truth, from errors (estimate minus truth) of shifts whose truth is known.
+    """Lower end, estimate and upper end of the target mIoU, from the errors of the shifts.
 
-    Quantiles of the errors are taken off the expected value. Errors grow as estimates fall, so those of shifts that the
-    network takes about as hard as the target weigh most (`NEAR`, `FLOOR`). What the choice of pictures adds is added in
-    squares.
+    Weighted quantiles of the errors (estimate minus truth) are subtracted from the expected value. Errors grow as
+    estimates fall, so shifts with an estimate near the target's weigh most (`NEAR`, `FLOOR`). The sampling error of the
+    images is added in quadrature.
 
     Args:
-        expected: what confidences expect of the target.
-        errors: one a shift.
-        deviation: standard deviation over which pictures were looked at.
+        expected: expected mIoU on the target.
+        errors: one per shift.
+        deviation: standard deviation over bootstrap samples of the images.
     """
     wrong = np.array([error.estimate - error.truth for error in errors])
     apart = np.array([error.estimate for error in errors]) - expected
@@ -234,7 +230,7 @@ def _expected(calibrator: Calibrator, scores: Tensor) -> Tensor:
 def _calibrated(
     score: Callable[[Tensor], Tensor], pairs: Iterable[tuple[Tensor, Tensor]], seed: int
 ) -> tuple[Calibrator, list[Tensor]]:
-    """The calibrator, and each picture's confusion matrix (K, K), float64."""
+    """The calibrator, and the confusion matrix (K, K), float64, of each image."""
     scores, labels, groups, counts = [], [], [], []
     for place, (image, label) in enumerate(pairs):
         chosen = random_pixels(*label.shape, PIXELS, seed, place)
@@ -255,7 +251,7 @@ def _errors(
     max_value: float,
     seed: int,
 ) -> Iterator[ShiftError]:
-    """Estimate and truth of each shift; both leave out the pixels that have no label."""
+    """Estimated and actual mIoU of each shift, over labeled pixels."""
     for index, perturbation in enumerate(domain_shifts(styles)):
         expected, truth = torch.zeros(1), None
         for place, (image, label) in enumerate(pairs):
@@ -271,7 +267,7 @@ def _errors(
 
 
 def _spread(counts: Sequence[Tensor], seed: int) -> float:
-    """Standard deviation of the mIoU of summed counts over which pictures were looked at (bootstrap)."""
+    """Standard deviation of the mIoU of summed counts over bootstrap samples of the images."""
     stack, random = torch.stack(list(counts)), np.random.default_rng(seed)
     picks = random.integers(0, len(stack), (DRAWS, len(stack)))
     return float(np.std([expected_miou(stack[torch.from_numpy(pick)].sum(0)) for pick in picks]))
@@ -280,8 +276,8 @@ def _spread(counts: Sequence[Tensor], seed: int) -> float:
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
 def _fitted(scores: Tensor, label: Tensor, *, classwise: bool) -> Calibrator:
-    """The temperature, and constants, of least negative log-likelihood."""
-    scores, label = scores.clone(), label.clone()  # tensors of inference mode take no part in gradients
+    """The temperature, and bias, of least negative log-likelihood."""
+    scores, label = scores.clone(), label.clone()  # inference tensors have no gradients
     log = torch.zeros((), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(scores), dtype=torch.float64, requires_grad=classwise)
     wanted = [log, bias] if classwise else [log]

@@ -1,7 +1,7 @@
-"""How big and how fast a network is; how it was measured is part of the value.
+"""Parameters, multiply-accumulates and latency of a network.
 
-Multiply-accumulates are those of one image, as the field prints them, not of a batch. Latency is taken after warm-up,
-with the device waited for before the clock is read on both sides, and heads that only training reads are off.
+Multiply-accumulates are of one image. Latency is measured after warm-up with the device synchronized before and after,
+without the heads that only training uses.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from overfly.evaluation.score import evaluation_mode
 from overfly.models.network import Network
 
 METHOD = (
-    "wall clock around each forward pass of images that lie on the device, the device synchronized before and after, "
-    "after warm-up; transfers and decoding are not in it"
+    "wall clock of each forward pass after warm-up, images on the device, which is synchronized before and after; "
+    "without transfers and decoding"
 )
 DTYPES: dict[Precision, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 RECENT = 120
@@ -52,50 +52,50 @@ class Timing(Spec):
     std_ms: NonNegative
     """Standard deviation of it."""
     p50_ms: NonNegative
-    """Median: half of the passes took no longer."""
+    """Median."""
     p95_ms: NonNegative
-    """95 % of the passes took no longer."""
+    """95th percentile."""
     p99_ms: NonNegative
-    """99 % of the passes took no longer."""
+    """99th percentile."""
     images_per_second: Positive
     """Batch over mean time."""
     peak_memory_mb: NonNegative | None
-    """Most memory in use during the passes, in units of 10⁶ bytes; see ``memory``. None where nobody can tell."""
+    """Peak memory during the passes, in 10⁶ bytes; see ``memory``. None if unknown."""
 
 
 class Speed(Spec):
-    """Size and speed of a network on one machine, and how they were measured."""
+    """Size and speed of a network on one machine."""
 
     parameters: Whole
-    """Weights and biases that inference needs; heads that only training reads are left out."""
+    """Weights and biases, without the heads that only training uses."""
     macs: Whole
-    """Multiply-accumulates of ONE image, in convolutions and matrix products; FLOPs are about twice as many."""
+    """Multiply-accumulates of one image, in convolutions and matrix products; about half the FLOPs."""
     macs_of_batch: dict[int, int] = Field(default_factory=dict)
-    """Multiply-accumulates of whole batches, by batch size, where asked for."""
+    """Multiply-accumulates of whole batches, by batch size, if requested."""
     bands: Count
     """Bands of the image."""
     size: tuple[Pixels, Pixels]
     """Height and width of the image in pixels."""
     timings: tuple[Timing, ...]
-    """One entry a batch size."""
+    """One entry per batch size."""
     warmup: Whole
-    """Passes before the clock starts, for each batch size."""
+    """Untimed passes per batch size."""
     repeats: Count
-    """Passes that were timed, for each batch size."""
+    """Timed passes per batch size."""
     precision: Precision
-    """Arithmetic: 32, or mixed with bf16 or 16."""
+    """32, or mixed with bf16 or 16."""
     training_heads: bool
-    """Whether heads that only training reads ran; true only for networks that cannot drop them."""
+    """Whether heads that only training uses ran; only for networks that cannot drop them."""
     machine: dict[str, Any]
     """Device, threads and versions."""
     memory: str
-    """What the peak of memory counts."""
+    """What peak memory counts."""
     method: str
-    """How time was taken, in words."""
+    """How time was measured."""
 
     @property
     def latency(self) -> Timing:
-        """The timing of the smallest batch, one image where that was measured."""
+        """The timing of the smallest batch."""
         return min(self.timings, key=lambda timing: timing.batch)
 
 
@@ -112,7 +112,7 @@ def measure_speed(
     precision: Precision = "32",
     macs_of_batch: Sequence[int] = (),
 ) -> Speed:
-    """Measure size and speed of a copy of a network without its training heads; its own weights do not matter.
+    """Measure size and speed of a copy of a network without its training heads.
 
     Args:
         network: a `Network`, a `Segmenter`, or any module that takes (B, C, H, W) floats.
@@ -120,15 +120,15 @@ def measure_speed(
         batches: batch sizes to time.
         bands: bands of the image.
         device: where to run.
-        warmup: passes before the clock starts, for each batch size.
-        repeats: passes that are timed, for each batch size.
-        threads: threads of the processor for this measurement; None: as many as torch uses now.
+        warmup: untimed passes per batch size.
+        repeats: timed passes per batch size.
+        threads: CPU threads; None: unchanged.
         precision: 32, or mixed with bf16 or 16.
-        macs_of_batch: batch sizes whose multiply-accumulates are counted too.
+        macs_of_batch: batch sizes to count multiply-accumulates of.
 
     Raises:
-        RecipeError: a batch size, a number of repeats or of threads below 1.
-        OverflyError: the device's memory does not hold a batch.
+        RecipeError: batch size, repeats or threads below 1.
+        OverflyError: a batch does not fit into the device's memory.
     """
     if not batches or min((*batches, *macs_of_batch, repeats, 1 if threads is None else threads)) < 1:
         raise RecipeError("batch sizes, repeats and threads are 1 or more; correct the ones given")
@@ -210,7 +210,7 @@ def compare_latency(
 
 
 def without_training_heads(network: nn.Module) -> nn.Module:
-    """A copy of a network whose parts have dropped the heads that only training reads."""
+    """A copy of a network without the heads that only training uses."""
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, Network):
@@ -219,7 +219,7 @@ def without_training_heads(network: nn.Module) -> nn.Module:
 
 
 def count_macs(network: nn.Module, image: Tensor) -> int:
-    """Multiply-accumulates of a forward pass in convolutions and matrix products, as it stands (training or not).
+    """Multiply-accumulates of a forward pass in convolutions and matrix products.
 
     Args:
         network: any module.
@@ -271,7 +271,7 @@ def _training_heads_run(output: object) -> bool:
 
 
 def _gpu_settings(device: torch.device) -> dict[str, bool]:
-    """Switches that change how fast a GPU convolves."""
+    """Settings that change the speed of convolutions."""
     if device.type != "cuda":
         return {}
     return {"tf32": torch.backends.cudnn.allow_tf32, "cudnn_benchmark": torch.backends.cudnn.benchmark}
