@@ -24,20 +24,22 @@ from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
 from overfly.data.synthetic.domain import Synthetic, synthesize
 from overfly.evaluation.score import score
-from overfly.methods.dacs import DACS, Mix, MixNetworks
+from overfly.methods.dacs import DACS, Mixed
+from overfly.methods.method import TeacherStudent
 from overfly.recipe import Recipe, load
 from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.run import Run
 
 
 class Shuffled(DACS, name="shuffled"):
-    """DACS whose pseudo-labels are of another class each: planted harm."""
+    """DACS with wrong pseudo-labels."""
 
-    def mix(self, nets: MixNetworks, batch: Batch) -> Mix:
-        """Every class called by the next one's name."""
-        mix = super().mix(nets, batch)
-        wrong = (mix.pseudo + 1) % len(nets.segmenter.classes)
-        return mix._replace(label=torch.where(mix.cut, mix.label, wrong), weight=torch.ones_like(mix.weight))
+    def mix(self, nets: TeacherStudent, batch: Batch) -> Mixed:
+        """Shift every pseudo-label to the next class."""
+        mixed = super().mix(nets, batch)
+        wrong = (mixed.pseudo_label + 1) % len(nets.segmenter.classes)
+        label = torch.where(mixed.from_source, mixed.label, wrong)
+        return mixed._replace(label=label, weight=torch.ones_like(mixed.weight))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from overfly.training.run import Run
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapted run, its baselines and their comparison, and a run without a target; those with a target are scored."""
+    """An adapted run, its baselines and their comparison, and a run without a target; the others are scored."""
     out = tmp_path_factory.mktemp("runs")
     drawn = {"name": "synthetic", "size": 64, "train": 4, "val": 3, "test": 2}
     small: dict[str, Any] = {
@@ -39,7 +39,8 @@ def copied(runs: Path, tmp_path: Path) -> Path:
 
 def _opened(folder: Path) -> dict[str, int]:
     found = {
-        run.path.name: run.scores.get("labels_opened", {}).get("target/val", {}) for run in map(Run, folder.glob("*_[0-9]"))
+        run.path.name: run.scores.get("labels_opened", {}).get("target/val", {})
+        for run in map(Run, folder.glob("*_[0-9]"))
     }
     return {name: counts.get("times", 0) for name, counts in found.items()}
 
@@ -61,7 +62,9 @@ def test_report_shows_all_runs_and_counts_the_labels_opened(copied: Path, tmp_pa
     for words in ("Selection without target labels", "worst", "best", "labels read for this choice: 9", "agriculture"):
         assert words in text
     names = [
-        row["target/val"]["miou"] for row in (run.scores for run in map(Run, copied.glob("*_[0-9]"))) if "target/val" in row
+        row["target/val"]["miou"]
+        for row in (run.scores for run in map(Run, copied.glob("*_[0-9]")))
+        if "target/val" in row
     ]
     assert len(names) == 3
     assert all(f"{100 * value:.2f}" in text for value in names)
