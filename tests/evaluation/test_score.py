@@ -238,7 +238,7 @@ class Few(nn.Module):
 
 
 def test_networks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(RecipeError, match="2 classes .* 4"):
+    with pytest.raises(RecipeError, match=r"2 classes .* 4"):
         score(Few(), Memory(), "train")
     with pytest.raises(OverflyError, match="not finite on p0"):
         score(Few(4, float("nan")), Memory(), "train")
