@@ -89,7 +89,7 @@ def test_paths_folders_and_patterns(tmp_path: Path) -> None:
         == expand_recipe_paths([*both, *both])
         == both
     )
-    with pytest.raises(RecipeError, match="means no recipe"):
+    with pytest.raises(RecipeError, match="matches"):
         expand_recipe_paths([tmp_path / "c*.yaml"])
 
 

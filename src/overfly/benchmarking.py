@@ -1,4 +1,4 @@
-"""Recipes × seeds → one table, mean ± deviation. Runs what is missing, goes on with what was cut off."""
+"""Train and score recipes with several seeds, and tabulate mean ± standard deviation."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from overfly.training.run import Run
 from overfly.training.train_recipe import train_recipe
 
 SaveSamples = Callable[[Run, str, Domain, Scores, Samples], object]
-"""Makes pictures: run, what to call them, the domain, its scores, and a few pictures with their predictions."""
+"""Saves sample images: run, name, domain, scores, and a few images with predictions."""
 
 
 class SeedStatistics(Spec):
-    """One quantity over seeds."""
+    """A quantity over seeds."""
 
     mean: float | None
-    """Mean over the seeds; none where no seed has it."""
+    """Mean over the seeds with a value; none if no seed has one."""
     deviation: float | None
-    """Standard deviation over the seeds (n - 1); none for a single one."""
+    """Standard deviation over the seeds (n - 1); none for a single value."""
     values: tuple[float | None, ...]
-    """One value a seed."""
+    """One value per seed."""
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> SeedStatistics:
-        """Mean and deviation of the values that are there."""
-        there = [value for value in values if value is not None]
+        """Mean and standard deviation of the values that are not None."""
+        present = [value for value in values if value is not None]
         return cls(
-            mean=statistics.fmean(there) if there else None,
-            deviation=statistics.stdev(there) if len(there) > 1 else None,
+            mean=statistics.fmean(present) if present else None,
+            deviation=statistics.stdev(present) if len(present) > 1 else None,
             values=tuple(values),
         )
 
     def percent(self) -> str:
-        """As a table shows it: ``57.31 ± 0.42``, in percent."""
+        """In percent, such as ``57.31 ± 0.42``."""
         if self.mean is None:
             return "–"
         spread = f" ± {100 * self.deviation:.2f}" if self.deviation is not None else ""
@@ -62,19 +62,19 @@ class BenchmarkRow(Spec):
     """One recipe over all its seeds."""
 
     recipe: str
-    """The recipe's file, without its ending."""
+    """Name of the recipe file without its suffix."""
     version: Whole
     """Number of the row below its network."""
     model: str
     """Network."""
     method: str
-    """How it was trained."""
+    """Method."""
     augmentation: str
     """Names of the augmentations."""
     source: str
-    """Where labels came from."""
+    """Title of the source."""
     batch: int
-    """Pictures in a step."""
+    """Images in a batch."""
     criterion: str
     """Supervised loss."""
     optimizer: str
@@ -84,24 +84,24 @@ class BenchmarkRow(Spec):
     length: str
     """Epochs, or steps."""
     miou: dict[str, SeedStatistics]
-    """mIoU, 0 to 1, by the title of the place it was measured in."""
+    """mIoU, 0 to 1, by the title of the domain."""
     classes: dict[str, dict[str, SeedStatistics]]
-    """IoU of each class by the title of the place."""
+    """IoU of each class by the title of the domain."""
     minutes: SeedStatistics
     """Minutes of training."""
     runs: tuple[str, ...]
-    """Folders of the runs, one a seed."""
+    """Folders of the runs, one per seed."""
     split: Split
     """The split that was scored."""
     labels_opened: int
-    """How often the target's labels were read, all seeds together."""
+    """Number of times the target's labels were read, over all seeds."""
     gap_closed: SeedStatistics | None = None
     """(adapted - source only) / (oracle - source only) in mIoU on the target, seed by seed, where the table has both:
     a network trained on the same source alone, and one trained on the target's own labels; of several the longest."""
 
 
 class NetworkSummary(Spec):
-    """One network of the table."""
+    """A network of the table."""
 
     name: str
     """Its name."""
@@ -112,23 +112,23 @@ class NetworkSummary(Spec):
 
 
 class BenchmarkTable(Spec):
-    """What a benchmark found."""
+    """Results of a benchmark."""
 
     seeds: tuple[int, ...]
     """The seeds."""
     machine: dict[str, Any]
-    """Where it was trained."""
+    """Machine of the first run."""
     networks: tuple[NetworkSummary, ...]
     """Size and speed of each network."""
     rows: tuple[BenchmarkRow, ...]
-    """One a recipe."""
+    """One row per recipe."""
     data: tuple[str, ...]
-    """The places, and where their pictures lie."""
+    """The domains with their folders."""
     changed: tuple[str, ...] = ()
-    """Settings that were changed in every recipe."""
+    """Overrides of all recipes."""
 
     def markdown(self) -> str:
-        """The table in the form of the README that overfly began with, with deviations."""
+        """The table as Markdown."""
         places = list(dict.fromkeys(place for row in self.rows for place in row.miou))
         groups = [(network, [row for row in self.rows if row.model == network.name]) for network in self.networks]
         environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
@@ -188,10 +188,10 @@ seeds {{ table.seeds|join(", ") }}. Trained on: {{ table.machine.device }}.
 
 
 def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
-    """The recipe files that some paths, folders and patterns mean, each once.
+    """The recipe files of paths, folders and glob patterns, without duplicates.
 
     Raises:
-        RecipeError: one of them means none.
+        RecipeError: an entry matches no file.
     """
     found: list[Path] = []
     for entry in recipes:
@@ -204,7 +204,7 @@ def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
         else:
             files = [path]
         if not files:
-            raise RecipeError(f"{entry} means no recipe; give YAML files, or a folder of them")
+            raise RecipeError(f"{entry} matches no recipe; give YAML files or a folder of them")
         found += files
     return list(dict.fromkeys(found))
 
@@ -221,19 +221,19 @@ def run_benchmark(
     save_samples: SaveSamples | None = None,
     workers: int = 0,
 ) -> dict[Path, list[Run]]:
-    """Train and score every recipe with every seed, as far as it has not been done.
+    """Train and score every recipe with every seed, skipping finished runs.
 
-    All recipes are read before the first is trained, so that a mistake in the last one is not found hours later.
+    All recipes are read first, so that an error in the last one is raised before training.
 
     Args:
-        recipes: their files.
-        overrides: settings to change in all of them.
-        seeds: each recipe is trained once with each.
+        recipes: recipe files.
+        overrides: overrides of all recipes.
+        seeds: of the runs of each recipe.
         out: folder of the runs.
         fabric: launched.
         config: devices, intervals and output.
-        split: which pictures are scored.
-        save_samples: makes pictures of what was scored.
+        split: that is scored.
+        save_samples: saves sample images of newly scored runs.
         workers: threads that read ahead while scoring.
     """
     planned = [(path, [load(path, *overrides, f"seed={seed}") for seed in seeds]) for path in recipes]
@@ -279,7 +279,7 @@ def tabulate(
 
 
 def benchmark_rows(done: Mapping[Path, Sequence[Run]], split: Split) -> list[BenchmarkRow]:
-    """The rows of a table: what finished runs scored, by recipe, and what share of the gap each closed."""
+    """The rows of a table, with the scores of finished runs and the share of the gap that each recipe closed."""
     rows: list[BenchmarkRow] = []
     for path, runs in done.items():
         row = _row(path, runs, sum(row.model == runs[0].recipe.model.name for row in rows), split)
@@ -346,7 +346,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
 
 
 def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> SeedStatistics | None:
-    """What share of the way from source only to the oracle each seed went; none where the table lacks one of them."""
+    """Share of the gap between source only and oracle that each seed closed; None if the table lacks one of them."""
     baselines = [run for each in others for run in each if run.recipe.method.name == "source_only"]
 
     def trained_on(domain: Domain | None, like: Recipe) -> Run | None:
@@ -380,13 +380,13 @@ def _length(recipe: Recipe) -> str:
 
 
 def _origin(domain: Domain) -> str:
-    """A place, and where its pictures come from."""
+    """A domain with its folder."""
     root = getattr(domain, "root", None)
     return f"{domain.title} ({domain.name}{f', {root}' if root is not None else ''})"
 
 
 def _settings(value: Optim | Schedule) -> str:
-    """A value with what matters of it: ``SGD(lr: 0.01, momentum: 0.9, weight_decay: 0.0005)``."""
+    """An optimizer or schedule with its main settings: ``SGD(lr: 0.01, momentum: 0.9, weight_decay: 0.0005)``."""
     always = ("lr", "momentum", "weight_decay", "power")
     fields = type(value).model_fields
     shown = {key: getattr(value, key) for key in fields if key in always or getattr(value, key) != fields[key].default}

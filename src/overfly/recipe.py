@@ -1,4 +1,4 @@
-"""The recipe: an experiment as a value. The same thing in a file, in Python and on the command line."""
+"""The recipe: all settings of an experiment, the same in YAML, in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from overfly import data, methods  # noqa: F401  (their kinds are known once they are imported)
+from overfly import data, methods  # noqa: F401  (importing them registers their kinds)
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import SGD, Optim, Poly, Schedule
 from overfly.core.settings import read_mapping, set_value, validation_message
@@ -28,15 +28,15 @@ class Model(Spec):
     """The network that is trained."""
 
     name: str = "pidnet_s"
-    """Architecture, one of those that `overfly list` shows."""
+    """Architecture, by its name in `overfly list`."""
     weights: str | None = None
     """Weights to start from: a file, ``package:NAME/FILE`` inside an installed package, or a name of `overfly list`."""
     sha256: str | None = None
-    """What the file of weights must hash to."""
+    """SHA-256 of the weights file."""
     mean: tuple[float, ...] | None = None
-    """Mean of each band in the sensor's own range; left out: ImageNet's with weights, else the source's."""
+    """Mean of each band in the sensor's own range; default: ImageNet's with weights, else the source's."""
     std: tuple[Positive, ...] | None = None
-    """Standard deviation of each band; left out like the mean."""
+    """Standard deviation of each band; default as for the mean."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,17 +50,17 @@ class Model(Spec):
         if self.name not in names():
             raise ValueError(f"no model is called {self.name!r}; there are: {', '.join(names())}")
         if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std are given together or not at all")
+            raise ValueError("mean and std must be given together")
         if self.sha256 is not None and self.weights is None:
-            raise ValueError("sha256 says what a file of weights must hash to; name the file under weights")
+            raise ValueError("sha256 needs weights; set weights to the file")
         return self
 
 
 class Validation(Spec):
-    """Watching training by the source's held-out labels and by pictures of the target. Its labels are never read."""
+    """Validation during training on the source's held-out labels, and on unlabeled target images."""
 
     every: Whole = 0
-    """Steps between two validations; 0: none, and the last weights are kept."""
+    """Steps between two validations; 0: no validation, the last weights are kept."""
     split: Split = "val"
     """Split of the source that is scored."""
     select: Literal["best", "last"] = "best"
@@ -68,87 +68,87 @@ class Validation(Spec):
     patience: Whole = 0
     """Validations without a new best after which training stops; 0: never."""
     target: bool = False
-    """Look at fixed pictures of the target's train split too, without labels, and write the label-free figures of the
-    network (entropy, consistency, agreement with its teacher, …) into log.jsonl."""
+    """Also log label-free metrics (entropy, consistency, agreement with the teacher, …) on fixed images of the target's
+    train split."""
     keep_all: bool = False
     """Keep each validation's weights as checkpoints/step-N.safetensors, for `overfly validate` to choose from."""
 
     @model_validator(mode="after")
-    def _watched(self) -> Self:
+    def _needs_every(self) -> Self:
         if (self.target or self.keep_all) and not self.every:
             named = "target" if self.target else "keep_all"
-            raise ValueError(f"{named} says what is done at every validation; say under every how often that is")
+            raise ValueError(f"{named} needs validations; set every to the steps between them")
         return self
 
 
 def _nested(value: object) -> object:
-    """A recipe inside a recipe, where ``start`` is one."""
+    """Parse a recipe under ``start``."""
     if value is not None and not isinstance(value, Mapping | str | Path | Recipe):
-        raise ValueError("give a run folder, a Segmenter's file, or a recipe")
+        raise ValueError("must be a run folder, a weights file, or a recipe")
     return Recipe.model_validate(value) if isinstance(value, Mapping) else value
 
 
 def _seeded(recipe: Recipe, seed: Any) -> Recipe:
-    """A recipe with another seed, as deep as it starts from others."""
+    """A recipe with another seed, also in the recipes under its ``start``."""
     start = _seeded(recipe.start, seed) if isinstance(recipe.start, Recipe) else recipe.start
     return recipe.model_copy(update={"seed": seed, "start": start})
 
 
 def _word(value: object) -> object:
-    """Take the number 32 to mean the word "32"."""
+    """Convert the number 32 to text."""
     return str(value) if isinstance(value, int) else value
 
 
 class Recipe(Spec):
-    """Everything that decides what a run ends in; what only decides how fast (device, workers) is not part of it."""
+    """All settings that determine the trained weights; device and workers are options of the command."""
 
     source: Domain | None = None
-    """Labeled imagery; none for source-free adaptation, which begins from ``start``."""
+    """Labeled imagery; none for source-free adaptation, which needs ``start``."""
     target: Domain | None = None
-    """Imagery to work on too; training never sees its labels."""
+    """Imagery to adapt to; training never reads its labels."""
     start: Annotated[Recipe | Path | None, BeforeValidator(_nested)] = None
-    """What to begin from: a run folder, a Segmenter's file, or another recipe, trained first with the same seed."""
+    """Initial network: a run folder, a weights file of a run, or another recipe, trained first with the same seed."""
     model: Model = Model()
     """The network."""
     method: Method[Any] = SourceOnly()
-    """How it is trained or adapted."""
+    """Training or adaptation method."""
     optim: Optim = SGD(lr=1e-2)
-    """How weights follow gradients."""
+    """Optimizer."""
     schedule: Schedule = Poly()
-    """The learning rate over the steps."""
+    """Learning-rate schedule."""
     augment: tuple[Augment, ...] = ()
-    """What is done to the source's images and labels, in this order, before normalization."""
+    """Augmentations of the source's images and labels, in this order, before normalization."""
     sampling: Sampling = Uniform()
-    """How the source's pictures and crops are chosen."""
+    """Sampling of the source's images and crops."""
     validation: Validation = Validation()
-    """Watching the source's held-out labels."""
+    """Validation during training."""
     resize: Pixels | None = None
-    """Side of the square that pictures are resized to when read; none: as they are."""
+    """Side of the square that images are resized to when read; none: unchanged."""
     crop: Annotated[int, Field(ge=8, le=16384)] = 512
-    """Side of the square that is cut from each picture."""
+    """Side of the square crops."""
     window: Pixels | None = None
-    """Side of the overlapping windows in which pictures are scored, after any resize; none: whole pictures. A network
-    with global context that learned from small crops does better in windows of their size."""
+    """Side of the overlapping windows in which images are scored, after any resize; none: whole images. A network with
+    global context that was trained on small crops scores better in windows of their size."""
     batch: Annotated[int, Field(ge=1, le=65536)] = 6
-    """Pictures of each domain in one batch, over all devices."""
+    """Images of each domain in one batch, over all devices."""
     accumulate: Count = 1
-    """Batches whose gradients one step averages."""
+    """Batches per optimizer step, whose gradients are averaged."""
     steps: Count | None = None
-    """Steps of the optimizer; 20,000 where neither steps nor epochs are given."""
+    """Optimizer steps; 20,000 where neither steps nor epochs are given."""
     epochs: Positive | None = None
-    """The length of training in passes over the source, instead of ``steps``."""
+    """Passes over the source, instead of ``steps``."""
     clip: Positive | None = None
-    """Bound on the norm of the gradient."""
+    """Largest norm of the gradient."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """What all random choices are drawn from."""
+    """Random seed."""
     precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_word)] = "32"
-    """Arithmetic of the networks: full, or mixed with bfloat16 or half floats. A processor without bfloat16 kernels
-    computes in full precision instead of emulating them; machine.json says which it was."""
+    """Full precision, or mixed with bfloat16 or float16. A CPU without bfloat16 kernels computes in full precision;
+    machine.json records it."""
 
     @model_validator(mode="before")
     @classmethod
     def _classes_of_source(cls, value: object) -> object:
-        """A target folder need not repeat the classes: left out, they are the source's."""
+        """Use the source's classes for a target folder without classes."""
         if not isinstance(value, Mapping) or not isinstance(value.get("target"), Mapping) or not value.get("source"):
             return value
         target = value["target"]
@@ -163,7 +163,7 @@ class Recipe(Spec):
     @model_validator(mode="before")
     @classmethod
     def _model_of_start(cls, value: object) -> object:
-        """A recipe that starts from another's run has that one's network and seed."""
+        """Use the model of the recipe or run under ``start``, and this recipe's seed for it."""
         if isinstance(value, Mapping) and value.get("start") is not None:
             start = _nested(value["start"])
             if isinstance(start, Recipe):
@@ -174,37 +174,39 @@ class Recipe(Spec):
         return value
 
     @model_validator(mode="after")
-    def _carried_out(self) -> Self:
+    def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.method.needs_source and self.source is None:
-            raise ValueError(f"method {self.method.name} learns from labeled images; say where they are under source")
+            raise ValueError(f"method {self.method.name} needs labeled images; set source")
         if self.method.needs_target and self.target is None:
-            raise ValueError(f"method {self.method.name} adapts to a target; say where its images are under target")
+            raise ValueError(f"method {self.method.name} needs target images; set target")
         if isinstance(self.start, Recipe) and self.start.model.name != self.model.name:
             raise ValueError(
-                f"the recipe under start trains {self.start.model.name}, and this one asks for {self.model.name}; name "
-                "one model in both"
+                f"the recipe under start has model {self.start.model.name}, this one {self.model.name}; set the same "
+                "model in both"
             )
         if self.source is None and self.start is None:
-            raise ValueError("a recipe without a source begins from a run or weights; name them under start")
+            raise ValueError("a recipe without a source needs a run or weights to start from; set start")
         if self.method.needs_start and self.start is None and self.model.weights is None:
-            raise ValueError(f"method {self.method.name} changes a trained network; name a run or recipe under start")
+            raise ValueError(f"method {self.method.name} needs a trained network; set start to a run or a recipe")
         if self.epochs is not None and (self.source is None or not self.method.needs_source):
-            raise ValueError(f"epochs are passes over the source, which {self.method.name} does not read; give steps")
+            raise ValueError(f"method {self.method.name} reads no source to count epochs of; set steps instead")
         if self.validation.every and self.source is None and not self.validation.target:
-            raise ValueError("validation reads the source's labels; without a source set validation.target or every: 0")
+            raise ValueError("validation needs a source; without one set validation.target=true or validation.every=0")
         if self.validation.target and self.target is None:
-            raise ValueError("validation.target looks at pictures of the target; say where they are under target")
+            raise ValueError("validation.target needs target images; set target")
         cut = next((each.size for each in reversed(self.augment) if isinstance(each, RandomCrop)), self.crop)
         if cut != self.crop and self.method.needs_source and self.method.needs_target:
             raise ValueError(
-                f"random_crop leaves {cut} pixels of the source's pictures, and the target's have crop: {self.crop}; "
-                f"set crop to {cut}, or take random_crop out of augment"
+                f"random_crop cuts the source to {cut} pixels, and the target has crop: {self.crop}; "
+                f"set crop to {cut}, or remove random_crop from augment"
             )
         weights, domain = self.method.criterion.class_weights, self.source or self.target
         if weights and domain and len(weights) != len(domain.classes):
-            raise ValueError(f"class_weights has {len(weights)} numbers, and there are {len(domain.classes)} classes")
+            raise ValueError(
+                f"class_weights must have {len(domain.classes)} numbers, one per class, got {len(weights)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -214,16 +216,16 @@ class Recipe(Spec):
         if self.source.classes.names != self.target.classes.names:
             raise ValueError(
                 f"source and target have different classes ({', '.join(self.source.classes.names)}, and "
-                f"{', '.join(self.target.classes.names)}); bring them together with the folder domain's mapping"
+                f"{', '.join(self.target.classes.names)}); unify them with the folder domain's mapping"
             )
         if self.source.bands != self.target.bands:
             raise ValueError(
-                f"source has {self.source.bands} bands and target {self.target.bands}; give both the same bands"
+                f"source has {self.source.bands} bands and target {self.target.bands}; use the same bands in both"
             )
         if self.source.max_value != self.target.max_value:
             raise ValueError(
-                f"source goes up to {self.source.max_value:g} and target to {self.target.max_value:g}; bring both to "
-                "one range of values, and say it as their max_value"
+                f"source has max_value {self.source.max_value:g} and target {self.target.max_value:g}; rescale images "
+                "to one range and set max_value in both"
             )
         return self
 
@@ -231,17 +233,21 @@ class Recipe(Spec):
         """The source or the target.
 
         Raises:
-            RecipeError: the recipe has none.
+            RecipeError: the recipe does not have it.
         """
         found = self.source if role == "source" else self.target
         if found is None:
-            raise RecipeError(f"this recipe has no {role}; add one under {role}")
+            raise RecipeError(f"the recipe has no {role}; set {role}")
         return found
 
-    def length(self, pictures: int) -> int:
-        """Steps of the optimizer, for a source of so many pictures."""
+    def length(self, images: int) -> int:
+        """Optimizer steps of a run.
+
+        Args:
+            images: number of source images, which epochs are counted by.
+        """
         if self.epochs is not None:
-            return max(1, round(self.epochs * pictures / (self.batch * self.accumulate)))
+            return max(1, round(self.epochs * images / (self.batch * self.accumulate)))
         return self.steps or 20_000
 
     def save(self, path: Path) -> None:
@@ -255,7 +261,7 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
     Args:
         recipe: a YAML file, a run folder, a mapping, or a recipe.
         overrides: settings to change, such as ``method.ema=0.99``; the value is read as YAML. Those of a domain
-            (``source.root=...``) and of the network (``model=...``) hold for the recipe under ``start`` too.
+            (``source.root=...``) and of the network (``model=...``) apply to the recipe under ``start`` too.
 
     Raises:
         RecipeError: the file is missing or not YAML, or a setting is unknown or out of range; the message names it.
@@ -287,7 +293,7 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
 
 
 def _anchored(values: dict[str, Any], file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Take ``start: other.yaml`` to mean the file beside this one, and read it."""
+    """Read the recipe of ``start: other.yaml``, a file beside this one."""
     start = values.get("start")
     if not isinstance(start, str) or not start.endswith((".yaml", ".yml")):
         return values
@@ -295,12 +301,12 @@ def _anchored(values: dict[str, Any], file: Path, seen: tuple[Path, ...] = ()) -
     path = beside if beside.exists() else Path(start)
     seen = (*seen, file.resolve())
     if path.resolve() in seen:
-        raise RecipeError(f"{file} starts from itself through {path}; name another recipe under start")
+        raise RecipeError(f"{file} starts from itself through {path}; change start")
     return {**values, "start": _anchored(read_mapping(path), path, seen)}
 
 
 def _spell_out(values: dict[str, Any], override: str) -> None:
-    """Write down a default before one of its settings is changed, as deep as the override goes."""
+    """Write the default of a setting whose own settings an override changes."""
     owner: type[Spec] = Recipe
     for key in override.partition("=")[0].split(".")[:-1]:
         field = owner.model_fields.get(key)

@@ -110,9 +110,9 @@ def test_what_a_network_is_compared_with() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["validation.target=true"], "target says what is done at every validation"),
-        (["validation.keep_all=true"], "keep_all says what is done at every validation"),
-        (["validation={every: 2, target: true}", "target=null"], "say where they are under target"),
+        (["validation.target=true"], "target .*every"),
+        (["validation.keep_all=true"], "keep_all .*every"),
+        (["validation={every: 2, target: true}", "target=null"], "validation.target"),
     ],
 )
 def test_what_cannot_be_watched(small: dict[str, Any], changes: list[str], said: str) -> None:

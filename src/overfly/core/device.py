@@ -1,4 +1,4 @@
-"""Which device to use, and what machine this is."""
+"""Device selection, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from overfly.core.errors import RecipeError
 
 
 def select_device(name: str = "auto", devices: int = 1) -> torch.device:
-    """The device called ``name``; ``auto`` is the first GPU where there is one, else the processor.
+    """The device of a name; ``auto`` is the first GPU, or the CPU where there is none.
 
     Args:
         name: auto, cpu, cuda, cuda:1 or mps.
-        devices: how many of the kind will be used.
+        devices: number of devices that will be used.
 
     Raises:
-        RecipeError: there is no such device here.
+        RecipeError: the machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(f"no device is called {name!r}; use auto, cpu, cuda, cuda:1 or mps") from None
+        raise RecipeError(f"device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}") from None
     if device.type == "cpu":
         return torch.device("cpu")
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -35,12 +35,14 @@ def select_device(name: str = "auto", devices: int = 1) -> torch.device:
         raise RecipeError(f"there is no {device.type} device on this machine; use --device cpu, or leave it out")
     there = torch.cuda.device_count() if device.type == "cuda" else 1
     if max(devices, (device.index or 0) + 1) > there:
-        raise RecipeError(f"this machine has {there} {device.type} device(s); ask for no more")
+        raise RecipeError(
+            f"this machine has {there} {device.type} device(s); lower --devices or change --device"
+        )
     return device
 
 
 def cpu_name() -> str:
-    """Name of the processor, as the system tells it."""
+    """Model name of the CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -51,7 +53,7 @@ def cpu_name() -> str:
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The machine in words that let a figure be read: device, processor, cores, threads, versions."""
+    """Device, CPU, cores, threads and versions, as plain values."""
     device = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),

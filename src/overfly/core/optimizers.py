@@ -15,16 +15,16 @@ from overfly.core.spec import Choice, NonNegative, Positive, Share, Whole
 
 
 class Optim(Choice, ABC):
-    """How weights follow their gradients."""
+    """An optimizer with its settings."""
 
     lr: Positive = 0.01
-    """Learning rate at the top of the schedule."""
+    """Maximum learning rate."""
     weight_decay: NonNegative = 5e-4
     """Strength of weight decay."""
     head: Positive = 1.0
     """Learning rate of the decoder and class layers, as a multiple of the encoder's."""
     decay_norms: bool = True
-    """Whether weight decay also pulls on normalization weights and biases."""
+    """Whether weight decay applies to normalization weights and biases."""
 
     @abstractmethod
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -35,7 +35,7 @@ class Optim(Choice, ABC):
 
         Args:
             module: whose parameters are trained.
-            heads: prefixes of parameter names that learn at ``head`` times the rate.
+            heads: prefixes of the names of parameters with ``head`` times the rate.
         """
         prefixes = tuple(heads)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -57,9 +57,9 @@ class SGD(Optim, name="sgd"):
     """Stochastic gradient descent with momentum."""
 
     momentum: Share = 0.9
-    """Share of the last step that is carried into the next."""
+    """Momentum."""
     nesterov: bool = False
-    """Look ahead along the momentum (Nesterov, 1983)."""
+    """Use Nesterov momentum (1983)."""
 
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         """`torch.optim.SGD`."""
@@ -70,11 +70,11 @@ class Adam(Optim, name="adam"):
     """Adam (Kingma and Ba, 2015)."""
 
     lr: Positive = 1e-3
-    """Learning rate at the top of the schedule."""
+    """Maximum learning rate."""
     weight_decay: NonNegative = 0.0
     """Strength of weight decay, added to the gradient."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Memory of the mean and of the square of the gradient."""
+    """Decay rates of the running averages of the gradient and its square."""
 
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         """`torch.optim.Adam`."""
@@ -85,11 +85,11 @@ class AdamW(Optim, name="adamw"):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
     lr: Positive = 1e-3
-    """Learning rate at the top of the schedule."""
+    """Maximum learning rate."""
     weight_decay: NonNegative = 0.01
-    """Strength of weight decay, apart from the gradient."""
+    """Decoupled weight decay."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Memory of the mean and of the square of the gradient."""
+    """Decay rates of the running averages of the gradient and its square."""
 
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         """`torch.optim.AdamW`."""
@@ -97,24 +97,24 @@ class AdamW(Optim, name="adamw"):
 
 
 class Schedule(Choice, ABC):
-    """The learning rate over the steps of a run, as a share of its top."""
+    """The learning rate over the steps of a run, as a share of its maximum."""
 
     warmup: Whole = 0
-    """Steps over which the rate first rises in a line from nearly nothing."""
+    """Steps of linear warm-up."""
 
     @abstractmethod
     def shape(self, progress: float) -> float:
-        """Share of the top rate at ``progress`` (0 to 1) through the steps after the warm-up."""
+        """Share of the maximum rate at ``progress`` (0 to 1) through the steps after the warm-up."""
 
     def factor(self, step: int, steps: int) -> float:
-        """Share of the top rate at ``step`` (counted from 0) of ``steps``."""
+        """Share of the maximum rate at ``step`` (counted from 0) of ``steps``."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         return self.shape((step - self.warmup) / max(1, steps - self.warmup))
 
 
 class Constant(Schedule, name="constant"):
-    """The same rate to the end."""
+    """A constant rate."""
 
     def shape(self, progress: float) -> float:  # noqa: ARG002
         """Always 1."""
@@ -133,10 +133,10 @@ class Poly(Schedule, name="poly"):
 
 
 class Cosine(Schedule, name="cosine"):
-    """Half a cosine from the top to ``floor``."""
+    """Cosine decay from 1 to ``floor``."""
 
     floor: Share = 0.0
-    """Share of the top rate that is left at the end."""
+    """Share of the maximum rate at the end."""
 
     def shape(self, progress: float) -> float:
         """Half a cosine."""
@@ -147,29 +147,29 @@ class StepDecay(Schedule, name="step"):
     """A lower rate after each milestone."""
 
     milestones: tuple[Share, ...] = (0.6, 0.9)
-    """Where the rate falls, as shares of the steps."""
+    """Steps at which the rate decreases, as shares of all steps."""
     gamma: Share = 0.1
-    """What the rate is multiplied by at each milestone."""
+    """Factor at each milestone."""
 
     def shape(self, progress: float) -> float:
-        """``gamma`` to the number of milestones that are past."""
+        """``gamma`` to the power of the number of passed milestones."""
         return float(self.gamma ** sum(progress >= milestone for milestone in self.milestones))
 
 
 class OneCycle(Schedule, name="one_cycle"):
-    """Rise along a cosine, then fall along one (Smith and Topin, 2018)."""
+    """Cosine increase, then cosine decay (Smith and Topin, 2018)."""
 
     rise: Share = 0.3
-    """Share of the steps on the way up."""
+    """Share of the steps with an increasing rate."""
     start: Share = 0.04
-    """Share of the top rate at the first step."""
+    """Share of the maximum rate at the first step."""
     end: Share = 4e-6
-    """Share of the top rate at the last step."""
+    """Share of the maximum rate at the last step."""
 
     @model_validator(mode="after")
     def _apart(self) -> OneCycle:
         if not 0 < self.rise < 1:
-            raise ValueError(f"rise lies between 0 and 1, both excluded, not at {self.rise}")
+            raise ValueError(f"rise must be greater than 0 and less than 1, got {self.rise}")
         return self
 
     def shape(self, progress: float) -> float:

@@ -1,8 +1,8 @@
-"""Values that can be written in a recipe: frozen, strict, and chosen by name.
+"""Settings of a recipe: frozen pydantic models, selected by name.
 
 `Spec` is any group of settings. `Choice` is a spec that has kinds: ``class DACS(Method, name="dacs")`` makes
 ``{name: dacs, ema: 0.99}`` in YAML, ``DACS(ema=0.99)`` in Python and ``method.ema=0.99`` on the command line one thing;
-``dacs`` alone means its defaults.
+``dacs`` alone selects its defaults.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from pydantic import (
 )
 
 
-def _no_truth(value: Any) -> Any:
-    """True is no number of anything."""
+def _not_bool(value: Any) -> Any:
+    """Refuse true and false, which pydantic would read as 1 and 0."""
     if isinstance(value, bool):
-        raise ValueError(f"a number is meant, not {str(value).lower()}")
+        raise ValueError(f"must be a number, got {str(value).lower()}")
     return value
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
-"""A part of a whole, 0 to 1."""
-Count = Annotated[int, BeforeValidator(_no_truth), Field(ge=1)]
-"""How many: 1 or more."""
-Whole = Annotated[int, BeforeValidator(_no_truth), Field(ge=0)]
-"""How many, where none is an answer: 0 or more."""
-Pixels = Annotated[int, BeforeValidator(_no_truth), Field(ge=1)]
-"""A length in pixels."""
+"""A share, 0 to 1."""
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+"""An integer of at least 1."""
+Whole = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
+"""An integer of at least 0."""
+Pixels = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+"""A length in pixels, at least 1."""
 Meters = Annotated[float, Field(gt=0)]
-"""A length on the ground."""
+"""A length in meters, greater than 0."""
 Positive = Annotated[float, Field(gt=0)]
-"""A number above 0."""
+"""A number greater than 0."""
 NonNegative = Annotated[float, Field(ge=0)]
-"""A number that is 0 or above."""
+"""A number of at least 0."""
 
 
 class Spec(BaseModel):
-    """A value of a recipe. Misspelt or extra settings are errors; each one's docstring is its help."""
+    """A group of settings. Unknown settings are errors; the docstring of a setting is its help text."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
@@ -54,7 +54,7 @@ class Spec(BaseModel):
 
 
 class Choice(Spec):
-    """A spec that has kinds, found by name in this package or in a plug-in (entry point ``overfly.plugins``)."""
+    """A spec with several kinds, found by name in this package or in a plug-in (entry point ``overfly.plugins``)."""
 
     name: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Any]]] = {}
@@ -76,7 +76,7 @@ class Choice(Spec):
         """The kind called ``name``.
 
         Raises:
-            ValueError: no built-in kind and no plug-in has this name; the message lists those that exist.
+            ValueError: no built-in kind or plug-in has this name; the message lists the names.
         """
         if name not in cls.kinds:
             load_plugins()
@@ -101,16 +101,16 @@ class Choice(Spec):
             kind = cls.kind(str(value["name"]))
             return kind.model_validate({key: entry for key, entry in value.items() if key != "name"})
         if not cls.name and isinstance(value, Mapping):
-            raise ValueError(f"name which {cls._noun()} is meant, one of: {', '.join(sorted(cls.kinds))}")
+            raise ValueError(f"name must be one of {', '.join(sorted(cls.kinds))}")
         return handler(value)
 
     @model_serializer(mode="plain")
     def _with_name(self) -> dict[str, Any]:
-        """All settings of this kind: pydantic by itself would write those of the declared type alone."""
+        """All settings of this kind; pydantic's default would write only those of the declared type."""
         return {"name": self.name, **{field: getattr(self, field) for field in type(self).model_fields}}
 
 
 def load_plugins() -> None:
-    """Import the packages that announce themselves under the entry point ``overfly.plugins``."""
+    """Import the packages with the entry point ``overfly.plugins``."""
     for plugin in entry_points(group="overfly.plugins"):
         plugin.load()
