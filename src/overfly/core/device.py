@@ -35,9 +35,7 @@ def select_device(name: str = "auto", devices: int = 1) -> torch.device:
         raise RecipeError(f"there is no {device.type} device on this machine; use --device cpu, or leave it out")
     there = torch.cuda.device_count() if device.type == "cuda" else 1
     if max(devices, (device.index or 0) + 1) > there:
-        raise RecipeError(
-            f"this machine has {there} {device.type} device(s); lower --devices or change --device"
-        )
+        raise RecipeError(f"this machine has {there} {device.type} device(s); lower --devices or change --device")
     return device
 
 
