@@ -19,8 +19,7 @@ from overfly.core.errors import OverflyError, RecipeError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from overfly.video.capture import VideoStream
-    from overfly.video.overlay import OverlayRenderer, OverlayStyle
+    from overfly.video.overlay import OverlayStyle
     from overfly.video.player import LatestFrame, Sink, StreamStats, StreamSummary
 
 
@@ -138,6 +137,7 @@ def watch(
         Frames read, shown and dropped, latency p50 and p95, and frame rate.
     """
     from overfly.commands.load_predictor import load_predictor
+    from overfly.core.device import describe_machine
     from overfly.core.progress import Progress
     from overfly.video.capture import check_output, open_stream, write_video
     from overfly.video.overlay import OverlayRenderer
@@ -171,8 +171,25 @@ def watch(
             )
             latest.close(end_message(summary, stream.errors.ended))
     width, height = frame[0] if frame else (stream.width, stream.height)
-    return _result(
-        stream, renderer, summary, (width, height), realtime=realtime, out=out, seconds=seconds, as_json=json
+    scale = min(1.0, (size or MAX_SIDE) / max(width, height))
+    predictor = renderer.predictor
+    machine = describe_machine(predictor.device if predictor.backend == "torch" else "cpu")
+    return WatchResult(
+        source=stream.title,
+        network=predictor.metadata.title or predictor.metadata.architecture,
+        backend=predictor.backend,
+        device=predictor.device,
+        machine=str(machine["device"]),
+        threads=int(machine["threads"]),
+        frame=(width, height),
+        input=(max(1, round(width * scale)), max(1, round(height * scale))),
+        realtime=stream.live or realtime,
+        damaged=stream.errors.damaged,
+        ended=stream.errors.ended,
+        summary=summary,
+        out=out if summary.shown else None,
+        seconds=seconds,
+        as_json=json,
     )
 
 
@@ -242,31 +259,3 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-
-
-def _result(
-    stream: VideoStream, renderer: OverlayRenderer, summary: StreamSummary, frame: tuple[int, int], *, realtime: bool,
-    out: Path | None, seconds: float | None, as_json: bool,
-) -> WatchResult:  # fmt: skip
-    from overfly.core.device import describe_machine
-
-    predictor = renderer.predictor
-    scale = min(1.0, (renderer.style.size or MAX_SIDE) / max(frame))
-    machine = describe_machine(predictor.device if predictor.backend == "torch" else "cpu")
-    return WatchResult(
-        source=stream.title,
-        network=predictor.metadata.title or predictor.metadata.architecture,
-        backend=predictor.backend,
-        device=predictor.device,
-        machine=str(machine["device"]),
-        threads=int(machine["threads"]),
-        frame=frame,
-        input=(max(1, round(frame[0] * scale)), max(1, round(frame[1] * scale))),
-        realtime=stream.live or realtime,
-        damaged=stream.errors.damaged,
-        ended=stream.errors.ended,
-        summary=summary,
-        out=out if summary.shown else None,
-        seconds=seconds,
-        as_json=as_json,
-    )
