@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import MAX_SIDE, check_bounds, pathlike
+from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds
 from overfly.core.choices import Split
 from overfly.core.errors import RecipeError
 
@@ -27,11 +27,10 @@ class ReportResult:
         yield f"written: {self.path} ({self.recipes} recipes, {self.path.stat().st_size / 1e6:.1f} MB)"
 
 
-@pathlike
 def report(
-    runs: list[str],
+    runs: PathLikes,
     *,
-    out: Path = Path("report.html"),
+    out: PathLike = Path("report.html"),
     title: str = "overfly report",
     split: Split | None = None,
     labels: bool = True,
@@ -67,6 +66,7 @@ def report(
     from overfly.reporting.report_data import collect_report
 
     check_bounds({"images": (images, 0, 10**6), "size": (size, 8, MAX_SIDE)})
+    out = Path(out)
     if out.is_dir() or not out.parent.is_dir():
         raise RecipeError(f"--out {out} must be a file in an existing folder")
     if out.suffix.lower() not in (".html", ".htm"):

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import MAX_SIDE, check_bounds, pathlike
+from overfly.commands.arguments import MAX_SIDE, PathLikes, check_bounds
 from overfly.core.choices import Backend
 from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
 
@@ -27,11 +27,10 @@ MAX_REASONS = 3
 """Scenes left out, of which the reason is printed."""
 
 
-@pathlike
 def serve(
-    networks: list[str],
+    networks: PathLikes,
     *,
-    scenes: list[Path] | None = None,
+    scenes: PathLikes | None = None,
     watch: str | None = None,
     watch_size: int | None = None,
     host: str = "127.0.0.1",
@@ -51,7 +50,7 @@ def serve(
 
     Args:
         networks: runs, folders of runs, weights files (.safetensors) or exported files.
-        scenes: images on this machine that the page lists, or folders of them: --scenes A --scenes B.
+        scenes: images on this machine that the page lists, or folders of them; may be repeated: --scenes A --scenes B.
         watch: a video, a camera, an address or a folder of images, shown live with the predictions of the first network
             (extra: stream).
         watch_size: longest side in pixels to which its frames are shrunk for the network.
@@ -80,7 +79,7 @@ def serve(
     server = load_server()
     limits = Limits(upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue)
     served = served_networks(networks, backend, device)
-    images = _list_scenes(scenes or [], limits.pixels)
+    images = _list_scenes([Path(scene) for scene in scenes or ()], limits.pixels)
     with (
         live_stream(watch, served[0].load, watch_size) as screen,
         contextlib.closing(server.bind(host, port)) as bound,
