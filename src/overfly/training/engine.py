@@ -191,9 +191,9 @@ def run_on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
             outcome = (None, error)
         except OSError as error:
             outcome = (None, TrainingError(f"{error.filename}: {error.strerror}; correct this and try again"))
-    result, error = fabric.broadcast(outcome)
-    if error is not None:
-        raise error
+    result, failure = fabric.broadcast(outcome)
+    if failure is not None:
+        raise failure
     return result  # type: ignore[return-value]
 
 
