@@ -80,7 +80,7 @@ def test_a_palette_is_read_as_it_is_said_and_else_asked_about(tmp_path: Path) ->
     assert label(folder(root=tmp_path, classes=classes, label_format="index")) == [[0, 1], [2, 3]]
     assert label(folder(root=tmp_path, classes=classes, label_format="rgb")) == [[2, 1], [0, 0]]
     assert label(folder(root=tmp_path, classes=classes, ids={"a": [0, 1], "d": [2, 3]})) == [[0, 0], [3, 3]]
-    with pytest.raises(DataError, match=r"a\.png is a palette picture; set label_format to index .* rgb"):
+    with pytest.raises(DataError, match=r"a\.png is a palette image; set label_format to index .* rgb"):
         label(folder(root=tmp_path, classes=classes))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.classes import Color
-from overfly.data.labels import UNKNOWN, from_colors, from_numbers, from_palette, pack, unknown_colors, unpack
+from overfly.data.reading import UNKNOWN, from_colors, from_numbers, from_palette, pack, unknown_colors, unpack
 
 byte = st.integers(0, 255)
 color = st.tuples(byte, byte, byte)

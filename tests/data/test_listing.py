@@ -19,7 +19,7 @@ def touch(root: Path, *names: str) -> Path:
 
 
 def names(found: list[ImagePair]) -> list[str]:
-    return [picture.name for picture in found]
+    return [pair.name for pair in found]
 
 
 LISTED = [
@@ -110,7 +110,7 @@ def test_names_that_cannot_be_shown(tmp_path: Path) -> None:
 def test_patterns_may_lead_elsewhere(tmp_path: Path) -> None:
     touch(tmp_path, "i/a.jpg", "root/b.jpg")
     found = find_images(tmp_path / "root", str(tmp_path / "i"), None)
-    assert [picture.relative for picture in found] == [(tmp_path / "i" / "a.jpg").as_posix()]
+    assert [pair.relative for pair in found] == [(tmp_path / "i" / "a.jpg").as_posix()]
 
 
 def test_names_must_differ(tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_split_by_globs_over_names_and_paths() -> None:
     assert names(val) == ["4_7", "4_8", "4_9", "8_7", "8_8", "8_9"]
 
 
-def test_splits_must_not_share_pictures_nor_be_empty() -> None:
+def test_splits_must_not_share_images_nor_be_empty() -> None:
     with pytest.raises(DataError, match="4_6 is in the split train and in val"):
         choose(LISTED, "train", {"train": "*_[1-6]", "val": "*_[6-9]"}, Path(), 0)
-    with pytest.raises(DataError, match="takes none of the 18 pictures"):
+    with pytest.raises(DataError, match="takes none of the 18 images"):
         choose(LISTED, "val", {"val": "nothing*"}, Path(), 0)
 
 
@@ -139,7 +139,7 @@ def test_split_by_lists(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("# chosen by hand\n4_1\n\nTile 8/images/2.jpg\nTile 8/images/3\n")
     assert names(choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)) == ["4_1", "8_2", "8_3"]
     (tmp_path / "train.txt").write_text("7.jpg\n")
-    with pytest.raises(DataError, match=r"names 7\.jpg, which stands for 2 pictures"):
+    with pytest.raises(DataError, match=r"names 7\.jpg, which stands for 2 images"):
         choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
     (tmp_path / "train.txt").write_text("9_9\n")
     with pytest.raises(DataError, match="names 9_9, which is none of"):
@@ -154,7 +154,7 @@ def test_shares_are_disjoint_steady_and_about_right(seed: int, count: int, share
     listed = [ImagePair(f"p{number}", "", Path(), None) for number in range(count)]
     rules = {"train": share, "val": 1 - share}
     train, val = (set(names(choose(listed, split, rules, Path(), seed))) for split in rules)
-    assert train | val == {picture.name for picture in listed}
+    assert train | val == {pair.name for pair in listed}
     assert not train & val
     assert abs(len(train) / count - share) < 0.2
     fewer = set(names(choose(listed[: count // 2], "train", rules, Path(), seed)))

@@ -16,7 +16,7 @@ from overfly.core.records import IGNORE, Batch, UInt8
 from overfly.data.domain import Domain, without_labels
 from overfly.data.folder import Folder
 from overfly.data.loading import BatchDataset, Stream, batch_loader
-from overfly.data.sampling import Place, Rare, Uniform, crop
+from overfly.data.sampling import Rare, SampleSlot, Uniform, crop
 
 
 def anywhere(label: UInt8) -> bool:
@@ -61,9 +61,9 @@ def test_ranks_share_a_batch_without_overlap() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 10_000))
 @settings(deadline=None, max_examples=30)
-def test_every_epoch_shows_every_picture_once(count: int, batch: int, seed: int) -> None:
+def test_every_epoch_shows_every_image_once(count: int, batch: int, seed: int) -> None:
     seen = [
-        Uniform().picture(Place(seed, place // batch, place % batch, batch, count), None)[0]
+        Uniform().choose_image(SampleSlot(seed, place // batch, place % batch, batch, count), None)[0]
         for place in range(2 * count)
     ]
     assert Counter(seen[:count]) == Counter(seen[count:]) == Counter(range(count))
@@ -76,8 +76,8 @@ def test_rare_classes_come_more_often_and_their_crops_show_them() -> None:
     assert share[1] == 0
     assert share[2] > 0.99
     assert share.sum() == pytest.approx(1)
-    picks = [rare.picture(Place(0, step, 0, 1, 3), counts) for step in range(50)]
-    assert all(picture == 0 for picture, wanted in picks if wanted == 2)
+    picks = [rare.choose_image(SampleSlot(0, step, 0, 1, 3), counts) for step in range(50)]
+    assert all(choose_image == 0 for choose_image, wanted in picks if wanted == 2)
     label = np.zeros((64, 64), np.uint8)
     label[:16, :16] = 2
     hits = [
@@ -92,7 +92,7 @@ def test_rare_classes_come_more_often_and_their_crops_show_them() -> None:
     assert sum(hits) > sum(plain)
 
 
-def test_a_picture_smaller_than_the_crop_is_mirrored_and_ignored_there() -> None:
+def test_a_image_smaller_than_the_crop_is_mirrored_and_ignored_there() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
     label = np.ones((3, 4), np.uint8)
     part, ids = crop(image, label, 6, np.random.default_rng(0), anywhere)
@@ -104,14 +104,14 @@ def test_a_picture_smaller_than_the_crop_is_mirrored_and_ignored_there() -> None
 
 def test_streams_that_cannot_be() -> None:
     domain = stream().domain
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         Stream(domain, [], Uniform(), 1, 8, None, 0, 0)
     with pytest.raises(DataError, match="needs labels"):
         Stream(domain, without_labels(domain.items("train")), Rare(), 1, 8, None, 0, 0)
 
 
 def folder(root: Path, mask: int | None, image: int = 9, side: int = 8) -> Domain:
-    """Three pictures of 16 bits, whose masks hold one number throughout."""
+    """Three images of 16 bits, whose masks hold one number throughout."""
     settings: dict[str, Any] = {"name": "folder", "root": root, "classes": ["a", "b"], "bands": 1, "title": "Town"}
     for kind in ("images", "masks")[: 1 + (mask is not None)]:
         (root / kind).mkdir()
@@ -136,7 +136,7 @@ def test_a_source_has_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{"labeled": True}, {"sampling": Rare()}, {"sampling": Rare(), "labeled": True}])
 def test_masks_that_are_all_ignored_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     domain = folder(tmp_path, IGNORE)
-    with pytest.raises(DataError, match=r"masks of Town are ignored in every pixel of all 3 pictures"):
+    with pytest.raises(DataError, match=r"masks of Town are ignored in every pixel of all 3 images"):
         of(domain, **changes)
     with pytest.raises(DataError, match="no labeled pixel"):
         Rare().probabilities(np.zeros((3, 2), np.int64))
@@ -148,7 +148,7 @@ def test_one_mask_is_read_to_see_that_there_are_labels(tmp_path: Path) -> None:
     assert of(domain, labeled=True).labeled
 
 
-def test_pictures_above_the_peak_are_refused(tmp_path: Path) -> None:
+def test_images_above_the_peak_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\.png holds 300, above the domain's max_value 255"):
         of(folder(tmp_path, None, image=300)).read(0, [0])
 
@@ -188,9 +188,9 @@ def test_names_of_a_step_are_those_that_were_read() -> None:
 def test_where_the_target_was_not_measured_is_known_to_the_method(tmp_path: Path, cache: str | None) -> None:
     """Transparent pixels, and what is mirrored outwards; it is read from the image alone."""
     (tmp_path / "images").mkdir()
-    picture = np.full((40, 40, 4), 200, np.uint8)
-    picture[:, 20:, 3] = 0
-    Image.fromarray(picture, "RGBA").save(tmp_path / "images" / "1.png")
+    choose_image = np.full((40, 40, 4), 200, np.uint8)
+    choose_image[:, 20:, 3] = 0
+    Image.fromarray(choose_image, "RGBA").save(tmp_path / "images" / "1.png")
     domain = Folder(root=tmp_path, images="images/*.png", classes=["a", "b"])
     kept = tmp_path / "cache" if cache == "disk" else cache
     items = without_labels(domain.items("train"))

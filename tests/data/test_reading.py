@@ -128,7 +128,7 @@ def test_what_a_file_is_called_does_not_matter(tmp_path: Path) -> None:
     assert read_header(path).kind == "jpeg"
 
 
-def test_a_jpeg_of_several_pictures_is_its_first(tmp_path: Path) -> None:
+def test_a_jpeg_of_several_images_is_its_first(tmp_path: Path) -> None:
     path = tmp_path / "drone.jpg"
     Image.new("RGB", (16, 16), (9, 9, 9)).save(
         path, format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]
@@ -251,7 +251,7 @@ def test_a_bad_image_is_named_in_one_sentence(tmp_path: Path, kind: str, said: s
     assert "; " in str(caught.value)
 
 
-def test_huge_pictures_are_refused_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_images_are_refused_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(picture(20, 20)).save(path)
     monkeypatch.setattr(headers, "MAX_PIXELS", 399)

@@ -17,7 +17,7 @@ from overfly.data.statistics import statistics
 
 
 class Given(Domain, name="given_by_test_statistics"):
-    """Pictures of random values with an offset that would spoil a naive sum of squares."""
+    """Images of random values with an offset that would spoil a naive sum of squares."""
 
     dtype: str
     seed: int

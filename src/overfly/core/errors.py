@@ -1,4 +1,4 @@
-"""What can go wrong, as sentences: each message names the thing, what is wrong with it and what to do next."""
+"""Errors that a user can act on. Each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 

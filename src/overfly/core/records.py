@@ -1,4 +1,4 @@
-"""The records that cross borders: from data to methods, from networks to losses."""
+"""Records passed between data, methods, networks and losses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ IGNORE = 255
 
 Array = NDArray[Any]
 LazyArray = Callable[[], Array]
-"""A picture that is made when it is asked for instead of read from a file; it pickles, so that workers can make it."""
+"""A function that returns an array, for images that are generated instead of read; it can be pickled."""
 
 
 class Item(NamedTuple):
-    """One picture of a domain.
+    """One image of a domain.
 
     Attributes:
         name: unique within its split and fit for a file's stem, such as ``Rural_12``.
@@ -40,15 +40,15 @@ class Labeled(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a method sees in one step. The target has no labels: it cannot be cheated on.
+    """Data of one training step. The target has no labels.
 
     A part that the method does not need is empty: its first dimension is 0.
 
     Attributes:
         source: images and labels.
         target: images (B, C, H, W), float, in the sensor's own range.
-        nodata_mask: where the target shows nothing that was measured (B, H, W), bool: no data, full
-            transparency, what was mirrored outwards. It is part of the image, not of a label. None: nowhere.
+        nodata_mask: pixels of the target without data (B, H, W), bool: no-data values, full transparency, and
+            mirrored borders. It comes from the image, not from a label. None: no such pixels.
     """
 
     source: Labeled
@@ -57,12 +57,12 @@ class Batch(NamedTuple):
 
     @property
     def valid_mask(self) -> Tensor | None:
-        """Where the target was measured (B, H, W), bool; None: everywhere."""
+        """Pixels of the target with data (B, H, W), bool; None: all pixels."""
         return None if self.nodata_mask is None else ~self.nodata_mask
 
 
 class Logits(NamedTuple):
-    """What a network gives, before any softmax.
+    """Outputs of a network before softmax.
 
     Attributes:
         main: class scores (B, K, h, w), at the network's own stride or, from a `Segmenter`, at the image's size.

@@ -1,4 +1,4 @@
-"""Pictures decoded, resized, and kept on disk, so that an epoch does not decode everything again."""
+"""Cache decoded and resized images on disk, so that each epoch does not decode them again."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def open_image(
 ) -> tuple[Array, UInt8 | None]:
     """The image (H, W, C), in the sensor's type and range, and the label (H, W) of an item, or None without a label.
 
-    Both may be written to: an entry of the cache is mapped copy-on-write. What is drawn instead of read from a file is
-    not cached. Entries are written beside their place and renamed, so that several processes may fill one folder.
+    Both may be written to: cache entries are mapped copy-on-write. Generated images are not cached. Several processes
+    may share a cache folder.
 
     Args:
         domain: where the item is from.
-        item: which picture; its label is opened only if the item still has one.
-        resize: side in pixels of the square that pictures are resized to; None leaves them as they are.
-        cache: folder of decoded pictures; None keeps nothing.
+        item: which image; its label is opened only if the item still has one.
+        resize: side in pixels of the square that images are resized to; None leaves them as they are.
+        cache: folder of decoded images; None keeps nothing.
 
     Raises:
         DataError: a file cannot be read, or the cache cannot be written.
@@ -48,26 +48,26 @@ def open_image(
 
     if cache is None:
         return image(), None if item.label is None else label()
-    picture = _kept(cache, _key(domain, resize, "image", item.image), image)
+    loaded = _cached(cache, _key(domain, resize, "image", item.image), image)
     if item.label is None:
-        return picture, None
-    return picture, _kept(cache, _key(domain, resize, "label", item.label, item.image), label)
+        return loaded, None
+    return loaded, _cached(cache, _key(domain, resize, "label", item.label, item.image), label)
 
 
 def nodata_label(domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None) -> UInt8 | None:
-    """What can be said of an item without its label (H, W): `IGNORE` where nothing was measured, else 0.
+    """Label of an item without a mask (H, W): `IGNORE` where the image has no data, else 0.
 
     Args:
         domain: where the item is from.
-        item: which picture.
+        item: which image.
         resize: as `open_image` takes it.
         cache: as `open_image` takes it.
 
     Returns:
-        None where all was measured.
+        None if all pixels have data.
 
     Raises:
-        DataError: the picture cannot be read, or the cache cannot be written.
+        DataError: the image cannot be read, or the cache cannot be written.
     """
 
     def made() -> UInt8:
@@ -77,7 +77,7 @@ def nodata_label(domain: Domain, item: Item, resize: int | None = None, cache: P
         label = np.where(nodata_mask, IGNORE, 0).astype(np.uint8)
         return label if resize is None else resize_label(label, resize)
 
-    found = made() if cache is None else _kept(cache, _key(domain, resize, "blank", item.image), made)
+    found = made() if cache is None else _cached(cache, _key(domain, resize, "nodata", item.image), made)
     return found if found.size else None
 
 
@@ -152,7 +152,7 @@ def _key(domain: Domain, resize: int | None, kind: str, *sources: Path | LazyArr
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(cache: Path, key: str | None, make: Callable[[], Array]) -> Array:
+def _cached(cache: Path, key: str | None, make: Callable[[], Array]) -> Array:
     """The entry called ``key``; made, and kept, if it is not there or not whole."""
     if key is None:
         return make()

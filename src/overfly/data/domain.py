@@ -1,4 +1,4 @@
-"""What a dataset must say: its classes, and the items of each split. Reading and sampling are written elsewhere."""
+"""Base class of datasets: classes, and the items of each split."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ else:
 class Domain(Choice, ABC):
     """Imagery of one place, with or without labels.
 
-    A new dataset is a new kind: it says its `classes` and lists its `items`; where its files need more than
-    `overfly.data.reading` does by itself, it overrides `read_image` and `read_label`.
+    A new dataset is a new kind: it defines `classes` and `items`; if its files need more than
+    `overfly.data.reading`, it overrides `read_image` and `read_label`.
     """
 
     model_config = ConfigDict(ignored_types=(fact,))
 
     @fact
     def classes(self) -> Classes:
-        """The label set that `read_label` answers in. Every kind says its own."""
+        """The label set of `read_label`. Every kind defines its own."""
         raise NotImplementedError(f"the domain {self.name} does not say its classes")
 
     @abstractmethod
     def items(self, split: Split) -> Sequence[Item]:
-        """All pictures of a split, in an order that never changes.
+        """All images of a split, in an order that never changes.
 
         Raises:
-            SplitError: this domain has no such split; the message says where it was looked for.
+            SplitError: this domain has no such split.
             DataError: the split's files are not what they should be.
         """
 
     @fact
     def title(self) -> str:
-        """What tables and folders call this place."""
+        """Name in tables and folders."""
         return str(getattr(self, "scene", self.name)).capitalize()
 
     @fact
@@ -82,20 +82,20 @@ class Domain(Choice, ABC):
 
     @fact
     def gsd(self) -> float | None:
-        """Length of a pixel on the ground in meters; None where nobody has given it."""
+        """Length of a pixel on the ground in meters; None if unknown."""
         return None
 
     @fact
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation of each band, in the sensor's own range; None where nobody has given them."""
+        """Mean and standard deviation of each band, in the sensor's own range; None if unknown."""
         return None
 
     def read_image(self, item: Item) -> Array:
-        """The picture of an item, (H, W, C), in the sensor's own type and range."""
+        """The image of an item, (H, W, C), in the sensor's own type and range."""
         return reading.read_image(item.image, bands=self.bands)
 
     def nodata_mask(self, item: Item) -> reading.Mask | None:  # noqa: ARG002
-        """Where the picture of an item shows nothing that was measured (H, W), bool; None: nowhere. Reads no label."""
+        """Pixels of an item's image without data (H, W), bool; None: no such pixels. Opens no label."""
         return None
 
     def read_label(self, item: Item) -> UInt8:

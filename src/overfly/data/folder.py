@@ -1,4 +1,4 @@
-"""My own folder of images, with or without masks: any naming, any coding of the classes, any split."""
+"""Dataset of the user's own images, with or without masks: any naming, class encoding and split."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from overfly.core.records import IGNORE, Item, UInt8
 from overfly.core.spec import Count, Meters, Positive
 from overfly.data import listing, reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
-from overfly.data.labels import UNKNOWN, from_colors, from_numbers, from_palette, unknown_colors, unknown_numbers
+from overfly.data.reading import UNKNOWN, from_colors, from_numbers, from_palette, unknown_colors, unknown_numbers
 
 Number = Annotated[int, Field(ge=0, le=65535)]
 """A number that a mask may store."""
 Part = Annotated[float, Field(gt=0, le=1)]
-"""A share of the pictures."""
+"""A share of the images."""
 Code = TypeVar("Code", int, Color)
 
 
 class Folder(Domain, name="folder"):
-    """Pictures in folders of one's own.
+    """Images in folders of one's own.
 
     * Format: PNG, JPEG, TIFF, GeoTIFF (more than four bands, or 16 bits in color: extra ``geo``).
     * Masks: PNG or TIFF of numbers, of a palette, or of RGB colors; none at all for a target.
@@ -32,13 +32,13 @@ class Folder(Domain, name="folder"):
 
     Images and masks pair by what the wildcards of their patterns stand for: ``Tile */images/*.jpg`` and
     ``Tile */masks/*.png`` pair ``Tile 4/images/a.jpg`` with ``Tile 4/masks/a.png``; of two directories, files of one
-    stem pair. The wildcards name the picture, too: ``4_a``. Pixels that an image declares as no data are ignored.
+    stem pair. The wildcards name the image, too: ``4_a``. Pixels that an image declares as no data are ignored.
     """
 
     root: Path
     """Folder that the other paths are relative to."""
     title: str = "Folder"
-    """What tables and run folders call this place."""
+    """Name in tables and run folders."""
     classes: Classes
     """Names of the classes, as a list or with a display color each: ``{building: [60, 16, 152], …}``; a recipe's
     target may leave them out, they are then the source's."""
@@ -48,12 +48,12 @@ class Folder(Domain, name="folder"):
     """Directory or glob of the masks, with as many wildcards as ``images``; left out, nothing has a label."""
     splits: dict[Split, Part | str | tuple[str, ...]] = Field(default_factory=dict)
     """How to split: shares ``{train: 0.8, val: 0.2}``, list files ``{train: train.txt, …}`` (a name or path a line),
-    globs ``{train: "*_00[1-6]", …}`` over the pictures' names (with a slash: over paths below the root), or, where the
-    patterns hold ``{split}``, what to put there; left out, every picture is for training."""
+    globs ``{train: "*_00[1-6]", …}`` over the images' names (with a slash: over paths below the root), or, where the
+    patterns hold ``{split}``, what to put there; left out, every image is for training."""
     seed: int = 0
-    """Draws the shares: a picture's split hangs on its name and this number alone."""
+    """Draws the shares: an image's split hangs on its name and this number alone."""
     label_format: Literal["auto", "index", "rgb"] = "auto"
-    """What a mask's pixels are: class numbers (``index``) or colors (``rgb``); a palette picture can be read either
+    """What a mask's pixels are: class numbers (``index``) or colors (``rgb``); a palette image can be read either
     way. ``auto`` tells by the bands, and a palette by which of ``colors`` and ``ids`` is given."""
     colors: dict[str, tuple[Color, ...]] = Field(default_factory=dict)
     """Colors of each class in the masks, one or several; left out, the display colors of ``classes``."""
@@ -66,7 +66,7 @@ class Folder(Domain, name="folder"):
     unknown: Literal["error", "ignore"] = "error"
     """What to do with numbers and colors that are neither a class nor listed under ``ignore``."""
     bands: Count = 3
-    """Number of bands of the images; opacity is not counted."""
+    """Number of bands of the images; an alpha band is not counted."""
     max_value: Positive = 255.0
     """Value of the brightest pixel that the sensor can give: 255 for 8 bits, 65535 for 16, 1 for most floats."""
     mean: tuple[float, ...] | None = None
@@ -99,7 +99,7 @@ class Folder(Domain, name="folder"):
         for name in (*self.colors, *self.ids, *self.mapping):
             final = self.mapping.get(name, name)
             if name not in known:
-                raise ValueError(f"mapping speaks of {name!r}, which neither colors, ids nor classes name")
+                raise ValueError(f"mapping holds {name!r}, which is not in colors, ids or classes")
             if final is not None and final not in self.classes.names:
                 there = ", ".join(self.classes.names)
                 raise ValueError(f"{name!r} is none of the classes ({there}); say under mapping which one it is")
@@ -136,7 +136,7 @@ class Folder(Domain, name="folder"):
         return None if self.mean is None or self.std is None else (self.mean, self.std)
 
     def items(self, split: Split) -> Sequence[Item]:
-        """The pictures of a split, in natural order of what the wildcards stand for.
+        """The images of a split, in natural order of what the wildcards stand for.
 
         Raises:
             SplitError: the settings name no such split, or its directory is not there.
@@ -159,13 +159,13 @@ class Folder(Domain, name="folder"):
         if self.splits and not inserted:
             rules: dict[str, listing.Rule] = {name: self.splits[name] for name in SPLITS if name in self.splits}
             found = listing.choose(found, split, rules, root, self.seed)
-        return [Item(picture.name, picture.image, picture.mask) for picture in found]
+        return [Item(pair.name, pair.image, pair.mask) for pair in found]
 
     def nodata_mask(self, item: Item) -> reading.Mask | None:
-        """No data in every band, masked, or fully transparent (H, W); None: nowhere.
+        """Pixels without data in every band, masked, or fully transparent (H, W); None: no such pixels.
 
         Raises:
-            DataError: the picture cannot be read.
+            DataError: the image cannot be read.
         """
         return reading.nodata_mask(item.image, bands=self.bands)
 
@@ -220,7 +220,7 @@ class Folder(Domain, name="folder"):
             return self.label_format
         if bool(self.colors) == bool(self.ids):
             raise DataError(
-                f"{place} is a palette picture; set label_format to index if its numbers are the classes, "
+                f"{place} is a palette image; set label_format to index if its numbers are the classes, "
                 "or to rgb if its colors are"
             )
         return "rgb" if self.colors else "index"

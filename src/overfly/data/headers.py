@@ -1,7 +1,7 @@
-"""What a file of imagery says of itself, asked at the cost of its header: kind, size, bands, type, no data.
+"""Read image headers: format, size, bands, pixel type, no-data value.
 
-The first bytes tell what a file is, not its ending. Pillow reads what it reads without loss; the rest (more than four
-bands, 16 bits in color, JPEG 2000) is left to rasterio (extra ``geo``).
+The format is detected by the first bytes. Pillow reads the formats it reads without loss; the others (more than four
+bands, 16 bits in color, JPEG 2000) are read by rasterio (extra ``geo``).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from overfly.core.errors import DataError, MissingExtraError
 Kind = Literal["png", "jpeg", "tiff", "jp2"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2")
-"""Endings by which the pictures of a directory are known."""
+"""File name suffixes of images."""
 
 MAX_PIXELS = 178_956_970
-"""Pixels beyond which a picture is not read as a whole; Pillow's own limit."""
+"""Largest number of pixels of an image that is read as a whole; Pillow's own limit."""
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -37,21 +37,21 @@ _OTHERS = (
 
 
 class ImageHeader(NamedTuple):
-    """What a file says of itself in its header.
+    """Header of an image file.
 
     Attributes:
         height: rows.
         width: columns.
-        bands: bands as stored, a last one of opacity included.
-        dtype: type in which the picture is handed out: uint8, uint16 or float32.
-        alpha: whether the last band is opacity.
-        palette: whether the numbers are entries of a table of colors.
-        nodata: the number that stands for "nothing was measured here", or None.
-        kind: what the first bytes say.
-        scale: factor by which Pillow spreads gray of 1, 2 or 4 bits to 0..255.
-        engine: who reads the pixels.
-        masked: whether a mask beside the bands, for all of them, says where nothing was measured; rasterio reads it.
-        stored: type in the file, where it is another than the one handed out; else empty.
+        bands: bands as stored, including an alpha band.
+        dtype: pixel type of the returned array: uint8, uint16 or float32.
+        alpha: whether the last band is an alpha band.
+        palette: whether pixels are indices of a color table.
+        nodata: value of pixels without data, or None.
+        kind: file format.
+        scale: factor by which Pillow scales gray values of 1, 2 or 4 bits to 0..255.
+        engine: library that reads the pixels.
+        masked: whether the file has a validity mask for all bands, which rasterio reads.
+        stored: pixel type in the file if it differs from ``dtype``, else empty.
     """
 
     height: int
@@ -69,17 +69,17 @@ class ImageHeader(NamedTuple):
 
 
 def read_header(path: Path) -> ImageHeader:
-    """What the header of a picture says.
+    """Read the header of an image.
 
     Raises:
-        DataError: the file is missing, empty, not a picture, or larger than can be read as a whole.
+        DataError: the file is missing, empty, not an image, or larger than can be read as a whole.
         MissingExtraError: it takes rasterio to read it.
     """
     kind = image_format(path)
     found = {"png": _png_facts, "jpeg": _jpeg_facts, "tiff": _tiff_facts, "jp2": _rasterio_facts}[kind](path)
     if not found.height * found.width:
         raise DataError(
-            f"{path} is {found.width}×{found.height} pixels, an empty picture; take it away or export it again"
+            f"{path} is {found.width}×{found.height} pixels, an empty image; take it away or export it again"
         )
     if found.height * found.width > MAX_PIXELS:
         _too_large(path)
@@ -87,15 +87,14 @@ def read_header(path: Path) -> ImageHeader:
 
 
 def image_format(path: Path) -> Kind:
-    """What the first bytes of a file say it is.
+    """Detect the format of a file by its first bytes.
 
     Raises:
-        DataError: the file is missing, no regular file, cannot be opened, or is something else; the message says what
-            it looks like.
+        DataError: the file is missing, not a regular file, cannot be opened, or has another format.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path} is {_no_file(path)}, not a file; take it away, or put the picture in its place")
+            raise DataError(f"{path} is {_no_file(path)}, not a file; take it away, or put the image in its place")
         with path.open("rb") as file:
             start = file.read(64)
     except FileNotFoundError:
@@ -114,14 +113,14 @@ def image_format(path: Path) -> Kind:
 
 
 def broken(path: Path, error: BaseException) -> DataError:
-    """The sentence for a file that a decoder gave up on."""
+    """Error for a file that cannot be decoded."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return DataError(f"{path} is truncated or damaged ({reason}); copy, download or export it again")
 
 
 @contextmanager
 def open_pillow(path: Path) -> Iterator[Image.Image]:
-    """Open with Pillow; its warnings are about metadata, and its limit on pixels is told as ours.
+    """Open with Pillow, without its warnings about metadata.
 
     Raises:
         DataError: the file is damaged or too large, seen on opening or while the pixels are read within.
@@ -160,7 +159,7 @@ def open_raster(path: Path) -> Iterator[Any]:
 
 
 def _no_file(path: Path) -> str:
-    """What stands where a file should: opening a pipe or a device could wait for ever."""
+    """Kind of a path that is not a regular file; opening a pipe or a device could block."""
     return "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else "a device or a socket"
 
 
@@ -245,7 +244,7 @@ def _plain_tiff(image: Image.Image) -> ImageHeader | None:
 
 
 def _masked_tiff(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether a mask of the whole picture is in a TIFF, as a directory behind the first, or beside it."""
+    """Whether a mask of the whole image is in a TIFF, as a directory behind the first, or beside it."""
     directory, file, seen = image.tag_v2, image.fp, set[int]()
     while file is not None and directory.next and directory.next not in seen:
         seen.add(directory.next)

@@ -1,4 +1,4 @@
-"""Which files make up a folder of pictures: globs, the pairing of images with masks, and splits."""
+"""List the files of a folder of images: globs, pairing of images with masks, and splits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from overfly.core.errors import DataError
 from overfly.data.headers import SUFFIXES
 
 Key = tuple[str, ...]
-"""What a glob's wildcards stood for, in their order: what an image and its mask have in common."""
+"""Text matched by each wildcard of a glob; an image and its mask have the same."""
 
 Rule = float | str | tuple[str, ...]
-"""How a split is chosen: a share, a list file ``.txt``, or globs."""
+"""Definition of a split: a share, a list file ``.txt``, or globs."""
 
 NAMED = 20
-"""Pictures without a partner that a message names; it counts them all."""
+"""Largest number of unpaired files that a message names."""
 
 _WILDCARD = re.compile(r"\*\*/|\*+|\?|\[!?\]?[^]]*\]")
 
@@ -31,7 +31,7 @@ class ImagePair(NamedTuple):
     """An image and, if there are masks, its mask.
 
     Attributes:
-        name: what the wildcards stood for, joined by underscores.
+        name: text matched by the wildcards, joined by underscores.
         relative: path of the image below the root, with forward slashes.
         image: its file.
         mask: file of its mask, or None.
@@ -72,7 +72,7 @@ def expression(pattern: str) -> re.Pattern[str]:
 
 
 def matching(root: Path, pattern: str) -> dict[Key, Path]:
-    """The pictures of a directory or a glob below ``root``, by what the wildcards stood for, in natural order.
+    """The images of a directory or a glob below ``root``, by what the wildcards stood for, in natural order.
 
     Raises:
         DataError: two files of a directory differ in their ending alone, the pattern makes no sense, a folder cannot
@@ -96,7 +96,7 @@ def matching(root: Path, pattern: str) -> dict[Key, Path]:
 
 
 def check_name(path: Path) -> None:
-    """See that a path can be shown and written down.
+    """Check that a path can be printed.
 
     Raises:
         DataError: its bytes are not valid UTF-8.
@@ -109,7 +109,7 @@ def check_name(path: Path) -> None:
 
 
 def _found(root: Path, pattern: str) -> list[tuple[Key, Path]]:
-    """What a directory or a glob matches. Pipes and the like are listed, too: whoever reads them says so."""
+    """Files that a directory or a glob matches, with the text of the wildcards. Reading reports pipes and devices."""
     place = root / pattern
     if place.is_dir():
         return [((path.stem,), path) for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
@@ -132,7 +132,7 @@ def find_images(root: Path, images: str, masks: str | None, *, lenient: bool = F
 
     Raises:
         DataError: there are no masks, an image has none or a mask no image (`NAMED` are named, all are counted), or
-            two pictures would have one name.
+            two images would have one name.
     """
     found = matching(root, images)
     labels = matching(root, masks) if masks is not None else {}
@@ -150,12 +150,12 @@ def find_images(root: Path, images: str, masks: str | None, *, lenient: bool = F
 def choose(
     listed: Sequence[ImagePair], split: str, rules: Mapping[str, Rule], root: Path, seed: int
 ) -> list[ImagePair]:
-    """The pictures of one split.
+    """The images of one split.
 
-    A share is drawn by the picture's name and the seed alone, so that more pictures change no other's split.
+    A share depends on the image's name and the seed only, so that adding images does not move others to another split.
 
     Raises:
-        DataError: a rule matches nothing, a list names what is not there, or two splits share a picture.
+        DataError: a rule matches nothing, a list names what is not there, or two splits share an image.
     """
     rule = rules[split]
     if isinstance(rule, float):
@@ -168,10 +168,10 @@ def choose(
             both = sorted(taken[split] & names, key=natural_key) if other != split else []
             if both:
                 raise DataError(
-                    f"{both[0]} is in the split {split} and in {other}, as are {len(both) - 1} more pictures; "
-                    "a picture that is learned from must not be scored: correct the splits"
+                    f"{both[0]} is in the split {split} and in {other}, as are {len(both) - 1} more images; "
+                    "an image that is learned from must not be scored: correct the splits"
                 )
-        chosen = [picture for picture in listed if picture.name in taken[split]]
+        chosen = [pair for pair in listed if pair.name in taken[split]]
     if not chosen:
         raise DataError(f"the split {split} ({rule}) takes none of {_some(listed)} in {root}; correct the splits")
     return chosen
@@ -219,7 +219,7 @@ def _below(root: Path, path: Path) -> str:
 
 
 def _some(listed: Sequence[ImagePair]) -> str:
-    return f"the {len(listed)} pictures ({', '.join(picture.name for picture in listed[:2])}, …)"
+    return f"the {len(listed)} images ({', '.join(pair.name for pair in listed[:2])}, …)"
 
 
 def _by_share(listed: Iterable[ImagePair], split: str, shares: Mapping[str, float], seed: int) -> list[ImagePair]:
@@ -228,7 +228,7 @@ def _by_share(listed: Iterable[ImagePair], split: str, shares: Mapping[str, floa
         if name == split:
             break
         start += share
-    return [picture for picture in listed if start <= _draw(picture.name, seed) < start + shares[split]]
+    return [pair for pair in listed if start <= _draw(pair.name, seed) < start + shares[split]]
 
 
 def _draw(name: str, seed: int) -> float:
@@ -241,14 +241,14 @@ def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Pat
         return _from_list(listed, root, rule)
     patterns = (rule,) if isinstance(rule, str) else rule
 
-    def taken(picture: ImagePair) -> bool:
-        return any(fnmatchcase(picture.relative if "/" in pattern else picture.name, pattern) for pattern in patterns)
+    def taken(pair: ImagePair) -> bool:
+        return any(fnmatchcase(pair.relative if "/" in pattern else pair.name, pattern) for pattern in patterns)
 
-    return {picture.name for picture in listed if taken(picture)}
+    return {pair.name for pair in listed if taken(pair)}
 
 
 def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
-    """Names of the pictures that a text file lists, one a line: name, stem, file name, or path below the root."""
+    """Names of the images that a text file lists, one a line: name, stem, file name, or path below the root."""
     path = root / rule
     fault = ""
     try:
@@ -262,18 +262,18 @@ def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
     if fault:
         raise DataError(f"the list {path} cannot be read ({fault}); check the path in the domain's splits")
     known: dict[str, set[str]] = {}
-    for picture in listed:
-        relative = Path(picture.relative)
-        aliases = (picture.name, picture.relative, relative.with_suffix("").as_posix(), relative.name, relative.stem)
+    for pair in listed:
+        relative = Path(pair.relative)
+        aliases = (pair.name, pair.relative, relative.with_suffix("").as_posix(), relative.name, relative.stem)
         for alias in aliases:
-            known.setdefault(alias, set()).add(picture.name)
+            known.setdefault(alias, set()).add(pair.name)
     chosen: set[str] = set()
     for line in lines:
         if not line or line.startswith("#"):
             continue
         names = known.get(line.replace("\\", "/").removeprefix("./"), set())
         if len(names) != 1:
-            fault = f"stands for {len(names)} pictures" if names else f"is none of {_some(listed)}"
+            fault = f"stands for {len(names)} images" if names else f"is none of {_some(listed)}"
             raise DataError(f"the list {path} names {line}, which {fault}; write its name, or its path below {root}")
         chosen |= names
     return chosen

@@ -1,4 +1,4 @@
-"""From domains to batches. What a step sees is a function of (seed, step): resuming costs nothing."""
+"""Load batches from domains. A batch is a function of (seed, step), so resuming skips ahead at no cost."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, UInt8
 from overfly.data.cache import nodata_label, open_image
 from overfly.data.check import class_counts, item_source, max_value_error
 from overfly.data.domain import Domain
-from overfly.data.sampling import Counts, Place, Sampling, crop
+from overfly.data.sampling import Counts, SampleSlot, Sampling, crop
 
 MEMORY_BYTES = 2 * 2**30
-"""Decoded pictures that one process keeps of one domain; what is over it is decoded again each time."""
+"""Largest size of the decoded images of a domain that a process caches in memory."""
 
 LONGEST = 16_384
-"""Longest side of a crop, or of a picture as it is resized, in pixels."""
+"""Longest side of a crop, or of an image as it is resized, in pixels."""
 
 BEYOND = 8
-"""How many times the longer side of its picture a crop may be: the rest is mirrored."""
+"""How many times the longer side of its image a crop may be: the rest is mirrored."""
 
 
 @dataclass
 class Stream:
-    """One domain's part of every batch.
+    """Loads the samples of one domain for every batch.
 
     Attributes:
-        domain: where pictures come from.
+        domain: where images come from.
         items: those of one split; labels taken away where training must not see them.
-        sampling: how pictures are chosen.
-        batch: pictures in a step, over all ranks.
+        sampling: how images are chosen.
+        batch: images in a step, over all ranks.
         crop: side of the square that is cut out, in pixels.
-        resize: side that pictures are first resized to, or None.
+        resize: side that images are first resized to, or None.
         seed: of the run; the streams of one run differ by ``key``.
         key: number of the stream.
-        cache: folder of decoded pictures, "memory" (up to `MEMORY_BYTES`), or None.
-        counts: labeled pixels of each class in each picture, where the sampling needs them; None reads every mask.
-        labeled: whether every picture must have a mask, and one mask at least a pixel to learn from. Masks are read
+        cache: folder of decoded images, "memory" (up to `MEMORY_BYTES`), or None.
+        counts: labeled pixels of each class in each image, where the sampling needs them; None reads every mask.
+        labeled: whether every image must have a mask, and one mask at least a pixel to learn from. Masks are read
             until one has: as a rule the first alone.
 
     Raises:
         RecipeError: crop or resize is out of range.
-        DataError: there are no pictures, or no labels where there must be some.
+        DataError: there are no images, or no labels where there must be some.
     """
 
     domain: Domain
@@ -69,7 +69,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         if not self.items:
-            raise DataError(f"the {self.domain.name} domain has no pictures in this split; check its folders")
+            raise DataError(f"the {self.domain.name} domain has no images in this split; check its folders")
         for setting, side in (("crop", self.crop), ("resize", self.resize)):
             if side is not None and not 1 <= side <= LONGEST:
                 raise RecipeError(f"{setting} is {side} pixels, and 1 to {LONGEST} will do; correct {setting}")
@@ -80,7 +80,7 @@ class Stream:
         without = [item for item in self.items if item.label is None]
         if without and self.labeled:
             raise DataError(
-                f"the source {self.domain.title} has no masks for {len(without)} of {len(self.items)} pictures, the "
+                f"the source {self.domain.title} has no masks for {len(without)} of {len(self.items)} images, the "
                 f"first {item_source(without[0])}; set source.masks"
             )
         if without and self.counts is None:
@@ -95,15 +95,15 @@ class Stream:
             something = bool(self.counts.any())
         if not something:
             raise DataError(
-                f"the masks of {self.domain.title} are ignored in every pixel of all {len(self.items)} pictures, the "
-                f"first {item_source(self.items[0])}; correct the masks, or what the domain says that they mean"
+                f"the masks of {self.domain.title} are ignored in every pixel of all {len(self.items)} images, the "
+                f"first {item_source(self.items[0])}; correct the masks or the domain's settings"
             )
 
     def chosen(self, step: int, slots: Sequence[int]) -> list[tuple[Item, int]]:
         """The items of a step, each with the class it was chosen for."""
         seed, count = self.seed * 16 + self.key, len(self.items)
-        places = [Place(seed, step, slot, self.batch, count) for slot in slots]
-        picks = [self.sampling.picture(place, self.counts) for place in places]
+        places = [SampleSlot(seed, step, slot, self.batch, count) for slot in slots]
+        picks = [self.sampling.choose_image(place, self.counts) for place in places]
         return [(self.items[index], wanted) for index, wanted in picks]
 
     def read(self, step: int, slots: Sequence[int]) -> Labeled:
@@ -117,7 +117,7 @@ class Stream:
         return found
 
     def read_unlabeled(self, step: int, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, C, crop, crop), and where they show nothing that was measured (B, crop, crop), bool.
+        """Images (B, C, crop, crop), and their pixels without data (B, crop, crop), bool.
 
         Raises:
             ValueError: an item has a label.
@@ -132,7 +132,7 @@ class Stream:
             return self._read(step, slots)
         except MemoryError:
             raise RecipeError(
-                f"pictures of batch {self.batch} and crop {self.crop} do not fit into memory; make one of them smaller"
+                f"images of batch {self.batch} and crop {self.crop} do not fit into memory; make one of them smaller"
             ) from None
 
     def _read(self, step: int, slots: Sequence[int]) -> Labeled:
@@ -152,7 +152,7 @@ class Stream:
         return Labeled(torch.stack(images), torch.stack(labels))
 
     def _open(self, item: Item) -> tuple[Array, UInt8]:
-        """Image and label; of an item without one, `IGNORE` where nothing was measured and 0 elsewhere."""
+        """Image and label; without a mask, `IGNORE` where the image has no data and 0 elsewhere."""
         if item.name in self._kept:
             return self._kept[item.name]
         folder = Path(self.cache) if self.cache not in (None, "memory") else None
@@ -191,7 +191,7 @@ class BatchDataset(Dataset[Batch | OverflyError]):
         """What this rank sees of a step.
 
         Raises:
-            OverflyError: a picture cannot be read.
+            OverflyError: an image cannot be read.
         """
         empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
         source = self.source.read(step, self._slots(self.source)) if self.source else empty
@@ -201,7 +201,7 @@ class BatchDataset(Dataset[Batch | OverflyError]):
         return Batch(source, images, nodata_mask if bool(nodata_mask.any()) else None)
 
     def names(self, step: int) -> list[str]:
-        """Names of the pictures that this rank sees in a step."""
+        """Names of the images that this rank sees in a step."""
         streams = [stream for stream in (self.source, self.target) if stream]
         return [item.name for stream in streams for item, _ in stream.chosen(step, self._slots(stream))]
 

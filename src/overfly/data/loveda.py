@@ -11,7 +11,7 @@ from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Item, UInt8
 from overfly.data import reading
 from overfly.data.domain import Domain, Split, SplitError
-from overfly.data.labels import UNKNOWN, from_numbers, unknown_numbers
+from overfly.data.reading import UNKNOWN, from_numbers, unknown_numbers
 
 CLASSES = Classes(
     names=("background", "building", "road", "water", "barren", "forest", "agriculture"),
@@ -57,7 +57,7 @@ class LoveDA(Domain, name="loveda"):
         """Scenes in the order of their numbers, urban before rural, named like ``Rural_12``.
 
         Raises:
-            SplitError: a folder of images is not there; the message names it and says how to fetch LoveDA.
+            SplitError: a folder of images does not exist.
             DataError: a scene of train or val has no mask, or a folder of images is empty.
         """
         scenes = ("Urban", "Rural") if self.scene == "both" else (self.scene.capitalize(),)

@@ -1,4 +1,4 @@
-"""Which picture, and which part of it, each step sees."""
+"""Choose the images and crops of each training step."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from overfly.core.records import Array, UInt8
 from overfly.core.spec import Choice, Positive, Share, Whole
 
 Counts = NDArray[np.int64]
-"""Labeled pixels of each class in each picture, (pictures, K)."""
+"""Labeled pixels of each class in each image, (images, K)."""
 
 
-class Place(NamedTuple):
-    """One place in the stream of pictures.
+class SampleSlot(NamedTuple):
+    """Position of a sample in the stream of batches.
 
     Attributes:
         seed: of the run and the stream.
         step: from 0.
-        slot: place in the batch, 0 to ``batch`` - 1.
-        batch: pictures in a step.
-        pictures: in the split.
+        slot: index in the batch, 0 to ``batch`` - 1.
+        batch: images in a step.
+        images: in the split.
     """
 
     seed: int
     step: int
     slot: int
     batch: int
-    pictures: int
+    images: int
 
 
 class Sampling(Choice, ABC):
-    """How pictures and crops are chosen. The choice is a function of (seed, step, slot) alone."""
+    """How images and crops are chosen. The choice is a function of (seed, step, slot) alone."""
 
     needs_counts: ClassVar[bool] = False
-    """Whether it must know the labeled pixels of each class in each picture."""
+    """Whether it must know the labeled pixels of each class in each image."""
 
     @abstractmethod
-    def picture(self, place: Place, counts: Counts | None) -> tuple[int, int]:
-        """Index of a picture and the class it was chosen for (-1: none in particular).
+    def choose_image(self, place: SampleSlot, counts: Counts | None) -> tuple[int, int]:
+        """Index of an image and the class it was chosen for (-1: none in particular).
 
         Args:
             place: which place in the stream.
@@ -57,34 +57,34 @@ class Sampling(Choice, ABC):
 
 
 class Uniform(Sampling, name="uniform"):
-    """Every picture once, in a new order each epoch; crops anywhere."""
+    """Every image once, in a new order each epoch; crops anywhere."""
 
-    def picture(self, place: Place, counts: Counts | None) -> tuple[int, int]:  # noqa: ARG002
-        """The next picture of a permutation drawn from (seed, epoch)."""
-        epoch, turn = divmod(place.step * place.batch + place.slot, place.pictures)
-        return int(_permutation(place.seed, epoch, place.pictures)[turn]), -1
+    def choose_image(self, place: SampleSlot, counts: Counts | None) -> tuple[int, int]:  # noqa: ARG002
+        """The next image of a permutation drawn from (seed, epoch)."""
+        epoch, turn = divmod(place.step * place.batch + place.slot, place.images)
+        return int(_permutation(place.seed, epoch, place.images)[turn]), -1
 
 
 class Rare(Sampling, name="rare"):
     """Rare-class sampling (Hoyer et al., 2022, DAFormer, section 3.2): first a class, the rarer the more often.
 
     A class c with share f_c of the labeled pixels is drawn with probability softmax((1 - f) / temperature); then a
-    picture that shows it; then crops until one shows it. Every mask is read once at the start, to count its pixels.
+    image that shows it; then crops until one shows it. Every mask is read once at the start, to count its pixels.
     """
 
     temperature: Positive = 0.01
     """Low: the rarest classes almost alone; high: all classes alike."""
     pixels: Whole = 1000
-    """Pixels of the class that a picture must have in all to count as showing it (or the most that any has)."""
+    """Pixels of the class that an image must have in all to count as showing it (or the most that any has)."""
     crop_share: Share = 0.005
     """Share of a crop that the class must fill, if it can be had in ten tries."""
 
     needs_counts: ClassVar[bool] = True
 
-    def picture(self, place: Place, counts: Counts | None) -> tuple[int, int]:
-        """A class by its rarity, then a picture that shows it."""
+    def choose_image(self, place: SampleSlot, counts: Counts | None) -> tuple[int, int]:
+        """A class by its rarity, then an image that shows it."""
         if counts is None:
-            raise ValueError("rare-class sampling needs the class counts of every picture")
+            raise ValueError("rare-class sampling needs the class counts of every image")
         random = np.random.default_rng([place.seed, place.step, place.slot, 1])
         probability = self.probabilities(counts)
         wanted = int(random.choice(len(probability), p=probability))
@@ -92,10 +92,10 @@ class Rare(Sampling, name="rare"):
         return int(random.choice(enough)), wanted
 
     def probabilities(self, counts: Counts) -> NDArray[np.float64]:
-        """Probability of each class (K,); 0 for classes that no picture shows.
+        """Probability of each class (K,); 0 for classes that no image shows.
 
         Raises:
-            DataError: no picture shows any class.
+            DataError: no image shows any class.
         """
         pixels = counts.sum(0).astype(float)
         if not pixels.any():
@@ -114,12 +114,12 @@ class Rare(Sampling, name="rare"):
 def crop(
     image: Array, label: UInt8, size: int, random: np.random.Generator, fits: Callable[[UInt8], bool]
 ) -> tuple[Array, UInt8]:
-    """A square part of a picture.
+    """A square part of an image.
 
     Args:
         image: (H, W, C).
         label: (H, W).
-        size: side of the crop; a smaller picture is mirrored outwards, with its label ignored there.
+        size: side of the crop; a smaller image is mirrored outwards, with its label ignored there.
         random: chooses the place.
         fits: whether the label of a place will do; the tenth place is taken in any case.
 
@@ -143,6 +143,6 @@ def crop(
 
 @lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of ``count`` pictures in one epoch."""
+    """The order of ``count`` images in one epoch."""
     order: NDArray[np.int64] = np.random.default_rng([seed, epoch, 0]).permutation(count)
     return order

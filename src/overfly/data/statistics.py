@@ -1,4 +1,4 @@
-"""Mean, spread and range of each band of a domain's images, in one pass and constant memory."""
+"""Mean, standard deviation and range of each band of a domain's images, in one pass and constant memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Float64 = NDArray[np.float64]
 
 
 class Statistics(Spec):
-    """Figures of each band, over all pixels that were measured, in the images' own range."""
+    """Statistics of each band over all pixels with data, in the images' own range."""
 
     mean: tuple[float, ...]
     """Mean of each band."""
@@ -36,9 +36,9 @@ class Statistics(Spec):
     def __str__(self) -> str:
         """Lines to put into a recipe, under its domain."""
         rows = {"mean": self.mean, "std": self.std}
-        told = [f"{name}: [{', '.join(f'{value:.6g}' for value in values)}]" for name, values in rows.items()]
+        lines = [f"{name}: [{', '.join(f'{value:.6g}' for value in values)}]" for name, values in rows.items()]
         lowest, highest = (", ".join(f"{value:g}" for value in values) for values in (self.minimum, self.maximum))
-        return "\n".join([*told, f"# {self.images} images; smallest {lowest}; largest {highest}"])
+        return "\n".join([*lines, f"# {self.images} images; smallest {lowest}; largest {highest}"])
 
     def __rich__(self) -> str:
         """The same in a terminal."""
@@ -78,14 +78,14 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
 
     Raises:
         RecipeError: the limit is below 1.
-        DataError: an image cannot be read, or no pixel of any was measured.
+        DataError: an image cannot be read, or no pixel has data.
     """
     if limit is not None and limit < 1:
-        raise RecipeError(f"--limit {limit} looks at no picture; --limit is 1 or more, or left out to look at all")
+        raise RecipeError(f"--limit must be at least 1, got {limit}")
     items = sample_evenly(domain.items(split), limit)
     total = _merged(_measured(domain, item) for item in items)
     if total is None or not total.number:
-        raise DataError(f"no pixel of the split {split} was measured; check the no-data value its images declare")
+        raise DataError(f"no pixel of the split {split} has data; check the no-data value of its images")
     return Statistics(
         mean=tuple(total.mean.tolist()),
         std=tuple(np.sqrt(total.squares / total.number).tolist()),

@@ -38,15 +38,15 @@ GOLDEN: dict[tuple[Scene, Split, int, int], tuple[str, tuple[float, ...]]] = {
         (111.7, 119.4, 103.7, 116.6, 121.5, 97.0, 118.3, 119.5, 96.1, 124.0, 126.6, 97.0),
     ),
 }
-"""Digest of the label, and the mean of red, green and blue of each quarter of the picture."""
+"""Digest of the label, and the mean of red, green and blue of each quarter of the image."""
 SOME = 16
 
 
 @cache
 def some(scene: Scene) -> tuple[UInt8, UInt8]:
-    """The first scenes of train: pictures (N, S, S, 3), labels (N, S, S)."""
-    pictures, labels = zip(*(synthesize(scene, "train", index) for index in range(SOME)), strict=True)
-    return np.stack(pictures), np.stack(labels)
+    """The first scenes of train: images (N, S, S, 3), labels (N, S, S)."""
+    images, labels = zip(*(synthesize(scene, "train", index) for index in range(SOME)), strict=True)
+    return np.stack(images), np.stack(labels)
 
 
 def shares(scene: Scene) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -54,9 +54,9 @@ def shares(scene: Scene) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return np.bincount(label.ravel(), minlength=7) / label.size
 
 
-def quarters(picture: UInt8) -> list[float]:
-    half = picture.shape[0] // 2
-    parts = picture[: 2 * half, : 2 * half].reshape(2, half, 2, half, 3).mean((1, 3), dtype=np.float64)
+def quarters(image: UInt8) -> list[float]:
+    half = image.shape[0] // 2
+    parts = image[: 2 * half, : 2 * half].reshape(2, half, 2, half, 3).mean((1, 3), dtype=np.float64)
     return [round(float(value), 2) for value in parts.ravel()]
 
 
@@ -65,11 +65,11 @@ def digest(label: UInt8) -> str:
 
 
 @pytest.mark.parametrize("key", GOLDEN, ids=lambda key: "-".join(map(str, key)))
-def test_pictures_are_those_that_were_published(key: tuple[Scene, Split, int, int]) -> None:
-    picture, label = synthesize(*key)
+def test_images_are_those_that_were_published(key: tuple[Scene, Split, int, int]) -> None:
+    image, label = synthesize(*key)
     golden_label, golden_picture = GOLDEN[key]
     assert digest(label) == golden_label
-    assert quarters(picture) == pytest.approx(golden_picture, abs=0.3)
+    assert quarters(image) == pytest.approx(golden_picture, abs=0.3)
 
 
 def test_what_was_drawn_before_does_not_matter() -> None:
@@ -81,7 +81,7 @@ def test_what_was_drawn_before_does_not_matter() -> None:
     np.testing.assert_array_equal(before[1], after[1])
 
 
-def test_each_argument_changes_the_picture() -> None:
+def test_each_argument_changes_the_image() -> None:
     base = synthesize("urban", "train", 0, 64)[0]
     others = [
         synthesize("rural", "train", 0, 64),
@@ -93,13 +93,13 @@ def test_each_argument_changes_the_picture() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(SCENES), st.sampled_from(SPLITS), st.integers(0, 10**6), st.integers(16, 100))
-def test_any_scene_is_a_picture_and_a_label_without_gaps(scene: Scene, split: Split, index: int, size: int) -> None:
-    picture, label = synthesize(scene, split, index, size)
-    assert picture.shape == (size, size, 3)
+def test_any_scene_is_a_image_and_a_label_without_gaps(scene: Scene, split: Split, index: int, size: int) -> None:
+    image, label = synthesize(scene, split, index, size)
+    assert image.shape == (size, size, 3)
     assert label.shape == (size, size)
-    assert picture.dtype == label.dtype == np.uint8
+    assert image.dtype == label.dtype == np.uint8
     assert label.max() < 7
-    assert picture.std() > 1
+    assert image.std() > 1
 
 
 @pytest.mark.parametrize("scene", SCENES)
@@ -118,7 +118,7 @@ def test_shares_shift_as_stated() -> None:
     assert ratio["forest"] < 0.7
 
 
-def test_buildings_are_smaller_and_the_picture_softer_in_the_country() -> None:
+def test_buildings_are_smaller_and_the_image_softer_in_the_country() -> None:
     def edge_share(scene: Scene) -> float:
         """Share of the building pixels whose right neighbor is none: the inverse of the width."""
         building = some(scene)[1] == CLASSES.index("building")
@@ -133,9 +133,9 @@ def test_buildings_are_smaller_and_the_picture_softer_in_the_country() -> None:
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_no_class_is_told_by_one_color(scene: Scene) -> None:
-    picture, label = some(scene)
-    means = np.stack([picture[label == index].mean(0) for index in range(7)])
-    guess = np.argmin(((picture[..., None, :] - means.astype(np.float32)) ** 2).sum(-1), -1)
+    image, label = some(scene)
+    means = np.stack([image[label == index].mean(0) for index in range(7)])
+    guess = np.argmin(((image[..., None, :] - means.astype(np.float32)) ** 2).sum(-1), -1)
     matrix = np.bincount((label.astype(int) * 7 + guess).ravel(), minlength=49).reshape(7, 7)
     iou = matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
     assert iou.max() < 0.7
@@ -143,23 +143,23 @@ def test_no_class_is_told_by_one_color(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_statistics_are_those_of_the_pictures(scene: Scene) -> None:
-    picture = some(scene)[0].astype(np.float64)
+def test_statistics_are_those_of_the_images(scene: Scene) -> None:
+    image = some(scene)[0].astype(np.float64)
     mean, std = Synthetic(scene=scene).statistics
-    assert mean == pytest.approx(picture.mean((0, 1, 2)), abs=6)
-    assert std == pytest.approx(picture.std((0, 1, 2)), rel=0.12)
+    assert mean == pytest.approx(image.mean((0, 1, 2)), abs=6)
+    assert std == pytest.approx(image.std((0, 1, 2)), rel=0.12)
 
 
 def test_domain_reads_what_is_drawn() -> None:
     domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": 64, "train": 3, "val": 2, "test": 1})
     assert [len(domain.items(split)) for split in SPLITS] == [3, 2, 1]
     item = pickle.loads(pickle.dumps(domain.items("train")[2]))
-    picture, label = synthesize("rural", "train", 2, 64)
+    image, label = synthesize("rural", "train", 2, 64)
     read = domain.read_image(item)
-    np.testing.assert_array_equal(read, picture)
+    np.testing.assert_array_equal(read, image)
     np.testing.assert_array_equal(domain.read_label(item), label)
     read[:] = 0
-    np.testing.assert_array_equal(domain.read_image(item), picture)
+    np.testing.assert_array_equal(domain.read_image(item), image)
     assert domain.classes == CLASSES
     assert len({item.name for item in domain.items("train")}) == 3
 
@@ -174,8 +174,8 @@ def test_written_world_is_read_as_loveda(tmp_path: Path) -> None:
             items = domain.items(split)
             assert len(items) == number
             for index, item in enumerate(items):
-                picture, label = synthesize(scene, split, index, 48)
-                np.testing.assert_array_equal(domain.read_image(item), picture)
+                image, label = synthesize(scene, split, index, 48)
+                np.testing.assert_array_equal(domain.read_image(item), image)
                 np.testing.assert_array_equal(domain.read_label(item), label)
     assert len(list(root.glob("Test/*/images_png/*.png"))) == 2
     assert not list(root.glob("Test/*/masks_png"))
@@ -189,9 +189,9 @@ def test_written_world_is_read_as_loveda(tmp_path: Path) -> None:
 def test_other_processes_draw_the_same(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "world", size=64, train=2, val=0, test=0, scenes=["rural"], workers=2)
     for index in range(2):
-        picture, label = synthesize("rural", "train", index, 64)
+        image, label = synthesize("rural", "train", index, 64)
         folder = tmp_path / "world" / "Train" / "Rural"
-        np.testing.assert_array_equal(np.asarray(Image.open(folder / "images_png" / f"{index}.png")), picture)
+        np.testing.assert_array_equal(np.asarray(Image.open(folder / "images_png" / f"{index}.png")), image)
         np.testing.assert_array_equal(np.asarray(Image.open(folder / "masks_png" / f"{index}.png")), label + 1)
 
 

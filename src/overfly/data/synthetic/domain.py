@@ -1,8 +1,7 @@
 """The synthetic world: two aerial domains, urban and rural, that need no download.
 
-A scene is laid out (`overfly.data.synthetic.layout`), built of pieces (`overfly.data.synthetic.objects`), lit and
-photographed (`overfly.data.synthetic.rendering`). The shift between the two is one of kind: shares of the classes,
-shapes and sizes, materials and season, ground resolution, sun and shadow, haze, sensor.
+A scene is laid out (`overfly.data.synthetic.layout`) and rendered (`overfly.data.synthetic.objects`). The two domains
+differ in class shares, shapes and sizes, materials and season, ground resolution, sun and shadow, haze, and sensor.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ from overfly.data.domain import SPLITS, Domain, Split
 from overfly.data.loveda import CLASSES
 from overfly.data.synthetic.drawing import Dice, Sheet
 from overfly.data.synthetic.layout import country, town
-from overfly.data.synthetic.objects import CLASS_OF, Material
-from overfly.data.synthetic.rendering import AUTUMN, SUMMER, develop
+from overfly.data.synthetic.objects import AUTUMN, CLASS_OF, SUMMER, Material, render
 
 SCENES: tuple[Scene, ...] = get_args(Scene)
 
 EDITION = 1
-"""Part of every seed and of a written world's record; a change to any picture raises it."""
+"""Part of every seed and of a written world's record; a change to any image raises it."""
 IDS: UInt8 = np.array([CLASS_OF[material] for material in Material], np.uint8)
 STATISTICS: dict[Scene, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "urban": ((114.57, 116.16, 105.05), (39.83, 32.79, 35.73)),
@@ -43,20 +41,20 @@ STATISTICS: dict[Scene, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 """Mean and standard deviation of red, green and blue over the train split at its default size and number."""
 GROUND: dict[Scene, float] = {"urban": 0.3, "rural": 0.5}
-RECORD = "drawn.json"
+RECORD = "synthetic.json"
 
 
 def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8, UInt8]:
-    """Draw a scene. It depends on the four arguments alone: the same on every machine, in every process.
+    """Synthesize a scene. It is a function of the four arguments: the same on every machine and in every process.
 
     Args:
         scene: ``urban`` or ``rural``.
         split: train, val and test are different places.
         index: number of the scene in its split, from 0 on.
-        size: side S in pixels; a larger picture shows more ground, not more detail.
+        size: side S in pixels; a larger image shows more ground, not more detail.
 
     Returns:
-        Picture (S, S, 3), 0 to 255, and label (S, S), class ids 0 to 6 in LoveDA's order.
+        Image (S, S, 3), 0 to 255, and label (S, S), class ids 0 to 6 in LoveDA's order.
 
     Raises:
         DataError: there is no such scene or split, or a number is out of range.
@@ -74,19 +72,19 @@ def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple
     sheet, dice = Sheet(size), Dice(*key)
     if scene == "urban":
         town(sheet, dice)
-        picture = develop(sheet, dice, SUMMER)
+        image = render(sheet, dice, SUMMER)
     else:
         country(sheet, dice)
-        picture = develop(sheet, dice, AUTUMN)
-    return picture, IDS[sheet.material]
+        image = render(sheet, dice, AUTUMN)
+    return image, IDS[sheet.material]
 
 
 _recent = lru_cache(maxsize=4)(synthesize)
-"""Image and label of an item are asked for one after the other; they are drawn once."""
+"""Caches a scene between the reading of its image and of its label."""
 
 
 def draw_image(scene: Scene, split: Split, index: int, size: int) -> UInt8:
-    """The picture (S, S, 3) of `synthesize`, 0 to 255."""
+    """The image (S, S, 3) of `synthesize`, 0 to 255."""
     return _recent(scene, split, index, size)[0].copy()
 
 
@@ -98,7 +96,7 @@ def draw_label(scene: Scene, split: Split, index: int, size: int) -> UInt8:
 class Synthetic(Domain, name="synthetic"):
     """The synthetic world: two aerial domains that need no download, for demos, tests and first experiments.
 
-    * Format: drawn when asked for, about 30 ms a scene of 256×256 pixels; `write_synthetic` writes LoveDA's layout.
+    * Format: generated on access, about 30 ms a scene of 256×256 pixels; `write_synthetic` writes LoveDA's layout.
     * Bands: red, green, blue, 8 bits. Resolution: about 0.3 m (urban) and 0.5 m (rural).
     * Classes: LoveDA's seven. Every pixel has one; nothing is ignored.
     * Shift: shares (building 15 %, road 25 %, agriculture 7 % in urban; 6, 6 and 35 % in rural), road grids and blocks
@@ -110,7 +108,7 @@ class Synthetic(Domain, name="synthetic"):
     scene: Scene = "urban"
     """Which of the two domains: ``urban`` or ``rural``."""
     size: Pixels = 256
-    """Side of each picture; a larger one shows more ground."""
+    """Side of each image; a larger one shows more ground."""
     train: Count = 400
     """Scenes in the train split."""
     val: Count = 60
@@ -125,7 +123,7 @@ class Synthetic(Domain, name="synthetic"):
 
     @property
     def gsd(self) -> float:
-        """Length of a pixel on the ground in meters, by the size of what is drawn."""
+        """Length of a pixel on the ground in meters."""
         return GROUND[self.scene]
 
     @property
@@ -158,20 +156,20 @@ def write_synthetic(
     """Write the synthetic world in LoveDA's layout: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
 
     As in LoveDA, a mask holds class id + 1, Test has no masks, and no two files share a number. Scene ``index`` of a
-    split is the same picture that `Synthetic` gives. The folder appears when it is complete; one that holds this very
+    split is the same image that `Synthetic` gives. The folder appears when it is complete; one that holds this very
     world already is left as it is.
 
     Args:
         root: folder to write; it must not exist, or be empty.
-        size: side of each picture in pixels.
-        train: pictures of each scene for training.
-        val: pictures of each scene for validation.
-        test: pictures of each scene without masks.
+        size: side of each image in pixels.
+        train: images of each scene for training.
+        val: images of each scene for validation.
+        test: images of each scene without masks.
         scenes: which scenes.
         workers: processes that draw; more than one needs the caller's script to be importable.
 
     Returns:
-        How many pictures the folder holds.
+        How many images the folder holds.
 
     Raises:
         DataError: the folder holds something else or cannot be written, or a number is out of range.
@@ -180,8 +178,8 @@ def write_synthetic(
     numbers: dict[Split, int] = {"train": train, "val": val, "test": test}
     if size < 16 or min(numbers.values()) < 0 or train < 1 or workers < 1 or not scenes or set(scenes) - set(SCENES):
         raise DataError(
-            f"a synthetic world of {train}, {val} and {test} pictures of {size} pixels, scenes {tuple(scenes)}, by "
-            f"{workers} workers cannot be; ask for at least 1 picture to train on, 16 pixels and 1 worker, and for "
+            f"a synthetic world of {train}, {val} and {test} images of {size} pixels, scenes {tuple(scenes)}, by "
+            f"{workers} workers cannot be; ask for at least 1 image to train on, 16 pixels and 1 worker, and for "
             "scenes urban or rural"
         )
     counts = {"train": train, "val": val, "test": test}
@@ -245,7 +243,7 @@ def _write_all(world: Path, numbers: dict[Split, int], scenes: Sequence[Scene], 
 
 def _write(job: tuple[Path, Scene, Split, int, int]) -> None:
     path, scene, split, index, size = job
-    picture, label = synthesize(scene, split, index, size)
-    Image.fromarray(picture).save(path.parent / "images_png" / path.name)
+    image, label = synthesize(scene, split, index, size)
+    Image.fromarray(image).save(path.parent / "images_png" / path.name)
     if split != "test":
         Image.fromarray(label + np.uint8(1)).save(path.parent / "masks_png" / path.name)

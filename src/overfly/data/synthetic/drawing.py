@@ -1,7 +1,7 @@
 """Polygons, textures, shadows: the tools that the synthetic world is drawn with, on numpy arrays.
 
 Everything here is plain IEEE arithmetic on seeded numbers (no sine, no matrix product, no platform's own normal
-variates), so that a picture has the same bytes on every machine. Lengths are pixels, x to the right, y down.
+variates), so that an image has the same bytes on every machine. Lengths are pixels, x to the right, y down.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def subdivide(
 
 @dataclass
 class Sheet:
-    """A square picture in the making: what lies where, its color before light, its height and relief."""
+    """A square image in the making: what lies where, its color before light, its height and relief."""
 
     size: int
     material: UInt8 = field(init=False)
