@@ -137,14 +137,14 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
 
     A forward pass of a small image shows which follows which: a normalization is folded where its input is the very
     tensor that a convolution returned. Where folding changes the output (other modules read the convolution too),
-    nothing is folded.
+    nothing is folded. Both passes are in float64, since rounding in float32 can be amplified by a deep network.
 
     Args:
         network: in evaluation mode; it is not changed.
         bands: bands of its images.
     """
-    folded = copy.deepcopy(network)
-    image = torch.randn(1, bands, 64, 64, generator=torch.Generator().manual_seed(0))
+    folded = copy.deepcopy(network).double()
+    image = torch.randn(1, bands, 64, 64, generator=torch.Generator().manual_seed(0)).double()
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: list[tuple[str, nn.Conv2d, nn.BatchNorm2d]] = []
     hooks = []
@@ -175,7 +175,7 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
             setattr(folded.get_submodule(owner), child, nn.Identity())
         result = folded(image).main
     close = torch.allclose(result, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max() + 1e-12))
-    return folded if close else copy.deepcopy(network)
+    return folded.float() if close else copy.deepcopy(network)
 
 
 @torch.no_grad()
@@ -183,13 +183,12 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Fold a normalization into the convolution before it."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a batch normalization without running statistics cannot be folded")
-    scale = (norm.weight if norm.affine else torch.ones_like(norm.running_mean)).double()
-    scale = scale / (norm.running_var.double() + norm.eps).sqrt()
-    shift = (norm.bias if norm.affine else torch.zeros_like(norm.running_mean)).double()
-    bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
-    conv.weight.copy_((conv.weight.double() * scale[:, None, None, None]).float())
-    folded = ((bias - norm.running_mean.double()) * scale + shift).float()
-    conv.bias = nn.Parameter(folded, requires_grad=False)
+    scale = norm.weight if norm.affine else torch.ones_like(norm.running_mean)
+    scale = scale / (norm.running_var + norm.eps).sqrt()
+    shift = norm.bias if norm.affine else torch.zeros_like(norm.running_mean)
+    bias = torch.zeros_like(scale) if conv.bias is None else conv.bias
+    conv.weight.mul_(scale[:, None, None, None])
+    conv.bias = nn.Parameter((bias - norm.running_mean) * scale + shift, requires_grad=False)
 
 
 @torch.no_grad()
