@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from overfly.core.choices import Cache
 from overfly.core.errors import RecipeError
@@ -26,36 +24,6 @@ else:  # the types that the command line parses
 
 MAX_SIDE = 16384
 """Largest side of an image, in pixels."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def pathlike(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the arguments that are paths be given as text too, as a notebook does; the command line is as before."""
-    signature = inspect.signature(function)
-
-    @functools.lru_cache(1)
-    def paths() -> tuple[set[str], set[str]]:
-        hints = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(function).items()}
-        one = {name for name, kinds in hints.items() if Path in kinds and str not in kinds}
-        return one, {name for name, kinds in hints.items() if list[Path] in kinds}
-
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            given = signature.bind(*args, **kwargs)
-        except TypeError:
-            return function(*args, **kwargs)  # which says whose argument it is that is wrong
-        one, several = paths()
-        for name, value in given.arguments.items():
-            if name in one and isinstance(value, str):
-                given.arguments[name] = Path(value)
-            elif name in several and value is not None:
-                given.arguments[name] = [Path(each) for each in value]
-        return function(*given.args, **given.kwargs)
-
-    return called
 
 
 def split_entries(entries: Sequence[RecipeLike]) -> tuple[list[RecipeLike], list[str]]:
