@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = sorted(folder.glob("*/recipe.yaml"))
     chosen = next(found.parent for found in runs if yaml.safe_load(found.read_text())["seed"] == 0)
     for found in runs:
-        assert overfly("evaluate", found.parent, "--device", "cpu", "--no-pictures") == 0
+        assert overfly("evaluate", found.parent, "--device", "cpu", "--no-samples") == 0
     return chosen
 
 

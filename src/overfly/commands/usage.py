@@ -77,7 +77,7 @@ def _unknown_option(error: UnknownOptionError) -> str:
     option = error.token.keyword or error.token.value
     names = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
     suggestion = _suggestion(option, names)
-    if suggestion or error.target is None or not _takes_settings(error.target):
+    if suggestion or option.startswith("--no-") or error.target is None or not _takes_settings(error.target):
         return f"{option}{suggestion}"
     tokens = error.root_input_tokens or []
     values = [value for name, value in pairwise(tokens) if name == option and value[:1] != "-"]
