@@ -109,7 +109,7 @@ def page(name: str, kind: type[Method[Any]]) -> str:
     """The page of one method."""
     module = sys.modules[kind.__module__]
     first, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")
-    bases = [base.name for base in kind.__mro__[1:] if getattr(base, "name", "") and base is not kind]
+    bases = [base.name for base in kind.__mro__[1:] if issubclass(base, Method) and base.name]
     values = {
         "name": name,
         "paper": " ".join((module.__doc__ or "").split()),
