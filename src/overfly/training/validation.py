@@ -100,7 +100,7 @@ def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
 
 def log_entry(metrics: LabelFreeMetrics) -> dict[str, Any]:
     """Label-free metrics as values of a log line; those that are not numbers stand under ``details``."""
-    details = {"shares", "by_view", "images", "labels_opened"}
+    details = {"shares", "by_view", "images"}
     return {**metrics.model_dump(exclude=details), "details": metrics.model_dump(include=details)}
 
 
