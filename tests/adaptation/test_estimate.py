@@ -93,6 +93,7 @@ def test_the_estimate_of_a_network_holds_the_truth_and_opens_no_target_label() -
         image = torch.from_numpy(seeing.read_image(item)).permute(2, 0, 1)[None].float()
         truth = truth + Confusion.of(network(image).main.argmax(1)[0], torch.from_numpy(seeing.read_label(item)), 3)
     assert found.low <= truth.miou <= found.high
+    assert (found.source_labels, found.images) == (4, 4)
     assert found.temperature < 1, "the planted network is always right and claims less"
     assert found.shifts[0].name == "none"
     assert found.shifts[0].truth == 1
