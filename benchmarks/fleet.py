@@ -23,7 +23,7 @@ import rasterio
 from rasterio import Affine
 
 from overfly.core.device import describe_machine
-from overfly.data.synthetic.domain import synthesize
+from overfly.data.synthetic import synthesize
 from overfly.recipe import load
 from overfly.training.setup import initial_segmenter
 

@@ -21,7 +21,7 @@ from overfly.core.errors import DataError
 from overfly.core.records import Array, UInt8
 from overfly.data.headers import MAX_PIXELS, image_format, open_pillow, open_raster
 from overfly.data.reading import read_image
-from overfly.data.synthetic.domain import synthesize
+from overfly.data.synthetic import synthesize
 from overfly.video.capture import write_video
 
 LOW, HIGH = 0.6, 1.25

@@ -36,7 +36,7 @@ from rio_cogeo.cogeo import cog_validate
 from overfly.commands.load_predictor import load_predictor
 from overfly.core.classes import Classes
 from overfly.core.device import describe_machine
-from overfly.data.synthetic.domain import synthesize
+from overfly.data.synthetic import synthesize
 from overfly.exporting.predictor import ModelMetadata, Predictor
 from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import map_raster, plan_raster

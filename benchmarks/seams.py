@@ -18,7 +18,7 @@ from PIL import Image
 from rasterio import Affine
 
 from overfly.commands.load_predictor import load_predictor
-from overfly.data.synthetic.domain import synthesize
+from overfly.data.synthetic import synthesize
 from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import map_raster
 

@@ -14,7 +14,7 @@ from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes, parse_b
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.data.folder import Folder
-from overfly.data.synthetic.domain import synthesize
+from overfly.data.synthetic import synthesize
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig
 from overfly.training.run import Run

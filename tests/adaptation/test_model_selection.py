@@ -24,7 +24,7 @@ from overfly.adaptation.model_selection import (
 from overfly.adaptation.model_selection import rank as rank_runs
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item, UInt8
-from overfly.data.synthetic.domain import Synthetic
+from overfly.data.synthetic import Synthetic
 from overfly.evaluation.images import unlabeled_images
 from overfly.evaluation.label_free_metrics import consensus
 from overfly.recipe import load

@@ -22,7 +22,7 @@ from overfly.commands.serve import served_networks
 from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
 from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
-from overfly.data.synthetic.domain import Synthetic, synthesize
+from overfly.data.synthetic import Synthetic, synthesize
 from overfly.evaluation.score import score
 from overfly.methods.dacs import DACS, Mixed
 from overfly.methods.method import TeacherStudent

@@ -6,7 +6,8 @@ from overfly import data_check, data_stats, data_synthesize
 
 
 def test_data_commands_accept_paths_and_text(tmp_path: Path) -> None:
-    for number, root in enumerate((tmp_path / "0", str(tmp_path / "1"))):
+    roots: tuple[Path | str, ...] = (tmp_path / "0", str(tmp_path / "1"))
+    for number, root in enumerate(roots):
         data_synthesize(root, scenes=["urban"], size=32, train=2, val=1, test=1)
         file = tmp_path / f"{number}.yaml"
         file.write_text(f"name: loveda\nroot: {root}\nscene: urban\n")

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, OverflyError
+from overfly.core.records import Item
 from overfly.data import check as checks
 from overfly.data.check import check, check_masks, class_counts
-from overfly.data.domain import SplitError
+from overfly.data.domain import Domain, SplitError
 from overfly.data.folder import Folder
 from overfly.data.loveda import CLASSES, LoveDA
 
@@ -152,7 +153,12 @@ def test_check_masks_finds_unknown_values_in_a_later_split(tmp_path: Path) -> No
 def test_check_masks_reads_only_changed_masks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     domain, cache, decoded = write(tmp_path, 4), tmp_path / "cache", list[str]()
     mask_error = checks._mask_error
-    monkeypatch.setattr(checks, "_mask_error", lambda d, item: decoded.append(item.name) or mask_error(d, item))
+
+    def record(domain: Domain, item: Item) -> OverflyError | None:
+        decoded.append(item.name)
+        return mask_error(domain, item)
+
+    monkeypatch.setattr(checks, "_mask_error", record)
     check_masks(domain, ["train"], cache)
     check_masks(domain, ["train"], cache)
     assert sorted(decoded) == ["0", "1", "2", "3"]

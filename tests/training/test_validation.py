@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from overfly import train
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import Item, UInt8
-from overfly.data.synthetic.domain import Synthetic
+from overfly.data.synthetic import Synthetic
 from overfly.evaluation.label_free_metrics import VALIDATORS
 from overfly.methods.method import Networks, TeacherStudent
 from overfly.methods.source_only import SourceOnly

@@ -72,7 +72,7 @@ def data_synthesize(
     Returns:
         The folder and its number of images.
     """
-    from overfly.data.synthetic.domain import write_synthetic
+    from overfly.data.synthetic import write_synthetic
 
     count = write_synthetic(
         root, size=size, train=train, val=val, test=test, scenes=tuple(scenes or ("urban", "rural")), workers=workers

@@ -1,11 +1,8 @@
-"""Imagery: what a dataset must say, and all between its files and a batch. A new dataset is added to this list."""
+"""Datasets, and the loading of their images and labels as batches. Add a new dataset to this list."""
 
 from __future__ import annotations
 
-from overfly.data import folder, loveda
-from overfly.data.synthetic import domain as synthetic
+from overfly.data import folder, loveda, synthetic
 
 BUILT_IN = (loveda, folder, synthetic)
 """The modules whose domains are always known."""
-
-__all__ = ["BUILT_IN", "folder", "loveda", "synthetic"]

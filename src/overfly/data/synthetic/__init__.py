@@ -1,1 +1,378 @@
-"""The synthetic world: two aerial domains, urban and rural, drawn on the fly."""
+"""Synthetic dataset: two aerial domains, urban and rural, that need no download.
+
+A scene is laid out (`overfly.data.synthetic.layout`) and rendered. The two domains differ in class shares, shapes and
+sizes, materials and season, ground resolution, sun and shadow, haze, and sensor.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from overfly.core.atomic_files import temporary_path
+from overfly.core.choices import Scene
+from overfly.core.classes import Classes
+from overfly.core.errors import DataError
+from overfly.core.records import Item, UInt8
+from overfly.core.spec import Count, Pixels
+from overfly.data.domain import SPLITS, Domain, Split
+from overfly.data.loveda import CLASSES
+from overfly.data.synthetic.drawing import (
+    Bool,
+    Canvas,
+    Color,
+    Float,
+    Random,
+    clouds,
+    crowns,
+    direction,
+    grain,
+    shadow_mask,
+)
+from overfly.data.synthetic.layout import CLASS_OF, Material, lay_out_rural, lay_out_urban
+
+SCENES: tuple[Scene, ...] = get_args(Scene)
+
+EDITION = 1
+"""Part of every seed and of the record of a written dataset; raised when any image changes."""
+IDS: UInt8 = np.array([CLASS_OF[material] for material in Material], np.uint8)
+STATISTICS: dict[Scene, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "urban": ((114.57, 116.16, 105.05), (39.83, 32.79, 35.73)),
+    "rural": ((119.44, 120.57, 87.79), (36.05, 27.09, 25.80)),
+}
+"""Mean and standard deviation of red, green and blue over the train split at its default size and number."""
+GROUND: dict[Scene, float] = {"urban": 0.3, "rural": 0.5}
+RECORD = "synthetic.json"
+
+
+def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8, UInt8]:
+    """Synthesize a scene. It is a function of the four arguments: the same on every machine and in every process.
+
+    Args:
+        scene: ``urban`` or ``rural``.
+        split: train, val or test; each has its own seeds.
+        index: number of the scene in its split, from 0 on.
+        size: side S in pixels; a larger image shows more ground, not more detail.
+
+    Returns:
+        Image (S, S, 3), 0 to 255, and label (S, S), class ids 0 to 6 in LoveDA's order.
+
+    Raises:
+        DataError: there is no such scene or split, or a number is out of range.
+    """
+    if scene not in SCENES or split not in SPLITS:
+        raise DataError(
+            f"scene must be {' or '.join(SCENES)}, split one of {', '.join(SPLITS)}, got {scene!r} and {split!r}"
+        )
+    if index < 0 or size < 16:
+        raise DataError(f"index must be at least 0 and size at least 16, got {index} and {size}")
+    key = (EDITION, SCENES.index(scene), SPLITS.index(split), index, size)
+    canvas, random = Canvas(size), Random(*key)
+    (lay_out_urban if scene == "urban" else lay_out_rural)(canvas, random)
+    image = _render(canvas, random, URBAN_APPEARANCE if scene == "urban" else RURAL_APPEARANCE)
+    return image, IDS[canvas.material]
+
+
+_recent = lru_cache(maxsize=4)(synthesize)
+"""Caches a scene between the reading of its image and of its label."""
+
+
+def draw_image(scene: Scene, split: Split, index: int, size: int) -> UInt8:
+    """The image (S, S, 3) of `synthesize`, 0 to 255."""
+    return _recent(scene, split, index, size)[0].copy()
+
+
+def draw_label(scene: Scene, split: Split, index: int, size: int) -> UInt8:
+    """The label (S, S) of `synthesize`, class ids 0 to 6."""
+    return _recent(scene, split, index, size)[1].copy()
+
+
+class Synthetic(Domain, name="synthetic"):
+    """Synthetic aerial images of two domains, for demos, tests and first experiments; no download.
+
+    * Format: generated on access, about 30 ms a scene of 256×256 pixels; `write_synthetic` writes LoveDA's layout.
+    * Bands: red, green, blue, 8 bits. Resolution: about 0.3 m (urban) and 0.5 m (rural).
+    * Classes: LoveDA's seven. Every pixel has one; nothing is ignored.
+    * Shift: shares (building 15 %, road 25 %, agriculture 7 % in urban; 6, 6 and 35 % in rural), road grids and blocks
+      against lanes and hamlets, season, materials, ground resolution, length and side of the shadows, haze, noise.
+    * Splits: train, val and test differ in their seeds. Scenes of one split are independent of each other.
+    * License: that of this package.
+    """
+
+    scene: Scene = "urban"
+    """Which of the two domains: ``urban`` or ``rural``."""
+    size: Pixels = 256
+    """Side of each image; a larger one shows more ground."""
+    train: Count = 400
+    """Scenes in the train split."""
+    val: Count = 60
+    """Scenes in the val split."""
+    test: Count = 60
+    """Scenes in the test split. It has labels."""
+
+    @property
+    def classes(self) -> Classes:
+        """LoveDA's seven classes."""
+        return CLASSES
+
+    @property
+    def gsd(self) -> float:
+        """Length of a pixel on the ground in meters."""
+        return GROUND[self.scene]
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of red, green and blue over the train split, 0 to 255."""
+        return STATISTICS[self.scene]
+
+    def items(self, split: Split) -> Sequence[Item]:
+        """Scenes 0 to n - 1 of a split, named like ``Urban_12``."""
+        number: int = {"train": self.train, "val": self.val, "test": self.test}[split]
+        items = []
+        for index in range(number):
+            key = (self.scene, split, index, self.size)
+            items.append(
+                Item(f"{self.scene.capitalize()}_{index}", partial(draw_image, *key), partial(draw_label, *key))
+            )
+        return items
+
+
+def write_synthetic(
+    root: Path | str,
+    *,
+    size: int = 256,
+    train: int = 400,
+    val: int = 60,
+    test: int = 60,
+    scenes: Sequence[Scene] = SCENES,
+    workers: int = 1,
+) -> int:
+    """Write synthetic images in LoveDA's layout: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
+
+    As in LoveDA, a mask holds class id + 1, Test has no masks, and no two files share a number. Scene ``index`` of a
+    split is the same image as that of `Synthetic`. The folder appears when it is complete; a folder that already holds
+    these images is left as it is.
+
+    Args:
+        root: folder to write; it must not exist, or be empty.
+        size: side of each image in pixels.
+        train: images of each scene for training.
+        val: images of each scene for validation.
+        test: images of each scene without masks.
+        scenes: urban, rural or both.
+        workers: processes; more than one needs the caller's script to be importable.
+
+    Returns:
+        Number of images in the folder.
+
+    Raises:
+        DataError: the folder holds something else or cannot be written, or a number is out of range.
+    """
+    root = Path(root).expanduser()
+    numbers: dict[Split, int] = {"train": train, "val": val, "test": test}
+    settings = ("size", size, 16), ("train", train, 1), ("val", val, 0), ("test", test, 0), ("workers", workers, 1)
+    for setting, value, least in settings:
+        if value < least:
+            raise DataError(f"{setting} must be at least {least}, got {value}")
+    if not scenes or set(scenes) - set(SCENES):
+        raise DataError(f"scenes must be some of {', '.join(SCENES)}, got {', '.join(scenes) or 'none'}")
+    record = {"edition": EDITION, "size": size, **numbers, "scenes": sorted(set(scenes))}
+    count = sum(numbers.values()) * len(set(scenes))
+    if _is_written(root, record):
+        return count
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_path(root, folder=True) as part:
+            folder = part / "images"
+            _write_all(folder, numbers, sorted(set(scenes)), size, workers)
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            if root.is_dir():
+                root.rmdir()
+            folder.replace(root)
+    except OSError as error:
+        raise DataError(
+            f"the synthetic images cannot be written to {root} ({error.strerror or error}); choose another folder"
+        ) from error
+    return count
+
+
+def _is_written(root: Path, record: dict[str, Any]) -> bool:
+    """Whether a folder holds the dataset of this record; False if it is missing or empty.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    try:
+        existing = json.loads((root / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        existing = None
+    if existing == record:
+        return True
+    content = "synthetic images with other settings" if isinstance(existing, dict) else "other files"
+    raise DataError(f"{root} already holds {content}; choose another folder, or remove this one")
+
+
+def _write_all(root: Path, numbers: dict[Split, int], scenes: Sequence[Scene], size: int, workers: int) -> None:
+    """Write every scene, each under its own number, rural before urban as in LoveDA."""
+    jobs: list[tuple[Path, Scene, Split, int, int]] = []
+    for split, number in numbers.items():
+        for scene in scenes:
+            folder = root / split.capitalize() / scene.capitalize()
+            if number:
+                (folder / "images_png").mkdir(parents=True)
+                if split != "test":
+                    (folder / "masks_png").mkdir()
+            jobs += [(folder / f"{len(jobs) + index}.png", scene, split, index, size) for index in range(number)]
+    if workers == 1:
+        for job in jobs:
+            _write(job)
+        return
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process, which ends the workers
+    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore_interrupts) as pool:
+        list(pool.map(_write, jobs))
+
+
+def _write(job: tuple[Path, Scene, Split, int, int]) -> None:
+    path, scene, split, index, size = job
+    image, label = synthesize(scene, split, index, size)
+    Image.fromarray(image).save(path.parent / "images_png" / path.name)
+    if split != "test":
+        Image.fromarray(label + np.uint8(1)).save(path.parent / "masks_png" / path.name)
+
+
+Range = tuple[float, float]
+
+
+class Appearance(NamedTuple):
+    """Season, light and sensor of a domain; each scene draws its own values from the ranges.
+
+    Attributes:
+        leaves: colors that tree crowns are mixed from.
+        spacing: pixels between trees.
+        sun: direction of the sun, as the argument of `direction`.
+        slope: tangent of the sun's elevation.
+        shade: brightness of each band in the shadow, 0 to 1.
+        gain: gain of each band.
+        exposure: gain of all bands.
+        haze: share of haze in the image, 0 to 1.
+        veil: color of the haze.
+        blur: radius of the optical blur, in pixels.
+        noise: standard deviation of the sensor's noise, of 255.
+    """
+
+    leaves: tuple[Color, ...]
+    spacing: tuple[int, int]
+    sun: Range
+    slope: Range
+    shade: Color
+    gain: Color
+    exposure: Range
+    haze: Range
+    veil: Color
+    blur: Range
+    noise: Range
+
+
+URBAN_APPEARANCE = Appearance(
+    leaves=((54, 82, 46), (70, 96, 54), (48, 72, 50)),
+    spacing=(8, 11), sun=(-0.6, -0.2), slope=(0.9, 1.5), shade=(0.5, 0.53, 0.62),
+    gain=(1.0, 1.0, 1.0), exposure=(0.9, 1.1), haze=(0.0, 0.1), veil=(190, 198, 208),
+    blur=(0.35, 0.6), noise=(1, 3),
+)  # fmt: skip
+"""Urban: high sun, clear air, a sharp sensor with little noise."""
+RURAL_APPEARANCE = Appearance(
+    leaves=((52, 80, 45), (66, 92, 51), (84, 94, 52), (48, 73, 47)),
+    spacing=(7, 9), sun=(0.5, 1.0), slope=(0.45, 0.8), shade=(0.55, 0.56, 0.6),
+    gain=(1.02, 0.99, 0.94), exposure=(0.9, 1.1), haze=(0.06, 0.2), veil=(182, 186, 182),
+    blur=(0.6, 0.95), noise=(2.5, 5),
+)  # fmt: skip
+"""Rural: low sun from another side, haze, a coarser and noisier sensor with a warm cast."""
+
+TEXTURE: dict[Material, tuple[float, float, float, float]] = {
+    Material.LAWN: (3, 9, 9, 7),
+    Material.PAVING: (3, 4, 6, 6),
+    Material.ROOF: (2, 3, 1, 3),
+    Material.ASPHALT: (2, 4, 3, 4),
+    Material.TRACK: (3, 6, 6, 6),
+    Material.WATER: (0.5, 1.5, 3, 6),
+    Material.SOIL: (5, 15, 24, 14),
+    Material.FLOOR: (3, 7, 6, 3),
+    Material.CROWN: (3, 6, 0, 4),
+    Material.CROP: (3, 6, 4, 6),
+    Material.BUND: (3, 9, 6, 4),
+}
+"""Strength of a material's texture, of 255, at scales of 1, 3, 9 and 40 pixels."""
+STRENGTH: Float = np.array([TEXTURE[material] for material in Material], np.float32)
+
+
+def _draw_trees(canvas: Canvas, random: Random, appearance: Appearance, away: tuple[float, float]) -> None:
+    """Draw tree crowns where the layout allows trees, shadow_mask by the direction of the sun."""
+    spacing, size = random.integer(*appearance.spacing), canvas.size
+    nearest = crowns(random, size, spacing)
+    pixel = np.arange(size)
+    rows = np.clip(pixel[:, None] - (nearest.down * np.float32(spacing)).astype(np.intp), 0, size - 1)
+    columns = np.clip(pixel[None, :] - (nearest.right * np.float32(spacing)).astype(np.intp), 0, size - 1)
+    density = canvas.tree_density[rows, columns]
+    reach = np.where(density < 1, np.float32(0.3), np.float32(0.56))
+    material = canvas.material
+    stands = (nearest.number < density) & (nearest.square < reach) & (material != Material.ROOF)
+    obstacle = np.isin(material, (Material.ASPHALT, Material.TRACK, Material.WATER))
+    stands &= ~obstacle | (nearest.square < np.float32(0.1))
+    first, second = (np.array(random.choice(appearance.leaves), np.float32) for _ in range(2))
+    number = nearest.number[stands]
+    mix, tone = (number * 7 % 1)[:, None], (number * 31 % 1)[:, None]
+    canvas.color[stands] = first + (second - first) * mix + (tone - np.float32(0.5)) * 26
+    canvas.relief[stands] = (nearest.right * away[0] + nearest.down * away[1])[stands] * -70
+    canvas.height[stands] = (7 - 6 * nearest.square)[stands]
+    material[stands] = Material.CROWN
+
+
+def _texture(canvas: Canvas, random: Random) -> Float:
+    """Return the brightness offset of each pixel (S, S) by its material."""
+    size, strength = canvas.size, STRENGTH[canvas.material]
+    fine = (random.noise(size, size).astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
+    light: Float = canvas.relief + strength[..., 0] * fine
+    light += strength[..., 1] * grain(random, size, 1.2)
+    light += strength[..., 2] * clouds(random, size, 9)
+    light += strength[..., 3] * clouds(random, size, 40)
+    return light + 5 * clouds(random, size, 100)
+
+
+def _soften(mask: Bool, radius: float) -> Float:
+    """Blur the edges of a mask (S, S); values 0 to 1."""
+    blurred = Image.fromarray(mask.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.GaussianBlur(radius))
+    return np.asarray(blurred, np.float32) / np.float32(255)
+
+
+def _render(canvas: Canvas, random: Random, appearance: Appearance) -> UInt8:
+    """Draw the trees and render the image (S, S, 3), 0 to 255, with the domain's light and sensor."""
+    size, (to_x, to_y) = canvas.size, direction(random.uniform(*appearance.sun))
+    away = (-to_x, -to_y)
+    _draw_trees(canvas, random, appearance, away)
+    shadow = _soften(
+        shadow_mask(canvas.height, away, random.uniform(*appearance.slope), float(canvas.height.max())), 0.6
+    )
+    image = canvas.color + _texture(canvas, random)[..., None]
+    image *= 1 - shadow[..., None] * (1 - np.array(appearance.shade, np.float32))
+    image *= np.array(random.tint(appearance.gain, 0.0, 0.03), np.float32) * np.float32(
+        random.uniform(*appearance.exposure)
+    )
+    haze = np.float32(random.uniform(*appearance.haze))
+    image = image * (1 - haze) + np.array(appearance.veil, np.float32) * haze
+    lens = ImageFilter.GaussianBlur(random.uniform(*appearance.blur))
+    blurred = np.asarray(Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).filter(lens), np.float32)
+    noise = random.noise(size, size * 3).astype(np.float32) + random.noise(size, size * 3) - np.float32(255)
+    noise *= np.float32(random.uniform(*appearance.noise) / 104)  # the sum of two bytes has a standard deviation of 104
+    result: UInt8 = np.clip(blurred + noise.reshape(size, size, 3) + np.float32(0.5), 0, 255).astype(np.uint8)
+    return result

@@ -1,7 +1,7 @@
-"""Polygons, textures, shadows: the tools that the synthetic world is drawn with, on numpy arrays.
+"""Draw polygons, textures and shadows of the synthetic images in numpy.
 
-Everything here is plain IEEE arithmetic on seeded numbers (no sine, no matrix product, no platform's own normal
-variates), so that an image has the same bytes on every machine. Lengths are pixels, x to the right, y down.
+Only plain IEEE arithmetic on seeded numbers is used (no sine, no matrix product, no normal variates), so that an image
+has the same bytes on every machine. Lengths are pixels, x to the right, y down.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Bool = NDArray[np.bool_]
 Vector = tuple[float, float]
 Color = tuple[float, float, float]
 Window = tuple[slice, slice]
-Found = tuple[Window, Bool] | None
-"""A window of the sheet and which of its pixels are meant; None where nothing lies on the sheet."""
+Region = tuple[Window, Bool] | None
+"""A window of the canvas and the mask of its pixels; None if no pixel lies on the canvas."""
 
 
 class Corner(NamedTuple):
-    """A corner of a convex polygon, and how far from the edge that starts here a filling keeps."""
+    """A corner of a convex polygon; ``margin`` is the unpainted strip along the edge that starts here."""
 
     x: float
     y: float
@@ -35,29 +35,29 @@ class Corner(NamedTuple):
 
 
 Polygon = Sequence[Corner]
-"""Corners of a convex polygon, in the order in which its inside lies at the right hand on a map with y down."""
+"""Corners of a convex polygon, clockwise in an image with y down."""
 
 
-class Dice:
-    """Seeded numbers, all made from raw bits, so that they do not depend on the platform."""
+class Random:
+    """Random generator whose numbers are computed from raw bits, so that they do not depend on the platform."""
 
     def __init__(self, *key: int) -> None:
         self._generator = np.random.default_rng(key)
 
-    def between(self, low: float, high: float) -> float:
-        """A number from ``low`` to ``high``, evenly spread."""
+    def uniform(self, low: float, high: float) -> float:
+        """Draw a number from ``low`` to ``high``."""
         return low + (high - low) * self._generator.random()
 
     def chance(self, share: float) -> bool:
-        """True in ``share`` of the calls."""
+        """Return True with probability ``share``."""
         return bool(self._generator.random() < share)
 
-    def count(self, low: int, high: int) -> int:
-        """A whole number from ``low`` to ``high``, both included."""
+    def integer(self, low: int, high: int) -> int:
+        """Draw an integer from ``low`` to ``high``, both included."""
         return low + int(self._generator.random() * (high - low + 1))
 
-    def pick(self, shares: Sequence[float]) -> int:
-        """An index, each as often as its share of the sum."""
+    def weighted_index(self, shares: Sequence[float]) -> int:
+        """Draw an index with probabilities proportional to ``shares``."""
         left = self._generator.random() * sum(shares)
         for index, share in enumerate(shares):
             left -= share
@@ -65,22 +65,22 @@ class Dice:
                 return index
         return len(shares) - 1
 
-    def one_of(self, colors: Sequence[Color]) -> Color:
-        """One of the colors, each as often as the others."""
-        return colors[self.count(0, len(colors) - 1)]
+    def choice(self, colors: Sequence[Color]) -> Color:
+        """Draw one of the colors."""
+        return colors[self.integer(0, len(colors) - 1)]
 
     def noise(self, height: int, width: int) -> UInt8:
-        """White noise (height, width), 0 to 255."""
+        """Draw white noise (height, width), 0 to 255."""
         return np.frombuffer(self._generator.bytes(height * width), np.uint8).reshape(height, width)
 
     def tint(self, color: Color, tone: float, hue: float = 0.0) -> Color:
-        """The color, lighter or darker by up to ``tone`` and each band by up to ``hue``."""
-        shift = self.between(-tone, tone)
+        """Return the color, shifted by up to ``tone`` in all bands and by up to ``hue`` in each band."""
+        shift = self.uniform(-tone, tone)
         red, green, blue = color
         return (
-            red + shift + self.between(-hue, hue),
-            green + shift + self.between(-hue, hue),
-            blue + shift + self.between(-hue, hue),
+            red + shift + self.uniform(-hue, hue),
+            green + shift + self.uniform(-hue, hue),
+            blue + shift + self.uniform(-hue, hue),
         )
 
 
@@ -108,21 +108,21 @@ def rectangle(center: Vector, along: Vector, length: float, width: float) -> lis
 
 def clip(polygon: Polygon, normal: Vector, offset: float, margin: float = 0.0) -> list[Corner]:
     """The part of a convex polygon where ``normal · (x, y) >= offset``; the new edge gets ``margin``."""
-    kept: list[Corner] = []
+    result: list[Corner] = []
     for start, end in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
         before = normal[0] * start.x + normal[1] * start.y - offset
         after = normal[0] * end.x + normal[1] * end.y - offset
         if before >= 0:
-            kept.append(start)
+            result.append(start)
         if (before >= 0) != (after >= 0):
             t = before / (before - after)
             x, y = start.x + t * (end.x - start.x), start.y + t * (end.y - start.y)
-            kept.append(Corner(x, y, margin if before >= 0 else start.margin))
-    return kept
+            result.append(Corner(x, y, margin if before >= 0 else start.margin))
+    return result
 
 
-def shrunk(polygon: Polygon, inset: float = 0.0) -> list[Corner]:
-    """The polygon inside its margins and ``inset``; empty where nothing is left."""
+def shrink(polygon: Polygon, inset: float = 0.0) -> list[Corner]:
+    """Return the polygon inside its margins and ``inset``; empty if nothing is left."""
     left = [Corner(corner.x, corner.y) for corner in polygon]
     for start, end in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
         dx, dy = end.x - start.x, end.y - start.y
@@ -138,34 +138,65 @@ def extent(polygon: Polygon, along: Vector) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def center_of(polygon: Polygon) -> Vector:
+def centroid(polygon: Polygon) -> Vector:
     """Mean of the corners."""
     return sum(c.x for c in polygon) / len(polygon), sum(c.y for c in polygon) / len(polygon)
 
 
+def perpendicular(along: Vector) -> Vector:
+    """Return the unit vector at a right angle."""
+    return -along[1], along[0]
+
+
+def sides(polygon: Polygon, along: Vector) -> tuple[float, float]:
+    """Return the length of a polygon along a unit vector, and across it."""
+    (low, high), (near, far) = extent(polygon, along), extent(polygon, perpendicular(along))
+    return high - low, far - near
+
+
+def scale_color(color: Color, factor: float) -> Color:
+    """Return a lighter or darker color."""
+    return color[0] * factor, color[1] * factor, color[2] * factor
+
+
+def winding_line(random: Random, size: int, pieces: int) -> list[Vector]:
+    """Return the ``pieces`` + 1 points of a winding line across a canvas of ``size`` pixels."""
+    ux, uy = direction(random.uniform(-1, 1))
+    shift = random.uniform(-0.3, 0.3) * size
+    first, second, third, fourth = (random.uniform(-0.16, 0.16) * size for _ in range(4))
+    points = []
+    for step in range(pieces + 1):
+        t = step / pieces
+        s = 1 - t
+        bend = first * s * s * s + 3 * (second * s * s * t + third * s * t * t) + fourth * t * t * t
+        on, off = (t - 0.5) * 1.6 * size, shift + bend
+        points.append((size / 2 + ux * on - uy * off, size / 2 + uy * on + ux * off))
+    return points
+
+
 def subdivide(
-    dice: Dice,
+    random: Random,
     polygon: Polygon,
     along: Vector,
     *,
     limit: tuple[float, float],
     margins: Sequence[float],
-    sheet: Sheet,
+    canvas: Canvas,
     skew: float = 0.0,
 ) -> list[list[Corner]]:
-    """Cut a polygon again and again across its longer side, as land is parcelled.
+    """Divide a polygon recursively across its longer side.
 
     Args:
-        dice: where to cut.
-        polygon: what to cut.
-        along: one of the two directions of the cuts; the other stands across.
-        limit: a part is cut while it is longer than this along, or across, that direction.
+        random: draws the positions of the cuts.
+        polygon: polygon to divide.
+        along: one of the two directions of the cuts; the other is perpendicular.
+        limit: largest length of a part along, and across, that direction.
         margins: half the width of the strip left free at the first cut, the second, and all further ones.
-        sheet: parts outside it are dropped.
-        skew: how far a cut may turn, as a tangent.
+        canvas: parts outside it are dropped.
+        skew: largest tangent of the angle by which a cut is turned.
     """
     low_x, high_x, low_y, high_y = *extent(polygon, (1.0, 0.0)), *extent(polygon, (0.0, 1.0))
-    if high_x < 0 or high_y < 0 or low_x > sheet.size or low_y > sheet.size:
+    if high_x < 0 or high_y < 0 or low_x > canvas.size or low_y > canvas.size:
         return []
     across = (-along[1], along[0])
     sides = extent(polygon, along), extent(polygon, across)
@@ -174,46 +205,46 @@ def subdivide(
         return [list(polygon)]
     chosen = 0 if excess[0] >= excess[1] else 1
     axis, other = (along, across) if chosen == 0 else (across, along)
-    lean = dice.between(-skew, skew)
+    lean = random.uniform(-skew, skew)
     normal = normalized(axis[0] + lean * other[0], axis[1] + lean * other[1])
     low, high = extent(polygon, normal)
-    offset = low + (high - low) * dice.between(0.36, 0.64)
+    offset = low + (high - low) * random.uniform(0.36, 0.64)
     margin, rest = margins[0], margins[1:] or margins
     halves = clip(polygon, normal, offset, margin), clip(polygon, (-normal[0], -normal[1]), -offset, margin)
     return [
         part
         for half in halves
         if len(half) > 2
-        for part in subdivide(dice, half, along, limit=limit, margins=rest, sheet=sheet, skew=skew)
+        for part in subdivide(random, half, along, limit=limit, margins=rest, canvas=canvas, skew=skew)
     ]
 
 
 @dataclass
-class Sheet:
-    """A square image in the making: what lies where, its color before light, its height and relief."""
+class Canvas:
+    """Material, unlit color, height, relief and tree density of each pixel of a square image."""
 
     size: int
     material: UInt8 = field(init=False)
     color: Float = field(init=False)
     height: Float = field(init=False)
     relief: Float = field(init=False)
-    wooded: Float = field(init=False)
+    tree_density: Float = field(init=False)
 
     def __post_init__(self) -> None:
         shape = (self.size, self.size)
         self.material = np.zeros(shape, np.uint8)
         self.color = np.zeros((*shape, 3), np.float32)
-        self.height, self.relief, self.wooded = (np.zeros(shape, np.float32) for _ in range(3))
+        self.height, self.relief, self.tree_density = (np.zeros(shape, np.float32) for _ in range(3))
         self.centers: Float = (np.arange(self.size) + 0.5).astype(np.float32)
 
     def window(self, low_x: float, high_x: float, low_y: float, high_y: float) -> Window | None:
-        """The rows and columns that cover a box, None where it lies outside."""
+        """Return the rows and columns that cover a box; None if it lies outside."""
         left, right = max(0, int(low_x) - 1), min(self.size, int(high_x) + 2)
         top, bottom = max(0, int(low_y) - 1), min(self.size, int(high_y) + 2)
         return (slice(top, bottom), slice(left, right)) if left < right and top < bottom else None
 
-    def inside(self, polygon: Polygon, inset: float = 0.0) -> Found:
-        """A window around a polygon, and which of its pixels lie inside by more than ``inset`` and the margins."""
+    def inside(self, polygon: Polygon, inset: float = 0.0) -> Region:
+        """Return the pixels that lie inside a polygon by more than ``inset`` and the margins."""
         window = self.window(*extent(polygon, (1.0, 0.0)), *extent(polygon, (0.0, 1.0)))
         if window is None or len(polygon) < 3:
             return None
@@ -228,8 +259,8 @@ class Sheet:
                 mask &= xs * nx + (ys * ny - least) >= 0
         return window, mask
 
-    def near(self, start: Vector, end: Vector, radius: float) -> Found:
-        """A window around a stretch of a line, and which of its pixels lie within ``radius`` of it."""
+    def near(self, start: Vector, end: Vector, radius: float) -> Region:
+        """Return the pixels within ``radius`` of a line segment."""
         (x0, y0), (x1, y1) = start, end
         window = self.window(min(x0, x1) - radius, max(x0, x1) + radius, min(y0, y1) - radius, max(y0, y1) + radius)
         if window is None:
@@ -241,8 +272,8 @@ class Sheet:
         gap_x, gap_y = xs - t * dx, ys - t * dy
         return window, gap_x * gap_x + gap_y * gap_y <= radius * radius
 
-    def paint(self, where: Found, color: Color, material: int | None = None, height: float | None = 0.0) -> None:
-        """Give the pixels a color and, unless None, a material and a height; relief and trees there go."""
+    def paint(self, where: Region, color: Color, material: int | None = None, height: float | None = 0.0) -> None:
+        """Set color and, unless None, material and height of a region; a material removes relief and trees."""
         if where is None:
             return
         window, mask = where
@@ -250,13 +281,13 @@ class Sheet:
         if material is not None:
             self.material[window][mask] = material
             self.relief[window][mask] = 0
-            self.wooded[window][mask] = 0
+            self.tree_density[window][mask] = 0
         if height is not None:
             self.height[window][mask] = height
 
-    def furrow(
+    def draw_rows(
         self,
-        where: Found,
+        where: Region,
         across: Vector,
         period: float,
         depth: float,
@@ -264,15 +295,15 @@ class Sheet:
         tracks: float = 0.0,
         track_depth: float = 0.0,
     ) -> None:
-        """Lay parallel ridges over the pixels.
+        """Draw parallel ridges on a region.
 
         Args:
-            where: the pixels.
+            where: the region.
             across: unit vector across the ridges.
-            period: from one ridge to the next.
-            depth: how much lighter the ridges and darker the furrows are, of 255.
-            tracks: how many ridges lie between two wheel tracks; 0 for none.
-            track_depth: how much darker the tracks are, of 255.
+            period: distance between ridges.
+            depth: brightness added on ridges and subtracted in furrows, of 255.
+            tracks: number of ridges between two wheel tracks; 0 for no tracks.
+            track_depth: brightness subtracted in the tracks, of 255.
         """
         if where is None:
             return
@@ -286,24 +317,24 @@ class Sheet:
         self.relief[window][mask] = wave[mask]
 
 
-def clouds(dice: Dice, size: int, cell: int) -> Float:
-    """Smooth noise (size, size), -1 to 1, whose lumps are about ``cell`` pixels wide."""
+def clouds(random: Random, size: int, cell: int) -> Float:
+    """Smooth noise (size, size), -1 to 1, with features of about ``cell`` pixels."""
     cells = -(-size // cell) + 3
-    grid = Image.fromarray(dice.noise(cells, cells))
-    left, top = dice.between(0.5, 1.5), dice.between(0.5, 1.5)
+    grid = Image.fromarray(random.noise(cells, cells))
+    left, top = random.uniform(0.5, 1.5), random.uniform(0.5, 1.5)
     box = (left, top, left + size / cell, top + size / cell)
     grown = grid.resize((size, size), Image.Resampling.BICUBIC, box)
     return np.asarray(grown, np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def grain(dice: Dice, size: int, radius: float) -> Float:
+def grain(random: Random, size: int, radius: float) -> Float:
     """Noise (size, size), about -1 to 1, blurred over ``radius`` pixels and stretched back to contrast."""
-    blurred = Image.fromarray(dice.noise(size, size)).filter(ImageFilter.GaussianBlur(radius))
+    blurred = Image.fromarray(random.noise(size, size)).filter(ImageFilter.GaussianBlur(radius))
     return (np.asarray(blurred, np.float32) - np.float32(127.5)) * np.float32((1 + 3 * radius) / 127.5)
 
 
-def moved(array: Float, right: int, down: int) -> Float:
-    """The array moved by whole pixels; what comes in from outside is 0."""
+def translate(array: Float, right: int, down: int) -> Float:
+    """Shift an array by whole pixels; pixels from outside are 0."""
     size = array.shape[0]
     out = np.zeros_like(array)
     rows, columns = slice(max(0, down), size + min(0, down)), slice(max(0, right), size + min(0, right))
@@ -312,20 +343,20 @@ def moved(array: Float, right: int, down: int) -> Float:
     return out
 
 
-def shaded(height: Float, away: Vector, slope: float, highest: float) -> Bool:
-    """Which pixels lie in the shadow of something.
+def shadow_mask(height: Float, away: Vector, slope: float, highest: float) -> Bool:
+    """Return the mask of pixels in shadow (S, S).
 
     Args:
         height: height (S, S), in pixels.
         away: unit vector on the ground, away from the sun.
-        slope: height that the light loses over one pixel of ground; low for a low sun.
-        highest: greatest height that occurs.
+        slope: tangent of the sun's elevation.
+        highest: largest height.
     """
     shadow = np.zeros(height.shape, bool)
     reach = int(highest / slope) + 1
     for step in range(1, reach + 1):
         right, down = round(away[0] * step), round(away[1] * step)
-        shadow |= moved(height, right, down) - np.float32(step * slope) > height
+        shadow |= translate(height, right, down) - np.float32(step * slope) > height
     return shadow
 
 
@@ -333,10 +364,10 @@ class Crowns(NamedTuple):
     """The crown of the nearest tree at each pixel (S, S).
 
     Attributes:
-        right: how far the pixel lies to the right of the tree, in spacings.
-        down: how far it lies below.
+        right: distance of the pixel to the right of the tree, in spacings.
+        down: distance below the tree, in spacings.
         square: square of the distance.
-        number: the tree's own number, 0 to 1.
+        number: random number of the tree, 0 to 1.
     """
 
     right: Float
@@ -345,22 +376,22 @@ class Crowns(NamedTuple):
     number: Float
 
 
-def crowns(dice: Dice, size: int, spacing: int) -> Crowns:
-    """One tree in every cell of a grid, anywhere in it (a cellular texture; Worley, 1996)."""
+def crowns(random: Random, size: int, spacing: int) -> Crowns:
+    """Draw one tree in every cell of a grid (cellular texture; Worley, 1996)."""
     cells = -(-size // spacing) + 2
     trees = [
-        np.repeat(np.repeat(dice.noise(cells, cells).astype(np.float32) / np.float32(256), spacing, 0), spacing, 1)
+        np.repeat(np.repeat(random.noise(cells, cells).astype(np.float32) / np.float32(256), spacing, 0), spacing, 1)
         for _ in range(3)
     ]
-    place = (np.arange(size) % spacing + np.float32(0.5)) / np.float32(spacing)
+    pixel = (np.arange(size) % spacing + np.float32(0.5)) / np.float32(spacing)
     best = Crowns(*(np.full((size, size), 9, np.float32) for _ in range(4)))
     for down in (-1, 0, 1):
         for right in (-1, 0, 1):
             top, left = (1 + down) * spacing, (1 + right) * spacing
             x, y, number = (tree[top : top + size, left : left + size] for tree in trees)
-            dx, dy = (place - right).astype(np.float32) - x, (place - down).astype(np.float32)[:, None] - y
+            dx, dy = (pixel - right).astype(np.float32) - x, (pixel - down).astype(np.float32)[:, None] - y
             square = dx * dx + dy * dy
             closer = square < best.square
-            for kept, new in zip(best, (dx, dy, square, number), strict=True):
-                np.copyto(kept, new, where=closer)
+            for nearest, new in zip(best, (dx, dy, square, number), strict=True):
+                np.copyto(nearest, new, where=closer)
     return best

@@ -1,4 +1,4 @@
-"""The synthetic world: the same everywhere, its classes usable, its shift of the stated kind, its files LoveDA's."""
+"""Synthetic dataset: golden values, class shares, domain shift, files in LoveDA's layout."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from overfly.core.choices import Scene
 from overfly.core.errors import DataError
 from overfly.core.records import UInt8
+from overfly.data import synthetic
 from overfly.data.domain import SPLITS, Domain, Split
 from overfly.data.loveda import CLASSES, LoveDA
-from overfly.data.synthetic import domain as synthetic
-from overfly.data.synthetic.domain import SCENES, Scene, Synthetic, synthesize, write_synthetic
+from overfly.data.synthetic import SCENES, Synthetic, synthesize, write_synthetic
 
 GOLDEN: dict[tuple[Scene, Split, int, int], tuple[str, tuple[float, ...]]] = {
     ("urban", "train", 0, 256): (
@@ -39,18 +40,18 @@ GOLDEN: dict[tuple[Scene, Split, int, int], tuple[str, tuple[float, ...]]] = {
     ),
 }
 """Digest of the label, and the mean of red, green and blue of each quarter of the image."""
-SOME = 16
+SCENE_COUNT = 16
 
 
 @cache
-def some(scene: Scene) -> tuple[UInt8, UInt8]:
+def first_scenes(scene: Scene) -> tuple[UInt8, UInt8]:
     """The first scenes of train: images (N, S, S, 3), labels (N, S, S)."""
-    images, labels = zip(*(synthesize(scene, "train", index) for index in range(SOME)), strict=True)
+    images, labels = zip(*(synthesize(scene, "train", index) for index in range(SCENE_COUNT)), strict=True)
     return np.stack(images), np.stack(labels)
 
 
 def shares(scene: Scene) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    label = some(scene)[1]
+    label = first_scenes(scene)[1]
     return np.bincount(label.ravel(), minlength=7) / label.size
 
 
@@ -65,14 +66,14 @@ def digest(label: UInt8) -> str:
 
 
 @pytest.mark.parametrize("key", GOLDEN, ids=lambda key: "-".join(map(str, key)))
-def test_images_are_those_that_were_published(key: tuple[Scene, Split, int, int]) -> None:
+def test_golden_scenes(key: tuple[Scene, Split, int, int]) -> None:
     image, label = synthesize(*key)
-    golden_label, golden_picture = GOLDEN[key]
+    golden_label, golden_means = GOLDEN[key]
     assert digest(label) == golden_label
-    assert quarters(image) == pytest.approx(golden_picture, abs=0.3)
+    assert quarters(image) == pytest.approx(golden_means, abs=0.3)
 
 
-def test_what_was_drawn_before_does_not_matter() -> None:
+def test_scene_is_independent_of_earlier_scenes() -> None:
     before = synthesize("urban", "train", 3, 64)
     np.random.default_rng(0).random(5)
     synthesize("rural", "test", 8, 64)
@@ -93,7 +94,7 @@ def test_each_argument_changes_the_image() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(SCENES), st.sampled_from(SPLITS), st.integers(0, 10**6), st.integers(16, 100))
-def test_any_scene_is_a_image_and_a_label_without_gaps(scene: Scene, split: Split, index: int, size: int) -> None:
+def test_every_pixel_of_any_scene_has_a_class(scene: Scene, split: Split, index: int, size: int) -> None:
     image, label = synthesize(scene, split, index, size)
     assert image.shape == (size, size, 3)
     assert label.shape == (size, size)
@@ -103,14 +104,14 @@ def test_any_scene_is_a_image_and_a_label_without_gaps(scene: Scene, split: Spli
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_every_class_is_there_to_be_learned(scene: Scene) -> None:
+def test_every_class_is_frequent_enough(scene: Scene) -> None:
     assert shares(scene).min() >= 0.02
-    label = some(scene)[1]
+    label = first_scenes(scene)[1]
     scenes_with = [sum(bool((one == index).mean() > 0.005) for one in label) for index in range(7)]
-    assert min(scenes_with) >= SOME / 3
+    assert min(scenes_with) >= SCENE_COUNT / 3
 
 
-def test_shares_shift_as_stated() -> None:
+def test_class_shares_differ_between_domains() -> None:
     ratio = dict(zip(CLASSES.names, shares("urban") / shares("rural"), strict=True))
     assert ratio["building"] > 2
     assert ratio["road"] > 3
@@ -118,25 +119,25 @@ def test_shares_shift_as_stated() -> None:
     assert ratio["forest"] < 0.7
 
 
-def test_buildings_are_smaller_and_the_image_softer_in_the_country() -> None:
+def test_rural_buildings_are_smaller_and_contrast_is_lower() -> None:
     def edge_share(scene: Scene) -> float:
         """Share of the building pixels whose right neighbor is none: the inverse of the width."""
-        building = some(scene)[1] == CLASSES.index("building")
+        building = first_scenes(scene)[1] == CLASSES.index("building")
         return float((building[:, :, :-1] & ~building[:, :, 1:]).sum() / building.sum())
 
     def contrast(scene: Scene) -> float:
-        return float(some(scene)[0].astype(np.float64).std((1, 2)).mean())
+        return float(first_scenes(scene)[0].astype(np.float64).std((1, 2)).mean())
 
     assert edge_share("rural") > 1.3 * edge_share("urban")
     assert contrast("rural") < 0.85 * contrast("urban")
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_no_class_is_told_by_one_color(scene: Scene) -> None:
-    image, label = some(scene)
+def test_mean_color_does_not_separate_classes(scene: Scene) -> None:
+    image, label = first_scenes(scene)
     means = np.stack([image[label == index].mean(0) for index in range(7)])
-    guess = np.argmin(((image[..., None, :] - means.astype(np.float32)) ** 2).sum(-1), -1)
-    matrix = np.bincount((label.astype(int) * 7 + guess).ravel(), minlength=49).reshape(7, 7)
+    nearest = np.argmin(((image[..., None, :] - means.astype(np.float32)) ** 2).sum(-1), -1)
+    matrix = np.bincount((label.astype(int) * 7 + nearest).ravel(), minlength=49).reshape(7, 7)
     iou = matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
     assert iou.max() < 0.7
     assert iou.mean() < 0.4
@@ -144,13 +145,13 @@ def test_no_class_is_told_by_one_color(scene: Scene) -> None:
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_statistics_are_those_of_the_images(scene: Scene) -> None:
-    image = some(scene)[0].astype(np.float64)
+    image = first_scenes(scene)[0].astype(np.float64)
     mean, std = Synthetic(scene=scene).statistics
     assert mean == pytest.approx(image.mean((0, 1, 2)), abs=6)
     assert std == pytest.approx(image.std((0, 1, 2)), rel=0.12)
 
 
-def test_domain_reads_what_is_drawn() -> None:
+def test_domain_returns_synthesized_scenes() -> None:
     domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": 64, "train": 3, "val": 2, "test": 1})
     assert [len(domain.items(split)) for split in SPLITS] == [3, 2, 1]
     item = pickle.loads(pickle.dumps(domain.items("train")[2]))
@@ -164,7 +165,7 @@ def test_domain_reads_what_is_drawn() -> None:
     assert len({item.name for item in domain.items("train")}) == 3
 
 
-def test_written_world_is_read_as_loveda(tmp_path: Path) -> None:
+def test_written_images_are_read_as_loveda(tmp_path: Path) -> None:
     root = tmp_path / "deep" / "world"
     assert write_synthetic(root, size=48, train=2, val=1, test=1) == 8
     for scene in SCENES:
@@ -186,7 +187,7 @@ def test_written_world_is_read_as_loveda(tmp_path: Path) -> None:
     assert mask.max() <= 7
 
 
-def test_other_processes_draw_the_same(tmp_path: Path) -> None:
+def test_worker_processes_write_the_same_images(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "world", size=64, train=2, val=0, test=0, scenes=["rural"], workers=2)
     for index in range(2):
         image, label = synthesize("rural", "train", index, 64)
@@ -195,9 +196,9 @@ def test_other_processes_draw_the_same(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(Image.open(folder / "masks_png" / f"{index}.png")), label + 1)
 
 
-def test_a_world_is_never_mixed_with_something_else(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match="something else already"):
+    with pytest.raises(DataError, match="other files"):
         write_synthetic(tmp_path, size=16, train=1, val=0, test=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     root = tmp_path / "world"
@@ -208,11 +209,11 @@ def test_a_world_is_never_mixed_with_something_else(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     with pytest.raises(DataError, match="other settings"):
         write_synthetic(root, size=16, train=2, val=0, test=0)
-    with pytest.raises(DataError, match="something else already"):
+    with pytest.raises(DataError, match="other files"):
         write_synthetic(tmp_path / "mine.txt", size=16, train=1, val=0, test=0)
 
 
-def test_a_world_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def broken(*args: object) -> None:
@@ -226,12 +227,12 @@ def test_a_world_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_drawn_is_said() -> None:
-    with pytest.raises(DataError, match="no scene 'moon'"):
+def test_arguments_out_of_range_are_errors() -> None:
+    with pytest.raises(DataError, match="moon"):
         synthesize("moon", "train", 0)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="size 8 cannot be"):
+    with pytest.raises(DataError, match=r"size .* 8"):
         synthesize("urban", "train", 0, 8)
-    with pytest.raises(DataError, match="scene -1"):
+    with pytest.raises(DataError, match=r"index .* -1"):
         synthesize("urban", "train", -1)
-    with pytest.raises(DataError, match="0 workers cannot be"):
+    with pytest.raises(DataError, match=r"workers .* 0"):
         write_synthetic("nowhere", workers=0)
