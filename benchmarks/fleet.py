@@ -37,8 +37,8 @@ def scenes(folder: Path, count: int, size: int) -> None:
         how = {"driver": "GTiff", "tiled": True, "compress": "deflate", "crs": "EPSG:32640", "transform": place}
         with rasterio.open(
             folder / f"scene_{number}.tif", "w", width=size, height=size, count=3, dtype="uint8", **how
-        ) as made:
-            made.write(pixels)
+        ) as result:
+            result.write(pixels)
 
 
 def workers(process: psutil.Process) -> list[psutil.Process]:
@@ -84,21 +84,21 @@ def main() -> int:
         drawn = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
         recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
         settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
-    found = fleet(settings.network, root / "scenes", root / "maps", settings.scenes)
+    result = fleet(settings.network, root / "scenes", root / "maps", settings.scenes)
     alone = [sys.executable, "-m", "overfly.cli", "predict", str(settings.network), f"{root}/scenes/*.tif", "--quiet"]
     subprocess.run([*alone, "--out", str(root / "alone")], check=True, stdout=subprocess.DEVNULL)
     same = []
     for file in sorted((root / "alone").glob("*.tif")):
         with rasterio.open(file) as one, rasterio.open(root / "maps" / file.name) as other:
             same.append(float((one.read() == other.read()).mean()))
-    found |= {"scenes": settings.scenes, "size": settings.size, "least_share_of_equal_pixels": min(same)}
-    found |= {"machine": describe_machine()}
-    text = json.dumps(found, indent=2)
+    result |= {"scenes": settings.scenes, "size": settings.size, "least_share_of_equal_pixels": min(same)}
+    result |= {"machine": describe_machine()}
+    text = json.dumps(result, indent=2)
     print(text)
     if settings.record:
         settings.record.write_text(text + "\n")
-    whole = found["maps"] == len(same) == settings.scenes and found["published_once"] and not found["left_over"]
-    return int(not (whole and found["status"] == 0 and found["killed_after_maps"] and min(same) > 0.9999))
+    whole = result["maps"] == len(same) == settings.scenes and result["published_once"] and not result["left_over"]
+    return int(not (whole and result["status"] == 0 and result["killed_after_maps"] and min(same) > 0.9999))
 
 
 if __name__ == "__main__":

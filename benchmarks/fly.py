@@ -132,8 +132,8 @@ def seen(ground: Ground, view: View, frame: tuple[int, int]) -> UInt8:
         cos, -sin, x - cos * width / 2 + sin * height / 2,
         sin, cos, y - sin * width / 2 - cos * height / 2,
     )  # fmt: skip
-    picture: UInt8 = np.asarray(patch.transform(frame, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC))
-    return picture
+    image: UInt8 = np.asarray(patch.transform(frame, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC))
+    return image
 
 
 def fly(
@@ -173,9 +173,9 @@ def over(path: Path) -> Iterator[Ground]:
         with open_pillow(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; save it as GeoTIFF")
-    picture = _three(read_image(path, bands=None))
-    step = max(1, max(picture.shape[:2]) // SAMPLE)
-    yield of_picture(_eight_bits(picture, _stretch(picture[::step, ::step])))
+    pixels = _three(read_image(path, bands=None))
+    step = max(1, max(pixels.shape[:2]) // SAMPLE)
+    yield of_picture(_eight_bits(pixels, _stretch(pixels[::step, ::step])))
 
 
 def _rasterio() -> bool:
@@ -199,12 +199,12 @@ def _windowed(path: Path, dataset: Any) -> Ground:
         stretch = _stretch(np.moveaxis(np.ma.filled(small.astype(np.float32), np.nan), 0, -1))
 
     def read(left: int, top: int, width: int, height: int) -> UInt8:
-        found = dataset.read(bands, window=Window(left, top, width, height), masked=True)
-        values = np.moveaxis(np.ma.filled(found, 0), 0, -1)
-        picture = _eight_bits(_three(values), stretch)
+        result = dataset.read(bands, window=Window(left, top, width, height), masked=True)
+        values = np.moveaxis(np.ma.filled(result, 0), 0, -1)
+        image = _eight_bits(_three(values), stretch)
         if dataset.nodata is not None:
-            picture[np.asarray(np.ma.getmaskarray(found)).all(0)] = 0
-        return picture
+            image[np.asarray(np.ma.getmaskarray(result)).all(0)] = 0
+        return image
 
     return Ground(dataset.width, dataset.height, read)
 
@@ -231,8 +231,8 @@ def _eight_bits(image: Array, stretch: tuple[float, float] | None) -> UInt8:
         return same
     low, high = stretch
     spread = np.nan_to_num((image.astype(np.float32) - low) / (high - low)).clip(0, 1)
-    found: UInt8 = (255 * spread).round().astype(np.uint8)
-    return found
+    result: UInt8 = (255 * spread).round().astype(np.uint8)
+    return result
 
 
 def main() -> None:

@@ -30,8 +30,7 @@ from overfly.core.device import describe_machine
 from overfly.data.domain import Domain
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.web import server
-from overfly.web.config import Limits
-from overfly.web.service import ServedNetwork
+from overfly.web.service import Limits, ServedNetwork
 
 STAND_IN = "stand-in"
 BOUNDARY = "overfly-load"
@@ -173,11 +172,11 @@ def main() -> None:
     if settings.serve:
         stand_in(settings.queue)
         return
-    found = {"network": Path(settings.run).name} | measure(settings)
-    found["machine"] = describe_machine("cpu") | {"load_average": [round(value, 2) for value in os.getloadavg()]}
-    print(json.dumps(found, indent=2))
+    result = {"network": Path(settings.run).name} | measure(settings)
+    result["machine"] = describe_machine("cpu") | {"load_average": [round(value, 2) for value in os.getloadavg()]}
+    print(json.dumps(result, indent=2))
     if settings.out is not None:
-        settings.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        settings.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,11 +56,11 @@ def synthesise(path: Path, size: int) -> None:
     place = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
     how = {"driver": "GTiff", "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "zlevel": 1}
     how |= {"num_threads": 2, "bigtiff": "if_safer", "interleave": "pixel"}
-    with rasterio.open(path, "w", width=size, height=size, count=3, dtype="uint8", **place, **how) as made:
+    with rasterio.open(path, "w", width=size, height=size, count=3, dtype="uint8", **place, **how) as result:
         for top in range(0, size, TILE):
             band = [tiles[number] for number in generator.integers(0, len(tiles), -(-size // TILE))]
             high = min(TILE, size - top)
-            made.write(np.concatenate(band, axis=2)[:, :high, :size], window=Window(0, top, size, high))
+            result.write(np.concatenate(band, axis=2)[:, :high, :size], window=Window(0, top, size, high))
 
 
 def memory(key: str) -> int:
@@ -93,16 +93,16 @@ def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[s
     before = alone(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     started, rested = time.perf_counter(), time.process_time()
-    made = map_raster(predictor, str(raster), out, settings, network="benchmark")
+    result = map_raster(predictor, str(raster), out, settings, network="benchmark")
     wall, work = time.perf_counter() - started, time.process_time() - rested
     peak = memory("VmHWM")
     after = alone(share // 2)
-    times = made.windows / (before[2] + after[2])
+    times = result.windows / (before[2] + after[2])
     network_wall, network_work = (before[0] + after[0]) * times, (before[1] + after[1]) * times
     return {
-        "windows": made.windows, "window": plan.size, "overlap": settings.overlap, "batch": settings.batch,
+        "windows": result.windows, "window": plan.size, "overlap": settings.overlap, "batch": settings.batch,
         "job_s": wall, "network_s": network_wall, "ratio": wall / network_wall, "network_alone_on": 1 / times,
-        "network_within_job_s": made.network, "ratio_within_job": wall / made.network,
+        "network_within_job_s": result.network, "ratio_within_job": wall / result.network,
         "job_cpu_s": work, "network_cpu_s": network_work, "cpu_ratio": work / network_work,
         "machine": describe_machine(), "load": os.getloadavg(), "model_bytes": model,
         "peak_bytes": peak, "beyond_model_bytes": peak - model,
@@ -176,8 +176,8 @@ def main() -> int:
         settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
     predictor = stand_in() if settings.stand_in else load_predictor(settings.network, device="cpu")
     if settings.measure:
-        found = measure(predictor, raster, root / "whole.tif", settings.share)
-        settings.measure.write_text(json.dumps(found))
+        result = measure(predictor, raster, root / "whole.tif", settings.share)
+        settings.measure.write_text(json.dumps(result))
         return 0
     if settings.job:
         map_raster(predictor, str(raster), settings.job, MapSettings(), network="benchmark")
@@ -189,19 +189,19 @@ def main() -> int:
     which = ["--stand-in"] if settings.stand_in else ["--network", str(settings.network)]
     child = [sys.executable, __file__, *which, "--out", str(root), "--share", str(settings.share)]
     subprocess.run([*child, "--measure", str(root / "measured.json")], check=True)
-    found = {"size": settings.size, "network": predictor.metadata.architecture}
-    found |= json.loads((root / "measured.json").read_text())
-    print(json.dumps(found, indent=2), flush=True)
+    result = {"size": settings.size, "network": predictor.metadata.architecture}
+    result |= json.loads((root / "measured.json").read_text())
+    print(json.dumps(result, indent=2), flush=True)
     command = [sys.executable, "-m", "overfly.cli", "predict", str(settings.network), str(raster), "--out"]
-    found |= killed([*child, "--job"] if settings.stand_in else command, raster, root / "resumed.tif")
-    found |= compare(raster, root / "whole.tif", root / "resumed.tif")
-    text = json.dumps(found, indent=2)
+    result |= killed([*child, "--job"] if settings.stand_in else command, raster, root / "resumed.tif")
+    result |= compare(raster, root / "whole.tif", root / "resumed.tif")
+    text = json.dumps(result, indent=2)
     print(text)
     if settings.record:
         settings.record.write_text(text + "\n")
-    good = found["equal_pixels"] and found["valid_cog"] and found["crs_transform_size_equal"]
-    good = good and (settings.stand_in or found["ratio"] <= 1.15)
-    return int(not (good and found["beyond_model_bytes"] < 2e9))
+    good = result["equal_pixels"] and result["valid_cog"] and result["crs_transform_size_equal"]
+    good = good and (settings.stand_in or result["ratio"] <= 1.15)
+    return int(not (good and result["beyond_model_bytes"] < 2e9))
 
 
 if __name__ == "__main__":

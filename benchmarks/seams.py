@@ -40,14 +40,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         raster, place = Path(folder) / "raster.tif", Affine(0.3, 0, 300_000, 0, -0.3, 2_700_000)
         how = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32640", "transform": place}
-        with rasterio.open(raster, "w", width=settings.size, height=settings.size, **how) as made:
-            made.write(np.moveaxis(image, -1, 0))
+        with rasterio.open(raster, "w", width=settings.size, height=settings.size, **how) as result:
+            result.write(np.moveaxis(image, -1, 0))
         for overlap in (0.0, 0.25):
             out = Path(folder) / f"{overlap}.tif"
             chosen = MapSettings(window=settings.window, overlap=overlap)
             map_raster(predictor, str(raster), out, chosen, network="picture")
-            with rasterio.open(out) as found:
-                maps.append(predictor.metadata.classes.paint(found.read(1)))
+            with rasterio.open(out) as actual:
+                maps.append(predictor.metadata.classes.paint(actual.read(1)))
     part = slice(settings.window // 2, settings.window // 2 + settings.size // ZOOM)
     corners = [np.kron(each[part, part], np.ones((ZOOM, ZOOM, 1), np.uint8)) for each in maps]
     for corner in corners:
@@ -55,8 +55,8 @@ def main() -> None:
             corner[: 4 * ZOOM, ZOOM * border] = corner[ZOOM * border, : 4 * ZOOM] = 255
     gap = np.full((settings.size, 8, 3), 255, np.uint8)
     row = [image, gap, maps[1], gap, corners[0][: settings.size], gap, corners[1][: settings.size]]
-    picture = Image.fromarray(np.concatenate(row, axis=1))
-    picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).quantize(96).save(settings.out)
+    pixels = Image.fromarray(np.concatenate(row, axis=1))
+    pixels.resize((pixels.width // 2, pixels.height // 2), Image.Resampling.LANCZOS).quantize(96).save(settings.out)
     print(settings.out, settings.out.stat().st_size)
 
 

@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--places", type=int, nargs=2, default=(1, 4))
     settings = parser.parse_args()
-    found = [Run(file.parent) for file in settings.runs.glob("*/recipe.yaml")]
-    runs = {(run.recipe.method.name, run.recipe.domain("source").title): run for run in found}
+    result = [Run(file.parent) for file in settings.runs.glob("*/recipe.yaml")]
+    runs = {(run.recipe.method.name, run.recipe.domain("source").title): run for run in result}
     names = {
         "source only": ("source_only", "Urban"),
         "recalibrated": ("recalibrate", "Urban"),

@@ -16,7 +16,7 @@ from overfly.core.classes import Classes
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 
 CLASSES = Classes(names=("dark", "middle", "bright"), colors=((10, 20, 30), (120, 130, 140), (250, 240, 230)))
-PLACE: dict[str, Any] = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
+GEOREFERENCE: dict[str, Any] = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
 
 
 def metadata(window: int = 64, bands: int = 3, **changes: Any) -> ModelMetadata:
@@ -27,21 +27,21 @@ def metadata(window: int = 64, bands: int = 3, **changes: Any) -> ModelMetadata:
     )  # fmt: skip
 
 
-def likely(images: Floats) -> Floats:
+def brightness_classes(images: Floats) -> Floats:
     """Probabilities (B, 3, H, W) that each pixel's own brightness alone decides: 0 to 85, to 170, to 255."""
     brightness = images.mean(1, keepdims=True) / 255
     scores = -60 * (brightness - np.array([1 / 6, 1 / 2, 5 / 6], np.float32).reshape(1, 3, 1, 1)) ** 2
     weights = np.exp(scores)
-    found: Floats = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    return found
+    result: Floats = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return result
 
 
 def pointwise(window: int = 64, bands: int = 3, **changes: Any) -> Predictor:
     """A network that looks at single pixels."""
-    return Predictor(metadata(window, bands, **changes), "torch", "cpu", likely)
+    return Predictor(metadata(window, bands, **changes), "torch", "cpu", brightness_classes)
 
 
-def biased(window: int = 64) -> Predictor:
+def position_dependent(window: int = 64) -> Predictor:
     """A network that believes more in the last class the farther right and down a pixel lies in its window."""
 
     def run(images: Floats) -> Floats:
@@ -56,15 +56,15 @@ def biased(window: int = 64) -> Predictor:
 
 def noise(height: int, width: int, bands: int = 3, seed: int = 0) -> NDArray[np.uint8]:
     """A picture (C, H, W) whose bands are alike."""
-    picture = np.random.default_rng(seed).integers(0, 256, (1, height, width), dtype=np.uint8)
-    return np.repeat(picture, bands, axis=0)
+    image = np.random.default_rng(seed).integers(0, 256, (1, height, width), dtype=np.uint8)
+    return np.repeat(image, bands, axis=0)
 
 
 def write(path: Path, pixels: NDArray[Any], **changes: Any) -> Path:
     """A GeoTIFF (C, H, W), tiled and compressed."""
     profile: dict[str, Any] = {
         "driver": "GTiff", "count": pixels.shape[0], "height": pixels.shape[1], "width": pixels.shape[2],
-        "dtype": pixels.dtype, "tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate", **PLACE,
+        "dtype": pixels.dtype, "tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate", **GEOREFERENCE,
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # some are not, on purpose
@@ -79,5 +79,5 @@ def ids(path: Path) -> NDArray[np.uint8]:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with rasterio.open(path) as dataset:
             assert dataset.count == 1
-            found: NDArray[np.uint8] = dataset.read(1)
-            return found
+            result: NDArray[np.uint8] = dataset.read(1)
+            return result

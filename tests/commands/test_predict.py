@@ -41,9 +41,9 @@ def test_predict_maps_one_raster(network: Path, tmp_path: Path, capsys: pytest.C
     assert overfly(*command) == 0
     assert "exists already" in capsys.readouterr().out
     assert overfly(*command, "--overlap", "0.5") == 2
-    said = capsys.readouterr().err
-    assert "--overwrite" in said
-    assert len(said.strip().splitlines()) == 1
+    message = capsys.readouterr().err
+    assert "--overwrite" in message
+    assert len(message.strip().splitlines()) == 1
 
 
 def test_predict_maps_a_folder_with_bad_files(
@@ -86,9 +86,9 @@ MISTAKES: list[tuple[list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[" ".join(entry[0][1:]) or "-" for entry in MISTAKES])
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(entry[0][1:]) or "-" for entry in MISTAKES])
 def test_mistakes_give_one_line(  # noqa: PLR0917 - fixtures
-    arguments: list[str], said: str, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("overfly.raster.fleet.CONNECT_TIMEOUT", 1.0)
@@ -103,7 +103,7 @@ def test_mistakes_give_one_line(  # noqa: PLR0917 - fixtures
     before = sorted(tmp_path.iterdir())
     assert overfly(*filled, "--device", "cpu") == 2
     shown = capsys.readouterr()
-    assert said.lower() in shown.err.lower()
+    assert message.lower() in shown.err.lower()
     assert len(shown.err.strip().splitlines()) == 1
     assert "Traceback" not in shown.err
     assert sorted(tmp_path.iterdir()) == before
@@ -114,8 +114,8 @@ def test_predict_in_python(network: Path, tmp_path: Path) -> None:
     done = predict(network, [str(scene)], out=tmp_path / "map.tif", device="cpu", quiet=True, uncertainty=True)
     assert done.exit_status == 0
     assert sum(done.maps[0].shares.values()) == pytest.approx(1)
-    with rasterio.open(tmp_path / "map_uncertainty.tif") as found:
-        assert 0 <= found.read().min() <= found.read().max() <= 100
+    with rasterio.open(tmp_path / "map_uncertainty.tif") as result:
+        assert 0 <= result.read().min() <= result.read().max() <= 100
     with pytest.raises(RecipeError, match="--resolution"):
         predict(network, [str(scene)], match_gsd=True, resolution=1.0, device="cpu", quiet=True)
 

@@ -38,20 +38,20 @@ def copied(runs: Path, tmp_path: Path) -> Path:
 
 
 def _opened(folder: Path) -> dict[str, int]:
-    found = {
+    result = {
         run.path.name: run.scores.get("labels_opened", {}).get("target/val", {})
         for run in map(Run, folder.glob("*_[0-9]"))
     }
-    return {name: counts.get("times", 0) for name, counts in found.items()}
+    return {name: counts.get("times", 0) for name, counts in result.items()}
 
 
 def test_report_shows_all_runs_and_counts_the_labels_opened(copied: Path, tmp_path: Path) -> None:
     before = _opened(copied)
-    found = overfly.report([str(copied)], out=tmp_path / "r.html", device="cpu", size=64)
+    result = overfly.report([str(copied)], out=tmp_path / "r.html", device="cpu", size=64)
     after = _opened(copied)
     text = (tmp_path / "r.html").read_text()
-    assert found.recipes == 4
-    assert found.labels_opened == 12
+    assert result.recipes == 4
+    assert result.labels_opened == 12
     assert sum(after.values()) - sum(before.values()) == 3
     for words in (
         "source only, Urban to Rural",
@@ -75,8 +75,8 @@ def test_report_shows_all_runs_and_counts_the_labels_opened(copied: Path, tmp_pa
 
 def test_no_labels_opens_none(copied: Path, tmp_path: Path) -> None:
     before = _opened(copied)
-    found = overfly.report([str(copied)], out=tmp_path / "r.html", labels=False, speed=False, device="cpu")
-    assert found.labels_opened == 0
+    result = overfly.report([str(copied)], out=tmp_path / "r.html", labels=False, speed=False, device="cpu")
+    assert result.labels_opened == 0
     assert _opened(copied) == before
     text = (tmp_path / "r.html").read_text()
     assert "labels were not opened" in text
@@ -85,8 +85,8 @@ def test_no_labels_opens_none(copied: Path, tmp_path: Path) -> None:
 
 def test_report_of_one_run_and_of_missing_data(copied: Path, tmp_path: Path) -> None:
     (alone,) = [run for run in map(Run, copied.glob("*_[0-9]")) if run.recipe.target is None]
-    found = overfly.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
-    assert (found.recipes, found.labels_opened) == (1, 3)
+    result = overfly.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
+    assert (result.recipes, result.labels_opened) == (1, 3)
     moved = alone.recipe.model_dump(mode="json")
     moved["source"] = {"name": "loveda", "root": str(tmp_path / "gone"), "scene": "urban"}
     Recipe.model_validate(moved).save(alone.path / "recipe.yaml")
@@ -115,6 +115,6 @@ def test_damaged_selection_is_named(copied: Path, tmp_path: Path) -> None:
 
 def test_report_of_a_comparison_shows_its_candidates(copied: Path, tmp_path: Path) -> None:
     (comparison,) = copied.glob("*_comparison")
-    found = overfly.report([str(comparison)], out=tmp_path / "r.html", speed=False, images=0, device="cpu")
-    assert found.recipes == 3
+    result = overfly.report([str(comparison)], out=tmp_path / "r.html", speed=False, images=0, device="cpu")
+    assert result.recipes == 3
     assert comparison.name in (tmp_path / "r.html").read_text()

@@ -16,7 +16,7 @@ from overfly.core.errors import DataError, MissingExtraError
 from overfly.exporting.predictor import Predictor
 from overfly.recipe import load
 from overfly.training.run import Run
-from seeing import seeing, striped
+from streams import numbered_frame, rule_model
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_titles_of_equal_file_names_are_made_unique(tmp_path: Path, monkeypatch:
         (tmp_path / name).touch()
 
     def opened(path: Path, **_: str) -> Predictor:
-        return replace(seeing(), export=("onnx", kinds[path.relative_to(tmp_path).as_posix()]))
+        return replace(rule_model(), export=("onnx", kinds[path.relative_to(tmp_path).as_posix()]))
 
     monkeypatch.setattr("overfly.commands.load_predictor.load_predictor", opened)
     first, *others = [str(tmp_path / name) for name in kinds]
@@ -79,8 +79,8 @@ def test_titles_of_one_recipe_in_two_folders_are_made_unique(runs: Path, tmp_pat
 
 
 def test_unreadable_scenes_are_left_out_and_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.fromarray(striped(1)).save(tmp_path / "good.png")
-    Image.fromarray(striped(1, 200, 100)).save(tmp_path / "large.png")
+    Image.fromarray(numbered_frame(1)).save(tmp_path / "good.png")
+    Image.fromarray(numbered_frame(1, 200, 100)).save(tmp_path / "large.png")
     for name in ("empty.png", "text.tif", "words.jpg"):
         (tmp_path / name).write_text("" if name == "empty.png" else "words")
     (tmp_path / "folder.png").mkdir()
@@ -122,21 +122,21 @@ def test_missing_extra_is_named(runs: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_live_stream_renders_overlays(tmp_path: Path) -> None:
     for number in range(3):
-        Image.fromarray(striped(number)).save(tmp_path / f"{number}.png")
-    with live_stream(str(tmp_path), seeing) as screen:
+        Image.fromarray(numbered_frame(number)).save(tmp_path / f"{number}.png")
+    with live_stream(str(tmp_path), rule_model) as screen:
         assert screen is not None
         shown = screen.wait(0, timeout=30)
         assert shown is not None
         assert Image.open(io.BytesIO(shown.jpeg)).size == (64, 48)
     assert screen.closed
-    with live_stream(None, seeing) as screen:
+    with live_stream(None, rule_model) as screen:
         assert screen is None
-    with pytest.raises(DataError, match=r"none\.mp4"), live_stream(str(tmp_path / "none.mp4"), seeing):
+    with pytest.raises(DataError, match=r"none\.mp4"), live_stream(str(tmp_path / "none.mp4"), rule_model):
         pass
 
 
 def _end_of(source: str) -> str:
-    with live_stream(source, seeing) as screen:
+    with live_stream(source, rule_model) as screen:
         assert screen is not None
         limit_duration = time.monotonic() + 30
         while not screen.closed and time.monotonic() < limit_duration:
@@ -146,7 +146,7 @@ def _end_of(source: str) -> str:
 
 def test_live_stream_reports_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
-        Image.fromarray(striped(number)).save(tmp_path / f"{number}.png")
+        Image.fromarray(numbered_frame(number)).save(tmp_path / f"{number}.png")
     assert _end_of(str(tmp_path)) == "finished after 3 frames"
     assert "the stream has ended: finished after 3 frames" in capsys.readouterr().err
     (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])

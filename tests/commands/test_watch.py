@@ -20,7 +20,7 @@ from overfly.commands import watch as streaming
 from overfly.core.errors import DataError
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.video.player import LatestFrame
-from seeing import BLUE, GREEN, RED, brightest, number_of, read, seeing, striped, video
+from streams import BLUE, GREEN, RED, brightest, frame_number, numbered_frame, read, rule_model, video
 
 pytest.importorskip("av")
 
@@ -38,7 +38,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Predictor], None]:
     def planted(predictor: Predictor) -> None:
         monkeypatch.setattr("overfly.commands.load_predictor.load_predictor", lambda *_, **__: predictor)
 
-    planted(seeing())
+    planted(rule_model())
     return planted
 
 
@@ -46,19 +46,19 @@ def test_watch_writes_a_video(network: object, tmp_path: Path, capsys: pytest.Ca
     del network
     flown, out = video(tmp_path / "a.mp4", frames=20, size=(128, 96)), tmp_path / "overlay.mp4"
     assert overfly("watch", "RUN", flown, "--out", out, "--opacity", 1, "--no-legend", "--no-stats", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["summary"]["read"] == found["summary"]["shown"] == 20
-    assert found["summary"]["dropped"] == 0
-    assert found["summary"]["p50_ms"] > 0
-    assert found["input"] == found["frame"] == [128, 96]
+    result = json.loads(capsys.readouterr().out)
+    assert result["summary"]["read"] == result["summary"]["shown"] == 20
+    assert result["summary"]["dropped"] == 0
+    assert result["summary"]["p50_ms"] > 0
+    assert result["input"] == result["frame"] == [128, 96]
     (frames, times), (overlays, shown) = read(flown), read(out)
     assert shown == pytest.approx(times, abs=0.002)
     assert len(overlays) == 20
     assert overlays[0].shape == (96, 128, 3)
     for frame, overlay in zip(frames, overlays, strict=True):
-        wanted = np.array([RED, GREEN, BLUE])[frame.argmax(-1)]
+        expected = np.array([RED, GREEN, BLUE])[frame.argmax(-1)]
         nearest = np.linalg.norm(overlay[..., None, :].astype(float) - np.array([RED, GREEN, BLUE]), axis=-1)
-        right = (wanted == np.array([RED, GREEN, BLUE])[nearest.argmin(-1)]).all(-1)
+        right = (expected == np.array([RED, GREEN, BLUE])[nearest.argmin(-1)]).all(-1)
         assert right.mean() > 0.85, "colors at the borders of classes are blurred by the codec, no more"
 
 
@@ -71,7 +71,7 @@ def test_watch_reads_a_folder(tmp_path: Path, recipe: object, capsys: pytest.Cap
     frames = tmp_path / "frames"
     frames.mkdir()
     for index in range(3):
-        Image.fromarray(striped(index, 128, 96)).save(frames / f"{index}.png")
+        Image.fromarray(numbered_frame(index, 128, 96)).save(frames / f"{index}.png")
     out = tmp_path / "new" / "overlay.mkv"
     assert overfly("watch", weights, frames, "--out", out, "--fps", 4, "--size", 64, "--device", "cpu") == 0
     shown = capsys.readouterr().out
@@ -95,14 +95,14 @@ def test_interrupt_finishes_the_video(
         return brightest(images)
 
     before = signal.getsignal(signal.SIGINT)
-    network(seeing(interrupted))
+    network(rule_model(interrupted))
     source = video(tmp_path / "a.mp4", frames=60)
     assert (
         overfly("watch", "RUN", source, "--out", tmp_path / "o.mp4", "--opacity", 0, "--no-legend", "--no-stats") == 0
     )
     assert "stopped by the user" in capsys.readouterr().out
     overlays, _ = read(tmp_path / "o.mp4")
-    assert [number_of(overlay) for overlay in overlays] == list(range(7))
+    assert [frame_number(overlay) for overlay in overlays] == list(range(7))
     assert signal.getsignal(signal.SIGINT) is before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "o.mp4"]
 
@@ -115,7 +115,7 @@ def test_second_interrupt_stops_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         return brightest(images)
 
-    network(seeing(hit_twice))
+    network(rule_model(hit_twice))
     assert overfly("watch", "RUN", video(tmp_path / "a.mp4"), "--out", tmp_path / "o.mp4") == 130
     assert "stopped" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
@@ -130,12 +130,12 @@ def test_realtime_drops_frames(
         time.sleep(0.1)
         return brightest(images)
 
-    network(seeing(slow))
+    network(rule_model(slow))
     source = video(tmp_path / "a.mp4", frames=30, fps=50)
     assert overfly("watch", "RUN", source, "--out", tmp_path / "o.mp4", "--realtime", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    summary = found["summary"]
-    assert found["realtime"]
+    result = json.loads(capsys.readouterr().out)
+    summary = result["summary"]
+    assert result["realtime"]
     assert summary["read"] == 30
     assert summary["shown"] + summary["dropped"] == 30
     assert 1 <= summary["shown"] <= 8
@@ -155,8 +155,8 @@ def test_overlay_is_served(
     asked: list[bytes] = []
 
     def looked_at(images: Floats) -> Floats:
-        if (found := re.search(r"overlay at (\S+)", capsys.readouterr().err)) and not asked:
-            page.append(found.group(1))
+        if (result := re.search(r"overlay at (\S+)", capsys.readouterr().err)) and not asked:
+            page.append(result.group(1))
         if page and len(shown) > 1:  # the first pass warms up, the second is of the first frame
             with urllib.request.urlopen(f"{page[0]}", timeout=10) as answer:  # noqa: S310  (our own page)
                 asked.append(answer.read())
@@ -165,9 +165,9 @@ def test_overlay_is_served(
 
     page: list[str] = []
     shown: list[int] = []
-    network(seeing(looked_at))
-    found = streaming.watch("RUN", str(video(tmp_path / "a.mp4", frames=4)), serve=0)
-    assert found.summary.shown == 4
+    network(rule_model(looked_at))
+    result = streaming.watch("RUN", str(video(tmp_path / "a.mp4", frames=4)), serve=0)
+    assert result.summary.shown == 4
     assert asked
     assert all(b"/stream" in page for page in asked)
 
@@ -188,7 +188,7 @@ def test_page_shows_how_the_stream_ended(
 
     screens: list[LatestFrame] = []
     monkeypatch.setattr("overfly.video.player.LatestFrame", Kept)
-    network(seeing(looked_at))
+    network(rule_model(looked_at))
     source = str(video(tmp_path / "a.mp4", frames=4))
     if breaks:
         with pytest.raises(DataError, match="damaged"):
@@ -239,7 +239,7 @@ def test_mistakes_give_one_line(
 def test_network_of_other_bands_is_rejected(
     network: Callable[[Predictor], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    network(seeing(bands=4))
+    network(rule_model(bands=4))
     assert overfly("watch", "RUN", video(tmp_path / "a.mp4"), "--out", tmp_path / "o.mp4") == 2
     assert "4 bands" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
@@ -251,10 +251,10 @@ def test_guide_runs(
     """Run every command and the program, except those that need a camera."""
     del network
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("overfly.commands.load_predictor.load_predictor", lambda *_, **__: seeing())
+    monkeypatch.setattr("overfly.commands.load_predictor.load_predictor", lambda *_, **__: rule_model())
     (tmp_path / "frames").mkdir()
     for index in range(3):
-        Image.fromarray(striped(index)).save(tmp_path / "frames" / f"{index}.png")
+        Image.fromarray(numbered_frame(index)).save(tmp_path / "frames" / f"{index}.png")
     video(Path("flight.mp4"))
     text = (REPOSITORY / "docs" / "guides" / "stream.md").read_text(encoding="utf-8")
     followed = []

@@ -15,12 +15,12 @@ from overfly.core.errors import DataError
 from overfly.data.reading import nodata_mask, read_image
 from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
-from rasters import ids, likely, noise, pointwise, write
+from rasters import brightness_classes, ids, noise, pointwise, write
 
 SETTINGS = MapSettings(window=64, batch=8)
 
 
-def mapped(source: Path, out: Path, predictor: Any = None, **changes: Any) -> MapResult:
+def make_map(source: Path, out: Path, predictor: Any = None, **changes: Any) -> MapResult:
     settings = replace(SETTINGS, **changes)
     return map_raster(predictor or pointwise(), str(source), out, settings, network="none")
 
@@ -31,9 +31,9 @@ def shown(source: Path, out: Path, **changes: Any) -> NDArray[np.float32]:
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
         seen.append(images.copy())
-        return likely(images)
+        return brightness_classes(images)
 
-    mapped(source, out, replace(pointwise(), run=run), **changes)
+    make_map(source, out, replace(pointwise(), run=run), **changes)
     return np.concatenate(seen)
 
 
@@ -50,29 +50,29 @@ def measured(tmp_path: Path) -> Path:
 def test_varying_alpha_band_needs_an_option(measured: Path, tmp_path: Path) -> None:
     for bands in (None, "3,2,1"):
         with pytest.raises(DataError, match=r"--no-alpha-band --bands .*, or --alpha-band"):
-            mapped(measured, tmp_path / "map.tif", bands=bands)
+            make_map(measured, tmp_path / "map.tif", bands=bands)
     assert [path.name for path in tmp_path.iterdir()] == ["nir.tif"]
-    made = mapped(measured, tmp_path / "map.tif", alpha_band=False, bands="1,2,3")
-    assert not made.notes
+    result = make_map(measured, tmp_path / "map.tif", alpha_band=False, bands="1,2,3")
+    assert not result.notes
     assert (ids(tmp_path / "map.tif") != 255).all()
     with pytest.raises(DataError, match="--bands"):
-        mapped(measured, tmp_path / "other.tif", alpha_band=False)
-    mapped(measured, tmp_path / "hidden.tif", alpha_band=True)
+        make_map(measured, tmp_path / "other.tif", alpha_band=False)
+    make_map(measured, tmp_path / "hidden.tif", alpha_band=True)
     with rasterio.open(measured) as dataset:
         np.testing.assert_array_equal(ids(tmp_path / "hidden.tif") == 255, dataset.read(4) == 0)
 
 
 def test_network_of_four_bands_reads_the_marked_band(measured: Path, tmp_path: Path) -> None:
-    predictor = replace(pointwise(bands=4), run=lambda images: likely(images[:, 3:]))
-    assert not mapped(measured, tmp_path / "map.tif", predictor).notes
+    predictor = replace(pointwise(bands=4), run=lambda images: brightness_classes(images[:, 3:]))
+    assert not make_map(measured, tmp_path / "map.tif", predictor).notes
     with rasterio.open(measured) as dataset:
-        truth = likely(dataset.read([4])[None].astype(np.float32))[0].argmax(0)
+        truth = brightness_classes(dataset.read([4])[None].astype(np.float32))[0].argmax(0)
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), truth)
     with pytest.raises(DataError, match="--alpha-band"):
-        mapped(measured, tmp_path / "other.tif", predictor, alpha_band=True)
+        make_map(measured, tmp_path / "other.tif", predictor, alpha_band=True)
     single = write(tmp_path / "one.tif", noise(40, 40, 1))
     with pytest.raises(DataError, match="--alpha-band"):
-        mapped(single, tmp_path / "other.tif", pointwise(bands=1), alpha_band=True)
+        make_map(single, tmp_path / "other.tif", pointwise(bands=1), alpha_band=True)
 
 
 def test_alpha_band_is_noted_and_can_be_disabled(tmp_path: Path) -> None:
@@ -80,12 +80,12 @@ def test_alpha_band_is_noted_and_can_be_disabled(tmp_path: Path) -> None:
     pixels[3] = 255
     pixels[3, :60], pixels[3, 60:63] = 0, 90  # hidden, and a soft edge
     source = write(tmp_path / "scene.tif", pixels)
-    made = mapped(source, tmp_path / "map.tif")
-    assert len(made.notes) == 1
-    assert "--no-alpha-band" in made.notes[0]
+    result = make_map(source, tmp_path / "map.tif")
+    assert len(result.notes) == 1
+    assert "--no-alpha-band" in result.notes[0]
     assert ((ids(tmp_path / "map.tif") == 255) == (pixels[3] == 0)).all()
-    assert not mapped(source, tmp_path / "asked.tif", alpha_band=True).notes
-    mapped(source, tmp_path / "denied.tif", alpha_band=False, bands="1,2,3")
+    assert not make_map(source, tmp_path / "asked.tif", alpha_band=True).notes
+    make_map(source, tmp_path / "denied.tif", alpha_band=False, bands="1,2,3")
     assert (ids(tmp_path / "denied.tif") != 255).all()
 
 
@@ -94,8 +94,8 @@ def test_a_last_band_that_is_not_marked_is_opacity_where_it_is_said(tmp_path: Pa
     pixels[3, :30] = 0
     source = write(tmp_path / "scene.tif", pixels, photometric="MINISBLACK", alpha="NO")
     with pytest.raises(DataError, match="--bands"):
-        mapped(source, tmp_path / "map.tif", max_value=255)
-    mapped(source, tmp_path / "map.tif", max_value=255, alpha_band=True)
+        make_map(source, tmp_path / "map.tif", max_value=255)
+    make_map(source, tmp_path / "map.tif", max_value=255, alpha_band=True)
     np.testing.assert_array_equal(ids(tmp_path / "map.tif") == 255, pixels[3] == 0)
 
 

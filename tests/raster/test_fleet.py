@@ -12,10 +12,10 @@ import pytest
 
 from overfly.core.errors import RecipeError
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.raster.fleet import MapTask, map_rasters, run_task
+from overfly.raster.fleet import map_rasters, run_task
 from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import MapResult
-from rasters import ids, likely, metadata, noise, write
+from rasters import brightness_classes, ids, metadata, noise, write
 
 HERE = Path(__file__).parent
 
@@ -27,7 +27,7 @@ def slow(journal: str, seconds: float) -> Predictor:
 
     def run(images: Floats) -> Floats:
         time.sleep(seconds)
-        return likely(images)
+        return brightness_classes(images)
 
     return Predictor(metadata(), "torch", "cpu", run)
 
@@ -74,12 +74,12 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
     assert sorted(reported) == sorted(jobs)
     assert list(failures) == [str(bad)]
     assert "truncated" in failures[str(bad)]
-    assert [made.source for made in maps] == list(jobs)[:8]
+    assert [result.source for result in maps] == list(jobs)[:8]
     for number in range(8):
-        truth = likely(noise(400, 64, seed=number)[None].astype(np.float32))[0].argmax(0)
+        truth = brightness_classes(noise(400, 64, seed=number)[None].astype(np.float32))[0].argmax(0)
         np.testing.assert_array_equal(ids(tmp_path / "maps" / f"{number}.tif"), truth)
-    assert sum(made.made for made in maps) >= 7  # the killed worker may have finished one without reporting it
-    assert any(made.resumed for made in maps)
+    assert sum(result.created for result in maps) >= 7  # the killed worker may have finished one without reporting it
+    assert any(result.resumed for result in maps)
     opened = journal.read_text().split()
     assert len(opened) == len(set(opened)) == 3  # once per worker: two, and the replacement
     assert not list((tmp_path / "maps").glob(".*"))
@@ -88,15 +88,15 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
 def test_worker_opens_the_network_once_and_returns_errors(tmp_path: Path) -> None:
     journal = tmp_path / "opened"
     source = str(write(tmp_path / "a.tif", noise(64, 64)))
-    task = MapTask(source, tmp_path / "map.tif", SETTINGS, "once", None)
-    first = run_task(partial(slow, str(journal), 0.0), task)
-    again = run_task(partial(slow, str(journal), 0.0), task)
+    task = (source, tmp_path / "map.tif", SETTINGS, "once", None)
+    first = run_task(partial(slow, str(journal), 0.0), *task)
+    again = run_task(partial(slow, str(journal), 0.0), *task)
     assert isinstance(first, MapResult)
     assert isinstance(again, MapResult)
-    assert (first.made, again.made) == (True, False)
+    assert (first.created, again.created) == (True, False)
     assert len(journal.read_text().split()) == 1
-    missing = MapTask(str(tmp_path / "none.tif"), tmp_path / "b.tif", SETTINGS, "once", None)
-    assert "does not exist" in str(run_task(partial(slow, str(journal), 0.0), missing))
+    missing = (str(tmp_path / "none.tif"), tmp_path / "b.tif", SETTINGS, "once", None)
+    assert "does not exist" in str(run_task(partial(slow, str(journal), 0.0), *missing))
 
 
 def test_map_rasters_needs_workers() -> None:

@@ -21,9 +21,9 @@ def scenes(tmp_path: Path) -> Path:
 def test_list_rasters_takes_files_folders_and_globs(scenes: Path) -> None:
     out = scenes / "maps"
     assert list_rasters([f"{scenes}/a/1.tif"], scenes / "one.tif") == {f"{scenes}/a/1.tif": scenes / "one.tif"}
-    found = list_rasters([f"{scenes}/a"], out)
-    assert [Path(name).name for name in found] == ["1.tif", "2.png", "10.tif"]
-    assert found[f"{scenes}/a/2.png"] == out / "2.tif"
+    result = list_rasters([f"{scenes}/a"], out)
+    assert [Path(name).name for name in result] == ["1.tif", "2.png", "10.tif"]
+    assert result[f"{scenes}/a/2.png"] == out / "2.tif"
     assert set(list_rasters([f"{scenes}/*/1.tif"], out).values()) == {out / "a/1.tif", out / "b/1.tif"}
     assert len(list_rasters([f"{scenes}/a", f"{scenes}/a/1.tif"], out)) == 3
 
@@ -31,13 +31,13 @@ def test_list_rasters_takes_files_folders_and_globs(scenes: Path) -> None:
 def test_addresses_with_wildcards_are_listed() -> None:
     system = fsspec.filesystem("memory")
     system.pipe({"/bucket/x/1.tif": b"", "/bucket/x/2.tif": b""})
-    found = list_rasters(["memory://bucket/x/*.tif", "https://example.org/c.tif?sign=1"], Path("maps"))
-    assert list(found) == ["memory:///bucket/x/1.tif", "memory:///bucket/x/2.tif", "https://example.org/c.tif?sign=1"]
-    assert found["https://example.org/c.tif?sign=1"] == Path("maps/c.tif")
+    result = list_rasters(["memory://bucket/x/*.tif", "https://example.org/c.tif?sign=1"], Path("maps"))
+    assert list(result) == ["memory:///bucket/x/1.tif", "memory:///bucket/x/2.tif", "https://example.org/c.tif?sign=1"]
+    assert result["https://example.org/c.tif?sign=1"] == Path("maps/c.tif")
 
 
 @pytest.mark.parametrize(
-    ("entries", "out", "said"),
+    ("entries", "out", "match"),
     [
         (["{}/a"], "one.tif", "--out"),
         (["{}/none/*.tif"], "maps", "none"),
@@ -47,8 +47,8 @@ def test_addresses_with_wildcards_are_listed() -> None:
         (["no://where/*.tif"], "maps", "no://where"),
     ],
 )
-def test_entries_without_rasters_are_errors(scenes: Path, entries: list[str], out: str, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_entries_without_rasters_are_errors(scenes: Path, entries: list[str], out: str, match: str) -> None:
+    with pytest.raises(DataError, match=match):
         list_rasters([entry.replace("{}", str(scenes)) for entry in entries], scenes / out)
 
 
@@ -56,7 +56,7 @@ def test_outputs_must_be_distinct(scenes: Path) -> None:
     out = scenes / "maps"
     jobs = list_rasters([f"{scenes}/a", f"{scenes}/b"], out)
     with pytest.raises(DataError, match=r"1\.tif would both become"):
-        check_distinct_outputs({source: [place] for source, place in jobs.items()})
+        check_distinct_outputs({source: [path] for source, path in jobs.items()})
     products = {"a.tif": MapSettings(probabilities=True), "a_probabilities.tif": MapSettings()}
     with pytest.raises(DataError, match=r"a\.tif and .*a_probabilities\.tif would both become"):
         check_distinct_outputs(

@@ -16,47 +16,49 @@ from rio_cogeo.cogeo import cog_validate
 from overfly.core.errors import DataError, NotFiniteError
 from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
-from rasters import CLASSES, ids, likely, metadata, noise, pointwise, write
+from rasters import CLASSES, brightness_classes, ids, metadata, noise, pointwise, write
 
 SETTINGS = MapSettings(window=64, batch=3)
 
 
-def mapped(source: Path, out: Path, predictor: Any = None, settings: MapSettings = SETTINGS, **more: Any) -> MapResult:
+def make_map(
+    source: Path, out: Path, predictor: Any = None, settings: MapSettings = SETTINGS, **more: Any
+) -> MapResult:
     return map_raster(predictor or pointwise(), str(source), out, settings, network="none", **more)
 
 
-def wanted(pixels: np.ndarray) -> np.ndarray:
-    found: np.ndarray = likely(pixels[None].astype(np.float32))[0].argmax(0)
-    return found
+def expected_ids(pixels: np.ndarray) -> np.ndarray:
+    result: np.ndarray = brightness_classes(pixels[None].astype(np.float32))[0].argmax(0)
+    return result
 
 
 def test_map_is_a_cog_on_the_grid_of_its_raster(tmp_path: Path) -> None:
     pixels = noise(700, 1100)
     source = write(tmp_path / "scene.tif", pixels)
-    made = mapped(source, tmp_path / "map.tif", settings=replace(SETTINGS, probabilities=True, uncertainty=True))
-    assert [file.name for file in made.files] == ["map.tif", "map_probabilities.tif", "map_uncertainty.tif"]
-    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels))
-    for file in made.files:
+    result = make_map(source, tmp_path / "map.tif", settings=replace(SETTINGS, probabilities=True, uncertainty=True))
+    assert [file.name for file in result.files] == ["map.tif", "map_probabilities.tif", "map_uncertainty.tif"]
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), expected_ids(pixels))
+    for file in result.files:
         assert cog_validate(file, quiet=True) == (True, [], [])
-        with rasterio.open(source) as image, rasterio.open(file) as found:
-            assert (found.crs, found.transform, found.shape) == (image.crs, image.transform, image.shape)
-            assert found.nodata == 255
-            assert found.compression.name == "deflate"
-            assert found.overviews(1)
-    with rasterio.open(tmp_path / "map.tif") as found:
-        colors = found.colormap(1)
+        with rasterio.open(source) as image, rasterio.open(file) as actual:
+            assert (actual.crs, actual.transform, actual.shape) == (image.crs, image.transform, image.shape)
+            assert actual.nodata == 255
+            assert actual.compression.name == "deflate"
+            assert actual.overviews(1)
+    with rasterio.open(tmp_path / "map.tif") as actual:
+        colors = actual.colormap(1)
         assert [colors[index][:3] for index in range(3)] == list(CLASSES.colors)
-        assert found.tags(1) == {"CLASS_0": "dark", "CLASS_1": "middle", "CLASS_2": "bright"}
-        assert json.loads(found.tags()["CLASS_NAMES"]) == {"0": "dark", "1": "middle", "2": "bright"}
+        assert actual.tags(1) == {"CLASS_0": "dark", "CLASS_1": "middle", "CLASS_2": "bright"}
+        assert json.loads(actual.tags()["CLASS_NAMES"]) == {"0": "dark", "1": "middle", "2": "bright"}
     assert "<Category>middle</Category>" in (tmp_path / "map.tif.aux.xml").read_text()  # where GIS look for names
-    with rasterio.open(tmp_path / "map_probabilities.tif") as found:
-        assert found.descriptions == ("dark: probability", "middle: probability", "bright: probability")
-        truth = 100 * likely(pixels[None].astype(np.float32))[0]
-        np.testing.assert_allclose(found.read(), truth, atol=0.51)
+    with rasterio.open(tmp_path / "map_probabilities.tif") as actual:
+        assert actual.descriptions == ("dark: probability", "middle: probability", "bright: probability")
+        truth = 100 * brightness_classes(pixels[None].astype(np.float32))[0]
+        np.testing.assert_allclose(actual.read(), truth, atol=0.51)
     share = truth / 100
     entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(0) / np.log(3) * 100
     np.testing.assert_allclose(ids(tmp_path / "map_uncertainty.tif"), entropy, atol=0.51)
-    assert made.shares["dark"] == pytest.approx((wanted(pixels) == 0).mean())
+    assert result.shares["dark"] == pytest.approx((expected_ids(pixels) == 0).mean())
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
@@ -67,9 +69,9 @@ def test_data_types_and_value_ranges(tmp_path: Path, dtype: str, max_value: floa
     pixels = noise(90, 150)
     stored = pixels.astype(dtype) * (257 if dtype == "uint16" else 1 / 255)
     source = write(tmp_path / "scene.tif", stored.astype(dtype))
-    predictor = replace(pointwise(max_value=max_value), run=lambda images: likely(images * 255 / max_value))
-    mapped(source, tmp_path / "map.tif", predictor, replace(SETTINGS, max_value=given))
-    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels))
+    predictor = replace(pointwise(max_value=max_value), run=lambda images: brightness_classes(images * 255 / max_value))
+    make_map(source, tmp_path / "map.tif", predictor, replace(SETTINGS, max_value=given))
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), expected_ids(pixels))
 
 
 def test_bands_are_read_in_the_given_order(tmp_path: Path) -> None:
@@ -77,13 +79,13 @@ def test_bands_are_read_in_the_given_order(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", pixels)
 
     def second(images: np.ndarray) -> np.ndarray:
-        return likely(images[:, 1:2])
+        return brightness_classes(images[:, 1:2])
 
     predictor = replace(pointwise(), run=second)
-    mapped(source, tmp_path / "map.tif", predictor, replace(SETTINGS, bands="5,4,1"))
-    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(pixels[3:4]))
+    make_map(source, tmp_path / "map.tif", predictor, replace(SETTINGS, bands="5,4,1"))
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), expected_ids(pixels[3:4]))
     with pytest.raises(DataError, match="--bands 1,2,3"):
-        mapped(source, tmp_path / "other.tif")
+        make_map(source, tmp_path / "other.tif")
 
 
 @pytest.mark.parametrize("how", ["nodata", "given", "mask", "alpha", "nan"])
@@ -92,7 +94,7 @@ def test_no_data_stays_no_data(tmp_path: Path, how: str) -> None:
     hidden = np.zeros((150, 200), bool)
     hidden[:100, :90] = True  # whole windows, and parts of others
     hidden[120, 130] = True
-    truth = np.where(hidden, 255, wanted(pixels))
+    truth = np.where(hidden, 255, expected_ids(pixels))
     settings, predictor = SETTINGS, pointwise()
     path = tmp_path / "scene.tif"
     if how == "nan":
@@ -115,11 +117,11 @@ def test_no_data_stays_no_data(tmp_path: Path, how: str) -> None:
 
     def run(images: np.ndarray) -> np.ndarray:
         seen.append(len(images))
-        return likely(images)
+        return brightness_classes(images)
 
-    made = mapped(path, tmp_path / "map.tif", replace(predictor, run=run), settings)
+    result = make_map(path, tmp_path / "map.tif", replace(predictor, run=run), settings)
     np.testing.assert_array_equal(ids(tmp_path / "map.tif"), truth)
-    assert made.windows == sum(seen) < 12  # windows without data are skipped
+    assert result.windows == sum(seen) < 12  # windows without data are skipped
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # some are not, on purpose
@@ -139,29 +141,29 @@ def test_georeferences_of_every_kind_are_kept(tmp_path: Path) -> None:
         "centers": {"crs": "EPSG:4326", "transform": None, "gcps": points},
         "own": {"crs": "+proj=laea +lat_0=31 +lon_0=12 +x_0=5 +y_0=6 +ellps=GRS80 +units=m"},
     }
-    for name, place in kinds.items():
-        source = write(tmp_path / f"{name}.tif", pixels, **place)
+    for name, georeference in kinds.items():
+        source = write(tmp_path / f"{name}.tif", pixels, **georeference)
         if name == "centers":
             with rasterio.open(source, "r+") as dataset:
                 dataset.update_tags(AREA_OR_POINT="Point")
-        mapped(source, tmp_path / f"{name}_map.tif")
-        with rasterio.open(source) as image, rasterio.open(tmp_path / f"{name}_map.tif") as found:
-            assert (found.crs, found.transform) == (image.crs, image.transform), name
-            assert [p.asdict() for p in found.gcps[0]] == [p.asdict() for p in image.gcps[0]], name
-            assert found.gcps[1] == image.gcps[1]
-            assert (found.tags().get("AREA_OR_POINT") == "Point") == (name == "centers")
+        make_map(source, tmp_path / f"{name}_map.tif")
+        with rasterio.open(source) as image, rasterio.open(tmp_path / f"{name}_map.tif") as result:
+            assert (result.crs, result.transform) == (image.crs, image.transform), name
+            assert [p.asdict() for p in result.gcps[0]] == [p.asdict() for p in image.gcps[0]], name
+            assert result.gcps[1] == image.gcps[1]
+            assert (result.tags().get("AREA_OR_POINT") == "Point") == (name == "centers")
 
 
 def test_png_jpeg_and_world_file(tmp_path: Path) -> None:
     pixels = noise(100, 140)
     for driver, ending in (("PNG", "png"), ("JPEG", "jpg")):
         write(tmp_path / f"a.{ending}", pixels, driver=driver, crs=None, transform=None)
-        mapped(tmp_path / f"a.{ending}", tmp_path / f"{ending}.tif")
-    np.testing.assert_array_equal(ids(tmp_path / "png.tif"), wanted(pixels))
+        make_map(tmp_path / f"a.{ending}", tmp_path / f"{ending}.tif")
+    np.testing.assert_array_equal(ids(tmp_path / "png.tif"), expected_ids(pixels))
     (tmp_path / "a.pgw").write_text("0.5\n0\n0\n-0.5\n1000.25\n1999.75\n")
-    mapped(tmp_path / "a.png", tmp_path / "world.tif")
-    with rasterio.open(tmp_path / "world.tif") as found:
-        assert found.transform == Affine(0.5, 0, 1000, 0, -0.5, 2000)
+    make_map(tmp_path / "a.png", tmp_path / "world.tif")
+    with rasterio.open(tmp_path / "world.tif") as result:
+        assert result.transform == Affine(0.5, 0, 1000, 0, -0.5, 2000)
 
 
 def test_resampled_input_keeps_the_grid_of_the_map(tmp_path: Path) -> None:
@@ -171,42 +173,42 @@ def test_resampled_input_keeps_the_grid_of_the_map(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", pixels, nodata=0)
     for name, meters, share in (("coarse", 0.6, 0.97), ("coarser", 1.15, 0.9), ("fine", 0.17, 0.97)):
         settings = replace(SETTINGS, resolution=meters)
-        made = mapped(source, tmp_path / f"{name}.tif", settings=settings, memory=1)
-        found = ids(tmp_path / f"{name}.tif")
-        truth = np.where(pixels[0] == 0, 255, wanted(pixels))
-        assert found.shape == truth.shape
-        assert ((found == 255) == (truth == 255)).all()
-        assert (found == truth).mean() > share, name
+        result = make_map(source, tmp_path / f"{name}.tif", settings=settings, memory=1)
+        actual = ids(tmp_path / f"{name}.tif")
+        truth = np.where(pixels[0] == 0, 255, expected_ids(pixels))
+        assert actual.shape == truth.shape
+        assert ((actual == 255) == (truth == 255)).all()
+        assert (actual == truth).mean() > share, name
         inside = np.kron(np.ones((16, 24)), np.pad(np.ones((4, 4)), 4)) > 0  # away from the blocks' borders
-        assert (found == truth)[inside].all(), name
-        assert made.windows > 0
+        assert (actual == truth)[inside].all(), name
+        assert result.windows > 0
     write(tmp_path / "plain.tif", pixels, crs=None)
     with pytest.raises(DataError, match="--resolution"):
-        mapped(tmp_path / "plain.tif", tmp_path / "map.tif", settings=replace(SETTINGS, resolution=0.6))
+        make_map(tmp_path / "plain.tif", tmp_path / "map.tif", settings=replace(SETTINGS, resolution=0.6))
 
 
 def test_differing_gsd_is_noted(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(70, 70))
-    made = mapped(source, tmp_path / "map.tif", pointwise(gsd=3.0))
-    assert "--match-gsd" in made.notes[0]
-    assert not mapped(source, tmp_path / "alike.tif", pointwise(gsd=0.25)).notes
+    result = make_map(source, tmp_path / "map.tif", pointwise(gsd=3.0))
+    assert "--match-gsd" in result.notes[0]
+    assert not make_map(source, tmp_path / "alike.tif", pointwise(gsd=0.25)).notes
 
 
 def test_existing_map_is_skipped_or_replaced_by_option(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
-    assert mapped(source, out).made
+    assert make_map(source, out).created
     before = out.stat().st_mtime_ns
-    assert not mapped(source, out).made
+    assert not make_map(source, out).created
     assert out.stat().st_mtime_ns == before
     with pytest.raises(DataError, match=r"overlap 0.25 instead of 0.5.*--overwrite"):
-        mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
-    assert mapped(source, out, settings=replace(SETTINGS, overlap=0.5, overwrite=True)).made
+        make_map(source, out, settings=replace(SETTINGS, overlap=0.5))
+    assert make_map(source, out, settings=replace(SETTINGS, overlap=0.5, overwrite=True)).created
     write(source, noise(100, 100, seed=4))
     with pytest.raises(DataError, match="--overwrite"):
-        mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
+        make_map(source, out, settings=replace(SETTINGS, overlap=0.5))
     write(tmp_path / "foreign.tif", noise(10, 10))
     with pytest.raises(DataError, match=r"foreign\.tif"):
-        mapped(source, tmp_path / "foreign.tif")
+        make_map(source, tmp_path / "foreign.tif")
 
 
 def test_bad_rasters_leave_no_files(tmp_path: Path) -> None:
@@ -223,16 +225,16 @@ def test_bad_rasters_leave_no_files(tmp_path: Path) -> None:
         write(tmp_path / "one.tif", noise(50, 50, 1)): "--bands",
         write(tmp_path / "deep.tif", noise(50, 50).astype(np.uint16)): "uint16.*--max-value",
     }  # fmt: skip
-    for source, said in cases.items():
-        with pytest.raises(DataError, match=said):
-            mapped(source, out)
+    for source, match in cases.items():
+        with pytest.raises(DataError, match=match):
+            make_map(source, out)
         assert not out.parent.exists(), source
     # damage that only reading shows
     middle = bytearray(whole.read_bytes())
     middle[len(middle) // 2 : len(middle) // 2 + 3000] = b"\0" * 3000
     cut.write_bytes(middle)
     with pytest.raises(DataError, match=r"cut\.tif"):
-        mapped(cut, out)
+        make_map(cut, out)
     assert not list(out.parent.iterdir())
 
 
@@ -245,9 +247,9 @@ def test_bad_output_paths_are_rejected(tmp_path: Path) -> None:
         tmp_path / "file" / "map.tif": "--out",
     }  # fmt: skip
     before = source.read_bytes()
-    for out, said in cases.items():
-        with pytest.raises(DataError, match=said):
-            mapped(source, out)
+    for out, match in cases.items():
+        with pytest.raises(DataError, match=match):
+            make_map(source, out)
     assert source.read_bytes() == before
 
 
@@ -258,7 +260,7 @@ def test_broken_link_is_not_replaced(tmp_path: Path, name: str) -> None:
     for overwrite in (False, True):
         settings = replace(SETTINGS, uncertainty=True, overwrite=overwrite)
         with pytest.raises(DataError, match=rf"{name} is a link to .*old.tif"):
-            mapped(source, out, settings=settings)
+            make_map(source, out, settings=settings)
     assert (tmp_path / name).is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "scene.tif"])
 
@@ -278,22 +280,22 @@ def test_job_resumes_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(UnfinishedMap, "write", full)
     with pytest.raises(DataError, match="No space left on device"):
-        mapped(source, out)
+        make_map(source, out)
     assert not out.exists()
     monkeypatch.setattr(UnfinishedMap, "write", write_rows)
-    assert mapped(source, out).resumed == 2
+    assert make_map(source, out).resumed == 2
 
 
 def test_infinite_probabilities_are_an_error(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
-    broken = replace(pointwise(), run=lambda images: likely(images) * np.float32("nan"))
+    broken = replace(pointwise(), run=lambda images: brightness_classes(images) * np.float32("nan"))
     with pytest.raises(NotFiniteError, match=r"scene\.tif"):
-        mapped(source, out, broken)
+        make_map(source, out, broken)
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
 
 
 def test_fixed_window_is_kept(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(40, 50))
     fixed = replace(pointwise(), metadata=metadata(64, fixed=True))
-    mapped(source, tmp_path / "map.tif", fixed, MapSettings())
-    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), wanted(noise(40, 50)))
+    make_map(source, tmp_path / "map.tif", fixed, MapSettings())
+    np.testing.assert_array_equal(ids(tmp_path / "map.tif"), expected_ids(noise(40, 50)))

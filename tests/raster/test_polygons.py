@@ -26,10 +26,10 @@ def drawn(tmp_path: Path) -> Path:
 
 def areas(table: tuple[Any, ...]) -> dict[str, list[float]]:
     names, fields = table[0]["fields"], table[3]
-    found: dict[str, list[float]] = {}
+    result: dict[str, list[float]] = {}
     for name, area in zip(fields[list(names).index("class")], fields[list(names).index("area")], strict=True):
-        found.setdefault(name, []).append(round(float(area) / 0.09, 3))
-    return found
+        result.setdefault(name, []).append(round(float(area) / 0.09, 3))
+    return result
 
 
 def test_areas_are_outlined_and_specks_are_swallowed(drawn: Path, tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_areas_of_degrees_are_square_meters(  # noqa: PLR0917 - fixtures
 ) -> None:
     label, step = np.zeros((40, 60), np.uint8), 0.01
     label[10:30, 20:50] = 1  # a hole in the first class
-    place = {"crs": crs, "transform": Affine(step, 0, 179.7, 0, -step, north)}
-    map_ = write(tmp_path / "map.tif", label[None], nodata=255, **place)
+    georeference = {"crs": crs, "transform": Affine(step, 0, 179.7, 0, -step, north)}
+    map_ = write(tmp_path / "map.tif", label[None], nodata=255, **georeference)
 
     def patch(rows: tuple[int, int], columns: int) -> float:
         """Meridian and parallel lengths of an ellipsoid, summed up row by row in small steps."""
@@ -74,16 +74,19 @@ def test_areas_of_degrees_are_square_meters(  # noqa: PLR0917 - fixtures
         lengths = axis * (1 - squared) / bend**1.5 * axis * np.cos(latitude) / bend**0.5
         return float(lengths.mean() * np.radians(step) ** 2 * (rows[1] - rows[0]) * columns)
 
-    wanted = {"middle": patch((10, 30), 30), "dark": patch((0, 40), 60) - patch((10, 30), 30)}
+    expected = {"middle": patch((10, 30), 30), "dark": patch((0, 40), 60) - patch((10, 30), 30)}
     table = pyogrio.raw.read(write_polygons(map_, tmp_path / f"a.{ending}", CLASSES))
     names, fields = list(table[0]["fields"]), table[3]
-    found = dict(zip(fields[names.index("class")], fields[names.index("area")], strict=True))
-    assert found == pytest.approx(wanted, rel=1e-6)
+    result = dict(zip(fields[names.index("class")], fields[names.index("area")], strict=True))
+    assert result == pytest.approx(expected, rel=1e-6)
 
 
 def test_feet_are_meters(tmp_path: Path) -> None:
-    place = {"crs": "EPSG:2263", "transform": Affine(10, 0, 980_000, 0, -10, 200_000)}  # New York, in US survey feet
-    map_ = write(tmp_path / "map.tif", np.zeros((1, 20, 30), np.uint8), nodata=255, **place)
+    georeference = {
+        "crs": "EPSG:2263",
+        "transform": Affine(10, 0, 980_000, 0, -10, 200_000),
+    }  # New York, in US survey feet
+    map_ = write(tmp_path / "map.tif", np.zeros((1, 20, 30), np.uint8), nodata=255, **georeference)
     table = pyogrio.raw.read(write_polygons(map_, tmp_path / "a.gpkg", CLASSES))
     area = table[3][list(table[0]["fields"]).index("area")]
     assert area == pytest.approx([600 * 100 * (1200 / 3937) ** 2])

@@ -19,12 +19,14 @@ import rasterio
 from overfly.raster import writer
 from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
-from rasters import biased, ids, noise, pointwise, write
+from rasters import ids, noise, pointwise, position_dependent, write
 
 SETTINGS = MapSettings(window=64, batch=3)
 
 
-def mapped(source: Path, out: Path, predictor: Any = None, settings: MapSettings = SETTINGS, **more: Any) -> MapResult:
+def make_map(
+    source: Path, out: Path, predictor: Any = None, settings: MapSettings = SETTINGS, **more: Any
+) -> MapResult:
     return map_raster(predictor or pointwise(), str(source), out, settings, network="none", **more)
 
 
@@ -41,7 +43,7 @@ def test_resumed_map_equals_an_uninterrupted_one(tmp_path: Path, settings: MapSe
     pixels = noise(230, 170)
     pixels[:, 100:, :60] = 0
     source = write(tmp_path / "scene.tif", pixels, nodata=0)
-    whole = mapped(source, tmp_path / "whole.tif", biased(), settings, memory=memory)
+    whole = make_map(source, tmp_path / "whole.tif", position_dependent(), settings, memory=memory)
     out, steps, left = tmp_path / "cut.tif", [], 0
 
     def on_progress(done: int, total: int) -> None:
@@ -54,12 +56,12 @@ def test_resumed_map_equals_an_uninterrupted_one(tmp_path: Path, settings: MapSe
     for _ in range(100):
         steps.clear()
         try:
-            made = mapped(source, out, biased(), settings, memory=memory, on_progress=on_progress)
+            result = make_map(source, out, position_dependent(), settings, memory=memory, on_progress=on_progress)
             break
         except StoppedError:
             assert not out.exists()
-    assert made.resumed > 0
-    for one, other in zip(whole.files, made.files, strict=True):
+    assert result.resumed > 0
+    for one, other in zip(whole.files, result.files, strict=True):
         with rasterio.open(one) as first, rasterio.open(other) as second:
             np.testing.assert_array_equal(first.read(), second.read())
 
@@ -69,10 +71,10 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from dataclasses import replace
 from pathlib import Path
-from rasters import biased
+from rasters import position_dependent
 from overfly.raster.map_raster import map_raster
 from overfly.raster.job import MapSettings
-slow = biased()
+slow = position_dependent()
 def run(images):
     time.sleep(0.05)
     return slow.run(images)
@@ -91,9 +93,9 @@ def test_killed_job_resumes(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
-    made = mapped(source, out, biased())
-    assert made.resumed >= 4
-    mapped(source, tmp_path / "whole.tif", biased())
+    result = make_map(source, out, position_dependent())
+    assert result.resumed >= 4
+    make_map(source, tmp_path / "whole.tif", position_dependent())
     np.testing.assert_array_equal(ids(out), ids(tmp_path / "whole.tif"))
 
 
@@ -113,18 +115,18 @@ def test_job_killed_while_renaming_resumes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(writer, "discard", lambda _: None)  # as after a kill
     settings = replace(SETTINGS, uncertainty=True)
     if whole:
-        mapped(source, out, settings=settings)
+        make_map(source, out, settings=settings)
     else:
         with pytest.raises(StoppedError):
-            mapped(source, out, settings=settings)
+            make_map(source, out, settings=settings)
     assert (tmp_path / ".map.tif.unfinished").is_dir()
     assert out.exists() == whole
     monkeypatch.setattr(Path, "replace", replaced)
     monkeypatch.setattr(writer, "discard", discarded)
     with writer.lock_unfinished(out):  # another job is running
-        assert not whole or not mapped(source, out, settings=settings).made
+        assert not whole or not make_map(source, out, settings=settings).created
         assert (tmp_path / ".map.tif.unfinished").is_dir()
-    assert mapped(source, out, settings=settings).made == (not whole)
+    assert make_map(source, out, settings=settings).created == (not whole)
     assert not (tmp_path / ".map.tif.unfinished").exists()
 
 
@@ -137,13 +139,13 @@ def test_unfinished_map_of_other_settings_is_discarded(tmp_path: Path) -> None:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        mapped(source, out, on_progress=on_progress)
-    made = mapped(source, out, settings=replace(SETTINGS, overlap=0.5))
-    assert made.resumed == 0
-    assert len(made.notes) == 1
+        make_map(source, out, on_progress=on_progress)
+    result = make_map(source, out, settings=replace(SETTINGS, overlap=0.5))
+    assert result.resumed == 0
+    assert len(result.notes) == 1
 
 
 def test_second_process_is_rejected(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(100, 100)), tmp_path / "map.tif"
     with writer.lock_unfinished(out), pytest.raises(writer.BusyError):
-        mapped(source, out)
+        make_map(source, out)

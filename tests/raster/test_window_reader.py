@@ -16,7 +16,7 @@ from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import map_raster
 from overfly.raster.raster_source import inspect_raster
 from overfly.raster.window_reader import read_resampled
-from rasters import ids, likely, noise, pointwise, write
+from rasters import brightness_classes, ids, noise, pointwise, write
 
 SETTINGS = MapSettings(window=64, batch=8)
 
@@ -54,7 +54,7 @@ def test_no_data_has_no_weight_when_resampled(how: str, resolution: float, tmp_p
 
     def run(images: np.ndarray) -> np.ndarray:
         seen.append(np.unique(images))
-        return likely(images)
+        return brightness_classes(images)
 
     map_raster(replace(predictor, run=run), str(path), tmp_path / "map.tif", settings, network="none")
     assert set(np.concatenate(seen).round(3)) <= {0, 128}
@@ -74,13 +74,13 @@ def test_valid_pixels_are_averaged_as_by_gdal(
     rows, columns = round(200 * scale[0]), round(300 * scale[1])
     how = Resampling.average if max(scale) <= 1 else Resampling.bilinear
     with rasterio.open(source) as dataset:
-        wanted = dataset.read(out_shape=(3, rows, columns), resampling=how)
+        expected = dataset.read(out_shape=(3, rows, columns), resampling=how)
         grid = (rows / 200, columns / 300)
-        found, nodata_mask = read_resampled(dataset, scene, grid, (0, rows), (0, columns))
-        np.testing.assert_allclose(found, wanted, atol=0.01)
+        result, nodata_mask = read_resampled(dataset, scene, grid, (0, rows), (0, columns))
+        np.testing.assert_allclose(result, expected, atol=0.01)
         assert not nodata_mask.any()
         part, _ = read_resampled(dataset, scene, grid, (rows // 2, rows), (columns // 3, columns))
-    np.testing.assert_allclose(part, found[:, rows // 2 :, columns // 3 :], atol=0.001)
+    np.testing.assert_allclose(part, result[:, rows // 2 :, columns // 3 :], atol=0.001)
 
 
 def test_excessive_enlargement_is_rejected(tmp_path: Path) -> None:
@@ -93,15 +93,15 @@ def test_excessive_enlargement_is_rejected(tmp_path: Path) -> None:
 def test_nodata_of_nan_gives_equal_manifests(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(60, 60)), tmp_path / "map.tif"
     settings = replace(SETTINGS, nodata=float("nan"))
-    assert map_raster(pointwise(), str(source), out, settings, network="none").made
-    assert not map_raster(pointwise(), str(source), out, settings, network="none").made
+    assert map_raster(pointwise(), str(source), out, settings, network="none").created
+    assert not map_raster(pointwise(), str(source), out, settings, network="none").created
 
 
 def test_implausible_values_are_reported_with_options(tmp_path: Path) -> None:
     pixels = (noise(60, 60) / 255).astype(np.float32)
     pixels[:, :9, :9] = -3.4028235e38
     source = write(tmp_path / "scene.tif", pixels)
-    broken = replace(pointwise(), run=lambda images: likely(images) + np.float32(0) * images[:, :1] ** 2)
+    broken = replace(pointwise(), run=lambda images: brightness_classes(images) + np.float32(0) * images[:, :1] ** 2)
     with (
         np.errstate(all="ignore"),
         pytest.raises(DataError, match=r"scene.tif holds values .*--nodata .*--max-value"),

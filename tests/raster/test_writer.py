@@ -20,7 +20,7 @@ from overfly.raster.job import MapSettings
 from overfly.raster.map_raster import map_raster
 from overfly.raster.polygons import write_polygons
 from overfly.raster.writer import write_cog
-from rasters import ids, likely, noise, pointwise, write
+from rasters import brightness_classes, ids, noise, pointwise, write
 
 SETTINGS = MapSettings(window=64, batch=8, uncertainty=True, polygons="gpkg")
 
@@ -78,9 +78,9 @@ def test_incomplete_polygons_are_not_published(
         with pytest.raises(DataError, match=rf"polygons.{kind}"):
             map_raster(pointwise(), str(source), out, settings, network="none")
     assert sorted(path.name for path in tmp_path.glob("*map*")) == [".map.tif.unfinished"]
-    made = map_raster(pointwise(), str(source), out, settings, network="none")
-    assert made.windows == 0
-    assert all(file.stat().st_size > 0 for file in made.files)
+    result = map_raster(pointwise(), str(source), out, settings, network="none")
+    assert result.windows == 0
+    assert all(file.stat().st_size > 0 for file in result.files)
 
 
 def test_blocked_file_is_reported(tmp_path: Path) -> None:
@@ -96,9 +96,9 @@ def test_rasters_of_few_pixels(height: int, width: int, tmp_path: Path) -> None:
     pixels = noise(height, width)
     source, out = write(tmp_path / "scene.tif", pixels), tmp_path / "map.tif"
     settings = replace(SETTINGS, probabilities=True, min_area=1)
-    made = map_raster(pointwise(), str(source), out, settings, network="none")
-    np.testing.assert_array_equal(ids(out), likely(pixels[None].astype(np.float32))[0].argmax(0))
-    with rasterio.open(tmp_path / "map_probabilities.tif") as found:
-        truth = 100 * likely(pixels[None].astype(np.float32))[0]
-        np.testing.assert_allclose(found.read(), truth, atol=0.51)
-    assert len(made.files) == 4
+    result = map_raster(pointwise(), str(source), out, settings, network="none")
+    np.testing.assert_array_equal(ids(out), brightness_classes(pixels[None].astype(np.float32))[0].argmax(0))
+    with rasterio.open(tmp_path / "map_probabilities.tif") as actual:
+        truth = 100 * brightness_classes(pixels[None].astype(np.float32))[0]
+        np.testing.assert_allclose(actual.read(), truth, atol=0.51)
+    assert len(result.files) == 4

@@ -10,7 +10,7 @@ from PIL import Image
 from overfly.core.classes import PALETTE, Classes
 from overfly.core.records import IGNORE
 from overfly.data.loveda import LoveDA
-from overfly.reporting.images import accessible_colors, data_uri, encode_png, encode_webp, thumbnail
+from overfly.reporting.figures import accessible_colors, data_uri, encode_png, encode_webp, thumbnail
 
 DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))
 PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))

@@ -83,8 +83,8 @@ def test_report_escapes_text_and_loads_nothing() -> None:
     style = text.split("<style>")[1].split("</style>")[0]
     assert "url(" not in style
     assert "@import" not in style
-    for wanted in ("prefers-color-scheme: dark", "@media print"):
-        assert wanted in style
+    for expected in ("prefers-color-scheme: dark", "@media print"):
+        assert expected in style
 
 
 def test_links_within_the_page_have_targets() -> None:

@@ -15,15 +15,15 @@ from overfly.core import atomic_files as parts
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.video.capture import StreamErrors, _Container, _decode, check_output, open_stream, write_video
 from overfly.video.player import limit_duration
-from seeing import number_of, read, striped, video
+from streams import frame_number, numbered_frame, read, video
 
 av = pytest.importorskip("av")
 
 
 def frames_of(path: Path | str, fps: float | None = None) -> tuple[list[np.ndarray], list[float]]:
     with open_stream(str(path), fps=fps) as source:
-        found = [(picture.pixels(), picture.time) for picture in source.frames]
-    return [pixels for pixels, _ in found], [at for _, at in found]
+        result = [(image.pixels(), image.time) for image in source.frames]
+    return [pixels for pixels, _ in result], [at for _, at in result]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "A.MP4"])
@@ -33,7 +33,7 @@ def test_written_frames_are_read_back(name: str, tmp_path: Path) -> None:
         assert (source.width, source.height, source.live) == (64, 48, False)
         assert source.rate == pytest.approx(8, rel=0.01)
     pixels, times = frames_of(path)
-    assert [number_of(frame) for frame in pixels] == list(range(12))
+    assert [frame_number(frame) for frame in pixels] == list(range(12))
     assert times == pytest.approx([index / 8 for index in range(12)], abs=0.002)
     others, _ = read(path)
     np.testing.assert_array_equal(np.stack(pixels), np.stack(others))
@@ -50,9 +50,9 @@ def test_colors_are_kept(size: tuple[int, int], tmp_path: Path) -> None:
     with write_video(tmp_path / "a.mp4", 10) as file:
         for index in range(3):
             file.write(frame, index / 10)
-    (found, *_), _ = frames_of(tmp_path / "a.mp4")
+    (result, *_), _ = frames_of(tmp_path / "a.mp4")
     for index, color in enumerate(colors):
-        middle = found[:, index * wide + 6 : (index + 1) * wide - 6].reshape(-1, 3)
+        middle = result[:, index * wide + 6 : (index + 1) * wide - 6].reshape(-1, 3)
         np.testing.assert_allclose(middle.mean(0), color, atol=4)
 
 
@@ -68,28 +68,28 @@ def test_unspecified_hd_colors_are_bt709(tmp_path: Path) -> None:
             frame = frame.reformat(format="yuv420p", dst_colorspace=standard)
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-        (found, *_), _ = frames_of(path)
-        np.testing.assert_allclose(found.reshape(-1, 3).mean(0), (20, 180, 60), atol=4)
+        (result, *_), _ = frames_of(path)
+        np.testing.assert_allclose(result.reshape(-1, 3).mean(0), (20, 180, 60), atol=4)
 
 
 def test_frames_keep_their_times(tmp_path: Path) -> None:
     times = [0.0, 0.1, 0.5, 0.5, 2.0]
     with write_video(tmp_path / "a.mp4", 10) as file:
         for index, at in enumerate(times):
-            file.write(striped(index), at)
-    pixels, found = frames_of(tmp_path / "a.mp4")
-    assert found == pytest.approx(times, abs=0.001)
-    assert [number_of(frame) for frame in pixels] == [0, 1, 2, 3, 4]
+            file.write(numbered_frame(index), at)
+    pixels, result = frames_of(tmp_path / "a.mp4")
+    assert result == pytest.approx(times, abs=0.001)
+    assert [frame_number(frame) for frame in pixels] == [0, 1, 2, 3, 4]
 
 
 def test_odd_sides_are_padded_and_other_sizes_fitted(tmp_path: Path) -> None:
     with write_video(tmp_path / "a.mp4", 10) as file:
-        file.write(striped(4, 63, 47), 0)
-        file.write(striped(4, 126, 94), 0.1)
-        file.write(striped(4, 63, 20), 0.2)
+        file.write(numbered_frame(4, 63, 47), 0)
+        file.write(numbered_frame(4, 126, 94), 0.1)
+        file.write(numbered_frame(4, 63, 20), 0.2)
     pixels, _ = frames_of(tmp_path / "a.mp4")
     assert [frame.shape for frame in pixels] == [(48, 64, 3)] * 3
-    assert number_of(pixels[1]) == 4
+    assert frame_number(pixels[1]) == 4
     assert pixels[2][:10].mean() < 8
 
 
@@ -109,11 +109,11 @@ def test_rotation_flag_is_applied(tmp_path: Path) -> None:
 
 def test_folder_is_read_in_natural_order(tmp_path: Path) -> None:
     for index, name in enumerate(["frame_2.png", "frame_10.png", "frame_11.jpg"]):
-        Image.fromarray(striped(index)).save(tmp_path / name)
+        Image.fromarray(numbered_frame(index)).save(tmp_path / name)
     (tmp_path / ".frame_3.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("no frame")
     pixels, times = frames_of(tmp_path, fps=4)
-    assert [number_of(frame) for frame in pixels] == [0, 1, 2]
+    assert [frame_number(frame) for frame in pixels] == [0, 1, 2]
     assert times == [0, 0.25, 0.5]
 
 
@@ -187,9 +187,9 @@ class Camera:
 )
 def test_live_source_continues_after_damage(script: tuple[object, ...], frames: int, damaged: int, ended: str) -> None:
     camera, errors = Camera(*script), StreamErrors()
-    found = list(_decode("camera", _Container(camera, None, True), 25, errors))
-    assert len(found) == frames
-    assert found[0].time == 0
+    result = list(_decode("camera", _Container(camera, None, True), 25, errors))
+    assert len(result) == frames
+    assert result[0].time == 0
     assert (errors.damaged, errors.ended) == (damaged, ended)
     assert camera.closed
 
@@ -237,7 +237,7 @@ def test_file_named_like_an_address_is_opened(tmp_path: Path, monkeypatch: pytes
         Path("plain.mp4").unlink()
         assert len(frames_of(name)[0]) == 10
     with write_video(Path("http:d.mp4"), 10) as file:
-        file.write(striped(1), 0)
+        file.write(numbered_frame(1), 0)
     assert Path("http:d.mp4").is_file()
 
 
@@ -253,7 +253,7 @@ def test_unsuitable_images_of_a_folder_are_errors(tmp_path: Path) -> None:
 def test_failed_video_leaves_no_file(tmp_path: Path) -> None:
     def fails() -> None:
         with write_video(tmp_path / "a.mp4", 10) as file:
-            file.write(striped(0), 0)
+            file.write(numbered_frame(0), 0)
             assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
             raise RuntimeError("mine")
 
@@ -268,7 +268,7 @@ def test_unwritable_paths_are_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "a.mp4", Path("/proc/a.mp4")):
         with pytest.raises(DataError, match="cannot be written"), write_video(path, 10) as file:
-            file.write(striped(0), 0)
+            file.write(numbered_frame(0), 0)
     for path, words in ((video(tmp_path / "there.mp4"), r"there\.mp4"), (tmp_path / "a.gif", r"name it a\.mp4")):
         with pytest.raises(DataError, match=words):
             check_output(path)
@@ -312,7 +312,7 @@ def test_video_of_another_process_is_kept(tmp_path: Path) -> None:
 
     def write() -> None:
         with write_video(path, 10) as file:
-            file.write(striped(0), 0)
+            file.write(numbered_frame(0), 0)
             path.write_bytes(b"theirs")
 
     with pytest.raises(DataError, match="by another process"):

@@ -6,23 +6,23 @@ import pytest
 from overfly.core.classes import Classes
 from overfly.exporting.predictor import Floats
 from overfly.video.overlay import OverlayRenderer, OverlayStyle, downscale, legend, letterbox
-from seeing import BLUE, GREEN, NAMES, RED, brightest, seeing, striped
+from streams import BLUE, GREEN, NAMES, RED, brightest, numbered_frame, rule_model
 
 BARE = {"legend": False, "stats": False}
 
 
 def test_overlay_has_the_colors_of_the_classes() -> None:
-    frame = striped(5, 96, 60)
-    overlay = OverlayRenderer(seeing(), OverlayStyle(opacity=1.0, **BARE))(frame)
+    frame = numbered_frame(5, 96, 60)
+    overlay = OverlayRenderer(rule_model(), OverlayStyle(opacity=1.0, **BARE))(frame)
     assert overlay.shape == frame.shape
     for band, color in enumerate((RED, GREEN, BLUE)):
         assert (overlay[:, 32 * band : 32 * (band + 1)] == color).all()
 
 
 def test_opacity_blends_colors_and_frame() -> None:
-    frame = striped(5, 96, 60)
-    np.testing.assert_array_equal(OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, **BARE))(frame), frame)
-    mixed = OverlayRenderer(seeing(), OverlayStyle(opacity=0.25, **BARE))(frame)
+    frame = numbered_frame(5, 96, 60)
+    np.testing.assert_array_equal(OverlayRenderer(rule_model(), OverlayStyle(opacity=0.0, **BARE))(frame), frame)
+    mixed = OverlayRenderer(rule_model(), OverlayStyle(opacity=0.25, **BARE))(frame)
     np.testing.assert_allclose(mixed[0, 0], 0.75 * frame[0, 0] + 0.25 * np.array(RED), atol=1)
 
 
@@ -33,8 +33,8 @@ def test_size_downscales_only_the_input() -> None:
         sizes.append(images.shape)
         return brightest(images)
 
-    frame = striped(5, 192, 120)
-    overlay = OverlayRenderer(seeing(noted), OverlayStyle(size=48, opacity=1.0, **BARE))(frame)
+    frame = numbered_frame(5, 192, 120)
+    overlay = OverlayRenderer(rule_model(noted), OverlayStyle(size=48, opacity=1.0, **BARE))(frame)
     assert sizes == [(1, 3, 30, 48)]
     assert overlay.shape == (120, 192, 3)
     for band, color in enumerate((RED, GREEN, BLUE)):
@@ -54,9 +54,9 @@ def test_fixed_windows_cover_the_frame() -> None:
         assert images.shape == (1, 3, 32, 32)
         return brightest(images)
 
-    frame = striped(5, 96, 20)
-    overlay = OverlayRenderer(seeing(fixed, fixed=True, window=32), OverlayStyle(opacity=1.0, **BARE))(frame)
-    np.testing.assert_array_equal(overlay, OverlayRenderer(seeing(), OverlayStyle(opacity=1.0, **BARE))(frame))
+    frame = numbered_frame(5, 96, 20)
+    overlay = OverlayRenderer(rule_model(fixed, fixed=True, window=32), OverlayStyle(opacity=1.0, **BARE))(frame)
+    np.testing.assert_array_equal(overlay, OverlayRenderer(rule_model(), OverlayStyle(opacity=1.0, **BARE))(frame))
 
 
 def test_frames_are_scaled_to_the_value_range() -> None:
@@ -68,15 +68,15 @@ def test_frames_are_scaled_to_the_value_range() -> None:
 
     frame = np.full((32, 32, 3), 255, np.uint8)
     for max_value in (255.0, 1.0, 65535.0):
-        OverlayRenderer(seeing(noted, max_value=max_value), OverlayStyle())(frame)
+        OverlayRenderer(rule_model(noted, max_value=max_value), OverlayStyle())(frame)
     assert peaks == pytest.approx([255.0, 1.0, 65535.0])
 
 
 def test_legend_and_stats_have_their_corners() -> None:
     frame = np.full((240, 320, 3), 120, np.uint8)
-    plain = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, **BARE))(frame)
-    named = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, legend=True, stats=False))(frame, ["12.0 frames/s"])
-    told = OverlayRenderer(seeing(), OverlayStyle(opacity=0.0, legend=False, stats=True))(frame, ["12.0 frames/s"])
+    plain = OverlayRenderer(rule_model(), OverlayStyle(opacity=0.0, **BARE))(frame)
+    named = OverlayRenderer(rule_model(), OverlayStyle(opacity=0.0, legend=True, stats=False))(frame, ["12.0 frames/s"])
+    told = OverlayRenderer(rule_model(), OverlayStyle(opacity=0.0, legend=False, stats=True))(frame, ["12.0 frames/s"])
     assert (plain == 120).all()
     changed = (named != 120).any(-1)
     assert changed[120:, :160].any()
@@ -103,16 +103,16 @@ def test_legend_counts_omitted_classes() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (64, 64), (65, 300), (300, 65), (63, 900)])
 def test_overlay_of_any_size(size: tuple[int, int]) -> None:
-    frame = striped(2, *size)
+    frame = numbered_frame(2, *size)
     assert (
-        OverlayRenderer(seeing(), OverlayStyle())(frame, ["10.0 frames/s   p50 100 ms   p95 100 ms", "more"]).shape
+        OverlayRenderer(rule_model(), OverlayStyle())(frame, ["10.0 frames/s   p50 100 ms   p95 100 ms", "more"]).shape
         == frame.shape
     )
 
 
 def test_letterbox_adds_bars() -> None:
-    found = letterbox(np.full((50, 100, 3), 200, np.uint8), 100, 100)
-    assert found.shape == (100, 100, 3)
-    assert (found[:25] == 0).all()
-    assert (found[25:75] == 200).all()
-    assert (found[75:] == 0).all()
+    result = letterbox(np.full((50, 100, 3), 200, np.uint8), 100, 100)
+    assert result.shape == (100, 100, 3)
+    assert (result[:25] == 0).all()
+    assert (result[25:75] == 200).all()
+    assert (result[75:] == 0).all()

@@ -28,14 +28,14 @@ from overfly.video.player import (
     process_stream,
     render_frames,
 )
-from seeing import Clock, brightest, number_of, seeing, striped
+from streams import Clock, brightest, frame_number, numbered_frame, rule_model
 
 PLAIN = OverlayStyle(opacity=0.0, legend=False, stats=False)
 
 
 def source_frames(count: int, fps: float = 10.0) -> Iterator[SourceFrame]:
     for index in range(count):
-        yield SourceFrame(partial(striped, index % 16), index / fps)
+        yield SourceFrame(partial(numbered_frame, index % 16), index / fps)
 
 
 class Slow:
@@ -45,7 +45,7 @@ class Slow:
         self.clock, self.takes, self.passes = clock, takes, 0
 
     def __call__(self, images: Floats) -> Floats:
-        self.clock.pass_on(self.takes(self.passes))
+        self.clock.advance(self.takes(self.passes))
         self.passes += 1
         return brightest(images)
 
@@ -56,7 +56,7 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
     start = clock()
 
     def comes(index: int) -> None:
-        slot.put(TimedFrame(SourceFrame(partial(striped, index % 16), index / fps), clock()))
+        slot.put(TimedFrame(SourceFrame(partial(numbered_frame, index % 16), index / fps), clock()))
         if index == count - 1:
             slot.close()
 
@@ -66,7 +66,7 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
     ages: list[float] = []
 
     def sink(overlay: NDArray[np.uint8], at: float) -> None:
-        assert number_of(overlay) == round(at * fps) % 16
+        assert frame_number(overlay) == round(at * fps) % 16
         times.append(at)
         ages.append(clock() - start - at)
 
@@ -74,10 +74,10 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
         taken = slot.frames(stop)
         while clock.due or not slot._closed or slot._frame is not None:
             if slot._frame is None:  # time passes until the next frame
-                clock.pass_on(max(0.0, clock.due[0][0] - clock()))
+                clock.advance(max(0.0, clock.due[0][0] - clock()))
             yield next(taken)
 
-    renderer = OverlayRenderer(seeing(Slow(clock, takes)), PLAIN)
+    renderer = OverlayRenderer(rule_model(Slow(clock, takes)), PLAIN)
     return render_frames(renderer, frames(), [sink], slot=slot, now=clock), times, ages, clock
 
 
@@ -95,11 +95,11 @@ def test_slow_network_drops_frames_without_lag() -> None:
 
 def test_latency_includes_waiting_and_prediction() -> None:
     stats, _, ages, _ = live(200, fps=20, takes=lambda _: 0.07)
-    found = stats.summary()
-    assert found.p50_ms is not None
-    assert 70 <= found.p50_ms <= 120.6
-    assert found.p95_ms == pytest.approx(1000 * np.quantile(ages, 0.95, method="inverted_cdf"), rel=0.01)
-    assert found.frames_per_second == pytest.approx(1 / 0.07, rel=0.05)
+    result = stats.summary()
+    assert result.p50_ms is not None
+    assert 70 <= result.p50_ms <= 120.6
+    assert result.p95_ms == pytest.approx(1000 * np.quantile(ages, 0.95, method="inverted_cdf"), rel=0.01)
+    assert result.frames_per_second == pytest.approx(1 / 0.07, rel=0.05)
 
 
 def test_fast_network_drops_nothing() -> None:
@@ -118,7 +118,7 @@ def test_delay_is_caught_up_at_once() -> None:
 def test_paced_frames_begin_when_due() -> None:
     clock = Clock()
     given = [
-        (frame.began, clock()) for frame in paced_frames(source_frames(5), threading.Event(), clock, clock.pass_on)
+        (frame.began, clock()) for frame in paced_frames(source_frames(5), threading.Event(), clock, clock.advance)
     ]
     assert [began for began, _ in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
     assert [now for _, now in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
@@ -129,10 +129,10 @@ def test_slow_decoding_counts_as_latency() -> None:
 
     def decoded() -> Iterator[SourceFrame]:
         for frame in source_frames(4):
-            clock.pass_on(0.25)
+            clock.advance(0.25)
             yield frame
 
-    late = [clock() - frame.began for frame in paced_frames(decoded(), threading.Event(), clock, clock.pass_on)]
+    late = [clock() - frame.began for frame in paced_frames(decoded(), threading.Event(), clock, clock.advance)]
     assert late == pytest.approx([0, 0.15, 0.30, 0.45])
 
 
@@ -141,13 +141,13 @@ def test_process_stream_keeps_every_frame_of_a_file() -> None:
     times: list[float] = []
 
     def sink(overlay: NDArray[np.uint8], at: float) -> None:
-        seen.append(number_of(overlay))
+        seen.append(frame_number(overlay))
         times.append(at)
 
-    found = process_stream(OverlayRenderer(seeing(), PLAIN), source_frames(16), [sink])
+    result = process_stream(OverlayRenderer(rule_model(), PLAIN), source_frames(16), [sink])
     assert seen == list(range(16))
     assert times == pytest.approx([index / 10 for index in range(16)])
-    assert (found.read, found.shown, found.dropped, found.stopped) == (16, 16, 0, False)
+    assert (result.read, result.shown, result.dropped, result.stopped) == (16, 16, 0, False)
 
 
 def test_realtime_stream_drops_frames() -> None:
@@ -157,18 +157,18 @@ def test_realtime_stream_drops_frames() -> None:
         time.sleep(0.05)
         return brightest(images)
 
-    found = process_stream(
-        OverlayRenderer(seeing(slow), PLAIN),
+    result = process_stream(
+        OverlayRenderer(rule_model(slow), PLAIN),
         source_frames(60, fps=100),
         [lambda _, at: times.append(at)],
         realtime=True,
     )
-    assert found.read == 60
-    assert found.shown + found.dropped == 60
-    assert found.shown == len(times)
-    assert found.dropped >= 40
+    assert result.read == 60
+    assert result.shown + result.dropped == 60
+    assert result.shown == len(times)
+    assert result.dropped >= 40
     assert times == sorted(set(times))
-    assert found.seconds >= 0.59
+    assert result.seconds >= 0.59
 
 
 def test_stop_finishes_the_current_frame() -> None:
@@ -180,17 +180,17 @@ def test_stop_finishes_the_current_frame() -> None:
             if len(times) == 3:
                 stop.set()
 
-        found = process_stream(
-            OverlayRenderer(seeing(), PLAIN),
+        result = process_stream(
+            OverlayRenderer(rule_model(), PLAIN),
             source_frames(10**6, fps=1000),
             [sink],
             stop=stop,
             live=live,
             realtime=realtime,
         )
-        assert found.stopped
-        assert found.shown == len(times) == 3
-        assert found.read == found.shown + found.dropped
+        assert result.stopped
+        assert result.shown == len(times) == 3
+        assert result.read == result.shown + result.dropped
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -202,7 +202,7 @@ def test_error_of_the_source_follows_its_frames(live: bool) -> None:
 
     shown: list[float] = []
     with pytest.raises(DataError, match="frame 4"):
-        process_stream(OverlayRenderer(seeing(), PLAIN), breaking(), [lambda _, at: shown.append(at)], live=live)
+        process_stream(OverlayRenderer(rule_model(), PLAIN), breaking(), [lambda _, at: shown.append(at)], live=live)
     assert shown
 
 
@@ -213,7 +213,7 @@ def test_error_of_a_sink_ends_the_reading_thread() -> None:
         raise DataError("the disk is full; make room")
 
     with pytest.raises(DataError, match="full"):
-        process_stream(OverlayRenderer(seeing(), PLAIN), source_frames(10**6, fps=1000), [full], realtime=True)
+        process_stream(OverlayRenderer(rule_model(), PLAIN), source_frames(10**6, fps=1000), [full], realtime=True)
     assert threading.active_count() == before
 
 
@@ -233,7 +233,7 @@ def test_stats_are_refreshed_twice_a_second() -> None:
             drawn.append(" | ".join(lines))
             return super().__call__(frame)
 
-    renderer = Noted(seeing(Slow(clock, lambda _: 0.1)), PLAIN)
+    renderer = Noted(rule_model(Slow(clock, lambda _: 0.1)), PLAIN)
     render_frames(renderer, live_frames(source_frames(12), threading.Event(), clock), [], now=clock)
     assert drawn[0] == "– frames/s   p50 – ms   p95 – ms"
     assert drawn[0:5] == drawn[:1] * 5
@@ -248,7 +248,7 @@ def test_latest_frame_is_encoded_once_for_all_viewers() -> None:
     lookers = [threading.Thread(target=lambda: waiting.append(screen.wait(0, 5))) for _ in range(3)]
     for looker in lookers:
         looker.start()
-    screen.show(striped(3))
+    screen.show(numbered_frame(3))
     for looker in lookers:
         looker.join()
     first = screen.latest()
@@ -256,11 +256,11 @@ def test_latest_frame_is_encoded_once_for_all_viewers() -> None:
     assert first.number == 1
     assert waiting == [first] * 3
     assert screen.latest() is first, "a JPEG is made once"
-    with Image.open(io.BytesIO(first.jpeg)) as picture:
-        assert number_of(np.asarray(picture)) == 3
+    with Image.open(io.BytesIO(first.jpeg)) as image:
+        assert frame_number(np.asarray(image)) == 3
     assert screen.wait(1, 0.01) is None
-    screen.show(striped(4))
-    screen.show(striped(5))
+    screen.show(numbered_frame(4))
+    screen.show(numbered_frame(5))
     third = screen.wait(1, 0)
     assert third is not None
     assert third.number == 3

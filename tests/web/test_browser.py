@@ -34,21 +34,21 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as engine:
         settings = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         try:
-            found = engine.chromium.launch(executable_path=CHROMIUM, args=settings)
+            result = engine.chromium.launch(executable_path=CHROMIUM, args=settings)
         except playwright.Error as error:
             pytest.skip(f"no Chromium here: {str(error).splitlines()[0]}")
-        yield found
-        found.close()
+        yield result
+        result.close()
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
     screen = LatestFrame()
     screen.show(np.full((48, 64, 3), 90, np.uint8))
-    found = start(application([network("0"), network("1", inverted)], screen=screen))
-    yield found
+    result = start(application([network("0"), network("1", inverted)], screen=screen))
+    yield result
     screen.close()
-    found.stop()
+    result.stop()
 
 
 @pytest.fixture
@@ -56,15 +56,15 @@ def page(browser: Any, running: Running) -> Iterator[Any]:
     """A page of phone size; script errors, policy violations and requests to other hosts fail the test."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, accept_downloads=True)
     context.set_default_timeout(20_000)
-    found = context.new_page()
+    result = context.new_page()
     wrong: list[str] = []
-    found.on("console", lambda message: wrong.append(message.text) if _complains(message) else None)
-    found.on("pageerror", lambda error: wrong.append(str(error)))
-    found.on(
+    result.on("console", lambda message: wrong.append(message.text) if _complains(message) else None)
+    result.on("pageerror", lambda error: wrong.append(str(error)))
+    result.on(
         "request",
         lambda asked: wrong.append(asked.url) if not asked.url.startswith((running.address, "data:")) else None,
     )
-    yield found
+    yield result
     context.close()
     assert wrong == []
 
@@ -72,10 +72,10 @@ def page(browser: Any, running: Running) -> Iterator[Any]:
 @pytest.fixture(params=[390, 1280])
 def wide(request: pytest.FixtureRequest, browser: Any) -> Iterator[Any]:
     """A page of phone size and one of desktop size."""
-    found = browser.new_page(viewport={"width": request.param, "height": 844})
-    found.set_default_timeout(20_000)
-    yield found
-    found.close()
+    result = browser.new_page(viewport={"width": request.param, "height": 844})
+    result.set_default_timeout(20_000)
+    yield result
+    result.close()
 
 
 def _complains(message: Any) -> bool:

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from overfly.web.config import Limits
 from overfly.web.server import application
+from overfly.web.service import Limits
 from served import encoded, network, ramp
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
@@ -47,8 +47,8 @@ def test_requests_from_the_schema_never_fail_with_500(case: Any) -> None:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(APP, base_url="http://127.0.0.1", raise_server_exceptions=False) as found:
-        yield found
+    with TestClient(APP, base_url="http://127.0.0.1", raise_server_exceptions=False) as result:
+        yield result
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
@@ -65,7 +65,7 @@ def test_damaged_images_are_predicted_or_refused(client: TestClient, kind: str, 
         image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(len(image) // 2, len(image)))
     output = data.draw(st.sampled_from(["png", "tiff", "json"]))
-    found = client.post("/predict", files={"image": ("x", bytes(image[:cut]))}, data={"output": output})
-    assert found.status_code in (200, 400), found.text
-    if found.status_code == 400:
-        assert "/" not in found.json()["detail"].split("(")[0], found.text
+    result = client.post("/predict", files={"image": ("x", bytes(image[:cut]))}, data={"output": output})
+    assert result.status_code in (200, 400), result.text
+    if result.status_code == 400:
+        assert "/" not in result.json()["detail"].split("(")[0], result.text

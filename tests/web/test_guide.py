@@ -17,8 +17,8 @@ from conftest import REPOSITORY
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.setup import initial_segmenter
-from overfly.web.config import Limits
 from overfly.web.server import Running, application, start
+from overfly.web.service import Limits
 from served import network, ramp
 
 GUIDE = (REPOSITORY / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
@@ -27,9 +27,9 @@ CURL = [line for line in GUIDE.splitlines() if line.startswith("curl ")]
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    found = start(application([network()]))
-    yield found
-    found.stop()
+    result = start(application([network()]))
+    yield result
+    result.stop()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -12,9 +12,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from overfly.web.config import Limits
 from overfly.web.middleware import AccessMiddleware, BodyLimitMiddleware
 from overfly.web.server import application
+from overfly.web.service import Limits
 
 TOKEN = "correct horse battery"  # noqa: S105  (of a test)
 
@@ -41,8 +41,8 @@ def test_local_hosts_are_answered(host: str) -> None:
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil", "", "[", "a]b", "[::1"])
 @pytest.mark.parametrize("path", ["/health", "/stream/state"])
 def test_other_hosts_are_refused_without_a_token(host: str, path: str) -> None:
-    found = TestClient(application([]), base_url="http://127.0.0.1").get(path, headers={"host": host})
-    assert found.status_code == 400
+    result = TestClient(application([]), base_url="http://127.0.0.1").get(path, headers={"host": host})
+    assert result.status_code == 400
 
 
 def test_other_origins_must_not_post() -> None:
@@ -72,10 +72,10 @@ def test_requests_without_the_token_are_refused_except_health() -> None:
 def test_token_in_the_address_sets_a_cookie() -> None:
     asked = client(TOKEN, "example.org")
     assert asked.get("/?token=wrong").status_code == 401
-    found = asked.get("/deep/er", params={"token": TOKEN, "a": "1 2"})
-    assert found.status_code == 303
-    assert found.headers["location"] == "/deep/er?a=1+2"
-    cookie = found.headers["set-cookie"]
+    result = asked.get("/deep/er", params={"token": TOKEN, "a": "1 2"})
+    assert result.status_code == 303
+    assert result.headers["location"] == "/deep/er?a=1+2"
+    cookie = result.headers["set-cookie"]
     assert TOKEN not in cookie
     assert "HttpOnly" in cookie
     assert "samesite=strict" in cookie.lower()
@@ -86,18 +86,18 @@ def test_token_in_the_address_sets_a_cookie() -> None:
 
 
 def test_login_redirects_to_this_server_only() -> None:
-    found = client(TOKEN).get(f"//evil.example/?token={TOKEN.replace(' ', '+')}")
-    assert found.status_code in (303, 401)
-    assert not found.headers.get("location", "/").startswith(("//", "http", "/\\"))
+    result = client(TOKEN).get(f"//evil.example/?token={TOKEN.replace(' ', '+')}")
+    assert result.status_code in (303, 401)
+    assert not result.headers.get("location", "/").startswith(("//", "http", "/\\"))
 
 
 def test_every_answer_has_security_headers() -> None:
-    for found in (client().get("/"), client().post("/", headers={"origin": "evil"}), client(TOKEN).get("/")):
-        policy = found.headers["content-security-policy"]
+    for result in (client().get("/"), client().post("/", headers={"origin": "evil"}), client(TOKEN).get("/")):
+        policy = result.headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
-        assert found.headers["x-content-type-options"] == "nosniff"
-        assert found.headers["cache-control"] == "no-store"
+        assert result.headers["x-content-type-options"] == "nosniff"
+        assert result.headers["cache-control"] == "no-store"
 
 
 def _limited(limits: Limits) -> BodyLimitMiddleware:

@@ -22,8 +22,8 @@ from starlette.testclient import TestClient
 from overfly.core.records import Array
 from overfly.exporting.predictor import Floats
 from overfly.video.player import LatestFrame
-from overfly.web.config import Limits, RequestTimeoutError
 from overfly.web.server import application, serve_stream, start
+from overfly.web.service import Limits, RequestTimeoutError
 from served import CLASSES, bright, encoded, inverted, network, ramp
 
 BASE = "http://127.0.0.1:8000"
@@ -36,8 +36,8 @@ def make_client(limits: Limits | None = None, **changes: Any) -> TestClient:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with make_client() as found:
-        yield found
+    with make_client() as result:
+        yield result
 
 
 def predict(client: TestClient, image: bytes, name: str = "a.png", **form: str) -> Any:
@@ -47,10 +47,10 @@ def predict(client: TestClient, image: bytes, name: str = "a.png", **form: str) 
 @pytest.mark.parametrize(("height", "width"), [(40, 50), (1, 1), (200, 130), (64, 64), (3, 300)])
 def test_predict_returns_class_ids_as_png(client: TestClient, height: int, width: int) -> None:
     image = ramp(height, width)
-    found = predict(client, encoded(image))
-    assert found.status_code == 200
-    assert found.headers["content-type"] == "image/png"
-    ids = np.asarray(Image.open(io.BytesIO(found.content)))
+    result = predict(client, encoded(image))
+    assert result.status_code == 200
+    assert result.headers["content-type"] == "image/png"
+    ids = np.asarray(Image.open(io.BytesIO(result.content)))
     np.testing.assert_array_equal(ids, image[..., 0] > 127)
 
 
@@ -72,10 +72,10 @@ def test_predict_geotiff_keeps_coordinates_and_no_data(client: TestClient, tmp_p
     settings = {"height": 70, "width": 90, "count": 3, "dtype": "uint8", "nodata": 0}
     with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32650", transform=transform, **settings) as file:
         file.write(image)
-    found = predict(client, path.read_bytes(), "../../etc/passwd", output="tiff")
-    assert found.status_code == 200
-    assert found.headers["content-disposition"] == 'attachment; filename="map.tif"'
-    with rasterio.MemoryFile(found.content) as memory, memory.open() as file:
+    result = predict(client, path.read_bytes(), "../../etc/passwd", output="tiff")
+    assert result.status_code == 200
+    assert result.headers["content-disposition"] == 'attachment; filename="map.tif"'
+    with rasterio.MemoryFile(result.content) as memory, memory.open() as file:
         assert file.crs.to_epsg() == 32650
         assert file.transform == transform
         ids = file.read(1)
@@ -98,15 +98,15 @@ def tiff(path: Path, image: Array, **settings: Any) -> bytes:
 def test_other_data_types_need_max_value(client: TestClient, tmp_path: Path, dtype: str) -> None:
     image = (ramp() // 3).astype(dtype)
     sent = tiff(tmp_path / "scene.tif", image)
-    found = predict(client, sent)
-    assert found.status_code == 400
+    result = predict(client, sent)
+    assert result.status_code == 400
     words = "complex" if dtype == "complex64" else f"{dtype}.* max_value="
-    assert re.search(words, found.json()["detail"])
+    assert re.search(words, result.json()["detail"])
     maps = client.post("/maps", files={"image": ("x", sent)})
-    assert (maps.status_code, maps.json()) == (400, found.json())
+    assert (maps.status_code, maps.json()) == (400, result.json())
     if dtype != "complex64":
-        found = predict(client, sent, max_value="85")
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.content))), image[..., 0] * 3.0 > 127.5)
+        result = predict(client, sent, max_value="85")
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(result.content))), image[..., 0] * 3.0 > 127.5)
 
 
 def test_bit_depth_must_match_the_network() -> None:
@@ -131,8 +131,8 @@ def test_predict_geotiff_keeps_mask_and_control_points(client: TestClient, tmp_p
     tiff(path, ramp(), gcps=points, crs="EPSG:32650")
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="YES"), rasterio.open(path, "r+") as file:
         file.write_mask(shown)
-    found = predict(client, path.read_bytes(), output="tiff")
-    with rasterio.MemoryFile(found.content) as memory, memory.open() as file:
+    result = predict(client, path.read_bytes(), output="tiff")
+    with rasterio.MemoryFile(result.content) as memory, memory.open() as file:
         np.testing.assert_array_equal(file.read(1) == 255, shown == 0)
         assert [(p.row, p.col, p.x, p.y) for p in file.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in points]
         assert file.gcps[1].to_epsg() == 32650
@@ -140,9 +140,9 @@ def test_predict_geotiff_keeps_mask_and_control_points(client: TestClient, tmp_p
 
 def test_maps_are_stored_tiled_and_downloaded(client: TestClient) -> None:
     files = {"image": ("x", encoded(ramp(300, 400)))}
-    made = client.post("/maps", files=files, data={"network": "0", "other": "1"})
-    assert made.status_code == 201
-    facts = made.json()
+    result = client.post("/maps", files=files, data={"network": "0", "other": "1"})
+    assert result.status_code == 201
+    facts = result.json()
     assert (facts["width"], facts["height"], facts["max_zoom"]) == (400, 300, 1)
     assert [each["network"] for each in facts["predictions"]] == ["0", "1"]
     key = facts["key"]
@@ -163,8 +163,8 @@ def test_least_recently_used_maps_are_evicted() -> None:
     with make_client(Limits(cache=3 * 2 * 100, pixels=100)) as client:
         keys = []
         for _ in range(5):
-            made = client.post("/maps", files={"image": ("x", encoded(ramp(10, 10)))})
-            keys.append(made.json()["key"])
+            result = client.post("/maps", files={"image": ("x", encoded(ramp(10, 10)))})
+            keys.append(result.json()["key"])
         there = [client.get(f"/maps/{key}").status_code for key in keys]
     assert there == [404, 404, 200, 200, 200]
 
@@ -192,11 +192,11 @@ def _bomb(side: int) -> bytes:
     ],
 )
 def test_invalid_images_are_refused_without_their_path(client: TestClient, image: bytes, words: str) -> None:
-    found = predict(client, image)
-    assert found.status_code == 400
-    assert words in found.json()["detail"]
-    assert "overfly-" not in found.json()["detail"]
-    assert "/tmp" not in found.json()["detail"]  # noqa: S108
+    result = predict(client, image)
+    assert result.status_code == 400
+    assert words in result.json()["detail"]
+    assert "overfly-" not in result.json()["detail"]
+    assert "/tmp" not in result.json()["detail"]  # noqa: S108
 
 
 def test_invalid_requests_name_the_field(client: TestClient) -> None:
@@ -237,8 +237,8 @@ def test_request_times_out_and_the_server_continues() -> None:
 
     with make_client(Limits(seconds=1.0), networks=[network("0", slow)]) as client:
         start_ = time.monotonic()
-        found = predict(client, encoded(ramp()))
-        assert found.status_code == 503
+        result = predict(client, encoded(ramp()))
+        assert result.status_code == 503
         assert time.monotonic() - start_ < 4
         held.set()
         assert predict(client, encoded(ramp())).status_code == 200
@@ -336,9 +336,9 @@ def test_networks_read_their_own_bands(order: str, tmp_path: Path) -> None:
     infrared = (tmp_path / "infrared.tif").read_bytes()
     both = {"network": order[0], "other": order[1]}
     with make_client(networks=networks) as client:
-        made = client.post("/maps", files={"image": ("x", encoded(clear))}, data=both)
-        assert made.status_code == 201, made.text
-        shares = {each["network"]: [one["share"] for one in each["classes"]] for each in made.json()["predictions"]}
+        result = client.post("/maps", files={"image": ("x", encoded(clear))}, data=both)
+        assert result.status_code == 201, result.text
+        shares = {each["network"]: [one["share"] for one in each["classes"]] for each in result.json()["predictions"]}
         assert shares == {"0": [1.0, 0.0], "1": [0.0, 1.0]}
         for image, words in (
             (encoded(ramp()), "3 bands and network 1 reads 4"),

@@ -24,8 +24,8 @@ def test_tiles_at_max_zoom_equal_the_image() -> None:
     whole = np.zeros((2 * SIDE, 3 * SIDE, 4), np.uint8)
     for row in range(2):
         for column in range(3):
-            found = _opened(render_tile(Layer(image), 2, column, row))
-            whole[row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE] = found
+            result = _opened(render_tile(Layer(image), 2, column, row))
+            whole[row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE] = result
     np.testing.assert_array_equal(whole[:300, :520, :3], image)
     assert (whole[:300, :520, 3] == 255).all()
     assert not whole[300:, :, 3].any()
@@ -36,18 +36,18 @@ def test_class_tiles_are_not_interpolated() -> None:
     ids = np.zeros((600, 600), np.uint8)
     ids[:, 300:] = 1
     ids[500:] = IGNORE
-    found = _opened(render_tile(Layer(ids, CLASSES), 0, 0, 0))
-    colors = {tuple(color) for color in found.reshape(-1, 4)}
+    result = _opened(render_tile(Layer(ids, CLASSES), 0, 0, 0))
+    colors = {tuple(color) for color in result.reshape(-1, 4)}
     assert {color for color in colors if color[3]} == {(*color, 255) for color in CLASSES.colors}
-    assert found[140, 10, 3] == 0
+    assert result[140, 10, 3] == 0
 
 
 def test_uncertainty_is_transparent_at_zero() -> None:
     uncertainty = np.zeros((10, 10), np.uint8)
     uncertainty[:, 5:] = 255
-    found = _opened(render_tile(Layer(uncertainty), 0, 0, 0))
-    assert found[5, 2, 3] == 0
-    assert found[5, 7, 3] > 200
+    result = _opened(render_tile(Layer(uncertainty), 0, 0, 0))
+    assert result[5, 2, 3] == 0
+    assert result[5, 7, 3] > 200
 
 
 @pytest.mark.parametrize("place", [(3, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (0, -1, 0)])
@@ -92,12 +92,12 @@ def test_geotiff_keeps_every_kind_of_georeference(kind: str) -> None:
     }[kind]
     data = encode_geotiff(np.zeros((20, 30), np.uint8), CLASSES, place)
     with rasterio.MemoryFile(data) as memory, memory.open() as file:
-        found = georeference(file)
-        assert (found.crs, found.points_crs) == (place.crs, place.points_crs)
-        assert found.point == place.point
-        assert found.points == place.points
-        assert found.transform == (None if place.transform is None else pytest.approx(place.transform))
-        tags = {key: value.split() for key, value in found.rational}
+        result = georeference(file)
+        assert (result.crs, result.points_crs) == (place.crs, place.points_crs)
+        assert result.point == place.point
+        assert result.points == place.points
+        assert result.transform == (None if place.transform is None else pytest.approx(place.transform))
+        tags = {key: value.split() for key, value in result.rational}
         assert {key: [float(each) for each in tags[key]] for key, _ in place.rational} == {
             key: [float(each) for each in value.split()] for key, value in place.rational
         }

@@ -198,7 +198,7 @@ def _one_map(result: MapResult) -> Iterator[str | Table]:
 
     from overfly.core.text import percent
 
-    if not result.made:
+    if not result.created:
         yield f"exists already, with the same settings: {result.out}"
         return
     if result.resumed:
@@ -218,8 +218,8 @@ def _one_map(result: MapResult) -> Iterator[str | Table]:
 
 def _many_maps(maps: Sequence[MapResult]) -> Iterator[str]:
     for result in maps[:LISTED]:
-        yield f"{'written' if result.made else 'exists already'}: {result.out}"
+        yield f"{'written' if result.created else 'exists already'}: {result.out}"
     if len(maps) > LISTED:
         yield f"… and {len(maps) - LISTED} more in {maps[0].out.parent}"
-    existing = sum(not result.made for result in maps)
+    existing = sum(not result.created for result in maps)
     yield f"maps: {len(maps)}, {existing} of them existed already; {sum(result.windows for result in maps)} windows"

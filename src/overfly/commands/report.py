@@ -71,10 +71,10 @@ def report(
         raise RecipeError(f"--out {out} must be a file in an existing folder")
     if out.suffix.lower() not in (".html", ".htm"):
         raise RecipeError(f"--out {out} must end in .html; use {out.with_suffix('.html').name}")
-    found = collect_report(
+    result = collect_report(
         runs, title=title, split=split, labels=labels, limit=images, speed=speed, size=size,
         device=select_device(device), own_colors=own_colors,
     )  # fmt: skip
     with atomic_write(out) as partial:
-        partial.write_text(render(found), encoding="utf-8")
-    return ReportResult(out, len(found.entries), sum(samples.labels_opened for samples in found.galleries))
+        partial.write_text(render(result), encoding="utf-8")
+    return ReportResult(out, len(result.entries), sum(samples.labels_opened for samples in result.galleries))

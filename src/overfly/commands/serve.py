@@ -69,7 +69,6 @@ def serve(
         A line with the address, after the server was stopped.
     """
     from overfly.web import load_server
-    from overfly.web.config import Limits
 
     check_bounds({"port": (port, 0, 65535), "upload": (upload, 1, 10**5), "queue": (queue, 1, 1000)})
     check_bounds({"watch-size": (watch_size or 16, 16, MAX_SIDE)})
@@ -77,13 +76,12 @@ def serve(
         raise RecipeError("--megapixels must be from 0.01 to 1000, and --seconds from 0.1 to 86400")
     token = _check_token(host, token)
     server = load_server()
+    from overfly.web.service import Limits  # after the check of the extra
+
     limits = Limits(upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue)
     served = served_networks(networks, backend, device)
     images = _list_scenes([Path(scene) for scene in scenes or ()], limits.pixels)
-    with (
-        live_stream(watch, served[0].load, watch_size) as screen,
-        contextlib.closing(server.bind(host, port)) as bound,
-    ):
+    with live_stream(watch, served[0].load, watch_size) as screen, contextlib.closing(server.bind(host, port)) as bound:
         app = server.application(served, limits=limits, token=token, screen=screen, scenes=images)
         address: str = server.url_of(bound)
         print(f"overfly: {len(served)} network(s) at {address}; Ctrl-C stops it", file=sys.stderr, flush=True)
@@ -155,30 +153,30 @@ def served_networks(
     from overfly.reporting.report_data import find_runs, recipe_title
     from overfly.web.service import ServedNetwork
 
-    found: dict[Path, ServedNetwork] = {}
+    result: dict[Path, ServedNetwork] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            if path.resolve() not in found:
+            if path.resolve() not in result:
                 predictor = load_predictor(path, backend=backend, device=device)
                 about = {"model": predictor.metadata.architecture, "folder": path.resolve().parent.name}
                 about |= dict(zip(("format", "precision"), predictor.export or (), strict=False))
                 about["runtime"] = predictor.backend
-                found[path.resolve()] = ServedNetwork(
-                    str(len(found)), path.name, partial(_return, predictor), None, about
+                result[path.resolve()] = ServedNetwork(
+                    str(len(result)), path.name, partial(_return, predictor), None, about
                 )
             continue
         folders = [path] if is_comparison(path) else [run.path for run in find_runs([path]) if run.finished]
         if not folders:
             raise RunError(f"{path} contains no finished run; finish one with overfly train, or give another folder")
         for folder in folders:
-            if folder.resolve() not in found:
+            if folder.resolve() not in result:
                 load = partial(load_predictor, folder, backend=backend, device=device)
                 run = NetworkFolder.open(folder).run
                 title = folder.name if run is None else f"{recipe_title(run.recipe)}, seed {run.recipe.seed}"
                 about = {"folder": folder.name} if run is None else _describe(run) | {"folder": folder.name}
-                found[folder.resolve()] = ServedNetwork(str(len(found)), title, load, run, about)
-    _make_titles_unique(found)
-    return list(found.values())
+                result[folder.resolve()] = ServedNetwork(str(len(result)), title, load, run, about)
+    _make_titles_unique(result)
+    return list(result.values())
 
 
 def _return(predictor: Predictor) -> Predictor:
@@ -240,7 +238,7 @@ def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
     from overfly.data.headers import SUFFIXES
     from overfly.web.uploads import check_size
 
-    found: list[Path] = []
+    result: list[Path] = []
     reasons: list[str] = []
     for path in paths:
         if not path.exists():
@@ -249,11 +247,11 @@ def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
         for file in (file for file in files if file == path or file.suffix.lower() in SUFFIXES):
             try:
                 check_size(file, pixels)
-                found.append(file)
+                result.append(file)
             except OverflyError as error:
                 reasons.append(str(error))
     if reasons:
         more = [f"and {len(reasons) - MAX_REASONS} more"] if len(reasons) > MAX_REASONS else []
         shown = "; ".join([*reasons[:MAX_REASONS], *more])
         print(f"overfly: {len(reasons)} scene(s) left out of the page: {shown}", file=sys.stderr, flush=True)
-    return found
+    return result

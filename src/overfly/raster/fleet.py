@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,25 +33,6 @@ CONNECT_TIMEOUT = 30.0
 
 OpenPredictor = Callable[[], Predictor]
 """Opens the network on a worker; it is pickled, so it is a function of a module with plain arguments."""
-
-
-@dataclass(frozen=True)
-class MapTask:
-    """The map of one raster, for a worker.
-
-    Attributes:
-        source: path or address of the raster, as the worker sees it.
-        out: the map.
-        settings: how it is made.
-        network: digest of the network's file.
-        threads: CPU threads of the network on the worker; None leaves them unchanged.
-    """
-
-    source: str
-    out: Path
-    settings: MapSettings
-    network: str
-    threads: int | None
 
 
 def list_rasters(entries: Sequence[str], out: Path) -> dict[str, Path]:
@@ -84,14 +65,7 @@ def list_rasters(entries: Sequence[str], out: Path) -> dict[str, Path]:
 
 
 def check_distinct_outputs(files: Mapping[str, Iterable[Path]]) -> None:
-    """Check that no two rasters would write the same file.
-
-    Args:
-        files: output files by raster.
-
-    Raises:
-        DataError: two would.
-    """
+    """Check that no two rasters would write the same of their output files; raise `DataError` otherwise."""
     first: dict[Path, str] = {}
     for source, paths in files.items():
         for path in paths:
@@ -120,11 +94,7 @@ def _list_paths(entry: str) -> dict[str, Path]:
     files = [Path(name) for name in names if not Path(name).is_dir()]
     if not files:
         raise DataError(f"{entry} matches no file; correct the pattern")
-    fixed: list[str] = []
-    for part in path.parts:
-        if WILDCARDS & set(part):
-            break
-        fixed.append(part)
+    fixed = list(itertools.takewhile(lambda part: not WILDCARDS & set(part), path.parts))
     return {str(file): file.relative_to(Path(*fixed)) if fixed else file for file in files}
 
 
@@ -189,10 +159,12 @@ def map_rasters(
         from distributed import as_completed
 
         threads = max(1, (os.cpu_count() or 1) // workers) if scheduler is None else None
-        tasks = [MapTask(source, out, settings, network, threads) for source, out in jobs.items()]
         futures = {
-            client.submit(run_task, open_network, task, pure=False, retries=RETRIES): task.source for task in tasks
-        }
+            client.submit(
+                run_task, open_network, source, out, settings, network, threads, pure=False, retries=RETRIES
+            ): source
+            for source, out in jobs.items()
+        }  # fmt: skip
         for future in as_completed(futures):  # type: ignore[no-untyped-call]
             source, outcome = futures[future], _outcome(future)
             if isinstance(outcome, str):
@@ -208,29 +180,37 @@ _OPENED: dict[str, Predictor] = {}
 """The network of this process, if it is a worker, by its digest."""
 
 
-def run_task(open_network: OpenPredictor, task: MapTask) -> MapResult | str:
-    """Make one map on a worker; return the reason of a failure that trying again would not mend."""
-    if task.threads is not None:
-        torch.set_num_threads(task.threads)
+def run_task(
+    open_network: OpenPredictor, source: str, out: Path, settings: MapSettings, network: str, threads: int | None
+) -> MapResult | str:
+    """Make one map on a worker; return the reason of a failure that trying again would not mend.
+
+    A map that another process makes, such as a worker that the scheduler counts as lost, is waited for.
+
+    Args:
+        open_network: opens the network.
+        source: path or address of the raster, as the worker sees it.
+        out: the map.
+        settings: how it is made.
+        network: digest of the network's file.
+        threads: CPU threads of the network; None leaves them unchanged.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
-        if task.network not in _OPENED:
+        if network not in _OPENED:
             _OPENED.clear()
-            _OPENED[task.network] = open_network()
-        return _map_when_free(_OPENED[task.network], task)
+            _OPENED[network] = open_network()
+        deadline = time.monotonic() + BUSY_TIMEOUT
+        while True:
+            try:
+                return map_raster(_OPENED[network], source, out, settings, network=network)
+            except BusyError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
     except OverflyError as error:
         return str(error)
-
-
-def _map_when_free(predictor: Predictor, task: MapTask) -> MapResult:
-    """Make a map; wait while another process makes it, such as a worker that the scheduler counts as lost."""
-    deadline = time.monotonic() + BUSY_TIMEOUT
-    while True:
-        try:
-            return map_raster(predictor, task.source, task.out, task.settings, network=task.network)
-        except BusyError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
 
 
 def _outcome(future: Any) -> MapResult | str:
@@ -238,12 +218,12 @@ def _outcome(future: Any) -> MapResult | str:
     from distributed import KilledWorker
 
     error = future.exception()
-    if error is None:
-        result: MapResult | str = future.result()
-        return result
     if isinstance(error, KilledWorker):
         return f"its workers were lost {RETRIES + 1} times, perhaps for lack of memory; lower --batch"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if error is not None:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    result: MapResult | str = future.result()
+    return result
 
 
 @contextmanager
@@ -265,7 +245,18 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
     with warnings.catch_warnings(), dask.config.set(options):
         warnings.simplefilter("ignore")
         if scheduler is not None:
-            with _connect(Client, scheduler) as client:
+            try:
+                client = Client(scheduler, timeout=CONNECT_TIMEOUT)  # type: ignore[no-untyped-call]
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise DataError(
+                    f"no scheduler answers at {scheduler} ({reason}); start one with: dask scheduler"
+                ) from None
+            with client:
+                if not client.scheduler_info(n_workers=-1)["workers"]:
+                    raise DataError(
+                        f"the scheduler at {scheduler} has no workers; start some with: dask worker {scheduler}"
+                    )
                 yield client
             return
         with (
@@ -276,16 +267,3 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
             Client(cluster) as client,  # type: ignore[no-untyped-call]
         ):  # fmt: skip
             yield client
-
-
-@contextmanager
-def _connect(client_class: Callable[..., Any], address: str) -> Iterator[Any]:
-    try:
-        client = client_class(address, timeout=CONNECT_TIMEOUT)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"no scheduler answers at {address} ({reason}); start one with: dask scheduler") from None
-    with client:
-        if not client.scheduler_info(n_workers=-1)["workers"]:
-            raise DataError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
-        yield client

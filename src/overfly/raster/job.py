@@ -156,11 +156,7 @@ def output_files(out: Path, settings: MapSettings) -> dict[Kind | str, Path]:
 
 
 def check_outputs(source: RasterSource, out: Path, files: Mapping[Kind | str, Path]) -> None:
-    """Check that the files can be written.
-
-    Raises:
-        DataError: a name is not that of a map, is taken, or lies in a folder that cannot be written.
-    """
+    """Check that the files have names of maps, are not taken, and can be written; raise `DataError` otherwise."""
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"--out must end in .tif, or be a folder, got {out}")
     for file in files.values():
@@ -179,14 +175,7 @@ def check_outputs(source: RasterSource, out: Path, files: Mapping[Kind | str, Pa
 
 
 def make_manifest(source: RasterSource, predictor: Predictor, settings: MapSettings, network: str) -> Manifest:
-    """What a map is made from, as plain values; equal manifests make equal maps.
-
-    Args:
-        source: the raster.
-        predictor: the network.
-        settings: how the map is made.
-        network: digest of the network's file.
-    """
+    """What a map is made from, with the digest of the network's file; equal manifests make equal maps."""
     path = Path(source.source)
     stat = path.stat() if path.is_file() else None
     values = asdict(settings)
@@ -238,7 +227,7 @@ def is_begun(out: Path, manifest: Manifest) -> bool:
         return False
 
 
-def is_made(out: Path, files: Mapping[Kind | str, Path], manifest: Manifest, settings: MapSettings) -> bool:
+def map_exists(out: Path, files: Mapping[Kind | str, Path], manifest: Manifest, settings: MapSettings) -> bool:
     """Whether the map of this manifest exists with all its files.
 
     Raises:

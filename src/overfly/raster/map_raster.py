@@ -20,9 +20,9 @@ from overfly.raster.job import (
     MapSettings,
     check_outputs,
     encode,
-    is_made,
     list_products,
     make_manifest,
+    map_exists,
     output_files,
 )
 from overfly.raster.polygons import write_polygons
@@ -51,7 +51,7 @@ class MapResult:
         source: the raster.
         out: the map.
         files: all files, the map first.
-        made: False if the map existed already.
+        created: False if the map existed already.
         resumed: steps that an earlier, stopped job had finished.
         windows: windows that the network predicted.
         seconds: duration of the whole job.
@@ -63,7 +63,7 @@ class MapResult:
     source: str
     out: Path
     files: Sequence[Path]
-    made: bool = True
+    created: bool = True
     resumed: int = 0
     windows: int = 0
     seconds: float = 0.0
@@ -119,17 +119,17 @@ def map_raster(
     manifest = make_manifest(raster, predictor, settings, network)
     files = output_files(out, settings)
     check_outputs(raster, out, files)
-    if is_made(out, files, manifest, settings):
+    if map_exists(out, files, manifest, settings):
         writer.discard_leftovers(out, manifest)
-        return MapResult(source, out, list(files.values()), made=False)
+        return MapResult(source, out, list(files.values()), created=False)
     plan = plan_raster(raster, predictor.metadata, settings, memory)
     notes = _notes(raster, predictor.metadata, settings)
     classes = predictor.metadata.classes
     products = list_products(len(classes), probabilities=settings.probabilities, uncertainty=settings.uncertainty)
     with writer.lock_unfinished(out) as folder:
-        if is_made(out, files, manifest, settings):  # another process has just finished it
+        if map_exists(out, files, manifest, settings):  # another process has just finished it
             writer.discard(folder)
-            return MapResult(source, out, list(files.values()), made=False)
+            return MapResult(source, out, list(files.values()), created=False)
         unfinished = UnfinishedMap(
             folder, raster.height, raster.width, raster.georeference, classes, products, manifest
         )

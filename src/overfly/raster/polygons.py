@@ -70,10 +70,10 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
     except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, OSError) as error:
         reason = " ".join(str(error).split())
     if reason:
-        room = shutil.disk_usage(out.parent).free
+        free = shutil.disk_usage(out.parent).free
         out.unlink(missing_ok=True)
         raise UnwrittenError(
-            f"{out.name} could not be written whole into {out.parent} ({reason}; {room / 1e6:.1f} MB were free); free "
+            f"{out.name} could not be written whole into {out.parent} ({reason}; {free / 1e6:.1f} MB were free); free "
             "space there and give the same command again: it resumes"
         )
     return out
@@ -81,6 +81,7 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
 
 def _outline(map_: Path, min_area: int) -> tuple[str | None, Projection, list[Any], list[int]]:
     """The map's coordinate reference system, a projection for areas, its polygons, and the class id of each."""
+    import shapely
     from rasterio.features import shapes
 
     polygons: list[Any] = []
@@ -90,23 +91,13 @@ def _outline(map_: Path, min_area: int) -> tuple[str | None, Projection, list[An
         least = min_area * abs(transform.determinant) * (1 - 1e-6)  # a square's area is rounded
         band = dataset.read(1)
         for shape, number in shapes(band, mask=band != IGNORE, transform=transform):
-            polygon = _polygon(shape["coordinates"], least)
-            if polygon is not None:
-                polygons.append(polygon)
+            outer, *holes = shape["coordinates"]
+            if shapely.area(shapely.polygons(outer)) >= least:
+                large = [hole for hole in holes if shapely.area(shapely.polygons(hole)) >= least]
+                polygons.append(shapely.polygons(outer, [shapely.linearrings(hole) for hole in large] or None))
                 ids.append(int(number))
         crs = dataset.crs.to_wkt() if dataset.crs else None
         return crs, _equal_area_projection(dataset), polygons, ids
-
-
-def _polygon(coordinates: list[Any], least: float) -> Any:
-    """A polygon without holes below an area; None if it is below it itself."""
-    import shapely
-
-    outer, *holes = coordinates
-    if shapely.area(shapely.polygons(outer)) < least:
-        return None
-    large = [hole for hole in holes if shapely.area(shapely.polygons(hole)) >= least]
-    return shapely.polygons(outer, [shapely.linearrings(hole) for hole in large] or None)
 
 
 def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], geojson: bool) -> None:

@@ -134,7 +134,7 @@ def inspect_raster(
     with open_raster(source) as dataset:
         if not dataset.count or not dataset.height * dataset.width:
             raise DataError(f"{source} has no raster bands of its own; give one of its subdatasets, or export it again")
-        alpha = find_alpha_band(source, dataset, alpha_band)
+        alpha = _find_alpha_band(source, dataset, alpha_band)
         chosen = _bands(source, dataset, metadata, bands, alpha)
         dtype = str(dataset.dtypes[chosen[0] - 1])
         if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
@@ -173,11 +173,7 @@ def georeference(dataset: Any) -> Georeference:
 
 
 def scale_to(source: RasterSource, resolution: float | None) -> tuple[float, float]:
-    """Resampling factor (y, x) from the raster's pixels to pixels of ``resolution`` meters; (1, 1) without one.
-
-    Raises:
-        DataError: the raster's ground sample distance is unknown.
-    """
+    """Resampling factor (y, x) from the raster's pixels to pixels of ``resolution`` meters; (1, 1) without one."""
     if resolution is None:
         return 1.0, 1.0
     if source.gsd is None:
@@ -228,17 +224,11 @@ def input_gain(
     return 1.0
 
 
-def find_alpha_band(source: str, dataset: Any, given: bool | None) -> int | None:
-    """Number of the alpha band, from 1; None if there is none.
+def _find_alpha_band(source: str, dataset: Any, given: bool | None) -> int | None:
+    """Number of the alpha band of an open raster, from 1; None if there is none.
 
-    Args:
-        source: name of the raster in messages.
-        dataset: the open raster.
-        given: True if the last band is an alpha band, False if no band is, None to take what the file declares. Many
-            writers mark the fourth of four 8-bit bands as alpha by default.
-
-    Raises:
-        DataError: ``given`` is True for a raster of one band.
+    True for ``given`` means the last band, False no band, None the one that the file marks. Many writers mark the
+    fourth of four 8-bit bands by default.
     """
     if given is False:
         return None

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class UnfinishedMap:
     manifest: Manifest
 
     def path(self, product: Product) -> Path:
-        """The growing file of a product."""
+        """The unfinished file of a product."""
         return self.folder / f"{product.kind}_unfinished.tif"
 
     def begin(self) -> tuple[int, bool]:
@@ -86,7 +87,7 @@ class UnfinishedMap:
         return 0, discarded
 
     def write(self, product: Product, bands: UInt8, top: int, left: int) -> None:
-        """Write bands (bands, h, w) at a row and a column, down to the disk. Blocks are overwritten in place."""
+        """Write bands (bands, h, w) at a row and a column, down to the disk. Blocks are overwritten in georeference."""
         from rasterio.windows import Window
 
         with _open(self.path(product), "r+") as dataset:
@@ -128,31 +129,57 @@ class UnfinishedMap:
 
     def _create(self, product: Product) -> None:
         """Create a file whose blocks are all allocated: writing does not move any, so a kill cannot damage others."""
-        from rasterio import Affine
-        from rasterio.control import GroundControlPoint
-        from rasterio.crs import CRS
-
-        place, path = self.georeference, self.path(product)
-        crs = CRS.from_wkt(place.crs) if place.crs else None
-        transform = None if place.transform is None else Affine.from_gdal(*place.transform)
+        path = self.path(product)
         tags = {TAG: json.dumps(self.manifest), "CLASS_NAMES": json.dumps(dict(enumerate(self.classes.names)))}
         with _open(
             path, "w", driver="GTiff", dtype="uint8", count=product.bands, height=self.height, width=self.width,
-            crs=crs, transform=transform, nodata=IGNORE, tiled=True, blockxsize=BLOCK, blockysize=BLOCK,
+            nodata=IGNORE, tiled=True, blockxsize=BLOCK, blockysize=BLOCK,
             interleave="band", bigtiff="IF_SAFER",
         ) as dataset:  # fmt: skip
-            dataset.update_tags(**tags, **({"AREA_OR_POINT": "Point"} if place.point else {}))
-            if place.points:
-                # GDAL moves points of pixel centers by half a pixel on writing, and by another on reading
-                shift = 1.0 if place.point else 0.0
-                points = [GroundControlPoint(y - shift, x - shift, *at) for x, y, *at in place.points]
-                dataset.gcps = (points, CRS.from_wkt(place.points_crs) if place.points_crs else None)
-            if place.rational:
-                dataset.update_tags(ns="RPC", **dict(place.rational))
+            dataset.update_tags(**tags)
+            write_georeference(dataset, self.georeference)
             _describe(dataset, product, self.classes)
         if product.kind == "classes":
             Path(f"{path}.aux.xml").write_text(_category_xml(self.classes), encoding="utf-8")
         _sync(path)
+
+
+def write_georeference(dataset: Any, georeference: Georeference) -> None:
+    """Write a georeference into a new dataset of rasterio."""
+    from rasterio import CRS, Affine
+    from rasterio.control import GroundControlPoint
+
+    if georeference.point:
+        dataset.update_tags(AREA_OR_POINT="Point")
+    if georeference.points:
+        right, down = _control_point_offset() if georeference.point else (0.0, 0.0)
+        points = [GroundControlPoint(y - down, x - right, *at) for x, y, *at in georeference.points]
+        dataset.gcps = (points, CRS.from_wkt(georeference.points_crs) if georeference.points_crs else CRS())
+    if georeference.crs:
+        dataset.crs = CRS.from_wkt(georeference.crs)
+    if georeference.transform is not None:
+        dataset.transform = Affine.from_gdal(*georeference.transform)
+    if georeference.rational:
+        dataset.update_tags(ns="RPC", **dict(georeference.rational))
+
+
+@cache
+def _control_point_offset() -> tuple[float, float]:
+    """Offset (columns, rows) of control points between GDAL's writing and reading, where they are of pixel centers.
+
+    GDAL 3.10 shifts such points by half a pixel in the same direction when it writes and when it reads.
+    """
+    from rasterio import CRS
+    from rasterio.control import GroundControlPoint
+    from rasterio.io import MemoryFile
+
+    with MemoryFile() as memory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with memory.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8") as file:
+            file.update_tags(AREA_OR_POINT="Point")
+            file.gcps = ([GroundControlPoint(8, 8, 0, 0, 0)] * 4, CRS.from_epsg(4326))
+        with memory.open() as file:
+            return file.gcps[0][0].col - 8, file.gcps[0][0].row - 8
 
 
 def _describe(dataset: Any, product: Product, classes: Classes) -> None:
@@ -223,12 +250,12 @@ def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
     except (RasterioError, CPLE_BaseError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
     if reason:
-        room = shutil.disk_usage(unfinished.folder).free
+        free = shutil.disk_usage(unfinished.folder).free
         for part in unfinished.folder.glob(f"{result.name}*"):
             if part.is_file():
                 part.unlink()
         raise UnwrittenError(
-            f"{result.name} could not be written whole into {unfinished.folder} ({reason}; {room / 1e6:.1f} MB were "
+            f"{result.name} could not be written whole into {unfinished.folder} ({reason}; {free / 1e6:.1f} MB were "
             "free); free space there and give the same command again: it resumes"
         )
     return result
@@ -287,12 +314,7 @@ def _windows(dataset: Any) -> Iterator[Any]:
 
 @contextmanager
 def lock_unfinished(out: Path) -> Iterator[Path]:
-    """Create and lock the folder of an unfinished map.
-
-    Raises:
-        BusyError: another process makes the same map.
-        DataError: the folder cannot be written.
-    """
+    """Create and lock the folder of an unfinished map; raise `BusyError` if another process makes the same map."""
     folder = unfinished_folder(out)
     lock = FileLock(folder / "lock", timeout=0)
     try:

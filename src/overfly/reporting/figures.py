@@ -1,19 +1,28 @@
-"""Figures of runs: bars and curves as SVG for pages, in light and dark, and training curves as a PNG."""
+"""Bars and curves as SVG for pages, in light and dark, training curves as a PNG, and images and maps inside pages."""
 
 from __future__ import annotations
 
+import base64
+import cmath
+import colorsys
 import io
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from markupsafe import Markup, escape
+from PIL import Image
 
+from overfly.core.classes import PALETTE, Classes, Color
 from overfly.core.errors import RunError
+from overfly.core.records import IGNORE, Array, UInt8
 from overfly.core.text import percent
+from overfly.evaluation.panels import HATCH, to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +40,15 @@ WIDTH = 360
 """Width of an SVG in points: about that of a phone, so that its text has its nominal size there."""
 MAX_POINTS = 240
 """Points of a curve in an SVG."""
+
+ACCESSIBLE = (*PALETTE[:7], (80, 80, 80), *PALETTE[8:])
+"""The palette with a darker gray, distinct from green for people with deuteranopia."""
+PREFERRED = 8
+"""Colors at the front of the palette that suffice for up to 8 classes."""
+GRAY = 0.15
+"""Saturation below which a color has no hue."""
+LIGHT, DARK = 254, 255
+"""Palette entries of the two grays that stripe pixels without a class."""
 
 
 class Bar(NamedTuple):
@@ -78,9 +96,9 @@ def grouped_bars(rows: Mapping[str, Sequence[float | None]], series: Sequence[st
     figure, axes = _new_figure(9 * (number + 1) * len(rows), left=110, right=34, bottom=22 + 17 * number)
     for index, name in enumerate(series):
         values = [values[index] for values in rows.values()]
-        places = [row + (index + 0.5 - number / 2) / (number + 1) for row in range(len(rows))]
+        positions = [row + (index + 0.5 - number / 2) / (number + 1) for row in range(len(rows))]
         drawn = axes.barh(
-            places,
+            positions,
             [value or 0.0 for value in values],
             0.85 / (number + 1),
             color=SERIES[index],
@@ -111,7 +129,7 @@ def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *,
         every = math.ceil(len(points) / MAX_POINTS)
         smooth = smoothed([value for _, value in points], round(smoothing * len(points)))
         shown = sorted({*range(0, len(points), every), len(points) - 1})
-        steps, values = [points[place][0] for place in shown], [smooth[place] for place in shown]
+        steps, values = [points[at][0] for at in shown], [smooth[at] for at in shown]
         axes.plot(
             steps, values, color=SERIES[index % len(SERIES)],
             linestyle=DASHES[index // len(SERIES) % len(DASHES)], linewidth=1.6, label=name, clip_on=False,
@@ -188,7 +206,7 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, 
     row with ``event`` are metrics; texts under ``domain`` and ``split`` become part of their names. Of several rows of
     a step the last counts.
     """
-    found: tuple[dict[str, dict[int, float]], ...] = ({}, {}, {})
+    result: tuple[dict[str, dict[int, float]], ...] = ({}, {}, {})
     for row in rows:
         step = row.get("step")
         if not isinstance(step, int):
@@ -199,20 +217,20 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, 
                 continue
             if math.isfinite(value):
                 kind = 2 if "event" in row else 1 if key == "lr" else 0
-                found[kind].setdefault(f"{prefix} {key}".strip(), {})[step] = float(value)
-    losses, rates, metrics = ({key: sorted(part[key].items()) for key in part} for part in found)
+                result[kind].setdefault(f"{prefix} {key}".strip(), {})[step] = float(value)
+    losses, rates, metrics = ({key: sorted(part[key].items()) for key in part} for part in result)
     return losses, rates, metrics
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
     """Centered moving average over ``width`` values; over fewer, symmetrically, towards the ends."""
     half = width // 2
-    found = []
+    result = []
     for index in range(len(values)):
         reach = min(half, index, len(values) - 1 - index)
         part = values[index - reach : index + reach + 1]
-        found.append(sum(part) / len(part))
-    return found
+        result.append(sum(part) / len(part))
+    return result
 
 
 def _use_log_scale(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
@@ -230,8 +248,8 @@ def _new_figure(height: float, *, left: float, right: float, bottom: float) -> t
 
     total = height + bottom + 6
     figure = Figure(figsize=(WIDTH / 72, total / 72), facecolor="none")
-    place = (left / WIDTH, bottom / total, (WIDTH - left - right) / WIDTH, height / total)
-    axes = figure.add_axes(place, facecolor="none")
+    box = (left / WIDTH, bottom / total, (WIDTH - left - right) / WIDTH, height / total)
+    axes = figure.add_axes(box, facecolor="none")
     axes.spines[:].set_visible(False)
     axes.grid(axis="y" if left == 46 else "x", color=LINE, linewidth=1)
     axes.set_axisbelow(True)
@@ -288,14 +306,71 @@ def _attribute(declaration: str) -> str:
     return "" if name == "font-family" else f' {name}="{value.removesuffix("px")}"'
 
 
-__all__ = [
-    "SERIES",
-    "Bar",
-    "Points",
-    "bars",
-    "draw_curves",
-    "grouped_bars",
-    "line_chart",
-    "smoothed",
-    "training_curves",
-]
+@cache
+def accessible_colors(classes: Classes) -> Classes:
+    """Recolor classes with colors that the color-blind can tell apart; unchanged where there are too many classes.
+
+    The assignment minimizes the sum of color distances, mostly of hue, so that water stays blue where possible.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if len(classes) > len(ACCESSIBLE):
+        return classes
+    colors = ACCESSIBLE[: max(len(classes), PREFERRED)]
+    costs = [[_distance(own, color) for color in colors] for own in classes.colors]
+    _, chosen = linear_sum_assignment(costs)
+    return Classes(names=classes.names, colors=tuple(colors[index] for index in chosen))
+
+
+def _distance(one: Color, other: Color) -> float:
+    """Distance of two colors, hue weighted most; grays have no hue."""
+    first, second = (colorsys.rgb_to_hsv(*(value / 255 for value in color)) for color in (one, other))
+    angles = [cmath.rect(float(saturation >= GRAY), 2 * math.pi * hue) for hue, saturation, _ in (first, second)]
+    return abs(angles[0] - angles[1]) + 0.2 * abs(first[1] - second[1]) + 0.1 * abs(first[2] - second[2])
+
+
+def thumbnail(image: Array, side: int) -> UInt8:
+    """Shrink an image (H, W, C) for display to a longest side of ``side``; class ids (H, W) are not interpolated."""
+    ids = image.ndim == 2
+    shown = Image.fromarray(image if ids else to_rgb(image))
+    scale = min(1.0, side / max(shown.size))
+    size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
+    result: UInt8 = np.asarray(shown.resize(size, Image.Resampling.NEAREST if ids else Image.Resampling.LANCZOS))
+    return result
+
+
+def encode_webp(image: UInt8, quality: int = 78) -> bytes:
+    """Encode an image (H, W, 3) as WebP."""
+    return _encode(Image.fromarray(image), "WEBP", quality=quality, method=4)
+
+
+def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> bytes:
+    """Encode class ids (H, W), 255 for none, as a palette PNG.
+
+    Args:
+        ids: class ids; others than these are shown as 255.
+        classes: colors.
+        transparent: leave pixels without a class transparent instead of striped.
+    """
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(classes)] = classes.colors
+    table[LIGHT], table[DARK] = HATCH
+    shown = np.where(ids < len(classes), ids, IGNORE).astype(np.uint8)
+    if not transparent:
+        across, down = np.meshgrid(np.arange(ids.shape[1]), np.arange(ids.shape[0]))
+        shown = np.where((shown == IGNORE) & (((across + down) // 4) % 2 == 0), LIGHT, shown).astype(np.uint8)
+    image = Image.frombytes("P", (ids.shape[1], ids.shape[0]), np.ascontiguousarray(shown).tobytes())
+    image.putpalette(table.tobytes())
+    return _encode(image, "PNG", optimize=True, **({"transparency": IGNORE} if transparent else {}))
+
+
+def data_uri(data: bytes) -> str:
+    """Encode an image's bytes as a data URI."""
+    kind = "webp" if data[:4] == b"RIFF" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _encode(image: Image.Image, kind: str, **settings: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()

@@ -16,8 +16,19 @@ from overfly.core.errors import OverflyError
 from overfly.core.records import UInt8
 from overfly.core.text import percent
 from overfly.evaluation.speed import Speed
-from overfly.reporting.figures import SERIES, Bar, Points, bars, grouped_bars, line_chart
-from overfly.reporting.images import accessible_colors, data_uri, encode_png, encode_webp, thumbnail
+from overfly.reporting.figures import (
+    SERIES,
+    Bar,
+    Points,
+    accessible_colors,
+    bars,
+    data_uri,
+    encode_png,
+    encode_webp,
+    grouped_bars,
+    line_chart,
+    thumbnail,
+)
 from overfly.reporting.samples import SampleSet
 
 MAX_BYTES = 5_000_000
@@ -39,11 +50,11 @@ class ConfusionTable:
     def rows(self) -> list[tuple[str, float, list[float | None]]]:
         """For each label: its name, its share of all pixels, and the shares of it predicted as each class."""
         total = max(sum(map(sum, self.counts)), 1)
-        found = []
+        result = []
         for name, row in zip(self.names, self.counts, strict=True):
             labeled = sum(row)
-            found.append((name, labeled / total, [count / labeled if labeled else None for count in row]))
-        return found
+            result.append((name, labeled / total, [count / labeled if labeled else None for count in row]))
+        return result
 
 
 @dataclass(frozen=True)
@@ -129,12 +140,12 @@ class Report:
     @property
     def gap_chart(self) -> Markup | None:
         """A chart of the gap closed; None where no entry has one."""
-        found = [
+        result = [
             Bar(entry.name, entry.gap.mean, entry.gap.deviation, entry.gap.values)
             for entry in self.entries
             if entry.gap and entry.gap.mean is not None
         ]
-        return bars(found, "Share of the gap between source only and oracle that was closed") if found else None
+        return bars(result, "Share of the gap between source only and oracle that was closed") if result else None
 
     @property
     def class_charts(self) -> list[tuple[str, Markup]]:
@@ -215,8 +226,3 @@ def describe_shares(ids: UInt8, classes: Classes) -> str:
     """Describe a class map: its classes with their shares, largest first."""
     shares = [(float((ids == index).mean()), name) for index, name in enumerate(classes.names)]
     return ", ".join(f"{name} {percent(share, 0)} %" for share, name in sorted(shares, reverse=True) if share >= 0.005)
-
-
-__all__ = [
-    "ConfusionTable", "Entry", "Report", "SelectionTable", "describe_shares", "environment", "render",
-]  # fmt: skip

@@ -34,19 +34,19 @@ def find_runs(paths: Sequence[Path | str]) -> list[Run]:
     Raises:
         RunError: a folder contains none.
     """
-    found: dict[Path, Run] = {}
+    result: dict[Path, Run] = {}
     for path in map(Path, paths):
         if is_comparison(path):
             comparison = Comparison(path)
             candidates = [comparison.run(name) for name in comparison.selection.candidates]
-            found |= {run.path.resolve(): run for run in candidates if run is not None}
+            result |= {run.path.resolve(): run for run in candidates if run is not None}
             continue
         several = not (path / "recipe.yaml").is_file() and path.is_dir()
         runs = [Run(file.parent) for file in sorted(path.glob("*/recipe.yaml"))] if several else [Run.open(path)]
         if not runs:
             raise RunError(f"{path} contains no run; give folders that `overfly train` wrote, or a folder of them")
-        found |= {run.path.resolve(): run for run in runs}
-    return list(found.values())
+        result |= {run.path.resolve(): run for run in runs}
+    return list(result.values())
 
 
 def group_by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
@@ -56,16 +56,16 @@ def group_by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
     for run in sorted(runs, key=lambda run: (order.get(run.recipe.method.name, 2), run.path.name)):
         groups.setdefault(json.dumps(_without_seed(run.recipe).model_dump(mode="json"), sort_keys=True), []).append(run)
     several_models = len({run.recipe.model.name for run in runs}) > 1
-    found: dict[Path, list[Run]] = {}
+    result: dict[Path, list[Run]] = {}
     for group in groups.values():
         recipe = group[0].recipe
         title = f"{recipe_title(recipe)}, {recipe.model.name}" if several_models else recipe_title(recipe)
         name, number = title, 1
-        while Path(name) in found:
+        while Path(name) in result:
             number += 1
             name = f"{title} ({number})"
-        found[Path(name)] = sorted(group, key=lambda run: run.recipe.seed)
-    return found
+        result[Path(name)] = sorted(group, key=lambda run: run.recipe.seed)
+    return result
 
 
 def recipe_title(recipe: Recipe) -> str:
@@ -168,17 +168,17 @@ def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, 
 
 def _labels_opened(runs: Sequence[Run]) -> str:
     """How often target labels were read for these runs, such as ``val: 2 × (80 images)``; empty for never."""
-    found: dict[str, tuple[int, int]] = {}
+    result: dict[str, tuple[int, int]] = {}
     for run in runs:
         for key, counts in run.scores.get("labels_opened", {}).items():
             if key.startswith("target/"):
-                times, images = found.get(key, (0, 0))
-                found[key] = (times + counts["times"], images + counts["images"])
-    return ", ".join(f"{key.split('/')[1]}: {times} × ({images} images)" for key, (times, images) in found.items())
+                times, images = result.get(key, (0, 0))
+                result[key] = (times + counts["times"], images + counts["images"])
+    return ", ".join(f"{key.split('/')[1]}: {times} × ({images} images)" for key, (times, images) in result.items())
 
 
 def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[ConfusionTable]:
-    found: list[ConfusionTable] = []
+    result: list[ConfusionTable] = []
     for role in ROLES:
         domain = getattr(runs[0].recipe, role)
         scores = [stored_scores(run, role, split, domain) for run in runs] if domain is not None else []
@@ -186,8 +186,8 @@ def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[Conf
         if counts:
             total = torch.stack(counts).sum(0).tolist()
             title = f"{domain.title} ({role})"
-            found.append(ConfusionTable(title, domain.classes.names, total, open=expand and not found))
-    return found
+            result.append(ConfusionTable(title, domain.classes.names, total, open=expand and not result))
+    return result
 
 
 def _selections(runs: Sequence[Run]) -> list[SelectionTable]:
@@ -241,7 +241,7 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
         if baseline is not None and not any(each.recipe.method.name == "source_only" for each in same.values()):
             same[BASELINE] = baseline
         same[str(name)] = run
-    found = []
+    result = []
     for same in pairs.values():
         names = list(same)
         shown = {
@@ -250,17 +250,14 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
         }
         first = next(iter(shown.values()))
         role: Role = "source" if first.recipe.target is None else "target"
-        found.append(collect_samples(shown, role, labels=labels, limit=limit, device=device))
-    return found
+        result.append(collect_samples(shown, role, labels=labels, limit=limit, device=device))
+    return result
 
 
 def _baseline(run: Run) -> Run | None:
     """The finished run that another was adapted from, beside it or at the path in its recipe."""
     start = run.recipe.start
-    found = Run.find(run.path.parent, start) if isinstance(start, Recipe) else None
+    result = Run.find(run.path.parent, start) if isinstance(start, Recipe) else None
     if isinstance(start, Path) and (start / "recipe.yaml").is_file():
-        found = Run.open(start)
-    return found if found is not None and found.finished else None
-
-
-__all__ = ["collect_report", "find_runs", "group_by_recipe", "recipe_title", "scored_split"]
+        result = Run.open(start)
+    return result if result is not None and result.finished else None

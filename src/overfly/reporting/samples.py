@@ -17,8 +17,7 @@ from overfly.evaluation.images import predict_scores, unlabeled_images
 from overfly.evaluation.panels import confusion_figure, panels
 from overfly.evaluation.score import Sample, Samples, evaluation_mode, score
 from overfly.evaluation.scores import Scores
-from overfly.reporting.figures import draw_curves
-from overfly.reporting.images import thumbnail
+from overfly.reporting.figures import draw_curves, thumbnail
 from overfly.training.evaluate import Role, has_labels, record_opened_labels
 from overfly.training.run import Run
 
@@ -183,12 +182,12 @@ def _unlabeled_samples(
             for index, image in enumerate(images):
                 ids = predict_scores(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
                 predictions[index][name] = thumbnail(ids, SIDE)
-    found = []
+    result = []
     for index, image in enumerate(images):
         values = image.permute(1, 2, 0).numpy()
         shown = thumbnail(values.astype(np.uint8) if domain.max_value == 255 else values, SIDE)
-        found.append(SampleImage(f"{domain.title} {index + 1}", "", shown, None, predictions[index], {}))
-    return SampleSet(domain.title, domain.classes, role, found, len(images), 0, note)
+        result.append(SampleImage(f"{domain.title} {index + 1}", "", shown, None, predictions[index], {}))
+    return SampleSet(domain.title, domain.classes, role, result, len(images), 0, note)
 
 
 def samples_folder(run: Run) -> Path:
@@ -223,6 +222,3 @@ def draw_samples(run: Run, name: str, domain: Domain, scores: Scores, samples: S
         confusion_figure(scores.confusion, domain.classes, folder / f"{name}-confusion.png"),
         draw_curves(list(run.log.rows()), folder / "curves.png"),
     ]
-
-
-__all__ = ["SampleImage", "SampleSet", "choose_images", "collect_samples", "draw_samples", "samples_folder"]

@@ -126,11 +126,11 @@ def legend(classes: Classes, width: int, height: int) -> Image.Image | None:
     """
     font, line = _font(_text_size(width, height)), _line(width, height)
     swatch = round(line * 0.62)
-    room = (height // 2 - line // 2) // line
-    if room < 1 or min(width, height) < MIN_SIDE:
+    lines = (height // 2 - line // 2) // line
+    if lines < 1 or min(width, height) < MIN_SIDE:
         return None
     longest = width // 2 - swatch - 3 * (line // 3)
-    swatches = len(classes) if len(classes) <= room else room - 1
+    swatches = len(classes) if len(classes) <= lines else lines - 1
     names = [_shorten(name, font, longest) for name in classes.names[:swatches]]
     if swatches < len(classes):
         names.append(f"+ {len(classes) - swatches} more" if swatches else f"{len(classes)} classes")
@@ -180,11 +180,11 @@ def _line(width: int, height: int) -> int:
     return round(_text_size(width, height) * 1.5)
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, shortened with an ellipsis until it fits."""
-    if font.getlength(text) <= room:
+    if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > room:
+    while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
 

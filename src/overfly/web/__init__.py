@@ -21,6 +21,3 @@ def load_server() -> ModuleType:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "serve", "serving")
     return importlib.import_module("overfly.web.server")
-
-
-__all__ = ["load_server"]

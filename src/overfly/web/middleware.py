@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overfly.web.config import Limits
+from overfly.web.service import Limits
 
 COOKIE = "overfly"
 OPEN = ("/health",)
@@ -157,6 +157,3 @@ def _cookie(text: str) -> str:
 
 def _refuse(status: int, sentence: str) -> JSONResponse:
     return JSONResponse({"detail": sentence}, status)
-
-
-__all__ = ["HEADERS", "AccessMiddleware", "BodyLimitMiddleware"]

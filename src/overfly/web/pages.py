@@ -87,7 +87,7 @@ def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tu
     """
     scores = [_scores(network.run) for network in pair]
     titles = [f"{letter}: {network.title}" for letter, network in zip("AB", pair, strict=True)]
-    found = []
+    result = []
     for key in dict.fromkeys(key for each in scores for key in each):
         both = [each.get(key) for each in scores]
         names = list(dict.fromkeys(name for one in both if one is not None for name in one.classes))
@@ -103,20 +103,20 @@ def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tu
                 ("boundary mIoU", "boundary_miou"),
             )
         ]
-        found.append((key, grouped_bars(rows, titles, f"IoU of each class, {key}"), metrics))
-    return found
+        result.append((key, grouped_bars(rows, titles, f"IoU of each class, {key}"), metrics))
+    return result
 
 
 def _scores(run: Run | None) -> dict[str, Scores]:
     """Scores of a run by role and split; entries of another format are left out."""
-    found: dict[str, Scores] = {}
+    result: dict[str, Scores] = {}
     for key, values in (run.scores if run is not None else {}).items():
         if "/" in key and isinstance(values, dict):
             try:
-                found[key] = Scores.model_validate(values)
+                result[key] = Scores.model_validate(values)
             except ValueError:
                 continue
-    return found
+    return result
 
 
 def compare_recipes(pair: list[ServedNetwork]) -> list[tuple[str, str, str]]:
@@ -136,15 +136,12 @@ def _settings(network: ServedNetwork) -> dict[str, str]:
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    found = []
+    result = []
     for name, value in values.items():
         if name == "start" and isinstance(value, dict):
-            found.append((f"{before}{name}", "a recipe"))
+            result.append((f"{before}{name}", "a recipe"))
         elif isinstance(value, dict) and value:
-            found += _flat(value, f"{before}{name}.")
+            result += _flat(value, f"{before}{name}.")
         else:
-            found.append((f"{before}{name}", "none" if value is None else str(value)))
-    return found
-
-
-__all__ = ["page_router"]
+            result.append((f"{before}{name}", "none" if value is None else str(value)))
+    return result

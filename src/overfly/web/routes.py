@@ -13,7 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from overfly.raster.raster_source import Georeference
-from overfly.reporting.images import accessible_colors, encode_png
+from overfly.reporting.figures import accessible_colors, encode_png
 from overfly.video.player import LatestFrame
 from overfly.web.service import InferenceService, Prediction, ServedNetwork, StoredMap
 from overfly.web.tiles import Layer, encode_geotiff, max_zoom, render_tile
@@ -348,6 +348,3 @@ def _map_file(prediction: Prediction, georeference: Georeference | None, output:
         data, name = encode_png(prediction.ids, prediction.classes, transparent=True), "map.png"
     headers = {"content-disposition": f'attachment; filename="{name}"'}
     return Response(data, media_type=f"image/{output}", headers=headers)
-
-
-__all__ = ["api_router"]

@@ -22,11 +22,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.video.player import LatestFrame
-from overfly.web.config import Limits, RequestTimeoutError
 from overfly.web.middleware import AccessMiddleware, BodyLimitMiddleware
 from overfly.web.pages import page_router
 from overfly.web.routes import api_router
-from overfly.web.service import InferenceService, ServedNetwork
+from overfly.web.service import InferenceService, Limits, RequestTimeoutError, ServedNetwork
 
 STATIC = Path(__file__).parent / "static"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -200,6 +199,3 @@ def serve_stream(screen: LatestFrame, port: int = 0) -> Iterator[str]:
     finally:
         time.sleep(1.5 if screen.closed and running.connections else 0)  # pages poll the state of a stream every second
         running.stop()
-
-
-__all__ = ["Running", "application", "bind", "run", "serve_stream", "start", "url_of"]

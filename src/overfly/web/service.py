@@ -20,14 +20,14 @@ from fastapi import HTTPException
 from torch import Tensor
 
 from overfly.core.classes import Classes
-from overfly.core.errors import NotFiniteError
+from overfly.core.errors import NotFiniteError, OverflyError
 from overfly.core.records import IGNORE, UInt8
+from overfly.core.spec import Count, Positive, Spec
 from overfly.evaluation.panels import to_rgb
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import sliding
 from overfly.raster.raster_source import Georeference, input_gain
 from overfly.training.run import Run
-from overfly.web.config import Limits, RequestTimeoutError
 from overfly.web.uploads import UploadedImage, check_header, read_upload, stored_upload
 
 T = TypeVar("T")
@@ -39,6 +39,32 @@ WORKERS = 2
 """Threads that process images: one decodes while another predicts. Their number bounds the memory."""
 ROWS = 256
 """Rows whose class probabilities are reduced at a time."""
+
+
+class RequestTimeoutError(OverflyError):
+    """A request that exceeded the time limit of the server."""
+
+    def __init__(self) -> None:
+        super().__init__("the request exceeded the time limit; send a smaller image, or try again later")
+
+
+class Limits(Spec):
+    """Limits of a server. A request beyond one is refused with a status and a message."""
+
+    upload: Count = 64_000_000
+    """Bytes of a request body; beyond it 413."""
+    pixels: Count = 9_000_000
+    """Pixels of an image, read from its header before it is decoded; beyond it 400."""
+    seconds: Positive = 60.0
+    """Time to receive a body (then 408), and time to process it (then 503)."""
+    queue: Count = 16
+    """Images that are processed or wait at the same time; beyond it 429."""
+    connections: Count = 256
+    """Open connections, those of the live page included; beyond it 503."""
+    cache: Count = 60_000_000
+    """Pixels of all maps kept in memory; the least recently used is evicted first."""
+    viewers: Count = 8
+    """Viewers of the live stream at the same time; beyond it 429."""
 
 
 @dataclass(eq=False)
@@ -289,6 +315,3 @@ def _classify(probabilities: Floats) -> tuple[UInt8, UInt8]:
         entropy = -(part * np.log(np.maximum(part, 1e-12))).sum(0) / max(math.log(classes), 1e-12)
         uncertainty[rows] = (entropy.clip(0, 1) * 255).round()
     return ids, uncertainty
-
-
-__all__ = ["InferenceService", "Prediction", "ServedNetwork", "StoredMap", "predict_image"]

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import warnings
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,8 @@ from overfly.core.classes import Classes
 from overfly.core.errors import MissingExtraError
 from overfly.core.records import IGNORE, UInt8
 from overfly.raster.raster_source import Georeference
-from overfly.reporting.images import encode_png
+from overfly.raster.writer import write_georeference
+from overfly.reporting.figures import encode_png
 
 SIDE = 256
 """Side of a tile in pixels."""
@@ -104,7 +104,7 @@ def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | No
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with memory.open(driver="GTiff", height=height, width=width, count=1, dtype="uint8", **settings) as file:
                 if georeference is not None:
-                    _write_georeference(file, georeference)
+                    write_georeference(file, georeference)
                 file.write(ids, 1)
                 colors = {index: (*color, 255) for index, color in enumerate(classes.colors)}
                 file.write_colormap(1, {**colors, IGNORE: (0, 0, 0, 0)})
@@ -113,47 +113,3 @@ def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | No
                 file.update_tags(1, **{f"CLASS_{index}": name for index, name in enumerate(classes.names)})
         memory.seek(0)
         return bytes(memory.read())
-
-
-def _write_georeference(file: Any, place: Georeference) -> None:
-    """Write coordinates into a new dataset."""
-    import rasterio
-    from rasterio.control import GroundControlPoint
-
-    if place.point:
-        file.update_tags(AREA_OR_POINT="Point")
-    if place.points:
-        right, down = _control_point_offset() if place.point else (0.0, 0.0)
-        points = [
-            GroundControlPoint(row - down, column - right, x, y, z, name) for column, row, x, y, z, name in place.points
-        ]
-        file.gcps = (points, rasterio.CRS.from_wkt(place.points_crs) if place.points_crs else rasterio.CRS())
-    if place.crs:
-        file.crs = rasterio.CRS.from_wkt(place.crs)
-    if place.transform is not None:
-        file.transform = rasterio.Affine.from_gdal(*place.transform)
-    if place.rational:
-        file.update_tags(ns="RPC", **dict(place.rational))
-
-
-@cache
-def _control_point_offset() -> tuple[float, float]:
-    """Offset (columns, rows) of control points between GDAL's writing and reading, where they are of pixel centers.
-
-    GDAL 3.10 shifts such points by half a pixel in the same direction when it writes and when it reads.
-    """
-    import rasterio
-    from rasterio.control import GroundControlPoint
-    from rasterio.io import MemoryFile
-
-    with MemoryFile() as memory, warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with memory.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8") as file:
-            file.update_tags(AREA_OR_POINT="Point")
-            file.gcps = ([GroundControlPoint(8, 8, 0, 0, 0)] * 4, rasterio.CRS.from_epsg(4326))
-        with memory.open() as file:
-            point = file.gcps[0][0]
-            return point.col - 8, point.row - 8
-
-
-__all__ = ["SIDE", "Layer", "encode_geotiff", "max_zoom", "render_tile"]

@@ -90,11 +90,8 @@ def _georeference(path: Path) -> Georeference | None:
     """Coordinates of a file; None without coordinates, or without rasterio."""
     try:
         with open_raster(path) as dataset:
-            found = georeference(dataset)
-            known = found.crs or found.transform is not None or found.points or found.rational
-            return found if known else None
+            result = georeference(dataset)
+            known = result.crs or result.transform is not None or result.points or result.rational
+            return result if known else None
     except MissingExtraError:
         return None
-
-
-__all__ = ["UploadedImage", "check_header", "check_size", "read_upload", "stored_upload"]

@@ -20,7 +20,7 @@ def brightest(images: Floats) -> Floats:
     return np.asarray(np.arange(3)[None, :, None, None] == images.argmax(1)[:, None], np.float32)
 
 
-def seeing(run: Callable[[Floats], Floats] = brightest, **changes: object) -> Predictor:
+def rule_model(run: Callable[[Floats], Floats] = brightest, **changes: object) -> Predictor:
     """A network of three classes that needs no weights."""
     metadata = ModelMetadata(architecture="rule", classes=NAMES, mean=(0.0,) * 3, std=(1.0,) * 3, title="rule")
     return Predictor(metadata.model_copy(update=changes), "torch", "cpu", run)
@@ -41,7 +41,7 @@ class Clock:
         self.due.append((when, what))
         self.due.sort(key=lambda entry: entry[0])
 
-    def pass_on(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         """Advance the clock and run due callbacks."""
         end = self.time + seconds
         while self.due and self.due[0][0] <= end:
@@ -50,7 +50,7 @@ class Clock:
         self.time = end
 
 
-def striped(index: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]:
+def numbered_frame(index: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]:
     """A frame that encodes its number, 0 to 15, in its brightness, with a third each of red, green and blue."""
     frame = np.zeros((height, width, 3), np.uint8)
     for band in range(3):
@@ -58,19 +58,19 @@ def striped(index: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]:
     return frame
 
 
-def number_of(frame: NDArray[np.uint8]) -> int:
-    """The number of a `striped` frame, from its pixels, also after a lossy codec."""
+def frame_number(frame: NDArray[np.uint8]) -> int:
+    """The number of a `numbered_frame` frame, from its pixels, also after a lossy codec."""
     red = frame[:, : frame.shape[1] // 3 - 4, 0]
     return round((float(red.mean()) - 100) / 10)
 
 
 def video(path: Path, frames: int = 10, fps: float = 10.0, size: tuple[int, int] = (64, 48)) -> Path:
-    """A video of `striped` frames."""
+    """A video of `numbered_frame` frames."""
     from overfly.video.capture import write_video
 
     with write_video(path, fps) as file:
         for index in range(frames):
-            file.write(striped(index % 16, *size), index / fps)
+            file.write(numbered_frame(index % 16, *size), index / fps)
     return path
 
 
@@ -79,7 +79,7 @@ def read(path: Path) -> tuple[list[NDArray[np.uint8]], list[float]]:
     import av
 
     with av.open(str(path)) as container:
-        found = list(container.decode(video=0))
-        return [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in found], [
-            float(frame.time or 0) for frame in found
+        result = list(container.decode(video=0))
+        return [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in result], [
+            float(frame.time or 0) for frame in result
         ]
