@@ -2,7 +2,7 @@
 
     python benchmarks/fleet.py [--network RUN] [--scenes 40] [--out FOLDER] [--record FILE.json]
 
-Exits 1 unless all maps are there, each was published once, and each equals the one that a single process makes.
+Exits 1 unless all maps exist, each was published once, and each equals that of a single process.
 Linux only (processes are found by psutil, which dask brings).
 """
 
@@ -29,12 +29,12 @@ from overfly.training.setup import initial_segmenter
 
 
 def scenes(folder: Path, count: int, size: int) -> None:
-    """Small synthetic pictures, each at a place of its own."""
+    """Write small synthetic images with different locations."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         pixels = np.moveaxis(synthesize("urban" if number % 2 else "rural", "test", number, size)[0], -1, 0)
-        place = Affine(0.3, 0, 300_000 + 0.3 * size * number, 0, -0.3, 2_700_000)
-        how = {"driver": "GTiff", "tiled": True, "compress": "deflate", "crs": "EPSG:32640", "transform": place}
+        transform = Affine(0.3, 0, 300_000 + 0.3 * size * number, 0, -0.3, 2_700_000)
+        how = {"driver": "GTiff", "tiled": True, "compress": "deflate", "crs": "EPSG:32640", "transform": transform}
         with rasterio.open(
             folder / f"scene_{number}.tif", "w", width=size, height=size, count=3, dtype="uint8", **how
         ) as result:
@@ -47,7 +47,7 @@ def workers(process: psutil.Process) -> list[psutil.Process]:
 
 
 def fleet(network: Path, folder: Path, out: Path, count: int) -> dict[str, object]:
-    """Give the command, kill a worker once a quarter of the maps are there, and watch the maps appear."""
+    """Run the command, kill a worker once a quarter of the maps exist, and record when maps appear."""
     command = [sys.executable, "-m", "overfly.cli", "predict", str(network), f"{folder}/*.tif", "--out", str(out)]
     started = time.monotonic()
     process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -61,16 +61,16 @@ def fleet(network: Path, folder: Path, out: Path, count: int) -> dict[str, objec
             victim = workers(psutil.Process(process.pid))[0]
             killed, at = victim.pid, len(published)
             victim.send_signal(signal.SIGKILL)
-    said, wrong = process.communicate()
+    output, errors = process.communicate()
     return {
         "status": process.returncode, "seconds": time.monotonic() - started, "killed_after_maps": at,
         "maps": len(list(out.glob("*.tif"))), "published_once": all(len(seen) == 1 for seen in published.values()),
-        "left_over": [path.name for path in out.glob(".*")], "said": said.splitlines()[-2:], "errors": wrong[-500:],
+        "left_over": [path.name for path in out.glob(".*")], "output": output.splitlines()[-2:], "errors": errors[-500:],
     }  # fmt: skip
 
 
 def main() -> int:
-    """All of it."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", type=Path)
     parser.add_argument("--scenes", type=int, default=40)
@@ -81,8 +81,8 @@ def main() -> int:
     root = settings.out or Path(tempfile.mkdtemp(prefix="overfly-fleet-"))
     scenes(root / "scenes", settings.scenes, settings.size)
     if settings.network is None:
-        drawn = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
-        recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
+        synthetic = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
+        recipe = load({"source": synthetic, "target": {**synthetic, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
         settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
     result = fleet(settings.network, root / "scenes", root / "maps", settings.scenes)
     alone = [sys.executable, "-m", "overfly.cli", "predict", str(settings.network), f"{root}/scenes/*.tif", "--quiet"]

@@ -1,6 +1,6 @@
 """Load test of the server: many clients send images to a server on this machine.
 
-python benchmarks/load.py runs/NAME --clients 32 --seconds 60 --out docs/results
+python benchmarks/load.py runs/NAME --clients 32 --seconds 60 --out load.json
 python benchmarks/load.py runs/NAME --queue 40      # no client is refused
 python benchmarks/load.py stand-in                  # a network of negligible cost: the server alone
 
@@ -46,12 +46,14 @@ def body(image: Any) -> bytes:
     return head.encode() + file.getvalue() + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
-def client(place: tuple[str, int], bodies: list[bytes], until: float, requests: list[tuple[int | str, float]]) -> None:
+def client(
+    address: tuple[str, int], bodies: list[bytes], until: float, requests: list[tuple[int | str, float]]
+) -> None:
     """Send one image after another; wait for `Retry-After` when it is refused."""
     number = 0
     while time.monotonic() < until:
         start = time.monotonic()
-        connection = http.client.HTTPConnection(*place, timeout=120)
+        connection = http.client.HTTPConnection(*address, timeout=120)
         try:
             headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
             connection.request("POST", "/predict", bodies[number % len(bodies)], headers)
@@ -84,15 +86,15 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
-        address = urlsplit(next(word for word in line.split() if word.startswith("http")).rstrip(";"))
-        place = (str(address.hostname), int(address.port or 0))
+        url = urlsplit(next(word for word in line.split() if word.startswith("http")).rstrip(";"))
+        address = (str(url.hostname), int(url.port or 0))
         domain = Domain.model_validate({"name": "synthetic", "scene": "rural", "size": settings.size, "val": 8})
         bodies = [body(domain.read_image(item)) for item in domain.items("val")]
         requests: list[tuple[int | str, float]] = []
-        client(place, bodies, time.monotonic() + 0.01, [])
+        client(address, bodies, time.monotonic() + 0.01, [])
         begun = time.monotonic()
         threads = [
-            threading.Thread(target=client, args=(place, bodies, begun + settings.seconds, requests))
+            threading.Thread(target=client, args=(address, bodies, begun + settings.seconds, requests))
             for _ in range(settings.clients)
         ]
         for thread in threads:
@@ -120,9 +122,9 @@ def stand_in(queue: int) -> None:
         return np.concatenate([1 - images[:, :1] / 255, images[:, :1] / 255], 1).astype(np.float32)
 
     network = ServedNetwork("0", "threshold", lambda: Predictor(metadata, "torch", "cpu", bright))
-    place = server.bind("127.0.0.1", 0)
-    print(f"serving at {server.url_of(place)}", file=sys.stderr, flush=True)
-    server.run(server.application([network], limits=Limits(queue=queue)), place)
+    bound = server.bind("127.0.0.1", 0)
+    print(f"serving at {server.url_of(bound)}", file=sys.stderr, flush=True)
+    server.run(server.application([network], limits=Limits(queue=queue)), bound)
 
 
 def summarize(

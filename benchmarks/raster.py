@@ -4,13 +4,12 @@
         [--record FILE.json]
 
 Without --network a light network of random weights does the work: it takes as long as a trained one. With --stand-in,
-memory and resuming are looked at without waiting for a network. Linux only (memory is read from /proc). What is
+memory and resuming are measured without a network. Linux only (memory is read from /proc). What is
 measured runs in processes of its own:
 
 1. the network alone on some rows of windows; the whole job; the network alone on other rows. Times are given for a
-   window; those before and after are taken together, so that a drift of the machine's speed weighs on both. Beside the
-   wall clock stands the processor's time, which a machine's other work hardly changes, and how long the network was at
-   work within the job.
+   window; those before and after are taken together, so that a drift of the machine's speed weighs on both. CPU
+   time, which other processes hardly change, and the network's time within the job are reported beside the wall clock.
 2. the same job, killed by SIGKILL when half of the rows of windows are done, and given again; its pixels are compared.
 """
 
@@ -48,15 +47,15 @@ from overfly.training.setup import initial_segmenter
 TILE = 1024
 
 
-def synthesise(path: Path, size: int) -> None:
-    """A mosaic of a few synthetic pictures, turned and mirrored, with a coordinate system; tiled and compressed."""
+def write_mosaic(path: Path, size: int) -> None:
+    """A mosaic of a few synthetic images, rotated, with a coordinate reference system; tiled and compressed."""
     tiles = [synthesize(scene, "test", number, TILE)[0] for scene in ("urban", "rural") for number in (0, 1)]
     tiles = [np.moveaxis(np.rot90(tile, turn), -1, 0) for tile in tiles for turn in range(4)]
     generator = np.random.default_rng(0)
-    place = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
+    georeference = {"crs": "EPSG:32640", "transform": Affine(0.3, 0, 300_000.15, 0, -0.3, 2_700_000.45)}
     how = {"driver": "GTiff", "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "zlevel": 1}
     how |= {"num_threads": 2, "bigtiff": "if_safer", "interleave": "pixel"}
-    with rasterio.open(path, "w", width=size, height=size, count=3, dtype="uint8", **place, **how) as result:
+    with rasterio.open(path, "w", width=size, height=size, count=3, dtype="uint8", **georeference, **how) as result:
         for top in range(0, size, TILE):
             band = [tiles[number] for number in generator.integers(0, len(tiles), -(-size // TILE))]
             high = min(TILE, size - top)
@@ -110,7 +109,7 @@ def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[s
 
 
 def stand_in() -> Predictor:
-    """A network that costs next to nothing: the brightness of each pixel in seven steps."""
+    """A network of negligible cost: the brightness of each pixel in seven steps."""
     names = tuple(f"step {number}" for number in range(7))
     about = {"architecture": "stand-in", "classes": Classes(names=names), "mean": (0.0,) * 3, "std": (1.0,) * 3}
 
@@ -122,10 +121,10 @@ def stand_in() -> Predictor:
 
 
 def killed(command: list[str], raster: Path, out: Path) -> dict[str, object]:
-    """Give a command, kill it in the middle, and give it again."""
+    """Run a command, kill it in the middle, and run it again."""
     command = [*command, str(out)]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-    state, whole = out.with_name(f".{out.name}.unfinished") / "job.json", None
+    state = out.with_name(f".{out.name}.unfinished") / "progress.json"
     done = 0
     with rasterio.open(raster) as dataset:
         rows = -(-(dataset.height - 512) // 384) + 1
@@ -137,11 +136,16 @@ def killed(command: list[str], raster: Path, out: Path) -> dict[str, object]:
     process.wait()
     whole = not out.exists()
     again = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {"killed_after_rows": done, "rows": rows, "no_map_at_the_kill": whole, "said": again.stderr.splitlines()[:1]}
+    return {
+        "killed_after_rows": done,
+        "rows": rows,
+        "no_map_at_the_kill": whole,
+        "stderr": again.stderr.splitlines()[:1],
+    }
 
 
 def compare(raster: Path, first: Path, second: Path) -> dict[str, object]:
-    """Pixels of two maps, and where they lie."""
+    """Compare the pixels and georeferences of two maps."""
     with rasterio.open(raster) as image, rasterio.open(first) as one, rasterio.open(second) as two:
         equal = all(
             np.array_equal(one.read(1, window=part), two.read(1, window=part)) for _, part in one.block_windows(1)
@@ -155,12 +159,12 @@ def compare(raster: Path, first: Path, second: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    """All of it."""
+    """Run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", type=Path)
     parser.add_argument("--size", type=int, default=20_000)
-    parser.add_argument("--stand-in", action="store_true", help="instead of a network, what costs next to nothing")
-    parser.add_argument("--threads", type=int, help="of the network; left out, one a core")
+    parser.add_argument("--stand-in", action="store_true", help="use a network of negligible cost")
+    parser.add_argument("--threads", type=int, help="CPU threads of the network; default: one per core")
     parser.add_argument("--share", type=int, default=2, help="the network alone runs on 2 of this many rows")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--record", type=Path)
@@ -171,8 +175,8 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     raster = root / "raster.tif"
     if settings.stand_in is False and settings.network is None:
-        drawn = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
-        recipe = load({"source": drawn, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
+        synthetic = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
+        recipe = load({"source": synthetic, "target": {**synthetic, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
         settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
     predictor = stand_in() if settings.stand_in else load_predictor(settings.network, device="cpu")
     if settings.measure:
@@ -183,7 +187,7 @@ def main() -> int:
         map_raster(predictor, str(raster), settings.job, MapSettings(), network="benchmark")
         return 0
     if not raster.exists():
-        synthesise(raster, settings.size)
+        write_mosaic(raster, settings.size)
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     which = ["--stand-in"] if settings.stand_in else ["--network", str(settings.network)]

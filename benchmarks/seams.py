@@ -1,8 +1,8 @@
-"""A picture of a map: image | map | the same corner without and with overlapping windows.
+"""A figure of a map: image | map | the same corner without and with overlapping windows.
 
     python benchmarks/seams.py --network RUN [--size 768] [--window 128] [--out docs/images/raster.png]
 
-The network should be one of the synthetic world's. White lines at the borders of small images mark
+The network should be trained on synthetic images. White lines at the borders of small images mark
 where windows meet.
 """
 
@@ -26,7 +26,7 @@ ZOOM = 3
 
 
 def main() -> None:
-    """Draw, predict twice, put together."""
+    """Synthesize a scene, predict it twice, and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", type=Path, required=True)
     parser.add_argument("--scene", default="rural")
@@ -38,14 +38,14 @@ def main() -> None:
     image = synthesize(settings.scene, "test", 3, settings.size)[0]
     maps = []
     with tempfile.TemporaryDirectory() as folder:
-        raster, place = Path(folder) / "raster.tif", Affine(0.3, 0, 300_000, 0, -0.3, 2_700_000)
-        how = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32640", "transform": place}
+        raster, transform = Path(folder) / "raster.tif", Affine(0.3, 0, 300_000, 0, -0.3, 2_700_000)
+        how = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32640", "transform": transform}
         with rasterio.open(raster, "w", width=settings.size, height=settings.size, **how) as result:
             result.write(np.moveaxis(image, -1, 0))
         for overlap in (0.0, 0.25):
             out = Path(folder) / f"{overlap}.tif"
             chosen = MapSettings(window=settings.window, overlap=overlap)
-            map_raster(predictor, str(raster), out, chosen, network="picture")
+            map_raster(predictor, str(raster), out, chosen, network="seams")
             with rasterio.open(out) as actual:
                 maps.append(predictor.metadata.classes.paint(actual.read(1)))
     part = slice(settings.window // 2, settings.window // 2 + settings.size // ZOOM)

@@ -14,21 +14,21 @@ from overfly.evaluation.score import Sample, Samples, score
 from overfly.recipe import Recipe
 from overfly.training.run import Run
 
-PICTURE = Path(__file__).parent / "images" / "two_domains.png"
+FIGURE = Path(__file__).parent / "images" / "two_domains.png"
 
 
-def sample(run: Run, domain: Domain, place: int) -> Sample:
+def sample(run: Run, domain: Domain, position: int) -> Sample:
     """Predict one of six evenly sampled images of a domain's test split, numbered from 0."""
     samples = Samples(spread=6, extremes=False)
     score(run.segmenter(), domain, "test", resize=run.recipe.resize, window=run.recipe.window, samples=samples)
-    return list(samples)[place]
+    return list(samples)[position]
 
 
 def main() -> None:
     """Find the runs below a folder and draw both domains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--places", type=int, nargs=2, default=(1, 4))
+    parser.add_argument("--positions", type=int, nargs=2, default=(1, 4))
     settings = parser.parse_args()
     result = [Run(file.parent) for file in settings.runs.glob("*/recipe.yaml")]
     runs = {(run.recipe.method.name, run.recipe.domain("source").title): run for run in result}
@@ -40,11 +40,11 @@ def main() -> None:
     }
     recipe: Recipe = runs["source_only", "Urban"].recipe
     rows = {
-        domain.title: {words: sample(runs[key], domain, place) for words, key in names.items()}
-        for domain, place in zip((recipe.domain("source"), recipe.domain("target")), settings.places, strict=True)
+        domain.title: {words: sample(runs[key], domain, position) for words, key in names.items()}
+        for domain, position in zip((recipe.domain("source"), recipe.domain("target")), settings.positions, strict=True)
     }
-    PICTURE.parent.mkdir(exist_ok=True)
-    print(comparison_figure(rows, recipe.domain("source").classes, PICTURE, side=256))
+    FIGURE.parent.mkdir(exist_ok=True)
+    print(comparison_figure(rows, recipe.domain("source").classes, FIGURE, side=256))
 
 
 if __name__ == "__main__":

@@ -88,15 +88,14 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
 def test_worker_opens_the_network_once_and_returns_errors(tmp_path: Path) -> None:
     journal = tmp_path / "opened"
     source = str(write(tmp_path / "a.tif", noise(64, 64)))
-    task = (source, tmp_path / "map.tif", SETTINGS, "once", None)
-    first = run_task(partial(slow, str(journal), 0.0), *task)
-    again = run_task(partial(slow, str(journal), 0.0), *task)
+    task = partial(run_task, partial(slow, str(journal), 0.0), settings=SETTINGS, network="once", threads=None)
+    first, again = (task(source=source, out=tmp_path / "map.tif") for _ in range(2))
     assert isinstance(first, MapResult)
     assert isinstance(again, MapResult)
     assert (first.created, again.created) == (True, False)
     assert len(journal.read_text().split()) == 1
-    missing = (str(tmp_path / "none.tif"), tmp_path / "b.tif", SETTINGS, "once", None)
-    assert "does not exist" in str(run_task(partial(slow, str(journal), 0.0), *missing))
+    missing = task(source=str(tmp_path / "none.tif"), out=tmp_path / "b.tif")
+    assert "none.tif does not exist" in str(missing)
 
 
 def test_map_rasters_needs_workers() -> None:

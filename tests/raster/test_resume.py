@@ -84,7 +84,7 @@ map_raster(replace(slow, run=run), {source!r}, Path({out!r}), MapSettings(window
 
 def test_killed_job_resumes(tmp_path: Path) -> None:
     source, out = write(tmp_path / "scene.tif", noise(700, 200)), tmp_path / "map.tif"
-    code = JOB.format(tests=str(Path(__file__).parent), source=str(source), out=str(out))
+    code = JOB.format(tests=str(Path(__file__).parents[1]), source=str(source), out=str(out))
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
     state, done, deadline = tmp_path / ".map.tif.unfinished" / "progress.json", 0, time.monotonic() + 120
     while done < 4 and process.poll() is None and time.monotonic() < deadline:

@@ -161,7 +161,8 @@ def map_rasters(
         threads = max(1, (os.cpu_count() or 1) // workers) if scheduler is None else None
         futures = {
             client.submit(
-                run_task, open_network, source, out, settings, network, threads, pure=False, retries=RETRIES
+                run_task, open_network, source, out, settings, network=network, threads=threads, pure=False,
+                retries=RETRIES,
             ): source
             for source, out in jobs.items()
         }  # fmt: skip
@@ -181,7 +182,7 @@ _OPENED: dict[str, Predictor] = {}
 
 
 def run_task(
-    open_network: OpenPredictor, source: str, out: Path, settings: MapSettings, network: str, threads: int | None
+    open_network: OpenPredictor, source: str, out: Path, settings: MapSettings, *, network: str, threads: int | None
 ) -> MapResult | str:
     """Make one map on a worker; return the reason of a failure that trying again would not mend.
 
