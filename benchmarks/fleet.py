@@ -65,7 +65,8 @@ def fleet(network: Path, folder: Path, out: Path, count: int) -> dict[str, objec
     return {
         "status": process.returncode, "seconds": time.monotonic() - started, "killed_after_maps": at,
         "maps": len(list(out.glob("*.tif"))), "published_once": all(len(seen) == 1 for seen in published.values()),
-        "left_over": [path.name for path in out.glob(".*")], "output": output.splitlines()[-2:], "errors": errors[-500:],
+        "left_over": [path.name for path in out.glob(".*")], "output": output.splitlines()[-2:],
+        "errors": errors[-500:],
     }  # fmt: skip
 
 
