@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from overfly.benchmarking import SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.reporting import report as reports
-from overfly.reporting.report import ConfusionTable, Entry, Report, SelectionTable, describe_shares, render
+from overfly.reporting.report import ConfusionTable, Entry, Report, describe_shares, render
 from overfly.reporting.samples import SampleImage, SampleSet
 
 NASTY = '"><script>alert(1)</script><img src="http://evil.example/x.png" onerror="y()">'
@@ -72,8 +73,11 @@ class _Page(HTMLParser):
 
 
 def test_report_escapes_text_and_loads_nothing() -> None:
-    selection = SelectionTable(NASTY, NASTY, [NASTY], [(NASTY, [NASTY], NASTY)], [NASTY], [NASTY], NASTY, 0)
-    page = _Page(text := render(_report(selections=[selection], galleries=[_gallery()])))
+    selection = SimpleNamespace(
+        summary=NASTY, rows=lambda: [[NASTY] * 3], differences=[NASTY], reasons=[NASTY], familiarity_summary=NASTY,
+        labels_opened=0,
+    )  # fmt: skip
+    page = _Page(text := render(_report(selections={NASTY: selection}, galleries=[_gallery()])))
     assert "script" not in page.tags
     assert not page.handlers
     assert page.tags.count("img") == 3

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from overfly.adaptation.selection import COLUMNS, Selection
 from overfly.benchmarking import SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
@@ -95,31 +96,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class SelectionTable:
-    """The selection of a comparison by label-free metrics.
-
-    Attributes:
-        title: name of its folder.
-        summary: the selection as a sentence.
-        columns: headings.
-        rows: candidate, cells, and "recommended", "rejected" or nothing.
-        rejections: reasons, as sentences.
-        differences: the run of each adapted candidate, and its differing settings.
-        familiarity: how familiar the target is to the baseline; empty if unknown.
-        labels_opened: target labels that were read for it.
-    """
-
-    title: str
-    summary: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[str], str]]
-    rejections: Sequence[str]
-    differences: Sequence[str]
-    familiarity: str
-    labels_opened: int
-
-
-@dataclass(frozen=True)
 class Report:
     """The content of a report."""
 
@@ -127,7 +103,8 @@ class Report:
     date: str
     split: str
     entries: Sequence[Entry]
-    selections: Sequence[SelectionTable] = ()
+    selections: Mapping[str, Selection] = field(default_factory=dict)
+    """By the name of the comparison."""
     galleries: Sequence[SampleSet] = ()
     speeds: Mapping[str, Speed] = field(default_factory=dict)
     own_colors: bool = False
@@ -171,7 +148,8 @@ def render(report: Report) -> str:
     template = environment().get_template("report.html.jinja")
     style = Markup((HERE.parent / "web" / "static" / "look.css").read_text(encoding="utf-8"))  # noqa: S704
     shared = {
-        "report": report, "style": style, "gap_chart": report.gap_chart, "class_charts": report.class_charts,
+        "report": report, "columns": COLUMNS[:-1], "style": style, "gap_chart": report.gap_chart,
+        "class_charts": report.class_charts,
         "curves": [
             (line_chart(entry.losses, f"{entry.name}: losses over the steps"),
              line_chart(entry.metrics, f"{entry.name}: validation metrics over the steps", smoothing=0.0))

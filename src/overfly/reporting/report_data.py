@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from overfly.adaptation.selection import BASELINE, COLUMNS, Comparison, is_comparison
+from overfly.adaptation.selection import BASELINE, Comparison, Selection, is_comparison
 from overfly.benchmarking import BenchmarkRow, benchmark_rows
 from overfly.core.errors import RunError
 from overfly.data.domain import SPLITS, Split
@@ -18,7 +18,7 @@ from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build
 from overfly.recipe import Recipe
 from overfly.reporting.figures import SERIES, training_curves
-from overfly.reporting.report import ConfusionTable, Entry, Report, SelectionTable
+from overfly.reporting.report import ConfusionTable, Entry, Report
 from overfly.reporting.samples import SampleSet, collect_samples
 from overfly.training.evaluate import Role, stored_scores
 from overfly.training.run import Run
@@ -190,30 +190,16 @@ def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[Conf
     return result
 
 
-def _selections(runs: Sequence[Run]) -> list[SelectionTable]:
+def _selections(runs: Sequence[Run]) -> dict[str, Selection]:
     """Read the comparisons beside some runs in which one of them is a candidate."""
     names = {run.path.name for run in runs}
     folders = dict.fromkeys(run.path.parent for run in runs)
-    comparisons = [comparison for folder in folders for comparison in Comparison.find_all(folder)]
-    return [
-        _selection(comparison)
-        for comparison in comparisons
-        if names & {Path(candidate.run).name for candidate in comparison.selection.candidates.values()}
-    ]
-
-
-def _selection(comparison: Comparison) -> SelectionTable:
-    selection = comparison.selection
-    return SelectionTable(
-        title=comparison.path.name,
-        summary=selection.summary[0].upper() + selection.summary[1:] + ".",
-        columns=COLUMNS[:-1],
-        rows=[(name, cells, decision) for name, *cells, decision in selection.rows()],
-        rejections=selection.reasons,
-        differences=selection.differences,
-        familiarity=selection.familiarity_summary,
-        labels_opened=selection.labels_opened,
-    )
+    comparisons = {each.path.name: each.selection for folder in folders for each in Comparison.find_all(folder)}
+    return {
+        name: selection
+        for name, selection in comparisons.items()
+        if names & {Path(candidate.run).name for candidate in selection.candidates.values()}
+    }
 
 
 def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, device: torch.device) -> list[SampleSet]:
@@ -225,18 +211,7 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
             continue
         domain = recipe.target or recipe.source
         origin = recipe.start.source if recipe.source is None and isinstance(recipe.start, Recipe) else recipe.source
-        same = pairs.setdefault(
-            json.dumps(
-                [
-                    recipe.target is None,
-                    domain.model_dump(mode="json") if domain else None,
-                    origin.model_dump(mode="json") if origin else None,
-                    recipe.model.name,
-                ],
-                sort_keys=True,
-            ),
-            {},
-        )
+        same = pairs.setdefault(repr((recipe.target is None, domain, origin, recipe.model.name)), {})
         baseline = _baseline(run) if recipe.method.name != "source_only" else None
         if baseline is not None and not any(each.recipe.method.name == "source_only" for each in same.values()):
             same[BASELINE] = baseline
@@ -244,10 +219,8 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
     result = []
     for same in pairs.values():
         names = list(same)
-        shown = {
-            name: same[name]
-            for name in (names if len(names) <= MAX_NETWORKS else [*names[: MAX_NETWORKS - 1], names[-1]])
-        }
+        names = names if len(names) <= MAX_NETWORKS else [*names[: MAX_NETWORKS - 1], names[-1]]
+        shown = {name: same[name] for name in names}
         first = next(iter(shown.values()))
         role: Role = "source" if first.recipe.target is None else "target"
         result.append(collect_samples(shown, role, labels=labels, limit=limit, device=device))

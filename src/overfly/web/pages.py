@@ -19,6 +19,9 @@ from overfly.training.run import Run
 from overfly.video.player import LatestFrame
 from overfly.web.service import InferenceService, ServedNetwork
 
+METRICS = (("mIoU", "miou"), ("pixel accuracy", "accuracy"), ("boundary mIoU", "boundary_miou"))
+"""Metrics of a comparison: title and attribute of `Scores`."""
+
 
 def page_router(service: InferenceService, screen: LatestFrame | None) -> APIRouter:
     """Routes of all pages.
@@ -97,11 +100,7 @@ def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tu
         }
         metrics = [
             (title, [percent(getattr(one, attribute) if one is not None else None, 2) for one in both])
-            for title, attribute in (
-                ("mIoU", "miou"),
-                ("pixel accuracy", "accuracy"),
-                ("boundary mIoU", "boundary_miou"),
-            )
+            for title, attribute in METRICS
         ]
         result.append((key, grouped_bars(rows, titles, f"IoU of each class, {key}"), metrics))
     return result
