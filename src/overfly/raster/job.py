@@ -228,11 +228,7 @@ def is_begun(out: Path, manifest: Manifest) -> bool:
 
 
 def map_exists(out: Path, files: Mapping[Kind | str, Path], manifest: Manifest, settings: MapSettings) -> bool:
-    """Whether the map of this manifest exists with all its files.
-
-    Raises:
-        DataError: a map of another manifest exists, and ``settings.overwrite`` is not set.
-    """
+    """Whether the map of this manifest exists with all its files; raise `DataError` for one of another manifest."""
     if settings.overwrite or not any(file.exists() for file in files.values()):
         return False
     if not out.exists() and is_begun(out, manifest):  # killed while the files were renamed, the map last

@@ -28,10 +28,8 @@ class ColumnStrip(NamedTuple):
     """A range of columns.
 
     Attributes:
-        first: first column of the map that it fills.
-        last: one past the last.
-        left: first column of the working grid that its windows cover.
-        right: one past the last.
+        first, last: first column of the map that it fills, and one past the last.
+        left, right: first column of the working grid that its windows cover, and one past the last.
         lefts: first working column of each of its windows.
     """
 
@@ -47,8 +45,7 @@ class TilingPlan:
     """Windows of a raster and their order.
 
     Attributes:
-        height: rows of the input grid.
-        width: columns of the input grid.
+        height, width: of the input grid.
         scale: working pixels per input pixel (y, x).
         size: side of a window in working pixels.
         tops: first working row of each row of windows.

@@ -203,18 +203,12 @@ def _may_lack_data(source: RasterSource) -> bool:
 
 def _transparent(dataset: Any, source: RasterSource, window: Any) -> Mask | None:
     """Where the alpha band of a window (h, w) is 0; None without an alpha band."""
-    if source.alpha_band is None:
-        return None
-    transparent: Mask = dataset.read(source.alpha_band, window=window) == 0
-    return transparent
+    return None if source.alpha_band is None else dataset.read(source.alpha_band, window=window) == 0
 
 
 def _masked(dataset: Any, source: RasterSource, window: Any) -> Mask | None:
     """Where the file's mask marks pixels of a window (h, w) as invalid; None without a mask."""
-    if not source.masked:
-        return None
-    masked: Mask = dataset.read_masks(source.bands[0], window=window) == 0
-    return masked
+    return dataset.read_masks(source.bands[0], window=window) == 0 if source.masked else None
 
 
 def _union(first: Mask | None, second: Mask | None) -> Mask | None:

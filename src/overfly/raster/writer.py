@@ -62,13 +62,10 @@ class UnfinishedMap:
         return self.folder / f"{product.kind}_unfinished.tif"
 
     def begin(self) -> tuple[int, bool]:
-        """Create the files, or resume those of the same manifest.
+        """Create the files, or resume those of the same manifest, if there is enough disk space.
 
         Returns:
             Finished steps, and whether the unfinished map of another manifest was discarded.
-
-        Raises:
-            DataError: there is not enough disk space.
         """
         done, discarded = self._state()
         if done:
@@ -224,13 +221,10 @@ def _category_xml(classes: Classes) -> str:
 
 
 def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
-    """Write a product's Cloud Optimized GeoTIFF into the unfinished map's folder.
+    """Write a product's Cloud Optimized GeoTIFF into the unfinished map's folder, whole or not at all.
 
     Blocks of 512, compressed without loss (deflate), with overviews: of class ids by the mode, of others by the mean.
     A sidecar ``.aux.xml`` beside the class ids holds category names and the attribute table.
-
-    Raises:
-        UnwrittenError: it cannot be written whole, as on a full disk. Nothing of it is left; the finished rows are.
     """
     import rasterio
     import rasterio.shutil

@@ -163,15 +163,18 @@ class LatestFrame:
     """Holds the newest overlay for viewers in any number of threads.
 
     A JPEG is encoded when a viewer requests it, once for all of them: without viewers a stream costs nothing.
+
+    Attributes:
+        number: of overlays so far.
+        closed: whether the stream has ended.
+        ended: reason of the end for viewers; empty if unknown.
     """
 
     def __init__(self, quality: int = 80) -> None:
         self.quality = quality
+        self.number, self.closed, self.ended = 0, False, ""
         self._overlay: UInt8 | None = None
-        self._number = 0
         self._encoded = JpegFrame(b"", 0)
-        self._closed = False
-        self._ended = ""
         self._changed = threading.Condition()
         self._encoding = threading.Lock()
 
@@ -179,36 +182,21 @@ class LatestFrame:
         """Publish an overlay (H, W, 3), 0 to 255; a `Sink`."""
         del at
         with self._changed:
-            self._overlay, self._number = overlay, self._number + 1
+            self._overlay, self.number = overlay, self.number + 1
             self._changed.notify_all()
 
     def close(self, ended: str = "") -> None:
         """End the stream for its viewers; the reason of the first call stays."""
         with self._changed:
-            if not self._closed:
-                self._closed, self._ended = True, ended
+            if not self.closed:
+                self.closed, self.ended = True, ended
             self._changed.notify_all()
-
-    @property
-    def ended(self) -> str:
-        """Reason of the end for viewers; empty if unknown."""
-        return self._ended
-
-    @property
-    def closed(self) -> bool:
-        """Whether the stream has ended."""
-        return self._closed
-
-    @property
-    def number(self) -> int:
-        """Number of overlays so far."""
-        return self._number
 
     def latest(self) -> JpegFrame | None:
         """The newest overlay, or None before the first."""
         with self._encoding:
             with self._changed:
-                overlay, number = self._overlay, self._number
+                overlay, number = self._overlay, self.number
             if overlay is None:
                 return None
             if number != self._encoded.number:
@@ -220,8 +208,8 @@ class LatestFrame:
     def wait(self, after: int = 0, timeout: float | None = None) -> JpegFrame | None:
         """Wait for an overlay with a number above ``after``; None after ``timeout`` seconds or at the end."""
         with self._changed:
-            ready = self._changed.wait_for(lambda: self._number > after or self._closed, timeout)
-            if not ready or self._number <= after:
+            ready = self._changed.wait_for(lambda: self.number > after or self.closed, timeout)
+            if not ready or self.number <= after:
                 return None
         return self.latest()
 

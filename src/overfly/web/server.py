@@ -166,16 +166,7 @@ class Running:
 
 
 def start(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Running:
-    """Serve in a thread.
-
-    Args:
-        app: made by `application`.
-        host: address to serve on.
-        port: 0 takes a free port; see ``address`` of the result.
-
-    Raises:
-        RecipeError: the port is in use.
-    """
+    """Serve in a thread; port 0 takes a free port."""
     return Running(app, bind(host, port))
 
 
@@ -189,9 +180,6 @@ def serve_stream(screen: LatestFrame, port: int = 0) -> Iterator[str]:
 
     Yields:
         The address of the page.
-
-    Raises:
-        RecipeError: the port is in use.
     """
     running = start(application([], screen=screen), port=port)
     try:

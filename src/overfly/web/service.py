@@ -210,25 +210,21 @@ class InferenceService:
     def predict_upload(
         self, file: BinaryIO, networks: Sequence[ServedNetwork], deadline: float, max_value: float | None = None
     ) -> tuple[UploadedImage, dict[str, Prediction]]:
-        """Predict an uploaded image with some networks.
-
-        Args:
-            file: the bytes of a PNG, JPEG or TIFF.
-            networks: each once.
-            deadline: time of `time.monotonic` at which to give up.
-            max_value: value of full brightness in the image; None: that of the networks.
-
-        Raises:
-            DataError: the image cannot be read by these networks.
-            RequestTimeoutError: the deadline has passed.
-        """
+        """Predict an uploaded PNG, JPEG or TIFF; see `predict_file`."""
         with stored_upload(file) as path:
             return self.predict_file(path, networks, deadline, max_value)
 
     def predict_file(
         self, path: Path, networks: Sequence[ServedNetwork], deadline: float, max_value: float | None = None
     ) -> tuple[UploadedImage, dict[str, Prediction]]:
-        """Predict a file. Each network reads its own bands; the image returned is the first network's."""
+        """Predict a file. Each network reads its own bands; the image returned is the first network's.
+
+        Args:
+            path: a PNG, JPEG or TIFF.
+            networks: each once.
+            deadline: time of `time.monotonic` at which to give up.
+            max_value: value of full brightness in the image; None: that of the networks.
+        """
         metadata = [network.predictor().metadata for network in networks]
         several = len({each.bands for each in metadata}) > 1
         for network, each in zip(networks, metadata, strict=True):

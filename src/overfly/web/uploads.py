@@ -59,16 +59,10 @@ def check_size(path: Path, pixels: int) -> ImageHeader:
 
 
 def check_header(path: Path, *, bands: int, pixels: int, network: str = "the network") -> ImageHeader:
-    """Read the header of an image and check it against a network, before anything is decoded.
-
-    Args:
-        path: the file.
-        bands: bands that the network reads.
-        pixels: bound on the image's pixels.
-        network: name of the network in the message.
+    """Read the header of an image and check its size and bands before it is decoded.
 
     Raises:
-        DataError: the file is not an image, too large, or has other bands.
+        DataError: the file is not an image, has more pixels, or other bands than the network.
     """
     header = check_size(path, pixels)
     if bands not in (header.bands, header.bands - header.alpha):
