@@ -48,7 +48,7 @@ def workers(process: psutil.Process) -> list[psutil.Process]:
 
 def fleet(network: Path, folder: Path, out: Path, count: int) -> dict[str, object]:
     """Run the command, kill a worker once a quarter of the maps exist, and record when maps appear."""
-    command = [sys.executable, "-m", "overfly.cli", "predict", str(network), f"{folder}/*.tif", "--out", str(out)]
+    command = [sys.executable, "-m", "overfly", "predict", str(network), f"{folder}/*.tif", "--out", str(out)]
     started = time.monotonic()
     process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     published: dict[str, set[int]] = {}
@@ -86,7 +86,7 @@ def main() -> int:
         recipe = load({"source": synthetic, "target": {**synthetic, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
         settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
     result = fleet(settings.network, root / "scenes", root / "maps", settings.scenes)
-    alone = [sys.executable, "-m", "overfly.cli", "predict", str(settings.network), f"{root}/scenes/*.tif", "--quiet"]
+    alone = [sys.executable, "-m", "overfly", "predict", str(settings.network), f"{root}/scenes/*.tif", "--quiet"]
     subprocess.run([*alone, "--out", str(root / "alone")], check=True, stdout=subprocess.DEVNULL)
     same = []
     for file in sorted((root / "alone").glob("*.tif")):

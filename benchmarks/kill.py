@@ -35,7 +35,7 @@ steps: 40
 
 def command(recipe: Path, out: Path, devices: int) -> list[str]:
     """The training, as a user types it."""
-    start = [sys.executable, "-m", "overfly.cli", "train", str(recipe), "--out", str(out), "--device", "cpu"]
+    start = [sys.executable, "-m", "overfly", "train", str(recipe), "--out", str(out), "--device", "cpu"]
     return [*start, "--devices", str(devices), "--checkpoint-every", "7", "--log-every", "1", "--quiet"]
 
 

@@ -80,7 +80,7 @@ def resident(process: int) -> float:
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
     """Start a server, load it, and measure."""
     own = [sys.executable, __file__, STAND_IN, "--serve", "--queue", str(settings.queue)]
-    real = [sys.executable, "-m", "overfly.cli", "serve", settings.run, "--port", "0", "--queue", str(settings.queue)]
+    real = [sys.executable, "-m", "overfly", "serve", settings.run, "--port", "0", "--queue", str(settings.queue)]
     command = own if settings.run == STAND_IN else real
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

@@ -196,7 +196,7 @@ def main() -> int:
     result = {"size": settings.size, "network": predictor.metadata.architecture}
     result |= json.loads((root / "measured.json").read_text())
     print(json.dumps(result, indent=2), flush=True)
-    command = [sys.executable, "-m", "overfly.cli", "predict", str(settings.network), str(raster), "--out"]
+    command = [sys.executable, "-m", "overfly", "predict", str(settings.network), str(raster), "--out"]
     result |= killed([*child, "--job"] if settings.stand_in else command, raster, root / "resumed.tif")
     result |= compare(raster, root / "whole.tif", root / "resumed.tif")
     text = json.dumps(result, indent=2)

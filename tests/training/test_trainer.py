@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(small: dict[str, Any], tmp_p
 
 def kill_and_resume(recipe: Path, out: Path, devices: int, after: int) -> None:
     """Train in a process of its own, kill -9 it once the log has ``after`` lines, then let it finish."""
-    command = [sys.executable, "-m", "overfly.cli", "train", str(recipe), "--out", str(out), "--device", "cpu"]
+    command = [sys.executable, "-m", "overfly", "train", str(recipe), "--out", str(out), "--device", "cpu"]
     command += ["--devices", str(devices), "--checkpoint-every", "2", "--log-every", "1", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -108,7 +108,7 @@ def test_kill_nine_changes_nothing(small: dict[str, Any], tmp_path: Path, device
     if devices == 1:
         whole = trained(recipe, tmp_path / "whole")
     else:
-        command = [sys.executable, "-m", "overfly.cli", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
+        command = [sys.executable, "-m", "overfly", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
         command += ["--devices", "2", "--out", str(tmp_path / "whole"), "--quiet"]
         subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=600

@@ -122,7 +122,7 @@ def test_what_cannot_be_watched(small: dict[str, Any], changes: list[str], said:
 
 def test_several_processes_write_what_one_would(small: dict[str, Any], tmp_path: Path) -> None:
     load(small, *WATCHED, "batch=4", "steps=2").save(tmp_path / "recipe.yaml")
-    command = [sys.executable, "-m", "overfly.cli", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
+    command = [sys.executable, "-m", "overfly", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
     command += ["--devices", "2", "--out", str(tmp_path / "runs"), "--quiet"]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=120)
     run = Run.open(next((tmp_path / "runs").glob("*/recipe.yaml")).parent)
