@@ -1,5 +1,5 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
-# Each target makes .venv and installs what it needs when pyproject.toml or constraints.txt changed.
+# On a fresh machine, `make demo` and `make test` do everything.
+# Each target creates .venv and installs into it when pyproject.toml or constraints.txt changed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ JOBS ?= auto
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint check docs constraints clean
 
-help:  ## Show what can be made
+help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(READY): pyproject.toml constraints.txt
@@ -19,28 +19,28 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,vector,tensorboard,export,openvino,hub,serve,stream,cluster]'
 	touch $@
 
-demo: $(READY)  ## Learn the synthetic urban, adapt to the country without its labels, print a table and a verdict
+demo: $(READY)  ## Train on the synthetic urban domain, adapt to the rural one without its labels, print a table
 	$(BIN)/overfly benchmark recipes/demo --seeds 1 --split test --out $(DEMO)
-	@echo; echo "Which network to use, judged without the country's labels:"
+	@echo; echo "Comparison without target labels:"
 	$(BIN)/overfly adapt recipes/demo/3-adapted.yaml --no-estimate --out $(DEMO)
-	@echo; echo "pictures:"; ls -d $(CURDIR)/$(DEMO)/*/samples
+	@echo; echo "images:"; ls -d $(CURDIR)/$(DEMO)/*/samples
 
 test: $(READY)  ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS)
 
-lint: $(READY)  ## Format, lint, types, layers
+lint: $(READY)  ## Check format, lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-check: lint test  ## All that must pass before a change lands
+check: lint test  ## Run all checks and tests
 
-docs: $(READY)  ## Write the pages that are made from the code
+docs: $(READY)  ## Generate the reference, the method pages and the catalog
 	$(BIN)/python docs/build.py
 	$(BIN)/python docs/methods.py
 
-constraints: $(READY)  ## Pin what is installed now
+constraints: $(READY)  ## Pin the installed versions
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
 
 clean:  ## Remove the environment and the caches
