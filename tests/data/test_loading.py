@@ -15,7 +15,7 @@ from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, Batch, UInt8
 from overfly.data.domain import Domain, without_labels
 from overfly.data.folder import Folder
-from overfly.data.loading import BatchDataset, Stream, batch_loader
+from overfly.data.loading import BatchDataset, BatchStream, batch_loader
 from overfly.data.sampling import Rare, SampleSlot, Uniform, crop
 
 
@@ -23,14 +23,14 @@ def anywhere(label: UInt8) -> bool:
     return label.size > 0
 
 
-def stream(**changes: Any) -> Stream:
+def stream(**changes: Any) -> BatchStream:
     domain = Domain.model_validate({"name": "synthetic", "scene": "urban", "size": 64, "train": 5})
     values: dict[str, Any] = {"sampling": Uniform(), "batch": 4, "crop": 32, "resize": None, "seed": 3, "key": 0}
     items = without_labels(domain.items("train")) if changes.get("key") else list(domain.items("train"))
-    return Stream(domain, items, **(values | changes))
+    return BatchStream(domain, items, **(values | changes))
 
 
-def test_a_step_is_the_same_whoever_asks_and_whenever() -> None:
+def test_batch_depends_on_seed_and_step_only() -> None:
     steps = BatchDataset(stream(), stream(key=1))
     late = list(batch_loader(steps, 6, 8, workers=0, pin=False))
     early = list(batch_loader(BatchDataset(stream(cache="memory"), stream(key=1)), 0, 8, workers=0, pin=False))
@@ -46,12 +46,12 @@ def test_a_step_is_the_same_whoever_asks_and_whenever() -> None:
     )
 
 
-def test_a_target_with_labels_is_no_target() -> None:
-    with pytest.raises(ValueError, match="still have labels"):
+def test_target_with_labels_is_an_error() -> None:
+    with pytest.raises(ValueError, match="without_labels"):
         BatchDataset(stream(), stream()).batch(0)
 
 
-def test_ranks_share_a_batch_without_overlap() -> None:
+def test_ranks_load_disjoint_parts_of_a_batch() -> None:
     whole = BatchDataset(stream(), None).batch(2).source.image
     parts = [BatchDataset(stream(), None, rank, 2).batch(2).source.image for rank in (0, 1)]
     assert torch.equal(whole[0::2], parts[0])
@@ -61,7 +61,7 @@ def test_ranks_share_a_batch_without_overlap() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 10_000))
 @settings(deadline=None, max_examples=30)
-def test_every_epoch_shows_every_image_once(count: int, batch: int, seed: int) -> None:
+def test_every_epoch_holds_every_image_once(count: int, batch: int, seed: int) -> None:
     seen = [
         Uniform().choose_image(SampleSlot(seed, place // batch, place % batch, batch, count), None)[0]
         for place in range(2 * count)
@@ -69,7 +69,7 @@ def test_every_epoch_shows_every_image_once(count: int, batch: int, seed: int) -
     assert Counter(seen[:count]) == Counter(seen[count:]) == Counter(range(count))
 
 
-def test_rare_classes_come_more_often_and_their_crops_show_them() -> None:
+def test_rare_sampling_prefers_rare_classes() -> None:
     counts = np.array([[10_000, 0, 50], [10_000, 0, 0], [9_000, 0, 0]])
     rare = Rare(temperature=0.1)
     share = rare.probabilities(counts)
@@ -92,7 +92,7 @@ def test_rare_classes_come_more_often_and_their_crops_show_them() -> None:
     assert sum(hits) > sum(plain)
 
 
-def test_a_image_smaller_than_the_crop_is_mirrored_and_ignored_there() -> None:
+def test_crop_mirrors_small_images_and_ignores_the_border() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
     label = np.ones((3, 4), np.uint8)
     part, ids = crop(image, label, 6, np.random.default_rng(0), anywhere)
@@ -102,12 +102,12 @@ def test_a_image_smaller_than_the_crop_is_mirrored_and_ignored_there() -> None:
     assert (part[3, :4] == part[2, :4]).all()
 
 
-def test_streams_that_cannot_be() -> None:
+def test_streams_without_images_or_labels_are_errors() -> None:
     domain = stream().domain
-    with pytest.raises(DataError, match="no images"):
-        Stream(domain, [], Uniform(), 1, 8, None, 0, 0)
-    with pytest.raises(DataError, match="needs labels"):
-        Stream(domain, without_labels(domain.items("train")), Rare(), 1, 8, None, 0, 0)
+    with pytest.raises(DataError, match="synthetic"):
+        BatchStream(domain, [], Uniform(), 1, 8, None, 0, 0)
+    with pytest.raises(DataError, match="rare"):
+        BatchStream(domain, without_labels(domain.items("train")), Rare(), 1, 8, None, 0, 0)
 
 
 def folder(root: Path, mask: int | None, image: int = 9, side: int = 8) -> Domain:
@@ -121,58 +121,58 @@ def folder(root: Path, mask: int | None, image: int = 9, side: int = 8) -> Domai
     return Domain.model_validate(settings | ({"masks": "masks"} if mask is not None else {}))
 
 
-def of(domain: Domain, **changes: Any) -> Stream:
+def folder_stream(domain: Domain, **changes: Any) -> BatchStream:
     values: dict[str, Any] = {"sampling": Uniform(), "batch": 1, "crop": 8, "resize": None, "seed": 0, "key": 0}
-    return Stream(domain, domain.items("train"), **(values | changes))
+    return BatchStream(domain, domain.items("train"), **(values | changes))
 
 
-def test_a_source_has_masks(tmp_path: Path) -> None:
+def test_source_without_masks_is_an_error(tmp_path: Path) -> None:
     domain = folder(tmp_path, None)
-    assert (of(domain).read(0, [0]).label == IGNORE).all()
-    with pytest.raises(DataError, match=r"source Town has no masks .*images/0\.png; set source\.masks"):
-        of(domain, labeled=True)
+    assert (folder_stream(domain).read(0, [0]).label == IGNORE).all()
+    with pytest.raises(DataError, match=r"Town .*images/0\.png.* source\.masks"):
+        folder_stream(domain, labeled=True)
 
 
 @pytest.mark.parametrize("changes", [{"labeled": True}, {"sampling": Rare()}, {"sampling": Rare(), "labeled": True}])
-def test_masks_that_are_all_ignored_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_masks_without_classes_are_an_error(tmp_path: Path, changes: dict[str, Any]) -> None:
     domain = folder(tmp_path, IGNORE)
-    with pytest.raises(DataError, match=r"masks of Town are ignored in every pixel of all 3 images"):
-        of(domain, **changes)
-    with pytest.raises(DataError, match="no labeled pixel"):
+    with pytest.raises(DataError, match=r"Town .* 3 images"):
+        folder_stream(domain, **changes)
+    with pytest.raises(DataError):
         Rare().probabilities(np.zeros((3, 2), np.int64))
 
 
-def test_one_mask_is_read_to_see_that_there_are_labels(tmp_path: Path) -> None:
+def test_label_check_reads_the_first_mask_only(tmp_path: Path) -> None:
     domain = folder(tmp_path, 1)
     (tmp_path / "masks" / "1.png").write_bytes(b"")
-    assert of(domain, labeled=True).labeled
+    assert folder_stream(domain, labeled=True).labeled
 
 
-def test_images_above_the_peak_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"\.png holds 300, above the domain's max_value 255"):
-        of(folder(tmp_path, None, image=300)).read(0, [0])
+def test_images_above_max_value_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\.png .*300.* max_value 255"):
+        folder_stream(folder(tmp_path, None, image=300)).read(0, [0])
 
 
-def test_crops_beyond_reason_are_refused(tmp_path: Path) -> None:
+def test_largest_crop_and_resize(tmp_path: Path) -> None:
     domain = folder(tmp_path, None)
-    assert of(domain, crop=64).read(0, [0]).image.shape == (1, 1, 64, 64)
-    with pytest.raises(RecipeError, match=r"crop is 65, more than 8 times the longer side 8 of .*\.png"):
-        of(domain, crop=65).read(0, [0])
+    assert folder_stream(domain, crop=64).read(0, [0]).image.shape == (1, 1, 64, 64)
+    with pytest.raises(RecipeError, match=r"crop .*65.* 8 .*\.png"):
+        folder_stream(domain, crop=65).read(0, [0])
     for setting in ("crop", "resize"):
-        with pytest.raises(RecipeError, match=f"{setting} is 16385 pixels"):
-            of(domain, **{setting: 16385})
+        with pytest.raises(RecipeError, match=f"{setting} .*16385"):
+            folder_stream(domain, **{setting: 16385})
 
 
-def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_batch_and_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("overfly.data.loading.open_image", full)
-    with pytest.raises(RecipeError, match="batch 4 and crop 32 do not fit into memory"):
+    with pytest.raises(RecipeError, match="batch 4 and crop 32"):
         stream().read(0, [0])
 
 
-def test_names_of_a_step_are_those_that_were_read() -> None:
+def test_names_are_those_of_the_loaded_images() -> None:
     steps = BatchDataset(stream(), None)
     names = steps.names(1)
     assert len(names) == 4
@@ -185,16 +185,16 @@ def test_names_of_a_step_are_those_that_were_read() -> None:
 
 
 @pytest.mark.parametrize("cache", [None, "memory", "disk"])
-def test_where_the_target_was_not_measured_is_known_to_the_method(tmp_path: Path, cache: str | None) -> None:
-    """Transparent pixels, and what is mirrored outwards; it is read from the image alone."""
+def test_target_batch_has_a_nodata_mask(tmp_path: Path, cache: str | None) -> None:
+    """No data: transparent pixels and mirrored borders."""
     (tmp_path / "images").mkdir()
-    choose_image = np.full((40, 40, 4), 200, np.uint8)
-    choose_image[:, 20:, 3] = 0
-    Image.fromarray(choose_image, "RGBA").save(tmp_path / "images" / "1.png")
+    image = np.full((40, 40, 4), 200, np.uint8)
+    image[:, 20:, 3] = 0
+    Image.fromarray(image, "RGBA").save(tmp_path / "images" / "1.png")
     domain = Folder(root=tmp_path, images="images/*.png", classes=["a", "b"])
-    kept = tmp_path / "cache" if cache == "disk" else cache
+    folder = tmp_path / "cache" if cache == "disk" else cache
     items = without_labels(domain.items("train"))
-    target = Stream(domain, items, Uniform(), batch=1, crop=48, resize=None, seed=0, key=1, cache=kept)
+    target = BatchStream(domain, items, Uniform(), batch=1, crop=48, resize=None, seed=0, key=1, cache=folder)
     for step in (0, 1):
         batch = BatchDataset(None, target).batch(step)
         assert batch.nodata_mask is not None
@@ -204,17 +204,17 @@ def test_where_the_target_was_not_measured_is_known_to_the_method(tmp_path: Path
         assert not batch.nodata_mask[0, :40, :20].any()
         assert torch.equal(batch.valid_mask, ~batch.nodata_mask)
         assert (batch.target[0, :, :40, :20] == 200).all()
-    small = Stream(domain, items, Uniform(), batch=1, crop=20, resize=20, seed=0, key=1, cache=kept)
+    small = BatchStream(domain, items, Uniform(), batch=1, crop=20, resize=20, seed=0, key=1, cache=folder)
     halves = BatchDataset(None, small).batch(0).nodata_mask
     assert halves is not None
     assert halves[0, :, 10:].all()
     assert not halves[0, :, :10].any()
 
 
-def test_where_all_was_measured_nothing_is_said_of_it(tmp_path: Path) -> None:
+def test_nodata_mask_is_none_if_all_pixels_have_data(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.fromarray(np.full((32, 32, 3), 9, np.uint8)).save(tmp_path / "images" / "1.png")
     domain = Folder(root=tmp_path, images="images/*.png", classes=["a", "b"])
     items = without_labels(domain.items("train"))
-    target = Stream(domain, items, Uniform(), batch=1, crop=16, resize=None, seed=0, key=1)
+    target = BatchStream(domain, items, Uniform(), batch=1, crop=16, resize=None, seed=0, key=1)
     assert BatchDataset(None, target).batch(0).nodata_mask is None

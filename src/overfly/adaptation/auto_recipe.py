@@ -24,10 +24,10 @@ from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
 from overfly.core.settings import parse_yaml, validation_message
+from overfly.data.check import statistics
 from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.data.folder import Folder
 from overfly.data.headers import read_header
-from overfly.data.statistics import statistics
 from overfly.methods.method import Method
 from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
 from overfly.methods.source_free import SourceFree

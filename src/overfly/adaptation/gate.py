@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from overfly.core.progress import percent
 from overfly.core.spec import Share, Spec
-from overfly.core.text import percent
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.evaluation.perturbations import geometric_perturbations
 

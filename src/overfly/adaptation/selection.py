@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError
 from overfly.adaptation.estimate import Estimate
 from overfly.adaptation.gate import Gate, geometric_consistency
 from overfly.core.errors import RunError
+from overfly.core.progress import percent
 from overfly.core.spec import Share, Spec, Whole
-from overfly.core.text import percent
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.training.run import Run
 

@@ -13,9 +13,8 @@ from overfly.core.choices import Scene, Split
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from overfly.data.check import Report
+    from overfly.data.check import Report, Statistics
     from overfly.data.download import Downloaded
-    from overfly.data.statistics import Statistics
 else:  # cyclopts resolves the annotations of results, which need not be imported for it
     Downloaded = Statistics = object
 
@@ -124,7 +123,7 @@ def data_stats(domain: PathLike, *overrides: str, split: Split = "train", limit:
         Mean, standard deviation, minimum and maximum of each band.
     """
     from overfly.commands.arguments import load_domain
-    from overfly.data.statistics import statistics
+    from overfly.data.check import statistics
 
     return statistics(load_domain(str(domain), overrides), split, limit=limit)
 

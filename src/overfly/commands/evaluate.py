@@ -38,7 +38,7 @@ def scores_table(scores: Mapping[str, Scores]) -> Table:
     """Return IoU of each class and the overall scores, one column a domain."""
     from rich.table import Table
 
-    from overfly.core.text import percent
+    from overfly.core.progress import percent
 
     table = Table(title="IoU in percent", title_justify="left")
     table.add_column("")

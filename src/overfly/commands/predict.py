@@ -196,7 +196,7 @@ def _failure(source: str, reason: str) -> str:
 def _one_map(result: MapResult) -> Iterator[str | Table]:
     from rich.table import Table
 
-    from overfly.core.text import percent
+    from overfly.core.progress import percent
 
     if not result.created:
         yield f"exists already, with the same settings: {result.out}"

@@ -76,7 +76,7 @@ def _candidates_table(
     """Metrics of the candidates; with validators, these in bold, and mean rank, estimate and target mIoU."""
     from rich.table import Table
 
-    from overfly.core.text import percent
+    from overfly.core.progress import percent
 
     columns = {COLUMNS[name]: [percent(each.metrics.by_validator()[name]) for each in candidates] for name in shown}
     bold = {COLUMNS[name] for name in validators}
@@ -102,7 +102,7 @@ def _quality_table(ranking: Ranking) -> Table:
     """Quality of each validator, least regret first."""
     from rich.table import Table
 
-    from overfly.core.text import percent
+    from overfly.core.progress import percent
 
     table = Table(title="validators against target mIoU from labels", title_justify="left")
     for heading in ("validator", "rank correlation", "regret", "best"):

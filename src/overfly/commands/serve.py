@@ -185,7 +185,7 @@ def _return(predictor: Predictor) -> Predictor:
 
 def _describe(run: Run) -> dict[str, str]:
     """Columns of the table of networks: model, method, domains, one mIoU a domain and split, and the folder."""
-    from overfly.core.text import percent
+    from overfly.core.progress import percent
 
     recipe = run.recipe
     about = {"model": recipe.model.name, "method": recipe.method.name}

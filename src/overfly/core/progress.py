@@ -1,4 +1,4 @@
-"""Progress on stderr: bars in a terminal, a plain line now and then elsewhere, nothing where quiet."""
+"""Progress on stderr: bars in a terminal, a line every 20 s elsewhere; shares as percentages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 20.0
 """Seconds between two plain lines."""
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Format a share in percent, without the sign; a dash for None."""
+    return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
 def print_status(text: str, *, quiet: bool = False) -> None:
@@ -107,6 +112,3 @@ def _bars(unit: str) -> Bars:
         TextColumn("{task.description}"), BarColumn(20), *counts, TextColumn("{task.fields[detail]}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
     )  # fmt: skip
-
-
-__all__ = ["PLAIN_SECONDS", "Progress", "print_status"]

@@ -1,4 +1,4 @@
-"""Check the files of a domain: report unreadable images and masks, class shares, sizes, bands and types."""
+"""Check the files of a domain, and compute statistics of its masks and bands."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +19,14 @@ from pydantic import Field
 
 from overfly.core.atomic_files import atomic_write
 from overfly.core.download import cache_folder
-from overfly.core.errors import DataError, OverflyError
+from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Item
-from overfly.core.spec import Share, Spec, Whole
-from overfly.data.domain import SPLITS, Domain, Split, SplitError
+from overfly.core.spec import Count, NonNegative, Share, Spec, Whole
+from overfly.data import reading
+from overfly.data.domain import SPLITS, Domain, Split, SplitError, sample_evenly
 from overfly.data.headers import read_header
+
+Float64 = NDArray[np.float64]
 
 
 class Problem(Spec):
@@ -97,18 +102,15 @@ class Report(Spec):
         return "\n".join(lines)
 
 
-def check(
-    domain: Domain, splits: Sequence[Split] | None = None, progress: Callable[[Item], None] | None = None
-) -> Report:
+def check(domain: Domain, splits: Sequence[Split] | None = None) -> Report:
     """Read every image and mask of some splits and report all problems. Opens the labels.
 
     Args:
         domain: the domain to check.
         splits: splits to check; None checks all. Splits that the domain does not have are reported as absent.
-        progress: called after each image.
 
     Raises:
-        DataError: the domain has none of the splits, or all its splits fail with the same message, which is raised.
+        DataError: the domain has none of the splits, or all its splits fail with the same message.
     """
     reports: list[SplitReport] = []
     absent: dict[Split, str] = {}
@@ -123,7 +125,7 @@ def check(
             problem = Problem(image="", sentence=str(error))
             reports.append(SplitReport(split=split, images=0, labeled=0, problems=(problem,)))
         else:
-            reports.append(_check_split(domain, split, items, progress))
+            reports.append(_check_split(domain, split, items))
     if errors and len(errors) == len(reports) and len({str(error) for error in errors}) == 1:
         raise errors[0]
     if not reports:
@@ -134,8 +136,8 @@ def check(
 def check_masks(domain: Domain, splits: Sequence[Split], cache: Path | None = None) -> None:
     """Check that every mask of some splits can be decoded, so that training does not fail at one of them later.
 
-    Masks that passed are recorded by path, size and modification time, together with the domain's settings; a second
-    check skips them. Opens the labels: call it only for splits whose labels the run reads.
+    A second check skips masks that passed, unless a file or the domain's settings changed. Opens the labels: call it
+    only for splits whose labels the run reads.
 
     Args:
         domain: the domain to check.
@@ -143,8 +145,7 @@ def check_masks(domain: Domain, splits: Sequence[Split], cache: Path | None = No
         cache: folder of the records; None takes ``checked_masks`` in the cache folder.
 
     Raises:
-        DataError: a split's files do not fit together, or masks cannot be decoded; the message holds the first one's
-            problem and the number of such masks.
+        DataError: a split's files do not fit together, or masks cannot be decoded; names the first and their number.
     """
     items: list[Item] = []
     for split in splits:
@@ -163,12 +164,14 @@ def check_masks(domain: Domain, splits: Sequence[Split], cache: Path | None = No
     for item, error in zip(unchecked, errors, strict=True):
         if error is None:
             passed[str(item.label)] = stamps[str(item.label)]
-    if unchecked:
-        _save_record(record, passed)
-    found = [error for error in errors if error is not None]
-    if found:
-        more = f" ({len(found)} of {len(items)} masks have problems; list them with: overfly data check)"
-        raise DataError(str(found[0]) + (more if len(found) > 1 else "")) from found[0]
+    with suppress(OSError):  # without a record the next check reads the masks again
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(record) as part:
+            part.write_text(json.dumps(passed), encoding="utf-8")
+    failed = [error for error in errors if error is not None]
+    if failed:
+        more = f" ({len(failed)} of {len(items)} masks have problems; list them with: overfly data check)"
+        raise DataError(str(failed[0]) + (more if len(failed) > 1 else "")) from failed[0]
 
 
 def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
@@ -199,8 +202,7 @@ def item_source(item: Item) -> str:
 
 
 def _label_histogram(domain: Domain, item: Item) -> NDArray[np.int64]:
-    histogram: NDArray[np.int64] = np.bincount(domain.read_label(item).ravel(), minlength=256).astype(np.int64)
-    return histogram
+    return np.bincount(domain.read_label(item).ravel(), minlength=256).astype(np.int64)
 
 
 def _mask_error(domain: Domain, item: Item) -> OverflyError | None:
@@ -228,16 +230,7 @@ def _load_record(record: Path) -> dict[str, list[int]]:
     return {path: stamp for path, stamp in passed.items() if stamp} if isinstance(passed, dict) else {}
 
 
-def _save_record(record: Path, passed: dict[str, list[int]]) -> None:
-    with suppress(OSError):  # without a record the next check reads the masks again
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(record) as part:
-            part.write_text(json.dumps(passed), encoding="utf-8")
-
-
-def _check_split(
-    domain: Domain, split: Split, items: Sequence[Item], progress: Callable[[Item], None] | None
-) -> SplitReport:
+def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitReport:
     problems = [
         Problem(image=name, sentence=f"{count} images are called {name}; rename all but one")
         for name, count in Counter(item.name for item in items).items()
@@ -251,7 +244,10 @@ def _check_split(
     for item in items:
         for sentence in _check_image(domain, item, sizes, bands, dtypes):
             problems.append(Problem(image=item.name, sentence=sentence))
-        unread_alpha += _has_unread_alpha(domain, item)
+        if isinstance(item.image, Path):
+            with suppress(OverflyError):  # reported by `_check_image`
+                header = read_header(item.image)
+                unread_alpha += header.alpha and domain.bands < header.bands
         if item.label is not None:
             try:
                 histogram = _label_histogram(domain, item)
@@ -261,10 +257,8 @@ def _check_split(
             else:
                 counts += histogram
                 empty += int(histogram[IGNORE] == histogram.sum())
-        if progress is not None:
-            progress(item)
-    known = counts[: len(domain.classes)]
-    shares = dict(zip(domain.classes.names, (known / max(known.sum(), 1)).tolist(), strict=True))
+    labeled = counts[: len(domain.classes)]
+    shares = dict(zip(domain.classes.names, (labeled / max(labeled.sum(), 1)).tolist(), strict=True))
     return SplitReport(
         split=split,
         images=len(items),
@@ -278,16 +272,6 @@ def _check_split(
         empty=empty,
         unread_alpha=unread_alpha,
     )
-
-
-def _has_unread_alpha(domain: Domain, item: Item) -> bool:
-    if not isinstance(item.image, Path):
-        return False
-    try:
-        header = read_header(item.image)
-    except OverflyError:  # reported by `_check_image`
-        return False
-    return header.alpha and domain.bands < header.bands
 
 
 def _check_image(
@@ -307,3 +291,106 @@ def _check_image(
         yield too_bright
     elif image.min() == image.max():
         yield f"{item_source(item)} has one value in all pixels; remove it, or export it again"
+
+
+class Statistics(Spec):
+    """Statistics of each band over all pixels with data, in the images' own range."""
+
+    mean: tuple[float, ...]
+    """Mean of each band."""
+    std: tuple[NonNegative, ...]
+    """Standard deviation of each band, of the population."""
+    minimum: tuple[float, ...]
+    """Smallest value of each band."""
+    maximum: tuple[float, ...]
+    """Largest value of each band."""
+    pixels: Count
+    """Number of pixels with data."""
+    images: Count
+    """Number of images."""
+
+    def __str__(self) -> str:
+        """Lines to put into a recipe, under its domain."""
+        rows = {"mean": self.mean, "std": self.std}
+        lines = [f"{name}: [{', '.join(f'{value:.6g}' for value in values)}]" for name, values in rows.items()]
+        minimum, maximum = (", ".join(f"{value:g}" for value in values) for values in (self.minimum, self.maximum))
+        return "\n".join([*lines, f"# {self.images} images; minimum {minimum}; maximum {maximum}"])
+
+    __rich__ = __str__
+
+
+class _Sums(NamedTuple):
+    """Count, mean, sum of squared deviations and range; merged as in Chan, Golub, LeVeque (1979)."""
+
+    number: int
+    mean: Float64
+    deviations: Float64
+    low: Float64
+    high: Float64
+
+    def merge(self, other: _Sums) -> _Sums:
+        if not self.number or not other.number:
+            return self if self.number else other
+        number = self.number + other.number
+        difference = other.mean - self.mean
+        return _Sums(
+            number,
+            self.mean + difference * (other.number / number),
+            self.deviations + other.deviations + difference**2 * (self.number * other.number / number),
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+        )
+
+
+def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statistics:
+    """Compute mean, standard deviation and range of each band of a split's images; opens no labels.
+
+    Args:
+        domain: the domain.
+        split: one of its splits.
+        limit: number of images, at least 1, evenly spaced; None takes all.
+
+    Raises:
+        RecipeError: the limit is below 1.
+        DataError: an image cannot be read, or no pixel has data.
+    """
+    if limit is not None and limit < 1:
+        raise RecipeError(f"--limit must be at least 1, got {limit}")
+    items = sample_evenly(domain.items(split), limit)
+    parts = [_sums(domain, item) for item in items]
+    total = reduce(_Sums.merge, parts) if parts else None
+    if total is None or not total.number:
+        raise DataError(f"no pixel of the split {split} has data; check the no-data value of its images")
+    return Statistics(
+        mean=tuple(total.mean.tolist()),
+        std=tuple(np.sqrt(total.deviations / total.number).tolist()),
+        minimum=tuple(total.low.tolist()),
+        maximum=tuple(total.high.tolist()),
+        pixels=total.number,
+        images=len(items),
+    )
+
+
+def _sums(domain: Domain, item: Item) -> _Sums:
+    image = domain.read_image(item)
+    nodata_mask = reading.nodata_mask(item.image, bands=domain.bands)
+    pixels = image.reshape(-1, image.shape[-1]) if nodata_mask is None else image[~nodata_mask]
+    if not len(pixels):
+        zeros = np.zeros(image.shape[-1])
+        return _Sums(0, zeros, zeros, zeros, zeros)
+    columns = [_band_sums(pixels[:, band]) for band in range(pixels.shape[1])]
+    mean, deviations = (np.array(values) for values in zip(*columns, strict=True))
+    low, high = pixels.min(axis=0).astype(np.float64), pixels.max(axis=0).astype(np.float64)
+    return _Sums(len(pixels), mean, deviations, low, high)
+
+
+def _band_sums(values: Array) -> tuple[float, float]:
+    """Mean and sum of squared deviations of a band's values (N,); a histogram is faster for integers."""
+    if values.dtype in (np.uint8, np.uint16):
+        counts = np.bincount(values)
+        levels = np.arange(len(counts), dtype=np.float64)
+        mean = float(counts @ levels) / len(values)
+        return mean, float(counts @ np.square(levels - mean))
+    exact = values.astype(np.float64)
+    mean = float(exact.mean())
+    return mean, float(np.square(exact - mean).sum())

@@ -1,51 +1,58 @@
-"""Load batches from domains. A batch is a function of (seed, step), so resuming skips ahead at no cost."""
+"""Load batches from domains, with a cache of decoded images. A batch is a function of (seed, step) alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
-from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, UInt8
-from overfly.data.cache import nodata_label, open_image
+from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, LazyArray, UInt8
 from overfly.data.check import class_counts, item_source, max_value_error
 from overfly.data.domain import Domain
+from overfly.data.headers import read_header
 from overfly.data.sampling import Counts, SampleSlot, Sampling, crop
 
 MEMORY_BYTES = 2 * 2**30
 """Largest size of the decoded images of a domain that a process caches in memory."""
 
-LONGEST = 16_384
-"""Longest side of a crop, or of an image as it is resized, in pixels."""
+MAX_SIDE = 16_384
+"""Largest crop or resize, in pixels."""
 
-BEYOND = 8
-"""How many times the longer side of its image a crop may be: the rest is mirrored."""
+MAX_CROP_RATIO = 8
+"""Largest ratio of a crop to the longer side of its image; the rest is mirrored."""
+
+CACHE_VERSION = 1
+"""Raised when the content of cache entries changes, which makes existing entries invalid."""
 
 
 @dataclass
-class Stream:
+class BatchStream:
     """Loads the samples of one domain for every batch.
 
     Attributes:
-        domain: where images come from.
-        items: those of one split; labels taken away where training must not see them.
+        domain: domain of the images.
+        items: items of one split, without labels where training must not read them.
         sampling: how images are chosen.
         batch: images in a step, over all ranks.
-        crop: side of the square that is cut out, in pixels.
+        crop: side of the square crop, in pixels.
         resize: side that images are first resized to, or None.
-        seed: of the run; the streams of one run differ by ``key``.
+        seed: seed of the run; the streams of one run differ by ``key``.
         key: number of the stream.
         cache: folder of decoded images, "memory" (up to `MEMORY_BYTES`), or None.
         counts: labeled pixels of each class in each image, where the sampling needs them; None reads every mask.
-        labeled: whether every image must have a mask, and one mask at least a pixel to learn from. Masks are read
-            until one has: as a rule the first alone.
+        labeled: whether every image must have a mask, and at least one mask a pixel with a class. Masks are read
+            until one has.
 
     Raises:
         RecipeError: crop or resize is out of range.
@@ -63,16 +70,16 @@ class Stream:
     cache: Path | str | None = None
     counts: Counts | None = None
     labeled: bool = False
-    _kept: dict[str, tuple[Array, UInt8]] = field(default_factory=dict, repr=False)
+    _memory: dict[str, tuple[Array, UInt8]] = field(default_factory=dict, repr=False)
     _bytes: int = 0
-    _seen: set[str] = field(default_factory=set, repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         if not self.items:
             raise DataError(f"the {self.domain.name} domain has no images in this split; check its folders")
         for setting, side in (("crop", self.crop), ("resize", self.resize)):
-            if side is not None and not 1 <= side <= LONGEST:
-                raise RecipeError(f"{setting} is {side} pixels, and 1 to {LONGEST} will do; correct {setting}")
+            if side is not None and not 1 <= side <= MAX_SIDE:
+                raise RecipeError(f"{setting} must be 1 to {MAX_SIDE} pixels, got {side}")
         if self.labeled or self.sampling.needs_counts:
             self._check_labels()
 
@@ -90,96 +97,96 @@ class Stream:
         if self.sampling.needs_counts and self.counts is None:
             self.counts = np.stack([class_counts(self.domain, item) for item in self.items])
         if self.counts is None:
-            something = any(class_counts(self.domain, item).any() for item in self.items)
+            has_labels = any(class_counts(self.domain, item).any() for item in self.items)
         else:
-            something = bool(self.counts.any())
-        if not something:
+            has_labels = bool(self.counts.any())
+        if not has_labels:
             raise DataError(
                 f"the masks of {self.domain.title} are ignored in every pixel of all {len(self.items)} images, the "
                 f"first {item_source(self.items[0])}; correct the masks or the domain's settings"
             )
 
-    def chosen(self, step: int, slots: Sequence[int]) -> list[tuple[Item, int]]:
-        """The items of a step, each with the class it was chosen for."""
+    def select(self, step: int, slots: Sequence[int]) -> list[tuple[Item, int]]:
+        """Select the items of a step, each with the class it was selected for (-1: none)."""
         seed, count = self.seed * 16 + self.key, len(self.items)
-        places = [SampleSlot(seed, step, slot, self.batch, count) for slot in slots]
-        picks = [self.sampling.choose_image(place, self.counts) for place in places]
-        return [(self.items[index], wanted) for index, wanted in picks]
+        sample_slots = [SampleSlot(seed, step, slot, self.batch, count) for slot in slots]
+        choices = [self.sampling.choose_image(slot, self.counts) for slot in sample_slots]
+        return [(self.items[index], class_id) for index, class_id in choices]
 
     def read(self, step: int, slots: Sequence[int]) -> Labeled:
-        """Images (B, C, crop, crop) in the sensor's range, and labels (B, crop, crop), of some slots of a step.
+        """Read images (B, C, crop, crop) in the sensor's range, and labels (B, crop, crop), of some slots of a step.
 
         An item without a label is `IGNORE` everywhere.
         """
-        found = self._fitting(step, slots)
-        without = [place for place, (item, _) in enumerate(self.chosen(step, slots)) if item.label is None]
-        found.label[without] = IGNORE
-        return found
+        batch = self._read(step, slots)
+        without = [index for index, (item, _) in enumerate(self.select(step, slots)) if item.label is None]
+        batch.label[without] = IGNORE
+        return batch
 
     def read_unlabeled(self, step: int, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, C, crop, crop), and their pixels without data (B, crop, crop), bool.
+        """Read images (B, C, crop, crop), and their pixels without data (B, crop, crop), bool.
 
         Raises:
             ValueError: an item has a label.
         """
-        if any(item.label is not None for item, _ in self.chosen(step, slots)):
-            raise ValueError("the target's items still have labels; take them away by without_labels")
-        found = self._fitting(step, slots)
-        return found.image, found.label == IGNORE
+        if any(item.label is not None for item, _ in self.select(step, slots)):
+            raise ValueError("the target's items have labels; remove them by without_labels")
+        batch = self._read(step, slots)
+        return batch.image, batch.label == IGNORE
 
-    def _fitting(self, step: int, slots: Sequence[int]) -> Labeled:
+    def _read(self, step: int, slots: Sequence[int]) -> Labeled:
         try:
-            return self._read(step, slots)
+            return self._read_crops(step, slots)
         except MemoryError:
             raise RecipeError(
                 f"images of batch {self.batch} and crop {self.crop} do not fit into memory; make one of them smaller"
             ) from None
 
-    def _read(self, step: int, slots: Sequence[int]) -> Labeled:
+    def _read_crops(self, step: int, slots: Sequence[int]) -> Labeled:
         images, labels = [], []
-        for slot, (item, wanted) in zip(slots, self.chosen(step, slots), strict=True):
+        for slot, (item, class_id) in zip(slots, self.select(step, slots), strict=True):
             image, label = self._open(item)
             longer = max(image.shape[:2])
-            if self.crop > BEYOND * longer:
+            if self.crop > MAX_CROP_RATIO * longer:
                 raise RecipeError(
-                    f"crop is {self.crop}, more than {BEYOND} times the longer side {longer} of {item_source(item)}; "
-                    f"set crop to {longer} or less"
+                    f"crop is {self.crop}, more than {MAX_CROP_RATIO} times the longer side {longer} of "
+                    f"{item_source(item)}; set crop to {longer} or less"
                 )
             random = np.random.default_rng([self.seed, self.key, step, slot])
-            image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, wanted=wanted))
+            image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, wanted=class_id))
             images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
             labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
         return Labeled(torch.stack(images), torch.stack(labels))
 
     def _open(self, item: Item) -> tuple[Array, UInt8]:
         """Image and label; without a mask, `IGNORE` where the image has no data and 0 elsewhere."""
-        if item.name in self._kept:
-            return self._kept[item.name]
+        if item.name in self._memory:
+            return self._memory[item.name]
         folder = Path(self.cache) if self.cache not in (None, "memory") else None
         image, label = open_image(self.domain, item, self.resize, folder)
-        if item.name not in self._seen:
-            above = max_value_error(self.domain, item, image)
-            if above is not None:
-                raise DataError(above)
-            self._seen.add(item.name)
+        if item.name not in self._checked:
+            error = max_value_error(self.domain, item, image)
+            if error is not None:
+                raise DataError(error)
+            self._checked.add(item.name)
         if label is None:
             label = nodata_label(self.domain, item, self.resize, folder)
         if label is None:
             label = np.zeros(image.shape[:2], np.uint8)
         if self.cache == "memory" and self._bytes < MEMORY_BYTES:
-            self._kept[item.name] = image, label
+            self._memory[item.name] = image, label
             self._bytes += image.nbytes + label.nbytes
         return image, label
 
 
 class BatchDataset(Dataset[Batch | OverflyError]):
-    """The batch of each step, by its number."""
+    """The batches of a rank, by step."""
 
-    def __init__(self, source: Stream | None, target: Stream | None, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, source: BatchStream | None, target: BatchStream | None, rank: int = 0, world: int = 1) -> None:
         self.source, self.target, self.rank, self.world = source, target, rank, world
 
     def __getitem__(self, step: int) -> Batch | OverflyError:
-        """What this rank sees of a step; or what is wrong, as a value, which worker processes hand on whole."""
+        """Load the batch of a step; errors are returned, since worker processes would raise them in another form."""
         try:
             return self.batch(step)
         except MissingExtraError as error:
@@ -188,7 +195,7 @@ class BatchDataset(Dataset[Batch | OverflyError]):
             return error
 
     def batch(self, step: int) -> Batch:
-        """What this rank sees of a step.
+        """Load the batch of a step.
 
         Raises:
             OverflyError: an image cannot be read.
@@ -201,16 +208,16 @@ class BatchDataset(Dataset[Batch | OverflyError]):
         return Batch(source, images, nodata_mask if bool(nodata_mask.any()) else None)
 
     def names(self, step: int) -> list[str]:
-        """Names of the images that this rank sees in a step."""
+        """Names of the images that this rank loads in a step."""
         streams = [stream for stream in (self.source, self.target) if stream]
-        return [item.name for stream in streams for item, _ in stream.chosen(step, self._slots(stream))]
+        return [item.name for stream in streams for item, _ in stream.select(step, self._slots(stream))]
 
-    def _slots(self, stream: Stream) -> list[int]:
+    def _slots(self, stream: BatchStream) -> list[int]:
         return list(range(self.rank, stream.batch, self.world))
 
 
 class _Range(torch.utils.data.Sampler[int]):
-    """The numbers from ``start`` to ``stop``."""
+    """The steps from ``start`` to ``stop``."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.numbers = range(start, stop)
@@ -225,7 +232,7 @@ class _Range(torch.utils.data.Sampler[int]):
 def batch_loader(
     steps: BatchDataset, start: int, stop: int, *, workers: int, pin: bool
 ) -> DataLoader[Batch | OverflyError]:
-    """Batches of the steps from ``start`` up to ``stop``, made by ``workers`` processes (0: by this one)."""
+    """Load the batches of the steps from ``start`` up to ``stop`` in ``workers`` processes (0: in this one)."""
     return DataLoader(
         steps,
         batch_size=None,
@@ -234,3 +241,143 @@ def batch_loader(
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
     )
+
+
+def open_image(
+    domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None
+) -> tuple[Array, UInt8 | None]:
+    """Read the image (H, W, C), in the sensor's type and range, and the label (H, W) of an item.
+
+    The arrays may be written to: cache entries are mapped copy-on-write. Generated images are not cached. Several
+    processes may share a cache folder.
+
+    Args:
+        domain: domain of the item.
+        item: the item.
+        resize: side in pixels of the square that images are resized to, or None.
+        cache: folder of decoded images, or None.
+
+    Returns:
+        Image and label; the label is None if the item has none.
+
+    Raises:
+        DataError: a file cannot be read, or the cache cannot be written.
+    """
+
+    def image() -> Array:
+        array = domain.read_image(item)
+        return array if resize is None else resize_image(array, resize)
+
+    def label() -> UInt8:
+        array = domain.read_label(item)
+        return array if resize is None else resize_label(array, resize)
+
+    if cache is None:
+        return image(), None if item.label is None else label()
+    loaded = _cached(cache, _key(domain, resize, "image", item.image), image)
+    if item.label is None:
+        return loaded, None
+    return loaded, _cached(cache, _key(domain, resize, "label", item.label, item.image), label)
+
+
+def nodata_label(domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None) -> UInt8 | None:
+    """Label of an item without a mask (H, W): `IGNORE` where the image has no data, else 0; None if all have data.
+
+    Arguments and errors are those of `open_image`.
+    """
+
+    def label() -> UInt8:
+        nodata_mask = domain.nodata_mask(item)
+        if nodata_mask is None:
+            return np.zeros((0, 0), np.uint8)
+        array = np.where(nodata_mask, IGNORE, 0).astype(np.uint8)
+        return array if resize is None else resize_label(array, resize)
+
+    result = label() if cache is None else _cached(cache, _key(domain, resize, "nodata", item.image), label)
+    return result if result.size else None
+
+
+def resize_image(image: Array, side: int) -> Array:
+    """Resize an image (H, W, C) of any type to (side, side, C): bilinear, averaged over the area when shrinking."""
+    if image.shape[:2] == (side, side):
+        return image
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        return np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+    bands = (Image.fromarray(np.ascontiguousarray(band, np.float32)) for band in np.moveaxis(image, -1, 0))
+    resized = np.stack([np.asarray(band.resize((side, side), Image.Resampling.BILINEAR)) for band in bands], axis=-1)
+    if image.dtype.kind == "f":
+        return resized.astype(image.dtype)
+    limits = np.iinfo(image.dtype)
+    return resized.round().clip(limits.min, limits.max).astype(image.dtype)
+
+
+def resize_label(label: UInt8, side: int) -> UInt8:
+    """Resize a label (H, W) to (side, side) by nearest neighbor."""
+    if label.shape == (side, side):
+        return label
+    return np.array(Image.fromarray(label).resize((side, side), Image.Resampling.NEAREST))
+
+
+def estimate(domain: Domain, items: Sequence[Item], resize: int | None = None) -> int:
+    """Estimate the bytes that the cache will take for these items, from the files' headers.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    total = 0
+    for item in items:
+        if not isinstance(item.image, Path):
+            continue
+        header = read_header(item.image)
+        pixels = header.height * header.width if resize is None else resize * resize
+        labels = isinstance(item.label, Path)
+        total += pixels * (domain.bands * np.dtype(header.dtype).itemsize + labels) + 128 * (1 + labels)
+    return total
+
+
+def _key(domain: Domain, resize: int | None, kind: str, *sources: Path | LazyArray) -> str | None:
+    """Hash of everything that an entry depends on; None if a source is generated or missing."""
+    stamps: list[object] = []
+    for source in sources:
+        if not isinstance(source, Path):
+            return None
+        try:
+            state = source.stat()
+        except OSError:
+            return None
+        stamps.append((str(source.resolve()), state.st_mtime_ns, state.st_size))
+    parts = [CACHE_VERSION, kind, resize, type(domain).__qualname__, domain.model_dump(mode="json"), stamps]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _cached(cache: Path, key: str | None, make: Callable[[], Array]) -> Array:
+    """Load the entry ``key``; create it if it is missing or damaged."""
+    if key is None:
+        return make()
+    path = cache / key[:2] / f"{key}.npy"
+    entry = _load(path)
+    if entry is None:
+        _save(path, make())
+        entry = _load(path)
+    if entry is None:
+        raise DataError(f"{path} was written and cannot be read back; check the disk, or train without a cache")
+    return entry
+
+
+def _load(path: Path) -> Array | None:
+    try:
+        entry: Array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError):
+        return None
+    return entry
+
+
+def _save(path: Path, entry: Array) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part, part.open("wb") as file:
+            np.save(file, entry, allow_pickle=False)
+    except OSError as error:
+        raise DataError(
+            f"the cache {path.parent.parent} cannot be written ({error.strerror}); free space, or train without it"
+        ) from None

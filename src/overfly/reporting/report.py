@@ -14,8 +14,8 @@ from overfly.adaptation.selection import COLUMNS, Selection
 from overfly.benchmarking import SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
+from overfly.core.progress import percent
 from overfly.core.records import UInt8
-from overfly.core.text import percent
 from overfly.evaluation.speed import Speed
 from overfly.reporting.figures import (
     SERIES,

@@ -12,12 +12,10 @@ from torch.optim import Optimizer
 from overfly.core.download import format_bytes
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.progress import print_status
-from overfly.data.cache import estimate
-from overfly.data.check import check_masks
+from overfly.data.check import check_masks, statistics
 from overfly.data.domain import Domain, Split, without_labels
-from overfly.data.loading import BatchDataset, Stream
+from overfly.data.loading import BatchDataset, BatchStream, estimate
 from overfly.data.sampling import Uniform
-from overfly.data.statistics import statistics
 from overfly.methods.method import Networks
 from overfly.models.network import Network, build
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
@@ -86,7 +84,7 @@ def _reads_source(recipe: Recipe) -> bool:
 
 def training_streams(
     recipe: Recipe, cache: Path | str | None = None, *, quiet: bool = True
-) -> tuple[Stream | None, Stream | None]:
+) -> tuple[BatchStream | None, BatchStream | None]:
     """The labeled source and the unlabeled target, each None where the method does not read it.
 
     Args:
@@ -94,7 +92,7 @@ def training_streams(
         cache: folder of decoded images, "memory", or None.
         quiet: do not print the size of a cache folder.
     """
-    streams: list[Stream | None] = []
+    streams: list[BatchStream | None] = []
     reads = {"source": _reads_source(recipe), "target": recipe.method.needs_target}
     for key, (role, needed) in enumerate(reads.items()):
         if not needed:
@@ -106,7 +104,7 @@ def training_streams(
             size = format_bytes(estimate(domain, items, recipe.resize))
             print_status(f"decoded images of {domain.title} take {size} in {cache}", quiet=quiet)
         streams.append(
-            Stream(
+            BatchStream(
                 domain,
                 items if role == "source" else without_labels(items),
                 recipe.sampling if role == "source" else Uniform(),

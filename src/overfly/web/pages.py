@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from markupsafe import Markup
 
 from overfly.core.errors import OverflyError
-from overfly.core.text import percent
+from overfly.core.progress import percent
 from overfly.evaluation.scores import Scores
 from overfly.reporting.figures import grouped_bars
 from overfly.reporting.report import environment
