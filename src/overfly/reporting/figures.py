@@ -20,8 +20,8 @@ from PIL import Image
 
 from overfly.core.classes import PALETTE, Classes, Color
 from overfly.core.errors import RunError
-from overfly.core.records import IGNORE, Array, UInt8
 from overfly.core.progress import percent
+from overfly.core.records import IGNORE, Array, UInt8
 from overfly.evaluation.panels import HATCH, to_rgb
 
 if TYPE_CHECKING:
