@@ -1,10 +1,10 @@
-"""What a step of each method costs, as a ratio to a step of source only, in one run.
+"""Time and memory of a training step of each method, as a ratio to a step of source only, in one run.
 
     python benchmarks/costs.py recipes/methods/*.yaml [--rounds 15] [--threads 2] [--out runs/costs]
 
 All recipes are prepared beside each other, with random weights, and take turns: in every round each does one whole step
 (batch, losses, backward pass, optimizer, teacher). A method's ratio is the median over the rounds of its seconds over
-source only's seconds in the same round, so that a machine that is busy for a while slows both. Memory is the peak of a
+source only's seconds in the same round, so that other load of the machine slows both. Memory is the peak of a
 process of its own that does three steps, less what the same process holds before it builds the networks. Writes
 costs.json and prints a table. One of the recipes must be of method `source_only`.
 """
@@ -33,13 +33,13 @@ from overfly.training.trainer import Trainer
 
 CONFIG = TrainerConfig(device="cpu", quiet=True)
 FEW = 3
-"""Steps before the clock starts, and those of which memory is measured."""
+"""Steps of warm-up, and steps whose memory is measured."""
 SMALL = ("source.train=40", "target.train=40")
-"""Fewer pictures to draw: a step does not know of the others."""
+"""Fewer images to synthesize; the time of a step does not depend on their number."""
 
 
 def stepper(file: Path, folder: Path) -> Callable[[int], object]:
-    """What does step ``number`` of a recipe."""
+    """A function that does step ``number`` of a recipe."""
     recipe = load(file)
     recipe = load(file, *(override for override in SMALL if getattr(recipe, override.partition(".")[0]) is not None))
     fabric = launch_fabric(recipe, CONFIG)
@@ -49,15 +49,15 @@ def stepper(file: Path, folder: Path) -> Callable[[int], object]:
 
 
 def peak() -> float:
-    """Most memory that this process has held, in units of 10⁶ bytes."""
+    """Peak memory of this process, in 10⁶ bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
-    raise SystemExit("memory is read from /proc/self/status, which is not there")
+    raise SystemExit("memory is read from /proc/self/status, which does not exist")
 
 
 def memory(file: Path, threads: int) -> float:
-    """Peak of a process that does some steps of a recipe, in units of 10⁶ bytes, above what it holds before."""
+    """Peak of a process that does some steps of a recipe, in 10⁶ bytes, above its memory before."""
     command = [sys.executable, __file__, str(file), "--memory", "--threads", str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -81,29 +81,29 @@ def main() -> None:
             return
         steps = {file.stem: stepper(file, Path(folder)) for file in given.recipes}
         if "source_only" not in steps:
-            raise SystemExit("none of the recipes is called source_only.yaml; add the baseline")
+            raise SystemExit("no recipe is named source_only.yaml; add it, as the baseline")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(FEW + given.rounds):
             for name, step in steps.items():
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 step(number)
                 if number >= FEW:
-                    seconds[name].append(time.perf_counter() - begun)
+                    seconds[name].append(time.perf_counter() - started)
             print(f"round {number + 1} of {FEW + given.rounds}", file=sys.stderr, flush=True)
     base = seconds["source_only"]
     rows: list[dict[str, Any]] = [
         {
             "recipe": name,
-            "seconds": statistics.median(found),
-            "ratio": statistics.median(own / plain for own, plain in zip(found, base, strict=True)),
+            "seconds": statistics.median(values),
+            "ratio": statistics.median(own / plain for own, plain in zip(values, base, strict=True)),
             "memory_mb": memory(file, given.threads),
         }
-        for (name, found), file in zip(seconds.items(), given.recipes, strict=True)
+        for (name, values), file in zip(seconds.items(), given.recipes, strict=True)
     ]
     lightest = next(row["memory_mb"] for row in rows if row["recipe"] == "source_only")
     given.out.mkdir(parents=True, exist_ok=True)
-    held = {"machine": describe_machine(), "rounds": given.rounds, "rows": rows}
-    (given.out / "costs.json").write_text(json.dumps(held, indent=1) + "\n")
+    content = {"machine": describe_machine(), "rounds": given.rounds, "rows": rows}
+    (given.out / "costs.json").write_text(json.dumps(content, indent=1) + "\n")
     print("| recipe | seconds a step | ratio | memory | ratio |\n|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: row["ratio"]):
         print(

@@ -19,12 +19,13 @@ from overfly.adaptation.gate import Gate, familiarity, geometric_consistency
 from overfly.adaptation.pipeline import CROP, METRIC_IMAGES
 from overfly.adaptation.reverse_validation import reverse_validation
 from overfly.data.domain import Domain, Split
+from overfly.evaluation.images import MetricOptions
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
 from overfly.recipe import Recipe, load
 from overfly.training.run import Run
 
 
-def elsewhere(recipe: Recipe, folder: Path) -> Domain:
+def folder_target(recipe: Recipe, folder: Path) -> Domain:
     """The images of a folder, as the recipe's target."""
     target = {"name": "folder", "title": folder.name, "root": str(folder), "images": "**/images/*"}
     return load({**recipe.model_dump(mode="json"), "target": target}).domain("target")
@@ -33,32 +34,32 @@ def elsewhere(recipe: Recipe, folder: Path) -> Domain:
 def rows(run: Run, domains: list[Domain], folders: list[Path]) -> list[dict[str, Any]]:
     """A row for the run's own target, and one for each foreign domain."""
     network, recipe = run.segmenter(), run.recipe
-    foreign = [*domains, *(elsewhere(recipe, folder) for folder in folders)]
+    foreign = [*domains, *(folder_target(recipe, folder) for folder in folders)]
     source = recipe.domain("source")
     held = recipe.validation.split
-    options: dict[str, Any] = {"limit": METRIC_IMAGES, "crop": CROP, "resize": recipe.resize, "window": recipe.window}
+    options = MetricOptions(METRIC_IMAGES, CROP, recipe.resize, recipe.window)
 
     def metrics_of(domain: Domain, split: Split) -> LabelFreeMetrics:
-        return label_free_metrics(network, domain, split, reference=network, reference_classes=True, **options)
+        return label_free_metrics(network, domain, split, options, reference=network, reference_classes=True)
 
-    home = metrics_of(source, held)
-    found = []
+    on_source = metrics_of(source, held)
+    table = []
     for domain in (recipe.domain("target"), *foreign):
-        away, taught = metrics_of(domain, "train"), reverse_validation(network, source, domain, held, **options)
-        known = familiarity(home, away)
-        found.append(
+        on_target, reverse = metrics_of(domain, "train"), reverse_validation(network, source, domain, held, options)
+        known = familiarity(on_source, on_target)
+        table.append(
             {
                 "source": source.title, "network": recipe.model.name, "seed": recipe.seed, "images": domain.title,
-                "foreign": domain in foreign, "familiarity": known, "reverse": taught,
-                "unfamiliar": bool(Gate().unfamiliar(known, taught)),
-                "geometric_consistency": [geometric_consistency(home), geometric_consistency(away)],
-                "nuclear_norm": [home.nuclear_norm, away.nuclear_norm],
-                "views_miou": [home.views_miou, away.views_miou],
+                "foreign": domain in foreign, "familiarity": known, "reverse_validation": reverse,
+                "unfamiliar": bool(Gate().unfamiliar(known, reverse)),
+                "geometric_consistency": [geometric_consistency(on_source), geometric_consistency(on_target)],
+                "nuclear_norm": [on_source.nuclear_norm, on_target.nuclear_norm],
+                "views_miou": [on_source.views_miou, on_target.views_miou],
             }
         )  # fmt: skip
-        teaches = "–" if taught is None else f"{taught:.3f}"
-        print(f"{source.title}, seed {recipe.seed} → {domain.title}: {known:.3f}, reverse {teaches}", flush=True)
-    return found
+        score = "–" if reverse is None else f"{reverse:.3f}"
+        print(f"{source.title}, seed {recipe.seed} → {domain.title}: {known:.3f}, reverse {score}", flush=True)
+    return table
 
 
 def main() -> int:
@@ -73,11 +74,11 @@ def main() -> int:
     found = [row for path in given.runs for row in rows(Run.open(path), foreign, given.images)]
     wrong = [row for row in found if row["foreign"] != row["unfamiliar"]]
     for row in wrong:
-        taken = "rejected" if row["unfamiliar"] else "accepted"
-        print(f"{row['source']}, seed {row['seed']} → {row['images']}: {taken}, wrongly")
+        decision = "rejected" if row["unfamiliar"] else "accepted"
+        print(f"{row['source']}, seed {row['seed']} → {row['images']}: {decision}, wrongly")
     print(f"{len(found) - len(wrong)} of {len(found)} right")
-    answer = {"gate": Gate().model_dump(mode="json"), "rows": found}
-    given.out.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+    content = {"gate": Gate().model_dump(mode="json"), "rows": found}
+    given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return int(bool(wrong))
 
 

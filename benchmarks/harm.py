@@ -1,4 +1,4 @@
-"""Plant harmful adaptations and count how many the gate refuses.
+"""Train harmful adaptations on purpose and count how many the gate rejects.
 
     python benchmarks/harm.py recipes/synthetic/urban-rural-pasted.yaml --seeds 0,1,2 --steps 100 [--set SETTING]
         [--images FOLDER…]
@@ -35,25 +35,25 @@ CONFIG = TrainerConfig(device="cpu", quiet=True)
 
 
 class Planted(MultiscaleSelfTraining, name="planted"):
-    """`MultiscaleSelfTraining` with a teacher whose labels were tampered with."""
+    """`MultiscaleSelfTraining` with wrong pseudo-labels."""
 
     harm: Literal["exchanged", "shuffled"] = "exchanged"
-    """How."""
+    """Kind of error: classes permuted, or labels shuffled over pixels."""
     key: int = 0
-    """Which exchange of classes."""
+    """Seed of the permutation."""
 
     def pseudo_labels(self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
-        """The teacher's labels, of the wrong classes."""
+        """The teacher's pseudo-labels, permuted or shuffled."""
         label = super().pseudo_labels(nets, target, nodata_mask)
         classes = len(nets.segmenter.classes)
         if self.harm == "shuffled":
-            there = label != IGNORE
-            found = label[there]
-            label[there] = found[torch.randperm(len(found))]
+            known = label != IGNORE
+            values = label[known]
+            label[known] = values[torch.randperm(len(values))]
             return label
         order = torch.randperm(classes, generator=torch.Generator().manual_seed(self.key))
         other = torch.empty_like(order)
-        other[order] = order.roll(1)  # one cycle through all classes: none keeps its name
+        other[order] = order.roll(1)  # one cycle through all classes: each changes
         return torch.where(label == IGNORE, label, other[label.clamp_max(classes - 1)])
 
 
@@ -68,16 +68,16 @@ def planted(recipe: Recipe, steps: int, folders: list[Path]) -> Iterator[tuple[s
     for folder in folders:
         target = {"name": "folder", "title": folder.name, "root": str(folder), "images": "**/images/*"}
         elsewhere = load({**recipe.model_dump(mode="json"), "target": target, "steps": steps})
-        yield f"pictures of {folder.name}", elsewhere
+        yield f"images of {folder.name}", elsewhere
 
 
 def truth(weights: Path, recipe: Recipe) -> float | None:
-    """mIoU on the recipe's target against labels, read once, after all verdicts."""
+    """mIoU on the recipe's target against labels, read once, after all selections."""
     return score(Segmenter.load(weights), recipe.domain("target"), "val", window=recipe.window, batch=8).miou
 
 
 def weights_of(report: str) -> Path:
-    """The weights of a network that a selection speaks of."""
+    """Weights of a candidate, from its run folder or weights file."""
     return Run.open(report).weights if Path(report).is_dir() else Path(report)
 
 
@@ -99,7 +99,7 @@ def main() -> int:
                 selection = adapt(
                     recipe, out=given.out, fabric=launch_fabric(recipe, CONFIG), config=CONFIG, estimates=False
                 ).selection
-                refused = bool(selection.candidates["adapted"].rejections)
+                rejected = bool(selection.candidates["adapted"].rejections)
                 before = before or truth(weights_of(selection.candidates["source only"].run), honest)
                 after = truth(weights_of(selection.candidates["adapted"].run), honest)
                 rows.append(
@@ -108,23 +108,23 @@ def main() -> int:
                         "seed": seed,
                         "plant": plant,
                         "foreign": recipe.target != honest.target,
-                        "refused": refused,
+                        "rejected": rejected,
                         "recommended": selection.recommended,
                         "familiarity": selection.familiarity,
-                        "reverse": selection.reverse_validation,
-                        "against": selection.candidates["adapted"].rejections,
+                        "reverse_validation": selection.reverse_validation,
+                        "rejections": selection.candidates["adapted"].rejections,
                         "target_miou": {"source only": before, "adapted": after},
                     }
                 )
-                word = "refused" if refused else "LET THROUGH"
+                word = "rejected" if rejected else "ACCEPTED"
                 print(f"{file.stem}, seed {seed}, {plant}: {word}; target {before:.3f} -> {after:.3f}", flush=True)
                 (given.out / "harm.json").write_text(json.dumps(rows, indent=1))
     harmful = [
         row for row in rows if row["foreign"] or row["target_miou"]["adapted"] < row["target_miou"]["source only"]
     ]
-    refusals = sum(row["refused"] for row in harmful)
-    print(f"{refusals} of {len(harmful)} plants that did harm refused; {len(rows) - len(harmful)} did none")
-    return int(refusals < len(harmful))
+    rejections = sum(row["rejected"] for row in harmful)
+    print(f"{rejections} of {len(harmful)} harmful adaptations rejected; {len(rows) - len(harmful)} did no harm")
+    return int(rejections < len(harmful))
 
 
 if __name__ == "__main__":

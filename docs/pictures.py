@@ -44,7 +44,7 @@ def main() -> None:
         for domain, position in zip((recipe.domain("source"), recipe.domain("target")), settings.positions, strict=True)
     }
     FIGURE.parent.mkdir(exist_ok=True)
-    print(comparison_figure(rows, recipe.domain("source").classes, FIGURE, side=256))
+    print(comparison_figure(rows.items(), recipe.domain("source").classes, FIGURE, side=256))
 
 
 if __name__ == "__main__":

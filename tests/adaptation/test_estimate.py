@@ -16,6 +16,7 @@ from overfly.adaptation.estimate import (
 )
 from overfly.core.records import IGNORE
 from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.images import MetricOptions
 from overfly.evaluation.perturbations import domain_shifts
 from planted import ByLevel, Constant, Patches
 
@@ -86,7 +87,7 @@ def test_errors_of_shifts_that_are_as_hard_count_most() -> None:
 
 def test_the_estimate_of_a_network_holds_the_truth_and_opens_no_target_label() -> None:
     network, target = ByLevel(0.15), Patches(first=50)
-    found = estimate(network, Patches(blind=False), target, limit=4)
+    found = estimate(network, Patches(blind=False), target, MetricOptions(limit=4))
     seeing = Patches(first=50, blind=False)
     truth = Confusion.empty(3)
     for item in seeing.items("train"):
@@ -97,11 +98,11 @@ def test_the_estimate_of_a_network_holds_the_truth_and_opens_no_target_label() -
     assert found.temperature < 1, "the planted network is always right and claims less"
     assert found.shifts[0].name == "none"
     assert found.shifts[0].truth == 1
-    assert estimate(network, Patches(blind=False), target, limit=4) == found
+    assert estimate(network, Patches(blind=False), target, MetricOptions(limit=4)) == found
 
 
 def test_a_collapsed_network_is_estimated_low() -> None:
-    found = estimate(Constant(), Patches(blind=False), Patches(first=50), limit=3)
+    found = estimate(Constant(), Patches(blind=False), Patches(first=50), MetricOptions(limit=3))
     assert found.high < 0.35
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from overfly import rank, train
 from overfly.adaptation.model_selection import (
     Ranking,
-    TargetImages,
     find_trained_runs,
     highest,
     list_checkpoints,
@@ -25,7 +24,7 @@ from overfly.adaptation.model_selection import rank as rank_runs
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic import Synthetic
-from overfly.evaluation.images import unlabeled_images
+from overfly.evaluation.images import MetricOptions, unlabeled_images
 from overfly.evaluation.label_free_metrics import consensus
 from overfly.recipe import load
 from overfly.training.run import Run
@@ -40,7 +39,7 @@ RECIPE: dict[str, Any] = {
     "batch": 2,
     "steps": 2,
 }
-IMAGES = TargetImages(limit=2, crop=48)
+OPTIONS = MetricOptions(limit=2, crop=48)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def test_candidates_are_ranked_without_a_target_label(
     text = shown(found)
     assert "target labels opened: 0" in text
     assert "target mIoU" not in text
-    again = rank_runs(find_trained_runs([runs]), images=IMAGES)
+    again = rank_runs(find_trained_runs([runs]), options=OPTIONS)
     assert again == ranking
 
 

@@ -20,7 +20,7 @@ from overfly.adaptation.reverse_validation import (
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.images import labeled_images, predict_scores, unlabeled_images
+from overfly.evaluation.images import MetricOptions, labeled_images, predict_scores, unlabeled_images
 from planted import ByLevel, Constant, Patches
 
 OFFSETS = {"train": 0, "val": 30, "test": 60}
@@ -83,8 +83,10 @@ class Smooth(nn.Module):
 SOURCE, TARGET = Place(blind=False), Place(first=100)
 
 
-def share(network: nn.Module, source: Domain = SOURCE, target: Domain = TARGET, **how: Any) -> float:
-    found = reverse_validation(network, source, target, **how)
+def share(
+    network: nn.Module, source: Domain = SOURCE, target: Domain = TARGET, held_out: Split = "val", **options: Any
+) -> float:
+    found = reverse_validation(network, source, target, held_out, MetricOptions(**options))
     assert found is not None
     return found
 
@@ -150,7 +152,7 @@ def test_source_labels_are_read_and_target_labels_are_not() -> None:
 def test_few_images_or_inseparable_classes_give_none() -> None:
     assert reverse_validation(Smooth(), Shapeless(blind=False), TARGET) is None
     assert reverse_validation(Smooth(), SOURCE, Place(first=100, images=MIN_IMAGES - 1)) is None
-    assert reverse_validation(Smooth(), SOURCE, TARGET, limit=MIN_IMAGES - 1) is None
+    assert reverse_validation(Smooth(), SOURCE, TARGET, options=MetricOptions(limit=MIN_IMAGES - 1)) is None
 
 
 def test_the_score_depends_on_the_seed_and_not_on_global_random_state() -> None:

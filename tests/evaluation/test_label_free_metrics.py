@@ -12,7 +12,7 @@ from overfly.adaptation.model_selection import DEFAULT_VALIDATORS, mean_ranks
 from overfly.core.errors import NotFiniteError
 from overfly.core.records import Logits
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import center_crop, unlabeled_images
+from overfly.evaluation.images import MetricOptions, center_crop, unlabeled_images
 from overfly.evaluation.label_free_metrics import (
     VALIDATORS,
     LabelFreeMetrics,
@@ -93,24 +93,28 @@ def test_metrics_are_deterministic_and_change_no_state(sharp: LabelFreeMetrics) 
     assert label_free_metrics(network, Patches()) == sharp
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (network.training, network[0].training, network[1].training) == (True, True, False)
-    assert label_free_metrics(ByLevel(20), Patches(), seed=1).masked != sharp.masked
+    assert label_free_metrics(ByLevel(20), Patches(), options=MetricOptions(seed=1)).masked != sharp.masked
 
 
 def test_metrics_are_in_their_ranges(sharp: LabelFreeMetrics, collapsed: LabelFreeMetrics) -> None:
-    for found in (sharp, collapsed, label_free_metrics(ByLevel(0.1), Patches(), crop=20, window=16, limit=2)):
+    for found in (
+        sharp,
+        collapsed,
+        label_free_metrics(ByLevel(0.1), Patches(), options=MetricOptions(limit=2, crop=20, window=16)),
+    ):
         for name, value in found.by_validator().items():
             assert value is None or (-1 if name == "entropy" else 0) - 1e-9 <= value <= 1 + 1e-9, name
     assert LabelFreeMetrics.model_validate_json(sharp.model_dump_json()) == sharp
 
 
 def test_images_are_evenly_spaced_center_crops_without_labels() -> None:
-    found = list(unlabeled_images(Patches(images=10), "train", limit=3, crop=20))
+    found = list(unlabeled_images(Patches(images=10), "train", MetricOptions(limit=3, crop=20)))
     assert [tuple(image.shape) for image in found] == [(3, 20, 20)] * 3
-    again = list(unlabeled_images(Patches(images=10), "train", limit=3, crop=20))
+    again = list(unlabeled_images(Patches(images=10), "train", MetricOptions(limit=3, crop=20)))
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
     assert center_crop(torch.arange(25).reshape(5, 5), 3).tolist() == [[6, 7, 8], [11, 12, 13], [16, 17, 18]]
     assert center_crop(torch.zeros(4, 9), 6).shape == (4, 6)
-    assert next(unlabeled_images(Patches(), "train", resize=16)).shape == (3, 16, 16)
+    assert next(unlabeled_images(Patches(), "train", MetricOptions(resize=16))).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("view", [random_mask(), *mild_perturbations()], ids=lambda view: view.name)

@@ -65,7 +65,7 @@ def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
     first, second = _sample(), _sample()
     second.prediction[:] = 1
     rows = {"urban": {"before": first, "after": second}, "rural": {"before": _sample("c")}}
-    picture = _open(comparison_figure(rows, CLASSES, tmp_path / "c.png", side=90))
+    picture = _open(comparison_figure(rows.items(), CLASSES, tmp_path / "c.png", side=90))
     assert picture.shape[1] == 12 + 4 * 102
     assert _share(picture[:, -102:], CLASSES.colors[1]) > 0.15
     assert _share(picture[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colors[2]) > 0.35
@@ -73,9 +73,9 @@ def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
 
 def test_comparison_without_labels_has_no_column_for_them(tmp_path: Path) -> None:
     rows = {"rural": {"before": dataclasses.replace(_sample(), label=None), "after": _sample()}}
-    assert _open(comparison_figure(rows, CLASSES, tmp_path / "a.png", side=90)).shape[1] == 12 + 4 * 102
+    assert _open(comparison_figure(rows.items(), CLASSES, tmp_path / "a.png", side=90)).shape[1] == 12 + 4 * 102
     rows["rural"]["after"] = rows["rural"]["before"]
-    assert _open(comparison_figure(rows, CLASSES, tmp_path / "b.png", side=90)).shape[1] == 12 + 3 * 102
+    assert _open(comparison_figure(rows.items(), CLASSES, tmp_path / "b.png", side=90)).shape[1] == 12 + 3 * 102
 
 
 def test_large_pictures_make_no_large_sheets(tmp_path: Path) -> None:

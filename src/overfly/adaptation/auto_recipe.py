@@ -99,7 +99,7 @@ class FolderInputs:
         Raises:
             RecipeError: an option is missing, or ``checkpoint`` is combined with source options.
         """
-        names = ("source_images", "source_masks", "target_images", "classes")
+        names: tuple[str, ...] = ("source_images", "source_masks", "target_images", "classes")
         if self.checkpoint is not None:
             names = ("target_images",)
             if self.source_images or self.source_masks or self.classes:
@@ -395,6 +395,3 @@ def folder_recipes(
     lengths = ", ".join(f"{each.epochs:g} epochs" if each.epochs else f"{each.steps} steps" for each in trainings)
     print_status(f"trainings in {budget}: {lengths}", quiet=quiet)
     return recipes
-
-
-__all__ = ["FolderInputs", "folder_recipes", "parse_budget", "propose_recipes", "read_classes"]

@@ -21,7 +21,7 @@ from overfly.core.records import IGNORE
 from overfly.core.spec import Positive, Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import labeled_images, predict_scores, random_pixels, unlabeled_images
+from overfly.evaluation.images import MetricOptions, labeled_images, predict_scores, random_pixels, unlabeled_images
 from overfly.evaluation.label_free_metrics import seeded
 from overfly.evaluation.perturbations import domain_shifts
 from overfly.evaluation.score import evaluation_mode
@@ -110,8 +110,8 @@ def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Ca
     if not bool(held.any()) or bool(held.all()):
         return plain
     for fit, test in ((~held, held), (held, ~held)):
-        tried = [_fitted(scores[:, fit], label[fit], classwise=each) for each in (False, True)]
-        loss = [_loss(each(scores[:, test]), label[test]) for each in tried]
+        fitted = [_fitted(scores[:, fit], label[fit], classwise=classwise) for classwise in (False, True)]
+        loss = [_loss(each(scores[:, test]), label[test]) for each in fitted]
         if loss[1] >= loss[0]:
             return plain
     return _fitted(scores, label, classwise=True)
@@ -136,15 +136,10 @@ def estimate(
     network: nn.Module,
     source: Domain,
     target: Domain,
+    options: MetricOptions = MetricOptions(),
     *,
     source_split: Split = "val",
     split: Split = "train",
-    limit: int | None = 24,
-    crop: int | None = None,
-    window: int | None = None,
-    resize: int | None = None,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
 ) -> Estimate:
     """Estimate a network's target mIoU without target labels; about thirty forward passes per source image.
 
@@ -152,25 +147,21 @@ def estimate(
         network: see `overfly.evaluation.label_free_metrics.label_free_metrics`.
         source: calibration images; labels are read.
         target: images of the estimate; labels are removed from its items before anything is read.
+        options: images of each domain, windows and device.
         source_split: split of the source, held out from training.
         split: split of the target.
-        limit: maximum number of images of each, evenly spaced.
-        crop: side of the center crop.
-        window: side of overlapping windows for larger images.
-        resize: side of the square that images are first resized to.
-        device: where the network runs.
-        seed: of the fixed random draws.
 
     Raises:
         DataError: the source split has no labels, or the target split no images.
         NotFiniteError: the network's scores are not finite.
     """
-    with evaluation_mode(network.to(device)), torch.inference_mode():
-        images = list(unlabeled_images(target, split, limit=limit, resize=resize, crop=crop))
-        pairs = list(labeled_images(source, source_split, limit=limit, resize=resize, crop=crop))
+    seed = options.seed
+    with evaluation_mode(network.to(options.device)), torch.inference_mode():
+        images = list(unlabeled_images(target, split, options))
+        pairs = list(labeled_images(source, source_split, options))
 
         def score(image: Tensor) -> Tensor:
-            return predict_scores(network, image.to(device), window).cpu()
+            return predict_scores(network, image.to(options.device), options.window).cpu()
 
         calibrator, truths = _calibrated(score, pairs, seed)
         styles = images[:: math.ceil(len(images) / STYLES)]
@@ -203,11 +194,11 @@ def interval(expected: float, errors: Sequence[ShiftError], deviation: float = 0
         errors: one per shift.
         deviation: standard deviation over bootstrap samples of the images.
     """
-    wrong = np.array([error.estimate - error.truth for error in errors])
-    apart = np.array([error.estimate for error in errors]) - expected
-    weight = FLOOR + np.exp(-((apart / NEAR) ** 2) / 2)
+    differences = np.array([error.estimate - error.truth for error in errors])
+    distances = np.array([error.estimate for error in errors]) - expected
+    weight = FLOOR + np.exp(-((distances / NEAR) ** 2) / 2)
     outside = (1 - COVERED) / 2
-    least, median, most = (_quantile(wrong, weight, share) for share in (outside, 0.5, 1 - outside))
+    least, median, most = (_quantile(differences, weight, share) for share in (outside, 0.5, 1 - outside))
     sampling = 1.2816 * deviation  # the normal quantile of the same share
     low = expected - median - math.hypot(most - median, sampling)
     high = expected - median + math.hypot(median - least, sampling)
@@ -219,8 +210,8 @@ def _quantile(values: np.ndarray[tuple[int], np.dtype[np.float64]], weight: obje
     """Weighted quantile, linear between the middles of the weights."""
     order = np.argsort(values)
     sorted_weight = np.asarray(weight)[order]
-    place = (np.cumsum(sorted_weight) - sorted_weight / 2) / sorted_weight.sum()
-    return float(np.interp(share, place, values[order]))
+    positions = (np.cumsum(sorted_weight) - sorted_weight / 2) / sorted_weight.sum()
+    return float(np.interp(share, positions, values[order]))
 
 
 def _expected(calibrator: Calibrator, scores: Tensor) -> Tensor:
@@ -232,13 +223,13 @@ def _calibrated(
 ) -> tuple[Calibrator, list[Tensor]]:
     """The calibrator, and the confusion matrix (K, K), float64, of each image."""
     scores, labels, groups, counts = [], [], [], []
-    for place, (image, label) in enumerate(pairs):
-        chosen = random_pixels(*label.shape, PIXELS, seed, place)
-        found = score(image)
-        scores.append(found.flatten(1)[:, chosen])
+    for index, (image, label) in enumerate(pairs):
+        chosen = random_pixels(*label.shape, PIXELS, seed, index)
+        predicted = score(image)
+        scores.append(predicted.flatten(1)[:, chosen])
         labels.append(label.flatten()[chosen])
-        groups.append(torch.full_like(chosen, place))
-        counts.append(Confusion.of(found.argmax(0), label, len(found)).counts.double())
+        groups.append(torch.full_like(chosen, index))
+        counts.append(Confusion.of(predicted.argmax(0), label, len(predicted)).counts.double())
     return calibrate(torch.cat(scores, 1), torch.cat(labels), torch.cat(groups)), counts
 
 
@@ -254,8 +245,8 @@ def _errors(
     """Estimated and actual mIoU of each shift, over labeled pixels."""
     for index, perturbation in enumerate(domain_shifts(styles)):
         expected, truth = torch.zeros(1), None
-        for place, (image, label) in enumerate(pairs):
-            _, generator = next(iter(seeded([perturbation], seed + index, place)))
+        for number, (image, label) in enumerate(pairs):
+            _, generator = next(iter(seeded([perturbation], seed + index, number)))
             known = label != IGNORE
             size = (image.shape[-2], image.shape[-1])
             scores = perturbation.invert(score(perturbation.apply(image, max_value, generator)), size)[:, known]
@@ -280,13 +271,13 @@ def _fitted(scores: Tensor, label: Tensor, *, classwise: bool) -> Calibrator:
     scores, label = scores.clone(), label.clone()  # inference tensors have no gradients
     log = torch.zeros((), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(scores), dtype=torch.float64, requires_grad=classwise)
-    wanted = [log, bias] if classwise else [log]
-    optimizer = torch.optim.LBFGS(wanted, max_iter=100, line_search_fn="strong_wolfe")
+    parameters = [log, bias] if classwise else [log]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()
-        shrunk = 1e-3 * (bias**2).sum()
-        loss = F.cross_entropy((scores * (-log).exp() + bias[:, None]).T, label) + shrunk
+        penalty = 1e-3 * (bias**2).sum()
+        loss = F.cross_entropy((scores * (-log).exp() + bias[:, None]).T, label) + penalty
         torch.autograd.backward(loss)
         return float(loss.detach())
 
@@ -299,15 +290,3 @@ def _fitted(scores: Tensor, label: Tensor, *, classwise: bool) -> Calibrator:
 def _loss(probability: Tensor, label: Tensor) -> float:
     chosen = probability.gather(0, label[None])[0]
     return float(-chosen.clamp_min(1e-12).log().mean())
-
-
-__all__ = [
-    "Calibrator",
-    "Estimate",
-    "ShiftError",
-    "calibrate",
-    "estimate",
-    "expected_confusion",
-    "expected_miou",
-    "interval",
-]

@@ -172,6 +172,3 @@ def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
     one, two = (geometric_consistency(each) * sum(share > 0 for share in each.shares) for each in (source, target))
     ratios = ((two, one), (target.nuclear_norm, source.nuclear_norm))
     return math.prod(min(1.0, other / own) if own else 1.0 for other, own in ratios)
-
-
-__all__ = ["GEOMETRIC", "Gate", "consistency", "familiarity", "geometric_consistency", "select"]

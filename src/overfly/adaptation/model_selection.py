@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.images import unlabeled_images
+from overfly.evaluation.images import MetricOptions, unlabeled_images
 from overfly.evaluation.label_free_metrics import (
     VALIDATORS,
     LabelFreeMetrics,
@@ -93,20 +93,6 @@ class Ranking(Spec):
 
 
 @dataclass(frozen=True)
-class TargetImages:
-    """The target images that metrics are computed on, and the device."""
-
-    split: Split = "train"
-    """Split of the target."""
-    limit: int | None = 24
-    """Maximum number, evenly spaced."""
-    crop: int | None = 512
-    """Side of the center crop."""
-    device: torch.device | str = "cpu"
-    """Where networks run."""
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A network on disk: of a run, at a kept step or its end."""
 
@@ -119,13 +105,9 @@ class Checkpoint:
         """See `Candidate.checkpoint`."""
         return "final" if self.step is None else f"step {self.step}{', final' if self.final else ''}"
 
-    def options(self, images: TargetImages) -> dict[str, Any]:
-        """Image options of `label_free_metrics` and `estimate`, with the recipe's window and resize."""
-        recipe = self.run.recipe
-        return {
-            "limit": images.limit, "crop": images.crop, "window": recipe.window, "resize": recipe.resize,
-            "device": images.device, "split": images.split,
-        }  # fmt: skip
+    def options(self, options: MetricOptions) -> MetricOptions:
+        """The options, with the recipe's window and resize."""
+        return replace(options, window=self.run.recipe.window, resize=self.run.recipe.resize)
 
 
 def find_trained_runs(paths: Sequence[Path | str]) -> list[Run]:
@@ -137,11 +119,11 @@ def find_trained_runs(paths: Sequence[Path | str]) -> list[Run]:
     runs: dict[Path, Run] = {}
     for path in map(Path, paths):
         folder = not (path / "recipe.yaml").is_file() and path.is_dir()
-        found = [Run(file.parent) for file in sorted(path.glob("*/recipe.yaml"))] if folder else [Run.open(path)]
-        found = [run for run in found if run.finished or run.validation_weights]
-        if not found:
+        below = [Run(file.parent) for file in sorted(path.glob("*/recipe.yaml"))] if folder else [Run.open(path)]
+        trained = [run for run in below if run.finished or run.validation_weights]
+        if not trained:
             raise RunError(f"{path} has no trained network; give finished runs or a folder of them")
-        runs |= {run.path.resolve(): run for run in found}
+        runs |= {run.path.resolve(): run for run in trained}
     return list(runs.values())
 
 
@@ -149,13 +131,13 @@ def list_checkpoints(runs: Sequence[Run]) -> list[Checkpoint]:
     """Every network of some runs once: kept checkpoints in order, then the final one if it differs from these."""
     checkpoints = []
     for run in runs:
-        kept = [
+        stored = [
             Checkpoint(run, step, final=run.finished and _same_weights(run.weights, file))
             for step, file in run.validation_weights.items()
         ]
-        if run.finished and not any(each.final for each in kept):
-            kept.append(Checkpoint(run, None, final=True))
-        checkpoints += kept
+        if run.finished and not any(each.final for each in stored):
+            stored.append(Checkpoint(run, None, final=True))
+        checkpoints += stored
     return checkpoints
 
 
@@ -171,7 +153,8 @@ def rank(
     reference: Run | None = None,
     estimates: bool = False,
     with_labels: bool = False,
-    images: TargetImages = TargetImages(),
+    split: Split = "train",
+    options: MetricOptions = MetricOptions(crop=512),
 ) -> Ranking:
     """Rank the networks of runs without target labels.
 
@@ -181,7 +164,8 @@ def rank(
         reference: run whose network's predictions the metric agreement compares with, such as source only.
         estimates: estimate each target mIoU too; source labels are read.
         with_labels: read the target's val labels, score each network, and compute the quality of each validator.
-        images: the target images.
+        split: split of the target that metrics are computed on; its labels are not read.
+        options: images and device; window and resize are those of each run's recipe.
 
     Raises:
         RecipeError: the runs have several targets or none, or a validator is unknown.
@@ -202,27 +186,33 @@ def rank(
     for each in checkpoints:
         network = each.run.segmenter(each.step)
         _check_classes(each.run, network, target)
-        options = each.options(images)
-        source_miou = _source_miou(each, images.device) if same_source else None
-        found = label_free_metrics(network, target, reference=reference_network, **options)
-        metrics.append(found.model_copy(update={"source_miou": source_miou}))
+        own = each.options(options)
+        source_miou = _source_miou(each, options.device) if same_source else None
+        without_source = label_free_metrics(network, target, split, own, reference=reference_network)
+        metrics.append(without_source.model_copy(update={"source_miou": source_miou}))
         source = each.run.recipe.source
         estimable = estimates and source is not None and has_labels(source, "val")
-        estimated.append(estimate(network, source, target, **options) if estimable and source is not None else None)
-        scored.append(_target_scores(each, target, images.device) if with_labels else None)
-    metrics = _with_consensus(checkpoints, metrics, target, images)
+        estimated.append(estimate(network, source, target, own, split=split) if estimable and source else None)
+        scored.append(_target_scores(each, target, options.device) if with_labels else None)
+    metrics = _with_consensus(checkpoints, metrics, target, split, options)
     ranks = mean_ranks([each.by_validator() for each in metrics], validators)
     candidates = [
-        Candidate(run=str(each.run.path), checkpoint=each.name, metrics=found, mean_rank=share, estimate=guess,
-                  target_miou=scores and (scores.miou or 0.0))
-        for each, found, share, guess, scores in zip(checkpoints, metrics, ranks, estimated, scored, strict=True)
-    ]  # fmt: skip
+        Candidate(
+            run=str(each.run.path),
+            checkpoint=each.name,
+            metrics=metrics[index],
+            mean_rank=ranks[index],
+            estimate=estimated[index],
+            target_miou=(scores := scored[index]) and (scores.miou or 0.0),
+        )
+        for index, each in enumerate(checkpoints)
+    ]
     candidates.sort(key=lambda candidate: -candidate.mean_rank)
     columns = _columns(candidates)
     best = {name: highest(column) for name, column in columns.items()}
     return Ranking(
         target=target.model_dump(mode="json"),
-        split=images.split,
+        split=split,
         validators=tuple(validators),
         candidates=tuple(candidates),
         best={name: candidates[index].title for name, index in best.items() if index is not None},
@@ -304,15 +294,19 @@ def _check_classes(run: Run, network: Segmenter, target: Domain) -> None:
 
 
 def _with_consensus(
-    checkpoints: Sequence[Checkpoint], metrics: Sequence[LabelFreeMetrics], target: Domain, images: TargetImages
+    checkpoints: Sequence[Checkpoint],
+    metrics: Sequence[LabelFreeMetrics],
+    target: Domain,
+    split: Split,
+    options: MetricOptions,
 ) -> list[LabelFreeMetrics]:
     """The metrics with `consensus`, if all networks have the same resize."""
     resizes = {each.run.recipe.resize for each in checkpoints}
     if len(resizes) > 1:
         return list(metrics)
-    read = list(unlabeled_images(target, images.split, limit=images.limit, resize=resizes.pop(), crop=images.crop))
+    images = list(unlabeled_images(target, split, replace(options, resize=resizes.pop())))
     networks = ((each.run.segmenter(each.step), each.run.recipe.window) for each in checkpoints)
-    shares = consensus(networks, read, images.device)
+    shares = consensus(networks, images, options.device)
     return [each.model_copy(update={"consensus": share}) for each, share in zip(metrics, shares, strict=True)]
 
 
@@ -358,21 +352,3 @@ def _quality(candidates: Sequence[Candidate], columns: dict[str, list[float | No
                 regret=max(mious) - mious[index],
             )
     return quality
-
-
-__all__ = [
-    "DEFAULT_VALIDATORS",
-    "Candidate",
-    "Checkpoint",
-    "Ranking",
-    "TargetImages",
-    "ValidatorQuality",
-    "find_trained_runs",
-    "highest",
-    "list_checkpoints",
-    "mean_ranks",
-    "rank",
-    "rank_correlation",
-    "shared_target",
-    "write_ranking",
-]

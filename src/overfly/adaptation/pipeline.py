@@ -31,8 +31,8 @@ from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import OverflyError, RecipeError, RunError
 from overfly.core.progress import print_status
 from overfly.core.records import Item
-from overfly.data.domain import Split, SplitError
-from overfly.evaluation.images import predict_scores, unlabeled_images
+from overfly.data.domain import Domain, Split, SplitError
+from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
 from overfly.evaluation.panels import comparison_figure
 from overfly.evaluation.score import Sample, evaluation_mode, score
@@ -181,8 +181,8 @@ def _train_all(
     """Train every recipe that has no finished run below ``out``."""
     quiet = config.quiet or not fabric.is_global_zero
     recipes = {name: plan for name, plan in plans.items() if isinstance(plan, Recipe)}
-    found = {name: Run.find(out, each) for name, each in recipes.items()}
-    finished = [name for name, run in found.items() if run is not None and run.finished]
+    existing = {name: Run.find(out, each) for name, each in recipes.items()}
+    finished = [name for name, run in existing.items() if run is not None and run.finished]
     if finished:
         print_status(f"already trained: {', '.join(finished)}", quiet=quiet)
     pending = [name for name in recipes if name not in finished]
@@ -233,12 +233,10 @@ def _compare(
     target = recipe.domain("target")
     networks = {name: _load(run) for name, run in runs.items()}
     baseline = networks[BASELINE]
-    options: dict[str, Any] = {
-        "limit": METRIC_IMAGES, "crop": CROP, "resize": recipe.resize, "window": recipe.window, "device": device
-    }  # fmt: skip
+    options = MetricOptions(METRIC_IMAGES, CROP, recipe.resize, recipe.window, device)
 
-    def metrics_of(network: Segmenter, domain: Any, split: Split) -> LabelFreeMetrics:
-        return label_free_metrics(network, domain, split, reference=baseline, reference_classes=True, **options)
+    def metrics_of(network: Segmenter, domain: Domain, split: Split) -> LabelFreeMetrics:
+        return label_free_metrics(network, domain, split, options, reference=baseline, reference_classes=True)
 
     metrics: dict[str, LabelFreeMetrics] = {}
     estimated: dict[str, Estimate] = {}
@@ -246,13 +244,13 @@ def _compare(
         source_miou = _source_miou(recipe, runs[name], device)
         metrics[name] = metrics_of(network, target, "train").model_copy(update={"source_miou": source_miou})
         if estimates and recipe.source is not None and has_labels(recipe.source, ESTIMATE_SPLIT):
-            estimated[name] = estimate(network, recipe.source, target, **options | {"limit": ESTIMATE_IMAGES})
+            estimated[name] = estimate(network, recipe.source, target, replace(options, limit=ESTIMATE_IMAGES))
     familiar = reverse = None
     if _has_held_out_images(recipe):
         source, held_out = recipe.domain("source"), recipe.validation.split
         familiar = familiarity(metrics_of(baseline, source, held_out), metrics[BASELINE])
         if not gate.skip_familiarity and has_labels(source, "train") and has_labels(source, held_out):
-            reverse = reverse_validation(baseline, source, target, held_out, **options)
+            reverse = reverse_validation(baseline, source, target, held_out, options)
     rejections = gate.all_rejections(BASELINE, metrics, familiar, reverse)
     adapted = [name for name in runs if name not in (BASELINE, RECALIBRATED)]
     settings = dict(zip(adapted, setting_differences(recipes), strict=True))
@@ -370,7 +368,7 @@ def _comparison_folder(selection: Selection, recipe: Recipe, out: Path) -> Compa
 def _draw_predictions(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:
     """Draw target images with every candidate's prediction; no label is read."""
     target = recipe.domain("target")
-    images = list(unlabeled_images(target, "train", limit=4, resize=recipe.resize, crop=CROP))
+    images = list(unlabeled_images(target, "train", MetricOptions(limit=4, crop=CROP, resize=recipe.resize)))
     rows: dict[str, dict[str, Sample]] = {f"target {number}": {} for number in range(1, len(images) + 1)}
     dtype = np.uint8 if target.max_value == 255 else np.uint16 if target.max_value > 1 else np.float32
     for name, run in runs.items():
@@ -379,7 +377,4 @@ def _draw_predictions(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path]
             for (heading, samples), image in zip(rows.items(), images, strict=True):
                 ids = predict_scores(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)
                 samples[name] = Sample(heading, image.permute(1, 2, 0).numpy().astype(dtype), ids)
-    comparison_figure(rows, target.classes, path)
-
-
-__all__ = ["adapt", "plan_candidates", "setting_differences"]
+    comparison_figure(rows.items(), target.classes, path)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from overfly.core.records import IGNORE
 from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import labeled_images, predict_scores, random_pixels, unlabeled_images
+from overfly.evaluation.images import MetricOptions, labeled_images, predict_scores, random_pixels, unlabeled_images
 from overfly.evaluation.score import evaluation_mode
 
 PIXELS = 512
@@ -41,29 +41,18 @@ def reverse_validation(
     source: Domain,
     target: Domain,
     held_out: Split = "val",
-    *,
-    limit: int | None = 16,
-    crop: int | None = None,
-    window: int | None = None,
-    resize: int | None = None,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
+    options: MetricOptions = MetricOptions(),
 ) -> float | None:
     """MIoU of a forest trained on target predictions, relative to one trained on source labels.
 
     Both are evaluated on the source's held-out labels.
 
     Args:
-        network: images (B, C, H, W) in the sensor's range to `Logits` at their size; moved to ``device``.
+        network: see `overfly.evaluation.label_free_metrics.label_free_metrics`.
         source: labels are read.
         target: images of its ``train`` split; labels are removed from its items before anything is read.
         held_out: split of the source for evaluation.
-        limit: maximum number of images of each, evenly spaced; None: all.
-        crop: side of the center crop; None: whole images.
-        window: side of overlapping windows for larger images; None: the whole image at once.
-        resize: side of the square that images are first resized to.
-        device: where the network runs.
-        seed: of the random draws. Global random state is neither read nor changed.
+        options: images of each domain, windows and device.
 
     Returns:
         0 to 1, over the classes in the held-out labels; None for fewer target images than `MIN_IMAGES`, or if color and
@@ -73,22 +62,21 @@ def reverse_validation(
         DataError: a split has no images or, of the source, no labels.
         NotFiniteError: the network's scores are not finite.
     """
-    if len(sample_evenly(target.items("train"), limit)) < MIN_IMAGES:
+    if len(sample_evenly(target.items("train"), options.limit)) < MIN_IMAGES:
         return None
-    options = {"limit": limit, "crop": crop, "resize": resize}
-    labels = sample_pixels(labeled_images(source, "train", **options), source.max_value, seed)
-    test = sample_pixels(labeled_images(source, held_out, **options), source.max_value, seed + 1)
+    seed = options.seed
+    labels = sample_pixels(labeled_images(source, "train", options), source.max_value, seed)
+    test = sample_pixels(labeled_images(source, held_out, options), source.max_value, seed + 1)
     classes = len(source.classes)
     reference = forest_miou(labels, test, classes, seed)
     if reference < MIN_MIOU:
         return None
 
     def predictions() -> Iterator[tuple[Tensor, Tensor]]:
-        for image in unlabeled_images(target, "train", **options):
-            yield image, predict_scores(network, image.to(device), window).argmax(0).cpu()
+        for image in unlabeled_images(target, "train", options):
+            yield image, predict_scores(network, image.to(options.device), options.window).argmax(0).cpu()
 
-    network.to(device)
-    with evaluation_mode(network), torch.inference_mode():
+    with evaluation_mode(network.to(options.device)), torch.inference_mode():
         predicted = sample_pixels(predictions(), target.max_value, seed)
     return min(1.0, forest_miou(predicted, test, classes, seed) / reference)
 
@@ -153,6 +141,3 @@ def forest_miou(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], class
     predicted = torch.from_numpy(forest.fit(features.numpy(), labels.numpy()).predict(others.numpy()))
     confusion = Confusion.of(predicted, truth, classes)
     return float(confusion.iou[torch.bincount(truth, minlength=classes) > 0].mean())
-
-
-__all__ = ["forest_miou", "pixel_features", "reverse_validation", "sample_pixels"]

@@ -236,18 +236,3 @@ def value_text(value: object) -> str:
 def _joined(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return re.sub(r", ([^,]*)$", r" and \1", ", ".join(names))
-
-
-__all__ = [
-    "ADAPTED",
-    "BASELINE",
-    "COLUMNS",
-    "RECALIBRATED",
-    "CandidateReport",
-    "Comparison",
-    "Selection",
-    "is_comparison",
-    "resolve_checkpoint",
-    "settings_text",
-    "value_text",
-]

@@ -41,8 +41,8 @@ def benchmark(
     device: str = "auto",
     devices: int = 1,
     workers: int = 0,
-    checkpoint_every: int = 200,
     cache: Cache = "memory",
+    checkpoint_every: int = 200,
     quiet: bool = False,
 ) -> BenchmarkResult:
     """Train recipes with several seeds, score them on both domains and write one table.
@@ -59,8 +59,8 @@ def benchmark(
         device: auto, cpu, cuda, cuda:1 or mps.
         devices: number of devices, one process each.
         workers: processes that load images.
-        checkpoint_every: steps between two checkpoints.
         cache: where decoded images are cached: memory, disk or off.
+        checkpoint_every: steps between two checkpoints.
         quiet: print no progress.
 
     Returns:

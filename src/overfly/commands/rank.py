@@ -149,6 +149,7 @@ def rank(
     """
     from overfly.adaptation import model_selection
     from overfly.core.device import select_device
+    from overfly.evaluation.images import MetricOptions
     from overfly.training.run import Run
 
     check_bounds({"limit": (limit, 1, 10**6), "crop": (crop, 16, MAX_SIDE)})
@@ -158,7 +159,8 @@ def rank(
         reference=Run.open(reference) if reference is not None else None,
         estimates=estimate,
         with_labels=with_labels,
-        images=model_selection.TargetImages(split, limit, crop, select_device(device)),
+        split=split,
+        options=MetricOptions(limit, crop, device=select_device(device)),
     )
     written = None if out is None else model_selection.write_ranking(ranking, Path(out))
     return RankResult(ranking, written, as_json=json)

@@ -110,6 +110,3 @@ def _local_minimum(value: Tensor, dim: int, width: int, outside: int) -> Tensor:
         value = torch.minimum(value.narrow(dim, 0, rest), value.narrow(dim, step, rest))
         span += step
     return value.narrow(dim, 0, length)
-
-
-__all__ = ["Boundary", "band"]

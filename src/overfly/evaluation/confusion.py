@@ -148,6 +148,3 @@ def over_ranks(counts: Tensor) -> Tensor:
     total = counts.clone().cuda() if distributed.get_backend() == "nccl" else counts.clone()
     distributed.all_reduce(total)
     return total.to(counts.device)
-
-
-__all__ = ["Confusion", "over_ranks"]

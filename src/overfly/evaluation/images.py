@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,17 +16,26 @@ from overfly.data.domain import Domain, Split, sample_evenly, without_labels
 from overfly.ops.windows import sliding
 
 
-def unlabeled_images(
-    domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
-) -> Iterator[Tensor]:
-    """Read evenly spaced images of a split; labels are removed from its items before anything is read.
+@dataclass(frozen=True)
+class MetricOptions:
+    """Which images label-free metrics are computed on, and how networks predict them."""
 
-    Args:
-        domain: the images.
-        split: which of them.
-        limit: maximum number of images; None: all.
-        resize: side of the square that images are first resized to.
-        crop: side of the center crop; None: whole images.
+    limit: int | None = 24
+    """Maximum number of images, evenly spaced; None: all."""
+    crop: int | None = None
+    """Side of the center crop in pixels; None: whole images."""
+    resize: int | None = None
+    """Side of the square that images are first resized to; None: not resized."""
+    window: int | None = None
+    """Side of overlapping windows for larger images; None: the whole image at once."""
+    device: torch.device | str = "cpu"
+    """Where networks run; they are moved there."""
+    seed: int = 0
+    """Seed of the random draws. Global random state is neither read nor changed."""
+
+
+def unlabeled_images(domain: Domain, split: Split, options: MetricOptions = MetricOptions()) -> Iterator[Tensor]:
+    """Read the images of a split; labels are removed from its items before anything is read.
 
     Yields:
         (C, H, W), float, in the sensor's range.
@@ -33,15 +43,15 @@ def unlabeled_images(
     Raises:
         DataError: the split has no images, or one cannot be read.
     """
-    items = sample_evenly(without_labels(domain.items(split)), limit)
+    items = sample_evenly(without_labels(domain.items(split)), options.limit)
     if not items:
         raise DataError(f"split {split} of the {domain.title} domain has no images; choose another split")
     for item in items:
-        yield center_crop(_resized(to_tensor(domain.read_image(item)), resize), crop)
+        yield center_crop(_resized(to_tensor(domain.read_image(item)), options.resize), options.crop)
 
 
 def labeled_images(
-    domain: Domain, split: Split, *, limit: int | None = 24, resize: int | None = None, crop: int | None = None
+    domain: Domain, split: Split, options: MetricOptions = MetricOptions()
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Read images as `unlabeled_images`, with labels (H, W), int64, resized to the image by nearest neighbor.
 
@@ -50,15 +60,16 @@ def labeled_images(
     Raises:
         DataError: no image of the split has a label.
     """
-    items: Sequence[Item] = sample_evenly([item for item in domain.items(split) if item.label is not None], limit)
+    labeled = [item for item in domain.items(split) if item.label is not None]
+    items: Sequence[Item] = sample_evenly(labeled, options.limit)
     if not items:
         raise DataError(f"split {split} of the {domain.title} domain has no labels; choose another split")
     for item in items:
-        image = _resized(to_tensor(domain.read_image(item)), resize)
+        image = _resized(to_tensor(domain.read_image(item)), options.resize)
         label = torch.from_numpy(domain.read_label(item).astype(np.int64))
         if label.shape != image.shape[-2:]:
             label = F.interpolate(label[None, None].float(), image.shape[-2:], mode="nearest-exact")[0, 0].long()
-        yield center_crop(image, crop), center_crop(label, crop)
+        yield center_crop(image, options.crop), center_crop(label, options.crop)
 
 
 def to_tensor(image: Array) -> Tensor:
@@ -116,6 +127,3 @@ def _resized(image: Tensor, side: int | None) -> Tensor:
     if side is None or image.shape[-2:] == (side, side):
         return image
     return F.interpolate(image[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
-
-
-__all__ = ["center_crop", "labeled_images", "predict_scores", "random_pixels", "to_tensor", "unlabeled_images"]

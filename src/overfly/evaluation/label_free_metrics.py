@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from overfly.core.spec import Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import predict_scores, random_pixels, unlabeled_images
+from overfly.evaluation.images import MetricOptions, predict_scores, random_pixels, unlabeled_images
 from overfly.evaluation.perturbations import Perturbation, mild_perturbations, random_mask
 from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import finite
@@ -85,54 +85,41 @@ def label_free_metrics(
     network: nn.Module,
     domain: Domain,
     split: Split = "train",
+    options: MetricOptions = MetricOptions(),
     *,
     reference: nn.Module | None = None,
     reference_classes: bool = False,
-    limit: int | None = 24,
-    crop: int | None = None,
-    window: int | None = None,
-    resize: int | None = None,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
 ) -> LabelFreeMetrics:
-    """Compute label-free metrics on evenly spaced images of a domain; about ten forward passes per image.
+    """Compute label-free metrics on images of a domain; about ten forward passes per image.
 
     Args:
-        network: images (B, C, H, W) in the sensor's range to `Logits` at their size; moved to ``device``. Its training
-            or evaluation mode is restored.
+        network: images (B, C, H, W) in the sensor's range to `Logits` at their size. Its training or evaluation mode is
+            restored.
         domain: the images; labels are removed from its items before anything is read.
         split: split of the images.
+        options: images, windows and device.
         reference: network whose predictions `LabelFreeMetrics.agreement` compares with, such as a teacher.
         reference_classes: average class-balanced consistency over the classes that ``reference`` predicts on these
             images, instead of all K.
-        limit: maximum number of images; None: all.
-        crop: side of the center crop; None: whole images.
-        window: side of overlapping windows for larger images; None: the whole image at once.
-        resize: side of the square that images are first resized to.
-        device: where the network runs.
-        seed: of the random draws. Global random state is neither read nor changed.
 
     Raises:
         DataError: there are no images, or one cannot be read.
         NotFiniteError: the network's scores are not finite.
     """
-    images = unlabeled_images(domain, split, limit=limit, resize=resize, crop=crop)
+    images = unlabeled_images(domain, split, options)
     return label_free_metrics_of_images(
-        network, images, domain.max_value,
-        reference=reference, reference_classes=reference_classes, window=window, device=device, seed=seed,
-    )  # fmt: skip
+        network, images, domain.max_value, options, reference=reference, reference_classes=reference_classes
+    )
 
 
 def label_free_metrics_of_images(
     network: nn.Module,
     images: Iterable[Tensor],
     max_value: float,
+    options: MetricOptions = MetricOptions(),
     *,
     reference: nn.Module | None = None,
     reference_classes: bool = False,
-    window: int | None = None,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
 ) -> LabelFreeMetrics:
     """Compute the metrics of `label_free_metrics` on images (C, H, W) in memory.
 
@@ -143,25 +130,25 @@ def label_free_metrics_of_images(
     statistics: PredictionStatistics | None = None
     networks = [network] if reference is None else [network, reference]
     for each in networks:
-        each.to(device)
+        each.to(options.device)
     with evaluation_mode(nn.ModuleList(networks)), torch.inference_mode():
         for index, raw in enumerate(images):
-            image = raw.to(device)
+            image = raw.to(options.device)
             size = (image.shape[-2], image.shape[-1])
-            scores = predict_scores(network, image, window)
+            scores = predict_scores(network, image, options.window)
             statistics = statistics or PredictionStatistics(len(scores))
-            statistics.add(scores.softmax(0), seed, index)
+            statistics.add(scores.softmax(0), options.seed, index)
             prediction = scores.argmax(0)
             if reference is not None:
                 same = reference is network
-                other = prediction if same else predict_scores(reference, image, window).argmax(0)
+                other = prediction if same else predict_scores(reference, image, options.window).argmax(0)
                 statistics.compare("reference", prediction, other)
-            for perturbation, generator in seeded(chain([random_mask()], mild_perturbations()), seed, index):
-                perturbed = predict_scores(network, perturbation.apply(image, max_value, generator), window)
+            for perturbation, generator in seeded(chain([random_mask()], mild_perturbations()), options.seed, index):
+                perturbed = predict_scores(network, perturbation.apply(image, max_value, generator), options.window)
                 statistics.compare(perturbation.name, prediction, perturbation.invert(perturbed, size).argmax(0))
     if statistics is None:
         raise ValueError("label-free metrics need at least one image, got 0")
-    return statistics.metrics(seed, reference_classes=reference_classes)
+    return statistics.metrics(options.seed, reference_classes=reference_classes)
 
 
 def seeded(
@@ -316,18 +303,3 @@ def balanced_miou(pair: Confusion, classes: Tensor | None = None) -> float:
     """
     iou = pair.iou.nan_to_num(0.0)
     return float((iou if classes is None else iou[classes.to(iou.device)]).mean())
-
-
-__all__ = [
-    "VALIDATORS",
-    "LabelFreeMetrics",
-    "PredictionStatistics",
-    "Validator",
-    "balanced_miou",
-    "consensus",
-    "label_free_metrics",
-    "label_free_metrics_of_images",
-    "neighborhood_density",
-    "nuclear_norm",
-    "seeded",
-]

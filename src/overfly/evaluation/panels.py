@@ -61,21 +61,17 @@ def to_rgb(image: Array, bands: Bands | None = None) -> UInt8:
         raise ValueError(f"bands must be 0 to {cube.shape[-1] - 1}, got {chosen}")
     shown = cube[..., list(chosen)]
     if shown.dtype == np.uint8:
-        eight_bit: UInt8 = np.ascontiguousarray(shown)
-        return eight_bit
+        return np.ascontiguousarray(shown)
     values = shown.astype(np.float32)
     values[~np.isfinite(values)] = np.nan
     if np.isnan(values).all():
         return np.zeros(values.shape, np.uint8)
     low, high = np.nanpercentile(values, (2, 98), axis=(0, 1))
     stretched = np.nan_to_num((values - low) / np.maximum(high - low, 1e-6))
-    found: UInt8 = (stretched.clip(0, 1) * 255).round().astype(np.uint8)
-    return found
+    return (stretched.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def panels(
-    samples: Iterable[Sample], classes: Classes, path: Path, *, bands: Bands | None = None, side: int = 320
-) -> Path:
+def panels(samples: Iterable[Sample], classes: Classes, path: Path, side: int = 320) -> Path:
     """Draw image | label | prediction of samples, one per row, with a legend, into a PNG.
 
     Pixels without a label are striped. Without any labels, that column is left out.
@@ -84,59 +80,46 @@ def panels(
         samples: the samples, such as `overfly.evaluation.score.Samples`.
         classes: names and colors.
         path: the file to write; its folder is made.
-        bands: bands to show as red, green and blue.
         side: longest side of each image in the figure, in pixels.
 
     Returns:
         The path.
     """
-    samples = list(samples)
-    labeled = any(sample.label is not None for sample in samples)
     rows = []
     for sample in samples:
         accuracy = "" if sample.accuracy is None else f"   pixel accuracy {sample.accuracy:.0%}"
-        tiles: list[Tile | None] = [Tile(to_rgb(sample.image, bands))]
-        if labeled:
-            tiles.append(_painted(sample.label, classes))
-        tiles.append(_painted(sample.prediction, classes))
-        rows.append(Row(sample.name + accuracy, tiles))
-    columns = ["image", "label", "prediction"] if labeled else ["image", "prediction"]
-    return _sheet(rows, columns, classes, path, side)
+        rows.append((sample.name + accuracy, {"prediction": sample}))
+    return comparison_figure(rows, classes, path, side)
 
 
 def comparison_figure(
-    rows: Mapping[str, Mapping[str, Sample]],
-    classes: Classes,
-    path: Path,
-    *,
-    bands: Bands | None = None,
-    side: int = 320,
+    rows: Iterable[tuple[str, Mapping[str, Sample]]], classes: Classes, path: Path, side: int = 320
 ) -> Path:
     """Draw image | label | predictions of several networks into a PNG.
 
     Args:
-        rows: samples of one image by network, by row heading: ``{"rural": {"source only": sample, "recalibrated":
-            sample}}``. Image and label are those of the first network; without any labels, that column is left out.
-        classes: names and colors.
-        path: the file to write; its folder is made.
-        bands: bands to show as red, green and blue.
-        side: longest side of each image in the figure, in pixels.
+        rows: heading, and samples of one image by network. Image and label are those of the first network; without any
+            labels, that column is left out.
+        classes: see `panels`.
+        path: see `panels`.
+        side: see `panels`.
 
     Returns:
         The path.
     """
-    networks = list(dict.fromkeys(network for samples in rows.values() for network in samples))
-    labeled = any(sample.label is not None for samples in rows.values() for sample in samples.values())
-    fitted = []
-    for heading, samples in rows.items():
+    rows = list(rows)
+    networks = list(dict.fromkeys(network for _, samples in rows for network in samples))
+    labeled = any(sample.label is not None for _, samples in rows for sample in samples.values())
+    tiled = []
+    for heading, samples in rows:
         first = next(iter(samples.values()))
-        tiles: list[Tile | None] = [Tile(to_rgb(first.image, bands))]
+        tiles: list[Tile | None] = [Tile(to_rgb(first.image))]
         tiles += [_painted(first.label, classes)] if labeled else []
         tiles += [
             _painted(samples[network].prediction if network in samples else None, classes) for network in networks
         ]
-        fitted.append(Row(heading, tiles))
-    return _sheet(fitted, ["image", *(["label"] if labeled else []), *networks], classes, path, side)
+        tiled.append(Row(heading, tiles))
+    return _sheet(tiled, ["image", *(["label"] if labeled else []), *networks], classes, path, side)
 
 
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
@@ -236,8 +219,8 @@ def _fitted(tile: Tile, side: int) -> Image.Image:
     height, width = tile.image.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    how = Image.Resampling.NEAREST if tile.sharp or scale > 2 else Image.Resampling.LANCZOS
-    image = Image.fromarray(tile.image).resize(size, how)
+    resampling = Image.Resampling.NEAREST if tile.sharp or scale > 2 else Image.Resampling.LANCZOS
+    image = Image.fromarray(tile.image).resize(size, resampling)
     if tile.striped is not None:
         mask = Image.fromarray(tile.striped * np.uint8(255)).resize(size, Image.Resampling.NEAREST)
         image.paste(_stripes(size), (0, 0), mask)
@@ -253,16 +236,16 @@ def _stripes(size: tuple[int, int]) -> Image.Image:
 def _legend(classes: Classes, width: int, font: ImageFont.FreeTypeFont, striped: bool) -> Image.Image:
     """Color swatches with class names, wrapped to the width."""
     names = [*classes.names, *(["no label"] if striped else [])]
-    places, left, top = [], GAP, 8
+    positions, left, top = [], GAP, 8
     for name in names:
         wide = 22 + round(font.getlength(name)) + 18
         if left + wide > width and left > GAP:
             left, top = GAP, top + 24
-        places.append((left, top))
+        positions.append((left, top))
         left += wide
     image = Image.new("RGB", (width, top + 28), PAPER)
     pen = ImageDraw.Draw(image)
-    for index, (name, (left, top)) in enumerate(zip(names, places, strict=True)):
+    for index, (name, (left, top)) in enumerate(zip(names, positions, strict=True)):
         if index < len(classes.names):
             image.paste(classes.colors[index], (left, top, left + 16, top + 16))
         else:
@@ -277,6 +260,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-__all__ = ["Bands", "comparison_figure", "confusion_figure", "panels", "to_rgb"]

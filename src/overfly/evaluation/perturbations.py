@@ -195,6 +195,3 @@ def _recolored(name: str, recolor: Callable[[Tensor, Generator], Tensor]) -> Per
         return recolor(image[None] / max_value, generator)[0].clamp(0, 1) * max_value
 
     return Perturbation(name, apply, _unchanged)
-
-
-__all__ = ["Perturbation", "domain_shifts", "geometric_perturbations", "mild_perturbations", "random_mask", "rotated"]

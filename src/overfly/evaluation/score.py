@@ -27,13 +27,13 @@ class LabeledImage(NamedTuple):
     """An item as read.
 
     Attributes:
-        index: position in the split.
+        position: index in the split, from 0.
         item: where it was read from.
         image: (H, W, C).
         label: (H, W).
     """
 
-    index: int
+    position: int
     item: Item
     image: Array
     label: UInt8
@@ -159,7 +159,7 @@ def score(
                 prediction, image_counts = _count(scores, image, domain, protocol)
                 counts = counts + image_counts
                 if samples is not None:
-                    samples.show(_sample(image, prediction, image_counts), image.index, len(labeled))
+                    samples.show(_sample(image, prediction, image_counts), image.position, len(labeled))
                 if on_image is not None:
                     on_image(counts.images, len(todo))
     if shard[1] > 1:
@@ -295,16 +295,3 @@ def _labeled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split:
     if not labeled:
         raise DataError(f"split {split} of domain {domain.name} has no labels; choose another split")
     return labeled
-
-
-__all__ = [
-    "LabeledImage",
-    "Protocol",
-    "Sample",
-    "SampleCollector",
-    "Samples",
-    "Scores",
-    "evaluation_mode",
-    "read_ahead",
-    "score",
-]

@@ -373,6 +373,3 @@ class Latencies:
         """Overlays per second, from the first frame decoded to the last overlay ready; None before the first."""
         seconds = self._last_ready - self._first_began
         return self.count / seconds if seconds > 0 else None
-
-
-__all__ = ["Latencies", "Latency", "Speed", "Timing", "compare_latency", "count_macs", "measure_speed"]

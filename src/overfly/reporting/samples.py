@@ -13,7 +13,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RunError
 from overfly.core.records import UInt8
 from overfly.data.domain import Domain, Split, SplitError
-from overfly.evaluation.images import predict_scores, unlabeled_images
+from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
 from overfly.evaluation.panels import confusion_figure, panels
 from overfly.evaluation.score import Sample, Samples, evaluation_mode, score
 from overfly.evaluation.scores import Scores
@@ -174,7 +174,7 @@ def _unlabeled_samples(
         split: Split = SPLIT if domain.items(SPLIT) else "train"
     except SplitError:
         split = "train"
-    images = list(unlabeled_images(domain, split, limit=UNLABELED, resize=recipe.resize, crop=1024))
+    images = list(unlabeled_images(domain, split, MetricOptions(UNLABELED, crop=1024, resize=recipe.resize)))
     predictions: list[dict[str, UInt8]] = [{} for _ in images]
     for name, run in runs.items():
         network = run.segmenter().to(device)

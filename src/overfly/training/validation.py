@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from overfly.core.errors import NotFiniteError
-from overfly.evaluation.images import unlabeled_images
+from overfly.evaluation.images import MetricOptions, unlabeled_images
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics_of_images
 from overfly.evaluation.score import score
 from overfly.methods.method import Method, Networks
@@ -69,9 +69,8 @@ class Validator:
                     self.recipe.method.deployed(self.nets),
                     self.images,
                     self.recipe.domain("target").max_value,
+                    self.options,
                     reference=reference(self.recipe.method, self.nets),
-                    window=self.recipe.window,
-                    device=self.fabric.device,
                 )
             except NotFiniteError:
                 return None
@@ -82,9 +81,13 @@ class Validator:
     @cached_property
     def images(self) -> list[Tensor]:
         """The target images, without labels, read once."""
+        return list(unlabeled_images(self.recipe.domain("target"), "train", self.options))
+
+    @property
+    def options(self) -> MetricOptions:
+        """Which target images metrics are computed on, and how they are predicted."""
         recipe = self.recipe
-        domain = recipe.domain("target")
-        return list(unlabeled_images(domain, "train", limit=TARGET_IMAGES, resize=recipe.resize, crop=recipe.crop))
+        return MetricOptions(TARGET_IMAGES, recipe.crop, recipe.resize, recipe.window, self.fabric.device)
 
 
 def reference(method: Method[Any], nets: Networks) -> nn.Module | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError
 
 from overfly.core.records import IGNORE
-from overfly.evaluation.calibration import Calibration
+from overfly.evaluation.scores import Calibration
 
 
 def _scores(seed: int, images: int = 3) -> tuple[Tensor, Tensor]:
