@@ -68,7 +68,7 @@ def test_broken_chunked_body_resumes(file_server: FileServer, tmp_path: Path) ->
 def test_later_call_resumes(file_server: FileServer, tmp_path: Path) -> None:
     url = file_server.add("a.bin", Served(BODY, breaks=[7000]))
     path = tmp_path / "a.bin"
-    with pytest.raises(DownloadError, match=r"7\.0 kB received"):
+    with pytest.raises(DownloadError, match=r"7\.0 kB"):
         download_file(url, path, retries=0)
     assert not path.exists()
     assert names(tmp_path) == ["a.bin.part", "a.bin.part.json"]

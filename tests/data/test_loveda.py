@@ -67,7 +67,7 @@ def test_numbers_that_loveda_has_not_are_named(tmp_path: Path) -> None:
     scene(tmp_path, "Train", "Rural", range(1))
     Image.fromarray(np.full((8, 8), 9, np.uint8)).save(tmp_path / "Train/Rural/masks_png/0.png")
     domain = LoveDA(root=tmp_path, scene="rural")
-    with pytest.raises(DataError, match=r"0\.png holds 9 \(64 pixels\)"):
+    with pytest.raises(DataError, match=r"0\.png .*9 \(64 pixels\)"):
         domain.read_label(domain.items("train")[0])
 
 

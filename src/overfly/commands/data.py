@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from overfly.data.check import Report, Statistics
-    from overfly.data.download import Downloaded
+    from overfly.data.loveda import Downloaded
 else:  # cyclopts resolves the annotations of results, which need not be imported for it
     Downloaded = Statistics = object
 
@@ -101,7 +101,7 @@ def data_fetch(
     """
     from overfly.core.progress import Progress
     from overfly.data.domain import SPLITS
-    from overfly.data.download import download_loveda
+    from overfly.data.loveda import download_loveda
 
     del name
     with Progress("bytes") as progress:

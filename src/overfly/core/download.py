@@ -1,4 +1,4 @@
-"""Download files over HTTP with `pooch`: cached, verified by hash, and resumed when the connection breaks.
+"""Download files over HTTP with `pooch` (verified by hash, resumed when the connection breaks), and unpack archives.
 
 Next to ``name`` an unfinished download keeps ``name.part`` (the received bytes) and ``name.part.json`` (URL and version
 of the file they belong to); ``name`` appears when it is complete and its hash matches.
@@ -7,19 +7,25 @@ of the file they belong to); ``name`` appears when it is complete and its hash m
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import lzma
 import os
 import re
 import shutil
+import stat
+import struct
 import time
 import urllib.parse
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from overfly.core.atomic_files import lock
+from overfly.core.atomic_files import lock, temporary_path
 from overfly.core.errors import DownloadError
 
 Progress = Callable[[int, int | None], None]
@@ -30,7 +36,13 @@ CHUNK = 1 << 16
 PAUSE = 0.5
 """Seconds before the first retry; doubled for each further one."""
 MAX_PAUSE = 60.0
-"""Longest pause before a retry, in seconds, whatever the server asks for."""
+"""Longest pause before a retry, in seconds, including that of a Retry-After header."""
+MAX_BYTES = 20 * 10**9
+"""Largest unpacked size of an archive."""
+MAX_FILES = 50_000
+"""Largest number of files in an archive."""
+CLUTTER = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files of file managers, which are not unpacked."""
 
 
 def cache_folder() -> Path:
@@ -77,22 +89,27 @@ def download_file(
     if path.is_dir():
         raise DownloadError(f"{path} is a folder, not a file; move it away or download to another path")
     whole = known_hash if known_hash is None or len(known_hash) in (len("md5:") + 32, len("sha256:") + 64) else None
-    downloader = _ResumingDownloader(path, known_hash, whole is None, progress, retries, timeout)
+    downloader = _ResumingDownloader(path, known_hash, progress, retries, timeout)
     pooch.get_logger().setLevel("WARNING")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.with_name(path.name + ".lock")):
-            if known_hash and not whole and path.is_file() and hash_error(path, known_hash):
-                path.unlink()  # `pooch` compares whole hashes only
+            prefix = known_hash if whole is None else None  # `pooch` compares whole hashes only
+            if prefix and path.is_file() and hash_error(path, prefix):
+                path.unlink()
             try:
                 pooch.retrieve(url, whole, path.name, path.parent, downloader=downloader)
             except ValueError as error:  # another hash; `pooch` has deleted the file
                 raise DownloadError(f"{path.name} from {_public_part(url)}: {error}") from None
+            difference = hash_error(path, prefix) if prefix else None
+            if difference:
+                path.unlink()
+                raise DownloadError(f"{path.name} from {_public_part(url)}: {difference}; try again")
     return path
 
 
 def hash_error(path: Path, known_hash: str) -> str | None:
-    """Compare a file with a hash such as ``md5:0f…``; return a text with both if they differ."""
+    """Compare a file with a hash such as ``md5:0f…``; return a message with both if they differ."""
     import pooch
 
     algorithm, _, expected = known_hash.lower().partition(":")
@@ -154,7 +171,6 @@ class _ResumingDownloader:
 
     path: Path
     known_hash: str | None
-    check_hash: bool
     progress: Progress | None
     retries: int
     timeout: float
@@ -177,42 +193,34 @@ class _ResumingDownloader:
                 if failures > self.retries:
                     raise DownloadError(
                         f"{_public_part(url)} cannot be downloaded: {error} ({failures} attempts in a row); check the "
-                        f"URL and the connection and try again, the {format_bytes(received)} received are kept"
+                        f"URL and the connection and try again; it resumes after {format_bytes(received)}"
                     ) from error
                 time.sleep(min(max(error.pause, PAUSE * 2 ** (failures - 1)), MAX_PAUSE))
-        different = hash_error(self.part, self.known_hash) if self.known_hash and self.check_hash else None
-        if different is None:
-            self.part.replace(output_file)
+        self.part.replace(output_file)
         self._discard()
-        if different is not None:
-            raise DownloadError(f"{self.path.name} from {_public_part(url)}: {different}; it is deleted, try again")
 
     def _request(self, url: str) -> None:
         import requests
 
         note = self._read_note()
-        known = note.get("url") == url and (note.get("version") or self.known_hash)
-        received = self._received() if known else 0
+        version = note.get("version")
+        received = self._received() if note.get("url") == url and (version or self.known_hash) else 0
         headers = {"User-Agent": "overfly", "Accept-Encoding": "identity"}
         if received:
-            headers |= {"Range": f"bytes={received}-", **({"If-Range": note["version"]} if note["version"] else {})}
+            headers |= {"Range": f"bytes={received}-"} | ({"If-Range": version} if version else {})
         try:
             with requests.get(url, headers=headers, stream=True, timeout=self.timeout) as response:
-                if url.startswith("https:") and not response.url.startswith("https:"):
-                    raise DownloadError(f"{_public_part(url)} redirects to an insecure URL; download it by hand")
-                _check_status(response, url)
+                _check_response(response, url)
                 start = received if response.status_code == 206 else 0
-                if response.status_code == 416 or (start and not _same_version(response, start, note["version"])):
+                if response.status_code == 416 or (start and not _same_version(response, start, version)):
                     self._discard()
                     raise _RetryError("the file on the server has changed")
                 self._receive(url, response, start)
-        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL):
-            raise DownloadError(
-                f"{_public_part(url)} is not, or redirects to something else than, an http URL"
-            ) from None
+        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
+            raise DownloadError(f"{_public_part(url)} is not an http URL, or redirects to another URL") from error
         except requests.exceptions.SSLError as error:
             raise DownloadError(
-                f"the certificate of {_public_part(url)} is invalid; check this machine's clock"
+                f"{_public_part(url)} has an invalid certificate; check this machine's clock"
             ) from error
         except requests.RequestException as error:
             reason = f"no connection to {urllib.parse.urlsplit(url).hostname}, or no data for {self.timeout:g} s"
@@ -229,11 +237,8 @@ class _ResumingDownloader:
             self.note.write_text(json.dumps({"url": url, "version": version}), encoding="utf-8")
         received = start
         with self.part.open("ab") as file:
-            if self.progress:
-                self.progress(received, total)
-            for chunk in response.iter_content(CHUNK):
-                file.write(chunk)
-                received += len(chunk)
+            for chunk in itertools.chain([b""], response.iter_content(CHUNK)):
+                received += file.write(chunk)
                 if self.progress:
                     self.progress(received, total)
         if total is not None and received != total:
@@ -244,7 +249,7 @@ class _ResumingDownloader:
 
     def _read_note(self) -> dict[str, str]:
         try:
-            return {"version": "", **json.loads(self.note.read_text(encoding="utf-8"))}
+            return dict(json.loads(self.note.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
 
@@ -253,16 +258,16 @@ class _ResumingDownloader:
         self.note.unlink(missing_ok=True)
 
 
-def _check_status(response: Any, url: str) -> None:
-    status, reason = response.status_code, response.reason
-    if status in (200, 206, 416):
-        return
+def _check_response(response: Any, url: str) -> None:
+    status = response.status_code
+    if url.startswith("https:") and not response.url.startswith("https:"):
+        raise DownloadError(f"{_public_part(url)} redirects to an insecure URL; download the file in a browser")
     if status in (408, 425, 429) or status >= 500:
         pause = response.headers.get("Retry-After", "")
-        raise _RetryError(f"the server answers {status} {reason}", float(pause) if pause.isdigit() else 0.0)
-    if status in (401, 403):
-        raise DownloadError(f"{_public_part(url)} requires a login ({status}); download it by hand")
-    raise DownloadError(f"{_public_part(url)}: the server answers {status} {reason}; check the URL")
+        raise _RetryError(f"HTTP status {status} {response.reason}", float(pause) if pause.isdigit() else 0.0)
+    if status not in (200, 206, 416):
+        action = "download the file in a browser" if status in (401, 403) else "check the URL"
+        raise DownloadError(f"{_public_part(url)}: HTTP status {status} {response.reason}; {action}")
 
 
 def _same_version(response: Any, start: int, version: str | None) -> bool:
@@ -277,4 +282,85 @@ def _public_part(url: str) -> str:
     return re.sub(r"//[^/]*@", "//", re.split("[?#]", url, maxsplit=1)[0])
 
 
-__all__ = ["Progress", "cache_folder", "check_free_space", "disk_errors", "download_file", "format_bytes", "hash_error"]
+def unpack_zip(
+    archive: Path, folder: Path, *, check: Callable[[Path], None] | None = None, progress: Progress | None = None
+) -> None:
+    """Unpack ``archive`` as ``folder``, which appears when it is complete and checked.
+
+    A top folder of the same name within the archive is left out: ``Train/Urban/…`` and ``Urban/…`` both unpack to
+    ``folder/Urban/…``.
+
+    Args:
+        archive: the zip file.
+        folder: the folder to create; it does not exist, or is empty.
+        check: called with the folder before it gets its name; raises if its content is wrong.
+        progress: called with the number of bytes unpacked and of all bytes.
+
+    Raises:
+        DownloadError: the archive is damaged, encrypted, too large or unsafe, or the disk is full.
+    """
+    with disk_errors(folder), _zip_errors(archive), zipfile.ZipFile(archive) as opened:
+        members = _safe_members(opened, archive, folder.name)
+        total = sum(info.file_size for info, _ in members)
+        if total > MAX_BYTES or len(members) > MAX_FILES:
+            raise DownloadError(
+                f"{archive} unpacks to {len(members)} files of {format_bytes(total)}, more than {MAX_FILES} files or "
+                f"{format_bytes(MAX_BYTES)}; nothing was unpacked, check its origin"
+            )
+        check_free_space(folder, total)
+        with temporary_path(folder, folder=True) as part:
+            done = 0
+            for info, name in members:
+                path = part / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with opened.open(info) as packed, path.open("xb") as file:
+                    while chunk := packed.read(CHUNK):
+                        file.write(chunk)
+                        done += len(chunk)
+                if progress:
+                    progress(done, total)
+            if check:
+                check(part)
+            if folder.is_dir():
+                folder.rmdir()
+            part.rename(folder)
+
+
+def _safe_members(opened: zipfile.ZipFile, archive: Path, top: str) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
+    """The files of an archive with their paths below the folder.
+
+    Raises:
+        DownloadError: a member would be written outside the folder, is a link, is encrypted, or occurs twice.
+    """
+    members: dict[str, tuple[zipfile.ZipInfo, PurePosixPath]] = {}
+    for info in opened.infolist():
+        name = info.orig_filename
+        path = PurePosixPath(name)
+        unsafe = None
+        if not path.parts or path.is_absolute() or ".." in path.parts or re.search(r"[\\:\x00-\x1f]", name):
+            unsafe = "has a path outside the folder"
+        elif stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            unsafe = "is a link or a device"
+        elif info.flag_bits & 0x1:
+            unsafe = "is encrypted"
+        if path.parts[:1] == (top,) and len(path.parts) > 1:
+            path = PurePosixPath(*path.parts[1:])
+        if str(path).casefold() in members:  # some file systems ignore case
+            unsafe = "occurs twice"
+        if unsafe:
+            raise DownloadError(f"{archive}: {name!r} {unsafe}; nothing was unpacked, check the archive's origin")
+        if not info.is_dir() and not any(part in CLUTTER or part.startswith("._") for part in path.parts):
+            members[str(path).casefold()] = info, path
+    return list(members.values())
+
+
+@contextmanager
+def _zip_errors(archive: Path) -> Iterator[None]:
+    """Raise errors of a damaged archive as `DownloadError`; `zipfile` raises RuntimeError for encryption."""
+    damage = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, RuntimeError)
+    try:
+        yield
+    except damage as error:
+        raise DownloadError(
+            f"{archive} is not an intact zip archive ({error}); delete it and download it again"
+        ) from error

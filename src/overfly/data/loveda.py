@@ -1,16 +1,22 @@
-"""LoveDA (Wang et al., 2021): aerial scenes of Nanjing, Changzhou and Wuhan at 0.3 m, urban and rural."""
+"""LoveDA (Wang et al., 2021): aerial scenes of Nanjing, Changzhou and Wuhan at 0.3 m; the dataset and its download."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from overfly.core.atomic_files import lock
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError
+from overfly.core.download import Progress, disk_errors, download_file, unpack_zip
+from overfly.core.errors import DataError, DownloadError
 from overfly.core.records import IGNORE, Item, UInt8
+from overfly.core.spec import Spec
 from overfly.data import reading
-from overfly.data.domain import Domain, Split, SplitError
+from overfly.data.domain import SPLITS, Domain, Split, SplitError
 from overfly.data.reading import UNKNOWN, from_numbers, unknown_numbers
 
 CLASSES = Classes(
@@ -26,7 +32,7 @@ MEANING = {0: IGNORE, **{number: number - 1 for number in range(1, 8)}}
 
 
 class LoveDA(Domain, name="loveda"):
-    """LoveDA: 5,987 aerial scenes for domain adaptation between town and country.
+    """LoveDA: 5,987 aerial scenes for domain adaptation between urban and rural scenes.
 
     * Format: RGB PNG, 1024×1024, 8 bits; ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
     * Bands: red, green, blue. Resolution: 0.3 m. Places: Nanjing, Changzhou, Wuhan (Google Earth, July 2016).
@@ -39,9 +45,9 @@ class LoveDA(Domain, name="loveda"):
     """
 
     root: Path
-    """Folder that holds ``Train``, ``Val`` and ``Test``; the synthetic world can be written in the same layout."""
+    """Folder that holds ``Train``, ``Val`` and ``Test``; synthetic images can be written in the same layout."""
     scene: Literal["urban", "rural", "both"] = "both"
-    """Which scenes: ``urban``, ``rural``, or ``both`` as one domain."""
+    """Scenes: ``urban``, ``rural``, or ``both`` as one domain."""
 
     @property
     def classes(self) -> Classes:
@@ -67,17 +73,17 @@ class LoveDA(Domain, name="loveda"):
         """The label (H, W): no data as 255, classes as 0 to 6.
 
         Raises:
-            DataError: there is none, or it is broken, of another size than the image, or holds other numbers.
+            DataError: the item has no label, or it is damaged, of another size than the image, or holds other numbers.
         """
         values = reading.read_label_pixels(reading.label_of(item)).values
         if values.ndim != 2:
-            raise DataError(f"{item.label} holds colors, and LoveDA's masks hold numbers 0 to 7; fetch it again")
+            raise DataError(f"{item.label} must hold numbers 0 to 7, not colors; download it again")
         reading.check_size(item, values)
         label = from_numbers(values, MEANING)
         if (label == UNKNOWN).any():
             raise DataError(
-                f"{item.label} holds {unknown_numbers(values, label)}, and LoveDA's masks hold numbers 0 to 7; "
-                "fetch it again, or describe your own masks with the domain 'folder'"
+                f"{item.label} must hold numbers 0 to 7, got {unknown_numbers(values, label)}; download it again, or "
+                "use the domain 'folder' for other masks"
             )
         return label
 
@@ -85,19 +91,208 @@ class LoveDA(Domain, name="loveda"):
         root = self.root.expanduser()
         folder = root / split.capitalize() / scene / "images_png"
         if not folder.is_dir():
-            raise SplitError(f"LoveDA is not in {folder}; get it with: overfly data fetch loveda --root {root}")
+            raise SplitError(f"{folder} does not exist; download LoveDA with: overfly data fetch loveda --root {root}")
         paths = [path for path in folder.glob("*.png") if path.stem.isdecimal()]
         if not paths:
-            raise DataError(f"{folder} holds no images N.png; get them with: overfly data fetch loveda --root {root}")
+            raise DataError(
+                f"{folder} has no images N.png; download them with: overfly data fetch loveda --root {root}"
+            )
         paths.sort(key=lambda path: int(path.stem))
         masks = folder.parent / "masks_png"
         present = {path.name for path in masks.glob("*.png")}
         missing = [path for path in paths if path.name not in present]
         if missing and split != "test":
             raise DataError(
-                f"{masks / missing[0].name} is missing, the mask of one of {len(missing)} images without; "
-                f"fetch the split again with: overfly data fetch loveda --root {root}"
+                f"{masks / missing[0].name} is missing ({len(missing)} of {len(paths)} images have no mask); "
+                f"download the split again with: overfly data fetch loveda --root {root}"
             )
         return [
             Item(f"{scene}_{path.stem}", path, masks / path.name if path.name in present else None) for path in paths
         ]
+
+
+LOVEDA_URL = "https://zenodo.org/records/5706578/files"
+"""Base URL of LoveDA's archives (DOI 10.5281/zenodo.5706578); ``OVERFLY_LOVEDA_URL`` overrides it."""
+LOVEDA_LICENSE = (
+    "LoveDA is licensed CC BY-NC-SA 4.0, and its images are subject to the terms of Google Earth: academic use only, "
+    "no commercial use of the images or of networks trained on them; cite Wang et al. (2021), "
+    "doi 10.5281/zenodo.5706578"
+)
+SCENES = ("Urban", "Rural")
+RECEIPT = ".overfly.json"
+"""File in an unpacked split that names its archive and its number of files."""
+NamedProgress = Callable[[str, int, int | None], None]
+"""Called with the name of the step, the bytes so far, and all bytes, or None where they are not known."""
+
+
+class Archive(NamedTuple):
+    """A published archive, which unpacks to a folder of the same stem.
+
+    Attributes:
+        name: file name.
+        md5: checksum.
+        files: number of images and masks.
+        masks: whether it holds masks.
+    """
+
+    name: str
+    md5: str
+    files: int
+    masks: bool = True
+
+
+LOVEDA: Mapping[Split, Archive] = {
+    "train": Archive("Train.zip", "de2b196043ed9b4af1690b3f9a7d558f", 2 * 2522),
+    "val": Archive("Val.zip", "84cae2577468ff0b5386758bb386d31d", 2 * 1669),
+    "test": Archive("Test.zip", "a489be0090465e01fb067795d24e6b47", 1796, masks=False),
+}
+"""LoveDA's archives; 2522 + 1669 + 1796 = 5987 images."""
+
+
+class DownloadedSplit(Spec):
+    """A split on disk."""
+
+    split: Split
+    """Name of the split."""
+    folder: Path
+    """Its folder."""
+    files: int
+    """Number of images and masks."""
+    downloaded: bool
+    """Whether it was downloaded now; False: it existed and was complete."""
+    archive: Path | None = None
+    """The archive, if it was kept."""
+
+
+class Downloaded(Spec):
+    """A dataset on disk."""
+
+    root: Path
+    """Folder of the dataset: the ``root`` of a domain in a recipe."""
+    splits: tuple[DownloadedSplit, ...]
+    """Its splits."""
+    license: str
+    """License of the dataset."""
+
+    def __str__(self) -> str:
+        """Splits and license, one a line."""
+        lines = [
+            f"{'downloaded' if part.downloaded else 'complete already'}: {part.folder} ({part.files} images and masks)"
+            + (f"; archive kept: {part.archive}" if part.archive else "")
+            for part in self.splits
+        ]
+        return "\n".join([*lines, f"license: {self.license}"])
+
+    def __rich__(self) -> str:
+        """The same in a terminal."""
+        return str(self)
+
+
+def download_loveda(
+    root: Path,
+    splits: Iterable[Split] = SPLITS,
+    *,
+    base: str | None = None,
+    progress: NamedProgress | None = None,
+    keep_archives: bool = False,
+) -> Downloaded:
+    """Download LoveDA (Wang et al., 2021) to ``root``: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
+
+    Complete splits are skipped, interrupted downloads resume, and incomplete or foreign folders are an error. A split
+    appears when it is complete. An archive that exists in ``root`` with the right checksum is used and kept.
+
+    Args:
+        root: folder of the dataset; created if missing.
+        splits: splits to download; the masks of ``test`` are not public.
+        base: URL of the archives' folder; defaults to ``OVERFLY_LOVEDA_URL``, else `LOVEDA_URL`.
+        progress: called as bytes are downloaded and unpacked.
+        keep_archives: keep the zip files after unpacking.
+
+    Returns:
+        The splits and the license, which the caller must show.
+
+    Raises:
+        DataError: a split's folder exists and is incomplete or not LoveDA's.
+        DownloadError: the download fails, does not match its checksum, or does not unpack.
+    """
+    base = (base or os.environ.get("OVERFLY_LOVEDA_URL") or LOVEDA_URL).rstrip("/")
+    chosen = tuple(dict.fromkeys(splits))
+    unknown = [name for name in chosen if name not in LOVEDA]
+    if unknown:
+        raise DataError(f"splits must be some of {', '.join(LOVEDA)}, got {unknown[0]!r}")
+    for split in chosen:  # before gigabytes are downloaded
+        _complete_files(root, split)
+    done = tuple(_download_split(root, split, base, progress, keep_archives) for split in chosen)
+    return Downloaded(root=root, splits=done, license=LOVEDA_LICENSE)
+
+
+def _download_split(
+    root: Path, split: Split, base: str, progress: NamedProgress | None, keep_archives: bool
+) -> DownloadedSplit:
+    archive = LOVEDA[split]
+    folder, path = root / Path(archive.name).stem, root / archive.name
+
+    def step(verb: str) -> Progress | None:
+        return partial(progress, f"{verb} {archive.name}") if progress else None
+
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with lock(root / f".{folder.name}.lock"):
+            files = _complete_files(root, split)  # another process may have finished it while this one waited
+            if files:
+                return DownloadedSplit(split=split, folder=folder, files=files, downloaded=False)
+            keep = keep_archives or path.exists()
+            download_file(f"{base}/{path.name}", path, known_hash=f"md5:{archive.md5}", progress=step("download"))
+            unpack_zip(path, folder, check=partial(_check_layout, archive=archive), progress=step("unpack"))
+            if not keep:
+                path.unlink()
+    files = _complete_files(root, split)
+    return DownloadedSplit(split=split, folder=folder, files=files, downloaded=True, archive=path if keep else None)
+
+
+def _complete_files(root: Path, split: Split) -> int:
+    """Number of files of a complete split; 0 if its folder is missing or empty.
+
+    Raises:
+        DataError: the folder holds something else than the complete split.
+    """
+    archive = LOVEDA[split]
+    folder = root / Path(archive.name).stem
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return 0
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; move it away or choose another root")
+    files, expected = _count_files(folder), _receipt_files(folder) or archive.files
+    if files != expected:
+        raise DataError(
+            f"{folder} holds {files} images and masks, and LoveDA's {split} split has {expected}: it is incomplete or "
+            "another dataset; move it away or choose another root"
+        )
+    return files
+
+
+def _count_files(folder: Path) -> int:
+    return sum(
+        len(list((folder / scene / kind).glob("*.png"))) for scene in SCENES for kind in ("images_png", "masks_png")
+    )
+
+
+def _receipt_files(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / RECEIPT).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _check_layout(folder: Path, archive: Archive) -> None:
+    """Check that an unpacked archive has LoveDA's layout and a mask for each image, and write the receipt."""
+    for scene in SCENES:
+        images = {path.name for path in (folder / scene / "images_png").glob("*.png")}
+        masks = {path.name for path in (folder / scene / "masks_png").glob("*.png")}
+        if not images or (archive.masks and images != masks):
+            raise DownloadError(
+                f"{archive.name} does not have LoveDA's layout: {len(images)} images and {len(masks)} masks in "
+                f"{scene}; check the base URL"
+            )
+    receipt = {"archive": archive.name, "md5": archive.md5, "files": _count_files(folder)}
+    (folder / RECEIPT).write_text(json.dumps(receipt) + "\n", encoding="utf-8")

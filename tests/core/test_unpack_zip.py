@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from overfly.core import download
+from overfly.core.download import unpack_zip
 from overfly.core.errors import DownloadError
-from overfly.data import download
-from overfly.data.download import unpack_zip
 
 
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:
