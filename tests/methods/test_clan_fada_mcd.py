@@ -52,17 +52,17 @@ def test_both_class_layers_read_the_same_features(net: Any) -> None:
     images = batch(72).target[:, :, :70]  # sides that are no multiple of the stride
     (outputs,), _ = two_classifier_forward(segmenter, copy.deepcopy(layer), images)
     torch.testing.assert_close(outputs.second, outputs.logits.main)
-    (first, second), read = two_classifier_forward(segmenter, second, images, images[:1])
-    assert (len(first.second), len(second.logits.main), len(read)) == (2, 1, 3)
-    assert not torch.allclose(first.second, first.logits.main)
+    (two, one), read = two_classifier_forward(segmenter, second, images, images[:1])
+    assert (len(two.second), len(one.logits.main), len(read)) == (2, 1, 3)
+    assert not torch.allclose(two.second, two.logits.main)
     assert not layer._forward_pre_hooks
 
 
 def test_self_information_is_zero_for_confident_predictions() -> None:
-    sure = torch.tensor([80.0, 0.0, 0.0]).view(1, 3, 1, 1)
-    assert self_information(sure).max() < 1e-30
-    unsure = self_information(torch.zeros(1, 3, 2, 2))
-    torch.testing.assert_close(unsure, torch.full((1, 3, 2, 2), 1 / 3))
+    confident = torch.tensor([80.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    assert self_information(confident).max() < 1e-30
+    uncertain = self_information(torch.zeros(1, 3, 2, 2))
+    torch.testing.assert_close(uncertain, torch.full((1, 3, 2, 2), 1 / 3))
 
 
 def test_clan_weighs_pixels_by_disagreement() -> None:

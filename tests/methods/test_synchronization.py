@@ -31,16 +31,16 @@ ALLOWED = {
 }
 
 
-class Synchronizations(TorchDispatchMode):
+class Synchronizations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is not annotated
     """Count operators that would wait for a GPU if the given tensors, and all computed from them, were there.
 
     Everything else, such as random draws from the CPU's generator, stays on the host.
     """
 
     def __init__(self, device_tensors: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's is not annotated
         self.on_device: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.found: list[str] = []
+        self.synchronizing: list[str] = []
         for tensor in device_tensors:
             self.on_device[tensor] = True
 
@@ -53,7 +53,7 @@ class Synchronizations(TorchDispatchMode):
             name = func._schema.name
             masks = name == "aten::index" and any(each.dtype == torch.bool for each in inputs[1:])
             if name in SYNCHRONIZING or masks:
-                self.found.append(name)
+                self.synchronizing.append(name)
             for each in tree_leaves(result):
                 if isinstance(each, Tensor):
                     self.on_device[each] = True
@@ -75,7 +75,7 @@ def synchronizations(method: Method[Any], recipe: Recipe, monkeypatch: pytest.Mo
         def counted(self: Tensor, *args: Any, original: Any = original, name: str = name) -> Any:
             result = original(self, *args)
             if self in mode.on_device:
-                mode.found.append(f"Tensor.{name}")
+                mode.synchronizing.append(f"Tensor.{name}")
                 if name == "cpu":  # on a CPU it would be the tensor itself
                     result = result.clone()
                     del mode.on_device[result]
@@ -85,7 +85,7 @@ def synchronizations(method: Method[Any], recipe: Recipe, monkeypatch: pytest.Mo
     with mode:
         method.losses(nets, batch)
         method.after_step(nets, 0)
-    return mode.found
+    return mode.synchronizing
 
 
 @pytest.mark.parametrize("name", sorted(name for name, kind in Method.kinds.items() if "overfly." in kind.__module__))
@@ -119,4 +119,4 @@ def test_synchronizations_are_counted_on_device_tensors_only() -> None:
         _ = (tensor * 2)[tensor > 0.5]
         bool((tensor + 1).sum() > 0)
         float(torch.rand(()))  # on the host
-    assert mode.found == ["aten::index", "aten::_local_scalar_dense"]
+    assert mode.synchronizing == ["aten::index", "aten::_local_scalar_dense"]

@@ -143,7 +143,7 @@ def two_classifier_forward(student: nn.Module, second: nn.Module, *images: Tenso
     with _captured_input(class_layer(student)) as captured:
         logits: Logits = student(batch)
     scores = upsample(student, second(captured[0]), batch)
-    outputs = map(TwoOutputs, split_logits(logits, sizes), scores.split(sizes))
+    outputs = map(TwoOutputs, split_logits(logits, sizes), torch.split(scores, sizes))
     return list(outputs), captured[0]
 
 

@@ -59,7 +59,7 @@ class Networks(nn.Module):
 class TeacherStudent(Networks):
     """A student and its teacher, an exponential moving average in evaluation mode without gradients."""
 
-    evaluating = ("teacher",)
+    evaluating: ClassVar[tuple[str, ...]] = ("teacher",)
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)

@@ -29,7 +29,7 @@ class Network(nn.Module):
     training_heads: tuple[str, ...] = ()
     first: str = ""
     class_layer: str = ""
-    __call__: Callable[[Tensor], Logits]
+    __call__: Callable[..., Logits]
 
     def forward(self, image: Tensor) -> Logits:
         """Class scores and, with training heads, auxiliary and boundary scores of normalized images (B, C, H, W)."""

@@ -59,7 +59,7 @@ class Segmenter(nn.Module):
 
     mean: Tensor
     std: Tensor
-    __call__: Callable[[Tensor], Logits]
+    __call__: Callable[..., Logits]
 
     def __init__(
         self,
