@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import SGD
 from overfly.core.records import Batch, Logits
-from overfly.methods.adaptsegnet import AdaptSegNet
-from overfly.methods.advent import Advent, MinEnt
+from overfly.methods.adaptsegnet import AdaptSegNet, Advent, MinEnt
 from overfly.methods.adversarial import student_outputs
 from overfly.methods.clan import CLAN
 from overfly.methods.fada import FADA

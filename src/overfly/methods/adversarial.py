@@ -1,11 +1,17 @@
-"""Parts that adversarial methods share: a critic beside the student, and the outputs that it reads."""
+"""Domain critics, adversarial losses, and what methods with a critic share.
+
+Student and critic are trained in one step, without a second loop: the student's loss uses the critic with detached
+weights, the critic's loss uses detached maps. The gradients of the sum equal those of the classic two-phase update.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Generic, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,11 +19,12 @@ from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Adam, Optim
 from overfly.core.records import Logits, Losses
 from overfly.methods.method import Method, Networks
-from overfly.ops.adversarial import Critic, adversarial_loss, critic_loss
 from overfly.ops.normalization import probe
 
 Levels = Literal["single", "multi"]
 """The main scores alone, or those of the first auxiliary head too."""
+MIN_SIDE = 32
+"""Smallest side of the maps that a `Critic` accepts, in pixels."""
 
 
 class StudentCritic(Networks):
@@ -88,3 +95,92 @@ def adversarial_terms(
         terms[f"adversarial{suffix}"] = weight * adversarial_loss(critic, target_map)
         terms[f"critic{suffix}"] = critic_loss(critic, source_map, target_map)
     return terms
+
+
+class Critic(nn.Sequential):
+    """Fully convolutional critic: 4×4 convolutions of stride 2, widths 64-128-256-512-1, leaky ReLU of slope 0.2.
+
+    Maps (B, C, H, W) to scores (B, 1, ⌊H/32⌋, ⌊W/32⌋) before the sigmoid; above 0 means source. Source: AdaptSegNet
+    (Tsai et al., 2018), section 4.1, after DCGAN.
+
+    Args:
+        channels: C of the maps.
+        width: channels of the first layer; the next three have 2, 4 and 8 times as many.
+    """
+
+    def __init__(self, channels: int, width: int = 64) -> None:
+        widths = (channels, width, 2 * width, 4 * width, 8 * width, 1)
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, padding=1), nn.LeakyReLU(0.2)]
+        super().__init__(*layers[:-1])
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Scores of maps (B, C, H, W).
+
+        Raises:
+            RecipeError: a side is below `MIN_SIDE`.
+        """
+        height, width = maps.shape[-2:]
+        if min(height, width) < MIN_SIDE:
+            raise RecipeError(f"crop must be at least {MIN_SIDE} for a critic, got maps of {height}×{width} pixels")
+        for layer in self:
+            maps = layer(maps)
+        return maps
+
+
+def forward_frozen(module: nn.Module, x: Tensor) -> Tensor:
+    """Output of a module with detached weights: gradients reach ``x`` only, buffers do not change."""
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    scores: Tensor = torch.func.functional_call(module, weights | _copied_buffers(module), (x,))
+    return scores
+
+
+def forward_detached(module: nn.Module, x: Tensor) -> Tensor:
+    """Output of a module for detached ``x``: gradients reach its weights only, buffers do not change."""
+    scores: Tensor = torch.func.functional_call(module, _copied_buffers(module), (x.detach(),))
+    return scores
+
+
+def adversarial_loss(critic: nn.Module, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The student's loss: binary cross-entropy of the critic taking target maps for source maps.
+
+    Args:
+        critic: its weights get no gradient.
+        target: maps of target images (B, C, H, W).
+        weight: of each pixel (B, H, W); None: 1.
+
+    Returns:
+        A scalar, the mean over the scores.
+    """
+    return _cross_entropy(forward_frozen(critic, target), True, weight)
+
+
+def critic_loss(critic: nn.Module, source: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The critic's loss: binary cross-entropy of telling source maps from target maps.
+
+    Args:
+        critic: the module that is trained.
+        source: maps of source images (B, C, H, W); they get no gradient.
+        target: maps of target images (B, C, H, W); they get no gradient.
+        weight: of each pixel of the target (B, H, W), detached here; None: 1.
+
+    Returns:
+        A scalar, the mean of both domains' losses.
+    """
+    true = _cross_entropy(critic(source.detach()), True)
+    false = _cross_entropy(critic(target.detach()), False, None if weight is None else weight.detach())
+    return (true + false) / 2
+
+
+def _cross_entropy(scores: Tensor, is_source: bool, weight: Tensor | None = None) -> Tensor:
+    if weight is not None:
+        scores = F.interpolate(scores, size=weight.shape[-2:], mode="bilinear", align_corners=False)
+        weight = weight[:, None]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # under autocast too
+    loss = F.softplus(-scores if is_source else scores)
+    return loss.mean() if weight is None else (weight * loss).mean()
+
+
+def _copied_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}

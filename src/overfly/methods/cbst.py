@@ -56,7 +56,8 @@ class CBST(SelfTraining[ThresholdNetworks], name="cbst"):
     def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:
         """Supervised loss on the source; pseudo-label loss on the target."""
         pseudo = pseudo_label(nets.teacher(batch.target).main, batch.nodata_mask)
-        thresholds = class_thresholds(pseudo, self.share_at(nets.step), len(nets.thresholds))
+        share = linear_ramp(self.initial_share, self.share, self.ramp_steps, nets.step)
+        thresholds = class_thresholds(pseudo, share, len(nets.thresholds))
         nets.thresholds.copy_(ema_thresholds(nets.thresholds, thresholds, self.threshold_ema))
         label = filter_by_threshold(pseudo, nets.thresholds)
         source, target = joint_forward(nets.student, batch.source.image, batch.target)
@@ -64,7 +65,3 @@ class CBST(SelfTraining[ThresholdNetworks], name="cbst"):
             **prefixed("source", self.supervised(source, batch.source.label)),
             **prefixed("target", self.pseudo_supervised(target, label), self.weight),
         }
-
-    def share_at(self, step: int) -> float:
-        """Share of each class's pixels that is kept at a step."""
-        return linear_ramp(self.initial_share, self.share, self.ramp_steps, step)

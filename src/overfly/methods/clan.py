@@ -10,10 +10,16 @@ from torch.optim import Optimizer
 from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import NonNegative, Whole
-from overfly.methods.adversarial import Adversarial, StudentCritic, student_outputs
+from overfly.methods.adversarial import (
+    Adversarial,
+    Critic,
+    StudentCritic,
+    adversarial_loss,
+    critic_loss,
+    student_outputs,
+)
 from overfly.methods.mcd import TwoOutputs, class_layer, head_optimizer, second_class_layer, two_classifier_forward
 from overfly.methods.method import prefixed
-from overfly.ops.adversarial import Critic, adversarial_loss, critic_loss
 from overfly.ops.losses import probabilities
 
 

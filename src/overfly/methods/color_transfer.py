@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from overfly.core.records import Batch, Losses
 from overfly.methods.method import Method, Networks
 from overfly.ops.color import match_colors
@@ -18,10 +16,6 @@ class ColorTransfer(Method[Networks], name="color_transfer"):
     per_image: bool = False
     """Whether each source image takes the statistics of one target image, or the source batch those of the whole
     target batch."""
-
-    def networks(self, student: nn.Module) -> Networks:
-        """The student alone."""
-        return Networks(student)
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         """Supervised loss on recolored source images."""

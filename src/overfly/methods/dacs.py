@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from overfly.core.records import Batch, Labeled, Logits, Losses
 from overfly.core.spec import NonNegative, Share, Whole
@@ -53,10 +53,6 @@ class DACS(SelfTraining[TeacherStudent], name="dacs"):
     """Weight of the losses on mixed images."""
     warmup: Whole = 0
     """Steps on the source alone before the first pseudo-labels; 0 where ``start`` is a trained network."""
-
-    def networks(self, student: nn.Module) -> TeacherStudent:
-        """The student and its teacher."""
-        return TeacherStudent(student)
 
     def losses(self, nets: TeacherStudent, batch: Batch) -> Losses:
         """Supervised loss on source images and on mixed images."""

@@ -22,7 +22,7 @@ class AnchoredNetworks(TeacherStudent):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
-        self.anchor = copy.deepcopy(student).requires_grad_(requires_grad=False).eval()
+        self.anchor = copy.deepcopy(student).requires_grad_(False).eval()
 
 
 class DAFormer(DACS, name="daformer"):

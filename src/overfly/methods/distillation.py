@@ -24,7 +24,7 @@ class DistillNetworks(Networks):
 
     def __init__(self, student: nn.Module, teacher: Segmenter) -> None:
         super().__init__(student)
-        self.teacher = teacher.requires_grad_(requires_grad=False).eval()
+        self.teacher = teacher.requires_grad_(False).eval()
 
 
 class Distill(Method[DistillNetworks], name="distill"):

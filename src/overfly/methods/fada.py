@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import NonNegative, Positive, Share
-from overfly.methods.adversarial import Adversarial, StudentCritic, student_outputs
-from overfly.ops.adversarial import forward_frozen
+from overfly.methods.adversarial import Adversarial, StudentCritic, forward_frozen, student_outputs
 from overfly.ops.losses import probabilities
 from overfly.ops.normalization import joint_forward
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field
-from torch import nn
 
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegative
@@ -29,10 +28,6 @@ class FDA(Method[Networks], name="fda"):
     """Weight of the robust entropy of the target's predictions; 0 leaves target images out of the forward pass."""
     power: NonNegative = 2.0
     """Exponent of that entropy (eta): higher reduces the influence of confident pixels."""
-
-    def networks(self, student: nn.Module) -> Networks:
-        """The student alone."""
-        return Networks(student)
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         """Supervised loss on restyled source images; robust entropy on the target."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,9 +13,9 @@ from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import Count, NonNegative
+from overfly.methods.adversarial import forward_detached, forward_frozen
 from overfly.methods.method import Method, Networks, prefixed
 from overfly.models.segmenter import Segmenter
-from overfly.ops.adversarial import forward_detached, forward_frozen
 from overfly.ops.losses import probabilities
 from overfly.ops.normalization import split_logits
 
@@ -78,9 +76,7 @@ class MCD(Method[TwoClassifiers], name="mcd"):
 
     def steps(self, step: int) -> str:
         """Those of the paper's steps A, B and C that an optimizer step does."""
-        return (
-            "ABC" if self.update == "joint" else ("A", "B", *"C" * self.feature_steps)[step % (2 + self.feature_steps)]
-        )
+        return "ABC" if self.update == "joint" else ("AB" + "C" * self.feature_steps)[step % (2 + self.feature_steps)]
 
     def optimizers(self, nets: TwoClassifiers, optim: Optim) -> list[Optimizer]:
         """The student's and the second class layer's."""
@@ -140,11 +136,15 @@ def two_classifier_forward(student: nn.Module, second: nn.Module, *images: Tenso
         The outputs of each group, and the feature map (B, F, h, w) of all groups that both class layers read.
     """
     batch, sizes = torch.cat(images), [len(group) for group in images]
-    with _captured_input(class_layer(student)) as captured:
+    inputs: list[Tensor] = []
+    handle = class_layer(student).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
         logits: Logits = student(batch)
-    scores = upsample(student, second(captured[0]), batch)
+    finally:
+        handle.remove()
+    scores = upsample(student, second(inputs[0]), batch)
     outputs = map(TwoOutputs, split_logits(logits, sizes), torch.split(scores, sizes))
-    return list(outputs), captured[0]
+    return list(outputs), inputs[0]
 
 
 def upsample(student: nn.Module, scores: Tensor, images: Tensor) -> Tensor:
@@ -163,14 +163,3 @@ def _segmenter(student: nn.Module) -> Segmenter:
         return student
     name = getattr(student, "architecture", type(student).__name__)
     raise RecipeError(f"methods mcd and clan need a network that names its class_layer, and {name} does not")
-
-
-@contextmanager
-def _captured_input(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the inputs of a layer during the block."""
-    inputs: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()

@@ -63,7 +63,7 @@ class TeacherStudent(Networks):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
-        self.teacher = copy.deepcopy(student).requires_grad_(requires_grad=False).eval()
+        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
 
 
 N = TypeVar("N", bound=Networks)
@@ -95,9 +95,9 @@ class Method(Choice, ABC, Generic[N]):
         """Whether some step gives some trainable weight no gradient, which distributed training must know."""
         return self.criterion.aux == 0 or self.criterion.boundary == 0
 
-    @abstractmethod
     def networks(self, student: nn.Module) -> N:
-        """The student and the other networks that the method needs."""
+        """The student and the other networks that the method needs; by default none."""
+        return cast(N, Networks(student))
 
     @abstractmethod
     def losses(self, nets: N, batch: Batch) -> Losses:
@@ -144,6 +144,10 @@ class SelfTraining(Method[T], Generic[T]):
 
     ema: Share = 0.99
     """Decay of the teacher's moving average: the share of the teacher that every step keeps."""
+
+    def networks(self, student: nn.Module) -> T:
+        """The student and its teacher; override where the method needs more."""
+        return cast(T, TeacherStudent(student))
 
     def after_step(self, nets: T, step: int) -> None:
         """Move the teacher towards the student."""

@@ -84,14 +84,9 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
             threshold_ema: decay of the thresholds' moving average.
         """
         pseudo, class_prior = multiscale_pseudo_labels(
-            nets.teacher,
-            target,
-            nets.class_prior,
-            scales=self.scales,
-            power=self.class_prior_power,
-            decay=BATCH_EMA,
-            nodata_mask=nodata_mask,
-        )
+            nets.teacher, target, nets.class_prior,
+            scales=self.scales, power=self.class_prior_power, decay=BATCH_EMA, nodata_mask=nodata_mask,
+        )  # fmt: skip
         nets.class_prior.copy_(class_prior)
         thresholds = class_thresholds(pseudo, share, len(nets.thresholds))
         nets.thresholds.copy_(ema_thresholds(nets.thresholds, thresholds, threshold_ema))
@@ -155,8 +150,5 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
 
     def pseudo_labels(self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
         """Pseudo-labels of target images (B, H, W), `IGNORE` where not confident or without data."""
-        return self.label_target(nets, target, nodata_mask, share=self.share_at(nets.step), threshold_ema=BATCH_EMA)
-
-    def share_at(self, step: int) -> float:
-        """Share of each class's pixels that is kept at a step."""
-        return linear_ramp(self.initial_share, self.share, self.ramp_steps, step)
+        share = linear_ramp(self.initial_share, self.share, self.ramp_steps, nets.step)
+        return self.label_target(nets, target, nodata_mask, share=share, threshold_ema=BATCH_EMA)

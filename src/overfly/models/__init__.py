@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from overfly.models import deeplabv2, lraspp, pidnet
+from overfly.models.checkpoints import NAMED
 from overfly.models.network import Network, build, names, register
 from overfly.models.segmenter import Segmenter
-from overfly.models.weights import NAMED, Report, load_weights
+from overfly.models.weights import Report, load_weights
 
 BUILT_IN = (deeplabv2, lraspp, pidnet)
 """The modules whose builders are always registered."""

@@ -207,11 +207,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _check_zip(path: Path) -> None:
-    """Compare every part of a file of ``torch.save`` with its checksum, which ``torch.load`` does not check.
-
-    Raises:
-        WeightsError: a part differs from its checksum, or the archive is broken.
-    """
+    """Compare every part of a file of ``torch.save`` with its checksum, which ``torch.load`` does not check."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return

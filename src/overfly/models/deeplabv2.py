@@ -31,11 +31,8 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample = (
-            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-            if project
-            else None
-        )
+        shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if project else None
+        self.downsample = None if shortcut is None else nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
         self.stride = stride
         self.halve_at_first(True)
 

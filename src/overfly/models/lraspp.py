@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.records import Logits
-from overfly.models.network import Network, register
+from overfly.models.network import Network, register, resize
 
 
 class Row(NamedTuple):
@@ -27,42 +26,26 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row(1, 16, 1, 1),
-    Row(6, 24, 2, 2),
-    Row(6, 32, 3, 2),
-    Row(6, 64, 4, 2),
-    Row(6, 96, 3, 1),
+    Row(1, 16, 1, 1), Row(6, 24, 2, 2), Row(6, 32, 3, 2), Row(6, 64, 4, 2), Row(6, 96, 3, 1),
     Row(6, 160, 3, 1, dilation=2),  # stride 2 in the paper
     Row(6, 320, 1, 1, dilation=2),
-)
+)  # fmt: skip
 QUARTER, EIGHTH = 3, 6
 """Indices of the last blocks at output strides 4 and 8."""
 
 
-def _conv_bn_relu6(inputs: int, outputs: int, size: int = 1, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+def _conv_bn_relu6(
+    inputs: int, outputs: int, size: int = 1, stride: int = 1, *, dilation: int = 1, groups: int = 1
+) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2 * dilation, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())
-
-
-def _depthwise(planes: int, stride: int, dilation: int) -> nn.Sequential:
-    conv = nn.Conv2d(planes, planes, 3, stride, dilation, dilation, groups=planes, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(planes), nn.ReLU6())
 
 
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
     """Depthwise 3×3 convolution, then 1×1 convolution."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
-        nn.BatchNorm2d(inputs),
-        nn.ReLU(),
-        nn.Conv2d(inputs, outputs, 1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
-
-
-def _resize(image: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(image, size=like.shape[-2:], mode="bilinear", align_corners=False)
+    depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
+    pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
+    return nn.Sequential(depthwise, nn.BatchNorm2d(inputs), nn.ReLU(), pointwise, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class InvertedResidual(nn.Module):
@@ -74,7 +57,7 @@ class InvertedResidual(nn.Module):
         widen = [] if expansion == 1 else [_conv_bn_relu6(inputs, inner)]
         self.conv = nn.Sequential(
             *widen,
-            _depthwise(inner, stride, dilation),
+            _conv_bn_relu6(inner, inner, 3, stride, dilation=dilation, groups=inner),
             nn.Conv2d(inner, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
@@ -143,8 +126,8 @@ class LRASPP(Network):
 
         context = self.context(coarse) * self.gate(coarse)
         aux = () if self.auxiliary is None else (self.auxiliary(context),)
-        fine = self.at_eighth(torch.cat([_resize(context, eighth), eighth], 1))
-        fine = self.at_quarter(torch.cat([_resize(fine, quarter), quarter], 1))
+        fine = self.at_eighth(torch.cat([resize(context, eighth), eighth], 1))
+        fine = self.at_quarter(torch.cat([resize(fine, quarter), quarter], 1))
         return Logits(self.classifier(fine), aux, features=coarse)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.errors import RecipeError
@@ -110,6 +111,11 @@ def build(name: str, classes: int = 7, training_heads: bool = True, bands: int =
     if classes < 1 or bands < 1:
         raise RecipeError(f"network {name} needs at least 1 class and 1 band, got {classes} and {bands}")
     return _BUILDERS[name](classes, training_heads, bands)
+
+
+def resize(image: Tensor, like: Tensor) -> Tensor:
+    """Resize (B, C, h, w) to the height and width of another map, bilinearly, corners not aligned."""
+    return F.interpolate(image, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def about(name: str) -> str:

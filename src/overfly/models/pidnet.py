@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.records import Logits
-from overfly.models.network import Network, register
+from overfly.models.network import Network, register, resize
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
@@ -25,11 +25,6 @@ def _conv_bn(inputs: int, outputs: int, size: int = 1, stride: int = 1) -> nn.Se
 def _bn_relu_conv(inputs: int, outputs: int, size: int = 1, groups: int = 1) -> list[nn.Module]:
     conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, groups=groups, bias=False)
     return [nn.BatchNorm2d(inputs), nn.ReLU(), conv]
-
-
-def _resize(image: Tensor, like: Tensor) -> Tensor:
-    """Resize (B, C, h, w) to the height and width of another map, bilinearly."""
-    return F.interpolate(image, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class BasicBlock(nn.Module):
@@ -89,7 +84,7 @@ def _stage(
 
 
 class Head(nn.Module):
-    """Scores of each place: BatchNorm, ReLU, 3×3 convolution, BatchNorm, ReLU, 1×1 convolution."""
+    """Scores of each pixel: BatchNorm, ReLU, 3×3 convolution, BatchNorm, ReLU, 1×1 convolution."""
 
     def __init__(self, inputs: int, planes: int, outputs: int) -> None:
         super().__init__()
@@ -114,8 +109,8 @@ class Pag(nn.Module):
 
     def forward(self, detail: Tensor, context: Tensor) -> Tensor:
         """Fuse detail (B, C, h, w) with coarser context (B, C, h', w') to (B, C, h, w)."""
-        similarity = (self.f_x(detail) * _resize(self.f_y(context), detail)).sum(1, keepdim=True).sigmoid()
-        fused: Tensor = (1 - similarity) * detail + similarity * _resize(context, detail)
+        similarity = (self.f_x(detail) * resize(self.f_y(context), detail)).sum(1, keepdim=True).sigmoid()
+        fused: Tensor = (1 - similarity) * detail + similarity * resize(context, detail)
         return fused
 
 
@@ -133,7 +128,7 @@ class Pyramid(nn.Module):
 
     def pools(self, x: Tensor) -> list[Tensor]:
         """The four pooled scales, each (B, planes, h, w), at the size of x."""
-        return [_resize(self.get_submodule(f"scale{i}")(x), x) for i in range(1, 5)]
+        return [resize(self.get_submodule(f"scale{i}")(x), x) for i in range(1, 5)]
 
 
 class DAPPM(Pyramid):
@@ -231,16 +226,9 @@ class PIDNet(Network):
 
     def __init__(
         self,
-        classes: int,
-        training_heads: bool,
-        bands: int,
-        *,
-        planes: int,
-        depth: tuple[int, int] = (2, 3),
-        pyramid: int = 96,
-        head: int = 128,
-        large: bool = False,
-    ) -> None:
+        classes: int, training_heads: bool, bands: int, *,
+        planes: int, depth: tuple[int, int] = (2, 3), pyramid: int = 96, head: int = 128, large: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         shallow, deep = depth
         stem: list[nn.Module] = []
@@ -292,17 +280,17 @@ class PIDNet(Network):
 
         i = F.relu(self.layer3(i))
         p = F.relu(self.pag3(p, self.compression3(i)))
-        d = F.relu(d + _resize(self.diff3(i), d))
+        d = F.relu(d + resize(self.diff3(i), d))
         aux = () if self.seghead_p is None else (self.seghead_p(p),)
 
         i = F.relu(self.layer4(i))
         p, d = self.layer4_(p), self.layer4_d(d)
         p = F.relu(self.pag4(p, self.compression4(i)))
-        d = F.relu(d + _resize(self.diff4(i), d))
+        d = F.relu(d + resize(self.diff4(i), d))
         boundary = None if self.seghead_d is None else self.seghead_d(d)
 
         p, d = self.layer5_(p), self.layer5_d(d)
-        i = _resize(self.spp(self.layer5(i)), d)
+        i = resize(self.spp(self.layer5(i)), d)
         fused = self.dfm(p, i, d)
         return Logits(self.final_layer(fused), aux, boundary, fused)
 

@@ -36,6 +36,8 @@ KEY = "overfly"
 class Segmenter(nn.Module):
     """A network with normalization: images (B, C, H, W) in the sensor's range in, `Logits` at the image's size out.
 
+    The arguments are attributes too, mean and std as buffers (1, C, 1, 1); ``bands`` is the number of bands C.
+
     Args:
         network: maps normalized images to `Logits` at its own stride.
         classes: names and colors of the K classes.
@@ -43,15 +45,6 @@ class Segmenter(nn.Module):
         mean: mean of each band, in the sensor's range.
         std: standard deviation of each band, in the sensor's range.
         max_value: largest value of the sensor's range.
-
-    Attributes:
-        network: the network.
-        classes: the classes.
-        architecture: name of the network in the registry.
-        bands: number of bands C.
-        max_value: largest value of the sensor's range.
-        mean: buffer (1, C, 1, 1).
-        std: buffer (1, C, 1, 1).
 
     Raises:
         RecipeError: mean and std are not one positive number per band.
@@ -88,8 +81,7 @@ class Segmenter(nn.Module):
     @property
     def stride(self) -> int:
         """Image sides that are multiples of this are not padded."""
-        stride: int = self.network.stride
-        return stride
+        return self.network.stride
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -135,8 +127,7 @@ class Segmenter(nn.Module):
 
     def scores(self, image: Tensor) -> Tensor:
         """Class scores before the softmax (B, K, H, W) of images (B, C, H, W) in the sensor's range."""
-        main: Tensor = self(image).main
-        return main
+        return self(image).main
 
     def without_training_heads(self) -> Self:
         """A copy without the heads that only training uses; its class scores are equal."""

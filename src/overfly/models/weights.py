@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overfly.core.errors import WeightsError
-from overfly.models.checkpoints import NAMED, check_digest, check_values, locate, read_tensors, strip_prefixes
+from overfly.models.checkpoints import check_digest, check_values, locate, read_tensors, strip_prefixes
 from overfly.models.network import Network
 from overfly.models.segmenter import Segmenter
 
@@ -160,6 +160,3 @@ def _some(words: list[str], most: int = 8) -> str:
 
 def _shape(shape: Shape) -> str:
     return "×".join(map(str, shape)) or "scalar"
-
-
-__all__ = ["NAMED", "Report", "load_weights"]

@@ -2,7 +2,7 @@
 
 All of them leave ignored pixels out of the sum and out of the count, are zero with zero gradients (never NaN) where no
 pixel counts, compute in float32 under autocast, and never wait for the device. NaN scores of valid pixels give a NaN
-loss.
+loss. Scores and labels of different size raise a ValueError.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ def cross_entropy(
 
     Returns:
         A scalar; 0 where no pixel is valid.
-
-    Raises:
-        ValueError: scores and label differ in size.
     """
     loss = _per_pixel(logits, label)
     count = (label != IGNORE).to(loss.dtype)
@@ -74,9 +71,6 @@ def ohem_cross_entropy(
 
     Returns:
         A scalar; 0 where no pixel is valid.
-
-    Raises:
-        ValueError: scores and label differ in size.
     """
     loss = _per_pixel(logits, label)
     valid = label != IGNORE
@@ -148,9 +142,6 @@ def dice_loss(logits: Tensor, label: Tensor, *, weight: Tensor | None = None) ->
 
     Returns:
         A scalar, 0 to 1 times the mean weight; 0 where no pixel is valid.
-
-    Raises:
-        ValueError: scores and label differ in size.
     """
     _check_size(logits, label)
     probability = probabilities(logits)

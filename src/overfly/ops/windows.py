@@ -66,9 +66,6 @@ def windows(height: int, width: int, size: int, overlap: float) -> list[Window]:
         width: columns of the image.
         size: side of a window in pixels.
         overlap: share of a window's side that the next one covers again, 0 to below 1.
-
-    Raises:
-        ValueError: a side is below 1, or the overlap outside 0 to below 1.
     """
     return [
         Window(top, left, min(size, height), min(size, width))
@@ -154,6 +151,3 @@ def sliding(
         raise ValueError("the batch of images is empty")
     total /= covered
     return total if image.dim() == 4 else total[0]
-
-
-__all__ = ["Window", "blend_weights", "cut", "sliding", "starts", "windows"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from overfly.core.errors import RecipeError
-from overfly.ops.adversarial import Critic, adversarial_loss, critic_loss, forward_detached, forward_frozen
+from overfly.methods.adversarial import Critic, adversarial_loss, critic_loss, forward_detached, forward_frozen
 
 
 def test_the_critic_is_the_published_one() -> None:
