@@ -61,12 +61,6 @@ def test_a_pasted_crop_keeps_its_labels_under_the_mask() -> None:
     wide = mask[:, None].expand_as(over.image)
     assert torch.equal(mixed.image[wide], over.image[wide])
     assert torch.equal(mixed.image[~wide], under.image[~wide])
-    assert torch.equal(paste(mask, over.label, under.label), mixed.label)
-
-
-def test_paste_rejects_mixed_types() -> None:
-    with pytest.raises(TypeError, match="Labeled"):
-        paste(torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 3, 2, 2), Labeled(*[torch.zeros(1, 3, 2, 2)] * 2))  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])

@@ -90,10 +90,7 @@ def majority(label: Tensor, size: tuple[int, int], share: float, classes: int) -
 def feature_distance(features: Tensor, anchor: Tensor, where: Tensor) -> Tensor:
     """Mean Euclidean distance of feature vectors (B, F, h, w) where ``where`` (B, h, w) is true; 0 if nowhere.
 
-    Args:
-        features: (B, F, h, w).
-        anchor: features of the frozen network, the same shape.
-        where: bool (B, h, w).
+    ``anchor`` holds the features of the frozen network, of the same shape.
     """
     square = (features.float() - anchor.detach().float()).square().sum(1)
     distance = (square + 1e-12).sqrt()  # finite gradient where both are equal

@@ -116,11 +116,7 @@ def class_layer(student: nn.Module) -> nn.Module:
 
 
 def second_class_layer(student: nn.Module) -> nn.Module:
-    """A copy of the student's class layer with new random weights.
-
-    Raises:
-        RecipeError: the network does not name its class layer.
-    """
+    """A copy of the student's `class_layer` with new random weights."""
     second = copy.deepcopy(class_layer(student))
     for part in second.modules():
         reset = getattr(part, "reset_parameters", None)

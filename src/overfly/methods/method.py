@@ -121,14 +121,7 @@ class Method(Choice, ABC, Generic[N]):
     def supervised(
         self, logits: Logits, label: Tensor, weight: Tensor | None = None, *, where: Tensor | None = None
     ) -> Losses:
-        """Supervised loss terms for logits at the label's size.
-
-        Args:
-            logits: class scores (B, K, H, W) and those of the training heads.
-            label: class ids (B, H, W), 255 where there is none.
-            weight: weight of each pixel, (B, H, W) or (B, 1, 1), 0 to 1.
-            where: True at pixels whose boundaries are known (B, H, W): in mixed images the source's.
-        """
+        """Supervised loss terms for logits at the label's size; the arguments are those of `Criterion.terms`."""
         return self.criterion.terms(logits, label, weight, where=where)
 
     def pseudo_supervised(self, logits: Logits, label: Tensor, weight: Tensor | None = None) -> Losses:

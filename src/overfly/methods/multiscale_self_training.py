@@ -80,7 +80,6 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
             nets: thresholds and class prior are updated.
             target: images (B, C, H, W).
             nodata_mask: True where the images have no data (B, H, W); None: nowhere.
-            share: 0 to 1.
             threshold_ema: decay of the thresholds' moving average.
         """
         pseudo, class_prior = multiscale_pseudo_labels(

@@ -35,12 +35,10 @@ All are torchvision's ImageNet classifiers; ``_imagenet_v2`` marks those of its 
 
 PACKAGE = "package:"
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights")
-NUMBERS = frozenset(
-    {
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
-        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    }
-)
+NUMBERS = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
 """Accepted types of tensors: plain real numbers."""
 SAVE_AGAIN = "save it again with torch.save(model.state_dict(), path)"
 PREFIXES = ("model.", "module.", "network.", "net.", "Scale.", "_orig_mod.")

@@ -46,10 +46,6 @@ class Network(nn.Module):
         for name in self.training_heads:
             setattr(self, name, None)
 
-    def is_head(self, parameter: str) -> bool:
-        """Whether a parameter, named as by `named_parameters`, is in a head that ImageNet weights do not contain."""
-        return any(parameter.startswith(f"{prefix}.") for prefix in self.heads)
-
     def adopt(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Rename the tensors of public checkpoints of this architecture to this network's names.
 
@@ -69,10 +65,7 @@ _BUILDERS: dict[str, Builder] = {}
 
 
 def register(builder: Builder) -> Builder:
-    """Register a builder under its function's name (decorator).
-
-    Args:
-        builder: function of (classes, training_heads, bands) that returns a `Network`.
+    """Register a `Builder` under its function's name (decorator).
 
     Raises:
         ValueError: the name is taken.

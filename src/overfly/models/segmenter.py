@@ -178,9 +178,9 @@ class Segmenter(nn.Module):
         check_values(Path(path), tensors)
         try:
             saved_heads = bool(description["training_heads"])
-            wanted = saved_heads if training_heads is None else training_heads
+            with_heads = saved_heads if training_heads is None else training_heads
             classes = Classes.model_validate(description["classes"])
-            network = build(description["architecture"], len(classes), wanted, description["bands"])
+            network = build(description["architecture"], len(classes), with_heads, description["bands"])
             segmenter = cls(
                 network,
                 classes,
@@ -197,7 +197,9 @@ class Segmenter(nn.Module):
             ) from error
         own = segmenter.state_dict()
         heads = tuple(f"network.{name}." for name in network.training_heads)
-        new, dropped = (heads if add else () for add in (wanted and not saved_heads, saved_heads and not wanted))
+        new, dropped = (
+            heads if add else () for add in (with_heads and not saved_heads, saved_heads and not with_heads)
+        )
         missing = [name for name in own if name not in tensors and not name.startswith(new)]
         extra = [name for name in tensors if name not in own and not name.startswith(dropped)]
         shaped = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]

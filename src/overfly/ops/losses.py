@@ -208,9 +208,6 @@ def entropy(logits: Tensor) -> Tensor:
 
     Returns:
         (B, H, W), 0 (one class) to 1 (uniform).
-
-    Raises:
-        ValueError: K is 1.
     """
     return self_information(logits).sum(1)
 

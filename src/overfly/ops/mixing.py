@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import Generator, Tensor
 
 from overfly.core.records import IGNORE, Labeled
-
-T = TypeVar("T", Tensor, Labeled)
 
 
 def class_mask(label: Tensor, share: float = 0.5) -> Tensor:
@@ -36,19 +32,9 @@ def class_mask(label: Tensor, share: float = 0.5) -> Tensor:
     return table.gather(1, label.flatten(1).long()).view_as(label)
 
 
-def paste(mask: Tensor, over: T, under: T) -> T:
-    """``over`` where the mask is true, ``under`` elsewhere.
-
-    Args:
-        mask: (B, H, W), bool.
-        over: images (B, C, H, W), labels (B, H, W), or both.
-        under: of the same kind and shape.
-    """
-    if isinstance(over, Labeled) and isinstance(under, Labeled):
-        return Labeled(paste(mask, over.image, under.image), paste(mask, over.label, under.label))
-    if not isinstance(over, Tensor) or not isinstance(under, Tensor):
-        raise TypeError("over and under must both be tensors or both be Labeled")
-    return torch.where(mask[:, None] if over.ndim == 4 else mask, over, under)
+def paste(mask: Tensor, over: Labeled, under: Labeled) -> Labeled:
+    """Images and labels of ``over`` where the mask (B, H, W) is true, of ``under`` elsewhere."""
+    return Labeled(torch.where(mask[:, None], over.image, under.image), torch.where(mask, over.label, under.label))
 
 
 def block_mask(image: Tensor, block: int, ratio: float, generator: Generator | None = None) -> Tensor:

@@ -51,12 +51,7 @@ def updating_statistics(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(module: nn.Module, *, active: bool = True) -> Iterator[None]:
-    """Put batch normalizations in evaluation mode: they use their running statistics and do not update them.
-
-    Args:
-        module: in training mode.
-        active: False changes nothing.
-    """
+    """Put batch normalizations in evaluation mode, where their statistics stay; ``active=False`` changes nothing."""
     with restored_modes(module):
         for norm in batch_norms(module) if active else []:
             norm.eval()

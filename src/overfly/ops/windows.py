@@ -89,9 +89,7 @@ def cut(image: Tensor, window: Window, size: int) -> Tensor:
     below, right = size - window.height, size - window.width
     if not (below or right):
         return patch
-    batched = patch if patch.dim() == 4 else patch[None]
-    padded = F.pad(batched, (0, right, 0, below), mode="replicate")
-    return padded if patch.dim() == 4 else padded[0]
+    return F.pad(patch, (0, right, 0, below), mode="replicate")
 
 
 def blend_weights(size: int) -> Tensor:
