@@ -76,11 +76,8 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     ) -> Tensor:
         """Pseudo-labels (B, H, W) of the most confident ``share`` of each class's pixels; `IGNORE` elsewhere.
 
-        Args:
-            nets: thresholds and class prior are updated.
-            target: images (B, C, H, W).
-            nodata_mask: True where the images have no data (B, H, W); None: nowhere.
-            threshold_ema: decay of the thresholds' moving average.
+        Updates the class prior and, with decay ``threshold_ema``, the thresholds. ``nodata_mask`` (B, H, W) is true where
+        the images (B, C, H, W) have no data.
         """
         pseudo, class_prior = multiscale_pseudo_labels(
             nets.teacher, target, nets.class_prior,
