@@ -76,8 +76,8 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     ) -> Tensor:
         """Pseudo-labels (B, H, W) of the most confident ``share`` of each class's pixels; `IGNORE` elsewhere.
 
-        Updates the class prior and, with decay ``threshold_ema``, the thresholds. ``nodata_mask`` (B, H, W) is true where
-        the images (B, C, H, W) have no data.
+        Updates the class prior and, with decay ``threshold_ema``, the thresholds. ``nodata_mask`` (B, H, W) is true
+        where the images (B, C, H, W) have no data.
         """
         pseudo, class_prior = multiscale_pseudo_labels(
             nets.teacher, target, nets.class_prior,
