@@ -183,5 +183,5 @@ def test_a_missing_or_different_teacher_raises(small: dict[str, Any], tmp_path: 
     wide.max_value = 65535.0
     with pytest.raises(RecipeError, match="65535"):
         Distill(teacher=file).networks(wide)
-    with pytest.raises(RecipeError, match="is not there"):
+    with pytest.raises(RecipeError, match="nowhere"):
         resolve_start(tmp_path / "nowhere")
