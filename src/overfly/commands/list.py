@@ -49,7 +49,7 @@ def build_catalog() -> Catalog:
     """Read the catalog from the registries, plug-ins included."""
     from overfly.core.spec import load_plugins
     from overfly.models import network as networks
-    from overfly.models.weights import NAMED
+    from overfly.models.checkpoints import NAMED
 
     load_plugins()
     groups = {"model": {name: networks.about(name) for name in networks.names()}}
