@@ -28,7 +28,7 @@ from overfly.core.device import describe_machine
 from overfly.evaluation.speed import compare_latency
 from overfly.exporting.formats import write_onnx, write_openvino
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.metadata import ExportSettings, metadata_entries
+from overfly.exporting.predictor import ExportSettings, metadata_entries
 from overfly.exporting.quantize import quantize_onnx, quantize_openvino
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor
 from overfly.models.segmenter import Segmenter
@@ -59,7 +59,7 @@ def candidates(run: Path, side: int, threads: int, output: ExportOutput, folder:
         kind: metadata_entries(metadata, ExportSettings(precision=kind, output=output, format="openvino"))
         for kind in ("32", "16", "int8")
     }
-    plain = write_onnx(module, folder / "32.onnx", metadata.bands, texts["32"])
+    plain = write_onnx(module, folder / "32.onnx", texts["32"])
     files = {
         "onnxruntime 32": plain,
         "onnxruntime int8": quantize_onnx(plain, folder / "int8.onnx", calibration, texts["int8"]),

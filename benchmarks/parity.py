@@ -23,8 +23,8 @@ from overfly.commands.export import export
 from overfly.core.choices import ExportFormat, ExportPrecision
 from overfly.core.errors import OverflyError
 from overfly.exporting import exporter as exporting
-from overfly.exporting.metadata import ExportSettings
 from overfly.exporting.parity import ParityError
+from overfly.exporting.predictor import ExportSettings
 from overfly.models.network import names
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, launch_fabric

@@ -17,9 +17,16 @@ from overfly.exporting import exporter as exporting
 from overfly.exporting.exporter import EvaluationData, ExportReport, export
 from overfly.exporting.formats import write_onnx, write_openvino
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.metadata import ExportSettings, metadata_entries
 from overfly.exporting.parity import TOLERANCES, ParityError
-from overfly.exporting.predictor import Floats, ModelMetadata, Predictor, model_metadata, segmenter_predictor
+from overfly.exporting.predictor import (
+    ExportSettings,
+    Floats,
+    ModelMetadata,
+    Predictor,
+    metadata_entries,
+    model_metadata,
+    segmenter_predictor,
+)
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.torch_program import write_torch
 from overfly.models import names
@@ -70,9 +77,9 @@ def test_every_format_predicts_as_pytorch(recipe: Recipe, tmp_path: Path, name: 
     folded = sum(isinstance(part, torch.nn.BatchNorm2d) for part in module.modules())
     assert folded < 0.2 * sum(isinstance(part, torch.nn.BatchNorm2d) for part in segmenter.modules())
     text = metadata_entries(known, ExportSettings())
-    plain = write_onnx(module, tmp_path / "it.onnx", 3, text)
+    plain = write_onnx(module, tmp_path / "it.onnx", text)
     pair = write_openvino(plain, tmp_path / "it.xml", text)
-    program = write_torch(module, tmp_path / "it.pt2", 3, text)
+    program = write_torch(module, tmp_path / "it.pt2", text)
     for predictor in (
         onnx_predictor(plain),
         openvino_predictor(plain),

@@ -17,8 +17,7 @@ import torch
 from overfly.commands.load_predictor import load_predictor
 from overfly.core.errors import OverflyError, WeightsError
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.metadata import ExportSettings, metadata_entries
-from overfly.exporting.predictor import Floats, model_metadata, segmenter_predictor
+from overfly.exporting.predictor import ExportSettings, Floats, metadata_entries, model_metadata, segmenter_predictor
 from overfly.exporting.runtimes import torch_predictor
 from overfly.exporting.torch_program import _is_size, clean_archive, write_torch
 from overfly.models.segmenter import Segmenter
@@ -43,9 +42,7 @@ def file(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Path
     metadata = model_metadata(segmenter, window=SIDE).model_copy(update={"fixed": True})
     path = tmp_path_factory.mktemp("export") / "network.pt2"
     settings = ExportSettings(format="torch")
-    return write_torch(
-        ExportModule(segmenter, fixed=(SIDE, SIDE)).eval(), path, 3, metadata_entries(metadata, settings)
-    )
+    return write_torch(ExportModule(segmenter, fixed=(SIDE, SIDE)).eval(), path, metadata_entries(metadata, settings))
 
 
 def rewritten(file: Path, path: Path, part: str, change: Change, code: str) -> Path:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from overfly.exporting.exporter import ExportReport
-    from overfly.exporting.metadata import ExportSettings
+    from overfly.exporting.predictor import ExportSettings
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def export(
     from overfly.exporting.exporter import export as export_network
     from overfly.exporting.formats import OPSET
     from overfly.exporting.hub import model_card
-    from overfly.exporting.metadata import ExportSettings
+    from overfly.exporting.predictor import ExportSettings
 
     check_bounds(
         {"size": (size or 32, 32, MAX_SIDE), "resize": (resize or 32, 32, MAX_SIDE), "images": (images, 1, 10**4)}

@@ -20,9 +20,8 @@ from overfly.data.domain import Domain, SplitError, sample_evenly, without_label
 from overfly.evaluation.images import to_tensor
 from overfly.exporting.exporter import EvaluationData, ExportReport
 from overfly.exporting.hub import CardContent, CardDomain
-from overfly.exporting.metadata import ExportSettings
 from overfly.exporting.parity import LabeledSplit
-from overfly.exporting.predictor import Floats, ModelMetadata
+from overfly.exporting.predictor import ExportSettings, Floats, ModelMetadata
 from overfly.ops.windows import cut, windows
 from overfly.recipe import Recipe
 from overfly.training.evaluate import has_labels

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 
 class OverflyError(Exception):
     """Base of all errors that a user can act on. The command line prints its message and exits with status 2."""
@@ -40,3 +43,20 @@ class MissingExtraError(OverflyError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package}; install it with: pip install 'overfly[{extra}]'")
+
+
+def import_extra(package: str, extra: str, purpose: str) -> Any:
+    """Import an optional dependency.
+
+    Args:
+        package: name of the package.
+        extra: extra of overfly that installs it.
+        purpose: what it is needed for.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise MissingExtraError(package, extra, purpose) from None

@@ -20,11 +20,18 @@ from overfly.core.device import describe_machine
 from overfly.core.errors import MissingExtraError, OverflyError, RecipeError
 from overfly.core.spec import Pixels, Spec, Whole
 from overfly.evaluation.speed import Latency, compare_latency
-from overfly.exporting.formats import write_onnx, write_openvino
+from overfly.exporting.formats import deepness_entries, write_onnx, write_openvino
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.metadata import ExportSettings, deepness_entries, metadata_entries
 from overfly.exporting.parity import LabeledSplit, Parity, ParityError, measure_parity, score_predictor
-from overfly.exporting.predictor import Floats, ModelMetadata, Predictor, resized, segmenter_predictor
+from overfly.exporting.predictor import (
+    ExportSettings,
+    Floats,
+    ModelMetadata,
+    Predictor,
+    metadata_entries,
+    resized,
+    segmenter_predictor,
+)
 from overfly.exporting.quantize import RANGES, Ranges, quantize_onnx, quantize_openvino
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.torch_program import write_torch
@@ -135,11 +142,11 @@ def _write(
     module = ExportModule(segmenter, output=settings.output, dtype=dtype, resize=settings.resize, fixed=fixed).eval()
     properties = metadata_entries(metadata, settings)
     if settings.format == "torch":
-        return write_torch(module, path, metadata.bands, properties)
+        return write_torch(module, path, properties)
     if settings.output == "probabilities" and settings.format == "onnx":
         properties |= deepness_entries(metadata)
     plain = path.with_suffix(".plain.onnx")
-    write_onnx(module, plain, metadata.bands, properties)
+    write_onnx(module, plain, properties)
     try:
         if settings.format == "onnx" and settings.precision != "int8":
             return plain.replace(path)
@@ -258,6 +265,3 @@ def readable_disk_errors(path: Path) -> Iterator[None]:
             raise OverflyError(f"{path}: the disk is full; free some space, or choose another folder") from error
         reason = error.strerror or error
         raise OverflyError(f"{path} cannot be written ({reason}); choose a folder you may write to") from error
-
-
-__all__ = ["EvaluationData", "ExportReport", "export", "open_file", "readable_disk_errors"]

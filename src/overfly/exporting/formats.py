@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overfly.core.errors import MissingExtraError, OverflyError
+from overfly.core.errors import OverflyError, import_extra
 from overfly.exporting.graph import LEAST_SIDE, ExportModule
+from overfly.exporting.predictor import ModelMetadata
 from overfly.exporting.runtimes import antialias_resize, openvino, openvino_core
 from overfly.models.checkpoints import first_line
 
 OPSET = 18
 """ONNX operator set: the first whose Resize has ``antialias``; every runtime of the last three years reads it."""
+TILE_OVERLAP = 25
+"""Overlap of two tiles in QGIS, in percent."""
 
 
-def write_onnx(module: ExportModule, path: Path, bands: int, properties: Mapping[str, str]) -> Path:
+def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) -> Path:
     """Write a graph as one ONNX file.
 
     PyTorch's exporter by tracing is used: it names every value by the module that made it, and takes 3 seconds where
@@ -28,7 +32,6 @@ def write_onnx(module: ExportModule, path: Path, bands: int, properties: Mapping
     Args:
         module: the graph, in evaluation mode.
         path: file to write.
-        bands: bands of its images.
         properties: metadata of the file.
 
     Raises:
@@ -40,8 +43,8 @@ def write_onnx(module: ExportModule, path: Path, bands: int, properties: Mapping
     output: str = module.output
     batch = {0: "batch"}
     sides = {} if module.fixed else {2: "height", 3: "width"}
-    output_sides = {key - (module.output == "classes"): name for key, name in sides.items()}
-    example = _example_image(module, bands)
+    output_sides = {key - (output == "classes"): name for key, name in sides.items()}
+    example = _example_image(module)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of constants that tracing makes of sizes, and of the exporter's age
@@ -117,24 +120,40 @@ def save_openvino(model: Any, path: Path, properties: Mapping[str, str], *, half
     openvino().save_model(model, str(path), compress_to_fp16=half)
 
 
-def _example_image(module: ExportModule, bands: int) -> Tensor:
+def _example_image(module: ExportModule) -> Tensor:
     """Return an image to trace a graph with."""
     generator = torch.Generator().manual_seed(0)
     side = LEAST_SIDE if module.dtype == torch.float16 else 96  # float16 convolutions are slow on a CPU
-    return torch.rand(1, bands, *(module.fixed or (side, side)), generator=generator) * 255
+    return torch.rand(1, module.bands, *(module.fixed or (side, side)), generator=generator) * 255
+
+
+def deepness_entries(metadata: ModelMetadata) -> dict[str, str]:
+    """Return the metadata keys that QGIS' plug-in Deepness reads in an ONNX file, each value as JSON.
+
+    Deepness feeds ``(tile / 255 - standardization_mean) / standardization_std`` of 8-bit tiles (B, C, S, S), and takes
+    the class of largest output where that is above seg_thresh, class 0 elsewhere. Our graph takes the sensor's own
+    range: a mean of 0 and a deviation of 1/255 undo the division, and a threshold of 0 changes no pixel.
+    Source: the plug-in's documentation for creators of models, and its reader ``processing/models/model_base.py``.
+
+    Args:
+        metadata: of the network; ``resolution`` is left out where the ground sampling distance is unknown.
+    """
+    values: dict[str, object] = {
+        "model_type": "Segmentor",
+        "class_names": dict(enumerate(metadata.classes.names)),
+        "tiles_size": metadata.window,
+        "tile_size": metadata.window,  # the plug-in's reader takes this spelling, its documentation the other
+        "tiles_overlap": TILE_OVERLAP,
+        "standardization_mean": [0.0] * metadata.bands,
+        "standardization_std": [1 / 255] * metadata.bands,
+        "seg_thresh": 0.0,
+        "seg_small_segment": 0,
+    }
+    if metadata.gsd is not None:
+        values["resolution"] = round(100 * metadata.gsd, 4)
+    return {key: json.dumps(value) for key, value in values.items()}
 
 
 def onnx() -> Any:
-    """Import onnx.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import onnx as package
-    except ImportError:
-        raise MissingExtraError("onnx", "export", "writing an ONNX file") from None
-    return package
-
-
-__all__ = ["OPSET", "onnx", "save_openvino", "set_properties", "write_onnx", "write_openvino"]
+    """Import onnx, or raise a MissingExtraError."""
+    return import_extra("onnx", "export", "writing an ONNX file")

@@ -33,6 +33,7 @@ class ExportModule(nn.Module):
 
     Attributes:
         network: a folded copy of the network.
+        bands: number of bands C.
         classes: number of classes K.
     """
 
@@ -53,7 +54,7 @@ class ExportModule(nn.Module):
         network = fold_batch_norm(lighter.network, segmenter.bands)
         self.output, self.dtype, self.resize, self.fixed = output, dtype, resize, fixed
         self.stride = segmenter.stride
-        self.classes = len(segmenter.classes)
+        self.bands, self.classes = segmenter.bands, len(segmenter.classes)
         self.register_buffer("mean", lighter.mean.clone())
         self.register_buffer("std", lighter.std.clone())
         # the convolution pads with 0, the mean after its subtraction: only the division can be folded into it
@@ -207,6 +208,3 @@ def fold_division(network: Network, std: Tensor) -> bool:
         return False
     conv.weight.div_(std)
     return True
-
-
-__all__ = ["LEAST_SIDE", "ExportModule", "OutputHead", "fold_batch_norm", "fold_division"]

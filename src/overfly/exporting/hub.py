@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from overfly.core.atomic_files import temporary_path
-from overfly.core.errors import DownloadError, MissingExtraError, WeightsError
+from overfly.core.errors import DownloadError, WeightsError, import_extra
 from overfly.exporting.exporter import ExportReport, readable_disk_errors
 from overfly.exporting.torch_program import clean_archive
 from overfly.models.checkpoints import check_digest, first_line
@@ -287,11 +287,4 @@ def check_export(export: Path) -> None:
 
 
 def _package() -> Any:
-    try:
-        import huggingface_hub as package
-    except ImportError:
-        raise MissingExtraError("huggingface_hub", "hub", "a model hub") from None
-    return package
-
-
-__all__ = ["CardContent", "CardDomain", "check_export", "load", "model_card", "push"]
+    return import_extra("huggingface_hub", "hub", "a model hub")

@@ -16,8 +16,7 @@ from overfly.core.records import Logits
 from overfly.core.spec import NonNegative, Share, Spec, Whole
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import score
-from overfly.exporting.metadata import ExportSettings
-from overfly.exporting.predictor import Floats, Predictor
+from overfly.exporting.predictor import ExportSettings, Floats, Predictor
 
 
 class ParityError(OverflyError):
@@ -157,6 +156,3 @@ class _PredictorModule(nn.Module):
     def forward(self, image: Tensor) -> Logits:
         """Return the logarithms of the probabilities."""
         return Logits(torch.from_numpy(self.predictor(image.cpu().numpy())).clamp_min(1e-30).log())
-
-
-__all__ = ["TOLERANCES", "LabeledSplit", "Parity", "ParityError", "measure_parity", "score_predictor"]

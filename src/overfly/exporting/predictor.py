@@ -1,21 +1,33 @@
-"""`Predictor`: a network on any runtime, from images in the sensor's own range to class probabilities."""
+"""`Predictor`: a network on any runtime, from images in the sensor's own range to class probabilities.
+
+Also here: the metadata that an exported file carries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError
-from overfly.core.spec import Count, Meters, Pixels, Positive, Spec
+from overfly.core.errors import DataError, WeightsError
+from overfly.core.spec import Count, Meters, Pixels, Positive, Spec, Whole
 from overfly.models.segmenter import Segmenter
 
 Floats = NDArray[np.float32]
+MODEL_KEY, EXPORT_KEY = "overfly", "overfly_export"
+"""Keys of an exported file's metadata: `ModelMetadata` and `ExportSettings`, each as a JSON object."""
+FORMAT_VERSION = 1
+"""Version of the layout of both; raised when a reader of the previous version would misread them."""
 
 
 class ModelMetadata(Spec):
@@ -41,6 +53,69 @@ class ModelMetadata(Spec):
     """Ground sampling distance of the training images, in meters a pixel; None where it is unknown."""
     title: str = ""
     """Name of the run that trained it."""
+
+
+def _package_version() -> str:
+    try:
+        return version("overfly")
+    except PackageNotFoundError:  # run from its sources without being installed
+        return "unknown"
+
+
+VERSION = _package_version()
+"""Version of overfly that is running."""
+
+
+class ExportSettings(Spec):
+    """How a file was exported, and what its graph returns."""
+
+    format_version: Whole = FORMAT_VERSION
+    """Version of the metadata's layout."""
+    format: ExportFormat = "onnx"
+    """onnx (.onnx), openvino (.xml and .bin) or torch (.pt2)."""
+    precision: ExportPrecision = "32"
+    """Arithmetic of the network."""
+    output: ExportOutput = "probabilities"
+    """What the graph returns."""
+    resize: Pixels | None = None
+    """Side of the square that the graph resizes images to; none: no resizing."""
+    opset: Whole = 0
+    """ONNX operator set of the graph; 0 for other formats."""
+    version: str = VERSION
+    """Version of overfly that wrote the file."""
+
+
+def metadata_entries(metadata: ModelMetadata, settings: ExportSettings) -> dict[str, str]:
+    """Return both values as the key-value pairs of a file's metadata."""
+    return {MODEL_KEY: metadata.model_dump_json(), EXPORT_KEY: settings.model_dump_json()}
+
+
+def read_metadata(properties: Mapping[str, str], path: Path) -> tuple[ModelMetadata, ExportSettings]:
+    """Parse the key-value pairs that `metadata_entries` made.
+
+    Raises:
+        WeightsError: the file was not exported by overfly, or by a version of another format.
+    """
+    if MODEL_KEY not in properties:
+        raise WeightsError(
+            f"{path} has no metadata key {MODEL_KEY!r} with classes and bands; give a file that `overfly export` wrote"
+        )
+    try:
+        export = dict(json.loads(properties.get(EXPORT_KEY, "{}")))
+    except (ValueError, TypeError):
+        export = {}
+    if export.get("format_version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"{path} was exported by overfly {export.get('version', 'of an unknown version')} in format "
+            f"{export.get('format_version', 0)}, and this version reads format {FORMAT_VERSION}; export it again"
+        )
+    try:
+        return ModelMetadata.model_validate_json(properties[MODEL_KEY]), ExportSettings.model_validate(export)
+    except ValidationError:
+        raise WeightsError(
+            f"{path} has metadata (keys {MODEL_KEY}, {EXPORT_KEY}) that overfly {VERSION} does not understand; "
+            "export it again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -139,6 +214,3 @@ def resized(predictor: Predictor, side: int) -> Predictor:
         return probabilities
 
     return replace(predictor, run=run)
-
-
-__all__ = ["Floats", "ModelMetadata", "Predictor", "model_metadata", "resized", "segmenter_predictor"]

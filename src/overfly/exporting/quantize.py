@@ -181,6 +181,3 @@ def _restored_signal_stack() -> Iterator[None]:
     finally:
         gc.collect()  # closes plug-ins that would change it later
         library.sigaltstack(ctypes.byref(before), None)
-
-
-__all__ = ["RANGES", "Ranges", "quantize_onnx", "quantize_openvino"]

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from overfly.core.errors import MissingExtraError, RecipeError, WeightsError
-from overfly.exporting.metadata import (
+from overfly.core.choices import ExportOutput
+from overfly.core.errors import RecipeError, WeightsError, import_extra
+from overfly.exporting.predictor import (
     EXPORT_KEY,
     MODEL_KEY,
     ExportSettings,
-    GraphSignature,
-    check_output,
-    check_signature,
-    onnx_signature,
-    openvino_signature,
+    Floats,
+    ModelMetadata,
+    Predictor,
     read_metadata,
-    torch_signature,
 )
-from overfly.exporting.predictor import Floats, Predictor
 from overfly.exporting.torch_program import read_program
 from overfly.models.checkpoints import first_line
 
+OUTPUTS: tuple[str, ...] = get_args(ExportOutput)
 Graph = Callable[[Floats], Any]
 """Images (B, C, H, W), float32, to the output of the file's graph."""
+Shape = tuple[int | None, ...]
+"""Sizes of a tensor's dimensions; None for a dimension of any size."""
 
 
 def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
@@ -150,6 +151,102 @@ def _predictor(
     return Predictor(metadata, *name, run, (settings.format, settings.precision))
 
 
+@dataclass(frozen=True)
+class GraphSignature:
+    """Input and output of a graph, read from the graph itself.
+
+    Attributes:
+        image: shape of its input; None where the number of dimensions is unknown.
+        output: shape of its output; None where the number of dimensions is unknown.
+        is_integer: whether its output holds integers.
+        name: name of its output, or of its last operator: one of `OUTPUTS` where that is known.
+    """
+
+    image: Shape | None
+    output: Shape | None
+    is_integer: bool
+    name: str = ""
+
+
+def onnx_signature(session: Any) -> GraphSignature:
+    """Return the signature of a session of ONNX Runtime."""
+    image, output = session.get_inputs()[0], session.get_outputs()[0]
+    shapes = [tuple(side if isinstance(side, int) else None for side in end.shape) for end in (image, output)]
+    return GraphSignature(shapes[0], shapes[1], "int" in output.type, output.name)
+
+
+def openvino_signature(model: Any) -> GraphSignature:
+    """Return the signature of a model of OpenVINO."""
+    output = model.output(0)
+    shapes = [
+        None if shape.rank.is_dynamic else tuple(None if side.is_dynamic else int(side.get_length()) for side in shape)
+        for shape in (model.input(0).get_partial_shape(), output.get_partial_shape())
+    ]
+    names = [name for name in sorted(output.get_names()) if name in OUTPUTS]
+    return GraphSignature(shapes[0], shapes[1], bool(output.get_element_type().is_integral()), (names or [""])[0])
+
+
+def torch_signature(program: Any) -> GraphSignature:
+    """Return the signature of an exported program: probabilities if softmax is its last operator, else logits."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    signature = program.graph_signature
+    ends = [nodes[names[0]] for names in (signature.user_inputs, signature.user_outputs)]
+    values = [end.meta["val"] for end in ends]
+    shapes = [tuple(side if isinstance(side, int) else None for side in value.shape) for value in values]
+    is_integer = not values[1].dtype.is_floating_point
+    name = "" if is_integer else "probabilities" if "softmax" in str(ends[1].target) else "logits"
+    return GraphSignature(shapes[0], shapes[1], is_integer, name)
+
+
+def check_signature(path: Path, graph: GraphSignature, metadata: ModelMetadata, settings: ExportSettings) -> None:
+    """Check that a graph's input and output are those of the file's metadata.
+
+    Raises:
+        WeightsError: they differ.
+    """
+    classes = settings.output == "classes"
+    if graph.image is not None:
+        _check_equal(path, "input dimensions", len(graph.image), 4)
+        _check_equal(path, "input bands", graph.image[1], metadata.bands)
+        for side in graph.image[2:]:
+            if side is not None and not metadata.fixed:
+                raise _mismatch(path, "input side", side, "any")
+            _check_equal(path, "input side", side, metadata.window)
+    if graph.output is not None:
+        _check_equal(path, "output dimensions", len(graph.output), 3 if classes else 4, EXPORT_KEY)
+    if graph.is_integer != classes:
+        raise _mismatch(path, "output type", "integer" if graph.is_integer else "float", settings.output, EXPORT_KEY)
+    if graph.output is not None and not classes:
+        _check_equal(path, "classes", graph.output[1], len(metadata.classes))
+    if graph.name in OUTPUTS and graph.name != settings.output:
+        raise _mismatch(path, "output", graph.name, settings.output, EXPORT_KEY)
+
+
+def check_output(path: Path, output: Any, metadata: ModelMetadata, settings: ExportSettings) -> None:
+    """Check that an output has the metadata's classes; for class ids and open shapes no signature shows it.
+
+    Raises:
+        WeightsError: it has others.
+    """
+    count = len(metadata.classes)
+    if settings.output == "classes":
+        if int(np.max(output, initial=0)) >= count:
+            raise _mismatch(path, "largest class id", int(np.max(output)), f"at most {count - 1}")
+    elif output.ndim != 4 or output.shape[1] != count:
+        raise _mismatch(path, "output shape", output.shape, f"{count} classes")
+
+
+def _check_equal(path: Path, quantity: str, value: int | None, wanted: int, key: str = MODEL_KEY) -> None:
+    if value is not None and value != wanted:
+        raise _mismatch(path, quantity, value, wanted, key)
+
+
+def _mismatch(path: Path, quantity: str, value: object, wanted: object, key: str = MODEL_KEY) -> WeightsError:
+    return WeightsError(
+        f"{path}: {quantity} of the graph: {value}, of its metadata (key {key}): {wanted}; export it again"
+    )
+
+
 def antialias_resize(model: Any) -> None:
     """Let a model of OpenVINO resize its images as PyTorch does, with antialiasing.
 
@@ -190,29 +287,13 @@ def openvino_options(settings: ExportSettings, threads: int | None = None) -> di
 
 
 def onnxruntime() -> Any:
-    """Import onnxruntime.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import onnxruntime as package
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "export", "running an ONNX file") from None
-    return package
+    """Import onnxruntime, or raise a MissingExtraError."""
+    return import_extra("onnxruntime", "export", "running an ONNX file")
 
 
 def openvino() -> Any:
-    """Import openvino.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import openvino as package
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino", "running a network with OpenVINO") from None
-    return package
+    """Import openvino, or raise a MissingExtraError."""
+    return import_extra("openvino", "openvino", "running a network with OpenVINO")
 
 
 @functools.cache
@@ -228,14 +309,3 @@ def openvino_core() -> Any:
 def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; give a file that `overfly export` wrote")
-
-
-__all__ = [
-    "antialias_resize",
-    "onnx_predictor",
-    "onnxruntime",
-    "openvino",
-    "openvino_core",
-    "openvino_predictor",
-    "torch_predictor",
-]

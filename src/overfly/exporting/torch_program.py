@@ -23,7 +23,7 @@ import torch
 
 from overfly.core.errors import OverflyError, WeightsError
 from overfly.exporting.graph import LEAST_SIDE, ExportModule
-from overfly.exporting.metadata import EXPORT_KEY, MODEL_KEY
+from overfly.exporting.predictor import EXPORT_KEY, MODEL_KEY
 from overfly.models.checkpoints import first_line
 
 TRACED = (1280, 1408)
@@ -54,20 +54,19 @@ FORBIDDEN = frozenset({"guards_code", "use_pickle", "as_graph", "as_custom_obj",
 """Keys whose values PyTorch executes or unpickles; they are false or empty in our exports."""
 
 
-def write_torch(module: ExportModule, path: Path, bands: int, properties: Mapping[str, str]) -> Path:
+def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str]) -> Path:
     """Trace a graph and write it as a program of torch.export (.pt2).
 
     Args:
         module: the graph, in evaluation mode.
         path: file to write.
-        bands: bands of its images.
-        properties: metadata of the file.
+        properties: metadata to write into it, see `metadata_entries`.
 
     Raises:
         OverflyError: the network cannot be traced.
         WeightsError: the program holds what `clean_archive` refuses.
     """
-    program = _traced(module, bands)
+    program = _traced(module)
     program._example_inputs = None  # an image of noise, as large as all the weights
     archive = io.BytesIO()  # PyTorch's own writer ends the process on a full disk
     with _quiet():
@@ -76,13 +75,13 @@ def write_torch(module: ExportModule, path: Path, bands: int, properties: Mappin
     return path
 
 
-def _traced(module: ExportModule, bands: int) -> Any:
+def _traced(module: ExportModule) -> Any:
     import torch.fx.experimental._config as shapes
 
     dim = torch.export.Dim
     batch = {0: dim("batch", min=1)}
     sides = {} if module.fixed else {2: dim("height", min=LEAST_SIDE), 3: dim("width", min=LEAST_SIDE)}
-    image = torch.zeros(2, bands, *(module.fixed or TRACED))
+    image = torch.zeros(2, module.bands, *(module.fixed or TRACED))
     try:
         # a feature map with a side of one pixel is no special case: bilinear resizing takes it as any other
         with warnings.catch_warnings(), shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -239,6 +238,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-__all__ = ["clean_archive", "read_program", "write_torch"]

@@ -14,20 +14,20 @@ import pytest
 from overfly.core.choices import ExportOutput
 from overfly.core.errors import WeightsError
 from overfly.exporting import runtimes
-from overfly.exporting.formats import set_properties, write_onnx
+from overfly.exporting.formats import deepness_entries, set_properties, write_onnx
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.metadata import (
+from overfly.exporting.predictor import (
     EXPORT_KEY,
     FORMAT_VERSION,
     MODEL_KEY,
     ExportSettings,
-    check_output,
-    deepness_entries,
+    ModelMetadata,
     metadata_entries,
+    model_metadata,
     read_metadata,
+    segmenter_predictor,
 )
-from overfly.exporting.predictor import ModelMetadata, model_metadata, segmenter_predictor
-from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
+from overfly.exporting.runtimes import check_output, onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.torch_program import read_program, write_torch
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
@@ -66,7 +66,7 @@ def test_metadata_that_differ_from_the_graph_are_refused(
 ) -> None:
     settings = ExportSettings(output=output)
     module = ExportModule(segmenter, output=output, fixed=(SIDE, SIDE)).eval()
-    file = write_onnx(module, tmp_path / "it.onnx", 3, metadata_entries(metadata, settings))
+    file = write_onnx(module, tmp_path / "it.onnx", metadata_entries(metadata, settings))
     model = onnx.load(file)
     for entries in wrong(metadata, settings):
         set_properties(model, entries)
@@ -74,7 +74,7 @@ def test_metadata_that_differ_from_the_graph_are_refused(
         for opened in (onnx_predictor, openvino_predictor):
             with pytest.raises(WeightsError, match=r"it\.onnx: .* of the graph"):
                 opened(file)
-    program = write_torch(module, tmp_path / "it.pt2", 3, metadata_entries(metadata, settings))
+    program = write_torch(module, tmp_path / "it.pt2", metadata_entries(metadata, settings))
     graph, properties = read_program(program)
     assert torch_predictor(program).metadata == metadata
     monkeypatch.setattr(runtimes, "read_program", lambda _: (graph, properties))  # reading it takes its time
@@ -111,7 +111,7 @@ def test_other_format_versions_are_refused(metadata: ModelMetadata) -> None:
 def session(segmenter: Segmenter, metadata: ModelMetadata, tmp_path: Path) -> Any:
     module = ExportModule(segmenter, fixed=(SIDE, SIDE)).eval()
     entries = metadata_entries(metadata, ExportSettings()) | deepness_entries(metadata)
-    file = write_onnx(module, tmp_path / "it.onnx", 3, entries)
+    file = write_onnx(module, tmp_path / "it.onnx", entries)
     onnx.checker.check_model(onnx.load(file), full_check=True)
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
