@@ -74,7 +74,7 @@ class ExportReport(Spec):
     settings: ExportSettings
     """How it was exported."""
     metadata: ModelMetadata
-    """What the network reads and predicts."""
+    """Input and classes of the network."""
     images: str
     """Domain and split of the images that it was measured on."""
     calibration_images: Whole
@@ -135,7 +135,6 @@ def export(
 def _write(
     segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData, path: Path
 ) -> Path:
-    """Write the file."""
     fixed = (metadata.window, metadata.window) if metadata.fixed else None
     halves = {"onnx": torch.float16, "torch": torch.bfloat16, "openvino": torch.float32}
     dtype = halves[settings.format] if settings.precision == "16" else torch.float32
@@ -189,16 +188,11 @@ def _reference(segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSe
 def _measure(
     file: Path, segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData
 ) -> ExportReport:
-    """Measure parity and latency of a file."""
     reference = _reference(segmenter, metadata, settings)
     miou = None if data.labels is None else score_predictor(reference, data.labels)[0]
     predictors = open_file(file, settings)
-    parity = [
-        measure_parity(
-            predictor, settings, reference=reference, images=data.images, labels=data.labels, miou_of_torch=miou
-        )
-        for predictor in predictors
-    ]
+    compare = partial(measure_parity, reference=reference, images=data.images, labels=data.labels, miou_of_torch=miou)
+    parity = tuple(compare(predictor, settings) for predictor in predictors)
     side = metadata.window
     noise = torch.rand(1, metadata.bands, side, side, generator=torch.Generator().manual_seed(0))
     image = (metadata.max_value * noise).numpy()
@@ -212,7 +206,7 @@ def _measure(
         metadata=metadata,
         images=data.title,
         calibration_images=len(data.calibration) if settings.precision == "int8" else 0,
-        parity=tuple(parity),
+        parity=parity,
         latency={} if parity[0].violations else compare_latency(runs, rounds=ROUNDS, seconds=SECONDS),
         latency_side=side,
         machine=describe_machine(),
@@ -230,9 +224,9 @@ def open_file(file: Path, settings: ExportSettings) -> list[Predictor]:
     if settings.format == "openvino":
         return [openvino_predictor(file)]
     predictors, missing = [], None
-    for opened in (onnx_predictor, openvino_predictor):
+    for open_with in (onnx_predictor, openvino_predictor):
         try:
-            predictors.append(opened(file))
+            predictors.append(open_with(file))
         except MissingExtraError as error:
             missing = missing or error
     if not predictors and missing is not None:

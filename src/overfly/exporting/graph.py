@@ -41,24 +41,19 @@ class ExportModule(nn.Module):
     std: Tensor
 
     def __init__(
-        self,
-        segmenter: Segmenter,
-        *,
-        output: ExportOutput = "probabilities",
-        dtype: torch.dtype = torch.float32,
-        resize: int | None = None,
-        fixed: tuple[int, int] | None = None,
-    ) -> None:
+        self, segmenter: Segmenter, *, output: ExportOutput = "probabilities", dtype: torch.dtype = torch.float32,
+        resize: int | None = None, fixed: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        lighter = segmenter.without_training_heads().eval().cpu().float().requires_grad_(False)
-        network = fold_batch_norm(lighter.network, segmenter.bands)
+        segmenter = segmenter.without_training_heads().eval().cpu().float().requires_grad_(False)
+        network = fold_batch_norm(segmenter.network, segmenter.bands)
         self.output, self.dtype, self.resize, self.fixed = output, dtype, resize, fixed
         self.stride = segmenter.stride
         self.bands, self.classes = segmenter.bands, len(segmenter.classes)
-        self.register_buffer("mean", lighter.mean.clone())
-        self.register_buffer("std", lighter.std.clone())
+        self.register_buffer("mean", segmenter.mean.clone())
+        self.register_buffer("std", segmenter.std.clone())
         # the convolution pads with 0, the mean after its subtraction: only the division can be folded into it
-        self.divides = dtype != torch.float32 or not fold_division(network, lighter.std)
+        self.divides = dtype != torch.float32 or not fold_division(network, segmenter.std)
         self.network = network.to(dtype)
         self.head = OutputHead(output)
 
@@ -75,10 +70,10 @@ class ExportModule(nn.Module):
         if self.divides:
             x = x / self.std
         rows, columns = x.shape[-2:]
-        x, whole, padded = self._padded(x, rows, columns)
+        x, padded_size, padded = self._padded(x, rows, columns)
         scores = self.network(x.to(self.dtype)).main.float()
         crop = (rows, columns) if padded else None
-        result: Tensor = self.head(scores, whole, crop, None if self.resize is None else (height, width))
+        result: Tensor = self.head(scores, padded_size, crop, None if self.resize is None else (height, width))
         return result
 
     def _padded(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, int], bool]:
@@ -88,35 +83,31 @@ class ExportModule(nn.Module):
         """
         known = self.fixed is not None or self.resize is not None
         stride = self.stride
-        whole = ((rows + stride - 1) // stride * stride, (columns + stride - 1) // stride * stride)
-        if known and whole == (rows, columns):
-            return x, whole, False
-        return F.pad(x, (0, whole[1] - columns, 0, whole[0] - rows), mode="replicate"), whole, True
+        size = ((rows + stride - 1) // stride * stride, (columns + stride - 1) // stride * stride)
+        if known and size == (rows, columns):
+            return x, size, False
+        return F.pad(x, (0, size[1] - columns, 0, size[0] - rows), mode="replicate"), size, True
 
 
 class OutputHead(nn.Module):
-    """From class scores at the network's own stride to the output at the image's size.
-
-    Args:
-        output: as in `ExportModule`.
-    """
+    """From class scores at the network's own stride to the output at the image's size."""
 
     def __init__(self, output: ExportOutput) -> None:
         super().__init__()
         self.output = output
 
     def forward(
-        self, scores: Tensor, whole: tuple[int, int], crop: tuple[int, int] | None, image: tuple[int, int] | None
+        self, scores: Tensor, size: tuple[int, int], crop: tuple[int, int] | None, image: tuple[int, int] | None
     ) -> Tensor:
         """Return the output.
 
         Args:
             scores: (B, K, h, w).
-            whole: size to interpolate to.
+            size: size to interpolate to.
             crop: size to crop to, where the image was padded.
             image: size to resize to, where the image was resized.
         """
-        scores = F.interpolate(scores, size=whole, mode="bilinear", align_corners=False)
+        scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         if crop is not None:
             scores = scores[..., : crop[0], : crop[1]]
         if image is not None:
@@ -136,9 +127,9 @@ class OutputHead(nn.Module):
 def fold_batch_norm(network: Network, bands: int) -> Network:
     """Return a copy whose batch normalizations are folded into the convolutions before them; its output is the same.
 
-    A forward pass of a small image shows which follows which: a normalization is folded where its input is the very
-    tensor that a convolution returned. Where folding changes the output (other modules read the convolution too),
-    nothing is folded. Both passes are in float64, since rounding in float32 can be amplified by a deep network.
+    A normalization is folded where its input is the tensor that a convolution returned, in a forward pass of a small
+    image. Where folding changes the output (other modules read the convolution too), nothing is folded. Both passes
+    are in float64, since a deep network can amplify rounding in float32.
 
     Args:
         network: in evaluation mode; it is not changed.
@@ -152,11 +143,11 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
     for name, part in folded.named_modules():
         if isinstance(part, nn.Conv2d):
 
-            def keep(conv: nn.Module, _inputs: object, out: Tensor) -> None:
+            def record(conv: nn.Module, _inputs: object, out: Tensor) -> None:
                 if isinstance(conv, nn.Conv2d):
                     outputs[id(out)] = (conv, out)
 
-            hooks.append(part.register_forward_hook(keep))
+            hooks.append(part.register_forward_hook(record))
         elif isinstance(part, nn.BatchNorm2d):
 
             def pair(norm: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
@@ -165,7 +156,7 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
 
             hooks.append(part.register_forward_pre_hook(pair))
     with torch.no_grad():
-        wanted = folded(image).main
+        expected = folded(image).main
         for hook in hooks:
             hook.remove()
         if len({id(conv) for _, conv, _ in pairs}) < len(pairs):
@@ -175,7 +166,7 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
             owner, _, child = name.rpartition(".")
             setattr(folded.get_submodule(owner), child, nn.Identity())
         result = folded(image).main
-    close = torch.allclose(result, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max() + 1e-12))
+    close = torch.allclose(result, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-12))
     return folded.float() if close else copy.deepcopy(network)
 
 

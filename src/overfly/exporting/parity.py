@@ -60,7 +60,7 @@ class Parity(Spec):
     labels_opened: Whole = 0
     """Labels that the scorer read for each of the two."""
     tolerance: Tolerance
-    """What is allowed."""
+    """The allowed difference."""
 
     @property
     def violations(self) -> str:
@@ -146,7 +146,7 @@ def score_predictor(predictor: Predictor, labels: LabeledSplit) -> tuple[float |
 
 
 class _PredictorModule(nn.Module):
-    """A predictor as the module that the scorer takes: images (B, C, H, W) to `Logits` at their size."""
+    """A predictor as a module: images (B, C, H, W) to `Logits` at their size."""
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()

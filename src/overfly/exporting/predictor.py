@@ -28,10 +28,14 @@ MODEL_KEY, EXPORT_KEY = "overfly", "overfly_export"
 """Keys of an exported file's metadata: `ModelMetadata` and `ExportSettings`, each as a JSON object."""
 FORMAT_VERSION = 1
 """Version of the layout of both; raised when a reader of the previous version would misread them."""
+try:
+    VERSION = version("overfly")
+except PackageNotFoundError:  # run from its sources without being installed
+    VERSION = "unknown"
 
 
 class ModelMetadata(Spec):
-    """What a network reads and predicts; an exported file carries it as JSON in its metadata, key ``overfly``."""
+    """Input and classes of a network; an exported file carries them as JSON in its metadata, key ``overfly``."""
 
     architecture: str
     """The network's name in the registry."""
@@ -55,19 +59,8 @@ class ModelMetadata(Spec):
     """Name of the run that trained it."""
 
 
-def _package_version() -> str:
-    try:
-        return version("overfly")
-    except PackageNotFoundError:  # run from its sources without being installed
-        return "unknown"
-
-
-VERSION = _package_version()
-"""Version of overfly that is running."""
-
-
 class ExportSettings(Spec):
-    """How a file was exported, and what its graph returns."""
+    """How a file was exported; it carries this as JSON in its metadata, key ``overfly_export``."""
 
     format_version: Whole = FORMAT_VERSION
     """Version of the metadata's layout."""
@@ -76,7 +69,7 @@ class ExportSettings(Spec):
     precision: ExportPrecision = "32"
     """Arithmetic of the network."""
     output: ExportOutput = "probabilities"
-    """What the graph returns."""
+    """Output of the graph."""
     resize: Pixels | None = None
     """Side of the square that the graph resizes images to; none: no resizing."""
     opset: Whole = 0
@@ -86,12 +79,12 @@ class ExportSettings(Spec):
 
 
 def metadata_entries(metadata: ModelMetadata, settings: ExportSettings) -> dict[str, str]:
-    """Return both values as the key-value pairs of a file's metadata."""
+    """Return the key-value pairs of a file's metadata."""
     return {MODEL_KEY: metadata.model_dump_json(), EXPORT_KEY: settings.model_dump_json()}
 
 
 def read_metadata(properties: Mapping[str, str], path: Path) -> tuple[ModelMetadata, ExportSettings]:
-    """Parse the key-value pairs that `metadata_entries` made.
+    """Parse the key-value pairs of `metadata_entries`.
 
     Raises:
         WeightsError: the file was not exported by overfly, or by a version of another format.
@@ -113,8 +106,7 @@ def read_metadata(properties: Mapping[str, str], path: Path) -> tuple[ModelMetad
         return ModelMetadata.model_validate_json(properties[MODEL_KEY]), ExportSettings.model_validate(export)
     except ValidationError:
         raise WeightsError(
-            f"{path} has metadata (keys {MODEL_KEY}, {EXPORT_KEY}) that overfly {VERSION} does not understand; "
-            "export it again"
+            f"{path} has metadata (keys {MODEL_KEY}, {EXPORT_KEY}) that overfly {VERSION} cannot read; export it again"
         ) from None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from overfly.core.errors import MissingExtraError
+from overfly.core.errors import import_extra
 from overfly.exporting.formats import onnx, save_openvino, set_properties
 from overfly.exporting.predictor import Floats
 from overfly.exporting.runtimes import antialias_resize, onnxruntime, openvino_core
@@ -22,8 +22,8 @@ from overfly.exporting.runtimes import antialias_resize, onnxruntime, openvino_c
 INTEGER_OPERATORS = ("Conv", "Add", "Concat", "Resize", "MaxPool", "Mul")
 """ONNX operators that compute in integers; others stay in float32."""
 Ranges = Literal["extremes", "means"]
-"""Range of a map's values: from its extremes over all images, or from the means of each image's extremes, which clips
-rare values and quantizes the others finer. Which is better depends on the network."""
+"""Range of a feature map's values: its extremes over all images, or the means of each image's extremes, which clip
+rare values and quantize the others finer. Which is better depends on the network."""
 RANGES: tuple[Ranges, ...] = get_args(Ranges)
 HEAD = "/head/"
 """Scope of the nodes from the class scores to the output, which stay in float32."""
@@ -32,7 +32,7 @@ HEAD = "/head/"
 def quantize_onnx(
     source: Path, path: Path, images: Sequence[Floats], properties: Mapping[str, str], ranges: Ranges = "means"
 ) -> Path:
-    """Quantize for ONNX Runtime: static, weights by channel, maps by tensor, as pairs of (de)quantize nodes.
+    """Quantize for ONNX Runtime: static, weights by channel, feature maps by tensor, in (de)quantize nodes.
 
     Args:
         source: the ONNX file in float32.
@@ -117,11 +117,8 @@ def quantize_openvino(
     path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own dependencies
-        os.environ.setdefault("NNCF_CI", "1")  # without it NNCF reports each use over the network
-        try:
-            import nncf
-        except ImportError:
-            raise MissingExtraError("nncf", "openvino", "export in 8-bit integers for OpenVINO") from None
+        os.environ.setdefault("NNCF_CI", "1")  # turns NNCF's usage reports off
+        nncf = import_extra("nncf", "openvino", "export in 8-bit integers for OpenVINO")
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Estimators
 
         estimator = Estimators.MINMAX if ranges == "extremes" else Estimators.MEAN_MINMAX

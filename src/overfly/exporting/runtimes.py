@@ -223,7 +223,7 @@ def check_signature(path: Path, graph: GraphSignature, metadata: ModelMetadata, 
 
 
 def check_output(path: Path, output: Any, metadata: ModelMetadata, settings: ExportSettings) -> None:
-    """Check that an output has the metadata's classes; for class ids and open shapes no signature shows it.
+    """Check that an output has the metadata's classes, which the signature lacks for class ids and unknown shapes.
 
     Raises:
         WeightsError: it has others.
@@ -236,22 +236,19 @@ def check_output(path: Path, output: Any, metadata: ModelMetadata, settings: Exp
         raise _mismatch(path, "output shape", output.shape, f"{count} classes")
 
 
-def _check_equal(path: Path, quantity: str, value: int | None, wanted: int, key: str = MODEL_KEY) -> None:
-    if value is not None and value != wanted:
-        raise _mismatch(path, quantity, value, wanted, key)
+def _check_equal(path: Path, quantity: str, value: int | None, expected: int, key: str = MODEL_KEY) -> None:
+    if value is not None and value != expected:
+        raise _mismatch(path, quantity, value, expected, key)
 
 
-def _mismatch(path: Path, quantity: str, value: object, wanted: object, key: str = MODEL_KEY) -> WeightsError:
+def _mismatch(path: Path, quantity: str, value: object, expected: object, key: str = MODEL_KEY) -> WeightsError:
     return WeightsError(
-        f"{path}: {quantity} of the graph: {value}, of its metadata (key {key}): {wanted}; export it again"
+        f"{path}: {quantity} of the graph: {value}, of its metadata (key {key}): {expected}; export it again"
     )
 
 
 def antialias_resize(model: Any) -> None:
-    """Let a model of OpenVINO resize its images as PyTorch does, with antialiasing.
-
-    OpenVINO ignores the ``antialias`` of ONNX's Resize.
-    """
+    """Let a model of OpenVINO resize its images with antialiasing: it ignores the ``antialias`` of ONNX's Resize."""
     from openvino import opset13 as operators
 
     for operation in model.get_ops():
@@ -277,7 +274,7 @@ def openvino_properties(model: Any) -> dict[str, str]:
 
 
 def openvino_options(settings: ExportSettings, threads: int | None = None) -> dict[str, Any]:
-    """Return how OpenVINO compiles: for latency, with 16-bit arithmetic only in OpenVINO files of that precision."""
+    """Return OpenVINO's compiler options: low latency; 16-bit arithmetic only for OpenVINO files of that precision."""
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if settings.precision != "16" or settings.format != "openvino":  # its default is bfloat16 where the CPU has it
         options["INFERENCE_PRECISION_HINT"] = "f32"
@@ -298,11 +295,7 @@ def openvino() -> Any:
 
 @functools.cache
 def openvino_core() -> Any:
-    """Return OpenVINO's `Core`, one a process and never closed, so that its plug-ins are opened once.
-
-    Raises:
-        MissingExtraError: openvino is not installed.
-    """
+    """Return OpenVINO's `Core`, one a process and never closed, so that its plug-ins are opened once."""
     return openvino().Core()
 
 

@@ -1,8 +1,8 @@
 """Programs of torch.export as .pt2 files: traced and written, and read without running code of the file.
 
 `torch.export.load` evaluates expressions, imports names and unpickles objects of the file that it reads. Therefore
-`clean_archive` parses a .pt2 file first, refuses all that an export of overfly does not hold, and copies the rest into
-a new archive, the only one that PyTorch reads.
+`clean_archive` parses a .pt2 file first, refuses content that exports of overfly never hold, and copies the rest into
+a new archive, which PyTorch reads instead of the file.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str])
 
     Raises:
         OverflyError: the network cannot be traced.
-        WeightsError: the program holds what `clean_archive` refuses.
+        WeightsError: `clean_archive` refuses the program.
     """
     program = _traced(module)
     program._example_inputs = None  # an image of noise, as large as all the weights
@@ -94,7 +94,7 @@ def _traced(module: ExportModule) -> Any:
 
 
 class _ForeignContentError(Exception):
-    """An archive holds what our exports do not."""
+    """An archive holds content that exports of overfly never hold."""
 
 
 def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
@@ -107,7 +107,7 @@ def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
         archive: its content; None: read from the file.
 
     Raises:
-        WeightsError: the file is damaged, or holds what our exports do not.
+        WeightsError: the file is damaged, or holds content that exports of overfly never hold.
     """
     try:
         return _copied_archive(archive or path)
@@ -124,7 +124,7 @@ def _copied_archive(archive: io.BytesIO | Path) -> io.BytesIO:
     """Copy the parts of an archive that `PARTS` names.
 
     Raises:
-        _ForeignContentError: it holds another part, or a part holds what our exports do not.
+        _ForeignContentError: it holds another part, or content that exports of overfly never hold.
     """
     cleaned = io.BytesIO()
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(cleaned, "w") as target:
@@ -216,7 +216,7 @@ def read_program(path: Path) -> tuple[Any, dict[str, str]]:
     """Read an exported program and its metadata from a .pt2 file.
 
     Raises:
-        WeightsError: the file is damaged, or holds what our exports do not and what could run code.
+        WeightsError: the file is damaged, or holds content that could run code.
     """
     archive = clean_archive(path)
     properties = dict.fromkeys((MODEL_KEY, EXPORT_KEY), "")
