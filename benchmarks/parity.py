@@ -66,7 +66,7 @@ def rows_of(run: Run, weights: str, images: int, folder: Path) -> list[dict[str,
                 name=name,
                 out=folder,
                 quiet=True,
-            ).found.model_dump(mode="json")
+            ).report.model_dump(mode="json")
         except ParityError as error:
             found = json.loads((folder / f"{name}.failed.json").read_text()) | {"failed": str(error)}
         except OverflyError as error:

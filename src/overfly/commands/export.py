@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from overfly.exporting.exporter import ExportReport
-    from overfly.exporting.predictor import ExportSettings
 
 
 @dataclass(frozen=True)
@@ -23,44 +22,44 @@ class ExportResult:
 
     path: Path
     card: Path
-    found: ExportReport
+    report: ExportReport
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table
 
-        found = self.found
-        table = Table(title=f"{self.path.name} against PyTorch, on {found.images}", title_justify="left")
-        time = f"ms an image of {found.latency_side}×{found.latency_side}"
+        report = self.report
+        table = Table(title=f"{self.path.name} against PyTorch, on {report.images}", title_justify="left")
+        time = f"ms an image of {report.latency_side}×{report.latency_side}"
         for heading in ("runtime", "same class", "mIoU", "mIoU of PyTorch", time):
             table.add_column(heading, justify="left" if heading == "runtime" else "right")
-        for each in found.parity:
-            time = f"{found.latency[each.backend].median_ms:.1f}" if each.backend in found.latency else "–"
+        for each in report.parity:
+            time = f"{report.latency[each.backend].median_ms:.1f}" if each.backend in report.latency else "–"
             mious = ["–" if value is None else f"{100 * value:.2f}" for value in (each.miou, each.miou_of_torch)]
             table.add_row(each.backend, f"{100 * each.agreement:.3f} %", *mious, time)
-        if "torch eager" in found.latency:
-            threads = found.machine["threads"]
+        if "torch eager" in report.latency:
+            threads = report.machine["threads"]
             eager = f"torch eager, {threads} thread{'s' * (threads != 1)}"
-            table.add_row(eager, "", "", "", f"{found.latency['torch eager'].median_ms:.1f}")
+            table.add_row(eager, "", "", "", f"{report.latency['torch eager'].median_ms:.1f}")
         yield table
-        for each in found.parity:
+        for each in report.parity:
             if each.violations:
-                yield f"not for {each.backend}: {each.violations}"
-        yield f"exported: {self.path} ({found.bytes / 1e6:.1f} MB)"
+                yield f"beyond tolerance with {each.backend}: {each.violations}"
+        yield f"exported: {self.path} ({report.bytes / 1e6:.1f} MB)"
         yield f"report:   {self.path.with_suffix('.json')}"
         yield f"card:     {self.card}"
 
 
 @dataclass(frozen=True)
 class HubResult:
-    """Files that went to a hub or came from it."""
+    """Files that were pushed to a hub or loaded from it."""
 
-    files: list[str]
-    place: str
     verb: str
+    files: list[str]
+    note: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from (f"{self.verb}: {file}" for file in self.files)
-        yield self.place
+        yield self.note
 
 
 def export(
@@ -80,14 +79,13 @@ def export(
 ) -> ExportResult:
     """Export a trained network and compare the file with PyTorch.
 
-    The file takes images in the sensor's own range and normalizes them itself; training heads
-    are removed. It is compared with PyTorch on images of the target; beyond the tolerance the command fails and leaves
-    no file.
+    The exported network normalizes images itself and has no training heads. Its predictions on images of the target
+    are compared with PyTorch's; where they differ by more than the tolerance, the command fails and writes no file.
 
     Args:
         run: the folder of a finished run; or a comparison folder, for its recommended network.
         format: onnx (.onnx), openvino (.xml and .bin) or torch (.pt2).
-        precision: 32, 16, or int8, whose value ranges are measured on unlabeled images of the target.
+        precision: 32, 16, or int8, which is calibrated on unlabeled images of the target.
         output: output of the network: probabilities, logits, or classes (ids, 8 bits).
         size: fixed side of the images in pixels, as QGIS requires; default: any size.
         resize: side of the square to which the file resizes images; 0: none; default: the recipe's.
@@ -115,34 +113,34 @@ def export(
     opened = NetworkFolder.open(run)
     segmenter, metadata = load_network(opened.path)
     recipe = None if opened.run is None else opened.run.recipe
-    inner = ((recipe.resize if recipe else None) if resize is None else resize) or None
+    if resize is None and recipe:
+        resize = recipe.resize
     if size is not None:
         metadata = metadata.model_copy(update={"window": size, "fixed": True})
     settings = ExportSettings(
-        format=format, precision=precision, output=output, resize=inner, opset=OPSET if format == "onnx" else 0
+        format=format, precision=precision, output=output, resize=resize or None, opset=OPSET if format == "onnx" else 0
     )
-    stem = name or _stem(metadata.architecture, settings, size)
+    parts = [metadata.architecture, format, precision, *([output] if output != "probabilities" else []), size or ""]
+    stem = name or "-".join(str(part) for part in parts if part)
     if Path(stem).name != stem:
         raise RecipeError(f"--name must be a file name without folders, got {stem}; give the folder as --out")
     compared = export_domain(opened, domain, metadata)
-    data = evaluation_data(compared, recipe, settings, metadata.window, images, labels=labels)
-    folder = Path(out) if out is not None else opened.path / "exports"
-    path, found = export_network(
+    path, report = export_network(
         segmenter,
         metadata,
         settings,
-        data,
-        folder=folder,
+        evaluation_data(compared, recipe, settings, metadata.window, images, labels=labels),
+        folder=Path(out) if out is not None else opened.path / "exports",
         name=stem,
         on_progress=lambda text: print_status(text, quiet=quiet),
     )
-    own = {"target": recipe.target, "source": recipe.source} if recipe else {}
-    role = next((role for role, each in own.items() if domain in own and each is compared), domain)
-    if opened.run is not None:
-        record_labels(opened.run, role, found)
-    written = path.with_suffix(".md")
-    written.write_text(model_card(found, card_content(opened)), encoding="utf-8")
-    return ExportResult(path, written, found)
+    if opened.run is not None and recipe is not None:
+        own = {"target": recipe.target, "source": recipe.source}
+        role = next((role for role, each in own.items() if domain in own and each is compared), domain)
+        record_labels(opened.run, role, report)
+    card = path.with_suffix(".md")
+    card.write_text(model_card(report, card_content(opened)), encoding="utf-8")
+    return ExportResult(path, card, report)
 
 
 def hub_push(export: PathLike, repository: str, *, private: bool = True, endpoint: str | None = None) -> HubResult:
@@ -161,8 +159,8 @@ def hub_push(export: PathLike, repository: str, *, private: bool = True, endpoin
     """
     from overfly.exporting import hub
 
-    files, place = hub.push(Path(export), repository, private=private, endpoint=endpoint)
-    return HubResult(files, place, "pushed")
+    files, address = hub.push(Path(export), repository, private=private, endpoint=endpoint)
+    return HubResult("pushed", files, address)
 
 
 def hub_load(
@@ -182,10 +180,4 @@ def hub_load(
     from overfly.exporting import hub
 
     files = hub.load(repository, Path(out), revision=revision, endpoint=endpoint)
-    return HubResult([str(file) for file in files], f"predict with: overfly predict {files[0]} scene.tif", "loaded")
-
-
-def _stem(architecture: str, settings: ExportSettings, size: int | None) -> str:
-    """Return the default file name, without suffix."""
-    output = [settings.output] * (settings.output != "probabilities")
-    return "-".join([architecture, settings.format, settings.precision, *output, *([str(size)] * bool(size))])
+    return HubResult("loaded", list(map(str, files)), f"predict with: overfly predict {files[0]} scene.tif")

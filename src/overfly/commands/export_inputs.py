@@ -19,7 +19,7 @@ from overfly.core.records import Item
 from overfly.data.domain import Domain, SplitError, sample_evenly, without_labels
 from overfly.evaluation.images import to_tensor
 from overfly.exporting.exporter import EvaluationData, ExportReport
-from overfly.exporting.hub import CardContent, CardDomain
+from overfly.exporting.hub import CardContent
 from overfly.exporting.parity import LabeledSplit
 from overfly.exporting.predictor import ExportSettings, Floats, ModelMetadata
 from overfly.ops.windows import cut, windows
@@ -37,36 +37,30 @@ def export_domain(folder: NetworkFolder, text: str, metadata: ModelMetadata) -> 
     domains = (recipe.target, recipe.source) if recipe else ()
     order = domains if text == "target" else domains[::-1]
     own = next((domain for domain in order if domain is not None), None)
-    found = own if text in ("target", "source") else load_domain(text)
-    if found is None:
+    domain = own if text in ("target", "source") else load_domain(text)
+    if domain is None:
         raise DataError(f"{folder.path} has no domain to compare on; give one as --domain")
-    if found.classes.names != metadata.classes.names or found.bands != metadata.bands:
+    if domain.classes.names != metadata.classes.names or domain.bands != metadata.bands:
         raise RecipeError(
-            f"the domain {found.title} has other classes or bands than the network; give one with "
+            f"the domain {domain.title} has other classes or bands than the network; give one with "
             f"{', '.join(metadata.classes.names)} and {metadata.bands} bands as --domain"
         )
-    return found
+    return domain
 
 
 def evaluation_data(
     domain: Domain, recipe: Recipe | None, settings: ExportSettings, window: int, images: int, *, labels: bool
 ) -> EvaluationData:
     """Return unlabeled images of a domain, and the labeled split for scoring."""
-    before = None if settings.resize or recipe is None else recipe.resize
-    side = None if settings.resize else window
-    shown: Split = "val" if _images(domain, "val") else "train" if _images(domain, "train") else "test"
-    measured: Split = "train" if _images(domain, "train") else shown
-    calibration: list[Floats] = []
-    if settings.precision == "int8":
-        calibration = list(patches(domain, measured, CALIBRATION, window))
-    labeled_split = None
-    if labels and has_labels(domain, "val"):
-        labeled_split = LabeledSplit(domain, "val", before, side, images)
+    resize = None if settings.resize or recipe is None else recipe.resize
+    split: Split = "val" if _images(domain, "val") else "train" if _images(domain, "train") else "test"
+    calibrated: Split = "train" if _images(domain, "train") else split
+    labeled = labels and has_labels(domain, "val")
     return EvaluationData(
-        images=list(patches(domain, shown, images, side or window)),
-        calibration=calibration,
-        labels=labeled_split,
-        title=f"{domain.title} ({shown})",
+        images=list(patches(domain, split, images, window)),
+        calibration=list(patches(domain, calibrated, CALIBRATION, window)) if settings.precision == "int8" else [],
+        labels=LabeledSplit(domain, "val", resize, None if settings.resize else window, images) if labeled else None,
+        title=f"{domain.title} ({split})",
     )
 
 
@@ -74,27 +68,23 @@ def patches(domain: Domain, split: Split, limit: int, side: int) -> Iterator[Flo
     """Yield square patches of a split's images, evenly sampled over and within images, without labels.
 
     Args:
-        domain: the domain.
-        split: the split.
+        domain: domain of the images.
+        split: its split.
         limit: number of patches.
         side: side of a patch in pixels; smaller images are padded by repeating their border.
 
     Yields:
         (1, C, side, side), float32, in the sensor's own range.
-
-    Raises:
-        DataError: the split has no images.
     """
     items = sample_evenly(_images(domain, split), limit)
     if not items:
         raise DataError(f"the domain {domain.title} has no images to compare on; give another as --domain")
     for index, item in enumerate(items):
         image = to_tensor(domain.read_image(item))
-        found = windows(image.shape[-2], image.shape[-1], side, 0.0)
-        share = limit * (index + 1) // len(items) - limit * index // len(items)
-        count = min(share, len(found))
-        for at in range(count):
-            window = found[int((at + 0.5) * len(found) / count)]
+        positions = windows(image.shape[-2], image.shape[-1], side, 0.0)
+        count = min(limit * (index + 1) // len(items) - limit * index // len(items), len(positions))
+        for number in range(count):
+            window = positions[int((number + 0.5) * len(positions) / count)]
             yield np.ascontiguousarray(cut(image, window, side)[None].numpy(), np.float32)
 
 
@@ -105,58 +95,43 @@ def _images(domain: Domain, split: Split) -> list[Item]:
         return []
 
 
-def record_labels(run: Run, key: str, found: ExportReport) -> None:
+def record_labels(run: Run, role: str, report: ExportReport) -> None:
     """Add the labels opened to compare mIoU to the run's counts in scores.json."""
-    opened = max((each.labels_opened for each in found.parity), default=0)
-    if not opened:
-        return
-    scores = run.scores
-    counts = scores.setdefault("labels_opened", {}).setdefault(f"{key}/val", {"times": 0, "images": 0})
-    times = 1 + len(found.parity)
-    counts["times"] += times
-    counts["images"] += times * opened
-    run.write_json("scores.json", scores)
+    opened = max((each.labels_opened for each in report.parity), default=0)
+    if opened:
+        scores, times = run.scores, 1 + len(report.parity)
+        counts = scores.setdefault("labels_opened", {}).setdefault(f"{role}/val", {"times": 0, "images": 0})
+        counts["times"] += times
+        counts["images"] += times * opened
+        run.write_json("scores.json", scores)
 
 
 def card_content(folder: NetworkFolder) -> CardContent:
     """Return the content of a model card: domains, scores of the run and of its other seeds, and the selection."""
-    selection = _selection_text(folder.selection)
-    if folder.run is None:
-        return CardContent(
-            title=folder.path.name,
-            method="unknown: the run of the recommended network does not exist any more",
-            domains=[],
-            selection=selection,
-        )
-    run, recipe = folder.run, folder.run.recipe
+    selection, run = _selection_text(folder.selection), folder.run
+    if run is None:
+        method = "unknown: the run of the recommended network does not exist any more"
+        return CardContent(folder.path.name, method, [], selection=selection)
+    recipe = run.recipe
+    target_role = "without labels, adapted to" if recipe.method.needs_target else "not seen in training"
     domains = []
-    for domain, role in (
-        (recipe.source, "with labels, used in training"),
-        (recipe.target, "without labels, adapted to"),
-    ):
+    for domain, role in ((recipe.source, "with labels, used in training"), (recipe.target, target_role)):
         if domain is not None:
-            domains.append(CardDomain(domain.title, data_sheet(domain), role))
-    if recipe.target is not None and not recipe.method.needs_target:
-        domains[-1] = CardDomain(recipe.target.title, data_sheet(recipe.target), "not seen in training")
+            data_sheet = (inspect.getdoc(type(domain)) or "").split("* ")[1:]
+            domains.append((domain.title, f"({role}). {' '.join(' '.join(data_sheet).split())}"))
     return CardContent(
         title=run.path.name,
         method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0].rstrip('.')}",
         domains=domains,
-        scores=scores_of_seeds(run),
+        scores=_scores_of_seeds(run),
         selection=selection,
         recipe=yaml.safe_dump(_without_paths(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
     )
 
 
-def data_sheet(domain: Domain) -> list[str]:
-    """Return the entries of a domain's data sheet."""
-    text = inspect.getdoc(type(domain)) or ""
-    return [" ".join(entry.split()) for entry in text.split("* ")[1:]]
-
-
-def scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
+def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
     """Return mIoU and IoU of a run and of runs that differ in the seed alone, by domain and split, then by seed."""
-    found: dict[str, dict[int, dict[str, float | None]]] = {}
+    result: dict[str, dict[int, dict[str, float | None]]] = {}
     plain = _unseeded(run.recipe.model_dump(mode="json"))
     for file in sorted(run.path.parent.glob("*/recipe.yaml")):
         sibling = Run(file.parent)
@@ -170,8 +145,8 @@ def scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
         for key, value in scores.items():
             if isinstance(value, dict) and "miou" in value:
                 classes = {name: each.get("iou") for name, each in value.get("classes", {}).items()}
-                found.setdefault(key, {})[recipe.seed] = {"mIoU": value["miou"], **classes}
-    return found
+                result.setdefault(key, {})[recipe.seed] = {"mIoU": value["miou"], **classes}
+    return result
 
 
 def _unseeded(values: Any) -> Any:
@@ -183,7 +158,6 @@ def _unseeded(values: Any) -> Any:
 
 
 def _selection_text(selection: Selection | None) -> str:
-    """Return summary, candidates and differing settings of a selection as Markdown; empty without one."""
     if selection is None:
         return ""
     summary = f"{selection.summary[0].upper()}{selection.summary[1:]}. Target labels opened: {selection.labels_opened}."

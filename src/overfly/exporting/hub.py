@@ -25,28 +25,13 @@ TAGS = ["semantic-segmentation", "remote-sensing", "aerial-imagery"]
 
 
 @dataclass(frozen=True)
-class CardDomain:
-    """A domain in a model card.
-
-    Attributes:
-        title: its title in tables.
-        description: lines of its data sheet: format, bands, license, citation.
-        role: its role in training.
-    """
-
-    title: str
-    description: Sequence[str]
-    role: str
-
-
-@dataclass(frozen=True)
 class CardContent:
-    """What a model card holds beside the report of an export.
+    """Content of a model card beside the report of an export.
 
     Attributes:
         title: name of the run.
         method: how it was trained or adapted.
-        domains: the domains.
+        domains: titles of the domains, each with its role in training and its data sheet.
         scores: mIoU and IoU by class, by domain and split, by seed, of this run and of those that differ in the seed.
         selection: label-free metrics of the candidates as Markdown; empty where the run was not adapted.
         recipe: the recipe as YAML.
@@ -54,7 +39,7 @@ class CardContent:
 
     title: str
     method: str
-    domains: Sequence[CardDomain]
+    domains: Sequence[tuple[str, str]]
     scores: Mapping[str, Mapping[int, Mapping[str, float | None]]] = field(default_factory=dict)
     selection: str = ""
     recipe: str = ""
@@ -87,7 +72,7 @@ def model_card(report: ExportReport, content: CardContent) -> str:
         f"- `overfly predict {report.file} scene.tif` writes a map.",
         "",
         "## Data",
-        *(f"- **{domain.title}** ({domain.role}). {' '.join(domain.description)}" for domain in content.domains),
+        *(f"- **{title}** {description}" for title, description in content.domains),
         "",
         f"Trained by {content.method}.",
         "",
@@ -102,7 +87,7 @@ def model_card(report: ExportReport, content: CardContent) -> str:
         *_latency_lines(report),
         "",
         "## Limits",
-        f"- It is scored on {' and '.join(each.title for each in content.domains) or 'its training domains'} alone; on "
+        f"- It is scored on {' and '.join(title for title, _ in content.domains) or 'its training domains'} alone; on "
         "another domain, season or sensor its quality is unknown.",
         "- Every pixel is assigned one of the classes above.",
         *(["- The output has no probabilities."] if settings.output == "classes" else []),
@@ -236,10 +221,10 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
                     f"{repository} cannot be loaded from the hub ({first_line(error)}); check the name, and log in "
                     "with `hf auth login` if it is private"
                 ) from error
-            return _take(folder, out, repository)
+            return _move_exports(folder, out, repository)
 
 
-def _take(folder: Path, out: Path, repository: str) -> list[Path]:
+def _move_exports(folder: Path, out: Path, repository: str) -> list[Path]:
     """Check the exports of a folder, and move them to another with their weights, reports and cards."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
     exports = [file for file in files if file.suffix != ".xml" or file.with_suffix(".bin").is_file()]
