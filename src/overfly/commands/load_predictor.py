@@ -8,7 +8,7 @@ from pathlib import Path
 from overfly.adaptation.selection import Comparison, Selection, is_comparison
 from overfly.core.choices import Backend
 from overfly.core.device import select_device
-from overfly.core.errors import MissingExtraError, RecipeError
+from overfly.core.errors import MissingExtraError, RecipeError, RunError
 from overfly.exporting.predictor import ModelMetadata, Predictor, model_metadata, segmenter_predictor
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
 from overfly.models.segmenter import Segmenter
@@ -21,7 +21,7 @@ RUNTIMES: dict[str, tuple[Backend, ...]] = {
     ".xml": ("openvino",),
     ".pt2": ("torch",),
 }
-"""Runtimes for exported files by suffix; the first is the default."""
+"""Runtimes of exported files by suffix; the first is the default."""
 
 
 def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str = "auto") -> Predictor:
@@ -37,24 +37,25 @@ def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str =
         OverflyError: there is no such network, or it does not run on this backend or device.
     """
     path = Path(path)
-    runtimes = RUNTIMES.get(path.suffix.lower(), ("torch",)) if not path.is_dir() else ("torch",)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    runtimes = RUNTIMES.get(suffix, ("torch",))
     if backend != "auto" and backend not in runtimes:
-        raise RecipeError(f"{path} is run by {' or '.join(runtimes)}; export it for {backend} first")
-    if path.is_dir() or path.suffix.lower() not in RUNTIMES:
+        raise RecipeError(f"{path} runs on {' or '.join(runtimes)}; export it for {backend} first")
+    if suffix not in RUNTIMES:
         segmenter, metadata = load_network(path)
         return segmenter_predictor(segmenter, metadata, select_device(device))
-    if path.suffix.lower() == ".pt2":
+    if suffix == ".pt2":
         return torch_predictor(path, select_device(device))
-    place = "cpu" if device == "auto" else str(select_device(device))
-    if backend == "openvino" or path.suffix.lower() == ".xml":
-        return openvino_predictor(path, place)
+    name = "cpu" if device == "auto" else str(select_device(device))
+    if backend == "openvino" or suffix == ".xml":
+        return openvino_predictor(path, name)
     try:
-        return onnx_predictor(path, place)
+        return onnx_predictor(path, name)
     except MissingExtraError as missing:
         if backend == "onnxruntime":
             raise
         try:
-            return openvino_predictor(path, place)
+            return openvino_predictor(path, name)
         except MissingExtraError:
             raise missing from None
 
@@ -66,9 +67,9 @@ class NetworkFolder:
     Attributes:
         path: the folder.
         weights: the network's file.
-        run: the run that trained it; None for a comparison whose recommended candidate is a weights file or a run that
-            does not exist any more.
-        selection: of a comparison.
+        run: the run that trained it; None for a comparison whose recommended candidate is a weights file or a deleted
+            run.
+        selection: the comparison's selection; None for a run folder.
     """
 
     path: Path
@@ -102,6 +103,11 @@ def load_network(path: Path | str) -> tuple[Segmenter, ModelMetadata]:
         OverflyError: there is no such network.
     """
     path = Path(path)
+    if not path.exists():
+        raise RunError(
+            f"{path} does not exist; give a run folder, a comparison folder, a .safetensors file, or an exported file "
+            f"({', '.join(RUNTIMES)})"
+        )
     if not path.is_dir():
         segmenter = Segmenter.load(path).eval()
         return segmenter, model_metadata(segmenter, window=WINDOW, title=path.stem)
@@ -113,6 +119,3 @@ def load_network(path: Path | str) -> tuple[Segmenter, ModelMetadata]:
     resolutions = [domain.gsd for domain in (recipe.source, recipe.target) if domain is not None]
     gsd = next((meters for meters in resolutions if meters is not None), None)
     return segmenter, model_metadata(segmenter, window=recipe.window or WINDOW, gsd=gsd, title=path.name)
-
-
-__all__ = ["RUNTIMES", "WINDOW", "NetworkFolder", "load_network", "load_predictor"]

@@ -93,7 +93,7 @@ def export(
     segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData, *,
     folder: Path, name: str, on_progress: Callable[[str], None] = print,
 ) -> tuple[Path, ExportReport]:  # fmt: skip
-    """Export a network, and keep the file only if it agrees with PyTorch.
+    """Export a network; the file is deleted if it does not agree with PyTorch.
 
     Args:
         segmenter: the trained network; it is not changed.
@@ -108,7 +108,7 @@ def export(
         The file, and its report, which is also written to ``NAME.json``.
 
     Raises:
-        ParityError: it does not agree. No file is kept; ``NAME.failed.json`` holds the report.
+        ParityError: it does not agree with PyTorch; ``NAME.failed.json`` holds the report.
         MissingExtraError: a package is not installed.
         OverflyError: the folder cannot be written.
     """
@@ -161,14 +161,14 @@ def _quantize(
     plain: Path, path: Path, *, reference: Predictor, data: EvaluationData, settings: ExportSettings,
     properties: dict[str, str],
 ) -> Path:  # fmt: skip
-    """Quantize with each of the `Ranges`, and keep the file that agrees best with PyTorch on a few images."""
+    """Quantize with each of the `Ranges`, and choose the file that agrees best with PyTorch on a few images."""
     quantize = quantize_onnx if settings.format == "onnx" else quantize_openvino
     images = data.calibration[:: max(1, len(data.calibration) // RANGE_IMAGES)][:RANGE_IMAGES]
     expected = [reference(image).argmax(1) for image in images]
     agreement: dict[Ranges, float] = {}
     for ranges in RANGES:
         file = quantize(plain, path.parent / ranges / path.name, data.calibration, properties, ranges)
-        predictor = open_file(file, settings)[0]
+        predictor = _open_file(file, settings)[0]
         same = [(predictor(image).argmax(1) == ids).mean() for image, ids in zip(images, expected, strict=True)]
         agreement[ranges] = float(sum(same))
     best = max(agreement, key=lambda ranges: agreement[ranges])
@@ -190,7 +190,7 @@ def _measure(
 ) -> ExportReport:
     reference = _reference(segmenter, metadata, settings)
     miou = None if data.labels is None else score_predictor(reference, data.labels)[0]
-    predictors = open_file(file, settings)
+    predictors = _open_file(file, settings)
     compare = partial(measure_parity, reference=reference, images=data.images, labels=data.labels, miou_of_torch=miou)
     parity = tuple(compare(predictor, settings) for predictor in predictors)
     side = metadata.window
@@ -213,12 +213,8 @@ def _measure(
     )
 
 
-def open_file(file: Path, settings: ExportSettings) -> list[Predictor]:
-    """Open a file with every installed runtime that reads it, the runtime of its format first.
-
-    Raises:
-        MissingExtraError: no runtime for it is installed.
-    """
+def _open_file(file: Path, settings: ExportSettings) -> list[Predictor]:
+    """Open a file with every installed runtime that reads it, the runtime of its format first."""
     if settings.format == "torch":
         return [torch_predictor(file)]
     if settings.format == "openvino":
@@ -235,15 +231,15 @@ def open_file(file: Path, settings: ExportSettings) -> list[Predictor]:
 
 
 def _raise_if_different(report: ExportReport, failed: Path) -> None:
-    """Raise where the runtime of the file's format is beyond tolerance, and write the report; others are reported."""
+    """Raise if the runtime of the file's format is beyond tolerance, and write the report; others may be beyond it."""
     failed.unlink(missing_ok=True)
     parity = report.parity[0]
     if parity.violations:
         failed.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         raise ParityError(
-            f"{report.file} was not kept: run by {parity.backend} on {parity.images} images of {report.images} it "
-            f"differs from PyTorch ({parity.violations}; see {failed}); choose a higher --precision, train for longer, "
-            "or measure on the images it is meant for with --domain"
+            f"{report.file} was not written: on {parity.images} images of {report.images}, {parity.backend} differs "
+            f"from PyTorch ({parity.violations}; see {failed}); choose a higher --precision, train for longer, or "
+            "compare on other images with --domain"
         )
 
 

@@ -26,8 +26,7 @@ TILE_OVERLAP = 25
 def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) -> Path:
     """Write a graph as one ONNX file.
 
-    PyTorch's exporter by tracing is used: it names every value by the module that made it, and takes 3 seconds where
-    the exporter by torch.export takes 30.
+    PyTorch's tracing exporter names each value by its module, and takes 3 seconds; the one by torch.export takes 30.
 
     Args:
         module: the graph, in evaluation mode.
@@ -47,7 +46,7 @@ def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) 
     example = _example_image(module)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of constants that tracing makes of sizes, and of the exporter's age
+            warnings.simplefilter("ignore")  # sizes that become constants, and the exporter's deprecation
             torch.onnx.export(
                 module, (example,), path, dynamo=False, opset_version=OPSET, do_constant_folding=True,
                 input_names=["image"], output_names=[output],
@@ -91,11 +90,10 @@ def _write_output_shape(model: Any, module: ExportModule) -> None:
 
 
 def _set_antialias(model: Any) -> None:
-    """Let the node that resizes the image use antialiasing, as in training."""
-    helper = onnx().helper
+    """Set antialiasing in the node that resizes the image."""
     for node in model.graph.node:
         if node.op_type == "Resize" and node.name == "/Resize":
-            node.attribute.append(helper.make_attribute("antialias", 1))
+            node.attribute.append(onnx().helper.make_attribute("antialias", 1))
 
 
 def write_openvino(source: Path, path: Path, properties: Mapping[str, str], *, half: bool = False) -> Path:
@@ -134,15 +132,13 @@ def deepness_entries(metadata: ModelMetadata) -> dict[str, str]:
     the class of largest output where that is above seg_thresh, class 0 elsewhere. Our graph takes the sensor's own
     range: a mean of 0 and a deviation of 1/255 undo the division, and a threshold of 0 changes no pixel.
     Source: the plug-in's documentation for creators of models, and its reader ``processing/models/model_base.py``.
-
-    Args:
-        metadata: of the network; ``resolution`` is left out where the ground sampling distance is unknown.
+    ``resolution`` is left out where the ground sampling distance is unknown.
     """
     values: dict[str, object] = {
         "model_type": "Segmentor",
         "class_names": dict(enumerate(metadata.classes.names)),
         "tiles_size": metadata.window,
-        "tile_size": metadata.window,  # the plug-in's reader takes this spelling, its documentation the other
+        "tile_size": metadata.window,  # name in the plug-in's reader; the other is in its documentation
         "tiles_overlap": TILE_OVERLAP,
         "standardization_mean": [0.0] * metadata.bands,
         "standardization_std": [1 / 255] * metadata.bands,

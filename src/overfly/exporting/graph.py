@@ -99,7 +99,7 @@ class OutputHead(nn.Module):
     def forward(
         self, scores: Tensor, size: tuple[int, int], crop: tuple[int, int] | None, image: tuple[int, int] | None
     ) -> Tensor:
-        """Return the output.
+        """Return the output at the image's size.
 
         Args:
             scores: (B, K, h, w).
@@ -185,12 +185,7 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 @torch.no_grad()
 def fold_division(network: Network, std: Tensor) -> bool:
-    """Fold the division by the standard deviation into the convolution that reads the image; return if it could be.
-
-    Args:
-        network: changed in place.
-        std: (1, C, 1, 1).
-    """
+    """Fold the division by ``std`` (1, C, 1, 1) into the network's first convolution, in place; return if possible."""
     try:
         conv = network.get_submodule(network.first) if network.first else None
     except AttributeError:

@@ -13,12 +13,10 @@ from typing import Any
 
 from overfly.core.atomic_files import temporary_path
 from overfly.core.errors import DownloadError, WeightsError, import_extra
-from overfly.exporting.exporter import ExportReport, readable_disk_errors
+from overfly.exporting.exporter import SUFFIXES, ExportReport, readable_disk_errors
 from overfly.exporting.torch_program import clean_archive
 from overfly.models.checkpoints import check_digest, first_line
 
-SUFFIXES = (".onnx", ".xml", ".pt2")
-"""Suffixes of the files to open."""
 PAGE = "README.md"
 """Name of the model card in a repository."""
 TAGS = ["semantic-segmentation", "remote-sensing", "aerial-imagery"]
@@ -160,11 +158,10 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
         Names of the files, and the address of the repository.
 
     Raises:
-        WeightsError: there is no such export, or it is not the one that its .json describes.
-        DownloadError: the hub refuses.
-        MissingExtraError: huggingface_hub is not installed.
+        WeightsError: there is no such export, or it does not match its .json.
+        DownloadError: the hub refuses the upload.
     """
-    if export.suffix not in SUFFIXES or not export.is_file():
+    if export.suffix not in SUFFIXES.values() or not export.is_file():
         raise WeightsError(f"{export} is not an exported file; give a .onnx, .xml or .pt2 that `overfly export` wrote")
     check_export(export)
     package = _package()
@@ -204,11 +201,10 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
 
     Raises:
         DownloadError: there is no such repository, it holds no export, or another file of the same name exists.
-        WeightsError: an export is not the one that its .json describes, or it could run code.
-        MissingExtraError: huggingface_hub is not installed.
+        WeightsError: an export does not match its .json, or could run code.
     """
     package = _package()
-    patterns = [f"*{suffix}" for suffix in (*SUFFIXES, ".bin", ".json", ".md")]
+    patterns = [f"*{suffix}" for suffix in (*SUFFIXES.values(), ".bin", ".json", ".md")]
     with readable_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_path(out, folder=True) as folder:
@@ -216,7 +212,7 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
                 package.snapshot_download(
                     repository, revision=revision, local_dir=folder, allow_patterns=patterns, endpoint=endpoint
                 )
-            except Exception as error:  # as above
+            except Exception as error:  # as in `push`
                 raise DownloadError(
                     f"{repository} cannot be loaded from the hub ({first_line(error)}); check the name, and log in "
                     "with `hf auth login` if it is private"
@@ -226,7 +222,7 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
 
 def _move_exports(folder: Path, out: Path, repository: str) -> list[Path]:
     """Check the exports of a folder, and move them to another with their weights, reports and cards."""
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES.values()]
     exports = [file for file in files if file.suffix != ".xml" or file.with_suffix(".bin").is_file()]
     if not exports:
         raise DownloadError(f"{repository} holds no exported file (.onnx, .pt2, .xml with its .bin)")

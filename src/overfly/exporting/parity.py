@@ -1,4 +1,4 @@
-"""Parity of an exported file with PyTorch, measured end to end on real images; an export that fails is not kept."""
+"""Agreement of an exported file with PyTorch, measured end to end on real images."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def measure_parity(
 
     Args:
         predictor: the file on a runtime.
-        settings: how it was exported.
+        settings: its settings.
         reference: the trained network in PyTorch, float32, before batch normalization was folded.
         images: each (1, C, H, W), float32, in the sensor's own range.
         labels: None: mIoU is not measured.

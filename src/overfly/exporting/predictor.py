@@ -1,7 +1,4 @@
-"""`Predictor`: a network on any runtime, from images in the sensor's own range to class probabilities.
-
-Also here: the metadata that an exported file carries.
-"""
+"""`Predictor`, a network on any runtime from images to class probabilities, and the metadata of exported files."""
 
 from __future__ import annotations
 

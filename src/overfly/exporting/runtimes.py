@@ -42,7 +42,7 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        WeightsError: the file is missing or damaged, not exported by overfly, or its graph is not that of its metadata.
+        WeightsError: the file is missing, damaged, not exported by overfly, or its graph differs from its metadata.
     """
     runtime = onnxruntime()
     _check_exists(path)
@@ -77,7 +77,7 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
 
     Raises:
         MissingExtraError: openvino is not installed.
-        WeightsError: the file is missing or damaged, not exported by overfly, or its graph is not that of its metadata.
+        WeightsError: the file is missing, damaged, not exported by overfly, or its graph differs from its metadata.
     """
     core = openvino_core()
     _check_exists(path)
@@ -110,8 +110,8 @@ def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor
         device: where to run.
 
     Raises:
-        WeightsError: the file is missing or damaged, not exported by overfly, could run code, or its graph is not that
-            of its metadata.
+        WeightsError: the file is missing, damaged, not exported by overfly, could run code, or its graph differs from
+            its metadata.
     """
     _check_exists(path)
     device = torch.device(device)
@@ -265,12 +265,8 @@ def antialias_resize(model: Any) -> None:
 
 def openvino_properties(model: Any) -> dict[str, str]:
     """Return the metadata of a model of OpenVINO: at the top level of an .xml file, under ``framework`` of ONNX."""
-    properties: dict[str, str] = {}
-    for section in ([], ["framework"]):
-        for key in (MODEL_KEY, EXPORT_KEY):
-            if model.has_rt_info([*section, key]):
-                properties[key] = str(model.get_rt_info([*section, key]).value)
-    return properties
+    paths = [[*section, key] for section in ([], ["framework"]) for key in (MODEL_KEY, EXPORT_KEY)]
+    return {path[-1]: str(model.get_rt_info(path).value) for path in paths if model.has_rt_info(path)}
 
 
 def openvino_options(settings: ExportSettings, threads: int | None = None) -> dict[str, Any]:

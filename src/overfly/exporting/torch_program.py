@@ -121,11 +121,7 @@ def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
 
 
 def _copied_archive(archive: io.BytesIO | Path) -> io.BytesIO:
-    """Copy the parts of an archive that `PARTS` names.
-
-    Raises:
-        _ForeignContentError: it holds another part, or content that exports of overfly never hold.
-    """
+    """Copy the parts of an archive that `PARTS` names; other parts are refused."""
     cleaned = io.BytesIO()
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(cleaned, "w") as target:
         seen = set()
@@ -148,11 +144,7 @@ def _copied_archive(archive: io.BytesIO | Path) -> io.BytesIO:
 
 
 def _cleaned(value: Any, key: str = "") -> Any:
-    """Return a JSON value without the metadata of nodes.
-
-    Raises:
-        _ForeignContentError: it holds a string, key or object that our exports do not.
-    """
+    """Return a JSON value without the metadata of nodes; strings, keys and objects of no export are refused."""
     if key in FORBIDDEN and value:
         raise _ForeignContentError(f"{key} {str(value)[:60]!r}")
     if key == "metadata":
@@ -203,7 +195,7 @@ def _is_size(node: ast.expr) -> bool:
 
 
 def _is_tensor_operator(target: str) -> bool:
-    """Return whether a node's target is an operator of ATen that takes no text, such as the name of a file."""
+    """Return whether a node's target is an operator of ATen without string arguments, such as a file's name."""
     namespace, _, name = target.rpartition("torch.ops.aten.")
     packet, _, overload = name.partition(".")
     schema = getattr(getattr(getattr(torch.ops.aten, packet, None), overload, None), "_schema", None)
