@@ -2,11 +2,11 @@
 
     python benchmarks/latency.py RUN… [--side 512] [--threads 2] [--rounds 15] [--out latency.json]
 
-Each RUN is the folder of a finished run; its network is exported into a temporary folder, and timed
-at batch 1. All give the same thing: class probabilities at full resolution, or class ids (--output classes). Every
-round times each candidate once, so that whatever else the machine does falls on all alike; ratios are of medians, and
-of the shortest times, which are what the machine does when it is left alone. On a machine that others use too, take
---threads 1 and read the CPU time, which does not count other processes. Writes JSON and prints a table.
+Each RUN is the folder of a finished run; its network is exported into a temporary folder, and timed at batch 1. All
+candidates return class probabilities at full resolution, or class ids (--output classes). Every round times each
+candidate once, so that other load on the machine affects all alike; ratios are of medians and of the shortest times.
+On a shared machine set --threads 1 and compare CPU time, which excludes other processes. Writes JSON and prints a
+table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from overfly.training.run import Run
 
 
 def candidates(run: Path, side: int, threads: int, output: ExportOutput, folder: Path) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name: eager first."""
+    """Return the candidates by name, eager first."""
     segmenter, metadata = load_network(run)
     metadata = metadata.model_copy(update={"window": side, "fixed": True})
     image = next(patches(Run.open(run).recipe.domain("target"), "val", 1, side))
@@ -79,8 +79,8 @@ def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
         "| network | candidate | median ms | shortest ms | CPU ms | × eager (median) | (shortest) | (CPU) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for network, found in rows.items():
-        for name, each in found.items():
+    for network, latencies in rows.items():
+        for name, each in latencies.items():
             lines.append(
                 f"| {network} | {name} | {each['median_ms']:.1f} | {each['min_ms']:.1f} | "
                 f"{each['cpu_ms']:.1f} | {each['times_median']:.2f} | {each['times_min']:.2f} | "
@@ -103,8 +103,8 @@ def main() -> None:
     for run in given.runs:
         with tempfile.TemporaryDirectory() as folder:
             runs = candidates(run, given.side, given.threads, given.output, Path(folder))
-            found = compare_latency(runs, rounds=given.rounds)
-        eager = found["torch eager 32"]
+            latencies = compare_latency(runs, rounds=given.rounds)
+        eager = latencies["torch eager 32"]
         rows[load_network(run)[1].architecture] = {
             name: each.model_dump()
             | {
@@ -112,13 +112,13 @@ def main() -> None:
                 "times_min": eager.min_ms / each.min_ms,
                 "times_cpu": eager.cpu_ms / each.cpu_ms,
             }
-            for name, each in found.items()
+            for name, each in latencies.items()
         }
-    told = {
+    result = {
         "side": given.side, "batch": 1, "threads": given.threads, "output": given.output,
         "machine": describe_machine(), "networks": rows,
     }  # fmt: skip
-    given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
 
 

@@ -39,7 +39,7 @@ KINDS: list[tuple[ExportFormat, ExportPrecision]] = [
 
 
 def quick(run: Run, name: str, steps: int, folder: Path) -> Run:
-    """Another network, trained a few steps on a run's source."""
+    """Train another network a few steps on a run's source."""
     own = run.recipe
     values: dict[str, Any] = {
         "source": own.domain("source").model_dump(mode="json"),
@@ -110,8 +110,8 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
     others = [] if given.networks == "none" else list(names()) if given.networks == "all" else given.networks.split(",")
-    for place in given.runs:
-        run = Run.open(place)
+    for path in given.runs:
+        run = Run.open(path)
         with tempfile.TemporaryDirectory() as folder:
             rows += rows_of(run, "trained", given.images, Path(folder))
             for name in others:
@@ -119,8 +119,8 @@ def main() -> int:
                     other = quick(run, name, given.steps, Path(folder))
                     rows += rows_of(other, f"{given.steps} steps", given.images, Path(folder))
                     shutil.rmtree(other.path)
-        told = {"torch": torch.__version__, "version": ExportSettings().version, "images": given.images, "rows": rows}
-        given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        result = {"torch": torch.__version__, "version": ExportSettings().version, "images": given.images, "rows": rows}
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(any(row["failed"] for row in rows))
 
 

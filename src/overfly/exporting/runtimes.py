@@ -68,16 +68,12 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
 
 
 def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
-    """Open an OpenVINO or ONNX file with OpenVINO.
+    """Open an OpenVINO file (.xml, its .bin beside it) or ONNX file with OpenVINO; errors as in `onnx_predictor`.
 
     Args:
-        path: the .xml (its .bin beside it) or .onnx file that `overfly export` wrote.
+        path: a file that `overfly export` wrote.
         device: cpu, or a device as OpenVINO names it, such as GPU.
         threads: CPU threads; None: one a core.
-
-    Raises:
-        MissingExtraError: openvino is not installed.
-        WeightsError: the file is missing, damaged, not exported by overfly, or its graph differs from its metadata.
     """
     core = openvino_core()
     _check_exists(path)
