@@ -1,4 +1,4 @@
-"""`overfly export` as a stranger meets it, and the commands of its guides, carried out."""
+"""The command `overfly export`, and the commands of its guides."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (1, 0):
         assert overfly("train", file, f"seed={seed}", "--out", folder, "--device", "cpu") == 0
     runs = sorted(folder.glob("*/recipe.yaml"))
-    chosen = next(found.parent for found in runs if yaml.safe_load(found.read_text())["seed"] == 0)
-    for found in runs:
-        assert overfly("evaluate", found.parent, "--device", "cpu", "--no-samples") == 0
+    chosen = next(file.parent for file in runs if yaml.safe_load(file.read_text())["seed"] == 0)
+    for file in runs:
+        assert overfly("evaluate", file.parent, "--device", "cpu", "--no-samples") == 0
     return chosen
 
 
@@ -70,29 +70,29 @@ def test_export_reports_parity(
     assert "ms an image of 64×64" in shown.out
     assert "torch eager, 1 thread " in shown.out
     file = trained / "exports" / "lraspp_mobilenet_v2-onnx-32.onnx"
-    figures = json.loads(file.with_suffix(".json").read_text())
-    for parity in figures["parity"]:
+    report = json.loads(file.with_suffix(".json").read_text())
+    for parity in report["parity"]:
         assert parity["agreement"] >= 0.9999
         assert parity["miou"] == pytest.approx(parity["miou_of_torch"], abs=1e-6)
         assert parity["labels_opened"] == 2
     after = Run.open(trained).scores["labels_opened"]["target/val"]["images"]
-    assert after == before + 2 * (1 + len(figures["parity"]))
+    assert after == before + 2 * (1 + len(report["parity"]))
     assert load_predictor(file).metadata.title == trained.name
     sizes = onnx.load(file).graph.input[0].type.tensor_type.shape.dim
     assert [size.dim_param for size in sizes] == ["batch", "", "height", "width"]
 
 
 def test_model_card(trained: Path) -> None:
-    assert overfly("export", trained, "--no-labels", "--quiet", "--name", "told", "--images", "1") == 0
-    card = (trained / "exports" / "told.md").read_text()
-    for said in (
+    assert overfly("export", trained, "--no-labels", "--quiet", "--name", "named", "--images", "1") == 0
+    card = (trained / "exports" / "named.md").read_text()
+    for text in (
         "0 background, 1 building", "License: that of this package.", "seeds 0, 1", "(2) |", "| mIoU |",
         "with labels, used in training", "not seen in training", "## Latency", "## Limits", "torch eager", "## Recipe",
     ):  # fmt: skip
-        assert said in card, said
-    figures = json.loads((trained / "exports" / "told.json").read_text())
-    assert figures["parity"][0]["miou"] is None
-    assert figures["sha256"] in card
+        assert text in card, text
+    report = json.loads((trained / "exports" / "named.json").read_text())
+    assert report["parity"][0]["miou"] is None
+    assert report["sha256"] in card
     assert not re.search(r"(?<![\w.:])/(home|tmp|root|work)/", card)
 
 

@@ -49,7 +49,7 @@ def metadata(segmenter: Segmenter, *, fixed: bool = True) -> ModelMetadata:
     return model_metadata(segmenter, window=SIDE, title="a run").model_copy(update={"fixed": fixed, "gsd": 0.3})
 
 
-def shipped(segmenter: Segmenter, settings: ExportSettings, folder: Path, **changes: Any) -> Path:
+def exported(segmenter: Segmenter, settings: ExportSettings, folder: Path, **changes: Any) -> Path:
     lines: list[str] = []
     file, _ = export(
         segmenter, metadata(segmenter, **changes), settings, data(), folder=folder, name="it", on_progress=lines.append
@@ -72,7 +72,7 @@ def test_every_network_is_listed() -> None:
 def test_every_format_predicts_as_pytorch(recipe: Recipe, tmp_path: Path, name: str) -> None:
     segmenter = random_network(recipe, name)
     known, image = metadata(segmenter), data().images[0]
-    wanted = segmenter_predictor(segmenter, known)(image)
+    expected = segmenter_predictor(segmenter, known)(image)
     module = ExportModule(segmenter, fixed=(SIDE, SIDE)).eval()
     folded = sum(isinstance(part, torch.nn.BatchNorm2d) for part in module.modules())
     assert folded < 0.2 * sum(isinstance(part, torch.nn.BatchNorm2d) for part in segmenter.modules())
@@ -87,58 +87,58 @@ def test_every_format_predicts_as_pytorch(recipe: Recipe, tmp_path: Path, name: 
         torch_predictor(program),
     ):
         assert predictor.metadata == known
-        found = predictor(image)
-        np.testing.assert_allclose(found, wanted, atol=2e-4, err_msg=f"{name}, {predictor.backend}")
-        assert (found.argmax(1) == wanted.argmax(1)).mean() > 0.999
+        result = predictor(image)
+        np.testing.assert_allclose(result, expected, atol=2e-4, err_msg=f"{name}, {predictor.backend}")
+        assert (result.argmax(1) == expected.argmax(1)).mean() > 0.999
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
 def test_report_holds_parity_and_latency(recipe: Recipe, tmp_path: Path, kind: ExportFormat) -> None:
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
-    file = shipped(segmenter, ExportSettings(format=kind), tmp_path)
-    found = ExportReport.model_validate_json((tmp_path / "it.json").read_text())
+    file = exported(segmenter, ExportSettings(format=kind), tmp_path)
+    report = ExportReport.model_validate_json((tmp_path / "it.json").read_text())
     first = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}[kind]
-    assert found.parity[0].backend == first
-    for parity in found.parity:
+    assert report.parity[0].backend == first
+    for parity in report.parity:
         assert parity.agreement >= TOLERANCES["32"].agreement
         assert parity.pixels == SIDE * SIDE
         assert 0 <= parity.probability_difference < 1e-2
-    assert set(found.latency) == {"torch eager", *(parity.backend for parity in found.parity)}
+    assert set(report.latency) == {"torch eager", *(parity.backend for parity in report.parity)}
     assert load_predictor(file, device="cpu").metadata.classes == segmenter.classes
     assert not list(tmp_path.glob(".*"))
 
 
 def test_any_size_and_batch(recipe: Recipe, tmp_path: Path) -> None:
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
-    wanted = segmenter_predictor(segmenter, metadata(segmenter, fixed=False))
+    expected = segmenter_predictor(segmenter, metadata(segmenter, fixed=False))
     files = [
-        shipped(segmenter, ExportSettings(format=kind), tmp_path / kind, fixed=False) for kind in ("onnx", "torch")
+        exported(segmenter, ExportSettings(format=kind), tmp_path / kind, fixed=False) for kind in ("onnx", "torch")
     ]
     images = np.random.default_rng(1).uniform(0, 255, (2, 3, 70, 101)).astype(np.float32)
     for predictor in (onnx_predictor(files[0]), openvino_predictor(files[0]), torch_predictor(files[1])):
         for given in (images, images[:1, :, :64, :64]):
-            np.testing.assert_allclose(predictor(given), wanted(given), atol=1e-4)
+            np.testing.assert_allclose(predictor(given), expected(given), atol=1e-4)
 
 
 @pytest.mark.parametrize(("output", "resize"), [("logits", None), ("classes", None), ("probabilities", 32)])
 def test_outputs_and_inner_sizes(recipe: Recipe, tmp_path: Path, output: Any, resize: int | None) -> None:
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
-    file = shipped(segmenter, ExportSettings(output=output, resize=resize), tmp_path)
+    file = exported(segmenter, ExportSettings(output=output, resize=resize), tmp_path)
     predictor = load_predictor(file, backend="onnxruntime", device="cpu")
     image = data().images[0]
-    found = predictor(image)
-    assert found.shape == (1, len(segmenter.classes), SIDE, SIDE)
-    np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
+    result = predictor(image)
+    assert result.shape == (1, len(segmenter.classes), SIDE, SIDE)
+    np.testing.assert_allclose(result.sum(1), 1, atol=1e-5)
     if resize is None:
-        wanted = segmenter_predictor(segmenter, predictor.metadata)(image)
-        assert (found.argmax(1) == wanted.argmax(1)).all()
+        expected = segmenter_predictor(segmenter, predictor.metadata)(image)
+        assert (result.argmax(1) == expected.argmax(1)).all()
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("onnx", "16"), ("openvino", "16"), ("torch", "16")])
 def test_half_precision(recipe: Recipe, tmp_path: Path, kind: ExportFormat, precision: Any, monkeypatch: Any) -> None:
     loose = TOLERANCES[precision].model_copy(update={"agreement": 0.6})  # of noise, where classes are close
     monkeypatch.setitem(TOLERANCES, precision, loose)
-    shipped(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(format=kind, precision=precision), tmp_path)
+    exported(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(format=kind, precision=precision), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
@@ -146,10 +146,10 @@ def test_int8_is_calibrated_and_smaller(recipe: Recipe, tmp_path: Path, kind: Ex
     loose = TOLERANCES["int8"].model_copy(update={"agreement": 0.5})
     monkeypatch.setitem(TOLERANCES, "int8", loose)
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
-    file = shipped(segmenter, ExportSettings(format=kind, precision="int8"), tmp_path)
-    found = json.loads((tmp_path / "it.json").read_text())
-    assert found["calibration_images"] == 1
-    whole = shipped(segmenter, ExportSettings(format=kind), tmp_path / "32")
+    file = exported(segmenter, ExportSettings(format=kind, precision="int8"), tmp_path)
+    report = json.loads((tmp_path / "it.json").read_text())
+    assert report["calibration_images"] == 1
+    whole = exported(segmenter, ExportSettings(format=kind), tmp_path / "32")
     weights = file.with_suffix(".bin") if kind == "openvino" else file
     assert weights.stat().st_size < 0.5 * whole.with_suffix(weights.suffix).stat().st_size
     received: list[int] = []
@@ -161,7 +161,7 @@ def test_int8_is_calibrated_and_smaller(recipe: Recipe, tmp_path: Path, kind: Ex
 
 def test_int8_is_refused_for_torch(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(OverflyError, match="onnx or openvino"):
-        shipped(initial_segmenter(recipe), ExportSettings(format="torch", precision="int8"), tmp_path)
+        exported(initial_segmenter(recipe), ExportSettings(format="torch", precision="int8"), tmp_path)
 
 
 def test_a_file_beyond_tolerance_is_not_kept(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,10 +175,10 @@ def test_a_file_beyond_tolerance_is_not_kept(recipe: Recipe, tmp_path: Path, mon
 
     monkeypatch.setattr(exporting, "write_onnx", tampered)
     with pytest.raises(ParityError, match=r"it\.onnx .*it\.failed\.json"):
-        shipped(segmenter, ExportSettings(), tmp_path)
+        exported(segmenter, ExportSettings(), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["it.failed.json"]
     monkeypatch.setattr(exporting, "write_onnx", written)
-    shipped(segmenter, ExportSettings(), tmp_path)
+    exported(segmenter, ExportSettings(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["it.json", "it.onnx"]
 
 
@@ -189,7 +189,7 @@ def test_full_disk_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
     monkeypatch.setattr(torch.onnx, "export", full)
     with pytest.raises(OverflyError, match=r"it\.onnx: .*disk is full"):
-        shipped(segmenter, ExportSettings(), tmp_path)
+        exported(segmenter, ExportSettings(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +205,7 @@ def test_damaged_and_missing_files_are_refused(recipe: Recipe, tmp_path: Path) -
 
 
 def test_runtimes_and_fixed_sizes(recipe: Recipe, tmp_path: Path) -> None:
-    file = shipped(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(), tmp_path)
+    file = exported(random_network(recipe, "lraspp_mobilenet_v2"), ExportSettings(), tmp_path)
     for backend in ("auto", "onnxruntime", "openvino"):
         predictor = load_predictor(file, backend=backend, device="cpu")
         assert isinstance(predictor, Predictor)

@@ -23,10 +23,10 @@ def test_probabilities_are_those_of_the_network(segmenter: Segmenter) -> None:
     predictor = segmenter_predictor(segmenter, model_metadata(segmenter, window=64))
     images = np.random.default_rng(0).uniform(0, 255, (2, 3, 50, 70)).astype(np.float32)
     with torch.inference_mode():
-        wanted = segmenter.scores(torch.from_numpy(images)).softmax(1).numpy()
-    found = predictor(images)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+        expected = segmenter.scores(torch.from_numpy(images)).softmax(1).numpy()
+    result = predictor(images)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 def test_other_bands_and_sizes_are_refused(segmenter: Segmenter) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_structure, treespec_dumps
 
 from overfly.core.errors import OverflyError, WeightsError
 from overfly.exporting.graph import LEAST_SIDE, ExportModule
@@ -46,9 +47,7 @@ SCALAR_OPERATORS = re.compile(
     r"_operator\.(add|sub|mul|floordiv|mod|neg|ge|gt|le|lt|eq|ne)|torch\.sym_(max|min|not|int|float)"
 )
 """Operators on sizes."""
-TREES = frozenset(
-    torch.utils._pytree.treespec_dumps(torch.utils._pytree.tree_structure(tree)) for tree in (((0,), {}), 0)
-)
+TREES = frozenset(treespec_dumps(tree_structure(tree)) for tree in (((0,), dict[str, int]()), 0))
 """Structures of input and output: one image, one tensor. PyTorch imports modules that other structures name."""
 FORBIDDEN = frozenset({"guards_code", "use_pickle", "as_graph", "as_custom_obj", "as_operator"})
 """Keys whose values PyTorch executes or unpickles; they are false or empty in our exports."""
