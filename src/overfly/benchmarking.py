@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim, Schedule
 from overfly.core.spec import Spec, Whole
+from overfly.core.text import percent
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import Samples
 from overfly.evaluation.scores import Scores
@@ -52,10 +53,7 @@ class SeedStatistics(Spec):
 
     def percent(self) -> str:
         """In percent, such as ``57.31 ± 0.42``."""
-        if self.mean is None:
-            return "–"
-        spread = f" ± {100 * self.deviation:.2f}" if self.deviation is not None else ""
-        return f"{100 * self.mean:.2f}{spread}"
+        return percent(self.mean) + ("" if self.deviation is None else f" ± {percent(self.deviation)}")
 
 
 class BenchmarkRow(Spec):
@@ -129,10 +127,10 @@ class BenchmarkTable(Spec):
 
     def markdown(self) -> str:
         """The table as Markdown."""
-        places = list(dict.fromkeys(place for row in self.rows for place in row.miou))
+        titles = list(dict.fromkeys(title for row in self.rows for title in row.miou))
         groups = [(network, [row for row in self.rows if row.model == network.name]) for network in self.networks]
         environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-        return environment.from_string(TEMPLATE).render(table=self, groups=groups, places=places)
+        return environment.from_string(TEMPLATE).render(table=self, groups=groups, titles=titles)
 
 
 TEMPLATE = """\
@@ -140,14 +138,14 @@ TEMPLATE = """\
 ### `{{ network.name }}`
 
 | version | recipe | method | data aug | src domain | batch size | criterion | optimizer | scheduler | length |\
-{% for place in places %} mIoU (%) ({{ place }}) |{% endfor %}
+{% for title in titles %} mIoU (%) ({{ title }}) |{% endfor %}
 
-|---|---|---|---|---|---|---|---|---|---|{% for place in places %}---|{% endfor %}
+|---|---|---|---|---|---|---|---|---|---|{% for title in titles %}---|{% endfor %}
 
 {% for row in rows %}
 | {{ row.version }} | {{ row.recipe }} | {{ row.method }} | {{ row.augmentation }} | {{ row.source }} \
 | {{ row.batch }} | {{ row.criterion }} | {{ row.optimizer }} | {{ row.scheduler }} | {{ row.length }} |\
-{% for place in places %} {{ row.miou[place].percent() if place in row.miou else "–" }} |{% endfor %}
+{% for title in titles %} {{ row.miou[title].percent() if title in row.miou else "–" }} |{% endfor %}
 
 {% endfor %}
 
@@ -155,15 +153,15 @@ TEMPLATE = """\
 * Gap closed by {{ row.recipe }}, (adapted − source only) / (oracle − source only): {{ row.gap_closed.percent() }} %.
 {% endfor %}
 
-{% for place in places if rows[0].classes.get(place) %}
-IoU (%) of each class, {{ place }}:
+{% for title in titles if rows[0].classes.get(title) %}
+IoU (%) of each class, {{ title }}:
 
-| recipe |{% for name in rows[0].classes[place] %} {{ name }} |{% endfor %}
+| recipe |{% for name in rows[0].classes[title] %} {{ name }} |{% endfor %}
 
-|---|{% for name in rows[0].classes[place] %}---|{% endfor %}
+|---|{% for name in rows[0].classes[title] %}---|{% endfor %}
 
-{% for row in rows if place in row.classes %}
-| {{ row.recipe }} |{% for figure in row.classes[place].values() %} {{ figure.percent() }} |{% endfor %}
+{% for row in rows if title in row.classes %}
+| {{ row.recipe }} |{% for iou in row.classes[title].values() %} {{ iou.percent() }} |{% endfor %}
 
 {% endfor %}
 
@@ -193,7 +191,7 @@ def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
     Raises:
         RecipeError: an entry matches no file.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for entry in recipes:
         path = Path(entry)
         if path.is_dir():
@@ -205,8 +203,8 @@ def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
             files = [path]
         if not files:
             raise RecipeError(f"{entry} matches no recipe; give YAML files or a folder of them")
-        found += files
-    return list(dict.fromkeys(found))
+        paths += files
+    return list(dict.fromkeys(paths))
 
 
 def run_benchmark(
@@ -267,15 +265,11 @@ def tabulate(
         networks.append(NetworkSummary(name=name, parameters_training=parameters, speed=speed))
     machine = next(iter(done.values()))[0].machine
     recipes = [runs[0].recipe for runs in done.values()]
-    places = [domain for recipe in recipes for domain in (recipe.source, recipe.target) if domain is not None]
+    domains = [domain for recipe in recipes for domain in (recipe.source, recipe.target) if domain is not None]
     return BenchmarkTable(
-        seeds=tuple(seeds),
-        machine=machine,
-        networks=tuple(networks),
-        rows=tuple(rows),
-        data=tuple(dict.fromkeys(map(_origin, places))),
-        changed=tuple(changed),
-    )
+        seeds=tuple(seeds), machine=machine, networks=tuple(networks), rows=tuple(rows),
+        data=tuple(dict.fromkeys(map(_origin, domains))), changed=tuple(changed),
+    )  # fmt: skip
 
 
 def benchmark_rows(done: Mapping[Path, Sequence[Run]], split: Split) -> list[BenchmarkRow]:
@@ -296,13 +290,11 @@ def write(table: BenchmarkTable, out: Path) -> None:
 
 def _score(run: Run, split: Split, fabric: Fabric, save_samples: SaveSamples | None, workers: int) -> None:
     for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
-        if domain is None or stored_scores(run, key, split, domain) is not None:
-            continue
-        if has_labels(domain, split):
+        if domain is not None and stored_scores(run, key, split, domain) is None and has_labels(domain, split):
             samples = Samples()
-            found = evaluate_domain(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
+            scores = evaluate_domain(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
             if save_samples is not None:
-                save_samples(run, f"{key}-{split}", domain, found, samples)
+                save_samples(run, f"{key}-{split}", domain, scores, samples)
 
 
 def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> BenchmarkRow:
@@ -311,13 +303,13 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
     miou: dict[str, SeedStatistics] = {}
     classes: dict[str, dict[str, SeedStatistics]] = {}
     for key, domain in roles:
-        found = [stored_scores(run, key, split, domain) for run in runs] if domain is not None else []
-        if domain is None or all(scores is None for scores in found):
+        by_seed = [stored_scores(run, key, split, domain) for run in runs] if domain is not None else []
+        if domain is None or not any(by_seed):
             continue
         title = f"{domain.title} ({key})" if domain.title in miou else domain.title
-        miou[title] = SeedStatistics.of([scores.miou if scores else None for scores in found])
+        miou[title] = SeedStatistics.of([scores.miou if scores else None for scores in by_seed])
         classes[title] = {
-            name: SeedStatistics.of([scores.classes[name].iou if scores else None for scores in found])
+            name: SeedStatistics.of([scores.classes[name].iou if scores else None for scores in by_seed])
             for name in domain.classes.names
         }
     origin = recipe.start if isinstance(recipe.start, Recipe) else recipe
@@ -347,12 +339,12 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
 
 def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> SeedStatistics | None:
     """Share of the gap between source only and oracle that each seed closed; None if the table lacks one of them."""
-    baselines = [run for each in others for run in each if run.recipe.method.name == "source_only"]
+    baselines = [run for row in others for run in row if run.recipe.method.name == "source_only"]
 
     def trained_on(domain: Domain | None, like: Recipe) -> Run | None:
         same = (domain, like.model.name, like.seed)
-        found = [run for run in baselines if (run.recipe.source, run.recipe.model.name, run.recipe.seed) == same]
-        return max(found, key=lambda run: (run.recipe.epochs or 0, run.recipe.length(0)), default=None)
+        runs = [run for run in baselines if (run.recipe.source, run.recipe.model.name, run.recipe.seed) == same]
+        return max(runs, key=lambda run: (run.recipe.epochs or 0, run.recipe.length(0)), default=None)
 
     closed: list[float | None] = []
     for run in runs:
@@ -365,11 +357,8 @@ def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Spl
             stored_scores(run, "target", split, target),
             stored_scores(oracle, "source", split, target),
         )
-        low, own, high = (found.miou if found is not None else None for found in scores)
-        if low is None or own is None or high is None or high <= low:
-            closed.append(None)
-        else:
-            closed.append((own - low) / (high - low))
+        low, own, high = (value.miou if value is not None else None for value in scores)
+        closed.append(None if low is None or own is None or high is None or high <= low else (own - low) / (high - low))
     return SeedStatistics.of(closed)
 
 
@@ -391,10 +380,7 @@ def _settings(value: Optim | Schedule) -> str:
     fields = type(value).model_fields
     shown = {key: getattr(value, key) for key in fields if key in always or getattr(value, key) != fields[key].default}
     ordered = sorted(shown, key=lambda key: always.index(key) if key in always else len(always))
-    inside = ", ".join(f"{key}: {_short(shown[key])}" for key in ordered)
+    text = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in shown.items()}
+    inside = ", ".join(f"{key}: {text[key]}" for key in ordered)
     title = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "poly": "PolynomialLR"}.get(value.name, value.name)
     return f"{title}({inside})" if inside else title
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

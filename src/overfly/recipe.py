@@ -71,7 +71,7 @@ class Validation(Spec):
     """Also log label-free metrics (entropy, consistency, agreement with the teacher, …) on fixed images of the target's
     train split."""
     keep_all: bool = False
-    """Keep each validation's weights as checkpoints/step-N.safetensors, for `overfly validate` to choose from."""
+    """Keep each validation's weights as checkpoints/step-N.safetensors, for `overfly rank`."""
 
     @model_validator(mode="after")
     def _needs_every(self) -> Self:
@@ -196,7 +196,7 @@ class Recipe(Spec):
             raise ValueError("validation needs a source; without one set validation.target=true or validation.every=0")
         if self.validation.target and self.target is None:
             raise ValueError("validation.target needs target images; set target")
-        cut = next((each.size for each in reversed(self.augment) if isinstance(each, RandomCrop)), self.crop)
+        cut = next((entry.size for entry in reversed(self.augment) if isinstance(entry, RandomCrop)), self.crop)
         if cut != self.crop and self.method.needs_source and self.method.needs_target:
             raise ValueError(
                 f"random_crop cuts the source to {cut} pixels, and the target has crop: {self.crop}; "
@@ -218,10 +218,9 @@ class Recipe(Spec):
                 f"source and target have different classes ({', '.join(self.source.classes.names)}, and "
                 f"{', '.join(self.target.classes.names)}); unify them with the folder domain's mapping"
             )
-        if self.source.bands != self.target.bands:
-            raise ValueError(
-                f"source has {self.source.bands} bands and target {self.target.bands}; use the same bands in both"
-            )
+        bands = (self.source.bands, self.target.bands)
+        if bands[0] != bands[1]:
+            raise ValueError(f"source has {bands[0]} bands and target {bands[1]}; use the same bands in both")
         if self.source.max_value != self.target.max_value:
             raise ValueError(
                 f"source has max_value {self.source.max_value:g} and target {self.target.max_value:g}; rescale images "
@@ -235,10 +234,10 @@ class Recipe(Spec):
         Raises:
             RecipeError: the recipe does not have it.
         """
-        found = self.source if role == "source" else self.target
-        if found is None:
+        domain = self.source if role == "source" else self.target
+        if domain is None:
             raise RecipeError(f"the recipe has no {role}; set {role}")
-        return found
+        return domain
 
     def length(self, images: int) -> int:
         """Optimizer steps of a run.
@@ -324,9 +323,8 @@ def _spell_out(values: dict[str, Any], override: str) -> None:
             return
         try:
             owner, values = kinds.kind(str(inner.get("name"))), inner
-        except ValueError:  # said when the recipe is validated
+        except ValueError:  # an error of the validation that follows
             return
 
 
 Recipe.model_rebuild()
-__all__ = ["Model", "Recipe", "Validation", "load"]

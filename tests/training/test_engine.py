@@ -90,7 +90,7 @@ def free_port() -> int:
         return port
 
 
-def test_two_machines_end_where_one_process_ends_with_the_same_batch(small: dict[str, Any], tmp_path: Path) -> None:
+def test_two_machines_train_the_same_weights_as_one_process(small: dict[str, Any], tmp_path: Path) -> None:
     load(small, "batch=4", "steps=4", "optim={name: sgd, lr: 0.1, momentum: 0.9}").save(tmp_path / "recipe.yaml")
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
@@ -108,21 +108,19 @@ def test_two_machines_end_where_one_process_ends_with_the_same_batch(small: dict
         for node in range(2)
     ]  # fmt: skip
     subprocess.run([sys.executable, *command, str(tmp_path / "one")], env=environment, check=True, timeout=600)
-    told = [job.communicate(timeout=600) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], told
-    assert sum("trained:" in out for out, _ in told) == 1  # the first process speaks for all
+    outputs = [job.communicate(timeout=600) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert sum("trained:" in out for out, _ in outputs) == 1
     one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
     log = next((tmp_path / "one").glob("*/log.jsonl")).read_text().splitlines()
     losses = [json.loads(line)["main"] for line in log]
-    assert losses[-1] < losses[0]  # there was something to learn
+    assert losses[-1] < losses[0]
 
 
-def test_validation_that_is_not_finite_in_one_of_two_processes_does_not_block(
-    small: dict[str, Any], tmp_path: Path
-) -> None:
+def test_validation_not_finite_in_one_of_two_processes_does_not_block(small: dict[str, Any], tmp_path: Path) -> None:
     changes = ("batch=4", "steps=2", "validation.every=1")
     load({**small, "start": {**small, "batch": 4}, "method": "multiscale_self_training"}, *changes).save(
         tmp_path / "recipe.yaml"
@@ -151,15 +149,15 @@ def run_two_processes(command: list[str], out: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
     arguments = ["--devices", "2", "--device", "cpu", "--quiet", "--out", str(out)]
     subprocess.run(
-        [sys.executable, *command, *arguments], env=environment, check=True, capture_output=True, timeout=300
+        [sys.executable, *command, *arguments], env=environment, check=True, capture_output=True, timeout=600
     )
 
 
-def test_how_many_processes_torchrun_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_counts_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_counts(TrainerConfig(devices=3)) == (3, 1)
     for name, value in {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12"}.items():
         monkeypatch.setenv(name, value)
     assert process_counts(TrainerConfig()) == (4, 3)
     assert process_counts(TrainerConfig(devices=4)) == (4, 3)
-    with pytest.raises(RecipeError, match=r"4 processes.*--devices 2"):
+    with pytest.raises(RecipeError, match="--devices 2"):
         process_counts(TrainerConfig(devices=2))

@@ -48,10 +48,10 @@ def trained(recipe: Recipe, out: Path, **settings: Any) -> Run:
 
 
 class Stops(SourceOnly, name="stops"):
-    """Source-only that dies at a step, as a killed process would."""
+    """Source-only training that raises KeyboardInterrupt once."""
 
     at: int = 2
-    """When."""
+    """The step."""
 
     def after_step(self, nets: Networks, step: int) -> None:
         del nets
@@ -64,7 +64,7 @@ STOPPED: list[int] = []
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(small: dict[str, Any], tmp_path: Path, at: int) -> None:
+def test_resumed_run_equals_uninterrupted_run(small: dict[str, Any], tmp_path: Path, at: int) -> None:
     recipe = load(
         small, f"method={{name: stops, at: {at}}}", "steps=5", "optim=adamw", "validation.every=2", "accumulate=2",
         "augment=[dihedral, scale_jitter, color_jitter, gaussian_noise]", "clip=1.0",
@@ -99,7 +99,7 @@ def kill_and_resume(recipe: Path, out: Path, devices: int, after: int) -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_kill_nine_changes_nothing(small: dict[str, Any], tmp_path: Path, devices: int) -> None:
+def test_killed_and_resumed_run_equals_uninterrupted_run(small: dict[str, Any], tmp_path: Path, devices: int) -> None:
     recipe = load(small, "steps=8", "batch=4", "augment=[dihedral]")
     recipe.save(tmp_path / "recipe.yaml")
     kill_and_resume(tmp_path / "recipe.yaml", tmp_path / "cut", devices, after=3)
@@ -118,10 +118,10 @@ def test_kill_nine_changes_nothing(small: dict[str, Any], tmp_path: Path, device
 
 
 class Poisoned(SourceOnly, name="poisoned"):
-    """Source-only whose loss is not finite at a step."""
+    """Source-only training with a loss that is not finite at a step."""
 
     at: int = 3
-    """When."""
+    """The step."""
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         terms = dict(super().losses(nets, batch))
@@ -134,12 +134,10 @@ class Poisoned(SourceOnly, name="poisoned"):
 SEEN: list[int] = []
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    small: dict[str, Any], tmp_path: Path
-) -> None:
+def test_loss_that_is_not_finite_raises_and_keeps_the_last_checkpoint(small: dict[str, Any], tmp_path: Path) -> None:
     SEEN.clear()
     recipe = load(small, "method=poisoned", "steps=6")
-    with pytest.raises(TrainingError, match=r"step 4 \(.*extra = nan; images: .*steps 1 to 4") as caught:
+    with pytest.raises(TrainingError, match=r"step 4 .*extra = nan.*1 to 4") as caught:
         trained(recipe, tmp_path, checkpoint_every=2)
     run = Run.open(next(tmp_path.glob("*/recipe.yaml")).parent)
     assert str(run.checkpoint) in str(caught.value)
@@ -150,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert any(row.get("event") == "not finite" and row["items"] == ", ".join(names) for row in run.log.rows())
 
 
-class HostReads(TorchDispatchMode):
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the values that Python reads from tensors; each makes a GPU wait."""
 
     count = 0
@@ -168,7 +166,7 @@ class Squares(SourceOnly, name="squares"):
         return {"main": nets.student(batch.source.image).main.square().mean()}
 
 
-def test_a_step_without_a_log_line_reads_no_value(small: dict[str, Any], tmp_path: Path) -> None:
+def test_step_without_log_line_reads_no_tensor_value(small: dict[str, Any], tmp_path: Path) -> None:
     recipe, config = load(small, "method=squares", "accumulate=2", "clip=1.0"), TrainerConfig("cpu", quiet=True)
     fabric = launch_fabric(recipe, config)
     setup = prepare_training(recipe, fabric, config)
@@ -183,15 +181,15 @@ def test_a_step_without_a_log_line_reads_no_value(small: dict[str, Any], tmp_pat
     assert reads.count > 0
 
 
-def test_an_error_between_two_steps_keeps_the_finished_steps(small: dict[str, Any], tmp_path: Path) -> None:
+def test_error_between_two_steps_saves_the_finished_steps(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load(small, "validation.every=2", "steps=4")
 
     def broken(*_: Any, **__: Any) -> None:
-        raise DataError("unreadable mask")
+        raise DataError("mask.png")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "score", broken)
-        with pytest.raises(DataError, match="unreadable mask"):
+        with pytest.raises(DataError, match=r"mask\.png"):
             trained(recipe, tmp_path / "cut")
     run = Run.open(next((tmp_path / "cut").iterdir()))
     assert torch.load(run.checkpoint, weights_only=True)["state"]["step"] == 2
@@ -215,7 +213,7 @@ def test_masks_of_a_later_validation_are_checked_before_the_first_step(small: di
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_start_that_was_trained_again_is_noticed(small: dict[str, Any], tmp_path: Path) -> None:
+def test_changed_start_weights_make_a_new_run(small: dict[str, Any], tmp_path: Path) -> None:
     start = tmp_path / "start.safetensors"
     recipe = load(small, "method=recalibrate", f"start={start}", "steps=2")
     networks = [initial_segmenter(load(small)).save(tmp_path / f"{number}.safetensors") for number in range(2)]
@@ -232,9 +230,7 @@ def test_a_start_that_was_trained_again_is_noticed(small: dict[str, Any], tmp_pa
         trained(recipe, runs[0].path)
 
 
-def test_a_finished_run_is_not_trained_again_and_another_recipe_never_overwrites(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_finished_run_is_reused_and_never_overwritten_by_another_recipe(recipe: Recipe, tmp_path: Path) -> None:
     first = trained(recipe, tmp_path)
     stamp = first.weights.stat().st_mtime_ns
     assert trained(recipe, tmp_path).path == first.path
@@ -246,7 +242,7 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_never_overwrites
     assert trained(other, tmp_path).path != first.path
 
 
-def test_the_recipe_in_the_folder_runs_it_again(recipe: Recipe, tmp_path: Path) -> None:
+def test_recipe_in_the_run_folder_reproduces_the_run(recipe: Recipe, tmp_path: Path) -> None:
     first = trained(recipe, tmp_path / "a")
     second = train(first.path / "recipe.yaml", out=tmp_path / "b", device="cpu", quiet=True).run
     assert equal(first, second)
@@ -263,27 +259,28 @@ def test_best_by_source_validation_and_early_stop(small: dict[str, Any], tmp_pat
     assert "target" not in json.dumps(rows)
 
 
-def test_nothing_is_left_behind_where_the_data_is_missing(small: dict[str, Any], tmp_path: Path) -> None:
+def test_missing_data_creates_no_folder(small: dict[str, Any], tmp_path: Path) -> None:
     small["source"] = {"name": "loveda", "root": str(tmp_path / "nowhere"), "scene": "urban"}
     with pytest.raises(Exception, match="nowhere"):
         trained(load(small), tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("*"))
 
 
-def test_a_second_process_is_kept_out(recipe: Recipe, tmp_path: Path) -> None:
+def test_locked_run_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = Run.open_or_create(tmp_path, recipe)
-    with run.lock(), pytest.raises(RunError, match="another process"):
+    with run.lock(), pytest.raises(RunError, match=run.path.name):
         trained(recipe, tmp_path)
 
 
-def test_a_damaged_checkpoint_is_named(recipe: Recipe, tmp_path: Path) -> None:
+def test_damaged_checkpoint_raises_run_error(recipe: Recipe, tmp_path: Path) -> None:
     run = Run.open_or_create(tmp_path, recipe)
+    run.checkpoint.parent.mkdir()
     run.checkpoint.write_bytes(b"PK\x03\x04 not a checkpoint")
-    with pytest.raises(RunError, match=r"last\.ckpt cannot be resumed from"):
+    with pytest.raises(RunError, match=r"last\.ckpt"):
         trained(recipe, tmp_path)
 
 
-def test_a_batch_that_devices_cannot_share(recipe: Recipe, tmp_path: Path) -> None:
+def test_batch_must_be_a_multiple_of_the_devices(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"batch .* 3 .*2"):
         train(recipe, out=tmp_path, devices=3, device="cpu")
     with pytest.raises(RecipeError, match=r"batch .*4.*2"):
@@ -296,7 +293,7 @@ def test_mixed_precision_trains(small: dict[str, Any], tmp_path: Path, precision
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 
 
-def test_a_processor_without_kernels_of_16_bits_computes_in_32(
+def test_cpu_without_bf16_kernels_computes_in_32_bits(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = torch.device("cpu")
@@ -308,7 +305,7 @@ def test_a_processor_without_kernels_of_16_bits_computes_in_32(
     assert run.machine["precision"] == "32"
 
 
-def test_mixed_precision_keeps_channels_last_and_says_the_same() -> None:
+def test_channels_last_does_not_change_predictions() -> None:
     network = build("pidnet_s", 7).eval().double()
     image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     before = network(image).main
@@ -318,27 +315,27 @@ def test_mixed_precision_keeps_channels_last_and_says_the_same() -> None:
 
 
 @pytest.mark.parametrize("optim", [SGD(lr=0.1), Adam(lr=0.01), AdamW(lr=0.01)])
-def test_an_optimizer_made_faster_takes_the_same_steps(optim: Optim) -> None:
-    found = []
-    for faster in (False, True):
+def test_fused_optimizer_takes_the_same_steps(optim: Optim) -> None:
+    weights = []
+    for fused in (False, True):
         torch.manual_seed(0)
         net = nn.Linear(3, 2)
         optimizer = optim.optimizer(net)
-        if faster:
+        if fused:
             apply_performance_settings(net, [optimizer], "32", torch.device("cpu"))
         for _ in range(5):
             net(torch.ones(1, 3)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        found.append(net.weight.detach())
-    torch.testing.assert_close(found[0], found[1])
+        weights.append(net.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1])
 
 
 METHODS = [name for name, kind in Method.kinds.items() if kind.__module__.startswith("overfly.")]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_resumed_exactly(name: str, recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_every_method_resumes_exactly(name: str, recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = recipe_of(name, steps=4)
     whole = trained(recipe, tmp_path / "whole")
     saves: list[int] = []
@@ -356,20 +353,20 @@ def test_every_method_is_resumed_exactly(name: str, recipe_of: Callable[..., Rec
             trained(recipe, tmp_path / "cut", checkpoint_every=2)
     assert saves == [2]
     assert equal(trained(recipe, tmp_path / "cut"), whole)
-    described = build(recipe.model.name, 7).state_dict().keys()
-    assert {key.removeprefix("network.") for key in weights(whole)} - {"mean", "std"} == described
+    expected = build(recipe.model.name, 7).state_dict().keys()
+    assert {key.removeprefix("network.") for key in weights(whole)} - {"mean", "std"} == expected
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_weight_that_a_method_trains_gets_a_gradient(
+def test_every_trained_weight_gets_a_gradient(
     name: str, recipe_of: Callable[..., Recipe], small: dict[str, Any]
 ) -> None:
     recipe = recipe_of(name, batch=4)
     source, target = training_streams(recipe)
     nets = recipe.method.networks(initial_segmenter(load(small)))
     optimizers = recipe.method.optimizers(nets, recipe.optim)
-    wanted = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
-    trains = {key: parameter for key, parameter in nets.named_parameters() if id(parameter) in wanted}
+    trainable = {id(parameter) for entry in optimizers for group in entry.param_groups for parameter in group["params"]}
+    trains = {key: parameter for key, parameter in nets.named_parameters() if id(parameter) in trainable}
     losses = recipe.method.losses(nets.train(), BatchDataset(source, target).batch(0))
     assert bool(losses) == bool(trains) == recipe.method.trains
     if losses:
@@ -377,6 +374,6 @@ def test_every_weight_that_a_method_trains_gets_a_gradient(
     assert not [key for key, parameter in trains.items() if parameter.grad is None or not parameter.grad.any()]
 
 
-def test_reading_processes_change_nothing(small: dict[str, Any], tmp_path: Path) -> None:
+def test_worker_processes_do_not_change_the_weights(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load(small, "augment=[dihedral]")
     assert equal(trained(recipe, tmp_path / "a"), trained(recipe, tmp_path / "b", workers=2))

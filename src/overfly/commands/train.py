@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,13 +65,18 @@ def train(
     Returns:
         The run's folder.
     """
+    from overfly.core.progress import print_status
+
+    named = recipe if isinstance(recipe, Path | str) else "the recipe"
+    print_status(f"loading {named}", quiet=quiet or os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0")
     from overfly.recipe import load
-    from overfly.training.engine import TrainerConfig, launch_fabric
-    from overfly.training.train_recipe import train_recipe
 
     if isinstance(recipe, Path | str) and (Path(recipe) / "recipe.yaml").is_file() and not overrides:
         out = Path(recipe)
-    value = load(recipe, *overrides)
+    value = load(recipe, *overrides)  # before the slow imports, so that an invalid setting is reported early
+    from overfly.training.engine import TrainerConfig, launch_fabric
+    from overfly.training.train_recipe import train_recipe
+
     config = TrainerConfig(
         device, devices, workers, checkpoint_every, log_every, image_cache(cache), tensorboard=tensorboard, quiet=quiet
     )

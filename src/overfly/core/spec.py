@@ -72,6 +72,17 @@ class Choice(Spec):
             cls.kinds[name] = cls
 
     @classmethod
+    def __class_getitem__(cls, item: Any) -> Any:
+        """The class with type arguments, without a search for docstrings of its own, which takes 0.1 s of CPU time."""
+        cls.model_config["use_attribute_docstrings"] = False
+        try:
+            parametrized: Any = super().__class_getitem__(item)
+            parametrized.model_config["use_attribute_docstrings"] = True
+        finally:
+            cls.model_config["use_attribute_docstrings"] = True
+        return parametrized
+
+    @classmethod
     def kind(cls, name: str) -> type[Self]:
         """The kind called ``name``.
 

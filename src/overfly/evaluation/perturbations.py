@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -82,6 +81,8 @@ def blurred(sigma: float) -> Perturbation:
         radius = min(int(3 * sigma) + 1, min(image.shape[-2:]) - 1)
         if radius < 1:
             return image
+        from kornia.filters import gaussian_blur2d
+
         return torch.as_tensor(gaussian_blur2d(image[None], 2 * radius + 1, (sigma, sigma)))[0]
 
     return Perturbation(f"blur {sigma:g}", apply, _unchanged)

@@ -11,8 +11,6 @@ from abc import ABC, abstractmethod
 from typing import Annotated
 
 import torch
-from kornia.enhance import adjust_hue
-from kornia.filters import gaussian_blur2d
 from pydantic import AfterValidator, Field
 from torch import Generator, Tensor
 
@@ -96,6 +94,8 @@ class ColorJitter(ColorAugment, name="color_jitter"):
             image = _about(image, gray(image), _per_image(factor, image)).clamp(0, 1)
         if shared and self.hue:
             angle = uniform((count,), -self.hue, self.hue, generator) * (2 * math.pi)
+            from kornia.enhance import adjust_hue
+
             image = torch.as_tensor(adjust_hue(image, angle.to(image.device, image.dtype)))
         return image
 
@@ -114,6 +114,8 @@ class GaussianBlur(ColorAugment, name="gaussian_blur"):
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
         """Blur every image by its own width."""
+        from kornia.filters import gaussian_blur2d
+
         sigma = uniform((len(image), 1), self.low, self.high, generator).expand(-1, 2)
         radius = min(math.ceil(3 * self.high), min(image.shape[-2:]) - 1)
         if radius < 1:

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch.optim import Optimizer
 
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import RunError
 from overfly.methods.method import Networks
 
@@ -24,7 +25,7 @@ UNREADABLE = (
 def save_state(
     path: Path, state: dict[str, Any], nets: Networks, optimizers: Sequence[Optimizer], fabric: Fabric
 ) -> None:
-    """Write a checkpoint under another name, then rename it; the one before survives a crash.
+    """Write a checkpoint atomically; the one before survives a crash.
 
     Args:
         path: of the checkpoint.
@@ -43,13 +44,11 @@ def save_state(
         "precision": fabric.strategy.precision.state_dict(),
     }
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with atomic_write(path) as part, part.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise RunError(f"{path} cannot be written ({reason}); free space; the checkpoint before is kept") from None
@@ -76,6 +75,3 @@ def load_state(path: Path, nets: Networks, optimizers: Sequence[Optimizer], fabr
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path} cannot be resumed from ({reason}); delete it to train from the start") from None
     return state
-
-
-__all__ = ["load_state", "save_state"]

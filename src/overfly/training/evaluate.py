@@ -62,10 +62,10 @@ def evaluate_domain(
         resize=run.recipe.resize, device=device, window=side, overlap=overlap, samples=samples, workers=workers,
     )  # fmt: skip
     stored = _count_opened_labels(run, key, split, result.labels_opened)
-    place = stored if checkpoint is None else stored.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
-    place[f"{key}/{split}"] = result.model_dump(mode="json")
+    scores = stored if checkpoint is None else stored.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
+    scores[f"{key}/{split}"] = result.model_dump(mode="json")
     run.write_json("scores.json", stored)
-    step = last_step(run) if checkpoint is None else checkpoint
+    step = max((row["step"] for row in run.log.rows()), default=0) if checkpoint is None else checkpoint
     run.log.write(step, event="scored", domain=key, split=split, miou=result.miou)
     return result
 
@@ -94,8 +94,8 @@ def _count_opened_labels(run: Run, key: str, split: Split, images: int) -> dict[
 def stored_scores(run: Run, key: str, split: Split, domain: Domain, checkpoint: int | None = None) -> Scores | None:
     """The scores in ``scores.json`` of this domain, with the recipe's resize and window, or None. Reads no labels."""
     try:
-        place = run.scores if checkpoint is None else run.scores["checkpoints"][f"step-{checkpoint}"]
-        scores = Scores.model_validate(place[f"{key}/{split}"])
+        stored = run.scores if checkpoint is None else run.scores["checkpoints"][f"step-{checkpoint}"]
+        scores = Scores.model_validate(stored[f"{key}/{split}"])
     except (KeyError, ValidationError):
         return None
     same = (scores.protocol.resize, scores.protocol.window) == (run.recipe.resize, run.recipe.window)
@@ -108,11 +108,6 @@ def has_labels(domain: Domain, split: Split) -> bool:
         return any(item.label is not None for item in domain.items(split))
     except SplitError:
         return False
-
-
-def last_step(run: Run) -> int:
-    """The last step in the log."""
-    return max((int(row["step"]) for row in run.log.rows()), default=0)
 
 
 def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:
@@ -130,8 +125,3 @@ def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:
     if not selected:
         raise DataError(f"{run.path} has no {which} domain; give a domain file instead, such as --domain mine.yaml")
     return selected
-
-
-__all__ = [
-    "Role", "domain_roles", "evaluate_domain", "has_labels", "last_step", "record_opened_labels", "stored_scores",
-]  # fmt: skip

@@ -71,9 +71,8 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Remove the lines after a step; a resumed run writes them again."""
         kept = [json.dumps(row) for row in self.rows() if row["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(self.path)
+        with atomic_write(self.path) as part:
+            part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 class Run:
@@ -130,9 +129,8 @@ class Run:
             path = new_folder(out, _title(recipe))
             run = cls(path)
             run.write_json("machine.json", {"format": FORMAT, "start_sha256": start_sha256})
-            partial = path / "recipe.partial"
-            recipe.save(partial)
-            partial.replace(path / "recipe.yaml")
+            with atomic_write(path / "recipe.yaml") as part:
+                recipe.save(part)
         except OSError as error:
             raise RunError(f"{out} cannot be written ({error.strerror}); change --out") from None
         return run
@@ -292,6 +290,3 @@ def new_folder(out: Path, title: str) -> Path:
 def utc_now() -> str:
     """The date and time in UTC (ISO 8601)."""
     return datetime.now(UTC).isoformat()
-
-
-__all__ = ["FORMAT", "Run", "RunLog", "file_sha256", "new_folder", "utc_now"]

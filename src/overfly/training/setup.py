@@ -99,24 +99,16 @@ def training_streams(
             streams.append(None)
             continue
         domain = recipe.domain("source" if role == "source" else "target")
-        items = list(domain.items("train"))
+        items, labeled = list(domain.items("train")), role == "source"
         if isinstance(cache, Path):
             size = format_bytes(estimate(domain, items, recipe.resize))
             print_status(f"decoded images of {domain.title} take {size} in {cache}", quiet=quiet)
-        streams.append(
-            BatchStream(
-                domain,
-                items if role == "source" else without_labels(items),
-                recipe.sampling if role == "source" else Uniform(),
-                batch=recipe.batch,
-                crop=recipe.crop,
-                resize=recipe.resize,
-                seed=recipe.seed,
-                key=key,
-                cache=cache,
-                labeled=role == "source",
-            )
-        )
+        stream = BatchStream(
+            domain, items if labeled else without_labels(items), recipe.sampling if labeled else Uniform(),
+            batch=recipe.batch, crop=recipe.crop, resize=recipe.resize, seed=recipe.seed, key=key, cache=cache,
+            labeled=labeled,
+        )  # fmt: skip
+        streams.append(stream)
     return streams[0], streams[1]
 
 
@@ -149,26 +141,18 @@ def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
 
 def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Domain) -> None:
     """Compare classes, architecture, bands and range of the network under ``start`` with the recipe's."""
-    if segmenter.classes.names != domain.classes.names:
-        raise RecipeError(
-            f"{start} has the classes {', '.join(segmenter.classes.names)}, and the {domain.name} domain has "
-            f"{', '.join(domain.classes.names)}; unify them with the folder domain's mapping"
-        )
-    if segmenter.architecture != recipe.model.name:
-        raise RecipeError(
-            f"{start} holds {segmenter.architecture}, and the recipe has model: {recipe.model.name}; "
-            f"set model: {segmenter.architecture}, or start from another run"
-        )
-    if segmenter.bands != domain.bands:
-        raise RecipeError(
-            f"{start} reads {segmenter.bands} bands, and the {domain.title} domain has {domain.bands}; "
-            "use the same bands in both"
-        )
-    if segmenter.max_value != domain.max_value:
-        raise RecipeError(
-            f"{start} was trained with max_value {segmenter.max_value:g}, and the {domain.title} domain has "
-            f"{domain.max_value:g}; rescale its images to the same range"
-        )
+    advice = {
+        "classes": "unify them with the folder domain's mapping",
+        "model": f"set model: {segmenter.architecture}, or start from another run",
+        "bands": "use the same bands in both",
+        "max_value": "rescale the images to the same range",
+    }
+    names = (", ".join(segmenter.classes.names), ", ".join(domain.classes.names))
+    models = (segmenter.architecture, recipe.model.name)
+    bands, ranges = (segmenter.bands, domain.bands), (f"{segmenter.max_value:g}", f"{domain.max_value:g}")
+    for (setting, correct), (own, other) in zip(advice.items(), (names, models, bands, ranges), strict=True):
+        if own != other:
+            raise RecipeError(f"{start} has {setting} {own}, the recipe with {domain.title} has {other}; {correct}")
 
 
 def _check_class_layer(recipe: Recipe, network: Network, report: Report) -> None:
@@ -206,6 +190,3 @@ def normalization(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tu
         return domain.statistics
     estimated = statistics(domain, "train", limit=STATISTICS_IMAGES)
     return tuple(estimated.mean), tuple(max(value, 1e-6) for value in estimated.std)
-
-
-__all__ = ["TrainingSetup", "initial_segmenter", "normalization", "prepare_training", "training_streams"]

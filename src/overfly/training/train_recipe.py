@@ -14,7 +14,7 @@ from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, fabric_for, run_on_rank_zero
 from overfly.training.run import Run, file_sha256
 from overfly.training.setup import prepare_training
-from overfly.training.trainer import fit
+from overfly.training.trainer import Trainer
 
 
 def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfig) -> Run:
@@ -28,6 +28,7 @@ def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfi
 
     Raises:
         OverflyError: recipe, data or weights do not fit together. No folder is created in that case.
+        TrainingError: a loss or a weight is not finite; the last checkpoint is kept.
     """
     quiet = config.quiet or not fabric.is_global_zero
     start: Path | None = None
@@ -49,7 +50,11 @@ def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfi
     setup = prepare_training(recipe, fabric, config, start)
     run = Run(run_on_rank_zero(fabric, lambda: Run.open_or_create(out, recipe, digest).path))
     with run.lock() if fabric.is_global_zero else nullcontext():
-        return fit(run, setup, fabric, config)
+        trainer = Trainer(run, fabric, config, setup)
+        trainer.resume()
+        trainer.train()
+        trainer.finish()
+    return run
 
 
 def _finished_run(out: Path, recipe: Recipe, start_sha256: str | None) -> Path | None:
@@ -75,6 +80,3 @@ def resolve_start(start: Path) -> Path:
     if not start.is_file():
         raise RecipeError(f"start: {start} does not exist; give a run folder, a .safetensors file or a recipe")
     return start
-
-
-__all__ = ["resolve_start", "train_recipe"]

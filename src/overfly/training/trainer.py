@@ -29,29 +29,10 @@ from overfly.training.engine import (
     any_rank,
     apply_performance_settings,
     effective_precision,
-)
+)  # fmt: skip
 from overfly.training.run import Run, RunLog, utc_now
 from overfly.training.setup import TrainingSetup
 from overfly.training.validation import Validator, log_entry
-
-
-def fit(run: Run, setup: TrainingSetup, fabric: Fabric, config: TrainerConfig) -> Run:
-    """Train a run to its end, from its last checkpoint where it has one.
-
-    Args:
-        run: the folder, with its recipe.
-        setup: data and networks.
-        fabric: launched.
-        config: devices, intervals and output.
-
-    Raises:
-        TrainingError: a loss or a weight is not finite; the last checkpoint is kept.
-    """
-    trainer = Trainer(run, fabric, config, setup)
-    trainer.resume()
-    trainer.train()
-    trainer.finish()
-    return run
 
 
 class Trainer:
@@ -115,15 +96,11 @@ class Trainer:
         if first > self.state["validated"] and self.validate(first):
             return
         self.first, self.looped = first, time.monotonic()
-        batches = iter(
-            batch_loader(
-                self.batches,
-                first * accumulate,
-                self.total_steps * accumulate,
-                workers=self.config.workers,
-                pin=self.fabric.device.type == "cuda",
-            )
-        )
+        loader = batch_loader(
+            self.batches, first * accumulate, self.total_steps * accumulate,
+            workers=self.config.workers, pin=self.fabric.device.type == "cuda",
+        )  # fmt: skip
+        batches = iter(loader)
         with Progress("steps", quiet=quiet) as progress:
             progress.update("training", first, self.total_steps)
             for index in range(first, self.total_steps):
@@ -204,7 +181,7 @@ class Trainer:
             if self.fabric.world_size > 1:
                 reports = [None] * self.fabric.world_size
                 torch.distributed.all_gather_object(reports, report)
-            self.fail(*min(found for found in reports if found is not None))
+            self.fail(*min(entry for entry in reports if entry is not None))
 
     def non_finite_loss(self) -> tuple[int, str, str] | None:
         """The first step since the last line of the log with a loss that is not finite: step, terms, images."""
@@ -361,6 +338,3 @@ def _means(rows: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
     """Mean of each term over the steps that have it."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return {key: torch.stack([row[key] for row in rows if key in row]).mean() for key in keys}
-
-
-__all__ = ["Trainer", "fit", "optimizer_step"]

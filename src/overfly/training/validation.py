@@ -41,15 +41,10 @@ class Validator:
         recipe = self.recipe
         try:
             return score(
-                recipe.method.deployed(self.nets),
-                recipe.domain("source"),
-                recipe.validation.split,
-                resize=recipe.resize,
-                window=recipe.window,
-                device=self.fabric.device,
-                workers=workers,
+                recipe.method.deployed(self.nets), recipe.domain("source"), recipe.validation.split,
+                resize=recipe.resize, window=recipe.window, device=self.fabric.device, workers=workers,
                 shard=(self.fabric.global_rank, self.fabric.world_size),
-            ).miou
+            ).miou  # fmt: skip
         except NotFiniteError:  # normalization statistics of the first steps may overflow
             return None
 
@@ -62,16 +57,14 @@ class Validator:
         Returns:
             None where the network's predictions are not finite.
         """
+        method = self.recipe.method
 
         def work() -> LabelFreeMetrics | None:
             try:
                 metrics = label_free_metrics_of_images(
-                    self.recipe.method.deployed(self.nets),
-                    self.images,
-                    self.recipe.domain("target").max_value,
-                    self.options,
-                    reference=reference(self.recipe.method, self.nets),
-                )
+                    method.deployed(self.nets), self.images, self.recipe.domain("target").max_value, self.options,
+                    reference=reference(method, self.nets),
+                )  # fmt: skip
             except NotFiniteError:
                 return None
             return metrics.model_copy(update={"source_miou": source_miou})
@@ -120,6 +113,3 @@ def logged_source_miou(rows: list[dict[str, Any]], step: int) -> float | None:
     """The source mIoU that was logged at a step, or None."""
     values = [row.get("source_miou") for row in rows if row.get("event") == "validation" and row["step"] == step]
     return values[-1] if values else None
-
-
-__all__ = ["TARGET_IMAGES", "Validator", "label_free_metrics_at", "log_entry", "logged_source_miou", "reference"]
