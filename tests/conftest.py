@@ -1,4 +1,4 @@
-"""What several tests need: a small network with every kind of head, and recipes of a few steps."""
+"""Fixtures of several tests: recipes of a few steps on the synthetic world."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 
 
 def pytest_configure() -> None:
-    """A shell's job in the background ignores Ctrl-C, and so would all that the tests start and then interrupt."""
+    """Handle Ctrl-C also in a background job of a shell, whose child processes would ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Figures must not depend on how many cores a machine has, nor tests fight over them, nor on the tests before."""
+    """Use one thread and one seed, so that results depend neither on the number of cores nor on earlier tests."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests leave the user's cache folder alone."""
+    """Use a temporary cache folder instead of the user's."""
     monkeypatch.setenv("OVERFLY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
@@ -57,16 +57,16 @@ def recipe(small: dict[str, Any]) -> Recipe:
 
 @pytest.fixture
 def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
-    """From a method's name to a small recipe that has what the method needs: a trained start, a teacher."""
+    """Make a small recipe of a method, with the start or teacher that it needs."""
     special: dict[str, Callable[[], dict[str, Any]]] = {
         "daformer": lambda: {"warmup": 1},
         "distill": lambda: {"teacher": str(initial_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
-        "source_free": lambda: {"statistics": "batch"},  # those of a start of three steps normalize nothing
+        "source_free": lambda: {"statistics": "batch"},  # running statistics after three steps are too inaccurate
     }
 
-    def made(name: str, **changes: Any) -> Recipe:
+    def make(name: str, **changes: Any) -> Recipe:
         method = {"name": name, **special.get(name, dict)()}
         start = {"start": small} if Method.kinds[name].needs_start else {}
         return load({**small, **start, "method": method, **changes})
 
-    return made
+    return make

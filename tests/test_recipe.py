@@ -21,45 +21,45 @@ from overfly.training.setup import initial_segmenter
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 
 
-def test_a_recipe_survives_its_file(recipe: Recipe, tmp_path: Path) -> None:
+def test_recipe_round_trips_through_yaml(recipe: Recipe, tmp_path: Path) -> None:
     recipe.save(tmp_path / "a.yaml")
     assert load(tmp_path / "a.yaml") == recipe
     assert load(recipe) == recipe
     assert load(recipe.model_dump(mode="json")) == recipe
 
 
-def test_settings_of_a_kind_are_written_too(small: dict[str, Any], tmp_path: Path) -> None:
-    found = load(
+def test_settings_of_a_kind_are_saved(small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load(
         small, "method.criterion={name: ohem, threshold: 0.5}", "augment=[{name: scale_jitter, low: 0.7}]",
         "optim={name: adamw, betas: [0.5, 0.6]}",
     )  # fmt: skip
-    found.save(tmp_path / "a.yaml")
+    recipe.save(tmp_path / "a.yaml")
     again = load(tmp_path / "a.yaml")
-    assert again == found
+    assert again == recipe
     assert again.method.criterion.model_dump()["threshold"] == 0.5
     assert again.augment[0].model_dump()["low"] == 0.7
     assert again.model_dump()["source"]["scene"] == "urban"
 
 
-def test_a_setting_of_a_default_inside_a_method_is_changed_alone(small: dict[str, Any]) -> None:
-    found = load(small, "method=adaptsegnet", "method.critic.lr=3e-4", "method.criterion.aux=0.1").method
-    assert found == AdaptSegNet(critic=Adam(lr=3e-4, betas=(0.9, 0.99)), criterion=CrossEntropy(aux=0.1))
+def test_override_inside_a_default_keeps_the_other_settings(small: dict[str, Any]) -> None:
+    method = load(small, "method=adaptsegnet", "method.critic.lr=3e-4", "method.criterion.aux=0.1").method
+    assert method == AdaptSegNet(critic=Adam(lr=3e-4, betas=(0.9, 0.99)), criterion=CrossEntropy(aux=0.1))
 
 
-def test_a_method_that_is_given_as_a_value_keeps_its_settings(recipe: Recipe) -> None:
+def test_method_given_as_a_value_keeps_its_settings(recipe: Recipe) -> None:
     method = AdaptSegNet(levels="multi", weight=0.5)
-    found = Recipe(source=recipe.source, target=recipe.target, method=method)
-    assert found.method == method
-    assert load(found.model_dump(mode="json")) == found
+    result = Recipe(source=recipe.source, target=recipe.target, method=method)
+    assert result.method == method
+    assert load(result.model_dump(mode="json")) == result
 
 
 def test_overrides_reach_every_depth(small: dict[str, Any]) -> None:
-    found = load(small, "optim.lr=1e-3", "source.size=32", "augment=[dihedral]", "augment.0.p=0.5", "steps=7")
-    assert found.optim.lr == 1e-3
-    assert found.source is not None
-    assert found.source.model_dump()["size"] == 32
-    assert found.augment[0].p == 0.5
-    assert found.steps == 7
+    recipe = load(small, "optim.lr=1e-3", "source.size=32", "augment=[dihedral]", "augment.0.p=0.5", "steps=7")
+    assert recipe.optim.lr == 1e-3
+    assert recipe.source is not None
+    assert recipe.source.model_dump()["size"] == 32
+    assert recipe.augment[0].p == 0.5
+    assert recipe.steps == 7
     assert (
         load(small, "method.criterion=ohem", "method.criterion.min_kept=5").method.criterion.model_dump()["min_kept"]
         == 5
@@ -87,28 +87,28 @@ def test_overrides_reach_every_depth(small: dict[str, Any]) -> None:
         ("steps.x=3", r"steps\.x"),
     ],
 )
-def test_what_is_wrong_is_named(small: dict[str, Any], override: str, message: str) -> None:
+def test_invalid_settings_are_named(small: dict[str, Any], override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         load(small, override)
     assert not any(word in str(caught.value) for word in ("\n", "Input", "valid", "(given"))
 
 
-def test_a_start_recipe_is_part_of_the_value_and_has_the_same_seed(small: dict[str, Any], tmp_path: Path) -> None:
+def test_start_recipe_is_nested_and_has_the_same_seed(small: dict[str, Any], tmp_path: Path) -> None:
     load(small, "model=pidnet_m").save(tmp_path / "first.yaml")
     (tmp_path / "second.yaml").write_text(
         "start: first.yaml\ntarget: {name: synthetic, scene: rural}\nmethod: recalibrate\nsteps: 2\n"
     )
-    found = load(tmp_path / "second.yaml", "seed=5", "target.size=128")
-    assert isinstance(found.start, Recipe)
-    assert found.seed == found.start.seed == 5
-    assert found.model.name == "pidnet_m"
-    assert found.start.target is not None
-    assert found.start.target.model_dump()["size"] == 128
-    found.save(tmp_path / "third.yaml")
-    assert load(tmp_path / "third.yaml") == found
+    recipe = load(tmp_path / "second.yaml", "seed=5", "target.size=128")
+    assert isinstance(recipe.start, Recipe)
+    assert recipe.seed == recipe.start.seed == 5
+    assert recipe.model.name == "pidnet_m"
+    assert recipe.start.target is not None
+    assert recipe.start.target.model_dump()["size"] == 128
+    recipe.save(tmp_path / "third.yaml")
+    assert load(tmp_path / "third.yaml") == recipe
 
 
-def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+def test_invalid_recipe_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no\.yaml"):
         load(tmp_path / "no.yaml")
     for text in ("a: [", "just words", "\x00"):
@@ -117,7 +117,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
             load(tmp_path / "bad.yaml")
 
 
-def test_numbers_may_be_written_as_people_do() -> None:
+def test_numbers_in_scientific_notation() -> None:
     assert parse_yaml("1e-3") == 0.001
     assert parse_yaml("{a: 5E2}") == {"a": 500.0}
     assert parse_yaml("1e") == "1e"
@@ -134,23 +134,23 @@ def test_every_recipe_file_loads(path: Path) -> None:
     assert load(path).seed == 0
 
 
-def test_another_network_is_another_for_the_start_too(small: dict[str, Any]) -> None:
+def test_model_override_applies_to_the_start_too(small: dict[str, Any]) -> None:
     values = {**small, "method": "recalibrate", "start": {key: small[key] for key in small if key != "model"}}
-    found = load(values, "model=lraspp_mobilenet_v2")
-    assert isinstance(found.start, Recipe)
-    assert found.start.model.name == found.model.name == "lraspp_mobilenet_v2"
+    recipe = load(values, "model=lraspp_mobilenet_v2")
+    assert isinstance(recipe.start, Recipe)
+    assert recipe.start.model.name == recipe.model.name == "lraspp_mobilenet_v2"
     assert load(values, "model.name=pidnet_m").model.name == "pidnet_m"
     with pytest.raises(RecipeError, match=r"start.*pidnet_s.*pidnet_m"):
         load({**values, "model": "pidnet_m", "start": {**values["start"], "model": "pidnet_s"}})
 
 
-def test_domains_of_two_ranges_of_values_are_refused(small: dict[str, Any], tmp_path: Path) -> None:
+def test_domains_must_have_the_same_max_value(small: dict[str, Any], tmp_path: Path) -> None:
     target = {"name": "folder", "root": str(tmp_path), "classes": list(CLASSES.names), "max_value": 65535}
     with pytest.raises(RecipeError, match=r"255.*65535.*max_value"):
         load({**small, "target": target, "method": "dacs"})
 
 
-def test_pictures_of_two_sizes_do_not_reach_a_method_that_mixes_them(small: dict[str, Any]) -> None:
+def test_random_crop_must_match_the_crop_of_mixing_methods(small: dict[str, Any]) -> None:
     cropped = ("augment=[{name: random_crop, size: 32}]",)
     assert load(small, *cropped, "method=source_only")
     assert load(small, *cropped, "method=dacs", "crop=32")
@@ -158,7 +158,7 @@ def test_pictures_of_two_sizes_do_not_reach_a_method_that_mixes_them(small: dict
         load(small, *cropped, "method=dacs")
 
 
-def test_a_network_of_another_range_of_values_is_no_start(small: dict[str, Any], tmp_path: Path) -> None:
+def test_start_must_have_the_max_value_of_the_domain(small: dict[str, Any], tmp_path: Path) -> None:
     trained = initial_segmenter(load(small))
     trained.max_value = 1.0
     start = trained.save(tmp_path / "unit.safetensors")
@@ -167,7 +167,7 @@ def test_a_network_of_another_range_of_values_is_no_start(small: dict[str, Any],
 
 
 @pytest.mark.parametrize("name", ["cbst", "iast", "multiscale_self_training"])
-def test_what_changes_a_trained_network_needs_one(name: str, small: dict[str, Any], tmp_path: Path) -> None:
+def test_self_training_needs_a_trained_network(name: str, small: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"{name}.*start"):
         load({**small, "method": name})
     trained = initial_segmenter(load(small)).network
@@ -176,11 +176,11 @@ def test_what_changes_a_trained_network_needs_one(name: str, small: dict[str, An
     model = {"name": "pidnet_s", "weights": str(tmp_path / "encoder.safetensors")}
     with pytest.raises(RecipeError, match=r"encoder\.safetensors"):
         initial_segmenter(load({**small, "method": name, "model": model}))
-    begun = {**small, "model": model}
-    assert initial_segmenter(load({**begun, "method": name, "start": begun}))  # as it is prepared before its start is
+    start = {**small, "model": model}
+    assert initial_segmenter(load({**start, "method": name, "start": start}))
 
 
-def test_what_is_named_as_an_option_is_one() -> None:
+def test_options_are_parameters_of_the_commands() -> None:
     known = {name.replace("_", "-") for command in (train, benchmark) for name in signature(command).parameters}
     assert known >= set(OPTIONS)
     assert not set(OPTIONS) & set(Recipe.model_fields)

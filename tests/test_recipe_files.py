@@ -1,4 +1,4 @@
-"""Every recipe that is shipped trains two steps on the synthetic world."""
+"""Every file in recipes/ trains two steps on the synthetic world."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from overfly.training.setup import initial_segmenter
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 ROWS = [path for path in RECIPES if path.parent.name == "loveda" and "adapt" not in path.stem]
-"""Those of the research README."""
+"""Recipes of the table in the research README."""
 SMALL = ["crop=64", "batch=2", "epochs=null", "steps=2", "schedule.warmup=0"]
 
 
@@ -49,7 +49,7 @@ def test_every_recipe_trains(path: Path, world: Path, tmp_path: Path) -> None:
     assert train(recipe, out=tmp_path, device="cpu", quiet=True).run.finished
 
 
-def test_the_research_table_has_every_row_in_one_form() -> None:
+def test_research_recipes_share_their_settings() -> None:
     recipes = {path.stem: load(path) for path in ROWS}
     rows = {
         (recipe.model.name, recipe.source.title, recipe.method.criterion.name)
@@ -71,11 +71,11 @@ def test_the_research_table_has_every_row_in_one_form() -> None:
         assert recipe.augment == ()
 
 
-def test_the_research_table_is_made_of_the_drawn_world_by_changing_the_root(world: Path, tmp_path: Path) -> None:
+def test_research_table_on_the_synthetic_world(world: Path, tmp_path: Path) -> None:
     small = ["resize=64", "crop=64", "batch=2", "epochs=1", "optim.lr=1e-5"]
     small += [f"source.root={world}", f"target.root={world}"]
     files = [str(path) for path in ROWS if "pidnet" in path.stem]
-    found = benchmark([*files, *small], seeds="1", out=tmp_path, size=64, device="cpu", quiet=True).table
-    assert [row.length for row in found.rows] == ["1 epoch"] * 4
-    assert all(set(row.miou) == {"Urban", "Rural"} for row in found.rows)
-    assert found.rows[0].optimizer == "SGD(lr: 1e-05, momentum: 0.9, weight_decay: 0.0005)"
+    table = benchmark([*files, *small], seeds="1", out=tmp_path, size=64, device="cpu", quiet=True).table
+    assert [row.length for row in table.rows] == ["1 epoch"] * 4
+    assert all(set(row.miou) == {"Urban", "Rural"} for row in table.rows)
+    assert table.rows[0].optimizer == "SGD(lr: 1e-05, momentum: 0.9, weight_decay: 0.0005)"

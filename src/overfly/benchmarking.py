@@ -23,7 +23,7 @@ from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build
 from overfly.recipe import Recipe, load
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
-from overfly.training.evaluate import Role, evaluate_domain, has_labels, stored_scores
+from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
 from overfly.training.run import Run
 from overfly.training.train_recipe import train_recipe
 
@@ -197,8 +197,7 @@ def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
         if path.is_dir():
             files = sorted(path.glob("*.yaml"))
         elif any(mark in str(entry) for mark in "*?["):
-            anchor = Path(path.anchor) if path.is_absolute() else Path()
-            files = sorted(anchor.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path)))
+            files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         else:
             files = [path]
         if not files:
@@ -263,11 +262,10 @@ def tabulate(
         speed = measure_speed(full, size=size, bands=domain.bands, device=device)
         parameters = sum(parameter.numel() for parameter in full.parameters())
         networks.append(NetworkSummary(name=name, parameters_training=parameters, speed=speed))
-    machine = next(iter(done.values()))[0].machine
-    recipes = [runs[0].recipe for runs in done.values()]
-    domains = [domain for recipe in recipes for domain in (recipe.source, recipe.target) if domain is not None]
+    first = [runs[0] for runs in done.values()]
+    domains = [domain for run in first for domain in (run.recipe.source, run.recipe.target) if domain is not None]
     return BenchmarkTable(
-        seeds=tuple(seeds), machine=machine, networks=tuple(networks), rows=tuple(rows),
+        seeds=tuple(seeds), machine=first[0].machine, networks=tuple(networks), rows=tuple(rows),
         data=tuple(dict.fromkeys(map(_origin, domains))), changed=tuple(changed),
     )  # fmt: skip
 
@@ -299,10 +297,9 @@ def _score(run: Run, split: Split, fabric: Fabric, save_samples: SaveSamples | N
 
 def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> BenchmarkRow:
     recipe = runs[0].recipe
-    roles: tuple[tuple[Role, Any], ...] = (("source", recipe.source), ("target", recipe.target))
     miou: dict[str, SeedStatistics] = {}
     classes: dict[str, dict[str, SeedStatistics]] = {}
-    for key, domain in roles:
+    for key, domain in (("source", recipe.source), ("target", recipe.target)):
         by_seed = [stored_scores(run, key, split, domain) for run in runs] if domain is not None else []
         if domain is None or not any(by_seed):
             continue
@@ -314,27 +311,18 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
         }
     origin = recipe.start if isinstance(recipe.start, Recipe) else recipe
     origin_source = recipe.source or origin.source
+    opened = [run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs]
     return BenchmarkRow(
-        recipe=path.stem,
-        version=version,
-        model=recipe.model.name,
-        method=recipe.method.name,
+        recipe=path.stem, version=version, model=recipe.model.name, method=recipe.method.name,
         augmentation=", ".join(entry.name for entry in recipe.augment) or "none",
-        source=origin_source.title if origin_source else "none",
-        batch=recipe.batch,
+        source=origin_source.title if origin_source else "none", batch=recipe.batch,
         criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
         optimizer=_settings(recipe.optim) if recipe.method.trains else "none",
         scheduler=_settings(recipe.schedule) if recipe.method.trains else "none",
-        length=_length(recipe),
-        miou=miou,
-        classes=classes,
+        length=_length(recipe), miou=miou, classes=classes,
         minutes=SeedStatistics.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
-        runs=tuple(run.path.name for run in runs),
-        split=split,
-        labels_opened=sum(
-            run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs
-        ),
-    )
+        runs=tuple(run.path.name for run in runs), split=split, labels_opened=sum(opened),
+    )  # fmt: skip
 
 
 def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> SeedStatistics | None:

@@ -76,8 +76,9 @@ class Validation(Spec):
     @model_validator(mode="after")
     def _needs_every(self) -> Self:
         if (self.target or self.keep_all) and not self.every:
-            named = "target" if self.target else "keep_all"
-            raise ValueError(f"{named} needs validations; set every to the steps between them")
+            raise ValueError(
+                f"{'target' if self.target else 'keep_all'} needs validations; set every to the steps between them"
+            )
         return self
 
 
@@ -176,16 +177,13 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give steps or epochs, not both")
+            raise ValueError("steps and epochs cannot both be set; set steps=null or epochs=null")
         if self.method.needs_source and self.source is None:
             raise ValueError(f"method {self.method.name} needs labeled images; set source")
         if self.method.needs_target and self.target is None:
             raise ValueError(f"method {self.method.name} needs target images; set target")
         if isinstance(self.start, Recipe) and self.start.model.name != self.model.name:
-            raise ValueError(
-                f"the recipe under start has model {self.start.model.name}, this one {self.model.name}; set the same "
-                "model in both"
-            )
+            raise ValueError(f"start has model {self.start.model.name}, the recipe {self.model.name}; set one for both")
         if self.source is None and self.start is None:
             raise ValueError("a recipe without a source needs a run or weights to start from; set start")
         if self.method.needs_start and self.start is None and self.model.weights is None:
@@ -203,10 +201,8 @@ class Recipe(Spec):
                 f"set crop to {cut}, or remove random_crop from augment"
             )
         weights, domain = self.method.criterion.class_weights, self.source or self.target
-        if weights and domain and len(weights) != len(domain.classes):
-            raise ValueError(
-                f"class_weights must have {len(domain.classes)} numbers, one per class, got {len(weights)}"
-            )
+        if weights and domain and len(weights) != (count := len(domain.classes)):
+            raise ValueError(f"class_weights must have {count} numbers, one per class, got {len(weights)}")
         return self
 
     @model_validator(mode="after")

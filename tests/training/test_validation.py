@@ -15,6 +15,7 @@ from overfly import train
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic import Synthetic
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.methods.method import Networks, TeacherStudent
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
@@ -22,10 +23,19 @@ from overfly.recipe import Recipe, load
 from overfly.training.run import Run
 from overfly.training.setup import initial_segmenter
 from overfly.training.trainer import Trainer
-from overfly.training.validation import label_free_metrics_at, logged_source_miou, reference
+from overfly.training.validation import logged_source_miou, reference
 
 VALIDATED = ("validation.every=2", "validation.target=true", "validation.keep_all=true", "steps=4", "optim.lr=1e-5",
            "target.train=2", "source.val=1")  # fmt: skip
+
+
+def label_free_metrics_at(rows: list[dict[str, Any]], step: int) -> LabelFreeMetrics | None:
+    """The label-free metrics in the log at a step, or None."""
+    for row in reversed(rows):
+        if row.get("event") == "label-free" and row["step"] == step:
+            values = {key: value for key, value in row.items() if key not in ("step", "event", "details")}
+            return LabelFreeMetrics.model_validate({**values, **row["details"]})
+    return None
 
 
 def trained(recipe: Recipe, out: Path, **settings: Any) -> Run:

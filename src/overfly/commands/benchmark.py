@@ -95,9 +95,9 @@ def benchmark(
         save_samples=draw_samples,
         workers=workers,
     )
-    place = str(fabric.device)
     result = run_on_rank_zero(
-        fabric, lambda: benchmarking.tabulate(done, numbers, split, size=size, device=place, changed=overrides)
+        fabric,
+        lambda: benchmarking.tabulate(done, numbers, split, size=size, device=str(fabric.device), changed=overrides),
     )
     run_on_rank_zero(fabric, lambda: benchmarking.write(result, folder))
     return BenchmarkResult(result, folder)

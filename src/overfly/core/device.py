@@ -30,12 +30,12 @@ def select_device(name: str = "auto", devices: int = 1) -> torch.device:
         raise RecipeError(f"device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}") from None
     if device.type == "cpu":
         return torch.device("cpu")
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here.get(device.type, False):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
         raise RecipeError(f"there is no {device.type} device on this machine; use --device cpu, or leave it out")
-    there = torch.cuda.device_count() if device.type == "cuda" else 1
-    if max(devices, (device.index or 0) + 1) > there:
-        raise RecipeError(f"this machine has {there} {device.type} device(s); lower --devices or change --device")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if max(devices, (device.index or 0) + 1) > count:
+        raise RecipeError(f"this machine has {count} {device.type} device(s); lower --devices or change --device")
     return device
 
 

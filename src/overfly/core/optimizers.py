@@ -167,7 +167,7 @@ class OneCycle(Schedule, name="one_cycle"):
     """Share of the maximum rate at the last step."""
 
     @model_validator(mode="after")
-    def _apart(self) -> OneCycle:
+    def _valid_rise(self) -> OneCycle:
         if not 0 < self.rise < 1:
             raise ValueError(f"rise must be greater than 0 and less than 1, got {self.rise}")
         return self

@@ -87,13 +87,13 @@ def set_value(values: dict[str, Any], override: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"{override!r} has a value that is not YAML; quote it") from None
     *parents, last = key.split(".")
-    place: Any = values
+    container: Any = values
     for parent in parents:
-        place = _descend(place, parent, key)
-    if isinstance(place, list):
-        place[_index(place, last, key)] = value
+        container = _descend(container, parent, key)
+    if isinstance(container, list):
+        container[_index(container, last, key)] = value
     else:
-        place[last] = value
+        container[last] = value
 
 
 def validation_message(error: ValidationError, named: str, spec: type[Spec] | None = None) -> str:
@@ -138,21 +138,24 @@ TYPES = {
 
 
 def _problem(entry: Mapping[str, Any]) -> str:
-    """What is wrong with a value, with the value."""
+    """The reason why a value is refused, with the value."""
     kind, value = entry["type"], entry.get("input")
     if kind in PROBLEMS:
-        what = PROBLEMS[kind].format(**entry.get("ctx", {}))
+        bounds = {
+            key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in entry.get("ctx", {}).items()
+        }
+        problem = PROBLEMS[kind].format(**bounds)
     else:
-        what = f"must be {TYPES.get(kind.partition('_')[0], 'another value')}"
+        problem = f"must be {TYPES.get(kind.partition('_')[0], 'another value')}"
     if kind == "string_type" and isinstance(value, bool):
-        return f"{what}, got {str(value).lower()}; YAML reads yes, no, on and off as true or false, so quote them"
+        return f"{problem}, got {str(value).lower()}; YAML reads yes, no, on and off as true or false, so quote them"
     if isinstance(value, bool):
-        return f"{what}, got {str(value).lower()}"
-    return f"{what}, got {value!r}" if isinstance(value, int | float | str) else what
+        return f"{problem}, got {str(value).lower()}"
+    return f"{problem}, got {value!r}" if isinstance(value, int | float | str) else problem
 
 
 def _unknown(path: list[str], spec: type[Spec] | None) -> str:
-    """What is wrong with a setting that does not exist."""
+    """The message on a setting that does not exist, with a similar one."""
     if path[0] in OPTIONS and len(path) == 1:
         return f"not a setting of a recipe but an option of the command, --{path[0]}"
     known = sorted({name for kind in _specs_at(path[:-1], spec) for name in kind.model_fields})
@@ -161,7 +164,7 @@ def _unknown(path: list[str], spec: type[Spec] | None) -> str:
 
 
 def _specs_at(path: list[str], spec: type[Spec] | None) -> list[type[Spec]]:
-    """The classes whose settings may stand at a dotted key: of a choice, all kinds."""
+    """The classes of settings at a dotted key; of a choice, all its kinds."""
     specs = [] if spec is None else [spec]
     for part in path:
         if not part.isdigit():
@@ -183,24 +186,24 @@ def _is_machinery(part: str) -> bool:
     return part.startswith(("function-", "Recipe", "lax-or-strict", "json-or-python")) or "[" in part or part == "path"
 
 
-def _descend(place: Any, part: str, key: str) -> Any:
-    if isinstance(place, list):
-        index = _index(place, part, key)
-        if isinstance(place[index], str):
-            place[index] = {"name": place[index]}
-        if not isinstance(place[index], dict | list):
+def _descend(container: Any, part: str, key: str) -> Any:
+    if isinstance(container, list):
+        index = _index(container, part, key)
+        if isinstance(container[index], str):
+            container[index] = {"name": container[index]}
+        if not isinstance(container[index], dict | list):
             raise RecipeError(f"{key}: {part} is a plain value without settings; set {part} itself")
-        return place[index]
-    if part != "name" and isinstance(place.get(part), str):
-        place[part] = {"name": place[part]}
-    if place.get(part) is None:
-        place[part] = {}
-    if not isinstance(place[part], dict | list):
+        return container[index]
+    if part != "name" and isinstance(container.get(part), str):
+        container[part] = {"name": container[part]}
+    if container.get(part) is None:
+        container[part] = {}
+    if not isinstance(container[part], dict | list):
         raise RecipeError(f"{key}: {part} is a plain value without settings; set {part} itself")
-    return place[part]
+    return container[part]
 
 
-def _index(place: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise RecipeError(f"{key}: {part!r} must be an index from 0 to {len(place) - 1}")
+def _index(container: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(container):
+        raise RecipeError(f"{key}: {part!r} must be an index from 0 to {len(container) - 1}")
     return int(part)

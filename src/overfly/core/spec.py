@@ -94,8 +94,8 @@ class Choice(Spec):
         if name not in cls.kinds:
             known = ", ".join(sorted(cls.kinds))
             raise ValueError(f"no {cls._noun()} is called {name!r}; there are: {known}")
-        found: type[Self] = cls.kinds[name]
-        return found
+        kind: type[Self] = cls.kinds[name]
+        return kind
 
     @classmethod
     def _noun(cls) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,3 +202,36 @@ def any_rank(fabric: Fabric, flag: bool) -> bool:
     if fabric.world_size == 1:
         return flag
     return bool(fabric.all_reduce(torch.tensor(float(flag)), reduce_op="sum"))
+
+
+def optimizer_step(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
+    """Clip the gradients of each optimizer, step all optimizers, and reset the gradients.
+
+    In precision 16 all optimizers share one loss scale, which is updated once, after all have stepped: otherwise the
+    second would divide by another scale than its gradients were multiplied by. There, optimizers without gradients are
+    skipped, such as a critic's while only the student trains.
+
+    Args:
+        fabric: launched.
+        module: as set up by Fabric.
+        optimizers: as set up by Fabric.
+        clip: largest norm of the gradients of each optimizer; None: unlimited.
+    """
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    active = [optimizer for optimizer in optimizers if scaler is None or _has_gradients(optimizer)]
+    if clip is not None:
+        for optimizer in active:
+            fabric.clip_gradients(module, optimizer, max_norm=clip, error_if_nonfinite=False)
+    for optimizer in active:
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer.optimizer)
+    if scaler is not None and active:
+        scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+
+def _has_gradients(optimizer: Any) -> bool:
+    return any(value.grad is not None for group in optimizer.param_groups for value in group["params"])

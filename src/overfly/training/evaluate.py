@@ -61,7 +61,7 @@ def evaluate_domain(
         run.segmenter(checkpoint), domain, split,
         resize=run.recipe.resize, device=device, window=side, overlap=overlap, samples=samples, workers=workers,
     )  # fmt: skip
-    stored = _count_opened_labels(run, key, split, result.labels_opened)
+    stored = record_opened_labels(run, key, split, result.labels_opened)
     scores = stored if checkpoint is None else stored.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
     scores[f"{key}/{split}"] = result.model_dump(mode="json")
     run.write_json("scores.json", stored)
@@ -70,24 +70,23 @@ def evaluate_domain(
     return result
 
 
-def record_opened_labels(run: Run, key: str, split: Split, images: int) -> None:
-    """Count labels in ``scores.json`` that were read for something other than scores, such as a report.
+def record_opened_labels(run: Run, key: str, split: Split, images: int) -> dict[str, Any]:
+    """Count one more reading of a split's labels in ``scores.json``, for scores or something else such as a report.
 
     Args:
         run: whose ``scores.json``.
         key: source or target.
         split: of the domain.
         images: number of labels that were read.
+
+    Returns:
+        Contents of ``scores.json``.
     """
-    run.write_json("scores.json", _count_opened_labels(run, key, split, images))
-
-
-def _count_opened_labels(run: Run, key: str, split: Split, images: int) -> dict[str, Any]:
-    """Contents of ``scores.json`` with one more reading of a split's labels."""
     stored = run.scores
     opened = stored.setdefault("labels_opened", {})
     before = opened.get(f"{key}/{split}", {"times": 0, "images": 0})
     opened[f"{key}/{split}"] = {"times": before["times"] + 1, "images": before["images"] + images}
+    run.write_json("scores.json", stored)
     return stored
 
 

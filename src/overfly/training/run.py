@@ -254,10 +254,10 @@ class Run:
 
     def _read_json(self, file: str) -> dict[str, Any]:
         path = self.path / file
-        if not path.exists():
-            return {}
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
         except ValueError:
             values = None
         if not isinstance(values, dict):

@@ -158,12 +158,8 @@ def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Doma
 def _check_class_layer(recipe: Recipe, network: Network, report: Report) -> None:
     """Refuse weights without a class layer where the method needs a trained network."""
     layer = network.class_layer
-    if (
-        layer
-        and recipe.start is None
-        and recipe.method.needs_start
-        and not any(name.startswith(f"{layer}.") for name in report.loaded)
-    ):
+    missing = layer and not any(name.startswith(f"{layer}.") for name in report.loaded)
+    if missing and recipe.start is None and recipe.method.needs_start:
         raise RecipeError(
             f"method {recipe.method.name} needs a trained network, and {report.source.name} has no class layer for "
             "these classes; set start to a run or a recipe"

@@ -1,10 +1,12 @@
-"""The training loop."""
+"""The training loop and its checkpoint: networks, optimizers, loss scale and step in one file."""
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -12,27 +14,33 @@ from typing import Any, NoReturn
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
+from overfly.core.atomic_files import atomic_write
 from overfly.core.device import describe_machine
-from overfly.core.errors import OverflyError, RecipeError, TrainingError
+from overfly.core.errors import OverflyError, RecipeError, RunError, TrainingError
 from overfly.core.optimizers import set_learning_rate
 from overfly.core.progress import Progress, print_status
 from overfly.core.records import Batch, Labeled, Losses
 from overfly.data.loading import batch_loader
 from overfly.models.segmenter import Segmenter
 from overfly.ops.augmentation import augment
-from overfly.training.checkpoint import load_state, save_state
 from overfly.training.engine import (
     LossModule,
     TrainerConfig,
     any_rank,
     apply_performance_settings,
     effective_precision,
-)  # fmt: skip
+    optimizer_step,
+)
 from overfly.training.run import Run, RunLog, utc_now
 from overfly.training.setup import TrainingSetup
 from overfly.training.validation import Validator, log_entry
+
+UNREADABLE = (
+    RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
+)  # fmt: skip
+"""Errors raised by loading a damaged or foreign checkpoint."""
 
 
 class Trainer:
@@ -51,12 +59,9 @@ class Trainer:
         self.optimizers = setup.optimizers
         apply_performance_settings(self.nets, self.optimizers, self.recipe.precision, fabric.device)
         self.losses = LossModule(self.recipe.method, self.nets)
-        self.wrapped: Any = None
-        self.wrapped_optimizers: list[Any] = []
-        if self.optimizers:
-            self.wrapped, *self.wrapped_optimizers = fabric.setup(self.losses, *self.optimizers)
-        else:
-            self.wrapped = fabric.to_device(self.losses)
+        parts: Any = (self.losses, *self.optimizers)
+        wrapped: Any = fabric.setup(*parts) if self.optimizers else map(fabric.to_device, parts)
+        self.wrapped, *self.wrapped_optimizers = wrapped
         self.main = fabric.is_global_zero
         tensorboard = run.path / "tensorboard" if config.tensorboard and self.main else None
         self.log = RunLog(run.log.path, tensorboard)
@@ -69,7 +74,7 @@ class Trainer:
     def resume(self) -> None:
         """Load the last checkpoint where there is one, and describe the machine in machine.json."""
         if self.run.checkpoint.exists():
-            self.state |= load_state(self.run.checkpoint, self.nets, self.optimizers, self.fabric)
+            self.load_checkpoint()
             if self.state.get("processes", self.fabric.world_size) != self.fabric.world_size:
                 raise RecipeError(
                     f"{self.run.path} was started with --devices {self.state['processes']}, got "
@@ -162,7 +167,8 @@ class Trainer:
     def write_log(self, step: int, progress: Progress) -> None:
         """Append the mean losses since the last line. Only here does a step without validation wait for a GPU."""
         self.check_losses()
-        means = _means(self.recent)
+        keys = dict.fromkeys(key for row in self.recent for key in row)
+        means = {key: torch.stack([row[key] for row in self.recent if key in row]).mean() for key in keys}
         values = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) if means else {}
         if self.optimizers:
             values["lr"] = self.recipe.optim.lr * self.recipe.schedule.factor(step - 1, self.total_steps)
@@ -278,10 +284,49 @@ class Trainer:
             self.write_checkpoint()
 
     def write_checkpoint(self) -> None:
-        """Write the state in the first process."""
+        """Write the checkpoint atomically in the first process; the one before survives a crash.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
         self.count_time()
-        if self.main:
-            save_state(self.run.checkpoint, self.state, self.nets, self.optimizers, self.fabric)
+        if not self.main:
+            return
+        path = self.run.checkpoint
+        checkpoint = {
+            "state": self.state,
+            "nets": self.nets.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "precision": self.fabric.strategy.precision.state_dict(),  # of precision 16: the loss scale
+        }
+        path.parent.mkdir(exist_ok=True)
+        try:
+            with atomic_write(path) as part, part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise RunError(f"{path} cannot be written ({reason}); free space; the checkpoint before is kept") from None
+
+    def load_checkpoint(self) -> None:
+        """Load state, networks, optimizers and precision.
+
+        Raises:
+            RunError: the file is damaged, or of another method.
+        """
+        path = self.run.checkpoint
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            self.nets.load_state_dict(checkpoint["nets"])
+            for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            if checkpoint["precision"]:
+                self.fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+            self.state |= checkpoint["state"]
+        except UNREADABLE as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(f"{path} cannot be resumed from ({reason}); delete it to train from the start") from None
 
     def finish(self) -> None:
         """Save the last weights unless a validation selected others, and mark the run as finished."""
@@ -299,42 +344,3 @@ class Trainer:
         now = time.monotonic()
         self.state["took_s"] += now - self.started
         self.started = now
-
-
-def optimizer_step(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
-    """Clip the gradients of each optimizer, step all optimizers, and reset the gradients.
-
-    In precision 16 all optimizers share one loss scale, which is updated once, after all have stepped: otherwise the
-    second would divide by another scale than its gradients were multiplied by. There, optimizers without gradients are
-    skipped, such as a critic's while only the student trains.
-
-    Args:
-        fabric: launched.
-        module: as set up by Fabric.
-        optimizers: as set up by Fabric.
-        clip: largest norm of the gradients of each optimizer; None: unlimited.
-    """
-    scaler = getattr(fabric.strategy.precision, "scaler", None)
-    active = [optimizer for optimizer in optimizers if scaler is None or _has_gradients(optimizer)]
-    if clip is not None:
-        for optimizer in active:
-            fabric.clip_gradients(module, optimizer, max_norm=clip, error_if_nonfinite=False)
-    for optimizer in active:
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer.optimizer)
-    if scaler is not None and active:
-        scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-
-
-def _has_gradients(optimizer: Any) -> bool:
-    return any(value.grad is not None for group in optimizer.param_groups for value in group["params"])
-
-
-def _means(rows: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
-    """Mean of each term over the steps that have it."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: torch.stack([row[key] for row in rows if key in row]).mean() for key in keys}

@@ -100,15 +100,6 @@ def log_entry(metrics: LabelFreeMetrics) -> dict[str, Any]:
     return {**metrics.model_dump(exclude=details), "details": metrics.model_dump(include=details)}
 
 
-def label_free_metrics_at(rows: list[dict[str, Any]], step: int) -> LabelFreeMetrics | None:
-    """The label-free metrics that were logged at a step, or None."""
-    for row in reversed(rows):
-        if row.get("event") == "label-free" and row["step"] == step:
-            values = {key: value for key, value in row.items() if key not in ("step", "event", "details")}
-            return LabelFreeMetrics.model_validate({**values, **row["details"]})
-    return None
-
-
 def logged_source_miou(rows: list[dict[str, Any]], step: int) -> float | None:
     """The source mIoU that was logged at a step, or None."""
     values = [row.get("source_miou") for row in rows if row.get("event") == "validation" and row["step"] == step]
