@@ -287,17 +287,17 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
         raise RecipeError(validation_message(error, named, Recipe)) from None
 
 
-def _anchored(values: dict[str, Any], file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _anchored(values: dict[str, Any], file: Path, visited: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the recipe of ``start: other.yaml``, a file beside this one."""
     start = values.get("start")
     if not isinstance(start, str) or not start.endswith((".yaml", ".yml")):
         return values
     beside = file.parent / start
     path = beside if beside.exists() else Path(start)
-    seen = (*seen, file.resolve())
-    if path.resolve() in seen:
+    visited = (*visited, file.resolve())
+    if path.resolve() in visited:
         raise RecipeError(f"{file} starts from itself through {path}; change start")
-    return {**values, "start": _anchored(read_mapping(path), path, seen)}
+    return {**values, "start": _anchored(read_mapping(path), path, visited)}
 
 
 def _spell_out(values: dict[str, Any], override: str) -> None:

@@ -172,11 +172,11 @@ def test_step_without_log_line_reads_no_tensor_value(small: dict[str, Any], tmp_
     setup = prepare_training(recipe, fabric, config)
     trainer = Trainer(Run.open_or_create(tmp_path, recipe), fabric, config, setup)
     batches = iter([trainer.batches[index] for index in range(4)])
-    with HostReads() as reads:
+    with HostReads() as reads:  # type: ignore[no-untyped-call]
         for index in range(2):
             trainer.recent.append(trainer.train_step(index, batches))
     assert reads.count == 0
-    with HostReads() as reads:
+    with HostReads() as reads:  # type: ignore[no-untyped-call]
         trainer.check_losses()
     assert reads.count > 0
 

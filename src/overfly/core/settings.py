@@ -106,7 +106,7 @@ def validation_message(error: ValidationError, named: str, spec: type[Spec] | No
     """
     problems = []
     for entry in error.errors():
-        path = [part for part in map(str, entry["loc"]) if not _is_machinery(part)]
+        path = [part for part in map(str, entry["loc"]) if not _is_validator(part)]
         key = ".".join(path)
         if entry["type"] == "extra_forbidden":
             problems.append(f"{key}: {_unknown(path, spec)}")
@@ -181,7 +181,7 @@ def _specs_in(annotation: Any) -> list[type[Spec]]:
     return [kind for argument in get_args(annotation) for kind in _specs_in(argument)]
 
 
-def _is_machinery(part: str) -> bool:
+def _is_validator(part: str) -> bool:
     """Whether a part of pydantic's location names a validator instead of a setting."""
     return part.startswith(("function-", "Recipe", "lax-or-strict", "json-or-python")) or "[" in part or part == "path"
 

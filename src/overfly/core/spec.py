@@ -72,11 +72,11 @@ class Choice(Spec):
             cls.kinds[name] = cls
 
     @classmethod
-    def __class_getitem__(cls, item: Any) -> Any:
+    def __class_getitem__(cls, typevar_values: Any) -> Any:
         """The class with type arguments, without a search for docstrings of its own, which takes 0.1 s of CPU time."""
         cls.model_config["use_attribute_docstrings"] = False
         try:
-            parametrized: Any = super().__class_getitem__(item)
+            parametrized: Any = super().__class_getitem__(typevar_values)
             parametrized.model_config["use_attribute_docstrings"] = True
         finally:
             cls.model_config["use_attribute_docstrings"] = True
