@@ -14,8 +14,8 @@ from lightning_fabric import Fabric
 
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim, Schedule
+from overfly.core.progress import percent
 from overfly.core.spec import Spec, Whole
-from overfly.core.text import percent
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import Samples
 from overfly.evaluation.scores import Scores
