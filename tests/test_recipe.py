@@ -78,7 +78,7 @@ def test_overrides_reach_every_depth(small: dict[str, Any]) -> None:
         ("optim.lr=-1", r"optim\.lr.*0.*-1"),
         ("optim.lr=fast", r"optim\.lr.*fast"),
         ("batch=0", "batch must be at least 1, got 0"),
-        ("source={name: folder, root: x, classes: [no, yes]}", r"classes.*0.*false"),
+        ("source={name: folder, root: x, classes: [no, yes]}", r"source\.classes.*False"),
         ("model=unet", "unet.*pidnet_s"),
         ("method=dance", "dance"),
         ("source=null", "source"),
