@@ -74,7 +74,7 @@ def test_colors_and_ignored_colors(tmp_path: Path) -> None:
     assert label(domain) == [[0, 1], [255, 255]]
 
 
-def test_a_palette_is_read_as_it_is_said_and_else_asked_about(tmp_path: Path) -> None:
+def test_palette_needs_a_label_format(tmp_path: Path) -> None:
     pair(tmp_path, palette((9, 9, 9), (2, 2, 2), (1, 1, 1), (1, 1, 1)))
     classes = {"a": [1, 1, 1], "b": [2, 2, 2], "c": [9, 9, 9], "d": [3, 3, 3]}
     assert label(folder(root=tmp_path, classes=classes, label_format="index")) == [[0, 1], [2, 3]]
@@ -84,7 +84,7 @@ def test_a_palette_is_read_as_it_is_said_and_else_asked_about(tmp_path: Path) ->
         label(folder(root=tmp_path, classes=classes))
 
 
-def test_two_label_sets_meet_in_one(tmp_path: Path) -> None:
+def test_mapping_unites_two_label_sets(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     pair(tmp_path / "one", np.array([[0, 1], [2, 3]], np.uint8))
@@ -118,18 +118,18 @@ def test_unknown_is_an_error_or_ignored(tmp_path: Path) -> None:
         label(folder(root=tmp_path, classes=classes))
 
 
-def test_a_mask_of_another_form_or_size_is_named(tmp_path: Path) -> None:
+def test_mask_of_another_encoding_or_size_is_an_error(tmp_path: Path) -> None:
     pair(tmp_path, np.zeros((2, 2), np.uint8))
     with pytest.raises(DataError, match=r"a\.png holds numbers, and label_format is rgb"):
         label(folder(root=tmp_path, classes=["a"], label_format="rgb"))
-    with pytest.raises(DataError, match="the number 0 is a class and ignored"):
+    with pytest.raises(DataError, match="number 0"):
         label(folder(root=tmp_path, classes=["a"], ignore=[0]))
     pair(tmp_path, np.zeros((3, 2), np.uint8))
     with pytest.raises(DataError, match="2×3 pixels"):
         label(folder(root=tmp_path, classes=["a"]))
 
 
-def test_without_masks_everything_else_works(tmp_path: Path) -> None:
+def test_folder_without_masks(tmp_path: Path) -> None:
     pair(tmp_path, None)
     domain = folder(root=tmp_path, classes=["a", "b"], masks=None)
     (item,) = domain.items("train")
@@ -178,13 +178,13 @@ def test_settings_of_images_reach_the_domain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"mapping": {"x": "a"}}, "mapping speaks of 'x'"),
+        ({"mapping": {"x": "a"}}, "mapping .*'x'"),
         ({"ids": {"x": 1}}, r"'x' is none of the classes \(a, b\)"),
-        ({"colors": {"a": [1, 1, 1], "b": [1, 1, 1]}}, "stands for two classes"),
-        ({"ids": {"a": 1, "b": [2, 1]}}, "the number 1 stands for two classes"),
-        ({"ids": {"a": 1, "b": 2}, "ignore": [2]}, "is a class and ignored"),
+        ({"colors": {"a": [1, 1, 1], "b": [1, 1, 1]}}, "color .1, 1, 1."),
+        ({"ids": {"a": 1, "b": [2, 1]}}, "number 1 "),
+        ({"ids": {"a": 1, "b": 2}, "ignore": [2]}, "number 2 "),
         ({"mean": [1.0, 1.0, 1.0]}, "mean and std go together"),
         ({"mean": [1.0], "std": [1.0]}, "there are 3 bands"),
         ({"splits": {"train": 0.8, "val": 0.3}}, "more than 1"),
@@ -195,12 +195,12 @@ def test_settings_of_images_reach_the_domain(tmp_path: Path) -> None:
         ({"label_fromat": "rgb"}, "label_fromat"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_at_once(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_invalid_settings_are_errors(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         folder(**{"root": tmp_path, "classes": ["a", "b"], **settings})
 
 
-def test_folders_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder"):
         folder(root=tmp_path / "nowhere", classes=["a"]).items("train")
     with pytest.raises(DataError, match="images holds no images"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.errors import DataError
-from overfly.data.listing import ImagePair, Rule, choose, expression, find_images, matching, natural_key, wildcards
+from overfly.data.listing import ImagePair, Rule, choose, expression, find_images, match_files, natural_key, wildcards
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -46,7 +46,7 @@ def test_natural_order() -> None:
         ("[^a]*.png", "bc.png", None),
     ],
 )
-def test_globs_tell_what_their_wildcards_stand_for(pattern: str, path: str, groups: tuple[str, ...] | None) -> None:
+def test_wildcards_are_groups(pattern: str, path: str, groups: tuple[str, ...] | None) -> None:
     match = expression(pattern).fullmatch(path)
     assert (match and match.groups()) == groups
     assert expression(pattern).groups == wildcards(pattern)
@@ -70,7 +70,7 @@ def test_globs_pair_by_wildcards_and_mix_with_directories(tmp_path: Path) -> Non
     assert names(find_images(tmp_path, "**/*.jpg", None)) == ["T 1_i_a", "T 2_i_a"]
 
 
-def test_what_does_not_pair_is_named_and_counted(tmp_path: Path) -> None:
+def test_unpaired_files_are_an_error(tmp_path: Path) -> None:
     touch(tmp_path, "i/a.jpg", "i/b.jpg", "i/c.jpg", "m/c.png")
     with pytest.raises(DataError, match=r"i/a\.jpg has no mask in .*/m \(2 of 3 images"):
         find_images(tmp_path, "i", "m")
@@ -84,30 +84,30 @@ def test_what_does_not_pair_is_named_and_counted(tmp_path: Path) -> None:
     assert "30 of 33 images" in str(caught.value)
     assert "m/x.png has no image" in str(caught.value)
     assert str(caught.value).count(".jpg") == 20
-    with pytest.raises(DataError, match="holds no masks nowhere"):
+    with pytest.raises(DataError, match="nowhere"):
         find_images(tmp_path, "i", "nowhere")
 
 
 @pytest.mark.parametrize("pattern", ["[z-a]*.png", "a\0b/*.png", "x" * 300, "x" * 300 + "*"])
-def test_patterns_that_cannot_be_looked_for(tmp_path: Path, pattern: str) -> None:
-    with pytest.raises(DataError, match="correct"):
-        matching(touch(tmp_path, "a.png"), pattern)
+def test_invalid_patterns_are_errors(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be read|not a valid"):
+        match_files(touch(tmp_path, "a.png"), pattern)
 
 
-def test_names_that_cannot_be_shown(tmp_path: Path) -> None:
+def test_names_must_be_utf8(tmp_path: Path) -> None:
     try:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
     except OSError:
         pytest.skip("the file system takes no such name")
     for pattern in (".", "*.png"):
         with pytest.raises(DataError, match=r"\\xff\.png is not valid UTF-8") as caught:
-            matching(tmp_path, pattern)
+            match_files(tmp_path, pattern)
         assert str(caught.value).encode()
     odd = ImagePair(os.fsdecode(b"\xff"), "", Path(), None)
     assert choose([odd], "train", {"train": 1.0}, Path(), 0) == [odd]
 
 
-def test_patterns_may_lead_elsewhere(tmp_path: Path) -> None:
+def test_patterns_outside_the_root(tmp_path: Path) -> None:
     touch(tmp_path, "i/a.jpg", "root/b.jpg")
     found = find_images(tmp_path / "root", str(tmp_path / "i"), None)
     assert [pair.relative for pair in found] == [(tmp_path / "i" / "a.jpg").as_posix()]
@@ -115,9 +115,9 @@ def test_patterns_may_lead_elsewhere(tmp_path: Path) -> None:
 
 def test_names_must_differ(tmp_path: Path) -> None:
     touch(tmp_path, "i/a.jpg", "i/a.png", "j/a_b/c.png", "j/a/b_c.png")
-    with pytest.raises(DataError, match=r"a\.jpg and .*a\.png have one name"):
-        matching(tmp_path, "i")
-    with pytest.raises(DataError, match="would both be called a_b_c"):
+    with pytest.raises(DataError, match=r"a\.jpg .*a\.png"):
+        match_files(tmp_path, "i")
+    with pytest.raises(DataError, match="a_b_c"):
         find_images(tmp_path, "j/*/*.png", None)
 
 
@@ -131,7 +131,7 @@ def test_split_by_globs_over_names_and_paths() -> None:
 def test_splits_must_not_share_images_nor_be_empty() -> None:
     with pytest.raises(DataError, match="4_6 is in the split train and in val"):
         choose(LISTED, "train", {"train": "*_[1-6]", "val": "*_[6-9]"}, Path(), 0)
-    with pytest.raises(DataError, match="takes none of the 18 images"):
+    with pytest.raises(DataError, match=r"nothing.* 18 images"):
         choose(LISTED, "val", {"val": "nothing*"}, Path(), 0)
 
 
@@ -139,10 +139,10 @@ def test_split_by_lists(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("# chosen by hand\n4_1\n\nTile 8/images/2.jpg\nTile 8/images/3\n")
     assert names(choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)) == ["4_1", "8_2", "8_3"]
     (tmp_path / "train.txt").write_text("7.jpg\n")
-    with pytest.raises(DataError, match=r"names 7\.jpg, which stands for 2 images"):
+    with pytest.raises(DataError, match=r"7\.jpg.* 2 images"):
         choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
     (tmp_path / "train.txt").write_text("9_9\n")
-    with pytest.raises(DataError, match="names 9_9, which is none of"):
+    with pytest.raises(DataError, match="9_9"):
         choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
     with pytest.raises(DataError, match=r"val\.txt cannot be read"):
         choose(LISTED, "val", {"val": "val.txt"}, tmp_path, 0)
@@ -150,7 +150,7 @@ def test_split_by_lists(tmp_path: Path) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.integers(200, 400), st.floats(0.2, 0.6))
-def test_shares_are_disjoint_steady_and_about_right(seed: int, count: int, share: float) -> None:
+def test_shares_are_disjoint_and_stable(seed: int, count: int, share: float) -> None:
     listed = [ImagePair(f"p{number}", "", Path(), None) for number in range(count)]
     rules = {"train": share, "val": 1 - share}
     train, val = (set(names(choose(listed, split, rules, Path(), seed))) for split in rules)

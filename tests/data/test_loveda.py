@@ -52,7 +52,7 @@ def test_test_has_no_masks(tmp_path: Path) -> None:
         domain.read_label(domain.items("test")[0])
 
 
-def test_what_is_not_there_is_named_with_the_way_to_get_it(tmp_path: Path) -> None:
+def test_missing_files_are_errors(tmp_path: Path) -> None:
     scene(tmp_path, "Train", "Rural", range(2))
     with pytest.raises(SplitError, match=r"Val/Rural/images_png.*overfly data fetch loveda --root"):
         LoveDA(root=tmp_path, scene="rural").items("val")
@@ -63,7 +63,7 @@ def test_what_is_not_there_is_named_with_the_way_to_get_it(tmp_path: Path) -> No
         LoveDA(root=tmp_path, scene="rural").items("train")
 
 
-def test_numbers_that_loveda_has_not_are_named(tmp_path: Path) -> None:
+def test_unknown_numbers_are_an_error(tmp_path: Path) -> None:
     scene(tmp_path, "Train", "Rural", range(1))
     Image.fromarray(np.full((8, 8), 9, np.uint8)).save(tmp_path / "Train/Rural/masks_png/0.png")
     domain = LoveDA(root=tmp_path, scene="rural")
@@ -71,7 +71,7 @@ def test_numbers_that_loveda_has_not_are_named(tmp_path: Path) -> None:
         domain.read_label(domain.items("train")[0])
 
 
-def test_it_is_a_value_of_a_recipe(tmp_path: Path) -> None:
+def test_loveda_as_a_setting(tmp_path: Path) -> None:
     domain = Domain.model_validate({"name": "loveda", "root": str(tmp_path), "scene": "urban"})
     assert domain == LoveDA(root=tmp_path, scene="urban")
     assert Domain.model_validate(domain.model_dump(mode="json")) == domain

@@ -24,7 +24,7 @@ Code = TypeVar("Code", int, Color)
 
 
 class Folder(Domain, name="folder"):
-    """Images in folders of one's own.
+    """The user's own images in folders.
 
     * Format: PNG, JPEG, TIFF, GeoTIFF (more than four bands, or 16 bits in color: extra ``geo``).
     * Masks: PNG or TIFF of numbers, of a palette, or of RGB colors; none at all for a target.
@@ -102,7 +102,7 @@ class Folder(Domain, name="folder"):
                 raise ValueError(f"mapping holds {name!r}, which is not in colors, ids or classes")
             if final is not None and final not in self.classes.names:
                 there = ", ".join(self.classes.names)
-                raise ValueError(f"{name!r} is none of the classes ({there}); say under mapping which one it is")
+                raise ValueError(f"{name!r} is none of the classes ({there}); set under mapping which one it is")
         self._table(self.colors, self._ignored_colors(), "color")
         self._table(self.ids, self._ignored_numbers(), "number")
         for what, values in (("mean", self.mean), ("std", self.std)):
@@ -179,12 +179,12 @@ class Folder(Domain, name="folder"):
         source = reading.label_of(item)
         pixels = reading.read_label_pixels(source)
         reading.check_size(item, pixels.values)
-        coded = self._coded_as(reading.place(source), pixels)
+        coded = self._encoding(reading.source_name(source), pixels)
         try:
             label = self._decoded(pixels, coded)
         except ValueError as error:
-            raise DataError(f"{reading.place(source)} cannot be understood: {error}") from None
-        self._settle_unknown(reading.place(source), pixels, label, coded)
+            raise DataError(f"{reading.source_name(source)} cannot be decoded: {error}") from None
+        self._replace_unknown(reading.source_name(source), pixels, label, coded)
         nodata_mask = self.nodata_mask(item)
         if nodata_mask is not None:
             label[nodata_mask] = IGNORE
@@ -207,25 +207,25 @@ class Folder(Domain, name="folder"):
                 "such as {train: 0.8, val: 0.2}"
             )
 
-    def _coded_as(self, place: str, pixels: reading.LabelPixels) -> Literal["index", "rgb"]:
+    def _encoding(self, name: str, pixels: reading.LabelPixels) -> Literal["index", "rgb"]:
         if pixels.values.ndim == 3:
             if self.label_format == "index":
-                raise DataError(f"{place} holds colors, and label_format is index; set label_format to rgb")
+                raise DataError(f"{name} holds colors, and label_format is index; set label_format to rgb")
             return "rgb"
         if pixels.palette is None:
             if self.label_format == "rgb":
-                raise DataError(f"{place} holds numbers, and label_format is rgb; set label_format to index or auto")
+                raise DataError(f"{name} holds numbers, and label_format is rgb; set label_format to index or auto")
             return "index"
         if self.label_format != "auto":
             return self.label_format
         if bool(self.colors) == bool(self.ids):
             raise DataError(
-                f"{place} is a palette image; set label_format to index if its numbers are the classes, "
+                f"{name} is a palette image; set label_format to index if its numbers are the classes, "
                 "or to rgb if its colors are"
             )
         return "rgb" if self.colors else "index"
 
-    def _settle_unknown(self, place: str, pixels: reading.LabelPixels, label: UInt8, coded: str) -> None:
+    def _replace_unknown(self, name: str, pixels: reading.LabelPixels, label: UInt8, coded: str) -> None:
         odd = label == UNKNOWN
         if not odd.any():
             return
@@ -237,7 +237,7 @@ class Folder(Domain, name="folder"):
             )
             what, where = ("numbers", "ids") if coded == "index" else ("colors", "colors")
             raise DataError(
-                f"{place} holds {what} of no class: {found}; add them to {where} or ignore, or set unknown to ignore"
+                f"{name} holds {what} of no class: {found}; add them to {where} or ignore, or set unknown to ignore"
             )
         label[odd] = IGNORE
 
@@ -249,10 +249,10 @@ class Folder(Domain, name="folder"):
             number = IGNORE if final is None else self.classes.index(final)
             for code in codes:
                 if meaning.setdefault(code, number) != number:
-                    raise ValueError(f"the {what} {code} stands for two classes; give each class {what}s of its own")
+                    raise ValueError(f"the {what} {code} belongs to two classes; list it for one class")
         for code in ignored:
             if meaning.setdefault(code, IGNORE) != IGNORE:
-                raise ValueError(f"the {what} {code} is a class and ignored, too; take it from one of the two")
+                raise ValueError(f"the {what} {code} is both a class and ignored; remove it from one of them")
         return meaning
 
     def _first_ids(self) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -30,7 +30,7 @@ MAX_PIXELS = 178_956_970
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_OTHERS = (
+_OTHER_FORMATS = (
     ((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf"), "an archive"),
     ((b"GIF8", b"BM", b"RIFF", b"\x89HDF", b"\x93NUMPY"), "in another format"),
 )
@@ -73,17 +73,15 @@ def read_header(path: Path) -> ImageHeader:
 
     Raises:
         DataError: the file is missing, empty, not an image, or larger than can be read as a whole.
-        MissingExtraError: it takes rasterio to read it.
+        MissingExtraError: the format needs rasterio.
     """
     kind = image_format(path)
-    found = {"png": _png_facts, "jpeg": _jpeg_facts, "tiff": _tiff_facts, "jp2": _rasterio_facts}[kind](path)
-    if not found.height * found.width:
-        raise DataError(
-            f"{path} is {found.width}×{found.height} pixels, an empty image; take it away or export it again"
-        )
-    if found.height * found.width > MAX_PIXELS:
+    header = {"png": _png_header, "jpeg": _jpeg_header, "tiff": _tiff_header, "jp2": _rasterio_header}[kind](path)
+    if not header.height * header.width:
+        raise DataError(f"{path} is empty ({header.width}×{header.height} pixels); remove it or export it again")
+    if header.height * header.width > MAX_PIXELS:
         _too_large(path)
-    return found._replace(kind=kind)
+    return header._replace(kind=kind)
 
 
 def image_format(path: Path) -> Kind:
@@ -94,13 +92,13 @@ def image_format(path: Path) -> Kind:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path} is {_no_file(path)}, not a file; take it away, or put the image in its place")
+            raise DataError(f"{path} is {_path_kind(path)}, not a file; remove it or replace it by the image")
         with path.open("rb") as file:
             start = file.read(64)
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; check the path, or fetch the file") from None
+        raise DataError(f"{path} does not exist; check the path") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be opened ({error.strerror}); check what it is and who may read it") from None
+        raise DataError(f"{path} cannot be opened ({error.strerror}); check its permissions") from None
     if start.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if start.startswith(b"\xff\xd8\xff"):
@@ -109,7 +107,7 @@ def image_format(path: Path) -> Kind:
         return "tiff"
     if start.startswith((b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")):
         return "jp2"
-    raise DataError(f"{path} is {_likeness(start)}, not a PNG, JPEG or TIFF; download or export it again")
+    raise DataError(f"{path} is {_describe(start)}, not a PNG, JPEG or TIFF; download or export it again")
 
 
 def broken(path: Path, error: BaseException) -> DataError:
@@ -123,7 +121,7 @@ def open_pillow(path: Path) -> Iterator[Image.Image]:
     """Open with Pillow, without its warnings about metadata.
 
     Raises:
-        DataError: the file is damaged or too large, seen on opening or while the pixels are read within.
+        DataError: the file is damaged or too large; also raised while pixels are read in the block.
     """
     try:
         with warnings.catch_warnings():
@@ -142,7 +140,7 @@ def open_raster(path: Path) -> Iterator[Any]:
 
     Raises:
         MissingExtraError: it is not installed.
-        DataError: the file is damaged, seen on opening or while the pixels are read within.
+        DataError: the file is damaged; also raised while pixels are read in the block.
     """
     try:
         import rasterio
@@ -158,12 +156,12 @@ def open_raster(path: Path) -> Iterator[Any]:
         raise broken(path, error) from error
 
 
-def _no_file(path: Path) -> str:
+def _path_kind(path: Path) -> str:
     """Kind of a path that is not a regular file; opening a pipe or a device could block."""
     return "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else "a device or a socket"
 
 
-def _likeness(start: bytes) -> str:
+def _describe(start: bytes) -> str:
     text = start.lstrip().lower()
     if not start:
         return "empty"
@@ -171,9 +169,9 @@ def _likeness(start: bytes) -> str:
         return "a web page"
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer"
-    for starts, likeness in _OTHERS:
+    for starts, description in _OTHER_FORMATS:
         if start.startswith(starts):
-            return likeness
+            return description
     return "text" if start.isascii() and b"\0" not in start else "of an unknown format or damaged in its first bytes"
 
 
@@ -181,14 +179,14 @@ def _too_large(path: Path) -> NoReturn:
     raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; cut it into tiles")
 
 
-def _png_facts(path: Path) -> ImageHeader:
+def _png_header(path: Path) -> ImageHeader:
     with path.open("rb") as file:
         head = file.read(26)
     if len(head) < 26 or head[12:16] != b"IHDR":
-        raise broken(path, ValueError("the header is cut short"))
+        raise broken(path, ValueError("the header is incomplete"))
     width, height, depth, color = struct.unpack(">IIBB", head[16:26])
     if color not in _PNG_BANDS or depth not in (1, 2, 4, 8, 16):
-        raise broken(path, ValueError("the header makes no sense"))
+        raise broken(path, ValueError("the header is invalid"))
     return ImageHeader(
         height,
         width,
@@ -201,23 +199,20 @@ def _png_facts(path: Path) -> ImageHeader:
     )
 
 
-def _jpeg_facts(path: Path) -> ImageHeader:
+def _jpeg_header(path: Path) -> ImageHeader:
     with open_pillow(path) as image:
         return ImageHeader(image.height, image.width, len(image.getbands()), "uint8")
 
 
-def _tiff_facts(path: Path) -> ImageHeader:
-    """Facts of a TIFF: Pillow's where Pillow gives the pixels as they are stored, else rasterio's."""
-    found = None
-    try:
-        with open_pillow(path) as image:
-            found = _plain_tiff(image)
-    except DataError:
-        pass
-    return found or _rasterio_facts(path)
+def _tiff_header(path: Path) -> ImageHeader:
+    """Header of a TIFF: Pillow's if Pillow returns the pixels as they are stored, else rasterio's."""
+    header = None
+    with suppress(DataError), open_pillow(path) as image:
+        header = _pillow_tiff_header(image)
+    return header or _rasterio_header(path)
 
 
-def _plain_tiff(image: Image.Image) -> ImageHeader | None:
+def _pillow_tiff_header(image: Image.Image) -> ImageHeader | None:
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
     tags = image.tag_v2
@@ -239,12 +234,12 @@ def _plain_tiff(image: Image.Image) -> ImageHeader | None:
         alpha=image.mode == "RGBA",
         palette=image.mode == "P",
         nodata=nodata,
-        masked=_masked_tiff(image),
+        masked=_has_mask(image),
     )
 
 
-def _masked_tiff(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether a mask of the whole image is in a TIFF, as a directory behind the first, or beside it."""
+def _has_mask(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether a TIFF has a mask of the whole image, as a further directory or as a file .msk."""
     directory, file, seen = image.tag_v2, image.fp, set[int]()
     while file is not None and directory.next and directory.next not in seen:
         seen.add(directory.next)
@@ -253,14 +248,14 @@ def _masked_tiff(image: TiffImagePlugin.TiffImageFile) -> bool:
         file.seek(directory.next)
         directory = TiffImagePlugin.ImageFileDirectory_v2(head if head[2] == 43 else head[:8])
         directory.load(file)
-        if directory.get(254, 0) & 5 == 4:  # a mask, and none of an overview
+        if directory.get(254, 0) & 5 == 4:  # a mask, but not that of an overview
             return True
     return Path(os.fsdecode(image.filename) + ".msk").exists()
 
 
-def _rasterio_facts(path: Path) -> ImageHeader:
+def _rasterio_header(path: Path) -> ImageHeader:
     with open_raster(path) as dataset:
-        meaning = [color.name for color in dataset.colorinterp]
+        colors = [color.name for color in dataset.colorinterp]
         flags = {flag.name for flag in dataset.mask_flag_enums[0]}
         stored = dataset.dtypes[0]
         dtype = stored if stored in ("uint8", "uint16") else "float32"
@@ -269,8 +264,8 @@ def _rasterio_facts(path: Path) -> ImageHeader:
             dataset.width,
             dataset.count,
             dtype,
-            alpha=dataset.count > 1 and meaning[-1] == "alpha",
-            palette=meaning[0] == "palette",
+            alpha=dataset.count > 1 and colors[-1] == "alpha",
+            palette=colors[0] == "palette",
             nodata=dataset.nodata,
             engine="rasterio",
             masked="per_dataset" in flags and "alpha" not in flags,

@@ -56,9 +56,9 @@ def wildcards(pattern: str) -> int:
 def expression(pattern: str) -> re.Pattern[str]:
     """A glob as a regular expression in which each wildcard is a group."""
     parts, end = [], 0
-    for found in _WILDCARD.finditer(pattern):
-        wildcard = found.group()
-        parts.append(re.escape(pattern[end : found.start()]))
+    for match in _WILDCARD.finditer(pattern):
+        wildcard = match.group()
+        parts.append(re.escape(pattern[end : match.start()]))
         if wildcard == "**/":
             parts.append("((?:[^/]+/)*)")
         elif wildcard.startswith("["):
@@ -67,30 +67,32 @@ def expression(pattern: str) -> re.Pattern[str]:
             parts.append(f"([{'^' * negated}{inside}])")
         else:
             parts.append("([^/])" if wildcard == "?" else "([^/]*)")
-        end = found.end()
+        end = match.end()
     return re.compile("".join(parts) + re.escape(pattern[end:]))
 
 
-def matching(root: Path, pattern: str) -> dict[Key, Path]:
-    """The images of a directory or a glob below ``root``, by what the wildcards stood for, in natural order.
+def match_files(root: Path, pattern: str) -> dict[Key, Path]:
+    """Images of a directory or a glob below ``root``, by the text of the wildcards, in natural order.
 
     Raises:
-        DataError: two files of a directory differ in their ending alone, the pattern makes no sense, a folder cannot
-            be read, or a file's name is not valid UTF-8.
+        DataError: two files of a directory differ in their suffix only, the pattern is invalid, a folder cannot be
+            read, or a file's name is not valid UTF-8.
     """
     pattern = pattern.rstrip("/")
     try:
-        found = _found(root, pattern)
+        matches = _matches(root, pattern)
     except (re.error, ValueError):
-        raise DataError(f"{pattern!r} is no path or glob that can be looked for below {root}; correct it") from None
+        raise DataError(f"{pattern!r} is not a valid path or glob below {root}; correct it") from None
     except OSError as error:
-        raise DataError(f"{root / pattern} cannot be read ({error.strerror}); correct the path or its rights") from None
-    found.sort(key=lambda entry: ([natural_key(part) for part in entry[0]], str(entry[1])))
+        raise DataError(
+            f"{root / pattern} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
+    matches.sort(key=lambda entry: ([natural_key(part) for part in entry[0]], str(entry[1])))
     files: dict[Key, Path] = {}
-    for key, path in found:
+    for key, path in matches:
         check_name(path)
         if key in files:
-            raise DataError(f"{files[key]} and {path} have one name; keep one of them, or name them by a glob")
+            raise DataError(f"{files[key]} and {path} have the same name; remove one of them, or use a glob")
         files[key] = path
     return files
 
@@ -108,13 +110,13 @@ def check_name(path: Path) -> None:
         raise DataError(f"the name of {shown} is not valid UTF-8; rename it") from None
 
 
-def _found(root: Path, pattern: str) -> list[tuple[Key, Path]]:
+def _matches(root: Path, pattern: str) -> list[tuple[Key, Path]]:
     """Files that a directory or a glob matches, with the text of the wildcards. Reading reports pipes and devices."""
-    place = root / pattern
-    if place.is_dir():
-        return [((path.stem,), path) for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
-    if place.is_file():
-        return [((place.stem,), place)]
+    path = root / pattern
+    if path.is_dir():
+        return [((file.stem,), file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+    if path.is_file():
+        return [((path.stem,), path)]
     regular = expression(pattern)
     relative = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - pathlib's gives no relative paths
     tried = ((regular.fullmatch(name.replace("\\", "/")), root / name) for name in relative)
@@ -122,27 +124,27 @@ def _found(root: Path, pattern: str) -> list[tuple[Key, Path]]:
 
 
 def find_images(root: Path, images: str, masks: str | None, *, lenient: bool = False) -> list[ImagePair]:
-    """The images below ``root``, each with the mask whose wildcards stand for the same.
+    """Images below ``root``, each with the mask that has the same text of the wildcards.
 
     Args:
         root: folder that both patterns are relative to.
         images: directory or glob.
         masks: directory or glob, or None where there are none.
-        lenient: whether it will do if no mask is there at all.
+        lenient: whether to accept that there are no masks at all.
 
     Raises:
         DataError: there are no masks, an image has none or a mask no image (`NAMED` are named, all are counted), or
             two images would have one name.
     """
-    found = matching(root, images)
-    labels = matching(root, masks) if masks is not None else {}
+    files = match_files(root, images)
+    labels = match_files(root, masks) if masks is not None else {}
     if masks is not None and not (lenient and not labels):
-        _check_pairs(found, labels, root, images, masks)
+        _check_pairs(files, labels, root, images, masks)
     named: dict[str, ImagePair] = {}
-    for key, path in found.items():
+    for key, path in files.items():
         name = "_".join(part for part in "/".join(key).split("/") if part) or path.stem
         if name in named:
-            raise DataError(f"{named[name].image} and {path} would both be called {name}; rename one of them")
+            raise DataError(f"{named[name].image} and {path} have the same image name {name}; rename one of them")
         named[name] = ImagePair(name, _below(root, path), path, labels.get(key))
     return list(named.values())
 
@@ -169,17 +171,17 @@ def choose(
             if both:
                 raise DataError(
                     f"{both[0]} is in the split {split} and in {other}, as are {len(both) - 1} more images; "
-                    "an image that is learned from must not be scored: correct the splits"
+                    "training and scored images must differ; correct the splits"
                 )
         chosen = [pair for pair in listed if pair.name in taken[split]]
     if not chosen:
-        raise DataError(f"the split {split} ({rule}) takes none of {_some(listed)} in {root}; correct the splits")
+        raise DataError(f"the split {split} ({rule}) matches none of {_some(listed)} in {root}; correct the splits")
     return chosen
 
 
 def _check_pairs(found: Mapping[Key, Path], labels: Mapping[Key, Path], root: Path, images: str, masks: str) -> None:
     if found and not labels:
-        raise DataError(f"{root} holds no masks {masks}; correct the domain's masks, or leave them out of a target's")
+        raise DataError(f"{root} has no masks {masks}; correct the domain's masks, or remove the setting for a target")
     faults = []
     for these, those, where, this, that in (
         (found, labels, masks, "image", "mask"),
@@ -194,7 +196,7 @@ def _check_pairs(found: Mapping[Key, Path], labels: Mapping[Key, Path], root: Pa
                 + (f": also {also})" if also else ")")
             )
     if faults:
-        raise DataError(f"{', and '.join(faults)}; add what is missing, take the rest away, or correct the patterns")
+        raise DataError(f"{', and '.join(faults)}; add the missing files, remove the others, or correct the patterns")
 
 
 def no_images_message(root: Path, images: str) -> str:
@@ -232,7 +234,7 @@ def _by_share(listed: Iterable[ImagePair], split: str, shares: Mapping[str, floa
 
 
 def _draw(name: str, seed: int) -> float:
-    """A number in [0, 1) that hangs on the name and the seed alone."""
+    """A number in [0, 1) that depends on the name and the seed only."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()[:6]) / 2**48
 
 
@@ -253,7 +255,7 @@ def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
     fault = ""
     try:
         if not path.is_file():
-            fault = "no regular file" if path.exists() else "no such file"
+            fault = "not a regular file" if path.exists() else "no such file"
         lines = [] if fault else [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         fault = error.strerror or "it cannot be opened"
@@ -273,7 +275,7 @@ def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
             continue
         names = known.get(line.replace("\\", "/").removeprefix("./"), set())
         if len(names) != 1:
-            fault = f"stands for {len(names)} images" if names else f"is none of {_some(listed)}"
-            raise DataError(f"the list {path} names {line}, which {fault}; write its name, or its path below {root}")
+            fault = f"matches {len(names)} images" if names else f"is not one of {_some(listed)}"
+            raise DataError(f"the list {path} names {line}, which {fault}; write an image name, or a path below {root}")
         chosen |= names
     return chosen

@@ -153,7 +153,7 @@ class BatchStream:
                     f"{item_source(item)}; set crop to {longer} or less"
                 )
             random = np.random.default_rng([self.seed, self.key, step, slot])
-            image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, wanted=class_id))
+            image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, class_id=class_id))
             images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
             labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
         return Labeled(torch.stack(images), torch.stack(labels))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ class LabelPixels(NamedTuple):
 
     Attributes:
         values: numbers (H, W), or colors (H, W, 3) uint8.
-        palette: colors of the numbers (P, 3), where the file brings a table of them.
+        palette: colors of the numbers (P, 3), if the file has a palette.
     """
 
     values: Array
@@ -36,31 +36,31 @@ class LabelPixels(NamedTuple):
 
 
 def read_image(source: Path | LazyArray, *, bands: int | None) -> Array:
-    """A image (H, W, C) as uint8, uint16 or float32, in its own range; of a file, a new array that may be written to.
+    """Read an image (H, W, C) as uint8, uint16 or float32, in the sensor's range; a new array if it is a file.
 
     An alpha band is left out unless ``bands`` includes it.
     Pixels without data, masked or not finite are 0; `nodata_mask` returns where.
 
     Args:
-        source: file, or drawing.
-        bands: number of bands C that is expected; None takes what there is.
+        source: file, or function that generates the image.
+        bands: expected number of bands C; None accepts any.
 
     Raises:
-        DataError: the file is missing, truncated, no image, a palette image, or has another number of bands.
-        MissingExtraError: it takes rasterio to read it.
+        DataError: the file is missing, truncated, not an image, a palette image, or has another number of bands.
+        MissingExtraError: the format needs rasterio.
     """
     if not isinstance(source, Path):
         return _generate(source, bands)
-    found = read_header(source)
-    kept = _kept_bands(source, found, bands)
-    pixels = _pixels(source, found)[..., :kept]
-    nodata_mask = _nodata_mask(pixels, found.nodata)
+    header = read_header(source)
+    count = _image_bands(source, header, bands)
+    pixels = _pixels(source, header)[..., :count]
+    nodata_mask = _nodata_mask(pixels, header.nodata)
     dtype = pixels.dtype if pixels.dtype in (np.uint8, np.uint16) else np.dtype(np.float32)
     image: Array = np.array(pixels, dtype, order="C")
     if nodata_mask is not None:
         image[nodata_mask] = 0
-    if found.masked:
-        image[_hidden(source)] = 0
+    if header.masked:
+        image[_masked_pixels(source)] = 0
     return image
 
 
@@ -71,53 +71,52 @@ def nodata_mask(source: Path | LazyArray, *, bands: int | None) -> Mask | None:
 
     Raises:
         DataError: as `read_image`.
-        MissingExtraError: as `read_image`; a mask takes rasterio too.
+        MissingExtraError: as `read_image`; a mask needs rasterio too.
     """
     if not isinstance(source, Path):
         return None
-    found = read_header(source)
-    kept = _kept_bands(source, found, bands)
-    if found.bands == kept and found.nodata is None and found.dtype != "float32" and not found.masked:
+    header = read_header(source)
+    count = _image_bands(source, header, bands)
+    if header.bands == count and header.nodata is None and header.dtype != "float32" and not header.masked:
         return None
-    pixels = _pixels(source, found)
-    nodata_mask = _nodata_mask(pixels[..., :kept], found.nodata)
+    pixels = _pixels(source, header)
+    nodata_mask = _nodata_mask(pixels[..., :count], header.nodata)
     mask: Mask = np.zeros(pixels.shape[:2], np.bool_)
     if nodata_mask is not None:
         np.all(nodata_mask, axis=-1, out=mask)
-    if kept < found.bands:
+    if count < header.bands:
         mask |= pixels[..., -1] == 0
-    if found.masked:
-        mask |= _hidden(source)
+    if header.masked:
+        mask |= _masked_pixels(source)
     return mask if mask.any() else None
 
 
 def read_label_pixels(source: Path | LazyArray) -> LabelPixels:
-    """A label as it is stored: numbers (H, W), colors (H, W, 3), or numbers with a table of colors.
+    """Read a label as it is stored: numbers (H, W), colors (H, W, 3), or numbers with a palette.
 
     Raises:
-        DataError: the file is missing, truncated, no image, a JPEG (whose compression blurs classes into each
-            other), or of a number of bands that is neither a number nor a color a pixel.
+        DataError: the file is missing, truncated, not an image, a JPEG (lossy), or has neither one nor three bands.
     """
     if not isinstance(source, Path):
         return LabelPixels(source())
-    found = read_header(source)
-    if found.kind == "jpeg":
-        raise DataError(f"{source} is a JPEG, whose compression blurs classes into each other; save the mask as PNG")
-    color = found.bands - found.alpha
+    header = read_header(source)
+    if header.kind == "jpeg":
+        raise DataError(f"{source} is a JPEG, whose lossy compression changes class numbers; save the mask as PNG")
+    color = header.bands - header.alpha
     if color not in (1, 3):
         raise DataError(
-            f"{source} has {found.bands} bands, and a mask has one of class numbers or three of colors; export it anew"
+            f"{source} must have one band of class numbers or three of colors, got {header.bands}; export it again"
         )
-    if found.palette:
-        return _palette_pixels(source, found)
-    values = _pixels(source, found)[..., :color]
+    if header.palette:
+        return _palette_pixels(source, header)
+    values = _pixels(source, header)[..., :color]
     if color == 3:
         if values.dtype != np.uint8:
-            raise DataError(f"{source} has colors of {values.dtype}; save the mask with 8 bits a band")
+            raise DataError(f"{source} has colors of type {values.dtype}; save the mask with 8 bits per band")
         return LabelPixels(values)
-    values = values[..., 0] // found.scale if found.scale > 1 else values[..., 0]
+    values = values[..., 0] // header.scale if header.scale > 1 else values[..., 0]
     if values.dtype.kind == "f" and not np.array_equal(values, np.trunc(values)):
-        raise DataError(f"{source} holds numbers that are not whole, and class numbers are; export it as integers")
+        raise DataError(f"{source} has fractional values; export the class numbers as integers")
     return LabelPixels(values)
 
 
@@ -129,30 +128,30 @@ def read_index_label(item: Item, classes: int) -> UInt8:
     """
     values = read_label_pixels(label_of(item)).values
     if values.ndim != 2:
-        raise DataError(f"{place(item.label)} holds colors, not class numbers; the domain 'folder' reads colors")
+        raise DataError(f"{source_name(item.label)} holds colors, not class numbers; the domain 'folder' reads colors")
     check_size(item, values)
     wrong = values[((values < 0) | (values >= classes)) & (values != IGNORE)]
     if wrong.size:
         raise DataError(
-            f"{place(item.label)} holds the number {wrong.flat[0]} ({wrong.size} pixels are out of range), and class "
-            f"ids are 0 to {classes - 1} or {IGNORE} for ignored; correct the mask or say what its numbers mean"
+            f"{source_name(item.label)} must hold class ids 0 to {classes - 1} or {IGNORE} for ignored, got "
+            f"{wrong.flat[0]} ({wrong.size} pixels); correct the mask"
         )
     return values.astype(np.uint8)
 
 
 def label_of(item: Item) -> Path | LazyArray:
-    """Where an item's label is.
+    """The source of an item's label.
 
     Raises:
         DataError: it has none.
     """
     if item.label is None:
-        _no_label(item)
+        raise DataError(f"{source_name(item.image)} has no mask; remove it, or set the domain's masks")
     return item.label
 
 
 def check_size(item: Item, label: Array) -> None:
-    """See that a label (H, W) is as large as its item's image.
+    """Check that a label (H, W) has the size of its item's image.
 
     Raises:
         DataError: it is not.
@@ -161,18 +160,14 @@ def check_size(item: Item, label: Array) -> None:
         image = read_header(item.image)
         if label.shape[:2] != (image.height, image.width):
             raise DataError(
-                f"{place(item.label)} is {label.shape[1]}×{label.shape[0]} pixels, its image {item.image} is "
-                f"{image.width}×{image.height}; export both at one size"
+                f"{source_name(item.label)} is {label.shape[1]}×{label.shape[0]} pixels, its image {item.image} is "
+                f"{image.width}×{image.height}; export both at the same size"
             )
 
 
-def place(source: Path | LazyArray | None) -> str:
-    """A source as words for a message."""
+def source_name(source: Path | LazyArray | None) -> str:
+    """Path of a source, for messages."""
     return str(source) if isinstance(source, Path) else "a synthetic image"
-
-
-def _no_label(item: Item) -> NoReturn:
-    raise DataError(f"{place(item.image)} has no mask; remove it, or set the domain's masks")
 
 
 def _generate(source: LazyArray, bands: int | None) -> Array:
@@ -185,14 +180,14 @@ def _generate(source: LazyArray, bands: int | None) -> Array:
     return image
 
 
-def _kept_bands(path: Path, found: ImageHeader, bands: int | None) -> int:
-    """How many of a file's bands are the image's own."""
-    if found.palette:
+def _image_bands(path: Path, header: ImageHeader, bands: int | None) -> int:
+    """Number of bands to return, with or without the alpha band."""
+    if header.palette:
         raise DataError(f"{path} is a palette image; save it as RGB or gray")
-    color = found.bands - found.alpha
+    color = header.bands - header.alpha
     if bands is None or bands == color:
         return color
-    if bands == found.bands:
+    if bands == header.bands:
         return bands
     raise DataError(
         f"{path} has {color} band{'s' * (color != 1)}, {bands} {'are' if bands != 1 else 'is'} expected; "
@@ -213,16 +208,16 @@ def _nodata_mask(pixels: Array, nodata: float | None) -> Mask | None:
     return nodata_mask
 
 
-def _hidden(path: Path) -> Mask:
+def _masked_pixels(path: Path) -> Mask:
     """Pixels that the file's validity mask excludes (H, W)."""
     with open_raster(path) as dataset:
-        hidden: Mask = dataset.read_masks(1) == 0
-        return hidden
+        mask: Mask = dataset.read_masks(1) == 0
+        return mask
 
 
-def _pixels(path: Path, found: ImageHeader) -> Array:
+def _pixels(path: Path, header: ImageHeader) -> Array:
     """All bands as stored (H, W, C)."""
-    if found.engine == "rasterio":
+    if header.engine == "rasterio":
         with open_raster(path) as dataset:
             stored: Array = np.moveaxis(dataset.read(), 0, -1)
             return stored
@@ -232,8 +227,8 @@ def _pixels(path: Path, found: ImageHeader) -> Array:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _palette_pixels(path: Path, found: ImageHeader) -> LabelPixels:
-    if found.engine == "rasterio":
+def _palette_pixels(path: Path, header: ImageHeader) -> LabelPixels:
+    if header.engine == "rasterio":
         with open_raster(path) as dataset:
             table = dataset.colormap(1)
             colors = [table.get(entry, (0, 0, 0))[:3] for entry in range(max(table) + 1)]
@@ -245,7 +240,7 @@ def _palette_pixels(path: Path, found: ImageHeader) -> LabelPixels:
 
 
 def pack(colors: UInt8) -> Packed:
-    """Colors (..., 3) as one number each (...): red·65536 + green·256 + blue."""
+    """Pack colors (..., 3) into numbers (...): red·65536 + green·256 + blue."""
     packed: Packed = colors[..., 0].astype(np.int32)
     packed <<= 8
     packed |= colors[..., 1]
@@ -294,11 +289,11 @@ def from_palette(numbers: Array, palette: UInt8, meaning: Mapping[Color, int]) -
 
 
 def unknown_colors(colors: UInt8, label: UInt8, palette: UInt8 | None = None) -> str:
-    """The commonest colors without a meaning, as words: ``1,2,3 (40 pixels) and 7 more``.
+    """List the most frequent unknown colors: ``1,2,3 (40 pixels) and 7 more``.
 
     Args:
         colors: (H, W, 3), or numbers (H, W) of a palette.
-        label: what `from_colors` or `from_palette` made of them, (H, W).
+        label: result of `from_colors` or `from_palette` (H, W).
         palette: (P, 3), for numbers.
     """
     odd = colors[label == UNKNOWN]
@@ -308,25 +303,25 @@ def unknown_colors(colors: UInt8, label: UInt8, palette: UInt8 | None = None) ->
     else:
         values, counts = np.unique(odd, return_counts=True)
         names = [",".join(map(str, palette[value])) if value < len(palette) else f"entry {value}" for value in values]
-    return _commonest(names, counts)
+    return _most_frequent(names, counts)
 
 
 def unknown_numbers(numbers: Array, label: UInt8) -> str:
-    """The commonest numbers without a meaning, as words: ``9 (40 pixels) and 7 more``."""
+    """List the most frequent unknown numbers: ``9 (40 pixels) and 7 more``."""
     values, counts = np.unique(numbers[label == UNKNOWN], return_counts=True)
-    return _commonest([f"{value:g}" for value in values], counts)
+    return _most_frequent([f"{value:g}" for value in values], counts)
 
 
 @lru_cache(maxsize=4)
 def _color_table(meaning: tuple[tuple[Color, int], ...]) -> UInt8:
-    """Class id of each of the 2²⁴ colors: 16 MB, and five times faster than a search per pixel."""
+    """Class id of each of the 2²⁴ colors (16 MB); five times faster than a search per pixel."""
     table = np.full(1 << 24, UNKNOWN, np.uint8)
     for (red, green, blue), value in meaning:
         table[red << 16 | green << 8 | blue] = value
     return table
 
 
-def _commonest(names: list[str], counts: NDArray[np.int64]) -> str:
+def _most_frequent(names: list[str], counts: NDArray[np.int64]) -> str:
     order = np.argsort(-counts, kind="stable")
     listed = ", ".join(f"{names[at]} ({counts[at]} pixels)" for at in order[:3])
     return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")

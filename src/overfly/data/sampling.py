@@ -40,88 +40,88 @@ class Sampling(Choice, ABC):
     """How images and crops are chosen. The choice is a function of (seed, step, slot) alone."""
 
     needs_counts: ClassVar[bool] = False
-    """Whether it must know the labeled pixels of each class in each image."""
+    """Whether `choose_image` needs the labeled pixels of each class in each image."""
 
     @abstractmethod
-    def choose_image(self, place: SampleSlot, counts: Counts | None) -> tuple[int, int]:
+    def choose_image(self, slot: SampleSlot, counts: Counts | None) -> tuple[int, int]:
         """Index of an image and the class it was chosen for (-1: none in particular).
 
         Args:
-            place: which place in the stream.
-            counts: labeled pixels of each class, where `needs_counts`.
+            slot: position in the stream of batches.
+            counts: labeled pixels of each class in each image, if `needs_counts`.
         """
 
-    def fits(self, label: UInt8, wanted: int) -> bool:  # noqa: ARG002
-        """Whether a crop of the label shows enough of the wanted class."""
+    def fits(self, label: UInt8, class_id: int) -> bool:  # noqa: ARG002
+        """Whether a crop of the label has enough pixels of class ``class_id``."""
         return True
 
 
 class Uniform(Sampling, name="uniform"):
     """Every image once, in a new order each epoch; crops anywhere."""
 
-    def choose_image(self, place: SampleSlot, counts: Counts | None) -> tuple[int, int]:  # noqa: ARG002
+    def choose_image(self, slot: SampleSlot, counts: Counts | None) -> tuple[int, int]:  # noqa: ARG002
         """The next image of a permutation drawn from (seed, epoch)."""
-        epoch, turn = divmod(place.step * place.batch + place.slot, place.images)
-        return int(_permutation(place.seed, epoch, place.images)[turn]), -1
+        epoch, index = divmod(slot.step * slot.batch + slot.slot, slot.images)
+        return int(_permutation(slot.seed, epoch, slot.images)[index]), -1
 
 
 class Rare(Sampling, name="rare"):
-    """Rare-class sampling (Hoyer et al., 2022, DAFormer, section 3.2): first a class, the rarer the more often.
+    """Rare-class sampling (Hoyer et al., 2022, DAFormer, section 3.2): rare classes are chosen more often.
 
-    A class c with share f_c of the labeled pixels is drawn with probability softmax((1 - f) / temperature); then a
-    image that shows it; then crops until one shows it. Every mask is read once at the start, to count its pixels.
+    A class c with share f_c of the labeled pixels is drawn with probability softmax((1 - f) / temperature), then an
+    image with that class, then up to ten crops until one has it. Every mask is read once at the start.
     """
 
     temperature: Positive = 0.01
-    """Low: the rarest classes almost alone; high: all classes alike."""
+    """Low values choose the rarest classes almost always; high values choose all classes equally often."""
     pixels: Whole = 1000
-    """Pixels of the class that an image must have in all to count as showing it (or the most that any has)."""
+    """Pixels of the class that an image must have (at most as many as the image with the most)."""
     crop_share: Share = 0.005
-    """Share of a crop that the class must fill, if it can be had in ten tries."""
+    """Share of a crop that the class must fill; after ten crops any share is accepted."""
 
     needs_counts: ClassVar[bool] = True
 
-    def choose_image(self, place: SampleSlot, counts: Counts | None) -> tuple[int, int]:
-        """A class by its rarity, then an image that shows it."""
+    def choose_image(self, slot: SampleSlot, counts: Counts | None) -> tuple[int, int]:
+        """Choose a class by its rarity, then an image with it."""
         if counts is None:
             raise ValueError("rare-class sampling needs the class counts of every image")
-        random = np.random.default_rng([place.seed, place.step, place.slot, 1])
+        random = np.random.default_rng([slot.seed, slot.step, slot.slot, 1])
         probability = self.probabilities(counts)
-        wanted = int(random.choice(len(probability), p=probability))
-        enough = np.flatnonzero(counts[:, wanted] >= min(self.pixels, counts[:, wanted].max()))
-        return int(random.choice(enough)), wanted
+        class_id = int(random.choice(len(probability), p=probability))
+        enough = np.flatnonzero(counts[:, class_id] >= min(self.pixels, counts[:, class_id].max()))
+        return int(random.choice(enough)), class_id
 
     def probabilities(self, counts: Counts) -> NDArray[np.float64]:
-        """Probability of each class (K,); 0 for classes that no image shows.
+        """Probability of each class (K,); 0 for classes without pixels.
 
         Raises:
-            DataError: no image shows any class.
+            DataError: no image has a labeled pixel.
         """
         pixels = counts.sum(0).astype(float)
         if not pixels.any():
-            raise DataError("rare-class sampling finds no labeled pixel in any mask; check what the masks ignore")
+            raise DataError("sampling rare found no labeled pixel in any mask; check the domain's ignore setting")
         share = pixels / max(1.0, pixels.sum())
         score = np.where(pixels > 0, (1 - share) / self.temperature, -np.inf)
         weight = np.exp(score - score.max())
         result: NDArray[np.float64] = weight / weight.sum()
         return result
 
-    def fits(self, label: UInt8, wanted: int) -> bool:
-        """Whether the wanted class fills its share of the crop."""
-        return wanted < 0 or bool((label == wanted).mean() >= self.crop_share)
+    def fits(self, label: UInt8, class_id: int) -> bool:
+        """Whether the class fills ``crop_share`` of the crop."""
+        return class_id < 0 or bool((label == class_id).mean() >= self.crop_share)
 
 
 def crop(
     image: Array, label: UInt8, size: int, random: np.random.Generator, fits: Callable[[UInt8], bool]
 ) -> tuple[Array, UInt8]:
-    """A square part of an image.
+    """Crop a random square of an image.
 
     Args:
         image: (H, W, C).
         label: (H, W).
         size: side of the crop; a smaller image is mirrored outwards, with its label ignored there.
-        random: chooses the place.
-        fits: whether the label of a place will do; the tenth place is taken in any case.
+        random: draws the position.
+        fits: whether to accept the label of a crop; the tenth crop is always accepted.
 
     Returns:
         Image (size, size, C) and label (size, size).
