@@ -14,11 +14,11 @@ def random_network(recipe: Recipe, name: str) -> Segmenter:
     torch.manual_seed(0)
     classes = recipe.domain("source").classes
     network = build(name, len(classes))
-    made = Segmenter(network, classes, architecture=name, mean=(120.0, 110.0, 100.0), std=(50.0, 60.0, 70.0))
-    made.train()
-    for part in made.modules():
+    segmenter = Segmenter(network, classes, architecture=name, mean=(120.0, 110.0, 100.0), std=(50.0, 60.0, 70.0))
+    segmenter.train()
+    for part in segmenter.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             part.momentum = None
     with torch.no_grad():
-        made(torch.rand(4, 3, 128, 128) * 255)
-    return made.eval()
+        segmenter(torch.rand(4, 3, 128, 128) * 255)
+    return segmenter.eval()

@@ -149,9 +149,9 @@ def test_student_outputs_leaves_modes_and_statistics_unchanged() -> None:
     net.get_submodule("network.encoder").eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     modes = [part.training for part in net.modules()]
-    found = student_outputs(net)
-    assert found.main.shape[1] == 3
-    assert len(found.aux) == 1
+    result = student_outputs(net)
+    assert result.main.shape[1] == 3
+    assert len(result.aux) == 1
     assert modes == [part.training for part in net.modules()]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

@@ -72,9 +72,9 @@ def test_clan_weighs_pixels_by_disagreement() -> None:
     other[0, :, 0, 0] = torch.tensor([3.0, 0.0, 0.0])
     other[0, :, 0, 1] = torch.tensor([1.0, 0.0, 0.0])
     other[0, :, 0, 2] = torch.tensor([0.0, 0.0, 9.0])
-    found = disagreement(TwoOutputs(Logits(one), other))[0, 0]
-    assert found[0].item() == pytest.approx(0, abs=1e-6)
-    assert 0.05 < found[1] < found[2] <= 1
+    result = disagreement(TwoOutputs(Logits(one), other))[0, 0]
+    assert result[0].item() == pytest.approx(0, abs=1e-6)
+    assert 0.05 < result[1] < result[2] <= 1
     far = TwoOutputs(Logits(torch.tensor([90.0, 0.0]).view(1, 2, 1, 1)), torch.tensor([0.0, 90.0]).view(1, 2, 1, 1))
     assert disagreement(far).item() == pytest.approx(1)
 
@@ -118,8 +118,8 @@ def test_fada_soft_labels_use_temperature_and_max_probability() -> None:
 def test_mcd_discrepancy_is_zero_for_equal_scores_and_grows() -> None:
     scores = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     assert discrepancy(scores, scores + 1).item() == pytest.approx(0, abs=1e-7)
-    found = [discrepancy(scores, scores * factor).item() for factor in (1.5, 2.0, -5.0)]
-    assert 0 < found[0] < found[1] < found[2] <= 2 / 3
+    result = [discrepancy(scores, scores * factor).item() for factor in (1.5, 2.0, -5.0)]
+    assert 0 < result[0] < result[1] < result[2] <= 2 / 3
     opposite = torch.tensor([99.0, 0.0, 0.0]).view(1, 3, 1, 1)
     assert discrepancy(opposite, opposite.roll(1, 1)).item() == pytest.approx(2 / 3)
 
@@ -199,7 +199,7 @@ def test_mcd_step_b_has_the_gradient_of_source_loss_and_discrepancy() -> None:
         assert_same_gradients(layer, other)
 
 
-def test_the_second_class_layer_learns_at_the_rate_of_heads() -> None:
+def test_the_second_class_layer_has_the_learning_rate_of_heads() -> None:
     method = MCD()
     *_, second = method.optimizers(method.networks(student()), SGD(lr=0.01, head=10.0))
     assert [group["initial_lr"] for group in second.param_groups] == [0.1]

@@ -26,9 +26,9 @@ def test_rare_class_weights_are_larger_with_mean_1() -> None:
 @given(st.integers(0, 1000), st.sampled_from([1, 3, 5, 7]))
 def test_local_quality_is_the_share_of_confident_pixels_in_the_window(seed: int, size: int) -> None:
     probability = torch.rand(1, 9, 6, generator=torch.Generator().manual_seed(seed))
-    found = local_quality(probability, 0.7, size)
+    result = local_quality(probability, 0.7, size)
     reach = size // 2
     for y in range(9):
         for x in range(6):
             around = probability[0, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
-            assert abs(found[0, y, x].item() - (around >= 0.7).float().mean().item()) < 1e-5
+            assert abs(result[0, y, x].item() - (around >= 0.7).float().mean().item()) < 1e-5

@@ -24,8 +24,8 @@ def test_style_transfer_between_equal_images_changes_nothing(small: dict[str, An
         nets = method.networks(initial_segmenter(recipe)).train()
         shown: list[torch.Tensor] = []
         nets.student.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))
-        found = method.losses(nets, batch)
-        assert found.keys() == SourceOnly().losses(nets, batch).keys()
+        result = method.losses(nets, batch)
+        assert result.keys() == SourceOnly().losses(nets, batch).keys()
         assert torch.allclose(shown[0], batch.source.image, atol=1e-2)
 
 

@@ -40,9 +40,9 @@ def test_predict_augmented_maps_predictions_back_to_the_input(scale: float) -> N
     image[..., 4:20, 6:14] = 1
     for seed in range(8):
         torch.manual_seed(seed)
-        found = predict_augmented(Bright(), image, scale)
-        assert found.shape == (1, 2, 32, 32)
-        wrong = (found.argmax(1) != image[:, 0].long()).float().mean()
+        result = predict_augmented(Bright(), image, scale)
+        assert result.shape == (1, 2, 32, 32)
+        wrong = (result.argmax(1) != image[:, 0].long()).float().mean()
         assert wrong <= (0 if scale >= 1 else 0.02)
 
 

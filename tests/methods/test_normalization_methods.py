@@ -50,20 +50,20 @@ def stepped(method: Method[Any], case: Case, steps: int = 2) -> Any:
 def test_recalibrate_share_interpolates_statistics(case: Case) -> None:
     torch.manual_seed(0)
     segmenter = initial_segmenter(case[0])
-    found = {}
+    result = {}
     for share in (0.0, 0.5, 1.0):
         method = Recalibrate(share=share)
         torch.manual_seed(0)
-        found[share] = method.deployed(stepped(method, case)).state_dict()
-    segmenter.load_state_dict(found[0.0])
+        result[share] = method.deployed(stepped(method, case)).state_dict()
+    segmenter.load_state_dict(result[0.0])
     torch.manual_seed(0)
     start = initial_segmenter(case[0]).state_dict()
-    assert all(torch.equal(value, start[key]) for key, value in found[0.0].items())
-    for key, value in found[0.5].items():
+    assert all(torch.equal(value, start[key]) for key, value in result[0.0].items())
+    for key, value in result[0.5].items():
         if "running" in key:
-            assert torch.allclose(value, (found[0.0][key] + found[1.0][key]) / 2, atol=1e-5, rtol=1e-5)
+            assert torch.allclose(value, (result[0.0][key] + result[1.0][key]) / 2, atol=1e-5, rtol=1e-5)
         elif "num_batches" not in key:
-            assert torch.equal(value, found[1.0][key])
+            assert torch.equal(value, result[1.0][key])
     assert "beginning" not in "".join(Recalibrate().networks(segmenter).state_dict())
 
 
@@ -100,9 +100,9 @@ def test_dsbn_of_equal_domains_is_ordinary_batch_normalization() -> None:
 def test_dsbn_has_separate_statistics() -> None:
     double = DomainNorm(nn.BatchNorm2d(1))
     double(torch.cat([torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8) * 9 + 100]))
-    found = {name: float(value) for name, value in double.state_dict().items() if name.endswith("running_mean")}
-    assert abs(found["source.running_mean"]) < 1
-    assert found["target.running_mean"] > 5
+    result = {name: float(value) for name, value in double.state_dict().items() if name.endswith("running_mean")}
+    assert abs(result["source.running_mean"]) < 1
+    assert result["target.running_mean"] > 5
 
 
 @pytest.mark.parametrize("method", [DSBN(), TransNorm(), Recalibrate(share=0.3)], ids=lambda method: method.name)
@@ -127,7 +127,7 @@ def test_transferable_normalization_by_the_papers_formula() -> None:
     nn.init.uniform_(norm.bias)
     part = TransferableNorm(norm)
     source, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4) + torch.tensor([0.0, 5, 0]).view(1, 3, 1, 1)
-    found = part(torch.cat([source, target]))
+    result = part(torch.cat([source, target]))
     ratios = []
     normal = []
     for image in (source, target):
@@ -138,7 +138,7 @@ def test_transferable_normalization_by_the_papers_formula() -> None:
     near = 1 / (1 + (ratios[0] - ratios[1]).abs())
     alpha = 3 * near / near.sum()
     assert alpha[1] < alpha[0]
-    assert torch.allclose(found, torch.cat(normal) * (1 + alpha).view(1, 3, 1, 1), atol=1e-5)
+    assert torch.allclose(result, torch.cat(normal) * (1 + alpha).view(1, 3, 1, 1), atol=1e-5)
 
 
 def test_distillation_loss_is_zero_for_equal_networks(case: Case, tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_distillation_loss_is_zero_for_equal_networks(case: Case, tmp_path: Path
     nets = method.networks(Segmenter.load(file))
     nets.eval()
     assert nets.teacher.network.has_training_heads is False
-    found = method.losses(nets, case[1])
-    assert found["soft"].abs() < 1e-5
-    assert {"source_main", "soft_aux"} <= found.keys()
+    result = method.losses(nets, case[1])
+    assert result["soft"].abs() < 1e-5
+    assert {"source_main", "soft_aux"} <= result.keys()
     empty = case[1].source._replace(image=torch.zeros(0, 0, 0, 0))
     assert set(method.losses(nets, case[1]._replace(source=empty))) == {"soft", "soft_aux"}
     before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}

@@ -161,7 +161,7 @@ def random_images(seed: int, shape: tuple[int, ...] = (2, 3, 16, 20)) -> torch.T
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 100), st.floats(0, 0.5), st.integers(5, 17), st.integers(5, 17))
-def test_with_itself_as_style_an_image_stays(seed: int, beta: float, height: int, width: int) -> None:
+def test_an_image_with_itself_as_style_does_not_change(seed: int, beta: float, height: int, width: int) -> None:
     image = random_images(seed, (1, 2, height, width))
     assert torch.allclose(swap_low_frequencies(image, image, beta), image, atol=1e-3)
 
@@ -186,7 +186,7 @@ def test_beta_0_swaps_the_mean_alone() -> None:
 
 
 @pytest.mark.parametrize("each", [True, False])
-def test_colors_have_the_mean_and_spread_of_the_style(each: bool) -> None:
+def test_colors_have_the_mean_and_standard_deviation_of_the_style(each: bool) -> None:
     image, style = (
         random_images(0),
         random_images(1) * torch.tensor([[[[0.2]], [[0.5]], [[0.9]]], [[[0.1]], [[0.3]], [[0.4]]]]) + 7,
@@ -198,7 +198,7 @@ def test_colors_have_the_mean_and_spread_of_the_style(each: bool) -> None:
     assert torch.allclose(match_colors(image, image, per_image=each), image, atol=1e-3)
 
 
-def test_matched_together_images_keep_their_differences() -> None:
+def test_matching_a_batch_keeps_differences_between_images() -> None:
     image = random_images(0)
     image[1] *= 0.1
     together, alone = (match_colors(image, random_images(1), per_image=each).mean((1, 2, 3)) for each in (False, True))
@@ -206,5 +206,5 @@ def test_matched_together_images_keep_their_differences() -> None:
     assert abs(alone[0] - alone[1]) < 15
 
 
-def test_an_even_image_stays_finite() -> None:
+def test_a_constant_image_stays_finite() -> None:
     assert match_colors(torch.full((1, 3, 4, 4), 9.0), random_images(0)).isfinite().all()

@@ -128,7 +128,7 @@ def test_boundaries_are_those_of_the_source_pixels() -> None:
     torch.testing.assert_close(CrossEntropy().terms(logits, label, where=source)["boundary"], mixed["boundary"])
 
 
-def test_beside_a_paste_nothing_is_taught_but_the_boundaries_of_what_is_known() -> None:
+def test_boundary_loss_beside_pasted_pixels_uses_known_boundaries_only() -> None:
     label = torch.zeros(1, 16, 24, dtype=torch.int64)
     label[:, 8:] = 1  # runs across the seam, and along the source's half of it
     source = torch.zeros(1, 16, 24, dtype=torch.bool)
@@ -173,7 +173,7 @@ def slow(label: Tensor, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6])
-def test_a_straight_border_gives_a_band_of_the_width(width: int) -> None:
+def test_a_straight_border_gives_a_band_of_width_pixels(width: int) -> None:
     band = boundaries(halves(), width)
     assert band.dtype == torch.bool
     columns = band[0, 0].nonzero().flatten().tolist()
@@ -183,7 +183,7 @@ def test_a_straight_border_gives_a_band_of_the_width(width: int) -> None:
 
 @given(seed=st.integers(0, 1000), width=st.integers(1, 5), ignored=st.sampled_from([0.0, 0.3]))
 @settings(deadline=None, max_examples=25)
-def test_equals_the_slow_definition(seed: int, width: int, ignored: float) -> None:
+def test_boundaries_equal_the_definition_by_loops(seed: int, width: int, ignored: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(0, 2, (2, 3, 4), generator=generator).repeat_interleave(3, 1).repeat_interleave(3, 2) * 254
     label[torch.rand(label.shape, generator=generator) < ignored] = IGNORE
@@ -199,7 +199,7 @@ def test_ignored_pixels_make_no_boundary() -> None:
     assert not boundaries(torch.full((2, 4, 4), IGNORE)).any()
 
 
-def test_only_source_pixels_count() -> None:
+def test_boundaries_between_source_pixels_only() -> None:
     label = halves()
     label[:, :4] = 5  # pasted above
     pasted = torch.zeros(1, 8, 12, dtype=torch.bool)
@@ -213,7 +213,7 @@ def test_only_source_pixels_count() -> None:
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])
-def test_turns_with_the_label(quarters: int, mirrored: bool) -> None:
+def test_boundaries_turn_with_the_label(quarters: int, mirrored: bool) -> None:
     label = torch.randint(0, 3, (1, 4, 4), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 1)
     label = label.repeat_interleave(4, 2)
     image = boundaries(label).unsqueeze(1)
@@ -223,6 +223,6 @@ def test_turns_with_the_label(quarters: int, mirrored: bool) -> None:
     assert torch.equal(boundaries(moved.label).unsqueeze(1), moved.image)
 
 
-def test_a_boundary_has_a_width() -> None:
+def test_boundary_width_below_1_raises() -> None:
     with pytest.raises(ValueError, match="width must be at least 1"):
         boundaries(halves(), 0)

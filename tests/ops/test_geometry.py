@@ -52,7 +52,7 @@ def agreement(batch: Labeled) -> Tensor:
     size=st.sampled_from([(32, 32), (32, 48), (40, 24)]),
 )
 @settings(deadline=None, max_examples=60)
-def test_image_and_label_move_together(seed: int, move: Augment, size: tuple[int, int]) -> None:
+def test_image_and_label_are_transformed_alike(seed: int, move: Augment, size: tuple[int, int]) -> None:
     batch = encoded(seed, height=size[0], width=size[1])
     moved = move(batch, seeded(seed))
     agree = agreement(moved)
@@ -61,7 +61,7 @@ def test_image_and_label_move_together(seed: int, move: Augment, size: tuple[int
 
 
 @pytest.mark.parametrize("move", [ShiftScaleRotate(), GridDistortion(), ScaleJitter(), Dihedral(p=0.5)])
-def test_image_and_label_move_together_in_part_of_a_batch(move: Augment) -> None:
+def test_image_and_label_are_transformed_alike_in_part_of_a_batch(move: Augment) -> None:
     batch = encoded(0, count=20)
     moved = move(batch, seeded(0))
     still = (moved.label == batch.label).flatten(1).all(1)
@@ -70,7 +70,7 @@ def test_image_and_label_move_together_in_part_of_a_batch(move: Augment) -> None
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_label_that_does_not_move_is_detected(seed: int) -> None:
+def test_a_label_that_is_not_transformed_is_detected(seed: int) -> None:
     batch = encoded(seed)
     moved = ShiftScaleRotate(p=1)(batch, seeded(seed))
     assert not bool(agreement(Labeled(moved.image, batch.label)).all())
@@ -231,7 +231,7 @@ def test_coarse_dropout_fills_with_the_mean_and_ignores_labels() -> None:
     assert not torch.equal(kept.image, batch.image)
 
 
-def test_labels_survive_any_id() -> None:
+def test_labels_of_any_id_stay_valid() -> None:
     label = torch.arange(256).view(1, 16, 16)
     grid = torch.stack(torch.meshgrid(torch.arange(16) + 0.5, torch.arange(16) + 0.5, indexing="xy"), -1)[None]
     assert torch.equal(warp(Labeled(label[:, None].float(), label), grid).label, label)

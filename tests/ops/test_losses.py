@@ -70,7 +70,7 @@ def test_cross_entropy_is_that_of_torch_without_ignored_pixels(seed: int, ignore
     )
 
 
-def test_pixel_weights_stand_in_the_sum_only() -> None:
+def test_pixel_weights_scale_the_sum_only() -> None:
     logits, label = scene(0)
     whole = cross_entropy(logits, label)
     torch.testing.assert_close(cross_entropy(logits, label, weight=torch.full((2, 1, 1), 0.5)), whole / 2)
@@ -80,7 +80,7 @@ def test_pixel_weights_stand_in_the_sum_only() -> None:
     torch.testing.assert_close(cross_entropy(logits, label, weight=images), expected)
 
 
-def test_cross_entropy_says_when_sizes_differ() -> None:
+def test_cross_entropy_rejects_other_sizes() -> None:
     logits, label = scene(0)
     with pytest.raises(ValueError, match=r"\(2, 4, 6, 6\) and \(2, 5, 6\)"):
         cross_entropy(logits, label[:, 1:])
@@ -119,7 +119,7 @@ def at_probabilities(values: list[float]) -> tuple[Tensor, Tensor]:
         ([0.5], 0.9, 100, [0.5]),
     ],
 )
-def test_ohem_keeps(values: list[float], threshold: float, min_kept: int, kept: list[float]) -> None:
+def test_ohem_keeps_hard_pixels(values: list[float], threshold: float, min_kept: int, kept: list[float]) -> None:
     logits, label = at_probabilities(values)
     expected = -sum(math.log(p) for p in kept) / max(1, len(kept))
     assert ohem_cross_entropy(logits, label, threshold, min_kept).item() == pytest.approx(expected)
@@ -278,9 +278,9 @@ def test_soft_label_loss_is_zero_for_equal_scores() -> None:
 
 def test_soft_labels_are_the_divergence_from_the_teacher() -> None:
     student, teacher = torch.randn(2, 5, 4, 4).requires_grad_(), torch.randn(2, 5, 4, 4).requires_grad_()
-    found = soft_label_loss(student, teacher, 3.0)
+    result = soft_label_loss(student, teacher, 3.0)
     expected = F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="none").sum(1).mean() * 9
-    assert torch.allclose(found, expected)
-    found.backward()  # type: ignore[no-untyped-call]
+    assert torch.allclose(result, expected)
+    result.backward()  # type: ignore[no-untyped-call]
     assert student.grad is not None
     assert teacher.grad is None

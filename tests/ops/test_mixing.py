@@ -36,9 +36,9 @@ def test_a_share_of_the_classes_is_cut_whole_and_never_ignored_pixels(seed: int,
 def test_a_single_class_is_chosen_with_the_probability_of_the_share() -> None:
     torch.manual_seed(0)
     single = torch.zeros(400, 2, 2, dtype=torch.int64)
-    found = class_mask(single).flatten(1)
-    assert 0.4 < found[:, 0].float().mean() < 0.6
-    assert (found.all(1) == found.any(1)).all()
+    result = class_mask(single).flatten(1)
+    assert 0.4 < result[:, 0].float().mean() < 0.6
+    assert (result.all(1) == result.any(1)).all()
     assert not class_mask(torch.full((3, 2, 2), IGNORE)).any()
 
 
@@ -85,6 +85,6 @@ def test_squares_are_covered_whole_and_the_last_may_be_cut() -> None:
 def test_cover_fills_masked_pixels_with_the_mean_color() -> None:
     image = torch.rand(2, 3, 16, 16)
     mask = block_mask(image, 4, 0.5).expand(-1, 3, -1, -1)
-    found = cover(image, mask[:, :1])
-    assert torch.equal(found[~mask], image[~mask])
-    assert torch.equal(found[mask], image.mean((2, 3), keepdim=True).expand_as(image)[mask])
+    result = cover(image, mask[:, :1])
+    assert torch.equal(result[~mask], image[~mask])
+    assert torch.equal(result[mask], image.mean((2, 3), keepdim=True).expand_as(image)[mask])

@@ -23,12 +23,12 @@ class Scores(nn.Module):
 def test_joint_forward_normalizes_groups_as_one_batch() -> None:
     first, second = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 4, 4) + 5
     network = Scores()
-    found = joint_forward(network, first, second)
+    result = joint_forward(network, first, second)
     whole = Scores()(torch.cat([first, second]))
-    assert torch.equal(found[0].main, whole.main[:2])
-    assert torch.equal(found[1].aux[0], whole.aux[0][2:])
-    assert found[1].features is not None
-    assert len(found[1].features) == 3
+    assert torch.equal(result[0].main, whole.main[:2])
+    assert torch.equal(result[1].aux[0], whole.aux[0][2:])
+    assert result[1].features is not None
+    assert len(result[1].features) == 3
     assert network.norm.num_batches_tracked == 1
 
 

@@ -22,9 +22,9 @@ from overfly.ops.pseudo_labels import (
 
 def network(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    made = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    made(torch.randn(2, 3, 4, 4) * seed)
-    return made
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    network(torch.randn(2, 3, 4, 4) * seed)
+    return network
 
 
 def drawn(seed: int, classes: int = 4, shape: tuple[int, ...] = (2, 16, 16)) -> PseudoLabels:
@@ -63,10 +63,10 @@ def test_ema_update_of_the_first_steps_is_a_plain_average() -> None:
 
 def test_pseudo_labels_are_the_most_probable_class() -> None:
     logits = torch.randn(2, 5, 3, 3)
-    found = pseudo_label(logits.requires_grad_())
-    assert torch.equal(found.label, logits.argmax(1))
-    assert torch.allclose(found.probability, logits.softmax(1).amax(1))
-    assert not found.probability.requires_grad
+    result = pseudo_label(logits.requires_grad_())
+    assert torch.equal(result.label, logits.argmax(1))
+    assert torch.allclose(result.probability, logits.softmax(1).amax(1))
+    assert not result.probability.requires_grad
 
 
 def test_confident_share() -> None:
@@ -107,23 +107,23 @@ def test_class_thresholds_keep_the_same_share_of_every_class(seed: int, share: f
 
 def test_a_class_without_pixels_has_no_threshold_() -> None:
     pseudo = PseudoLabels(torch.zeros(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 0.95))
-    found = class_thresholds(pseudo, 0.5, 3)
-    assert found[0].item() == pseudo.probability[0, 0, 0]
-    assert found[1:].isnan().all()
+    result = class_thresholds(pseudo, 0.5, 3)
+    assert result[0].item() == pseudo.probability[0, 0, 0]
+    assert result[1:].isnan().all()
 
 
 def test_each_class_may_have_a_share_of_its_own() -> None:
     pseudo = drawn(3)
     shares = torch.tensor([0.1, 0.3, 0.6, 1.0])
     kept = filter_by_threshold(pseudo, class_thresholds(pseudo, shares, 4))
-    found = [((kept == index).sum() / (pseudo.label == index).sum()).item() for index in range(4)]
-    assert torch.allclose(torch.tensor(found), shares, atol=0.02)
+    result = [((kept == index).sum() / (pseudo.label == index).sum()).item() for index in range(4)]
+    assert torch.allclose(torch.tensor(result), shares, atol=0.02)
 
 
 def test_thresholds_move_where_a_class_was_seen() -> None:
     before = torch.tensor([0.5, 0.5, 0.0, 0.0])
-    found = torch.tensor([1.0, float("nan"), 0.8, float("nan")])
-    assert torch.allclose(ema_thresholds(before, found, 0.9), torch.tensor([0.55, 0.5, 0.8, 0.0]))
+    result = torch.tensor([1.0, float("nan"), 0.8, float("nan")])
+    assert torch.allclose(ema_thresholds(before, result, 0.9), torch.tensor([0.55, 0.5, 0.8, 0.0]))
 
 
 def image_of(probability: Tensor) -> PseudoLabels:
