@@ -89,22 +89,18 @@ def download_file(
     if path.is_dir():
         raise DownloadError(f"{path} is a folder, not a file; move it away or download to another path")
     whole = known_hash if known_hash is None or len(known_hash) in (len("md5:") + 32, len("sha256:") + 64) else None
-    downloader = _ResumingDownloader(path, known_hash, progress, retries, timeout)
+    prefix = known_hash if whole is None else None  # `pooch` compares whole hashes only
+    downloader = _ResumingDownloader(path, known_hash, prefix, progress, retries, timeout)
     pooch.get_logger().setLevel("WARNING")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.with_name(path.name + ".lock")):
-            prefix = known_hash if whole is None else None  # `pooch` compares whole hashes only
             if prefix and path.is_file() and hash_error(path, prefix):
                 path.unlink()
             try:
                 pooch.retrieve(url, whole, path.name, path.parent, downloader=downloader)
             except ValueError as error:  # another hash; `pooch` has deleted the file
                 raise DownloadError(f"{path.name} from {_public_part(url)}: {error}") from None
-            difference = hash_error(path, prefix) if prefix else None
-            if difference:
-                path.unlink()
-                raise DownloadError(f"{path.name} from {_public_part(url)}: {difference}; try again")
     return path
 
 
@@ -171,6 +167,7 @@ class _ResumingDownloader:
 
     path: Path
     known_hash: str | None
+    prefix: str | None
     progress: Progress | None
     retries: int
     timeout: float
@@ -196,6 +193,10 @@ class _ResumingDownloader:
                         f"URL and the connection and try again; it resumes after {format_bytes(received)}"
                     ) from error
                 time.sleep(min(max(error.pause, PAUSE * 2 ** (failures - 1)), MAX_PAUSE))
+        difference = hash_error(self.part, self.prefix) if self.prefix else None
+        if difference:
+            self._discard()
+            raise DownloadError(f"{self.path.name} from {_public_part(url)}: {difference}; try again")
         self.part.replace(output_file)
         self._discard()
 
