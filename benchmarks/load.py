@@ -123,7 +123,7 @@ def stand_in(queue: int) -> None:
 
     network = ServedNetwork("0", "threshold", lambda: Predictor(metadata, "torch", "cpu", bright))
     bound = server.bind("127.0.0.1", 0)
-    print(f"serving at {server.url_of(bound)}", file=sys.stderr, flush=True)
+    print(f"serving at {server.socket_url(bound)}", file=sys.stderr, flush=True)
     server.run(server.application([network], limits=Limits(queue=queue)), bound)
 
 

@@ -37,7 +37,7 @@ from overfly.core.classes import Classes
 from overfly.core.device import describe_machine
 from overfly.data.synthetic import synthesize
 from overfly.exporting.predictor import ModelMetadata, Predictor
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import map_raster, plan_raster
 from overfly.raster.raster_source import inspect_raster
 from overfly.raster.window_reader import FinishedRows, read_windows

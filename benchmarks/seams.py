@@ -19,7 +19,7 @@ from rasterio import Affine
 
 from overfly.commands.load_predictor import load_predictor
 from overfly.data.synthetic import synthesize
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import map_raster
 
 ZOOM = 3

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from overfly.commands.list import FILE, build_catalog, choices, summary
+from overfly.commands.list import CATALOG, build_catalog, choices, summary
 from overfly.recipe import Model, Recipe, Validation
 
 PAGE = Path(__file__).parent / "reference.md"
@@ -67,5 +67,5 @@ def catalog() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    FILE.write_text(catalog(), encoding="utf-8")
-    print(f"written: {PAGE}, {FILE}", file=sys.stderr)
+    CATALOG.write_text(catalog(), encoding="utf-8")
+    print(f"written: {PAGE}, {CATALOG}", file=sys.stderr)

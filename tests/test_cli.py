@@ -20,7 +20,7 @@ from PIL import Image
 import overfly as package
 from overfly import cli
 from overfly.commands import MODULES
-from overfly.commands.list import FILE
+from overfly.commands.list import CATALOG
 from overfly.recipe import load
 
 
@@ -215,7 +215,7 @@ def test_help_and_list_import_nothing_heavy(arguments: list[str]) -> None:
 def test_the_catalog_file_equals_the_registries() -> None:
     code = "import json; from overfly.commands.list import build_catalog; print(json.dumps(build_catalog().groups))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600)
-    assert json.loads(FILE.read_text(encoding="utf-8")) == json.loads(done.stdout), "run `make docs`"
+    assert json.loads(CATALOG.read_text(encoding="utf-8")) == json.loads(done.stdout), "run `make docs`"
 
 
 def test_help_names_the_options_that_may_be_repeated() -> None:

@@ -59,7 +59,7 @@ def test_the_guide_to_rasters_runs(network: Path) -> None:
 
 
 def test_the_guide_to_clusters_uses_tested_options() -> None:
-    """Its first command is run by tests/raster/test_fleet.py, its launcher by tests/training/test_engine.py."""
+    """Its first command is run by tests/raster/test_parallel.py, its launcher by tests/training/test_engine.py."""
     local, remote = commands("cluster.md")
     assert local[-2:] == ["--workers", "2"]
     assert "--scheduler" in remote

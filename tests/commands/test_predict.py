@@ -91,7 +91,7 @@ def test_mistakes_give_one_line(  # noqa: PLR0917 - fixtures
     arguments: list[str], message: str, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("overfly.raster.fleet.CONNECT_TIMEOUT", 1.0)
+    monkeypatch.setattr("overfly.raster.parallel.CONNECT_TIMEOUT", 1.0)
     monkeypatch.chdir(tmp_path)
     scene = write(tmp_path / "scene.tif", noise(64, 64))
     names = {"{network}": str(network), "{folder}": str(tmp_path), "{scene}": str(scene)}

@@ -123,25 +123,25 @@ def test_missing_extra_is_named(runs: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_live_stream_renders_overlays(tmp_path: Path) -> None:
     for number in range(3):
         Image.fromarray(numbered_frame(number)).save(tmp_path / f"{number}.png")
-    with live_stream(str(tmp_path), rule_model) as screen:
-        assert screen is not None
-        shown = screen.wait(0, timeout=30)
+    with live_stream(str(tmp_path), rule_model) as latest_frame:
+        assert latest_frame is not None
+        shown = latest_frame.wait(0, timeout=30)
         assert shown is not None
         assert Image.open(io.BytesIO(shown.jpeg)).size == (64, 48)
-    assert screen.closed
-    with live_stream(None, rule_model) as screen:
-        assert screen is None
+    assert latest_frame.closed
+    with live_stream(None, rule_model) as latest_frame:
+        assert latest_frame is None
     with pytest.raises(DataError, match=r"none\.mp4"), live_stream(str(tmp_path / "none.mp4"), rule_model):
         pass
 
 
 def _end_of(source: str) -> str:
-    with live_stream(source, rule_model) as screen:
-        assert screen is not None
+    with live_stream(source, rule_model) as latest_frame:
+        assert latest_frame is not None
         limit_duration = time.monotonic() + 30
-        while not screen.closed and time.monotonic() < limit_duration:
+        while not latest_frame.closed and time.monotonic() < limit_duration:
             time.sleep(0.01)
-        return screen.ended
+        return latest_frame.ended
 
 
 def test_live_stream_reports_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,8 +195,8 @@ def test_page_shows_how_the_stream_ended(
             streaming.watch("RUN", source, serve=0, quiet=True)
     else:
         streaming.watch("RUN", source, serve=0, quiet=True)
-    (screen,) = screens
-    assert screen.ended == ("frames/2.png is damaged; take it away" if breaks else "finished after 4 frames")
+    (latest_frame,) = screens
+    assert latest_frame.ended == ("frames/2.png is damaged; take it away" if breaks else "finished after 4 frames")
 
 
 MISTAKES = [

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from overfly.core.errors import DataError
 from overfly.data.reading import nodata_mask, read_image
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
 from rasters import brightness_classes, ids, noise, pointwise, write
 

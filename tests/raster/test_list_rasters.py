@@ -6,8 +6,8 @@ import fsspec
 import pytest
 
 from overfly.core.errors import DataError
-from overfly.raster.fleet import check_distinct_outputs, list_rasters
-from overfly.raster.job import MapSettings, output_files
+from overfly.raster.manifest import MapSettings, output_files
+from overfly.raster.parallel import check_distinct_outputs, list_rasters
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def test_entries_without_rasters_are_errors(scenes: Path, entries: list[str], ou
 
 def test_outputs_must_be_distinct(scenes: Path) -> None:
     out = scenes / "maps"
-    jobs = list_rasters([f"{scenes}/a", f"{scenes}/b"], out)
-    with pytest.raises(DataError, match=r"1\.tif would both become"):
-        check_distinct_outputs({source: [path] for source, path in jobs.items()})
+    outputs = list_rasters([f"{scenes}/a", f"{scenes}/b"], out)
+    with pytest.raises(DataError, match=r"1\.tif would both write"):
+        check_distinct_outputs({source: [path] for source, path in outputs.items()})
     products = {"a.tif": MapSettings(probabilities=True), "a_probabilities.tif": MapSettings()}
-    with pytest.raises(DataError, match=r"a\.tif and .*a_probabilities\.tif would both become"):
+    with pytest.raises(DataError, match=r"a\.tif and .*a_probabilities\.tif would both write"):
         check_distinct_outputs(
             {name: output_files(out / name, settings).values() for name, settings in products.items()}
         )

@@ -14,7 +14,7 @@ from rasterio.enums import ColorInterp
 from rio_cogeo.cogeo import cog_validate
 
 from overfly.core.errors import DataError, NotFiniteError
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
 from rasters import CLASSES, brightness_classes, ids, metadata, noise, pointwise, write
 

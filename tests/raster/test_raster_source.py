@@ -11,7 +11,7 @@ import pytest
 import rasterio
 
 from overfly.core.errors import DataError
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
 from rasters import brightness_classes, ids, pointwise, write
 

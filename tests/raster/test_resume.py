@@ -17,7 +17,7 @@ import pytest
 import rasterio
 
 from overfly.raster import writer
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
 from rasters import ids, noise, pointwise, position_dependent, write
 
@@ -73,7 +73,7 @@ from dataclasses import replace
 from pathlib import Path
 from rasters import position_dependent
 from overfly.raster.map_raster import map_raster
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 slow = position_dependent()
 def run(images):
     time.sleep(0.05)

@@ -12,7 +12,7 @@ from rasterio.enums import ColorInterp, Resampling
 
 from overfly.core.errors import DataError
 from overfly.raster import window_reader
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import map_raster
 from overfly.raster.raster_source import inspect_raster
 from overfly.raster.window_reader import read_resampled

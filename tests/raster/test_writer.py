@@ -16,7 +16,7 @@ import rasterio
 
 from overfly.core.errors import DataError
 from overfly.raster import map_raster as module
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import map_raster
 from overfly.raster.polygons import write_polygons
 from overfly.raster.writer import write_cog

@@ -20,10 +20,10 @@ from overfly.methods.method import Networks, TeacherStudent
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
+from overfly.training.evaluate import logged_source_miou, reference
 from overfly.training.run import Run
 from overfly.training.setup import initial_segmenter
 from overfly.training.trainer import Trainer
-from overfly.training.validation import logged_source_miou, reference
 
 VALIDATED = ("validation.every=2", "validation.target=true", "validation.keep_all=true", "steps=4", "optim.lr=1e-5",
            "target.train=2", "source.val=1")  # fmt: skip

@@ -118,9 +118,9 @@ def test_delay_is_caught_up_at_once() -> None:
 def test_paced_frames_begin_when_due() -> None:
     clock = Clock()
     given = [
-        (frame.began, clock()) for frame in paced_frames(source_frames(5), threading.Event(), clock, clock.advance)
+        (frame.start, clock()) for frame in paced_frames(source_frames(5), threading.Event(), clock, clock.advance)
     ]
-    assert [began for began, _ in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
+    assert [start for start, _ in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
     assert [now for _, now in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
 
 
@@ -132,7 +132,7 @@ def test_slow_decoding_counts_as_latency() -> None:
             clock.advance(0.25)
             yield frame
 
-    late = [clock() - frame.began for frame in paced_frames(decoded(), threading.Event(), clock, clock.advance)]
+    late = [clock() - frame.start for frame in paced_frames(decoded(), threading.Event(), clock, clock.advance)]
     assert late == pytest.approx([0, 0.15, 0.30, 0.45])
 
 
@@ -241,29 +241,29 @@ def test_stats_are_refreshed_twice_a_second() -> None:
 
 
 def test_latest_frame_is_encoded_once_for_all_viewers() -> None:
-    screen = LatestFrame()
-    assert screen.latest() is None
-    assert screen.wait(timeout=0.01) is None
+    latest_frame = LatestFrame()
+    assert latest_frame.latest() is None
+    assert latest_frame.wait(timeout=0.01) is None
     waiting: list[object] = []
-    lookers = [threading.Thread(target=lambda: waiting.append(screen.wait(0, 5))) for _ in range(3)]
+    lookers = [threading.Thread(target=lambda: waiting.append(latest_frame.wait(0, 5))) for _ in range(3)]
     for looker in lookers:
         looker.start()
-    screen.show(numbered_frame(3))
+    latest_frame.show(numbered_frame(3))
     for looker in lookers:
         looker.join()
-    first = screen.latest()
+    first = latest_frame.latest()
     assert first is not None
     assert first.number == 1
     assert waiting == [first] * 3
-    assert screen.latest() is first, "a JPEG is made once"
+    assert latest_frame.latest() is first, "a JPEG is made once"
     with Image.open(io.BytesIO(first.jpeg)) as image:
         assert frame_number(np.asarray(image)) == 3
-    assert screen.wait(1, 0.01) is None
-    screen.show(numbered_frame(4))
-    screen.show(numbered_frame(5))
-    third = screen.wait(1, 0)
+    assert latest_frame.wait(1, 0.01) is None
+    latest_frame.show(numbered_frame(4))
+    latest_frame.show(numbered_frame(5))
+    third = latest_frame.wait(1, 0)
     assert third is not None
     assert third.number == 3
-    screen.close()
-    assert screen.wait(3) is None
-    assert screen.closed
+    latest_frame.close()
+    assert latest_frame.wait(3) is None
+    assert latest_frame.closed

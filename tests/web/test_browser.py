@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from overfly.video.player import LatestFrame
-from overfly.web.server import Running, application, serve_stream, start
+from overfly.web.server import BackgroundServer, application, serve_stream, start
 from served import encoded, inverted, network
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -42,17 +42,17 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    screen = LatestFrame()
-    screen.show(np.full((48, 64, 3), 90, np.uint8))
-    result = start(application([network("0"), network("1", inverted)], screen=screen))
+def running() -> Iterator[BackgroundServer]:
+    latest_frame = LatestFrame()
+    latest_frame.show(np.full((48, 64, 3), 90, np.uint8))
+    result = start(application([network("0"), network("1", inverted)], latest_frame=latest_frame))
     yield result
-    screen.close()
+    latest_frame.close()
     result.stop()
 
 
 @pytest.fixture
-def page(browser: Any, running: Running) -> Iterator[Any]:
+def page(browser: Any, running: BackgroundServer) -> Iterator[Any]:
     """A page of phone size; script errors, policy violations and requests to other hosts fail the test."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, accept_downloads=True)
     context.set_default_timeout(20_000)
@@ -100,7 +100,7 @@ def _bright_at(page: Any, x: int) -> bool:
     return bool(shown[0, 0].sum() > 300)
 
 
-def test_dropped_image_opens_its_map(page: Any, running: Running, tmp_path: Path) -> None:
+def test_dropped_image_opens_its_map(page: Any, running: BackgroundServer, tmp_path: Path) -> None:
     page.goto(running.address)
     image = np.full((200, 320, 3), 255, np.uint8)
     page.evaluate(DROP, [base64.b64encode(encoded(image)).decode(), "../<b>x</b>.png"])
@@ -139,7 +139,7 @@ def test_dropped_image_opens_its_map(page: Any, running: Running, tmp_path: Path
     assert (np.asarray(Image.open(tmp_path / "map.png")) == 1).all()
 
 
-def test_invalid_file_shows_an_error(page: Any, running: Running, tmp_path: Path) -> None:
+def test_invalid_file_shows_an_error(page: Any, running: BackgroundServer, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("not an image")
     page.goto(running.address)
     with page.expect_response("**/maps") as answer:
@@ -149,7 +149,7 @@ def test_invalid_file_shows_an_error(page: Any, running: Running, tmp_path: Path
     assert "not a PNG" in page.locator("#message").inner_text()
 
 
-def test_compare_api_and_live_pages(page: Any, running: Running) -> None:
+def test_compare_api_and_live_pages(page: Any, running: BackgroundServer) -> None:
     page.goto(running.address)
     page.click("#compare")
     page.wait_for_url("**/compare?*")
@@ -183,14 +183,14 @@ def test_networks_fit_a_phone(wide: Any) -> None:
 
 
 def test_ended_stream_is_grayed_out(wide: Any) -> None:
-    screen = LatestFrame()
-    screen.show(np.full((48, 64, 3), 90, np.uint8))
-    running = start(application([network()], screen=screen))
+    latest_frame = LatestFrame()
+    latest_frame.show(np.full((48, 64, 3), 90, np.uint8))
+    running = start(application([network()], latest_frame=latest_frame))
     try:
         wide.goto(f"{running.address}live", wait_until="commit")
         assert _shows(wide, ".frame")
         assert wide.locator("#state").inner_text() == ""
-        screen.close("it came to its end after 1 frame")
+        latest_frame.close("it came to its end after 1 frame")
         wide.wait_for_selector("#state.warn")
         assert wide.inner_text("#state") == "This stream has ended: it came to its end after 1 frame."
         assert wide.locator("#stream.ended").count() == 1
@@ -203,13 +203,13 @@ def test_ended_stream_is_grayed_out(wide: Any) -> None:
 
 
 def test_serve_stream_shows_the_end_of_the_stream(wide: Any) -> None:
-    screen = LatestFrame()
-    screen.show(np.full((48, 64, 3), 90, np.uint8))
-    with serve_stream(screen) as address:
+    latest_frame = LatestFrame()
+    latest_frame.show(np.full((48, 64, 3), 90, np.uint8))
+    with serve_stream(latest_frame) as address:
         wide.goto(address, wait_until="commit")
         assert _shows(wide, ".frame")
         assert wide.locator("#state").inner_text() == ""
-        screen.close("it came to its end after 1 frame")
+        latest_frame.close("it came to its end after 1 frame")
     wide.wait_for_selector("#stream.ended")
     assert "1 frame" in wide.inner_text("#state")
     assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.setup import initial_segmenter
-from overfly.web.server import Running, application, start
+from overfly.web.server import BackgroundServer, application, start
 from overfly.web.service import Limits
 from served import network, ramp
 
@@ -26,14 +26,14 @@ CURL = [line for line in GUIDE.splitlines() if line.startswith("curl ")]
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
+def running() -> Iterator[BackgroundServer]:
     result = start(application([network()]))
     yield result
     result.stop()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl_lines_of_the_guide(running: Running, tmp_path: Path) -> None:
+def test_curl_lines_of_the_guide(running: BackgroundServer, tmp_path: Path) -> None:
     rasterio = pytest.importorskip("rasterio")
     settings = {"height": 40, "width": 50, "count": 3, "dtype": "uint8", "crs": "EPSG:32650"}
     transform = rasterio.Affine(0.3, 0.0, 500000.0, 0.0, -0.3, 3500000.0)

@@ -277,23 +277,23 @@ def test_metrics_count_requests_by_route_and_status() -> None:
 
 
 def test_stream_sends_frames() -> None:
-    screen = LatestFrame()
-    running = start(application([network()], screen=screen))
+    latest_frame = LatestFrame()
+    running = start(application([network()], latest_frame=latest_frame))
     try:
-        screen.show(np.zeros((8, 8, 3), np.uint8))
-        first = screen.latest()
+        latest_frame.show(np.zeros((8, 8, 3), np.uint8))
+        first = latest_frame.latest()
         assert first is not None
         with httpx.stream("GET", f"{running.address}stream", timeout=10) as answer:
             assert answer.headers["content-type"] == "multipart/x-mixed-replace; boundary=frame"
             parts, seen = answer.iter_bytes(), b""
             while first.jpeg + b"\r\n--frame\r\n" not in seen:
                 seen += next(parts)
-            screen.show(np.full((8, 8, 3), 255, np.uint8))
-            second = screen.latest()
+            latest_frame.show(np.full((8, 8, 3), 255, np.uint8))
+            second = latest_frame.latest()
             assert second is not None
             while second.jpeg + b"\r\n--frame\r\n" not in seen:
                 seen += next(parts)
-            screen.close()
+            latest_frame.close()
             assert first.jpeg not in b"".join(parts)
             assert seen.count(b"Content-Type: image/jpeg") >= 2
     finally:
@@ -301,13 +301,13 @@ def test_stream_sends_frames() -> None:
 
 
 def test_ended_stream_shows_its_reason_and_last_frame() -> None:
-    screen = LatestFrame()
-    with make_client(screen=screen) as client:
+    latest_frame = LatestFrame()
+    with make_client(latest_frame=latest_frame) as client:
         assert client.get("/stream/state").json() == {"live": True, "frames": 0, "ended": ""}
         assert "has ended" not in client.get("/live").text
-        screen.show(np.zeros((8, 8, 3), np.uint8))
-        screen.close("it broke off (<b>gone</b>) after 1 frame")
-        screen.close("later words")
+        latest_frame.show(np.zeros((8, 8, 3), np.uint8))
+        latest_frame.close("it broke off (<b>gone</b>) after 1 frame")
+        latest_frame.close("later words")
         last = client.get("/stream")
         assert last.headers["content-type"] == "image/jpeg"
         assert last.content.startswith(b"\xff\xd8")
@@ -317,7 +317,7 @@ def test_ended_stream_shows_its_reason_and_last_frame() -> None:
         )
     empty = LatestFrame()
     empty.close()
-    with make_client(screen=empty) as client:
+    with make_client(latest_frame=empty) as client:
         assert client.get("/stream").status_code == 404
     with make_client() as client:
         assert client.get("/stream/state").status_code == 404
@@ -351,9 +351,9 @@ def test_networks_read_their_own_bands(order: str, tmp_path: Path) -> None:
 
 
 def test_serve_stream_shows_the_live_page_without_a_network() -> None:
-    screen = LatestFrame()
-    screen.show(np.zeros((8, 8, 3), np.uint8))
-    with serve_stream(screen) as address:
+    latest_frame = LatestFrame()
+    latest_frame.show(np.zeros((8, 8, 3), np.uint8))
+    with serve_stream(latest_frame) as address:
         assert httpx.get(address).status_code == 200
         root = address.removesuffix("live")
         assert httpx.get(root).headers["location"] == "/live"

@@ -26,9 +26,8 @@ from overfly.evaluation.label_free_metrics import (
 )
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
-from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
+from overfly.training.evaluate import evaluate_domain, has_labels, logged_source_miou, stored_scores
 from overfly.training.run import Run
-from overfly.training.validation import logged_source_miou
 
 DEFAULT_VALIDATORS: tuple[Validator, ...] = ("consensus", "masked_miou", "views_miou", "source_miou")
 """Validators of the mean rank. The mean prediction of all candidates is usually better than any of them, and the one

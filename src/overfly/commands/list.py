@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from overfly.core.spec import Choice
 
-FILE = Path(__file__).with_name("catalog.json")
+CATALOG = Path(__file__).with_name("catalog.json")
 """The catalog of this package alone, written by ``make docs``: reading it needs no PyTorch."""
 
 
@@ -42,7 +42,7 @@ def list_kinds() -> Catalog:
 
     if entry_points(group="overfly.plugins"):
         return build_catalog()
-    return Catalog(json.loads(FILE.read_text(encoding="utf-8")))
+    return Catalog(json.loads(CATALOG.read_text(encoding="utf-8")))
 
 
 def build_catalog() -> Catalog:

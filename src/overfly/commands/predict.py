@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from overfly.exporting.predictor import Predictor
-    from overfly.raster.job import MapSettings
+    from overfly.raster.manifest import MapSettings
     from overfly.raster.map_raster import MapResult
 
-LISTED = 12
+MAX_LISTED = 12
 """Maps that the summary lists; more are counted."""
 
 
@@ -89,8 +89,8 @@ def predict(
         The maps, and the failed rasters. The command's exit status is 1 if one of several rasters failed.
     """
     from overfly.commands.load_predictor import load_predictor
-    from overfly.raster.fleet import check_distinct_outputs, list_rasters
-    from overfly.raster.job import MapSettings, output_files
+    from overfly.raster.manifest import MapSettings, output_files
+    from overfly.raster.parallel import check_distinct_outputs, list_rasters
 
     check_bounds(
         {"window": (window or 32, 32, MAX_SIDE), "batch": (batch, 1, 4096), "min-area": (min_area, 1, 10**9)}
@@ -103,17 +103,17 @@ def predict(
         probabilities=probabilities, uncertainty=uncertainty, polygons=polygons, min_area=min_area,
         overwrite=overwrite,
     )  # fmt: skip
-    jobs = list_rasters([str(raster) for raster in rasters], Path(out))
-    check_distinct_outputs({source: output_files(path, settings).values() for source, path in jobs.items()})
+    outputs = list_rasters([str(raster) for raster in rasters], Path(out))
+    check_distinct_outputs({source: output_files(path, settings).values() for source, path in outputs.items()})
     digest = network_digest(Path(network))
     if workers or scheduler is not None:
         opener = partial(load_predictor, Path(network).absolute(), backend=backend, device=device)
-        return _map_in_parallel(opener, jobs, settings, digest, workers, scheduler, quiet=quiet)
-    return _map_in_turn(predictor, jobs, settings, digest, quiet=quiet)
+        return _map_in_parallel(opener, outputs, settings, digest, workers, scheduler, quiet=quiet)
+    return _map_in_turn(predictor, outputs, settings, digest, quiet=quiet)
 
 
 def _map_in_turn(
-    predictor: Predictor, jobs: Mapping[str, Path], settings: MapSettings, digest: str, *, quiet: bool
+    predictor: Predictor, outputs: Mapping[str, Path], settings: MapSettings, digest: str, *, quiet: bool
 ) -> PredictResult:
     """Map one raster after the other; the error of a single raster is raised."""
     from overfly.core.progress import Progress, print_status
@@ -122,12 +122,12 @@ def _map_in_turn(
     maps: list[MapResult] = []
     failures: dict[str, str] = {}
     with Progress("rows of windows", quiet=quiet) as progress:
-        for source, path in jobs.items():
+        for source, path in outputs.items():
             on_progress = partial(progress.update, source)
             try:
                 maps.append(map_raster(predictor, source, path, settings, network=digest, on_progress=on_progress))
             except OverflyError as error:
-                if len(jobs) == 1:
+                if len(outputs) == 1:
                     raise
                 failures[source] = str(error)
                 print_status(f"failed: {error}", quiet=quiet)
@@ -135,23 +135,23 @@ def _map_in_turn(
 
 
 def _map_in_parallel(  # noqa: PLR0917  (as given)
-    opener: partial[Predictor], jobs: Mapping[str, Path], settings: MapSettings, digest: str, workers: int,
+    opener: partial[Predictor], outputs: Mapping[str, Path], settings: MapSettings, digest: str, workers: int,
     scheduler: str | None, *, quiet: bool,
 ) -> PredictResult:  # fmt: skip
     """Share rasters among processes or machines, which need absolute paths."""
     from overfly.core.progress import Progress, print_status
-    from overfly.raster.fleet import map_rasters
+    from overfly.raster.parallel import map_rasters
 
     absolute = {
-        source if "://" in source else str(Path(source).absolute()): path.absolute() for source, path in jobs.items()
+        source if "://" in source else str(Path(source).absolute()): path.absolute() for source, path in outputs.items()
     }
     finished: list[str] = []
     with Progress("rasters", quiet=quiet) as progress:
-        progress.update("maps", 0, len(jobs))
+        progress.update("maps", 0, len(outputs))
 
         def on_progress(source: str, result: MapResult | str) -> None:
             finished.append(source)
-            progress.update("maps", len(finished), len(jobs))
+            progress.update("maps", len(finished), len(outputs))
             if isinstance(result, str):
                 print_status(f"failed: {_failure(source, result)}", quiet=quiet)
 
@@ -217,9 +217,9 @@ def _one_map(result: MapResult) -> Iterator[str | Table]:
 
 
 def _many_maps(maps: Sequence[MapResult]) -> Iterator[str]:
-    for result in maps[:LISTED]:
+    for result in maps[:MAX_LISTED]:
         yield f"{'written' if result.created else 'exists already'}: {result.out}"
-    if len(maps) > LISTED:
-        yield f"… and {len(maps) - LISTED} more in {maps[0].out.parent}"
+    if len(maps) > MAX_LISTED:
+        yield f"… and {len(maps) - MAX_LISTED} more in {maps[0].out.parent}"
     existing = sum(not result.created for result in maps)
     yield f"maps: {len(maps)}, {existing} of them existed already; {sum(result.windows for result in maps)} windows"

@@ -53,7 +53,7 @@ COLUMNS = {
     "expected": "expected mIoU",
 }  # fmt: skip
 """Column headings of the validators, in order."""
-WIDE = 120
+WIDE_TERMINAL = 120
 """Width of a terminal, in characters, from which all metrics are in one table."""
 
 
@@ -61,7 +61,7 @@ def _candidates_tables(candidates: Sequence[Candidate], validators: Sequence[str
     """Tables of the metrics; in a narrow terminal the ranking validators and the others are apart."""
     metrics = [each.metrics.by_validator() for each in candidates]
     shown = [name for name in COLUMNS if any(values.get(name) is not None for values in metrics)]
-    if width >= WIDE:
+    if width >= WIDE_TERMINAL:
         yield _candidates_table(candidates, shown, validators, "label-free metrics in percent, higher is better")
         return
     ranking = [name for name in shown if name in validators]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from overfly.web.service import ServedNetwork
 
 MAX_REASONS = 3
-"""Scenes left out, of which the reason is printed."""
+"""Unreadable scenes whose reason is printed; more are counted."""
 
 
 def serve(
@@ -81,9 +81,12 @@ def serve(
     limits = Limits(upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue)
     served = served_networks(networks, backend, device)
     images = _list_scenes([Path(scene) for scene in scenes or ()], limits.pixels)
-    with live_stream(watch, served[0].load, watch_size) as screen, contextlib.closing(server.bind(host, port)) as bound:
-        app = server.application(served, limits=limits, token=token, screen=screen, scenes=images)
-        address: str = server.url_of(bound)
+    with (
+        live_stream(watch, served[0].load, watch_size) as latest_frame,
+        contextlib.closing(server.bind(host, port)) as bound,
+    ):
+        app = server.application(served, limits=limits, token=token, latest_frame=latest_frame, scenes=images)
+        address: str = server.socket_url(bound)
         print(f"overfly: {len(served)} network(s) at {address}; Ctrl-C stops it", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(app, bound, limits)
@@ -94,11 +97,11 @@ def serve(
 def live_stream(
     source: str | None, load: Callable[[], Predictor], size: int | None = None
 ) -> Iterator[LatestFrame | None]:
-    """Process a stream in a thread while the context lasts; yields the holder of its newest overlay.
+    """Process a stream in a thread while the context lasts; yield the object that holds its newest overlay.
 
     Args:
         source: as in `overfly watch`; None: no stream.
-        load: loads a network for the stream alone.
+        load: loads the network of the stream.
         size: longest side in pixels to which frames are shrunk for the network.
 
     Raises:
@@ -112,13 +115,13 @@ def live_stream(
     from overfly.video.capture import open_stream
     from overfly.video.overlay import OverlayRenderer, OverlayStyle
 
-    screen, stop = player.LatestFrame(), threading.Event()
+    latest_frame, stop = player.LatestFrame(), threading.Event()
 
     def process(stream: VideoStream) -> None:
         ended = public = player.INTERNAL_ERROR
         try:
             summary = player.process_stream(
-                renderer, stream.frames, [screen.show], live=stream.live, realtime=not stream.live, stop=stop
+                renderer, stream.frames, [latest_frame.show], live=stream.live, realtime=not stream.live, stop=stop
             )
             ended = public = player.end_message(summary, stream.errors.ended)
         except OverflyError as error:
@@ -126,17 +129,17 @@ def live_stream(
         finally:
             if not stop.is_set():
                 print(f"overfly: the stream has ended: {ended}", file=sys.stderr, flush=True)
-            screen.close(public)
+            latest_frame.close(public)
 
     with open_stream(source) as opened:
         renderer = OverlayRenderer(load(), OverlayStyle(size=size))
         thread = threading.Thread(target=process, args=(opened,), name="overfly-watch", daemon=True)
         thread.start()
         try:
-            yield screen
+            yield latest_frame
         finally:
             stop.set()
-            screen.close()
+            latest_frame.close()
             thread.join(10)
 
 
@@ -161,9 +164,8 @@ def served_networks(
                 about = {"model": predictor.metadata.architecture, "folder": path.resolve().parent.name}
                 about |= dict(zip(("format", "precision"), predictor.export or (), strict=False))
                 about["runtime"] = predictor.backend
-                result[path.resolve()] = ServedNetwork(
-                    str(len(result)), path.name, partial(_return, predictor), None, about
-                )
+                load = partial(lambda loaded: loaded, predictor)
+                result[path.resolve()] = ServedNetwork(str(len(result)), path.name, load, None, about)
             continue
         folders = [path] if is_comparison(path) else [run.path for run in find_runs([path]) if run.finished]
         if not folders:
@@ -177,10 +179,6 @@ def served_networks(
                 result[folder.resolve()] = ServedNetwork(str(len(result)), title, load, run, about)
     _make_titles_unique(result)
     return list(result.values())
-
-
-def _return(predictor: Predictor) -> Predictor:
-    return predictor
 
 
 def _describe(run: Run) -> dict[str, str]:
@@ -230,7 +228,7 @@ def _check_token(host: str, token: str | None) -> str | None:
 
 
 def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
-    """Return the images among some files and folders; those that cannot be read are named on stderr.
+    """List the images of files and folders; print the names of unreadable ones to stderr.
 
     Raises:
         DataError: a path does not exist.

@@ -29,7 +29,7 @@ from overfly.exporting.predictor import (
     ModelMetadata,
     Predictor,
     metadata_entries,
-    resized,
+    resizing_predictor,
     segmenter_predictor,
 )
 from overfly.exporting.quantize import RANGES, Ranges, quantize_onnx, quantize_openvino
@@ -116,14 +116,14 @@ def export(
         raise RecipeError("precision int8 needs format onnx or openvino, got torch; set --format, or --precision 16")
     final = folder / f"{name}{SUFFIXES[settings.format]}"
     with contextlib.ExitStack() as stack:
-        with readable_disk_errors(final):
+        with convert_os_errors(final):
             folder.mkdir(parents=True, exist_ok=True)
             work = stack.enter_context(temporary_path(final, folder=True))
             on_progress(f"writing {final.name}")
             file = _write(segmenter, metadata, settings, data, work / final.name)
         on_progress(f"comparing it with PyTorch on {len(data.images)} images of {data.title}")
         report = _measure(file, segmenter, metadata, settings, data)
-        with readable_disk_errors(final):
+        with convert_os_errors(final):
             _raise_if_different(report, folder / f"{name}.failed.json")
             values = json.loads(report.model_dump_json())
             (work / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -182,7 +182,7 @@ def _quantize(
 def _reference(segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings) -> Predictor:
     """Return the network in PyTorch, float32, before batch normalization is folded."""
     reference = segmenter_predictor(segmenter, metadata)
-    return reference if settings.resize is None else resized(reference, settings.resize)
+    return reference if settings.resize is None else resizing_predictor(reference, settings.resize)
 
 
 def _measure(
@@ -244,7 +244,7 @@ def _raise_if_different(report: ExportReport, failed: Path) -> None:
 
 
 @contextlib.contextmanager
-def readable_disk_errors(path: Path) -> Iterator[None]:
+def convert_os_errors(path: Path) -> Iterator[None]:
     """Turn errors of the disk into an `OverflyError` that names the file."""
     try:
         yield

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from overfly.core.errors import OverflyError, import_extra
-from overfly.exporting.graph import LEAST_SIDE, ExportModule
+from overfly.exporting.graph import MIN_SIDE, ExportModule
 from overfly.exporting.predictor import ModelMetadata
 from overfly.exporting.runtimes import antialias_resize, openvino, openvino_core
 from overfly.models.checkpoints import first_line
@@ -121,7 +121,7 @@ def save_openvino(model: Any, path: Path, properties: Mapping[str, str], *, half
 def _example_image(module: ExportModule) -> Tensor:
     """Return an image to trace a graph with."""
     generator = torch.Generator().manual_seed(0)
-    side = LEAST_SIDE if module.dtype == torch.float16 else 96  # float16 convolutions are slow on a CPU
+    side = MIN_SIDE if module.dtype == torch.float16 else 96  # float16 convolutions are slow on a CPU
     return torch.rand(1, module.bands, *(module.fixed or (side, side)), generator=generator) * 255
 
 

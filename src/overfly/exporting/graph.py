@@ -16,7 +16,7 @@ from overfly.core.choices import ExportOutput
 from overfly.models.network import Network
 from overfly.models.segmenter import Segmenter
 
-LEAST_SIDE = 32
+MIN_SIDE = 32
 """Least side of an image that a graph of any size accepts, in pixels."""
 
 

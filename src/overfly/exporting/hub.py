@@ -13,11 +13,11 @@ from typing import Any
 
 from overfly.core.atomic_files import temporary_path
 from overfly.core.errors import DownloadError, WeightsError, import_extra
-from overfly.exporting.exporter import SUFFIXES, ExportReport, readable_disk_errors
+from overfly.exporting.exporter import SUFFIXES, ExportReport, convert_os_errors
 from overfly.exporting.torch_program import clean_archive
 from overfly.models.checkpoints import check_digest, first_line
 
-PAGE = "README.md"
+CARD_FILE = "README.md"
 """Name of the model card in a repository."""
 TAGS = ["semantic-segmentation", "remote-sensing", "aerial-imagery"]
 
@@ -107,12 +107,12 @@ def _score_lines(content: CardContent) -> list[str]:
         f"|---|{'---|' * len(content.scores)}",
     ]
     for name in names:
-        cells = [_mean([each.get(name) for each in by_seed.values()]) for by_seed in content.scores.values()]
+        cells = [_format_mean([each.get(name) for each in by_seed.values()]) for by_seed in content.scores.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def _mean(values: Sequence[float | None]) -> str:
+def _format_mean(values: Sequence[float | None]) -> str:
     percent = [100 * value for value in values if value is not None]
     if len(percent) < 2:
         return f"{percent[0]:.1f}" if percent else "–"
@@ -164,12 +164,12 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
     if export.suffix not in SUFFIXES.values() or not export.is_file():
         raise WeightsError(f"{export} is not an exported file; give a .onnx, .xml or .pt2 that `overfly export` wrote")
     check_export(export)
-    package = _package()
+    package = _huggingface_hub()
     card = export.with_suffix(".md")
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {export.stem}\n"
     data = package.ModelCardData(library_name="overfly", pipeline_tag="image-segmentation", tags=TAGS)
     with tempfile.TemporaryDirectory() as folder:
-        package.ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / PAGE)
+        package.ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / CARD_FILE)
         for part in (export, export.with_suffix(".bin"), export.with_suffix(".json")):
             if part.is_file():
                 (Path(folder) / part.name).symlink_to(part.resolve())
@@ -203,9 +203,9 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
         DownloadError: there is no such repository, it holds no export, or another file of the same name exists.
         WeightsError: an export does not match its .json, or could run code.
     """
-    package = _package()
+    package = _huggingface_hub()
     patterns = [f"*{suffix}" for suffix in (*SUFFIXES.values(), ".bin", ".json", ".md")]
-    with readable_disk_errors(out):
+    with convert_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_path(out, folder=True) as folder:
             try:
@@ -230,9 +230,9 @@ def _move_exports(folder: Path, out: Path, repository: str) -> list[Path]:
         check_export(export)
         if export.suffix == ".pt2":
             clean_archive(export)
-    page = folder / PAGE
+    page = folder / CARD_FILE
     if page.is_file() and len(exports) == 1:
-        package = _package()
+        package = _huggingface_hub()
         exports[0].with_suffix(".md").write_text(package.ModelCard.load(page).text, encoding="utf-8")
     beside = [export.with_suffix(suffix) for export in exports for suffix in (".bin", ".json", ".md")]
     parts = [*exports, *(part for part in beside if part.is_file())]
@@ -267,5 +267,5 @@ def check_export(export: Path) -> None:
     check_digest(export, digest)
 
 
-def _package() -> Any:
+def _huggingface_hub() -> Any:
     return import_extra("huggingface_hub", "hub", "a model hub")

@@ -186,7 +186,7 @@ def segmenter_predictor(segmenter: Segmenter, metadata: ModelMetadata, device: t
     return Predictor(metadata, "torch", str(device), run)
 
 
-def resized(predictor: Predictor, side: int) -> Predictor:
+def resizing_predictor(predictor: Predictor, side: int) -> Predictor:
     """Return a predictor that resizes images to a square, and its class scores back to the images' size.
 
     Args:

@@ -23,13 +23,13 @@ import torch
 from torch.utils._pytree import tree_structure, treespec_dumps
 
 from overfly.core.errors import OverflyError, WeightsError
-from overfly.exporting.graph import LEAST_SIDE, ExportModule
+from overfly.exporting.graph import MIN_SIDE, ExportModule
 from overfly.exporting.predictor import EXPORT_KEY, MODEL_KEY
 from overfly.models.checkpoints import first_line
 
-TRACED = (1280, 1408)
+TRACE_SIZE = (1280, 1408)
 """Image size that programs of any size are traced with: large enough that no feature map has one pixel."""
-PARTS = re.compile(
+ARCHIVE_PARTS = re.compile(
     r"archive/(archive_format|archive_version|byteorder|\.data/(serialization_id|version)"
     r"|models/\w+\.json|data/(weights|constants)/\w+\.json|data/weights/weight_\d+|data/constants/tensor_\d+"
     r"|data/sample_inputs/\w+\.pt|extra/\w+)"
@@ -47,7 +47,7 @@ SCALAR_OPERATORS = re.compile(
     r"_operator\.(add|sub|mul|floordiv|mod|neg|ge|gt|le|lt|eq|ne)|torch\.sym_(max|min|not|int|float)"
 )
 """Operators on sizes."""
-TREES = frozenset(treespec_dumps(tree_structure(tree)) for tree in (((0,), dict[str, int]()), 0))
+TREE_SPECS = frozenset(treespec_dumps(tree_structure(tree)) for tree in (((0,), dict[str, int]()), 0))
 """Structures of input and output: one image, one tensor. PyTorch imports modules that other structures name."""
 FORBIDDEN = frozenset({"guards_code", "use_pickle", "as_graph", "as_custom_obj", "as_operator"})
 """Keys whose values PyTorch executes or unpickles; they are false or empty in our exports."""
@@ -65,7 +65,7 @@ def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str])
         OverflyError: the network cannot be traced.
         WeightsError: `clean_archive` refuses the program.
     """
-    program = _traced(module)
+    program = _trace(module)
     program._example_inputs = None  # an image of noise, as large as all the weights
     archive = io.BytesIO()  # PyTorch's own writer ends the process on a full disk
     with _quiet():
@@ -74,13 +74,13 @@ def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str])
     return path
 
 
-def _traced(module: ExportModule) -> Any:
+def _trace(module: ExportModule) -> Any:
     import torch.fx.experimental._config as shapes
 
     dim = torch.export.Dim
     batch = {0: dim("batch", min=1)}
-    sides = {} if module.fixed else {2: dim("height", min=LEAST_SIDE), 3: dim("width", min=LEAST_SIDE)}
-    image = torch.zeros(2, module.bands, *(module.fixed or TRACED))
+    sides = {} if module.fixed else {2: dim("height", min=MIN_SIDE), 3: dim("width", min=MIN_SIDE)}
+    image = torch.zeros(2, module.bands, *(module.fixed or TRACE_SIZE))
     try:
         # a feature map with a side of one pixel is no special case: bilinear resizing takes it as any other
         with warnings.catch_warnings(), shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ def _traced(module: ExportModule) -> Any:
         ) from error
 
 
-class _ForeignContentError(Exception):
+class DisallowedContentError(Exception):
     """An archive holds content that exports of overfly never hold."""
 
 
@@ -109,8 +109,8 @@ def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
         WeightsError: the file is damaged, or holds content that exports of overfly never hold.
     """
     try:
-        return _copied_archive(archive or path)
-    except _ForeignContentError as error:
+        return _copy_allowed_parts(archive or path)
+    except DisallowedContentError as error:
         raise WeightsError(
             f"{path} holds {error}, which overfly does not export and which could run code, so it was refused; export "
             "the run again with `overfly export`"
@@ -119,22 +119,22 @@ def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
         raise WeightsError(f"{path} is damaged or not a .pt2 file ({first_line(error)}); export it again") from error
 
 
-def _copied_archive(archive: io.BytesIO | Path) -> io.BytesIO:
-    """Copy the parts of an archive that `PARTS` names; other parts are refused."""
+def _copy_allowed_parts(archive: io.BytesIO | Path) -> io.BytesIO:
+    """Copy the parts of an archive that `ARCHIVE_PARTS` names; other parts are refused."""
     cleaned = io.BytesIO()
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(cleaned, "w") as target:
         seen = set()
         for part in source.infolist():
             name = part.filename
-            if not PARTS.fullmatch(name) or name.lower() in seen or part.compress_type != zipfile.ZIP_STORED:
-                raise _ForeignContentError(f"the part {name!r}")
+            if not ARCHIVE_PARTS.fullmatch(name) or name.lower() in seen or part.compress_type != zipfile.ZIP_STORED:
+                raise DisallowedContentError(f"the part {name!r}")
             seen.add(name.lower())  # PyTorch looks names up without regard to case
             if name.endswith(".pt") and part.file_size:
-                raise _ForeignContentError(f"pickled inputs in {name!r}")
+                raise DisallowedContentError(f"pickled inputs in {name!r}")
             if name.endswith(".json"):
                 if part.file_size > MAX_JSON:
-                    raise _ForeignContentError(f"the part {name!r} of {part.file_size} bytes")
-                content = json.dumps(_cleaned(json.loads(source.read(part)))).encode()
+                    raise DisallowedContentError(f"the part {name!r} of {part.file_size} bytes")
+                content = json.dumps(_clean_json(json.loads(source.read(part)))).encode()
             else:
                 content = source.read(part)
             target.writestr(zipfile.ZipInfo(name), content)
@@ -142,21 +142,21 @@ def _copied_archive(archive: io.BytesIO | Path) -> io.BytesIO:
     return cleaned
 
 
-def _cleaned(value: Any, key: str = "") -> Any:
+def _clean_json(value: Any, key: str = "") -> Any:
     """Return a JSON value without the metadata of nodes; strings, keys and objects of no export are refused."""
     if key in FORBIDDEN and value:
-        raise _ForeignContentError(f"{key} {str(value)[:60]!r}")
+        raise DisallowedContentError(f"{key} {str(value)[:60]!r}")
     if key == "metadata":
         return {}
     if isinstance(value, dict):
         for inner in value:
             if not NAME.fullmatch(inner):
-                raise _ForeignContentError(f"the key {inner[:60]!r}")
-        return {inner: _cleaned(item, inner) for inner, item in value.items()}
+                raise DisallowedContentError(f"the key {inner[:60]!r}")
+        return {inner: _clean_json(item, inner) for inner, item in value.items()}
     if isinstance(value, list):
-        return [_cleaned(item, key) for item in value]
+        return [_clean_json(item, key) for item in value]
     if isinstance(value, str) and not _is_allowed(key, value):
-        raise _ForeignContentError(f"{key} {value[:60]!r}")
+        raise DisallowedContentError(f"{key} {value[:60]!r}")
     return value
 
 
@@ -170,7 +170,7 @@ def _is_allowed(key: str, text: str) -> bool:
     if key == "target":
         return SCALAR_OPERATORS.fullmatch(text) is not None or _is_tensor_operator(text)
     if key in ("in_spec", "out_spec"):
-        return text in TREES
+        return text in TREE_SPECS
     return key == "torch_version" or NAME.fullmatch(text) is not None
 
 

@@ -15,7 +15,7 @@ from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeE
 from overfly.core.prefetch import background, prefetch
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.raster import writer
-from overfly.raster.job import (
+from overfly.raster.manifest import (
     Kind,
     MapSettings,
     check_outputs,
@@ -26,7 +26,7 @@ from overfly.raster.job import (
     output_files,
 )
 from overfly.raster.polygons import write_polygons
-from overfly.raster.raster_source import RasterSource, inspect_raster, scale_to
+from overfly.raster.raster_source import RasterSource, inspect_raster, resampling_factors
 from overfly.raster.tiling import MEMORY, Blend, TilingPlan, plan_windows, scaled
 from overfly.raster.window_reader import FinishedRows, WindowBatch, read_windows
 from overfly.raster.writer import UnfinishedMap, UnwrittenError, write_cog
@@ -120,7 +120,7 @@ def map_raster(
     files = output_files(out, settings)
     check_outputs(raster, out, files)
     if map_exists(out, files, manifest, settings):
-        writer.discard_leftovers(out, manifest)
+        writer.discard_stale(out, manifest)
         return MapResult(source, out, list(files.values()), created=False)
     plan = plan_raster(raster, predictor.metadata, settings, memory)
     notes = _notes(raster, predictor.metadata, settings)
@@ -153,7 +153,7 @@ def plan_raster(source: RasterSource, metadata: ModelMetadata, settings: MapSett
     size = settings.window or metadata.window
     if metadata.fixed and size != metadata.window:
         raise RecipeError(f"--window must be {metadata.window}, the fixed window of this network, got {size}")
-    scale = scale_to(source, settings.resolution)
+    scale = resampling_factors(source, settings.resolution)
     if source.gsd is not None and max(scale) > MAX_SCALE:
         raise DataError(
             f"{source.source} has pixels of {max(source.gsd):.3g} m, and --resolution {settings.resolution:.3g} would "
@@ -254,7 +254,7 @@ def _row_writer(
     plan, rows, unfinished = job.plan, len(job.plan.tops), job.unfinished
     blends: dict[int, Blend] = {}
 
-    def blend_of(strip: int) -> Blend:
+    def get_blend(strip: int) -> Blend:
         if strip not in blends:
             blends.clear()
             finished = plan.finished(min(max(job.done - strip * rows, 0), rows) - 1)
@@ -267,9 +267,9 @@ def _row_writer(
             if not np.isfinite(probabilities.sum()):
                 raise _not_finite(job, batch, probabilities)
             for window, scores in zip(batch.windows, probabilities, strict=True):
-                blend_of(batch.strip).add(scores, window)
+                get_blend(batch.strip).add(scores, window)
             return
-        blend = blend_of(item.strip)
+        blend = get_blend(item.strip)
         sums = blend.read(item.first, item.last)
         if item.first < item.last:
             for product in unfinished.products:

@@ -172,7 +172,7 @@ def georeference(dataset: Any) -> Georeference:
     )
 
 
-def scale_to(source: RasterSource, resolution: float | None) -> tuple[float, float]:
+def resampling_factors(source: RasterSource, resolution: float | None) -> tuple[float, float]:
     """Resampling factor (y, x) from the raster's pixels to pixels of ``resolution`` meters; (1, 1) without one."""
     if resolution is None:
         return 1.0, 1.0

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, UInt8
-from overfly.raster.job import TAG, Manifest, Product, equal_json, is_begun, unfinished_folder
+from overfly.raster.manifest import TAG, Manifest, Product, equal_json, is_unfinished, unfinished_folder
 from overfly.raster.raster_source import CACHE, Georeference
 
 BLOCK = 512
@@ -329,10 +329,10 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def discard_leftovers(out: Path, manifest: Manifest) -> None:
+def discard_stale(out: Path, manifest: Manifest) -> None:
     """Delete the unfinished map that a killed process left beside a finished one; keep those of other manifests."""
     folder = unfinished_folder(out)
-    if folder.is_dir() and (not (folder / "progress.json").exists() or is_begun(out, manifest)):
+    if folder.is_dir() and (not (folder / "progress.json").exists() or is_unfinished(out, manifest)):
         with suppress(DataError), lock_unfinished(out) as locked:
             discard(locked)
 

@@ -33,9 +33,9 @@ Points = dict[str, list[tuple[int, float]]]
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Colors that the color-blind can tell apart, visible on white and on black (Okabe and Ito, 2008)."""
 DASHES = ("-", (0, (5, 3)), (0, (2, 2)))
-INK, PAPER, LINE = "#010101", "#fefefe", "#d9dce1"
+FOREGROUND, BACKGROUND, GRID_COLOR = "#010101", "#fefefe", "#d9dce1"
 """Colors that the page replaces by its own, in light and in dark."""
-VARIABLES = {INK: "var(--ink)", PAPER: "var(--paper)", LINE: "var(--line)"}
+VARIABLES = {FOREGROUND: "var(--ink)", BACKGROUND: "var(--paper)", GRID_COLOR: "var(--line)"}
 WIDTH = 360
 """Width of an SVG in points: about that of a phone, so that its text has its nominal size there."""
 MAX_POINTS = 240
@@ -47,7 +47,7 @@ PREFERRED = 8
 """Colors at the front of the palette that suffice for up to 8 classes."""
 GRAY = 0.15
 """Saturation below which a color has no hue."""
-LIGHT, DARK = 254, 255
+HATCH_LIGHT, HATCH_DARK = 254, 255
 """Palette entries of the two grays that stripe pixels without a class."""
 
 
@@ -76,11 +76,11 @@ def bars(entries: Sequence[Bar], title: str) -> Markup:
         axes.text(0, row - 0.25, _shorten(bar.name, 38), va="bottom", fontsize=11, transform=across)
         axes.text(1, row - 0.25, length, va="bottom", ha="right", fontsize=11, fontweight="bold", transform=across)
         values = [value for value in bar.values if value is not None]
-        axes.plot(values, [row] * len(values), "o", mfc=PAPER, mec=INK, markersize=6, clip_on=False)
+        axes.plot(values, [row] * len(values), "o", mfc=BACKGROUND, mec=FOREGROUND, markersize=6, clip_on=False)
     numbers = [0.0, 1.0, *(value for bar in entries for value in (bar.value, *bar.values) if value is not None)]
     axes.set(xlim=(min(numbers), max(numbers)), ylim=(len(entries) - 0.6, -0.8), yticks=[])
     axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
-    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.axvline(0, color=FOREGROUND, linewidth=0.8)
     return _svg(figure, title)
 
 
@@ -251,7 +251,7 @@ def _new_figure(height: float, *, left: float, right: float, bottom: float) -> t
     box = (left / WIDTH, bottom / total, (WIDTH - left - right) / WIDTH, height / total)
     axes = figure.add_axes(box, facecolor="none")
     axes.spines[:].set_visible(False)
-    axes.grid(axis="y" if left == 46 else "x", color=LINE, linewidth=1)
+    axes.grid(axis="y" if left == 46 else "x", color=GRID_COLOR, linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=11, which="both")
     return figure, axes
@@ -354,11 +354,11 @@ def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> by
     """
     table = np.zeros((256, 3), np.uint8)
     table[: len(classes)] = classes.colors
-    table[LIGHT], table[DARK] = HATCH
+    table[HATCH_LIGHT], table[HATCH_DARK] = HATCH
     shown = np.where(ids < len(classes), ids, IGNORE).astype(np.uint8)
     if not transparent:
         across, down = np.meshgrid(np.arange(ids.shape[1]), np.arange(ids.shape[0]))
-        shown = np.where((shown == IGNORE) & (((across + down) // 4) % 2 == 0), LIGHT, shown).astype(np.uint8)
+        shown = np.where((shown == IGNORE) & (((across + down) // 4) % 2 == 0), HATCH_LIGHT, shown).astype(np.uint8)
     image = Image.frombytes("P", (ids.shape[1], ids.shape[0]), np.ascontiguousarray(shown).tobytes())
     image.putpalette(table.tobytes())
     return _encode(image, "PNG", optimize=True, **({"transparency": IGNORE} if transparent else {}))

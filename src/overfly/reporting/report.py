@@ -35,7 +35,7 @@ from overfly.reporting.samples import SampleSet
 MAX_BYTES = 5_000_000
 SIDES = (320, 240, 180, 120, 80)
 """Longest sides of the images in pixels; the first that fits `MAX_BYTES` is used."""
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def render(report: Report) -> str:
         OverflyError: it exceeds the limit even with the smallest images.
     """
     template = environment().get_template("report.html.jinja")
-    style = Markup((HERE.parent / "web" / "static" / "look.css").read_text(encoding="utf-8"))  # noqa: S704
+    style = Markup((TEMPLATES.parent / "web" / "static" / "theme.css").read_text(encoding="utf-8"))  # noqa: S704
     shared = {
         "report": report, "columns": COLUMNS[:-1], "style": style, "gap_chart": report.gap_chart,
         "class_charts": report.class_charts,
@@ -169,7 +169,7 @@ def render(report: Report) -> str:
     )
 
 
-def environment(folder: Path = HERE) -> Environment:
+def environment(folder: Path = TEMPLATES) -> Environment:
     """Templates of a folder; every value is escaped."""
     return Environment(
         loader=FileSystemLoader(folder),

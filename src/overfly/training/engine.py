@@ -156,7 +156,7 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
     return fabric
 
 
-def fabric_for(recipe: Recipe, fabric: Fabric, config: TrainerConfig) -> Fabric:
+def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig) -> Fabric:
     """A fabric with this recipe's precision and a loss scale of its own.
 
     Raises:

@@ -122,7 +122,7 @@ class Run:
             if run.machine.get("start_sha256") != start_sha256:
                 raise RunError(f"{out} was trained from other weights than start has now; change --out")
             return run
-        for run in cls.matching(out, recipe):
+        for run in cls.find_all(out, recipe):
             if run.machine.get("start_sha256") == start_sha256:
                 return run
         try:
@@ -138,10 +138,10 @@ class Run:
     @classmethod
     def find(cls, out: Path | str, recipe: Recipe) -> Run | None:
         """The newest run of exactly this recipe below ``out``, or None."""
-        return next(cls.matching(out, recipe), None)
+        return next(cls.find_all(out, recipe), None)
 
     @classmethod
-    def matching(cls, out: Path | str, recipe: Recipe) -> Iterator[Run]:
+    def find_all(cls, out: Path | str, recipe: Recipe) -> Iterator[Run]:
         """The runs of exactly this recipe below ``out``, newest first; they may differ in their initial weights."""
         for file in sorted(Path(out).glob("*/recipe.yaml"), reverse=True):
             with contextlib.suppress(RunError):

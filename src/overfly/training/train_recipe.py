@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from overfly.core.errors import RecipeError
 from overfly.core.progress import print_status
 from overfly.recipe import Recipe
-from overfly.training.engine import TrainerConfig, fabric_for, run_on_rank_zero
+from overfly.training.engine import TrainerConfig, recipe_fabric, run_on_rank_zero
 from overfly.training.run import Run, file_sha256
 from overfly.training.setup import prepare_training
 from overfly.training.trainer import Trainer
@@ -46,7 +46,7 @@ def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfi
     if finished is not None:
         print_status(f"{finished.name}: already trained", quiet=quiet)
         return Run(finished)
-    fabric = fabric_for(recipe, fabric, config)
+    fabric = recipe_fabric(recipe, fabric, config)
     setup = prepare_training(recipe, fabric, config, start)
     run = Run(run_on_rank_zero(fabric, lambda: Run.open_or_create(out, recipe, digest).path))
     with run.lock() if fabric.is_global_zero else nullcontext():
@@ -59,7 +59,7 @@ def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfi
 
 def _finished_run(out: Path, recipe: Recipe, start_sha256: str | None) -> Path | None:
     """Folder of the finished run of a recipe in or below a folder, from these initial weights, or None."""
-    runs = [Run.open(out)] if (out / "recipe.yaml").is_file() else Run.matching(out, recipe)
+    runs = [Run.open(out)] if (out / "recipe.yaml").is_file() else Run.find_all(out, recipe)
     for run in runs:
         if run.finished and run.recipe == recipe and run.machine.get("start_sha256") == start_sha256:
             return run.path

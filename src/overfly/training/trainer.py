@@ -33,9 +33,9 @@ from overfly.training.engine import (
     effective_precision,
     optimizer_step,
 )
+from overfly.training.evaluate import Validator, log_entry
 from overfly.training.run import Run, RunLog, utc_now
 from overfly.training.setup import TrainingSetup
-from overfly.training.validation import Validator, log_entry
 
 UNREADABLE = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
@@ -62,8 +62,8 @@ class Trainer:
         parts: Any = (self.losses, *self.optimizers)
         wrapped: Any = fabric.setup(*parts) if self.optimizers else map(fabric.to_device, parts)
         self.wrapped, *self.wrapped_optimizers = wrapped
-        self.main = fabric.is_global_zero
-        tensorboard = run.path / "tensorboard" if config.tensorboard and self.main else None
+        self.is_rank_zero = fabric.is_global_zero
+        tensorboard = run.path / "tensorboard" if config.tensorboard and self.is_rank_zero else None
         self.log = RunLog(run.log.path, tensorboard)
         self.recent: list[dict[str, Tensor]] = []
         """Loss terms of the steps since the last line of the log, on the device."""
@@ -81,7 +81,7 @@ class Trainer:
                     f"{self.fabric.world_size}, which gives other weights; use the same number, or delete the folder"
                 )
         self.state["processes"] = self.fabric.world_size
-        if self.main:
+        if self.is_rank_zero:
             self.log.rewind(self.state["step"])
             machine = {"started": utc_now()} | self.run.machine
             machine |= describe_machine(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
@@ -94,21 +94,21 @@ class Trainer:
         """Take all remaining optimizer steps, with logging, validation and checkpoints."""
         if self.state["stopped"]:
             return
-        first, accumulate = self.state["step"], self.recipe.accumulate
-        quiet = self.config.quiet or not self.main
-        resumed = f", resumed after step {first}" if first else ""
+        first_step, accumulate = self.state["step"], self.recipe.accumulate
+        quiet = self.config.quiet or not self.is_rank_zero
+        resumed = f", resumed after step {first_step}" if first_step else ""
         print_status(f"training {self.run.path.name}: {self.total_steps} steps{resumed}", quiet=quiet)
-        if first > self.state["validated"] and self.validate(first):
+        if first_step > self.state["validated"] and self.validate(first_step):
             return
-        self.first, self.looped = first, time.monotonic()
+        self.first_step, self.loop_started = first_step, time.monotonic()
         loader = batch_loader(
-            self.batches, first * accumulate, self.total_steps * accumulate,
+            self.batches, first_step * accumulate, self.total_steps * accumulate,
             workers=self.config.workers, pin=self.fabric.device.type == "cuda",
         )  # fmt: skip
         batches = iter(loader)
         with Progress("steps", quiet=quiet) as progress:
-            progress.update("training", first, self.total_steps)
-            for index in range(first, self.total_steps):
+            progress.update("training", first_step, self.total_steps)
+            for index in range(first_step, self.total_steps):
                 set_learning_rate(self.optimizers, self.recipe.schedule.factor(index, self.total_steps))
                 try:
                     self.recent.append(self.train_step(index, batches))
@@ -172,9 +172,10 @@ class Trainer:
         values = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) if means else {}
         if self.optimizers:
             values["lr"] = self.recipe.optim.lr * self.recipe.schedule.factor(step - 1, self.total_steps)
-        if self.main:
+        if self.is_rank_zero:
             self.log.write(step, **values)
-        rate = (step - self.first) * self.recipe.batch * self.recipe.accumulate / (time.monotonic() - self.looped)
+        images = (step - self.first_step) * self.recipe.batch * self.recipe.accumulate
+        rate = images / (time.monotonic() - self.loop_started)
         losses = "  ".join(f"{key} {value:.3g}" for key, value in values.items())
         progress.update("training", step, self.total_steps, f"{losses}  {rate:.1f} images/s")
         self.recent.clear()
@@ -203,11 +204,11 @@ class Trainer:
 
     def fail(self, step: int, terms: str, images: str) -> NoReturn:
         """Log and raise that the loss of a step is not finite."""
-        if self.main:
+        if self.is_rank_zero:
             self.log.write(step, event="not finite", terms=terms, items=images)
-        first, last = self.state["step"] - len(self.recent) + 1, self.state["step"]
+        first_step, last = self.state["step"] - len(self.recent) + 1, self.state["step"]
         raise TrainingError(
-            f"the loss is not finite at step {step} ({terms}; images: {images}; checked steps {first} to {last}); "
+            f"the loss is not finite at step {step} ({terms}; images: {images}; checked steps {first_step} to {last}); "
             "lower optim.lr or set clip, or check these images with `overfly data check`; last good checkpoint: "
             f"{self.last_checkpoint}"
         )
@@ -242,11 +243,11 @@ class Trainer:
             self.check_losses()
             self.check_weights()
             miou = self.validator.source_miou(min(self.config.workers, 1)) if self.recipe.source else None
-            if self.main:
+            if self.is_rank_zero:
                 self.log.write(step, event="validation", source_miou=miou)
             if rule.target:
                 metrics = self.validator.target_metrics(miou)
-                if self.main and metrics is not None:
+                if self.is_rank_zero and metrics is not None:
                     self.log.write(step, event="label-free", **log_entry(metrics))
             if rule.keep_all:
                 self.save_weights(self.run.weights_at(step))
@@ -268,7 +269,7 @@ class Trainer:
     def save_weights(self, path: Path) -> None:
         """Write the network that the method deploys."""
         network = self.recipe.method.deployed(self.nets)
-        if self.main and isinstance(network, Segmenter):
+        if self.is_rank_zero and isinstance(network, Segmenter):
             network.save(path)
 
     def save(self) -> None:
@@ -289,8 +290,8 @@ class Trainer:
         Raises:
             RunError: the file cannot be written.
         """
-        self.count_time()
-        if not self.main:
+        self.add_elapsed_time()
+        if not self.is_rank_zero:
             return
         path = self.run.checkpoint
         checkpoint = {
@@ -333,13 +334,13 @@ class Trainer:
         rule = self.recipe.validation
         if not rule.every or rule.select == "last" or not self.run.weights.exists():
             self.save_weights(self.run.weights)
-        if self.main:
-            self.count_time()
+        if self.is_rank_zero:
+            self.add_elapsed_time()
             took_s = round(self.state["took_s"], 1)
             self.run.write_json("machine.json", self.run.machine | {"took_s": took_s, "finished": utc_now()})
         self.fabric.barrier()
 
-    def count_time(self) -> None:
+    def add_elapsed_time(self) -> None:
         """Add the time since the last call to the seconds of training, which checkpoints carry over interruptions."""
         now = time.monotonic()
         self.state["took_s"] += now - self.started

@@ -45,10 +45,10 @@ class SourceFrame(NamedTuple):
 
 
 class TimedFrame(NamedTuple):
-    """A frame, and when it was decoded or, if played, due (``began``, in the clock's seconds)."""
+    """A frame, and when it was decoded or, if played, due (``start``, in the clock's seconds)."""
 
     frame: SourceFrame
-    began: float
+    start: float
 
 
 class StreamSummary(Spec):
@@ -299,12 +299,12 @@ def render_frames(
     """
     latencies, lines, drawn_at = Latencies(), list[str](), float("-inf")
     read = dropped = 0
-    for frame, began in frames:
+    for frame, start in frames:
         read, dropped = (slot.read, slot.dropped) if slot else (read + 1, 0)
         if now() - drawn_at >= REFRESH:
             lines, drawn_at = StreamStats(latencies, read, dropped).lines(live=slot is not None), now()
         overlay = renderer(frame.pixels(), lines)
-        latencies.add(began, now())
+        latencies.add(start, now())
         for sink in sinks:
             sink(overlay, frame.time)
         if on_progress is not None:

@@ -17,9 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from overfly.web.service import Limits
 
 COOKIE = "overfly"
-OPEN = ("/health",)
+PUBLIC_PATHS = ("/health",)
 """Paths that need no token."""
-HEADERS = {
+SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -99,7 +99,7 @@ class AccessMiddleware:
         async def send_protected(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
+                for name, value in SECURITY_HEADERS.items():
                     headers[name] = value
                 headers.setdefault("cache-control", "no-store")
             await send(message)
@@ -111,7 +111,7 @@ class AccessMiddleware:
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD") and origin and (_netloc(origin) or None) != headers.get("host"):
             return _refuse(403, "another web site must not send requests to this server")
-        if self.token is None or scope["path"] in OPEN:
+        if self.token is None or scope["path"] in PUBLIC_PATHS:
             return None
         kind, _, token = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and _equal(token.strip(), self.token):
@@ -125,9 +125,9 @@ class AccessMiddleware:
         pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         token = next((value for name, value in pairs if name == "token"), "")
         if scope["method"] not in ("GET", "HEAD") or not _equal(token, self.token or ""):
-            answer = _refuse(401, "this server requires a token: a header Authorization: Bearer …, or /?token=… once")
-            answer.headers["www-authenticate"] = "Bearer"
-            return answer
+            response = _refuse(401, "this server requires a token: a header Authorization: Bearer …, or /?token=… once")
+            response.headers["www-authenticate"] = "Bearer"
+            return response
         query = urlencode([(name, value) for name, value in pairs if name != "token"])
         redirect = RedirectResponse("/" + scope["path"].lstrip("/\\") + (f"?{query}" if query else ""), 303)
         redirect.set_cookie(COOKIE, self.session, httponly=True, samesite="strict", secure=scope["scheme"] == "https")

@@ -23,35 +23,36 @@ METRICS = (("mIoU", "miou"), ("pixel accuracy", "accuracy"), ("boundary mIoU", "
 """Metrics of a comparison: title and attribute of `Scores`."""
 
 
-def page_router(service: InferenceService, screen: LatestFrame | None) -> APIRouter:
+def page_router(service: InferenceService, latest_frame: LatestFrame | None) -> APIRouter:
     """Routes of all pages.
 
     Args:
         service: the networks.
-        screen: holds the newest overlay of a live stream, if there is one.
+        latest_frame: newest overlay of the live stream; None without a stream.
     """
     routes = APIRouter(default_response_class=HTMLResponse)
     templates = environment(Path(__file__).parent / "templates")
 
     def page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
         text = templates.get_template(f"{name}.html.jinja").render(
-            stream=screen is not None, networks=list(service.networks.values()), **values
+            stream=latest_frame is not None, networks=list(service.networks.values()), **values
         )
         return HTMLResponse(text, status)
 
     @routes.head("/")
     @routes.get("/")
-    def start() -> Response:
+    def networks_page() -> Response:
         networks = list(service.networks.values())
         if not networks:
             return RedirectResponse("/live")
         columns = list(dict.fromkeys(name for network in networks for name in network.about))
         scenes = [path.name for path in service.scenes]
-        return page("start", columns=columns, limits=service.limits, scenes=scenes, chosen=default_pair(networks))
+        selected = default_networks(networks)
+        return page("networks", columns=columns, limits=service.limits, scenes=scenes, selected=selected)
 
     @routes.get("/map/{key}")
     def show_map(key: str) -> HTMLResponse:
-        return page("map", key=key) if service.stored_map(key) is not None else page("gone", 404)
+        return page("map", key=key) if service.stored_map(key) is not None else page("map_not_found", 404)
 
     @routes.get("/compare")
     def compare(one: Annotated[str, Query(max_length=64)], other: Annotated[str, Query(max_length=64)]) -> HTMLResponse:
@@ -62,7 +63,8 @@ def page_router(service: InferenceService, screen: LatestFrame | None) -> APIRou
 
     @routes.get("/live")
     def live() -> HTMLResponse:
-        return page("live", ended=screen is not None and screen.closed, reason=screen.ended if screen else "")
+        ended, reason = (False, "") if latest_frame is None else (latest_frame.closed, latest_frame.ended)
+        return page("live", ended=ended, reason=reason)
 
     @routes.get("/docs")
     def api() -> HTMLResponse:
@@ -71,8 +73,8 @@ def page_router(service: InferenceService, screen: LatestFrame | None) -> APIRou
     return routes
 
 
-def default_pair(networks: list[ServedNetwork]) -> tuple[str, str]:
-    """Keys of the two networks that the page selects first: the first source-only one and the last adapted one."""
+def default_networks(networks: list[ServedNetwork]) -> tuple[str, str]:
+    """Keys of the two networks that are selected by default: the first source-only and the last adapted network."""
     source_only = [network.key for network in networks if _method(network) == "source_only"]
     adapted = [network.key for network in networks if _method(network) not in ("source_only", "recalibrate", "")]
     return [*source_only, networks[0].key][0], [networks[-1].key, *adapted][-1]
@@ -83,24 +85,21 @@ def _method(network: ServedNetwork) -> str:
 
 
 def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tuple[str, list[str]]]]]:
-    """Compare two networks on every domain and split that one of them was scored on.
+    """Compare two networks on every domain and split on which either was scored.
 
     Returns:
-        For each: its name, a chart of the IoU of each class, and rows of metrics in percent.
+        Domain and split, a chart of the IoU of each class, and rows of metrics in percent.
     """
     scores = [_scores(network.run) for network in pair]
     titles = [f"{letter}: {network.title}" for letter, network in zip("AB", pair, strict=True)]
     result = []
-    for key in dict.fromkeys(key for each in scores for key in each):
-        both = [each.get(key) for each in scores]
-        names = list(dict.fromkeys(name for one in both if one is not None for name in one.classes))
-        rows = {
-            name: [one.classes[name].iou if one is not None and name in one.classes else None for one in both]
-            for name in names
-        }
+    for key in dict.fromkeys(key for by_key in scores for key in by_key):
+        both = [by_key.get(key) for by_key in scores]
+        classes = [{} if value is None else value.classes for value in both]
+        names = dict.fromkeys(name for by_name in classes for name in by_name)
+        rows = {name: [by_name[name].iou if name in by_name else None for by_name in classes] for name in names}
         metrics = [
-            (title, [percent(getattr(one, attribute) if one is not None else None, 2) for one in both])
-            for title, attribute in METRICS
+            (title, [percent(getattr(value, attribute, None), 2) for value in both]) for title, attribute in METRICS
         ]
         result.append((key, grouped_bars(rows, titles, f"IoU of each class, {key}"), metrics))
     return result

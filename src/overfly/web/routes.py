@@ -107,18 +107,18 @@ UPLOAD_PROBLEMS = _problems(400, 401, 403, 404, 408, 413, 422, 429, 503)
 MAP_PROBLEMS = _problems(401, 403, 404, 422)
 
 
-def api_router(service: InferenceService, screen: LatestFrame | None) -> APIRouter:
+def api_router(service: InferenceService, latest_frame: LatestFrame | None) -> APIRouter:
     """Routes of the API.
 
     Args:
         service: the networks; without any, routes that need one are left out.
-        screen: holds the newest overlay of a live stream, if there is one.
+        latest_frame: newest overlay of the live stream; None without a stream.
     """
     routes = APIRouter()
     if service.networks:
         _add_predict_routes(routes, service)
         _add_map_routes(routes, service)
-    _add_stream_routes(routes, screen, service.limits.viewers)
+    _add_stream_routes(routes, latest_frame, service.limits.viewers)
 
     @routes.get("/networks", responses=_problems(401, 403))
     def networks() -> list[NetworkSummary]:
@@ -237,7 +237,7 @@ def _add_map_routes(routes: APIRouter, service: InferenceService) -> None:
         return Response(tile, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
 
 
-def _add_stream_routes(routes: APIRouter, screen: LatestFrame | None, limit: int) -> None:
+def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limit: int) -> None:
     viewers = asyncio.Semaphore(limit)
 
     @routes.get(
@@ -247,24 +247,24 @@ def _add_stream_routes(routes: APIRouter, screen: LatestFrame | None, limit: int
     )
     async def stream() -> Response:
         """Stream the frames of the live stream, as an `<img>` shows them; after its end, the last frame as a JPEG."""
-        last = screen.latest() if screen is not None and screen.closed else None
+        last = latest_frame.latest() if latest_frame is not None and latest_frame.closed else None
         if last is not None:
             return Response(last.jpeg, media_type="image/jpeg", headers={"cache-control": "no-store"})
-        if screen is None or screen.closed:
+        if latest_frame is None or latest_frame.closed:
             raise HTTPException(404, NO_STREAM)
         if viewers.locked():
             raise HTTPException(429, "the stream has too many viewers; try again later", {"retry-after": "10"})
-        return StreamingResponse(_frames(screen, viewers), media_type="multipart/x-mixed-replace; boundary=frame")
+        return StreamingResponse(_frames(latest_frame, viewers), media_type="multipart/x-mixed-replace; boundary=frame")
 
     @routes.get("/stream/state", responses=_problems(401, 403, 404))
     def state() -> StreamState:
         """Return whether the live stream runs, its number of frames, and the reason of its end."""
-        if screen is None:
+        if latest_frame is None:
             raise HTTPException(404, NO_STREAM)
-        return StreamState(live=not screen.closed, frames=screen.number, ended=screen.ended)
+        return StreamState(live=not latest_frame.closed, frames=latest_frame.number, ended=latest_frame.ended)
 
 
-async def _frames(screen: LatestFrame, viewers: asyncio.Semaphore) -> AsyncIterator[bytes]:
+async def _frames(latest_frame: LatestFrame, viewers: asyncio.Semaphore) -> AsyncIterator[bytes]:
     """Frames as parts of a multipart response, without holding a thread in between.
 
     The boundary follows each frame at once, because browsers display a frame when they receive it.
@@ -272,9 +272,9 @@ async def _frames(screen: LatestFrame, viewers: asyncio.Semaphore) -> AsyncItera
     async with viewers:
         last, sent = 0, time.monotonic()
         yield b"--frame\r\n"
-        while not screen.closed:
+        while not latest_frame.closed:
             resend = time.monotonic() - sent > RESEND_SECONDS
-            frame = await asyncio.to_thread(screen.latest) if resend or screen.number > last else None
+            frame = await asyncio.to_thread(latest_frame.latest) if resend or latest_frame.number > last else None
             if frame is None:
                 await asyncio.sleep(0.01)
                 continue

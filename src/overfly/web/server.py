@@ -1,4 +1,4 @@
-"""The web server: the application put together, and served in this process or in a thread of it."""
+"""Build the web application, and serve it in this process or in a background thread."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from overfly.web.service import InferenceService, Limits, RequestTimeoutError, S
 
 STATIC = Path(__file__).parent / "static"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-PARTS = {"body": "form field", "query": "parameter", "path": "part of the address", "header": "header"}
+REQUEST_PARTS = {"body": "form field", "query": "parameter", "path": "part of the address", "header": "header"}
 DESCRIPTION = """
 Semantic segmentation of aerial imagery. Send an image to **/predict** for its map. Errors are JSON with a message under
 `detail`.
@@ -41,16 +41,16 @@ def application(
     *,
     limits: Limits | None = None,
     token: str | None = None,
-    screen: LatestFrame | None = None,
+    latest_frame: LatestFrame | None = None,
     scenes: Sequence[Path] = (),
 ) -> FastAPI:
     """Build the server as an ASGI application.
 
     Args:
-        networks: the networks to serve, the first is the default; without any, only the stream's pages are served.
-        limits: bounds; None: the defaults of `Limits`.
-        token: required from clients; None: the server answers to the names 127.0.0.1 and localhost alone.
-        screen: holds the newest overlay of a live stream, if there is one.
+        networks: the networks to serve, the default first; if empty, only the pages of the stream are served.
+        limits: limits of requests; None: the defaults of `Limits`.
+        token: required from clients; None: only the host names 127.0.0.1 and localhost are accepted.
+        latest_frame: newest overlay of the live stream; None without a stream.
         scenes: images on this machine that the page lists.
     """
     limits = limits or Limits()
@@ -66,8 +66,8 @@ def application(
         title="overfly", version=version("overfly"), description=DESCRIPTION, docs_url=None, redoc_url=None,
         lifespan=lifespan,
     )  # fmt: skip
-    app.include_router(api_router(service, screen), tags=["api"])
-    app.include_router(page_router(service, screen), include_in_schema=False)
+    app.include_router(api_router(service, latest_frame), tags=["api"])
+    app.include_router(page_router(service, latest_frame), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(OverflyError, _handle_error)
     app.add_exception_handler(RequestValidationError, _handle_invalid_request)
@@ -95,7 +95,7 @@ async def _handle_invalid_request(request: Request, error: Exception) -> JSONRes
     problems = []
     for each in error.errors() if isinstance(error, RequestValidationError) else ():
         part, *names = [str(name) for name in each["loc"]]
-        field = f"the {PARTS.get(part, part)} {'.'.join(names)}" if names else f"the request's {part}"
+        field = f"the {REQUEST_PARTS.get(part, part)} {'.'.join(names)}" if names else f"the request's {part}"
         message = "missing" if each["type"] == "missing" else f"invalid ({each['msg'][:1].lower()}{each['msg'][1:]})"
         problems.append(f"{field} is {message}")
     return JSONResponse({"detail": f"{' and '.join(problems)}; /docs describes what a request needs"}, 422)
@@ -120,7 +120,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def url_of(bound: socket.socket) -> str:
+def socket_url(bound: socket.socket) -> str:
     """Return the address of a bound socket for a browser."""
     host, port = bound.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
@@ -136,15 +136,11 @@ def run(app: FastAPI, bound: socket.socket, limits: Limits | None = None) -> Non
     _server(app, limits).run(sockets=[bound])
 
 
-class Running:
-    """A server in a thread of this process.
-
-    Attributes:
-        address: of the first page.
-    """
+class BackgroundServer:
+    """A server in a thread of this process; ``address`` is the URL of its first page."""
 
     def __init__(self, app: FastAPI, bound: socket.socket) -> None:
-        self.address = url_of(bound)
+        self.address = socket_url(bound)
         self._socket = bound
         self._server = _server(app)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -165,25 +161,26 @@ class Running:
         self._socket.close()
 
 
-def start(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Running:
+def start(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> BackgroundServer:
     """Serve in a thread; port 0 takes a free port."""
-    return Running(app, bind(host, port))
+    return BackgroundServer(app, bind(host, port))
 
 
 @contextmanager
-def serve_stream(screen: LatestFrame, port: int = 0) -> Iterator[str]:
+def serve_stream(latest_frame: LatestFrame, port: int = 0) -> Iterator[str]:
     """Serve the live page of a stream on 127.0.0.1, without any network, while the context lasts.
 
     Args:
-        screen: holds the newest overlay; close it with the reason before the context ends, so that the page shows it.
+        latest_frame: newest overlay; close it with the reason before the context ends, so that the page shows it.
         port: 0 takes a free port.
 
     Yields:
         The address of the page.
     """
-    running = start(application([], screen=screen), port=port)
+    running = start(application([], latest_frame=latest_frame), port=port)
     try:
         yield f"{running.address}live"
     finally:
-        time.sleep(1.5 if screen.closed and running.connections else 0)  # pages poll the state of a stream every second
+        if latest_frame.closed and running.connections:
+            time.sleep(1.5)  # pages poll the state of a stream every second
         running.stop()

@@ -1,4 +1,4 @@
-"""Map many rasters: list them, and share them among processes or machines with dask.distributed."""
+"""List rasters, and map them in parallel on several processes or machines with dask.distributed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from overfly.core.errors import DataError, MissingExtraError, OverflyError, Reci
 from overfly.data.headers import SUFFIXES
 from overfly.data.listing import natural_key
 from overfly.exporting.predictor import Predictor
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
 from overfly.raster.writer import BusyError
 
 WILDCARDS = frozenset("*?[")
 RETRIES = 3
-"""How often a raster is tried again after its worker was lost or the system failed."""
+"""Retries of a raster after its worker was lost or the system failed."""
 BUSY_TIMEOUT = 600.0
-"""Seconds to wait for a map that another process is making."""
+"""Seconds to wait for a map that another process is writing."""
 CONNECT_TIMEOUT = 30.0
 """Seconds to wait for a scheduler or a worker."""
 
 OpenPredictor = Callable[[], Predictor]
-"""Opens the network on a worker; it is pickled, so it is a function of a module with plain arguments."""
+"""Picklable function that opens the network on a worker."""
 
 
 def list_rasters(entries: Sequence[str], out: Path) -> dict[str, Path]:
@@ -71,14 +71,14 @@ def check_distinct_outputs(files: Mapping[str, Iterable[Path]]) -> None:
         for path in paths:
             if path in first:
                 raise DataError(
-                    f"{first[path]} and {source} would both become {path}; map them with two commands, each with its "
+                    f"{first[path]} and {source} would both write {path}; map them with two commands, each with its "
                     "own --out"
                 )
             first[path] = source
 
 
 def _list_paths(entry: str) -> dict[str, Path]:
-    """Files by an entry, each with its map's name below the folder of maps."""
+    """List the files of a path, folder or glob, with the names of their maps below the folder of maps."""
     path = Path(entry)
     if path.is_dir():
         files = sorted(
@@ -99,7 +99,7 @@ def _list_paths(entry: str) -> dict[str, Path]:
 
 
 def _list_addresses(entry: str) -> dict[str, Path]:
-    """Addresses by an entry with "://"; those with wildcards are listed by fsspec."""
+    """List the addresses of an entry with "://"; fsspec lists those with wildcards."""
     scheme, _, rest = entry.partition("://")
     if not WILDCARDS & set(rest.split("?")[0] if scheme.startswith("http") else rest):
         return {entry: Path(PurePosixPath(rest.split("?")[0]).name)}
@@ -123,7 +123,7 @@ def _list_addresses(entry: str) -> dict[str, Path]:
 
 def map_rasters(
     open_network: OpenPredictor,
-    jobs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
     settings: MapSettings,
     *,
     network: str,
@@ -133,14 +133,14 @@ def map_rasters(
 ) -> tuple[list[MapResult], dict[str, str]]:
     """Map many rasters with several processes or machines.
 
-    A worker opens the network once. A raster whose worker is lost goes to another, which resumes it; a raster that
-    fails for its own reason, such as damage, is not tried again and does not stop the others. Workers need rasters and
-    maps under the same paths as this process.
+    Each worker opens the network once. If a worker is lost, another worker resumes its raster. A raster that cannot be
+    mapped, such as a damaged file, is not retried and does not stop the others. Workers need rasters and maps under the
+    same paths as this process.
 
     Args:
         open_network: opens the network on a worker.
-        jobs: rasters with their maps.
-        settings: how maps are made.
+        outputs: rasters with the paths of their maps.
+        settings: settings of the maps.
         network: digest of the network's file.
         workers: processes to start on this machine, without a scheduler.
         scheduler: address of a running scheduler, such as tcp://10.0.0.1:8786.
@@ -164,7 +164,7 @@ def map_rasters(
                 run_task, open_network, source, out, settings, network=network, threads=threads, pure=False,
                 retries=RETRIES,
             ): source
-            for source, out in jobs.items()
+            for source, out in outputs.items()
         }  # fmt: skip
         for future in as_completed(futures):  # type: ignore[no-untyped-call]
             source, outcome = futures[future], _outcome(future)
@@ -174,25 +174,25 @@ def map_rasters(
                 done[source] = outcome
             if on_progress is not None:
                 on_progress(source, outcome)
-    return [done[source] for source in jobs if source in done], failures
+    return [done[source] for source in outputs if source in done], failures
 
 
 _OPENED: dict[str, Predictor] = {}
-"""The network of this process, if it is a worker, by its digest."""
+"""The network of a worker process, by its digest."""
 
 
 def run_task(
     open_network: OpenPredictor, source: str, out: Path, settings: MapSettings, *, network: str, threads: int | None
 ) -> MapResult | str:
-    """Make one map on a worker; return the reason of a failure that trying again would not mend.
+    """Write one map on a worker; return the reason of a failure that a retry would not correct.
 
-    A map that another process makes, such as a worker that the scheduler counts as lost, is waited for.
+    Wait for a map that another process is writing, such as a worker that the scheduler considers lost.
 
     Args:
         open_network: opens the network.
-        source: path or address of the raster, as the worker sees it.
-        out: the map.
-        settings: how it is made.
+        source: path or address of the raster on the worker.
+        out: path of the map.
+        settings: settings of the map.
         network: digest of the network's file.
         threads: CPU threads of the network; None leaves them unchanged.
     """
@@ -215,7 +215,7 @@ def run_task(
 
 
 def _outcome(future: Any) -> MapResult | str:
-    """The result of a raster, or the reason of its failure."""
+    """Return the result of a raster, or the reason of its failure."""
     from distributed import KilledWorker
 
     error = future.exception()
@@ -229,7 +229,7 @@ def _outcome(future: Any) -> MapResult | str:
 
 @contextmanager
 def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
-    """A client of a running scheduler, or of processes of this machine that end with it."""
+    """Connect to a running scheduler, or start a cluster of local processes that ends with the context."""
     try:
         import dask
         from distributed import Client, LocalCluster

@@ -219,7 +219,7 @@ def unfinished_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.unfinished")
 
 
-def is_begun(out: Path, manifest: Manifest) -> bool:
+def is_unfinished(out: Path, manifest: Manifest) -> bool:
     """Whether there is an unfinished map of this manifest."""
     try:
         return equal_json(json.loads((unfinished_folder(out) / "progress.json").read_text())["manifest"], manifest)
@@ -231,7 +231,7 @@ def map_exists(out: Path, files: Mapping[Kind | str, Path], manifest: Manifest, 
     """Whether the map of this manifest exists with all its files; raise `DataError` for one of another manifest."""
     if settings.overwrite or not any(file.exists() for file in files.values()):
         return False
-    if not out.exists() and is_begun(out, manifest):  # killed while the files were renamed, the map last
+    if not out.exists() and is_unfinished(out, manifest):  # killed while the files were renamed, the map last
         return False
     existing = read_manifest(out) if out.exists() else {}
     if equal_json(existing, manifest):

@@ -12,9 +12,9 @@ import pytest
 
 from overfly.core.errors import RecipeError
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.raster.fleet import map_rasters, run_task
-from overfly.raster.job import MapSettings
+from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import MapResult
+from overfly.raster.parallel import map_rasters, run_task
 from rasters import brightness_classes, ids, metadata, noise, write
 
 HERE = Path(__file__).parent
@@ -45,13 +45,13 @@ SETTINGS = MapSettings(window=64, batch=2)
 @pytest.mark.filterwarnings("ignore")  # dask's own processes end loudly when one of them is killed
 def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
     journal = tmp_path / "opened"
-    jobs = {}
+    outputs = {}
     for number in range(8):
         source = write(tmp_path / f"{number}.tif", noise(400, 64, seed=number))
-        jobs[str(source)] = tmp_path / "maps" / f"{number}.tif"
+        outputs[str(source)] = tmp_path / "maps" / f"{number}.tif"
     bad = tmp_path / "bad.tif"
     bad.write_bytes((tmp_path / "0.tif").read_bytes()[:2000])
-    jobs[str(bad)] = tmp_path / "maps" / "bad.tif"
+    outputs[str(bad)] = tmp_path / "maps" / "bad.tif"
     reported: list[str] = []
     killed: list[int] = []
 
@@ -66,15 +66,15 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     maps, failures = map_rasters(
-        partial(slow, str(journal), 0.05), jobs, SETTINGS, network="slow", workers=2,
+        partial(slow, str(journal), 0.05), outputs, SETTINGS, network="slow", workers=2,
         on_progress=lambda source, _: reported.append(source),
     )  # fmt: skip
     killer.join(5)
     assert killed
-    assert sorted(reported) == sorted(jobs)
+    assert sorted(reported) == sorted(outputs)
     assert list(failures) == [str(bad)]
     assert "truncated" in failures[str(bad)]
-    assert [result.source for result in maps] == list(jobs)[:8]
+    assert [result.source for result in maps] == list(outputs)[:8]
     for number in range(8):
         truth = brightness_classes(noise(400, 64, seed=number)[None].astype(np.float32))[0].argmax(0)
         np.testing.assert_array_equal(ids(tmp_path / "maps" / f"{number}.tif"), truth)
