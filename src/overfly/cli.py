@@ -213,7 +213,7 @@ def _unknown_option(error: UnknownOptionError) -> str:
     tokens = error.root_input_tokens or []
     values = [value for name, value in pairwise(tokens) if name == option and value[:1] != "-"]
     setting = option.lstrip("-").replace("-", "_")
-    return f"{option}; a setting of the recipe is written {setting}={(values or ['…'])[0]}"
+    return f"{option}; if it is a setting of the recipe, write {setting}={(values or ['…'])[0]}"
 
 
 def _suggestion(word: str, names: Iterable[str]) -> str:

@@ -25,15 +25,15 @@ NAMES = ["background", "building", "road", "water", "barren", "forest", "agricul
 
 @pytest.fixture
 def own(tmp_path: Path) -> FolderInputs:
-    """A with masks of class numbers, B without, 96 pixels a side."""
-    for place, scene, count in (("A", "urban", 8), ("B", "rural", 4)):
-        (tmp_path / place / "images").mkdir(parents=True)
-        (tmp_path / place / "masks").mkdir()
+    """A source folder with masks of class ids, and a target folder without; images of 96 pixels a side."""
+    for name, scene, count in (("A", "urban", 8), ("B", "rural", 4)):
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "masks").mkdir()
         for index in range(count):
             image, label = synthesize(scene, "train", index, 96)  # type: ignore[arg-type]
-            Image.fromarray(image).save(tmp_path / place / "images" / f"{index}.png")
-            if place == "A":
-                Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / place / "masks" / f"{index}.png")
+            Image.fromarray(image).save(tmp_path / name / "images" / f"{index}.png")
+            if name == "A":
+                Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / name / "masks" / f"{index}.png")
     (tmp_path / "classes.yaml").write_text(yaml.safe_dump(NAMES))
     folders = tmp_path / "A" / "images", tmp_path / "A" / "masks", tmp_path / "B" / "images"
     return FolderInputs(*folders, tmp_path / "classes.yaml")
@@ -176,21 +176,26 @@ def test_a_budget_with_a_recipe_raises(tmp_path: Path) -> None:
 def test_adapt_two_folders_then_one_folder_from_the_comparison(
     own: FolderInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("overfly.adaptation.pipeline.RECALIBRATION", {"batch": 2, "steps": 2})
     monkeypatch.setattr(auto_recipe, "MIN_STEPS", 2)
     monkeypatch.setattr(auto_recipe, "time_step", lambda *_: 10.0)
     out = tmp_path / "runs"
+    small = ("model=lraspp_mobilenet_v2", "crop=64", "window=64", "batch=2")
     found = adapt(
+        *small, "start.model=lraspp_mobilenet_v2",
         source_images=own.source_images, source_masks=own.source_masks, target_images=own.target_images,
-        classes=own.classes, budget="50s", out=out, device="cpu", quiet=True,
+        classes=own.classes, budget="50s", out=out, estimate=False, device="cpu", quiet=True,
     )  # fmt: skip
     assert found.recommended.exists()
     assert found.selection.recipes[0]["method"]["name"] == "multiscale_self_training"
     assert found.selection.labels_opened == 0
     free = adapt(
+        *small[1:],
         "steps=2",
         checkpoint=found.path,
         target_images=own.target_images,
         budget="60s",
+        estimate=False,
         out=tmp_path / "b",
         device="cpu",
         quiet=True,

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,6 @@ from overfly.adaptation.gate import Gate, geometric_consistency
 from overfly.adaptation.pipeline import adapt as compare
 from overfly.adaptation.pipeline import plan_candidates, setting_differences
 from overfly.adaptation.selection import Comparison, Selection, resolve_checkpoint
-from overfly.commands.arguments import split_entries
 from overfly.commands.export_inputs import card_content
 from overfly.commands.load_predictor import NetworkFolder, load_network
 from overfly.commands.serve import served_networks
@@ -40,6 +40,11 @@ class Shuffled(DACS, name="shuffled"):
         wrong = (mixed.pseudo_label + 1) % len(nets.segmenter.classes)
         label = torch.where(mixed.from_source, mixed.label, wrong)
         return mixed._replace(label=label, weight=torch.ones_like(mixed.weight))
+
+
+@pytest.fixture(autouse=True)
+def _short_recalibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overfly.adaptation.pipeline.RECALIBRATION", {"batch": 4, "steps": 4})
 
 
 @pytest.fixture
@@ -279,24 +284,6 @@ def test_a_run_is_adapted_without_its_source(tiny: dict[str, Any], tmp_path: Pat
     assert (path / "recommended.safetensors").exists()
 
 
-def test_split_entries_are_told_apart(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    recipe = load(tiny)
-    Path("a.yaml").write_text("")
-    Path("run=1").mkdir()
-    long = "method.strong_augment=[" + "x, " * 400 + "]"
-    recipes, settings = split_entries(["seed=1", Path("a.yaml"), recipe, "a.yaml", "run=1", long])
-    assert recipes == [Path("a.yaml"), recipe, "a.yaml", "run=1"]
-    assert settings == ["seed=1", long]
-    for entry, words in (
-        ("b.yaml", "b.yaml is not there"),
-        ("seed", "'seed' is no file and changes no"),
-        ("", "'' is no"),
-    ):
-        with pytest.raises(RecipeError, match=words):
-            split_entries(["a.yaml", entry])
-
-
 def test_a_source_without_held_out_images_is_adapted(tiny: dict[str, Any], tmp_path: Path) -> None:
     """A folder without splits, as is the default: before, the selection failed after all the training."""
     (tmp_path / "images").mkdir()
@@ -315,6 +302,23 @@ def test_a_source_without_held_out_images_is_adapted(tiny: dict[str, Any], tmp_p
     with pytest.raises(DataError, match=r"the split val .* takes none"):
         adapted(load(recipe, f"source.splits={few}"), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_wrong_validation_mask_raises_before_training(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for index in range(4):
+        image, label = synthesize("urban", "train", index, 64)
+        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
+        Image.fromarray(label).save(tmp_path / "masks" / f"{index}.png")
+    source = {"name": "folder", "root": str(tmp_path), "masks": "masks", "classes": list(CLASSES.names)}
+    source["splits"] = {"train": 0.5, "val": 0.5}
+    recipe = load({**tiny, "source": source, "start": {**tiny["start"], "source": source}, "method": "dacs"})
+    mask = Path(str(recipe.domain("source").items("val")[0].label))
+    Image.fromarray(np.full((64, 64), 99, np.uint8)).save(mask)
+    with pytest.raises(DataError, match=mask.name):
+        adapt(recipe, out=tmp_path / "runs", device="cpu", quiet=True)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_missing_teacher_raises_before_training(tiny: dict[str, Any], tmp_path: Path) -> None:

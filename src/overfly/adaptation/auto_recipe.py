@@ -108,42 +108,45 @@ class FolderInputs:
                 )
         missing = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is None]
         if missing:
+            lacking = "" if self == FolderInputs() else f"{' and '.join(missing)} missing; "
             raise RecipeError(
-                f"{', '.join(missing)} missing: adapt needs a recipe; or --source-images, --source-masks, "
-                "--target-images and --classes; or --checkpoint and --target-images"
+                f"{lacking}adapt needs a recipe; or --source-images, --source-masks, --target-images and --classes; or "
+                "--checkpoint and --target-images"
             )
 
 
 def folder_domain(
-    title: str, images: Path, settings: Mapping[str, Any], masks: Path | None = None, settings_file: Path | None = None
+    role: str, images: Path, settings: Mapping[str, Any], masks: Path | None = None, settings_file: Path | None = None
 ) -> Folder:
     """The domain of an image folder, with mean and standard deviation estimated.
 
     Args:
-        title: name in tables.
+        role: source or target; also the title in tables.
         images: folder or pattern.
         settings: settings of the domain, such as classes.
         masks: folder or pattern.
-        settings_file: file of the settings, for messages.
+        settings_file: their file, for messages.
 
     Raises:
         OverflyError: a folder is missing, empty or cannot be read, or a setting is invalid.
     """
     paths = (("images", images), ("masks", masks))
-    for option, path in paths:
+    for kind, path in paths:
         if path is not None and not _is_pattern(path) and not path.is_dir():
-            raise DataError(f"{option}: {path} is not a folder; give a folder, or a pattern in quotes")
+            raise DataError(f"--{role}-{kind}: {path} is not a folder; give a folder, or a pattern in quotes")
     root = Path(os.path.commonpath([path.absolute() for path in (images, masks) if path is not None]))
-    while _is_pattern(root):
+    while _is_pattern(root) or root == images.absolute():
         root = root.parent
-    root = root.parent if root == images.absolute() else root
-    values: dict[str, Any] = {key: str(path.absolute().relative_to(root)) for key, path in paths if path is not None}
+    values: dict[str, Any] = {kind: str(path.absolute().relative_to(root)) for kind, path in paths if path is not None}
     try:
-        domain = Folder(root=root, title=title, **{**settings, **values})
+        domain = Folder(root=root, title=role, **{**settings, **values})
     except ValidationError as error:
         raise RecipeError(validation_message(error, str(settings_file or f"the folder {images}"))) from None
-    if masks is not None:
-        domain = _split_off_validation(domain, images)
+    try:
+        domain.items("train")
+    except DataError as error:
+        raise DataError(f"--{role}-images: {error}") from None
+    domain = domain if masks is None else _split_off_validation(domain, images)
     if domain.mean is not None:
         return domain
     measured = statistics(domain, "train", limit=SAMPLED_IMAGES)
@@ -193,7 +196,7 @@ def read_classes(file: Path) -> dict[str, Any]:
     except ValueError:  # pydantic's ValidationError is one
         raise RecipeError(
             f"--classes: {file} must hold a list of names, such as [building, road], or a color for each name, such as "
-            f"{{building: [255, 0, 0], road: [0, 0, 255]}}; got {str(settings['classes'])[:80]}"
+            f"{{building: [255, 0, 0], road: [0, 0, 255]}}; got {str(settings['classes'])[:80]}; quote yes and no"
         ) from None
     if settings.get("name", "folder") != "folder":
         raise RecipeError(f"--classes: {file} names the domain {settings['name']}; only settings of folder are allowed")
@@ -381,8 +384,8 @@ def folder_recipes(
         network = Segmenter.load(resolve_start(checkpoint))
         settings = {"classes": network.classes, "bands": network.bands, "max_value": network.max_value}
     print_status("reading images", quiet=config.quiet)
-    source = folder_domain("A", images, settings, inputs.source_masks, file) if images is not None else None
-    target = folder_domain("B", inputs.target_images or Path(), settings, settings_file=file)
+    source = folder_domain("source", images, settings, inputs.source_masks, file) if images is not None else None
+    target = folder_domain("target", inputs.target_images or Path(), settings, settings_file=file)
     methods: Sequence[Method[Any]] = VARIANTS if source is not None else (SourceFree(),)
     method: Method[Any] = SourceOnly() if source is not None else methods[0]
     fabric = launch_fabric(Recipe(target=target, start=checkpoint, source=source, method=method), config)

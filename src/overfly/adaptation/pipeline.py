@@ -31,6 +31,7 @@ from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import OverflyError, RecipeError, RunError
 from overfly.core.progress import print_status
 from overfly.core.records import Item
+from overfly.data.check import check_masks
 from overfly.data.domain import Domain, Split, SplitError
 from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
@@ -205,15 +206,20 @@ def _check_inputs(recipes: Sequence[Recipe], fabric: Fabric) -> None:
     """
     for number, recipe in enumerate(recipes, start=1):
         try:
-            if recipe.source is not None:
-                for split in (recipe.validation.split, ESTIMATE_SPLIT):
-                    has_labels(recipe.source, split)
+            run_on_rank_zero(fabric, partial(_check_compared_masks, recipe))
             start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
             prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
         except OverflyError as error:
             if len(recipes) == 1:
                 raise
             raise RecipeError(f"recipe {number}: {error}") from error
+
+
+def _check_compared_masks(recipe: Recipe) -> None:
+    """Check the masks of the source that the comparison reads."""
+    if recipe.source is not None:
+        splits = dict.fromkeys((recipe.validation.split, ESTIMATE_SPLIT))
+        check_masks(recipe.source, [split for split in splits if has_labels(recipe.source, split)])
 
 
 def _has_held_out_images(recipe: Recipe) -> bool:

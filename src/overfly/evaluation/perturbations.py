@@ -155,12 +155,7 @@ def geometric_perturbations() -> tuple[Perturbation, ...]:
 
 def mild_perturbations() -> tuple[Perturbation, ...]:
     """The perturbations of consistency metrics: geometric ones, color, blur and noise."""
-    return (
-        *geometric_perturbations(),
-        colored("color", 0.2, 0.2, 0.2, 0.03),
-        blurred(0.7),
-        noisy(0.1),
-    )
+    return (*geometric_perturbations(), colored("color", 0.2, 0.2, 0.2, 0.03), blurred(0.7), noisy(0.1))
 
 
 def domain_shifts(styles: Sequence[Tensor]) -> tuple[Perturbation, ...]:
@@ -169,24 +164,15 @@ def domain_shifts(styles: Sequence[Tensor]) -> tuple[Perturbation, ...]:
     Args:
         styles: images (C, H, W) whose style is transferred too, usually of the target.
     """
-    plain = Perturbation("none", lambda image, max_value, generator: image, _unchanged)  # noqa: ARG005
+    none = Perturbation("none", lambda image, max_value, generator: image, _unchanged)  # noqa: ARG005
     gray = _recolored("gray", Gray(p=1.0).recolor)
-    made = [plain, colored("color", 0.2, 0.2, 0.2, 0.05), colored("strong color", 0.4, 0.4, 0.5, 0.15), gray]
-    made += [
-        gamma_corrected(0.6),
-        gamma_corrected(1.6),
-        blurred(1.0),
-        blurred(2.0),
-        noisy(0.2),
-        noisy(0.5),
-        hazy(0.3),
-        hazy(0.55),
-    ]
-    made += [scaled(0.5), scaled(0.7), scaled(1.5), scaled(2.0)]
+    shifts = [none, colored("color", 0.2, 0.2, 0.2, 0.05), colored("strong color", 0.4, 0.4, 0.5, 0.15), gray]
+    shifts += [gamma_corrected(0.6), gamma_corrected(1.6), blurred(1.0), blurred(2.0), noisy(0.2), noisy(0.5)]
+    shifts += [hazy(0.3), hazy(0.55), scaled(0.5), scaled(0.7), scaled(1.5), scaled(2.0)]
     for number, style in enumerate(styles):
         for perturbation in (styled(style), styled(style, 0.03)):
-            made.append(perturbation._replace(name=f"{perturbation.name}, image {number}"))
-    return tuple(made)
+            shifts.append(perturbation._replace(name=f"{perturbation.name}, image {number}"))
+    return tuple(shifts)
 
 
 def _recolored(name: str, recolor: Callable[[Tensor, Generator], Tensor]) -> Perturbation:

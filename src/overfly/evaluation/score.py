@@ -159,7 +159,10 @@ def score(
                 prediction, image_counts = _count(scores, image, domain, protocol)
                 counts = counts + image_counts
                 if samples is not None:
-                    samples.show(_sample(image, prediction, image_counts), image.position, len(labeled))
+                    ids = prediction.to("cpu", torch.uint8).numpy()
+                    accuracy = finite(image_counts.confusion.accuracy)
+                    sample = Sample(image.item.name, image.image, ids, image.label, accuracy)
+                    samples.show(sample, image.position, len(labeled))
                 if on_image is not None:
                     on_image(counts.images, len(todo))
     if shard[1] > 1:
@@ -276,11 +279,6 @@ def _count(scores: Tensor, image: LabeledImage, domain: Domain, protocol: Protoc
             f"{len(scores) - 1} and {IGNORE} is ignored; correct the file or the domain's mapping"
         )
     return prediction, SplitCounts.of(scores, prediction, label, protocol)
-
-
-def _sample(image: LabeledImage, prediction: Tensor, counts: SplitCounts) -> Sample:
-    ids = prediction.to("cpu", torch.uint8).numpy()
-    return Sample(image.item.name, image.image, ids, image.label, finite(counts.confusion.accuracy))
 
 
 def _labeled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split: Split) -> list[Item]:

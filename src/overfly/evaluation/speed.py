@@ -133,29 +133,30 @@ def measure_speed(
     if not batches or min((*batches, *macs_of_batch, repeats, 1 if threads is None else threads)) < 1:
         raise RecipeError("batch sizes, repeats and threads are 1 or more; correct the ones given")
     shape = (size, size) if isinstance(size, int) else size
-    place = torch.device(device)
-    network = without_training_heads(network).to(place)
+    device = torch.device(device)
+    network = without_training_heads(network).to(device)
     with _threads(threads), evaluation_mode(network), torch.no_grad():
-        machine = describe_machine(place) | _gpu_settings(place)
-        cast = torch.autocast(place.type, DTYPES[precision], enabled=precision != "32")
-        one = _images(1, bands, shape, place)
+        machine = describe_machine(device) | _gpu_settings(device)
+        cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "32")
+        one = _images(1, bands, shape, device)
         with torch.inference_mode(), cast:
             timings = tuple(
-                _time(network, _images(batch, bands, shape, place), warmup, repeats) for batch in sorted(set(batches))
+                _time(network, _images(batch, bands, shape, device), warmup, repeats) for batch in sorted(set(batches))
             )
+        output = network(one)
         return Speed(
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             macs=count_macs(network, one),
-            macs_of_batch={batch: count_macs(network, _images(batch, bands, shape, place)) for batch in macs_of_batch},
+            macs_of_batch={batch: count_macs(network, _images(batch, bands, shape, device)) for batch in macs_of_batch},
             bands=bands,
             size=shape,
             timings=timings,
             warmup=warmup,
             repeats=repeats,
             precision=precision,
-            training_heads=_training_heads_run(network(one)),
+            training_heads=bool(getattr(output, "aux", ())) or getattr(output, "boundary", None) is not None,
             machine=machine,
-            memory=_memory_kind(place),
+            memory=_memory_kind(device),
             method=METHOD,
         )
 
@@ -264,10 +265,6 @@ def _time(network: nn.Module, images: Tensor, warmup: int, repeats: int) -> Timi
 def _images(batch: int, bands: int, shape: tuple[int, int], device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return (torch.rand(batch, bands, *shape, generator=generator) * 255).to(device)
-
-
-def _training_heads_run(output: object) -> bool:
-    return bool(getattr(output, "aux", ())) or getattr(output, "boundary", None) is not None
 
 
 def _gpu_settings(device: torch.device) -> dict[str, bool]:
