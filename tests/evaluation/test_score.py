@@ -15,7 +15,8 @@ from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.score import Sample, Samples, Scores, evaluation_mode, score
+from overfly.evaluation.score import Sample, Samples, evaluation_mode, score
+from overfly.evaluation.scores import Scores
 
 CLASSES = Classes(names=("dark", "gray", "bright", "never"))
 

@@ -68,7 +68,8 @@ def to_rgb(image: Array, bands: Bands | None = None) -> UInt8:
         return np.zeros(values.shape, np.uint8)
     low, high = np.nanpercentile(values, (2, 98), axis=(0, 1))
     stretched = np.nan_to_num((values - low) / np.maximum(high - low, 1e-6))
-    return (stretched.clip(0, 1) * 255).round().astype(np.uint8)
+    rounded: UInt8 = (stretched.clip(0, 1) * 255).round().astype(np.uint8)
+    return rounded
 
 
 def panels(samples: Iterable[Sample], classes: Classes, path: Path, side: int = 320) -> Path:

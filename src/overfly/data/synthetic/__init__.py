@@ -185,7 +185,14 @@ def write_synthetic(
             raise DataError(f"{setting} must be at least {least}, got {value}")
     if not scenes or set(scenes) - set(SCENES):
         raise DataError(f"scenes must be some of {', '.join(SCENES)}, got {', '.join(scenes) or 'none'}")
-    record = {"edition": EDITION, "size": size, **numbers, "scenes": sorted(set(scenes))}
+    record: dict[str, object] = {
+        "edition": EDITION,
+        "size": size,
+        "train": train,
+        "val": val,
+        "test": test,
+        "scenes": sorted(set(scenes)),
+    }
     count = sum(numbers.values()) * len(set(scenes))
     if _is_written(root, record):
         return count
