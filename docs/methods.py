@@ -100,7 +100,7 @@ def _percent(score: dict[str, Any]) -> str:
 def _reads(kind: type[Method[Any]]) -> str:
     """Images that a step reads."""
     source = "labeled source images" if kind.needs_source else None
-    maybe = "labeled source images if the recipe has a source" if kind.takes_source and not source else None
+    maybe = "labeled source images if the recipe has a source" if kind.uses_optional_source and not source else None
     target = "unlabeled target images" if kind.needs_target else None
     return " and ".join(part for part in (source, maybe, target) if part)
 

@@ -15,10 +15,10 @@ from overfly.recipe import load
 
 
 def test_seed_statistics_are_means_with_deviations() -> None:
-    assert SeedStatistics.of([0.5, 0.7]).percent() == "60.00 ± 14.14"
-    assert SeedStatistics.of([0.5]).percent() == "50.00"
-    assert SeedStatistics.of([None, None]).percent() == "–"
-    assert SeedStatistics.of([0.5, None]).values == (0.5, None)
+    assert SeedStatistics.from_values([0.5, 0.7]).percent() == "60.00 ± 14.14"
+    assert SeedStatistics.from_values([0.5]).percent() == "50.00"
+    assert SeedStatistics.from_values([None, None]).percent() == "–"
+    assert SeedStatistics.from_values([0.5, None]).values == (0.5, None)
 
 
 def test_benchmark_trains_and_reads_labels_once(small: dict[str, Any], tmp_path: Path) -> None:

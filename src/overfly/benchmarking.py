@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim, Schedule
 from overfly.core.progress import percent
-from overfly.core.spec import Spec, Whole
+from overfly.core.spec import NonNegativeInt, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import Samples
 from overfly.evaluation.scores import Scores
@@ -42,7 +42,7 @@ class SeedStatistics(Spec):
     """One value per seed."""
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> SeedStatistics:
+    def from_values(cls, values: Sequence[float | None]) -> SeedStatistics:
         """Mean and standard deviation of the values that are not None."""
         present = [value for value in values if value is not None]
         return cls(
@@ -61,7 +61,7 @@ class BenchmarkRow(Spec):
 
     recipe: str
     """Name of the recipe file without its suffix."""
-    version: Whole
+    version: NonNegativeInt
     """Number of the row below its network."""
     model: str
     """Network."""
@@ -304,9 +304,9 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
         if domain is None or not any(by_seed):
             continue
         title = f"{domain.title} ({key})" if domain.title in miou else domain.title
-        miou[title] = SeedStatistics.of([scores.miou if scores else None for scores in by_seed])
+        miou[title] = SeedStatistics.from_values([scores.miou if scores else None for scores in by_seed])
         classes[title] = {
-            name: SeedStatistics.of([scores.classes[name].iou if scores else None for scores in by_seed])
+            name: SeedStatistics.from_values([scores.classes[name].iou if scores else None for scores in by_seed])
             for name in domain.classes.names
         }
     origin = recipe.start if isinstance(recipe.start, Recipe) else recipe
@@ -320,7 +320,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
         optimizer=_settings(recipe.optim) if recipe.method.trains else "none",
         scheduler=_settings(recipe.schedule) if recipe.method.trains else "none",
         length=_length(recipe), miou=miou, classes=classes,
-        minutes=SeedStatistics.of([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
+        minutes=SeedStatistics.from_values([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
         runs=tuple(run.path.name for run in runs), split=split, labels_opened=sum(opened),
     )  # fmt: skip
 
@@ -347,7 +347,7 @@ def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Spl
         )
         low, own, high = (value.miou if value is not None else None for value in scores)
         closed.append(None if low is None or own is None or high is None or high <= low else (own - low) / (high - low))
-    return SeedStatistics.of(closed)
+    return SeedStatistics.from_values(closed)
 
 
 def _length(recipe: Recipe) -> str:

@@ -14,7 +14,7 @@ from overfly import data, methods  # noqa: F401  (importing them registers their
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import SGD, Optim, Poly, Schedule
 from overfly.core.settings import read_mapping, set_value, validation_message
-from overfly.core.spec import Choice, Count, Pixels, Positive, Spec, Whole, load_plugins
+from overfly.core.spec import Choice, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Spec, load_plugins
 from overfly.data.domain import Domain, Split
 from overfly.data.sampling import Sampling, Uniform
 from overfly.methods.method import Method
@@ -35,7 +35,7 @@ class Model(Spec):
     """SHA-256 of the weights file."""
     mean: tuple[float, ...] | None = None
     """Mean of each band in the sensor's own range; default: ImageNet's with weights, else the source's."""
-    std: tuple[Positive, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
     """Standard deviation of each band; default as for the mean."""
 
     @model_validator(mode="before")
@@ -44,7 +44,7 @@ class Model(Spec):
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
+    def _check_model(self) -> Self:
         if self.name not in names():
             load_plugins()
         if self.name not in names():
@@ -59,13 +59,13 @@ class Model(Spec):
 class Validation(Spec):
     """Validation during training on the source's held-out labels, and on unlabeled target images."""
 
-    every: Whole = 0
+    every: NonNegativeInt = 0
     """Steps between two validations; 0: no validation, the last weights are kept."""
     split: Split = "val"
     """Split of the source that is scored."""
     select: Literal["best", "last"] = "best"
     """Whether the weights of the best validation are kept, or the last."""
-    patience: Whole = 0
+    patience: NonNegativeInt = 0
     """Validations without a new best after which training stops; 0: never."""
     target: bool = False
     """Also log label-free metrics (entropy, consistency, agreement with the teacher, …) on fixed images of the target's
@@ -74,7 +74,7 @@ class Validation(Spec):
     """Keep each validation's weights as checkpoints/step-N.safetensors, for `overfly rank`."""
 
     @model_validator(mode="after")
-    def _needs_every(self) -> Self:
+    def _check_interval(self) -> Self:
         if (self.target or self.keep_all) and not self.every:
             raise ValueError(
                 f"{'target' if self.target else 'keep_all'} needs validations; set every to the steps between them"
@@ -82,20 +82,20 @@ class Validation(Spec):
         return self
 
 
-def _nested(value: object) -> object:
+def _parse_start(value: object) -> object:
     """Parse a recipe under ``start``."""
     if value is not None and not isinstance(value, Mapping | str | Path | Recipe):
         raise ValueError("must be a run folder, a weights file, or a recipe")
     return Recipe.model_validate(value) if isinstance(value, Mapping) else value
 
 
-def _seeded(recipe: Recipe, seed: Any) -> Recipe:
+def _with_seed(recipe: Recipe, seed: Any) -> Recipe:
     """A recipe with another seed, also in the recipes under its ``start``."""
-    start = _seeded(recipe.start, seed) if isinstance(recipe.start, Recipe) else recipe.start
+    start = _with_seed(recipe.start, seed) if isinstance(recipe.start, Recipe) else recipe.start
     return recipe.model_copy(update={"seed": seed, "start": start})
 
 
-def _word(value: object) -> object:
+def _number_to_text(value: object) -> object:
     """Convert the number 32 to text."""
     return str(value) if isinstance(value, int) else value
 
@@ -107,7 +107,7 @@ class Recipe(Spec):
     """Labeled imagery; none for source-free adaptation, which needs ``start``."""
     target: Domain | None = None
     """Imagery to adapt to; training never reads its labels."""
-    start: Annotated[Recipe | Path | None, BeforeValidator(_nested)] = None
+    start: Annotated[Recipe | Path | None, BeforeValidator(_parse_start)] = None
     """Initial network: a run folder, a weights file of a run, or another recipe, trained first with the same seed."""
     model: Model = Model()
     """The network."""
@@ -132,23 +132,23 @@ class Recipe(Spec):
     global context that was trained on small crops scores better in windows of their size."""
     batch: Annotated[int, Field(ge=1, le=65536)] = 6
     """Images of each domain in one batch, over all devices."""
-    accumulate: Count = 1
+    accumulate: PositiveInt = 1
     """Batches per optimizer step, whose gradients are averaged."""
-    steps: Count | None = None
+    steps: PositiveInt | None = None
     """Optimizer steps; 20,000 where neither steps nor epochs are given."""
-    epochs: Positive | None = None
+    epochs: PositiveFloat | None = None
     """Passes over the source, instead of ``steps``."""
-    clip: Positive | None = None
+    clip: PositiveFloat | None = None
     """Largest norm of the gradient."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Random seed."""
-    precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_word)] = "32"
+    precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_number_to_text)] = "32"
     """Full precision, or mixed with bfloat16 or float16. A CPU without bfloat16 kernels computes in full precision;
     machine.json records it."""
 
     @model_validator(mode="before")
     @classmethod
-    def _classes_of_source(cls, value: object) -> object:
+    def _use_classes_of_source(cls, value: object) -> object:
         """Use the source's classes for a target folder without classes."""
         if not isinstance(value, Mapping) or not isinstance(value.get("target"), Mapping) or not value.get("source"):
             return value
@@ -163,19 +163,19 @@ class Recipe(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _model_of_start(cls, value: object) -> object:
+    def _use_model_of_start(cls, value: object) -> object:
         """Use the model of the recipe or run under ``start``, and this recipe's seed for it."""
         if isinstance(value, Mapping) and value.get("start") is not None:
-            start = _nested(value["start"])
+            start = _parse_start(value["start"])
             if isinstance(start, Recipe):
-                start = _seeded(start, value.get("seed", 0))
+                start = _with_seed(start, value.get("seed", 0))
                 return {"model": start.model, **value, "start": start}
             if "model" not in value and (Path(str(start)) / "recipe.yaml").is_file():
                 return {**value, "model": read_mapping(Path(str(start)) / "recipe.yaml").get("model")}
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_settings(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs cannot both be set; set steps=null or epochs=null")
         if self.method.needs_source and self.source is None:
@@ -206,7 +206,7 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
-    def _alike(self) -> Self:
+    def _check_domains_match(self) -> Self:
         if not (self.source and self.target):
             return self
         if self.source.classes.names != self.target.classes.names:
@@ -270,15 +270,15 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
         file = Path(recipe)
         file = file / "recipe.yaml" if file.is_dir() else file
         named, values = str(file), read_mapping(file)
-    values = _anchored(values, file)
+    values = _resolve_start(values, file)
     for override in overrides:
-        _spell_out(values, override)
+        _fill_defaults(values, override)
         set_value(values, override)
-        values = _anchored(values, Path("recipe.yaml"))
+        values = _resolve_start(values, Path("recipe.yaml"))
         inner, top = values.get("start"), override.partition("=")[0].split(".")[0]
         shared = top == "model" or (override.startswith(("source.", "target.")))
         while isinstance(inner, dict) and shared and (top == "model" or inner.get(top)):
-            _spell_out(inner, override)
+            _fill_defaults(inner, override)
             set_value(inner, override)
             inner = inner.get("start")
     try:
@@ -287,7 +287,7 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
         raise RecipeError(validation_message(error, named, Recipe)) from None
 
 
-def _anchored(values: dict[str, Any], file: Path, visited: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _resolve_start(values: dict[str, Any], file: Path, visited: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the recipe of ``start: other.yaml``, a file beside this one."""
     start = values.get("start")
     if not isinstance(start, str) or not start.endswith((".yaml", ".yml")):
@@ -297,10 +297,10 @@ def _anchored(values: dict[str, Any], file: Path, visited: tuple[Path, ...] = ()
     visited = (*visited, file.resolve())
     if path.resolve() in visited:
         raise RecipeError(f"{file} starts from itself through {path}; change start")
-    return {**values, "start": _anchored(read_mapping(path), path, visited)}
+    return {**values, "start": _resolve_start(read_mapping(path), path, visited)}
 
 
-def _spell_out(values: dict[str, Any], override: str) -> None:
+def _fill_defaults(values: dict[str, Any], override: str) -> None:
     """Write the default of a setting whose own settings an override changes."""
     owner: type[Spec] = Recipe
     for key in override.partition("=")[0].split(".")[:-1]:

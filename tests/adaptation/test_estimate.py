@@ -50,7 +50,7 @@ def test_constants_of_classes_are_kept_where_they_help() -> None:
 def test_calibrated_confidences_expect_the_truth() -> None:
     scores, label = planted(over=3.0)
     calibrator = calibrate(*planted(over=3.0, seed=1))
-    truth = Confusion.of(scores.argmax(0), label, 3)
+    truth = Confusion.from_predictions(scores.argmax(0), label, 3)
     expected = expected_confusion(calibrator(scores), 3)
     assert float(expected.sum()) == pytest.approx(len(label))
     assert torch.allclose(expected, truth.counts.double(), rtol=0.1, atol=60)
@@ -92,7 +92,9 @@ def test_the_estimate_of_a_network_holds_the_truth_and_opens_no_target_label() -
     truth = Confusion.empty(3)
     for item in seeing.items("train"):
         image = torch.from_numpy(seeing.read_image(item)).permute(2, 0, 1)[None].float()
-        truth = truth + Confusion.of(network(image).main.argmax(1)[0], torch.from_numpy(seeing.read_label(item)), 3)
+        truth = truth + Confusion.from_predictions(
+            network(image).main.argmax(1)[0], torch.from_numpy(seeing.read_label(item)), 3
+        )
     assert found.low <= truth.miou <= found.high
     assert (found.source_labels, found.images) == (4, 4)
     assert found.temperature < 1, "the planted network is always right and claims less"

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
-from overfly.core.atomic_files import Timeout, atomic_write, lock, remove_stale, temporary_path
+from overfly.core.atomic_files import atomic_write, lock, remove_stale, temporary_path
 
 HOLDER = """
 import sys, time

@@ -47,7 +47,7 @@ def test_a_choice_is_the_same_in_every_spelling() -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValidationError, match="no fruit is called 'pear'; there are: apple"):
         Basket.model_validate({"fruit": "pear"})
-    with pytest.raises(ValidationError, match="name which fruit is meant"):
+    with pytest.raises(ValidationError, match="apple"):
         Basket.model_validate({"fruit": {"red": True}})
 
 

@@ -36,7 +36,7 @@ def test_agrees_with_the_definition_by_erosion(seed: int, width: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 3, (2, 4, 5), generator=generator)
     label, prediction = (ids.repeat_interleave(6, 0).repeat_interleave(6, 1) for ids in coarse)
-    found = Boundary.of(prediction, label, 3, width)
+    found = Boundary.from_predictions(prediction, label, 3, width)
     for index in range(3):
         truth, guess = (label == index).numpy(), (prediction == index).numpy()
         outline, guessed = truth & ~_eroded(truth, width), guess & ~_eroded(guess, width)
@@ -45,36 +45,38 @@ def test_agrees_with_the_definition_by_erosion(seed: int, width: int) -> None:
 
 def test_a_perfect_prediction_scores_one_and_a_shifted_one_less() -> None:
     label = _square()
-    assert Boundary.of(label, label, 2, width=2).iou.tolist() == [1.0, 1.0]
-    near, far = (Boundary.of(_square(shift), label, 2, width=2).miou for shift in (1, 4))
+    assert Boundary.from_predictions(label, label, 2, width=2).iou.tolist() == [1.0, 1.0]
+    near, far = (Boundary.from_predictions(_square(shift), label, 2, width=2).miou for shift in (1, 4))
     assert 0 < far < near < 1
 
 
 def test_looks_at_outlines_where_plain_iou_looks_at_areas() -> None:
     label, shifted = _square(), _square(2)
     plain = float(((label == 1) & (shifted == 1)).sum() / ((label == 1) | (shifted == 1)).sum())
-    assert float(Boundary.of(shifted, label, 2, width=2).iou[1]) < plain - 0.2
+    assert float(Boundary.from_predictions(shifted, label, 2, width=2).iou[1]) < plain - 0.2
 
 
 def test_borders_of_pictures_and_of_ignored_areas_are_no_outline() -> None:
     whole = torch.ones(16, 16, dtype=torch.int64)
-    assert math.isnan(Boundary.of(whole, whole, 2, width=3).miou)
+    assert math.isnan(Boundary.from_predictions(whole, whole, 2, width=3).miou)
     label = whole.clone()
     label[:, 8:] = IGNORE
     prediction = whole.clone()
     prediction[:, 8:] = 0
-    assert Boundary.of(prediction, label, 2, width=3).counts.sum() == 0
+    assert Boundary.from_predictions(prediction, label, 2, width=3).counts.sum() == 0
 
 
 def test_adds_up_over_pictures_and_ranks() -> None:
     labels = torch.stack([_square(), _square(3), _square(-3)])
     predictions = torch.stack([_square(1), _square(3), _square()])
-    together = Boundary.of(predictions, labels, 2, width=2)
+    together = Boundary.from_predictions(predictions, labels, 2, width=2)
     apart = Boundary.empty(2, 2)
     for prediction, label in zip(predictions, labels, strict=True):
-        apart = apart + Boundary.of(prediction, label, 2, width=2)
+        apart = apart + Boundary.from_predictions(prediction, label, 2, width=2)
     torch.testing.assert_close(apart.counts, together.counts)
-    first, rest = (Boundary.of(predictions[part], labels[part], 2, width=2) for part in (slice(1), slice(1, 3)))
+    first, rest = (
+        Boundary.from_predictions(predictions[part], labels[part], 2, width=2) for part in (slice(1), slice(1, 3))
+    )
     torch.testing.assert_close(first.reduce(lambda counts: counts + rest.counts).iou, together.iou)
     with pytest.raises(ValueError, match="do not add up"):
         apart + Boundary.empty(2, 3)

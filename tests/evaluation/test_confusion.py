@@ -38,7 +38,7 @@ def _pixels(seed: int, number: int = 400, classes: int = K) -> tuple[Tensor, Ten
 
 
 def test_rows_are_labels_and_columns_predictions() -> None:
-    found = Confusion.of(torch.tensor([[1, 1], [0, 2]]), torch.tensor([[0, 1], [IGNORE, 2]]), 3)
+    found = Confusion.from_predictions(torch.tensor([[1, 1], [0, 2]]), torch.tensor([[0, 1], [IGNORE, 2]]), 3)
     assert found.counts.tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
     assert found.pixels == 3
 
@@ -58,7 +58,7 @@ def test_agrees_with_torchmetrics_over_several_batches(seed: int, batches: int) 
     total = Confusion.empty(K)
     for batch in range(batches):
         prediction, label = _pixels(seed + batch)
-        total = total + Confusion.of(prediction, label, K)
+        total = total + Confusion.from_predictions(prediction, label, K)
         for metric in metrics.values():
             metric.update(prediction, label)
     for name, metric in metrics.items():
@@ -70,15 +70,15 @@ def test_agrees_with_torchmetrics_where_a_class_is_absent() -> None:
     prediction, label = _pixels(3, classes=3)
     metric = MulticlassJaccardIndex(K, average="macro", ignore_index=IGNORE)
     metric.update(prediction, label)
-    found = Confusion.of(prediction, label, K)
+    found = Confusion.from_predictions(prediction, label, K)
     assert found.miou == pytest.approx(float(metric.compute()), abs=1e-6)
     assert found.iou[3:].isnan().all()
 
 
 def test_absent_classes_are_left_out_and_invented_ones_count_as_nought() -> None:
     label = torch.tensor([0, 0, 1, 1])
-    assert Confusion.of(torch.tensor([0, 0, 1, 1]), label, 4).miou == 1.0
-    invented = Confusion.of(torch.tensor([0, 0, 1, 2]), label, 4)
+    assert Confusion.from_predictions(torch.tensor([0, 0, 1, 1]), label, 4).miou == 1.0
+    invented = Confusion.from_predictions(torch.tensor([0, 0, 1, 2]), label, 4)
     assert invented.iou[:3].tolist() == [1.0, 0.5, 0.0]
     assert math.isnan(float(invented.iou[3]))
     assert invented.miou == pytest.approx(0.5)
@@ -88,8 +88,8 @@ def test_absent_classes_are_left_out_and_invented_ones_count_as_nought() -> None
 
 def test_one_matrix_is_not_the_mean_of_batches() -> None:
     """Mistake 11: a mean of per-batch IoUs says something else than the IoU of the split."""
-    first = Confusion.of(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 1]), 2)
-    second = Confusion.of(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 1, 1]), 2)
+    first = Confusion.from_predictions(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 1]), 2)
+    second = Confusion.from_predictions(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 1, 1]), 2)
     assert (first + second).miou == pytest.approx((4 / 7 + 1 / 4) / 2)
     assert (first.miou + second.miou) / 2 != pytest.approx((first + second).miou, abs=0.1)
 
@@ -101,17 +101,17 @@ def test_adds_up_over_any_split_of_the_pixels(seed: int, cuts: list[int]) -> Non
     edges = [0, *sorted(cuts), 400]
     total = Confusion.empty(K)
     for start, end in pairwise(edges):
-        total = total + Confusion.of(prediction[start:end], label[start:end], K)
-    assert total == Confusion.of(prediction, label, K)
+        total = total + Confusion.from_predictions(prediction[start:end], label[start:end], K)
+    assert total == Confusion.from_predictions(prediction, label, K)
     assert total != Confusion.empty(K)
     assert total.counts.dtype == torch.int64
 
 
 def test_adds_up_over_ranks_by_a_given_sum() -> None:
     prediction, label = _pixels(1)
-    halves = [Confusion.of(prediction[part::2], label[part::2], K) for part in range(2)]
+    halves = [Confusion.from_predictions(prediction[part::2], label[part::2], K) for part in range(2)]
     summed = halves[0].reduce(lambda counts: counts + halves[1].counts)
-    assert summed == Confusion.of(prediction, label, K)
+    assert summed == Confusion.from_predictions(prediction, label, K)
     assert halves[0].reduce() is not halves[0]
     assert halves[0].reduce() == halves[0]
 
@@ -130,30 +130,30 @@ def test_adds_up_over_two_ranks_of_gloo() -> None:
             group.allreduce([total]).wait()
             return total
 
-        return Confusion.of(prediction[index::2], label[index::2], K).reduce(add)
+        return Confusion.from_predictions(prediction[index::2], label[index::2], K).reduce(add)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(rank, range(2))
-    assert first == second == Confusion.of(prediction, label, K)
+    assert first == second == Confusion.from_predictions(prediction, label, K)
 
 
 def test_nothing_counted_has_no_scores() -> None:
-    empty = Confusion.of(torch.zeros(4, dtype=torch.int64), torch.full((4,), IGNORE), K)
+    empty = Confusion.from_predictions(torch.zeros(4, dtype=torch.int64), torch.full((4,), IGNORE), K)
     assert empty == Confusion.empty(K)
     assert all(math.isnan(value) for value in (empty.miou, empty.accuracy, empty.mean_f1, empty.kappa))
 
 
 def test_ids_that_are_no_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="label ids run from 0 to 7"):
-        Confusion.of(torch.tensor([0, 1]), torch.tensor([0, 7]), K)
+        Confusion.from_predictions(torch.tensor([0, 1]), torch.tensor([0, 7]), K)
     with pytest.raises(ValueError, match="prediction ids run from -1"):
-        Confusion.of(torch.tensor([-1, 1]), torch.tensor([0, 1]), K)
+        Confusion.from_predictions(torch.tensor([-1, 1]), torch.tensor([0, 1]), K)
     with pytest.raises(ValueError, match="differ in shape"):
-        Confusion.of(torch.zeros(2, 2), torch.zeros(4), K)
+        Confusion.from_predictions(torch.zeros(2, 2), torch.zeros(4), K)
 
 
 def test_predictions_under_ignored_labels_may_be_anything() -> None:
-    found = Confusion.of(torch.tensor([200, 1]), torch.tensor([IGNORE, 1]), 2)
+    found = Confusion.from_predictions(torch.tensor([200, 1]), torch.tensor([IGNORE, 1]), 2)
     assert found.counts.tolist() == [[0, 0], [0, 1]]
 
 

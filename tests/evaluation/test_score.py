@@ -76,7 +76,7 @@ def _expected(domain: Memory, split: Split) -> Confusion:
     for item in domain.items(split):
         if item.label is not None:
             prediction = torch.from_numpy(domain.read_image(item)[..., 0] // 100).long()
-            total = total + Confusion.of(prediction, torch.from_numpy(domain.read_label(item)).long(), 4)
+            total = total + Confusion.from_predictions(prediction, torch.from_numpy(domain.read_label(item)).long(), 4)
     return total
 
 
@@ -192,10 +192,10 @@ def test_samples_keep_few_and_name_each_once() -> None:
     samples = Samples(spread=3)
     picture = np.zeros((2, 2, 3), np.uint8)
     for index in range(100):
-        samples.show(Sample(f"s{index}", picture, picture[..., 0], None, index / 100), index, 100)
+        samples.add(Sample(f"s{index}", picture, picture[..., 0], None, index / 100), index, 100)
     assert [sample.name for sample in samples] == ["s16", "s50", "s83", "s0", "s99"]
     few = Samples(spread=4)
-    few.show(Sample("only", picture, picture[..., 0]), 0, 1)
+    few.add(Sample("only", picture, picture[..., 0]), 0, 1)
     assert len(few) == 1
 
 

@@ -27,30 +27,32 @@ def test_agrees_with_torchmetrics(seed: int, bins: int) -> None:
     scores, label = _scores(seed)
     metric = MulticlassCalibrationError(4, n_bins=bins, norm="l1", ignore_index=IGNORE)
     metric.update(scores, label)
-    assert Calibration.of(scores, label, bins).ece == pytest.approx(float(metric.compute()), abs=1e-5)
+    assert Calibration.from_scores(scores, label, bins).ece == pytest.approx(float(metric.compute()), abs=1e-5)
 
 
 def test_adds_up_over_pictures_and_ranks() -> None:
     scores, label = _scores(0)
-    whole = Calibration.of(scores, label)
+    whole = Calibration.from_scores(scores, label)
     apart = Calibration.empty()
     for one, truth in zip(scores, label, strict=True):
-        apart = apart + Calibration.of(one, truth)
+        apart = apart + Calibration.from_scores(one, truth)
     torch.testing.assert_close(apart.sums, whole.sums)
-    rest = Calibration.of(scores[1:], label[1:])
-    torch.testing.assert_close(Calibration.of(scores[0], label[0]).reduce(lambda s: s + rest.sums).sums, whole.sums)
+    rest = Calibration.from_scores(scores[1:], label[1:])
+    torch.testing.assert_close(
+        Calibration.from_scores(scores[0], label[0]).reduce(lambda s: s + rest.sums).sums, whole.sums
+    )
     assert int(whole.pixels.sum()) == int((label != IGNORE).sum())
 
 
 def test_knows_overconfidence_from_humility() -> None:
     label = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0]])
     sure = torch.stack([torch.full((1, 10), 20.0), torch.zeros(1, 10)])
-    claimed = Calibration.of(sure, label)
+    claimed = Calibration.from_scores(sure, label)
     assert claimed.ece == pytest.approx(0.4, abs=1e-6)
     assert claimed.overconfidence == pytest.approx(0.4, abs=1e-6)
     assert int(claimed.pixels[-1]) == 10
     honest = torch.stack([torch.full((1, 10), math.log(0.6)), torch.full((1, 10), math.log(0.4))])
-    assert Calibration.of(honest, label).ece == pytest.approx(0, abs=1e-6)
+    assert Calibration.from_scores(honest, label).ece == pytest.approx(0, abs=1e-6)
 
 
 def test_nothing_counted_has_no_error() -> None:

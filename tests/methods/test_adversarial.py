@@ -46,7 +46,7 @@ def surprise(scores: Tensor) -> Tensor:
 def both(net: nn.Module, seen: Batch) -> tuple[Logits, Logits]:
     """Two domains through the student as one batch."""
     logits: Logits = net(torch.cat([seen.source.image, seen.target]))
-    return logits.of(slice(0, 2)), logits.of(slice(2, 4))
+    return logits.select(slice(0, 2)), logits.select(slice(2, 4))
 
 
 @pytest.mark.parametrize("levels", ["single", "multi"])

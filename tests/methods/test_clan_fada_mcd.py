@@ -162,8 +162,8 @@ def test_mcd_joint_update_has_the_gradients_of_its_three_steps() -> None:
 def test_mcd_alternating_update_trains_the_papers_weights_in_each_step() -> None:
     method, seen = MCD(update="alternating", feature_steps=2), batch()
     nets = method.networks(student()).double().train()
-    assert method.leaves_weights_out
-    assert not MCD().leaves_weights_out
+    assert method.has_unused_parameters
+    assert not MCD().has_unused_parameters
     heads = {id(p) for layer in (class_layer(nets.student), nets.second) for p in layer.parameters()}
     others = {id(p) for p in nets.parameters()} - heads
     auxiliary = {id(p) for name, p in nets.named_parameters() if "auxiliary" in name}

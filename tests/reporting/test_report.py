@@ -20,9 +20,10 @@ CLASSES = Classes(names=(NASTY, "road"))
 
 
 def _entry(name: str = NASTY, **changes: Any) -> Entry:
-    figure = SeedStatistics.of([0.5, 0.6])
+    figure = SeedStatistics.from_values([0.5, 0.6])
     values: dict[str, Any] = {
-        "name": name, "model": NASTY, "seeds": [0, 1], "miou": {NASTY: figure}, "gap": SeedStatistics.of([0.4, -0.1]),
+        "name": name, "model": NASTY, "seeds": [0, 1], "miou": {NASTY: figure},
+        "gap": SeedStatistics.from_values([0.4, -0.1]),
         "classes": {NASTY: {NASTY: figure, "road": figure}}, "labels_opened": "",
         "about": dict.fromkeys(("method", "source", "length", "criterion"), NASTY),
         "confusions": [ConfusionTable(NASTY, CLASSES.names, [[30, 10], [0, 0]], True)],

@@ -281,7 +281,9 @@ def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[st
 
 def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out: Path | None) -> dict[str, int]:
     """Number of variants, and steps of each training: stored for the same recipes and budget, or timed now."""
-    key = json.dumps([[each.model_dump(mode="json") for each in recipes], budget, fabric.device.type], sort_keys=True)
+    key = json.dumps(
+        [[recipe.model_dump(mode="json") for recipe in recipes], budget, fabric.device.type], sort_keys=True
+    )
     file = out and out / f".adapt-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, KeyError):
         if file is not None:
@@ -394,7 +396,9 @@ def folder_recipes(
     recipes = propose_recipes(
         source, target, methods, overrides, checkpoint=checkpoint, budget=seconds, fabric=fabric, out=out
     )
-    trainings = [each for each in (recipes[0].start, *recipes) if isinstance(each, Recipe)]
-    lengths = ", ".join(f"{each.epochs:g} epochs" if each.epochs else f"{each.steps} steps" for each in trainings)
+    trainings = [recipe for recipe in (recipes[0].start, *recipes) if isinstance(recipe, Recipe)]
+    lengths = ", ".join(
+        f"{recipe.epochs:g} epochs" if recipe.epochs else f"{recipe.steps} steps" for recipe in trainings
+    )
     print_status(f"trainings in {budget}: {lengths}", quiet=quiet)
     return recipes

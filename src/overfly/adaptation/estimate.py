@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overfly.core.records import IGNORE
-from overfly.core.spec import Positive, Share, Spec, Whole
+from overfly.core.spec import NonNegativeInt, PositiveFloat, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, labeled_images, predict_scores, random_pixels, unlabeled_images
@@ -28,15 +28,15 @@ from overfly.evaluation.score import evaluation_mode
 
 PIXELS = 2048
 """Random pixels per source image that the calibration is fitted on."""
-PRESENT = 1e-3
+MIN_CLASS_SHARE = 1e-3
 """Least share of expected or predicted pixels for a class to count in an estimated mean."""
-NEAR = 0.1
+KERNEL_WIDTH = 0.1
 """Width, in estimated mIoU, of the kernel that weights errors of shifts by their distance from the target."""
-FLOOR = 0.25
+MIN_WEIGHT = 0.25
 """Least weight of the error of a shift."""
-DRAWS = 200
+BOOTSTRAP_SAMPLES = 200
 """Bootstrap samples of the images."""
-COVERED = 0.8
+COVERAGE = 0.8
 """Share of the errors on shifted source images that the interval covers."""
 STYLES = 3
 """Target images whose style is transferred to the source."""
@@ -64,15 +64,15 @@ class Estimate(Spec):
     """Upper end of the interval."""
     expected: Share
     """Expected mIoU from calibrated confidence, before the correction."""
-    temperature: Positive
+    temperature: PositiveFloat
     """Temperature of the softmax, fitted on the source."""
     classwise: bool
     """Whether a bias per class was fitted too, which lowers the loss on held-out source pixels."""
     shifts: tuple[ShiftError, ...]
     """The shifts behind the interval."""
-    images: Whole
+    images: NonNegativeInt
     """Target images of the estimate."""
-    source_labels: Whole
+    source_labels: NonNegativeInt
     """Labels of the source that were read."""
 
 
@@ -103,18 +103,18 @@ def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Ca
     """
     known = label != IGNORE
     scores, label = scores[:, known].double(), label[known]
-    plain = _fitted(scores, label, classwise=False)
+    plain = _fit_calibrator(scores, label, classwise=False)
     if groups is None:
         return plain
-    held = groups[known] % 2 == 1
-    if not bool(held.any()) or bool(held.all()):
+    odd = groups[known] % 2 == 1
+    if not bool(odd.any()) or bool(odd.all()):
         return plain
-    for fit, test in ((~held, held), (held, ~held)):
-        fitted = [_fitted(scores[:, fit], label[fit], classwise=classwise) for classwise in (False, True)]
-        loss = [_loss(each(scores[:, test]), label[test]) for each in fitted]
+    for fit, test in ((~odd, odd), (odd, ~odd)):
+        fitted = [_fit_calibrator(scores[:, fit], label[fit], classwise=classwise) for classwise in (False, True)]
+        loss = [_negative_log_likelihood(calibrator(scores[:, test]), label[test]) for calibrator in fitted]
         if loss[1] >= loss[0]:
             return plain
-    return _fitted(scores, label, classwise=True)
+    return _fit_calibrator(scores, label, classwise=True)
 
 
 def expected_confusion(probability: Tensor, classes: int) -> Tensor:
@@ -127,7 +127,7 @@ def expected_confusion(probability: Tensor, classes: int) -> Tensor:
 def expected_miou(counts: Tensor) -> float:
     """Mean IoU of an expected confusion matrix (K, K), over the classes that are expected or predicted at all."""
     rows, columns, hits = counts.sum(1), counts.sum(0), counts.diagonal()
-    present = torch.maximum(rows, columns) > PRESENT * counts.sum()
+    present = torch.maximum(rows, columns) > MIN_CLASS_SHARE * counts.sum()
     iou = hits / (rows + columns - hits).clamp_min(1e-12)
     return float(iou[present].mean()) if bool(present.any()) else 0.0
 
@@ -163,12 +163,14 @@ def estimate(
         def score(image: Tensor) -> Tensor:
             return predict_scores(network, image.to(options.device), options.window).cpu()
 
-        calibrator, truths = _calibrated(score, pairs, seed)
+        calibrator, truths = _calibrate_on_source(score, pairs, seed)
         styles = images[:: math.ceil(len(images) / STYLES)]
-        errors = tuple(_errors(score, calibrator, pairs, styles, max_value=source.max_value, seed=seed))
-        counts = [_expected(calibrator, score(image)) for image in images]
+        errors = tuple(_shift_errors(score, calibrator, pairs, styles, max_value=source.max_value, seed=seed))
+        counts = [_expected_confusion(calibrator, score(image)) for image in images]
     expected = expected_miou(torch.stack(counts).sum(0))
-    lower, middle, upper = interval(expected, errors, math.hypot(_spread(counts, seed), _spread(truths, seed)))
+    lower, middle, upper = interval(
+        expected, errors, math.hypot(_bootstrap_deviation(counts, seed), _bootstrap_deviation(truths, seed))
+    )
     return Estimate(
         miou=middle,
         low=lower,
@@ -186,8 +188,8 @@ def interval(expected: float, errors: Sequence[ShiftError], deviation: float = 0
     """Lower end, estimate and upper end of the target mIoU, from the errors of the shifts.
 
     Weighted quantiles of the errors (estimate minus truth) are subtracted from the expected value. Errors grow as
-    estimates fall, so shifts with an estimate near the target's weigh most (`NEAR`, `FLOOR`). The sampling error of the
-    images is added in quadrature.
+    estimates fall, so shifts with an estimate near the target's have the largest weight (`KERNEL_WIDTH`, `MIN_WEIGHT`).
+    The sampling error of the images is added in quadrature.
 
     Args:
         expected: expected mIoU on the target.
@@ -196,12 +198,12 @@ def interval(expected: float, errors: Sequence[ShiftError], deviation: float = 0
     """
     differences = np.array([error.estimate - error.truth for error in errors])
     distances = np.array([error.estimate for error in errors]) - expected
-    weight = FLOOR + np.exp(-((distances / NEAR) ** 2) / 2)
-    outside = (1 - COVERED) / 2
-    least, median, most = (_quantile(differences, weight, share) for share in (outside, 0.5, 1 - outside))
+    weight = MIN_WEIGHT + np.exp(-((distances / KERNEL_WIDTH) ** 2) / 2)
+    outside = (1 - COVERAGE) / 2
+    lowest, median, highest = (_quantile(differences, weight, share) for share in (outside, 0.5, 1 - outside))
     sampling = 1.2816 * deviation  # the normal quantile of the same share
-    low = expected - median - math.hypot(most - median, sampling)
-    high = expected - median + math.hypot(median - least, sampling)
+    low = expected - median - math.hypot(highest - median, sampling)
+    high = expected - median + math.hypot(median - lowest, sampling)
     clipped = [min(1.0, max(0.0, value)) for value in (low, expected - median, high)]
     return clipped[0], clipped[1], clipped[2]
 
@@ -214,11 +216,11 @@ def _quantile(values: np.ndarray[tuple[int], np.dtype[np.float64]], weight: obje
     return float(np.interp(share, positions, values[order]))
 
 
-def _expected(calibrator: Calibrator, scores: Tensor) -> Tensor:
+def _expected_confusion(calibrator: Calibrator, scores: Tensor) -> Tensor:
     return expected_confusion(calibrator(scores), len(scores))
 
 
-def _calibrated(
+def _calibrate_on_source(
     score: Callable[[Tensor], Tensor], pairs: Iterable[tuple[Tensor, Tensor]], seed: int
 ) -> tuple[Calibrator, list[Tensor]]:
     """The calibrator, and the confusion matrix (K, K), float64, of each image."""
@@ -229,11 +231,11 @@ def _calibrated(
         scores.append(predicted.flatten(1)[:, chosen])
         labels.append(label.flatten()[chosen])
         groups.append(torch.full_like(chosen, index))
-        counts.append(Confusion.of(predicted.argmax(0), label, len(predicted)).counts.double())
+        counts.append(Confusion.from_predictions(predicted.argmax(0), label, len(predicted)).counts.double())
     return calibrate(torch.cat(scores, 1), torch.cat(labels), torch.cat(groups)), counts
 
 
-def _errors(
+def _shift_errors(
     score: Callable[[Tensor], Tensor],
     calibrator: Calibrator,
     pairs: Sequence[tuple[Tensor, Tensor]],
@@ -250,23 +252,23 @@ def _errors(
             known = label != IGNORE
             size = (image.shape[-2], image.shape[-1])
             scores = perturbation.invert(score(perturbation.apply(image, max_value, generator)), size)[:, known]
-            expected = expected + _expected(calibrator, scores)
-            one = Confusion.of(scores.argmax(0), label[known], len(scores))
-            truth = one if truth is None else truth + one
+            expected = expected + _expected_confusion(calibrator, scores)
+            counts = Confusion.from_predictions(scores.argmax(0), label[known], len(scores))
+            truth = counts if truth is None else truth + counts
         if truth is not None and truth.pixels:
             yield ShiftError(name=perturbation.name, estimate=expected_miou(expected), truth=truth.miou)
 
 
-def _spread(counts: Sequence[Tensor], seed: int) -> float:
+def _bootstrap_deviation(counts: Sequence[Tensor], seed: int) -> float:
     """Standard deviation of the mIoU of summed counts over bootstrap samples of the images."""
     stack, random = torch.stack(list(counts)), np.random.default_rng(seed)
-    picks = random.integers(0, len(stack), (DRAWS, len(stack)))
-    return float(np.std([expected_miou(stack[torch.from_numpy(pick)].sum(0)) for pick in picks]))
+    samples = random.integers(0, len(stack), (BOOTSTRAP_SAMPLES, len(stack)))
+    return float(np.std([expected_miou(stack[torch.from_numpy(sample)].sum(0)) for sample in samples]))
 
 
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
-def _fitted(scores: Tensor, label: Tensor, *, classwise: bool) -> Calibrator:
+def _fit_calibrator(scores: Tensor, label: Tensor, *, classwise: bool) -> Calibrator:
     """The temperature, and bias, of least negative log-likelihood."""
     scores, label = scores.clone(), label.clone()  # inference tensors have no gradients
     log = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -287,6 +289,6 @@ def _fitted(scores: Tensor, label: Tensor, *, classwise: bool) -> Calibrator:
     return Calibrator(temperature, bias.detach())
 
 
-def _loss(probability: Tensor, label: Tensor) -> float:
+def _negative_log_likelihood(probability: Tensor, label: Tensor) -> float:
     chosen = probability.gather(0, label[None])[0]
     return float(-chosen.clamp_min(1e-12).log().mean())

@@ -124,8 +124,8 @@ class Gate(Spec):
         """
         unfamiliar = self.unfamiliar(familiarity, reverse_validation)
         return {
-            name: unfamiliar + self.rejections(metrics[baseline], each)
-            for name, each in metrics.items()
+            name: unfamiliar + self.rejections(metrics[baseline], candidate)
+            for name, candidate in metrics.items()
             if name != baseline
         }
 
@@ -138,7 +138,7 @@ def select(baseline: str, metrics: Mapping[str, LabelFreeMetrics], tolerance: fl
         metrics: of the accepted networks, by name, preferred ones first.
         tolerance: `Gate.tolerance`.
     """
-    values = {name: geometric_consistency(each) for name, each in metrics.items() if name != baseline}
+    values = {name: geometric_consistency(candidate) for name, candidate in metrics.items() if name != baseline}
     highest = max(values.values(), default=0.0)
     return next((name for name, value in values.items() if highest - value < tolerance), baseline)
 
@@ -169,6 +169,8 @@ def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
         source: metrics on held-out images of the domain that the network was trained on, over the classes it predicts.
         target: metrics on the target, over the classes it predicts.
     """
-    one, two = (geometric_consistency(each) * sum(share > 0 for share in each.shares) for each in (source, target))
-    ratios = ((two, one), (target.nuclear_norm, source.nuclear_norm))
-    return math.prod(min(1.0, other / own) if own else 1.0 for other, own in ratios)
+    on_source, on_target = (
+        geometric_consistency(domain) * sum(share > 0 for share in domain.shares) for domain in (source, target)
+    )
+    ratios = ((on_target, on_source), (target.nuclear_norm, source.nuclear_norm))
+    return math.prod(min(1.0, value / reference) if reference else 1.0 for value, reference in ratios)

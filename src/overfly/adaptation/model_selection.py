@@ -14,16 +14,10 @@ import torch
 from overfly.adaptation.estimate import Estimate, estimate
 from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, RecipeError, RunError
-from overfly.core.spec import Share, Spec, Whole
+from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.images import MetricOptions, unlabeled_images
-from overfly.evaluation.label_free_metrics import (
-    VALIDATORS,
-    LabelFreeMetrics,
-    Validator,
-    consensus,
-    label_free_metrics,
-)
+from overfly.evaluation.label_free_metrics import VALIDATORS, LabelFreeMetrics, Validator, consensus, label_free_metrics
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
 from overfly.training.evaluate import evaluate_domain, has_labels, logged_source_miou, stored_scores
@@ -87,7 +81,7 @@ class Ranking(Spec):
     shift, which is too noisy to rank by."""
     quality: dict[str, ValidatorQuality] | None = None
     """Quality of each validator, if target labels were read."""
-    labels_opened: Whole
+    labels_opened: NonNegativeInt
     """Target labels behind the target mIoUs, read now or earlier; 0 without labels."""
 
 
@@ -134,14 +128,14 @@ def list_checkpoints(runs: Sequence[Run]) -> list[Checkpoint]:
             Checkpoint(run, step, final=run.finished and _same_weights(run.weights, file))
             for step, file in run.validation_weights.items()
         ]
-        if run.finished and not any(each.final for each in stored):
+        if run.finished and not any(checkpoint.final for checkpoint in stored):
             stored.append(Checkpoint(run, None, final=True))
         checkpoints += stored
     return checkpoints
 
 
-def _same_weights(one: Path, other: Path) -> bool:
-    first, second = (read_segmenter_file(file)[1] for file in (one, other))
+def _same_weights(path: Path, other_path: Path) -> bool:
+    first, second = (read_segmenter_file(file)[1] for file in (path, other_path))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -182,29 +176,29 @@ def rank(
     checkpoints = list_checkpoints(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
     metrics, estimated, scored = [], [], []
-    for each in checkpoints:
-        network = each.run.segmenter(each.step)
-        _check_classes(each.run, network, target)
-        own = each.options(options)
-        source_miou = _source_miou(each, options.device) if same_source else None
+    for checkpoint in checkpoints:
+        network = checkpoint.run.segmenter(checkpoint.step)
+        _check_classes(checkpoint.run, network, target)
+        own = checkpoint.options(options)
+        source_miou = _source_miou(checkpoint, options.device) if same_source else None
         without_source = label_free_metrics(network, target, split, own, reference=reference_network)
         metrics.append(without_source.model_copy(update={"source_miou": source_miou}))
-        source = each.run.recipe.source
+        source = checkpoint.run.recipe.source
         estimable = estimates and source is not None and has_labels(source, "val")
         estimated.append(estimate(network, source, target, own, split=split) if estimable and source else None)
-        scored.append(_target_scores(each, target, options.device) if with_labels else None)
+        scored.append(_target_scores(checkpoint, target, options.device) if with_labels else None)
     metrics = _with_consensus(checkpoints, metrics, target, split, options)
-    ranks = mean_ranks([each.by_validator() for each in metrics], validators)
+    ranks = mean_ranks([values.by_validator() for values in metrics], validators)
     candidates = [
         Candidate(
-            run=str(each.run.path),
-            checkpoint=each.name,
+            run=str(checkpoint.run.path),
+            checkpoint=checkpoint.name,
             metrics=metrics[index],
             mean_rank=ranks[index],
             estimate=estimated[index],
             target_miou=(scores := scored[index]) and (scores.miou or 0.0),
         )
-        for index, each in enumerate(checkpoints)
+        for index, checkpoint in enumerate(checkpoints)
     ]
     candidates.sort(key=lambda candidate: -candidate.mean_rank)
     columns = _columns(candidates)
@@ -300,13 +294,13 @@ def _with_consensus(
     options: MetricOptions,
 ) -> list[LabelFreeMetrics]:
     """The metrics with `consensus`, if all networks have the same resize."""
-    resizes = {each.run.recipe.resize for each in checkpoints}
+    resizes = {checkpoint.run.recipe.resize for checkpoint in checkpoints}
     if len(resizes) > 1:
         return list(metrics)
     images = list(unlabeled_images(target, split, replace(options, resize=resizes.pop())))
-    networks = ((each.run.segmenter(each.step), each.run.recipe.window) for each in checkpoints)
+    networks = ((checkpoint.run.segmenter(checkpoint.step), checkpoint.run.recipe.window) for checkpoint in checkpoints)
     shares = consensus(networks, images, options.device)
-    return [each.model_copy(update={"consensus": share}) for each, share in zip(metrics, shares, strict=True)]
+    return [values.model_copy(update={"consensus": share}) for values, share in zip(metrics, shares, strict=True)]
 
 
 def _source_miou(checkpoint: Checkpoint, device: torch.device | str) -> float | None:
@@ -331,9 +325,9 @@ def _target_scores(checkpoint: Checkpoint, target: Domain, device: torch.device 
 def _columns(candidates: Sequence[Candidate]) -> dict[str, list[float | None]]:
     """Values of all candidates by validator, mean rank and expected mIoU, if every candidate has one."""
     rows = [
-        {**each.metrics.by_validator(), "mean_rank": each.mean_rank,
-         "expected": each.estimate.expected if each.estimate else None}
-        for each in candidates
+        {**candidate.metrics.by_validator(), "mean_rank": candidate.mean_rank,
+         "expected": candidate.estimate.expected if candidate.estimate else None}
+        for candidate in candidates
     ]  # fmt: skip
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {name: column for name, column in columns.items() if all(value is not None for value in column)}

@@ -81,7 +81,7 @@ def plan_candidates(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]
         plans[RECALIBRATED] = Recipe(start=baseline, method=Recalibrate(), **shared, **RECALIBRATION)
     if not others:
         return {**plans, ADAPTED: recipe}
-    return plans | {f"{ADAPTED} {number}": each for number, each in enumerate((recipe, *others), start=1)}
+    return plans | {f"{ADAPTED} {number}": candidate for number, candidate in enumerate((recipe, *others), start=1)}
 
 
 def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
@@ -92,8 +92,8 @@ def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
     """
     shared = ("source", "target", "seed", "resize", "window")
     first, second = (
-        _flatten({key: each.model_dump(mode="json")[key] for key in shared} | {"start": _start_values(each)})
-        for each in (recipe, other)
+        _flatten({key: candidate.model_dump(mode="json")[key] for key in shared} | {"start": _start_values(candidate)})
+        for candidate in (recipe, other)
     )
     for key in dict.fromkeys([*first, *second]):
         if first.get(key) != second.get(key):
@@ -114,9 +114,9 @@ def _start_values(recipe: Recipe) -> object:
 def setting_differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
     """For each recipe, the settings that are not equal in all, by dotted name."""
     flat = [_flatten(recipe.model_dump(mode="json", exclude={"source", "target", "start"})) for recipe in recipes]
-    names = list(dict.fromkeys(key for each in flat for key in each))
-    differing = [name for name in names if any(each.get(name) != flat[0].get(name) for each in flat)]
-    return [{name: each[name] for name in differing if name in each} for each in flat]
+    names = list(dict.fromkeys(key for settings in flat for key in settings))
+    differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
+    return [{name: settings[name] for name in differing if name in settings} for settings in flat]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _train_all(
     """Train every recipe that has no finished run below ``out``."""
     quiet = config.quiet or not fabric.is_global_zero
     recipes = {name: plan for name, plan in plans.items() if isinstance(plan, Recipe)}
-    existing = {name: Run.find(out, each) for name, each in recipes.items()}
+    existing = {name: Run.find(out, plan) for name, plan in recipes.items()}
     finished = [name for name, run in existing.items() if run is not None and run.finished]
     if finished:
         print_status(f"already trained: {', '.join(finished)}", quiet=quiet)
@@ -275,7 +275,7 @@ def _compare(
     return Selection(
         recommended=select(BASELINE, accepted, gate.tolerance),
         candidates=candidates,
-        recipes=tuple(each.model_dump(mode="json") for each in recipes),
+        recipes=tuple(entry.model_dump(mode="json") for entry in recipes),
         gate=gate,
         target=target.model_dump(mode="json"),
         familiarity=familiar,

@@ -139,5 +139,5 @@ def forest_miou(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], class
         TREES, min_samples_leaf=MIN_LEAF, class_weight="balanced", random_state=seed, n_jobs=1
     )
     predicted = torch.from_numpy(forest.fit(features.numpy(), labels.numpy()).predict(others.numpy()))
-    confusion = Confusion.of(predicted, truth, classes)
+    confusion = Confusion.from_predictions(predicted, truth, classes)
     return float(confusion.iou[torch.bincount(truth, minlength=classes) > 0].mean())

@@ -15,7 +15,7 @@ from overfly.adaptation.estimate import Estimate
 from overfly.adaptation.gate import Gate, geometric_consistency
 from overfly.core.errors import RunError
 from overfly.core.progress import percent
-from overfly.core.spec import Share, Spec, Whole
+from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.training.run import Run
 
@@ -69,14 +69,14 @@ class Selection(Spec):
     """Familiarity of the target to the network before adaptation; none without held-out source images."""
     reverse_validation: Share | None = None
     """Reverse validation score of that network's predictions on the target; none if it was skipped or not possible."""
-    labels_opened: Whole
+    labels_opened: NonNegativeInt
     """Target labels that were read for training and selection: those of target images that are source images too."""
 
     @property
     def summary(self) -> str:
         """The recommendation in one sentence."""
-        rejected = [name for name, each in self.candidates.items() if each.rejections]
-        tail = f"; rejected: {_joined(rejected)}" if rejected else ""
+        rejected = [name for name, report in self.candidates.items() if report.rejections]
+        tail = f"; rejected: {_join_names(rejected)}" if rejected else ""
         if self.recommended == BASELINE:
             return f"recommended: {BASELINE}{tail or '; there is no other candidate'}"
         best = self.candidates[self.recommended]
@@ -90,8 +90,8 @@ class Selection(Spec):
         ]
         similar = [name for name in others if name not in lower]
         text = f"recommended: {self.recommended}{f' ({settings})' if settings else ''}, accepted by all checks"
-        text += f"; geometric consistency higher than {_joined(lower)}" if lower else ""
-        text += f"; geometric consistency similar to {_joined(similar)}" if similar else ""
+        text += f"; geometric consistency higher than {_join_names(lower)}" if lower else ""
+        text += f"; geometric consistency similar to {_join_names(similar)}" if similar else ""
         return text + tail
 
     @property
@@ -108,27 +108,29 @@ class Selection(Spec):
     def differences(self) -> list[str]:
         """Run folder and differing settings of each adapted candidate, if there are several."""
         return [
-            f"{name}: {Path(each.run).name} ({settings_text(each.settings, most=None)})"
-            for name, each in self.candidates.items()
-            if each.settings
+            f"{name}: {Path(report.run).name} ({settings_text(report.settings, most=None)})"
+            for name, report in self.candidates.items()
+            if report.settings
         ]
 
     @property
     def reasons(self) -> list[str]:
         """Reasons of all rejections, with the candidate's name in front."""
-        return [f"{name} rejected: {reason}" for name, each in self.candidates.items() for reason in each.rejections]
+        return [
+            f"{name} rejected: {reason}" for name, report in self.candidates.items() for reason in report.rejections
+        ]
 
     def rows(self) -> list[list[str]]:
         """Rows of the candidates' table: the name, then a cell per entry of `COLUMNS`, in percent."""
         rows = []
-        for name, each in self.candidates.items():
-            metrics, estimate = each.metrics, each.estimate
+        for name, report in self.candidates.items():
+            metrics, estimate = report.metrics, report.estimate
             values = [
                 metrics.source_miou, metrics.masked_miou, metrics.views_miou, geometric_consistency(metrics),
                 metrics.agreement,
             ]  # fmt: skip
             interval = f" ({percent(estimate.low, 1)} to {percent(estimate.high, 1)})" if estimate else ""
-            decision = "rejected" if each.rejections else "baseline" if name == BASELINE else "accepted"
+            decision = "rejected" if report.rejections else "baseline" if name == BASELINE else "accepted"
             decision = "recommended" if name == self.recommended else decision
             estimated = percent(estimate.miou if estimate else None, 1) + interval
             rows.append([name, *(percent(value, 1) for value in values), estimated, decision])
@@ -233,6 +235,6 @@ def value_text(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _joined(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return re.sub(r", ([^,]*)$", r" and \1", ", ".join(names))

@@ -52,7 +52,7 @@ def build_catalog() -> Catalog:
     from overfly.models.checkpoints import NAMED
 
     load_plugins()
-    groups = {"model": {name: networks.about(name) for name in networks.names()}}
+    groups = {"model": {name: networks.first_paragraph(name) for name in networks.names()}}
     groups["weights"] = {name: url for name, (url, _) in sorted(NAMED.items())}
     for group, choice in choices().items():
         groups[group] = {name: summary(kind) for name, kind in sorted(choice.kinds.items())}

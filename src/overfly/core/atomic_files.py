@@ -1,7 +1,7 @@
 """Write files so that they appear complete or not at all, and lock files between processes.
 
 A file ``name`` in progress is a hidden sibling ``.name.HOST.TOKEN.part``. Its writer holds a lock beside it, which the
-system releases when the process ends; so parts of killed processes are recognized and removed by later writers.
+system releases when the process ends; later writers remove the parts of killed processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces ``path`` when the block ends without an error.
 
-    The file gets the permissions that the umask allows, whatever permissions its writer chose.
+    The file gets the permissions given by the umask.
 
     Args:
         path: final name; its folder exists.
@@ -63,7 +63,7 @@ def temporary_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove the parts of ``path`` that killed processes of this machine left; parts in progress stay."""
+    """Remove parts of ``path`` left by killed processes of this machine; parts in progress are kept."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}\.[0-9a-f]{{12}}\.part")
     with suppress(OSError), os.scandir(path.parent) as entries:
         for part in [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]:
@@ -101,6 +101,3 @@ def _remove(part: Path) -> None:
     else:
         with suppress(OSError):
             part.unlink()
-
-
-__all__ = ["Timeout", "atomic_write", "lock", "remove_stale", "temporary_path"]

@@ -1,4 +1,4 @@
-"""Choices that settings and command-line options share. No imports but typing: the command line reads them at once."""
+"""Choices that settings and command-line options share. Imports only typing, to keep the command line fast."""
 
 from typing import Literal
 

@@ -1,7 +1,7 @@
 """Download files over HTTP with `pooch` (verified by hash, resumed when the connection breaks), and unpack archives.
 
-Next to ``name`` an unfinished download keeps ``name.part`` (the received bytes) and ``name.part.json`` (URL and version
-of the file they belong to); ``name`` appears when it is complete and its hash matches.
+An unfinished download is stored as ``name.part`` (received bytes) and ``name.part.json`` (URL and version of the
+file); it is renamed to ``name`` when it is complete and its hash matches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from overfly.core.atomic_files import lock, temporary_path
 from overfly.core.errors import DownloadError
 
 Progress = Callable[[int, int | None], None]
-"""Called with the number of bytes received and of all bytes, or None where the server does not state it."""
+"""Called with the number of bytes received and of all bytes, or None if unknown."""
 
 CHUNK = 1 << 16
 """Bytes read and written at a time."""
@@ -41,7 +41,7 @@ MAX_BYTES = 20 * 10**9
 """Largest unpacked size of an archive."""
 MAX_FILES = 50_000
 """Largest number of files in an archive."""
-CLUTTER = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
+EXCLUDED_FILES = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 """Files of file managers, which are not unpacked."""
 
 
@@ -88,8 +88,8 @@ def download_file(
         raise DownloadError(f"known_hash must be md5: or sha256: and hex digits, got {known_hash!r}")
     if path.is_dir():
         raise DownloadError(f"{path} is a folder, not a file; move it away or download to another path")
-    whole = known_hash if known_hash is None or len(known_hash) in (len("md5:") + 32, len("sha256:") + 64) else None
-    prefix = known_hash if whole is None else None  # `pooch` compares whole hashes only
+    full_hash = known_hash if known_hash is None or len(known_hash) in (len("md5:") + 32, len("sha256:") + 64) else None
+    prefix = known_hash if full_hash is None else None  # `pooch` compares whole hashes only
     downloader = _ResumingDownloader(path, known_hash, prefix, progress, retries, timeout)
     pooch.get_logger().setLevel("WARNING")
     with disk_errors(path):
@@ -98,7 +98,7 @@ def download_file(
             if prefix and path.is_file() and hash_error(path, prefix):
                 path.unlink()
             try:
-                pooch.retrieve(url, whole, path.name, path.parent, downloader=downloader)
+                pooch.retrieve(url, full_hash, path.name, path.parent, downloader=downloader)
             except ValueError as error:  # another hash; `pooch` has deleted the file
                 raise DownloadError(f"{path.name} from {_public_part(url)}: {error}") from None
     return path
@@ -154,7 +154,7 @@ def format_bytes(size: float) -> str:
 
 
 class _RetryError(Exception):
-    """A failure that another attempt may repair."""
+    """A temporary failure; the download is retried."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -177,7 +177,7 @@ class _ResumingDownloader:
         self.note = self.path.with_name(self.path.name + ".part.json")
 
     def __call__(self, url: str, output_file: str, _pooch: object) -> None:
-        """Download to ``output_file``, with as many requests as it takes."""
+        """Download to ``output_file``; retry failed requests."""
         failures, furthest = 0, self._received()
         while True:
             try:
@@ -272,23 +272,23 @@ def _check_response(response: Any, url: str) -> None:
 
 
 def _same_version(response: Any, start: int, version: str | None) -> bool:
-    """Whether a partial response continues at byte ``start`` of the same version of the file."""
+    """Return True if a partial response starts at byte ``start`` of the same version of the file."""
     current = [response.headers[name] for name in ("ETag", "Last-Modified") if name in response.headers]
     continues = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
     return continues and (not version or not current or version in current)
 
 
 def _public_part(url: str) -> str:
-    """A URL without user, password and query, which may be secret."""
+    """Remove user, password and query, which may be secret, from a URL."""
     return re.sub(r"//[^/]*@", "//", re.split("[?#]", url, maxsplit=1)[0])
 
 
 def unpack_zip(
     archive: Path, folder: Path, *, check: Callable[[Path], None] | None = None, progress: Progress | None = None
 ) -> None:
-    """Unpack ``archive`` as ``folder``, which appears when it is complete and checked.
+    """Unpack an archive into a folder, which is created only when it is complete and checked.
 
-    A top folder of the same name within the archive is left out: ``Train/Urban/…`` and ``Urban/…`` both unpack to
+    A top-level folder of the same name in the archive is skipped: ``Train/Urban/…`` and ``Urban/…`` both unpack to
     ``folder/Urban/…``.
 
     Args:
@@ -350,7 +350,7 @@ def _safe_members(opened: zipfile.ZipFile, archive: Path, top: str) -> list[tupl
             unsafe = "occurs twice"
         if unsafe:
             raise DownloadError(f"{archive}: {name!r} {unsafe}; nothing was unpacked, check the archive's origin")
-        if not info.is_dir() and not any(part in CLUTTER or part.startswith("._") for part in path.parts):
+        if not info.is_dir() and not any(part in EXCLUDED_FILES or part.startswith("._") for part in path.parts):
             members[str(path).casefold()] = info, path
     return list(members.values())
 

@@ -11,11 +11,11 @@ class OverflyError(Exception):
 
 
 class RecipeError(OverflyError):
-    """A recipe, or a setting of one, that cannot be carried out."""
+    """A recipe, or a setting of one, that is invalid or cannot be trained."""
 
 
 class DataError(OverflyError):
-    """A file or folder of imagery that is missing, broken, or not what it claims to be."""
+    """A file or folder of imagery that is missing, damaged, or of an unexpected format."""
 
 
 class WeightsError(OverflyError):

@@ -11,27 +11,27 @@ import torch
 from pydantic import model_validator
 from torch import nn
 
-from overfly.core.spec import Choice, NonNegative, Positive, Share, Whole
+from overfly.core.spec import Choice, NonNegativeFloat, NonNegativeInt, PositiveFloat, Share
 
 
 class Optim(Choice, ABC):
     """An optimizer with its settings."""
 
-    lr: Positive = 0.01
+    lr: PositiveFloat = 0.01
     """Maximum learning rate."""
-    weight_decay: NonNegative = 5e-4
+    weight_decay: NonNegativeFloat = 5e-4
     """Strength of weight decay."""
-    head: Positive = 1.0
+    head: PositiveFloat = 1.0
     """Learning rate of the decoder and class layers, as a multiple of the encoder's."""
     decay_norms: bool = True
     """Whether weight decay applies to normalization weights and biases."""
 
     @abstractmethod
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer of these parameter groups."""
+        """Create the optimizer of these parameter groups."""
 
     def optimizer(self, module: nn.Module, heads: Iterable[str] = ()) -> torch.optim.Optimizer:
-        """The optimizer of all trainable parameters of a module.
+        """Create the optimizer of all trainable parameters of a module.
 
         Args:
             module: whose parameters are trained.
@@ -62,44 +62,41 @@ class SGD(Optim, name="sgd"):
     """Use Nesterov momentum (1983)."""
 
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """`torch.optim.SGD`."""
         return torch.optim.SGD(list(groups), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
 class Adam(Optim, name="adam"):
     """Adam (Kingma and Ba, 2015)."""
 
-    lr: Positive = 1e-3
+    lr: PositiveFloat = 1e-3
     """Maximum learning rate."""
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Strength of weight decay, added to the gradient."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay rates of the running averages of the gradient and its square."""
 
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """`torch.optim.Adam`."""
         return torch.optim.Adam(list(groups), lr=self.lr, betas=self.betas)
 
 
 class AdamW(Optim, name="adamw"):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
-    lr: Positive = 1e-3
+    lr: PositiveFloat = 1e-3
     """Maximum learning rate."""
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay rates of the running averages of the gradient and its square."""
 
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """`torch.optim.AdamW`."""
         return torch.optim.AdamW(list(groups), lr=self.lr, betas=self.betas)
 
 
 class Schedule(Choice, ABC):
     """The learning rate over the steps of a run, as a share of its maximum."""
 
-    warmup: Whole = 0
+    warmup: NonNegativeInt = 0
     """Steps of linear warm-up."""
 
     @abstractmethod
@@ -117,18 +114,16 @@ class Constant(Schedule, name="constant"):
     """A constant rate."""
 
     def shape(self, progress: float) -> float:  # noqa: ARG002
-        """Always 1."""
         return 1.0
 
 
 class Poly(Schedule, name="poly"):
     """Polynomial decay to zero: (1 - progress) ** power."""
 
-    power: Positive = 0.9
+    power: PositiveFloat = 0.9
     """Exponent; 1 is a straight line."""
 
     def shape(self, progress: float) -> float:
-        """(1 - progress) ** power."""
         return float(max(0.0, 1.0 - progress) ** self.power)
 
 
@@ -139,7 +134,6 @@ class Cosine(Schedule, name="cosine"):
     """Share of the maximum rate at the end."""
 
     def shape(self, progress: float) -> float:
-        """Half a cosine."""
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -152,7 +146,6 @@ class StepDecay(Schedule, name="step"):
     """Factor at each milestone."""
 
     def shape(self, progress: float) -> float:
-        """``gamma`` to the power of the number of passed milestones."""
         return float(self.gamma ** sum(progress >= milestone for milestone in self.milestones))
 
 
@@ -173,7 +166,6 @@ class OneCycle(Schedule, name="one_cycle"):
         return self
 
     def shape(self, progress: float) -> float:
-        """Two half cosines."""
         if progress < self.rise:
             low, done = self.start, progress / self.rise
             return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * done))
@@ -186,18 +178,3 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-
-
-__all__ = [
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Constant",
-    "Cosine",
-    "OneCycle",
-    "Optim",
-    "Poly",
-    "Schedule",
-    "StepDecay",
-    "set_learning_rate",
-]

@@ -1,4 +1,4 @@
-"""Threads that read ahead of a consumer, or that finish work behind a producer."""
+"""Threads that read ahead of a consumer, or process items of a producer in the background."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
-    """Apply a function in threads and yield its results in order, at most two a thread ahead of the consumer."""
+    """Apply a function in threads and yield the results in order, at most two per thread ahead of the consumer."""
     with ThreadPoolExecutor(workers) as pool:
         yield from _in_order(pool, function, items, 2 * workers)
 
@@ -58,10 +58,10 @@ def _in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], de
 
 @contextmanager
 def background(function: Callable[[T], None], depth: int) -> Iterator[Callable[[T], None]]:
-    """Yield a function that hands items to ``function`` in one thread, in order, and waits where ``depth`` are pending.
+    """Yield a function that hands items to ``function`` in one thread, in order, and waits while ``depth`` are pending.
 
-    Leaving waits until all items are done; leaving by an error drops those that are pending. After an error no further
-    item is worked on; it is raised by the next call, or on leaving.
+    On exit all pending items are processed, or dropped if the block raised an error. After an error of ``function`` no
+    further item is processed; the next call, or the exit, raises it.
     """
     pending: deque[Future[None]] = deque()
     failed = False

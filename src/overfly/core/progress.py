@@ -22,7 +22,7 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def print_status(text: str, *, quiet: bool = False) -> None:
-    """Print a line on stderr, above the bars where some are shown."""
+    """Print a line on stderr, above any progress bars."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)
 
@@ -36,9 +36,9 @@ class _Task:
 
 
 class Progress:
-    """How far one or several tasks are; a context manager.
+    """Context manager that shows the progress of one or several tasks.
 
-    Each name that `update` is called with is a task with a bar of its own. ``partial(progress.update, name)`` is a
+    Each name passed to `update` is a task with its own bar. ``partial(progress.update, name)`` is a
     callback ``(done, total)``. Updates may come from several threads.
 
     Args:
@@ -57,13 +57,13 @@ class Progress:
         return self
 
     def update(self, name: str, done: int, total: int | None = None, detail: str = "") -> None:
-        """Show that ``done`` of ``total`` are finished.
+        """Update a task to ``done`` of ``total``.
 
         Args:
-            name: of the task.
-            done: how many are finished; the first call's count is where the task resumes.
-            total: how many there are; None if unknown.
-            detail: text behind the counts, such as losses.
+            name: name of the task.
+            done: number of finished units; the count of the first call is where the task resumes.
+            total: number of units; None if unknown.
+            detail: text after the counts, such as losses.
         """
         if self.quiet:
             return

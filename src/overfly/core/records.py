@@ -22,9 +22,9 @@ class Item(NamedTuple):
     """One image of a domain.
 
     Attributes:
-        name: unique within its split and fit for a file's stem, such as ``Rural_12``.
-        image: file, or drawing, of shape (H, W, C) in the sensor's own range.
-        label: file, or drawing, of shape (H, W) as the domain stores it; None where there is none.
+        name: unique within the split and valid as a file name, such as ``Rural_12``.
+        image: file, or function that generates the image, (H, W, C), in the sensor's range.
+        label: file, or function that generates the label, (H, W), as the domain stores it; None: no label.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Logits(NamedTuple):
     Attributes:
         main: class scores (B, K, h, w), at the network's own stride or, from a `Segmenter`, at the image's size.
         aux: class scores of auxiliary heads, each (B, K, h, w); empty without training heads.
-        boundary: scores of "a class boundary runs here" (B, 1, h, w), or None.
+        boundary: scores of class boundaries (B, 1, h, w), or None.
         features: the encoder's last feature map (B, F, h', w'), or None.
     """
 
@@ -76,8 +76,8 @@ class Logits(NamedTuple):
     boundary: Tensor | None = None
     features: Tensor | None = None
 
-    def of(self, images: slice) -> Logits:
-        """The logits of some images of the batch."""
+    def select(self, images: slice) -> Logits:
+        """Select images of the batch."""
         return Logits(
             self.main[images],
             tuple(scores[images] for scores in self.aux),
@@ -87,6 +87,6 @@ class Logits(NamedTuple):
 
 
 Losses = Mapping[str, Tensor]
-"""Named scalar terms. The step minimizes their sum and the log keeps each."""
+"""Named scalar terms. The trainer minimizes their sum and logs each term."""
 
 UInt8 = NDArray[np.uint8]

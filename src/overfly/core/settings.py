@@ -15,7 +15,7 @@ from overfly.core.errors import RecipeError
 from overfly.core.spec import Spec
 
 OPTIONS = ("cache", "checkpoint-every", "device", "devices", "out", "seeds", "split", "workers")
-"""Options of commands that are likely to be given as settings."""
+"""Options of commands that users may give as settings by mistake."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,8 +49,8 @@ def read_mapping(path: Path, kind: str = "recipe") -> dict[str, Any]:
     """Read the settings in a YAML file.
 
     Args:
-        path: of the file.
-        kind: of the file, for messages.
+        path: YAML file.
+        kind: name of such a file in error messages.
 
     Raises:
         RecipeError: the file is missing, or not YAML, or not a mapping.
@@ -97,12 +97,12 @@ def set_value(values: dict[str, Any], override: str) -> None:
 
 
 def validation_message(error: ValidationError, named: str, spec: type[Spec] | None = None) -> str:
-    """All errors of a validation in one sentence with dotted keys.
+    """Format all errors of a validation as one sentence with dotted keys.
 
     Args:
-        error: of pydantic.
-        named: the file or object that was validated.
-        spec: its class, whose settings are suggested for a misspelled one.
+        error: the error that pydantic raised.
+        named: name of the validated file or object.
+        spec: class of the settings; gives suggestions for misspelled names.
     """
     problems = []
     for entry in error.errors():
@@ -138,7 +138,7 @@ TYPES = {
 
 
 def _problem(entry: Mapping[str, Any]) -> str:
-    """The reason why a value is refused, with the value."""
+    """Format the error of one value."""
     kind, value = entry["type"], entry.get("input")
     if kind in PROBLEMS:
         bounds = {
@@ -155,7 +155,7 @@ def _problem(entry: Mapping[str, Any]) -> str:
 
 
 def _unknown(path: list[str], spec: type[Spec] | None) -> str:
-    """The message on a setting that does not exist, with a similar one."""
+    """Format the error for an unknown setting, with the most similar known one."""
     if path[0] in OPTIONS and len(path) == 1:
         return f"not a setting of a recipe but an option of the command, --{path[0]}"
     known = sorted({name for kind in _specs_at(path[:-1], spec) for name in kind.model_fields})
@@ -164,7 +164,7 @@ def _unknown(path: list[str], spec: type[Spec] | None) -> str:
 
 
 def _specs_at(path: list[str], spec: type[Spec] | None) -> list[type[Spec]]:
-    """The classes of settings at a dotted key; of a choice, all its kinds."""
+    """Return the classes of settings at a dotted key, including all kinds of a choice."""
     specs = [] if spec is None else [spec]
     for part in path:
         if not part.isdigit():
@@ -174,7 +174,7 @@ def _specs_at(path: list[str], spec: type[Spec] | None) -> list[type[Spec]]:
 
 
 def _specs_in(annotation: Any) -> list[type[Spec]]:
-    """The classes of settings in a type, such as the one of ``tuple[Augment, ...] | None``."""
+    """Return the classes of settings in a type annotation such as ``tuple[Augment, ...] | None``."""
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         kinds: Mapping[str, type[Spec]] = getattr(annotation, "kinds", {})
         return [annotation, *kinds.values()]
@@ -182,7 +182,7 @@ def _specs_in(annotation: Any) -> list[type[Spec]]:
 
 
 def _is_validator(part: str) -> bool:
-    """Whether a part of pydantic's location names a validator instead of a setting."""
+    """Return True if a part of pydantic's error location is a validator, not a setting."""
     return part.startswith(("function-", "Recipe", "lax-or-strict", "json-or-python")) or "[" in part or part == "path"
 
 

@@ -1,8 +1,8 @@
 """Settings of a recipe: frozen pydantic models, selected by name.
 
-`Spec` is any group of settings. `Choice` is a spec that has kinds: ``class DACS(Method, name="dacs")`` makes
-``{name: dacs, ema: 0.99}`` in YAML, ``DACS(ema=0.99)`` in Python and ``method.ema=0.99`` on the command line one thing;
-``dacs`` alone selects its defaults.
+`Spec` is a group of settings. `Choice` is a spec with several kinds, registered by name: after
+``class DACS(Method, name="dacs")``, ``{name: dacs, ema: 0.99}`` in YAML equals ``DACS(ema=0.99)`` in Python;
+``dacs`` alone gives the defaults.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import (
 
 
 def _not_bool(value: Any) -> Any:
-    """Refuse true and false, which pydantic would read as 1 and 0."""
+    """Raise an error for true and false, which pydantic would read as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number, got {str(value).lower()}")
     return value
@@ -31,17 +31,17 @@ def _not_bool(value: Any) -> Any:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 """A share, 0 to 1."""
-Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+PositiveInt = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
 """An integer of at least 1."""
-Whole = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
+NonNegativeInt = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 """An integer of at least 0."""
 Pixels = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
 """A length in pixels, at least 1."""
 Meters = Annotated[float, Field(gt=0)]
 """A length in meters, greater than 0."""
-Positive = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 """A number greater than 0."""
-NonNegative = Annotated[float, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 """A number of at least 0."""
 
 
@@ -54,7 +54,7 @@ class Spec(BaseModel):
 
 
 class Choice(Spec):
-    """A spec with several kinds, found by name in this package or in a plug-in (entry point ``overfly.plugins``)."""
+    """A spec with several kinds: named subclasses in this package or a plug-in (entry point ``overfly.plugins``)."""
 
     name: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Any]]] = {}
@@ -73,7 +73,7 @@ class Choice(Spec):
 
     @classmethod
     def __class_getitem__(cls, typevar_values: Any) -> Any:
-        """The class with type arguments, without a search for docstrings of its own, which takes 0.1 s of CPU time."""
+        """Return the class with type arguments; skips reading attribute docstrings again, which takes 0.1 s."""
         cls.model_config["use_attribute_docstrings"] = False
         try:
             parametrized: Any = super().__class_getitem__(typevar_values)
@@ -84,7 +84,7 @@ class Choice(Spec):
 
     @classmethod
     def kind(cls, name: str) -> type[Self]:
-        """The kind called ``name``.
+        """Return the class registered as ``name``.
 
         Raises:
             ValueError: no built-in kind or plug-in has this name; the message lists the names.
@@ -117,7 +117,7 @@ class Choice(Spec):
 
     @model_serializer(mode="plain")
     def _with_name(self) -> dict[str, Any]:
-        """All settings of this kind; pydantic's default would write only those of the declared type."""
+        """Serialize name and all settings; pydantic's default writes only those of the declared type."""
         return {"name": self.name, **{field: getattr(self, field) for field in type(self).model_fields}}
 
 

@@ -21,7 +21,7 @@ from overfly.core.atomic_files import atomic_write
 from overfly.core.download import cache_folder
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Item
-from overfly.core.spec import Count, NonNegative, Share, Spec, Whole
+from overfly.core.spec import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, Spec
 from overfly.data import reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError, sample_evenly
 from overfly.data.headers import read_header
@@ -35,7 +35,7 @@ class Problem(Spec):
     image: str
     """Name of the image; empty if the problem concerns the whole split."""
     sentence: str
-    """Which file, what is wrong with it, and what to do."""
+    """The file, the problem, and how to correct it."""
 
 
 class SplitReport(Spec):
@@ -43,9 +43,9 @@ class SplitReport(Spec):
 
     split: Split
     """Name of the split."""
-    images: Whole
+    images: NonNegativeInt
     """Number of images."""
-    labeled: Whole
+    labeled: NonNegativeInt
     """Number of images with a mask."""
     problems: tuple[Problem, ...] = ()
     """All problems, in the order of the images."""
@@ -59,9 +59,9 @@ class SplitReport(Spec):
     """Number of images by number of bands."""
     dtypes: dict[str, int] = Field(default_factory=dict)
     """Number of images by pixel type."""
-    unread_alpha: Whole = 0
+    unread_alpha: NonNegativeInt = 0
     """Images with an alpha band that the domain does not read."""
-    empty: Whole = 0
+    empty: NonNegativeInt = 0
     """Masks in which every pixel is ignored."""
 
 
@@ -298,15 +298,15 @@ class Statistics(Spec):
 
     mean: tuple[float, ...]
     """Mean of each band."""
-    std: tuple[NonNegative, ...]
+    std: tuple[NonNegativeFloat, ...]
     """Standard deviation of each band, of the population."""
     minimum: tuple[float, ...]
     """Smallest value of each band."""
     maximum: tuple[float, ...]
     """Largest value of each band."""
-    pixels: Count
+    pixels: PositiveInt
     """Number of pixels with data."""
-    images: Count
+    images: PositiveInt
     """Number of images."""
 
     def __str__(self) -> str:

@@ -19,18 +19,15 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class SplitError(DataError):
-    """A domain has no such split: not a fault of the files, and no reason to refuse the splits that it does have."""
+    """A domain does not have this split; its other splits are usable."""
 
 
 if TYPE_CHECKING:
-    fact = property
+    overridable_property = property
 else:
 
-    class fact:  # noqa: N801
-        """A property that a kind may state as a property of its own or take from the recipe as a setting.
-
-        A plain property of the base class would hide a pydantic field of the same name; this one gives way to it.
-        """
+    class overridable_property:  # noqa: N801
+        """A property that subclasses may override by a property or a pydantic field of the same name."""
 
         def __init__(self, function: Callable[[Any], Any]) -> None:
             self.function = function
@@ -38,60 +35,60 @@ else:
 
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
             if instance is None:
-                raise AttributeError("known of a domain, not of its kind")
+                raise AttributeError("defined on instances only")
             return self.function(instance)
 
 
 class Domain(Choice, ABC):
-    """Imagery of one place, with or without labels.
+    """Imagery of one region, with or without labels.
 
-    A new dataset is a new kind: it defines `classes` and `items`; if its files need more than
+    A new dataset is a subclass: it defines `classes` and `items`; if its files need more than
     `overfly.data.reading`, it overrides `read_image` and `read_label`.
     """
 
-    model_config = ConfigDict(ignored_types=(fact,))
+    model_config = ConfigDict(ignored_types=(overridable_property,))
 
-    @fact
+    @overridable_property
     def classes(self) -> Classes:
-        """The label set of `read_label`. Every kind defines its own."""
-        raise NotImplementedError(f"the domain {self.name} does not say its classes")
+        """Classes of the labels; every subclass defines them."""
+        raise NotImplementedError(f"the domain {self.name} does not define classes")
 
     @abstractmethod
     def items(self, split: Split) -> Sequence[Item]:
-        """All images of a split, in an order that never changes.
+        """Return all images of a split, in a fixed order.
 
         Raises:
             SplitError: this domain has no such split.
-            DataError: the split's files are not what they should be.
+            DataError: the split's files are missing or invalid.
         """
 
-    @fact
+    @overridable_property
     def title(self) -> str:
         """Name in tables and folders."""
         return str(getattr(self, "scene", self.name)).capitalize()
 
-    @fact
+    @overridable_property
     def bands(self) -> int:
         """Number of bands of each image."""
         return 3
 
-    @fact
+    @overridable_property
     def max_value(self) -> float:
         """Value of the brightest pixel that the sensor can give: 255 for 8 bits, 65535 for 16, 1 for most floats."""
         return 255.0
 
-    @fact
+    @overridable_property
     def gsd(self) -> float | None:
         """Length of a pixel on the ground in meters; None if unknown."""
         return None
 
-    @fact
+    @overridable_property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Mean and standard deviation of each band, in the sensor's own range; None if unknown."""
         return None
 
     def read_image(self, item: Item) -> Array:
-        """The image of an item, (H, W, C), in the sensor's own type and range."""
+        """Read the image of an item, (H, W, C), in the sensor's type and range."""
         return reading.read_image(item.image, bands=self.bands)
 
     def nodata_mask(self, item: Item) -> reading.Mask | None:  # noqa: ARG002
@@ -99,24 +96,24 @@ class Domain(Choice, ABC):
         return None
 
     def read_label(self, item: Item) -> UInt8:
-        """The label of an item, (H, W), class ids 0 to K-1 or 255.
+        """Read the label of an item, (H, W), class ids 0 to K-1 or 255.
 
         Raises:
-            DataError: the item has no label, or the file holds values that are not classes.
+            DataError: the item has no label, or the file contains values that are not classes.
         """
         return reading.read_index_label(item, classes=len(self.classes))
 
 
 def without_labels(items: Sequence[Item]) -> list[Item]:
-    """The same items with their labels taken away: all that training is given of a target."""
+    """Return the items without labels, as training reads a target."""
     return [item._replace(label=None) for item in items]
 
 
 def sample_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most ``limit`` of the items, evenly spaced; all of them where the limit is None."""
+    """Return at most ``limit`` items, evenly spaced; all of them if the limit is None."""
     if limit is None or limit >= len(items):
         return list(items)
-    return [items[int((at + 0.5) * len(items) / limit)] for at in range(limit)]
+    return [items[int((index + 0.5) * len(items) / limit)] for index in range(limit)]
 
 
 __all__ = ["SPLITS", "Domain", "Split", "SplitError", "sample_evenly", "without_labels"]

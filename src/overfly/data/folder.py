@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from overfly.core.classes import Classes, Color
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Item, UInt8
-from overfly.core.spec import Count, Meters, Positive
+from overfly.core.spec import Meters, PositiveFloat, PositiveInt
 from overfly.data import listing, reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
 from overfly.data.reading import UNKNOWN, from_colors, from_numbers, from_palette, unknown_colors, unknown_numbers
@@ -65,13 +65,13 @@ class Folder(Domain, name="folder"):
     """Numbers and colors in the masks that are no class: not learned, not scored; 255 always is one."""
     unknown: Literal["error", "ignore"] = "error"
     """What to do with numbers and colors that are neither a class nor listed under ``ignore``."""
-    bands: Count = 3
+    bands: PositiveInt = 3
     """Number of bands of the images; an alpha band is not counted."""
-    max_value: Positive = 255.0
+    max_value: PositiveFloat = 255.0
     """Value of the brightest pixel that the sensor can give: 255 for 8 bits, 65535 for 16, 1 for most floats."""
     mean: tuple[float, ...] | None = None
     """Mean of each band, in the images' own range; ``overfly data stats`` measures it."""
-    std: tuple[Positive, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
     """Standard deviation of each band, likewise."""
     gsd: Meters | None = None
     """Length of a pixel on the ground in meters, if it is known."""
@@ -94,7 +94,7 @@ class Folder(Domain, name="folder"):
         return {name: (entry,) if isinstance(entry, int) else entry for name, entry in value.items()}
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_settings(self) -> Self:
         known = {*self.colors, *self.ids, *self.classes.names}
         for name in (*self.colors, *self.ids, *self.mapping):
             final = self.mapping.get(name, name)
@@ -179,9 +179,9 @@ class Folder(Domain, name="folder"):
         source = reading.label_of(item)
         pixels = reading.read_label_pixels(source)
         reading.check_size(item, pixels.values)
-        coded = self._encoding(reading.source_name(source), pixels)
+        coded = self._detect_encoding(reading.source_name(source), pixels)
         try:
-            label = self._decoded(pixels, coded)
+            label = self._decode_label(pixels, coded)
         except ValueError as error:
             raise DataError(f"{reading.source_name(source)} cannot be decoded: {error}") from None
         self._replace_unknown(reading.source_name(source), pixels, label, coded)
@@ -190,12 +190,12 @@ class Folder(Domain, name="folder"):
             label[nodata_mask] = IGNORE
         return label
 
-    def _decoded(self, pixels: reading.LabelPixels, coded: str) -> UInt8:
+    def _decode_label(self, pixels: reading.LabelPixels, coded: str) -> UInt8:
         if coded == "index":
             return from_numbers(
-                pixels.values, self._table(self.ids or self._first_ids(), self._ignored_numbers(), "number")
+                pixels.values, self._table(self.ids or self._default_ids(), self._ignored_numbers(), "number")
             )
-        colors = self._table(self.colors or self._display(), self._ignored_colors(), "color")
+        colors = self._table(self.colors or self._display_colors(), self._ignored_colors(), "color")
         if pixels.palette is None:
             return from_colors(pixels.values, colors)
         return from_palette(pixels.values, pixels.palette, colors)
@@ -207,7 +207,7 @@ class Folder(Domain, name="folder"):
                 "such as {train: 0.8, val: 0.2}"
             )
 
-    def _encoding(self, name: str, pixels: reading.LabelPixels) -> Literal["index", "rgb"]:
+    def _detect_encoding(self, name: str, pixels: reading.LabelPixels) -> Literal["index", "rgb"]:
         if pixels.values.ndim == 3:
             if self.label_format == "index":
                 raise DataError(f"{name} holds colors, and label_format is index; set label_format to rgb")
@@ -226,8 +226,8 @@ class Folder(Domain, name="folder"):
         return "rgb" if self.colors else "index"
 
     def _replace_unknown(self, name: str, pixels: reading.LabelPixels, label: UInt8, coded: str) -> None:
-        odd = label == UNKNOWN
-        if not odd.any():
+        unknown = label == UNKNOWN
+        if not unknown.any():
             return
         if self.unknown == "error":
             found = (
@@ -239,7 +239,7 @@ class Folder(Domain, name="folder"):
             raise DataError(
                 f"{name} holds {what} of no class: {found}; add them to {where} or ignore, or set unknown to ignore"
             )
-        label[odd] = IGNORE
+        label[unknown] = IGNORE
 
     def _table(self, coded: Mapping[str, tuple[Code, ...]], ignored: Iterable[Code], what: str) -> dict[Code, int]:
         """Class id of each color or number."""
@@ -255,10 +255,10 @@ class Folder(Domain, name="folder"):
                 raise ValueError(f"the {what} {code} is both a class and ignored; remove it from one of them")
         return meaning
 
-    def _first_ids(self) -> dict[str, tuple[int, ...]]:
+    def _default_ids(self) -> dict[str, tuple[int, ...]]:
         return {name: (number,) for number, name in enumerate(self.classes.names)}
 
-    def _display(self) -> dict[str, tuple[Color, ...]]:
+    def _display_colors(self) -> dict[str, tuple[Color, ...]]:
         return {name: (color,) for name, color in zip(self.classes.names, self.classes.colors, strict=True)}
 
     def _ignored_colors(self) -> tuple[Color, ...]:

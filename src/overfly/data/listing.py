@@ -16,7 +16,7 @@ from overfly.core.errors import DataError
 from overfly.data.headers import SUFFIXES
 
 Key = tuple[str, ...]
-"""Text matched by each wildcard of a glob; an image and its mask have the same."""
+"""Text matched by each wildcard of a glob, equal for an image and its mask."""
 
 Rule = float | str | tuple[str, ...]
 """Definition of a split: a share, a list file ``.txt``, or globs."""
@@ -33,8 +33,8 @@ class ImagePair(NamedTuple):
     Attributes:
         name: text matched by the wildcards, joined by underscores.
         relative: path of the image below the root, with forward slashes.
-        image: its file.
-        mask: file of its mask, or None.
+        image: image file.
+        mask: mask file, or None.
     """
 
     name: str
@@ -72,7 +72,7 @@ def expression(pattern: str) -> re.Pattern[str]:
 
 
 def match_files(root: Path, pattern: str) -> dict[Key, Path]:
-    """Images of a directory or a glob below ``root``, by the text of the wildcards, in natural order.
+    """Find the images of a directory or a glob below ``root``, by the text of the wildcards, in natural order.
 
     Raises:
         DataError: two files of a directory differ in their suffix only, the pattern is invalid, a folder cannot be
@@ -111,7 +111,7 @@ def check_name(path: Path) -> None:
 
 
 def _matches(root: Path, pattern: str) -> list[tuple[Key, Path]]:
-    """Files that a directory or a glob matches, with the text of the wildcards. Reading reports pipes and devices."""
+    """Match a directory or a glob; return files with the text of the wildcards, including pipes and devices."""
     path = root / pattern
     if path.is_dir():
         return [((file.stem,), file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
@@ -124,13 +124,13 @@ def _matches(root: Path, pattern: str) -> list[tuple[Key, Path]]:
 
 
 def find_images(root: Path, images: str, masks: str | None, *, lenient: bool = False) -> list[ImagePair]:
-    """Images below ``root``, each with the mask that has the same text of the wildcards.
+    """Find images below ``root`` and the masks with the same text of the wildcards.
 
     Args:
         root: folder that both patterns are relative to.
         images: directory or glob.
-        masks: directory or glob, or None where there are none.
-        lenient: whether to accept that there are no masks at all.
+        masks: directory or glob; None: no masks.
+        lenient: accept images without any masks.
 
     Raises:
         DataError: there are no masks, an image has none or a mask no image (`NAMED` are named, all are counted), or
@@ -152,12 +152,12 @@ def find_images(root: Path, images: str, masks: str | None, *, lenient: bool = F
 def choose(
     listed: Sequence[ImagePair], split: str, rules: Mapping[str, Rule], root: Path, seed: int
 ) -> list[ImagePair]:
-    """The images of one split.
+    """Select the images of one split.
 
-    A share depends on the image's name and the seed only, so that adding images does not move others to another split.
+    Shares depend on the image's name and the seed only, so that adding images does not move others to another split.
 
     Raises:
-        DataError: a rule matches nothing, a list names what is not there, or two splits share an image.
+        DataError: a rule matches no image, a list names a missing image, or two splits share an image.
     """
     rule = rules[split]
     if isinstance(rule, float):
@@ -179,21 +179,21 @@ def choose(
     return chosen
 
 
-def _check_pairs(found: Mapping[Key, Path], labels: Mapping[Key, Path], root: Path, images: str, masks: str) -> None:
-    if found and not labels:
+def _check_pairs(files: Mapping[Key, Path], labels: Mapping[Key, Path], root: Path, images: str, masks: str) -> None:
+    if files and not labels:
         raise DataError(f"{root} has no masks {masks}; correct the domain's masks, or remove the setting for a target")
     faults = []
-    for these, those, where, this, that in (
-        (found, labels, masks, "image", "mask"),
-        (labels, found, images, "mask", "image"),
+    for keyed, others, pattern, kind, other_kind in (
+        (files, labels, masks, "image", "mask"),
+        (labels, files, images, "mask", "image"),
     ):
-        alone = [path for key, path in these.items() if key not in those] if those else []
-        if alone:
-            also = ", ".join(_below(root, path) for path in alone[1:NAMED])
-            also += ", …" if len(alone) > NAMED else ""
+        unpaired = [path for key, path in keyed.items() if key not in others] if others else []
+        if unpaired:
+            more = ", ".join(_below(root, path) for path in unpaired[1:NAMED])
+            more += ", …" if len(unpaired) > NAMED else ""
             faults.append(
-                f"{alone[0]} has no {that} in {root / where} ({len(alone)} of {len(these)} {this}s have none"
-                + (f": also {also})" if also else ")")
+                f"{unpaired[0]} has no {other_kind} in {root / pattern} ({len(unpaired)} of {len(keyed)} {kind}s have "
+                + (f"none: also {more})" if more else "none)")
             )
     if faults:
         raise DataError(f"{', and '.join(faults)}; add the missing files, remove the others, or correct the patterns")
@@ -216,7 +216,7 @@ def no_images_message(root: Path, images: str) -> str:
 
 
 def _below(root: Path, path: Path) -> str:
-    """A file's path below the root; the whole path where the patterns lead elsewhere."""
+    """Return a path relative to the root, or unchanged if it is outside the root."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
@@ -250,7 +250,7 @@ def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Pat
 
 
 def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
-    """Names of the images that a text file lists, one a line: name, stem, file name, or path below the root."""
+    """Read names of images from a text file, one per line: name, stem, file name, or path below the root."""
     path = root / rule
     fault = ""
     try:

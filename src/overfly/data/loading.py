@@ -23,7 +23,7 @@ from overfly.data.domain import Domain
 from overfly.data.headers import read_header
 from overfly.data.sampling import Counts, SampleSlot, Sampling, crop
 
-MEMORY_BYTES = 2 * 2**30
+MAX_MEMORY_BYTES = 2 * 2**30
 """Largest size of the decoded images of a domain that a process caches in memory."""
 
 MAX_SIDE = 16_384
@@ -49,7 +49,7 @@ class BatchStream:
         resize: side that images are first resized to, or None.
         seed: seed of the run; the streams of one run differ by ``key``.
         key: number of the stream.
-        cache: folder of decoded images, "memory" (up to `MEMORY_BYTES`), or None.
+        cache: folder of decoded images, "memory" (up to `MAX_MEMORY_BYTES`), or None.
         counts: labeled pixels of each class in each image, where the sampling needs them; None reads every mask.
         labeled: whether every image must have a mask, and at least one mask a pixel with a class. Masks are read
             until one has.
@@ -173,7 +173,7 @@ class BatchStream:
             label = nodata_label(self.domain, item, self.resize, folder)
         if label is None:
             label = np.zeros(image.shape[:2], np.uint8)
-        if self.cache == "memory" and self._bytes < MEMORY_BYTES:
+        if self.cache == "memory" and self._bytes < MAX_MEMORY_BYTES:
             self._memory[item.name] = image, label
             self._bytes += image.nbytes + label.nbytes
         return image, label

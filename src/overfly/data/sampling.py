@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from overfly.core.errors import DataError
 from overfly.core.records import Array, UInt8
-from overfly.core.spec import Choice, Positive, Share, Whole
+from overfly.core.spec import Choice, NonNegativeInt, PositiveFloat, Share
 
 Counts = NDArray[np.int64]
 """Labeled pixels of each class in each image, (images, K)."""
@@ -37,14 +37,14 @@ class SampleSlot(NamedTuple):
 
 
 class Sampling(Choice, ABC):
-    """How images and crops are chosen. The choice is a function of (seed, step, slot) alone."""
+    """Sampling of images and crops, a function of (seed, step, slot) alone."""
 
     needs_counts: ClassVar[bool] = False
     """Whether `choose_image` needs the labeled pixels of each class in each image."""
 
     @abstractmethod
     def choose_image(self, slot: SampleSlot, counts: Counts | None) -> tuple[int, int]:
-        """Index of an image and the class it was chosen for (-1: none in particular).
+        """Return the index of an image and the class it was chosen for (-1: none).
 
         Args:
             slot: position in the stream of batches.
@@ -52,7 +52,7 @@ class Sampling(Choice, ABC):
         """
 
     def fits(self, label: UInt8, class_id: int) -> bool:  # noqa: ARG002
-        """Whether a crop of the label has enough pixels of class ``class_id``."""
+        """Return True if a crop of the label has enough pixels of class ``class_id``."""
         return True
 
 
@@ -72,9 +72,9 @@ class Rare(Sampling, name="rare"):
     image with that class, then up to ten crops until one has it. Every mask is read once at the start.
     """
 
-    temperature: Positive = 0.01
+    temperature: PositiveFloat = 0.01
     """Low values choose the rarest classes almost always; high values choose all classes equally often."""
-    pixels: Whole = 1000
+    pixels: NonNegativeInt = 1000
     """Pixels of the class that an image must have (at most as many as the image with the most)."""
     crop_share: Share = 0.005
     """Share of a crop that the class must fill; after ten crops any share is accepted."""
@@ -107,7 +107,7 @@ class Rare(Sampling, name="rare"):
         return result
 
     def fits(self, label: UInt8, class_id: int) -> bool:
-        """Whether the class fills ``crop_share`` of the crop."""
+        """Return True if the class fills ``crop_share`` of the crop."""
         return class_id < 0 or bool((label == class_id).mean() >= self.crop_share)
 
 
@@ -119,9 +119,9 @@ def crop(
     Args:
         image: (H, W, C).
         label: (H, W).
-        size: side of the crop; a smaller image is mirrored outwards, with its label ignored there.
-        random: draws the position.
-        fits: whether to accept the label of a crop; the tenth crop is always accepted.
+        size: side of the crop; a smaller image is padded by reflection, its label by 255.
+        random: generator of the position.
+        fits: returns True if the label of a crop is accepted; the tenth crop is always accepted.
 
     Returns:
         Image (size, size, C) and label (size, size).

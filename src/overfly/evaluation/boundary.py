@@ -20,7 +20,7 @@ from overfly.evaluation.confusion import over_ranks
 
 @dataclass(frozen=True, eq=False)
 class Boundary:
-    """Pixels in the bands along the outlines: counts (3, K), int64, of labels, predictions and both; see `of`."""
+    """Pixels in the bands along the outlines: counts (3, K), int64, of labels, predictions and both."""
 
     counts: Tensor
     width: int
@@ -31,7 +31,9 @@ class Boundary:
         return cls(torch.zeros(3, classes, dtype=torch.int64), width)
 
     @classmethod
-    def of(cls, prediction: Tensor, label: Tensor, classes: int, width: int, ignore: int = IGNORE) -> Self:
+    def from_predictions(
+        cls, prediction: Tensor, label: Tensor, classes: int, width: int, ignore: int = IGNORE
+    ) -> Self:
         """Count the bands of whole images.
 
         Args:

@@ -32,7 +32,7 @@ class Confusion:
         return cls(torch.zeros(classes, classes, dtype=torch.int64))
 
     @classmethod
-    def of(cls, prediction: Tensor, label: Tensor, classes: int, ignore: int = IGNORE) -> Self:
+    def from_predictions(cls, prediction: Tensor, label: Tensor, classes: int, ignore: int = IGNORE) -> Self:
         """Count pixels.
 
         Args:

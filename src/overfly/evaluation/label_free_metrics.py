@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Generator, Tensor, nn
 
-from overfly.core.spec import Share, Spec, Whole
+from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, predict_scores, random_pixels, unlabeled_images
@@ -73,7 +73,7 @@ class LabelFreeMetrics(Spec):
     """Share of pixels predicted as each class."""
     by_view: dict[str, Share]
     """Class-balanced mIoU between the predictions with and without each perturbation."""
-    images: Whole
+    images: NonNegativeInt
     """Images that the metrics were computed on."""
 
     def by_validator(self) -> dict[str, float | None]:
@@ -129,8 +129,8 @@ def label_free_metrics_of_images(
     """
     statistics: PredictionStatistics | None = None
     networks = [network] if reference is None else [network, reference]
-    for each in networks:
-        each.to(options.device)
+    for model in networks:
+        model.to(options.device)
     with evaluation_mode(nn.ModuleList(networks)), torch.inference_mode():
         for index, raw in enumerate(images):
             image = raw.to(options.device)
@@ -181,7 +181,7 @@ class PredictionStatistics:
 
     def compare(self, name: str, prediction: Tensor, other: Tensor) -> None:
         """Add two predictions (H, W) of the same pixels to the confusion matrix ``name``."""
-        confusion = Confusion.of(other.cpu(), prediction.cpu(), self.classes)
+        confusion = Confusion.from_predictions(other.cpu(), prediction.cpu(), self.classes)
         self.confusions[name] = self.confusions[name] + confusion if name in self.confusions else confusion
 
     def metrics(self, seed: int = 0, *, reference_classes: bool = False) -> LabelFreeMetrics:
@@ -285,7 +285,7 @@ def consensus(
     for own in predictions:
         pair = Confusion.empty(classes)
         for prediction, mean in zip(own, common, strict=True):
-            pair += Confusion.of(prediction, mean, classes)
+            pair += Confusion.from_predictions(prediction, mean, classes)
         shares.append(balanced_miou(pair))
     return shares
 

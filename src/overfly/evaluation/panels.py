@@ -17,9 +17,9 @@ from overfly.evaluation.score import Sample
 Bands = tuple[int, int, int]
 """Indices of the bands shown as red, green and blue."""
 
-INK, QUIET, FAINT, PAPER = (30, 30, 30), (95, 95, 95), (150, 150, 150), (255, 255, 255)
-GAP = 12
-HATCH = ((70, 70, 70), (0, 0, 0))
+TEXT_COLOR, HEADING_COLOR, LINE_COLOR, BACKGROUND = (30, 30, 30), (95, 95, 95), (150, 150, 150), (255, 255, 255)
+MARGIN = 12
+STRIPE_COLORS = ((70, 70, 70), (0, 0, 0))
 """The two grays of the stripes that mark pixels without a label."""
 
 
@@ -115,12 +115,12 @@ def comparison_figure(
     for heading, samples in rows:
         first = next(iter(samples.values()))
         tiles: list[Tile | None] = [Tile(to_rgb(first.image))]
-        tiles += [_painted(first.label, classes)] if labeled else []
+        tiles += [_paint_label(first.label, classes)] if labeled else []
         tiles += [
-            _painted(samples[network].prediction if network in samples else None, classes) for network in networks
+            _paint_label(samples[network].prediction if network in samples else None, classes) for network in networks
         ]
         tiled.append(Row(heading, tiles))
-    return _sheet(tiled, ["image", *(["label"] if labeled else []), *networks], classes, path, side)
+    return _draw_sheet(tiled, ["image", *(["label"] if labeled else []), *networks], classes, path, side)
 
 
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
@@ -146,7 +146,7 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [
-        f"{name}\n{_share(total / max(totals.sum(), 1))} of pixels"
+        f"{name}\n{_format_share(total / max(totals.sum(), 1))} of pixels"
         for name, total in zip(classes.names, totals[:, 0], strict=True)
     ]
     axes.set_xticks(range(number), classes.names, rotation=40, ha="left", rotation_mode="anchor", fontsize=9)
@@ -173,49 +173,49 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
     return path
 
 
-def _share(value: float) -> str:
+def _format_share(value: float) -> str:
     return "0%" if value == 0 else "<1%" if value < 0.01 else f"{value:.0%}"
 
 
-def _painted(ids: UInt8 | None, classes: Classes) -> Tile | None:
+def _paint_label(ids: UInt8 | None, classes: Classes) -> Tile | None:
     if ids is None:
         return None
     striped: UInt8 = (ids == IGNORE).astype(np.uint8)
     return Tile(classes.paint(ids), striped if striped.any() else None, sharp=True)
 
 
-def _sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
+def _draw_sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
     """Draw rows of tiles, titles and the legend into a PNG."""
     font, small = _font(15), _font(13)
-    fitted = [(row, [None if tile is None else _fitted(tile, side) for tile in row.tiles]) for row in rows]
+    fitted = [(row, [None if tile is None else _resize_tile(tile, side) for tile in row.tiles]) for row in rows]
     heights = [max((image.height for image in images if image), default=side) for _, images in fitted]
-    width = GAP + len(columns) * (side + GAP)
+    width = MARGIN + len(columns) * (side + MARGIN)
     striped = any(tile is not None and tile.striped is not None for row in rows for tile in row.tiles)
     legend = _legend(classes, width, small, striped)
-    height = 34 + sum(heights) + 32 * len(rows) + legend.height + GAP
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
+    height = 34 + sum(heights) + 32 * len(rows) + legend.height + MARGIN
+    sheet = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
     for index, column in enumerate(columns):
-        pen.text((GAP + index * (side + GAP), 10), column, INK, font)
+        draw.text((MARGIN + index * (side + MARGIN), 10), column, TEXT_COLOR, font)
     top = 34
-    for (row, images), tall in zip(fitted, heights, strict=True):
-        pen.text((GAP, top + 4), row.heading, QUIET, small)
+    for (row, images), row_height in zip(fitted, heights, strict=True):
+        draw.text((MARGIN, top + 4), row.heading, HEADING_COLOR, small)
         top += 24
         for index, image in enumerate(images):
-            left = GAP + index * (side + GAP)
+            left = MARGIN + index * (side + MARGIN)
             if image is None:
-                pen.text((left, top + tall // 2), "none", FAINT, small)
+                draw.text((left, top + row_height // 2), "none", LINE_COLOR, small)
                 continue
             sheet.paste(image, (left, top))
-            pen.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline=FAINT)
-        top += tall + 8
+            draw.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline=LINE_COLOR)
+        top += row_height + 8
     sheet.paste(legend, (0, top + 4))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path
 
 
-def _fitted(tile: Tile, side: int) -> Image.Image:
+def _resize_tile(tile: Tile, side: int) -> Image.Image:
     """The tile, resized to ``side`` pixels on its longest side, with stripes on top."""
     height, width = tile.image.shape[:2]
     scale = side / max(height, width)
@@ -230,29 +230,29 @@ def _fitted(tile: Tile, side: int) -> Image.Image:
 
 def _stripes(size: tuple[int, int]) -> Image.Image:
     across, down = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    stripes: UInt8 = np.asarray(HATCH, np.uint8)[((across + down) // 4) % 2]
+    stripes: UInt8 = np.asarray(STRIPE_COLORS, np.uint8)[((across + down) // 4) % 2]
     return Image.fromarray(stripes)
 
 
 def _legend(classes: Classes, width: int, font: ImageFont.FreeTypeFont, striped: bool) -> Image.Image:
     """Color swatches with class names, wrapped to the width."""
     names = [*classes.names, *(["no label"] if striped else [])]
-    positions, left, top = [], GAP, 8
+    positions, left, top = [], MARGIN, 8
     for name in names:
-        wide = 22 + round(font.getlength(name)) + 18
-        if left + wide > width and left > GAP:
-            left, top = GAP, top + 24
+        name_width = 22 + round(font.getlength(name)) + 18
+        if left + name_width > width and left > MARGIN:
+            left, top = MARGIN, top + 24
         positions.append((left, top))
-        left += wide
-    image = Image.new("RGB", (width, top + 28), PAPER)
-    pen = ImageDraw.Draw(image)
+        left += name_width
+    image = Image.new("RGB", (width, top + 28), BACKGROUND)
+    draw = ImageDraw.Draw(image)
     for index, (name, (left, top)) in enumerate(zip(names, positions, strict=True)):
         if index < len(classes.names):
             image.paste(classes.colors[index], (left, top, left + 16, top + 16))
         else:
             image.paste(_stripes((16, 16)), (left, top))
-        pen.rectangle((left, top, left + 16, top + 16), outline=FAINT)
-        pen.text((left + 22, top), name, INK, font)
+        draw.rectangle((left, top, left + 16, top + 16), outline=LINE_COLOR)
+        draw.text((left + 22, top), name, TEXT_COLOR, font)
     return image
 
 

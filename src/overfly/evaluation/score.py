@@ -61,7 +61,7 @@ class Sample:
 class SampleCollector(typing.Protocol):
     """Receives every image while a split is scored."""
 
-    def show(self, sample: Sample, index: int, total: int) -> None:
+    def add(self, sample: Sample, index: int, total: int) -> None:
         """Receive a sample, its position in the split from 0, and the number of samples."""
 
 
@@ -83,7 +83,7 @@ class Samples:
         self._worst: Sample | None = None
         self._best: Sample | None = None
 
-    def show(self, sample: Sample, index: int, total: int) -> None:
+    def add(self, sample: Sample, index: int, total: int) -> None:
         """Keep a sample if it is one of those wanted; see `SampleCollector`."""
         if index in {(2 * part + 1) * total // (2 * self.spread) for part in range(self.spread)}:
             self._spread[index] = sample
@@ -162,7 +162,7 @@ def score(
                     ids = prediction.to("cpu", torch.uint8).numpy()
                     accuracy = finite(image_counts.confusion.accuracy)
                     sample = Sample(image.item.name, image.image, ids, image.label, accuracy)
-                    samples.show(sample, image.position, len(labeled))
+                    samples.add(sample, image.position, len(labeled))
                 if on_image is not None:
                     on_image(counts.images, len(todo))
     if shard[1] > 1:
@@ -228,11 +228,11 @@ def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 
 def _groups(images: Iterator[LabeledImage], batch: int) -> Iterator[list[LabeledImage]]:
     """Group consecutive images of equal size, at most ``batch`` each."""
     group: list[LabeledImage] = []
-    for each in images:
-        if group and (len(group) == batch or each.image.shape != group[0].image.shape):
+    for entry in images:
+        if group and (len(group) == batch or entry.image.shape != group[0].image.shape):
             yield group
             group = []
-        group.append(each)
+        group.append(entry)
     if group:
         yield group
 
@@ -241,7 +241,7 @@ def _predict(
     segmenter: nn.Module, group: list[LabeledImage], protocol: Protocol, device: torch.device, batch: int
 ) -> Tensor:
     """Class scores (B, K, H, W), float32, at the labels' own size."""
-    stack = np.stack([np.ascontiguousarray(each.image, dtype=np.float32) for each in group])
+    stack = np.stack([np.ascontiguousarray(entry.image, dtype=np.float32) for entry in group])
     image = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous().to(device)
     size = image.shape[-2:]
     if protocol.resize is not None and size != (protocol.resize, protocol.resize):
@@ -278,7 +278,7 @@ def _count(scores: Tensor, image: LabeledImage, domain: Domain, protocol: Protoc
             f"label {named} holds id {int(label[label != IGNORE].max())}, but the classes are 0 to "
             f"{len(scores) - 1} and {IGNORE} is ignored; correct the file or the domain's mapping"
         )
-    return prediction, SplitCounts.of(scores, prediction, label, protocol)
+    return prediction, SplitCounts.from_predictions(scores, prediction, label, protocol)
 
 
 def _labeled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split: Split) -> list[Item]:

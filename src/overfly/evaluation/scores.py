@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from overfly.core.records import IGNORE
-from overfly.core.spec import Count, Pixels, Share, Spec, Whole
+from overfly.core.spec import NonNegativeInt, Pixels, PositiveInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.boundary import Boundary
 from overfly.evaluation.confusion import Confusion, over_ranks
@@ -28,7 +28,7 @@ class Protocol(Spec):
     """Overlap of neighboring windows, as a share of their side; unused without windows."""
     boundary_width: Pixels = 5
     """Width of the band along outlines for Boundary IoU, in pixels of the label."""
-    bins: Count = 15
+    bins: PositiveInt = 15
     """Confidence bins of the calibration error."""
 
 
@@ -45,7 +45,7 @@ class ClassScore(Spec):
     """Share of this class's labeled pixels that are predicted so, also called recall."""
     boundary_iou: Share | None
     """Boundary IoU (Cheng et al., 2021) at the protocol's width."""
-    pixels: Whole
+    pixels: NonNegativeInt
     """Labeled pixels of this class."""
 
 
@@ -56,7 +56,7 @@ class Reliability(Spec):
     """Expected calibration error (Guo et al., 2017)."""
     overconfidence: float | None
     """Mean confidence minus accuracy: positive if overconfident."""
-    pixels: tuple[Whole, ...]
+    pixels: tuple[NonNegativeInt, ...]
     """Pixels in each bin."""
     confidence: tuple[Share | None, ...]
     """Mean probability of the predicted class in each bin."""
@@ -71,11 +71,11 @@ class Scores(Spec):
     """The domain, as in a recipe."""
     split: Split
     """The split."""
-    images: Whole
+    images: NonNegativeInt
     """Labeled images that were scored."""
-    labels_opened: Whole
+    labels_opened: NonNegativeInt
     """Labels that were read."""
-    unlabeled: Whole
+    unlabeled: NonNegativeInt
     """Images of the split without a label, left out."""
     protocol: Protocol
     """How the scores were computed."""
@@ -95,7 +95,7 @@ class Scores(Spec):
     """Scores by class, in the order of the ids."""
     calibration: Reliability
     """Confidence against accuracy."""
-    confusion: tuple[tuple[Whole, ...], ...]
+    confusion: tuple[tuple[NonNegativeInt, ...], ...]
     """Pixels: rows are the labels, columns the predictions, both in the order of the ids."""
 
 
@@ -117,7 +117,7 @@ class Calibration:
         return cls(torch.zeros(3, bins, dtype=torch.float64))
 
     @classmethod
-    def of(cls, scores: Tensor, label: Tensor, bins: int = 15, ignore: int = IGNORE) -> Self:
+    def from_scores(cls, scores: Tensor, label: Tensor, bins: int = 15, ignore: int = IGNORE) -> Self:
         """Count pixels by the probability of the predicted class.
 
         Args:
@@ -180,19 +180,17 @@ class SplitCounts:
     def empty(cls, classes: int, protocol: Protocol) -> SplitCounts:
         """No images yet."""
         return cls(
-            Confusion.empty(classes),
-            Boundary.empty(classes, protocol.boundary_width),
-            Calibration.empty(protocol.bins),
+            Confusion.empty(classes), Boundary.empty(classes, protocol.boundary_width), Calibration.empty(protocol.bins)
         )
 
     @classmethod
-    def of(cls, scores: Tensor, prediction: Tensor, label: Tensor, protocol: Protocol) -> SplitCounts:
+    def from_predictions(cls, scores: Tensor, prediction: Tensor, label: Tensor, protocol: Protocol) -> SplitCounts:
         """Count one image: class scores (K, H, W) and the class ids (H, W) they predict, against its label (H, W)."""
         classes = len(scores)
         return cls(
-            Confusion.of(prediction, label, classes),
-            Boundary.of(prediction, label, classes, protocol.boundary_width),
-            Calibration.of(scores, label, protocol.bins),
+            Confusion.from_predictions(prediction, label, classes),
+            Boundary.from_predictions(prediction, label, classes, protocol.boundary_width),
+            Calibration.from_scores(scores, label, protocol.bins),
             1,
         )
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from overfly.core.choices import Precision
 from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError
-from overfly.core.spec import Count, NonNegative, Pixels, Positive, Spec, Whole
+from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Spec
 from overfly.evaluation.score import evaluation_mode
 from overfly.models.network import Network
 
@@ -45,42 +45,42 @@ SHORTEST = 1e-5
 class Timing(Spec):
     """Forward passes of one batch size; milliseconds are those of the whole batch."""
 
-    batch: Count
+    batch: PositiveInt
     """Images in one forward pass."""
-    mean_ms: NonNegative
+    mean_ms: NonNegativeFloat
     """Mean time of a forward pass."""
-    std_ms: NonNegative
+    std_ms: NonNegativeFloat
     """Standard deviation of it."""
-    p50_ms: NonNegative
+    p50_ms: NonNegativeFloat
     """Median."""
-    p95_ms: NonNegative
+    p95_ms: NonNegativeFloat
     """95th percentile."""
-    p99_ms: NonNegative
+    p99_ms: NonNegativeFloat
     """99th percentile."""
-    images_per_second: Positive
+    images_per_second: PositiveFloat
     """Batch over mean time."""
-    peak_memory_mb: NonNegative | None
+    peak_memory_mb: NonNegativeFloat | None
     """Peak memory during the passes, in 10⁶ bytes; see ``memory``. None if unknown."""
 
 
 class Speed(Spec):
     """Size and speed of a network on one machine."""
 
-    parameters: Whole
+    parameters: NonNegativeInt
     """Weights and biases, without the heads that only training uses."""
-    macs: Whole
+    macs: NonNegativeInt
     """Multiply-accumulates of one image, in convolutions and matrix products; about half the FLOPs."""
     macs_of_batch: dict[int, int] = Field(default_factory=dict)
     """Multiply-accumulates of whole batches, by batch size, if requested."""
-    bands: Count
+    bands: PositiveInt
     """Bands of the image."""
     size: tuple[Pixels, Pixels]
     """Height and width of the image in pixels."""
     timings: tuple[Timing, ...]
     """One entry per batch size."""
-    warmup: Whole
+    warmup: NonNegativeInt
     """Untimed passes per batch size."""
-    repeats: Count
+    repeats: PositiveInt
     """Timed passes per batch size."""
     precision: Precision
     """32, or mixed with bf16 or 16."""
@@ -138,15 +138,15 @@ def measure_speed(
     with _threads(threads), evaluation_mode(network), torch.no_grad():
         machine = describe_machine(device) | _gpu_settings(device)
         cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "32")
-        one = _images(1, bands, shape, device)
+        image = _images(1, bands, shape, device)
         with torch.inference_mode(), cast:
             timings = tuple(
                 _time(network, _images(batch, bands, shape, device), warmup, repeats) for batch in sorted(set(batches))
             )
-        output = network(one)
+        output = network(image)
         return Speed(
             parameters=sum(parameter.numel() for parameter in network.parameters()),
-            macs=count_macs(network, one),
+            macs=count_macs(network, image),
             macs_of_batch={batch: count_macs(network, _images(batch, bands, shape, device)) for batch in macs_of_batch},
             bands=bands,
             size=shape,
@@ -164,13 +164,13 @@ def measure_speed(
 class Latency(Spec):
     """Times of one image on one runtime."""
 
-    median_ms: NonNegative
+    median_ms: NonNegativeFloat
     """Median over the rounds."""
-    min_ms: NonNegative
+    min_ms: NonNegativeFloat
     """Shortest over the rounds."""
-    cpu_ms: NonNegative
+    cpu_ms: NonNegativeFloat
     """Median CPU time of all threads of this process."""
-    rounds: Count
+    rounds: PositiveInt
     """Images timed."""
 
 

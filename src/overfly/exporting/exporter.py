@@ -18,7 +18,7 @@ import torch
 from overfly.core.atomic_files import temporary_path
 from overfly.core.device import describe_machine
 from overfly.core.errors import MissingExtraError, OverflyError, RecipeError
-from overfly.core.spec import Pixels, Spec, Whole
+from overfly.core.spec import NonNegativeInt, Pixels, Spec
 from overfly.evaluation.speed import Latency, compare_latency
 from overfly.exporting.formats import deepness_entries, write_onnx, write_openvino
 from overfly.exporting.graph import ExportModule
@@ -67,7 +67,7 @@ class ExportReport(Spec):
 
     file: str
     """Name of the file."""
-    bytes: Whole
+    bytes: NonNegativeInt
     """Its size, weights included."""
     sha256: str
     """Checksum of the file."""
@@ -77,7 +77,7 @@ class ExportReport(Spec):
     """Input and classes of the network."""
     images: str
     """Domain and split of the images that it was measured on."""
-    calibration_images: Whole
+    calibration_images: NonNegativeInt
     """Unlabeled images that 8-bit ranges were measured on; 0 without 8-bit maps."""
     parity: tuple[Parity, ...]
     """Agreement with PyTorch, by runtime; the runtime of the file's format first."""

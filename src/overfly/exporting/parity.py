@@ -13,7 +13,7 @@ from overfly.core.choices import ExportPrecision
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.core.records import Logits
-from overfly.core.spec import NonNegative, Share, Spec, Whole
+from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import score
 from overfly.exporting.predictor import ExportSettings, Floats, Predictor
@@ -45,19 +45,19 @@ class Parity(Spec):
 
     backend: str
     """The runtime."""
-    images: Whole
+    images: NonNegativeInt
     """Images compared."""
-    pixels: Whole
+    pixels: NonNegativeInt
     """Pixels of these images."""
     agreement: Share
     """Share of pixels with the same class."""
-    probability_difference: NonNegative
+    probability_difference: NonNegativeFloat
     """Largest difference of a probability."""
     miou: Share | None = None
     """mIoU of the file against labels; none without labels."""
     miou_of_torch: Share | None = None
     """mIoU of PyTorch against the same labels."""
-    labels_opened: Whole = 0
+    labels_opened: NonNegativeInt = 0
     """Labels that the scorer read for each of the two."""
     tolerance: Tolerance
     """The allowed difference."""

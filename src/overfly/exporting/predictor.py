@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, WeightsError
-from overfly.core.spec import Count, Meters, Pixels, Positive, Spec, Whole
+from overfly.core.spec import Meters, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Spec
 from overfly.models.segmenter import Segmenter
 
 Floats = NDArray[np.float32]
@@ -38,9 +38,9 @@ class ModelMetadata(Spec):
     """The network's name in the registry."""
     classes: Classes
     """Names and colors of the K classes."""
-    bands: Count = 3
+    bands: PositiveInt = 3
     """Bands C of the image, in the order of the training images."""
-    max_value: Positive = 255.0
+    max_value: PositiveFloat = 255.0
     """Largest value that the sensor can give."""
     mean: tuple[float, ...]
     """Mean of each band in the sensor's own range; the network subtracts it itself."""
@@ -59,7 +59,7 @@ class ModelMetadata(Spec):
 class ExportSettings(Spec):
     """How a file was exported; it carries this as JSON in its metadata, key ``overfly_export``."""
 
-    format_version: Whole = FORMAT_VERSION
+    format_version: NonNegativeInt = FORMAT_VERSION
     """Version of the metadata's layout."""
     format: ExportFormat = "onnx"
     """onnx (.onnx), openvino (.xml and .bin) or torch (.pt2)."""
@@ -69,7 +69,7 @@ class ExportSettings(Spec):
     """Output of the graph."""
     resize: Pixels | None = None
     """Side of the square that the graph resizes images to; none: no resizing."""
-    opset: Whole = 0
+    opset: NonNegativeInt = 0
     """ONNX operator set of the graph; 0 for other formats."""
     version: str = VERSION
     """Version of overfly that wrote the file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from overfly.core.records import Batch, Losses
-from overfly.core.spec import NonNegative
+from overfly.core.spec import NonNegativeFloat
 from overfly.methods.adversarial import (
     Adversarial,
     Levels,
@@ -29,13 +29,12 @@ class AdaptSegNet(Adversarial[StudentCritic], name="adaptsegnet"):
 
     levels: Levels = "single"
     """Outputs with a critic: the main scores, or (``multi``) those of the auxiliary head too."""
-    weight: NonNegative = 0.001
+    weight: NonNegativeFloat = 0.001
     """Weight of the adversarial loss of the main scores."""
-    aux_weight: NonNegative = 0.0002
+    aux_weight: NonNegativeFloat = 0.0002
     """Weight of the adversarial loss of the auxiliary scores."""
 
     def networks(self, student: nn.Module) -> StudentCritic:
-        """The student and one critic per level."""
         return StudentCritic(student, level_critics(student, self.levels))
 
     def losses(self, nets: StudentCritic, batch: Batch) -> Losses:
@@ -74,13 +73,12 @@ class MinEnt(Method[Networks], name="minent"):
 
     levels: Levels = "single"
     """Outputs whose entropy is minimized: the main scores, or (``multi``) those of the auxiliary head too."""
-    weight: NonNegative = 0.001
+    weight: NonNegativeFloat = 0.001
     """Weight of the entropy of the main scores, which is 0 to 1."""
-    aux_weight: NonNegative = 0.0002
+    aux_weight: NonNegativeFloat = 0.0002
     """Weight of the entropy of the auxiliary scores."""
 
     def networks(self, student: nn.Module) -> Networks:
-        """The student alone."""
         check_levels(student, self.levels)
         return Networks(student)
 
@@ -91,5 +89,5 @@ class MinEnt(Method[Networks], name="minent"):
         levels = zip(("entropy", "entropy_aux"), (self.weight, self.aux_weight), scores, strict=False)
         return {
             **self.supervised(source, batch.source.label),
-            **{name: weight * mean_entropy(each, batch.valid_mask) for name, weight, each in levels},
+            **{name: weight * mean_entropy(level, batch.valid_mask) for name, weight, level in levels},
         }

@@ -45,7 +45,6 @@ class Adversarial(Method[C], Generic[C]):
     """Optimizer of the critic; its learning rate follows the recipe's schedule."""
 
     def optimizers(self, nets: C, optim: Optim) -> list[Optimizer]:
-        """The student's and the critic's."""
         return [*super().optimizers(nets, optim), self.critic.optimizer(nets.critic)]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from overfly.core.records import Batch, Losses
-from overfly.core.spec import Count, NonNegative, Share
+from overfly.core.spec import NonNegativeFloat, PositiveInt, Share
 from overfly.methods.method import SelfTraining, TeacherStudent, prefixed
 from overfly.ops.normalization import joint_forward
 from overfly.ops.pseudo_labels import class_thresholds, ema_thresholds, filter_by_threshold, linear_ramp, pseudo_label
@@ -42,15 +42,14 @@ class CBST(SelfTraining[ThresholdNetworks], name="cbst"):
     """Share of each class's pixels that is kept at the first step."""
     share: Share = 0.5
     """Share of each class's pixels that is kept after the ramp."""
-    ramp_steps: Count = 2000
+    ramp_steps: PositiveInt = 2000
     """Steps over which the share grows linearly from `initial_share` to `share`."""
     threshold_ema: Share = 0.9
     """Decay of the thresholds' moving average; 0: the thresholds of the batch alone."""
-    weight: NonNegative = 1.0
+    weight: NonNegativeFloat = 1.0
     """Weight of the losses on pseudo-labels."""
 
     def networks(self, student: nn.Module) -> ThresholdNetworks:
-        """The student and its teacher."""
         return ThresholdNetworks(student)
 
     def losses(self, nets: ThresholdNetworks, batch: Batch) -> Losses:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
-from overfly.core.spec import NonNegative, Whole
+from overfly.core.spec import NonNegativeFloat, NonNegativeInt
 from overfly.methods.adversarial import (
     Adversarial,
     Critic,
@@ -40,20 +40,19 @@ class CLAN(Adversarial[TwoClassifiersCritic], name="clan"):
     the weights are 1 for the first steps (`preheat_steps`); its damping of the weights over the steps is left out.
     """
 
-    weight: NonNegative = 0.001
+    weight: NonNegativeFloat = 0.001
     """Weight of the adversarial loss."""
-    local_weight: NonNegative = 40.0
+    local_weight: NonNegativeFloat = 40.0
     """Factor of the disagreement in a target pixel's weight (λ_local)."""
-    epsilon: NonNegative = 0.4
+    epsilon: NonNegativeFloat = 0.4
     """Weight of a target pixel without disagreement (ε)."""
-    preheat_steps: Whole = 500
+    preheat_steps: NonNegativeInt = 500
     """Steps in which every target pixel weighs 1, while the second class layer is untrained; the published code takes a
     twentieth of all steps."""
-    discrepancy_weight: NonNegative = 0.01
+    discrepancy_weight: NonNegativeFloat = 0.01
     """Weight of the cosine between the class layers' weights."""
 
     def networks(self, student: nn.Module) -> TwoClassifiersCritic:
-        """The student, a second class layer, a critic."""
         return TwoClassifiersCritic(student)
 
     def losses(self, nets: TwoClassifiersCritic, batch: Batch) -> Losses:
@@ -71,7 +70,6 @@ class CLAN(Adversarial[TwoClassifiersCritic], name="clan"):
         }
 
     def optimizers(self, nets: TwoClassifiersCritic, optim: Optim) -> list[Optimizer]:
-        """The student's, the critic's and the second class layer's."""
         return [*super().optimizers(nets, optim), head_optimizer(nets.second, optim)]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from overfly.core.records import Batch, Labeled, Logits, Losses
-from overfly.core.spec import NonNegative, Share, Whole
+from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Share
 from overfly.methods.method import SelfTraining, TeacherStudent, prefixed
 from overfly.ops.color import ColorAugments, ColorJitter, GaussianBlur, augment_colors
 from overfly.ops.mixing import class_mask, paste
@@ -49,9 +49,9 @@ class DACS(SelfTraining[TeacherStudent], name="dacs"):
     """Share of each source image's classes that is pasted, rounded up."""
     strong_augment: ColorAugments = (ColorJitter(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
     """Color augmentations of the mixed images."""
-    weight: NonNegative = 1.0
+    weight: NonNegativeFloat = 1.0
     """Weight of the losses on mixed images."""
-    warmup: Whole = 0
+    warmup: NonNegativeInt = 0
     """Steps on the source alone before the first pseudo-labels; 0 where ``start`` is a trained network."""
 
     def losses(self, nets: TeacherStudent, batch: Batch) -> Losses:

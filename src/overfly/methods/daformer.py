@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.records import IGNORE, Batch, Losses
-from overfly.core.spec import NonNegative, Share, Whole
+from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Share
 from overfly.methods.dacs import DACS
 from overfly.methods.method import TeacherStudent
 from overfly.ops.normalization import joint_forward
@@ -36,17 +36,16 @@ class DAFormer(DACS, name="daformer"):
 
     ema: Share = 0.999
     """Decay of the teacher's moving average."""
-    warmup: Whole = 500
+    warmup: NonNegativeInt = 500
     """Steps on the source alone before the first pseudo-labels."""
-    feature_weight: NonNegative = 0.005
+    feature_weight: NonNegativeFloat = 0.005
     """Weight of the feature distance on source images."""
-    feature_classes: tuple[Whole, ...] = ()
+    feature_classes: tuple[NonNegativeInt, ...] = ()
     """Ids of the classes whose features count (in the paper the thing classes); empty: all."""
     feature_min_share: Share = 0.75
     """Smallest share of a feature cell that one class must fill for the cell to count."""
 
     def networks(self, student: nn.Module) -> AnchoredNetworks:
-        """Student, teacher, and a frozen copy of the student."""
         return AnchoredNetworks(student)
 
     def losses(self, nets: TeacherStudent, batch: Batch) -> Losses:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch, Logits, Losses
-from overfly.core.spec import NonNegative, Positive
+from overfly.core.spec import NonNegativeFloat, PositiveFloat
 from overfly.methods.method import Method, Networks, prefixed
 from overfly.models.segmenter import Segmenter
 from overfly.ops.losses import soft_label_loss
@@ -34,15 +34,15 @@ class Distill(Method[DistillNetworks], name="distill"):
     """
 
     needs_source: ClassVar[bool] = False
-    takes_source: ClassVar[bool] = True
+    uses_optional_source: ClassVar[bool] = True
 
     teacher: Path
     """The trained network: a run folder or a weights file, of the student's classes and bands."""
-    temperature: Positive = 2.0
+    temperature: PositiveFloat = 2.0
     """Temperature of the softmax: higher raises the influence of less probable classes."""
-    weight: NonNegative = 1.0
+    weight: NonNegativeFloat = 1.0
     """Weight of the soft-label loss."""
-    source_weight: NonNegative = 1.0
+    source_weight: NonNegativeFloat = 1.0
     """Weight of the supervised loss on the source."""
 
     def networks(self, student: nn.Module) -> DistillNetworks:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from overfly.core.records import Batch, Losses
-from overfly.core.spec import NonNegative, Share
+from overfly.core.spec import NonNegativeFloat, Share
 from overfly.methods.method import SelfTraining, TeacherStudent, prefixed
 from overfly.models.segmenter import Segmenter
 from overfly.ops.normalization import joint_forward, replace_modules
@@ -48,7 +48,7 @@ class DSBN(SelfTraining[TeacherStudent], name="dsbn"):
 
     share: Share = 0.5
     """Share of each class's pixels that is kept."""
-    weight: NonNegative = 1.0
+    weight: NonNegativeFloat = 1.0
     """Weight of the losses on pseudo-labels."""
 
     def networks(self, student: nn.Module) -> TeacherStudent:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch, Logits, Losses
-from overfly.core.spec import NonNegative, Positive, Share
+from overfly.core.spec import NonNegativeFloat, PositiveFloat, Share
 from overfly.methods.adversarial import Adversarial, StudentCritic, forward_frozen, student_outputs
 from overfly.ops.losses import probabilities
 from overfly.ops.normalization import joint_forward
@@ -22,9 +22,9 @@ class FADA(Adversarial[StudentCritic], name="fada"):
     same classes. Source and target share one forward pass. The paper's final self-distillation is left out.
     """
 
-    weight: NonNegative = 0.001
+    weight: NonNegativeFloat = 0.001
     """Weight of the adversarial loss."""
-    temperature: Positive = 1.8
+    temperature: PositiveFloat = 1.8
     """Temperature of the softmax of the soft labels."""
     max_probability: Share = 0.9
     """Upper limit of the soft labels, so that confident classes do not dominate; 1: no limit."""

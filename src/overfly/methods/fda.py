@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from overfly.core.records import Batch, Losses
-from overfly.core.spec import NonNegative
+from overfly.core.spec import NonNegativeFloat
 from overfly.methods.method import Method, Networks
 from overfly.ops.color import swap_low_frequencies
 from overfly.ops.losses import charbonnier_entropy
@@ -24,9 +24,9 @@ class FDA(Method[Networks], name="fda"):
     beta: Annotated[float, Field(ge=0, le=0.5)] = 0.01
     """Half the side of the swapped square of the spectrum, as a share of the image's side; the paper takes 0.01 to
     0.09. Below one cycle per image (0.01 of 64 pixels) only the mean color is swapped."""
-    entropy: NonNegative = 0.005
+    entropy: NonNegativeFloat = 0.005
     """Weight of the robust entropy of the target's predictions; 0 leaves target images out of the forward pass."""
-    power: NonNegative = 2.0
+    power: NonNegativeFloat = 2.0
     """Exponent of that entropy (eta): higher reduces the influence of confident pixels."""
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:

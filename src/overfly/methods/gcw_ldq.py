@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.records import IGNORE, Logits, Losses
-from overfly.core.spec import Positive, Share
+from overfly.core.spec import PositiveFloat, Share
 from overfly.methods.dacs import DACS
 from overfly.methods.method import TeacherStudent, prefixed
 from overfly.ops.pseudo_labels import PseudoLabels
@@ -32,11 +32,10 @@ class GCWLDQ(DACS, name="gcw_ldq"):
 
     class_weight_ema: Share = 0.9
     """Decay of the class weights' moving average."""
-    temperature: Positive = 0.1
+    temperature: PositiveFloat = 0.1
     """Temperature of the class weights: low raises only the rarest classes, high makes all weights equal."""
 
     def networks(self, student: nn.Module) -> ClassWeightNetworks:
-        """The student and its teacher, every class weight 1."""
         return ClassWeightNetworks(student)
 
     def pseudo_weight(self, pseudo: PseudoLabels) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from overfly.core.records import IGNORE, Batch, Losses
-from overfly.core.spec import NonNegative, Positive, Share
+from overfly.core.spec import NonNegativeFloat, PositiveFloat, Share
 from overfly.methods.cbst import ThresholdNetworks
 from overfly.methods.method import SelfTraining, prefixed
 from overfly.ops.losses import distance_to_uniform, mean_entropy
@@ -26,17 +26,17 @@ class IAST(SelfTraining[ThresholdNetworks], name="iast"):
 
     needs_start: ClassVar[bool] = True
 
-    initial_threshold: Positive = 0.9
+    initial_threshold: PositiveFloat = 0.9
     """Threshold of every class before the first image."""
     share: Share = 0.2
     """Share of the pixels that is kept of a class whose threshold is 1 (alpha)."""
     threshold_ema: Share = 0.9
     """Decay of the thresholds' moving average over images (beta)."""
-    hardness: NonNegative = 8.0
+    hardness: NonNegativeFloat = 8.0
     """Exponent of the threshold in the kept share: higher keeps fewer pixels of hard classes (gamma)."""
-    entropy: NonNegative = 3.0
+    entropy: NonNegativeFloat = 3.0
     """Weight of the entropy of ignored pixels, in nats, averaged over pixels and classes as in the published code."""
-    uniform: NonNegative = 0.1
+    uniform: NonNegativeFloat = 0.1
     """Weight of the divergence from uniform predictions at labeled pixels, averaged over pixels and classes."""
 
     def networks(self, student: nn.Module) -> ThresholdNetworks:

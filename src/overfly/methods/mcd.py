@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
-from overfly.core.spec import Count, NonNegative
+from overfly.core.spec import NonNegativeFloat, PositiveInt
 from overfly.methods.adversarial import forward_detached, forward_frozen
 from overfly.methods.method import Method, Networks, prefixed
 from overfly.models.segmenter import Segmenter
@@ -41,15 +41,14 @@ class MCD(Method[TwoClassifiers], name="mcd"):
 
     update: Literal["joint", "alternating"] = "joint"
     """Steps A, B and C together, or one after the other."""
-    classifier_weight: NonNegative = 1.0
+    classifier_weight: NonNegativeFloat = 1.0
     """Weight of the discrepancy that the class layers maximize."""
-    feature_weight: NonNegative = 1.0
+    feature_weight: NonNegativeFloat = 1.0
     """Weight of the discrepancy that the features minimize."""
-    feature_steps: Count = 4
+    feature_steps: PositiveInt = 4
     """Steps C per step A and step B, with ``alternating`` (n of the paper)."""
 
     def networks(self, student: nn.Module) -> TwoClassifiers:
-        """The student and a second class layer."""
         return TwoClassifiers(student)
 
     def losses(self, nets: TwoClassifiers, batch: Batch) -> Losses:
@@ -79,13 +78,12 @@ class MCD(Method[TwoClassifiers], name="mcd"):
         return "ABC" if self.update == "joint" else ("AB" + "C" * self.feature_steps)[step % (2 + self.feature_steps)]
 
     def optimizers(self, nets: TwoClassifiers, optim: Optim) -> list[Optimizer]:
-        """The student's and the second class layer's."""
         return [*super().optimizers(nets, optim), head_optimizer(nets.second, optim)]
 
     @property
-    def leaves_weights_out(self) -> bool:
+    def has_unused_parameters(self) -> bool:
         """Whether some step gives some trainable weight no gradient: with ``alternating``, B and C do."""
-        return super().leaves_weights_out or self.update == "alternating"
+        return super().has_unused_parameters or self.update == "alternating"
 
 
 def discrepancy(one: Tensor, other: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Method(Choice, ABC, Generic[N]):
     """Whether a step reads labeled images of the source."""
     needs_target: ClassVar[bool] = True
     """Whether a step reads unlabeled images of the target."""
-    takes_source: ClassVar[bool] = False
+    uses_optional_source: ClassVar[bool] = False
     """Whether a step reads labeled images of the source where the recipe has one."""
     needs_start: ClassVar[bool] = False
     """Whether the student must be a trained network."""
@@ -91,7 +91,7 @@ class Method(Choice, ABC, Generic[N]):
     """Supervised loss on labeled images."""
 
     @property
-    def leaves_weights_out(self) -> bool:
+    def has_unused_parameters(self) -> bool:
         """Whether some step gives some trainable weight no gradient, which distributed training must know."""
         return self.criterion.aux == 0 or self.criterion.boundary == 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from overfly.core.records import Batch, Losses
-from overfly.core.spec import NonNegative, Pixels, Share
+from overfly.core.spec import NonNegativeFloat, Pixels, Share
 from overfly.methods.dacs import DACS
 from overfly.methods.method import TeacherStudent, prefixed
 from overfly.ops.color import augment_colors
@@ -24,7 +24,7 @@ class MIC(DACS, name="mic"):
     """Side of the masked squares in pixels; the paper takes 64 for crops of 1024, 32 at half that resolution."""
     mask_ratio: Share = 0.7
     """Share of the squares that is masked."""
-    masked_weight: NonNegative = 1.0
+    masked_weight: NonNegativeFloat = 1.0
     """Weight of the losses on masked images."""
 
     def losses(self, nets: TeacherStudent, batch: Batch) -> Losses:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from overfly.core.records import IGNORE, Batch, Labeled, Losses
-from overfly.core.spec import Count, NonNegative, Positive, Share
+from overfly.core.spec import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from overfly.methods.cbst import ThresholdNetworks
 from overfly.methods.method import SelfTraining, prefixed
 from overfly.ops.augmentation import augment
@@ -53,15 +53,14 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     needs_start: ClassVar[bool] = True
     ema_warmup: ClassVar[bool] = False
 
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.67, 1.0, 1.5)
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.67, 1.0, 1.5)
     """Scales at which the teacher predicts each target image, each under a random quarter turn or flip; the predictions
     are averaged. The cost of a scale is its square. Enlarging and reducing cover a target of either resolution."""
-    class_prior_power: NonNegative = 0.5
+    class_prior_power: NonNegativeFloat = 0.5
     """Strength of the class-prior correction: predicted probabilities are divided by the class prior to this power; 0:
     no correction."""
 
     def networks(self, student: nn.Module) -> MultiscaleNetworks:
-        """The student and its teacher."""
         return MultiscaleNetworks(student)
 
     @torch.no_grad()
@@ -107,14 +106,14 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
     share: Share = 0.8
     """Share of each class's pixels that is kept after the ramp. Thresholds are moving averages over batches, so more
     than this share is kept of a class that few batches show."""
-    ramp_steps: Count = 400
+    ramp_steps: PositiveInt = 400
     """Steps over which the share changes linearly from `initial_share` to `share`."""
     mix_share: Share = 0.5
     """Share of each source image's classes that is pasted onto a target image, rounded up; 0: nothing is pasted."""
     strong_augment: ColorAugments = ()
     """Color augmentations of the mixed images. None by default: with pasting they cost 3.6 points of mIoU on the
     synthetic world; without pasting, illumination and gaussian_blur help."""
-    weight: NonNegative = 1.0
+    weight: NonNegativeFloat = 1.0
     """Weight of the losses on mixed images."""
     statistics: Literal["frozen", "joint"] = "joint"
     """Batch-normalization statistics of the student: those of the starting network, or those of source and mixed
@@ -123,7 +122,7 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
     def losses(self, nets: MultiscaleNetworks, batch: Batch) -> Losses:
         """Supervised loss on source images and on mixed images."""
         source = batch.source
-        target, nodata_mask = self.turned_target(nets, batch)
+        target, nodata_mask = self.augment_target(nets, batch)
         label = self.pseudo_labels(nets, target, nodata_mask)
         mask = class_mask(source.label, self.mix_share) if self.mix_share else torch.zeros_like(label, dtype=torch.bool)
         mixed = paste(mask, source, Labeled(target, label))
@@ -135,14 +134,14 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
             **prefixed("mixed", self.supervised(mixed_logits, mixed.label, where=mask), self.weight),
         }
 
-    def turned_target(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def augment_target(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Target images (B, C, H, W) under random quarter turns and flips, and their no-data mask (B, H, W)."""
         nodata = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
         if batch.nodata_mask is not None:
             nodata.masked_fill_(batch.nodata_mask, IGNORE)
         max_value, generator = nets.segmenter.max_value, torch.default_generator
-        turned = augment(Labeled(batch.target, nodata), (Dihedral(),), max_value=max_value, generator=generator)
-        return turned.image, None if batch.nodata_mask is None else turned.label == IGNORE
+        augmented = augment(Labeled(batch.target, nodata), (Dihedral(),), max_value=max_value, generator=generator)
+        return augmented.image, None if batch.nodata_mask is None else augmented.label == IGNORE
 
     def pseudo_labels(self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
         """Pseudo-labels of target images (B, H, W), `IGNORE` where not confident or without data."""

@@ -54,7 +54,6 @@ class Recalibrate(Method[Networks], name="recalibrate"):
         return {}
 
     def optimizers(self, nets: Networks, optim: Optim) -> list[Optimizer]:  # noqa: ARG002
-        """None."""
         return []
 
     def deployed(self, nets: Networks) -> nn.Module:

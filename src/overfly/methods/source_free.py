@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from overfly.core.records import Batch, Losses
-from overfly.core.spec import NonNegative, Share
+from overfly.core.spec import NonNegativeFloat, Share
 from overfly.methods.method import prefixed
 from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleNetworks, MultiscaleTeacher
 from overfly.ops.color import ColorAugments, augment_colors
@@ -34,11 +34,10 @@ class SourceFree(MultiscaleTeacher, name="source_free"):
     """Color augmentations of the student's images; by default illumination and blur, which keep hues."""
     statistics: Literal["frozen", "batch"] = "frozen"
     """Batch-normalization statistics of the student: those of the starting network, or those of target batches."""
-    information: NonNegative = 0.1
+    information: NonNegativeFloat = 0.1
     """Weight of information maximization: mean entropy minus the entropy of the mean prediction, plus 1."""
 
     def networks(self, student: nn.Module) -> MultiscaleNetworks:
-        """The student, its boundary head frozen, and its teacher."""
         nets = MultiscaleNetworks(student)
         freeze_unused(
             student, nets.segmenter.bands, lambda logits: (logits.main, *(logits.aux if self.criterion.aux else ()))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from overfly.core.records import Batch, Losses
-from overfly.core.spec import NonNegative
+from overfly.core.spec import NonNegativeFloat
 from overfly.methods.method import Method, Networks
 from overfly.ops.losses import mean_entropy
 from overfly.ops.normalization import joint_forward, replace_modules
@@ -85,11 +85,10 @@ class TransNorm(Method[Networks], name="transnorm"):
     as ReLU6, do not undo it. The deployed network is ordinary, with the target's statistics and folded weights.
     """
 
-    entropy: NonNegative = 0.0
+    entropy: NonNegativeFloat = 0.0
     """Weight of the entropy of the target's predictions."""
 
     def networks(self, student: nn.Module) -> Networks:
-        """The student, every batch normalization replaced."""
         replace_modules(student, _BatchNorm, TransferableNorm)
         return Networks(student)
 

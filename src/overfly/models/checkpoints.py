@@ -40,7 +40,7 @@ NUMBERS = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
 )  # fmt: skip
 """Accepted types of tensors: plain real numbers."""
-SAVE_AGAIN = "save it again with torch.save(model.state_dict(), path)"
+SAVE_ADVICE = "save it again with torch.save(model.state_dict(), path)"
 PREFIXES = ("model.", "module.", "network.", "net.", "Scale.", "_orig_mod.")
 
 
@@ -130,12 +130,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             break
         opened.add(id(content))
         if id(inner) in opened:
-            raise WeightsError(f"{path} holds a state dict that contains itself; {SAVE_AGAIN}")
+            raise WeightsError(f"{path} holds a state dict that contains itself; {SAVE_ADVICE}")
         content = inner
     items = content.items() if isinstance(content, Mapping) else ()
     tensors = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise WeightsError(f"{path} holds no tensors by name; {SAVE_AGAIN}")
+        raise WeightsError(f"{path} holds no tensors by name; {SAVE_ADVICE}")
     return tensors
 
 
@@ -200,7 +200,7 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # the unpickler raises nearly every kind there is for bytes that are no pickle
         raise WeightsError(
             f"{path} is damaged, or holds objects whose loading would run code from the file; download it again, or "
-            f"{SAVE_AGAIN}"
+            f"{SAVE_ADVICE}"
         ) from error
 
 

@@ -70,8 +70,8 @@ class DeepLabV2(Network):
     """ResNet at output stride 8 (stages 3 and 4 dilated by 2 and 4) and the sum of four dilated 3×3 classifiers.
 
     Two kinds of ResNet share names and shapes: the stride of stage 2 is in the 1×1 convolution of its first block
-    (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `adopt` detects the kind of a checkpoint, and the state dict
-    stores it (``_extra_state``).
+    (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `convert_checkpoint` detects the kind of a
+    checkpoint, and the state dict stores it (``_extra_state``).
 
     Args:
         classes: number of classes K.
@@ -123,7 +123,7 @@ class DeepLabV2(Network):
             if isinstance(module, Bottleneck):
                 module.halve_at_first(self.halves_at_first)
 
-    def adopt(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Rename the class layers of AdaptSegNet checkpoints, and detect the kind of ResNet.
 
         Files with two levels have the class layers of stage 4 as ``layer6`` and those of stage 3, which this network

@@ -46,7 +46,7 @@ class Network(nn.Module):
         for name in self.training_heads:
             setattr(self, name, None)
 
-    def adopt(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Rename the tensors of public checkpoints of this architecture to this network's names.
 
         Args:
@@ -111,6 +111,6 @@ def resize(image: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(image, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def about(name: str) -> str:
+def first_paragraph(name: str) -> str:
     """First paragraph of the docstring of a network's builder, on one line."""
     return (_BUILDERS[name].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")

@@ -84,7 +84,7 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
     state = strip_prefixes(read_tensors(file), tuple(name for name, _ in network.named_children()))
     notes: tuple[str, ...] = ()
     if isinstance(network, Network):
-        state, notes = network.adopt(state)
+        state, notes = network.convert_checkpoint(state)
     own = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     check_values(file, {name: tensor for name, tensor in state.items() if name in own})
     if isinstance(network, Network):
@@ -117,14 +117,19 @@ def _weights(names: Iterable[str]) -> tuple[str, ...]:
 def _fit_bands(network: Network, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Convert the first convolution to the network's number of bands."""
     name = f"{network.first}.weight"
-    mine = network.state_dict().get(name)
-    theirs = state.get(name)
-    if mine is None or theirs is None or theirs.ndim != 4 or mine.shape[1] == theirs.shape[1]:
+    own_weight = network.state_dict().get(name)
+    file_weight = state.get(name)
+    if (
+        own_weight is None
+        or file_weight is None
+        or file_weight.ndim != 4
+        or own_weight.shape[1] == file_weight.shape[1]
+    ):
         return state, ()
-    before, now = theirs.shape[1], mine.shape[1]
-    if before == 0 or theirs[:, 0].shape != mine[:, 0].shape:
+    before, now = file_weight.shape[1], own_weight.shape[1]
+    if before == 0 or file_weight[:, 0].shape != own_weight[:, 0].shape:
         return state, ()
-    adapted = (theirs.float().mean(1, keepdim=True) * (before / now)).expand(-1, now, -1, -1)
+    adapted = (file_weight.float().mean(1, keepdim=True) * (before / now)).expand(-1, now, -1, -1)
     note = f"{name} converted from {before} bands to {now}: their mean times {before}/{now}"
     return {**state, name: adapted}, (note,)
 

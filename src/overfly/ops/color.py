@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 from torch import Generator, Tensor
 
 from overfly.core.records import Labeled
-from overfly.core.spec import NonNegative, Positive, Share
+from overfly.core.spec import NonNegativeFloat, PositiveFloat, Share
 from overfly.ops.augmentation import Augment, augment, log_uniform, uniform
 
 LUMA = (0.299, 0.587, 0.114)
@@ -57,11 +57,10 @@ class BrightnessContrast(ColorAugment, name="brightness_contrast"):
 
     brightness: Share = 0.2
     """Largest constant added or subtracted, as a share of the range."""
-    contrast: NonNegative = 0.2
+    contrast: NonNegativeFloat = 0.2
     """Largest change of contrast: 0.2 means 0.8 to 1.2 times."""
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
-        """Change brightness and contrast of every image."""
         count = len(image)
         factor = uniform((count,), max(0.0, 1 - self.contrast), 1 + self.contrast, generator)
         constant = uniform((count,), -self.brightness, self.brightness, generator)
@@ -72,17 +71,16 @@ class BrightnessContrast(ColorAugment, name="brightness_contrast"):
 class ColorJitter(ColorAugment, name="color_jitter"):
     """Change brightness, contrast, saturation and hue, in this order; per band unless there are three bands."""
 
-    brightness: NonNegative = 0.2
+    brightness: NonNegativeFloat = 0.2
     """Largest change of brightness: 0.2 means 0.8 to 1.2 times."""
-    contrast: NonNegative = 0.2
+    contrast: NonNegativeFloat = 0.2
     """Largest change of contrast: 0.2 means 0.8 to 1.2 times."""
-    saturation: NonNegative = 0.2
+    saturation: NonNegativeFloat = 0.2
     """Largest change of saturation: 0.2 means 0.8 to 1.2 times. For three bands only."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.2
     """Largest shift of hue either way, as a share of the full circle. For three bands only."""
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
-        """Jitter every image."""
         count, bands = image.shape[:2]
         shared = bands == 3
         shape = (count, 1 if shared else bands)
@@ -107,13 +105,12 @@ class ColorJitter(ColorAugment, name="color_jitter"):
 class GaussianBlur(ColorAugment, name="gaussian_blur"):
     """Blur by a Gaussian of random width."""
 
-    low: Positive = 0.5
+    low: PositiveFloat = 0.5
     """Smallest standard deviation of the Gaussian, in pixels."""
-    high: Positive = 3.0
+    high: PositiveFloat = 3.0
     """Largest standard deviation of the Gaussian, in pixels."""
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
-        """Blur every image by its own width."""
         from kornia.filters import gaussian_blur2d
 
         sigma = uniform((len(image), 1), self.low, self.high, generator).expand(-1, 2)
@@ -130,20 +127,18 @@ class Gray(ColorAugment, name="gray"):
     """Probability that an image is transformed."""
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:  # noqa: ARG002 - not random
-        """Make every image gray."""
         return gray(image).expand_as(image)
 
 
 class Gamma(ColorAugment, name="gamma"):
     """Raise values to a random power."""
 
-    low: Positive = 0.8
+    low: PositiveFloat = 0.8
     """Smallest power; below 1 brightens."""
-    high: Positive = 1.25
+    high: PositiveFloat = 1.25
     """Largest power; above 1 darkens. Powers are uniform in their logarithm."""
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
-        """Raise every image to its own power."""
         return image.clamp(0, 1) ** _per_image(log_uniform((len(image),), self.low, self.high, generator), image)
 
 
@@ -153,13 +148,12 @@ class Illumination(ColorAugment, name="illumination"):
     It simulates differences of sun, sky and sensor between flights. Unlike a shift of hue it keeps the order of colors.
     """
 
-    brightness: NonNegative = 0.2
+    brightness: NonNegativeFloat = 0.2
     """Standard deviation of the logarithm of the gain of all bands."""
-    color: NonNegative = 0.08
+    color: NonNegativeFloat = 0.08
     """Standard deviation of the logarithm of each band's own gain."""
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
-        """Scale every image by its own gains."""
         count, bands = image.shape[:2]
         shared = self.brightness * torch.randn(count, 1, generator=generator)
         own = self.color * torch.randn(count, bands, generator=generator)
@@ -169,13 +163,12 @@ class Illumination(ColorAugment, name="illumination"):
 class GaussianNoise(ColorAugment, name="gaussian_noise"):
     """Add independent noise to every pixel and band."""
 
-    low: NonNegative = 0.01
+    low: NonNegativeFloat = 0.01
     """Smallest standard deviation of the noise, as a share of the range."""
-    high: NonNegative = 0.05
+    high: NonNegativeFloat = 0.05
     """Largest standard deviation of the noise, as a share of the range."""
 
     def recolor(self, image: Tensor, generator: Generator) -> Tensor:
-        """Add noise of its own strength to every image."""
         strength = _per_image(uniform((len(image),), self.low, self.high, generator), image)
         noise = torch.randn(image.shape, generator=generator)
         return image + strength * noise.to(image.device, image.dtype)

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from overfly.core.errors import RecipeError
 from overfly.core.records import IGNORE, Logits
-from overfly.core.spec import Choice, NonNegative, Pixels, Share, Whole
+from overfly.core.spec import Choice, NonNegativeFloat, NonNegativeInt, Pixels, Share
 from overfly.ops.losses import boundary_loss, cross_entropy, dice_loss, ohem_cross_entropy
 
 
 class Criterion(Choice, ABC):
     """Supervised loss of all heads of a network; a head that the network lacks has no term."""
 
-    aux: NonNegative = 0.4
+    aux: NonNegativeFloat = 0.4
     """Weight of the cross-entropy of each auxiliary head."""
-    boundary: NonNegative = 20.0
+    boundary: NonNegativeFloat = 20.0
     """Weight of the balanced binary cross-entropy of the boundary head."""
     width: Pixels = 4
     """Width of the boundaries that the boundary head is trained on, in pixels."""
-    class_weights: tuple[NonNegative, ...] = ()
+    class_weights: tuple[NonNegativeFloat, ...] = ()
     """Weight of each class, in the order of the ids; empty: equal weights."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Ohem(Criterion, name="ohem"):
 
     threshold: Share = 0.9
     """Pixels whose true class has a probability below this are hard."""
-    min_kept: Whole = 131072
+    min_kept: NonNegativeInt = 131072
     """Smallest number of pixels of a batch that are kept, hard or not."""
     boundary_threshold: Share = 0.8
     """Predicted boundary probability above which a pixel counts in the term ``at_boundary``."""
@@ -116,7 +116,7 @@ class Ohem(Criterion, name="ohem"):
 class Dice(Criterion, name="dice"):
     """Cross-entropy plus the soft Dice loss, which weighs small classes like large ones (Milletari et al., 2016)."""
 
-    dice: NonNegative = 1.0
+    dice: NonNegativeFloat = 1.0
     """Weight of the Dice loss."""
 
     def main(self, logits: Logits, label: Tensor, weight: Tensor | None) -> dict[str, Tensor]:

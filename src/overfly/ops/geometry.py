@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from overfly.core.errors import RecipeError
 from overfly.core.records import IGNORE, Labeled
-from overfly.core.spec import Count, Pixels, Positive, Share
+from overfly.core.spec import Pixels, PositiveFloat, PositiveInt, Share
 from overfly.ops.augmentation import Augment, chance, log_uniform, uniform
 
 PartOfOne = Annotated[float, Field(ge=0, lt=1)]
@@ -51,7 +51,9 @@ def affine(batch: Labeled, linear: Tensor, pivot: Tensor, image_of_pivot: Tensor
         image_of_pivot: that point in the result, (B, 2), in pixels.
     """
     height, width = batch.label.shape[-2:]
-    values = (each.to(batch.image.device, torch.float32, non_blocking=True) for each in (linear, pivot, image_of_pivot))
+    values = (
+        value.to(batch.image.device, torch.float32, non_blocking=True) for value in (linear, pivot, image_of_pivot)
+    )
     linear, pivot, origin = values
     x, y = _centers(width, linear) - origin[:, :1], _centers(height, linear) - origin[:, 1:]
     across = linear[:, :, 0, None, None] * x[:, None, None, :]
@@ -66,7 +68,7 @@ def zoom(batch: Labeled, factor: Tensor, center: Tensor) -> Labeled:
 
 def turn(batch: Labeled, quarters: int, mirrored: bool) -> Labeled:
     """Rotate by quarter turns, counterclockwise, after a horizontal flip if ``mirrored``; exact."""
-    image, label = (each.flip(-1) if mirrored else each for each in batch)
+    image, label = (tensor.flip(-1) if mirrored else tensor for tensor in batch)
     return Labeled(image.rot90(quarters, (-2, -1)), label.rot90(quarters, (-2, -1)))
 
 
@@ -83,7 +85,6 @@ class HorizontalFlip(Augment, name="horizontal_flip"):
     """Flip horizontally."""
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:  # noqa: ARG002 - not random
-        """Flip every image."""
         return turn(batch, 0, mirrored=True)
 
 
@@ -97,16 +98,15 @@ class Dihedral(Augment, name="dihedral"):
     """Probability that an image is transformed; one of the eight is the identity."""
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Transform every image by its own element of the group."""
         count, height, width = batch.label.shape
         quarters = torch.randint(0, 4, (count,), generator=generator)
         if height != width:
             quarters = quarters // 2 * 2
         element = quarters + 4 * chance(count, 0.5, generator)
         image, label = torch.empty_like(batch.image), torch.empty_like(batch.label)
-        for each in sorted(set(element.tolist())):
-            index = (element == each).nonzero().squeeze(1).to(batch.image.device, non_blocking=True)
-            turned = turn(Labeled(batch.image[index], batch.label[index]), each % 4, mirrored=each >= 4)
+        for number in sorted(set(element.tolist())):
+            index = (element == number).nonzero().squeeze(1).to(batch.image.device, non_blocking=True)
+            turned = turn(Labeled(batch.image[index], batch.label[index]), number % 4, mirrored=number >= 4)
             image[index], label[index] = turned
         return Labeled(image, label)
 
@@ -122,7 +122,6 @@ class ShiftScaleRotate(Augment, name="shift_scale_rotate"):
     """Largest rotation either way, in degrees."""
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Transform every image by its own shift, scale and angle."""
         count = len(batch.image)
         size = _size(batch)
         center = size / 2 + size * uniform((count, 2), -self.shift, self.shift, generator)
@@ -136,13 +135,12 @@ class ShiftScaleRotate(Augment, name="shift_scale_rotate"):
 class GridDistortion(Augment, name="grid_distortion"):
     """Scale the columns and rows of a coarse grid by random factors; the image's edges are fixed."""
 
-    cells: Count = 5
+    cells: PositiveInt = 5
     """Cells of the grid on each side."""
     limit: PartOfOne = 0.3
     """Largest change of a cell's width or height before rescaling to the image; 0.3 means 0.7 to 1.3."""
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Distort every image by its own grid."""
         count, height, width = batch.label.shape
         steps = uniform((2, count, self.cells), 1 - self.limit, 1 + self.limit, generator).to(batch.image.device)
         x, y = self._coordinates(steps[0], width), self._coordinates(steps[1], height)
@@ -189,20 +187,18 @@ class RandomCrop(Augment, name="random_crop"):
         return Labeled(image, label)
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Crop every image."""
         return self(batch, generator)
 
 
 class ScaleJitter(Augment, name="scale_jitter"):
     """Scale about a random point at constant image size, which simulates another ground resolution."""
 
-    low: Positive = 0.5
+    low: PositiveFloat = 0.5
     """Smallest factor; 0.5 halves the size of objects."""
-    high: Positive = 2.0
+    high: PositiveFloat = 2.0
     """Largest factor; 2 doubles the size of objects. Factors are uniform in their logarithm."""
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Scale every image by its own factor."""
         count = len(batch.image)
         factor = log_uniform((count,), self.low, self.high, generator)
         return zoom(batch, factor, uniform((count, 2), 0, 1, generator) * _size(batch))
@@ -211,9 +207,9 @@ class ScaleJitter(Augment, name="scale_jitter"):
 class CoarseDropout(Augment, name="coarse_dropout"):
     """Fill a few random rectangles with the image's mean color."""
 
-    min_holes: Count = 1
+    min_holes: PositiveInt = 1
     """Fewest rectangles in an image."""
-    max_holes: Count = 2
+    max_holes: PositiveInt = 2
     """Most rectangles in an image."""
     min_size: Share = 0.1
     """Smallest side of a rectangle, as a share of the image's side."""
@@ -223,7 +219,6 @@ class CoarseDropout(Augment, name="coarse_dropout"):
     """The label under a rectangle: ignored, or kept, so that the class is predicted from its surroundings."""
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Fill rectangles of every image."""
         count, height, width = batch.label.shape
         holes = torch.randint(self.min_holes, self.max_holes + 1, (count, 1), generator=generator)
         real = torch.arange(self.max_holes) < holes

@@ -124,7 +124,7 @@ def joint_forward(student: nn.Module, *images: Tensor) -> list[Logits]:
 def split_logits(logits: Logits, sizes: list[int]) -> list[Logits]:
     """The logits of each group of images, of ``sizes`` images each, from those of the whole batch."""
     ends = itertools.accumulate(sizes)
-    return [logits.of(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+    return [logits.select(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
 
 def probe(student: nn.Module, bands: int) -> Logits:

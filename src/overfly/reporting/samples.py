@@ -79,7 +79,7 @@ class _Collector:
 
     samples: dict[int, Sample] = field(default_factory=dict)
 
-    def show(self, sample: Sample, index: int, total: int) -> None:
+    def add(self, sample: Sample, index: int, total: int) -> None:
         """Keep a sample. See `overfly.evaluation.score.SampleCollector`."""
         del total
         label = None if sample.label is None else thumbnail(sample.label, SIDE)

@@ -140,10 +140,12 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
     if recipe.precision == "16" and device.type == "cpu":
         raise RecipeError("precision 16 needs a GPU; set precision=bf16 or precision=32 on a CPU")
     devices: Any = [device.index] if device.index is not None and local == 1 else local
-    without_source = recipe.method.takes_source and recipe.source is None  # a boundary head then gets no gradient
+    without_source = (
+        recipe.method.uses_optional_source and recipe.source is None
+    )  # a boundary head then gets no gradient
     strategy = DDPStrategy(
         process_group_backend="nccl" if device.type == "cuda" else "gloo",
-        find_unused_parameters=recipe.method.leaves_weights_out or without_source,
+        find_unused_parameters=recipe.method.has_unused_parameters or without_source,
     )
     fabric = Fabric(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),

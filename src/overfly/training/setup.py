@@ -79,7 +79,7 @@ def _check_source_masks(recipe: Recipe) -> None:
 
 
 def _reads_source(recipe: Recipe) -> bool:
-    return recipe.method.needs_source or (recipe.method.takes_source and recipe.source is not None)
+    return recipe.method.needs_source or (recipe.method.uses_optional_source and recipe.source is not None)
 
 
 def training_streams(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from overfly.core.records import UInt8
-from overfly.core.spec import NonNegative, Spec, Whole
+from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Spec
 from overfly.evaluation.speed import Latencies
 from overfly.video.overlay import OverlayRenderer
 
@@ -54,19 +54,19 @@ class TimedFrame(NamedTuple):
 class StreamSummary(Spec):
     """Frames and times of a processed stream."""
 
-    read: Whole
+    read: NonNegativeInt
     """Frames that the source yielded."""
-    shown: Whole
+    shown: NonNegativeInt
     """Frames with an overlay."""
-    dropped: Whole
+    dropped: NonNegativeInt
     """Frames that were skipped for a newer one."""
-    seconds: NonNegative
+    seconds: NonNegativeFloat
     """From the first frame decoded to the last overlay ready."""
-    frames_per_second: NonNegative | None
+    frames_per_second: NonNegativeFloat | None
     """Overlays per second over all; None without any."""
-    p50_ms: NonNegative | None
+    p50_ms: NonNegativeFloat | None
     """Median latency from a frame decoded to its overlay ready, prediction included."""
-    p95_ms: NonNegative | None
+    p95_ms: NonNegativeFloat | None
     """95th percentile of the latency from a frame decoded to its overlay ready, prediction included."""
     stopped: bool = False
     """Whether it was stopped by the user before the source ended."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from overfly.core.classes import Classes
 from overfly.core.errors import NotFiniteError, OverflyError
 from overfly.core.records import IGNORE, UInt8
-from overfly.core.spec import Count, Positive, Spec
+from overfly.core.spec import PositiveFloat, PositiveInt, Spec
 from overfly.evaluation.panels import to_rgb
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import sliding
@@ -51,19 +51,19 @@ class RequestTimeoutError(OverflyError):
 class Limits(Spec):
     """Limits of a server. A request beyond one is refused with a status and a message."""
 
-    upload: Count = 64_000_000
+    upload: PositiveInt = 64_000_000
     """Bytes of a request body; beyond it 413."""
-    pixels: Count = 9_000_000
+    pixels: PositiveInt = 9_000_000
     """Pixels of an image, read from its header before it is decoded; beyond it 400."""
-    seconds: Positive = 60.0
+    seconds: PositiveFloat = 60.0
     """Time to receive a body (then 408), and time to process it (then 503)."""
-    queue: Count = 16
+    queue: PositiveInt = 16
     """Images that are processed or wait at the same time; beyond it 429."""
-    connections: Count = 256
+    connections: PositiveInt = 256
     """Open connections, those of the live page included; beyond it 503."""
-    cache: Count = 60_000_000
+    cache: PositiveInt = 60_000_000
     """Pixels of all maps kept in memory; the least recently used is evicted first."""
-    viewers: Count = 8
+    viewers: PositiveInt = 8
     """Viewers of the live stream at the same time; beyond it 429."""
 
 

@@ -23,7 +23,7 @@ from overfly.core.choices import Scene
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import Item, UInt8
-from overfly.core.spec import Count, Pixels
+from overfly.core.spec import Pixels, PositiveInt
 from overfly.data.domain import SPLITS, Domain, Split
 from overfly.data.loveda import CLASSES
 from overfly.data.synthetic.drawing import (
@@ -112,11 +112,11 @@ class Synthetic(Domain, name="synthetic"):
     """Which of the two domains: ``urban`` or ``rural``."""
     size: Pixels = 256
     """Side of each image; a larger one shows more ground."""
-    train: Count = 400
+    train: PositiveInt = 400
     """Scenes in the train split."""
-    val: Count = 60
+    val: PositiveInt = 60
     """Scenes in the val split."""
-    test: Count = 60
+    test: PositiveInt = 60
     """Scenes in the test split. It has labels."""
 
     @property
