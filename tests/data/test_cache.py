@@ -16,7 +16,7 @@ from overfly.core.records import Array, Item, UInt8
 from overfly.data import reading
 from overfly.data.domain import without_labels
 from overfly.data.folder import Folder
-from overfly.data.loading import estimate, open_image, resize_image, resize_label
+from overfly.data.loading import estimate_cache_bytes, open_image, resize_image, resize_label
 
 CLASSES = Classes(names=("a", "b", "c"))
 
@@ -65,7 +65,7 @@ def test_estimate_is_the_size_of_the_cache(domain: Folder, tmp_path: Path) -> No
     assert size(cache) == 0
     for item in items:
         open_image(domain, item, 16, cache)
-    assert size(cache) == estimate(domain, items, 16) == 4 * (16 * 16 * 4 + 2 * 128)
+    assert size(cache) == estimate_cache_bytes(domain, items, 16) == 4 * (16 * 16 * 4 + 2 * 128)
 
 
 def test_changed_arrays_do_not_change_the_cache(domain: Folder, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_generated_images_are_not_cached(domain: Folder, tmp_path: Path) -> None
     generated = Item("synthetic", lambda: np.ones((4, 4, 3), np.uint8))
     assert open_image(domain, generated, 2, tmp_path / "cache")[0].shape == (2, 2, 3)
     assert size(tmp_path / "cache") == 0
-    assert estimate(domain, [generated]) == 0
+    assert estimate_cache_bytes(domain, [generated]) == 0
 
 
 @settings(max_examples=20, deadline=None)

@@ -318,7 +318,7 @@ def resize_label(label: UInt8, side: int) -> UInt8:
     return np.array(Image.fromarray(label).resize((side, side), Image.Resampling.NEAREST))
 
 
-def estimate(domain: Domain, items: Sequence[Item], resize: int | None = None) -> int:
+def estimate_cache_bytes(domain: Domain, items: Sequence[Item], resize: int | None = None) -> int:
     """Estimate the bytes that the cache will take for these items, from the files' headers.
 
     Raises:

@@ -22,7 +22,7 @@ from overfly.core.classes import PALETTE, Classes, Color
 from overfly.core.errors import RunError
 from overfly.core.progress import percent
 from overfly.core.records import IGNORE, Array, UInt8
-from overfly.evaluation.panels import HATCH, to_rgb
+from overfly.evaluation.panels import STRIPE_COLORS, to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -354,7 +354,7 @@ def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> by
     """
     table = np.zeros((256, 3), np.uint8)
     table[: len(classes)] = classes.colors
-    table[HATCH_LIGHT], table[HATCH_DARK] = HATCH
+    table[HATCH_LIGHT], table[HATCH_DARK] = STRIPE_COLORS
     shown = np.where(ids < len(classes), ids, IGNORE).astype(np.uint8)
     if not transparent:
         across, down = np.meshgrid(np.arange(ids.shape[1]), np.arange(ids.shape[0]))

@@ -14,7 +14,7 @@ from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.progress import print_status
 from overfly.data.check import check_masks, statistics
 from overfly.data.domain import Domain, Split, without_labels
-from overfly.data.loading import BatchDataset, BatchStream, estimate
+from overfly.data.loading import BatchDataset, BatchStream, estimate_cache_bytes
 from overfly.data.sampling import Uniform
 from overfly.methods.method import Networks
 from overfly.models.network import Network, build
@@ -101,7 +101,7 @@ def training_streams(
         domain = recipe.domain("source" if role == "source" else "target")
         items, labeled = list(domain.items("train")), role == "source"
         if isinstance(cache, Path):
-            size = format_bytes(estimate(domain, items, recipe.resize))
+            size = format_bytes(estimate_cache_bytes(domain, items, recipe.resize))
             print_status(f"decoded images of {domain.title} take {size} in {cache}", quiet=quiet)
         stream = BatchStream(
             domain, items if labeled else without_labels(items), recipe.sampling if labeled else Uniform(),
