@@ -71,13 +71,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("familiarity.json"))
     given = parser.parse_args()
     foreign = [load(recipe, *given.set).domain("target") for recipe in given.foreign]
-    found = [row for path in given.runs for row in rows(Run.open(path), foreign, given.images)]
-    wrong = [row for row in found if row["foreign"] != row["unfamiliar"]]
+    result = [row for path in given.runs for row in rows(Run.open(path), foreign, given.images)]
+    wrong = [row for row in result if row["foreign"] != row["unfamiliar"]]
     for row in wrong:
         decision = "rejected" if row["unfamiliar"] else "accepted"
         print(f"{row['source']}, seed {row['seed']} → {row['images']}: {decision}, wrongly")
-    print(f"{len(found) - len(wrong)} of {len(found)} right")
-    content = {"gate": Gate().model_dump(mode="json"), "rows": found}
+    print(f"{len(result) - len(wrong)} of {len(result)} right")
+    content = {"gate": Gate().model_dump(mode="json"), "rows": result}
     given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return int(bool(wrong))
 

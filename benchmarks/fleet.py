@@ -3,7 +3,7 @@
     python benchmarks/fleet.py [--network RUN] [--scenes 40] [--out FOLDER] [--record FILE.json]
 
 Exits 1 unless all maps exist, each was published once, and each equals that of a single process.
-Linux only (processes are found by psutil, which dask brings).
+Linux only (processes are listed by psutil, which dask installs).
 """
 
 from __future__ import annotations

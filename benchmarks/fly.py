@@ -25,17 +25,17 @@ from overfly.data.synthetic import synthesize
 from overfly.video.capture import write_video
 
 LOW, HIGH = 0.6, 1.25
-"""Pixels of the raster that a pixel of the video shows, at the lowest and at the highest, where the raster is large."""
+"""Raster pixels per video pixel at the lowest and highest altitude, for a large raster."""
 SPEED = 0.3
-"""Widths of the view that are flown in a second, at most."""
+"""Maximum speed, in widths of the view per second."""
 SAMPLE = 512
 """Longest side of the reduced raster whose brightness sets the stretch of 16 bits and floats, in pixels."""
 SMALLEST = 0.2
-"""Pixels of the raster to a pixel of the video below which there is nothing left to see."""
+"""Minimum raster pixels per video pixel; below it frames show no detail."""
 
 
 class View(NamedTuple):
-    """Where the camera looks: middle in pixels of the raster, raster pixels to a pixel, and turn in radians."""
+    """Camera pose: center in raster pixels, raster pixels per video pixel, and rotation in radians."""
 
     x: float
     y: float
@@ -58,8 +58,8 @@ class Ground:
 
 
 @dataclass(frozen=True)
-class Path3:
-    """A smooth flight that stays over the raster: sums of sines, so that it turns, climbs and never jumps."""
+class FlightPath:
+    """A smooth flight within the raster: position, altitude and rotation are sums of sines."""
 
     width: int
     height: int
@@ -69,36 +69,38 @@ class Path3:
     waves: NDArray[np.float64]
 
     def at(self, seconds: float) -> View:
-        """Where the camera looks after so many seconds."""
+        """Camera pose at a time in seconds."""
         rate, phase = self.waves[:, 0], self.waves[:, 1]
         wave = np.sin(rate * seconds + phase)
         low, high = self.scales
         scale = low * (high / low) ** (0.5 + 0.5 * wave[0])
         turn = math.pi * (0.7 * wave[1] + 0.3 * wave[2]) if self.rotate else 0.0
         sides = np.array([self.width, self.height], np.float64)
-        room = np.maximum(0.0, sides / 2 - _reach(self.frame, high, self.rotate))
+        margin = np.maximum(0.0, sides / 2 - _reach(self.frame, high, self.rotate))
         longest = SPEED * self.frame[0] * low / (0.65 * rate[3:5] + 0.35 * rate[5:7])
-        swing = np.minimum(room, longest)
-        middle = sides / 2 + (room - swing) * self.waves[3:5, 2]
+        swing = np.minimum(margin, longest)
+        middle = sides / 2 + (margin - swing) * self.waves[3:5, 2]
         x, y = middle + swing * (0.65 * wave[3:5] + 0.35 * wave[5:7])
         return View(float(x), float(y), float(scale), turn)
 
 
 def _reach(frame: tuple[int, int], scale: float, rotate: bool) -> NDArray[np.float64]:
-    """How far a view reaches from its middle along each axis of the raster, in its pixels."""
+    """Half the extent of a view along each axis of the raster, in raster pixels."""
     half = np.array(frame, np.float64) / 2 * scale
     return np.full(2, np.hypot(*half)) if rotate else half
 
 
-def path_over(ground: Ground, frame: tuple[int, int], *, rotate: bool, seed: int, name: str = "the raster") -> Path3:
-    """A flight over a raster, other for each seed.
+def plan_flight(
+    ground: Ground, frame: tuple[int, int], *, rotate: bool, seed: int, name: str = "the raster"
+) -> FlightPath:
+    """A random flight over a raster.
 
     Args:
         ground: the raster.
         frame: width and height of the video in pixels.
         rotate: whether the camera turns.
-        seed: which of the flights.
-        name: what the raster is called in an error.
+        seed: of the random numbers.
+        name: of the raster, for errors.
 
     Raises:
         DataError: the raster is too small.
@@ -108,17 +110,17 @@ def path_over(ground: Ground, frame: tuple[int, int], *, rotate: bool, seed: int
     if high < SMALLEST:
         raise DataError(
             f"{name} is {ground.width}×{ground.height} pixels, too small to fly over with frames of "
-            f"{frame[0]}×{frame[1]}; take a larger one, or a smaller --size"
+            f"{frame[0]}×{frame[1]}; use a larger one, or a smaller --size"
         )
-    dice = np.random.default_rng((seed, 47))
-    periods = np.array([17.0, 29.0, 11.0, 23.0, 19.0, 9.0, 8.0]) * dice.uniform(0.85, 1.15, 7)
-    phases, places = dice.uniform(0, 2 * math.pi, 7), dice.uniform(-1, 1, 7)
-    waves = np.stack([2 * math.pi / periods, phases, places], 1)
-    return Path3(ground.width, ground.height, frame, rotate, (high * LOW / HIGH, high), waves)
+    rng = np.random.default_rng((seed, 47))
+    periods = np.array([17.0, 29.0, 11.0, 23.0, 19.0, 9.0, 8.0]) * rng.uniform(0.85, 1.15, 7)
+    phases, offsets = rng.uniform(0, 2 * math.pi, 7), rng.uniform(-1, 1, 7)
+    waves = np.stack([2 * math.pi / periods, phases, offsets], 1)
+    return FlightPath(ground.width, ground.height, frame, rotate, (high * LOW / HIGH, high), waves)
 
 
-def seen(ground: Ground, view: View, frame: tuple[int, int]) -> UInt8:
-    """What the camera sees, (H, W, 3), 0 to 255; only the part of the raster below it is read."""
+def render_view(ground: Ground, view: View, frame: tuple[int, int]) -> UInt8:
+    """Render the frame of a view, (H, W, 3), 0 to 255; reads only the part of the raster that it shows."""
     width, height = frame
     cos, sin = view.scale * math.cos(view.turn), view.scale * math.sin(view.turn)
     half_x = (abs(cos) * width + abs(sin) * height) / 2 + 2
@@ -137,32 +139,32 @@ def seen(ground: Ground, view: View, frame: tuple[int, int]) -> UInt8:
 
 
 def fly(
-    ground: Ground, path: Path3, *, seconds: float, fps: float, frame: tuple[int, int]
+    ground: Ground, path: FlightPath, *, seconds: float, fps: float, frame: tuple[int, int]
 ) -> Iterator[tuple[UInt8, float]]:
     """The frames of a flight and their times in seconds."""
     for index in range(max(1, round(seconds * fps))):
-        yield seen(ground, path.at(index / fps), frame), index / fps
+        yield render_view(ground, path.at(index / fps), frame), index / fps
 
 
-def of_picture(picture: UInt8) -> Ground:
-    """A picture (H, W, 3) in memory to fly over."""
+def ground_from_array(image: UInt8) -> Ground:
+    """Ground of an image (H, W, 3) in memory."""
 
     def read(left: int, top: int, width: int, height: int) -> UInt8:
-        return picture[top : top + height, left : left + width]
+        return image[top : top + height, left : left + width]
 
-    return Ground(picture.shape[1], picture.shape[0], read)
+    return Ground(image.shape[1], image.shape[0], read)
 
 
 @contextmanager
 def over(path: Path) -> Iterator[Ground]:
-    """Open a raster to fly over; a TIFF or JPEG 2000 is read window by window, whatever its size.
+    """Open a raster to fly over; a TIFF or JPEG 2000 of any size is read window by window.
 
-    The first three bands are red, green and blue; of one band there are shades of gray. 16 bits and floats are
+    The first three bands are red, green and blue; a single band is shown in gray. 16 bits and floats are
     stretched between the 2nd and 98th percentile of a reduced copy. No data is black.
 
     Raises:
-        DataError: it is missing, damaged, a palette picture, or too large to be read without rasterio.
-        MissingExtraError: it takes rasterio to read it.
+        DataError: it is missing, damaged, a palette image, or too large to be read without rasterio.
+        MissingExtraError: rasterio is required and not installed.
     """
     kind = image_format(path)
     if kind in ("tiff", "jp2") and _rasterio():
@@ -175,7 +177,7 @@ def over(path: Path) -> Iterator[Ground]:
                 raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; save it as GeoTIFF")
     pixels = _three(read_image(path, bands=None))
     step = max(1, max(pixels.shape[:2]) // SAMPLE)
-    yield of_picture(_eight_bits(pixels, _stretch(pixels[::step, ::step])))
+    yield ground_from_array(_eight_bits(pixels, _stretch(pixels[::step, ::step])))
 
 
 def _rasterio() -> bool:
@@ -185,12 +187,12 @@ def _rasterio() -> bool:
 
 
 def _windowed(path: Path, dataset: Any) -> Ground:
-    """A raster on disk as ground."""
+    """Ground of a raster on disk."""
     from rasterio.windows import Window
 
     bands = [1, 2, 3] if dataset.count >= 3 else [1]
     if dataset.colorinterp[0].name == "palette":
-        raise DataError(f"{path} is a palette picture, whose numbers are no brightness; save it as RGB or as gray")
+        raise DataError(f"{path} is a palette image; save it as RGB or as gray")
     shrink = max(1, max(dataset.width, dataset.height) / SAMPLE)
     shape = (len(bands), max(1, int(dataset.height / shrink)), max(1, int(dataset.width / shrink)))
     stretch = None
@@ -242,16 +244,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--fps", type=float, default=25.0)
     parser.add_argument("--size", type=int, nargs=2, default=(640, 360), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--seed", type=int, default=0, help="another flight for each seed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random flight")
     options = parser.parse_args()
     frame = (options.size[0], options.size[1])
-    scene = of_picture(synthesize("urban", "test", options.seed, 2 * max(frame))[0]) if options.raster is None else None
+    scene = (
+        ground_from_array(synthesize("urban", "test", options.seed, 2 * max(frame))[0])
+        if options.raster is None
+        else None
+    )
     with (
         nullcontext(scene) if scene is not None else over(options.raster) as ground,
         write_video(options.out, options.fps) as video,
     ):
         assert ground is not None
-        path = path_over(ground, frame, rotate=True, seed=options.seed, name=str(options.raster or "the scene"))
+        path = plan_flight(ground, frame, rotate=True, seed=options.seed, name=str(options.raster or "the scene"))
         for image, at in fly(ground, path, seconds=options.seconds, fps=options.fps, frame=frame):
             video.write(image, at)
 

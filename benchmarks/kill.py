@@ -46,7 +46,7 @@ def steps_done(out: Path) -> int:
 
 
 def trial(recipe: Path, out: Path, devices: int, kills: list[int]) -> list[int]:
-    """Train, killing once the log has as many lines as each of ``kills``; the lines there were at each kill."""
+    """Train, killing once the log has as many lines as each of ``kills``; return the lines at each kill."""
     at = []
     for lines in kills:
         process = subprocess.Popen(command(recipe, out, devices), start_new_session=True, stderr=subprocess.DEVNULL)
@@ -78,8 +78,8 @@ def main() -> int:
         kills = sorted(random.sample(range(1, 42), k=random.choice([1, 1, 2])))
         out = root / f"trial-{number}"
         at = trial(recipe, out, settings.devices, kills)
-        found = load_file(next(out.glob("*/checkpoints/best.safetensors")))
-        same = found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
+        result = load_file(next(out.glob("*/checkpoints/best.safetensors")))
+        same = result.keys() == whole.keys() and all(torch.equal(result[key], whole[key]) for key in whole)
         equal += same and bool(at)
         print(f"trial {number + 1}: killed after log line {at}, {'equal' if same else 'DIFFERENT'}", flush=True)
     print(f"{equal} of {settings.times} bitwise equal ({settings.devices} process(es))")

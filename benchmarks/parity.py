@@ -4,7 +4,7 @@
 
 Each RUN is the folder of a finished run, whose network and target images are used. The other networks of the registry
 have no run: they are built for the run's classes, trained a few steps on its source (--steps), and measured on the same
-images; the table says so. Writes JSON and prints a Markdown table; exits 1 where anything is beyond tolerance.
+images; the table states this. Writes JSON and prints a Markdown table; exits 1 where anything is beyond tolerance.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def rows_of(run: Run, weights: str, images: int, folder: Path) -> list[dict[str,
     for kind, precision in KINDS:
         name = f"{kind}-{precision}"
         try:
-            found = export(
+            result = export(
                 run.path,
                 format=kind,
                 precision=precision,
@@ -68,16 +68,16 @@ def rows_of(run: Run, weights: str, images: int, folder: Path) -> list[dict[str,
                 quiet=True,
             ).report.model_dump(mode="json")
         except ParityError as error:
-            found = json.loads((folder / f"{name}.failed.json").read_text()) | {"failed": str(error)}
+            result = json.loads((folder / f"{name}.failed.json").read_text()) | {"failed": str(error)}
         except OverflyError as error:
             print(f"{kind} {precision}: {error}", file=sys.stderr)
             continue
         network = run.recipe.model.name
         target = run.recipe.domain("target").title
-        for parity in found["parity"]:
+        for parity in result["parity"]:
             row = {
                 "network": network, "weights": weights, "target": target, "format": kind, "precision": precision,
-                "megabytes": found["bytes"] / 1e6, "failed": parity["agreement"] < parity["tolerance"]["agreement"],
+                "megabytes": result["bytes"] / 1e6, "failed": parity["agreement"] < parity["tolerance"]["agreement"],
                 **{key: parity[key] for key in ("backend", "agreement", "miou", "miou_of_torch")},
                 "probability_difference": parity["probability_difference"],
             }  # fmt: skip

@@ -3,14 +3,14 @@
     python benchmarks/raster.py [--network RUN | --stand-in] [--size 20000] [--threads 1] [--out FOLDER]
         [--record FILE.json]
 
-Without --network a light network of random weights does the work: it takes as long as a trained one. With --stand-in,
-memory and resuming are measured without a network. Linux only (memory is read from /proc). What is
-measured runs in processes of its own:
+Without --network a light network of random weights is used; it takes as long as a trained one. With --stand-in,
+memory and resuming are measured without a network. Linux only (memory is read from /proc). Each
+measurement runs in its own process:
 
-1. the network alone on some rows of windows; the whole job; the network alone on other rows. Times are given for a
-   window; those before and after are taken together, so that a drift of the machine's speed weighs on both. CPU
-   time, which other processes hardly change, and the network's time within the job are reported beside the wall clock.
-2. the same job, killed by SIGKILL when half of the rows of windows are done, and given again; its pixels are compared.
+1. the network alone on some rows of windows; the whole job; the network alone on other rows. Times are per
+   window; the network's are the mean before and after the job, so that a drift of the machine's speed affects both.
+   CPU time and the network's time within the job are reported beside the wall clock.
+2. the same job, killed by SIGKILL when half of the rows of windows are done, and resumed; its pixels are compared.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[s
         return wall, work, windows
 
     before = alone(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     started, rested = time.perf_counter(), time.process_time()
     result = map_raster(predictor, str(raster), out, settings, network="benchmark")
     wall, work = time.perf_counter() - started, time.process_time() - rested

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def catalog() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     CATALOG.write_text(catalog(), encoding="utf-8")
     print(f"written: {PAGE}, {CATALOG}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import inspect
 import json
@@ -69,11 +70,11 @@ def results(name: str) -> str:
     """A table of a method's scores in the studies of docs/results."""
     rows = []
     for file in sorted((DOCS / "results").glob("*.json")):
-        held = json.loads(file.read_text(encoding="utf-8"))
-        if "seeds" not in held:  # not a table of trainings
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "seeds" not in content:  # not a table of trainings
             continue
-        seeds = ", ".join(map(str, held["seeds"]))
-        for row in held["rows"]:
+        seeds = ", ".join(map(str, content["seeds"]))
+        for row in content["rows"]:
             if row["method"] != name:
                 continue
             scores = "; ".join(f"{domain} {_percent(score)}" for domain, score in row["miou"].items())
@@ -82,7 +83,7 @@ def results(name: str) -> str:
             page = f"../results/{file.stem.partition('-')[0]}.md"
             rows.append(
                 f"| [{row['recipe']}]({page}) | `{row['model']}` | {row['source']} | {scores} | {seeds} | {took} | "
-                f"{held['machine']['device']} |"
+                f"{content['machine']['device']} |"
             )
     if not rows:
         return NO_RESULTS
@@ -131,11 +132,12 @@ def pages() -> dict[Path, str]:
     build = _build()
     rows = [(name, build.summary(kind)) for name, kind in kinds().items()]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-    found = {FOLDER / "README.md": environment.from_string(INDEX).render(rows=rows).rstrip() + "\n"}
-    return found | {FOLDER / f"{name}.md": page(name, kind) for name, kind in kinds().items()}
+    result = {FOLDER / "README.md": environment.from_string(INDEX).render(rows=rows).rstrip() + "\n"}
+    return result | {FOLDER / f"{name}.md": page(name, kind) for name, kind in kinds().items()}
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     FOLDER.mkdir(exist_ok=True)
     for file, text in pages().items():
         file.write_text(text, encoding="utf-8")

@@ -111,7 +111,7 @@ def at_probabilities(values: list[float]) -> tuple[Tensor, Tensor]:
         ([0.1, 0.5, 0.6, 0.95], 0.9, 1, [0.1, 0.5, 0.6]),  # the threshold keeps more than min_kept
         ([0.1, 0.5, 0.6, 0.95], 0.2, 2, [0.1, 0.5]),  # min_kept keeps more than the threshold
         ([0.1, 0.95, 0.96, 0.97], 0.9, 2, [0.1, 0.95]),
-        ([0.95, 0.96, 0.97], 0.9, 100, [0.95, 0.96]),  # fewer valid than min_kept: the surest one goes
+        ([0.95, 0.96, 0.97], 0.9, 100, [0.95, 0.96]),  # fewer valid than min_kept: the most confident one is dropped
         ([0.5, 0.6, 0.7], 0.9, 100, [0.5, 0.6, 0.7]),
         ([0.1, 0.5, 0.5, 0.5, 0.7], 0.2, 2, [0.1]),  # none of those that tie at the limit
         ([0.95, 0.95, 0.95], 0.9, 1, []),  # all tie: nothing is kept

@@ -1,6 +1,6 @@
 """Draw docs/images/two_domains.png from the runs of `make demo`.
 
-python docs/pictures.py runs/demo
+python docs/figures.py runs/demo
 """
 
 from __future__ import annotations
