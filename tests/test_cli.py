@@ -41,7 +41,7 @@ def test_train_then_evaluate_then_speed(file: Path, tmp_path: Path, capsys: pyte
     shown = capsys.readouterr()
     run = Path(shown.out.split("trained: ")[1].splitlines()[0])
     assert (run / "recipe.yaml").is_file()
-    assert "step 2/2" in shown.err
+    assert "2/2 steps" in shown.err
     assert "images/s" in shown.err
     assert overfly("evaluate", run, "--device", "cpu") == 0
     shown = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What a map is made from and consists of: settings, files, manifest, bands; and whether it is made already."""
+"""Settings, files, bands and manifest of a map, and checks for existing maps."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from overfly.raster.raster_source import RasterSource
 
 Kind = Literal["classes", "probabilities", "uncertainty"]
 Manifest = Mapping[str, Any]
-"""What a map is made from, as plain values: the raster, the network, the settings."""
+"""Raster, network and settings of a map, as JSON values."""
 TAG = "OVERFLY_MANIFEST"
-"""Metadata key of a finished map's manifest."""
+"""Metadata key of the manifest in a finished map."""
 CHUNK = 1 << 16
-"""Pixels that are encoded at once, so that they stay in the CPU's cache."""
+"""Pixels that are encoded at once, to stay in the CPU's cache."""
 
 
 @dataclass(frozen=True)
 class MapSettings:
-    """How maps are made.
+    """Settings of maps.
 
     Attributes:
-        window: side of the windows in pixels; None takes the network's.
+        window: side of the windows in pixels; None: the network's.
         overlap: share of a window that the next one covers again, 0 to 0.9.
         batch: windows per batch of the network.
-        bands: numbers of the bands to read, from 1, separated by commas; None takes all.
-        nodata: no-data value; None takes the file's.
-        alpha_band: True if the last band is an alpha band, False if no band is; None takes what the file declares.
-        max_value: value of the brightest pixel; None takes the network's.
-        resolution: meters per pixel to which the raster is resampled for the network; None keeps its own.
+        bands: numbers of the bands to read, from 1, separated by commas; None: all.
+        nodata: no-data value; None: the file's.
+        alpha_band: True if the last band is an alpha band, False if no band is; None: as declared by the file.
+        max_value: value of the brightest pixel; None: the network's.
+        resolution: meters per pixel to which the raster is resampled for the network; None: not resampled.
         probabilities: whether to write a band of probability for each class.
         uncertainty: whether to write a band of entropy.
         polygons: gpkg or geojson, to outline the classes' areas too.
@@ -76,9 +76,9 @@ class Product:
     """One file of a map.
 
     Attributes:
-        kind: what its bands hold.
-        bands: how many.
-        encode: weighted sums of probabilities (K, h, w) and where there is no data (h, w), to bands (bands, h, w).
+        kind: content of its bands.
+        bands: number of bands.
+        encode: converts weighted sums of probabilities (K, h, w) and the no-data mask (h, w) to bands (bands, h, w).
     """
 
     kind: Kind
@@ -87,7 +87,7 @@ class Product:
 
 
 def list_products(classes: int, *, probabilities: bool, uncertainty: bool) -> list[Product]:
-    """Files of a map of K classes: the class ids, and on request probabilities and entropy in percent."""
+    """List the files of a map: class ids, and optionally probabilities and entropy in percent."""
     result = [Product("classes", 1, _class_ids)]
     if probabilities:
         result.append(Product("probabilities", classes, _percentages))
@@ -97,7 +97,7 @@ def list_products(classes: int, *, probabilities: bool, uncertainty: bool) -> li
 
 
 def encode(product: Product, sums: Floats, nodata_mask: Mask | None) -> UInt8:
-    """Bands (bands, h, w) of weighted sums of probabilities (K, h, w); 255 where there is no data (h, w)."""
+    """Encode weighted sums of probabilities (K, h, w) as bands (bands, h, w); 255 where there is no data (h, w)."""
     _, height, width = sums.shape
     result = np.empty((product.bands, height, width), np.uint8)
     rows = max(1, CHUNK // max(1, width))
@@ -108,20 +108,20 @@ def encode(product: Product, sums: Floats, nodata_mask: Mask | None) -> UInt8:
 
 
 def _class_ids(sums: Floats, nodata_mask: Mask | None) -> UInt8:
-    """The most probable class; of equal ones the first."""
+    """Return the most probable class; the first of equal ones."""
     best = sums[0].copy()
     ids = np.zeros(best.shape, np.uint8)
     for number in range(1, len(sums)):
         np.copyto(ids, np.uint8(number), where=sums[number] > best)
         np.maximum(best, sums[number], out=best)
-    ids[best <= 0] = IGNORE  # in no window
+    ids[best <= 0] = IGNORE  # covered by no window
     if nodata_mask is not None:
         ids[nodata_mask] = IGNORE
     return ids[None]
 
 
 def _means(sums: Floats, nodata_mask: Mask | None) -> tuple[Floats, Mask]:
-    """Mean probabilities, and where there is no data or no window."""
+    """Return mean probabilities, and the mask of pixels without data or window."""
     total = sums.sum(0)
     empty: Mask = total <= 0
     means: Floats = (sums / np.where(empty, np.float32(1), total)).astype(np.float32, copy=False)
@@ -156,17 +156,17 @@ def output_files(out: Path, settings: MapSettings) -> dict[Kind | str, Path]:
 
 
 def check_outputs(source: RasterSource, out: Path, files: Mapping[Kind | str, Path]) -> None:
-    """Check that the files have names of maps, are not taken, and can be written; raise `DataError` otherwise."""
+    """Check that the output files can be written and are not the input raster; raise `DataError` otherwise."""
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"--out must end in .tif, or be a folder, got {out}")
     for file in files.values():
-        if file.is_symlink() and not file.exists():  # as cp does: replacing it would not write its target
+        if file.is_symlink() and not file.exists():  # replacing the link would not write its target
             raise DataError(
                 f"{file} is a link to {file.readlink()}, which does not exist; delete the link, or choose another "
                 "--out, such as its target"
             )
         if file.is_dir():
-            raise DataError(f"{file} is a folder, and a map of this name would be written; choose another --out")
+            raise DataError(f"{file} is a folder, not a map; choose another --out")
         if file.exists() and Path(source.source).exists() and file.samefile(source.source):
             raise DataError(f"{file} is the input raster; choose another --out")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
@@ -175,11 +175,11 @@ def check_outputs(source: RasterSource, out: Path, files: Mapping[Kind | str, Pa
 
 
 def make_manifest(source: RasterSource, predictor: Predictor, settings: MapSettings, network: str) -> Manifest:
-    """What a map is made from, with the digest of the network's file; equal manifests make equal maps."""
+    """Return the manifest of a map, with the digest of the network's file; equal manifests give equal maps."""
     path = Path(source.source)
     stat = path.stat() if path.is_file() else None
     values = asdict(settings)
-    for key in ("batch", "overwrite"):  # without influence on the pixels
+    for key in ("batch", "overwrite"):  # they do not change the pixels
         del values[key]
     return {
         "raster": path.name if stat else source.source,
@@ -195,7 +195,7 @@ def make_manifest(source: RasterSource, predictor: Predictor, settings: MapSetti
 
 
 def read_manifest(path: Path) -> Any:
-    """The manifest of a finished map; None if it has none, or is not a raster."""
+    """Read the manifest of a finished map; None without a manifest, or for other files."""
     import rasterio
     from rasterio._err import CPLE_BaseError
     from rasterio.errors import RasterioError
@@ -210,17 +210,17 @@ def read_manifest(path: Path) -> Any:
 
 
 def equal_json(first: Any, second: Any) -> bool:
-    """Whether plain values are equal as JSON, in which a tuple is a list and NaN equals NaN."""
+    """Return whether two values are equal as JSON: a tuple equals a list, and NaN equals NaN."""
     return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
 
 
 def unfinished_folder(out: Path) -> Path:
-    """Folder of an unfinished map."""
+    """Return the hidden folder of an unfinished map."""
     return out.with_name(f".{out.name}.unfinished")
 
 
 def is_unfinished(out: Path, manifest: Manifest) -> bool:
-    """Whether there is an unfinished map of this manifest."""
+    """Return whether there is an unfinished map of this manifest."""
     try:
         return equal_json(json.loads((unfinished_folder(out) / "progress.json").read_text())["manifest"], manifest)
     except (OSError, ValueError, KeyError, TypeError):
@@ -228,7 +228,7 @@ def is_unfinished(out: Path, manifest: Manifest) -> bool:
 
 
 def map_exists(out: Path, files: Mapping[Kind | str, Path], manifest: Manifest, settings: MapSettings) -> bool:
-    """Whether the map of this manifest exists with all its files; raise `DataError` for one of another manifest."""
+    """Return whether the map of this manifest exists with all files; raise `DataError` if another map exists."""
     if settings.overwrite or not any(file.exists() for file in files.values()):
         return False
     if not out.exists() and is_unfinished(out, manifest):  # killed while the files were renamed, the map last

@@ -32,15 +32,15 @@ from overfly.raster.window_reader import FinishedRows, WindowBatch, read_windows
 from overfly.raster.writer import UnfinishedMap, UnwrittenError, write_cog
 
 DEPTH = 3
-"""Batches that wait before the network, and behind it."""
+"""Batches queued before and after the network."""
 IMPLAUSIBLE = 1000
-"""Multiple of the maximum value from which on a value cannot be an intensity."""
+"""Multiple of the maximum value above which a value is not considered an intensity."""
 MAX_SCALE = 64
 """Largest factor by which a raster is enlarged for the network, along each axis."""
 STRIDE = 32
 """Windows of small rasters are multiples of this, in pixels."""
 OnProgress = Callable[[int, int], None]
-"""Called with the number of finished steps, and of all steps."""
+"""Called with the numbers of finished and of all steps."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class MapResult:
         out: the map.
         files: all files, the map first.
         created: False if the map existed already.
-        resumed: steps that an earlier, stopped job had finished.
-        windows: windows that the network predicted.
+        resumed: steps finished before the job was interrupted.
+        windows: number of predicted windows.
         seconds: duration of the whole job.
         network: duration of the network's predictions in seconds.
         shares: share of each class in the valid pixels.
@@ -95,16 +95,16 @@ def map_raster(
 ) -> MapResult:
     """Predict the map of one raster.
 
-    Reading, prediction, and blending with writing run concurrently. Until the map is whole, it lies in a hidden folder
-    beside its name, from which a stopped job resumes.
+    Reading, prediction, and blending with writing run concurrently. The unfinished map is in a hidden folder beside
+    ``out``, from which an interrupted job resumes.
 
     Args:
         predictor: the network.
         source: path or address of the raster.
-        out: the map, a .tif file.
-        settings: how it is made.
+        out: path of the map, a .tif file.
+        settings: settings of the map.
         network: digest of the network's file.
-        on_progress: called with the number of finished steps, and of all steps.
+        on_progress: see `OnProgress`.
         memory: bytes that the probabilities of a row of windows may take.
 
     Raises:
@@ -127,7 +127,7 @@ def map_raster(
     classes = predictor.metadata.classes
     products = list_products(len(classes), probabilities=settings.probabilities, uncertainty=settings.uncertainty)
     with writer.lock_unfinished(out) as folder:
-        if map_exists(out, files, manifest, settings):  # another process has just finished it
+        if map_exists(out, files, manifest, settings):  # finished by another process meanwhile
             writer.discard(folder)
             return MapResult(source, out, list(files.values()), created=False)
         unfinished = UnfinishedMap(
@@ -144,7 +144,7 @@ def map_raster(
 
 
 def plan_raster(source: RasterSource, metadata: ModelMetadata, settings: MapSettings, memory: int) -> TilingPlan:
-    """Plan the windows of a raster. A raster below the window's size gets a smaller window, if the network takes any.
+    """Plan the windows of a raster; smaller than the settings' for a smaller raster if the network accepts any size.
 
     Raises:
         DataError: the resolution would enlarge the raster too much, or its ground sample distance is unknown.
@@ -170,7 +170,7 @@ def plan_raster(source: RasterSource, metadata: ModelMetadata, settings: MapSett
 
 
 def _notes(source: RasterSource, metadata: ModelMetadata, settings: MapSettings) -> list[str]:
-    """Remarks on a raster that may not be like the network's training images."""
+    """Return remarks on differences between a raster and the network's training images."""
     notes: list[str] = []
     if source.alpha_band is not None and settings.alpha_band is None:
         notes.append(
@@ -198,7 +198,7 @@ def _finish(
 ) -> tuple[int, float, dict[str, float]]:
     """Finish and publish a map; return predicted windows, the network's seconds, and the classes' shares.
 
-    The unfinished map stays if it cannot be written now, and is deleted if it can never be finished.
+    After a write error the unfinished map is kept for resuming; after other errors it is deleted.
     """
     try:
         with _write_errors(out):
@@ -215,7 +215,7 @@ def _finish(
 
 @contextmanager
 def _write_errors(out: Path) -> Iterator[None]:
-    """Report errors of the system or of GDAL while writing as `UnwrittenError`."""
+    """Convert errors of the system or of GDAL while writing to `UnwrittenError`."""
     from rasterio._err import CPLE_BaseError
     from rasterio.errors import RasterioError
 
@@ -250,7 +250,7 @@ def _predict(job: _Job, batch: int, on_progress: OnProgress | None) -> tuple[int
 def _row_writer(
     job: _Job, on_progress: OnProgress | None
 ) -> Callable[[FinishedRows | tuple[WindowBatch, Floats]], None]:
-    """A function that blends batches and writes finished rows, both in order."""
+    """Return a function that blends batches and writes finished rows in order."""
     plan, rows, unfinished = job.plan, len(job.plan.tops), job.unfinished
     blends: dict[int, Blend] = {}
 
@@ -285,7 +285,7 @@ def _row_writer(
 
 
 def _not_finite(job: _Job, batch: WindowBatch, probabilities: Floats) -> OverflyError:
-    """The error of the raster, if its values are implausible as intensities, else of the network."""
+    """Return an error of the raster if its values are implausible intensities, else of the network."""
     source, metadata = job.source, job.predictor.metadata
     images = batch.images[~np.isfinite(probabilities).all(axis=(1, 2, 3))].astype(np.float64)
     largest = images.flat[np.abs(images).argmax()] / source.gain
@@ -297,7 +297,7 @@ def _not_finite(job: _Job, batch: WindowBatch, probabilities: Floats) -> Overfly
     value = f"{largest:.9g}" if np.isfinite(largest) else "VALUE"
     return DataError(
         f"{source.source} holds values {shown}, above its assumed maximum of {metadata.max_value / source.gain:g}; "
-        f"give --nodata {value} if they mean no data, or --max-value if pixels are as bright"
+        f"give --nodata {value} if they mean no data, or --max-value if they are valid intensities"
     )
 
 
@@ -314,10 +314,10 @@ def _publish(job: _Job, files: Mapping[Kind | str, Path], settings: MapSettings)
         sidecar = Path(f"{file}.aux.xml")
         ready += [(sidecar, Path(f"{files[kind]}.aux.xml"))] if sidecar.exists() else []
         ready.append((file, files[kind]))
-    for file, _ in ready:  # all before the first is renamed: a full disk is noticed in time
+    for file, _ in ready:  # before the first rename, to detect a full disk
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
     for kind in written:
-        Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of an earlier map
+        Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of a replaced map
     for file, target in ready:
         file.replace(target)

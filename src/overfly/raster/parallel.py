@@ -40,8 +40,8 @@ def list_rasters(entries: Sequence[str], out: Path) -> dict[str, Path]:
 
     Args:
         entries: files, folders, globs, and addresses such as s3://bucket/scenes/*.tif.
-        out: a .tif file for one raster; else a folder. Maps in it are named after their rasters, in the folders below a
-            glob's first wildcard.
+        out: a .tif file for one raster; else a folder for maps named after their rasters, which keeps the folders below
+            a glob's first wildcard.
 
     Raises:
         DataError: an entry matches nothing, or ``out`` cannot hold the maps.
@@ -188,13 +188,7 @@ def run_task(
 
     Wait for a map that another process is writing, such as a worker that the scheduler considers lost.
 
-    Args:
-        open_network: opens the network.
-        source: path or address of the raster on the worker.
-        out: path of the map.
-        settings: settings of the map.
-        network: digest of the network's file.
-        threads: CPU threads of the network; None leaves them unchanged.
+    ``network`` is the digest of the network's file; ``threads`` sets PyTorch's CPU threads unless None.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -26,7 +26,7 @@ CHUNK = 20_000
 WGS84 = (6_378_137.0, 298.257223563)
 """Semi-major axis in meters, and inverse flattening."""
 Projection = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""From coordinates (N, 2) of a raster to meters in a plane (N, 2)."""
+"""Converts coordinates (N, 2) of a raster to meters in a plane (N, 2)."""
 
 
 def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 10) -> Path:
@@ -55,7 +55,7 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
         raise MissingExtraError(str(error.name or "pyogrio"), "vector", "polygons of a map") from None
     try:
         crs, projection, polygons, ids = _outline(map_, min_area)
-    except DataError as error:  # the map was written a moment ago: the disk fails
+    except DataError as error:  # the map was just written, so the disk has failed
         raise UnwrittenError(f"{error}, by giving the same command again") from error
     names = np.array([classes.names[number] for number in ids], object)
     colors = np.array(["#{:02x}{:02x}{:02x}".format(*classes.colors[number]) for number in ids], object)
@@ -80,7 +80,7 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
 
 
 def _outline(map_: Path, min_area: int) -> tuple[str | None, Projection, list[Any], list[int]]:
-    """The map's coordinate reference system, a projection for areas, its polygons, and the class id of each."""
+    """Return coordinate reference system, equal-area projection, polygons and class ids of a map."""
     import shapely
     from rasterio.features import shapes
 
@@ -116,7 +116,7 @@ def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], g
 
 
 def _damage(out: Path, count: int) -> str:
-    """What is wrong with a written file; empty if it is whole. GDAL does not report errors on closing a file."""
+    """Return the defect of a written file, or an empty text. GDAL does not report errors on closing a file."""
     if not out.is_file():
         return "it does not exist"
     if out.suffix == ".gpkg":
@@ -138,7 +138,7 @@ def _damage(out: Path, count: int) -> str:
 
 
 def _areas(polygons: list[Any], projection: Projection) -> NDArray[np.float64]:
-    """Area of each polygon, in square meters."""
+    """Return the area of each polygon, in square meters."""
     import shapely
 
     chunks = (polygons[begin : begin + CHUNK] for begin in range(0, len(polygons), CHUNK))
@@ -147,7 +147,7 @@ def _areas(polygons: list[Any], projection: Projection) -> NDArray[np.float64]:
 
 
 def _equal_area_projection(dataset: Any) -> Projection:
-    """A projection in which areas of an open dataset's polygons are square meters; identity if its unit is unknown.
+    """Return the projection of a dataset's coordinates to a plane in meters that keeps areas; identity if unknown.
 
     Degrees go to the cylindrical equal-area projection of their ellipsoid (Snyder, Map Projections: A Working Manual,
     1987, equations 3-12, 10-14 and 10-15), in which edges of pixels, along meridians and parallels, stay straight.

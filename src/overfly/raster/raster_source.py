@@ -21,7 +21,7 @@ CACHE = 96 * 2**20
 FRACTIONS = 16.0
 """Maximum value below which a network was trained on fractions, such as reflectances of 0 to 1."""
 SAME_SCALE = 0.02
-"""Relative difference of ground resolution below which nothing is resampled."""
+"""Relative difference of ground resolution below which rasters are not resampled."""
 EQUATOR_DEGREE = 111_319.49
 """Meters of a degree of longitude on the equator (WGS 84)."""
 MERIDIAN_DEGREE = 110_574.0
@@ -29,7 +29,7 @@ MERIDIAN_DEGREE = 110_574.0
 ALPHA_SAMPLES, ALPHA_SIDE = 5, 64
 """A marked alpha band is sampled on a grid of 5 × 5 squares of this side, in pixels."""
 ALPHA_MODE_SHARE = 0.5
-"""Least share of the values above 0 that equal their mode in an alpha band."""
+"""Smallest share of the mode among the values above 0 of an alpha band."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Georeference:
 
 @dataclass(frozen=True)
 class RasterSource:
-    """A raster, and how it is read.
+    """A raster and its reading options.
 
     Attributes:
         source: path or address, as rasterio opens it.
@@ -123,10 +123,10 @@ def inspect_raster(
     Args:
         source: path or address.
         metadata: bands and value range that the network reads.
-        bands: numbers of the bands separated by commas; None takes all, if their number equals the network's.
-        nodata: no-data value; None takes the file's.
-        max_value: value of the brightest pixel; None takes the network's.
-        alpha_band: True if the last band is an alpha band, False if no band is; None takes what the file declares.
+        bands: numbers of the bands separated by commas; None: all, if their number equals the network's.
+        nodata: no-data value; None: the file's.
+        max_value: value of the brightest pixel; None: the network's.
+        alpha_band: True if the last band is an alpha band, False if no band is; None: as declared by the file.
 
     Raises:
         DataError: the raster does not exist, is damaged, or does not fit the network.
@@ -159,7 +159,7 @@ def inspect_raster(
 
 
 def georeference(dataset: Any) -> Georeference:
-    """Georeference of an open rasterio dataset."""
+    """Return the georeference of an open rasterio dataset."""
     points, points_crs = dataset.gcps
     transform = dataset.transform
     return Georeference(
@@ -173,7 +173,7 @@ def georeference(dataset: Any) -> Georeference:
 
 
 def resampling_factors(source: RasterSource, resolution: float | None) -> tuple[float, float]:
-    """Resampling factor (y, x) from the raster's pixels to pixels of ``resolution`` meters; (1, 1) without one."""
+    """Return the resampling factors (y, x) to pixels of ``resolution`` meters; (1, 1) if None."""
     if resolution is None:
         return 1.0, 1.0
     if source.gsd is None:
@@ -194,19 +194,18 @@ def input_gain(
     scale: float | None = None,
     option: str = "--max-value ",
 ) -> float:
-    """Factor from a raster's values to the value range of the network's training images.
+    """Return the factor from a raster's values to the value range of the network's training images.
 
     Args:
         source: name of the raster in messages.
         dtype: data type of the stored values.
         metadata: value range that the network reads.
-        max_value: value of the brightest pixel; None takes the network's.
+        max_value: value of the brightest pixel; None: the network's.
         scale: the file's own scale from integers to fractions; None if it declares none.
-        option: how messages name the option for the brightest value, up to the number.
+        option: name of the max_value option in messages.
 
     Raises:
-        DataError: the type holds no intensities, or its range is another and neither ``max_value`` nor ``scale`` is
-            given.
+        DataError: the values are complex, or have another range and neither ``max_value`` nor ``scale`` is given.
     """
     if "complex" in dtype:
         raise DataError(f"{source} stores complex numbers; save it as plain bands first")
@@ -225,10 +224,10 @@ def input_gain(
 
 
 def _find_alpha_band(source: str, dataset: Any, given: bool | None) -> int | None:
-    """Number of the alpha band of an open raster, from 1; None if there is none.
+    """Return the number of the alpha band, from 1, or None.
 
-    True for ``given`` means the last band, False no band, None the one that the file marks. Many writers mark the
-    fourth of four 8-bit bands by default.
+    It is the last band if ``given`` is True, and the band that the file marks if ``given`` is None. Many
+    writers mark the fourth of four 8-bit bands by default.
     """
     if given is False:
         return None
@@ -243,7 +242,7 @@ def _find_alpha_band(source: str, dataset: Any, given: bool | None) -> int | Non
 def _unread_alpha_band(
     source: str, dataset: Any, chosen: tuple[int, ...], alpha: int | None, given: bool | None
 ) -> int | None:
-    """The alpha band, unless the network reads it as one of its own; check that a marked one looks like one."""
+    """Return the alpha band unless the network reads it as an input band; check that a marked band is an alpha band."""
     if alpha is None or (alpha in chosen and not given):
         return None
     if alpha in chosen:
@@ -260,7 +259,7 @@ def _unread_alpha_band(
 
 
 def _varies(dataset: Any, number: int) -> bool:
-    """Whether no value above 0 of a band is frequent: an alpha band is opaque or transparent nearly everywhere."""
+    """Return whether a band has no frequent value above 0, unlike an alpha band, which is mostly opaque."""
     from rasterio.windows import Window
 
     height, width = min(ALPHA_SIDE, dataset.height), min(ALPHA_SIDE, dataset.width)
@@ -273,7 +272,7 @@ def _varies(dataset: Any, number: int) -> bool:
 
 
 def _bands(source: str, dataset: Any, metadata: ModelMetadata, bands: str | None, alpha: int | None) -> tuple[int, ...]:
-    """Numbers of the bands to read; ``alpha`` is the alpha band."""
+    """Return the numbers of the bands to read; ``alpha`` is the alpha band."""
     count = dataset.count - (alpha == dataset.count)
     if bands is None:
         if metadata.bands in (count, dataset.count):
@@ -295,7 +294,7 @@ def _bands(source: str, dataset: Any, metadata: ModelMetadata, bands: str | None
 
 
 def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
-    """The common scale below 1 that the file declares for its bands; None if they differ or have an offset."""
+    """Return the scale below 1 that the file declares for all bands; None if they differ or have an offset."""
     scales = {float(dataset.scales[band - 1]) for band in bands}
     scale = scales.pop()
     plain = not scales and not any(dataset.offsets[band - 1] for band in bands)
@@ -303,7 +302,7 @@ def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
 
 
 def _gsd(dataset: Any) -> tuple[float, float] | None:
-    """Ground sample distance (y, x) in meters in the middle of an open dataset; None if unknown."""
+    """Return the ground sample distance (y, x) in meters at the center of a dataset; None if unknown."""
     crs, transform = dataset.crs, dataset.transform
     if not crs or transform.is_identity:
         return None
@@ -330,7 +329,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_complete(source: str, dataset: Any) -> None:
-    """Check that the last blocks that a TIFF's header lists are in the file, before hours are spent on the others."""
+    """Check that a TIFF file contains the last blocks that its header lists."""
     path = Path(source)
     if dataset.driver != "GTiff" or not path.is_file():
         return

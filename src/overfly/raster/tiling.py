@@ -28,7 +28,7 @@ class ColumnStrip(NamedTuple):
     """A range of columns.
 
     Attributes:
-        first, last: first column of the map that it fills, and one past the last.
+        first, last: first map column of the strip, and one past the last.
         left, right: first column of the working grid that its windows cover, and one past the last.
         lefts: first working column of each of its windows.
     """
@@ -42,7 +42,7 @@ class ColumnStrip(NamedTuple):
 
 @dataclass(frozen=True)
 class TilingPlan:
-    """Windows of a raster and their order.
+    """Windows of a raster, in order.
 
     Attributes:
         height, width: of the input grid.
@@ -80,11 +80,11 @@ class TilingPlan:
         return len(self.tops) * sum(len(strip.lefts) for strip in self.strips)
 
     def complete(self, row: int) -> int:
-        """Working rows that are complete after a row of windows."""
+        """Number of working rows that are complete after a row of windows."""
         return self.tops[row + 1] if row + 1 < len(self.tops) else self.working[0]
 
     def finished(self, row: int) -> int:
-        """Map rows that can be written after a row of windows; 0 before the first (-1)."""
+        """Number of map rows that can be written after a row of windows; 0 before the first (-1)."""
         if row < 0:
             return 0
         complete = self.complete(row)
@@ -97,22 +97,22 @@ class TilingPlan:
         return min(finished, self.height)
 
     def first_for(self, row: int) -> int:
-        """First row of windows to compute (again) so that ``row`` and those after it are the same as in one run."""
+        """First row of windows to compute again to resume at ``row`` with the result of an uninterrupted run."""
         top = self.first_needed(self.finished(row - 1))
         return next(index for index, first in enumerate(self.tops) if first + self.size > top)
 
     def first_needed(self, finished: int) -> int:
-        """First working row that is still needed once ``finished`` map rows are written."""
+        """First working row that is needed after ``finished`` map rows are written."""
         return max(0, neighbor(finished, self.scale[0])) if self.resampled else finished
 
 
 def scaled(length: int, scale: float) -> int:
-    """Pixels of an axis of the working grid."""
+    """Return the number of pixels of an axis of the working grid."""
     return max(1, round(length * scale))
 
 
 def neighbor(position: int, scale: float) -> int:
-    """Upper or left one of the two working pixels that a map pixel lies between; -1 before the first."""
+    """Return the upper or left working pixel next to a map pixel's center; -1 before the first."""
     return math.floor((position + 0.5) * scale - 0.5)
 
 
@@ -156,7 +156,7 @@ def plan_windows(
 
 @dataclass
 class Blend:
-    """Rows of one column strip that windows are still added to.
+    """Weighted sums of overlapping windows in the unfinished rows of a column strip.
 
     Attributes:
         plan: the windows.
@@ -176,9 +176,9 @@ class Blend:
 
     @classmethod
     def start(cls, plan: TilingPlan, strip: ColumnStrip, classes: int, finished: int = 0) -> Blend:
-        """An empty blend of K classes of a strip of which ``finished`` map rows are written."""
+        """Create an empty blend of a strip of which ``finished`` map rows are written."""
         size = plan.size
-        rows = size + (2 if plan.resampled else 0)  # the working rows around the last map row are needed again
+        rows = size + (2 if plan.resampled else 0)  # the last map row is interpolated from two more
         sums = np.zeros((classes, rows, strip.right - strip.left), np.float32)
         weights, scratch = blend_weights(size).numpy(), np.empty((size, size), np.float32)
         return cls(plan, strip, plan.first_needed(finished), sums, weights, scratch)
@@ -195,10 +195,9 @@ class Blend:
             total[rows, columns] += part
 
     def read(self, first: int, last: int) -> Floats:
-        """Weighted sums (K, rows, columns) of the map rows ``first`` to ``last``, in the strip's columns.
+        """Return the weighted sums (K, rows, columns) of the map rows ``first`` to ``last``, in the strip's columns.
 
-        If the working grid is resampled, they are weighted means, interpolated (bilinear, corners not aligned). All
-        windows of these rows must be added.
+        On a resampled working grid they are weighted means, interpolated bilinearly (corners not aligned).
         """
         plan, strip = self.plan, self.strip
         if not plan.resampled:
@@ -214,7 +213,7 @@ class Blend:
         return result
 
     def drop(self, finished: int) -> None:
-        """Discard the rows that are not needed once ``finished`` map rows are written."""
+        """Discard the rows that are not needed after ``finished`` map rows are written."""
         count = self.plan.first_needed(finished) - self.top
         if count <= 0:
             return
@@ -226,7 +225,7 @@ class Blend:
 
 
 def _neighbors(first: int, last: int, scale: float, length: int) -> tuple[np.ndarray, np.ndarray, Floats]:
-    """The two working pixels around each map pixel, and its distance to the first."""
+    """Return the two working pixels around each map pixel, and the weight of the second."""
     positions = (np.arange(first, last) + 0.5) * scale - 0.5
     before = np.array([neighbor(position, scale) for position in range(first, last)])
     share = (positions - before).astype(np.float32)

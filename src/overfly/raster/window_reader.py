@@ -1,4 +1,4 @@
-"""Read a raster window by window from top to bottom, decoding every pixel once, with no data excluded."""
+"""Read a raster window by window from top to bottom; each pixel is decoded once, and no data is excluded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FinishedRows(NamedTuple):
         row: index of the row of windows.
         first: first map row that can be written now.
         last: one past the last.
-        nodata_mask: where these rows, in the strip's columns, have no data; None if all pixels are valid.
+        nodata_mask: no-data mask of these rows in the strip's columns; None if all pixels are valid.
     """
 
     strip: int
@@ -58,7 +58,7 @@ class FinishedRows(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows of the working grid in memory: the first of them, pixels (C, rows, columns), and where there is no data."""
+    """Rows of the working grid in memory: first row, pixels (C, rows, columns), no-data mask (rows, columns)."""
 
     top: int
     pixels: NDArray[Any]
@@ -66,7 +66,7 @@ class _Rows(NamedTuple):
 
 
 class _Reader(NamedTuple):
-    """An open rasterio dataset, how it is read, the order of its windows, and windows per batch."""
+    """An open rasterio dataset with its reading options, window plan and windows per batch."""
 
     dataset: Any
     source: RasterSource
@@ -84,12 +84,12 @@ def read_windows(
 
     Args:
         source: the raster.
-        plan: the order of the windows.
-        batch: windows per batch; a batch stays within one row of windows.
-        start: steps of the plan that are finished; windows of those that overlap the rest are read again.
+        plan: the windows.
+        batch: windows per batch, all in one row of windows.
+        start: number of finished steps; their windows that overlap unfinished rows are read again.
 
     Yields:
-        Batches, and `FinishedRows` after each row of windows whose pixels are not written yet.
+        Batches, and `FinishedRows` after each unfinished row of windows.
     """
     with open_raster(source.source) as dataset:
         reader = _Reader(dataset, source, plan, batch)
@@ -119,7 +119,7 @@ def _read_strip(reader: _Reader, index: int, done: int) -> Iterator[WindowBatch 
 
 
 def _next_rows(reader: _Reader, strip: ColumnStrip, row: int, rows: _Rows | None) -> _Rows:
-    """The pixels of a row of windows: those in memory, and those below them."""
+    """Read the pixels of a row of windows that are not in memory."""
     plan = reader.plan
     top, bottom, columns = plan.tops[row], min(plan.tops[row] + plan.size, plan.working[0]), (strip.left, strip.right)
     if rows is None or rows.top + rows.pixels.shape[1] <= top:
@@ -135,7 +135,7 @@ def _next_rows(reader: _Reader, strip: ColumnStrip, row: int, rows: _Rows | None
 
 
 def _batches(reader: _Reader, index: int, rows: _Rows) -> Iterator[WindowBatch]:
-    """The windows of one row that have a valid pixel."""
+    """Yield the windows of one row that have a valid pixel."""
     strip, size, width = reader.plan.strips[index], reader.plan.size, reader.plan.working[1]
     height, windows = rows.pixels.shape[1], []
     for left in strip.lefts:
@@ -156,7 +156,7 @@ def _batches(reader: _Reader, index: int, rows: _Rows) -> Iterator[WindowBatch]:
 
 
 def _read(reader: _Reader, rows: Range, columns: Range) -> tuple[NDArray[Any], Mask | None]:
-    """Pixels (C, h, w) of the working grid as the network reads them, and where there is no data (h, w)."""
+    """Read pixels (C, h, w) of the working grid, and their no-data mask (h, w)."""
     from rasterio.enums import Resampling
     from rasterio.windows import Window as Part
 
@@ -183,7 +183,7 @@ def _read(reader: _Reader, rows: Range, columns: Range) -> tuple[NDArray[Any], M
 
 
 def _input_nodata_mask(reader: _Reader, rows: Range, columns: Range) -> Mask | None:
-    """Where rows of the input grid have no data."""
+    """Return the no-data mask of rows of the input grid."""
     from rasterio.windows import Window as Part
 
     dataset, source = reader.dataset, reader.source
@@ -202,12 +202,12 @@ def _may_lack_data(source: RasterSource) -> bool:
 
 
 def _transparent(dataset: Any, source: RasterSource, window: Any) -> Mask | None:
-    """Where the alpha band of a window (h, w) is 0; None without an alpha band."""
+    """Return where the alpha band of a window (h, w) is 0; None without an alpha band."""
     return None if source.alpha_band is None else dataset.read(source.alpha_band, window=window) == 0
 
 
 def _masked(dataset: Any, source: RasterSource, window: Any) -> Mask | None:
-    """Where the file's mask marks pixels of a window (h, w) as invalid; None without a mask."""
+    """Return where the file's mask marks pixels of a window (h, w) as invalid; None without a mask."""
     return dataset.read_masks(source.bands[0], window=window) == 0 if source.masked else None
 
 
@@ -218,7 +218,7 @@ def _union(first: Mask | None, second: Mask | None) -> Mask | None:
 
 
 def _zero_nodata(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
-    """Set no data to 0 in place; return where all bands (C, h, w) lack it, None if none can."""
+    """Set no data to 0 in place; return where all bands have no data (h, w), or None if no band can."""
     everywhere: Mask | None = None
     for band in pixels:
         nodata_mask = _band_nodata_mask(band, nodata)
@@ -229,7 +229,7 @@ def _zero_nodata(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
 
 
 def _band_nodata_mask(band: NDArray[Any], nodata: float | None) -> Mask | None:
-    """Where a band (h, w) is the no-data value or not finite; None if it cannot be."""
+    """Return where a band (h, w) is the no-data value or not finite; None if it cannot be."""
     floats = band.dtype.kind == "f"
     number = nodata is not None and not math.isnan(nodata)
     if not floats and not number:
@@ -248,17 +248,11 @@ def read_resampled(
 
     Each pixel is the area-weighted mean of the valid pixels under it (along an enlarged axis: interpolated between its
     neighbors). GDAL would exclude the file's declared no data, but neither ``--nodata`` nor undeclared NaN.
-
-    Args:
-        dataset: the open raster.
-        source: how it is read.
-        scale: working pixels per input pixel (y, x).
-        rows: of the working grid.
-        columns: of the working grid.
+    ``scale`` is working pixels per input pixel (y, x).
 
     Returns:
-        Pixels (C, h, w) of the raster's type, and where no band has data (h, w). There they are 0, or, where all pixels
-        under them are transparent, the mean of the stored values.
+        Pixels (C, h, w) of the raster's type, and the no-data mask (h, w). Pixels without data are 0, or the mean of
+        the stored values if all pixels under them are transparent.
     """
     height, width = rows[1] - rows[0], columns[1] - columns[0]
     pixels = np.empty((len(source.bands), height, width), source.dtype)
@@ -274,7 +268,7 @@ def read_resampled(
 def _average(
     dataset: Any, source: RasterSource, scale: tuple[float, float], area: tuple[Range, Range]
 ) -> tuple[NDArray[Any], Mask]:
-    """Sum up values and weights chunk by chunk, so that memory does not grow with the pixels under the area."""
+    """Compute the means of `read_resampled` chunk by chunk, in constant memory."""
     from rasterio.windows import Window as Part
 
     exact = np.result_type(source.dtype, np.float32)
@@ -310,9 +304,9 @@ def _means(
     dtype: np.dtype[Any],
     transparent_sums: tuple[NDArray[Any], NDArray[Any]] | None,
 ) -> tuple[NDArray[Any], Mask]:
-    """Means (C, h, w) of the raster's type, and where no band has any weight (h, w).
+    """Return means (C, h, w) of the raster's type, and the mask (h, w) of pixels without weight.
 
-    Without weight they are the means of the transparent pixels, or 0.
+    Without weight a mean is that of the transparent pixels, or 0.
     """
     valid = weights > 1e-5
     means = np.zeros_like(sums)
@@ -325,7 +319,7 @@ def _means(
 
 
 def _input_range(area: Range, scale: float, length: int) -> Range:
-    """Input pixels that a range of working pixels is computed from."""
+    """Return the range of input pixels from which a range of working pixels is computed."""
     if scale <= 1:
         low, high = math.floor(area[0] / scale), math.ceil(area[1] / scale)
     else:
@@ -335,7 +329,7 @@ def _input_range(area: Range, scale: float, length: int) -> Range:
 
 
 def _weights(area: Range, scale: float, part: Range, length: int) -> tuple[NDArray[Any], slice]:
-    """Weight of each input pixel of ``part`` in each working pixel (working, input), and their slice of ``area``.
+    """Return the weights (working, input) of the input pixels of ``part``, and the slice of ``area`` that they fill.
 
     Over all input pixels the weights of a working pixel sum to 1.
     """

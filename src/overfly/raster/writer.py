@@ -1,4 +1,4 @@
-"""Write maps: an uncompressed GeoTIFF that grows row by row and survives a kill, then a Cloud Optimized GeoTIFF."""
+"""Write maps: an uncompressed GeoTIFF row by row, which can be resumed, then a Cloud Optimized GeoTIFF."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ CHECKED_BYTES = 1 << 23
 
 
 class BusyError(DataError):
-    """Another process makes the same map."""
+    """Another process is writing the same map."""
 
 
 class UnwrittenError(DataError):
-    """A map that cannot be written now; its finished rows are kept, and the same command resumes it."""
+    """A map could not be written; its finished rows are kept, and the same command resumes it."""
 
 
 @dataclass(frozen=True)
 class UnfinishedMap:
-    """A map on its way: uncompressed GeoTIFFs in a hidden folder beside it, and how many steps are finished.
+    """An unfinished map: uncompressed GeoTIFFs in a hidden folder, and the number of finished steps.
 
     Attributes:
-        folder: named after the map.
+        folder: the hidden folder.
         height, width: in pixels.
         georeference: location on the ground.
         classes: names and colors.
         products: the files.
-        manifest: what the map is made from.
+        manifest: raster, network and settings of the map.
     """
 
     folder: Path
@@ -62,10 +62,10 @@ class UnfinishedMap:
         return self.folder / f"{product.kind}_unfinished.tif"
 
     def begin(self) -> tuple[int, bool]:
-        """Create the files, or resume those of the same manifest, if there is enough disk space.
+        """Create the files, or resume those of the same manifest.
 
         Returns:
-            Finished steps, and whether the unfinished map of another manifest was discarded.
+            Number of finished steps, and whether the unfinished map of another manifest was discarded.
         """
         done, discarded = self._state()
         if done:
@@ -84,7 +84,7 @@ class UnfinishedMap:
         return 0, discarded
 
     def write(self, product: Product, bands: UInt8, top: int, left: int) -> None:
-        """Write bands (bands, h, w) at a row and a column, down to the disk. Blocks are overwritten in georeference."""
+        """Write bands (bands, h, w) at a row and a column, and flush them to the disk."""
         from rasterio.windows import Window
 
         with _open(self.path(product), "r+") as dataset:
@@ -92,7 +92,7 @@ class UnfinishedMap:
         _sync(self.path(product))
 
     def advance(self, done: int) -> None:
-        """Record finished steps; their rows are on the disk already."""
+        """Record the number of finished steps, whose rows are on the disk."""
         file, new = self.folder / "progress.json", self.folder / "progress.json.new"
         new.write_text(json.dumps({"manifest": self.manifest, "done": done}))
         new.replace(file)
@@ -125,7 +125,7 @@ class UnfinishedMap:
         return (done, False) if same and complete else (0, True)
 
     def _create(self, product: Product) -> None:
-        """Create a file whose blocks are all allocated: writing does not move any, so a kill cannot damage others."""
+        """Create a file with all blocks allocated, so that an interrupted write damages no other block."""
         path = self.path(product)
         tags = {TAG: json.dumps(self.manifest), "CLASS_NAMES": json.dumps(dict(enumerate(self.classes.names)))}
         with _open(
@@ -162,7 +162,7 @@ def write_georeference(dataset: Any, georeference: Georeference) -> None:
 
 @cache
 def _control_point_offset() -> tuple[float, float]:
-    """Offset (columns, rows) of control points between GDAL's writing and reading, where they are of pixel centers.
+    """Return the offset (columns, rows) that GDAL adds to control points at pixel centers.
 
     GDAL 3.10 shifts such points by half a pixel in the same direction when it writes and when it reads.
     """
@@ -199,7 +199,7 @@ def _describe(dataset: Any, product: Product, classes: Classes) -> None:
 
 
 def _category_xml(classes: Classes) -> str:
-    """GDAL's sidecar with category names and the raster attribute table, which rasterio cannot write."""
+    """Return GDAL's sidecar XML with category names and raster attribute table, which rasterio cannot write."""
     from xml.sax.saxutils import escape
 
     columns = (("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8))
@@ -221,7 +221,7 @@ def _category_xml(classes: Classes) -> str:
 
 
 def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
-    """Write a product's Cloud Optimized GeoTIFF into the unfinished map's folder, whole or not at all.
+    """Write and verify a product's Cloud Optimized GeoTIFF in the unfinished map's folder.
 
     Blocks of 512, compressed without loss (deflate), with overviews: of class ids by the mode, of others by the mean.
     A sidecar ``.aux.xml`` beside the class ids holds category names and the attribute table.
@@ -256,9 +256,9 @@ def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
 
 
 def _damage(unfinished: UnfinishedMap, product: Product, path: Path) -> str:
-    """What is wrong with a written file; empty if it equals the unfinished map and has all its overviews.
+    """Return the difference of a written file from the unfinished map; empty if equal and with all overviews.
 
-    GDAL does not report what it fails to write while closing a file, so every block is decoded once.
+    GDAL does not report write errors on closing a file, so every block is decoded once.
     """
     sidecar = Path(f"{path}.aux.xml")
     if sidecar.exists() and not sidecar.read_bytes().rstrip().endswith(b"</PAMDataset>"):
@@ -287,7 +287,7 @@ def _damage(unfinished: UnfinishedMap, product: Product, path: Path) -> str:
 
 @contextmanager
 def _open(path: Path, mode: str = "r", **options: Any) -> Iterator[Any]:
-    """Open a file with rasterio, a small block cache, and without warnings about missing georeferences."""
+    """Open a file with rasterio, with a small block cache and without warnings."""
     import rasterio
 
     with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE):
@@ -297,7 +297,7 @@ def _open(path: Path, mode: str = "r", **options: Any) -> Iterator[Any]:
 
 
 def _windows(dataset: Any) -> Iterator[Any]:
-    """Windows of whole blocks that cover a dataset, as wide as memory allows."""
+    """Yield windows of whole blocks that cover a dataset, of at most `CHECKED_BYTES`."""
     from rasterio.windows import Window
 
     width = max(1, CHECKED_BYTES // (BLOCK * BLOCK * dataset.count)) * BLOCK
@@ -308,14 +308,14 @@ def _windows(dataset: Any) -> Iterator[Any]:
 
 @contextmanager
 def lock_unfinished(out: Path) -> Iterator[Path]:
-    """Create and lock the folder of an unfinished map; raise `BusyError` if another process makes the same map."""
+    """Create and lock the folder of an unfinished map; raise `BusyError` if another process holds the lock."""
     folder = unfinished_folder(out)
     lock = FileLock(folder / "lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise BusyError(f"another process is making {out}; wait for it, or choose another --out") from None
+        raise BusyError(f"another process is writing {out}; wait for it, or choose another --out") from None
     except OSError as error:
         raise DataError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
     try:
@@ -330,7 +330,7 @@ def discard(folder: Path) -> None:
 
 
 def discard_stale(out: Path, manifest: Manifest) -> None:
-    """Delete the unfinished map that a killed process left beside a finished one; keep those of other manifests."""
+    """Delete the unfinished map of the same manifest that a killed process left beside a finished map."""
     folder = unfinished_folder(out)
     if folder.is_dir() and (not (folder / "progress.json").exists() or is_unfinished(out, manifest)):
         with suppress(DataError), lock_unfinished(out) as locked:
@@ -338,6 +338,6 @@ def discard_stale(out: Path, manifest: Manifest) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
+    """Flush a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

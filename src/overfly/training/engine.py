@@ -81,13 +81,8 @@ def apply_performance_settings(
 ) -> None:
     """Enable channels-last weights for 16-bit precision, and fused optimizers on the CPU.
 
-    Fused optimizers stay off on a GPU: the loss scale of precision 16 does not support them with gradient clipping.
-
-    Args:
-        nets: networks, changed in place.
-        optimizers: of these networks.
-        precision: the recipe's.
-        device: of training.
+    The networks are changed in place. Fused optimizers stay off on a GPU: the loss scale of precision 16 does not
+    support them with gradient clipping.
     """
     if precision != "32":
         for weight in nets.parameters():
@@ -100,14 +95,14 @@ def apply_performance_settings(
 
 
 def effective_precision(precision: str, device: torch.device) -> str:
-    """The precision that a device computes in: bf16 becomes 32 on a CPU that would emulate it."""
+    """Return the precision to compute in: 32 instead of bf16 on a CPU that would emulate it."""
     if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "32"
     return precision
 
 
 def process_counts(config: TrainerConfig) -> tuple[int, int]:
-    """Processes on this machine, and number of machines; more than one where torchrun started them.
+    """Return the number of processes on this machine, and of machines; above one only under torchrun.
 
     Raises:
         RecipeError: torchrun has started another number of processes than ``config.devices``.
@@ -126,7 +121,7 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
     """Start the processes of a run.
 
     Raises:
-        RecipeError: recipe and devices do not fit together.
+        RecipeError: the recipe does not fit the devices.
     """
     local, machines = process_counts(config)
     world = local * machines
@@ -140,9 +135,8 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
     if recipe.precision == "16" and device.type == "cpu":
         raise RecipeError("precision 16 needs a GPU; set precision=bf16 or precision=32 on a CPU")
     devices: Any = [device.index] if device.index is not None and local == 1 else local
-    without_source = (
-        recipe.method.uses_optional_source and recipe.source is None
-    )  # a boundary head then gets no gradient
+    # without a source, a boundary head has no gradient
+    without_source = recipe.method.uses_optional_source and recipe.source is None
     strategy = DDPStrategy(
         process_group_backend="nccl" if device.type == "cuda" else "gloo",
         find_unused_parameters=recipe.method.has_unused_parameters or without_source,
@@ -159,7 +153,7 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
 
 
 def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig) -> Fabric:
-    """A fabric with this recipe's precision and a loss scale of its own.
+    """Return a fabric with this recipe's precision and its own loss scale.
 
     Raises:
         RecipeError: several processes are running, and this recipe needs another precision or cannot share its batch.
@@ -177,12 +171,7 @@ def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig) -> Fabr
 
 
 def run_on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
-    """Call a function in the first process only; all processes return its result or raise its error.
-
-    Args:
-        fabric: launched.
-        work: the function; its result must be picklable.
-    """
+    """Call a function in the first process only; all processes return its picklable result or raise its error."""
     if fabric.world_size == 1:
         return work()
     outcome: tuple[T | None, OverflyError | None] = (None, None)
@@ -200,7 +189,7 @@ def run_on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
 
 
 def any_rank(fabric: Fabric, flag: bool) -> bool:
-    """Whether the flag is true in any process."""
+    """Return whether the flag is true in any process."""
     if fabric.world_size == 1:
         return flag
     return bool(fabric.all_reduce(torch.tensor(float(flag)), reduce_op="sum"))
@@ -209,15 +198,15 @@ def any_rank(fabric: Fabric, flag: bool) -> bool:
 def optimizer_step(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
     """Clip the gradients of each optimizer, step all optimizers, and reset the gradients.
 
-    In precision 16 all optimizers share one loss scale, which is updated once, after all have stepped: otherwise the
-    second would divide by another scale than its gradients were multiplied by. There, optimizers without gradients are
-    skipped, such as a critic's while only the student trains.
+    In precision 16 all optimizers share one loss scale, which is updated once after all steps, so that each optimizer
+    unscales its gradients by the scale that they were multiplied by. Optimizers without gradients are then skipped,
+    such as the critic's while only the student trains.
 
     Args:
         fabric: launched.
         module: as set up by Fabric.
         optimizers: as set up by Fabric.
-        clip: largest norm of the gradients of each optimizer; None: unlimited.
+        clip: largest gradient norm of each optimizer; None: unlimited.
     """
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     active = [optimizer for optimizer in optimizers if scaler is None or _has_gradients(optimizer)]

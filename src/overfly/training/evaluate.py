@@ -47,15 +47,15 @@ def evaluate_domain(
 
     Args:
         run: finished.
-        domain: whose labels are read.
+        domain: domain whose labels are read.
         key: name of the domain in ``scores.json``: source, target, or another.
-        split: of the domain.
-        device: where the network runs.
-        window: side of overlapping windows in pixels; 0: whole images; None: as in the recipe.
+        split: split to score.
+        device: device of the network.
+        window: side of overlapping windows in pixels; 0: whole images; None: the recipe's.
         overlap: share of a window that the next one overlaps, 0 to 0.9.
-        samples: collects a few images with their predictions.
+        samples: collector of sample images with their predictions; None: no samples.
         workers: threads that read ahead.
-        checkpoint: step of a validation whose weights are scored instead of the run's final ones.
+        checkpoint: validation step whose weights are scored; None: the final weights.
 
     Raises:
         DataError: no image of the split has a label.
@@ -81,17 +81,7 @@ def evaluate_domain(
 
 
 def record_opened_labels(run: Run, key: str, split: Split, images: int) -> dict[str, Any]:
-    """Count one more reading of a split's labels in ``scores.json``, for scores or something else such as a report.
-
-    Args:
-        run: whose ``scores.json``.
-        key: source or target.
-        split: of the domain.
-        images: number of labels that were read.
-
-    Returns:
-        Contents of ``scores.json``.
-    """
+    """Add the reading of ``images`` labels of a domain and split to ``scores.json``, and return its contents."""
     stored = run.scores
     opened = stored.setdefault("labels_opened", {})
     before = opened.get(f"{key}/{split}", {"times": 0, "images": 0})
@@ -101,7 +91,7 @@ def record_opened_labels(run: Run, key: str, split: Split, images: int) -> dict[
 
 
 def stored_scores(run: Run, key: str, split: Split, domain: Domain, checkpoint: int | None = None) -> Scores | None:
-    """The scores in ``scores.json`` of this domain, with the recipe's resize and window, or None. Reads no labels."""
+    """Return the scores of a domain in ``scores.json`` if resize and window are the recipe's, else None."""
     try:
         stored = run.scores if checkpoint is None else run.scores["checkpoints"][f"step-{checkpoint}"]
         scores = Scores.model_validate(stored[f"{key}/{split}"])
@@ -112,7 +102,7 @@ def stored_scores(run: Run, key: str, split: Split, domain: Domain, checkpoint: 
 
 
 def has_labels(domain: Domain, split: Split) -> bool:
-    """Whether a domain has this split, with at least one label."""
+    """Return whether a split of a domain has a label."""
     try:
         return any(item.label is not None for item in domain.items(split))
     except SplitError:
@@ -120,11 +110,7 @@ def has_labels(domain: Domain, split: Split) -> bool:
 
 
 def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:
-    """The domains of a run's recipe with their names.
-
-    Args:
-        run: whose recipe.
-        which: source, target or both.
+    """Return the domains of a run's recipe by role; ``which`` is source, target or both.
 
     Raises:
         DataError: the recipe has no such domain.
@@ -137,22 +123,15 @@ def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:
 
 
 class Validator:
-    """Scores the networks of one run. It changes no random state and no network.
-
-    Args:
-        recipe: the experiment.
-        nets: its networks.
-        fabric: launched.
-    """
+    """Score the networks of a run during training, without changing random state or networks."""
 
     def __init__(self, recipe: Recipe, nets: Networks, fabric: Fabric) -> None:
         self.recipe, self.nets, self.fabric = recipe, nets, fabric
 
     def source_miou(self, workers: int = 0) -> float | None:
-        """Mean IoU, 0 to 1, on the source's held-out labels, which the processes share.
+        """Return the mIoU (0 to 1) on the source's held-out labels, which all processes share.
 
-        Returns:
-            None, in all processes, where the predictions of one are not finite.
+        Returns None in all processes if a prediction is not finite.
         """
         recipe = self.recipe
         try:
@@ -165,13 +144,9 @@ class Validator:
             return None
 
     def target_metrics(self, source_miou: float | None = None) -> LabelFreeMetrics | None:
-        """Label-free metrics of the deployed network, computed by the first process.
+        """Return label-free metrics of the deployed network, from the first process; None if they are not finite.
 
-        Args:
-            source_miou: stored beside them.
-
-        Returns:
-            None where the network's predictions are not finite.
+        ``source_miou`` is stored with the metrics.
         """
         method = self.recipe.method
 
@@ -189,21 +164,18 @@ class Validator:
 
     @cached_property
     def images(self) -> list[Tensor]:
-        """The target images, without labels, read once."""
+        """The target images without labels, read once."""
         return list(unlabeled_images(self.recipe.domain("target"), "train", self.options))
 
     @property
     def options(self) -> MetricOptions:
-        """Which target images metrics are computed on, and how they are predicted."""
+        """Number, crop, resize and window of the target images."""
         recipe = self.recipe
         return MetricOptions(TARGET_IMAGES, recipe.crop, recipe.resize, recipe.window, self.fabric.device)
 
 
 def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
-    """The network that the deployed one is compared with: the other of teacher and student; None without a teacher.
-
-    A network derived from one of them for deployment, such as one with folded normalization, counts as that one.
-    """
+    """Return the network to compare the deployed one with: the student or the teacher; None without a teacher."""
     teacher = getattr(nets, "teacher", None)
     if not isinstance(teacher, nn.Module):
         return None
@@ -211,12 +183,12 @@ def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
 
 
 def log_entry(metrics: LabelFreeMetrics) -> dict[str, Any]:
-    """Label-free metrics as values of a log line; those that are not numbers stand under ``details``."""
+    """Return label-free metrics as values of a log line; those that are not numbers are under ``details``."""
     details = {"shares", "by_view", "images"}
     return {**metrics.model_dump(exclude=details), "details": metrics.model_dump(include=details)}
 
 
 def logged_source_miou(rows: list[dict[str, Any]], step: int) -> float | None:
-    """The source mIoU that was logged at a step, or None."""
+    """Return the source mIoU logged at a step, or None."""
     values = [row.get("source_miou") for row in rows if row.get("event") == "validation" and row["step"] == step]
     return values[-1] if values else None

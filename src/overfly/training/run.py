@@ -47,7 +47,7 @@ class RunLog:
             self.writer = SummaryWriter(str(tensorboard))
 
     def write(self, step: int, **values: Any) -> None:
-        """Append a line: the number of finished optimizer steps, and what was measured or done there."""
+        """Append a line: the number of finished optimizer steps, and values."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.writer is not None:
@@ -57,7 +57,7 @@ class RunLog:
             self.writer.flush()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """All lines, oldest first, without a last one that a killed process left incomplete."""
+        """Yield all lines, oldest first; an incomplete last line of a killed process is skipped."""
         if not self.path.exists():
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -70,9 +70,9 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Remove the lines after a step; a resumed run writes them again."""
-        kept = [json.dumps(row) for row in self.rows() if row["step"] <= step]
+        lines = [json.dumps(row) for row in self.rows() if row["step"] <= step]
         with atomic_write(self.path) as part:
-            part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 class Run:
@@ -87,7 +87,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
-        """The run in a folder.
+        """Open the run in a folder.
 
         Raises:
             RunError: the folder is missing, is not a run, or was written by an older version.
@@ -104,12 +104,9 @@ class Run:
 
     @classmethod
     def open_or_create(cls, out: Path | str, recipe: Recipe, start_sha256: str | None = None) -> Run:
-        """The run of a recipe in or below ``out``, finished or not, or else a new folder.
+        """Return the run of a recipe in or below ``out``, finished or not, or create it.
 
-        Args:
-            out: folder of runs, or the run's own.
-            recipe: the experiment.
-            start_sha256: SHA-256 of the weights file that the recipe's ``start`` resolves to.
+        ``start_sha256`` is the SHA-256 of the weights file that the recipe's ``start`` resolves to.
 
         Raises:
             RunError: ``out`` is the run of another recipe or of other initial weights, or cannot be written.
@@ -118,7 +115,7 @@ class Run:
         if (out / "recipe.yaml").is_file():
             run = cls.open(out)
             if run.recipe != recipe:
-                raise RunError(f"{out} holds the run of another recipe, which is never overwritten; change --out")
+                raise RunError(f"{out} holds the run of another recipe, which is not overwritten; change --out")
             if run.machine.get("start_sha256") != start_sha256:
                 raise RunError(f"{out} was trained from other weights than start has now; change --out")
             return run
@@ -137,12 +134,12 @@ class Run:
 
     @classmethod
     def find(cls, out: Path | str, recipe: Recipe) -> Run | None:
-        """The newest run of exactly this recipe below ``out``, or None."""
+        """Return the newest run of this recipe below ``out``, or None."""
         return next(cls.find_all(out, recipe), None)
 
     @classmethod
     def find_all(cls, out: Path | str, recipe: Recipe) -> Iterator[Run]:
-        """The runs of exactly this recipe below ``out``, newest first; they may differ in their initial weights."""
+        """Yield the runs of this recipe below ``out``, newest first; their initial weights may differ."""
         for file in sorted(Path(out).glob("*/recipe.yaml"), reverse=True):
             with contextlib.suppress(RunError):
                 run = cls.open(file.parent)
@@ -175,12 +172,12 @@ class Run:
         return self.path / "checkpoints" / "best.safetensors"
 
     def weights_at(self, step: int) -> Path:
-        """The weights file of a validation, written where the recipe sets ``validation.keep_all``."""
+        """Path of the weights of a validation step, written if the recipe sets ``validation.keep_all``."""
         return self.path / "checkpoints" / f"step-{step}.safetensors"
 
     @property
     def validation_weights(self) -> dict[int, Path]:
-        """The weights files of validations by step, earliest first."""
+        """Weights files of validations by step, in order."""
         files = (self.path / "checkpoints").glob("step-*.safetensors")
         steps = sorted(int(number) for file in files if (number := file.stem.removeprefix("step-")).isdigit())
         return {step: self.weights_at(step) for step in steps}
@@ -215,13 +212,10 @@ class Run:
             part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def segmenter(self, step: int | None = None) -> Segmenter:
-        """The trained network in evaluation mode.
-
-        Args:
-            step: of a validation whose weights were kept; None: the run's final choice.
+        """Load the trained network in evaluation mode: the weights of a validation step, or the final weights.
 
         Raises:
-            RunError: training is not complete, or no weights were kept at this step.
+            RunError: training is not finished, or weights of this step were not saved.
         """
         if step is not None:
             if not self.weights_at(step).is_file():
@@ -241,7 +235,7 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training in this folder; the system releases the lock when the process ends.
+        """Lock the folder against training by other processes; the lock is released when the process ends.
 
         Raises:
             RunError: another process trains here.
@@ -266,7 +260,7 @@ class Run:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -277,7 +271,7 @@ def _title(recipe: Recipe) -> str:
 
 
 def new_folder(out: Path, title: str) -> Path:
-    """Make a folder that is named by the time of day and a title."""
+    """Create a folder named after the current time and a title."""
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         path = out / f"{stamp}_{title}{suffix}"
@@ -288,5 +282,5 @@ def new_folder(out: Path, title: str) -> Path:
 
 
 def utc_now() -> str:
-    """The date and time in UTC (ISO 8601)."""
+    """Return the date and time in UTC (ISO 8601)."""
     return datetime.now(UTC).isoformat()

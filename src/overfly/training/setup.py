@@ -1,4 +1,4 @@
-"""What training begins with: the data streams, the initial networks and their optimizers."""
+"""Prepare training: data streams, initial networks and optimizers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
 
 STATISTICS_IMAGES = 200
-"""Images that mean and standard deviation are estimated from where the recipe does not give them."""
+"""Images from which mean and standard deviation are estimated if the recipe does not set them."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,17 @@ class TrainingSetup:
     """Data and networks of a run."""
 
     batches: BatchDataset
-    """Batches by number; an optimizer step takes ``accumulate`` of them."""
+    """Batches by number; an optimizer step uses ``accumulate`` batches."""
     nets: Networks
     """The method's networks with their initial weights."""
     optimizers: list[Optimizer]
-    """The method's optimizers; empty where nothing is minimized."""
+    """The method's optimizers; empty for methods without a loss."""
     total_steps: int
     """Optimizer steps of the whole run."""
 
 
 def prepare_training(recipe: Recipe, fabric: Fabric, config: TrainerConfig, start: Path | None = None) -> TrainingSetup:
-    """Open the data and build the networks, without writing anything.
-
-    Args:
-        recipe: the experiment.
-        fabric: launched.
-        config: with the cache of decoded images.
-        start: weights file that the recipe's ``start`` resolves to.
+    """Open the data and build the networks, without writing files; ``start`` is the weights file of the recipe's start.
 
     Raises:
         OverflyError: data, weights and recipe do not fit together.
@@ -63,14 +57,14 @@ def prepare_training(recipe: Recipe, fabric: Fabric, config: TrainerConfig, star
     optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
     shard = (fabric.global_rank, fabric.world_size) if optimizers else (0, 1)  # (0, 1): every process sees all images
     batches = BatchDataset(source, target, *shard)
-    first = batches[0]  # errors of the data are raised here, before a folder exists
+    first = batches[0]  # raises data errors before the run folder exists
     if isinstance(first, OverflyError):
         raise first
     return TrainingSetup(batches, nets, optimizers, recipe.length(len(source.items) if source else 0))
 
 
 def _check_source_masks(recipe: Recipe) -> None:
-    """Decode the masks that the run reads, also those of a later validation."""
+    """Decode the source masks of training and validation."""
     splits: list[Split] = ["train"] if _reads_source(recipe) else []
     if recipe.validation.every:
         splits.append(recipe.validation.split)
@@ -85,13 +79,7 @@ def _reads_source(recipe: Recipe) -> bool:
 def training_streams(
     recipe: Recipe, cache: Path | str | None = None, *, quiet: bool = True
 ) -> tuple[BatchStream | None, BatchStream | None]:
-    """The labeled source and the unlabeled target, each None where the method does not read it.
-
-    Args:
-        recipe: the experiment.
-        cache: folder of decoded images, "memory", or None.
-        quiet: do not print the size of a cache folder.
-    """
+    """Return the labeled source and the unlabeled target; None for a domain that the method does not read."""
     streams: list[BatchStream | None] = []
     reads = {"source": _reads_source(recipe), "target": recipe.method.needs_target}
     for key, (role, needed) in enumerate(reads.items()):
@@ -113,11 +101,7 @@ def training_streams(
 
 
 def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
-    """The network that training begins with, including its training heads.
-
-    Args:
-        recipe: the experiment.
-        start: weights file that the recipe's ``start`` resolves to.
+    """Return the initial network with its training heads, loaded from the weights file ``start`` if given.
 
     Raises:
         RecipeError: the network under ``start`` and the domains do not fit together.
@@ -140,7 +124,7 @@ def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
 
 
 def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Domain) -> None:
-    """Compare classes, architecture, bands and range of the network under ``start`` with the recipe's."""
+    """Check that classes, architecture, bands and value range of the start network are the recipe's."""
     advice = {
         "classes": "unify them with the folder domain's mapping",
         "model": f"set model: {segmenter.architecture}, or start from another run",
@@ -156,7 +140,7 @@ def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Doma
 
 
 def _check_class_layer(recipe: Recipe, network: Network, report: Report) -> None:
-    """Refuse weights without a class layer where the method needs a trained network."""
+    """Raise RecipeError for weights without a class layer if the method needs a trained network."""
     layer = network.class_layer
     missing = layer and not any(name.startswith(f"{layer}.") for name in report.loaded)
     if missing and recipe.start is None and recipe.method.needs_start:
@@ -167,9 +151,9 @@ def _check_class_layer(recipe: Recipe, network: Network, report: Report) -> None
 
 
 def normalization(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each band, in the sensor's range.
+    """Return mean and standard deviation of each band, in the sensor's range.
 
-    Those of the recipe, or else ImageNet's where ``model.weights`` are given, or else the domain's.
+    They are the recipe's if set, ImageNet's if ``model.weights`` is set, else the domain's.
     """
     model = recipe.model
     if model.mean is not None and model.std is not None:

@@ -1,4 +1,4 @@
-"""From a recipe to a finished run. The recipe under ``start`` is trained first; finished runs are not trained again."""
+"""Train a recipe to a finished run, its ``start`` recipe first; finished runs are not trained again."""
 
 from __future__ import annotations
 
@@ -18,13 +18,7 @@ from overfly.training.trainer import Trainer
 
 
 def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfig) -> Run:
-    """Train a recipe below ``out``, resume its unfinished run, or return its finished one.
-
-    Args:
-        recipe: the experiment.
-        out: folder of runs, or the run's own.
-        fabric: launched.
-        config: devices, intervals and output.
+    """Train a recipe below ``out``, resume its unfinished run, or return its finished run.
 
     Raises:
         OverflyError: recipe, data or weights do not fit together. No folder is created in that case.
@@ -34,8 +28,8 @@ def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfi
     start: Path | None = None
     if isinstance(recipe.start, Recipe):
         parent = out.parent if (out / "recipe.yaml").is_file() else out
-        before = Run.find(parent, recipe.start)
-        trained = before is not None and before.finished
+        start_run = Run.find(parent, recipe.start)
+        trained = start_run is not None and start_run.finished
         if not trained:
             print_status("training the recipe under start first; its settings are start.steps and so on", quiet=quiet)
         start = train_recipe(recipe.start, parent, fabric, replace(config, quiet=config.quiet or trained)).weights
@@ -58,7 +52,7 @@ def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfi
 
 
 def _finished_run(out: Path, recipe: Recipe, start_sha256: str | None) -> Path | None:
-    """Folder of the finished run of a recipe in or below a folder, from these initial weights, or None."""
+    """Return the finished run of a recipe and initial weights in or below a folder, or None."""
     runs = [Run.open(out)] if (out / "recipe.yaml").is_file() else Run.find_all(out, recipe)
     for run in runs:
         if run.finished and run.recipe == recipe and run.machine.get("start_sha256") == start_sha256:
@@ -67,7 +61,7 @@ def _finished_run(out: Path, recipe: Recipe, start_sha256: str | None) -> Path |
 
 
 def resolve_start(start: Path) -> Path:
-    """The weights file that ``start`` names: a file, or the network of a run folder.
+    """Return the weights file of ``start``: a file, or the network of a run folder.
 
     Raises:
         RecipeError: the file is missing, or the run is not finished.

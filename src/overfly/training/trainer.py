@@ -1,4 +1,4 @@
-"""The training loop and its checkpoint: networks, optimizers, loss scale and step in one file."""
+"""The training loop and its checkpoint of networks, optimizers, loss scale and step."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from overfly.training.setup import TrainingSetup
 UNREADABLE = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
 )  # fmt: skip
-"""Errors raised by loading a damaged or foreign checkpoint."""
+"""Errors of loading a damaged checkpoint, or one of another program."""
 
 
 class Trainer:
     """The state of one run during training.
 
-    Counts: ``step`` is the number of finished optimizer steps, ``index`` the number of the current one from 0, and
-    ``batch_index`` the number of a batch, ``accumulate`` of which make a step.
+    ``step`` is the number of finished optimizer steps, ``index`` the index of the current step from 0, and
+    ``batch_index`` the index of a batch; a step has ``accumulate`` batches.
     """
 
     def __init__(self, run: Run, fabric: Fabric, config: TrainerConfig, setup: TrainingSetup) -> None:
@@ -66,13 +66,13 @@ class Trainer:
         tensorboard = run.path / "tensorboard" if config.tensorboard and self.is_rank_zero else None
         self.log = RunLog(run.log.path, tensorboard)
         self.recent: list[dict[str, Tensor]] = []
-        """Loss terms of the steps since the last line of the log, on the device."""
+        """Loss terms of the steps since the last log line, on the device."""
         self.validator = Validator(self.recipe, self.nets, fabric)
         self.between_steps = True
         self.started = time.monotonic()
 
     def resume(self) -> None:
-        """Load the last checkpoint where there is one, and describe the machine in machine.json."""
+        """Load the last checkpoint if it exists, and write machine.json."""
         if self.run.checkpoint.exists():
             self.load_checkpoint()
             if self.state.get("processes", self.fabric.world_size) != self.fabric.world_size:
@@ -120,8 +120,8 @@ class Trainer:
                     self.save_after_error()
                     raise
                 except (RuntimeError, ValueError):
-                    if (report := self.non_finite_loss()) is not None:  # then that is the cause
-                        self.fail(*report)
+                    if (report := self.non_finite_loss()) is not None:  # it is the cause
+                        self.raise_not_finite(*report)
                     raise
                 if stop or step % self.config.checkpoint_every == 0 or step == self.total_steps:
                     self.save()
@@ -129,7 +129,7 @@ class Trainer:
                     break
 
     def train_step(self, index: int, batches: Iterator[Batch | OverflyError]) -> dict[str, Tensor]:
-        """Take one optimizer step; its loss terms, averaged over its batches, on the device."""
+        """Take one optimizer step and return its loss terms, averaged over its batches, on the device."""
         accumulate = self.recipe.accumulate
         total: dict[str, Tensor] = {}
         self.wrapped.train()
@@ -153,7 +153,7 @@ class Trainer:
         return total
 
     def prepare_batch(self, batch: Batch, batch_index: int) -> Batch:
-        """Move a batch to the device, seed the random choices made with it, and augment the source."""
+        """Move a batch to the device, seed random numbers for it, and augment the source."""
         seed = (self.recipe.seed * 1_000_003 + batch_index) * 1_009 + self.fabric.global_rank
         torch.manual_seed(2 * seed)
         generator = torch.Generator().manual_seed(2 * seed + 1)
@@ -165,7 +165,7 @@ class Trainer:
         return batch
 
     def write_log(self, step: int, progress: Progress) -> None:
-        """Append the mean losses since the last line. Only here does a step without validation wait for a GPU."""
+        """Append the mean losses since the last line; this synchronizes with the GPU."""
         self.check_losses()
         keys = dict.fromkeys(key for row in self.recent for key in row)
         means = {key: torch.stack([row[key] for row in self.recent if key in row]).mean() for key in keys}
@@ -188,10 +188,10 @@ class Trainer:
             if self.fabric.world_size > 1:
                 reports = [None] * self.fabric.world_size
                 torch.distributed.all_gather_object(reports, report)
-            self.fail(*min(entry for entry in reports if entry is not None))
+            self.raise_not_finite(*min(entry for entry in reports if entry is not None))
 
     def non_finite_loss(self) -> tuple[int, str, str] | None:
-        """The first step since the last line of the log with a loss that is not finite: step, terms, images."""
+        """Return step, loss terms and images of the first step since the last log line with a non-finite loss."""
         finite = [torch.stack(list(row.values())).isfinite().all() for row in self.recent if row]
         if not finite or bool(torch.stack(finite).all()):
             return None
@@ -202,8 +202,8 @@ class Trainer:
         names = [name for part in range(accumulate) for name in self.batches.names(index * accumulate + part)]
         return index + 1, terms, ", ".join(names)
 
-    def fail(self, step: int, terms: str, images: str) -> NoReturn:
-        """Log and raise that the loss of a step is not finite."""
+    def raise_not_finite(self, step: int, terms: str, images: str) -> NoReturn:
+        """Log a non-finite loss and raise TrainingError."""
         if self.is_rank_zero:
             self.log.write(step, event="not finite", terms=terms, items=images)
         first_step, last = self.state["step"] - len(self.recent) + 1, self.state["step"]
@@ -215,11 +215,11 @@ class Trainer:
 
     @property
     def last_checkpoint(self) -> str:
-        """The checkpoint's path for messages."""
+        """Path of the checkpoint for messages."""
         return str(self.run.checkpoint) if self.run.checkpoint.exists() else "none"
 
     def check_weights(self) -> None:
-        """Raise TrainingError if a weight is not finite; the gradient of a finite loss may not be."""
+        """Raise TrainingError if a weight is not finite, as after an infinite gradient of a finite loss."""
         name = self.non_finite_weight()
         if any_rank(self.fabric, name is not None):
             raise TrainingError(
@@ -228,15 +228,15 @@ class Trainer:
             )
 
     def non_finite_weight(self) -> str | None:
-        """Name of the first weight or buffer that is not finite, or None."""
+        """Return the name of the first non-finite weight or buffer, or None."""
         tensors = {name: value for name, value in self.nets.state_dict().items() if value.is_floating_point()}
         finite = [value.isfinite().all() for value in tensors.values()]
         if not finite or bool(torch.stack(finite).all()):
             return None
-        return next(name for name, good in zip(tensors, finite, strict=True) if not good)
+        return next(name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite)
 
     def validate(self, step: int) -> bool:
-        """Score source and target where the recipe has a validation at this step; whether training should stop."""
+        """Validate on source and target if due at this step; return whether training should stop."""
         rule = self.recipe.validation
         stop = False
         if rule.every and (step % rule.every == 0 or step == self.total_steps):
@@ -256,7 +256,7 @@ class Trainer:
         return stop
 
     def select(self, step: int, miou: float) -> bool:
-        """Save the weights of the best source mIoU; whether ``patience`` validations have brought no better one."""
+        """Save weights of a new best source mIoU; return whether ``patience`` validations did not improve it."""
         rule = self.recipe.validation
         if self.state["best"] is None or miou > self.state["best"]:
             self.state |= {"best": miou, "best_step": step, "stale": 0}
@@ -267,7 +267,7 @@ class Trainer:
         return bool(rule.patience and self.state["stale"] >= rule.patience)
 
     def save_weights(self, path: Path) -> None:
-        """Write the network that the method deploys."""
+        """Save the deployed network."""
         network = self.recipe.method.deployed(self.nets)
         if self.is_rank_zero and isinstance(network, Segmenter):
             network.save(path)
@@ -280,12 +280,12 @@ class Trainer:
         self.fabric.barrier()
 
     def save_after_error(self) -> None:
-        """Write the checkpoint of the finished steps where an error comes between two steps, as from a broken mask."""
+        """Write a checkpoint after an error between two steps, such as a damaged mask."""
         if self.between_steps and self.non_finite_loss() is None and self.non_finite_weight() is None:
             self.write_checkpoint()
 
     def write_checkpoint(self) -> None:
-        """Write the checkpoint atomically in the first process; the one before survives a crash.
+        """Write the checkpoint atomically in the first process.
 
         Raises:
             RunError: the file cannot be written.
@@ -298,7 +298,7 @@ class Trainer:
             "state": self.state,
             "nets": self.nets.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "precision": self.fabric.strategy.precision.state_dict(),  # of precision 16: the loss scale
+            "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of precision 16
         }
         path.parent.mkdir(exist_ok=True)
         try:
@@ -308,13 +308,13 @@ class Trainer:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise RunError(f"{path} cannot be written ({reason}); free space; the checkpoint before is kept") from None
+            raise RunError(f"{path} cannot be written ({reason}); free space; the last checkpoint is kept") from None
 
     def load_checkpoint(self) -> None:
         """Load state, networks, optimizers and precision.
 
         Raises:
-            RunError: the file is damaged, or of another method.
+            RunError: the file is damaged, or is the checkpoint of another method.
         """
         path = self.run.checkpoint
         try:
@@ -330,7 +330,7 @@ class Trainer:
             raise RunError(f"{path} cannot be resumed from ({reason}); delete it to train from the start") from None
 
     def finish(self) -> None:
-        """Save the last weights unless a validation selected others, and mark the run as finished."""
+        """Save the final weights unless a validation selected better ones, and mark the run as finished."""
         rule = self.recipe.validation
         if not rule.every or rule.select == "last" or not self.run.weights.exists():
             self.save_weights(self.run.weights)
@@ -341,7 +341,7 @@ class Trainer:
         self.fabric.barrier()
 
     def add_elapsed_time(self) -> None:
-        """Add the time since the last call to the seconds of training, which checkpoints carry over interruptions."""
+        """Add the time since the last call to the training time, which is stored in checkpoints."""
         now = time.monotonic()
         self.state["took_s"] += now - self.started
         self.started = now

@@ -28,11 +28,11 @@ from overfly.video.player import SourceFrame
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """Container format of a written video by its suffix."""
 ENCODERS = (("libx264", {"preset": "veryfast", "crf": "20"}), ("mpeg4", {"qscale": "3"}))
-"""Encoders with options; the first that FFmpeg has is used."""
+"""Encoders with options; the first available one is used."""
 TICKS = 90_000
 """Time base of a written video, in parts of a second."""
 TIMEOUT = 10.0
-"""Seconds that an address has to answer."""
+"""Timeout of network streams in seconds."""
 FPS = 10.0
 """Frames per second of a folder of images by default."""
 MAX_DAMAGED = 300
@@ -60,11 +60,11 @@ class VideoStream:
 
     Attributes:
         title: the source as the user gave it.
-        live: whether frames come at their own pace, as from a camera.
+        live: whether the source sets the pace, such as a camera.
         rate: nominal frames per second.
         width, height: of a coded frame in pixels, before its rotation flag is applied.
-        frames: iterate once, in one thread.
-        errors: filled while the frames are read.
+        frames: iterator over the frames, for one thread.
+        errors: errors so far, updated while the frames are read.
     """
 
     title: str
@@ -108,7 +108,7 @@ def open_stream(source: str, *, fps: float | None = None) -> Iterator[VideoStrea
     try:
         yield stream
     finally:
-        with suppress(ValueError, AttributeError):  # a reading thread that does not answer still iterates
+        with suppress(ValueError, AttributeError):  # a blocked reading thread still iterates
             stream.frames.close()  # type: ignore[attr-defined]
 
 
@@ -159,7 +159,7 @@ def _open_container(source: str) -> _Container:
     camera = not address and source.startswith("/dev/video")
     if not address and not Path(source).exists():
         raise DataError(
-            f"there is no camera {source}; list cameras with ls /dev/video*, and plug yours in"
+            f"{source} does not exist; list cameras with ls /dev/video*, and connect one"
             if camera
             else f"{source} does not exist; give a video, a folder of images, a camera such as /dev/video0 or an "
             "address such as rtsp://…"
@@ -194,7 +194,7 @@ class _TruncatedError(Exception):
 
 
 def _packets(stream: _Container, errors: StreamErrors) -> Iterator[list[Any]]:
-    """The frames of each packet. Damage ends a file (`_TruncatedError`); a live source continues if it can."""
+    """Yield the frames of each packet; a damaged packet ends a file (`_TruncatedError`), but not a live source."""
     av = _av()
     packets, damaged = stream.container.demux(stream.video), 0
     while True:
@@ -223,7 +223,7 @@ def _packets(stream: _Container, errors: StreamErrors) -> Iterator[list[Any]]:
 
 
 def _decode(source: str, stream: _Container, rate: float, errors: StreamErrors) -> Iterator[SourceFrame]:
-    """The frames of an open container with their times: their arrival for a live source."""
+    """Yield the frames of a container with their times; for a live source, the times of arrival."""
     first: float | None = None
     count, at = 0, 0.0
     try:
@@ -249,10 +249,9 @@ def _decode(source: str, stream: _Container, rate: float, errors: StreamErrors) 
 
 
 def _missing_seconds(stream: _Container, seconds: float) -> float:
-    """Seconds that a file lacks of its declared length; 0 if unknown.
+    """Return the seconds that a file is shorter than its declared length; 0 if unknown.
 
-    Formats that count their frames detect it themselves. In others, a video without other streams is as long as its
-    container declares.
+    Only the declared length of a container with a single stream and without a frame count is checked.
     """
     container = stream.container
     if stream.live or stream.video.frames or container.duration is None or len(container.streams) > 1:
@@ -262,7 +261,7 @@ def _missing_seconds(stream: _Container, seconds: float) -> float:
 
 
 def _pixels(frame: Any) -> UInt8:
-    """A decoded frame as (H, W, 3), rotated as flagged; HD frames without a color space are taken as BT.709."""
+    """Convert a decoded frame to (H, W, 3), applying its rotation flag; HD frames without a color space are BT.709."""
     unspecified = frame.colorspace in (0, 2) and frame.height >= 720 and not frame.format.is_rgb
     colorspace = {"src_colorspace": "ITU709"} if unspecified else {}
     pixels: UInt8 = frame.to_ndarray(format="rgb24", **colorspace)
@@ -271,7 +270,7 @@ def _pixels(frame: Any) -> UInt8:
 
 
 class _Writer:
-    """A video file that is being written. Frames of another size than the first are fitted into it."""
+    """Writer of a video file. Frames of another size than the first are letterboxed."""
 
     def __init__(self, part: Path, kind: str, rate: float) -> None:
         self.av = _av()
@@ -281,8 +280,8 @@ class _Writer:
         self.width = self.height = 0
         self.last = -1
 
-    def write(self, overlay: UInt8, at: float) -> None:
-        """Add a frame (H, W, 3) at ``at`` seconds; a `Sink`."""
+    def write(self, overlay: UInt8, seconds: float) -> None:
+        """Add a frame (H, W, 3) with its time in seconds; a `Sink`."""
         if self.video is None:
             self.height, self.width = overlay.shape[:2]
             self._begin()
@@ -292,7 +291,7 @@ class _Writer:
             pixels = np.pad(pixels, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
         frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-        self.last = max(self.last + 1, round(at * TICKS))
+        self.last = max(self.last + 1, round(seconds * TICKS))
         frame.pts, frame.time_base = self.last, Fraction(1, TICKS)
         self.container.mux(self.video.encode(frame))
 
@@ -316,11 +315,11 @@ class _Writer:
 
 @contextmanager
 def write_video(path: Path, rate: float) -> Iterator[_Writer]:
-    """Write a video (H.264 in MP4, MOV or MKV). It appears under its name once it is whole, or not at all.
+    """Write a video (H.264 in MP4, MOV or MKV). The file is renamed to ``path`` when complete.
 
     Args:
-        path: file that does not exist yet.
-        rate: nominal frames per second; each frame has its own time.
+        path: file to create.
+        rate: nominal frames per second; each frame is written with its own time.
 
     Raises:
         DataError: the file exists, cannot be written, or has another suffix.
@@ -346,11 +345,11 @@ def write_video(path: Path, rate: float) -> Iterator[_Writer]:
 
 
 def _publish(part: Path, path: Path) -> None:
-    """Rename a finished file, unless another process has created the name meanwhile."""
+    """Rename a finished file, unless another process has created ``path``."""
     try:
         os.link(part, path)
     except FileExistsError:
-        raise DataError(f"{path} was meanwhile written by another process; choose another --out") from None
+        raise DataError(f"{path} was created by another process; choose another --out") from None
     except OSError:  # a file system without hard links
         part.replace(path)
 

@@ -26,7 +26,7 @@ MIN_SIDE = 64
 
 @dataclass(frozen=True)
 class OverlayStyle:
-    """How overlays are rendered.
+    """Rendering options of overlays.
 
     Attributes:
         size: longest side to which frames are downscaled for the network, in pixels; None keeps their size.
@@ -57,7 +57,7 @@ class OverlayRenderer:
         self._colors = np.asarray(self.predictor.metadata.classes.colors, np.uint8)
 
     def predict(self, frame: UInt8) -> UInt8:
-        """Class ids (h, w) of a frame (H, W, 3), at the size that the network reads."""
+        """Predict class ids (h, w) of a frame (H, W, 3) at the network's input size."""
         metadata = self.predictor.metadata
         image = np.ascontiguousarray(downscale(frame, self.style.size).transpose(2, 0, 1), dtype=np.float32)
         if metadata.max_value != 255:
@@ -74,11 +74,11 @@ class OverlayRenderer:
         return torch.from_numpy(self.predictor(images.numpy()))
 
     def warm_up(self, width: int, height: int) -> None:
-        """Predict a black frame, so that the first frame of a stream is not slower than the others."""
+        """Predict a black frame before the first frame of a stream."""
         self.predict(np.zeros((height, width, 3), np.uint8))
 
     def __call__(self, frame: UInt8, lines: Sequence[str] = ()) -> UInt8:
-        """The overlay (H, W, 3) of a frame (H, W, 3), both RGB, 0 to 255, with lines of text in the top left corner."""
+        """Render the overlay (H, W, 3) of a frame (H, W, 3), both RGB, 0 to 255, with text in the top left corner."""
         height, width = frame.shape[:2]
         colors = Image.fromarray(self._colors[self.predict(frame)])
         if colors.size != (width, height):
@@ -102,7 +102,7 @@ def downscale(frame: UInt8, size: int | None) -> UInt8:
 
 
 def letterbox(frame: UInt8, width: int, height: int) -> UInt8:
-    """Scale a frame (h, w, 3) until it fits into (height, width, 3), with black bars beside it."""
+    """Scale a frame (h, w, 3) to fit into (height, width, 3), padded with black."""
     if frame.shape[:2] == (height, width):
         return frame
     scale = min(height / frame.shape[0], width / frame.shape[1])
@@ -120,7 +120,7 @@ def _resize(frame: UInt8, size: tuple[int, int]) -> UInt8:
 
 @lru_cache(maxsize=8)
 def legend(classes: Classes, width: int, height: int) -> Image.Image | None:
-    """Swatches with names for a frame of this size, at most half as wide and high; None if none fits.
+    """Draw the legend of a frame, at most half as wide and high; None if the frame is too small.
 
     If not all classes fit, the last line is the number of the others.
     """
@@ -160,7 +160,7 @@ def _stats(lines: tuple[str, ...], width: int, height: int) -> Image.Image | Non
 def _panel(
     lines: Sequence[str], font: ImageFont.FreeTypeFont, line: int, indent: int
 ) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty panel for lines of text, and what draws on it."""
+    """Create an empty panel for lines of text, and its drawing context."""
     width = round(max(font.getlength(text) for text in lines)) + indent + 2 * (line // 3)
     panel = Image.new("RGBA", (width, line * len(lines) + line // 2), BACKGROUND)
     return panel, ImageDraw.Draw(panel)
@@ -181,7 +181,7 @@ def _line(width: int, height: int) -> int:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, shortened with an ellipsis until it fits."""
+    """Shorten a text with an ellipsis to fit the width."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

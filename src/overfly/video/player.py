@@ -1,8 +1,8 @@
 """Process a stream: every frame in order, or the newest frame without lag.
 
-A source yields frames at its own pace. A file that is processed whole waits for the network; a camera, or a file played
-at its own speed, does not: its frames go through a slot that holds only the newest, and frames for which the network
-has no time are dropped and counted. An overlay is never older than one prediction and one frame.
+Frames of a file are processed in order. Frames of a live source, or of a file in real-time playback, pass through a
+slot that holds only the newest; replaced frames are dropped and counted. An overlay is at most one prediction and one
+frame old.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from overfly.video.overlay import OverlayRenderer
 Clock = Callable[[], float]
 """A monotonic clock, in seconds."""
 Sink = Callable[[UInt8, float], None]
-"""Takes an overlay (H, W, 3), 0 to 255, and its time in the stream, in seconds. The stream waits for it."""
+"""Receives an overlay (H, W, 3), 0 to 255, and its time in the stream in seconds; called synchronously."""
 REFRESH = 0.5
-"""Seconds between two updates of the statistics that are drawn."""
+"""Seconds between two updates of the drawn statistics."""
 JOIN_TIMEOUT = 2.0
-"""Seconds to wait for the reading thread to end: a camera may never answer."""
+"""Seconds to wait for the end of the reading thread, which a camera can block."""
 INTERNAL_ERROR = "an internal error; see the output of the program"
-"""Public reason of an end by an unexpected error."""
+"""Message for viewers after an unexpected error."""
 
 
 class SourceFrame(NamedTuple):
@@ -45,7 +45,7 @@ class SourceFrame(NamedTuple):
 
 
 class TimedFrame(NamedTuple):
-    """A frame, and when it was decoded or, if played, due (``start``, in the clock's seconds)."""
+    """A frame, and the start of its latency: when it was decoded or, in real-time playback, due (clock seconds)."""
 
     frame: SourceFrame
     start: float
@@ -69,7 +69,7 @@ class StreamSummary(Spec):
     p95_ms: NonNegativeFloat | None
     """95th percentile of the latency from a frame decoded to its overlay ready, prediction included."""
     stopped: bool = False
-    """Whether it was stopped by the user before the source ended."""
+    """Whether the user stopped it before the source ended."""
 
 
 class StreamStats(NamedTuple):
@@ -80,7 +80,7 @@ class StreamStats(NamedTuple):
     dropped: int
 
     def lines(self, *, live: bool) -> list[str]:
-        """Rate, latency and dropped frames of the last frames as text."""
+        """Format frame rate, latency and dropped frames as lines of text."""
         rate, median, high = self.latencies.recent_rate, self.latencies.recent(0.5), self.latencies.recent(0.95)
         speed = "– frames/s" if rate is None else f"{rate:.1f} frames/s"
         ms = ["–" if seconds is None else f"{1000 * seconds:.0f}" for seconds in (median, high)]
@@ -88,7 +88,7 @@ class StreamStats(NamedTuple):
         return [f"{speed}   p50 {ms[0]} ms   p95 {ms[1]} ms", *dropped]
 
     def summary(self, *, stopped: bool = False) -> StreamSummary:
-        """Statistics over all frames."""
+        """Summarize all frames."""
         latencies = self.latencies
         median, high, rate = latencies.overall(0.5), latencies.overall(0.95), latencies.overall_rate
         return StreamSummary(
@@ -104,7 +104,7 @@ class StreamStats(NamedTuple):
 
 
 class LatestSlot:
-    """Hands the newest frame from a reading thread to the predicting one, and counts the dropped ones."""
+    """Pass the newest frame from the reading to the predicting thread, and count dropped frames."""
 
     def __init__(self) -> None:
         self.read = self.dropped = 0
@@ -115,7 +115,7 @@ class LatestSlot:
         self._changed = threading.Condition()
 
     def put(self, frame: TimedFrame) -> None:
-        """Hand over a frame; one that still waits is dropped."""
+        """Store a frame; an unread frame is dropped."""
         with self._changed:
             self.read += 1
             self.dropped += self._frame is not None
@@ -123,13 +123,13 @@ class LatestSlot:
             self._changed.notify_all()
 
     def close(self, error: BaseException | None = None) -> None:
-        """End the frames, by an error or without."""
+        """End the frames, with an error or without."""
         with self._changed:
             self._closed, self._error = True, error
             self._changed.notify_all()
 
     def frames(self, stop: threading.Event) -> Iterator[TimedFrame]:
-        """Yield the newest frame each time, until the source ends or ``stop`` is set.
+        """Yield the newest frame repeatedly, until the source ends or ``stop`` is set.
 
         Raises:
             BaseException: the error of the reading thread, after the frames before it.
@@ -160,12 +160,12 @@ class JpegFrame(NamedTuple):
 
 
 class LatestFrame:
-    """Holds the newest overlay for viewers in any number of threads.
+    """The newest overlay of a stream, for viewers in any number of threads.
 
-    A JPEG is encoded when a viewer requests it, once for all of them: without viewers a stream costs nothing.
+    A JPEG is encoded once per overlay, when the first viewer requests it.
 
     Attributes:
-        number: of overlays so far.
+        number: number of overlays so far.
         closed: whether the stream has ended.
         ended: reason of the end for viewers; empty if unknown.
     """
@@ -186,14 +186,14 @@ class LatestFrame:
             self._changed.notify_all()
 
     def close(self, ended: str = "") -> None:
-        """End the stream for its viewers; the reason of the first call stays."""
+        """End the stream for its viewers; later reasons are ignored."""
         with self._changed:
             if not self.closed:
                 self.closed, self.ended = True, ended
             self._changed.notify_all()
 
     def latest(self) -> JpegFrame | None:
-        """The newest overlay, or None before the first."""
+        """Return the newest overlay, or None before the first."""
         with self._encoding:
             with self._changed:
                 overlay, number = self._overlay, self.number
@@ -217,7 +217,7 @@ class LatestFrame:
 def live_frames(
     frames: Iterable[SourceFrame], stop: threading.Event, now: Clock = time.perf_counter
 ) -> Iterator[TimedFrame]:
-    """Frames as they come; each begins when it is decoded."""
+    """Yield frames without delay; the latency starts when a frame is decoded."""
     for frame in frames:
         if stop.is_set():
             return
@@ -230,13 +230,9 @@ def paced_frames(
     now: Clock = time.perf_counter,
     sleep: Callable[[float], object] | None = None,
 ) -> Iterator[TimedFrame]:
-    """Frames at the stream's own speed; each begins when it is due, so that slow decoding counts as latency.
+    """Yield frames in real time; the latency starts when a frame is due, so that slow decoding counts.
 
-    Args:
-        frames: of the source.
-        stop: ends the stream, also while waiting.
-        now: the clock.
-        sleep: waits for some seconds; by default until then or until ``stop`` is set.
+    ``sleep`` waits for some seconds; by default it is interrupted by ``stop``.
     """
     start: float | None = None
     for frame in frames:
@@ -251,7 +247,7 @@ def paced_frames(
 
 
 def limit_duration(frames: Iterable[SourceFrame], seconds: float | None) -> Iterator[SourceFrame]:
-    """The frames of the first ``seconds`` of a stream; all if None."""
+    """Yield the frames of the first ``seconds`` of a stream; all if None."""
     for frame in frames:
         if seconds is not None and frame.time >= seconds:
             return
@@ -287,15 +283,9 @@ def render_frames(
     now: Clock = time.perf_counter,
     on_progress: Callable[[StreamStats], None] | None = None,
 ) -> StreamStats:
-    """Render the overlay of every frame and pass it to the sinks, which are not part of the latency.
+    """Render the overlay of every frame and pass it to the sinks; the latency excludes the sinks.
 
-    Args:
-        renderer: network and style.
-        frames: in order.
-        sinks: receivers of the overlays.
-        slot: source of the frames, for the number of dropped ones.
-        now: the clock of the frames.
-        on_progress: called after each frame.
+    ``slot`` is the slot that the frames come from, if any; it counts dropped frames.
     """
     latencies, lines, drawn_at = Latencies(), list[str](), float("-inf")
     read = dropped = 0
@@ -326,15 +316,15 @@ def process_stream(
 
     Args:
         renderer: network and style.
-        frames: of the source; with ``live`` or ``realtime`` they are read in another thread.
+        frames: frames of the source; with ``live`` or ``realtime`` they are read in another thread.
         sinks: receivers of the overlays, such as ``LatestFrame().show``.
-        live: take the newest frame and drop those between; else every frame in order.
-        realtime: play the source at its own speed, and take the newest frame.
-        stop: if set, the current frame is finished and the stream ends.
+        live: process the newest frame and drop older ones; else every frame in order.
+        realtime: play the source at its own speed, and process the newest frame.
+        stop: event that ends the stream after the current frame.
         on_progress: called after each frame.
 
     Raises:
-        OverflyError: the source is broken; the sinks have had the frames before it.
+        OverflyError: the source is damaged; earlier frames were passed to the sinks.
     """
     stop = stop or threading.Event()
     timed = paced_frames(frames, stop) if realtime else live_frames(frames, stop)
@@ -352,13 +342,13 @@ def process_stream(
 
 
 def end_message(summary: StreamSummary, reason: str = "") -> str:
-    """How a stream ended, for its viewers; ``reason`` is empty for a regular end."""
+    """Return the reason of a stream's end for its viewers; ``reason`` is empty for a regular end."""
     how = "stopped by the user" if summary.stopped else f"failed ({reason})" if reason else "finished"
     return f"{how} after {summary.shown} frame{'s' * (summary.shown != 1)}"
 
 
 def public_message(error: Exception, source: str) -> str:
-    """The message of an error without the stream's address, which may contain a password."""
+    """Return the message of an error without the stream's address, which may contain a password."""
     message = str(error)
     if "://" in source:
         return message.replace(source, "the stream")
