@@ -62,7 +62,7 @@ class BenchmarkRow(Spec):
     recipe: str
     """Name of the recipe file without its suffix."""
     version: NonNegativeInt
-    """Number of the row below its network."""
+    """Index of the row among those of its network, from 0."""
     model: str
     """Network."""
     method: str
@@ -94,19 +94,19 @@ class BenchmarkRow(Spec):
     labels_opened: int
     """Number of times the target's labels were read, over all seeds."""
     gap_closed: SeedStatistics | None = None
-    """(adapted - source only) / (oracle - source only) in mIoU on the target, seed by seed, where the table has both:
-    a network trained on the same source alone, and one trained on the target's own labels; of several the longest."""
+    """(adapted - source only) / (oracle - source only) in mIoU on the target, per seed; the oracle is trained on target
+    labels. None unless the table has both baselines; of several runs the longest counts."""
 
 
 class NetworkSummary(Spec):
     """A network of the table."""
 
     name: str
-    """Its name."""
+    """Name of the architecture."""
     parameters_training: int
-    """Parameters, the heads that only training reads included."""
+    """Parameters, including training heads."""
     speed: Speed
-    """Its size and speed without those heads."""
+    """Size and speed without training heads."""
 
 
 class BenchmarkTable(Spec):
@@ -186,7 +186,7 @@ seeds {{ table.seeds|join(", ") }}. Trained on: {{ table.machine.device }}.
 
 
 def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
-    """The recipe files of paths, folders and glob patterns, without duplicates.
+    """Expand paths, folders and glob patterns to recipe files, without duplicates.
 
     Raises:
         RecipeError: an entry matches no file.
@@ -225,11 +225,11 @@ def run_benchmark(
     Args:
         recipes: recipe files.
         overrides: overrides of all recipes.
-        seeds: of the runs of each recipe.
+        seeds: seeds of the runs of each recipe.
         out: folder of the runs.
-        fabric: launched.
+        fabric: launched fabric.
         config: devices, intervals and output.
-        split: that is scored.
+        split: split to score.
         save_samples: saves sample images of newly scored runs.
         workers: threads that read ahead while scoring.
     """
@@ -252,7 +252,7 @@ def tabulate(
     device: str,
     changed: Sequence[str] = (),
 ) -> BenchmarkTable:
-    """The table of finished and scored runs."""
+    """Create the table of finished and scored runs."""
     rows = benchmark_rows(done, split)
     networks = []
     for name in dict.fromkeys(row.model for row in rows):
@@ -326,7 +326,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
 
 
 def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> SeedStatistics | None:
-    """Share of the gap between source only and oracle that each seed closed; None if the table lacks one of them."""
+    """Compute the share of the gap between source only and oracle closed by each seed; None without baselines."""
     baselines = [run for row in others for run in row if run.recipe.method.name == "source_only"]
 
     def trained_on(domain: Domain | None, like: Recipe) -> Run | None:
@@ -357,13 +357,13 @@ def _length(recipe: Recipe) -> str:
 
 
 def _origin(domain: Domain) -> str:
-    """A domain with its folder."""
+    """Format a domain with its folder."""
     root = getattr(domain, "root", None)
     return f"{domain.title} ({domain.name}{f', {root}' if root is not None else ''})"
 
 
 def _settings(value: Optim | Schedule) -> str:
-    """An optimizer or schedule with its main settings: ``SGD(lr: 0.01, momentum: 0.9, weight_decay: 0.0005)``."""
+    """Format an optimizer or schedule and main settings: ``SGD(lr: 0.01, momentum: 0.9, weight_decay: 0.0005)``."""
     always = ("lr", "momentum", "weight_decay", "power")
     fields = type(value).model_fields
     shown = {key: getattr(value, key) for key in fields if key in always or getattr(value, key) != fields[key].default}

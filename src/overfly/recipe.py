@@ -1,4 +1,4 @@
-"""The recipe: all settings of an experiment, the same in YAML, in Python and on the command line."""
+"""The recipe: all settings of an experiment, in YAML, Python or on the command line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Validation(Spec):
     split: Split = "val"
     """Split of the source that is scored."""
     select: Literal["best", "last"] = "best"
-    """Whether the weights of the best validation are kept, or the last."""
+    """Keep the weights of the best validation, or the last ones."""
     patience: NonNegativeInt = 0
     """Validations without a new best after which training stops; 0: never."""
     target: bool = False
@@ -189,7 +189,7 @@ class Recipe(Spec):
         if self.method.needs_start and self.start is None and self.model.weights is None:
             raise ValueError(f"method {self.method.name} needs a trained network; set start to a run or a recipe")
         if self.epochs is not None and (self.source is None or not self.method.needs_source):
-            raise ValueError(f"method {self.method.name} reads no source to count epochs of; set steps instead")
+            raise ValueError(f"method {self.method.name} reads no source, so epochs are undefined; set steps")
         if self.validation.every and self.source is None and not self.validation.target:
             raise ValueError("validation needs a source; without one set validation.target=true or validation.every=0")
         if self.validation.target and self.target is None:
@@ -225,7 +225,7 @@ class Recipe(Spec):
         return self
 
     def domain(self, role: Literal["source", "target"]) -> Domain:
-        """The source or the target.
+        """Return the source or the target.
 
         Raises:
             RecipeError: the recipe does not have it.
@@ -236,17 +236,17 @@ class Recipe(Spec):
         return domain
 
     def length(self, images: int) -> int:
-        """Optimizer steps of a run.
+        """Return the number of optimizer steps.
 
         Args:
-            images: number of source images, which epochs are counted by.
+            images: number of source images, the length of an epoch.
         """
         if self.epochs is not None:
             return max(1, round(self.epochs * images / (self.batch * self.accumulate)))
         return self.steps or 20_000
 
     def save(self, path: Path) -> None:
-        """Write the recipe, every setting resolved, as YAML."""
+        """Write all settings, including defaults, as YAML."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
@@ -255,8 +255,8 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
 
     Args:
         recipe: a YAML file, a run folder, a mapping, or a recipe.
-        overrides: settings to change, such as ``method.ema=0.99``; the value is read as YAML. Those of a domain
-            (``source.root=...``) and of the network (``model=...``) apply to the recipe under ``start`` too.
+        overrides: settings to change, such as ``method.ema=0.99``; the value is read as YAML. Overrides
+            of a domain (``source.root=...``) or the network (``model=...``) also apply to the recipe under ``start``.
 
     Raises:
         RecipeError: the file is missing or not YAML, or a setting is unknown or out of range; the message names it.
@@ -288,7 +288,7 @@ def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Re
 
 
 def _resolve_start(values: dict[str, Any], file: Path, visited: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read the recipe of ``start: other.yaml``, a file beside this one."""
+    """Replace ``start: other.yaml`` by the recipe in that file, relative to this one."""
     start = values.get("start")
     if not isinstance(start, str) or not start.endswith((".yaml", ".yml")):
         return values
@@ -301,7 +301,7 @@ def _resolve_start(values: dict[str, Any], file: Path, visited: tuple[Path, ...]
 
 
 def _fill_defaults(values: dict[str, Any], override: str) -> None:
-    """Write the default of a setting whose own settings an override changes."""
+    """Insert the defaults of settings whose nested settings an override changes."""
     owner: type[Spec] = Recipe
     for key in override.partition("=")[0].split(".")[:-1]:
         field = owner.model_fields.get(key)

@@ -181,7 +181,7 @@ def test_settings_of_images_reach_the_domain(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"mapping": {"x": "a"}}, "mapping .*'x'"),
-        ({"ids": {"x": 1}}, r"'x' is none of the classes \(a, b\)"),
+        ({"ids": {"x": 1}}, r"'x' is not one of the classes \(a, b\)"),
         ({"colors": {"a": [1, 1, 1], "b": [1, 1, 1]}}, "color .1, 1, 1."),
         ({"ids": {"a": 1, "b": [2, 1]}}, "number 1 "),
         ({"ids": {"a": 1, "b": 2}, "ignore": [2]}, "number 2 "),

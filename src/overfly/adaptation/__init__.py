@@ -1,1 +1,1 @@
-"""Adapt to a target without labels: candidates, their label-free checks, and which one is recommended."""
+"""Adaptation to a target without labels: train candidates, check and compare them, recommend one."""

@@ -66,7 +66,7 @@ VARIANTS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, stro
 
 
 def parse_budget(budget: str) -> float:
-    """Seconds of a budget such as ``90s``, ``5min`` or ``2h``; a number without unit is in minutes.
+    """Convert a budget such as ``90s``, ``5min`` or ``2h`` to seconds; a number without unit is in minutes.
 
     Raises:
         RecipeError: the text is not a duration above 0.
@@ -118,7 +118,7 @@ class FolderInputs:
 def folder_domain(
     role: str, images: Path, settings: Mapping[str, Any], masks: Path | None = None, settings_file: Path | None = None
 ) -> Folder:
-    """The domain of an image folder, with mean and standard deviation estimated.
+    """Create the domain of an image folder, with estimated mean and standard deviation.
 
     Args:
         role: source or target; also the title in tables.
@@ -160,7 +160,7 @@ def _is_pattern(path: Path) -> bool:
 
 
 def _split_off_validation(domain: Folder, images: Path) -> Folder:
-    """The domain with `SPLITS`, drawn with the first seed for which both splits have an image.
+    """Add `SPLITS` to a domain, with the first seed for which both splits have an image.
 
     Raises:
         RecipeError: there is one image.
@@ -170,14 +170,14 @@ def _split_off_validation(domain: Folder, images: Path) -> Folder:
     seed = domain.seed
     while True:
         divided = domain.model_copy(update={"seed": seed, "splits": SPLITS})
-        with suppress(DataError):  # a share takes none
+        with suppress(DataError):  # a split is empty
             if divided.items("train") and divided.items("val"):
                 return divided
         seed += 1
 
 
 def read_classes(file: Path) -> dict[str, Any]:
-    """Settings of a folder domain from a YAML file: class names, colors by name, or settings with ``classes``.
+    """Read settings of a folder domain from a YAML file: class names, colors by name, or settings with ``classes``.
 
     Raises:
         RecipeError: the file is missing, or holds something else.
@@ -210,7 +210,7 @@ def read_classes(file: Path) -> dict[str, Any]:
 
 
 def choose_crop(domains: list[Domain], device: torch.device) -> int:
-    """Crop that device and median image size allow: a multiple of 32, 64 or more."""
+    """Choose the crop by device and median image size: a multiple of 32, at least 64."""
     sides = []
     for domain in domains:
         for item in sample_evenly(list(domain.items("train")), SAMPLED_IMAGES):
@@ -232,17 +232,17 @@ def propose_recipes(
     fabric: Fabric,
     out: Path | None = None,
 ) -> list[Recipe]:
-    """Recipes whose trainings fit a time budget on this machine.
+    """Propose recipes whose trainings fit a time budget on this machine.
 
     Args:
         source: labeled images; None if only a network is given.
         target: images to adapt to.
         methods: one or two variants; if the budget is short, only the first.
-        overrides: settings to change. Steps that are set here are not proposed.
+        overrides: settings to change. Steps set by an override are kept.
         checkpoint: run or weights to start from; None: a source-only network is trained first.
         budget: seconds in all.
         fabric: launched; steps are timed on its device.
-        out: folder where proposed steps are stored, so that the same proposal gives the same recipes; None: nowhere.
+        out: folder where proposed steps are stored, so that later calls give the same recipes; None: not stored.
 
     Raises:
         RecipeError: the budget is too short, or a setting is unknown.
@@ -265,7 +265,7 @@ def propose_recipes(
 
 
 def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
-    """A recipe with its steps, and the warm-up and ramp that depend on them."""
+    """Set the steps of a recipe, and the warm-up and ramp that depend on them."""
     images = len(recipe.source.items("train")) if recipe.epochs and recipe.source is not None else 0
     count = recipe.length(images) if recipe.steps or recipe.epochs else steps["adapted"]
     method, start = recipe.method, recipe.start
@@ -280,7 +280,7 @@ def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[st
 
 
 def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out: Path | None) -> dict[str, int]:
-    """Number of variants, and steps of each training: stored for the same recipes and budget, or timed now."""
+    """Return number of variants and steps of each training, stored for these recipes and budget or timed now."""
     key = json.dumps(
         [[recipe.model_dump(mode="json") for recipe in recipes], budget, fabric.device.type], sort_keys=True
     )
@@ -308,7 +308,7 @@ def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out
 
 
 def _fitting_steps(budget: float, times: Mapping[str, float], variants: int) -> dict[str, int]:
-    """Steps of each training that fit a budget, from seconds per step."""
+    """Compute the steps of each training that fit a budget, from seconds per step."""
     shares = BUDGET_SHARES[variants]
     return {name: min(MAX_STEPS, int(shares[name] * budget / seconds)) for name, seconds in times.items()}
 
@@ -316,7 +316,7 @@ def _fitting_steps(budget: float, times: Mapping[str, float], variants: int) -> 
 def _budget_message(
     budget: float, times: Mapping[str, float], steps: Mapping[str, int], variants: int, recipe: Recipe
 ) -> str:
-    """What does not fit a budget, and what would: a longer one, a smaller crop or a lighter network."""
+    """Format the error for a short budget, with a sufficient budget, crop or network."""
     fitting = " and ".join(
         f"{count} {'source-only' if name == 'source' else name} steps" for name, count in steps.items()
     )
@@ -334,7 +334,7 @@ def _budget_message(
 
 
 def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
-    """Median seconds of a recipe's training step on this device, after one step of warm-up."""
+    """Measure the median seconds of a training step on this device, after one step of warm-up."""
     start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
     setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
     module = fabric.to_device(LossModule(recipe.method, setup.nets))

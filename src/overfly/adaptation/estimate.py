@@ -67,7 +67,7 @@ class Estimate(Spec):
     temperature: PositiveFloat
     """Temperature of the softmax, fitted on the source."""
     classwise: bool
-    """Whether a bias per class was fitted too, which lowers the loss on held-out source pixels."""
+    """True if a bias per class was fitted too, because it lowered the loss on held-out source pixels."""
     shifts: tuple[ShiftError, ...]
     """The shifts behind the interval."""
     images: NonNegativeInt
@@ -98,7 +98,7 @@ def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Ca
 
     Args:
         scores: class scores of pixels (K, N), before any softmax.
-        label: their true classes (N,), `IGNORE` left out.
+        label: class ids (N,) or `IGNORE`.
         groups: image index of each pixel (N,); the folds are even and odd images. None: no bias.
     """
     known = label != IGNORE
@@ -118,14 +118,14 @@ def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Ca
 
 
 def expected_confusion(probability: Tensor, classes: int) -> Tensor:
-    """Expected pixels (K, K), float64: row k, column j is the probability of k summed over pixels predicted as j."""
+    """Sum the probability of class k over pixels predicted as class j: row k, column j of (K, K), float64."""
     flat = probability.flatten(1).double()
     columns = torch.zeros(classes, classes, dtype=torch.float64, device=flat.device)
     return columns.index_add_(1, flat.argmax(0), flat).cpu()
 
 
 def expected_miou(counts: Tensor) -> float:
-    """Mean IoU of an expected confusion matrix (K, K), over the classes that are expected or predicted at all."""
+    """Mean IoU of an expected confusion matrix (K, K), over the expected or predicted classes."""
     rows, columns, hits = counts.sum(1), counts.sum(0), counts.diagonal()
     present = torch.maximum(rows, columns) > MIN_CLASS_SHARE * counts.sum()
     iou = hits / (rows + columns - hits).clamp_min(1e-12)
@@ -185,7 +185,7 @@ def estimate(
 
 
 def interval(expected: float, errors: Sequence[ShiftError], deviation: float = 0.0) -> tuple[float, float, float]:
-    """Lower end, estimate and upper end of the target mIoU, from the errors of the shifts.
+    """Compute lower end, estimate and upper end of the target mIoU from the errors of the shifts.
 
     Weighted quantiles of the errors (estimate minus truth) are subtracted from the expected value. Errors grow as
     estimates fall, so shifts with an estimate near the target's have the largest weight (`KERNEL_WIDTH`, `MIN_WEIGHT`).

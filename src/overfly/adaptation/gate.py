@@ -1,9 +1,9 @@
 """Accept or reject adapted networks without target labels, by comparison with the network before adaptation.
 
 No single label-free metric detects every failure: a network with two classes exchanged is as confident and consistent
-as before, and a collapsed one more so. So the gate combines several checks, and one failed check rejects a candidate.
-Two more checks concern the target images: whether they are familiar to the network before adaptation, and whether its
-predictions on them teach the source's classes (`overfly.adaptation.reverse_validation`).
+as before, and a collapsed one even more. The gate combines several checks; one failed check rejects a candidate.
+Two more checks concern the target images: the familiarity to the network before adaptation, and the reverse validation
+of its predictions (`overfly.adaptation.reverse_validation`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ class Gate(Spec):
     """Least familiarity if reverse validation is not available."""
     max_confidence_loss: Share = 0.05
     """Largest accepted loss of the nuclear norm of the probabilities on the target. Contradictory pseudo-labels lower
-    it, however consistent the predictions are."""
+    it even if predictions are consistent."""
     min_consistency_gain: Share = 0.02
-    """Gain of `consistency` on the target that must be exceeded. In nearly all cases self-training that won gained 2.6
-    points or more; three networks that won gained about 1, and are rejected, since any further training gains as
-    much."""
+    """Gain of `consistency` on the target that must be exceeded. Nearly all networks that self-training improved gained
+    2.6 points or more; three gained about 1 and are rejected, since any further training gains as much."""
     tolerance: Share = 0.02
     """Difference in `geometric_consistency` on the target below which two networks count as equal."""
     skip_familiarity: bool = False

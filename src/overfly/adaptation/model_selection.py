@@ -25,9 +25,9 @@ from overfly.training.run import Run
 
 DEFAULT_VALIDATORS: tuple[Validator, ...] = ("consensus", "masked_miou", "views_miou", "source_miou")
 """Validators of the mean rank. The mean prediction of all candidates is usually better than any of them, and the one
-nearest to it errs least in ways of its own; fewer than three candidates have no consensus. Class-balanced consistency
-falls when predictions depend on what is masked or when classes are lost, but does not detect exchanged classes; source
-mIoU does, and knows nothing of the target. Left out: entropy, density and pixel agreement, which collapse maximizes;
+nearest to it has the fewest individual errors; it needs three candidates. Class-balanced consistency
+falls when predictions depend on masked areas or when classes are lost, but does not detect exchanged classes; source
+mIoU does, but does not depend on the target. Left out: entropy, density and pixel agreement, which collapse maximizes;
 information and nuclear norm, which reward an even class distribution, also where the target's is uneven; agreement,
 which the reference itself maximizes."""
 
@@ -42,7 +42,7 @@ class Candidate(Spec):
     metrics: LabelFreeMetrics
     """Label-free metrics on the target."""
     mean_rank: Share
-    """Mean rank over the validators: 1 for the first by all, 0 for the last by all."""
+    """Mean rank over the validators: 1 if first by all, 0 if last by all."""
     estimate: Estimate | None = None
     """Estimated target mIoU with its interval, if requested; not a measurement."""
     target_miou: Share | None = None
@@ -55,10 +55,10 @@ class Candidate(Spec):
 
 
 class ValidatorQuality(Spec):
-    """How well a validator ranks the candidates, from target labels."""
+    """Quality of a validator's ranking, computed with target labels."""
 
     best: str
-    """Its highest candidate; the first of equals."""
+    """Candidate with the highest value; the first of equals."""
     correlation: float | None
     """Spearman's rank correlation with target mIoU; none if either is constant."""
     regret: float
@@ -99,12 +99,12 @@ class Checkpoint:
         return "final" if self.step is None else f"step {self.step}{', final' if self.final else ''}"
 
     def options(self, options: MetricOptions) -> MetricOptions:
-        """The options, with the recipe's window and resize."""
+        """Return the options with the recipe's window and resize."""
         return replace(options, window=self.run.recipe.window, resize=self.run.recipe.resize)
 
 
 def find_trained_runs(paths: Sequence[Path | str]) -> list[Run]:
-    """The runs in run folders or folders of runs, except those without weights.
+    """Find the runs in run folders or folders of runs, except those without weights.
 
     Raises:
         RunError: a folder has no run with weights.
@@ -121,7 +121,7 @@ def find_trained_runs(paths: Sequence[Path | str]) -> list[Run]:
 
 
 def list_checkpoints(runs: Sequence[Run]) -> list[Checkpoint]:
-    """Every network of some runs once: kept checkpoints in order, then the final one if it differs from these."""
+    """List each network of the runs once: kept checkpoints in order, then the final one if it differs."""
     checkpoints = []
     for run in runs:
         stored = [
@@ -230,7 +230,7 @@ def write_ranking(ranking: Ranking, out: Path) -> Path:
 
 
 def shared_target(runs: Sequence[Run]) -> Domain:
-    """The one target of some runs; those without a target are ignored.
+    """Return the target that all runs share; runs without a target are ignored.
 
     Raises:
         RecipeError: they have several, or none.
@@ -323,7 +323,7 @@ def _target_scores(checkpoint: Checkpoint, target: Domain, device: torch.device 
 
 
 def _columns(candidates: Sequence[Candidate]) -> dict[str, list[float | None]]:
-    """Values of all candidates by validator, mean rank and expected mIoU, if every candidate has one."""
+    """Return values of all candidates by validator, mean rank and expected mIoU, if every candidate has one."""
     rows = [
         {**candidate.metrics.by_validator(), "mean_rank": candidate.mean_rank,
          "expected": candidate.estimate.expected if candidate.estimate else None}

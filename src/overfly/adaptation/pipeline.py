@@ -60,7 +60,7 @@ CROP = 320
 
 
 def plan_candidates(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
-    """Recipes of all candidates: source only, recalibrated, and the given recipes.
+    """Return the recipes of all candidates: source only, recalibrated, and the given recipes.
 
     A recipe with ``start`` is compared with the network it starts from, any other with a source-only network trained
     with its own settings.
@@ -112,7 +112,7 @@ def _start_values(recipe: Recipe) -> object:
 
 
 def setting_differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
-    """For each recipe, the settings that are not equal in all, by dotted name."""
+    """Return for each recipe the settings that differ between recipes, by dotted name."""
     flat = [_flatten(recipe.model_dump(mode="json", exclude={"source", "target", "start"})) for recipe in recipes]
     names = list(dict.fromkeys(key for settings in flat for key in settings))
     differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
@@ -127,7 +127,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _baseline(recipe: Recipe) -> Recipe | Path:
-    """The network that a recipe adapts: its start, or a source-only recipe with its settings."""
+    """Return the start of a recipe, or a source-only recipe with its settings."""
     if recipe.target is None:
         raise RecipeError("adapt needs a target domain; add target to the recipe")
     if isinstance(recipe.method, SourceOnly):
@@ -158,7 +158,7 @@ def adapt(
         fabric: launched.
         config: devices, intervals and output.
         gate: bounds of the checks; None: `Gate()`.
-        estimates: whether to estimate each candidate's target mIoU.
+        estimates: estimate the target mIoU of each candidate.
 
     Raises:
         OverflyError: recipes, data or weights do not fit together.
@@ -223,7 +223,7 @@ def _check_compared_masks(recipe: Recipe) -> None:
 
 
 def _has_held_out_images(recipe: Recipe) -> bool:
-    """Whether the source has images in its validation split, other than those trained on."""
+    """Return True if the source has a validation split with images, other than train."""
     try:
         split = recipe.validation.split
         return recipe.source is not None and split != "train" and bool(recipe.source.items(split))
@@ -285,7 +285,7 @@ def _compare(
 
 
 def _shared_images(recipe: Recipe) -> int:
-    """Number of target images that are labeled source images too, of this recipe or of those it starts from.
+    """Count target images that are labeled source images too, of this recipe or the recipes it starts from.
 
     Starts that do not exist any more are not counted.
     """
@@ -305,7 +305,7 @@ def _shared_images(recipe: Recipe) -> int:
 
 
 def _identity(item: Item) -> object:
-    """The image file of an item, or the function and arguments that synthesize it."""
+    """Return the image file of an item, or the function and arguments that generate it."""
     image = item.image
     if isinstance(image, Path):
         return image.resolve()
@@ -360,7 +360,7 @@ def _write_comparison(
 
 
 def _comparison_folder(selection: Selection, recipe: Recipe, out: Path) -> Comparison:
-    """The comparison of the same recipes below ``out``, else a new folder."""
+    """Find the comparison of the same recipes below ``out``, or create a folder."""
     folder = out.parent if (out / "recipe.yaml").is_file() else out
     for comparison in Comparison.find_all(folder):
         with suppress(RunError):

@@ -1,4 +1,4 @@
-"""Reverse validation: how well a network's predictions on the target teach a classifier of the source.
+"""Reverse validation: accuracy on the source of a classifier trained on a network's target predictions.
 
 If the target shows the same classes, a classifier trained on target images with the network's predictions also
 classifies the source. If the target shows other objects, it does not. Only source labels are needed.

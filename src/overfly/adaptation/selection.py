@@ -1,4 +1,4 @@
-"""The result of `overfly adapt`: all candidates, which is recommended, and why; and its folder on disk."""
+"""The result of `overfly adapt`: candidates, the recommended one, reasons for rejections, and the comparison folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CandidateReport(Spec):
 
 
 class Selection(Spec):
-    """Which candidate to use on the target, and why."""
+    """The recommended candidate, with the metrics and rejections of all."""
 
     format: Literal[1] = 1
     """Version of this file's format."""
@@ -170,7 +170,7 @@ class Comparison:
 
     @classmethod
     def find_all(cls, folder: Path) -> list[Comparison]:
-        """The folder itself if it is a comparison, or those in it, oldest first."""
+        """Find comparisons: the folder itself, and those in it, by name."""
         files = [folder / "selection.json", *sorted(folder.glob("*_comparison*/selection.json"))]
         return [cls(file.parent) for file in files if file.is_file()]
 
@@ -197,8 +197,8 @@ class Comparison:
     def run(self, candidate: str) -> Run | None:
         """The run of a candidate, beside this folder or at its recorded path; None for a weights file or a lost run."""
         path = Path(self.selection.candidates[candidate].run)
-        places = (self.path.parent / path.name, path)
-        return next((Run.open(place) for place in places if (place / "recipe.yaml").is_file()), None)
+        folders = (self.path.parent / path.name, path)
+        return next((Run.open(folder) for folder in folders if (folder / "recipe.yaml").is_file()), None)
 
     def recommended_run(self) -> Run | None:
         """The run of the recommended candidate; None for a weights file or a lost run."""
@@ -206,12 +206,12 @@ class Comparison:
 
 
 def is_comparison(path: Path) -> bool:
-    """Whether a path is a comparison folder."""
+    """Return True if a path is a comparison folder."""
     return (path / "selection.json").is_file() and not (path / "recipe.yaml").is_file()
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The run or weights file to start from: of a comparison folder, its recommended candidate's."""
+    """Return the path, or for a comparison folder the run or weights file of its recommended candidate."""
     if not is_comparison(path):
         return path
     run = Comparison(path).recommended_run()
@@ -219,7 +219,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def settings_text(settings: Mapping[str, Any], most: int | None = MAX_SETTINGS) -> str:
-    """Settings of `CandidateReport` as text, or the method's name if there are more than ``most``; None: no limit."""
+    """Format settings of `CandidateReport`; the method's name if there are more than ``most``; None: no limit."""
     if most is None or len(settings) <= most:
         return ", ".join(f"{name.removeprefix('method.')} {value_text(value)}" for name, value in settings.items())
     method = settings.get("method.name")
@@ -236,5 +236,5 @@ def value_text(value: object) -> str:
 
 
 def _join_names(names: Sequence[str]) -> str:
-    """``a, b and c``."""
+    """Format a list as ``a, b and c``."""
     return re.sub(r", ([^,]*)$", r" and \1", ", ".join(names))

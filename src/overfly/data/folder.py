@@ -28,11 +28,11 @@ class Folder(Domain, name="folder"):
 
     * Format: PNG, JPEG, TIFF, GeoTIFF (more than four bands, or 16 bits in color: extra ``geo``).
     * Masks: PNG or TIFF of numbers, of a palette, or of RGB colors; none at all for a target.
-    * Bands, resolution, classes, license: whatever the settings say; run ``overfly data check`` over them.
+    * Bands, resolution, classes, license: see the settings; ``overfly data check`` verifies them.
 
-    Images and masks pair by what the wildcards of their patterns stand for: ``Tile */images/*.jpg`` and
-    ``Tile */masks/*.png`` pair ``Tile 4/images/a.jpg`` with ``Tile 4/masks/a.png``; of two directories, files of one
-    stem pair. The wildcards name the image, too: ``4_a``. Pixels that an image declares as no data are ignored.
+    Images and masks are paired by the text that the wildcards match: ``Tile */images/*.jpg`` and
+    ``Tile */masks/*.png`` pair ``Tile 4/images/a.jpg`` with ``Tile 4/masks/a.png``; in two directories, files with the
+    same stem are paired. This text also names the image: ``4_a``. No-data pixels of an image are ignored.
     """
 
     root: Path
@@ -40,41 +40,41 @@ class Folder(Domain, name="folder"):
     title: str = "Folder"
     """Name in tables and run folders."""
     classes: Classes
-    """Names of the classes, as a list or with a display color each: ``{building: [60, 16, 152], …}``; a recipe's
-    target may leave them out, they are then the source's."""
+    """Names of the classes, as a list or with display colors: ``{building: [60, 16, 152], …}``; default for the target
+    of a recipe: those of the source."""
     images: str = "images"
-    """Directory or glob of the images below the root; ``{split}`` stands for the split's name."""
+    """Directory or glob of the images below the root; ``{split}`` is replaced by the name of the split."""
     masks: str | None = None
-    """Directory or glob of the masks, with as many wildcards as ``images``; left out, nothing has a label."""
+    """Directory or glob of the masks, with as many wildcards as ``images``; none: no labels."""
     splits: dict[Split, Part | str | tuple[str, ...]] = Field(default_factory=dict)
-    """How to split: shares ``{train: 0.8, val: 0.2}``, list files ``{train: train.txt, …}`` (a name or path a line),
-    globs ``{train: "*_00[1-6]", …}`` over the images' names (with a slash: over paths below the root), or, where the
-    patterns hold ``{split}``, what to put there; left out, every image is for training."""
+    """Splits: shares ``{train: 0.8, val: 0.2}``, list files ``{train: train.txt, …}`` (a name or path per line), globs
+    ``{train: "*_00[1-6]", …}`` of image names (with a slash: of paths below the root), or the text that replaces
+    ``{split}`` in the patterns; default: all images are for training."""
     seed: int = 0
-    """Draws the shares: an image's split hangs on its name and this number alone."""
+    """Seed of the shares; the split of an image depends on its name and this seed only."""
     label_format: Literal["auto", "index", "rgb"] = "auto"
-    """What a mask's pixels are: class numbers (``index``) or colors (``rgb``); a palette image can be read either
-    way. ``auto`` tells by the bands, and a palette by which of ``colors`` and ``ids`` is given."""
+    """Encoding of the masks: class numbers (``index``) or colors (``rgb``); a palette image can be read either way.
+    ``auto`` decides by the number of bands, and for a palette by which of ``colors`` and ``ids`` is given."""
     colors: dict[str, tuple[Color, ...]] = Field(default_factory=dict)
-    """Colors of each class in the masks, one or several; left out, the display colors of ``classes``."""
+    """Colors of each class in the masks, one or several; default: the display colors of ``classes``."""
     ids: dict[str, tuple[Number, ...]] = Field(default_factory=dict)
-    """Numbers of each class in the masks, one or several; left out, 0, 1, 2 … in the order of ``classes``."""
+    """Numbers of each class in the masks, one or several; default: 0, 1, 2 … in the order of ``classes``."""
     mapping: dict[str, str | None] = Field(default_factory=dict)
-    """For masks with another label set: which of ``classes`` a name in ``colors`` or ``ids`` is; null ignores it."""
+    """For masks with another label set: class of each name in ``colors`` or ``ids``; null ignores it."""
     ignore: tuple[Number | Color, ...] = ()
-    """Numbers and colors in the masks that are no class: not learned, not scored; 255 always is one."""
+    """Numbers and colors in the masks that are ignored; always includes 255."""
     unknown: Literal["error", "ignore"] = "error"
-    """What to do with numbers and colors that are neither a class nor listed under ``ignore``."""
+    """Handling of numbers and colors that are neither a class nor listed under ``ignore``."""
     bands: PositiveInt = 3
     """Number of bands of the images; an alpha band is not counted."""
     max_value: PositiveFloat = 255.0
     """Value of the brightest pixel that the sensor can give: 255 for 8 bits, 65535 for 16, 1 for most floats."""
     mean: tuple[float, ...] | None = None
-    """Mean of each band, in the images' own range; ``overfly data stats`` measures it."""
+    """Mean of each band, in the images' own range; computed by ``overfly data stats``."""
     std: tuple[PositiveFloat, ...] | None = None
-    """Standard deviation of each band, likewise."""
+    """Standard deviation of each band, in the images' own range."""
     gsd: Meters | None = None
-    """Length of a pixel on the ground in meters, if it is known."""
+    """Length of a pixel on the ground in meters; none if unknown."""
 
     @field_validator("colors", mode="before")
     @classmethod
@@ -101,15 +101,15 @@ class Folder(Domain, name="folder"):
             if name not in known:
                 raise ValueError(f"mapping holds {name!r}, which is not in colors, ids or classes")
             if final is not None and final not in self.classes.names:
-                there = ", ".join(self.classes.names)
-                raise ValueError(f"{name!r} is none of the classes ({there}); set under mapping which one it is")
+                known_names = ", ".join(self.classes.names)
+                raise ValueError(f"{name!r} is not one of the classes ({known_names}); set its class in mapping")
         self._table(self.colors, self._ignored_colors(), "color")
         self._table(self.ids, self._ignored_numbers(), "number")
-        for what, values in (("mean", self.mean), ("std", self.std)):
+        for setting, values in (("mean", self.mean), ("std", self.std)):
             if (values is None) != (self.mean is None):
                 raise ValueError("mean and std go together; give both or neither")
             if values is not None and len(values) != self.bands:
-                raise ValueError(f"{what} has {len(values)} numbers, and there are {self.bands} bands")
+                raise ValueError(f"{setting} has {len(values)} numbers, and there are {self.bands} bands")
         self._check_patterns()
         return self
 
@@ -128,7 +128,7 @@ class Folder(Domain, name="folder"):
             raise ValueError("{split} must stand in both images and masks, or in neither")
         count, other = listing.wildcards(self.images), listing.wildcards(self.masks)
         if count != other:
-            raise ValueError(f"images has {count} wildcards and masks {other}; files pair by what wildcards stand for")
+            raise ValueError(f"images has {count} wildcards and masks {other}; use the same number in both")
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -136,11 +136,11 @@ class Folder(Domain, name="folder"):
         return None if self.mean is None or self.std is None else (self.mean, self.std)
 
     def items(self, split: Split) -> Sequence[Item]:
-        """The images of a split, in natural order of what the wildcards stand for.
+        """Return the images of a split, in natural order of their names.
 
         Raises:
-            SplitError: the settings name no such split, or its directory is not there.
-            DataError: nothing is found, images and masks do not pair, or the splits overlap.
+            SplitError: the settings do not define the split, or its directory does not exist.
+            DataError: there are no images, images and masks cannot be paired, or the splits overlap.
         """
         root = self.root.expanduser()
         listing.check_name(root)
@@ -152,14 +152,14 @@ class Folder(Domain, name="folder"):
         word = str(self.splits.get(split, split)) if inserted else ""
         images = self.images.replace("{split}", word)
         masks = self.masks.replace("{split}", word) if self.masks is not None else None
-        found = listing.find_images(root, images, masks, lenient=inserted and split == "test")
-        if not found:
+        pairs = listing.find_images(root, images, masks, lenient=inserted and split == "test")
+        if not pairs:
             kind = SplitError if inserted else DataError
             raise kind(listing.no_images_message(root, images))
         if self.splits and not inserted:
             rules: dict[str, listing.Rule] = {name: self.splits[name] for name in SPLITS if name in self.splits}
-            found = listing.choose(found, split, rules, root, self.seed)
-        return [Item(pair.name, pair.image, pair.mask) for pair in found]
+            pairs = listing.choose(pairs, split, rules, root, self.seed)
+        return [Item(pair.name, pair.image, pair.mask) for pair in pairs]
 
     def nodata_mask(self, item: Item) -> reading.Mask | None:
         """Pixels without data in every band, masked, or fully transparent (H, W); None: no such pixels.
@@ -170,11 +170,10 @@ class Folder(Domain, name="folder"):
         return reading.nodata_mask(item.image, bands=self.bands)
 
     def read_label(self, item: Item) -> UInt8:
-        """The label of an item (H, W), class ids 0 to K-1 or 255.
+        """Read the label of an item (H, W), class ids 0 to K-1 or 255.
 
         Raises:
-            DataError: there is none, or it is broken, of another size than the image, in a form that the settings
-                exclude, or holds numbers or colors without a meaning.
+            DataError: there is no label, or it is damaged, of another size or encoding, or has unknown values.
         """
         source = reading.label_of(item)
         pixels = reading.read_label_pixels(source)
@@ -230,14 +229,14 @@ class Folder(Domain, name="folder"):
         if not unknown.any():
             return
         if self.unknown == "error":
-            found = (
+            values = (
                 unknown_numbers(pixels.values, label)
                 if coded == "index"
                 else unknown_colors(pixels.values, label, pixels.palette)
             )
             what, where = ("numbers", "ids") if coded == "index" else ("colors", "colors")
             raise DataError(
-                f"{name} holds {what} of no class: {found}; add them to {where} or ignore, or set unknown to ignore"
+                f"{name} holds {what} of no class: {values}; add them to {where} or ignore, or set unknown to ignore"
             )
         label[unknown] = IGNORE
 

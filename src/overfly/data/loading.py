@@ -33,7 +33,7 @@ MAX_CROP_RATIO = 8
 """Largest ratio of a crop to the longer side of its image; the rest is mirrored."""
 
 CACHE_VERSION = 1
-"""Raised when the content of cache entries changes, which makes existing entries invalid."""
+"""Version of the content of cache entries; entries of other versions are not read."""
 
 
 @dataclass
@@ -42,17 +42,16 @@ class BatchStream:
 
     Attributes:
         domain: domain of the images.
-        items: items of one split, without labels where training must not read them.
-        sampling: how images are chosen.
+        items: items of one split; without labels for a target.
+        sampling: sampling of images and crops.
         batch: images in a step, over all ranks.
         crop: side of the square crop, in pixels.
         resize: side that images are first resized to, or None.
         seed: seed of the run; the streams of one run differ by ``key``.
         key: number of the stream.
         cache: folder of decoded images, "memory" (up to `MAX_MEMORY_BYTES`), or None.
-        counts: labeled pixels of each class in each image, where the sampling needs them; None reads every mask.
-        labeled: whether every image must have a mask, and at least one mask a pixel with a class. Masks are read
-            until one has.
+        counts: labeled pixels of each class in each image, if the sampling needs them; None reads every mask.
+        labeled: require a mask for every image, and a labeled pixel in at least one mask.
 
     Raises:
         RecipeError: crop or resize is out of range.

@@ -1,1 +1,1 @@
-"""How good a network is, and how fast: counted once, over the whole split."""
+"""Scores on labeled images, label-free metrics, and speed of networks."""

@@ -1,4 +1,4 @@
-"""Boundary IoU (Cheng et al., CVPR 2021) at a given width, from counts that add up.
+"""Boundary IoU (Cheng et al., CVPR 2021) at a given width, from counts that can be added.
 
 For each class, only the pixels of the mask that lie within ``width`` pixels of its outline are compared. As in the
 authors' code, distance is measured on squares (``width`` erosions by 3 × 3). Unlike in it, the border of the image and
@@ -27,7 +27,7 @@ class Boundary:
 
     @classmethod
     def empty(cls, classes: int, width: int) -> Self:
-        """No images yet, for ``classes`` classes and bands of ``width`` pixels."""
+        """Return zero counts for ``classes`` classes and bands of ``width`` pixels."""
         return cls(torch.zeros(3, classes, dtype=torch.int64), width)
 
     @classmethod
@@ -41,7 +41,7 @@ class Boundary:
             label: class ids or ``ignore``, of the same shape.
             classes: number of classes K.
             width: width of the band inside each outline, in pixels of the label.
-            ignore: pixels with this label are left out, and not compared with as neighbors.
+            ignore: label of pixels that are neither counted nor compared as neighbors.
         """
         truth = label.reshape(-1, *label.shape[-2:]).long()
         guess = prediction.reshape(-1, *label.shape[-2:]).long()
@@ -80,7 +80,7 @@ class Boundary:
 
 
 def band(ids: Tensor, valid: Tensor, width: int) -> Tensor:
-    """Valid pixels with a valid pixel of another class within ``width`` rows and columns.
+    """Return the valid pixels with a valid pixel of another class within ``width`` rows and columns.
 
     Args:
         ids: class ids (B, H, W), int64.

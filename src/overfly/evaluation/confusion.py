@@ -1,4 +1,4 @@
-"""The confusion matrix of a split: counts that add up over batches, windows and ranks, and scores computed from them.
+"""The confusion matrix of a split, added over batches, windows and ranks, and the scores computed from it.
 
 A class that is neither labeled nor predicted has no IoU (NaN) and is left out of means. A class that is predicted but
 never labeled has IoU 0, which counts. Intersection and union are summed over the whole split before they are divided,
@@ -28,7 +28,7 @@ class Confusion:
 
     @classmethod
     def empty(cls, classes: int) -> Self:
-        """No pixels yet, for ``classes`` classes."""
+        """Return zero counts for ``classes`` classes."""
         return cls(torch.zeros(classes, classes, dtype=torch.int64))
 
     @classmethod
@@ -39,7 +39,7 @@ class Confusion:
             prediction: class ids 0 to K-1, of any shape and integer type.
             label: class ids 0 to K-1 or ``ignore``, of the same shape.
             classes: number of classes K.
-            ignore: pixels with this label are left out.
+            ignore: label of pixels that are not counted.
 
         Raises:
             ValueError: shapes differ, or an id outside 0 to K-1 that is not ignored.
@@ -105,12 +105,12 @@ class Confusion:
 
     @property
     def recall(self) -> Tensor:
-        """Share of each class's labeled pixels that are predicted so (K,): class accuracy; NaN if unlabeled."""
+        """Share of each class's labeled pixels predicted as this class (K,), also class accuracy; NaN if unlabeled."""
         return self.hits.double() / self.labeled.double()
 
     @property
     def precision(self) -> Tensor:
-        """Share of each class's predicted pixels that are labeled so (K,); NaN if never predicted."""
+        """Share of each class's predicted pixels with the same label (K,); NaN if never predicted."""
         return self.hits.double() / self.predicted.double()
 
     @property

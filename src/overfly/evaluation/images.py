@@ -1,4 +1,4 @@
-"""Read the fixed images that label-free metrics are computed on, and predict them."""
+"""Read and predict the images that label-free metrics are computed on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfly.ops.windows import sliding
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """Which images label-free metrics are computed on, and how networks predict them."""
+    """Images that label-free metrics are computed on, and prediction settings."""
 
     limit: int | None = 24
     """Maximum number of images, evenly spaced; None: all."""
@@ -29,7 +29,7 @@ class MetricOptions:
     window: int | None = None
     """Side of overlapping windows for larger images; None: the whole image at once."""
     device: torch.device | str = "cpu"
-    """Where networks run; they are moved there."""
+    """Device that networks are moved to."""
     seed: int = 0
     """Seed of the random draws. Global random state is neither read nor changed."""
 

@@ -1,6 +1,6 @@
 """Label-free metrics of a network on unlabeled images, for model selection without target labels.
 
-Every metric is signed so that higher is better, and none proves anything by itself. A collapsed network, which predicts
+Higher is better for every metric, but no single metric is sufficient. A collapsed network, which predicts
 one class everywhere with full confidence, has the highest entropy metric (0), the highest pixel agreement under
 perturbations (1) and the highest soft neighborhood density. Its information is 0, its nuclear norm 1/√K, its diversity
 0, and its class-balanced consistency 1/K, since a class that is never predicted counts as 0. Exchanged classes change
@@ -74,7 +74,7 @@ class LabelFreeMetrics(Spec):
     by_view: dict[str, Share]
     """Class-balanced mIoU between the predictions with and without each perturbation."""
     images: NonNegativeInt
-    """Images that the metrics were computed on."""
+    """Number of images."""
 
     def by_validator(self) -> dict[str, float | None]:
         """The metrics that candidates are ranked by."""
@@ -252,14 +252,14 @@ def neighborhood_density(probability: Tensor, temperature: float = 0.05, chunk: 
 def consensus(
     networks: Iterable[tuple[nn.Module, int | None]], images: Sequence[Tensor], device: torch.device | str = "cpu"
 ) -> list[float | None]:
-    """Class-balanced mIoU of each network's predictions with those of the mean of all networks' probabilities.
+    """Compute the class-balanced mIoU of each network's predictions with the mean prediction of all networks.
 
     Memory holds one network at a time, the mean, and a byte per pixel and network.
 
     Args:
         networks: networks, images (C, H, W) to `Logits`, each with its window size.
         images: images (C, H, W) in the sensor's range.
-        device: where networks run.
+        device: device of the networks.
 
     Returns:
         0 to 1 per network; None for each of fewer than three.
@@ -291,10 +291,10 @@ def consensus(
 
 
 def balanced_miou(pair: Confusion, classes: Tensor | None = None) -> float:
-    """Mean IoU of two predictions over given classes; one of these that neither predicts counts as 0.
+    """Compute the mean IoU of two predictions over classes; classes that neither predicts count as 0.
 
-    So a constant network, which is consistent under every perturbation, has 1/K and not 1: losing a class lowers the
-    mean as much as misclassifying all of it.
+    A constant network, which is consistent under every perturbation, therefore has 1/K: a lost class lowers the mean as
+    much as a misclassified one.
 
     Args:
         pair: confusion matrix of the two predictions.

@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     image: UInt8
     striped: UInt8 | None = None
     sharp: bool = False
-    """Whether it shows classes, whose colors must not be interpolated."""
+    """Resize by nearest neighbor, as for colors of classes."""
 
 
 class Row(NamedTuple):

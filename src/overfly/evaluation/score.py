@@ -1,4 +1,4 @@
-"""Score a network on the labeled images of a split. Nothing else opens target labels."""
+"""Score a network on the labeled images of a split."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from overfly.ops.windows import sliding
 
 
 class LabeledImage(NamedTuple):
-    """An item as read.
+    """An item with its image and label in memory.
 
     Attributes:
         position: index in the split, from 0.
-        item: where it was read from.
+        item: the item.
         image: (H, W, C).
         label: (H, W).
     """
@@ -76,7 +76,7 @@ class Samples:
 
         Args:
             spread: number of evenly spaced samples.
-            extremes: whether to keep those of lowest and highest accuracy.
+            extremes: also keep the samples of lowest and highest accuracy.
         """
         self.spread, self.extremes = spread, extremes
         self._spread: dict[int, Sample] = {}
@@ -84,7 +84,7 @@ class Samples:
         self._best: Sample | None = None
 
     def add(self, sample: Sample, index: int, total: int) -> None:
-        """Keep a sample if it is one of those wanted; see `SampleCollector`."""
+        """Keep a sample if it is evenly spaced or of extreme accuracy; see `SampleCollector`."""
         if index in {(2 * part + 1) * total // (2 * self.spread) for part in range(self.spread)}:
             self._spread[index] = sample
         if not self.extremes or sample.accuracy is None:
@@ -128,7 +128,7 @@ def score(
         segmenter: images (B, C, H, W), float, in the sensor's range, to `Logits` at the image's size. It is moved to
             ``device``; its training or evaluation mode is restored.
         domain: the images and labels.
-        split: which of them.
+        split: split to score.
         resize: side of the square that images are resized to before the network. Labels are never resized; scores
             are resized to the label.
         window: side of overlapping windows, in pixels after ``resize``; None: whole images.
@@ -172,7 +172,7 @@ def score(
 
 @contextlib.contextmanager
 def _shared_errors(ranks: int, add: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Raise an error of one rank in all ranks, which would otherwise wait for it in the sum of the counts."""
+    """Raise an error of one rank in all ranks, so that none waits in the sum of the counts."""
     error: OverflyError | None = None
     try:
         yield

@@ -1,4 +1,4 @@
-"""Counts of a split, which add up over images and ranks, and the scores computed from them."""
+"""Counts of a split, added over images and ranks, and the scores computed from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfly.evaluation.confusion import Confusion, over_ranks
 
 
 class Protocol(Spec):
-    """How a score was computed. Predictions are compared with labels at the label's full resolution."""
+    """Settings of a score. Predictions are compared with labels at the label's full resolution."""
 
     resize: Pixels | None = None
     """Side of the square that images are resized to before the network; none: not resized."""
@@ -40,9 +40,9 @@ class ClassScore(Spec):
     f1: Share | None
     """Harmonic mean of precision and accuracy, also called Dice."""
     precision: Share | None
-    """Share of the pixels predicted as this class that are labeled so."""
+    """Share of the pixels predicted as this class that have its label."""
     accuracy: Share | None
-    """Share of this class's labeled pixels that are predicted so, also called recall."""
+    """Share of this class's labeled pixels that are predicted as this class, also called recall."""
     boundary_iou: Share | None
     """Boundary IoU (Cheng et al., 2021) at the protocol's width."""
     pixels: NonNegativeInt
@@ -78,7 +78,7 @@ class Scores(Spec):
     unlabeled: NonNegativeInt
     """Images of the split without a label, left out."""
     protocol: Protocol
-    """How the scores were computed."""
+    """Settings that the scores were computed with."""
     miou: Share | None
     """Mean IoU over the classes that are labeled or predicted in the split, from one confusion matrix."""
     accuracy: Share | None
@@ -101,7 +101,7 @@ class Scores(Spec):
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Expected calibration error (Guo et al., ICML 2017, equation 3), from counts per confidence bin that add up.
+    """Expected calibration error (Guo et al., ICML 2017, equation 3), from counts per confidence bin that can be added.
 
     Of the pixels that a calibrated network predicts with probability 0.8, 80 % are correct.
 
@@ -113,7 +113,7 @@ class Calibration:
 
     @classmethod
     def empty(cls, bins: int = 15) -> Self:
-        """No pixels yet."""
+        """Return zero counts."""
         return cls(torch.zeros(3, bins, dtype=torch.float64))
 
     @classmethod
@@ -124,7 +124,7 @@ class Calibration:
             scores: class scores before any softmax, (K, H, W) or (B, K, H, W).
             label: class ids or ``ignore``, (H, W) or (B, H, W).
             bins: number of bins of equal width.
-            ignore: pixels with this label are left out.
+            ignore: label of pixels that are not counted.
         """
         confidence, prediction = scores.float().softmax(-3).max(-3)
         valid = label != ignore
@@ -169,7 +169,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Confusion matrix, boundary and calibration counts; adds up over images and ranks."""
+    """Confusion matrix, boundary and calibration counts, added over images and ranks."""
 
     confusion: Confusion
     boundary: Boundary
@@ -178,7 +178,7 @@ class SplitCounts:
 
     @classmethod
     def empty(cls, classes: int, protocol: Protocol) -> SplitCounts:
-        """No images yet."""
+        """Return zero counts."""
         return cls(
             Confusion.empty(classes), Boundary.empty(classes, protocol.boundary_width), Calibration.empty(protocol.bins)
         )
@@ -249,6 +249,6 @@ def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol:
 
 
 def finite(value: float | Tensor) -> float | None:
-    """The value as a float, or None if it is not finite, since JSON has no NaN."""
+    """Convert to a float, or None if it is not finite, since JSON has no NaN."""
     plain = float(value)
     return plain if math.isfinite(plain) else None

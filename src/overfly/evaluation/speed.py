@@ -85,13 +85,13 @@ class Speed(Spec):
     precision: Precision
     """32, or mixed with bf16 or 16."""
     training_heads: bool
-    """Whether heads that only training uses ran; only for networks that cannot drop them."""
+    """True if training heads ran, in networks that cannot drop them."""
     machine: dict[str, Any]
     """Device, threads and versions."""
     memory: str
-    """What peak memory counts."""
+    """Description of the peak memory."""
     method: str
-    """How time was measured."""
+    """Description of the time measurement."""
 
     @property
     def latency(self) -> Timing:
@@ -177,13 +177,13 @@ class Latency(Spec):
 def compare_latency(
     runs: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2, seconds: float | None = None
 ) -> dict[str, Latency]:
-    """Time several runtimes in turn, round after round, so that other load of the machine falls on all alike.
+    """Time several runtimes in alternation, so that other load of the machine affects all equally.
 
     Args:
-        runs: what to time, by name.
-        rounds: times that each is run.
-        warmup: times that each is run before.
-        seconds: start no further round after so long, but run three at least; None: no limit.
+        runs: functions to time, by name.
+        rounds: timed calls of each function.
+        warmup: untimed calls of each function.
+        seconds: time after which no further round starts, after at least three; None: no limit.
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -211,7 +211,7 @@ def compare_latency(
 
 
 def without_training_heads(network: nn.Module) -> nn.Module:
-    """A copy of a network without the heads that only training uses."""
+    """Copy a network without the heads that only training uses."""
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, Network):
@@ -220,7 +220,7 @@ def without_training_heads(network: nn.Module) -> nn.Module:
 
 
 def count_macs(network: nn.Module, image: Tensor) -> int:
-    """Multiply-accumulates of a forward pass in convolutions and matrix products.
+    """Count the multiply-accumulates of a forward pass in convolutions and matrix products.
 
     Args:
         network: any module.
@@ -300,7 +300,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int | None:
-    """Bytes."""
+    """Return the peak memory in bytes; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     with contextlib.suppress(OSError):

@@ -7,7 +7,7 @@ BUILT_IN = (
     "fda", "gcw_ldq", "iast", "mcd", "mic", "multiscale_self_training", "recalibrate", "source_free", "source_only",
     "tent", "transnorm",
 )  # fmt: skip
-"""The modules whose methods are always registered."""
+"""Modules of the built-in methods."""
 
 for _name in BUILT_IN:
     import_module(f"overfly.methods.{_name}")

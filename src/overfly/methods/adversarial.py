@@ -1,4 +1,4 @@
-"""Domain critics, adversarial losses, and what methods with a critic share.
+"""Domain critics (discriminators), adversarial losses, and the base class of adversarial methods.
 
 Student and critic are trained in one step, without a second loop: the student's loss uses the critic with detached
 weights, the critic's loss uses detached maps. The gradients of the sum equal those of the classic two-phase update.
@@ -50,7 +50,7 @@ class Adversarial(Method[C], Generic[C]):
 
 @torch.no_grad()
 def student_outputs(student: nn.Module) -> Logits:
-    """Output of a student for one empty image: its numbers of classes, heads and features."""
+    """Return the output of a student for one empty image, to read numbers of classes, heads and features."""
     return probe(student, int(getattr(student, "bands", 3)))
 
 

@@ -34,7 +34,7 @@ class TwoClassifiersCritic(StudentCritic):
 class CLAN(Adversarial[TwoClassifiersCritic], name="clan"):
     """Weigh the adversarial loss of each target pixel by the disagreement of two class layers (Luo et al., 2019).
 
-    A loss on the angle between their weights keeps the class layers apart. The critic reads the softmax of their summed
+    A loss on the angle between their weights separates the class layers. The critic reads the softmax of their summed
     scores. Disagreement weighs the target in the student's loss and in the critic's. Source and target share one
     forward pass. The student with its own class layer is deployed, where the paper sums both. As in the published code
     the weights are 1 for the first steps (`preheat_steps`); its damping of the weights over the steps is left out.
@@ -85,5 +85,7 @@ def disagreement(outputs: TwoOutputs) -> Tensor:
 
 def alignment(first: nn.Module, second: nn.Module) -> Tensor:
     """Cosine between the kernels of two layers of one form, -1 to 1 (equation 3); biases and normalization left out."""
-    one, other = (torch.cat([p.flatten() for p in layer.parameters() if p.ndim > 1]) for layer in (first, second))
-    return F.cosine_similarity(one, other, dim=0)
+    first_weights, second_weights = (
+        torch.cat([p.flatten() for p in layer.parameters() if p.ndim > 1]) for layer in (first, second)
+    )
+    return F.cosine_similarity(first_weights, second_weights, dim=0)

@@ -14,8 +14,7 @@ class ColorTransfer(Method[Networks], name="color_transfer"):
     """
 
     per_image: bool = False
-    """Whether each source image takes the statistics of one target image, or the source batch those of the whole
-    target batch."""
+    """Match each source image to one target image; otherwise the source batch to the target batch."""
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         """Supervised loss on recolored source images."""

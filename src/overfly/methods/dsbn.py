@@ -38,7 +38,7 @@ class DomainNorm(nn.Module):
 
 
 class DSBN(SelfTraining[TeacherStudent], name="dsbn"):
-    """Share all convolutions between the domains, and no batch normalization (Chang et al., 2019).
+    """Share convolutions between the domains, with separate batch normalizations (Chang et al., 2019).
 
     Source and target share one forward pass, each with its own statistics, scales and shifts. The target branch trains
     on the most confident pseudo-labels of each class, from a teacher that uses the target branch (the paper takes the

@@ -19,7 +19,7 @@ from overfly.ops.pseudo_labels import filter_by_threshold, instance_thresholds, 
 class IAST(SelfTraining[ThresholdNetworks], name="iast"):
     """Adapt class thresholds to each image; regularize labeled and ignored pixels (Mei et al., 2020).
 
-    Entropy is minimized at ignored pixels, and predictions at labeled pixels are kept from growing too confident. The
+    Entropy is minimized at ignored pixels, and overconfident predictions at labeled pixels are penalized. The
     paper labels the whole target anew in rounds; here a mean teacher labels each batch. Source and target share one
     forward pass. The teacher is deployed.
     """

@@ -33,9 +33,9 @@ class MCD(Method[TwoClassifiers], name="mcd"):
 
     The paper (section 3.3) alternates three steps: A trains class layers and features on the source; B trains the class
     layers on the source and to maximize their discrepancy on the target, with fixed features; C trains the features to
-    minimize it, with fixed class layers. ``alternating`` is that, one batch per step. ``joint`` takes all three from
-    one forward pass, like a gradient reversal layer: it costs one step instead of ``2 + feature_steps``, but no step
-    sees the weights that the one before has changed. The discrepancy is measured at the class layers' own resolution.
+    minimize it, with fixed class layers. ``alternating`` does so, one batch per step. ``joint`` computes all three from
+    one forward pass, like a gradient reversal layer: one step instead of ``2 + feature_steps``, all with the same
+    weights. The discrepancy is measured at the class layers' own resolution.
     Source and target share one forward pass. The student with its own class layer is deployed.
     """
 
@@ -62,19 +62,19 @@ class MCD(Method[TwoClassifiers], name="mcd"):
             terms |= self.supervised(source.logits, label)
             terms |= prefixed("second", self.supervised(Logits(source.second), label))
         if "B" in steps:
-            one, other = (forward_detached(layer, features) for layer in layers)
-            terms["maximize"] = -self.classifier_weight * discrepancy(one[targets], other[targets])
+            first, second = (forward_detached(layer, features) for layer in layers)
+            terms["maximize"] = -self.classifier_weight * discrepancy(first[targets], second[targets])
             if "A" not in steps:
-                one, other = (upsample(nets.student, scores, batch.target)[sources] for scores in (one, other))
-                terms |= self.supervised(Logits(one), label)
-                terms |= prefixed("second", self.supervised(Logits(other), label))
+                first, second = (upsample(nets.student, scores, batch.target)[sources] for scores in (first, second))
+                terms |= self.supervised(Logits(first), label)
+                terms |= prefixed("second", self.supervised(Logits(second), label))
         if "C" in steps:
-            one, other = (forward_frozen(layer, features)[targets] for layer in layers)
-            terms["minimize"] = self.feature_weight * discrepancy(one, other)
+            first, second = (forward_frozen(layer, features)[targets] for layer in layers)
+            terms["minimize"] = self.feature_weight * discrepancy(first, second)
         return terms
 
     def steps(self, step: int) -> str:
-        """Those of the paper's steps A, B and C that an optimizer step does."""
+        """Return the steps A, B and C of the paper that an optimizer step performs."""
         return "ABC" if self.update == "joint" else ("AB" + "C" * self.feature_steps)[step % (2 + self.feature_steps)]
 
     def optimizers(self, nets: TwoClassifiers, optim: Optim) -> list[Optimizer]:
@@ -82,13 +82,13 @@ class MCD(Method[TwoClassifiers], name="mcd"):
 
     @property
     def has_unused_parameters(self) -> bool:
-        """Whether some step gives some trainable weight no gradient: with ``alternating``, B and C do."""
+        """True with ``alternating``, whose steps B and C train part of the weights."""
         return super().has_unused_parameters or self.update == "alternating"
 
 
-def discrepancy(one: Tensor, other: Tensor) -> Tensor:
+def discrepancy(first: Tensor, second: Tensor) -> Tensor:
     """Mean absolute difference of the class probabilities of two scores (B, K, h, w): 0 to 2 / K (equation 4)."""
-    return (probabilities(one) - probabilities(other)).abs().mean()
+    return (probabilities(first) - probabilities(second)).abs().mean()
 
 
 class TwoOutputs(NamedTuple):

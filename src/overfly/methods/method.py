@@ -19,11 +19,11 @@ from overfly.ops.pseudo_labels import ema_update
 
 
 class Networks(nn.Module):
-    """All networks of a method: everything that training changes and a checkpoint holds.
+    """All networks of a method, as trained and saved in a checkpoint.
 
     Attributes:
         student: the network that is trained.
-        step: optimizer steps done so far; a Python integer, so that reading it never waits for the device.
+        step: optimizer steps done so far; a Python integer, which is read without device synchronization.
     """
 
     evaluating: ClassVar[tuple[str, ...]] = ()
@@ -77,26 +77,26 @@ class Method(Choice, ABC, Generic[N]):
     """
 
     needs_source: ClassVar[bool] = True
-    """Whether a step reads labeled images of the source."""
+    """True if a step reads labeled images of the source."""
     needs_target: ClassVar[bool] = True
-    """Whether a step reads unlabeled images of the target."""
+    """True if a step reads unlabeled images of the target."""
     uses_optional_source: ClassVar[bool] = False
-    """Whether a step reads labeled images of the source where the recipe has one."""
+    """True if a step reads labeled images of the source if the recipe has one."""
     needs_start: ClassVar[bool] = False
-    """Whether the student must be a trained network."""
+    """True if the student must be a trained network."""
     trains: ClassVar[bool] = True
-    """Whether a loss is minimized."""
+    """True if a loss is minimized."""
 
     criterion: Criterion = CrossEntropy()
     """Supervised loss on labeled images."""
 
     @property
     def has_unused_parameters(self) -> bool:
-        """Whether some step gives some trainable weight no gradient, which distributed training must know."""
+        """True if some trainable weights get no gradient in some step; see ``find_unused_parameters`` of PyTorch."""
         return self.criterion.aux == 0 or self.criterion.boundary == 0
 
     def networks(self, student: nn.Module) -> N:
-        """The student and the other networks that the method needs; by default none."""
+        """Create the networks of the method, by default the student alone."""
         return cast(N, Networks(student))
 
     @abstractmethod
@@ -107,11 +107,11 @@ class Method(Choice, ABC, Generic[N]):
         """
 
     def after_step(self, nets: N, step: int) -> None:
-        """Update what is not trained by gradients, after optimizer step ``step`` (from 0); count the step."""
+        """Update averages such as the teacher after optimizer step ``step`` (from 0), and count the step."""
         nets.step = step + 1
 
     def optimizers(self, nets: N, optim: Optim) -> list[Optimizer]:
-        """The optimizers of a step, by default one of the student; empty where no loss is minimized."""
+        """Create the optimizers, by default one of the student; empty if no loss is minimized."""
         return [optim.optimizer(nets.student, getattr(nets.student, "heads", ()))]
 
     def deployed(self, nets: N) -> nn.Module:
@@ -133,7 +133,7 @@ class SelfTraining(Method[T], Generic[T]):
     """A method whose teacher, the moving average of the student, labels the target; the teacher is deployed."""
 
     ema_warmup: ClassVar[bool] = True
-    """Whether the average starts as a plain mean of the first students (for a student that starts untrained)."""
+    """True if the average starts as a plain mean of the first students, for an untrained student."""
 
     ema: Share = 0.99
     """Decay of the teacher's moving average: the share of the teacher that every step keeps."""
@@ -153,5 +153,5 @@ class SelfTraining(Method[T], Generic[T]):
 
 
 def prefixed(prefix: str, terms: Losses, weight: float = 1.0) -> dict[str, Tensor]:
-    """Terms times ``weight``, their names prefixed with ``prefix``."""
+    """Multiply terms by ``weight``, and prefix their names."""
     return {f"{prefix}_{name}": weight * term for name, term in terms.items()}

@@ -48,7 +48,7 @@ class Recalibrate(Method[Networks], name="recalibrate"):
 
     @torch.no_grad()
     def losses(self, nets: Networks, batch: Batch) -> Losses:
-        """No loss: the forward pass updates the statistics."""
+        """Update the statistics by a forward pass; returns no loss."""
         with updating_statistics(nets.student):
             nets.student(batch.target)
         return {}

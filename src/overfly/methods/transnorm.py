@@ -80,9 +80,9 @@ class TransNorm(Method[Networks], name="transnorm"):
     """Normalize each domain by its own statistics, weigh channels by how similar they are (Wang et al., 2019).
 
     Source and target share one forward pass. The losses are the supervised loss on the source and, optionally, entropy
-    on the target. Channels have a mean weight of 2, as published, which the next normalization undoes once its
-    statistics have followed: a trained network needs some dozens of steps to recover. Activations with a ceiling, such
-    as ReLU6, do not undo it. The deployed network is ordinary, with the target's statistics and folded weights.
+    on the target. Channels have a mean weight of 2, as published, which the next normalization compensates once its
+    statistics have adapted, after some dozens of steps for a trained network. Activations with a ceiling, such
+    as ReLU6, prevent this. The deployed network is ordinary, with the target's statistics and folded weights.
     """
 
     entropy: NonNegativeFloat = 0.0

@@ -45,7 +45,7 @@ PREFIXES = ("model.", "module.", "network.", "net.", "Scale.", "_orig_mod.")
 
 
 def locate(path: Path | str) -> Path:
-    """File of the weights that a recipe names.
+    """Locate the weights file that a recipe names.
 
     Args:
         path: a file; or ``package:NAME/inner/file.pth``, a file inside an installed Python package; or a key of
@@ -197,7 +197,7 @@ def _read_torch(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises nearly every kind there is for bytes that are no pickle
+    except Exception as error:  # the unpickler raises many kinds for invalid bytes
         raise WeightsError(
             f"{path} is damaged, or holds objects whose loading would run code from the file; download it again, or "
             f"{SAVE_ADVICE}"
@@ -205,7 +205,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _check_zip(path: Path) -> None:
-    """Compare every part of a file of ``torch.save`` with its checksum, which ``torch.load`` does not check."""
+    """Verify the checksums of a file of ``torch.save``, which ``torch.load`` does not do."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return
@@ -214,7 +214,7 @@ def _check_zip(path: Path) -> None:
             parts = archive.infolist()
             # torch's reader skips parts marked as folders (0x10), whose values would be left undefined
             broken = next((part.filename for part in parts if part.external_attr & 0x10), None)
-            # torch.serialization.set_crc32_options(False) writes 0 for every checksum: then there is nothing to compare
+            # torch.serialization.set_crc32_options(False) writes 0 for every checksum: not verifiable
             if broken is None and any(part.CRC for part in parts):
                 broken = archive.testzip()
     except Exception as error:  # zlib's, struct's and zipfile's own, by where the damage is
@@ -229,7 +229,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_readable(path: Path) -> None:
-    """Raise where the disk or the permissions prevent reading, which is not damage of the file."""
+    """Check that the file can be opened, to distinguish permissions from damage."""
     try:
         with path.open("rb") as file:
             file.read(1)

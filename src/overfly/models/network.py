@@ -13,7 +13,7 @@ from overfly.core.spec import load_plugins
 
 
 class Network(nn.Module):
-    """A segmentation network: normalized images (B, C, H, W) in, `Logits` at its own stride out.
+    """Segmentation network: maps normalized images (B, C, H, W) to `Logits` at its own stride.
 
     Attributes:
         stride: downsampling factor of `Logits.main`; image sides should be multiples of it.
@@ -38,7 +38,7 @@ class Network(nn.Module):
 
     @property
     def has_training_heads(self) -> bool:
-        """Whether the network has heads that only training uses."""
+        """True if the network has heads that only training uses."""
         return any(getattr(self, name, None) is not None for name in self.training_heads)
 
     def drop_training_heads(self) -> None:
@@ -88,7 +88,7 @@ def build(name: str, classes: int = 7, training_heads: bool = True, bands: int =
     Args:
         name: one of `names`, or of a plug-in (entry point ``overfly.plugins``).
         classes: number of classes K.
-        training_heads: whether to add the auxiliary and boundary heads that only training uses.
+        training_heads: add the auxiliary and boundary heads that only training uses.
         bands: number of bands C of the images.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Segmenter: a network with its normalization and its class names, as it is trained, saved, scored and exported."""
+"""Segmenter: a network with normalization and class names, for training, scoring and export."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FORMAT = 2
 """Version of the description in saved files."""
 KEY = "overfly"
-"""Metadata key of a saved file under which its description lies as JSON."""
+"""Metadata key of the JSON description in a saved file."""
 
 
 class Segmenter(nn.Module):
-    """A network with normalization: images (B, C, H, W) in the sensor's range in, `Logits` at the image's size out.
+    """A network with normalization: maps images (B, C, H, W) in the sensor's range to `Logits` at the image's size.
 
     The arguments are attributes too, mean and std as buffers (1, C, 1, 1); ``bands`` is the number of bands C.
 
@@ -80,7 +80,7 @@ class Segmenter(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Image sides that are multiples of this are not padded."""
+        """Stride of the network; image sides are padded to multiples of it."""
         return self.network.stride
 
     @property
@@ -130,7 +130,7 @@ class Segmenter(nn.Module):
         return self(image).main
 
     def without_training_heads(self) -> Self:
-        """A copy without the heads that only training uses; its class scores are equal."""
+        """Copy the segmenter without training heads; class scores are unchanged."""
         copied = copy.deepcopy(self)
         copied.network.drop_training_heads()
         return copied

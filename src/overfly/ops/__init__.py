@@ -1,1 +1,1 @@
-"""Pure functions that methods are written with."""
+"""Functions for methods: losses, pseudo-labels, augmentation, mixing and normalization."""

@@ -131,15 +131,15 @@ class Dice(Criterion, name="dice"):
 def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None) -> Tensor:
     """Boundaries between classes: pixels with another valid class within reach, bool (B, H, W).
 
-    To be called after every augmentation. A straight border gives a band ``width`` pixels wide, half of it on either
-    side; an odd width has its extra pixel on the lower or right side. Ignored pixels neither are boundaries nor make
-    any. The published PIDNet code dilates Canny edges of the label with a 4×4 kernel, a band of the same width.
+    Call it after all augmentations. A straight border gives a band ``width`` pixels wide, half of it on either
+    side; an odd width has its extra pixel on the lower or right side. Ignored pixels neither are nor create
+    boundaries. The published PIDNet code dilates Canny edges of the label with a 4×4 kernel, a band of the same width.
 
     Args:
         label: class ids (B, H, W), integers.
         width: of the band, in pixels, 1 or more.
         where: True at pixels that take part, broadcasts to (B, H, W); the others count as ignored. In mixed images
-            these are the source's pixels, so that neither pseudo-labels nor paste seams make boundaries.
+            these are the source's pixels, so that pseudo-labels and paste seams create no boundaries.
 
     Raises:
         ValueError: ``width`` is below 1.

@@ -1,7 +1,7 @@
 """Losses on class scores, as pure functions.
 
 All of them leave ignored pixels out of the sum and out of the count, are zero with zero gradients (never NaN) where no
-pixel counts, compute in float32 under autocast, and never wait for the device. NaN scores of valid pixels give a NaN
+pixel counts, compute in float32 under autocast, and never synchronize. NaN scores of valid pixels give a NaN
 loss. Scores and labels of different size raise a ValueError.
 """
 
@@ -228,7 +228,7 @@ def distribution_entropy(probability: Tensor) -> Tensor:
 def diversity(logits: Tensor, where: Tensor | None = None) -> Tensor:
     """Entropy of the mean prediction over pixels, divided by log K: 0 (one class) to 1 (all equally frequent).
 
-    With `mean_entropy` it makes information maximization (Liang et al., 2020, SHOT, arXiv:2002.08546).
+    Together with `mean_entropy` it gives information maximization (Liang et al., 2020, SHOT, arXiv:2002.08546).
 
     Args:
         logits: class scores (B, K, H, W) with K of 2 or more.
@@ -255,7 +255,7 @@ def charbonnier_entropy(logits: Tensor, power: float = 2.0) -> Tensor:
 def distance_to_uniform(logits: Tensor, where: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the predictions from uniform ones, mean over some pixels; 0 if there are none.
 
-    Minimized at pixels with pseudo-labels, it keeps predictions from growing overconfident (Zou et al., 2019, CRST,
+    Minimized at pixels with pseudo-labels, it prevents overconfident predictions (Zou et al., 2019, CRST,
     arXiv:1908.09822).
 
     Args:
@@ -305,5 +305,5 @@ def _with_channel(mask: Tensor) -> Tensor:
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
-    """``total / count``; where the count is 0, the total, which is then 0 as well and still has its graph."""
+    """``total / count``; where the count is 0 the total, which is then 0 and keeps its graph."""
     return total / torch.where(count > 0, count, torch.ones_like(count))

@@ -110,7 +110,7 @@ def replace_modules(
 
 
 def joint_forward(student: nn.Module, *images: Tensor) -> list[Logits]:
-    """Logits of several groups of images from one forward pass, so that batch normalization sees one batch.
+    """Logits of several groups of images from one forward pass, normalized by their joint statistics.
 
     Separate passes would normalize each group by its own statistics and mix running statistics that fit neither.
 

@@ -1,4 +1,4 @@
-"""Mean teachers, and the pseudo-labels that they give to unlabeled images."""
+"""Mean teachers, and their pseudo-labels of unlabeled images."""
 
 from __future__ import annotations
 
