@@ -1,4 +1,4 @@
-"""The classes of a label set: names, colors, and how one set maps onto another."""
+"""The classes of a label set: names and colors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Classes(Spec):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_settings(self) -> Self:
         if not 1 <= len(self.names) < IGNORE:
             raise ValueError(f"there must be 1 to {IGNORE - 1} classes, got {len(self.names)}")
         duplicates = sorted({name for name in self.names if self.names.count(name) > 1})
@@ -71,7 +71,7 @@ class Classes(Spec):
         return painted
 
     def index(self, name: str) -> int:
-        """Id of the class called ``name``.
+        """Return the id of a class.
 
         Raises:
             ValueError: there is no such class.

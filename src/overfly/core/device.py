@@ -13,7 +13,7 @@ from overfly.core.errors import RecipeError
 
 
 def select_device(name: str = "auto", devices: int = 1) -> torch.device:
-    """The device of a name; ``auto`` is the first GPU, or the CPU where there is none.
+    """Return the device of a name; ``auto`` is the first GPU, or the CPU.
 
     Args:
         name: auto, cpu, cuda, cuda:1 or mps.
@@ -40,7 +40,7 @@ def select_device(name: str = "auto", devices: int = 1) -> torch.device:
 
 
 def cpu_name() -> str:
-    """Model name of the CPU."""
+    """Return the model name of the CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

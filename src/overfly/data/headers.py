@@ -1,7 +1,7 @@
 """Read image headers: format, size, bands, pixel type, no-data value.
 
-The format is detected by the first bytes. Pillow reads the formats it reads without loss; the others (more than four
-bands, 16 bits in color, JPEG 2000) are read by rasterio (extra ``geo``).
+The format is detected by the first bytes. Pillow reads what it supports without loss; rasterio (extra ``geo``)
+reads the others: more than four bands, 16 bits in color, JPEG 2000.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class ImageHeader(NamedTuple):
         width: columns.
         bands: bands as stored, including an alpha band.
         dtype: pixel type of the returned array: uint8, uint16 or float32.
-        alpha: whether the last band is an alpha band.
-        palette: whether pixels are indices of a color table.
+        alpha: True if the last band is an alpha band.
+        palette: True if pixels are indices of a color table.
         nodata: value of pixels without data, or None.
         kind: file format.
         scale: factor by which Pillow scales gray values of 1, 2 or 4 bits to 0..255.
         engine: library that reads the pixels.
-        masked: whether the file has a validity mask for all bands, which rasterio reads.
+        masked: True if the file has a validity mask for all bands, which rasterio reads.
         stored: pixel type in the file if it differs from ``dtype``, else empty.
     """
 
@@ -91,8 +91,9 @@ def image_format(path: Path) -> Kind:
         DataError: the file is missing, not a regular file, cannot be opened, or has another format.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path} is {_path_kind(path)}, not a file; remove it or replace it by the image")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe or a device could block
+            kind = "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else "a device or a socket"
+            raise DataError(f"{path} is {kind}, not a file; remove it or replace it by the image")
         with path.open("rb") as file:
             start = file.read(64)
     except FileNotFoundError:
@@ -111,7 +112,7 @@ def image_format(path: Path) -> Kind:
 
 
 def broken(path: Path, error: BaseException) -> DataError:
-    """Error for a file that cannot be decoded."""
+    """Create the error for a file that cannot be decoded."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return DataError(f"{path} is truncated or damaged ({reason}); copy, download or export it again")
 
@@ -154,11 +155,6 @@ def open_raster(path: Path) -> Iterator[Any]:
                 yield dataset
     except (RasterioError, *_BROKEN) as error:
         raise broken(path, error) from error
-
-
-def _path_kind(path: Path) -> str:
-    """Kind of a path that is not a regular file; opening a pipe or a device could block."""
-    return "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else "a device or a socket"
 
 
 def _describe(start: bytes) -> str:
@@ -239,7 +235,7 @@ def _pillow_tiff_header(image: Image.Image) -> ImageHeader | None:
 
 
 def _has_mask(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether a TIFF has a mask of the whole image, as a further directory or as a file .msk."""
+    """Return True if a TIFF has a mask of the whole image, in another directory or in a file .msk."""
     directory, file, seen = image.tag_v2, image.fp, set[int]()
     while file is not None and directory.next and directory.next not in seen:
         seen.add(directory.next)

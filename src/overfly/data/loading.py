@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -215,19 +215,6 @@ class BatchDataset(Dataset[Batch | OverflyError]):
         return list(range(self.rank, stream.batch, self.world))
 
 
-class _Range(torch.utils.data.Sampler[int]):
-    """The steps from ``start`` to ``stop``."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.numbers = range(start, stop)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-
 def batch_loader(
     steps: BatchDataset, start: int, stop: int, *, workers: int, pin: bool
 ) -> DataLoader[Batch | OverflyError]:
@@ -235,7 +222,7 @@ def batch_loader(
     return DataLoader(
         steps,
         batch_size=None,
-        sampler=_Range(start, stop),
+        sampler=range(start, stop),
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,

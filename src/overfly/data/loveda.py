@@ -38,7 +38,7 @@ class LoveDA(Domain, name="loveda"):
     * Bands: red, green, blue. Resolution: 0.3 m. Places: Nanjing, Changzhou, Wuhan (Google Earth, July 2016).
     * Scenes: 2,713 urban, 3,274 rural, each split into train, val and test.
     * Classes (number in the mask): background 1, building 2, road 3, water 4, barren 5, forest 6, agriculture 7;
-      0 is no data and ignored. The masks of test are hidden; the benchmark's server scores them.
+      0 is no data and ignored. The masks of test are not public; the benchmark's server scores predictions.
     * License: CC BY-NC-SA 4.0, for academic use; the imagery is subject to the terms of Google Earth.
     * Citation: Wang, Zheng, Ma, Lu, Zhong: LoveDA: A Remote Sensing Land-Cover Dataset for Domain Adaptive Semantic
       Segmentation. NeurIPS Datasets and Benchmarks, 2021. doi:10.5281/zenodo.5706578
@@ -51,16 +51,16 @@ class LoveDA(Domain, name="loveda"):
 
     @property
     def classes(self) -> Classes:
-        """The seven classes."""
+        """LoveDA's seven classes."""
         return CLASSES
 
     @property
     def gsd(self) -> float:
-        """0.3 m a pixel."""
+        """Length of a pixel on the ground: 0.3 m."""
         return 0.3
 
     def items(self, split: Split) -> Sequence[Item]:
-        """Scenes in the order of their numbers, urban before rural, named like ``Rural_12``.
+        """Return scenes by number, urban before rural, with names such as ``Rural_12``.
 
         Raises:
             SplitError: a folder of images does not exist.
@@ -122,7 +122,7 @@ SCENES = ("Urban", "Rural")
 RECEIPT = ".overfly.json"
 """File in an unpacked split that names its archive and its number of files."""
 NamedProgress = Callable[[str, int, int | None], None]
-"""Called with the name of the step, the bytes so far, and all bytes, or None where they are not known."""
+"""Called with the name of the step, the bytes so far, and all bytes, or None if unknown."""
 
 
 class Archive(NamedTuple):
@@ -132,7 +132,7 @@ class Archive(NamedTuple):
         name: file name.
         md5: checksum.
         files: number of images and masks.
-        masks: whether it holds masks.
+        masks: True if it contains masks.
     """
 
     name: str
@@ -159,7 +159,7 @@ class DownloadedSplit(Spec):
     files: int
     """Number of images and masks."""
     downloaded: bool
-    """Whether it was downloaded now; False: it existed and was complete."""
+    """True if this call downloaded it; False if it was complete before."""
     archive: Path | None = None
     """The archive, if it was kept."""
 
@@ -183,9 +183,7 @@ class Downloaded(Spec):
         ]
         return "\n".join([*lines, f"license: {self.license}"])
 
-    def __rich__(self) -> str:
-        """The same in a terminal."""
-        return str(self)
+    __rich__ = __str__
 
 
 def download_loveda(
@@ -212,7 +210,7 @@ def download_loveda(
         The splits and the license, which the caller must show.
 
     Raises:
-        DataError: a split's folder exists and is incomplete or not LoveDA's.
+        DataError: a split's folder exists and is incomplete or another dataset.
         DownloadError: the download fails, does not match its checksum, or does not unpack.
     """
     base = (base or os.environ.get("OVERFLY_LOVEDA_URL") or LOVEDA_URL).rstrip("/")
@@ -254,7 +252,7 @@ def _complete_files(root: Path, split: Split) -> int:
     """Number of files of a complete split; 0 if its folder is missing or empty.
 
     Raises:
-        DataError: the folder holds something else than the complete split.
+        DataError: the folder contains other files, or the split is incomplete.
     """
     archive = LOVEDA[split]
     folder = root / Path(archive.name).stem

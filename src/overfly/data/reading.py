@@ -39,7 +39,7 @@ def read_image(source: Path | LazyArray, *, bands: int | None) -> Array:
     """Read an image (H, W, C) as uint8, uint16 or float32, in the sensor's range; a new array if it is a file.
 
     An alpha band is left out unless ``bands`` includes it.
-    Pixels without data, masked or not finite are 0; `nodata_mask` returns where.
+    Pixels without data, masked or not finite are 0; see `nodata_mask`.
 
     Args:
         source: file, or function that generates the image.
@@ -121,10 +121,10 @@ def read_label_pixels(source: Path | LazyArray) -> LabelPixels:
 
 
 def read_index_label(item: Item, classes: int) -> UInt8:
-    """The label (H, W) of an item that stores class ids 0 to ``classes`` - 1 and 255 for ignored pixels.
+    """Read the label (H, W) of an item that stores class ids 0 to ``classes`` - 1 and 255 for ignored pixels.
 
     Raises:
-        DataError: there is none, or it is broken, of another size than the image, or holds other numbers.
+        DataError: there is no label, or it is damaged, of another size than the image, or contains other numbers.
     """
     values = read_label_pixels(label_of(item)).values
     if values.ndim != 2:
@@ -140,10 +140,10 @@ def read_index_label(item: Item, classes: int) -> UInt8:
 
 
 def label_of(item: Item) -> Path | LazyArray:
-    """The source of an item's label.
+    """Return the source of an item's label.
 
     Raises:
-        DataError: it has none.
+        DataError: the item has no label.
     """
     if item.label is None:
         raise DataError(f"{source_name(item.image)} has no mask; remove it, or set the domain's masks")
@@ -154,7 +154,7 @@ def check_size(item: Item, label: Array) -> None:
     """Check that a label (H, W) has the size of its item's image.
 
     Raises:
-        DataError: it is not.
+        DataError: the sizes differ.
     """
     if isinstance(item.image, Path):
         image = read_header(item.image)
@@ -255,7 +255,7 @@ def unpack(packed: int) -> Color:
 
 
 def from_colors(colors: UInt8, meaning: Mapping[Color, int]) -> UInt8:
-    """Class ids (H, W) of colors (H, W, 3); `UNKNOWN` where a color has no meaning."""
+    """Class ids (H, W) of colors (H, W, 3); `UNKNOWN` for colors without a class."""
     packed = pack(colors)
     if packed.size > 100_000:
         return _color_table(tuple(sorted(meaning.items())))[packed]
@@ -263,27 +263,27 @@ def from_colors(colors: UInt8, meaning: Mapping[Color, int]) -> UInt8:
     values = np.array([meaning[color] for color in sorted(meaning)], np.uint8)
     if not keys.size:
         return np.full(packed.shape, UNKNOWN, np.uint8)
-    at = np.searchsorted(keys, packed).clip(max=len(keys) - 1)
-    found: UInt8 = np.where(keys[at] == packed, values[at], np.uint8(UNKNOWN))
-    return found
+    index = np.searchsorted(keys, packed).clip(max=len(keys) - 1)
+    ids: UInt8 = np.where(keys[index] == packed, values[index], np.uint8(UNKNOWN))
+    return ids
 
 
 def from_numbers(numbers: Array, meaning: Mapping[int, int]) -> UInt8:
-    """Class ids (H, W) of whole numbers (H, W) of any type; `UNKNOWN` where a number has no meaning."""
+    """Class ids (H, W) of whole numbers (H, W) of any type; `UNKNOWN` for numbers without a class."""
     highest = max(max(meaning, default=0), 255)
     table = np.full(highest + 2, UNKNOWN, np.uint8)
     for number, value in meaning.items():
         table[number] = value
     if numbers.dtype == np.uint8:
-        found: UInt8 = table[numbers]
+        ids: UInt8 = table[numbers]
     else:
         inside = np.where((numbers >= 0) & (numbers <= highest), numbers, highest + 1)
-        found = table[inside.astype(np.int64)]
-    return found
+        ids = table[inside.astype(np.int64)]
+    return ids
 
 
 def from_palette(numbers: Array, palette: UInt8, meaning: Mapping[Color, int]) -> UInt8:
-    """Class ids (H, W) of the colors that a palette (P, 3) gives to numbers (H, W); `UNKNOWN` where there is none."""
+    """Class ids (H, W) of numbers (H, W) with palette colors (P, 3); `UNKNOWN` for colors without a class."""
     ids = from_colors(palette, meaning)
     return from_numbers(numbers, {number: int(value) for number, value in enumerate(ids)})
 
@@ -296,12 +296,12 @@ def unknown_colors(colors: UInt8, label: UInt8, palette: UInt8 | None = None) ->
         label: result of `from_colors` or `from_palette` (H, W).
         palette: (P, 3), for numbers.
     """
-    odd = colors[label == UNKNOWN]
+    unknown = colors[label == UNKNOWN]
     if palette is None:
-        values, counts = np.unique(pack(odd), return_counts=True)
+        values, counts = np.unique(pack(unknown), return_counts=True)
         names = [",".join(map(str, unpack(int(value)))) for value in values]
     else:
-        values, counts = np.unique(odd, return_counts=True)
+        values, counts = np.unique(unknown, return_counts=True)
         names = [",".join(map(str, palette[value])) if value < len(palette) else f"entry {value}" for value in values]
     return _most_frequent(names, counts)
 
@@ -323,5 +323,5 @@ def _color_table(meaning: tuple[tuple[Color, int], ...]) -> UInt8:
 
 def _most_frequent(names: list[str], counts: NDArray[np.int64]) -> str:
     order = np.argsort(-counts, kind="stable")
-    listed = ", ".join(f"{names[at]} ({counts[at]} pixels)" for at in order[:3])
+    listed = ", ".join(f"{names[index]} ({counts[index]} pixels)" for index in order[:3])
     return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")

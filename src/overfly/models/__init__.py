@@ -9,6 +9,6 @@ from overfly.models.segmenter import Segmenter
 from overfly.models.weights import Report, load_weights
 
 BUILT_IN = (deeplabv2, lraspp, pidnet)
-"""The modules whose builders are always registered."""
+"""Modules of the built-in networks."""
 
 __all__ = ["BUILT_IN", "NAMED", "Network", "Report", "Segmenter", "build", "load_weights", "names", "register"]

@@ -55,7 +55,7 @@ RECORD = "synthetic.json"
 
 
 def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8, UInt8]:
-    """Synthesize a scene. It is a function of the four arguments: the same on every machine and in every process.
+    """Synthesize a scene, a deterministic function of the arguments on all machines.
 
     Args:
         scene: ``urban`` or ``rural``.
@@ -109,7 +109,7 @@ class Synthetic(Domain, name="synthetic"):
     """
 
     scene: Scene = "urban"
-    """Which of the two domains: ``urban`` or ``rural``."""
+    """Domain: ``urban`` or ``rural``."""
     size: Pixels = 256
     """Side of each image; a larger one shows more ground."""
     train: PositiveInt = 400
@@ -137,13 +137,8 @@ class Synthetic(Domain, name="synthetic"):
     def items(self, split: Split) -> Sequence[Item]:
         """Scenes 0 to n - 1 of a split, named like ``Urban_12``."""
         number: int = {"train": self.train, "val": self.val, "test": self.test}[split]
-        items = []
-        for index in range(number):
-            key = (self.scene, split, index, self.size)
-            items.append(
-                Item(f"{self.scene.capitalize()}_{index}", partial(draw_image, *key), partial(draw_label, *key))
-            )
-        return items
+        title, keys = self.scene.capitalize(), [(self.scene, split, index, self.size) for index in range(number)]
+        return [Item(f"{title}_{key[2]}", partial(draw_image, *key), partial(draw_label, *key)) for key in keys]
 
 
 def write_synthetic(
@@ -159,8 +154,8 @@ def write_synthetic(
     """Write synthetic images in LoveDA's layout: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
 
     As in LoveDA, a mask holds class id + 1, Test has no masks, and no two files share a number. Scene ``index`` of a
-    split is the same image as that of `Synthetic`. The folder appears when it is complete; a folder that already holds
-    these images is left as it is.
+    split is the same image as that of `Synthetic`. The folder is created only when complete; an existing
+    folder with these images is not changed.
 
     Args:
         root: folder to write; it must not exist, or be empty.
@@ -175,7 +170,7 @@ def write_synthetic(
         Number of images in the folder.
 
     Raises:
-        DataError: the folder holds something else or cannot be written, or a number is out of range.
+        DataError: the folder has other content or cannot be written, or a number is out of range.
     """
     root = Path(root).expanduser()
     numbers: dict[Split, int] = {"train": train, "val": val, "test": test}
@@ -185,14 +180,8 @@ def write_synthetic(
             raise DataError(f"{setting} must be at least {least}, got {value}")
     if not scenes or set(scenes) - set(SCENES):
         raise DataError(f"scenes must be some of {', '.join(SCENES)}, got {', '.join(scenes) or 'none'}")
-    record: dict[str, object] = {
-        "edition": EDITION,
-        "size": size,
-        "train": train,
-        "val": val,
-        "test": test,
-        "scenes": sorted(set(scenes)),
-    }
+    record: dict[str, object] = {"edition": EDITION, "size": size, "train": train, "val": val, "test": test}
+    record["scenes"] = sorted(set(scenes))
     count = sum(numbers.values()) * len(set(scenes))
     if _is_written(root, record):
         return count
@@ -213,10 +202,10 @@ def write_synthetic(
 
 
 def _is_written(root: Path, record: dict[str, Any]) -> bool:
-    """Whether a folder holds the dataset of this record; False if it is missing or empty.
+    """Return True if a folder contains the dataset of this record; False if it is missing or empty.
 
     Raises:
-        DataError: it holds something else.
+        DataError: the folder has other content.
     """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
@@ -262,7 +251,7 @@ Range = tuple[float, float]
 
 
 class Appearance(NamedTuple):
-    """Season, light and sensor of a domain; each scene draws its own values from the ranges.
+    """Season, light and sensor of a domain; the values of a scene are random within the ranges.
 
     Attributes:
         leaves: colors that tree crowns are mixed from.
@@ -324,7 +313,7 @@ STRENGTH: Float = np.array([TEXTURE[material] for material in Material], np.floa
 
 
 def _draw_trees(canvas: Canvas, random: Random, appearance: Appearance, away: tuple[float, float]) -> None:
-    """Draw tree crowns where the layout allows trees, shadow_mask by the direction of the sun."""
+    """Draw tree crowns where the layout allows trees, shaded by the direction of the sun."""
     spacing, size = random.integer(*appearance.spacing), canvas.size
     nearest = crowns(random, size, spacing)
     pixel = np.arange(size)
@@ -356,7 +345,7 @@ def _texture(canvas: Canvas, random: Random) -> Float:
     return light + 5 * clouds(random, size, 100)
 
 
-def _soften(mask: Bool, radius: float) -> Float:
+def _blur_mask(mask: Bool, radius: float) -> Float:
     """Blur the edges of a mask (S, S); values 0 to 1."""
     blurred = Image.fromarray(mask.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.GaussianBlur(radius))
     return np.asarray(blurred, np.float32) / np.float32(255)
@@ -367,7 +356,7 @@ def _render(canvas: Canvas, random: Random, appearance: Appearance) -> UInt8:
     size, (to_x, to_y) = canvas.size, direction(random.uniform(*appearance.sun))
     away = (-to_x, -to_y)
     _draw_trees(canvas, random, appearance, away)
-    shadow = _soften(
+    shadow = _blur_mask(
         shadow_mask(canvas.height, away, random.uniform(*appearance.slope), float(canvas.height.max())), 0.6
     )
     image = canvas.color + _texture(canvas, random)[..., None]
