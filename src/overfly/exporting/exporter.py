@@ -1,4 +1,4 @@
-"""Export a network: write a file under a temporary name, compare it with PyTorch, rename it if the two agree."""
+"""Export a network to a temporary file, compare it with PyTorch, and rename it if both agree."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from overfly.exporting.torch_program import write_torch
 from overfly.models.segmenter import Segmenter
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-"""Suffix of the file to open, by format."""
+"""Suffix of the main file, by format."""
 ROUNDS, SECONDS = 10, 20.0
-"""Images that each runtime is timed on, and seconds after which no further round starts."""
+"""Maximum rounds of timing, and seconds after which timing ends."""
 RANGE_IMAGES = 8
-"""Calibration images that decide between the `Ranges` of 8-bit maps."""
+"""Calibration images used to select the `Ranges` of 8-bit feature maps."""
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Real images that an export is measured on.
+    """Images on which an export is compared with PyTorch.
 
     Attributes:
         images: each (1, C, H, W), float32, in the sensor's own range, without labels.
-        calibration: unlabeled images of one size that the ranges of 8-bit maps are measured on.
-        labels: labels for the scorer; None: mIoU is not measured.
+        calibration: unlabeled images of one size to calibrate 8-bit ranges.
+        labels: labels for mIoU; None: mIoU is not computed.
         title: title of the domain, and its split.
     """
 
@@ -72,21 +72,21 @@ class ExportReport(Spec):
     sha256: str
     """Checksum of the file."""
     settings: ExportSettings
-    """How it was exported."""
+    """Settings of the export."""
     metadata: ModelMetadata
     """Input and classes of the network."""
     images: str
-    """Domain and split of the images that it was measured on."""
+    """Domain and split of the compared images."""
     calibration_images: NonNegativeInt
-    """Unlabeled images that 8-bit ranges were measured on; 0 without 8-bit maps."""
+    """Number of calibration images; 0 without quantization."""
     parity: tuple[Parity, ...]
     """Agreement with PyTorch, by runtime; the runtime of the file's format first."""
     latency: dict[str, Latency]
     """Time of one image, by runtime; ``torch eager`` is the trained network in float32."""
     latency_side: Pixels
-    """Side of the image of these times."""
+    """Side of the timed image."""
     machine: dict[str, Any]
-    """Machine that it was measured on."""
+    """Machine of the measurements."""
 
 
 def export(
@@ -97,12 +97,12 @@ def export(
 
     Args:
         segmenter: the trained network; it is not changed.
-        metadata: its metadata; ``fixed`` and ``window`` make a file for tiles of one size.
+        metadata: its metadata; ``fixed`` exports a graph for tiles of the size ``window`` only.
         settings: format, precision, output and inner size.
-        data: images that it is measured on.
+        data: images for the comparison.
         folder: folder to write to.
         name: name of the file without suffix.
-        on_progress: called with a line on each phase.
+        on_progress: called with a message for each phase.
 
     Returns:
         The file, and its report, which is also written to ``NAME.json``.
@@ -118,16 +118,16 @@ def export(
     with contextlib.ExitStack() as stack:
         with convert_os_errors(final):
             folder.mkdir(parents=True, exist_ok=True)
-            work = stack.enter_context(temporary_path(final, folder=True))
+            temporary = stack.enter_context(temporary_path(final, folder=True))
             on_progress(f"writing {final.name}")
-            file = _write(segmenter, metadata, settings, data, work / final.name)
+            file = _write(segmenter, metadata, settings, data, temporary / final.name)
         on_progress(f"comparing it with PyTorch on {len(data.images)} images of {data.title}")
         report = _measure(file, segmenter, metadata, settings, data)
         with convert_os_errors(final):
             _raise_if_different(report, folder / f"{name}.failed.json")
             values = json.loads(report.model_dump_json())
-            (work / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            for part in sorted(work.iterdir(), key=lambda part: part == file):  # the file to open comes last
+            (temporary / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            for part in sorted(temporary.iterdir(), key=lambda part: part == file):  # the main file last
                 part.replace(folder / part.name)
     return final, report
 
@@ -180,7 +180,7 @@ def _quantize(
 
 
 def _reference(segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings) -> Predictor:
-    """Return the network in PyTorch, float32, before batch normalization is folded."""
+    """Return the predictor of the original network in PyTorch, float32."""
     reference = segmenter_predictor(segmenter, metadata)
     return reference if settings.resize is None else resizing_predictor(reference, settings.resize)
 
@@ -231,7 +231,7 @@ def _open_file(file: Path, settings: ExportSettings) -> list[Predictor]:
 
 
 def _raise_if_different(report: ExportReport, failed: Path) -> None:
-    """Raise if the runtime of the file's format is beyond tolerance, and write the report; others may be beyond it."""
+    """Write the report and raise ParityError if the main runtime exceeds its tolerance; others may exceed it."""
     failed.unlink(missing_ok=True)
     parity = report.parity[0]
     if parity.violations:
@@ -245,10 +245,10 @@ def _raise_if_different(report: ExportReport, failed: Path) -> None:
 
 @contextlib.contextmanager
 def convert_os_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the disk into an `OverflyError` that names the file."""
+    """Convert an OSError to an `OverflyError` with the path and the reason."""
     try:
         yield
-    except BrokenPipeError:  # of a closed terminal
+    except BrokenPipeError:  # the output is closed
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

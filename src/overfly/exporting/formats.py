@@ -1,4 +1,4 @@
-"""A graph as an ONNX or OpenVINO file; as a .pt2 file it is written by `torch_program`."""
+"""Write graphs as ONNX or OpenVINO files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfly.exporting.runtimes import antialias_resize, openvino, openvino_core
 from overfly.models.checkpoints import first_line
 
 OPSET = 18
-"""ONNX operator set: the first whose Resize has ``antialias``; every runtime of the last three years reads it."""
+"""ONNX operator set: the first whose Resize has ``antialias``."""
 TILE_OVERLAP = 25
 """Overlap of two tiles in QGIS, in percent."""
 
@@ -26,12 +26,7 @@ TILE_OVERLAP = 25
 def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) -> Path:
     """Write a graph as one ONNX file.
 
-    PyTorch's tracing exporter names each value by its module, and takes 3 seconds; the one by torch.export takes 30.
-
-    Args:
-        module: the graph, in evaluation mode.
-        path: file to write.
-        properties: metadata of the file.
+    PyTorch's tracing exporter is used: it names values by their modules, and is faster than torch.export.
 
     Raises:
         MissingExtraError: onnx is not installed.
@@ -46,13 +41,13 @@ def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) 
     example = _example_image(module)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sizes that become constants, and the exporter's deprecation
+            warnings.simplefilter("ignore")  # sizes traced as constants, and a deprecation
             torch.onnx.export(
                 module, (example,), path, dynamo=False, opset_version=OPSET, do_constant_folding=True,
                 input_names=["image"], output_names=[output],
                 dynamic_axes={"image": batch | sides, output: batch | output_sides},
             )  # fmt: skip
-    except OSError:  # of the disk
+    except OSError:
         raise
     except Exception as error:  # the exporter raises many kinds
         raise OverflyError(
@@ -76,7 +71,7 @@ def set_properties(model: Any, properties: Mapping[str, str]) -> None:
 
 
 def _write_output_shape(model: Any, module: ExportModule) -> None:
-    """Write the output shape of an ONNX model in full: K, and the sides where they are fixed, else their names."""
+    """Write all dimensions of an ONNX model's output: classes, and fixed or named sides."""
     shape = model.graph.output[0].type.tensor_type.shape.dim
     for index, side in zip((-2, -1), module.fixed or ("height", "width"), strict=True):
         shape[index].Clear()
@@ -119,7 +114,7 @@ def save_openvino(model: Any, path: Path, properties: Mapping[str, str], *, half
 
 
 def _example_image(module: ExportModule) -> Tensor:
-    """Return an image to trace a graph with."""
+    """Return an image for tracing."""
     generator = torch.Generator().manual_seed(0)
     side = MIN_SIDE if module.dtype == torch.float16 else 96  # float16 convolutions are slow on a CPU
     return torch.rand(1, module.bands, *(module.fixed or (side, side)), generator=generator) * 255

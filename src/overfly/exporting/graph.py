@@ -1,4 +1,4 @@
-"""The graph that is exported: from an image in the sensor's own range to probabilities, logits or class ids.
+"""The exported graph: from an image in the sensor's own range to probabilities, logits or class ids.
 
 Training heads are dropped, and batch normalization and the division by the standard deviation are folded into the
 convolutions.
@@ -17,7 +17,7 @@ from overfly.models.network import Network
 from overfly.models.segmenter import Segmenter
 
 MIN_SIDE = 32
-"""Least side of an image that a graph of any size accepts, in pixels."""
+"""Smallest image side of graphs without a fixed size, in pixels."""
 
 
 class ExportModule(nn.Module):
@@ -52,7 +52,7 @@ class ExportModule(nn.Module):
         self.bands, self.classes = segmenter.bands, len(segmenter.classes)
         self.register_buffer("mean", segmenter.mean.clone())
         self.register_buffer("std", segmenter.std.clone())
-        # the convolution pads with 0, the mean after its subtraction: only the division can be folded into it
+        # only the division is folded: the convolution pads with 0, which must stay the mean
         self.divides = dtype != torch.float32 or not fold_division(network, segmenter.std)
         self.network = network.to(dtype)
         self.head = OutputHead(output)
@@ -62,7 +62,7 @@ class ExportModule(nn.Module):
         height, width = image.shape[-2:]
         x = image
         if self.resize is not None:
-            smooth = not torch.onnx.is_in_onnx_export()  # the exporter cannot write it; `formats` adds it
+            smooth = not torch.onnx.is_in_onnx_export()  # not supported by the exporter; `formats` adds it
             x = F.interpolate(
                 x, size=(self.resize, self.resize), mode="bilinear", align_corners=False, antialias=smooth
             )
@@ -77,9 +77,9 @@ class ExportModule(nn.Module):
         return result
 
     def _padded(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, int], bool]:
-        """Pad images to multiples of the stride by repeating the last pixels; return them, their size, whether padded.
+        """Pad images to multiples of the stride by repeating the last pixels; return images, size, and whether padded.
 
-        A graph of any size always pads, by 0 pixels where none are missing: it has no branches.
+        A graph without a fixed size always pads, possibly by 0 pixels, because it has no branches.
         """
         known = self.fixed is not None or self.resize is not None
         stride = self.stride
@@ -90,7 +90,7 @@ class ExportModule(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """From class scores at the network's own stride to the output at the image's size."""
+    """Convert class scores at the network's stride to the output at the image's size."""
 
     def __init__(self, output: ExportOutput) -> None:
         super().__init__()
@@ -104,8 +104,8 @@ class OutputHead(nn.Module):
         Args:
             scores: (B, K, h, w).
             size: size to interpolate to.
-            crop: size to crop to, where the image was padded.
-            image: size to resize to, where the image was resized.
+            crop: size to crop to, if the image was padded.
+            image: size to resize to, if the image was resized.
         """
         scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         if crop is not None:
@@ -118,8 +118,7 @@ class OutputHead(nn.Module):
             return scores.argmax(1).to(torch.uint8)
         if not torch.onnx.is_in_onnx_export():
             return scores.softmax(1)
-        # a softmax by its definition: for the operator over dimension 1 ONNX Runtime transposes the maps twice,
-        # a fifth of PIDNet-S's time at 512×512; OpenVINO recognizes it
+        # the definition of softmax is faster than the operator: for dimension 1, ONNX Runtime transposes the maps twice
         odds = (scores - scores.amax(1, keepdim=True)).exp()
         return odds / odds.sum(1, keepdim=True)
 
@@ -127,13 +126,9 @@ class OutputHead(nn.Module):
 def fold_batch_norm(network: Network, bands: int) -> Network:
     """Return a copy whose batch normalizations are folded into the convolutions before them; its output is the same.
 
-    A normalization is folded where its input is the tensor that a convolution returned, in a forward pass of a small
-    image. Where folding changes the output (other modules read the convolution too), nothing is folded. Both passes
-    are in float64, since a deep network can amplify rounding in float32.
-
-    Args:
-        network: in evaluation mode; it is not changed.
-        bands: bands of its images.
+    A normalization is folded if its input is the output of a convolution in a forward pass of a small image. If folding
+    changes the output, because other modules use the convolution's output too, nothing is folded. Both passes are in
+    float64, because a deep network can amplify rounding in float32. ``network`` is in evaluation mode.
     """
     folded = copy.deepcopy(network).double()
     image = torch.randn(1, bands, 64, 64, generator=torch.Generator().manual_seed(0)).double()
@@ -185,7 +180,7 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 @torch.no_grad()
 def fold_division(network: Network, std: Tensor) -> bool:
-    """Fold the division by ``std`` (1, C, 1, 1) into the network's first convolution, in place; return if possible."""
+    """Fold the division by ``std`` (1, C, 1, 1) into the first convolution, in place; return whether it was possible."""
     try:
         conv = network.get_submodule(network.first) if network.first else None
     except AttributeError:

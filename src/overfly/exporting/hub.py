@@ -1,4 +1,4 @@
-"""Model cards, and exported files pushed to a model hub or loaded from one by huggingface_hub."""
+"""Write model cards, and push exported files to a model hub or load them from it with huggingface_hub."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class CardContent:
 
     Attributes:
         title: name of the run.
-        method: how it was trained or adapted.
+        method: method of training or adaptation.
         domains: titles of the domains, each with its role in training and its data sheet.
         scores: mIoU and IoU by class, by domain and split, by seed, of this run and of those that differ in the seed.
-        selection: label-free metrics of the candidates as Markdown; empty where the run was not adapted.
+        selection: label-free metrics of the candidates as Markdown; empty if the run was not adapted.
         recipe: the recipe as YAML.
     """
 
@@ -98,7 +98,9 @@ def _score_lines(content: CardContent) -> list[str]:
     if not content.scores:
         return ["Not scored against labels; `overfly evaluate` does it."]
     seeds = sorted({seed for by_seed in content.scores.values() for seed in by_seed})
-    names = list(dict.fromkeys(name for runs in content.scores.values() for each in runs.values() for name in each))
+    names = list(
+        dict.fromkeys(name for by_seed in content.scores.values() for scores in by_seed.values() for name in scores)
+    )
     lines = [
         f"IoU in percent of the trained network in PyTorch, seeds {', '.join(map(str, seeds))}: mean ± standard "
         "deviation (number of seeds).",
@@ -107,7 +109,7 @@ def _score_lines(content: CardContent) -> list[str]:
         f"|---|{'---|' * len(content.scores)}",
     ]
     for name in names:
-        cells = [_format_mean([each.get(name) for each in by_seed.values()]) for by_seed in content.scores.values()]
+        cells = [_format_mean([scores.get(name) for scores in by_seed.values()]) for by_seed in content.scores.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -126,10 +128,11 @@ def _parity_lines(report: ExportReport) -> list[str]:
         "| runtime | same class | largest difference of a probability | mIoU | mIoU of PyTorch |",
         "|---|---|---|---|---|",
     ]
-    for each in report.parity:
-        mious = ["–" if value is None else f"{100 * value:.2f}" for value in (each.miou, each.miou_of_torch)]
-        same = f"{100 * each.agreement:.3f} %" + (f" (beyond tolerance: {each.violations})" if each.violations else "")
-        lines.append(f"| {each.backend} | {same} | {each.probability_difference:.2g} | {mious[0]} | {mious[1]} |")
+    for parity in report.parity:
+        mious = ["–" if value is None else f"{100 * value:.2f}" for value in (parity.miou, parity.miou_of_torch)]
+        violations = f" (beyond tolerance: {parity.violations})" if parity.violations else ""
+        same = f"{100 * parity.agreement:.3f} %{violations}"
+        lines.append(f"| {parity.backend} | {same} | {parity.probability_difference:.2g} | {mious[0]} | {mious[1]} |")
     return lines
 
 
@@ -141,7 +144,7 @@ def _latency_lines(report: ExportReport) -> list[str]:
         "",
         "| runtime | median ms | shortest ms |",
         "|---|---|---|",
-        *(f"| {name} | {each.median_ms:.1f} | {each.min_ms:.1f} |" for name, each in report.latency.items()),
+        *(f"| {name} | {latency.median_ms:.1f} | {latency.min_ms:.1f} |" for name, latency in report.latency.items()),
     ]
 
 
@@ -180,7 +183,7 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
             api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=f"{export.name} from overfly", ignore_patterns=[]
             )
-        except Exception as error:  # the client raises its own kinds and those of its transport
+        except Exception as error:  # the client has no common error class
             raise DownloadError(
                 f"the hub refused {repository} ({first_line(error)}); check the name, and log in with `hf auth login`"
             ) from error
@@ -188,7 +191,7 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
 
 
 def load(repository: str, out: Path, *, revision: str | None = None, endpoint: str | None = None) -> list[Path]:
-    """Load the exported files of a repository; its page becomes the card of its export.
+    """Load the exported files of a repository; its page is written as the model card of the export.
 
     Args:
         repository: OWNER/NAME.
@@ -197,7 +200,7 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
         endpoint: address of another hub than the default.
 
     Returns:
-        The files: those to open first.
+        The files, main files first.
 
     Raises:
         DownloadError: there is no such repository, it holds no export, or another file of the same name exists.
@@ -247,7 +250,7 @@ def _move_exports(folder: Path, out: Path, repository: str) -> list[Path]:
 
 
 def check_export(export: Path) -> None:
-    """Compare an export with the size and the checksum in the .json beside it, if there is one.
+    """Check size and checksum of an export against its .json file, if it exists.
 
     Raises:
         WeightsError: they differ.

@@ -1,4 +1,4 @@
-"""Agreement of an exported file with PyTorch, measured end to end on real images."""
+"""Compare the predictions of an exported file with PyTorch's on images."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Tolerance(Spec):
     """Allowed difference of an exported file from PyTorch."""
 
     agreement: Share
-    """Least share of pixels with the same class."""
+    """Smallest allowed share of pixels with the same class."""
     miou: Share
-    """Largest difference of mIoU, where it is measured."""
+    """Largest allowed difference of mIoU."""
 
 
 TOLERANCES: dict[ExportPrecision, Tolerance] = {
@@ -37,7 +37,7 @@ TOLERANCES: dict[ExportPrecision, Tolerance] = {
     "16": Tolerance(agreement=0.98, miou=0.005),
     "int8": Tolerance(agreement=0.97, miou=0.01),
 }
-"""By precision; 16 bits are float16 or, on CPUs without it, bfloat16, whose mantissa has 8 bits."""
+"""Tolerances by precision; 16 bits are float16 or bfloat16."""
 
 
 class Parity(Spec):
@@ -54,17 +54,17 @@ class Parity(Spec):
     probability_difference: NonNegativeFloat
     """Largest difference of a probability."""
     miou: Share | None = None
-    """mIoU of the file against labels; none without labels."""
+    """mIoU of the file; none without labels."""
     miou_of_torch: Share | None = None
-    """mIoU of PyTorch against the same labels."""
+    """mIoU of PyTorch with the same labels."""
     labels_opened: NonNegativeInt = 0
-    """Labels that the scorer read for each of the two."""
+    """Labels read for each of the two."""
     tolerance: Tolerance
     """The allowed difference."""
 
     @property
     def violations(self) -> str:
-        """The metrics beyond tolerance, with their values; empty where there are none."""
+        """Metrics that exceed the tolerance, with their values; empty without any."""
         violations = []
         if self.agreement < self.tolerance.agreement:
             violations.append(
@@ -81,13 +81,13 @@ class Parity(Spec):
 
 @dataclass(frozen=True)
 class LabeledSplit:
-    """Labels that the scorer reads.
+    """Labels of a split for mIoU.
 
     Attributes:
         domain: the domain.
-        split: its split.
-        resize: side that images are resized to before both networks.
-        window: side of the windows that images are predicted in.
+        split: split of the domain.
+        resize: side that images are resized to before prediction.
+        window: side of sliding windows.
         limit: largest number of images, sampled evenly.
     """
 
@@ -105,12 +105,12 @@ def measure_parity(
     """Compare an exported file with PyTorch.
 
     Args:
-        predictor: the file on a runtime.
+        predictor: the exported file.
         settings: its settings.
-        reference: the trained network in PyTorch, float32, before batch normalization was folded.
-        images: each (1, C, H, W), float32, in the sensor's own range.
-        labels: None: mIoU is not measured.
-        miou_of_torch: mIoU of PyTorch on the labels.
+        reference: the original network in PyTorch, float32.
+        images: images (1, C, H, W), float32, in the sensor's own range.
+        labels: labels for mIoU; None: mIoU is not computed.
+        miou_of_torch: mIoU of PyTorch with the labels.
     """
     same = pixels = 0
     difference = 0.0
@@ -135,7 +135,7 @@ def measure_parity(
 
 
 def score_predictor(predictor: Predictor, labels: LabeledSplit) -> tuple[float | None, int]:
-    """Return a predictor's mIoU against labels, and how many of them were read."""
+    """Return a predictor's mIoU, and the number of labels read."""
     count = sum(item.label is not None for item in labels.domain.items(labels.split))
     every = max(1, -(-count // labels.limit))
     scores = score(
@@ -146,7 +146,7 @@ def score_predictor(predictor: Predictor, labels: LabeledSplit) -> tuple[float |
 
 
 class _PredictorModule(nn.Module):
-    """A predictor as a module: images (B, C, H, W) to `Logits` at their size."""
+    """Module of a predictor: images (B, C, H, W) to `Logits` of the same size."""
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`Predictor`, a network on any runtime from images to class probabilities, and the metadata of exported files."""
+"""`Predictor`, a network on any runtime, and the metadata of exported files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 MODEL_KEY, EXPORT_KEY = "overfly", "overfly_export"
 """Keys of an exported file's metadata: `ModelMetadata` and `ExportSettings`, each as a JSON object."""
 FORMAT_VERSION = 1
-"""Version of the layout of both; raised when a reader of the previous version would misread them."""
+"""Version of the metadata's layout."""
 try:
     VERSION = version("overfly")
 except PackageNotFoundError:  # run from its sources without being installed
@@ -32,7 +32,7 @@ except PackageNotFoundError:  # run from its sources without being installed
 
 
 class ModelMetadata(Spec):
-    """Input and classes of a network; an exported file carries them as JSON in its metadata, key ``overfly``."""
+    """Input and classes of a network; a file holds them as JSON in its metadata, key ``overfly``."""
 
     architecture: str
     """The network's name in the registry."""
@@ -41,13 +41,13 @@ class ModelMetadata(Spec):
     bands: PositiveInt = 3
     """Bands C of the image, in the order of the training images."""
     max_value: PositiveFloat = 255.0
-    """Largest value that the sensor can give."""
+    """Largest value of the sensor."""
     mean: tuple[float, ...]
-    """Mean of each band in the sensor's own range; the network subtracts it itself."""
+    """Mean of each band in the sensor's own range, subtracted by the network."""
     std: tuple[float, ...]
-    """Standard deviation of each band in the sensor's own range; the network divides by it itself."""
+    """Standard deviation of each band in the sensor's own range, divided by in the network."""
     window: Pixels = 512
-    """Side of the windows that large images are cut into, in pixels."""
+    """Side of sliding windows in pixels."""
     fixed: bool = False
     """Whether images must have exactly this side; otherwise any size is accepted."""
     gsd: Meters | None = None
@@ -57,7 +57,7 @@ class ModelMetadata(Spec):
 
 
 class ExportSettings(Spec):
-    """How a file was exported; it carries this as JSON in its metadata, key ``overfly_export``."""
+    """Settings of an export; a file holds them as JSON in its metadata, key ``overfly_export``."""
 
     format_version: NonNegativeInt = FORMAT_VERSION
     """Version of the metadata's layout."""
@@ -114,7 +114,7 @@ class Predictor:
     Attributes:
         metadata: classes, bands, window.
         backend: torch, onnxruntime or openvino.
-        device: where it runs, as the runtime names it.
+        device: name of the device in the runtime.
         run: images (B, C, H, W), float32, in the sensor's own range, to class probabilities (B, K, H, W), float32.
             Several threads may call it, one at a time.
         export: format and precision of its file; None for a network that is not exported.
@@ -149,9 +149,9 @@ def model_metadata(
 
     Args:
         segmenter: the network.
-        window: side of the windows that large images are cut into, in pixels.
-        gsd: ground sampling distance of its training images, in meters a pixel.
-        title: name of the run that trained it.
+        window: side of sliding windows in pixels.
+        gsd: ground sampling distance of the training images in meters.
+        title: name of the run.
     """
     return ModelMetadata(
         architecture=segmenter.architecture,
@@ -167,13 +167,7 @@ def model_metadata(
 
 
 def segmenter_predictor(segmenter: Segmenter, metadata: ModelMetadata, device: torch.device | str = "cpu") -> Predictor:
-    """Return a trained network run by PyTorch, without its training heads.
-
-    Args:
-        segmenter: the network; a copy of it is used.
-        metadata: its metadata, see `model_metadata`.
-        device: where to run.
-    """
+    """Return the predictor of a copy of a trained network in PyTorch, without training heads."""
     device = torch.device(device)
     network = segmenter.without_training_heads().eval().to(device)
 
@@ -187,12 +181,7 @@ def segmenter_predictor(segmenter: Segmenter, metadata: ModelMetadata, device: t
 
 
 def resizing_predictor(predictor: Predictor, side: int) -> Predictor:
-    """Return a predictor that resizes images to a square, and its class scores back to the images' size.
-
-    Args:
-        predictor: predicts the square.
-        side: side of the square in pixels.
-    """
+    """Return a predictor that resizes images to a square of ``side`` pixels, and class scores back to their size."""
 
     def run(images: Floats) -> Floats:
         image = torch.from_numpy(images)

@@ -1,4 +1,4 @@
-"""8-bit quantization by the runtime's own tool; value ranges are measured on unlabeled images of the target."""
+"""8-bit quantization by the tools of the runtimes, calibrated on unlabeled images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from overfly.exporting.predictor import Floats
 from overfly.exporting.runtimes import antialias_resize, onnxruntime, openvino_core
 
 INTEGER_OPERATORS = ("Conv", "Add", "Concat", "Resize", "MaxPool", "Mul")
-"""ONNX operators that compute in integers; others stay in float32."""
+"""Quantized ONNX operators; others stay in float32."""
 Ranges = Literal["extremes", "means"]
-"""Range of a feature map's values: its extremes over all images, or the means of each image's extremes, which clip
-rare values and quantize the others finer. Which is better depends on the network."""
+"""Value range of a feature map: extremes over all images, or means of the extremes of each image, which clip rare
+values and resolve the others finer. The better choice depends on the network."""
 RANGES: tuple[Ranges, ...] = get_args(Ranges)
 HEAD = "/head/"
-"""Scope of the nodes from the class scores to the output, which stay in float32."""
+"""Scope of the output head, which stays in float32."""
 
 
 def quantize_onnx(
     source: Path, path: Path, images: Sequence[Floats], properties: Mapping[str, str], ranges: Ranges = "means"
 ) -> Path:
-    """Quantize for ONNX Runtime: static, weights by channel, feature maps by tensor, in (de)quantize nodes.
+    """Quantize statically for ONNX Runtime: weights per channel, feature maps per tensor, in QDQ format.
 
     Args:
         source: the ONNX file in float32.
@@ -73,10 +73,7 @@ def quantize_onnx(
 
 
 def grouped_convolutions(source: Path) -> list[str]:
-    """Return the names of an ONNX file's grouped convolutions that are not depthwise; OpenVINO 2026.4 miscomputes them.
-
-    PIDNet's pyramid has one, on maps of a 64th of the size: in float32 it costs nothing.
-    """
+    """Return the names of grouped, not depthwise, convolutions, which OpenVINO 2026.4 computes wrongly."""
     graph = onnx().load(source).graph
     planes = {tensor.name: tensor.dims[1] for tensor in graph.initializer if len(tensor.dims) == 4}
     names = []
@@ -88,7 +85,7 @@ def grouped_convolutions(source: Path) -> list[str]:
 
 
 class _Images:
-    """Images as the data reader of ONNX Runtime's calibration."""
+    """Data reader for ONNX Runtime's calibration."""
 
     def __init__(self, images: Sequence[Floats]) -> None:
         self.images: Iterator[Floats] = iter(images)
@@ -116,8 +113,8 @@ def quantize_openvino(
     core = openvino_core()
     path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own dependencies
-        os.environ.setdefault("NNCF_CI", "1")  # turns NNCF's usage reports off
+        warnings.simplefilter("ignore")  # of dependencies
+        os.environ.setdefault("NNCF_CI", "1")  # disables NNCF's telemetry
         nncf = import_extra("nncf", "openvino", "export in 8-bit integers for OpenVINO")
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Estimators
 
@@ -132,7 +129,7 @@ def quantize_openvino(
                 subset_size=len(images),
                 fast_bias_correction=True,
                 advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=estimator),
-                # a pool that counts its padding would count the integer 0, which is not the value 0
+                # average pooling that includes padding would average the integer 0, which is not the value 0
                 ignored_scope=nncf.IgnoredScope(
                     names=grouped_convolutions(source), patterns=[f"{HEAD}.*"], types=["AvgPool"], validate=False
                 ),
@@ -161,11 +158,11 @@ class _SignalStack(ctypes.Structure):
 
 @contextlib.contextmanager
 def _restored_signal_stack() -> Iterator[None]:
-    """Restore this thread's alternative signal stack at the end; does nothing but on Linux.
+    """Restore this thread's alternative signal stack at the end of the context (on Linux).
 
-    OpenVINO's CPU plug-in sets one, and restores the previous one when it is closed. Two plug-ins that are closed in
-    the order of their opening, as within one quantization, leave an unmapped stack: the next signal, such as Ctrl-C,
-    would end the process by a segmentation fault.
+    OpenVINO's CPU plug-in replaces the stack, and restores the previous one when it is closed. Two plug-ins that are
+    closed in the order of their opening, as in a quantization, leave an unmapped stack, and the next signal, such as
+    Ctrl-C, causes a segmentation fault.
     """
     if sys.platform != "linux":
         yield

@@ -1,4 +1,4 @@
-"""Exported files as predictors: .onnx by ONNX Runtime or OpenVINO, .xml by OpenVINO, .pt2 by PyTorch."""
+"""Open exported files as predictors: .onnx with ONNX Runtime or OpenVINO, .xml with OpenVINO, .pt2 with PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from overfly.models.checkpoints import first_line
 
 OUTPUTS: tuple[str, ...] = get_args(ExportOutput)
 Graph = Callable[[Floats], Any]
-"""Images (B, C, H, W), float32, to the output of the file's graph."""
+"""Computes the graph's output from images (B, C, H, W), float32."""
 Shape = tuple[int | None, ...]
 """Sizes of a tensor's dimensions; None for a dimension of any size."""
 
@@ -38,7 +38,7 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
     Args:
         path: a file that `overfly export` wrote.
         device: cpu, or cuda where onnxruntime was built for it.
-        threads: CPU threads; None: one a core.
+        threads: CPU threads; None: one per core.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -56,7 +56,7 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
         options.intra_op_num_threads = threads
     try:
         session = runtime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:  # the library raises many kinds for damaged files
+    except Exception as error:  # the library has no common error class
         raise WeightsError(f"{path} cannot be opened by onnxruntime ({first_line(error)}); export it again") from error
     name = session.get_inputs()[0].name
 
@@ -73,7 +73,7 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
     Args:
         path: a file that `overfly export` wrote.
         device: cpu, or a device as OpenVINO names it, such as GPU.
-        threads: CPU threads; None: one a core.
+        threads: CPU threads; None: one per core.
     """
     core = openvino_core()
     _check_exists(path)
@@ -84,7 +84,7 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
         )
     try:
         model = core.read_model(path)
-    except Exception as error:  # as above
+    except Exception as error:
         raise WeightsError(f"{path} cannot be opened by openvino ({first_line(error)}); export it again") from error
     properties = openvino_properties(model)
     settings = read_metadata(properties, path)[1]
@@ -103,7 +103,7 @@ def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor
 
     Args:
         path: the .pt2 file that `overfly export` wrote.
-        device: where to run.
+        device: device of the program.
 
     Raises:
         WeightsError: the file is missing, damaged, not exported by overfly, could run code, or its graph differs from
@@ -129,14 +129,14 @@ def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor
 def _predictor(
     path: Path, name: tuple[str, str], graph: Graph, signature: GraphSignature, properties: Mapping[str, str]
 ) -> Predictor:
-    """Return a predictor of class probabilities, whatever the graph's output is; ``name`` is backend and device."""
+    """Return a predictor of class probabilities for any output of the graph; ``name`` is backend and device."""
     metadata, settings = read_metadata(properties, path)
     check_signature(path, signature, metadata, settings)
 
     def run(images: Floats) -> Floats:
         output = graph(images)
         check_output(path, output, metadata, settings)
-        if settings.output == "classes":  # one-hot: probabilities are not known
+        if settings.output == "classes":  # one-hot, without probabilities
             return np.ascontiguousarray(np.eye(len(metadata.classes), dtype=np.float32)[output].transpose(0, 3, 1, 2))
         if settings.output == "logits":
             odds = np.exp(output - output.max(1, keepdims=True))
@@ -167,7 +167,7 @@ class GraphSignature:
 def onnx_signature(session: Any) -> GraphSignature:
     """Return the signature of a session of ONNX Runtime."""
     image, output = session.get_inputs()[0], session.get_outputs()[0]
-    shapes = [tuple(side if isinstance(side, int) else None for side in end.shape) for end in (image, output)]
+    shapes = [tuple(side if isinstance(side, int) else None for side in node.shape) for node in (image, output)]
     return GraphSignature(shapes[0], shapes[1], "int" in output.type, output.name)
 
 
@@ -186,11 +186,11 @@ def torch_signature(program: Any) -> GraphSignature:
     """Return the signature of an exported program: probabilities if softmax is its last operator, else logits."""
     nodes = {node.name: node for node in program.graph.nodes}
     signature = program.graph_signature
-    ends = [nodes[names[0]] for names in (signature.user_inputs, signature.user_outputs)]
-    values = [end.meta["val"] for end in ends]
+    image, output = (nodes[names[0]] for names in (signature.user_inputs, signature.user_outputs))
+    values = [image.meta["val"], output.meta["val"]]
     shapes = [tuple(side if isinstance(side, int) else None for side in value.shape) for value in values]
     is_integer = not values[1].dtype.is_floating_point
-    name = "" if is_integer else "probabilities" if "softmax" in str(ends[1].target) else "logits"
+    name = "" if is_integer else "probabilities" if "softmax" in str(output.target) else "logits"
     return GraphSignature(shapes[0], shapes[1], is_integer, name)
 
 
@@ -219,7 +219,7 @@ def check_signature(path: Path, graph: GraphSignature, metadata: ModelMetadata, 
 
 
 def check_output(path: Path, output: Any, metadata: ModelMetadata, settings: ExportSettings) -> None:
-    """Check that an output has the metadata's classes, which the signature lacks for class ids and unknown shapes.
+    """Check the classes of an output, which the signature does not contain for class ids and unknown shapes.
 
     Raises:
         WeightsError: it has others.
@@ -244,7 +244,7 @@ def _mismatch(path: Path, quantity: str, value: object, expected: object, key: s
 
 
 def antialias_resize(model: Any) -> None:
-    """Let a model of OpenVINO resize its images with antialiasing: it ignores the ``antialias`` of ONNX's Resize."""
+    """Enable antialiasing in the resizing of an OpenVINO model, which ignores ``antialias`` of ONNX's Resize."""
     from openvino import opset13 as operators
 
     for operation in model.get_ops():
@@ -287,7 +287,7 @@ def openvino() -> Any:
 
 @functools.cache
 def openvino_core() -> Any:
-    """Return OpenVINO's `Core`, one a process and never closed, so that its plug-ins are opened once."""
+    """Return the OpenVINO `Core` of this process, which is never closed."""
     return openvino().Core()
 
 

@@ -1,8 +1,8 @@
-"""Programs of torch.export as .pt2 files: traced and written, and read without running code of the file.
+"""Write programs of torch.export as .pt2 files, and read them without running code of the file.
 
 `torch.export.load` evaluates expressions, imports names and unpickles objects of the file that it reads. Therefore
-`clean_archive` parses a .pt2 file first, refuses content that exports of overfly never hold, and copies the rest into
-a new archive, which PyTorch reads instead of the file.
+`clean_archive` parses a .pt2 file first, rejects content that overfly does not export, and copies the rest into a new
+archive, which PyTorch reads instead of the file.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from overfly.exporting.predictor import EXPORT_KEY, MODEL_KEY
 from overfly.models.checkpoints import first_line
 
 TRACE_SIZE = (1280, 1408)
-"""Image size that programs of any size are traced with: large enough that no feature map has one pixel."""
+"""Image size for tracing, large enough that every feature map has more than one pixel."""
 ARCHIVE_PARTS = re.compile(
     r"archive/(archive_format|archive_version|byteorder|\.data/(serialization_id|version)"
     r"|models/\w+\.json|data/(weights|constants)/\w+\.json|data/weights/weight_\d+|data/constants/tensor_\d+"
     r"|data/sample_inputs/\w+\.pt|extra/\w+)"
 )
-"""Names of the parts of an archive; others, such as pickled objects, are refused."""
+"""Allowed parts of an archive; others, such as pickled objects, are rejected."""
 MAX_JSON = 64 * 2**20
 """Largest JSON part of an archive, in bytes."""
 NAME = re.compile(r"[A-Za-z0-9_.]*")
-"""Every string and key of an archive's JSON but those that `_is_allowed` treats by their key."""
+"""Allowed strings and keys of an archive's JSON, besides those of `_is_allowed`."""
 SYMBOL = re.compile(r"[a-z]{1,2}\d{1,9}")
 """Symbols in the expressions of sizes, such as s0."""
 FUNCTIONS = frozenset({"Integer", "Add", "Mul", "FloorDiv", "CeilDiv", "Mod", "PythonMod", "Max", "Min"})
@@ -48,9 +48,9 @@ SCALAR_OPERATORS = re.compile(
 )
 """Operators on sizes."""
 TREE_SPECS = frozenset(treespec_dumps(tree_structure(tree)) for tree in (((0,), dict[str, int]()), 0))
-"""Structures of input and output: one image, one tensor. PyTorch imports modules that other structures name."""
+"""Allowed structures of input and output: one image, one tensor. Other structures can import modules."""
 FORBIDDEN = frozenset({"guards_code", "use_pickle", "as_graph", "as_custom_obj", "as_operator"})
-"""Keys whose values PyTorch executes or unpickles; they are false or empty in our exports."""
+"""Keys whose values PyTorch executes or unpickles; false or empty in exports of overfly."""
 
 
 def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str]) -> Path:
@@ -59,15 +59,15 @@ def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str])
     Args:
         module: the graph, in evaluation mode.
         path: file to write.
-        properties: metadata to write into it, see `metadata_entries`.
+        properties: metadata, see `metadata_entries`.
 
     Raises:
         OverflyError: the network cannot be traced.
-        WeightsError: `clean_archive` refuses the program.
+        WeightsError: `clean_archive` rejects the program.
     """
     program = _trace(module)
-    program._example_inputs = None  # an image of noise, as large as all the weights
-    archive = io.BytesIO()  # PyTorch's own writer ends the process on a full disk
+    program._example_inputs = None  # as large as all weights
+    archive = io.BytesIO()  # PyTorch's writer ends the process if the disk is full
     with _quiet():
         torch.export.save(program, archive, extra_files=dict(properties))
     path.write_bytes(clean_archive(path, archive).getbuffer())
@@ -82,31 +82,31 @@ def _trace(module: ExportModule) -> Any:
     sides = {} if module.fixed else {2: dim("height", min=MIN_SIDE), 3: dim("width", min=MIN_SIDE)}
     image = torch.zeros(2, module.bands, *(module.fixed or TRACE_SIZE))
     try:
-        # a feature map with a side of one pixel is no special case: bilinear resizing takes it as any other
+        # bilinear resizing handles feature maps of one pixel like others
         with warnings.catch_warnings(), shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            warnings.simplefilter("ignore")  # of the library's own workings
+            warnings.simplefilter("ignore")  # internal to the library
             return torch.export.export(module, (image,), dynamic_shapes=(batch | sides,), strict=False)
-    except Exception as error:  # the library raises many kinds for what it cannot trace
+    except Exception as error:  # the library has no common error class
         raise OverflyError(
             f"the network cannot be traced by torch.export ({first_line(error)}); set --size for tiles of a fixed size"
         ) from error
 
 
 class DisallowedContentError(Exception):
-    """An archive holds content that exports of overfly never hold."""
+    """Content of an archive that overfly does not export."""
 
 
 def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
-    """Copy an archive of torch.export into memory, or refuse it where loading it could run code.
+    """Copy an archive of torch.export into memory, or reject it if loading it could run code.
 
-    The metadata of nodes (stack traces, names of modules) is left out.
+    The metadata of nodes (stack traces, names of modules) is not copied.
 
     Args:
         path: the .pt2 file.
         archive: its content; None: read from the file.
 
     Raises:
-        WeightsError: the file is damaged, or holds content that exports of overfly never hold.
+        WeightsError: the file is damaged, or holds content that overfly does not export.
     """
     try:
         return _copy_allowed_parts(archive or path)
@@ -115,12 +115,12 @@ def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
             f"{path} holds {error}, which overfly does not export and which could run code, so it was refused; export "
             "the run again with `overfly export`"
         ) from None
-    except Exception as error:  # zlib's, struct's and zipfile's own, by where the damage is
+    except Exception as error:  # errors of zlib, struct or zipfile
         raise WeightsError(f"{path} is damaged or not a .pt2 file ({first_line(error)}); export it again") from error
 
 
 def _copy_allowed_parts(archive: io.BytesIO | Path) -> io.BytesIO:
-    """Copy the parts of an archive that `ARCHIVE_PARTS` names; other parts are refused."""
+    """Copy the parts of an archive; reject those that `ARCHIVE_PARTS` does not match."""
     cleaned = io.BytesIO()
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(cleaned, "w") as target:
         seen = set()
@@ -128,7 +128,7 @@ def _copy_allowed_parts(archive: io.BytesIO | Path) -> io.BytesIO:
             name = part.filename
             if not ARCHIVE_PARTS.fullmatch(name) or name.lower() in seen or part.compress_type != zipfile.ZIP_STORED:
                 raise DisallowedContentError(f"the part {name!r}")
-            seen.add(name.lower())  # PyTorch looks names up without regard to case
+            seen.add(name.lower())  # PyTorch ignores case in names
             if name.endswith(".pt") and part.file_size:
                 raise DisallowedContentError(f"pickled inputs in {name!r}")
             if name.endswith(".json"):
@@ -143,7 +143,7 @@ def _copy_allowed_parts(archive: io.BytesIO | Path) -> io.BytesIO:
 
 
 def _clean_json(value: Any, key: str = "") -> Any:
-    """Return a JSON value without the metadata of nodes; strings, keys and objects of no export are refused."""
+    """Return a JSON value without the metadata of nodes; reject disallowed strings, keys and objects."""
     if key in FORBIDDEN and value:
         raise DisallowedContentError(f"{key} {str(value)[:60]!r}")
     if key == "metadata":
@@ -161,7 +161,7 @@ def _clean_json(value: Any, key: str = "") -> Any:
 
 
 def _is_allowed(key: str, text: str) -> bool:
-    """Return whether a string of an archive's JSON is one that our exports can hold under its key."""
+    """Return whether a string of an archive's JSON is allowed under its key."""
     if key == "expr_str":
         try:
             return len(text) <= 10_000 and _is_size(ast.parse(text, mode="eval").body)
@@ -175,14 +175,14 @@ def _is_allowed(key: str, text: str) -> bool:
 
 
 def _is_size(node: ast.expr) -> bool:
-    """Return whether an expression is made of integers, symbols such as s0, + - * // and `FUNCTIONS` alone."""
+    """Return whether an expression consists of integers, symbols such as s0, + - * // and `FUNCTIONS`."""
     match node:
         case ast.Constant(value=value):
             return type(value) is int and value.bit_length() < 64
         case ast.Name(id=name) | ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))]):
             assumptions = getattr(node, "keywords", [])
             return SYMBOL.fullmatch(name) is not None and all(
-                isinstance(each.value, ast.Constant) and each.value.value is True for each in assumptions
+                isinstance(keyword.value, ast.Constant) and keyword.value.value is True for keyword in assumptions
             )
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return _is_size(operand)
@@ -214,14 +214,14 @@ def read_program(path: Path) -> tuple[Any, dict[str, str]]:
     try:
         with _quiet():
             program = torch.export.load(archive, extra_files=properties)
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library has no common error class
         raise WeightsError(f"{path} cannot be opened by torch ({first_line(error)}); export it again") from error
     return program, {key: str(value) for key, value in properties.items() if value}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings of torch.export about its own workings."""
+    """Silence internal warnings of torch.export."""
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -12,11 +12,7 @@ PACKAGES = ("fastapi", "uvicorn", "prometheus_fastapi_instrumentator", "cachetoo
 
 
 def load_server() -> ModuleType:
-    """Import `overfly.web.server`, whose dependencies belong to an extra.
-
-    Raises:
-        MissingExtraError: one of them is not installed.
-    """
+    """Import `overfly.web.server`; raise `MissingExtraError` if a package of its extra is not installed."""
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "serve", "serving")

@@ -1,4 +1,4 @@
-"""ASGI middleware: bounds of request bodies, and access by origin and token. Hosts are checked by Starlette."""
+"""ASGI middleware: limits of request bodies, and access by origin and token. Starlette checks hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from overfly.web.service import Limits
 
 COOKIE = "overfly"
 PUBLIC_PATHS = ("/health",)
-"""Paths that need no token."""
+"""Paths without a token."""
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -36,7 +36,7 @@ class BodyLimitMiddleware:
         self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, its body counted and timed while it is read."""
+        """Pass a request on, counting and timing its body."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -77,15 +77,9 @@ class BodyLimitMiddleware:
 
 
 class AccessMiddleware:
-    """Check the origin and the token of every request, and set headers that protect the pages."""
+    """Check origin and token of every request, and set security headers; ``token`` None requires no token."""
 
     def __init__(self, app: ASGIApp, token: str | None = None) -> None:
-        """Wrap an application.
-
-        Args:
-            app: the application.
-            token: required from clients; None: no token is required.
-        """
         self.app = app
         self.token = token
         self.session = hmac.new(secrets.token_bytes(32), b"session", hashlib.sha256).hexdigest()
@@ -121,7 +115,7 @@ class AccessMiddleware:
         return self._login(scope)
 
     def _login(self, scope: Scope) -> Response:
-        """Set a cookie for a browser whose address holds the token, and redirect to the address without it."""
+        """Set a session cookie if the address contains the token, and redirect to the address without it."""
         pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         token = next((value for name, value in pairs if name == "token"), "")
         if scope["method"] not in ("GET", "HEAD") or not _equal(token, self.token or ""):
@@ -136,8 +130,8 @@ class AccessMiddleware:
 
 def _equal(given: str, expected: str) -> bool:
     """Compare two texts in constant time."""
-    one, other = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, expected))
-    return hmac.compare_digest(one, other)
+    digests = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, expected))
+    return hmac.compare_digest(*digests)
 
 
 def _netloc(address: str) -> str | None:
@@ -155,5 +149,5 @@ def _cookie(text: str) -> str:
     return cookie.value if cookie is not None else ""
 
 
-def _refuse(status: int, sentence: str) -> JSONResponse:
-    return JSONResponse({"detail": sentence}, status)
+def _refuse(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"detail": message}, status)

@@ -24,12 +24,7 @@ METRICS = (("mIoU", "miou"), ("pixel accuracy", "accuracy"), ("boundary mIoU", "
 
 
 def page_router(service: InferenceService, latest_frame: LatestFrame | None) -> APIRouter:
-    """Routes of all pages.
-
-    Args:
-        service: the networks.
-        latest_frame: newest overlay of the live stream; None without a stream.
-    """
+    """Return the routes of all pages; ``latest_frame`` is None without a live stream."""
     routes = APIRouter(default_response_class=HTMLResponse)
     templates = environment(Path(__file__).parent / "templates")
 
@@ -74,7 +69,7 @@ def page_router(service: InferenceService, latest_frame: LatestFrame | None) -> 
 
 
 def default_networks(networks: list[ServedNetwork]) -> tuple[str, str]:
-    """Keys of the two networks that are selected by default: the first source-only and the last adapted network."""
+    """Return the keys of the networks selected by default: the first source-only and the last adapted network."""
     source_only = [network.key for network in networks if _method(network) == "source_only"]
     adapted = [network.key for network in networks if _method(network) not in ("source_only", "recalibrate", "")]
     return [*source_only, networks[0].key][0], [networks[-1].key, *adapted][-1]
@@ -106,7 +101,7 @@ def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tu
 
 
 def _scores(run: Run | None) -> dict[str, Scores]:
-    """Scores of a run by role and split; entries of another format are left out."""
+    """Return the scores of a run by role and split, without entries of other formats."""
     result: dict[str, Scores] = {}
     for key, values in (run.scores if run is not None else {}).items():
         if "/" in key and isinstance(values, dict):
@@ -118,7 +113,7 @@ def _scores(run: Run | None) -> dict[str, Scores]:
 
 
 def compare_recipes(pair: list[ServedNetwork]) -> list[tuple[str, str, str]]:
-    """Settings in which two recipes differ: dotted name, and both values."""
+    """Return the settings in which two recipes differ: dotted name and both values."""
     first, second = (_settings(network) for network in pair)
     names = dict.fromkeys([*first, *second])
     return [

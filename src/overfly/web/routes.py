@@ -19,7 +19,7 @@ from overfly.web.service import InferenceService, Prediction, ServedNetwork, Sto
 from overfly.web.tiles import Layer, encode_geotiff, max_zoom, render_tile
 
 OutputFormat = Literal["png", "tiff", "json"]
-MapKey = Annotated[str, InPath(max_length=64, description="Key in the answer of `POST /maps`.")]
+MapKey = Annotated[str, InPath(max_length=64, description="Key from the response of `POST /maps`.")]
 NetworkKey = Annotated[str | None, Form(max_length=64, description="Key of a network; default: the first.")]
 MaxValue = Annotated[
     float | None,
@@ -27,7 +27,7 @@ MaxValue = Annotated[
 ]
 LayerName = Literal["image", "classes", "uncertainty"]
 RESEND_SECONDS = 1.0
-"""Interval at which an unchanged frame is sent again, so that closed connections are noticed."""
+"""Interval in seconds at which an unchanged frame is sent again, to detect closed connections."""
 IMAGE = "PNG, JPEG, TIFF or GeoTIFF."
 NO_STREAM = "there is no live stream; overfly serve --watch starts one"
 
@@ -64,7 +64,7 @@ class PredictionSummary(BaseModel):
 
 
 class MapSummary(BaseModel):
-    """A map that is kept in memory; at `max_zoom` its tiles have full resolution."""
+    """A map in memory; tiles at `max_zoom` have full resolution."""
 
     key: str
     width: int
@@ -75,7 +75,7 @@ class MapSummary(BaseModel):
 
 
 class StreamState(BaseModel):
-    """State of the live stream: whether it runs, its frames so far, and the reason of its end."""
+    """State of the live stream: whether it runs, number of frames, and reason of its end."""
 
     live: bool
     frames: int
@@ -90,12 +90,12 @@ class Health(BaseModel):
 
 
 def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Error responses of a route, for the API's description."""
+    """Return the error responses of a route for the API description."""
     return {code: {"model": Problem, "description": "What is wrong, and what to do."} for code in codes}
 
 
 def _binary(*kinds: str) -> dict[int | str, dict[str, Any]]:
-    """The response of a route that returns a file, for the API's description."""
+    """Return the file response of a route for the API description."""
     content: dict[str, Any] = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}
     if "application/json" in content:
         schema = PredictionSummary.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -108,10 +108,10 @@ MAP_PROBLEMS = _problems(401, 403, 404, 422)
 
 
 def api_router(service: InferenceService, latest_frame: LatestFrame | None) -> APIRouter:
-    """Routes of the API.
+    """Return the routes of the API.
 
     Args:
-        service: the networks; without any, routes that need one are left out.
+        service: the networks; if empty, routes that need a network are left out.
         latest_frame: newest overlay of the live stream; None without a stream.
     """
     routes = APIRouter()
@@ -246,7 +246,7 @@ def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limi
         responses=_problems(401, 403, 404, 429) | _binary("multipart/x-mixed-replace", "image/jpeg"),
     )
     async def stream() -> Response:
-        """Stream the frames of the live stream, as an `<img>` shows them; after its end, the last frame as a JPEG."""
+        """Stream the live frames for an `<img>` element; after the end of the stream, return its last frame as JPEG."""
         last = latest_frame.latest() if latest_frame is not None and latest_frame.closed else None
         if last is not None:
             return Response(last.jpeg, media_type="image/jpeg", headers={"cache-control": "no-store"})
@@ -265,9 +265,9 @@ def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limi
 
 
 async def _frames(latest_frame: LatestFrame, viewers: asyncio.Semaphore) -> AsyncIterator[bytes]:
-    """Frames as parts of a multipart response, without holding a thread in between.
+    """Yield frames as parts of a multipart response.
 
-    The boundary follows each frame at once, because browsers display a frame when they receive it.
+    The boundary is sent with each frame, because browsers display a frame when they receive its end.
     """
     async with viewers:
         last, sent = 0, time.monotonic()
@@ -320,7 +320,7 @@ def _network(service: InferenceService, key: str | None) -> ServedNetwork:
 
 
 def _networks(service: InferenceService, network: str | None, other: str | None) -> list[ServedNetwork]:
-    """One network, or two different ones."""
+    """Return one network, or two different networks."""
     chosen = [_network(service, network)]
     if other not in (None, "") and _network(service, other) is not chosen[0]:
         chosen.append(_network(service, other))
@@ -341,7 +341,7 @@ def _prediction(stored: StoredMap, network: str) -> Prediction:
 
 
 def _map_file(prediction: Prediction, georeference: Georeference | None, output: Literal["png", "tiff"]) -> Response:
-    """A class map as a file to download."""
+    """Return a class map as a download."""
     if output == "tiff":
         data, name = encode_geotiff(prediction.ids, prediction.classes, georeference), "map.tif"
     else:

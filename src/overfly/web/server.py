@@ -93,16 +93,18 @@ async def _handle_invalid_request(request: Request, error: Exception) -> JSONRes
     """Name each missing or invalid field, without its value."""
     del request
     problems = []
-    for each in error.errors() if isinstance(error, RequestValidationError) else ():
-        part, *names = [str(name) for name in each["loc"]]
+    for invalid in error.errors() if isinstance(error, RequestValidationError) else ():
+        part, *names = [str(name) for name in invalid["loc"]]
         field = f"the {REQUEST_PARTS.get(part, part)} {'.'.join(names)}" if names else f"the request's {part}"
-        message = "missing" if each["type"] == "missing" else f"invalid ({each['msg'][:1].lower()}{each['msg'][1:]})"
+        message = (
+            "missing" if invalid["type"] == "missing" else f"invalid ({invalid['msg'][:1].lower()}{invalid['msg'][1:]})"
+        )
         problems.append(f"{field} is {message}")
     return JSONResponse({"detail": f"{' and '.join(problems)}; /docs describes what a request needs"}, 422)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket; port 0 takes a free port.
+    """Bind a socket; port 0 selects a free port.
 
     Raises:
         RecipeError: the port is in use, or the address is not one of this machine.
@@ -162,20 +164,15 @@ class BackgroundServer:
 
 
 def start(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> BackgroundServer:
-    """Serve in a thread; port 0 takes a free port."""
+    """Serve in a background thread; port 0 selects a free port."""
     return BackgroundServer(app, bind(host, port))
 
 
 @contextmanager
 def serve_stream(latest_frame: LatestFrame, port: int = 0) -> Iterator[str]:
-    """Serve the live page of a stream on 127.0.0.1, without any network, while the context lasts.
+    """Serve only the live page of a stream on 127.0.0.1 within the context; yield its address.
 
-    Args:
-        latest_frame: newest overlay; close it with the reason before the context ends, so that the page shows it.
-        port: 0 takes a free port.
-
-    Yields:
-        The address of the page.
+    Close ``latest_frame`` with the reason before the context ends, so that the page shows it. Port 0 is a free port.
     """
     running = start(application([], latest_frame=latest_frame), port=port)
     try:

@@ -49,22 +49,22 @@ class RequestTimeoutError(OverflyError):
 
 
 class Limits(Spec):
-    """Limits of a server. A request beyond one is refused with a status and a message."""
+    """Limits of a server. Requests that exceed a limit are refused with a status and a message."""
 
     upload: PositiveInt = 64_000_000
-    """Bytes of a request body; beyond it 413."""
+    """Bytes of a request body; 413 above it."""
     pixels: PositiveInt = 9_000_000
-    """Pixels of an image, read from its header before it is decoded; beyond it 400."""
+    """Pixels of an image, read from its header before it is decoded; 400 above it."""
     seconds: PositiveFloat = 60.0
     """Time to receive a body (then 408), and time to process it (then 503)."""
     queue: PositiveInt = 16
-    """Images that are processed or wait at the same time; beyond it 429."""
+    """Images that are processed or wait at the same time; 429 above it."""
     connections: PositiveInt = 256
-    """Open connections, those of the live page included; beyond it 503."""
+    """Open connections, including those of the live page; 503 above it."""
     cache: PositiveInt = 60_000_000
-    """Pixels of all maps kept in memory; the least recently used is evicted first."""
+    """Pixels of all maps in memory; the least recently used map is evicted first."""
     viewers: PositiveInt = 8
-    """Viewers of the live stream at the same time; beyond it 429."""
+    """Viewers of the live stream at the same time; 429 above it."""
 
 
 @dataclass(eq=False)
@@ -72,10 +72,10 @@ class ServedNetwork:
     """A network of a server, loaded at its first request.
 
     Attributes:
-        key: its name in addresses.
-        title: its name on pages.
-        load: returns the predictor.
-        run: the run that it comes from; None for a file.
+        key: name in addresses.
+        title: name on pages.
+        load: loads the predictor.
+        run: the run of the network; None for a file.
         about: columns of the table of networks.
     """
 
@@ -99,7 +99,7 @@ class ServedNetwork:
         return self._predictor
 
     def probabilities(self, images: Floats, deadline: float) -> Floats:
-        """Class probabilities (N, K, H, W) of images (N, C, H, W), one call at a time.
+        """Return class probabilities (N, K, H, W) of images (N, C, H, W), one call at a time.
 
         Args:
             images: float32, in the range that the network was trained on.
@@ -128,11 +128,11 @@ class Prediction:
     """The map of one network.
 
     Attributes:
-        title: the network's.
+        title: title of the network.
         classes: names and colors.
         ids: class ids (H, W), 255 where the image has no data.
         uncertainty: entropy of each pixel's class probabilities over ln K, (H, W), scaled to 0 to 255.
-        shares: share of the pixels with data that each class has.
+        shares: share of each class in the valid pixels.
     """
 
     title: str
@@ -144,10 +144,10 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class StoredMap:
-    """An image and its maps, kept in memory.
+    """An image and its maps in memory.
 
     Attributes:
-        key: its random name in addresses.
+        key: random name in addresses.
         image: (H, W, 3), for display.
         georeference: None for images without coordinates.
         predictions: by the key of the network.
@@ -160,16 +160,16 @@ class StoredMap:
 
     @property
     def pixels(self) -> int:
-        """Pixels of the image and of its maps together."""
+        """Number of pixels of the image and its maps."""
         return int(self.image.shape[0] * self.image.shape[1]) * (1 + len(self.predictions))
 
 
 class InferenceService:
-    """The networks of a server, its bounds, and the maps that it keeps.
+    """The networks, limits and stored maps of a server.
 
     Attributes:
         networks: by key.
-        limits: the bounds.
+        limits: limits of requests.
         scenes: images on the server's machine, by their number in the list.
     """
 
@@ -184,11 +184,11 @@ class InferenceService:
         self._lock = threading.Lock()
 
     async def run(self, task: Callable[[float], T]) -> T:
-        """Run a task in a thread; it is given its deadline in the time of `time.monotonic`.
+        """Run a task in a thread; its argument is its deadline as a time of `time.monotonic`.
 
         Raises:
             HTTPException: too many tasks run or wait (429).
-            RequestTimeoutError: the task exceeded the time limit; its thread ends later.
+            RequestTimeoutError: the task exceeded the time limit; its thread continues until it ends.
         """
         if self._active >= self.limits.queue:
             raise HTTPException(429, "the server is busy; try again in a few seconds", {"retry-after": "2"})
@@ -205,7 +205,7 @@ class InferenceService:
     def _finish(self, future: asyncio.Future[Any]) -> None:
         self._active -= 1
         if not future.cancelled():
-            future.exception()  # retrieved here as well: after a timeout no request awaits it
+            future.exception()  # after a timeout, no request retrieves it
 
     def predict_upload(
         self, file: BinaryIO, networks: Sequence[ServedNetwork], deadline: float, max_value: float | None = None
@@ -217,42 +217,42 @@ class InferenceService:
     def predict_file(
         self, path: Path, networks: Sequence[ServedNetwork], deadline: float, max_value: float | None = None
     ) -> tuple[UploadedImage, dict[str, Prediction]]:
-        """Predict a file. Each network reads its own bands; the image returned is the first network's.
+        """Predict a file with several networks; return the image with the bands of the first network, and predictions.
 
         Args:
             path: a PNG, JPEG or TIFF.
-            networks: each once.
-            deadline: time of `time.monotonic` at which to give up.
-            max_value: value of full brightness in the image; None: that of the networks.
+            networks: the networks, without duplicates.
+            deadline: time of `time.monotonic` after which the request fails.
+            max_value: value of full brightness in the image; None: as in training.
         """
-        metadata = [network.predictor().metadata for network in networks]
-        several = len({each.bands for each in metadata}) > 1
-        for network, each in zip(networks, metadata, strict=True):
+        models = [network.predictor().metadata for network in networks]
+        several = len({model.bands for model in models}) > 1
+        for network, model in zip(networks, models, strict=True):
             title = network.title if several else "the network"
-            header = check_header(path, bands=each.bands, pixels=self.limits.pixels, network=title)
+            header = check_header(path, bands=model.bands, pixels=self.limits.pixels, network=title)
         dtype = header.stored or header.dtype
-        gains = [input_gain(path, dtype, each, max_value, option="max_value=") for each in metadata]
-        images = {bands: read_upload(path, header, bands) for bands in {each.bands for each in metadata}}
+        gains = [input_gain(path, dtype, model, max_value, option="max_value=") for model in models]
+        images = {bands: read_upload(path, header, bands) for bands in {model.bands for model in models}}
         predictions = {
-            network.key: predict_image(network, images[each.bands], deadline, gain)
-            for network, each, gain in zip(networks, metadata, gains, strict=True)
+            network.key: predict_image(network, images[model.bands], deadline, gain)
+            for network, model, gain in zip(networks, models, gains, strict=True)
         }
-        return images[metadata[0].bands], predictions
+        return images[models[0].bands], predictions
 
     def store(self, image: UploadedImage, predictions: Mapping[str, Prediction]) -> StoredMap:
-        """Keep maps in memory; the least recently used are evicted."""
+        """Store maps in memory; the least recently used maps are evicted."""
         stored = StoredMap(secrets.token_urlsafe(12), to_rgb(image.image), image.georeference, predictions)
         with self._lock:
             self._maps[stored.key] = stored
         return stored
 
     def stored_map(self, key: str) -> StoredMap | None:
-        """Return the map of a key; None if it was evicted."""
+        """Return a stored map, or None if it was evicted."""
         with self._lock:
             return self._maps.get(key)
 
     def close(self) -> None:
-        """Unload all networks and end the threads; a later request starts them again."""
+        """Unload all networks and end the threads; a later request loads and starts them again."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)
@@ -261,13 +261,13 @@ class InferenceService:
 
 
 def predict_image(network: ServedNetwork, image: UploadedImage, deadline: float, gain: float = 1.0) -> Prediction:
-    """Predict an image of any size: whole up to the network's window, else in overlapping windows.
+    """Predict an image of any size, in overlapping windows if it is larger than the network's window.
 
     Args:
         network: the network.
-        image: with the bands that the network reads.
-        deadline: time of `time.monotonic` at which to give up.
-        gain: factor that brings the image's values into the range that the network was trained on.
+        image: image with the network's bands.
+        deadline: time of `time.monotonic` after which the request fails.
+        gain: factor from the image's values to the value range of training.
 
     Raises:
         NotFiniteError: the network's probabilities are not finite.
@@ -299,7 +299,7 @@ def predict_image(network: ServedNetwork, image: UploadedImage, deadline: float,
 
 
 def _classify(probabilities: Floats) -> tuple[UInt8, UInt8]:
-    """Class ids and uncertainty (H, W) of class probabilities (K, H, W)."""
+    """Return class ids and uncertainty (H, W) of class probabilities (K, H, W)."""
     classes, height, width = probabilities.shape
     ids, uncertainty = np.empty((height, width), np.uint8), np.empty((height, width), np.uint8)
     for top in range(0, height, ROWS):

@@ -1,4 +1,4 @@
-"""Tiles of images and class maps for a map in a browser, and class maps as GeoTIFF."""
+"""Render images and class maps as PNG tiles, and encode class maps as GeoTIFF."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLORS = ((255, 255, 204, 0), (254, 178, 76, 190), (128, 0, 38, 235))
 
 
 class Layer(NamedTuple):
-    """A layer of a map, from which tiles are cut.
+    """A layer of a map.
 
     Attributes:
         values: an image (H, W, 3), class ids (H, W), or uncertainty (H, W) from 0 to 255.
@@ -45,11 +45,7 @@ def max_zoom(height: int, width: int) -> int:
 def render_tile(layer: Layer, zoom: int, column: int, row: int) -> bytes | None:
     """Render a tile as PNG, transparent beyond the image's border; None outside the image.
 
-    Args:
-        layer: the layer.
-        zoom: 0 for the whole image, up to `max_zoom` for full resolution.
-        column: counted from the left.
-        row: counted from the top.
+    ``zoom`` is 0 for the whole image, up to `max_zoom` for full resolution; column and row count from the top left.
     """
     height, width = layer.values.shape[:2]
     deepest = max_zoom(height, width)
@@ -73,19 +69,14 @@ def render_tile(layer: Layer, zoom: int, column: int, row: int) -> bytes | None:
 
 
 def _color_uncertainty(values: UInt8) -> UInt8:
-    """RGBA (H, W, 4) of uncertainty (H, W)."""
+    """Return the colors RGBA (H, W, 4) of uncertainty (H, W)."""
     bands = [np.interp(np.arange(256), UNCERTAINTIES, band) for band in zip(*COLORS, strict=True)]
     colored: UInt8 = np.stack(bands, axis=1).round().astype(np.uint8)[values]
     return colored
 
 
 def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | None) -> bytes:
-    """Encode a class map as GeoTIFF with color table, class names, no data 255, and coordinates.
-
-    Args:
-        ids: class ids (H, W), 255 for no data.
-        classes: names and colors.
-        georeference: coordinates; None leaves them out.
+    """Encode class ids (H, W), 255 for no data, as GeoTIFF with color table, class names and georeference.
 
     Raises:
         MissingExtraError: rasterio is not installed.

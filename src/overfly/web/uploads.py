@@ -1,4 +1,4 @@
-"""Uploaded images: stored under a name of the server, checked by their header, then decoded."""
+"""Store uploaded images in temporary files, check their headers, and decode them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UploadedImage(NamedTuple):
 
 @contextmanager
 def stored_upload(file: BinaryIO) -> Iterator[Path]:
-    """Store an upload in a temporary file while the context lasts; errors name "the image" instead of its path."""
+    """Store an upload in a temporary file within the context; errors say "the image" instead of its path."""
     with tempfile.TemporaryDirectory(prefix="overfly-") as folder:
         path = Path(folder) / "upload"
         with path.open("wb") as copy:
@@ -44,11 +44,7 @@ def stored_upload(file: BinaryIO) -> Iterator[Path]:
 
 
 def check_size(path: Path, pixels: int) -> ImageHeader:
-    """Read the header of an image of at most so many pixels.
-
-    Raises:
-        DataError: the file is not an image, or has more pixels.
-    """
+    """Read the header of an image; raise `DataError` if it is not an image or has more pixels."""
     header = read_header(path)
     if header.height * header.width > pixels:
         raise DataError(
@@ -59,11 +55,7 @@ def check_size(path: Path, pixels: int) -> ImageHeader:
 
 
 def check_header(path: Path, *, bands: int, pixels: int, network: str = "the network") -> ImageHeader:
-    """Read the header of an image and check its size and bands before it is decoded.
-
-    Raises:
-        DataError: the file is not an image, has more pixels, or other bands than the network.
-    """
+    """Read the header of an image; raise `DataError` if it has too many pixels or other bands than the network."""
     header = check_size(path, pixels)
     if bands not in (header.bands, header.bands - header.alpha):
         raise DataError(f"{path} has {header.bands} bands and {network} reads {bands}; send an image with these bands")
@@ -71,17 +63,13 @@ def check_header(path: Path, *, bands: int, pixels: int, network: str = "the net
 
 
 def read_upload(path: Path, header: ImageHeader, bands: int) -> UploadedImage:
-    """Decode an image whose header was checked.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """Decode an image after `check_header`."""
     coordinates = _georeference(path) if header.kind in ("tiff", "jp2") else None
     return UploadedImage(read_image(path, bands=bands), nodata_mask(path, bands=bands), coordinates)
 
 
 def _georeference(path: Path) -> Georeference | None:
-    """Coordinates of a file; None without coordinates, or without rasterio."""
+    """Return the georeference of a file; None without coordinates or without rasterio."""
     try:
         with open_raster(path) as dataset:
             result = georeference(dataset)

@@ -12,14 +12,14 @@ function show(text, ended) {
 async function poll() {
   let again = true;
   try {
-    const answer = await fetch("/stream/state", { cache: "no-store" });
-    if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
-    const state = await answer.json();
+    const response = await fetch("/stream/state", { cache: "no-store" });
+    if (!response.ok) throw new Error(`HTTP status ${response.status}`);
+    const state = await response.json();
     again = state.live;
     if (!state.live) show(`This stream has ended${state.ended ? `: ${state.ended}` : ""}.`, true);
     else show(state.frames ? "" : "Waiting for the first frame …", false);
   } catch (error) {
-    show("The server does not answer; the image is not live.", true);
+    show("No connection to the server; the image is not live.", true);
   }
   if (again) setTimeout(poll, 1000);
 }

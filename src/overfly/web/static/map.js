@@ -1,13 +1,13 @@
 "use strict";
-// The map page: image, classes and uncertainty of one or two networks, a swipe between them, shares and downloads.
+// The map page: image, classes and uncertainty of one or two networks with a swipe control, class shares and downloads.
 const base = `/maps/${encodeURIComponent(document.querySelector(".maplayout").dataset.key)}`;
 const swipe = document.getElementById("swipe");
 const line = document.getElementById("line");
 
 function element(name, text) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const created = document.createElement(name);
+  if (text !== undefined) created.textContent = text;
+  return created;
 }
 
 function swatch(color) {
@@ -23,40 +23,40 @@ function percent(share) {
   return share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)} %`;
 }
 
-function legend(info, ownColors) {
+function updateLegend(info, ownColors) {
   const table = document.getElementById("legend");
   table.replaceChildren();
   const head = table.createTHead().insertRow();
-  const two = info.predictions.length > 1;
-  for (const words of ["", "class", ...info.predictions.map((_, index) => (two ? "AB"[index] : "share"))]) head.append(element("th", words));
+  const several = info.predictions.length > 1;
+  for (const heading of ["", "class", ...info.predictions.map((_, index) => (several ? "AB"[index] : "share"))]) head.append(element("th", heading));
   const body = table.createTBody();
-  const names = [...new Set(info.predictions.flatMap((each) => each.classes.map((one) => one.name)))];
+  const names = [...new Set(info.predictions.flatMap((prediction) => prediction.classes.map(({ name }) => name)))];
   for (const name of names) {
-    const seen = info.predictions.map((each) => each.classes.find((one) => one.name === name));
-    const first = seen.find((one) => one);
+    const shares = info.predictions.map((prediction) => prediction.classes.find((entry) => entry.name === name));
+    const first = shares.find((entry) => entry);
     const row = body.insertRow();
     const cell = row.insertCell();
     cell.className = "swatch";
     cell.append(swatch(ownColors ? first.color : first.safe_color));
     row.insertCell().textContent = name;
-    for (const one of seen) {
-      const share = row.insertCell();
-      share.className = "number";
-      share.textContent = percent(one ? one.share : null);
+    for (const entry of shares) {
+      const shareCell = row.insertCell();
+      shareCell.className = "number";
+      shareCell.textContent = percent(entry ? entry.share : null);
     }
   }
 }
 
-function files(info) {
+function addDownloads(info) {
   const container = document.getElementById("files");
-  info.predictions.forEach((each, index) => {
-    const which = info.predictions.length > 1 ? ` of ${"AB"[index]}` : "";
+  info.predictions.forEach((prediction, index) => {
+    const suffix = info.predictions.length > 1 ? ` of ${"AB"[index]}` : "";
     for (const [kind, name] of [["tiff", info.georeferenced ? "GeoTIFF" : "TIFF"], ["png", "PNG"]]) {
-      const link = element("a", `Download ${name}${which}`);
+      const link = element("a", `Download ${name}${suffix}`);
       link.className = "button";
-      link.href = `${base}/file?${new URLSearchParams({ network: each.network, output: kind })}`;
+      link.href = `${base}/file?${new URLSearchParams({ network: prediction.network, output: kind })}`;
       link.setAttribute("download", "");
-      link.title = each.title;
+      link.title = prediction.title;
       container.append(link);
     }
   });
@@ -68,7 +68,7 @@ function showMap(info) {
   const corner = (x, y) => map.unproject([x, y], info.max_zoom);
   const bounds = L.latLngBounds(corner(0, info.height), corner(info.width, 0));
   const settings = { bounds, noWrap: true, tileSize: 256, minNativeZoom: 0, maxNativeZoom: info.max_zoom, minZoom: -2, maxZoom: info.max_zoom + 4 };
-  const tiles = (layer, more, pane) => L.tileLayer(`${base}/tiles/${layer}/{z}/{x}/{y}?${new URLSearchParams(more)}`, { ...settings, pane });
+  const tiles = (layer, query, pane) => L.tileLayer(`${base}/tiles/${layer}/{z}/{x}/{y}?${new URLSearchParams(query)}`, { ...settings, pane });
   tiles("image", {}, "tilePane").addTo(map);
   const panes = info.predictions.map((_, index) => {
     const pane = map.createPane(`prediction-${index}`);
@@ -78,7 +78,7 @@ function showMap(info) {
   map.fitBounds(bounds);
   let shown = [];
 
-  function clip() {
+  function updateSwipe() {
     if (panes.length < 2) return;
     const size = map.getSize();
     const x = (swipe.value / 1000) * size.x;
@@ -95,34 +95,34 @@ function showMap(info) {
     line.style.left = `${x - 1}px`;
   }
 
-  function draw() {
+  function updateLayers() {
     const layerName = document.querySelector("input[name=layer]:checked").value;
     const ownColors = document.getElementById("own-colors").checked;
     for (const layer of shown) layer.remove();
-    shown = layerName === "image" ? [] : info.predictions.map((each, index) => tiles(layerName, { network: each.network, own_colors: ownColors }, `prediction-${index}`));
+    shown = layerName === "image" ? [] : info.predictions.map((prediction, index) => tiles(layerName, { network: prediction.network, own_colors: ownColors }, `prediction-${index}`));
     for (const layer of shown) layer.addTo(map);
-    legend(info, ownColors);
+    updateLegend(info, ownColors);
     document.getElementById("hint").textContent = layerName === "uncertainty"
       ? "Uncertainty is the entropy of each pixel's class probabilities: transparent at 0, dark red at its maximum."
-      : info.predictions.map((each, index) => `${info.predictions.length > 1 ? `${"AB"[index]}: ` : ""}${each.title}`).join(" · ");
+      : info.predictions.map((prediction, index) => `${info.predictions.length > 1 ? `${"AB"[index]}: ` : ""}${prediction.title}`).join(" · ");
     swipe.hidden = line.hidden = info.predictions.length < 2 || layerName === "image";
-    fade();
-    clip();
+    updateOpacity();
+    updateSwipe();
   }
 
-  function fade() {
+  function updateOpacity() {
     for (const layer of shown) layer.setOpacity(document.getElementById("opacity").value / 100);
   }
 
-  document.getElementById("show").addEventListener("change", draw);
-  document.getElementById("opacity").addEventListener("input", fade);
-  swipe.addEventListener("input", clip);
-  map.on("move zoom viewreset resize", clip);
-  files(info);
-  draw();
+  document.getElementById("show").addEventListener("change", updateLayers);
+  document.getElementById("opacity").addEventListener("input", updateOpacity);
+  swipe.addEventListener("input", updateSwipe);
+  map.on("move zoom viewreset resize", updateSwipe);
+  addDownloads(info);
+  updateLayers();
 }
 
 fetch(base)
-  .then((answer) => (answer.ok ? answer.json() : Promise.reject(new Error(`the server answered ${answer.status}`))))
+  .then((response) => (response.ok ? response.json() : Promise.reject(new Error(`HTTP status ${response.status}`))))
   .then(showMap)
   .catch((error) => { document.getElementById("hint").textContent = `The map cannot be shown: ${error.message}`; });

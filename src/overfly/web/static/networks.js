@@ -1,5 +1,5 @@
 "use strict";
-// The first page: send an image that is dropped or chosen, and open its map.
+// The networks page: upload a dropped or chosen image, and open its map.
 const form = document.getElementById("upload");
 const message = document.getElementById("message");
 const drop = document.getElementById("drop");
@@ -14,10 +14,10 @@ async function createMap(address, settings) {
   message.className = "";
   message.textContent = "Predicting …";
   try {
-    const answer = await fetch(address, { method: "POST", ...settings });
-    const result = await answer.json().catch(() => ({}));
-    if (!answer.ok) {
-      const detail = typeof result.detail === "string" ? result.detail : `the server answered ${answer.status}`;
+    const response = await fetch(address, { method: "POST", ...settings });
+    const result = await response.json().catch(() => ({}));
+    if (!response.ok) {
+      const detail = typeof result.detail === "string" ? result.detail : `HTTP status ${response.status}`;
       throw new Error(detail);
     }
     location.assign(`/map/${encodeURIComponent(result.key)}`);
