@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from cyclopts import App, CycloptsError, UnknownOptionError
 
 RANK_ZERO = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-"""Whether this process prints, of the several that train together."""
+"""Whether this is the first process of a distributed training, which prints."""
 USER_ERROR = 2
-"""Exit status of a mistake that the user can correct."""
+"""Exit status of errors that the user can correct."""
 TYPES: dict[object, str] = {int: "an integer", float: "a number", bool: "true or false"}
 """Names of types in error messages."""
 
@@ -35,11 +35,11 @@ GROUPS = {
     "data": "Check, measure, synthesize and download imagery.",
     "hub": "Push exported networks to a model hub, and load them from one.",
 }
-"""Help of the commands of two words, by the first."""
+"""Help of command groups."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. It stops a command as Ctrl-C does, with another exit status."""
+    """SIGTERM, handled like Ctrl-C with another exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +80,7 @@ def application(arguments: Sequence[str] = ()) -> App:
     """Build the command line: one command for each function of `overfly.commands`.
 
     Args:
-        arguments: the command line. Where it names a command, the others are not imported.
+        arguments: the command line; if it contains a command, the other commands are not imported.
     """
     from cyclopts import App, Parameter
 
@@ -109,14 +109,14 @@ def application(arguments: Sequence[str] = ()) -> App:
 
 
 def words(name: str) -> tuple[str, ...]:
-    """Return the words that call a function: ``data_synthesize`` is ``data synthesize``, ``list_kinds`` is ``list``."""
+    """Return the words of a command: ``data_synthesize`` is ``data synthesize``, ``list_kinds`` is ``list``."""
     return ("list",) if name == "list_kinds" else tuple(name.split("_"))
 
 
 def handle(error: BaseException) -> int:
-    """Print an error that the user can act on, on one line, and return the exit status; raise any other.
+    """Print an error that the user can correct on one line and return the exit status; raise other errors.
 
-    Some libraries turn a Ctrl-C while they are imported into an error of their own, so its context counts.
+    Some libraries convert a Ctrl-C during their import to another error, so the contexts of errors are checked too.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
@@ -161,7 +161,7 @@ def check_settings(command: Callable[..., Any], arguments: Sequence[Any]) -> Non
         for name, parameter in inspect.signature(command).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    for entry in chain.from_iterable(each if isinstance(each, list) else [each] for each in arguments):
+    for entry in chain.from_iterable(value if isinstance(value, list) else [value] for value in arguments):
         key, equals, value = str(entry).partition("=")
         name = key.replace("-", "_")
         if equals and name in options:
@@ -173,7 +173,7 @@ def check_settings(command: Callable[..., Any], arguments: Sequence[Any]) -> Non
 
 
 def usage_message(error: CycloptsError) -> str:
-    """Return what is wrong with a command line, and what was probably meant."""
+    """Return the error of a command line, with a suggestion."""
     from cyclopts import CoercionError, MissingArgumentError, UnknownCommandError, UnknownOptionError
 
     words = error.command_chain or ()
@@ -217,7 +217,7 @@ def _unknown_option(error: UnknownOptionError) -> str:
 
 
 def _suggestion(word: str, names: Iterable[str]) -> str:
-    """Return the nearest of some names as a question, or nothing."""
+    """Return the most similar name as a question, or an empty text."""
     plain = {name.lstrip("-"): name for name in names}
     close = get_close_matches(word.lstrip("-"), plain, n=1, cutoff=0.7)
     return f"; did you mean {plain[close[0]]}?" if close else ""

@@ -1,11 +1,10 @@
 """The commands: ``overfly train a.yaml --out runs`` is ``overfly.train("a.yaml", out="runs")``.
 
-Each file holds one verb: a function whose signature and docstring are the command's options and help, and the class of
-its result, which prints itself (``__rich_console__``). A command file is light to import, so that ``--help`` is fast:
-at the top only the standard library, cyclopts, `overfly.core.errors`, `overfly.core.choices` and
-`overfly.commands.arguments`; everything else (rich too) is imported inside the functions, or under TYPE_CHECKING.
-cyclopts resolves the annotations of the function, its result's too, so these need a class that exists at runtime.
-Paths are annotated `PathLike` (a Path or a string) and converted with ``Path(…)`` inside.
+Each file has a function whose signature and docstring are the command's options and help, and the class of its result,
+which rich prints (``__rich_console__``). Command files import only the standard library, cyclopts,
+`overfly.core.errors`, `overfly.core.choices` and `overfly.commands.arguments` at the top, so that ``--help`` is fast;
+other imports are inside functions or under TYPE_CHECKING. cyclopts resolves the annotations of arguments and result at
+runtime. Paths are annotated `PathLike` and converted with ``Path(…)`` inside.
 """
 
 MODULES = {

@@ -119,7 +119,7 @@ def adapt(
         raise RecipeError("adapt takes a recipe or image folders, not both; leave one of them out")
     if recipes and budget is not None:
         raise RecipeError(f"--budget {budget} is for image folders; set steps=… for a recipe")
-    values = [load(each, *settings) for each in recipes]
+    values = [load(entry, *settings) for entry in recipes]
     values = values or folder_recipes(inputs, budget, config, settings, Path(out))
     comparison = adapt_recipes(
         *values, out=Path(out), fabric=launch_fabric(values[0], config), config=config, estimates=estimate,

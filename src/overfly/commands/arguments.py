@@ -1,4 +1,4 @@
-"""Arguments that several commands share. Light to import: what needs pydantic or PyTorch is imported inside."""
+"""Arguments shared by several commands; pydantic and PyTorch are imported inside functions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def split_entries(entries: Sequence[RecipeLike]) -> tuple[list[RecipeLike], list
     recipes: list[RecipeLike] = []
     settings: list[str] = []
     for entry in entries:
-        if not isinstance(entry, Path | str) or os.path.exists(entry):  # noqa: PTH110  (a long setting is no error)
+        if not isinstance(entry, Path | str) or os.path.exists(entry):  # noqa: PTH110  (pathlib raises for long settings)
             recipes.append(entry)
         elif is_setting(str(entry)):
             settings.append(str(entry))
@@ -52,40 +52,32 @@ def is_setting(entry: Path | str) -> bool:
     """Return whether an entry changes a setting, such as ``start=other.yaml``; not a recipe, folder or pattern."""
     key, equals, value = str(entry).partition("=")
     pattern = any(mark in value for mark in "*?") and value.endswith((".yaml", ".yml"))
-    exists = os.path.exists(entry)  # noqa: PTH110  (a long setting is no error)
+    exists = os.path.exists(entry)  # noqa: PTH110  (pathlib raises for long settings)
     return bool(key and equals) and os.sep not in key and not pattern and not exists
 
 
 def check_bounds(options: dict[str, tuple[int, int, int]]) -> None:
-    """Check that options are in their range: value, smallest, largest.
-
-    Raises:
-        RecipeError: one is not.
-    """
+    """Raise RecipeError if an option (value, smallest, largest) is out of range."""
     for name, (value, smallest, largest) in options.items():
         if not smallest <= value <= largest:
             raise RecipeError(f"--{name} must be {smallest} to {largest}, got {value}")
 
 
 def image_cache(cache: Cache) -> Path | str | None:
-    """Return the cache of decoded images as the loader takes it: a folder, "memory", or None."""
+    """Return the loader's cache of decoded images: a folder, "memory", or None."""
     from overfly.core.download import cache_folder
 
     return {"memory": "memory", "off": None, "disk": cache_folder() / "images"}[cache]
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Return the seeds of a text: ``3`` is how many, ``0,1,5`` is which (``2,`` for one).
-
-    Raises:
-        RecipeError: the text holds no seeds.
-    """
+    """Parse seeds: ``3`` is their number, ``0,1,5`` is a list (``2,`` for one seed)."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0 or text.strip() == "0":
-        raise RecipeError(f"--seeds must be how many, such as 3, or which, such as 0,1,5 or 2, (got {text!r})")
+        raise RecipeError(f"--seeds must be a number of seeds such as 3, or a list such as 0,1,5 or 2, (got {text!r})")
     return list(dict.fromkeys(numbers)) if "," in text else list(range(numbers[0]))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported file that agrees with PyTorch."""
+    """An exported file with its model card and report."""
 
     path: Path
     card: Path
@@ -32,18 +32,19 @@ class ExportResult:
         time = f"ms an image of {report.latency_side}×{report.latency_side}"
         for heading in ("runtime", "same class", "mIoU", "mIoU of PyTorch", time):
             table.add_column(heading, justify="left" if heading == "runtime" else "right")
-        for each in report.parity:
-            time = f"{report.latency[each.backend].median_ms:.1f}" if each.backend in report.latency else "–"
-            mious = ["–" if value is None else f"{100 * value:.2f}" for value in (each.miou, each.miou_of_torch)]
-            table.add_row(each.backend, f"{100 * each.agreement:.3f} %", *mious, time)
+        for parity in report.parity:
+            latency = report.latency.get(parity.backend)
+            time = "–" if latency is None else f"{latency.median_ms:.1f}"
+            mious = ["–" if value is None else f"{100 * value:.2f}" for value in (parity.miou, parity.miou_of_torch)]
+            table.add_row(parity.backend, f"{100 * parity.agreement:.3f} %", *mious, time)
         if "torch eager" in report.latency:
             threads = report.machine["threads"]
             eager = f"torch eager, {threads} thread{'s' * (threads != 1)}"
             table.add_row(eager, "", "", "", f"{report.latency['torch eager'].median_ms:.1f}")
         yield table
-        for each in report.parity:
-            if each.violations:
-                yield f"beyond tolerance with {each.backend}: {each.violations}"
+        for parity in report.parity:
+            if parity.violations:
+                yield f"beyond tolerance with {parity.backend}: {parity.violations}"
         yield f"exported: {self.path} ({report.bytes / 1e6:.1f} MB)"
         yield f"report:   {self.path.with_suffix('.json')}"
         yield f"card:     {self.card}"
@@ -110,9 +111,9 @@ def export(
     check_bounds(
         {"size": (size or 32, 32, MAX_SIDE), "resize": (resize or 32, 32, MAX_SIDE), "images": (images, 1, 10**4)}
     )
-    opened = NetworkFolder.open(run)
-    segmenter, metadata = load_network(opened.path)
-    recipe = None if opened.run is None else opened.run.recipe
+    folder = NetworkFolder.open(run)
+    segmenter, metadata = load_network(folder.path)
+    recipe = None if folder.run is None else folder.run.recipe
     if resize is None and recipe:
         resize = recipe.resize
     if size is not None:
@@ -124,22 +125,22 @@ def export(
     stem = name or "-".join(str(part) for part in parts if part)
     if Path(stem).name != stem:
         raise RecipeError(f"--name must be a file name without folders, got {stem}; give the folder as --out")
-    compared = export_domain(opened, domain, metadata)
+    compared = export_domain(folder, domain, metadata)
     path, report = export_network(
         segmenter,
         metadata,
         settings,
         evaluation_data(compared, recipe, settings, metadata.window, images, labels=labels),
-        folder=Path(out) if out is not None else opened.path / "exports",
+        folder=Path(out) if out is not None else folder.path / "exports",
         name=stem,
         on_progress=lambda text: print_status(text, quiet=quiet),
     )
-    if opened.run is not None and recipe is not None:
-        own = {"target": recipe.target, "source": recipe.source}
-        role = next((role for role, each in own.items() if domain in own and each is compared), domain)
-        record_labels(opened.run, role, report)
+    if folder.run is not None and recipe is not None:
+        roles = {"target": recipe.target, "source": recipe.source}
+        role = next((role for role, value in roles.items() if domain in roles and value is compared), domain)
+        record_labels(folder.run, role, report)
     card = path.with_suffix(".md")
-    card.write_text(model_card(report, card_content(opened)), encoding="utf-8")
+    card.write_text(model_card(report, card_content(folder)), encoding="utf-8")
     return ExportResult(path, card, report)
 
 

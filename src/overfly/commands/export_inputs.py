@@ -1,4 +1,4 @@
-"""Inputs of an export from a run: images and labels to compare on, and the content of the model card."""
+"""Collect the inputs of an export from a run: images and labels for the comparison, and model card content."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from overfly.training.evaluate import has_labels
 from overfly.training.run import Run
 
 CALIBRATION = 32
-"""Unlabeled target images on which the value ranges of 8-bit networks are measured."""
+"""Number of calibration images for 8-bit quantization."""
 
 
 def export_domain(folder: NetworkFolder, text: str, metadata: ModelMetadata) -> Domain:
-    """Return the domain to compare on; it must have the network's classes and bands."""
+    """Return the domain for the comparison, and check its classes and bands."""
     recipe = None if folder.run is None else folder.run.recipe
     domains = (recipe.target, recipe.source) if recipe else ()
     order = domains if text == "target" else domains[::-1]
@@ -97,7 +97,7 @@ def _images(domain: Domain, split: Split) -> list[Item]:
 
 def record_labels(run: Run, role: str, report: ExportReport) -> None:
     """Add the labels opened to compare mIoU to the run's counts in scores.json."""
-    opened = max((each.labels_opened for each in report.parity), default=0)
+    opened = max((parity.labels_opened for parity in report.parity), default=0)
     if opened:
         scores, times = run.scores, 1 + len(report.parity)
         counts = scores.setdefault("labels_opened", {}).setdefault(f"{role}/val", {"times": 0, "images": 0})
@@ -110,7 +110,7 @@ def card_content(folder: NetworkFolder) -> CardContent:
     """Return the content of a model card: domains, scores of the run and of its other seeds, and the selection."""
     selection, run = _selection_text(folder.selection), folder.run
     if run is None:
-        method = "unknown: the run of the recommended network does not exist any more"
+        method = "unknown; the run of the recommended network was deleted"
         return CardContent(folder.path.name, method, [], selection=selection)
     recipe = run.recipe
     target_role = "without labels, adapted to" if recipe.method.needs_target else "not seen in training"
@@ -130,7 +130,7 @@ def card_content(folder: NetworkFolder) -> CardContent:
 
 
 def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
-    """Return mIoU and IoU of a run and of runs that differ in the seed alone, by domain and split, then by seed."""
+    """Return mIoU and IoU of a run and of runs that differ only in the seed, by domain and split, then by seed."""
     result: dict[str, dict[int, dict[str, float | None]]] = {}
     plain = _unseeded(run.recipe.model_dump(mode="json"))
     for file in sorted(run.path.parent.glob("*/recipe.yaml")):
@@ -144,7 +144,7 @@ def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
             continue
         for key, value in scores.items():
             if isinstance(value, dict) and "miou" in value:
-                classes = {name: each.get("iou") for name, each in value.get("classes", {}).items()}
+                classes = {name: values.get("iou") for name, values in value.get("classes", {}).items()}
                 result.setdefault(key, {})[recipe.seed] = {"mIoU": value["miou"], **classes}
     return result
 
@@ -152,8 +152,8 @@ def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
 def _unseeded(values: Any) -> Any:
     """Return a recipe's values without the seeds of training, at any depth of ``start``."""
     if isinstance(values, dict):
-        keep = {key: value for key, value in values.items() if key not in ("seed", "weights")}
-        return {key: _unseeded(value) if key == "start" else value for key, value in keep.items()}
+        pairs = [(key, value) for key, value in values.items() if key not in ("seed", "weights")]
+        return {key: _unseeded(value) if key == "start" else value for key, value in pairs}
     return None if isinstance(values, str) else values
 
 
@@ -166,7 +166,7 @@ def _selection_text(selection: Selection | None) -> str:
 
 
 def _without_paths(values: Any) -> Any:
-    """Return a recipe's values with absolute paths reduced to their last part."""
+    """Return a recipe's values with absolute paths reduced to their names."""
     if isinstance(values, dict):
         return {key: _without_paths(value) for key, value in values.items()}
     if isinstance(values, list):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from overfly.core.spec import Choice
 
 CATALOG = Path(__file__).with_name("catalog.json")
-"""The catalog of this package alone, written by ``make docs``: reading it needs no PyTorch."""
+"""The catalog without plug-ins, written by ``make docs`` and read without PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def list_kinds() -> Catalog:
 
 
 def build_catalog() -> Catalog:
-    """Read the catalog from the registries, plug-ins included."""
+    """Build the catalog from the registries, including plug-ins."""
     from overfly.core.spec import load_plugins
     from overfly.models import network as networks
     from overfly.models.checkpoints import NAMED
@@ -60,7 +60,7 @@ def build_catalog() -> Catalog:
 
 
 def choices() -> dict[str, type[Choice]]:
-    """Settings of a recipe that choose among kinds."""
+    """Return the settings of a recipe with a choice of kinds."""
     from overfly import recipe  # noqa: F401  (imports every kind)
     from overfly.core.optimizers import Optim, Schedule
     from overfly.data.domain import Domain

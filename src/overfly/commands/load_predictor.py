@@ -62,13 +62,12 @@ def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str =
 
 @dataclass(frozen=True)
 class NetworkFolder:
-    """A run folder, meaning its own network, or a comparison folder, meaning its recommended network.
+    """The network of a run folder, or the recommended network of a comparison folder.
 
     Attributes:
         path: the folder.
-        weights: the network's file.
-        run: the run that trained it; None for a comparison whose recommended candidate is a weights file or a deleted
-            run.
+        weights: the weights file of the network.
+        run: the run that trained it; None if the recommended candidate is a weights file or a deleted run.
         selection: the comparison's selection; None for a run folder.
     """
 

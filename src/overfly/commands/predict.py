@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from overfly.raster.map_raster import MapResult
 
 MAX_LISTED = 12
-"""Maps that the summary lists; more are counted."""
+"""Maximum maps listed in the summary."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def predict(
 def _map_in_turn(
     predictor: Predictor, outputs: Mapping[str, Path], settings: MapSettings, digest: str, *, quiet: bool
 ) -> PredictResult:
-    """Map one raster after the other; the error of a single raster is raised."""
+    """Map rasters sequentially; raise the error of a single raster."""
     from overfly.core.progress import Progress, print_status
     from overfly.raster.map_raster import map_raster
 
@@ -134,11 +134,11 @@ def _map_in_turn(
     return PredictResult(maps, failures)
 
 
-def _map_in_parallel(  # noqa: PLR0917  (as given)
+def _map_in_parallel(  # noqa: PLR0917
     opener: partial[Predictor], outputs: Mapping[str, Path], settings: MapSettings, digest: str, workers: int,
     scheduler: str | None, *, quiet: bool,
 ) -> PredictResult:  # fmt: skip
-    """Share rasters among processes or machines, which need absolute paths."""
+    """Map rasters with several processes or machines, under absolute paths."""
     from overfly.core.progress import Progress, print_status
     from overfly.raster.parallel import map_rasters
 
@@ -164,7 +164,7 @@ def _map_in_parallel(  # noqa: PLR0917  (as given)
 
 
 def network_digest(network: Path) -> str:
-    """Digest of the file or files of a network (SHA-256, 16 digits)."""
+    """Return the digest of a network's files (SHA-256, 16 digits)."""
     files = [network]
     if network.is_dir():
         candidates = [network / "recommended.safetensors", network / "checkpoints" / "best.safetensors"]

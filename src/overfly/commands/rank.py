@@ -34,8 +34,8 @@ class RankResult:
             return
         yield from _candidates_tables(ranking.candidates, ranking.validators, options.max_width)
         yield ""
-        for number, each in enumerate(ranking.candidates, 1):
-            yield Text(f"{number:>3}  {each.title}", no_wrap=True, overflow="ignore")
+        for number, candidate in enumerate(ranking.candidates, 1):
+            yield Text(f"{number:>3}  {candidate.title}", no_wrap=True, overflow="ignore")
         yield ""
         if ranking.quality is not None:
             yield _quality_table(ranking)
@@ -54,12 +54,12 @@ COLUMNS = {
 }  # fmt: skip
 """Column headings of the validators, in order."""
 WIDE_TERMINAL = 120
-"""Width of a terminal, in characters, from which all metrics are in one table."""
+"""Smallest terminal width, in characters, for a single table."""
 
 
 def _candidates_tables(candidates: Sequence[Candidate], validators: Sequence[str], width: int) -> Iterator[Table]:
-    """Tables of the metrics; in a narrow terminal the ranking validators and the others are apart."""
-    metrics = [each.metrics.by_validator() for each in candidates]
+    """Yield the tables of metrics; on a narrow terminal, ranking validators and others are separate tables."""
+    metrics = [candidate.metrics.by_validator() for candidate in candidates]
     shown = [name for name in COLUMNS if any(values.get(name) is not None for values in metrics)]
     if width >= WIDE_TERMINAL:
         yield _candidates_table(candidates, shown, validators, "label-free metrics in percent, higher is better")
@@ -73,22 +73,23 @@ def _candidates_tables(candidates: Sequence[Candidate], validators: Sequence[str
 def _candidates_table(
     candidates: Sequence[Candidate], shown: Sequence[str], validators: Sequence[str], title: str
 ) -> Table:
-    """Metrics of the candidates; with validators, these in bold, and mean rank, estimate and target mIoU."""
+    """Return the metrics of candidates; with validators, also mean rank, estimate and target mIoU."""
     from rich.table import Table
 
     from overfly.core.progress import percent
 
-    columns = {COLUMNS[name]: [percent(each.metrics.by_validator()[name]) for each in candidates] for name in shown}
+    metrics = [candidate.metrics.by_validator() for candidate in candidates]
+    columns = {COLUMNS[name]: [percent(values[name]) for values in metrics] for name in shown}
     bold = {COLUMNS[name] for name in validators}
     if validators:
-        columns["mean rank"] = [percent(each.mean_rank) for each in candidates]
-    if validators and any(each.estimate for each in candidates):
-        estimates = [each.estimate for each in candidates]
+        columns["mean rank"] = [percent(candidate.mean_rank) for candidate in candidates]
+    if validators and any(candidate.estimate for candidate in candidates):
         columns["estimated mIoU"] = [
-            f"{percent(each.miou)} ({percent(each.low)} to {percent(each.high)})" if each else "–" for each in estimates
+            f"{percent(value.miou)} ({percent(value.low)} to {percent(value.high)})" if value else "–"
+            for value in (candidate.estimate for candidate in candidates)
         ]
-    if validators and any(each.target_miou is not None for each in candidates):
-        columns["target mIoU"] = [percent(each.target_miou) for each in candidates]
+    if validators and any(candidate.target_miou is not None for candidate in candidates):
+        columns["target mIoU"] = [percent(candidate.target_miou) for candidate in candidates]
     table = Table(title=title, title_justify="left")
     table.add_column("", justify="right", no_wrap=True)
     for name in columns:
@@ -99,7 +100,7 @@ def _candidates_table(
 
 
 def _quality_table(ranking: Ranking) -> Table:
-    """Quality of each validator, least regret first."""
+    """Return the quality of each validator, smallest regret first."""
     from rich.table import Table
 
     from overfly.core.progress import percent
@@ -107,7 +108,7 @@ def _quality_table(ranking: Ranking) -> Table:
     table = Table(title="validators against target mIoU from labels", title_justify="left")
     for heading in ("validator", "rank correlation", "regret", "best"):
         table.add_column(heading, justify="left" if heading in ("validator", "best") else "right")
-    numbers = {each.title: number for number, each in enumerate(ranking.candidates, 1)}
+    numbers = {candidate.title: number for number, candidate in enumerate(ranking.candidates, 1)}
     for name, quality in sorted((ranking.quality or {}).items(), key=lambda entry: entry[1].regret):
         correlation = "–" if quality.correlation is None else f"{quality.correlation:+.2f}"
         table.add_row(COLUMNS.get(name, name), correlation, percent(quality.regret), str(numbers[quality.best]))

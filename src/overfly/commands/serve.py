@@ -97,7 +97,7 @@ def serve(
 def live_stream(
     source: str | None, load: Callable[[], Predictor], size: int | None = None
 ) -> Iterator[LatestFrame | None]:
-    """Process a stream in a thread while the context lasts; yield the object that holds its newest overlay.
+    """Process a stream in a thread within the context; yield its newest overlay.
 
     Args:
         source: as in `overfly watch`; None: no stream.
@@ -146,7 +146,7 @@ def live_stream(
 def served_networks(
     paths: Sequence[Path | str], backend: Backend = "auto", device: str = "auto"
 ) -> list[ServedNetwork]:
-    """Return the networks of runs, folders of runs, and files; runs are loaded at their first request.
+    """Return the networks of runs, folders of runs, and files; runs are loaded on the first request.
 
     Raises:
         OverflyError: a path contains no network, or a file cannot be loaded.
@@ -182,7 +182,7 @@ def served_networks(
 
 
 def _describe(run: Run) -> dict[str, str]:
-    """Columns of the table of networks: model, method, domains, one mIoU a domain and split, and the folder."""
+    """Return the columns of the table of networks: model, method, domains, mIoU by domain and split, folder."""
     from overfly.core.progress import percent
 
     recipe = run.recipe
@@ -198,7 +198,7 @@ def _describe(run: Run) -> dict[str, str]:
 
 
 def _make_titles_unique(networks: Mapping[Path, ServedNetwork]) -> None:
-    """Append the folder, as short as possible, and format and precision of exports to titles of several networks."""
+    """Append the shortest distinct folder, and format and precision of exports, to equal titles."""
     titles = Counter(network.title for network in networks.values())
     for title in [title for title, count in titles.items() if count > 1]:
         same = {path: network for path, network in networks.items() if network.title == title}
@@ -214,10 +214,10 @@ def _make_titles_unique(networks: Mapping[Path, ServedNetwork]) -> None:
 
 
 def _check_token(host: str, token: str | None) -> str | None:
-    """Return the token, of the option or of the environment.
+    """Return the token of the option or the environment.
 
     Raises:
-        RecipeError: it is too short, or missing though other machines have access.
+        RecipeError: the token is too short, or missing for a host with access from other machines.
     """
     token = token or os.environ.get("OVERFLY_TOKEN") or None
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):

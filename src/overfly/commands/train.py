@@ -67,8 +67,8 @@ def train(
     """
     from overfly.core.progress import print_status
 
-    named = recipe if isinstance(recipe, Path | str) else "the recipe"
-    print_status(f"loading {named}", quiet=quiet or os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0")
+    name = recipe if isinstance(recipe, Path | str) else "the recipe"
+    print_status(f"loading {name}", quiet=quiet or os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0")
     from overfly.recipe import load
 
     if isinstance(recipe, Path | str) and (Path(recipe) / "recipe.yaml").is_file() and not overrides:

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WatchResult:
-    """Frames, times and circumstances of a processed stream.
+    """Frames, latency and settings of a processed stream.
 
     Attributes:
         source: the stream.
         network: title of the network.
         backend: runtime of the network.
-        device: on which it ran.
+        device: device of the network.
         machine: name of the CPU or GPU.
         threads: CPU threads of PyTorch.
         frame: width and height of the first frame, in pixels.
@@ -66,8 +66,8 @@ class WatchResult:
             yield self.to_json()
             return
         summary = self.summary
-        whole = "to its end" if self.seconds is None else f"its first {self.seconds:g} s at most"
-        how = "stopped by the user" if summary.stopped else whole
+        limit = "to its end" if self.seconds is None else f"its first {self.seconds:g} s at most"
+        how = "stopped by the user" if summary.stopped else limit
         yield f"watched: {self.source}, {how}{f' ({self.ended})' if self.ended else ''}"
         damaged = f", {self.damaged} damaged" if self.damaged else ""
         yield f"frames: {summary.read} read, {summary.shown} shown, {summary.dropped} dropped{damaged}"
@@ -84,7 +84,7 @@ class WatchResult:
             yield f"written: {self.out}"
 
     def to_json(self) -> str:
-        """All but the limit of the duration as JSON."""
+        """Return all attributes except the duration limit as JSON."""
         import json
 
         values = {name: value for name, value in vars(self).items() if name not in ("seconds", "as_json")}
@@ -212,7 +212,7 @@ def _check_options(
 
 @contextlib.contextmanager
 def _serve(latest: LatestFrame, port: int, *, quiet: bool) -> Iterator[None]:
-    """Serve the newest overlay on a page while the context lasts."""
+    """Serve the newest overlay on a page within the context."""
     from overfly.web import load_server
 
     with load_server().serve_stream(latest, port) as address:
@@ -226,7 +226,7 @@ def _serve(latest: LatestFrame, port: int, *, quiet: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _close_on_error(latest: LatestFrame, source: str) -> Iterator[None]:
-    """Show the reason of an error on the page."""
+    """Show the message of an error on the page."""
     from overfly.video.player import INTERNAL_ERROR, public_message
 
     try:
@@ -241,7 +241,7 @@ def _close_on_error(latest: LatestFrame, source: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second interrupts. Signals reach only the main thread."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets; the second one interrupts. Only in the main thread."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -180,7 +180,7 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 @torch.no_grad()
 def fold_division(network: Network, std: Tensor) -> bool:
-    """Fold the division by ``std`` (1, C, 1, 1) into the first convolution, in place; return whether it was possible."""
+    """Fold the division by ``std`` (1, C, 1, 1) into the first convolution, in place; return whether it was folded."""
     try:
         conv = network.get_submodule(network.first) if network.first else None
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Bars and curves as SVG for pages, in light and dark, training curves as a PNG, and images and maps inside pages."""
+"""Draw charts as SVG for light and dark pages, training curves as PNG, and images and class maps for pages."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Points = dict[str, list[tuple[int, float]]]
-"""For each name, its points (step, value)."""
+"""Points (step, value) by name."""
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Colors that the color-blind can tell apart, visible on white and on black (Okabe and Ito, 2008)."""
+"""Colors distinguishable with color blindness, visible on white and on black (Okabe and Ito, 2008)."""
 DASHES = ("-", (0, (5, 3)), (0, (2, 2)))
 FOREGROUND, BACKGROUND, GRID_COLOR = "#010101", "#fefefe", "#d9dce1"
-"""Colors that the page replaces by its own, in light and in dark."""
+"""Colors that are replaced by the variables of the page's style."""
 VARIABLES = {FOREGROUND: "var(--ink)", BACKGROUND: "var(--paper)", GRID_COLOR: "var(--line)"}
 WIDTH = 360
-"""Width of an SVG in points: about that of a phone, so that its text has its nominal size there."""
+"""Width of an SVG in points, about that of a phone."""
 MAX_POINTS = 240
-"""Points of a curve in an SVG."""
+"""Maximum points of a curve in an SVG."""
 
 ACCESSIBLE = (*PALETTE[:7], (80, 80, 80), *PALETTE[8:])
-"""The palette with a darker gray, distinct from green for people with deuteranopia."""
+"""The palette with a darker gray, distinct from green with deuteranopia."""
 PREFERRED = 8
-"""Colors at the front of the palette that suffice for up to 8 classes."""
+"""Number of palette colors used for up to 8 classes."""
 GRAY = 0.15
-"""Saturation below which a color has no hue."""
+"""Saturation below which hue is ignored."""
 HATCH_LIGHT, HATCH_DARK = 254, 255
-"""Palette entries of the two grays that stripe pixels without a class."""
+"""Palette entries of the two grays that hatch pixels without a class."""
 
 
 class Bar(NamedTuple):
-    """A bar: its name, its length (1 is 100 %), the standard deviation over seeds, and one value a seed."""
+    """A bar: name, length (1 is 100 %), standard deviation over seeds, and one value per seed."""
 
     name: str
     value: float
@@ -85,10 +85,10 @@ def bars(entries: Sequence[Bar], title: str) -> Markup:
 
 
 def grouped_bars(rows: Mapping[str, Sequence[float | None]], series: Sequence[str], title: str) -> Markup:
-    """Draw bars from 0 to 100 percent, one a series for each name, with a legend below.
+    """Draw bars from 0 to 100 percent, one per name and series, with a legend below.
 
     Args:
-        rows: for each name, such as a class, one value a series, 0 to 1.
+        rows: for each name, such as a class, one value per series, 0 to 1.
         series: names of the series, at most as many as `SERIES`.
         title: text for screen readers.
     """
@@ -166,7 +166,7 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: flo
     from matplotlib.figure import Figure
 
     losses, rates, metrics = training_curves(rows)
-    if all(len(points) < 2 for points in metrics.values()) and losses:  # a single score is not a curve
+    if all(len(points) < 2 for points in metrics.values()) and losses:  # one score makes no curve
         metrics = {}
     panels = [(name, part) for name, part in (("loss", losses), ("learning rate", rates), ("score", metrics)) if part]
     if not panels:
@@ -200,11 +200,10 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: flo
 
 
 def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, Points]:
-    """Losses, learning rate and metrics of a log, each as points by name; numbers that are not finite are left out.
+    """Return losses, learning rate and metrics of a log as points by name, without non-finite numbers.
 
     A row without ``event`` is a training step: ``lr`` is the learning rate, every other number a loss. The numbers of a
-    row with ``event`` are metrics; texts under ``domain`` and ``split`` become part of their names. Of several rows of
-    a step the last counts.
+    row with ``event`` are metrics, prefixed by ``domain`` and ``split``. Of several rows of a step the last is used.
     """
     result: tuple[dict[str, dict[int, float]], ...] = ({}, {}, {})
     for row in rows:
@@ -223,7 +222,7 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, 
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Centered moving average over ``width`` values; over fewer, symmetrically, towards the ends."""
+    """Return the centered moving average over ``width`` values, or fewer near the ends."""
     half = width // 2
     result = []
     for index in range(len(values)):
@@ -243,7 +242,7 @@ def _use_log_scale(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]
 
 
 def _new_figure(height: float, *, left: float, right: float, bottom: float) -> tuple[Figure, Axes]:
-    """A figure whose axes have a height and margins in points."""
+    """Create a figure whose axes have a height and margins in points."""
     from matplotlib.figure import Figure
 
     total = height + bottom + 6
@@ -271,7 +270,7 @@ def _shorten(text: str, longest: int) -> str:
 
 
 def _svg(figure: Figure, title: str) -> Markup:
-    """A figure as inline SVG: presentation attributes instead of styles, and the page's font and colors."""
+    """Convert a figure to inline SVG with presentation attributes, and the page's font and colors."""
     import matplotlib
     from matplotlib.text import Text
 
@@ -279,7 +278,7 @@ def _svg(figure: Figure, title: str) -> Markup:
         text.set_parse_math(False)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overfly"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has other fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # browsers have more fonts
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = re.sub(r"<style.*?</style>|<metadata.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     body = re.sub(r"<[^>]+>", _clean_tag, svg[svg.index("<svg") : svg.rindex("</svg>")])
@@ -308,9 +307,9 @@ def _attribute(declaration: str) -> str:
 
 @cache
 def accessible_colors(classes: Classes) -> Classes:
-    """Recolor classes with colors that the color-blind can tell apart; unchanged where there are too many classes.
+    """Recolor classes with colors distinguishable with color blindness; unchanged for too many classes.
 
-    The assignment minimizes the sum of color distances, mostly of hue, so that water stays blue where possible.
+    The assignment minimizes the sum of color distances, weighted towards hue, so that water stays blue if possible.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -322,9 +321,9 @@ def accessible_colors(classes: Classes) -> Classes:
     return Classes(names=classes.names, colors=tuple(colors[index] for index in chosen))
 
 
-def _distance(one: Color, other: Color) -> float:
-    """Distance of two colors, hue weighted most; grays have no hue."""
-    first, second = (colorsys.rgb_to_hsv(*(value / 255 for value in color)) for color in (one, other))
+def _distance(color: Color, reference: Color) -> float:
+    """Return the distance of two colors, mostly of hue; the hue of grays is ignored."""
+    first, second = (colorsys.rgb_to_hsv(*(value / 255 for value in rgb)) for rgb in (color, reference))
     angles = [cmath.rect(float(saturation >= GRAY), 2 * math.pi * hue) for hue, saturation, _ in (first, second)]
     return abs(angles[0] - angles[1]) + 0.2 * abs(first[1] - second[1]) + 0.1 * abs(first[2] - second[2])
 

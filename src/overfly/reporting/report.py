@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML file of at most 5 MB."""
+"""Render a report as a self-contained HTML file of at most 5 MB."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from overfly.reporting.samples import SampleSet
 
 MAX_BYTES = 5_000_000
 SIDES = (320, 240, 180, 120, 80)
-"""Longest sides of the images in pixels; the first that fits `MAX_BYTES` is used."""
+"""Longest sides of images in pixels; the first one that fits into `MAX_BYTES` is used."""
 TEMPLATES = Path(__file__).parent
 
 
@@ -49,7 +49,7 @@ class ConfusionTable:
 
     @property
     def rows(self) -> list[tuple[str, float, list[float | None]]]:
-        """For each label: its name, its share of all pixels, and the shares of it predicted as each class."""
+        """Name and pixel share of each label, and the shares of its pixels predicted as each class."""
         total = max(sum(map(sum, self.counts)), 1)
         result = []
         for name, row in zip(self.names, self.counts, strict=True):
@@ -60,23 +60,23 @@ class ConfusionTable:
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe over its seeds.
+    """A recipe with the results of its seeds.
 
     Attributes:
         name: unique in the report.
         model: name of the model.
         about: method, source, length, criterion, and more, as text.
-        seeds: of the runs.
-        miou: by the title of the domain.
-        classes: IoU of each class by the title of the domain.
-        gap: share of the gap between source only and oracle that was closed.
-        labels_opened: how often target labels were read, and how many; empty for never.
-        confusions: one a domain.
+        seeds: seeds of the runs.
+        miou: mIoU by domain title.
+        classes: IoU of each class by domain title.
+        gap: closed share of the gap between source only and oracle.
+        labels_opened: number of readings of target labels, and of labels; empty for none.
+        confusions: one per domain.
         losses: training curves of the first seed.
         metrics: validation curves of the first seed.
-        runs: names of the folders.
-        recipe: YAML of the first seed.
-        machine: of the first seed.
+        runs: names of the run folders.
+        recipe: YAML of the first seed's recipe.
+        machine: machine of the first seed.
     """
 
     name: str
@@ -104,19 +104,19 @@ class Report:
     split: str
     entries: Sequence[Entry]
     selections: Mapping[str, Selection] = field(default_factory=dict)
-    """By the name of the comparison."""
+    """Selections by name of the comparison."""
     galleries: Sequence[SampleSet] = ()
     speeds: Mapping[str, Speed] = field(default_factory=dict)
     own_colors: bool = False
 
     @property
     def domains(self) -> list[str]:
-        """Titles of all domains that a recipe was scored on."""
+        """Titles of all scored domains."""
         return list(dict.fromkeys(domain for entry in self.entries for domain in entry.miou))
 
     @property
     def gap_chart(self) -> Markup | None:
-        """A chart of the gap closed; None where no entry has one."""
+        """Chart of the gap closed; None if no entry has it."""
         result = [
             Bar(entry.name, entry.gap.mean, entry.gap.deviation, entry.gap.values)
             for entry in self.entries
@@ -126,25 +126,23 @@ class Report:
 
     @property
     def class_charts(self) -> list[tuple[str, Markup]]:
-        """For each domain, charts of the IoU of each class, with as many entries as there are colors."""
+        """Charts of the IoU of each class by domain, each with at most as many entries as colors."""
         charts = []
         for domain in self.domains:
-            for names in dict.fromkeys(tuple(each.classes[domain]) for each in self.entries if domain in each.classes):
-                same = [each for each in self.entries if tuple(each.classes.get(domain, ())) == names]
+            for names in dict.fromkeys(
+                tuple(entry.classes[domain]) for entry in self.entries if domain in entry.classes
+            ):
+                same = [entry for entry in self.entries if tuple(entry.classes.get(domain, ())) == names]
                 for first in range(0, len(same), len(SERIES)):
                     part = same[first : first + len(SERIES)]
-                    rows = {name: [each.classes[domain][name].mean for each in part] for name in names}
+                    rows = {name: [entry.classes[domain][name].mean for entry in part] for name in names}
                     title = f"IoU of each class in {domain}, percent"
-                    charts.append((domain, grouped_bars(rows, [each.name for each in part], title)))
+                    charts.append((domain, grouped_bars(rows, [entry.name for entry in part], title)))
         return charts
 
 
 def render(report: Report) -> str:
-    """Render a report as HTML, its images as large as the limit on bytes allows.
-
-    Raises:
-        OverflyError: it exceeds the limit even with the smallest images.
-    """
+    """Render a report as HTML with the largest images that fit into `MAX_BYTES`; raise `OverflyError` if none fit."""
     template = environment().get_template("report.html.jinja")
     style = Markup((TEMPLATES.parent / "web" / "static" / "theme.css").read_text(encoding="utf-8"))  # noqa: S704
     shared = {
@@ -170,7 +168,7 @@ def render(report: Report) -> str:
 
 
 def environment(folder: Path = TEMPLATES) -> Environment:
-    """Templates of a folder; every value is escaped."""
+    """Return the template environment of a folder, with escaped values."""
     return Environment(
         loader=FileSystemLoader(folder),
         undefined=StrictUndefined,
@@ -181,7 +179,7 @@ def environment(folder: Path = TEMPLATES) -> Environment:
 
 
 def _embed(samples: SampleSet, side: int, *, own_colors: bool) -> dict[str, Any]:
-    """Sample images as data URIs."""
+    """Embed sample images as data URIs."""
     classes = samples.classes if own_colors else accessible_colors(samples.classes)
 
     def tile(caption: str, ids: UInt8) -> tuple[str, str, str]:

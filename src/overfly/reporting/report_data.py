@@ -1,4 +1,4 @@
-"""The content of a report, collected from run folders: table, selections, sample images, curves, speed."""
+"""Collect the content of a report from run folders: table, selections, sample images, curves, speed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from overfly.training.evaluate import Role, stored_scores
 from overfly.training.run import Run
 
 MAX_NETWORKS = 4
-"""Networks whose predictions stand beside each other."""
+"""Maximum networks whose predictions are shown side by side."""
 ROLES: tuple[Role, ...] = ("target", "source")
 
 
 def find_runs(paths: Sequence[Path | str]) -> list[Run]:
-    """Return the runs of some folders: run folders, or folders of them.
+    """Return the runs of folders: run folders, comparison folders, or folders of runs.
 
     Raises:
         RunError: a folder contains none.
@@ -50,7 +50,7 @@ def find_runs(paths: Sequence[Path | str]) -> list[Run]:
 
 
 def group_by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
-    """Group runs that differ in their seed alone, by a title of their recipe; adapted networks last."""
+    """Group runs that differ only in their seed, by recipe title; adapted networks last."""
     groups: dict[str, list[Run]] = {}
     order = {"source_only": 0, "recalibrate": 1}
     for run in sorted(runs, key=lambda run: (order.get(run.recipe.method.name, 2), run.path.name)):
@@ -69,13 +69,13 @@ def group_by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
 
 
 def recipe_title(recipe: Recipe) -> str:
-    """Title of a recipe, such as ``source only, Urban to Rural``."""
+    """Return the title of a recipe, such as ``source only, Urban to Rural``."""
     domains = " to ".join(domain.title for domain in (recipe.source, recipe.target) if domain is not None)
     return f"{recipe.method.name.replace('_', ' ')}, {domains}"
 
 
 def scored_split(runs: Sequence[Run]) -> Split:
-    """Return the split that most runs were scored on; val if none was."""
+    """Return the split on which most runs were scored; val if none was."""
     counts = {split: sum(f"{role}/{split}" in run.scores for run in runs for role in ROLES) for split in SPLITS}
     return max(("val", "test", "train"), key=lambda split: counts[split])
 
@@ -92,19 +92,7 @@ def collect_report(
     device: torch.device,
     own_colors: bool,
 ) -> Report:
-    """Collect the content of a report.
-
-    Args:
-        paths: runs or folders of runs.
-        title: heading of the page.
-        split: whose scores are shown; None: the one that most runs were scored on.
-        labels: read labels of val to choose the sample images.
-        limit: images that the samples are chosen from; 0: no samples.
-        speed: measure the networks on this machine.
-        size: side of the image that speed is measured with.
-        device: where networks run.
-        own_colors: show the classes' own colors instead of accessible ones.
-    """
+    """Collect the content of a report; the options are those of `overfly report`."""
     runs = find_runs(paths)
     groups = group_by_recipe(runs)
     split = split or scored_split(runs)
@@ -167,7 +155,7 @@ def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, 
 
 
 def _labels_opened(runs: Sequence[Run]) -> str:
-    """How often target labels were read for these runs, such as ``val: 2 × (80 images)``; empty for never."""
+    """Return the number of readings of target labels, such as ``val: 2 × (80 images)``; empty for none."""
     result: dict[str, tuple[int, int]] = {}
     for run in runs:
         for key, counts in run.scores.get("labels_opened", {}).items():
@@ -182,7 +170,7 @@ def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[Conf
     for role in ROLES:
         domain = getattr(runs[0].recipe, role)
         scores = [stored_scores(run, role, split, domain) for run in runs] if domain is not None else []
-        counts = [torch.tensor(each.confusion) for each in scores if each is not None]
+        counts = [torch.tensor(value.confusion) for value in scores if value is not None]
         if counts:
             total = torch.stack(counts).sum(0).tolist()
             title = f"{domain.title} ({role})"
@@ -191,19 +179,19 @@ def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[Conf
 
 
 def _selections(runs: Sequence[Run]) -> dict[str, Selection]:
-    """Read the comparisons beside some runs in which one of them is a candidate."""
+    """Return the selections of comparisons beside the runs, in which a run is a candidate."""
     names = {run.path.name for run in runs}
     folders = dict.fromkeys(run.path.parent for run in runs)
-    comparisons = {each.path.name: each.selection for folder in folders for each in Comparison.find_all(folder)}
+    comparisons = [comparison for folder in folders for comparison in Comparison.find_all(folder)]
     return {
-        name: selection
-        for name, selection in comparisons.items()
-        if names & {Path(candidate.run).name for candidate in selection.candidates.values()}
+        comparison.path.name: comparison.selection
+        for comparison in comparisons
+        if names & {Path(candidate.run).name for candidate in comparison.selection.candidates.values()}
     }
 
 
 def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, device: torch.device) -> list[SampleSet]:
-    """Sample images of every pair of domains, with the predictions of its networks beside each other."""
+    """Collect sample images for each pair of domains, with the predictions of its networks."""
     pairs: dict[str, dict[str, Run]] = {}
     for name, runs in groups.items():
         recipe, run = runs[0].recipe, runs[0]
@@ -213,7 +201,7 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
         origin = recipe.start.source if recipe.source is None and isinstance(recipe.start, Recipe) else recipe.source
         same = pairs.setdefault(repr((recipe.target is None, domain, origin, recipe.model.name)), {})
         baseline = _baseline(run) if recipe.method.name != "source_only" else None
-        if baseline is not None and not any(each.recipe.method.name == "source_only" for each in same.values()):
+        if baseline is not None and not any(other.recipe.method.name == "source_only" for other in same.values()):
             same[BASELINE] = baseline
         same[str(name)] = run
     result = []
@@ -228,7 +216,7 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
 
 
 def _baseline(run: Run) -> Run | None:
-    """The finished run that another was adapted from, beside it or at the path in its recipe."""
+    """Return the finished start run of a run, beside it or at the path in its recipe, or None."""
     start = run.recipe.start
     result = Run.find(run.path.parent, start) if isinstance(start, Recipe) else None
     if isinstance(start, Path) and (start / "recipe.yaml").is_file():

@@ -1,4 +1,4 @@
-"""Sample images of runs: the worst and best of a report, and the panels in a run's folder."""
+"""Collect the sample images of a report, and draw those of a run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from overfly.training.run import Run
 SPLIT: Split = "val"
 """The split whose labels are read."""
 SIDE = 320
-"""Longest side of the images kept, in pixels."""
+"""Longest side of stored sample images, in pixels."""
 UNLABELED = 4
-"""Images shown where there are no labels."""
+"""Number of sample images without labels."""
 
 
 @dataclass(frozen=True, eq=False)
 class SampleImage:
-    """An image with its label and the predictions of several networks, all shrunk.
+    """A downscaled image with its label and the predictions of several networks.
 
     Attributes:
         name: the item's name.
-        reason: why it was chosen, such as "worst".
+        reason: reason of the choice, such as "worst".
         image: (h, w, 3).
         label: class ids (h, w); None without a label.
         predictions: class ids (h, w) by network.
@@ -55,13 +55,13 @@ class SampleSet:
     """Sample images of a domain with the predictions of several networks.
 
     Attributes:
-        title: the domain's.
+        title: title of the domain.
         classes: names and colors of the maps.
         role: source or target, as in the recipes of the runs.
-        images: the images chosen.
-        candidates: number of images that they were chosen from.
-        labels_opened: labels read for the choice, of all networks together.
-        note: why there are no labels or no images; otherwise empty.
+        images: the chosen images.
+        candidates: number of images to choose from.
+        labels_opened: labels read for the choice, summed over networks.
+        note: reason for missing labels or images; otherwise empty.
     """
 
     title: str
@@ -75,12 +75,12 @@ class SampleSet:
 
 @dataclass(eq=False)
 class _Collector:
-    """Keeps every sample that it is shown, shrunk."""
+    """Store all samples, downscaled."""
 
     samples: dict[int, Sample] = field(default_factory=dict)
 
     def add(self, sample: Sample, index: int, total: int) -> None:
-        """Keep a sample. See `overfly.evaluation.score.SampleCollector`."""
+        """Store a sample; see `overfly.evaluation.score.SampleCollector`."""
         del total
         label = None if sample.label is None else thumbnail(sample.label, SIDE)
         image, prediction = thumbnail(sample.image, SIDE), thumbnail(sample.prediction, SIDE)
@@ -90,17 +90,17 @@ class _Collector:
 def collect_samples(
     runs: Mapping[str, Run], role: Role, *, labels: bool = True, limit: int = 60, device: torch.device | str = "cpu"
 ) -> SampleSet:
-    """Choose the images where the last network is worst and best, and where it differs most from the first.
+    """Collect the worst and best images of the last network, and its largest gain and loss against the first.
 
     Args:
         runs: finished runs by title, with the same domain in this role.
         role: source or target.
         labels: read the labels of the domain's val split; ``scores.json`` of each run counts them.
         limit: number of images to choose from, evenly sampled.
-        device: where the networks run.
+        device: device of the networks.
 
     Returns:
-        The images; none, with a note of the reason, where the domain's files cannot be read.
+        The images; if the domain cannot be read, none and a note of the reason.
     """
     domain = next(iter(runs.values())).recipe.domain(role)
     try:
@@ -125,15 +125,17 @@ def _labeled_samples(
         )  # fmt: skip
         samples[name] = collector.samples
         record_opened_labels(run, role, SPLIT, len(collector.samples))
-    accuracy = {name: {index: one.accuracy for index, one in some.items()} for name, some in samples.items()}
+    accuracy = {
+        name: {index: sample.accuracy for index, sample in by_index.items()} for name, by_index in samples.items()
+    }
     images = []
     for index, reason in choose_images(accuracy).items():
-        shown = {name: some[index] for name, some in samples.items()}
+        shown = {name: by_index[index] for name, by_index in samples.items()}
         first = next(iter(shown.values()))
-        predictions = {name: one.prediction for name, one in shown.items()}
-        correct = {name: one.accuracy for name, one in shown.items() if one.accuracy is not None}
+        predictions = {name: sample.prediction for name, sample in shown.items()}
+        correct = {name: sample.accuracy for name, sample in shown.items() if sample.accuracy is not None}
         images.append(SampleImage(first.name, reason, first.image, first.label, predictions, correct))
-    opened = [len(some) for some in samples.values()]
+    opened = [len(by_index) for by_index in samples.values()]
     return SampleSet(domain.title, domain.classes, role, images, opened[0], sum(opened))
 
 
@@ -141,8 +143,8 @@ def choose_images(accuracy: Mapping[str, Mapping[int, float | None]], number: in
     """Choose the worst and best images of the last network, and its largest gain and loss against the first.
 
     Args:
-        accuracy: by network and image; None without labeled pixels.
-        number: worst and best images each.
+        accuracy: accuracy by network and image; None without labeled pixels.
+        number: number of worst images, and of best images.
 
     Returns:
         The reasons by image, in the order to show.
@@ -163,7 +165,7 @@ def choose_images(accuracy: Mapping[str, Mapping[int, float | None]], number: in
             reasons.setdefault(most, []).append(f"largest gain, {100 * gains[most]:+.0f} points")
         if gains[least] <= -0.005:
             reasons.setdefault(least, []).append(f"largest loss, {100 * gains[least]:+.0f} points")
-    return {index: ", ".join(some) for index, some in reasons.items()}
+    return {index: ", ".join(words) for index, words in reasons.items()}
 
 
 def _unlabeled_samples(
@@ -198,7 +200,7 @@ def samples_folder(run: Run) -> Path:
     """
     folder = run.path / "samples"
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file, but sample images are written to a folder of this name; move it away")
+        raise RunError(f"{folder} is a file, not a folder for sample images; move it away")
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -206,15 +208,7 @@ def samples_folder(run: Run) -> Path:
 def draw_samples(run: Run, name: str, domain: Domain, scores: Scores, samples: Samples) -> list[Path]:
     """Draw panels, the confusion matrix and the training curves into a run's folder.
 
-    Args:
-        run: the run.
-        name: stem of the files, such as target-val.
-        domain: its classes and colors are shown.
-        scores: with the confusion matrix.
-        samples: images with labels and predictions.
-
-    Returns:
-        The files.
+    ``name`` is the stem of the files, such as target-val.
     """
     folder = samples_folder(run)
     return [
