@@ -180,7 +180,7 @@ def read_classes(file: Path) -> dict[str, Any]:
     """Read settings of a folder domain from a YAML file: class names, colors by name, or settings with ``classes``.
 
     Raises:
-        RecipeError: the file is missing, or holds something else.
+        RecipeError: the file is missing or has other content.
     """
     if not file.is_file():
         raise RecipeError(f"--classes: {file} is not a file; give a YAML file such as {{building: [255, 0, 0], …}}")

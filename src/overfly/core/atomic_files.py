@@ -44,7 +44,7 @@ def temporary_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
     Args:
         path: final name; its folder exists.
-        folder: whether to create a folder.
+        folder: create a folder instead of a file.
 
     Raises:
         OSError: it cannot be created.

@@ -7,7 +7,7 @@ Split = Literal["train", "val", "test"]
 Scene = Literal["urban", "rural"]
 """Kind of scene of LoveDA and of the synthetic world."""
 Cache = Literal["memory", "disk", "off"]
-"""Where decoded images are cached."""
+"""Location of cached decoded images."""
 Precision = Literal["32", "bf16", "16"]
 """Arithmetic in PyTorch: 32 bits, or mixed precision."""
 Backend = Literal["auto", "torch", "onnxruntime", "openvino"]

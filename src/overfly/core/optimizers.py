@@ -24,7 +24,7 @@ class Optim(Choice, ABC):
     head: PositiveFloat = 1.0
     """Learning rate of the decoder and class layers, as a multiple of the encoder's."""
     decay_norms: bool = True
-    """Whether weight decay applies to normalization weights and biases."""
+    """Apply weight decay to normalization weights and biases too."""
 
     @abstractmethod
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:

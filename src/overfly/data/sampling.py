@@ -40,7 +40,7 @@ class Sampling(Choice, ABC):
     """Sampling of images and crops, a function of (seed, step, slot) alone."""
 
     needs_counts: ClassVar[bool] = False
-    """Whether `choose_image` needs the labeled pixels of each class in each image."""
+    """True if `choose_image` needs the labeled pixels of each class in each image."""
 
     @abstractmethod
     def choose_image(self, slot: SampleSlot, counts: Counts | None) -> tuple[int, int]:

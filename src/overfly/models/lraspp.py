@@ -90,7 +90,7 @@ class LRASPP(Network):
 
     Args:
         classes: number of classes K.
-        training_heads: whether to add ``auxiliary``, class scores at a 16th.
+        training_heads: add ``auxiliary``, class scores at a 16th of the size.
         bands: number of bands C of the images.
     """
 

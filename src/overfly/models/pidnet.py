@@ -197,7 +197,7 @@ class PIDNet(Network):
 
     Args:
         classes: number of classes K.
-        training_heads: whether to add ``seghead_p`` (auxiliary class scores) and ``seghead_d`` (boundary).
+        training_heads: add ``seghead_p`` (auxiliary class scores) and ``seghead_d`` (boundary).
         bands: number of bands C of the images.
         planes: width of the first stage; the others are multiples of it.
         depth: blocks of the shallow and of the deep stages.

@@ -117,7 +117,7 @@ class SceneLayout:
         )
 
     def building(self, center: Vector, along: Vector, sizes: tuple[float, float, float], kind: str) -> None:
-        """Place a building unless the place is occupied.
+        """Place a building unless the area is occupied.
 
         Args:
             center: center of the building.
