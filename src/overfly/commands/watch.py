@@ -92,23 +92,11 @@ class WatchResult:
 
 
 def watch(
-    run: PathLike,
-    source: str,
-    *,
-    out: PathLike | None = None,
-    serve: int | None = None,
-    realtime: bool = False,
-    size: int | None = None,
-    opacity: float = 0.5,
-    legend: bool = True,
-    stats: bool = True,
-    fps: float | None = None,
-    seconds: float | None = None,
-    backend: Backend = "auto",
-    device: str = "auto",
-    json: bool = False,
+    run: PathLike, source: str, *, out: PathLike | None = None, serve: int | None = None, realtime: bool = False,
+    size: int | None = None, opacity: float = 0.5, legend: bool = True, stats: bool = True, fps: float | None = None,
+    seconds: float | None = None, backend: Backend = "auto", device: str = "auto", json: bool = False,
     quiet: bool = False,
-) -> WatchResult:
+) -> WatchResult:  # fmt: skip
     """Predict a video, a camera or a folder of images, and show the classes on top of every frame.
 
     The overlay is written to a video (--out), served as a page on this machine (--serve), or both. A file is processed
@@ -175,22 +163,13 @@ def watch(
     predictor = renderer.predictor
     machine = describe_machine(predictor.device if predictor.backend == "torch" else "cpu")
     return WatchResult(
-        source=stream.title,
-        network=predictor.metadata.title or predictor.metadata.architecture,
-        backend=predictor.backend,
-        device=predictor.device,
-        machine=str(machine["device"]),
-        threads=int(machine["threads"]),
-        frame=(width, height),
-        input=(max(1, round(width * scale)), max(1, round(height * scale))),
-        realtime=stream.live or realtime,
-        damaged=stream.errors.damaged,
-        ended=stream.errors.ended,
-        summary=summary,
-        out=out if summary.shown else None,
-        seconds=seconds,
-        as_json=json,
-    )
+        source=stream.title, network=predictor.metadata.title or predictor.metadata.architecture,
+        backend=predictor.backend, device=predictor.device, machine=str(machine["device"]),
+        threads=int(machine["threads"]), frame=(width, height),
+        input=(max(1, round(width * scale)), max(1, round(height * scale))), realtime=stream.live or realtime,
+        damaged=stream.errors.damaged, ended=stream.errors.ended, summary=summary, out=out if summary.shown else None,
+        seconds=seconds, as_json=json,
+    )  # fmt: skip
 
 
 def _check_options(
