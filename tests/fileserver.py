@@ -27,7 +27,7 @@ class Served:
     modified: str | None = "Mon, 01 Nov 2021 10:00:00 GMT"
     ranges: bool = True  # answers Range
     if_range: bool = True  # and looks at If-Range while doing so
-    length: bool = True  # says how long the body is
+    length: bool = True  # send Content-Length
     chunked: bool = False
     redirect: str | None = None
     retry_after: str | None = None
@@ -39,7 +39,7 @@ class Served:
 
 @dataclass
 class FileServer:
-    """What is served, and what was asked for."""
+    """Served files and received requests."""
 
     address: str
     files: dict[str, Served] = field(default_factory=dict)
@@ -77,7 +77,7 @@ def serving(patch: pytest.MonkeyPatch) -> Iterator[FileServer]:
 
 
 def free_address() -> str:
-    """An address on this machine where nobody listens."""
+    """A local address without a server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.server_close()
     return f"http://127.0.0.1:{server.server_address[1]}"
@@ -121,12 +121,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _answer(self, served: Served) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         condition = self.headers.get("If-Range")
         fresh = not served.if_range or condition in (None, served.etag, served.modified)
         start, size = 0, len(served.body)
-        if asked and served.ranges and fresh:
-            start = int(asked[1])
+        if requested and served.ranges and fresh:
+            start = int(requested[1])
             if start >= size:
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{size}")

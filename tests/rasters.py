@@ -55,7 +55,7 @@ def position_dependent(window: int = 64) -> Predictor:
 
 
 def noise(height: int, width: int, bands: int = 3, seed: int = 0) -> NDArray[np.uint8]:
-    """A picture (C, H, W) whose bands are alike."""
+    """An image (C, H, W) with equal bands."""
     image = np.random.default_rng(seed).integers(0, 256, (1, height, width), dtype=np.uint8)
     return np.repeat(image, bands, axis=0)
 

@@ -50,9 +50,9 @@ def test_train_then_evaluate_then_speed(file: Path, tmp_path: Path, capsys: pyte
     scores = json.loads((run / "scores.json").read_text())
     assert scores["labels_opened"] == {"source/val": {"times": 1, "images": 2}, "target/val": {"times": 1, "images": 2}}
     assert 0 <= scores["target/val"]["miou"] <= 1
-    for picture in ("source-val.png", "target-val-confusion.png", "curves.png"):
-        with Image.open(run / "samples" / picture) as drawn:
-            assert np.asarray(drawn).std() > 0
+    for name in ("source-val.png", "target-val-confusion.png", "curves.png"):
+        with Image.open(run / "samples" / name) as image:
+            assert np.asarray(image).std() > 0
     assert overfly("evaluate", run, "size=32", "--domain", "target", "--split", "test", "--device", "cpu") == 0
     assert "target/test" in json.loads((run / "scores.json").read_text())
     assert overfly("speed", run, "--size", "64", "--repeats", "2", "--warmup", "1", "--device", "cpu") == 0

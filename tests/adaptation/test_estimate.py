@@ -29,7 +29,7 @@ def planted(pixels: int = 20_000, over: float = 3.0, seed: int = 0) -> tuple[Ten
     return true * over, label
 
 
-def test_a_planted_temperature_is_found() -> None:
+def test_a_known_temperature_is_recovered() -> None:
     scores, label = planted()
     found = calibrate(scores, label, torch.arange(len(label)) % 4)
     assert found.temperature == pytest.approx(3, rel=0.05)
@@ -38,13 +38,13 @@ def test_a_planted_temperature_is_found() -> None:
     assert calibrate(more, ignored).temperature == pytest.approx(calibrate(scores, label).temperature, rel=1e-6)
 
 
-def test_constants_of_classes_are_kept_where_they_help() -> None:
+def test_class_biases_are_used_where_they_help() -> None:
     scores, label = planted(over=1.0)
     moved = scores + torch.tensor([2.0, 0.0, 0.0])[:, None]
     found = calibrate(moved, label, torch.arange(len(label)) % 4)
     assert found.bias.any()
     assert float(found.bias[1] - found.bias[0]) == pytest.approx(2, abs=0.15)
-    assert not calibrate(moved, label).bias.any(), "without pictures held out nothing tells whether they help"
+    assert not calibrate(moved, label).bias.any(), "without held-out images there are no class biases"
 
 
 def test_calibrated_confidences_expect_the_truth() -> None:

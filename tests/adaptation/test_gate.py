@@ -56,8 +56,10 @@ def recommended(
     return select("source only", passed, Gate().tolerance), reasons
 
 
-def seen(base_metrics: LabelFreeMetrics, geometric: float, else_: float, agreement: float = 0.6) -> LabelFreeMetrics:
-    """Figures of a network with one consistency under turns and sizes and another under the rest."""
+def with_consistency(
+    base_metrics: LabelFreeMetrics, geometric: float, else_: float, agreement: float = 0.6
+) -> LabelFreeMetrics:
+    """Metrics of a network with one consistency under turns and sizes and another under the rest."""
     by_view = {name: geometric if name in GEOMETRIC else else_ for name in base_metrics.by_view}
     mean = sum(by_view.values()) / len(by_view)
     found = metrics(base_metrics, views_miou=mean, agreement=agreement)
@@ -67,9 +69,9 @@ def seen(base_metrics: LabelFreeMetrics, geometric: float, else_: float, agreeme
 def test_the_most_consistent_accepted_candidate_is_recommended(base_metrics: LabelFreeMetrics) -> None:
     candidates = {
         "source only": metrics(base_metrics),
-        "recalibrated": seen(base_metrics, 0.66, 0.66),
-        "adapted": seen(base_metrics, 0.7, 0.7),
-        "wild": seen(base_metrics, 0.9, 0.9, agreement=0.1),
+        "recalibrated": with_consistency(base_metrics, 0.66, 0.66),
+        "adapted": with_consistency(base_metrics, 0.7, 0.7),
+        "wild": with_consistency(base_metrics, 0.9, 0.9, agreement=0.1),
     }
     chosen, reasons = recommended(candidates)
     assert chosen == "adapted"
@@ -81,7 +83,7 @@ def test_the_most_consistent_accepted_candidate_is_recommended(base_metrics: Lab
 def test_consistency_under_trained_color_changes_does_not_count(base_metrics: LabelFreeMetrics) -> None:
     """A network trained with color changes is more consistent under them, and less under geometric perturbations."""
     assert set(GEOMETRIC) < set(base_metrics.by_view)
-    recolored, pasted = seen(base_metrics, 0.76, 0.95), seen(base_metrics, 0.79, 0.75)
+    recolored, pasted = with_consistency(base_metrics, 0.76, 0.95), with_consistency(base_metrics, 0.79, 0.75)
     assert consistency(recolored) > consistency(pasted)
     assert (geometric_consistency(recolored), geometric_consistency(pasted)) == pytest.approx((0.76, 0.79))
     assert select("source only", {"one": recolored, "other": pasted}, 0.02) == "other"
@@ -100,7 +102,7 @@ def test_a_collapsed_network_is_rejected() -> None:
 
 def test_unfamiliar_images_reject_every_candidate(base_metrics: LabelFreeMetrics) -> None:
     def of(geometric: float, nuclear_norm: float) -> LabelFreeMetrics:
-        return seen(base_metrics, geometric, 0.6).model_copy(update={"nuclear_norm": nuclear_norm})
+        return with_consistency(base_metrics, geometric, 0.6).model_copy(update={"nuclear_norm": nuclear_norm})
 
     home, better = of(0.8, 0.8), {"adapted": metrics(base_metrics, views_miou=0.7, agreement=0.6)}
     known, unfamiliar = {"source only": of(0.6, 0.75), **better}, {"source only": of(0.6, 0.6), **better}
@@ -134,13 +136,13 @@ def test_familiarity_times_reverse_validation_must_reach_the_bound(
 
 
 def test_higher_confidence_on_the_target_does_not_raise_familiarity(base_metrics: LabelFreeMetrics) -> None:
-    home, away = seen(base_metrics, 0.8, 0.9), seen(base_metrics, 0.4, 0.9)
+    home, away = with_consistency(base_metrics, 0.8, 0.9), with_consistency(base_metrics, 0.4, 0.9)
     home, away = home.model_copy(update={"nuclear_norm": 0.5}), away.model_copy(update={"bnm": 1.0})
     assert familiarity(home, away) == pytest.approx(0.5)
 
 
 def test_consistency_under_color_changes_does_not_raise_familiarity(base_metrics: LabelFreeMetrics) -> None:
-    home, away = seen(base_metrics, 0.8, 0.9), seen(base_metrics, 0.4, 0.9)
+    home, away = with_consistency(base_metrics, 0.8, 0.9), with_consistency(base_metrics, 0.4, 0.9)
     assert familiarity(home, away) == pytest.approx(0.5)
 
 
@@ -150,14 +152,14 @@ def test_of_equally_consistent_candidates_the_first_is_recommended(
 ) -> None:
     candidates = {
         "source only": metrics(base_metrics),
-        "first": seen(base_metrics, 0.7, 0.7),
-        "second": seen(base_metrics, second, 0.7),
+        "first": with_consistency(base_metrics, 0.7, 0.7),
+        "second": with_consistency(base_metrics, second, 0.7),
     }
     assert select("source only", candidates, Gate().tolerance) == chosen
 
 
 def test_familiarity_counts_classes_that_are_predicted_on_the_source_only(base_metrics: LabelFreeMetrics) -> None:
-    source = seen(base_metrics, 0.8, 0.8).model_copy(update={"shares": (0.4, 0.3, 0.3)})
+    source = with_consistency(base_metrics, 0.8, 0.8).model_copy(update={"shares": (0.4, 0.3, 0.3)})
     target = source.model_copy(update={"shares": (0.5, 0.5, 0.0)})
     assert familiarity(source, target) == pytest.approx(2 / 3)
 

@@ -44,7 +44,7 @@ OPTIONS = MetricOptions(limit=2, crop=48)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run with two kept checkpoints, of which the last is its own, and one without any."""
+    """One run with two stored checkpoints, the last of which is its final network, and one without any."""
     out = tmp_path_factory.mktemp("runs")
     validation = {"every": 1, "target": True, "keep_all": True, "select": "last"}
     train(load({**RECIPE, "validation": validation}), out=out, device="cpu", quiet=True)
@@ -111,8 +111,8 @@ def test_with_labels_each_validator_gets_correlation_and_regret(runs: Path) -> N
     assert opened == [run.scores["labels_opened"]["target/val"] for run in find_trained_runs([runs])], (
         "what is known is not reread"
     )
-    kept = next(run for run in find_trained_runs([runs]) if run.validation_weights)
-    assert set(kept.scores["checkpoints"]) == {"step-1", "step-2"}
+    run = next(run for run in find_trained_runs([runs]) if run.validation_weights)
+    assert set(run.scores["checkpoints"]) == {"step-1", "step-2"}
     text = shown(found)
     assert "rank correlation" in text
     assert "target labels opened: 6" in text

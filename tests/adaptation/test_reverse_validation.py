@@ -27,7 +27,7 @@ OFFSETS = {"train": 0, "val": 30, "test": 60}
 
 
 class Place(Patches):
-    """Other pictures in every split, so noisy that no pixel alone tells its class; remembers which were read."""
+    """Images that differ between splits, too noisy to classify by single pixels; records which were read."""
 
     images: int = 8
     noise: int = 60
@@ -67,7 +67,7 @@ class Shapeless(Place):
 
 
 class Smooth(nn.Module):
-    """Tells classes apart by the brightness around each pixel; says another order of classes while it trains."""
+    """Classify by the brightness around each pixel; in training mode the classes are in another order."""
 
     def __init__(self, order: tuple[int, ...] = (0, 1, 2)) -> None:
         super().__init__()
@@ -97,15 +97,17 @@ def test_correct_predictions_score_high() -> None:
 
 def test_the_score_is_relative_to_source_labels() -> None:
     """Of held-out labels that a forest knows by 60 to 90 %."""
-    home, asked = (
+    source_pixels, test_pixels = (
         sample_pixels(labeled_images(SOURCE, "train"), 255, 0),
         sample_pixels(labeled_images(SOURCE, "val"), 255, 1),
     )
-    known = forest_miou(home, asked, 3, 0)
+    known = forest_miou(source_pixels, test_pixels, 3, 0)
     assert 0.6 < known < 0.95
-    said = ((image, predict_scores(Smooth().eval(), image).argmax(0)) for image in unlabeled_images(TARGET, "train"))
-    away = sample_pixels(said, 255, 0)
-    assert share(Smooth()) == pytest.approx(min(1.0, forest_miou(away, asked, 3, 0) / known))
+    predicted = (
+        (image, predict_scores(Smooth().eval(), image).argmax(0)) for image in unlabeled_images(TARGET, "train")
+    )
+    target_pixels = sample_pixels(predicted, 255, 0)
+    assert share(Smooth()) == pytest.approx(min(1.0, forest_miou(target_pixels, test_pixels, 3, 0) / known))
 
 
 @pytest.mark.parametrize(("network", "most"), [(Smooth((1, 2, 0)), 0.2), (Smooth((0, 2, 1)), 0.5), (Constant(), 0.4)])
@@ -206,17 +208,17 @@ class Pixels:
 
 
 def test_forest_miou_averages_over_the_test_classes() -> None:
-    asked = Pixels((0.0, 1.0), (0, 1)).many()
-    assert forest_miou(Pixels((0.0, 1.0), (0, 1)).many(), asked, 3, 0) == 1.0
-    assert forest_miou(Pixels((0.0, 1.0, 2.0), (0, 1, 2)).many(), asked, 3, 0) == 1.0
-    assert forest_miou(Pixels((0.0, 1.0), (0, 0)).many(), asked, 3, 0) == pytest.approx(0.25)
+    test_pixels = Pixels((0.0, 1.0), (0, 1)).many()
+    assert forest_miou(Pixels((0.0, 1.0), (0, 1)).many(), test_pixels, 3, 0) == 1.0
+    assert forest_miou(Pixels((0.0, 1.0, 2.0), (0, 1, 2)).many(), test_pixels, 3, 0) == 1.0
+    assert forest_miou(Pixels((0.0, 1.0), (0, 0)).many(), test_pixels, 3, 0) == pytest.approx(0.25)
     nothing = torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
-    assert forest_miou(nothing, asked, 3, 0) == forest_miou(asked, nothing, 3, 0) == 0.0
+    assert forest_miou(nothing, test_pixels, 3, 0) == forest_miou(test_pixels, nothing, 3, 0) == 0.0
 
 
 def test_the_forest_is_class_balanced() -> None:
     """Ninety-seven pixels say 0 and three say 1 of the same look: all classes alike, the look is as much the one."""
     looks = torch.tensor([0.0] * 60 + [1.0] * 40)[:, None]
     labels = torch.tensor([0] * 60 + [0] * 37 + [1] * 3)
-    asked = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
-    assert forest_miou((looks, labels), asked, 2, 0) == 1.0
+    test_pixels = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
+    assert forest_miou((looks, labels), test_pixels, 2, 0) == 1.0

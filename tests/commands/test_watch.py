@@ -152,14 +152,14 @@ def test_overlay_is_served(
 ) -> None:
     import urllib.request
 
-    asked: list[bytes] = []
+    pages: list[bytes] = []
 
     def looked_at(images: Floats) -> Floats:
-        if (result := re.search(r"overlay at (\S+)", capsys.readouterr().err)) and not asked:
+        if (result := re.search(r"overlay at (\S+)", capsys.readouterr().err)) and not pages:
             page.append(result.group(1))
         if page and len(shown) > 1:  # the first pass warms up, the second is of the first frame
             with urllib.request.urlopen(f"{page[0]}", timeout=10) as answer:  # noqa: S310  (our own page)
-                asked.append(answer.read())
+                pages.append(answer.read())
         shown.append(1)
         return brightest(images)
 
@@ -168,8 +168,8 @@ def test_overlay_is_served(
     network(rule_model(looked_at))
     result = streaming.watch("RUN", str(video(tmp_path / "a.mp4", frames=4)), serve=0)
     assert result.summary.shown == 4
-    assert asked
-    assert all(b"/stream" in page for page in asked)
+    assert pages
+    assert all(b"/stream" in page for page in pages)
 
 
 @pytest.mark.parametrize("breaks", [False, True])
@@ -181,13 +181,13 @@ def test_page_shows_how_the_stream_ended(
             raise DataError("frames/2.png is damaged; take it away")
         return brightest(images)
 
-    class Kept(LatestFrame):
+    class RecordingFrame(LatestFrame):
         def __init__(self) -> None:
             super().__init__()
             screens.append(self)
 
     screens: list[LatestFrame] = []
-    monkeypatch.setattr("overfly.video.player.LatestFrame", Kept)
+    monkeypatch.setattr("overfly.video.player.LatestFrame", RecordingFrame)
     network(rule_model(looked_at))
     source = str(video(tmp_path / "a.mp4", frames=4))
     if breaks:

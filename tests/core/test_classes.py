@@ -22,12 +22,12 @@ def test_many_classes_still_get_colors() -> None:
     ("values", "message"),
     [
         ({"names": ["a", "a"]}, "more than once"),
-        ({"names": ["a"], "colors": [[0, 0, 0], [1, 1, 1]]}, "1 classes need 1 colors"),
+        ({"names": ["a"], "colors": [[0, 0, 0], [1, 1, 1]]}, "1 colors"),
         ({"names": []}, "1 to 254"),
         ({"names": ["a"], "colors": [[0, 0, 300]]}, "255"),
     ],
 )
-def test_what_cannot_be_a_label_set(values: dict[str, object], message: str) -> None:
+def test_invalid_classes_raise(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Classes.model_validate(values)
 
@@ -41,7 +41,7 @@ def test_paint_shows_each_class_in_its_color_and_ignored_pixels_black() -> None:
         classes.index("sky")
 
 
-def test_yaml_booleans_as_class_names_are_explained() -> None:
+def test_yaml_booleans_as_class_names_raise() -> None:
     for classes in ([False, True], {False: [0, 0, 0], True: [1, 1, 1]}, {"names": [False, True]}):
         with pytest.raises(ValidationError, match="quote names"):
             Classes.model_validate(classes)

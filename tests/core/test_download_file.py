@@ -92,7 +92,7 @@ def test_wrong_hash_leaves_no_file(file_server: FileServer, tmp_path: Path, algo
     assert names(tmp_path) == []
 
 
-def test_existing_file_with_right_hash_is_kept(file_server: FileServer, tmp_path: Path) -> None:
+def test_existing_file_with_right_hash_is_not_downloaded(file_server: FileServer, tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(BODY)
     url = file_server.add("a.bin", OTHER)
@@ -289,7 +289,7 @@ def test_server_without_ranges_starts_over(file_server: FileServer, tmp_path: Pa
 
 def test_server_without_ranges_that_always_breaks(file_server: FileServer, tmp_path: Path) -> None:
     url = file_server.add("a.bin", Served(BODY, ranges=False, breaks=[7000, 3000] * 50))
-    with pytest.raises(DownloadError, match="3 attempts in a row"):
+    with pytest.raises(DownloadError, match="3 attempts"):
         download_file(url, tmp_path / "a.bin", retries=2)
     assert len(file_server.requests) == 3
 

@@ -65,14 +65,14 @@ def test_background_finishes_before_leaving() -> None:
 
 def test_background_raises_errors_of_the_function() -> None:
     def work(item: int) -> None:
-        raise OSError(f"no room for {item}")
+        raise OSError(f"disk full at {item}")
 
-    with pytest.raises(OSError, match="no room for 0"), background(work, 1) as put:  # noqa: PT012
+    with pytest.raises(OSError, match="disk full at 0"), background(work, 1) as put:  # noqa: PT012
         put(0)
         for _ in range(100):
             time.sleep(0.01)
             put(1)
-    with pytest.raises(OSError, match="no room for 5"), background(work, 1) as put:
+    with pytest.raises(OSError, match="disk full at 5"), background(work, 1) as put:
         put(5)
 
 

@@ -32,7 +32,7 @@ class Basket(Spec):
     """Which."""
 
 
-def test_a_choice_is_the_same_in_every_spelling() -> None:
+def test_a_choice_is_equal_in_every_spelling() -> None:
     spelled = [
         Basket.model_validate({"fruit": {"name": "apple", "red": False}}),
         Basket(fruit=Apple(red=False)),
@@ -45,13 +45,13 @@ def test_a_choice_is_the_same_in_every_spelling() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValidationError, match="no fruit is called 'pear'; there are: apple"):
+    with pytest.raises(ValidationError, match=r"'pear'.*apple"):
         Basket.model_validate({"fruit": "pear"})
     with pytest.raises(ValidationError, match="apple"):
         Basket.model_validate({"fruit": {"red": True}})
 
 
-def test_misspelt_settings_and_changes_are_refused() -> None:
+def test_misspelled_settings_and_assignment_raise() -> None:
     with pytest.raises(ValidationError, match="color"):
         Basket.model_validate({"fruit": {"name": "apple", "color": 1}})
     with pytest.raises(ValidationError):
@@ -84,7 +84,7 @@ def test_a_plugin_is_found_when_its_name_is_unknown(monkeypatch: pytest.MonkeyPa
 
 @given(st.integers(1, 500), st.integers(0, 100))
 @settings(deadline=None, max_examples=40)
-def test_every_schedule_stays_between_nothing_and_its_top(steps: int, warmup: int) -> None:
+def test_every_schedule_stays_between_0_and_1(steps: int, warmup: int) -> None:
     for kind in Schedule.kinds.values():
         schedule = kind(warmup=warmup)
         factors = [schedule.factor(step, steps) for step in range(steps)]

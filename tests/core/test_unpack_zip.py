@@ -71,7 +71,7 @@ def test_unpacked_folder_honors_the_umask(tmp_path: Path) -> None:
         "..",
     ],
 )
-def test_paths_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+def test_paths_outside_the_folder_raise(tmp_path: Path, name: str) -> None:
     root = tmp_path / "deep" / "root"
     root.mkdir(parents=True)
     archive = make_zip(tmp_path / "Train.zip", {"Train/1.png": b"fine", name: b"evil"})
@@ -82,7 +82,7 @@ def test_paths_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
-def test_links_and_devices_are_refused(tmp_path: Path, kind: int) -> None:
+def test_links_and_devices_raise(tmp_path: Path, kind: int) -> None:
     info = zipfile.ZipInfo("Train/link.png")
     info.external_attr = (kind | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "Train.zip", "w") as archive:
@@ -92,7 +92,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: int) -> None:
     assert names(tmp_path) == ["Train.zip"]
 
 
-def test_encrypted_files_are_refused(tmp_path: Path) -> None:
+def test_encrypted_files_raise(tmp_path: Path) -> None:
     path = make_zip(tmp_path / "a.zip", {"1.png": b"one"})
     raw = bytearray(path.read_bytes())
     raw[6] |= 1  # the flags of the file's own header
@@ -102,13 +102,13 @@ def test_encrypted_files_are_refused(tmp_path: Path) -> None:
         unpack_zip(path, tmp_path / "a")
 
 
-def test_duplicate_names_are_refused(tmp_path: Path) -> None:
+def test_duplicate_names_raise(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "Train.zip", {"Train/a.png": b"1", "Train/A.png": b"2"})
     with pytest.raises(DownloadError, match="twice"):
         unpack_zip(archive, tmp_path / "Train")
 
 
-def test_zip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_bombs_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = make_zip(tmp_path / "a.zip", {f"{i}.png": bytes(10_000) for i in range(10)})
     assert archive.stat().st_size < 5000
     for limit, value in (("MAX_BYTES", 99_999), ("MAX_FILES", 9)):

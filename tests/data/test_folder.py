@@ -52,9 +52,9 @@ def rgb(*colors: tuple[int, int, int]) -> Array:
 
 
 def palette(*colors: tuple[int, int, int]) -> Image.Image:
-    picture = Image.frombytes("P", (2, 2), bytes(range(4)))
-    picture.putpalette([value for color in colors for value in color])
-    return picture
+    image = Image.frombytes("P", (2, 2), bytes(range(4)))
+    image.putpalette([value for color in colors for value in color])
+    return image
 
 
 def test_numbers_are_the_order_of_the_classes(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_palette_needs_a_label_format(tmp_path: Path) -> None:
     assert label(folder(root=tmp_path, classes=classes, label_format="index")) == [[0, 1], [2, 3]]
     assert label(folder(root=tmp_path, classes=classes, label_format="rgb")) == [[2, 1], [0, 0]]
     assert label(folder(root=tmp_path, classes=classes, ids={"a": [0, 1], "d": [2, 3]})) == [[0, 0], [3, 3]]
-    with pytest.raises(DataError, match=r"a\.png is a palette image; set label_format to index .* rgb"):
+    with pytest.raises(DataError, match=r"a\.png .*label_format .*index .*rgb"):
         label(folder(root=tmp_path, classes=classes))
 
 
@@ -110,17 +110,17 @@ def test_mapping_unites_two_label_sets(tmp_path: Path) -> None:
 def test_unknown_is_an_error_or_ignored(tmp_path: Path) -> None:
     pair(tmp_path, rgb((1, 1, 1), (2, 2, 2), (9, 9, 9), (9, 9, 9)))
     classes = {"a": [1, 1, 1], "b": [2, 2, 2]}
-    with pytest.raises(DataError, match=r"a\.png holds colors of no class: 9,9,9 \(2 pixels\); add them to colors"):
+    with pytest.raises(DataError, match=r"a\.png .*9,9,9 \(2 pixels\)"):
         label(folder(root=tmp_path, classes=classes))
     assert label(folder(root=tmp_path, classes=classes, unknown="ignore")) == [[0, 1], [255, 255]]
     pair(tmp_path, np.array([[0, 1], [2, 254]], np.uint8))
-    with pytest.raises(DataError, match=r"holds numbers of no class: 2 \(1 pixels\), 254 \(1 pixels\)"):
+    with pytest.raises(DataError, match=r"2 \(1 pixels\), 254 \(1 pixels\)"):
         label(folder(root=tmp_path, classes=classes))
 
 
 def test_mask_of_another_encoding_or_size_is_an_error(tmp_path: Path) -> None:
     pair(tmp_path, np.zeros((2, 2), np.uint8))
-    with pytest.raises(DataError, match=r"a\.png holds numbers, and label_format is rgb"):
+    with pytest.raises(DataError, match=r"a\.png .*label_format .*rgb"):
         label(folder(root=tmp_path, classes=["a"], label_format="rgb"))
     with pytest.raises(DataError, match="number 0"):
         label(folder(root=tmp_path, classes=["a"], ignore=[0]))
@@ -137,7 +137,7 @@ def test_folder_without_masks(tmp_path: Path) -> None:
     assert domain.read_image(item).shape == (2, 2, 3)
     with pytest.raises(DataError, match="has no mask"):
         domain.read_label(item)
-    with pytest.raises(SplitError, match="has no split val"):
+    with pytest.raises(SplitError, match="val"):
         domain.items("val")
 
 
@@ -181,17 +181,17 @@ def test_settings_of_images_reach_the_domain(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"mapping": {"x": "a"}}, "mapping .*'x'"),
-        ({"ids": {"x": 1}}, r"'x' is not one of the classes \(a, b\)"),
+        ({"ids": {"x": 1}}, r"'x' .*a, b"),
         ({"colors": {"a": [1, 1, 1], "b": [1, 1, 1]}}, "color .1, 1, 1."),
         ({"ids": {"a": 1, "b": [2, 1]}}, "number 1 "),
         ({"ids": {"a": 1, "b": 2}, "ignore": [2]}, "number 2 "),
-        ({"mean": [1.0, 1.0, 1.0]}, "mean and std go together"),
-        ({"mean": [1.0], "std": [1.0]}, "there are 3 bands"),
+        ({"mean": [1.0, 1.0, 1.0]}, "mean .*std"),
+        ({"mean": [1.0], "std": [1.0]}, "3 bands"),
         ({"splits": {"train": 0.8, "val": 0.3}}, "more than 1"),
         ({"splits": {"train": 0.8, "val": "*"}}, "mix shares"),
-        ({"images": "{split}/a", "masks": "b"}, "in both images and masks"),
-        ({"images": "*/a/*.png", "masks": "b/*.png"}, "images has 2 wildcards and masks 1"),
-        ({"classes": ["a", "a"]}, "class names must differ"),
+        ({"images": "{split}/a", "masks": "b"}, "images .*masks"),
+        ({"images": "*/a/*.png", "masks": "b/*.png"}, "images .*2 .*masks 1"),
+        ({"classes": ["a", "a"]}, "names"),
         ({"label_fromat": "rgb"}, "label_fromat"),
     ],
 )
@@ -201,9 +201,9 @@ def test_invalid_settings_are_errors(tmp_path: Path, settings: dict[str, Any], m
 
 
 def test_missing_folders_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere is not a folder"):
+    with pytest.raises(DataError, match="nowhere"):
         folder(root=tmp_path / "nowhere", classes=["a"]).items("train")
-    with pytest.raises(DataError, match="images holds no images"):
+    with pytest.raises(DataError, match="images"):
         folder(root=tmp_path, classes=["a"]).items("train")
 
 
@@ -236,7 +236,7 @@ def test_folder_one_level_too_high_names_the_subfolders(tmp_path: Path) -> None:
     for name in ("tile 1", "tile 2"):
         (tmp_path / "city" / name).mkdir(parents=True)
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "city" / name / "a.png")
-    with pytest.raises(DataError, match=r"city holds no images .* tile 1, tile 2 .* city/tile 1"):
+    with pytest.raises(DataError, match=r"city .*tile 1, tile 2 .*city/tile 1"):
         Folder(root=tmp_path, images="city", classes=["a"]).items("train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="root or images"):

@@ -106,7 +106,7 @@ def test_complete_splits_are_skipped(file_server: FileServer, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("bodies")
 def test_base_url(file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERFLY_LOVEDA_URL", "http://127.0.0.1:9/nobody")
+    monkeypatch.setenv("OVERFLY_LOVEDA_URL", "http://127.0.0.1:9/none")
     download_loveda(tmp_path, ["test"], base=file_server.address)
     assert requested(file_server) == ["/Test.zip"]
 

@@ -24,7 +24,7 @@ from overfly.data.reading import nodata_mask, read_image, read_index_label, read
 RANDOM = np.random.default_rng(0)
 
 
-def picture(height: int = 6, width: int = 5, bands: int = 3, dtype: str = "uint8") -> Array:
+def random_image(height: int = 6, width: int = 5, bands: int = 3, dtype: str = "uint8") -> Array:
     top = {"uint8": 256, "uint16": 65536}.get(dtype)
     values = RANDOM.random((height, width, bands)) if top is None else RANDOM.integers(0, top, (height, width, bands))
     return values.astype(dtype)
@@ -68,7 +68,7 @@ def test_png_comes_back_as_written(
     tmp_path_factory: pytest.TempPathFactory, height: int, width: int, kind: tuple[str, int]
 ) -> None:
     dtype, bands = kind
-    image = picture(height, width, bands, dtype)
+    image = random_image(height, width, bands, dtype)
     path = tmp_path_factory.mktemp("png") / "a.png"
     Image.fromarray(image[..., 0] if bands == 1 else image).save(path)
     read = read_image(path, bands=bands)
@@ -91,7 +91,7 @@ def test_png_comes_back_as_written(
     ],
 )
 def test_tiff_comes_back_as_written(tmp_path: Path, bands: int, dtype: str) -> None:
-    image = picture(bands=bands, dtype=dtype)
+    image = random_image(bands=bands, dtype=dtype)
     path = tiff(tmp_path / "a.tif", image)
     read = read_image(path, bands=bands)
     assert read.dtype == dtype
@@ -103,12 +103,12 @@ def test_tiff_comes_back_as_written(tmp_path: Path, bands: int, dtype: str) -> N
 
 def test_color_of_16_bits_keeps_all_of_them(tmp_path: Path) -> None:
     pytest.importorskip("rasterio", reason="the extra geo is not installed")
-    image = picture(dtype="uint16")
+    image = random_image(dtype="uint16")
     np.testing.assert_array_equal(read_image(png16(tmp_path / "a.png", image), bands=3), image)
 
 
 def test_without_rasterio_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = png16(tmp_path / "a.png", picture(dtype="uint16"))
+    path = png16(tmp_path / "a.png", random_image(dtype="uint16"))
     real: Callable[..., Any] = builtins.__import__
 
     def absent(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +123,7 @@ def test_without_rasterio_the_extra_is_named(tmp_path: Path, monkeypatch: pytest
 
 def test_format_does_not_depend_on_the_suffix(tmp_path: Path) -> None:
     path = tmp_path / "really_jpeg.png"
-    Image.fromarray(picture(16, 16)).save(path, format="JPEG")
+    Image.fromarray(random_image(16, 16)).save(path, format="JPEG")
     assert read_image(path, bands=3).shape == (16, 16, 3)
     assert read_header(path).kind == "jpeg"
 
@@ -137,7 +137,7 @@ def test_a_jpeg_of_several_images_is_its_first(tmp_path: Path) -> None:
 
 
 def test_alpha_band_is_left_out_unless_bands_include_it(tmp_path: Path) -> None:
-    image = picture(bands=4)
+    image = random_image(bands=4)
     image[..., 3] = 255
     image[0, 0, 3] = 0
     path = tmp_path / "a.png"
@@ -155,7 +155,7 @@ def test_alpha_band_is_left_out_unless_bands_include_it(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("bands", [1, 3])
 def test_no_data_is_zero_and_masked(tmp_path: Path, dtype: str, nodata: float, bands: int) -> None:
-    image = picture(bands=bands, dtype=dtype)
+    image = random_image(bands=bands, dtype=dtype)
     image = np.where(image == nodata, np.array(1, dtype), image)
     image[1:3, 2] = nodata
     image[4, 4, 0] = nodata
@@ -170,7 +170,7 @@ def test_no_data_is_zero_and_masked(tmp_path: Path, dtype: str, nodata: float, b
 
 
 def test_non_finite_pixels_are_no_data(tmp_path: Path) -> None:
-    image = picture(bands=2, dtype="float32")
+    image = random_image(bands=2, dtype="float32")
     image[0, 1] = np.inf
     mask = nodata_mask(tiff(tmp_path / "a.tif", image), bands=2)
     assert mask is not None
@@ -182,7 +182,7 @@ def test_non_finite_pixels_are_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", ["YES", "NO"])
 def test_masked_pixels_are_no_data(tmp_path: Path, dtype: str, bands: int, inside: str) -> None:
     rasterio = pytest.importorskip("rasterio", reason="the extra geo is not installed")
-    image = np.maximum(picture(64, 50, bands, dtype), 1)
+    image = np.maximum(random_image(64, 50, bands, dtype), 1)
     path = tiff(tmp_path / "a.tif", image)
     assert nodata_mask(path, bands=bands) is None
     engine = read_header(path).engine
@@ -197,7 +197,7 @@ def test_masked_pixels_are_no_data(tmp_path: Path, dtype: str, bands: int, insid
 
 
 def bad_image(kind: str, path: Path) -> None:
-    whole = picture(64, 64)
+    whole = random_image(64, 64)
     if kind in ("png", "jpeg", "tiff"):
         Image.fromarray(whole).save(path, format=kind)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -232,19 +232,19 @@ def bad_image(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "match"),
     [
-        ("png", "truncated or damaged"), ("jpeg", "truncated or damaged"), ("tiff", "truncated or damaged"),
-        ("corrupt", "truncated or damaged"), ("palette", "palette"), ("gray", "1 band, 3 are expected"),
-        ("missing", "does not exist"), ("html", "a web page"), ("empty", "empty"),
+        ("png", "damaged"), ("jpeg", "damaged"), ("tiff", "damaged"),
+        ("corrupt", "damaged"), ("palette", "palette"), ("gray", "1 band"),
+        ("missing", "does not exist"), ("html", "web page"), ("empty", "empty"),
         ("lfs", "Git LFS"), ("zip", "archive"),
-        ("folder", "is a folder"), ("pipe", "is a pipe"), ("device", "is a device"), ("nothing", "0×0 pixels"),
+        ("folder", "folder"), ("pipe", "pipe"), ("device", "device"), ("nothing", "0×0"),
     ],
 )  # fmt: skip
-def test_damaged_image_is_an_error(tmp_path: Path, kind: str, said: str) -> None:
+def test_damaged_image_is_an_error(tmp_path: Path, kind: str, match: str) -> None:
     path = tmp_path / "bad.png"
     bad_image(kind, path)
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=match) as caught:
         read_image(path, bands=3)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -253,7 +253,7 @@ def test_damaged_image_is_an_error(tmp_path: Path, kind: str, said: str) -> None
 
 def test_too_large_images_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
-    Image.fromarray(picture(20, 20)).save(path)
+    Image.fromarray(random_image(20, 20)).save(path)
     monkeypatch.setattr(headers, "MAX_PIXELS", 399)
     with pytest.raises(DataError, match="million pixels"):
         read_image(path, bands=3)
@@ -261,7 +261,7 @@ def test_too_large_images_are_not_decoded(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_pillow_warnings_are_silenced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
-    Image.fromarray(picture(20, 20)).save(path)
+    Image.fromarray(random_image(20, 20)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
     assert read_image(path, bands=3).shape == (20, 20, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -270,7 +270,7 @@ def test_pillow_warnings_are_silenced(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def save_pair(folder: Path, label: Array, size: tuple[int, int] = (4, 4), **options: Any) -> Item:
-    Image.fromarray(picture(*size)).save(folder / "image.png")
+    Image.fromarray(random_image(*size)).save(folder / "image.png")
     Image.fromarray(label).save(folder / "mask.png", **options)
     return Item("a", folder / "image.png", folder / "mask.png")
 
@@ -319,11 +319,11 @@ def test_label_that_is_missing_a_jpeg_or_colors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="JPEG"):
         read_index_label(save_pair(tmp_path, np.zeros((4, 4), np.uint8), format="JPEG"), 3)
     with pytest.raises(DataError, match="colors"):
-        read_index_label(save_pair(tmp_path, picture(4, 4)), 3)
+        read_index_label(save_pair(tmp_path, random_image(4, 4)), 3)
     with pytest.raises(DataError, match="2"):
-        read_label_pixels(tiff(tmp_path / "a.tif", picture(bands=2)))
+        read_label_pixels(tiff(tmp_path / "a.tif", random_image(bands=2)))
     with pytest.raises(DataError, match=r"\.tif"):
-        read_label_pixels(tiff(tmp_path / "a.tif", picture(bands=1, dtype="float32")))
+        read_label_pixels(tiff(tmp_path / "a.tif", random_image(bands=1, dtype="float32")))
 
 
 def test_generated_images_are_read() -> None:

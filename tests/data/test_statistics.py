@@ -75,10 +75,10 @@ def write(root: Path, count: int = 3) -> Folder:
 
 def test_statistics_leave_out_pixels_without_data(tmp_path: Path) -> None:
     domain = write(tmp_path)
-    kept = np.concatenate([domain.read_image(item)[2:].reshape(-1, 3) for item in domain.items("train")])
+    pixels = np.concatenate([domain.read_image(item)[2:].reshape(-1, 3) for item in domain.items("train")])
     found = statistics(domain, "train")
     assert found.pixels == 3 * 8
-    np.testing.assert_allclose(found.mean, kept.mean(0))
+    np.testing.assert_allclose(found.mean, pixels.mean(0))
 
 
 def test_statistics_without_pixels_are_an_error(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def _square(shift: int = 0, side: int = 32) -> Tensor:
 
 
 def _eroded(mask: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:
-    """Erosion by 3 × 3, the plain way, the picture's border being no edge."""
+    """Erosion by 3 × 3 with a border of ones."""
     for _ in range(times):
         padded = np.pad(mask, 1, constant_values=True)
         mask = np.all(
@@ -36,11 +36,11 @@ def test_agrees_with_the_definition_by_erosion(seed: int, width: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 3, (2, 4, 5), generator=generator)
     label, prediction = (ids.repeat_interleave(6, 0).repeat_interleave(6, 1) for ids in coarse)
-    found = Boundary.from_predictions(prediction, label, 3, width)
+    boundary = Boundary.from_predictions(prediction, label, 3, width)
     for index in range(3):
         truth, guess = (label == index).numpy(), (prediction == index).numpy()
         outline, guessed = truth & ~_eroded(truth, width), guess & ~_eroded(guess, width)
-        assert found.counts[:, index].tolist() == [outline.sum(), guessed.sum(), (outline & guessed).sum()]
+        assert boundary.counts[:, index].tolist() == [outline.sum(), guessed.sum(), (outline & guessed).sum()]
 
 
 def test_a_perfect_prediction_scores_one_and_a_shifted_one_less() -> None:
@@ -50,13 +50,13 @@ def test_a_perfect_prediction_scores_one_and_a_shifted_one_less() -> None:
     assert 0 < far < near < 1
 
 
-def test_looks_at_outlines_where_plain_iou_looks_at_areas() -> None:
+def test_a_shift_lowers_boundary_iou_more_than_iou() -> None:
     label, shifted = _square(), _square(2)
     plain = float(((label == 1) & (shifted == 1)).sum() / ((label == 1) | (shifted == 1)).sum())
     assert float(Boundary.from_predictions(shifted, label, 2, width=2).iou[1]) < plain - 0.2
 
 
-def test_borders_of_pictures_and_of_ignored_areas_are_no_outline() -> None:
+def test_borders_of_images_and_ignored_areas_are_not_boundaries() -> None:
     whole = torch.ones(16, 16, dtype=torch.int64)
     assert math.isnan(Boundary.from_predictions(whole, whole, 2, width=3).miou)
     label = whole.clone()
@@ -66,7 +66,7 @@ def test_borders_of_pictures_and_of_ignored_areas_are_no_outline() -> None:
     assert Boundary.from_predictions(prediction, label, 2, width=3).counts.sum() == 0
 
 
-def test_adds_up_over_pictures_and_ranks() -> None:
+def test_sums_over_images_and_ranks() -> None:
     labels = torch.stack([_square(), _square(3), _square(-3)])
     predictions = torch.stack([_square(1), _square(3), _square()])
     together = Boundary.from_predictions(predictions, labels, 2, width=2)

@@ -38,9 +38,9 @@ def _pixels(seed: int, number: int = 400, classes: int = K) -> tuple[Tensor, Ten
 
 
 def test_rows_are_labels_and_columns_predictions() -> None:
-    found = Confusion.from_predictions(torch.tensor([[1, 1], [0, 2]]), torch.tensor([[0, 1], [IGNORE, 2]]), 3)
-    assert found.counts.tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
-    assert found.pixels == 3
+    confusion = Confusion.from_predictions(torch.tensor([[1, 1], [0, 2]]), torch.tensor([[0, 1], [IGNORE, 2]]), 3)
+    assert confusion.counts.tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
+    assert confusion.pixels == 3
 
 
 @settings(deadline=None, max_examples=15)
@@ -70,12 +70,12 @@ def test_agrees_with_torchmetrics_where_a_class_is_absent() -> None:
     prediction, label = _pixels(3, classes=3)
     metric = MulticlassJaccardIndex(K, average="macro", ignore_index=IGNORE)
     metric.update(prediction, label)
-    found = Confusion.from_predictions(prediction, label, K)
-    assert found.miou == pytest.approx(float(metric.compute()), abs=1e-6)
-    assert found.iou[3:].isnan().all()
+    confusion = Confusion.from_predictions(prediction, label, K)
+    assert confusion.miou == pytest.approx(float(metric.compute()), abs=1e-6)
+    assert confusion.iou[3:].isnan().all()
 
 
-def test_absent_classes_are_left_out_and_invented_ones_count_as_nought() -> None:
+def test_absent_classes_are_left_out_and_only_predicted_ones_score_zero() -> None:
     label = torch.tensor([0, 0, 1, 1])
     assert Confusion.from_predictions(torch.tensor([0, 0, 1, 1]), label, 4).miou == 1.0
     invented = Confusion.from_predictions(torch.tensor([0, 0, 1, 2]), label, 4)
@@ -87,7 +87,7 @@ def test_absent_classes_are_left_out_and_invented_ones_count_as_nought() -> None
 
 
 def test_one_matrix_is_not_the_mean_of_batches() -> None:
-    """Mistake 11: a mean of per-batch IoUs says something else than the IoU of the split."""
+    """A mean of per-batch IoUs differs from the IoU of the split."""
     first = Confusion.from_predictions(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 1]), 2)
     second = Confusion.from_predictions(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 1, 1]), 2)
     assert (first + second).miou == pytest.approx((4 / 7 + 1 / 4) / 2)
@@ -137,27 +137,27 @@ def test_adds_up_over_two_ranks_of_gloo() -> None:
     assert first == second == Confusion.from_predictions(prediction, label, K)
 
 
-def test_nothing_counted_has_no_scores() -> None:
+def test_empty_confusion_has_no_scores() -> None:
     empty = Confusion.from_predictions(torch.zeros(4, dtype=torch.int64), torch.full((4,), IGNORE), K)
     assert empty == Confusion.empty(K)
     assert all(math.isnan(value) for value in (empty.miou, empty.accuracy, empty.mean_f1, empty.kappa))
 
 
-def test_ids_that_are_no_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="label ids run from 0 to 7"):
+def test_ids_out_of_range_raise() -> None:
+    with pytest.raises(ValueError, match=r"label .*7"):
         Confusion.from_predictions(torch.tensor([0, 1]), torch.tensor([0, 7]), K)
-    with pytest.raises(ValueError, match="prediction ids run from -1"):
+    with pytest.raises(ValueError, match=r"prediction .*-1"):
         Confusion.from_predictions(torch.tensor([-1, 1]), torch.tensor([0, 1]), K)
     with pytest.raises(ValueError, match="differ in shape"):
         Confusion.from_predictions(torch.zeros(2, 2), torch.zeros(4), K)
 
 
-def test_predictions_under_ignored_labels_may_be_anything() -> None:
-    found = Confusion.from_predictions(torch.tensor([200, 1]), torch.tensor([IGNORE, 1]), 2)
-    assert found.counts.tolist() == [[0, 0], [0, 1]]
+def test_predictions_under_ignored_labels_are_not_checked() -> None:
+    confusion = Confusion.from_predictions(torch.tensor([200, 1]), torch.tensor([IGNORE, 1]), 2)
+    assert confusion.counts.tolist() == [[0, 0], [0, 1]]
 
 
-def test_counts_beyond_what_32_bits_hold() -> None:
+def test_counts_above_32_bits() -> None:
     large = Confusion(torch.full((2, 2), 2**40, dtype=torch.int64))
     assert (large + large).pixels == 4 * 2**41
     assert (large + large).miou == pytest.approx(1 / 3)

@@ -191,5 +191,5 @@ def test_scores_that_are_not_finite_raise() -> None:
         def forward(self, image: Tensor) -> Logits:
             return Logits(torch.full((len(image), 3, *image.shape[-2:]), float("nan")))
 
-    with pytest.raises(NotFiniteError, match="not finite"):
+    with pytest.raises(NotFiniteError):
         label_free_metrics(Broken(), Patches())

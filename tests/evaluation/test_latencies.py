@@ -14,8 +14,8 @@ def test_percentiles_of_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
     for index, value in enumerate(values):
         latencies.add(index, index + value)
     for share in (0.5, 0.95, 0.99):
-        wanted = np.quantile(values, share, method="inverted_cdf")
-        assert latencies.overall(share) == pytest.approx(wanted, rel=0.006)
+        expected = np.quantile(values, share, method="inverted_cdf")
+        assert latencies.overall(share) == pytest.approx(expected, rel=0.006)
         recent = latencies.recent(share)
         assert recent == pytest.approx(np.quantile(values[-100:], share, method="inverted_cdf"))
     assert latencies.count == 5000

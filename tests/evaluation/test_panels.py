@@ -28,26 +28,26 @@ def _sample(name: str = "a", height: int = 40, width: int = 60, label: bool = Tr
 
 
 def _open(path: Path) -> UInt8:
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(path) as figure:
+        assert figure.format == "PNG"
+        return np.asarray(figure.convert("RGB"))
 
 
-def _share(picture: Array, color: tuple[int, int, int]) -> float:
-    return float((picture == np.asarray(color)).all(-1).mean())
+def _share(figure: Array, color: tuple[int, int, int]) -> float:
+    return float((figure == np.asarray(color)).all(-1).mean())
 
 
 def test_panels_show_image_label_and_prediction(tmp_path: Path) -> None:
     path = panels([_sample(), _sample("b")], CLASSES, tmp_path / "new" / "panels.png", side=120)
-    picture = _open(path)
-    tile = 120 * 80 * 2 / (picture.shape[0] * picture.shape[1])
-    assert picture.shape[1] == 12 + 3 * 132
-    assert _share(picture, CLASSES.colors[2]) == pytest.approx(tile, rel=0.1)
-    assert _share(picture, CLASSES.colors[1]) == pytest.approx(tile * 0.375, rel=0.2)
-    assert _share(picture, CLASSES.colors[0]) == pytest.approx(tile * 0.375, rel=0.2)
+    figure = _open(path)
+    tile = 120 * 80 * 2 / (figure.shape[0] * figure.shape[1])
+    assert figure.shape[1] == 12 + 3 * 132
+    assert _share(figure, CLASSES.colors[2]) == pytest.approx(tile, rel=0.1)
+    assert _share(figure, CLASSES.colors[1]) == pytest.approx(tile * 0.375, rel=0.2)
+    assert _share(figure, CLASSES.colors[0]) == pytest.approx(tile * 0.375, rel=0.2)
 
 
-def test_pixels_without_a_label_are_striped_and_said_in_the_legend(tmp_path: Path) -> None:
+def test_pixels_without_a_label_are_striped(tmp_path: Path) -> None:
     with_gap = _open(panels([_sample()], CLASSES, tmp_path / "a.png", side=120))
     whole = _sample()
     assert whole.label is not None
@@ -56,31 +56,31 @@ def test_pixels_without_a_label_are_striped_and_said_in_the_legend(tmp_path: Pat
     assert _share(with_gap, (70, 70, 70)) > 0.01 > _share(without, (70, 70, 70))
 
 
-def test_without_labels_there_is_no_such_column(tmp_path: Path) -> None:
-    picture = _open(panels([_sample(label=False)], CLASSES, tmp_path / "a.png", side=100))
-    assert picture.shape[1] == 12 + 2 * 112
+def test_panels_without_labels_have_no_label_column(tmp_path: Path) -> None:
+    figure = _open(panels([_sample(label=False)], CLASSES, tmp_path / "a.png", side=100))
+    assert figure.shape[1] == 12 + 2 * 112
 
 
 def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
     first, second = _sample(), _sample()
     second.prediction[:] = 1
     rows = {"urban": {"before": first, "after": second}, "rural": {"before": _sample("c")}}
-    picture = _open(comparison_figure(rows.items(), CLASSES, tmp_path / "c.png", side=90))
-    assert picture.shape[1] == 12 + 4 * 102
-    assert _share(picture[:, -102:], CLASSES.colors[1]) > 0.15
-    assert _share(picture[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colors[2]) > 0.35
+    figure = _open(comparison_figure(rows.items(), CLASSES, tmp_path / "c.png", side=90))
+    assert figure.shape[1] == 12 + 4 * 102
+    assert _share(figure[:, -102:], CLASSES.colors[1]) > 0.15
+    assert _share(figure[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colors[2]) > 0.35
 
 
-def test_comparison_without_labels_has_no_column_for_them(tmp_path: Path) -> None:
+def test_comparison_without_labels_has_no_label_column(tmp_path: Path) -> None:
     rows = {"rural": {"before": dataclasses.replace(_sample(), label=None), "after": _sample()}}
     assert _open(comparison_figure(rows.items(), CLASSES, tmp_path / "a.png", side=90)).shape[1] == 12 + 4 * 102
     rows["rural"]["after"] = rows["rural"]["before"]
     assert _open(comparison_figure(rows.items(), CLASSES, tmp_path / "b.png", side=90)).shape[1] == 12 + 3 * 102
 
 
-def test_large_pictures_make_no_large_sheets(tmp_path: Path) -> None:
-    picture = _open(panels([_sample(height=900, width=300)], CLASSES, tmp_path / "a.png", side=200))
-    assert picture.shape[0] < 330
+def test_large_images_are_downscaled(tmp_path: Path) -> None:
+    figure = _open(panels([_sample(height=900, width=300)], CLASSES, tmp_path / "a.png", side=200))
+    assert figure.shape[0] < 330
 
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4, 8])
@@ -104,7 +104,7 @@ def test_eight_bits_stay_as_they_are_and_others_are_stretched() -> None:
     assert abs(float(shown.mean()) - 127.5) < 2
 
 
-def test_stated_bands_are_shown_and_others_refused() -> None:
+def test_given_bands_are_shown_and_invalid_ones_raise() -> None:
     image = np.stack([np.full((3, 3), level, np.uint8) for level in (1, 2, 3, 4)], -1)
     assert to_rgb(image, (3, 1, 0))[0, 0].tolist() == [4, 2, 1]
     with pytest.raises(ValueError, match="0 to 3"):

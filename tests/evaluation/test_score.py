@@ -22,11 +22,11 @@ CLASSES = Classes(names=("dark", "gray", "bright", "never"))
 
 
 class Memory(Domain):
-    """Pictures in memory, not registered: the class of a pixel is its level; some labels lie, to score below 1."""
+    """Unregistered images in memory: the class of a pixel is its level; some labels are wrong, for scores below 1."""
 
     name: ClassVar[str] = "memory"
     sizes: tuple[tuple[int, int], ...] = ((16, 16), (16, 16), (12, 20), (16, 16), (9, 7))
-    lies: bool = True
+    wrong_labels: bool = True
 
     @property
     def classes(self) -> Classes:
@@ -47,7 +47,7 @@ class Memory(Domain):
         opened.append(item.name)
         label = (self.read_image(item)[..., 0] // 100).astype(np.uint8)
         label[0] = IGNORE
-        if self.lies:
+        if self.wrong_labels:
             label[3, : 2 + int(item.name[1:])] = 1
         return label
 
@@ -56,7 +56,7 @@ opened: list[str] = []
 
 
 class Levels(nn.Module):
-    """Tells the classes apart by level, pixel by pixel; dropout and a counter show mode and number of passes."""
+    """Classify each pixel by its level; dropout and a counter show mode and number of passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,47 +82,47 @@ def _expected(domain: Memory, split: Split) -> Confusion:
 
 def test_scores_one_confusion_matrix_over_the_split() -> None:
     domain = Memory()
-    found, want = score(Levels(), domain, "train"), _expected(domain, "train")
-    assert found.confusion == tuple(tuple(row) for row in want.counts.tolist())
-    assert found.miou == pytest.approx(want.miou)
-    assert found.miou is not None
-    assert 0.7 < found.miou < 1
-    assert found.classes["bright"].iou == pytest.approx(float(want.iou[2]))
-    assert found.classes["never"].iou is None
-    assert found.classes["never"].pixels == 0
-    assert list(found.classes) == list(CLASSES.names)
-    assert found.protocol.resize is None
-    assert found.boundary_miou is not None
-    assert found.calibration.ece is not None
-    assert sum(found.calibration.pixels) == want.pixels
+    scores, expected = score(Levels(), domain, "train"), _expected(domain, "train")
+    assert scores.confusion == tuple(tuple(row) for row in expected.counts.tolist())
+    assert scores.miou == pytest.approx(expected.miou)
+    assert scores.miou is not None
+    assert 0.7 < scores.miou < 1
+    assert scores.classes["bright"].iou == pytest.approx(float(expected.iou[2]))
+    assert scores.classes["never"].iou is None
+    assert scores.classes["never"].pixels == 0
+    assert list(scores.classes) == list(CLASSES.names)
+    assert scores.protocol.resize is None
+    assert scores.boundary_miou is not None
+    assert scores.calibration.ece is not None
+    assert sum(scores.calibration.pixels) == expected.pixels
 
 
-def test_says_how_many_labels_were_opened() -> None:
+def test_labels_opened_are_counted() -> None:
     opened.clear()
-    found = score(Levels(), Memory(), "val")
-    assert found.labels_opened == len(opened) == len(set(opened)) == found.images == 4
-    assert found.unlabeled == 1
+    scores = score(Levels(), Memory(), "val")
+    assert scores.labels_opened == len(opened) == len(set(opened)) == scores.images == 4
+    assert scores.unlabeled == 1
 
 
-def test_is_json_without_nan_and_reads_back() -> None:
-    found = score(Levels(), Memory(), "train")
-    text = json.dumps(found.model_dump(mode="json"), allow_nan=False)
-    assert Scores.model_validate_json(text) == found
+def test_scores_round_trip_through_json_without_nan() -> None:
+    scores = score(Levels(), Memory(), "train")
+    text = json.dumps(scores.model_dump(mode="json"), allow_nan=False)
+    assert Scores.model_validate_json(text) == scores
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("window", [None, 8, 64])
-def test_batches_threads_and_windows_change_nothing_for_a_pointwise_network(
+def test_batches_workers_and_windows_do_not_change_a_pointwise_network(
     batch: int, workers: int, window: int | None
 ) -> None:
     plain = score(Levels(), Memory(), "train")
     network = Levels()
-    found = score(network, Memory(), "train", batch=batch, workers=workers, window=window, overlap=0.5)
-    assert found.confusion == plain.confusion
-    assert found.classes == plain.classes
-    assert found.calibration.ece == pytest.approx(plain.calibration.ece, abs=1e-6)
-    assert found.protocol.window == window
+    scores = score(network, Memory(), "train", batch=batch, workers=workers, window=window, overlap=0.5)
+    assert scores.confusion == plain.confusion
+    assert scores.classes == plain.classes
+    assert scores.calibration.ece == pytest.approx(plain.calibration.ece, abs=1e-6)
+    assert scores.protocol.window == window
     assert max(shape[0] for shape in network.batches) <= batch
     if window:
         assert {shape[-2:] for shape in network.batches} == {(window, window)}
@@ -130,15 +130,15 @@ def test_batches_threads_and_windows_change_nothing_for_a_pointwise_network(
         assert [shape[0] for shape in network.batches] == [2, 1, 1, 1]
 
 
-def test_the_network_sees_the_resized_picture_and_the_label_stays_whole() -> None:
+def test_resize_applies_to_the_image_only() -> None:
     network = Levels()
-    found = score(network, Memory(), "train", resize=32)
+    scores = score(network, Memory(), "train", resize=32)
     assert {shape[-2:] for shape in network.batches} == {(32, 32)}
-    assert found.protocol.resize == 32
-    assert sum(map(sum, found.confusion)) == _expected(Memory(), "train").pixels
+    assert scores.protocol.resize == 32
+    assert sum(map(sum, scores.confusion)) == _expected(Memory(), "train").pixels
 
 
-def test_modes_are_as_before_and_nothing_learns() -> None:
+def test_evaluation_mode_restores_each_module() -> None:
     network = nn.Sequential(Levels(), nn.Identity())
     network.train()
     network[1].eval()
@@ -151,9 +151,9 @@ def test_modes_are_as_before_and_nothing_learns() -> None:
     assert levels.drop.training
 
 
-def test_ranks_add_up_to_the_whole() -> None:
+def test_sum_over_ranks_equals_one_process() -> None:
     plain = score(Levels(), Memory(), "train")
-    kept: list[list[Tensor]] = []
+    ranks: list[list[Tensor]] = []
     for rank in range(2):
         sent: list[Tensor] = []
 
@@ -162,13 +162,13 @@ def test_ranks_add_up_to_the_whole() -> None:
             return counts
 
         score(Levels(), Memory(), "train", shard=(rank, 2), add=keep)
-        kept.append(sent)
-    other = iter(kept[1])
-    found = score(Levels(), Memory(), "train", shard=(0, 2), add=lambda counts: counts + next(other))
-    assert found.confusion == plain.confusion
-    assert found.labels_opened == plain.labels_opened == 5
-    assert found.boundary_miou == pytest.approx(plain.boundary_miou)
-    assert found.calibration.ece == pytest.approx(plain.calibration.ece)
+        ranks.append(sent)
+    other = iter(ranks[1])
+    scores = score(Levels(), Memory(), "train", shard=(0, 2), add=lambda counts: counts + next(other))
+    assert scores.confusion == plain.confusion
+    assert scores.labels_opened == plain.labels_opened == 5
+    assert scores.boundary_miou == pytest.approx(plain.boundary_miou)
+    assert scores.calibration.ece == pytest.approx(plain.calibration.ece)
 
 
 def test_progress_and_samples() -> None:
@@ -176,26 +176,26 @@ def test_progress_and_samples() -> None:
     samples = Samples(spread=2)
     score(Levels(), Memory(), "train", samples=samples, on_image=lambda number, total: done.append((number, total)))
     assert done == [(number, 5) for number in range(1, 6)]
-    kept = list(samples)
-    assert [sample.name for sample in kept][:2] == ["p1", "p3"]
-    best = max(kept, key=lambda sample: sample.accuracy or 0)
-    worst = min(kept, key=lambda sample: sample.accuracy or 0)
+    selected = list(samples)
+    assert [sample.name for sample in selected][:2] == ["p1", "p3"]
+    best = max(selected, key=lambda sample: sample.accuracy or 0)
+    worst = min(selected, key=lambda sample: sample.accuracy or 0)
     assert worst.name == "p4"
     assert best.accuracy is not None
-    for sample in kept:
+    for sample in selected:
         assert sample.label is not None
         assert sample.prediction.shape == sample.label.shape == sample.image.shape[:2]
         assert sample.prediction.dtype == np.uint8
 
 
-def test_samples_keep_few_and_name_each_once() -> None:
+def test_samples_are_few_and_distinct() -> None:
     samples = Samples(spread=3)
-    picture = np.zeros((2, 2, 3), np.uint8)
+    image = np.zeros((2, 2, 3), np.uint8)
     for index in range(100):
-        samples.add(Sample(f"s{index}", picture, picture[..., 0], None, index / 100), index, 100)
+        samples.add(Sample(f"s{index}", image, image[..., 0], None, index / 100), index, 100)
     assert [sample.name for sample in samples] == ["s16", "s50", "s83", "s0", "s99"]
     few = Samples(spread=4)
-    few.add(Sample("only", picture, picture[..., 0]), 0, 1)
+    few.add(Sample("only", image, image[..., 0]), 0, 1)
     assert len(few) == 1
 
 
@@ -215,20 +215,20 @@ class Broken(Memory):
 
 
 @pytest.mark.parametrize(
-    ("domain", "split", "says"),
+    ("domain", "split", "match"),
     [
-        (Memory(), "test", "split test of domain .* has no labels"),
-        (Broken(), "train", r"label p2_mask\.png is 20 x 11 pixels and its image 20 x 12"),
-        (Broken(fault="ids"), "train", r"label p2_mask\.png holds id 9, but the classes are 0 to 3"),
+        (Memory(), "test", "test"),
+        (Broken(), "train", r"p2_mask\.png .*20 x 11 .*20 x 12"),
+        (Broken(fault="ids"), "train", r"p2_mask\.png .* 9.* 0 to 3"),
     ],
 )
-def test_bad_labels_are_named(domain: Domain, split: Split, says: str) -> None:
-    with pytest.raises(DataError, match=says):
+def test_invalid_labels_raise(domain: Domain, split: Split, match: str) -> None:
+    with pytest.raises(DataError, match=match):
         score(Levels(), domain, split)
 
 
 class Few(nn.Module):
-    """Two classes, or no number at all."""
+    """A constant score for each of a few classes; may be NaN."""
 
     def __init__(self, classes: int = 2, value: float = 0.0) -> None:
         super().__init__()
@@ -238,10 +238,10 @@ class Few(nn.Module):
         return Logits(image.new_full((len(image), self.size, *image.shape[-2:]), self.value))
 
 
-def test_networks_that_do_not_fit_are_refused() -> None:
+def test_networks_with_other_classes_raise() -> None:
     with pytest.raises(RecipeError, match=r"2 classes .* 4"):
         score(Few(), Memory(), "train")
-    with pytest.raises(OverflyError, match="not finite on p0"):
+    with pytest.raises(OverflyError, match="p0"):
         score(Few(4, float("nan")), Memory(), "train")
     named: Any = Few(4)
     named.classes = Classes(names=("a", "b", "c", "d"))

@@ -30,7 +30,7 @@ def test_agrees_with_torchmetrics(seed: int, bins: int) -> None:
     assert Calibration.from_scores(scores, label, bins).ece == pytest.approx(float(metric.compute()), abs=1e-5)
 
 
-def test_adds_up_over_pictures_and_ranks() -> None:
+def test_sums_over_images_and_ranks() -> None:
     scores, label = _scores(0)
     whole = Calibration.from_scores(scores, label)
     apart = Calibration.empty()
@@ -44,17 +44,17 @@ def test_adds_up_over_pictures_and_ranks() -> None:
     assert int(whole.pixels.sum()) == int((label != IGNORE).sum())
 
 
-def test_knows_overconfidence_from_humility() -> None:
+def test_overconfidence_of_wrong_confident_predictions() -> None:
     label = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0]])
-    sure = torch.stack([torch.full((1, 10), 20.0), torch.zeros(1, 10)])
-    claimed = Calibration.from_scores(sure, label)
-    assert claimed.ece == pytest.approx(0.4, abs=1e-6)
-    assert claimed.overconfidence == pytest.approx(0.4, abs=1e-6)
-    assert int(claimed.pixels[-1]) == 10
-    honest = torch.stack([torch.full((1, 10), math.log(0.6)), torch.full((1, 10), math.log(0.4))])
-    assert Calibration.from_scores(honest, label).ece == pytest.approx(0, abs=1e-6)
+    confident = torch.stack([torch.full((1, 10), 20.0), torch.zeros(1, 10)])
+    overconfident = Calibration.from_scores(confident, label)
+    assert overconfident.ece == pytest.approx(0.4, abs=1e-6)
+    assert overconfident.overconfidence == pytest.approx(0.4, abs=1e-6)
+    assert int(overconfident.pixels[-1]) == 10
+    calibrated = torch.stack([torch.full((1, 10), math.log(0.6)), torch.full((1, 10), math.log(0.4))])
+    assert Calibration.from_scores(calibrated, label).ece == pytest.approx(0, abs=1e-6)
 
 
-def test_nothing_counted_has_no_error() -> None:
+def test_empty_calibration_has_no_error() -> None:
     assert math.isnan(Calibration.empty().ece)
     assert math.isnan(Calibration.empty().overconfidence)

@@ -50,15 +50,15 @@ PARAMETERS = 3 * 8 * 9 + 2 * 8 + (8 * 5 + 5)
 def test_counts_one_image_without_training_heads(made: type[nn.Module]) -> None:
     """Mistake 14: not those of a batch, and not those of training."""
     network = made().train()
-    found = measure_speed(network, size=(16, 24), batches=(2, 1), warmup=1, repeats=3, macs_of_batch=(6,))
-    assert found.macs == MACS
-    assert found.macs_of_batch == {6: 6 * MACS}
-    assert found.parameters == PARAMETERS
-    assert not found.training_heads
+    speed = measure_speed(network, size=(16, 24), batches=(2, 1), warmup=1, repeats=3, macs_of_batch=(6,))
+    assert speed.macs == MACS
+    assert speed.macs_of_batch == {6: 6 * MACS}
+    assert speed.parameters == PARAMETERS
+    assert not speed.training_heads
     assert network.training
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS + 45
-    assert [timing.batch for timing in found.timings] == [1, 2]
-    assert found.latency.batch == 1
+    assert [timing.batch for timing in speed.timings] == [1, 2]
+    assert speed.latency.batch == 1
 
 
 def test_counts_any_module_as_it_stands() -> None:
@@ -66,13 +66,13 @@ def test_counts_any_module_as_it_stands() -> None:
     assert count_macs(network, torch.zeros(2, 3, 16, 24)) == 2 * (MACS + 16 * 24 * 40)
     assert count_macs(without_training_heads(network), torch.zeros(2, 3, 16, 24)) == 2 * MACS
     plain = nn.Conv2d(2, 4, 3)
-    found = measure_speed(plain, size=10, bands=2, warmup=0, repeats=1)
-    assert found.macs == 8 * 8 * 2 * 4 * 9
-    assert found.size == (10, 10)
+    speed = measure_speed(plain, size=10, bands=2, warmup=0, repeats=1)
+    assert speed.macs == 8 * 8 * 2 * 4 * 9
+    assert speed.size == (10, 10)
 
 
 class Clock:
-    """A clock that moves only when somebody works."""
+    """A clock that only the worker advances."""
 
     now = 0.0
 
@@ -90,32 +90,32 @@ class Worker(nn.Module):
         return image
 
 
-def test_times_what_a_pass_takes_after_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_excludes_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
-    found = measure_speed(Worker(), size=8, batches=(4,), warmup=3, repeats=100).latency
-    assert found.p50_ms == pytest.approx(4)
-    assert found.p95_ms == pytest.approx(12)
-    assert found.p99_ms == pytest.approx(12)
-    assert found.mean_ms == pytest.approx(4.8)
-    assert found.std_ms == pytest.approx(2.4)
-    assert found.images_per_second == pytest.approx(4 / 0.0048)
-    assert found.peak_memory_mb is not None
-    assert 10 < found.peak_memory_mb < 1e5
+    speed = measure_speed(Worker(), size=8, batches=(4,), warmup=3, repeats=100).latency
+    assert speed.p50_ms == pytest.approx(4)
+    assert speed.p95_ms == pytest.approx(12)
+    assert speed.p99_ms == pytest.approx(12)
+    assert speed.mean_ms == pytest.approx(4.8)
+    assert speed.std_ms == pytest.approx(2.4)
+    assert speed.images_per_second == pytest.approx(4 / 0.0048)
+    assert speed.peak_memory_mb is not None
+    assert 10 < speed.peak_memory_mb < 1e5
 
 
-def test_says_how_and_where_it_was_measured() -> None:
+def test_speed_records_machine_and_method() -> None:
     before = torch.get_num_threads()
-    found = measure_speed(Tiny(), size=8, warmup=2, repeats=2, threads=before + 1, precision="bf16")
+    speed = measure_speed(Tiny(), size=8, warmup=2, repeats=2, threads=before + 1, precision="bf16")
     assert torch.get_num_threads() == before
-    assert found.machine["threads"] == before + 1
-    assert found.machine["torch"] == torch.__version__
-    assert found.machine["device"]
-    assert (found.warmup, found.repeats, found.precision) == (2, 2, "bf16")
-    assert "synchronized" in found.method
-    assert Speed.model_validate(json.loads(json.dumps(found.model_dump(mode="json"), allow_nan=False))) == found
+    assert speed.machine["threads"] == before + 1
+    assert speed.machine["torch"] == torch.__version__
+    assert speed.machine["device"]
+    assert (speed.warmup, speed.repeats, speed.precision) == (2, 2, "bf16")
+    assert "synchronized" in speed.method
+    assert Speed.model_validate(json.loads(json.dumps(speed.model_dump(mode="json"), allow_nan=False))) == speed
 
 
 @pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}, {"repeats": 0}, {"threads": 0}])
-def test_impossible_measurements_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(RecipeError, match="1 or more"):
+def test_invalid_arguments_raise(wrong: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match="1"):
         measure_speed(Tiny(), size=8, **wrong)  # type: ignore[arg-type]

@@ -160,11 +160,11 @@ def test_int8_is_calibrated_and_smaller(recipe: Recipe, tmp_path: Path, kind: Ex
 
 
 def test_int8_is_refused_for_torch(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(OverflyError, match="onnx or openvino"):
+    with pytest.raises(OverflyError, match=r"onnx.*openvino"):
         exported(initial_segmenter(recipe), ExportSettings(format="torch", precision="int8"), tmp_path)
 
 
-def test_a_file_beyond_tolerance_is_not_kept(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_beyond_tolerance_is_deleted(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segmenter = random_network(recipe, "lraspp_mobilenet_v2")
     written = write_onnx
 
@@ -210,7 +210,7 @@ def test_runtimes_and_fixed_sizes(recipe: Recipe, tmp_path: Path) -> None:
         predictor = load_predictor(file, backend=backend, device="cpu")
         assert isinstance(predictor, Predictor)
         assert predictor.backend == ("onnxruntime" if backend == "auto" else backend)
-        with pytest.raises(OverflyError, match="windows of 64 pixels"):
+        with pytest.raises(OverflyError, match="64"):
             predictor(np.zeros((1, 3, 64, 32), np.float32))
-    with pytest.raises(OverflyError, match="onnxruntime or openvino"):
+    with pytest.raises(OverflyError, match=r"onnxruntime.*openvino"):
         load_predictor(file, backend="torch", device="cpu")

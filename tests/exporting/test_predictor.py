@@ -34,7 +34,7 @@ def test_other_bands_and_sizes_are_refused(segmenter: Segmenter) -> None:
     with pytest.raises(DataError, match=r"\(B, 3, H, W\)"):
         segmenter_predictor(segmenter, metadata)(np.zeros((1, 4, 64, 64), np.float32))
     fixed = metadata.model_copy(update={"fixed": True})
-    with pytest.raises(DataError, match="64 pixels a side"):
+    with pytest.raises(DataError, match="64"):
         Predictor(fixed, "torch", "cpu", lambda images: images)(np.zeros((1, 3, 64, 32), np.float32))
 
 
@@ -43,5 +43,5 @@ def test_other_runtimes_of_a_weights_file_are_refused(segmenter: Segmenter, tmp_
     predictor = load_predictor(file, device="cpu")
     assert predictor.metadata.classes == segmenter.classes
     assert predictor.backend == "torch"
-    with pytest.raises(OverflyError, match="export it for openvino"):
+    with pytest.raises(OverflyError, match="openvino"):
         load_predictor(file, backend="openvino", device="cpu")

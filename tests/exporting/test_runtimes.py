@@ -72,7 +72,7 @@ def test_metadata_that_differ_from_the_graph_are_refused(
         set_properties(model, entries)
         onnx.save(model, file)
         for opened in (onnx_predictor, openvino_predictor):
-            with pytest.raises(WeightsError, match=r"it\.onnx: .* of the graph"):
+            with pytest.raises(WeightsError, match=r"it\.onnx"):
                 opened(file)
     program = write_torch(module, tmp_path / "it.pt2", metadata_entries(metadata, settings))
     graph, properties = read_program(program)
@@ -80,7 +80,7 @@ def test_metadata_that_differ_from_the_graph_are_refused(
     monkeypatch.setattr(runtimes, "read_program", lambda _: (graph, properties))  # reading it takes its time
     for entries in wrong(metadata, settings):
         properties.update(entries)
-        with pytest.raises(WeightsError, match=r"it\.pt2: .* of the graph"):
+        with pytest.raises(WeightsError, match=r"it\.pt2"):
             torch_predictor(program)
 
 

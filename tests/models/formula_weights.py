@@ -31,8 +31,8 @@ def fill(network: nn.Module) -> None:
     network.load_state_dict(filled, strict=False)
 
 
-def picture(height: int, width: int, batch: int = 1, bands: int = 3) -> Tensor:
-    """A smooth picture, (batch, bands, height, width), about -1 to 1."""
+def smooth_image(height: int, width: int, batch: int = 1, bands: int = 3) -> Tensor:
+    """A smooth smooth_image, (batch, bands, height, width), about -1 to 1."""
     rows = torch.arange(height, dtype=torch.float32).view(1, 1, -1, 1)
     columns = torch.arange(width, dtype=torch.float32).view(1, 1, 1, -1)
     band = torch.arange(bands, dtype=torch.float32).view(1, -1, 1, 1)

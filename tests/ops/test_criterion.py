@@ -38,7 +38,7 @@ def test_the_kinds_are_these() -> None:
     adapter = TypeAdapter(Criterion)
     assert adapter.validate_python("ohem") == Ohem()
     assert adapter.validate_python({"name": "cross_entropy", "aux": 0.2}) == CrossEntropy(aux=0.2)
-    with pytest.raises(ValidationError, match="there are: cross_entropy, dice, ohem"):
+    with pytest.raises(ValidationError, match="cross_entropy, dice, ohem"):
         adapter.validate_python("focal")
 
 
@@ -224,5 +224,5 @@ def test_boundaries_turn_with_the_label(quarters: int, mirrored: bool) -> None:
 
 
 def test_boundary_width_below_1_raises() -> None:
-    with pytest.raises(ValueError, match="width must be at least 1"):
+    with pytest.raises(ValueError, match="width"):
         boundaries(halves(), 0)

@@ -208,7 +208,7 @@ def test_random_crops_reach_every_position() -> None:
 
 
 def test_a_crop_larger_than_the_image_raises() -> None:
-    with pytest.raises(RecipeError, match=r"random_crop\.size must be at most 32"):
+    with pytest.raises(RecipeError, match=r"random_crop\.size .*32"):
         RandomCrop(size=64)(encoded(0, height=32, width=48), seeded(0))
 
 

@@ -82,7 +82,7 @@ def test_pixel_weights_scale_the_sum_only() -> None:
 
 def test_cross_entropy_rejects_other_sizes() -> None:
     logits, label = scene(0)
-    with pytest.raises(ValueError, match=r"\(2, 4, 6, 6\) and \(2, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 6, 6\).*\(2, 5, 6\)"):
         cross_entropy(logits, label[:, 1:])
 
 
@@ -125,7 +125,7 @@ def test_ohem_keeps_hard_pixels(values: list[float], threshold: float, min_kept:
     assert ohem_cross_entropy(logits, label, threshold, min_kept).item() == pytest.approx(expected)
 
 
-def test_ohem_weights_do_not_change_what_is_kept() -> None:
+def test_ohem_weights_do_not_change_the_selected_pixels() -> None:
     logits, label = scene(3)
     plain = ohem_cross_entropy(logits, label, 0.5, 10)
     torch.testing.assert_close(ohem_cross_entropy(logits, label, 0.5, 10, weight=torch.tensor(0.5)), plain / 2)
@@ -133,7 +133,7 @@ def test_ohem_weights_do_not_change_what_is_kept() -> None:
     torch.testing.assert_close(ohem_cross_entropy(logits, label, 0.5, 10, class_weight=classes), 3 * plain)
 
 
-def test_nothing_valid_is_zero_and_differentiable() -> None:
+def test_loss_without_valid_pixels_is_zero_and_differentiable() -> None:
     for loss in (cross_entropy, ohem_cross_entropy, dice_loss):
         logits, label = scene(1, ignored=1.0)
         value = loss(logits, label)
@@ -200,7 +200,7 @@ def test_boundary_loss_is_balanced_and_rejects_masks_that_are_not_bool() -> None
 
 def test_boundary_loss_rejects_other_sizes() -> None:
     for scores, edges in (((1, 1, 2, 2), (1, 4, 4)), ((1, 2, 2, 2), (1, 2, 2))):
-        with pytest.raises(ValueError, match="boundary scores"):
+        with pytest.raises(ValueError, match="boundary"):
             boundary_loss(torch.zeros(scores), torch.zeros(edges, dtype=torch.bool))
 
 

@@ -76,7 +76,7 @@ def test_confident_share() -> None:
 
 
 def test_pixels_without_data_do_not_count() -> None:
-    """As if the blank half of an image were not there: its share of sure pixels, thresholds and labels."""
+    """Half an image without data changes neither the share of confident pixels nor thresholds nor labels."""
     logits = torch.randn(1, 3, 8, 8)
     nodata_mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     nodata_mask[..., 4:] = True
@@ -105,7 +105,7 @@ def test_class_thresholds_keep_the_same_share_of_every_class(seed: int, share: f
             assert pseudo.probability[kept == index].min() >= pseudo.probability[own & (kept == IGNORE)].max()
 
 
-def test_a_class_without_pixels_has_no_threshold_() -> None:
+def test_a_class_without_pixels_has_no_threshold() -> None:
     pseudo = PseudoLabels(torch.zeros(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 0.95))
     result = class_thresholds(pseudo, 0.5, 3)
     assert result[0].item() == pseudo.probability[0, 0, 0]
@@ -120,7 +120,7 @@ def test_each_class_may_have_a_share_of_its_own() -> None:
     assert torch.allclose(torch.tensor(result), shares, atol=0.02)
 
 
-def test_thresholds_move_where_a_class_was_seen() -> None:
+def test_ema_thresholds_update_present_classes() -> None:
     before = torch.tensor([0.5, 0.5, 0.0, 0.0])
     result = torch.tensor([1.0, float("nan"), 0.8, float("nan")])
     assert torch.allclose(ema_thresholds(before, result, 0.9), torch.tensor([0.55, 0.5, 0.8, 0.0]))

@@ -111,9 +111,9 @@ def test_no_seams_where_windows_disagree() -> None:
 def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="overlap"):
         windows(10, 10, 4, 1.0)
-    with pytest.raises(ValueError, match="at least 1 pixel"):
+    with pytest.raises(ValueError, match="1 pixel"):
         windows(10, 10, 0, 0.5)
-    with pytest.raises(ValueError, match="scores of a window"):
+    with pytest.raises(ValueError, match="window"):
         sliding(lambda patch: patch[..., ::2, ::2], torch.zeros(3, 8, 8), 4)
     with pytest.raises(ValueError, match="empty"):
         sliding(lambda patch: patch, torch.zeros(0, 3, 8, 8), 4)

@@ -84,12 +84,12 @@ def test_alpha_band_is_noted_and_can_be_disabled(tmp_path: Path) -> None:
     assert len(result.notes) == 1
     assert "--no-alpha-band" in result.notes[0]
     assert ((ids(tmp_path / "map.tif") == 255) == (pixels[3] == 0)).all()
-    assert not make_map(source, tmp_path / "asked.tif", alpha_band=True).notes
+    assert not make_map(source, tmp_path / "alpha.tif", alpha_band=True).notes
     make_map(source, tmp_path / "denied.tif", alpha_band=False, bands="1,2,3")
     assert (ids(tmp_path / "denied.tif") != 255).all()
 
 
-def test_a_last_band_that_is_not_marked_is_opacity_where_it_is_said(tmp_path: Path) -> None:
+def test_an_undeclared_last_band_is_alpha_with_the_option(tmp_path: Path) -> None:
     pixels = noise(70, 70, 4).astype(np.uint16)
     pixels[3, :30] = 0
     source = write(tmp_path / "scene.tif", pixels, photometric="MINISBLACK", alpha="NO")

@@ -125,7 +125,7 @@ def test_no_data_stays_no_data(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # some are not, on purpose
-def test_georeferences_of_every_kind_are_kept(tmp_path: Path) -> None:
+def test_georeferences_of_every_kind_are_preserved(tmp_path: Path) -> None:
     pixels = noise(70, 90)
     turned = Affine.translation(500_000, 10_000) @ Affine.rotation(12) @ Affine.scale(0.2, -0.3)
     points = [
@@ -200,7 +200,7 @@ def test_existing_map_is_skipped_or_replaced_by_option(tmp_path: Path) -> None:
     before = out.stat().st_mtime_ns
     assert not make_map(source, out).created
     assert out.stat().st_mtime_ns == before
-    with pytest.raises(DataError, match=r"overlap 0.25 instead of 0.5.*--overwrite"):
+    with pytest.raises(DataError, match=r"overlap 0\.25 .*0\.5.*--overwrite"):
         make_map(source, out, settings=replace(SETTINGS, overlap=0.5))
     assert make_map(source, out, settings=replace(SETTINGS, overlap=0.5, overwrite=True)).created
     write(source, noise(100, 100, seed=4))
@@ -220,8 +220,8 @@ def test_bad_rasters_leave_no_files(tmp_path: Path) -> None:
     text.write_text("no raster")
     (tmp_path / "empty.tif").touch()
     cases = {
-        cut: "truncated", text: "text.tif", tmp_path / "empty.tif": "is empty",
-        tmp_path / "none.tif": "does not exist", tmp_path: ".",
+        cut: "truncated", text: "text.tif", tmp_path / "empty.tif": "empty",
+        tmp_path / "none.tif": "none.tif", tmp_path: ".",
         write(tmp_path / "one.tif", noise(50, 50, 1)): "--bands",
         write(tmp_path / "deep.tif", noise(50, 50).astype(np.uint16)): "uint16.*--max-value",
     }  # fmt: skip
@@ -259,7 +259,7 @@ def test_broken_link_is_not_replaced(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to(tmp_path / "archive" / "old.tif")
     for overwrite in (False, True):
         settings = replace(SETTINGS, uncertainty=True, overwrite=overwrite)
-        with pytest.raises(DataError, match=rf"{name} is a link to .*old.tif"):
+        with pytest.raises(DataError, match=rf"{name} .*old\.tif"):
             make_map(source, out, settings=settings)
     assert (tmp_path / name).is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "scene.tif"])
@@ -294,7 +294,7 @@ def test_infinite_probabilities_are_an_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
 
 
-def test_fixed_window_is_kept(tmp_path: Path) -> None:
+def test_fixed_window_is_used(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(40, 50))
     fixed = replace(pointwise(), metadata=metadata(64, fixed=True))
     make_map(source, tmp_path / "map.tif", fixed, MapSettings())

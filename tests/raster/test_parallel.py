@@ -20,9 +20,9 @@ from rasters import brightness_classes, ids, metadata, noise, write
 HERE = Path(__file__).parent
 
 
-def slow(journal: str, seconds: float) -> Predictor:
+def slow(log: str, seconds: float) -> Predictor:
     """A network that takes its time, and writes down which process it was opened in."""
-    with Path(journal).open("a") as file:
+    with Path(log).open("a") as file:
         file.write(f"{os.getpid()}\n")
 
     def run(images: Floats) -> Floats:
@@ -43,8 +43,8 @@ SETTINGS = MapSettings(window=64, batch=2)
 
 @pytest.mark.usefixtures("importable")
 @pytest.mark.filterwarnings("ignore")  # dask's own processes end loudly when one of them is killed
-def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
-    journal = tmp_path / "opened"
+def test_rasters_of_a_killed_worker_are_mapped(tmp_path: Path) -> None:
+    log = tmp_path / "opened"
     outputs = {}
     for number in range(8):
         source = write(tmp_path / f"{number}.tif", noise(400, 64, seed=number))
@@ -59,14 +59,14 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
         """Kill one of the two workers once both are at work and something is written."""
         while not list((tmp_path / "maps").glob(".*.unfinished/progress.json")):
             time.sleep(0.02)
-        victim = int(journal.read_text().split()[0])
+        victim = int(log.read_text().split()[0])
         killed.append(victim)
         os.kill(victim, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     maps, failures = map_rasters(
-        partial(slow, str(journal), 0.05), outputs, SETTINGS, network="slow", workers=2,
+        partial(slow, str(log), 0.05), outputs, SETTINGS, network="slow", workers=2,
         on_progress=lambda source, _: reported.append(source),
     )  # fmt: skip
     killer.join(5)
@@ -80,20 +80,20 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ids(tmp_path / "maps" / f"{number}.tif"), truth)
     assert sum(result.created for result in maps) >= 7  # the killed worker may have finished one without reporting it
     assert any(result.resumed for result in maps)
-    opened = journal.read_text().split()
+    opened = log.read_text().split()
     assert len(opened) == len(set(opened)) in (2, 3)  # once per worker: two, and the replacement if it was needed
     assert not list((tmp_path / "maps").glob(".*"))
 
 
 def test_worker_opens_the_network_once_and_returns_errors(tmp_path: Path) -> None:
-    journal = tmp_path / "opened"
+    log = tmp_path / "opened"
     source = str(write(tmp_path / "a.tif", noise(64, 64)))
-    task = partial(run_task, partial(slow, str(journal), 0.0), settings=SETTINGS, network="once", threads=None)
+    task = partial(run_task, partial(slow, str(log), 0.0), settings=SETTINGS, network="once", threads=None)
     first, again = (task(source=source, out=tmp_path / "map.tif") for _ in range(2))
     assert isinstance(first, MapResult)
     assert isinstance(again, MapResult)
     assert (first.created, again.created) == (True, False)
-    assert len(journal.read_text().split()) == 1
+    assert len(log.read_text().split()) == 1
     missing = task(source=str(tmp_path / "none.tif"), out=tmp_path / "b.tif")
     assert "none.tif does not exist" in str(missing)
 

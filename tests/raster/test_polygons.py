@@ -92,13 +92,13 @@ def test_feet_are_meters(tmp_path: Path) -> None:
     assert area == pytest.approx([600 * 100 * (1200 / 3937) ** 2])
 
 
-def test_a_map_without_a_place_has_pixels_for_coordinates(tmp_path: Path) -> None:
+def test_a_map_without_crs_has_pixel_coordinates(tmp_path: Path) -> None:
     label = np.zeros((1, 20, 30), np.uint8)
     map_ = write(tmp_path / "map.tif", label, nodata=255, crs=None, transform=Affine(1, 0, 0, 0, -1, 20))
     held = json.loads(write_polygons(map_, tmp_path / "a.geojson", CLASSES).read_text())
     assert held["features"][0]["properties"]["area"] == 600
 
 
-def test_nothing_measured_is_no_polygon(tmp_path: Path) -> None:
+def test_no_data_has_no_polygons(tmp_path: Path) -> None:
     map_ = write(tmp_path / "map.tif", np.full((1, 20, 30), 255, np.uint8), nodata=255)
     assert len(pyogrio.raw.read(write_polygons(map_, tmp_path / "a.gpkg", CLASSES))[2]) == 0

@@ -36,5 +36,5 @@ def test_integers_need_a_scale_for_a_network_of_fractions(tmp_path: Path, dtype:
         dataset.offsets = (0, 0, 0)
     assert f"{step:g}" in make_map(source, out, predictor).notes[0]
     np.testing.assert_array_equal(ids(out), truth)
-    assert not make_map(source, tmp_path / "told.tif", predictor, max_value=1 / step).notes
-    np.testing.assert_array_equal(ids(tmp_path / "told.tif"), truth)
+    assert not make_map(source, tmp_path / "scaled.tif", predictor, max_value=1 / step).notes
+    np.testing.assert_array_equal(ids(tmp_path / "scaled.tif"), truth)

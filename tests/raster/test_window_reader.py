@@ -86,7 +86,7 @@ def test_valid_pixels_are_averaged_as_by_gdal(
 def test_excessive_enlargement_is_rejected(tmp_path: Path) -> None:
     source = write(tmp_path / "scene.tif", noise(60, 60))
     settings = replace(SETTINGS, resolution=1e-8)
-    with pytest.raises(DataError, match=r"--resolution of 0.00473 m"):
+    with pytest.raises(DataError, match=r"--resolution .*0\.00473"):
         map_raster(pointwise(), str(source), tmp_path / "map.tif", settings, network="none")
 
 
@@ -104,7 +104,7 @@ def test_implausible_values_are_reported_with_options(tmp_path: Path) -> None:
     broken = replace(pointwise(), run=lambda images: brightness_classes(images) + np.float32(0) * images[:, :1] ** 2)
     with (
         np.errstate(all="ignore"),
-        pytest.raises(DataError, match=r"scene.tif holds values .*--nodata .*--max-value"),
+        pytest.raises(DataError, match=r"scene\.tif .*--nodata .*--max-value"),
     ):
         map_raster(broken, str(source), tmp_path / "map.tif", replace(SETTINGS, max_value=1.0), network="none")
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]

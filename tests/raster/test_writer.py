@@ -26,7 +26,7 @@ SETTINGS = MapSettings(window=64, batch=8, uncertainty=True, polygons="gpkg")
 
 
 @contextmanager
-def room(size: int) -> Iterator[None]:
+def file_size_limit(size: int) -> Iterator[None]:
     """A disk on which files grow to a size, and no further."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -40,7 +40,7 @@ def cramped(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
     whole: Any = {"write_cog": write_cog, "write_polygons": write_polygons}[name]
 
     def write_there(*arguments: Any, **more: Any) -> Any:
-        with room(size):
+        with file_size_limit(size):
             return whole(*arguments, **more)
 
     monkeypatch.setattr(module, name, write_there)

@@ -14,24 +14,26 @@ from overfly.reporting.figures import accessible_colors, data_uri, encode_png, e
 
 DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))
 PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
-"""Linear colors as seen with color blindness (Machado, Oliveira and Fernandes, 2009)."""
+"""Linear transforms that simulate color blindness (Machado, Oliveira and Fernandes, 2009)."""
 
 
-def _lab(color: tuple[int, int, int], seen: tuple[tuple[float, ...], ...] | None) -> np.ndarray:
+def _lab(color: tuple[int, int, int], simulation: tuple[tuple[float, ...], ...] | None) -> np.ndarray:
     value = np.asarray(color) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    if seen is not None:
-        linear = (np.asarray(seen) @ linear).clip(0, 1)
+    if simulation is not None:
+        linear = (np.asarray(simulation) @ linear).clip(0, 1)
     white = np.array([0.95047, 1.0, 1.08883])
     matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     f = np.cbrt(np.maximum(matrix @ linear / white, 0.008856))
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-@pytest.mark.parametrize("seen", [None, DEUTERANOPIA, PROTANOPIA], ids=["full", "deuteranopia", "protanopia"])
-def test_accessible_colors_differ_for_the_color_blind(seen: tuple[tuple[float, ...], ...] | None) -> None:
+@pytest.mark.parametrize("simulation", [None, DEUTERANOPIA, PROTANOPIA], ids=["full", "deuteranopia", "protanopia"])
+def test_accessible_colors_differ_for_the_color_blind(simulation: tuple[tuple[float, ...], ...] | None) -> None:
     shown = accessible_colors(Classes(names=tuple("abcdefg"), colors=((255, 0, 0), (0, 255, 0)) * 3 + ((9, 9, 9),)))
-    apart = [np.linalg.norm(_lab(one, seen) - _lab(other, seen)) for one, other in combinations(shown.colors, 2)]
+    apart = [
+        np.linalg.norm(_lab(one, simulation) - _lab(other, simulation)) for one, other in combinations(shown.colors, 2)
+    ]
     assert min(apart) > 12
     lovely = [(255, 0, 0), (0, 255, 0), (0, 128, 0), (255, 128, 0)]
     plain = [
@@ -60,9 +62,9 @@ def test_png_round_trip() -> None:
     clear = Image.open(io.BytesIO(encode_png(ids, classes, transparent=True)))
     assert clear.mode == "P"
     np.testing.assert_array_equal(np.asarray(clear), ids)
-    seen = np.asarray(clear.convert("RGBA"))
-    assert tuple(seen[0, 1]) == (200, 100, 50, 255)
-    assert seen[1, 0, 3] == 0
+    simulation = np.asarray(clear.convert("RGBA"))
+    assert tuple(simulation[0, 1]) == (200, 100, 50, 255)
+    assert simulation[1, 0, 3] == 0
     striped = np.asarray(
         Image.open(io.BytesIO(encode_png(np.full((16, 16), IGNORE, np.uint8), classes))).convert("RGB")
     )

@@ -46,9 +46,9 @@ def test_training_curves_skip_non_finite_values_and_keep_the_last_row() -> None:
     assert training_curves(rows) == ({"a": [(2, 4.0)]}, {}, {})
 
 
-@pytest.mark.parametrize("kept", ["all", "losses", "measured"])
-def test_draw_curves(tmp_path: Path, kept: str) -> None:
-    rows = [row for row in _rows() if kept == "all" or ("event" in row) == (kept == "measured")]
+@pytest.mark.parametrize("rows_kind", ["all", "losses", "measured"])
+def test_draw_curves(tmp_path: Path, rows_kind: str) -> None:
+    rows = [row for row in _rows() if rows_kind == "all" or ("event" in row) == (rows_kind == "measured")]
     with Image.open(draw_curves(rows, tmp_path / "new" / "curves.png")) as image:
         assert image.format == "PNG"
         assert image.width == 960

@@ -40,7 +40,7 @@ def test_written_frames_are_read_back(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 48), (1280, 720)])
-def test_colors_are_kept(size: tuple[int, int], tmp_path: Path) -> None:
+def test_colors_are_preserved(size: tuple[int, int], tmp_path: Path) -> None:
     colors = [(230, 20, 30), (10, 200, 60), (20, 40, 240), (255, 195, 128)]
     frame = np.zeros((size[1], size[0], 3), np.uint8)
     wide = size[0] // 4
@@ -93,7 +93,7 @@ def test_odd_sides_are_padded_and_other_sizes_fitted(tmp_path: Path) -> None:
 
 
 def test_rotation_flag_is_applied(tmp_path: Path) -> None:
-    """The second matrix in an MP4 is that of the pictures: here a quarter to the right, as a telephone writes it."""
+    """Set the second matrix of an MP4, that of the video track, to a quarter turn to the right."""
     path = video(tmp_path / "a.mp4")
     one, minus = b"\0\1\0\0", b"\xff\xff\0\0"
     straight = one + bytes(12) + one + bytes(12) + b"\x40\0\0\0"
@@ -213,7 +213,7 @@ def test_audio_file_is_rejected(tmp_path: Path) -> None:
 
 def test_missing_sources_are_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    told: dict[Path | str, str] = {
+    cases: dict[Path | str, str] = {
         tmp_path / "no.mp4": r"no\.mp4",
         tmp_path / "empty": "empty",
         "/dev/video77": "/dev/video77",
@@ -222,7 +222,7 @@ def test_missing_sources_are_errors(tmp_path: Path) -> None:
         "http://127.0.0.1:9/none": "http://127.0.0.1:9/none",
         "nonsense://x": "nonsense://x",
     }
-    for source, words in told.items():
+    for source, words in cases.items():
         with pytest.raises(DataError, match=words):
             frames_of(source)
     with pytest.raises(RecipeError, match="--fps"):
@@ -242,7 +242,7 @@ def test_file_named_like_an_address_is_opened(tmp_path: Path, monkeypatch: pytes
 
 def test_unsuitable_images_of_a_folder_are_errors(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "gray.png")
-    with pytest.raises(OverflyError, match=r"gray\.png has 1 band"):
+    with pytest.raises(OverflyError, match=r"gray\.png .*1 band"):
         frames_of(tmp_path)
     (tmp_path / "gray.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(OverflyError, match=r"gray\.png"):
@@ -266,7 +266,7 @@ def test_failed_video_leaves_no_file(tmp_path: Path) -> None:
 def test_unwritable_paths_are_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "a.mp4", Path("/proc/a.mp4")):
-        with pytest.raises(DataError, match="cannot be written"), write_video(path, 10) as file:
+        with pytest.raises(DataError, match=r"a\.mp4"), write_video(path, 10) as file:
             file.write(numbered_frame(0), 0)
     for path, words in ((video(tmp_path / "there.mp4"), r"there\.mp4"), (tmp_path / "a.gif", r"name it a\.mp4")):
         with pytest.raises(DataError, match=words):
@@ -298,14 +298,14 @@ def test_full_disk_is_an_error(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"a\.mkv cannot be written"):
+        with pytest.raises(DataError, match=r"a\.mkv"):
             fills()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
 
 
-def test_video_of_another_process_is_kept(tmp_path: Path) -> None:
+def test_video_of_another_process_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
 
     def write() -> None:

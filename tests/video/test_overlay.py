@@ -76,7 +76,7 @@ def test_legend_and_stats_have_their_corners() -> None:
     frame = np.full((240, 320, 3), 120, np.uint8)
     plain = OverlayRenderer(rule_model(), OverlayStyle(opacity=0.0, **BARE))(frame)
     named = OverlayRenderer(rule_model(), OverlayStyle(opacity=0.0, legend=True, stats=False))(frame, ["12.0 frames/s"])
-    told = OverlayRenderer(rule_model(), OverlayStyle(opacity=0.0, legend=False, stats=True))(frame, ["12.0 frames/s"])
+    stats = OverlayRenderer(rule_model(), OverlayStyle(opacity=0.0, legend=False, stats=True))(frame, ["12.0 frames/s"])
     assert (plain == 120).all()
     changed = (named != 120).any(-1)
     assert changed[120:, :160].any()
@@ -84,7 +84,7 @@ def test_legend_and_stats_have_their_corners() -> None:
     assert not changed[:, 160:].any()
     for color in NAMES.colors:
         assert (named == color).all(-1).sum() >= 20, "the legend shows this color"
-    changed = (told != 120).any(-1)
+    changed = (stats != 120).any(-1)
     assert changed[:60].any()
     assert not changed[60:].any()
 

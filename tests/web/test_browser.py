@@ -62,7 +62,7 @@ def page(browser: Any, running: BackgroundServer) -> Iterator[Any]:
     result.on("pageerror", lambda error: wrong.append(str(error)))
     result.on(
         "request",
-        lambda asked: wrong.append(asked.url) if not asked.url.startswith((running.address, "data:")) else None,
+        lambda request: wrong.append(request.url) if not request.url.startswith((running.address, "data:")) else None,
     )
     yield result
     context.close()

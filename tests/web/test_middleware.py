@@ -59,27 +59,27 @@ def test_invalid_origins_are_refused(wrong: str) -> None:
 
 
 def test_requests_without_the_token_are_refused_except_health() -> None:
-    asked = client(TOKEN, "example.org")
-    assert asked.get("/health").status_code == 200
-    refused = asked.get("/")
-    assert refused.status_code == 401
-    assert refused.headers["www-authenticate"] == "Bearer"
+    session = client(TOKEN, "example.org")
+    assert session.get("/health").status_code == 200
+    response = session.get("/")
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
     for wrong in ("", "Bearer", "Bearer correct", f"Basic {TOKEN}", f"Bearer {TOKEN}x"):
-        assert asked.get("/", headers={"authorization": wrong}).status_code == 401
-    assert asked.get("/", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+        assert session.get("/", headers={"authorization": wrong}).status_code == 401
+    assert session.get("/", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
 def test_token_in_the_address_sets_a_cookie() -> None:
-    asked = client(TOKEN, "example.org")
-    assert asked.get("/?token=wrong").status_code == 401
-    result = asked.get("/deep/er", params={"token": TOKEN, "a": "1 2"})
+    session = client(TOKEN, "example.org")
+    assert session.get("/?token=wrong").status_code == 401
+    result = session.get("/deep/er", params={"token": TOKEN, "a": "1 2"})
     assert result.status_code == 303
     assert result.headers["location"] == "/deep/er?a=1+2"
     cookie = result.headers["set-cookie"]
     assert TOKEN not in cookie
     assert "HttpOnly" in cookie
     assert "samesite=strict" in cookie.lower()
-    assert asked.get("/deep/er").status_code == 200
+    assert session.get("/deep/er").status_code == 200
     assert client(TOKEN).get("/", headers={"cookie": "overfly=x"}).status_code == 401
     other = client(TOKEN).get("/", headers={"cookie": cookie.split(";")[0]})
     assert other.status_code == 401, "the cookie of one server opened another"
@@ -119,8 +119,8 @@ async def _chunks(size: int, number: int, pause: float = 0.0) -> AsyncIterator[b
 
 def _post(app: BodyLimitMiddleware, **content: Any) -> httpx.Response:
     async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as asked:
-            return await asked.post("/", **content)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as session:
+            return await session.post("/", **content)
 
     return asyncio.run(send())
 
@@ -129,9 +129,9 @@ def test_large_bodies_are_refused_with_and_without_content_length() -> None:
     app = _limited(Limits(upload=100))
     assert _post(app, content=b"x" * 100).text == "100"
     assert _post(app, content=_chunks(10, 10)).text == "100"
-    for refused in (_post(app, content=b"x" * 101), _post(app, content=_chunks(10, 11))):
-        assert refused.status_code == 413
-        assert "detail" in refused.json()
+    for response in (_post(app, content=b"x" * 101), _post(app, content=_chunks(10, 11))):
+        assert response.status_code == 413
+        assert "detail" in response.json()
     assert _post(app, content=b"", headers={"content-length": "many"}).status_code == 200
 
 

@@ -152,8 +152,8 @@ def test_maps_are_stored_tiled_and_downloaded(client: TestClient) -> None:
         tile = client.get(f"/maps/{key}/tiles/{layer}/1/1/1", params={"network": "1"})
         assert Image.open(io.BytesIO(tile.content)).size == (256, 256)
     assert client.get(f"/maps/{key}/tiles/image/1/2/0").status_code == 404
-    kept = client.get(f"/maps/{key}/file", params={"network": "1", "output": "png"})
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(kept.content))), ramp(300, 400)[..., 0] < 128)
+    response = client.get(f"/maps/{key}/file", params={"network": "1", "output": "png"})
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(response.content))), ramp(300, 400)[..., 0] < 128)
     assert client.get("/maps/nothing").status_code == 404
     assert client.get("/map/nothing").status_code == 404
     assert client.get(f"/maps/{key}/file", params={"network": "9"}).status_code == 404
@@ -204,14 +204,14 @@ def test_invalid_requests_name_the_field(client: TestClient) -> None:
     cut = client.post(
         "/predict", content=b"--X\r\nContent-", headers={"content-type": "multipart/form-data; boundary=X"}
     )
-    asked = {
+    cases = {
         "form field image is missing": [client.post("/predict"), client.post("/maps", data={"other": "1"}), cut],
         "form field output is invalid": [client.post("/predict", files=image, data={"output": "gif"})],
         "form field max_value is invalid": [client.post("/predict", files=image, data={"max_value": "0"})],
         "parameter one is missing and the parameter other": [client.get("/compare")],
         "part of the address number is invalid": [client.post("/scenes/x")],
     }
-    for words, answers in asked.items():
+    for words, answers in cases.items():
         for answer in answers:
             assert answer.status_code == 422
             assert words in answer.json()["detail"]
@@ -344,9 +344,9 @@ def test_networks_read_their_own_bands(order: str, tmp_path: Path) -> None:
             (encoded(ramp()), "3 bands and network 1 reads 4"),
             (infrared, "4 bands and network 0 reads 3"),
         ):
-            refused = client.post("/maps", files={"image": ("x", image)}, data=both)
-            assert refused.status_code == 400
-            assert words in refused.json()["detail"]
+            response = client.post("/maps", files={"image": ("x", image)}, data=both)
+            assert response.status_code == 400
+            assert words in response.json()["detail"]
         assert predict(client, infrared, network="1").status_code == 200
 
 
@@ -373,9 +373,9 @@ def test_requests_beyond_the_queue_are_refused() -> None:
     with make_client(Limits(queue=1), networks=[network("0", slow)]) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(predict, client, encoded(ramp()))
         time.sleep(0.3)
-        refused = predict(client, encoded(ramp()))
-        assert refused.status_code == 429
-        assert int(refused.headers["retry-after"]) > 0
+        response = predict(client, encoded(ramp()))
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) > 0
         assert client.get("/health").status_code == 200
         release.set()
         assert first.result().status_code == 200
