@@ -190,7 +190,8 @@ def test_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "match"), [("architecture", "nowhere", "nowhere"), ("classes", {"names": ["a"]}, r"s\.safetensors .*tensors")]
+    ("key", "value", "match"),
+    [("architecture", "nowhere", "nowhere"), ("classes", {"names": ["a"]}, r"s\.safetensors .*tensors")],
 )
 def test_invalid_metadata_raises(key: str, value: object, match: str, tmp_path: Path) -> None:
     path = make().save(tmp_path / "s.safetensors")
