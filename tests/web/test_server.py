@@ -23,7 +23,7 @@ from overfly.core.records import Array
 from overfly.exporting.predictor import Floats
 from overfly.video.player import LatestFrame
 from overfly.web.server import application, serve_stream, start
-from overfly.web.service import Limits, RequestTimeoutError
+from overfly.web.service import Limits
 from served import CLASSES, bright, encoded, inverted, network, ramp
 
 BASE = "http://127.0.0.1:8000"
@@ -390,24 +390,3 @@ def test_a_failing_network_is_an_error_of_one_request() -> None:
         for _ in range(3):
             assert predict(client, encoded(ramp())).status_code == 400
         assert predict(client, encoded(ramp()), network="1").status_code == 200
-
-
-def test_a_network_is_called_by_one_request_at_a_time() -> None:
-    calls: list[int] = []
-    active = 0
-
-    def count(images: Floats) -> Floats:
-        nonlocal active
-        active += 1
-        calls.append(active)
-        time.sleep(0.02)
-        active -= 1
-        return bright(images)
-
-    shared = network("0", count)
-    images = np.zeros((1, 3, 8, 8), np.float32)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: shared.probabilities(images, time.monotonic() + 10), range(8)))
-    assert calls == [1] * 8
-    with pytest.raises(RequestTimeoutError):
-        shared.probabilities(images, time.monotonic() - 1)

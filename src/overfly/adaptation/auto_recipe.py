@@ -83,15 +83,11 @@ class FolderInputs:
     """Image folders or patterns, and a file of classes or a trained network."""
 
     source_images: Path | None = None
-    """Labeled images."""
     source_masks: Path | None = None
-    """Their masks."""
     target_images: Path | None = None
-    """Images to adapt to."""
     classes: Path | None = None
-    """File of the classes."""
     checkpoint: Path | None = None
-    """Run or weights, without source images."""
+    """Run or weights, in place of source images."""
 
     def check(self) -> None:
         """Check that the options are complete.
@@ -103,9 +99,7 @@ class FolderInputs:
         if self.checkpoint is not None:
             names = ("target_images",)
             if self.source_images or self.source_masks or self.classes:
-                raise RecipeError(
-                    "--checkpoint replaces --source-images, --source-masks and --classes; leave these out"
-                )
+                raise RecipeError("--checkpoint replaces --source-images, --source-masks and --classes; omit these")
         missing = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is None]
         if missing:
             lacking = "" if self == FolderInputs() else f"{' and '.join(missing)} missing; "
