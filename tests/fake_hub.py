@@ -56,8 +56,14 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         elif "/tree/" in self.path:
             tree = [{"type": "file", "path": name, "size": len(body), "oid": name} for name, body in self.files.items()]
             self._json(tree)
-        elif self.path.startswith("/api/models/me/net"):
-            self._json({"id": "me/net", "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]})
+        elif self.path.startswith("/api/models/me/"):
+            self._json(
+                {
+                    "id": self.path.split("/revision/")[0].removeprefix("/api/models/"),
+                    "sha": COMMIT,
+                    "siblings": [{"rfilename": name} for name in self.files],
+                }
+            )
         else:
             self._send(b"{}", 404)
 

@@ -55,7 +55,7 @@ def test_the_guide_to_rasters_runs(network: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (GUIDES / "rasters.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(block.replace("runs/NAME", str(network)), "rasters.md", "exec"), names)  # noqa: S102  (our own guide)
-    assert sum(names["done"].maps[0].shares.values()) == pytest.approx(1)
+    assert sum(names["result"].maps[0].shares.values()) == pytest.approx(1)
 
 
 def test_the_guide_to_clusters_uses_tested_options() -> None:

@@ -195,7 +195,8 @@ def usage_message(error: CycloptsError) -> str:
             name = token.keyword or argument.name.lstrip("-").upper()
             expected = TYPES.get(error.target_type)
             if get_origin(error.target_type) is Literal:
-                expected = " or ".join(map(str, get_args(error.target_type)))
+                *most, last = map(str, get_args(error.target_type))
+                expected = f"{', '.join(most)} or {last}" if most else last
             if expected is not None:
                 message = f"{name} must be {expected}, got {token.value}"
         case _ if unused:

@@ -27,7 +27,7 @@ from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
 from overfly.models.network import build
 from overfly.recipe import Recipe, load
-from overfly.training import validation
+from overfly.training import evaluate
 from overfly.training.engine import TrainerConfig, apply_performance_settings, effective_precision, launch_fabric
 from overfly.training.run import Run, file_sha256
 from overfly.training.setup import initial_segmenter, prepare_training, training_streams
@@ -188,7 +188,7 @@ def test_error_between_two_steps_saves_the_finished_steps(small: dict[str, Any],
         raise DataError("mask.png")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "score", broken)
+        patch.setattr(evaluate, "score", broken)
         with pytest.raises(DataError, match=r"mask\.png"):
             trained(recipe, tmp_path / "cut")
     run = Run.open(next((tmp_path / "cut").iterdir()))

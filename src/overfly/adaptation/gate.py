@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field
 
 from overfly.core.progress import percent
 from overfly.core.spec import Share, Spec
@@ -39,7 +42,7 @@ class Gate(Spec):
     max_confidence_loss: Share = 0.05
     """Largest accepted loss of the nuclear norm of the probabilities on the target. Contradictory pseudo-labels lower
     it even if predictions are consistent."""
-    min_consistency_gain: Share = 0.02
+    min_consistency_gain: Annotated[float, Field(ge=-1, le=1)] = 0.02
     """Gain of `consistency` on the target that must be exceeded. Nearly all networks that self-training improved gained
     2.6 points or more; three gained about 1 and are rejected, since any further training gains as much."""
     tolerance: Share = 0.02
