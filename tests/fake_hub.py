@@ -57,13 +57,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": name, "size": len(body), "oid": name} for name, body in self.files.items()]
             self._json(tree)
         elif self.path.startswith("/api/models/me/"):
-            self._json(
-                {
-                    "id": self.path.split("/revision/")[0].removeprefix("/api/models/"),
-                    "sha": COMMIT,
-                    "siblings": [{"rfilename": name} for name in self.files],
-                }
-            )
+            repository = self.path.split("/revision/")[0].removeprefix("/api/models/")
+            self._json({"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]})
         else:
             self._send(b"{}", 404)
 
