@@ -312,8 +312,8 @@ def test_a_wrong_validation_mask_raises_before_training(tiny: dict[str, Any], tm
         image, label = synthesize("urban", "train", index, 64)
         Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
         Image.fromarray(label).save(tmp_path / "masks" / f"{index}.png")
-    source = {"name": "folder", "root": str(tmp_path), "masks": "masks", "classes": list(CLASSES.names)}
-    source["splits"] = {"train": 0.5, "val": 0.5}
+    source: dict[str, Any] = {"name": "folder", "root": str(tmp_path), "masks": "masks"}
+    source |= {"classes": list(CLASSES.names), "splits": {"train": 0.5, "val": 0.5}}
     recipe = load({**tiny, "source": source, "start": {**tiny["start"], "source": source}, "method": "dacs"})
     mask = Path(str(recipe.domain("source").items("val")[0].label))
     Image.fromarray(np.full((64, 64), 99, np.uint8)).save(mask)
