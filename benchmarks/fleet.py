@@ -58,9 +58,9 @@ def fleet(network: Path, folder: Path, out: Path, count: int) -> dict[str, objec
         for file in out.glob("*.tif"):
             published.setdefault(file.name, set()).add(file.stat().st_ino)
         if not killed and len(published) >= count // 4:
-            victim = workers(psutil.Process(process.pid))[0]
-            killed, at = victim.pid, len(published)
-            victim.send_signal(signal.SIGKILL)
+            worker = workers(psutil.Process(process.pid))[0]
+            killed, at = worker.pid, len(published)
+            worker.send_signal(signal.SIGKILL)
     output, errors = process.communicate()
     return {
         "status": process.returncode, "seconds": time.monotonic() - started, "killed_after_maps": at,

@@ -232,8 +232,8 @@ def _eight_bits(image: Array, stretch: tuple[float, float] | None) -> UInt8:
         same: UInt8 = np.array(image, dtype=np.uint8, order="C")
         return same
     low, high = stretch
-    spread = np.nan_to_num((image.astype(np.float32) - low) / (high - low)).clip(0, 1)
-    result: UInt8 = (255 * spread).round().astype(np.uint8)
+    stretched = np.nan_to_num((image.astype(np.float32) - low) / (high - low)).clip(0, 1)
+    result: UInt8 = (255 * stretched).round().astype(np.uint8)
     return result
 
 

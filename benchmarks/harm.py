@@ -67,8 +67,8 @@ def planted(recipe: Recipe, steps: int, folders: list[Path]) -> Iterator[tuple[s
         yield harm, recipe.model_copy(update={"method": method, "steps": steps})
     for folder in folders:
         target = {"name": "folder", "title": folder.name, "root": str(folder), "images": "**/images/*"}
-        elsewhere = load({**recipe.model_dump(mode="json"), "target": target, "steps": steps})
-        yield f"images of {folder.name}", elsewhere
+        other = load({**recipe.model_dump(mode="json"), "target": target, "steps": steps})
+        yield f"images of {folder.name}", other
 
 
 def truth(weights: Path, recipe: Recipe) -> float | None:
@@ -93,21 +93,21 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for file in given.recipes:
         for seed in map(int, given.seeds.split(",")):
-            honest = load(file, f"seed={seed}", *given.set)
+            original = load(file, f"seed={seed}", *given.set)
             before = None
-            for plant, recipe in planted(honest, given.steps, given.images):
+            for plant, recipe in planted(original, given.steps, given.images):
                 selection = adapt(
                     recipe, out=given.out, fabric=launch_fabric(recipe, CONFIG), config=CONFIG, estimates=False
                 ).selection
                 rejected = bool(selection.candidates["adapted"].rejections)
-                before = before or truth(weights_of(selection.candidates["source only"].run), honest)
-                after = truth(weights_of(selection.candidates["adapted"].run), honest)
+                before = before or truth(weights_of(selection.candidates["source only"].run), original)
+                after = truth(weights_of(selection.candidates["adapted"].run), original)
                 rows.append(
                     {
                         "recipe": file.stem,
                         "seed": seed,
                         "plant": plant,
-                        "foreign": recipe.target != honest.target,
+                        "foreign": recipe.target != original.target,
                         "rejected": rejected,
                         "recommended": selection.recommended,
                         "familiarity": selection.familiarity,

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from overfly.commands.export_inputs import patches
+from overfly.commands.export_data import patches
 from overfly.commands.load_predictor import load_network
 from overfly.core.choices import ExportOutput
 from overfly.core.device import describe_machine

@@ -92,18 +92,18 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         bodies = [body(domain.read_image(item)) for item in domain.items("val")]
         requests: list[tuple[int | str, float]] = []
         client(address, bodies, time.monotonic() + 0.01, [])
-        begun = time.monotonic()
+        started = time.monotonic()
         threads = [
-            threading.Thread(target=client, args=(address, bodies, begun + settings.seconds, requests))
+            threading.Thread(target=client, args=(address, bodies, started + settings.seconds, requests))
             for _ in range(settings.clients)
         ]
         for thread in threads:
             thread.start()
         memory = []
         while any(thread.is_alive() for thread in threads):
-            memory.append((time.monotonic() - begun, resident(process.pid)))
+            memory.append((time.monotonic() - started, resident(process.pid)))
             time.sleep(0.5)
-        took = time.monotonic() - begun
+        took = time.monotonic() - started
         for thread in threads:
             thread.join()
     finally:

@@ -83,9 +83,9 @@ def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[s
             if isinstance(item, FinishedRows):
                 row += 1
             elif row % share == first:
-                begun, busy = time.perf_counter(), time.process_time()
+                started, busy = time.perf_counter(), time.process_time()
                 predictor(item.images)
-                wall, work = wall + time.perf_counter() - begun, work + time.process_time() - busy
+                wall, work = wall + time.perf_counter() - started, work + time.process_time() - busy
                 windows += len(item.images)
         return wall, work, windows
 
@@ -101,7 +101,7 @@ def measure(predictor: Predictor, raster: Path, out: Path, share: int) -> dict[s
     return {
         "windows": result.windows, "window": plan.size, "overlap": settings.overlap, "batch": settings.batch,
         "job_s": wall, "network_s": network_wall, "ratio": wall / network_wall, "network_alone_on": 1 / times,
-        "network_within_job_s": result.network, "ratio_within_job": wall / result.network,
+        "network_within_job_s": result.network_seconds, "ratio_within_job": wall / result.network_seconds,
         "job_cpu_s": work, "network_cpu_s": network_work, "cpu_ratio": work / network_work,
         "machine": describe_machine(), "load": os.getloadavg(), "model_bytes": model,
         "peak_bytes": peak, "beyond_model_bytes": peak - model,

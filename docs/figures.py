@@ -19,7 +19,7 @@ FIGURE = Path(__file__).parent / "images" / "two_domains.png"
 
 def sample(run: Run, domain: Domain, position: int) -> Sample:
     """Predict one of six evenly sampled images of a domain's test split, numbered from 0."""
-    samples = Samples(spread=6, extremes=False)
+    samples = Samples(evenly_spaced=6, extremes=False)
     score(run.segmenter(), domain, "test", resize=run.recipe.resize, window=run.recipe.window, samples=samples)
     return list(samples)[position]
 

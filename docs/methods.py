@@ -94,8 +94,8 @@ def results(name: str) -> str:
 def _percent(score: dict[str, Any]) -> str:
     if score["mean"] is None:
         return "–"
-    spread = f" ± {100 * score['deviation']:.1f}" if score["deviation"] is not None else ""
-    return f"{100 * score['mean']:.1f}{spread}"
+    deviation = f" ± {100 * score['deviation']:.1f}" if score["deviation"] is not None else ""
+    return f"{100 * score['mean']:.1f}{deviation}"
 
 
 def _reads(kind: type[Method[Any]]) -> str:

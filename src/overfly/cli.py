@@ -29,7 +29,7 @@ TYPES: dict[object, str] = {int: "an integer", float: "a number", bool: "true or
 HELP = """
 Segment aerial imagery in real time: train on a labeled domain, adapt to an unlabeled one, export the network.
 
-A recipe is a YAML file; any of its settings can be changed after it: overfly train recipe.yaml optim.lr=0.005
+A recipe is a YAML file; its settings can be changed on the command line: overfly train recipe.yaml optim.lr=0.005
 """
 GROUPS = {
     "data": "Check, measure, synthesize and download imagery.",
@@ -45,15 +45,15 @@ class Terminated(KeyboardInterrupt):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    handled = in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    handles_sigterm = in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     try:
-        if handled:
+        if handles_sigterm:
             signal.signal(signal.SIGTERM, _terminate)
         status = run(list(sys.argv[1:] if arguments is None else arguments))
     except BaseException as error:
         status = handle(error)
     finally:
-        if handled:
+        if handles_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(status)
 
@@ -96,12 +96,12 @@ def application(arguments: Sequence[str] = ()) -> App:
         result_action="return_value",
     )
     groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
-    named = any(tuple(arguments[: len(words(name))]) == words(name) for name in MODULES)
+    has_command = any(tuple(arguments[: len(words(name))]) == words(name) for name in MODULES)
     for name, module in MODULES.items():
         *group, command = words(name)
         parent = groups[group[0]] if group else app
         parent.command(f"overfly.commands.{module}:{name}", name=command)
-        if not named:
+        if not has_command:
             parent[command]  # imports it, for the summary of its help
     for parent in groups.values():
         app.command(parent)
@@ -152,7 +152,7 @@ def check_settings(command: Callable[..., Any], arguments: Sequence[Any]) -> Non
     """Check that no option of a command is written like a setting, such as ``quiet=true``.
 
     Raises:
-        RecipeError: one is; the message says how to write it.
+        RecipeError: an option is; the message gives its correct form.
     """
     if not _takes_settings(command):
         return
@@ -176,8 +176,8 @@ def usage_message(error: CycloptsError) -> str:
     """Return the error of a command line, with a suggestion."""
     from cyclopts import CoercionError, MissingArgumentError, UnknownCommandError, UnknownOptionError
 
-    words = error.command_chain or ()
-    command = " ".join(words) or "overfly"
+    prefix = error.command_chain or ()
+    command = " ".join(prefix) or "overfly"
     unused = error.unused_tokens or ()
     message = str(error).strip().rstrip(".")
     match error:
@@ -201,7 +201,7 @@ def usage_message(error: CycloptsError) -> str:
                 message = f"{name} must be {expected}, got {token.value}"
         case _ if unused:
             message = f"{command} takes no further argument, got {' '.join(unused)}"
-    return f"{message}; see {' '.join(['overfly', *words])} --help"
+    return f"{message}; see {' '.join(['overfly', *prefix])} --help"
 
 
 def _unknown_option(error: UnknownOptionError) -> str:
@@ -219,9 +219,9 @@ def _unknown_option(error: UnknownOptionError) -> str:
 
 def _suggestion(word: str, names: Iterable[str]) -> str:
     """Return the most similar name as a question, or an empty text."""
-    plain = {name.lstrip("-"): name for name in names}
-    close = get_close_matches(word.lstrip("-"), plain, n=1, cutoff=0.7)
-    return f"; did you mean {plain[close[0]]}?" if close else ""
+    by_word = {name.lstrip("-"): name for name in names}
+    close = get_close_matches(word.lstrip("-"), by_word, n=1, cutoff=0.7)
+    return f"; did you mean {by_word[close[0]]}?" if close else ""
 
 
 def _takes_settings(command: Callable[..., Any]) -> bool:

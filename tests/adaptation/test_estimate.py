@@ -21,42 +21,42 @@ from overfly.evaluation.perturbations import domain_shifts
 from planted import ByLevel, Constant, Patches
 
 
-def planted(pixels: int = 20_000, over: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Scores that are ``over`` times too sure, and labels drawn from what they would be if they were not."""
+def overconfident_scores(pixels: int = 20_000, scale: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Overconfident scores, ``scale`` times the calibrated ones, and labels drawn from the calibrated ones."""
     generator = torch.Generator().manual_seed(seed)
     true = torch.randn(3, pixels, generator=generator) * 2
     label = torch.multinomial(true.softmax(0).T, 1, generator=generator)[:, 0]
-    return true * over, label
+    return true * scale, label
 
 
 def test_a_known_temperature_is_recovered() -> None:
-    scores, label = planted()
-    found = calibrate(scores, label, torch.arange(len(label)) % 4)
-    assert found.temperature == pytest.approx(3, rel=0.05)
+    scores, label = overconfident_scores()
+    result = calibrate(scores, label, torch.arange(len(label)) % 4)
+    assert result.temperature == pytest.approx(3, rel=0.05)
     ignored = torch.cat([label, torch.full((5000,), IGNORE)])
     more = torch.cat([scores, torch.full((3, 5000), 100.0)], 1)
     assert calibrate(more, ignored).temperature == pytest.approx(calibrate(scores, label).temperature, rel=1e-6)
 
 
 def test_class_biases_are_used_where_they_help() -> None:
-    scores, label = planted(over=1.0)
-    moved = scores + torch.tensor([2.0, 0.0, 0.0])[:, None]
-    found = calibrate(moved, label, torch.arange(len(label)) % 4)
-    assert found.bias.any()
-    assert float(found.bias[1] - found.bias[0]) == pytest.approx(2, abs=0.15)
-    assert not calibrate(moved, label).bias.any(), "without held-out images there are no class biases"
+    scores, label = overconfident_scores(scale=1.0)
+    biased = scores + torch.tensor([2.0, 0.0, 0.0])[:, None]
+    result = calibrate(biased, label, torch.arange(len(label)) % 4)
+    assert result.bias.any()
+    assert float(result.bias[1] - result.bias[0]) == pytest.approx(2, abs=0.15)
+    assert not calibrate(biased, label).bias.any(), "without held-out images there are no class biases"
 
 
 def test_calibrated_confidences_expect_the_truth() -> None:
-    scores, label = planted(over=3.0)
-    calibrator = calibrate(*planted(over=3.0, seed=1))
+    scores, label = overconfident_scores(scale=3.0)
+    calibrator = calibrate(*overconfident_scores(scale=3.0, seed=1))
     truth = Confusion.from_predictions(scores.argmax(0), label, 3)
     expected = expected_confusion(calibrator(scores), 3)
     assert float(expected.sum()) == pytest.approx(len(label))
     assert torch.allclose(expected, truth.counts.double(), rtol=0.1, atol=60)
     assert expected_miou(expected) == pytest.approx(truth.miou, abs=0.01)
-    too_sure = expected_confusion(Calibrator(1.0, torch.zeros(3))(scores), 3)
-    assert expected_miou(too_sure) > truth.miou + 0.1
+    uncalibrated = expected_confusion(Calibrator(1.0, torch.zeros(3))(scores), 3)
+    assert expected_miou(uncalibrated) > truth.miou + 0.1
 
 
 def test_a_class_that_is_not_there_is_left_out() -> None:
@@ -87,7 +87,7 @@ def test_errors_of_shifts_that_are_as_hard_count_most() -> None:
 
 def test_the_estimate_of_a_network_holds_the_truth_and_opens_no_target_label() -> None:
     network, target = ByLevel(0.15), Patches(first=50)
-    found = estimate(network, Patches(blind=False), target, MetricOptions(limit=4))
+    result = estimate(network, Patches(blind=False), target, MetricOptions(limit=4))
     seeing = Patches(first=50, blind=False)
     truth = Confusion.empty(3)
     for item in seeing.items("train"):
@@ -95,17 +95,17 @@ def test_the_estimate_of_a_network_holds_the_truth_and_opens_no_target_label() -
         truth = truth + Confusion.from_predictions(
             network(image).main.argmax(1)[0], torch.from_numpy(seeing.read_label(item)), 3
         )
-    assert found.low <= truth.miou <= found.high
-    assert (found.source_labels, found.images) == (4, 4)
-    assert found.temperature < 1, "the planted network is always right and claims less"
-    assert found.shifts[0].name == "none"
-    assert found.shifts[0].truth == 1
-    assert estimate(network, Patches(blind=False), target, MetricOptions(limit=4)) == found
+    assert result.low <= truth.miou <= result.high
+    assert (result.source_labels, result.images) == (4, 4)
+    assert result.temperature < 1, "the planted network is always right and claims less"
+    assert result.shifts[0].name == "none"
+    assert result.shifts[0].truth == 1
+    assert estimate(network, Patches(blind=False), target, MetricOptions(limit=4)) == result
 
 
 def test_a_collapsed_network_is_estimated_low() -> None:
-    found = estimate(Constant(), Patches(blind=False), Patches(first=50), MetricOptions(limit=3))
-    assert found.high < 0.35
+    result = estimate(Constant(), Patches(blind=False), Patches(first=50), MetricOptions(limit=3))
+    assert result.high < 0.35
 
 
 def test_shifts_are_finite_and_keep_their_range() -> None:
@@ -113,9 +113,9 @@ def test_shifts_are_finite_and_keep_their_range() -> None:
     family = domain_shifts([image.flip(0)[:, :16], image * 0.2])
     assert len({shift.name for shift in family}) == len(family) > 15
     for shift in family:
-        altered = shift.apply(image, 255.0, torch.Generator().manual_seed(0))
-        assert altered.isfinite().all(), shift.name
-        assert altered.min() >= -1e-3, shift.name
-        assert altered.max() <= 255 + 1e-3, shift.name
-        assert shift.invert(altered, (24, 24)).shape == image.shape
+        perturbed = shift.apply(image, 255.0, torch.Generator().manual_seed(0))
+        assert perturbed.isfinite().all(), shift.name
+        assert perturbed.min() >= -1e-3, shift.name
+        assert perturbed.max() <= 255 + 1e-3, shift.name
+        assert shift.invert(perturbed, (24, 24)).shape == image.shape
     assert torch.equal(family[0].apply(image, 255.0, torch.Generator()), image)

@@ -47,20 +47,20 @@ def test_source_miou_is_skipped_without_a_source(base_metrics: LabelFreeMetrics)
 
 def recommended(
     candidates: dict[str, LabelFreeMetrics],
-    home: LabelFreeMetrics | None = None,
+    source_metrics: LabelFreeMetrics | None = None,
     reverse_validation: float | None = None,
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
-    known = None if home is None else familiarity(home, candidates["source only"])
+    known = None if source_metrics is None else familiarity(source_metrics, candidates["source only"])
     reasons = Gate().all_rejections("source only", candidates, known, reverse_validation)
     passed = {name: each for name, each in candidates.items() if not reasons.get(name)}
     return select("source only", passed, Gate().tolerance), reasons
 
 
 def with_consistency(
-    base_metrics: LabelFreeMetrics, geometric: float, else_: float, agreement: float = 0.6
+    base_metrics: LabelFreeMetrics, geometric: float, other: float, agreement: float = 0.6
 ) -> LabelFreeMetrics:
-    """Metrics of a network with one consistency under turns and sizes and another under the rest."""
-    by_view = {name: geometric if name in GEOMETRIC else else_ for name in base_metrics.by_view}
+    """Metrics with one consistency under rotation and scale, and another under the other perturbations."""
+    by_view = {name: geometric if name in GEOMETRIC else other for name in base_metrics.by_view}
     mean = sum(by_view.values()) / len(by_view)
     found = metrics(base_metrics, views_miou=mean, agreement=agreement)
     return found.model_copy(update={"by_view": by_view})
@@ -101,14 +101,17 @@ def test_a_collapsed_network_is_rejected() -> None:
 
 
 def test_unfamiliar_images_reject_every_candidate(base_metrics: LabelFreeMetrics) -> None:
-    def of(geometric: float, nuclear_norm: float) -> LabelFreeMetrics:
+    def with_values(geometric: float, nuclear_norm: float) -> LabelFreeMetrics:
         return with_consistency(base_metrics, geometric, 0.6).model_copy(update={"nuclear_norm": nuclear_norm})
 
-    home, better = of(0.8, 0.8), {"adapted": metrics(base_metrics, views_miou=0.7, agreement=0.6)}
-    known, unfamiliar = {"source only": of(0.6, 0.75), **better}, {"source only": of(0.6, 0.6), **better}
-    assert familiarity(home, known["source only"]) == pytest.approx(0.75 * 0.9375)
-    assert recommended(known, home)[0] == "adapted"
-    chosen, reasons = recommended(unfamiliar, home)
+    source_metrics, better = with_values(0.8, 0.8), {"adapted": metrics(base_metrics, views_miou=0.7, agreement=0.6)}
+    known, unfamiliar = (
+        {"source only": with_values(0.6, 0.75), **better},
+        {"source only": with_values(0.6, 0.6), **better},
+    )
+    assert familiarity(source_metrics, known["source only"]) == pytest.approx(0.75 * 0.9375)
+    assert recommended(known, source_metrics)[0] == "adapted"
+    chosen, reasons = recommended(unfamiliar, source_metrics)
     assert chosen == "source only"
     assert "56.2 %" in reasons["adapted"][0]
     assert Gate(skip_familiarity=True).all_rejections("source only", unfamiliar, 0.56) == {"adapted": ()}
@@ -116,7 +119,7 @@ def test_unfamiliar_images_reject_every_candidate(base_metrics: LabelFreeMetrics
 
 
 @pytest.mark.parametrize(
-    ("answers", "words"),
+    ("scores", "words"),
     [
         ((0.651, None), []), ((0.649, None), ["64.9 %", "65.0 %"]),
         ((0.5, 0.77), []), ((0.77, 0.5), []),
@@ -126,24 +129,27 @@ def test_unfamiliar_images_reject_every_candidate(base_metrics: LabelFreeMetrics
     ],
 )  # fmt: skip
 def test_familiarity_times_reverse_validation_must_reach_the_bound(
-    answers: tuple[float | None, float | None], words: list[str]
+    scores: tuple[float | None, float | None], words: list[str]
 ) -> None:
-    reasons = Gate().unfamiliar(*answers)
+    reasons = Gate().unfamiliar(*scores)
     assert len(reasons) == bool(words)
     assert all(word in reasons[0] for word in words)
     assert all(reason.count("--skip-familiarity") == 1 for reason in reasons)
-    assert Gate(skip_familiarity=True).unfamiliar(*answers) == ()
+    assert Gate(skip_familiarity=True).unfamiliar(*scores) == ()
 
 
 def test_higher_confidence_on_the_target_does_not_raise_familiarity(base_metrics: LabelFreeMetrics) -> None:
-    home, away = with_consistency(base_metrics, 0.8, 0.9), with_consistency(base_metrics, 0.4, 0.9)
-    home, away = home.model_copy(update={"nuclear_norm": 0.5}), away.model_copy(update={"bnm": 1.0})
-    assert familiarity(home, away) == pytest.approx(0.5)
+    source_metrics, target_metrics = with_consistency(base_metrics, 0.8, 0.9), with_consistency(base_metrics, 0.4, 0.9)
+    source_metrics, target_metrics = (
+        source_metrics.model_copy(update={"nuclear_norm": 0.5}),
+        target_metrics.model_copy(update={"nuclear_norm": 1.0}),
+    )
+    assert familiarity(source_metrics, target_metrics) == pytest.approx(0.5)
 
 
 def test_consistency_under_color_changes_does_not_raise_familiarity(base_metrics: LabelFreeMetrics) -> None:
-    home, away = with_consistency(base_metrics, 0.8, 0.9), with_consistency(base_metrics, 0.4, 0.9)
-    assert familiarity(home, away) == pytest.approx(0.5)
+    source_metrics, target_metrics = with_consistency(base_metrics, 0.8, 0.9), with_consistency(base_metrics, 0.4, 0.9)
+    assert familiarity(source_metrics, target_metrics) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("second", "chosen"), [(0.719, "first"), (0.721, "second")])

@@ -30,10 +30,10 @@ from overfly.recipe import load
 from overfly.training.run import Run
 from planted import ByLevel, Constant, Patches
 
-PLACE = {"name": "synthetic", "size": 64, "train": 3, "val": 2, "test": 2}
+DOMAIN = {"name": "synthetic", "size": 64, "train": 3, "val": 2, "test": 2}
 RECIPE: dict[str, Any] = {
-    "source": {**PLACE, "scene": "urban"},
-    "target": {**PLACE, "scene": "rural"},
+    "source": {**DOMAIN, "scene": "urban"},
+    "target": {**DOMAIN, "scene": "rural"},
     "optim": {"name": "sgd", "lr": 1e-5},
     "crop": 64,
     "batch": 2,
@@ -145,7 +145,7 @@ def test_invalid_options_raise(runs: Path, tmp_path: Path) -> None:
         rank([str(tmp_path)])
     with pytest.raises(RecipeError, match="--limit"):
         rank([str(runs)], limit=0)
-    other = Run.open_or_create(tmp_path, load({**RECIPE, "target": {**PLACE, "scene": "rural", "size": 96}}))
+    other = Run.open_or_create(tmp_path, load({**RECIPE, "target": {**DOMAIN, "scene": "rural", "size": 96}}))
     with pytest.raises(RecipeError, match="target"):
         rank_runs([*find_trained_runs([runs]), other])
     with pytest.raises(RecipeError, match="target"):

@@ -16,7 +16,7 @@ from overfly.adaptation.gate import Gate, geometric_consistency
 from overfly.adaptation.pipeline import adapt as compare
 from overfly.adaptation.pipeline import plan_candidates, setting_differences
 from overfly.adaptation.selection import Comparison, Selection, resolve_checkpoint
-from overfly.commands.export_inputs import card_content
+from overfly.commands.export_data import card_content
 from overfly.commands.load_predictor import NetworkFolder, load_network
 from overfly.commands.serve import served_networks
 from overfly.core.errors import DataError, OverflyError, RecipeError, RunError

@@ -16,7 +16,7 @@ import yaml
 from conftest import REPOSITORY
 from fake_hub import fake_hub
 from overfly import cli
-from overfly.commands import export_inputs
+from overfly.commands import export_data
 from overfly.commands.load_predictor import load_predictor
 from overfly.exporting import exporter as exporting
 from overfly.recipe import load
@@ -141,7 +141,7 @@ def test_the_commands_of_the_guides_run(page: str, trained: Path, tmp_path: Path
     (tmp_path / "runs" / "NAME").symlink_to(trained)
     network = "lraspp_mobilenet_v2"
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
-    monkeypatch.setattr(export_inputs, "CALIBRATION", 2)
+    monkeypatch.setattr(export_data, "CALIBRATION", 2)
     quick: dict[str, list[str]] = {"export": ["--images", "1", "--no-labels"]}
     with fake_hub() as address:
         quick["hub"] = ["--endpoint", address]

@@ -17,9 +17,9 @@ from overfly.training.run import Run
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapted run, its baselines and their comparison, and a run without a target; the others are scored."""
     out = tmp_path_factory.mktemp("runs")
-    drawn = {"name": "synthetic", "size": 64, "train": 4, "val": 3, "test": 2}
+    domain = {"name": "synthetic", "size": 64, "train": 4, "val": 3, "test": 2}
     small: dict[str, Any] = {
-        "source": {**drawn, "scene": "urban"}, "target": {**drawn, "scene": "rural"}, "model": "lraspp_mobilenet_v2",
+        "source": {**domain, "scene": "urban"}, "target": {**domain, "scene": "rural"}, "model": "lraspp_mobilenet_v2",
         "optim": {"name": "sgd", "lr": 0.01}, "crop": 64, "batch": 2, "steps": 2,
     }  # fmt: skip
     adapted = load({**small, "start": small, "method": {"name": "multiscale_self_training", "statistics": "joint"}})
@@ -87,9 +87,9 @@ def test_report_of_one_run_and_of_missing_data(copied: Path, tmp_path: Path) -> 
     (alone,) = [run for run in map(Run, copied.glob("*_[0-9]")) if run.recipe.target is None]
     result = overfly.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
     assert (result.recipes, result.labels_opened) == (1, 3)
-    moved = alone.recipe.model_dump(mode="json")
-    moved["source"] = {"name": "loveda", "root": str(tmp_path / "gone"), "scene": "urban"}
-    Recipe.model_validate(moved).save(alone.path / "recipe.yaml")
+    values = alone.recipe.model_dump(mode="json")
+    values["source"] = {"name": "loveda", "root": str(tmp_path / "gone"), "scene": "urban"}
+    Recipe.model_validate(values).save(alone.path / "recipe.yaml")
     overfly.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
     text = (tmp_path / "r.html").read_text()
     assert "No images: " in text

@@ -141,7 +141,7 @@ def _end_of(source: str) -> str:
         limit_duration = time.monotonic() + 30
         while not latest_frame.closed and time.monotonic() < limit_duration:
             time.sleep(0.01)
-        return latest_frame.ended
+        return latest_frame.end_reason
 
 
 def test_live_stream_reports_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,14 +44,14 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Predictor], None]:
 
 def test_watch_writes_a_video(network: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     del network
-    flown, out = video(tmp_path / "a.mp4", frames=20, size=(128, 96)), tmp_path / "overlay.mp4"
-    assert overfly("watch", "RUN", flown, "--out", out, "--opacity", 1, "--no-legend", "--no-stats", "--json") == 0
+    source, out = video(tmp_path / "a.mp4", frames=20, size=(128, 96)), tmp_path / "overlay.mp4"
+    assert overfly("watch", "RUN", source, "--out", out, "--opacity", 1, "--no-legend", "--no-stats", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["summary"]["read"] == result["summary"]["shown"] == 20
     assert result["summary"]["dropped"] == 0
     assert result["summary"]["p50_ms"] > 0
     assert result["input"] == result["frame"] == [128, 96]
-    (frames, times), (overlays, shown) = read(flown), read(out)
+    (frames, times), (overlays, shown) = read(source), read(out)
     assert shown == pytest.approx(times, abs=0.002)
     assert len(overlays) == 20
     assert overlays[0].shape == (96, 128, 3)
@@ -154,7 +154,7 @@ def test_overlay_is_served(
 
     pages: list[bytes] = []
 
-    def looked_at(images: Floats) -> Floats:
+    def predict(images: Floats) -> Floats:
         if (result := re.search(r"overlay at (\S+)", capsys.readouterr().err)) and not pages:
             page.append(result.group(1))
         if page and len(shown) > 1:  # the first pass warms up, the second is of the first frame
@@ -165,7 +165,7 @@ def test_overlay_is_served(
 
     page: list[str] = []
     shown: list[int] = []
-    network(rule_model(looked_at))
+    network(rule_model(predict))
     result = streaming.watch("RUN", str(video(tmp_path / "a.mp4", frames=4)), serve=0)
     assert result.summary.shown == 4
     assert pages
@@ -176,9 +176,9 @@ def test_overlay_is_served(
 def test_page_shows_how_the_stream_ended(
     breaks: bool, network: Callable[[Predictor], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def looked_at(images: Floats) -> Floats:
+    def predict(images: Floats) -> Floats:
         if breaks and screens and screens[0].number:
-            raise DataError("frames/2.png is damaged; take it away")
+            raise DataError("frames/2.png is damaged; remove it")
         return brightest(images)
 
     class RecordingFrame(LatestFrame):
@@ -188,7 +188,7 @@ def test_page_shows_how_the_stream_ended(
 
     screens: list[LatestFrame] = []
     monkeypatch.setattr("overfly.video.player.LatestFrame", RecordingFrame)
-    network(rule_model(looked_at))
+    network(rule_model(predict))
     source = str(video(tmp_path / "a.mp4", frames=4))
     if breaks:
         with pytest.raises(DataError, match="damaged"):
@@ -196,7 +196,7 @@ def test_page_shows_how_the_stream_ended(
     else:
         streaming.watch("RUN", source, serve=0, quiet=True)
     (latest_frame,) = screens
-    assert latest_frame.ended == ("frames/2.png is damaged; take it away" if breaks else "finished after 4 frames")
+    assert latest_frame.end_reason == ("frames/2.png is damaged; remove it" if breaks else "finished after 4 frames")
 
 
 MISTAKES = [
@@ -257,14 +257,14 @@ def test_guide_runs(
         Image.fromarray(numbered_frame(index)).save(tmp_path / "frames" / f"{index}.png")
     video(Path("flight.mp4"))
     text = (REPOSITORY / "docs" / "guides" / "stream.md").read_text(encoding="utf-8")
-    followed = []
+    lines = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.splitlines():
             if "/dev/video" in line or "rtsp:" in line:
                 continue
             assert overfly(*shlex.split(line.replace("--serve 8000", "--serve 0"))[1:]) == 0, line
-            followed.append(line)
-    assert len(followed) == 3
+            lines.append(line)
+    assert len(lines) == 3
     assert len(read(tmp_path / "overlay.mp4")[0]) == 10
     capsys.readouterr()
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

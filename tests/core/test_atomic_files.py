@@ -1,4 +1,4 @@
-"""What a killed process left beside a name, and what a living one has there."""
+"""Temporary files of killed and of running processes."""
 
 from __future__ import annotations
 
@@ -50,16 +50,18 @@ def test_parts_of_killed_processes_are_removed(tmp_path: Path, kind: str) -> Non
     others.append(tmp_path / f".out.onnx.00000000.{12 * '0'}.part")  # of another machine
     for other in others:
         other.touch()
-    dead, living = holder(path, kind), holder(path, kind)
+    killed, running = holder(path, kind), holder(path, kind)
     assert len(list(tmp_path.iterdir())) == len(others) + 4
-    kill(dead)
+    kill(killed)
     try:
         with atomic_write(path) as part:
             part.write_text("whole")
-            assert len(list(tmp_path.iterdir())) == len(others) + 4  # our part and the living one's, with their locks
+            assert (
+                len(list(tmp_path.iterdir())) == len(others) + 4
+            )  # the parts of this and the running process, with their locks
         assert path.read_text() == "whole"
     finally:
-        kill(living)
+        kill(running)
     remove_stale(path)
     assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 

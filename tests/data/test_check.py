@@ -80,9 +80,9 @@ def test_check_lists_every_bad_file(tmp_path: Path) -> None:
     assert [problem.image for problem in report.problems] == ["1", "2", "3", "4", "5", "6", "7"]
     expected = ["truncated", "web page", "1 band", "8×9", "3 (64 pixels)", "empty", "one value"]
     for problem, word in zip(report.problems, expected, strict=True):
-        assert word in problem.sentence
-        assert f"{problem.image}.png" in problem.sentence
-        assert problem.sentence in str(report)
+        assert word in problem.message
+        assert f"{problem.image}.png" in problem.message
+        assert problem.message in str(report)
     assert report.splits[0].empty == 1
 
 
@@ -90,7 +90,7 @@ def test_check_lists_values_above_max_value_and_missing_masks(tmp_path: Path) ->
     domain = write(tmp_path, 3)
     report = check(domain.model_copy(update={"max_value": 1.0}), ["train"])
     assert len(report.problems) == 3
-    assert "max_value" in report.problems[0].sentence
+    assert "max_value" in report.problems[0].message
     (tmp_path / "masks" / "2.png").unlink()
     with pytest.raises(DataError, match=r"images/2\.png .*1 of 3"):
         check(domain, ["train"])
@@ -110,7 +110,7 @@ def test_check_raises_an_error_of_the_whole_folder(tmp_path: Path) -> None:
 def test_check_reports_an_error_of_one_split(tmp_path: Path) -> None:
     report = check(write(tmp_path, 4).model_copy(update={"splits": {"train": "*", "val": "nothing*"}}))
     assert [split.images for split in report.splits] == [4, 0]
-    assert [problem.sentence.startswith("the split val") for problem in report.problems] == [True]
+    assert [problem.message.startswith("the split val") for problem in report.problems] == [True]
 
 
 def test_check_reports_pipes_and_empty_images_once(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_check_reports_pipes_and_empty_images_once(tmp_path: Path) -> None:
     report = check(domain, ["train"])
     assert [problem.image for problem in report.problems] == ["1", "2"]
     for problem, expected in zip(report.problems, ("pipe", "0×0"), strict=True):
-        assert expected in problem.sentence
+        assert expected in problem.message
 
 
 def test_check_without_masks(tmp_path: Path) -> None:

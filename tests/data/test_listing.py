@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.errors import DataError
-from overfly.data.listing import ImagePair, Rule, choose, expression, find_images, match_files, natural_key, wildcards
+from overfly.data.listing import (
+    ImagePair,
+    Rule,
+    count_wildcards,
+    find_images,
+    glob_to_regex,
+    match_files,
+    natural_key,
+    select_split,
+)
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -47,9 +56,9 @@ def test_natural_order() -> None:
     ],
 )
 def test_wildcards_are_groups(pattern: str, path: str, groups: tuple[str, ...] | None) -> None:
-    match = expression(pattern).fullmatch(path)
+    match = glob_to_regex(pattern).fullmatch(path)
     assert (match and match.groups()) == groups
-    assert expression(pattern).groups == wildcards(pattern)
+    assert glob_to_regex(pattern).groups == count_wildcards(pattern)
 
 
 def test_directories_pair_by_stem(tmp_path: Path) -> None:
@@ -104,7 +113,7 @@ def test_names_must_be_utf8(tmp_path: Path) -> None:
             match_files(tmp_path, pattern)
         assert str(caught.value).encode()
     odd = ImagePair(os.fsdecode(b"\xff"), "", Path(), None)
-    assert choose([odd], "train", {"train": 1.0}, Path(), 0) == [odd]
+    assert select_split([odd], "train", {"train": 1.0}, Path(), 0) == [odd]
 
 
 def test_patterns_outside_the_root(tmp_path: Path) -> None:
@@ -123,29 +132,29 @@ def test_names_must_differ(tmp_path: Path) -> None:
 
 def test_split_by_globs_over_names_and_paths() -> None:
     rules: dict[str, Rule] = {"train": "*_[1-6]", "val": ("Tile 4/*/[789].jpg", "8_[789]")}
-    train, val = (choose(LISTED, split, rules, Path(), 0) for split in rules)
+    train, val = (select_split(LISTED, split, rules, Path(), 0) for split in rules)
     assert len(train) == 12
     assert names(val) == ["4_7", "4_8", "4_9", "8_7", "8_8", "8_9"]
 
 
 def test_splits_must_not_share_images_nor_be_empty() -> None:
     with pytest.raises(DataError, match=r"4_6 .*train .*val"):
-        choose(LISTED, "train", {"train": "*_[1-6]", "val": "*_[6-9]"}, Path(), 0)
+        select_split(LISTED, "train", {"train": "*_[1-6]", "val": "*_[6-9]"}, Path(), 0)
     with pytest.raises(DataError, match=r"nothing.* 18 images"):
-        choose(LISTED, "val", {"val": "nothing*"}, Path(), 0)
+        select_split(LISTED, "val", {"val": "nothing*"}, Path(), 0)
 
 
 def test_split_by_lists(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("# chosen by hand\n4_1\n\nTile 8/images/2.jpg\nTile 8/images/3\n")
-    assert names(choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)) == ["4_1", "8_2", "8_3"]
+    assert names(select_split(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)) == ["4_1", "8_2", "8_3"]
     (tmp_path / "train.txt").write_text("7.jpg\n")
     with pytest.raises(DataError, match=r"7\.jpg.* 2 images"):
-        choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
+        select_split(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
     (tmp_path / "train.txt").write_text("9_9\n")
     with pytest.raises(DataError, match="9_9"):
-        choose(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
+        select_split(LISTED, "train", {"train": "train.txt"}, tmp_path, 0)
     with pytest.raises(DataError, match=r"val\.txt"):
-        choose(LISTED, "val", {"val": "val.txt"}, tmp_path, 0)
+        select_split(LISTED, "val", {"val": "val.txt"}, tmp_path, 0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -153,9 +162,9 @@ def test_split_by_lists(tmp_path: Path) -> None:
 def test_shares_are_disjoint_and_stable(seed: int, count: int, share: float) -> None:
     listed = [ImagePair(f"p{number}", "", Path(), None) for number in range(count)]
     rules = {"train": share, "val": 1 - share}
-    train, val = (set(names(choose(listed, split, rules, Path(), seed))) for split in rules)
+    train, val = (set(names(select_split(listed, split, rules, Path(), seed))) for split in rules)
     assert train | val == {pair.name for pair in listed}
     assert not train & val
     assert abs(len(train) / count - share) < 0.2
-    fewer = set(names(choose(listed[: count // 2], "train", rules, Path(), seed)))
+    fewer = set(names(select_split(listed[: count // 2], "train", rules, Path(), seed)))
     assert fewer == {name for name in train if int(name[1:]) < count // 2}

@@ -63,8 +63,8 @@ def test_ranks_load_disjoint_parts_of_a_batch() -> None:
 @settings(deadline=None, max_examples=30)
 def test_every_epoch_holds_every_image_once(count: int, batch: int, seed: int) -> None:
     seen = [
-        Uniform().choose_image(SampleSlot(seed, place // batch, place % batch, batch, count), None)[0]
-        for place in range(2 * count)
+        Uniform().choose_image(SampleSlot(seed, number // batch, number % batch, batch, count), None)[0]
+        for number in range(2 * count)
     ]
     assert Counter(seen[:count]) == Counter(seen[count:]) == Counter(range(count))
 
@@ -76,8 +76,8 @@ def test_rare_sampling_prefers_rare_classes() -> None:
     assert share[1] == 0
     assert share[2] > 0.99
     assert share.sum() == pytest.approx(1)
-    picks = [rare.choose_image(SampleSlot(0, step, 0, 1, 3), counts) for step in range(50)]
-    assert all(choose_image == 0 for choose_image, expected in picks if expected == 2)
+    choices = [rare.choose_image(SampleSlot(0, step, 0, 1, 3), counts) for step in range(50)]
+    assert all(choose_image == 0 for choose_image, expected in choices if expected == 2)
     label = np.zeros((64, 64), np.uint8)
     label[:16, :16] = 2
     hits = [

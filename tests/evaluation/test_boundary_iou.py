@@ -69,14 +69,14 @@ def test_borders_of_images_and_ignored_areas_are_not_boundaries() -> None:
 def test_sums_over_images_and_ranks() -> None:
     labels = torch.stack([_square(), _square(3), _square(-3)])
     predictions = torch.stack([_square(1), _square(3), _square()])
-    together = Boundary.from_predictions(predictions, labels, 2, width=2)
-    apart = Boundary.empty(2, 2)
+    expected = Boundary.from_predictions(predictions, labels, 2, width=2)
+    summed = Boundary.empty(2, 2)
     for prediction, label in zip(predictions, labels, strict=True):
-        apart = apart + Boundary.from_predictions(prediction, label, 2, width=2)
-    torch.testing.assert_close(apart.counts, together.counts)
+        summed = summed + Boundary.from_predictions(prediction, label, 2, width=2)
+    torch.testing.assert_close(summed.counts, expected.counts)
     first, rest = (
         Boundary.from_predictions(predictions[part], labels[part], 2, width=2) for part in (slice(1), slice(1, 3))
     )
-    torch.testing.assert_close(first.reduce(lambda counts: counts + rest.counts).iou, together.iou)
+    torch.testing.assert_close(first.reduce(lambda counts: counts + rest.counts).iou, expected.iou)
     with pytest.raises(ValueError, match="do not add up"):
-        apart + Boundary.empty(2, 3)
+        summed + Boundary.empty(2, 3)

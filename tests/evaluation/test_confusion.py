@@ -78,12 +78,12 @@ def test_agrees_with_torchmetrics_where_a_class_is_absent() -> None:
 def test_absent_classes_are_left_out_and_only_predicted_ones_score_zero() -> None:
     label = torch.tensor([0, 0, 1, 1])
     assert Confusion.from_predictions(torch.tensor([0, 0, 1, 1]), label, 4).miou == 1.0
-    invented = Confusion.from_predictions(torch.tensor([0, 0, 1, 2]), label, 4)
-    assert invented.iou[:3].tolist() == [1.0, 0.5, 0.0]
-    assert math.isnan(float(invented.iou[3]))
-    assert invented.miou == pytest.approx(0.5)
-    assert invented.mean_recall == pytest.approx(0.75)
-    assert math.isnan(float(invented.recall[2]))
+    extra_class = Confusion.from_predictions(torch.tensor([0, 0, 1, 2]), label, 4)
+    assert extra_class.iou[:3].tolist() == [1.0, 0.5, 0.0]
+    assert math.isnan(float(extra_class.iou[3]))
+    assert extra_class.miou == pytest.approx(0.5)
+    assert extra_class.mean_recall == pytest.approx(0.75)
+    assert math.isnan(float(extra_class.recall[2]))
 
 
 def test_one_matrix_is_not_the_mean_of_batches() -> None:

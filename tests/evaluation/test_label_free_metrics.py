@@ -122,12 +122,12 @@ def test_images_are_evenly_spaced_center_crops_without_labels() -> None:
 def test_perturbations_are_inverted_to_the_image_size(view: object, size: tuple[int, int]) -> None:
     assert isinstance(view, Perturbation)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
-    altered = view.apply(image, 255.0, torch.Generator().manual_seed(0))
-    assert altered.min() >= 0
-    assert altered.max() <= 255 + 1e-3
-    assert view.invert(altered, size).shape == image.shape
+    perturbed = view.apply(image, 255.0, torch.Generator().manual_seed(0))
+    assert perturbed.min() >= 0
+    assert perturbed.max() <= 255 + 1e-3
+    assert view.invert(perturbed, size).shape == image.shape
     if view.name.endswith("°"):
-        assert torch.equal(view.invert(altered, size), image)
+        assert torch.equal(view.invert(perturbed, size), image)
 
 
 @settings(deadline=None, max_examples=8)
@@ -139,8 +139,8 @@ def test_rotations_are_inverted(quarters: int, mirrored: bool) -> None:
 
 
 def test_nuclear_norm_bounds() -> None:
-    sure = torch.eye(4).repeat(25, 1)
-    assert nuclear_norm(sure) == pytest.approx(1)
+    confident = torch.eye(4).repeat(25, 1)
+    assert nuclear_norm(confident) == pytest.approx(1)
     assert nuclear_norm(torch.eye(4)[:1].repeat(100, 1)) == pytest.approx(1 / 2)
     assert nuclear_norm(torch.full((100, 4), 0.25)) == pytest.approx(1 / 4)
     assert nuclear_norm(torch.eye(4)[:2]) == pytest.approx(1), "fewer rows than classes"

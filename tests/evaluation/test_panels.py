@@ -11,7 +11,7 @@ from PIL import Image
 from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.panels import comparison_figure, confusion_figure, panels, to_rgb
+from overfly.evaluation.panels import comparison_figure, confusion_figure, samples_figure, to_rgb
 from overfly.evaluation.score import Sample
 
 CLASSES = Classes(names=("field", "house", "Straße"), colors=((10, 200, 30), (220, 20, 60), (40, 60, 250)))
@@ -38,7 +38,7 @@ def _share(figure: Array, color: tuple[int, int, int]) -> float:
 
 
 def test_panels_show_image_label_and_prediction(tmp_path: Path) -> None:
-    path = panels([_sample(), _sample("b")], CLASSES, tmp_path / "new" / "panels.png", side=120)
+    path = samples_figure([_sample(), _sample("b")], CLASSES, tmp_path / "new" / "panels.png", side=120)
     figure = _open(path)
     tile = 120 * 80 * 2 / (figure.shape[0] * figure.shape[1])
     assert figure.shape[1] == 12 + 3 * 132
@@ -48,16 +48,16 @@ def test_panels_show_image_label_and_prediction(tmp_path: Path) -> None:
 
 
 def test_pixels_without_a_label_are_striped(tmp_path: Path) -> None:
-    with_gap = _open(panels([_sample()], CLASSES, tmp_path / "a.png", side=120))
+    with_gap = _open(samples_figure([_sample()], CLASSES, tmp_path / "a.png", side=120))
     whole = _sample()
     assert whole.label is not None
     whole.label[whole.label == IGNORE] = 0
-    without = _open(panels([whole], CLASSES, tmp_path / "b.png", side=120))
+    without = _open(samples_figure([whole], CLASSES, tmp_path / "b.png", side=120))
     assert _share(with_gap, (70, 70, 70)) > 0.01 > _share(without, (70, 70, 70))
 
 
 def test_panels_without_labels_have_no_label_column(tmp_path: Path) -> None:
-    figure = _open(panels([_sample(label=False)], CLASSES, tmp_path / "a.png", side=100))
+    figure = _open(samples_figure([_sample(label=False)], CLASSES, tmp_path / "a.png", side=100))
     assert figure.shape[1] == 12 + 2 * 112
 
 
@@ -79,7 +79,7 @@ def test_comparison_without_labels_has_no_label_column(tmp_path: Path) -> None:
 
 
 def test_large_images_are_downscaled(tmp_path: Path) -> None:
-    figure = _open(panels([_sample(height=900, width=300)], CLASSES, tmp_path / "a.png", side=200))
+    figure = _open(samples_figure([_sample(height=900, width=300)], CLASSES, tmp_path / "a.png", side=200))
     assert figure.shape[0] < 330
 
 

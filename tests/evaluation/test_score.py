@@ -161,10 +161,10 @@ def test_sum_over_ranks_equals_one_process() -> None:
             sent.append(counts)
             return counts
 
-        score(Levels(), Memory(), "train", shard=(rank, 2), add=keep)
+        score(Levels(), Memory(), "train", shard=(rank, 2), all_reduce=keep)
         ranks.append(sent)
     other = iter(ranks[1])
-    scores = score(Levels(), Memory(), "train", shard=(0, 2), add=lambda counts: counts + next(other))
+    scores = score(Levels(), Memory(), "train", shard=(0, 2), all_reduce=lambda counts: counts + next(other))
     assert scores.confusion == plain.confusion
     assert scores.labels_opened == plain.labels_opened == 5
     assert scores.boundary_miou == pytest.approx(plain.boundary_miou)
@@ -173,7 +173,7 @@ def test_sum_over_ranks_equals_one_process() -> None:
 
 def test_progress_and_samples() -> None:
     done: list[tuple[int, int]] = []
-    samples = Samples(spread=2)
+    samples = Samples(evenly_spaced=2)
     score(Levels(), Memory(), "train", samples=samples, on_image=lambda number, total: done.append((number, total)))
     assert done == [(number, 5) for number in range(1, 6)]
     selected = list(samples)
@@ -189,12 +189,12 @@ def test_progress_and_samples() -> None:
 
 
 def test_samples_are_few_and_distinct() -> None:
-    samples = Samples(spread=3)
+    samples = Samples(evenly_spaced=3)
     image = np.zeros((2, 2, 3), np.uint8)
     for index in range(100):
         samples.add(Sample(f"s{index}", image, image[..., 0], None, index / 100), index, 100)
     assert [sample.name for sample in samples] == ["s16", "s50", "s83", "s0", "s99"]
-    few = Samples(spread=4)
+    few = Samples(evenly_spaced=4)
     few.add(Sample("only", image, image[..., 0]), 0, 1)
     assert len(few) == 1
 

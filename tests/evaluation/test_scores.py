@@ -33,10 +33,10 @@ def test_agrees_with_torchmetrics(seed: int, bins: int) -> None:
 def test_sums_over_images_and_ranks() -> None:
     scores, label = _scores(0)
     whole = Calibration.from_scores(scores, label)
-    apart = Calibration.empty()
+    summed = Calibration.empty()
     for one, truth in zip(scores, label, strict=True):
-        apart = apart + Calibration.from_scores(one, truth)
-    torch.testing.assert_close(apart.sums, whole.sums)
+        summed = summed + Calibration.from_scores(one, truth)
+    torch.testing.assert_close(summed.sums, whole.sums)
     rest = Calibration.from_scores(scores[1:], label[1:])
     torch.testing.assert_close(
         Calibration.from_scores(scores[0], label[0]).reduce(lambda s: s + rest.sums).sums, whole.sums

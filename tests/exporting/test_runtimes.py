@@ -144,8 +144,8 @@ def test_deepness_predicts_as_pytorch(session: Any, segmenter: Segmenter, metada
     properties = session.get_modelmeta().custom_metadata_map
     tile = np.random.default_rng(0).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)
     mean, std = (np.array(json.loads(properties[f"standardization_{name}"]), np.float32) for name in ("mean", "std"))
-    fed = np.transpose((np.float32(tile * 1.0 / 255.0) - mean) / std, (0, 3, 1, 2))
-    result = session.run(None, {session.get_inputs()[0].name: fed.astype(np.float32)})[0]
+    inputs = np.transpose((np.float32(tile * 1.0 / 255.0) - mean) / std, (0, 3, 1, 2))
+    result = session.run(None, {session.get_inputs()[0].name: inputs.astype(np.float32)})[0]
     images = np.ascontiguousarray(tile.transpose(0, 3, 1, 2), dtype=np.float32)
     expected = segmenter_predictor(segmenter, metadata)(images)
     np.testing.assert_allclose(result, expected, atol=1e-4)

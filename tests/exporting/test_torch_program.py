@@ -234,11 +234,11 @@ def test_a_compressed_part_is_refused(file: Path, tmp_path: Path) -> None:
 
 
 def test_pytorch_reads_the_checked_copy_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = torch.export.load
+    original_load = torch.export.load
 
     def load(source: Any, **more: Any) -> Any:
         assert isinstance(source, io.BytesIO)  # a second directory in the file would be read by PyTorch alone
-        return honest(source, **more)
+        return original_load(source, **more)
 
     monkeypatch.setattr(torch.export, "load", load)
     torch_predictor(file)

@@ -38,7 +38,7 @@ def probabilities(scores: Tensor) -> Tensor:
     return scores.softmax(1)
 
 
-def surprise(scores: Tensor) -> Tensor:
+def self_information_of(scores: Tensor) -> Tensor:
     p = scores.softmax(1)
     return -p * p.log() / torch.tensor(float(p.shape[1])).log()
 
@@ -50,7 +50,7 @@ def both(net: nn.Module, seen: Batch) -> tuple[Logits, Logits]:
 
 
 @pytest.mark.parametrize("levels", ["single", "multi"])
-@pytest.mark.parametrize(("kind", "shown"), [(AdaptSegNet, probabilities), (Advent, surprise)])
+@pytest.mark.parametrize(("kind", "shown"), [(AdaptSegNet, probabilities), (Advent, self_information_of)])
 def test_adaptsegnet_and_advent_have_the_gradients_of_two_phases(kind: type[Any], shown: Scores, levels: str) -> None:
     method, seen = kind(levels=levels, weight=1.0, aux_weight=0.3), batch()
     one, two = twice(method.networks(student()))
@@ -212,9 +212,9 @@ def test_fada_needs_features() -> None:
 def test_clan_weights_are_1_during_preheat_steps() -> None:
     method, seen = CLAN(preheat_steps=2), batch()
     nets = method.networks(student()).double()
-    alike = CLAN(preheat_steps=0, local_weight=0.0, epsilon=1.0).losses(nets, seen)
-    apart = CLAN(preheat_steps=0).losses(nets, seen)["adversarial"]
-    assert torch.allclose(method.losses(nets, seen)["adversarial"], alike["adversarial"], rtol=1e-2)
+    unweighted = CLAN(preheat_steps=0, local_weight=0.0, epsilon=1.0).losses(nets, seen)
+    weighted = CLAN(preheat_steps=0).losses(nets, seen)["adversarial"]
+    assert torch.allclose(method.losses(nets, seen)["adversarial"], unweighted["adversarial"], rtol=1e-2)
     method.after_step(nets, 1)
-    assert torch.equal(method.losses(nets, seen)["adversarial"], apart)
-    assert not torch.allclose(apart, alike["adversarial"], rtol=1e-2)
+    assert torch.equal(method.losses(nets, seen)["adversarial"], weighted)
+    assert not torch.allclose(weighted, unweighted["adversarial"], rtol=1e-2)

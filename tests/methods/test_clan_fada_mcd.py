@@ -111,8 +111,8 @@ def test_fada_soft_labels_use_temperature_and_max_probability() -> None:
     logits = Logits(scores, features=torch.zeros(1, 1, 2, 2))
     expected = torch.tensor([1.0, 0.0, 0.0]).softmax(0)
     torch.testing.assert_close(FADA().soft_label(logits)[0, :, 0, 0], expected)
-    sure = FADA().soft_label(logits._replace(main=scores * 50))
-    assert sure[0, :, 1, 1].tolist() == pytest.approx([0.9, 0.0, 0.0])
+    confident = FADA().soft_label(logits._replace(main=scores * 50))
+    assert confident[0, :, 1, 1].tolist() == pytest.approx([0.9, 0.0, 0.0])
 
 
 def test_mcd_discrepancy_is_zero_for_equal_scores_and_grows() -> None:
@@ -144,18 +144,18 @@ def test_mcd_joint_update_has_the_gradients_of_its_three_steps() -> None:
     images = torch.cat([seen.source.image, seen.target])
     heads = {id(p) for layer in (net.network.classifier, second) for p in layer.parameters()}
 
-    def learn(class_layers: bool, features: bool) -> None:
+    def assert_trained(class_layers: bool, features: bool) -> None:
         for parameter in two.parameters():
             parameter.requires_grad_(class_layers if id(parameter) in heads else features)
 
     phase_a = MCD(update="alternating").losses(two, seen)
     assert set(phase_a) == {"main", "aux", "second_main"}
     backward(phase_a.values())
-    learn(class_layers=True, features=False)
+    assert_trained(class_layers=True, features=False)
     backward([-0.7 * discrepancy(small_scores(net, None, images), small_scores(net, second, images))])
-    learn(class_layers=False, features=True)
+    assert_trained(class_layers=False, features=True)
     backward([0.3 * discrepancy(small_scores(net, None, images), small_scores(net, second, images))])
-    learn(class_layers=True, features=True)
+    assert_trained(class_layers=True, features=True)
     assert_same_gradients(one, two)
 
 

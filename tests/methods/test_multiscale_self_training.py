@@ -87,8 +87,8 @@ def test_the_most_confident_share_of_every_class_is_kept(nets: MultiscaleNetwork
     torch.manual_seed(3)
     everything = predict_augmented(nets.teacher, target, 1.0).argmax(1)
     for index in (0, 1):
-        kept = (label == index).sum() / (everything == index).sum()
-        assert float(kept) == pytest.approx(0.5, abs=0.05)
+        share_kept = (label == index).sum() / (everything == index).sum()
+        assert float(share_kept) == pytest.approx(0.5, abs=0.05)
     assert torch.equal(label[label != IGNORE], everything[label != IGNORE])
 
 
@@ -100,8 +100,8 @@ def test_the_share_grows_linearly_over_ramp_steps(nets: MultiscaleNetworks) -> N
     for step, share in ((0, 0.2), (50, 0.5), (100, 0.8), (1000, 0.8)):
         nets.step = step
         nets.thresholds = torch.zeros(2)
-        kept = (method.pseudo_labels(nets, target) != IGNORE).float().mean()
-        assert float(kept) == pytest.approx(share, abs=0.05)
+        share_kept = (method.pseudo_labels(nets, target) != IGNORE).float().mean()
+        assert float(share_kept) == pytest.approx(share, abs=0.05)
 
 
 def test_after_step_counts_steps(nets: MultiscaleNetworks) -> None:
@@ -137,9 +137,9 @@ def test_a_target_without_confident_pixels_has_no_loss(nets: MultiscaleNetworks,
 
 def test_the_teacher_is_deployed_and_averages_statistics(nets: MultiscaleNetworks) -> None:
     method = MultiscaleSelfTraining(ema=0.5)
-    assert method.deployed(nets) is nets.teacher
-    norm, taught = batch_norms(nets.student)[0], batch_norms(nets.teacher)[0]
+    assert method.inference_network(nets) is nets.teacher
+    norm, teacher_norm = batch_norms(nets.student)[0], batch_norms(nets.teacher)[0]
     assert norm.running_mean is not None
     norm.running_mean.add_(1.0)
     method.after_step(nets, 10)
-    assert torch.allclose(taught.running_mean, norm.running_mean - 0.5)  # type: ignore[arg-type]
+    assert torch.allclose(teacher_norm.running_mean, norm.running_mean - 0.5)  # type: ignore[arg-type]

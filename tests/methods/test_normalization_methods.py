@@ -54,7 +54,7 @@ def test_recalibrate_share_interpolates_statistics(case: Case) -> None:
     for share in (0.0, 0.5, 1.0):
         method = Recalibrate(share=share)
         torch.manual_seed(0)
-        result[share] = method.deployed(stepped(method, case)).state_dict()
+        result[share] = method.inference_network(stepped(method, case)).state_dict()
     segmenter.load_state_dict(result[0.0])
     torch.manual_seed(0)
     start = initial_segmenter(case[0]).state_dict()
@@ -73,11 +73,11 @@ def test_tent_changes_batch_normalization_only(case: Case) -> None:
     norms = {name for name, part in before.named_modules() if isinstance(part, nn.BatchNorm2d)}
     torch.manual_seed(0)
     after = stepped(Tent(), case).student.state_dict()
-    moved = {key for key, value in before.state_dict().items() if not torch.equal(value, after[key])}
-    assert {key.rsplit(".", 1)[0] for key in moved} <= norms
-    kinds = {key.rsplit(".", 1)[1] for key in moved}
+    changed = {key for key, value in before.state_dict().items() if not torch.equal(value, after[key])}
+    assert {key.rsplit(".", 1)[0] for key in changed} <= norms
+    kinds = {key.rsplit(".", 1)[1] for key in changed}
     assert {"weight", "bias", "running_mean", "running_var"} <= kinds
-    heads = [key for key in moved if "seghead" in key and key.endswith(("weight", "bias"))]
+    heads = [key for key in changed if "seghead" in key and key.endswith(("weight", "bias"))]
     assert not heads
 
 
@@ -108,16 +108,16 @@ def test_dsbn_has_separate_statistics() -> None:
 @pytest.mark.parametrize("method", [DSBN(), TransNorm(), Recalibrate(share=0.3)], ids=lambda method: method.name)
 def test_deployed_networks_are_ordinary_with_equal_outputs(method: Method[Any], case: Case, tmp_path: Path) -> None:
     nets = stepped(method, case)
-    deployed = method.deployed(nets).eval()
-    assert isinstance(deployed, Segmenter)
-    assert deployed.state_dict().keys() == initial_segmenter(case[0]).state_dict().keys()
-    loaded = Segmenter.load(deployed.save(tmp_path / "deployed.safetensors")).eval()
+    inference_network = method.inference_network(nets).eval()
+    assert isinstance(inference_network, Segmenter)
+    assert inference_network.state_dict().keys() == initial_segmenter(case[0]).state_dict().keys()
+    loaded = Segmenter.load(inference_network.save(tmp_path / "deployed.safetensors")).eval()
     image = case[1].target
     with torch.no_grad():
-        assert torch.equal(loaded(image).main, deployed(image).main)
+        assert torch.equal(loaded(image).main, inference_network(image).main)
         if not isinstance(method, Recalibrate):
             inner = nets.teacher if isinstance(method, DSBN) else nets.student
-            assert torch.allclose(inner.eval()(image).main, deployed(image).main, atol=1e-4, rtol=1e-4)
+            assert torch.allclose(inner.eval()(image).main, inference_network(image).main, atol=1e-4, rtol=1e-4)
 
 
 def test_transferable_normalization_by_the_papers_formula() -> None:

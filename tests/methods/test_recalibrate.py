@@ -44,9 +44,9 @@ def test_recalibrate_changes_statistics_only(small: dict[str, Any], tmp_path: Pa
     run = train(recipe, out=tmp_path, device="cpu", quiet=True).run
     before = load_file(next(p for p in tmp_path.glob("*source_only*/checkpoints/best.safetensors")))
     after = load_file(run.weights)
-    moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert moved
-    assert all(key.rsplit(".", 1)[1] in ("running_mean", "running_var", "num_batches_tracked") for key in moved)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all(key.rsplit(".", 1)[1] in ("running_mean", "running_var", "num_batches_tracked") for key in changed)
     expected = initial_segmenter(recipe, Run.find(tmp_path, recipe.start).weights)  # type: ignore[arg-type,union-attr]
     reset_statistics(expected)
     _, target = training_streams(recipe)

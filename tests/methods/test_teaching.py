@@ -1,4 +1,4 @@
-"""Self-training: what each method shows its student."""
+"""Self-training: images, pseudo-labels and losses of each method."""
 
 from __future__ import annotations
 
@@ -38,28 +38,30 @@ def case(small: dict[str, Any]) -> Case:
     return recipe, BatchDataset(*training_streams(recipe)).batch(0)
 
 
-class Seen:
-    """The batches that a student is shown in training."""
+class StudentInputs:
+    """Record the image batches that a student receives in training."""
 
     def __init__(self, nets: Networks) -> None:
         self.images: list[Tensor] = []
         nets.student.register_forward_pre_hook(lambda _, given: self.images.append(given[0]))
 
 
-def run(method: Method[Any], case: Case, teach: Tensor | None = None) -> tuple[Any, Seen, dict[str, Tensor]]:
-    """One step's losses, with a teacher whose scores may be given."""
+def run(
+    method: Method[Any], case: Case, teacher_scores: Tensor | None = None
+) -> tuple[Any, StudentInputs, dict[str, Tensor]]:
+    """Networks, student inputs and losses of one step; ``teacher_scores`` replaces the teacher's output."""
     torch.manual_seed(0)
     nets = method.networks(initial_segmenter(case[0])).train()
-    if teach is not None:
-        nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
-    seen = Seen(nets)
+    if teacher_scores is not None:
+        nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teacher_scores))
+    inputs = StudentInputs(nets)
     torch.manual_seed(0)
-    return nets, seen, dict(method.losses(nets, case[1]))
+    return nets, inputs, dict(method.losses(nets, case[1]))
 
 
-def scores_of(label: Tensor, sure: float) -> Tensor:
-    """Scores of 7 classes whose most probable one is the label's, all equally sure."""
-    return sure * torch.nn.functional.one_hot(label, 7).permute(0, 3, 1, 2).float()
+def scores_of(label: Tensor, margin: float) -> Tensor:
+    """Scores of 7 classes whose most probable one is the label's, all with the same margin."""
+    return margin * torch.nn.functional.one_hot(label, 7).permute(0, 3, 1, 2).float()
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -71,10 +73,10 @@ def test_self_training_uses_one_forward_pass_and_deploys_the_teacher(
     assert isinstance(nets, TeacherStudent)
     assert not any(part.training for part in nets.teacher.modules())
     assert not any(weight.requires_grad for weight in nets.teacher.parameters())
-    seen = Seen(nets)
+    inputs = StudentInputs(nets)
     before = {key: value.clone() for key, value in nets.teacher.state_dict().items()}
     recipe.method.losses(nets, BatchDataset(*training_streams(recipe)).batch(0))
-    assert len(seen.images) == (2 if name == "mic" else 1)  # covered images apart
+    assert len(inputs.images) == (2 if name == "mic" else 1)  # covered images apart
     assert all(torch.equal(value, before[key]) for key, value in nets.teacher.state_dict().items())
     recipe.method.after_step(nets, 0)
     own = nets.teacher.state_dict()
@@ -83,40 +85,40 @@ def test_self_training_uses_one_forward_pass_and_deploys_the_teacher(
     for key, value in nets.student.state_dict().items():
         expected = torch.lerp(value, before[key], share) if value.is_floating_point() else value
         torch.testing.assert_close(own[key], expected)
-    kept = recipe.method.deployed(nets).state_dict()
-    assert all(torch.equal(value, own[key]) for key, value in kept.items() if key in own)
+    saved = recipe.method.inference_network(nets).state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in saved.items() if key in own)
 
 
-@pytest.mark.parametrize("sure", [0.0, 50.0])
-def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: Case, sure: float) -> None:
+@pytest.mark.parametrize("margin", [0.0, 50.0])
+def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: Case, margin: float) -> None:
     (image, label), target, _ = case[1]
     pseudo = torch.randint(0, 7, label.shape)
     method = DACS(strong_augment=())
     nets = method.networks(initial_segmenter(case[0])).train()
-    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=scores_of(pseudo, sure)))
+    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=scores_of(pseudo, margin)))
     torch.manual_seed(0)
     mix = method.mix(nets, case[1])
-    expected = pseudo if sure else torch.zeros_like(pseudo)
+    expected = pseudo if margin else torch.zeros_like(pseudo)
     assert mix.from_source.any()
     assert torch.equal(mix.label, torch.where(mix.from_source, label, expected))
     assert torch.allclose(mix.image, torch.where(mix.from_source[:, None], image, target), atol=1e-3)
     assert (mix.weight[mix.from_source] == 1).all()
-    assert (mix.weight[~mix.from_source] == float(sure > 0)).all()
+    assert (mix.weight[~mix.from_source] == float(margin > 0)).all()
     assert not (mix.label == IGNORE).any()
 
 
 def test_boundary_loss_uses_source_pixels_only(case: Case) -> None:
-    teach = scores_of(torch.randint(0, 7, case[1].source.label.shape), 50.0)
+    teacher_scores = scores_of(torch.randint(0, 7, case[1].source.label.shape), 50.0)
     unlabeled = case[1]._replace(
         source=Labeled(case[1].source.image, torch.full_like(case[1].source.label, IGNORE)),
     )
     for method in (DACS(), MIC(), DAFormer(warmup=0)):
-        _, _, losses = run(method, (case[0], unlabeled), teach)
+        _, _, losses = run(method, (case[0], unlabeled), teacher_scores)
         assert losses["mixed_main"] > 0
         assert losses["mixed_boundary"] == 0
         assert losses["source_main"] == 0
     for name in ("cbst", "iast"):
-        _, _, losses = run(Method.kind(name)(), case, teach)
+        _, _, losses = run(Method.kind(name)(), case, teacher_scores)
         assert not [key for key in losses if "boundary" in key and not key.startswith("source")]
 
 
@@ -140,19 +142,19 @@ def test_gradual_class_weights_follow_the_source(case: Case) -> None:
 
 def test_local_quality_weighs_pixel_by_pixel(case: Case) -> None:
     label = torch.zeros_like(case[1].source.label)
-    teach = scores_of(label, 50.0)
-    teach[..., :32] = 0  # the left half is not sure
+    teacher_scores = scores_of(label, 50.0)
+    teacher_scores[..., :32] = 0  # the left half has no confident class
     method = GCWLDQ(strong_augment=())
     nets = method.networks(initial_segmenter(case[0])).train()
-    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
+    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teacher_scores))
     mix = method.mix(nets, case[1])
     assert (mix.pseudo_weight[:, :, :29] == 0).all()
     assert (mix.pseudo_weight[:, :, 35:] == 1).all()
 
 
 def test_dacs_warmup_trains_on_the_source_only(case: Case) -> None:
-    nets, seen, losses = run(DACS(warmup=1), case)
-    assert len(seen.images[0]) == 2
+    nets, inputs, losses = run(DACS(warmup=1), case)
+    assert len(inputs.images[0]) == 2
     assert not [key for key in losses if key.startswith("mixed")]
     nets.step = 1
     assert "mixed_main" in DACS(warmup=1).losses(nets, case[1])
@@ -174,8 +176,8 @@ def test_daformer_feature_distance_is_zero_at_the_anchor(case: Case) -> None:
 
 
 def test_mic_masks_target_images_only(case: Case) -> None:
-    nets, seen, losses = run(MIC(mask_block=8, mask_ratio=0.7, strong_augment=()), case)
-    source, masked = seen.images[0].chunk(2)[0], seen.images[1]
+    nets, inputs, losses = run(MIC(mask_block=8, mask_ratio=0.7, strong_augment=()), case)
+    source, masked = inputs.images[0].chunk(2)[0], inputs.images[1]
     plain, _, _ = run(DACS(strong_augment=()), case)
     for name, value in plain.student.named_buffers():  # what is covered does not reach the statistics
         if value.is_floating_point():
@@ -221,26 +223,26 @@ def test_iast_thresholds_follow_the_images(case: Case) -> None:
 def test_iast_regularizes_by_a_mean_over_pixels_and_classes(case: Case) -> None:
     """As the published code has it: 3 / K of the entropy of ignored pixels in nats, 0.1 / K of the other."""
     label = torch.zeros_like(case[1].source.label)
-    kept = torch.zeros_like(label, dtype=torch.bool)
-    kept[..., :20] = True  # as sure as can be; the rest is below where every class begins
-    teach = torch.where(kept[:, None], scores_of(label, 50.0), scores_of(label, 1.0))
-    said = torch.randn(2 * len(label), 7, *label.shape[1:], generator=torch.Generator().manual_seed(1))
+    confident = torch.zeros_like(label, dtype=torch.bool)
+    confident[..., :20] = True  # fully confident; the rest is below the initial threshold
+    teacher_scores = torch.where(confident[:, None], scores_of(label, 50.0), scores_of(label, 1.0))
+    scores = torch.randn(2 * len(label), 7, *label.shape[1:], generator=torch.Generator().manual_seed(1))
     method = IAST()
     nets = method.networks(initial_segmenter(case[0])).train()
-    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teach))
-    nets.student.register_forward_hook(lambda *given: given[2]._replace(main=said))
+    nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teacher_scores))
+    nets.student.register_forward_hook(lambda *given: given[2]._replace(main=scores))
     losses = method.losses(nets, case[1])
-    probability = said[len(label) :].softmax(1)
+    probability = scores[len(label) :].softmax(1)
     nats = -(probability * probability.log()).sum(1)
     far = -probability.log().mean(1) - math.log(7)
-    torch.testing.assert_close(losses["entropy"], 3 / 7 * nats[~kept].mean())
-    torch.testing.assert_close(losses["uniform"], 0.1 / 7 * far[kept].mean())
+    torch.testing.assert_close(losses["entropy"], 3 / 7 * nats[~confident].mean())
+    torch.testing.assert_close(losses["uniform"], 0.1 / 7 * far[confident].mean())
 
 
 def test_source_free_reads_no_source(case: Case) -> None:
     empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
-    nets, seen, losses = run(SourceFree(strong_augment=()), (case[0], Batch(empty, case[1].target)))
-    assert torch.allclose(seen.images[0], case[1].target, atol=1e-3)
+    nets, inputs, losses = run(SourceFree(strong_augment=()), (case[0], Batch(empty, case[1].target)))
+    assert torch.allclose(inputs.images[0], case[1].target, atol=1e-3)
     assert set(losses) == {"target_main", "target_aux", "information"}
     frozen = {name for name, weight in nets.student.named_parameters() if not weight.requires_grad}
     assert frozen
@@ -265,9 +267,9 @@ def test_source_free_labels_at_several_scales_with_class_prior_correction(case: 
     nets = method.networks(initial_segmenter(case[0])).train()
     sides: list[int] = []
     nets.teacher.register_forward_pre_hook(lambda _, given: sides.append(given[0].shape[-1]))
-    said = torch.zeros(1, 7, 1, 1)
-    said[0, 0], said[0, 1] = 1.0, 0.9  # hardly the second
-    nets.teacher.register_forward_hook(lambda *each: each[2]._replace(main=said.expand_as(each[2].main)))
+    scores = torch.zeros(1, 7, 1, 1)
+    scores[0, 0], scores[0, 1] = 1.0, 0.9  # slightly above the second class
+    nets.teacher.register_forward_hook(lambda *each: each[2]._replace(main=scores.expand_as(each[2].main)))
     nets.class_prior.copy_(torch.tensor([0.7, *[0.05] * 6]))
     label = method.pseudo_labels(nets, case[1].target)
     side = case[1].target.shape[-1]

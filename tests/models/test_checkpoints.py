@@ -22,7 +22,7 @@ from overfly.models.checkpoints import check_digest, check_values, read_tensors
 STATE = {"conv.weight": torch.arange(5000.0), "conv.bias": torch.ones(3), "count": torch.tensor(4)}
 
 
-def refusal(path: Path) -> str:
+def error_message(path: Path) -> str:
     """Message of the error on reading the file: one line that names the file and what to do."""
     with pytest.raises(WeightsError) as caught:
         read_tensors(path)
@@ -54,7 +54,7 @@ def test_bytes_zeroed_inside_an_archive_raise(part: str, tmp_path: Path) -> None
     assert content.count(held) == 1
     middle = content.index(held) + len(held) // 2
     path.write_bytes(content[:middle] + bytes(6) + content[middle + 6 :])
-    assert f"'w/{part}'" in refusal(path)
+    assert f"'w/{part}'" in error_message(path)
 
 
 def test_an_entry_marked_as_a_folder_raises(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_an_entry_marked_as_a_folder_raises(tmp_path: Path) -> None:
     content = path.read_bytes()
     entry = content.rindex(b"w/data/0")  # in the directory at the end; its attributes stand 8 bytes before the name
     path.write_bytes(content[: entry - 8] + b"\x10" + content[entry - 7 :])
-    assert "'w/data/0'" in refusal(path)
+    assert "'w/data/0'" in error_message(path)
 
 
 def test_archives_saved_without_checksums_are_read(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_archives_saved_without_checksums_are_read(tmp_path: Path) -> None:
 def test_garbage_of_any_kind_is_refused(content: bytes, suffix: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("garbage") / f"w.{suffix}"
     path.write_bytes(content)
-    refusal(path)
+    error_message(path)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_garbage_of_any_kind_is_refused(content: bytes, suffix: str, tmp_path_fa
 )
 def test_texts_and_halves_of_pickles_are_damaged(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(content)
-    assert "damaged" in refusal(tmp_path / "w.pth")
+    assert "damaged" in error_message(tmp_path / "w.pth")
 
 
 def archived(content: object) -> bytes:
@@ -143,14 +143,14 @@ def scripted() -> bytes:
 )
 def test_code_is_never_run(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(content)
-    assert "would run code from the file" in refusal(tmp_path / "w.pth")
+    assert "would run code from the file" in error_message(tmp_path / "w.pth")
 
 
 def test_a_truncated_file_of_tensors_is_damaged(tmp_path: Path) -> None:
     whole = archived_before(collections.OrderedDict(STATE, half=nn.Parameter(torch.ones(9))))
     for length in (len(whole) - 9, len(whole) // 2, 300, 40):
         (tmp_path / "w.pth").write_bytes(whole[:length])
-        assert "damaged" in refusal(tmp_path / "w.pth")
+        assert "damaged" in error_message(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -161,7 +161,7 @@ def test_a_state_dict_inside_itself_is_refused(steps: int, tmp_path: Path) -> No
         content = {"model": content}
     inner["state_dict"] = content
     torch.save(content, tmp_path / "w.pth")
-    assert "contains itself" in refusal(tmp_path / "w.pth")
+    assert "contains itself" in error_message(tmp_path / "w.pth")
 
 
 def test_cut_and_misnamed_safetensors_are_damaged(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_cut_and_misnamed_safetensors_are_damaged(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "w.safetensors").keys() == STATE.keys()
     for content in (whole[:-1], whole[:30], archived(STATE)):
         (tmp_path / "w.safetensors").write_bytes(content)
-        assert "damaged" in refusal(tmp_path / "w.safetensors")
+        assert "damaged" in error_message(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,9 @@ def test_resnet101_without_its_classifier() -> None:
 def test_shapes(name: str, height: int, width: int) -> None:
     network = on_meta(name)
     out = network(torch.zeros(2, 3, height, width, device="meta"))
-    spare = 1 if name.startswith("deeplabv2") else 0  # its pool rounds up
+    rounding = 1 if name.startswith("deeplabv2") else 0  # its pool rounds up
     for got, side in zip(out.main.shape[2:], (height, width), strict=True):
-        assert got - -(-side // network.stride) in range(spare + 1)
+        assert got - -(-side // network.stride) in range(rounding + 1)
     assert out.main.shape[:2] == (2, 7)
     assert all(scores.shape[:2] == (2, 7) for scores in out.aux)
     assert out.boundary is None or out.boundary.shape == (2, 1, *out.main.shape[2:])
@@ -111,7 +111,7 @@ def test_gradients_are_finite_and_reach_the_first_layer(name: str) -> None:
     differentiate(network(smooth_image(128, 128, batch=2)))
     gradients = {key: p.grad for key, p in network.named_parameters() if p.grad is not None}
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
-    assert bool(gradients[f"{network.first}.weight"].any())
+    assert bool(gradients[f"{network.first_conv}.weight"].any())
 
 
 @pytest.mark.parametrize("name", names())
@@ -134,7 +134,7 @@ def test_heads_name_parameters_that_exist_and_leave_an_encoder(name: str) -> Non
     for prefix in network.heads:
         assert any(key.startswith(f"{prefix}.") for key in parameters), prefix
     assert 0 < len(heads) < len(parameters)
-    assert not any(key.startswith(prefixes) for key in parameters if key.startswith(network.first))
+    assert not any(key.startswith(prefixes) for key in parameters if key.startswith(network.first_conv))
 
 
 @pytest.mark.parametrize("name", ["pidnet_s", "lraspp_mobilenet_v2"])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from overfly.core.classes import Classes
 from overfly.core.errors import WeightsError
-from overfly.models import NAMED, Network, build, checkpoints, load_weights
+from overfly.models import PRETRAINED, Network, build, checkpoints, load_weights
 from overfly.models.deeplabv2 import DeepLabV2
 from overfly.models.lraspp import LRASPP
 from overfly.models.pidnet import PIDNet
@@ -250,11 +250,13 @@ def test_named_weights_are_downloaded_into_the_cache(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpoints, "download_file", download)
     monkeypatch.setattr(checkpoints, "cache_folder", lambda: tmp_path)
     assert checkpoints.locate("resnet101") == tmp_path / "weights" / "resnet101-63fe2227.pth"
-    assert downloads == [(NAMED["resnet101"][0], tmp_path / "weights" / "resnet101-63fe2227.pth", "sha256:63fe2227")]
+    assert downloads == [
+        (PRETRAINED["resnet101"][0], tmp_path / "weights" / "resnet101-63fe2227.pth", "sha256:63fe2227")
+    ]
 
 
 def test_named_digests_are_those_in_the_file_names() -> None:
-    for url, digest in NAMED.values():
+    for url, digest in PRETRAINED.values():
         assert url.startswith("https://")
         assert url.removesuffix(".pth").endswith("-" + digest[:8])
 
@@ -378,7 +380,7 @@ def test_other_bands_predict_a_gray_image_alike(bands: int, tmp_path: Path) -> N
 def test_non_finite_or_complex_values_raise(value: complex, match: str, tmp_path: Path) -> None:
     network = build("lraspp_mobilenet_v2")
     before, state = snapshot(network), snapshot(network)
-    name = f"{network.first}.weight"
+    name = f"{network.first_conv}.weight"
     state[name] = state[name].to(torch.complex64 if isinstance(value, complex) else torch.float64)
     state[name].view(-1)[7] = torch.tensor(value, dtype=state[name].dtype)
     torch.save(state, tmp_path / "w.pth")

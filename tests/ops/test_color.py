@@ -201,9 +201,11 @@ def test_colors_have_the_mean_and_standard_deviation_of_the_style(each: bool) ->
 def test_matching_a_batch_keeps_differences_between_images() -> None:
     image = random_images(0)
     image[1] *= 0.1
-    together, alone = (match_colors(image, random_images(1), per_image=each).mean((1, 2, 3)) for each in (False, True))
-    assert together[0] > together[1] + 30
-    assert abs(alone[0] - alone[1]) < 15
+    batch_means, image_means = (
+        match_colors(image, random_images(1), per_image=each).mean((1, 2, 3)) for each in (False, True)
+    )
+    assert batch_means[0] > batch_means[1] + 30
+    assert abs(image_means[0] - image_means[1]) < 15
 
 
 def test_a_constant_image_stays_finite() -> None:

@@ -137,12 +137,12 @@ def test_boundary_loss_beside_pasted_pixels_uses_known_boundaries_only() -> None
     logits = Logits(torch.zeros(1, 3, 16, 24), boundary=head)
     loss = CrossEntropy(width=4).terms(logits, label, where=source)["boundary"]
     (gradient,) = torch.autograd.grad(loss, head)
-    taught = gradient[0, 0] != 0
-    assert taught[:, :10].all()
-    assert taught[6:10, 10:12].all()  # a boundary of the source is one beside the seam too
-    assert not taught[:6, 10:12].any()
-    assert not taught[10:, 10:12].any()
-    assert not taught[:, 12:].any()
+    has_gradient = gradient[0, 0] != 0
+    assert has_gradient[:, :10].all()
+    assert has_gradient[6:10, 10:12].all()  # a boundary of the source is one beside the seam too
+    assert not has_gradient[:6, 10:12].any()
+    assert not has_gradient[10:, 10:12].any()
+    assert not has_gradient[:, 12:].any()
 
 
 def test_class_weights() -> None:

@@ -188,11 +188,11 @@ def test_rotation_turns_and_neither_shears_nor_stretches() -> None:
 
 def test_grid_distortion_keeps_the_edges() -> None:
     batch = encoded(2, count=8)
-    bent = GridDistortion(p=1)(batch, seeded(0)).label
-    assert not (bent == IGNORE).any()
+    distorted = GridDistortion(p=1)(batch, seeded(0)).label
+    assert not (distorted == IGNORE).any()
     for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
-        assert torch.equal(bent[:, corner[0], corner[1]], batch.label[:, corner[0], corner[1]])
-    assert not torch.equal(bent, batch.label)
+        assert torch.equal(distorted[:, corner[0], corner[1]], batch.label[:, corner[0], corner[1]])
+    assert not torch.equal(distorted, batch.label)
 
 
 def test_random_crops_reach_every_position() -> None:

@@ -164,12 +164,12 @@ def test_half_scores_are_reduced_in_full_precision(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = {each: each(half, label) for each in (cross_entropy, ohem_cross_entropy, dice_loss)}
         edge = boundary_loss(half[:, :1], label == 0)
-        unsure = mean_entropy(half)
+        maximum = mean_entropy(half)
     for each, value in losses.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, each(half.float(), label), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(edge, boundary_loss(half[:, :1].float(), label == 0))
-    torch.testing.assert_close(unsure, mean_entropy(half.float()))
+    torch.testing.assert_close(maximum, mean_entropy(half.float()))
 
 
 def test_boundary_loss_by_hand() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.records import IGNORE, Labeled
-from overfly.ops.mixing import block_mask, class_mask, cover, paste
+from overfly.ops.mixing import block_mask, class_mask, fill_mean_color, paste
 
 
 def labels(seed: int, classes: int, count: int = 2) -> torch.Tensor:
@@ -85,6 +85,6 @@ def test_squares_are_covered_whole_and_the_last_may_be_cut() -> None:
 def test_cover_fills_masked_pixels_with_the_mean_color() -> None:
     image = torch.rand(2, 3, 16, 16)
     mask = block_mask(image, 4, 0.5).expand(-1, 3, -1, -1)
-    result = cover(image, mask[:, :1])
+    result = fill_mean_color(image, mask[:, :1])
     assert torch.equal(result[~mask], image[~mask])
     assert torch.equal(result[mask], image.mean((2, 3), keepdim=True).expand_as(image)[mask])

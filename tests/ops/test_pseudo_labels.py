@@ -27,7 +27,7 @@ def network(seed: int) -> nn.Module:
     return network
 
 
-def drawn(seed: int, classes: int = 4, shape: tuple[int, ...] = (2, 16, 16)) -> PseudoLabels:
+def random_pseudo_labels(seed: int, classes: int = 4, shape: tuple[int, ...] = (2, 16, 16)) -> PseudoLabels:
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(0, classes, shape, generator=generator)
     return PseudoLabels(label, torch.rand(shape, generator=generator) * 0.99 + 0.01)
@@ -95,7 +95,7 @@ def test_pixels_without_data_do_not_count() -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0]))
 def test_class_thresholds_keep_the_same_share_of_every_class(seed: int, share: float) -> None:
-    pseudo = drawn(seed)
+    pseudo = random_pseudo_labels(seed)
     kept = filter_by_threshold(pseudo, class_thresholds(pseudo, share, 4))
     for index in range(4):
         own = pseudo.label == index
@@ -113,7 +113,7 @@ def test_a_class_without_pixels_has_no_threshold() -> None:
 
 
 def test_each_class_may_have_a_share_of_its_own() -> None:
-    pseudo = drawn(3)
+    pseudo = random_pseudo_labels(3)
     shares = torch.tensor([0.1, 0.3, 0.6, 1.0])
     kept = filter_by_threshold(pseudo, class_thresholds(pseudo, shares, 4))
     result = [((kept == index).sum() / (pseudo.label == index).sum()).item() for index in range(4)]
@@ -146,7 +146,7 @@ def test_thresholds_follow_the_instance() -> None:
 
 
 def test_hard_classes_keep_fewer_pixels() -> None:
-    pseudo = drawn(5, classes=2, shape=(1, 64, 64))
+    pseudo = random_pseudo_labels(5, classes=2, shape=(1, 64, 64))
     rows = instance_thresholds(pseudo, torch.tensor([0.9, 0.6]), share=0.5, hardness=4.0, decay=0.0)
     kept = filter_by_threshold(pseudo, rows)
     shares = [((kept == index).sum() / (pseudo.label == index).sum()).item() for index in range(2)]
@@ -157,7 +157,7 @@ def test_hard_classes_keep_fewer_pixels() -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.integers(1, 9), st.floats(0, 1))
 def test_class_thresholds_equal_the_kth_value_of_each_class(seed: int, classes: int, share: float) -> None:
-    pseudo = drawn(seed, classes, (2, 9, 7))
+    pseudo = random_pseudo_labels(seed, classes, (2, 9, 7))
     pseudo = mask_nodata(pseudo, torch.rand(2, 9, 7, generator=torch.Generator().manual_seed(seed)) < 0.3)
     expected = torch.full((classes + 1,), torch.nan)
     for index in range(classes):

@@ -94,16 +94,16 @@ def test_a_pointwise_network_gives_the_whole_images_scores(
 
 
 def test_no_seams_where_windows_disagree() -> None:
-    """Each window answers with its own mean level; on a ramp, the blend must climb without a step between windows."""
+    """The prediction of a window is its mean level; on a ramp, the blend rises without a step between windows."""
     ramp = torch.linspace(0, 255, 256).expand(1, 64, 256)
 
     def predict(patch: Tensor) -> Tensor:
         return patch.mean((2, 3), keepdim=True).expand(-1, -1, *patch.shape[-2:])
 
     blended = sliding(predict, ramp, size=64, overlap=0.5)[0]
-    climb = blended.diff(dim=1)
-    assert climb.min() >= -1e-3
-    assert climb.max() < 3
+    differences = blended.diff(dim=1)
+    assert differences.min() >= -1e-3
+    assert differences.max() < 3
     apart = sliding(predict, ramp, size=64, overlap=0.0)[0].diff(dim=1)
     assert apart.max() > 60
 

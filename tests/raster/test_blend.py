@@ -20,7 +20,7 @@ def blended(predictor: Predictor, image: Floats, plan: TilingPlan) -> Floats:
                 window = Window(top, left, min(plan.size, image.shape[1] - top), min(plan.size, image.shape[2] - left))
                 patch = cut(torch.from_numpy(image), window, plan.size).numpy()
                 blend.add(predictor(patch[None])[0], window)
-            first, last = plan.finished(row - 1), plan.finished(row)
+            first, last = plan.finished_rows(row - 1), plan.finished_rows(row)
             sums = blend.read(first, last)
             result[:, first:last, strip.first : strip.last] = sums / sums.sum(0)
             blend.drop(last)

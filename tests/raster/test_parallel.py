@@ -59,9 +59,9 @@ def test_rasters_of_a_killed_worker_are_mapped(tmp_path: Path) -> None:
         """Kill one of the two workers once both are at work and something is written."""
         while not list((tmp_path / "maps").glob(".*.unfinished/progress.json")):
             time.sleep(0.02)
-        victim = int(log.read_text().split()[0])
-        killed.append(victim)
-        os.kill(victim, signal.SIGKILL)
+        worker = int(log.read_text().split()[0])
+        killed.append(worker)
+        os.kill(worker, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()

@@ -15,7 +15,7 @@ from rasters import CLASSES, write
 
 
 @pytest.fixture
-def drawn(tmp_path: Path) -> Path:
+def class_map(tmp_path: Path) -> Path:
     label = np.zeros((40, 60), np.uint8)
     label[:, 30:] = 2
     label[10:14, 10:14] = 1
@@ -32,20 +32,20 @@ def areas(table: tuple[Any, ...]) -> dict[str, list[float]]:
     return result
 
 
-def test_areas_are_outlined_and_specks_are_swallowed(drawn: Path, tmp_path: Path) -> None:
-    table = pyogrio.raw.read(write_polygons(drawn, tmp_path / "a.gpkg", CLASSES, min_area=10))
+def test_areas_are_outlined_and_small_ones_merged(class_map: Path, tmp_path: Path) -> None:
+    table = pyogrio.raw.read(write_polygons(class_map, tmp_path / "a.gpkg", CLASSES, min_area=10))
     assert areas(table) == {"dark": [40 * 30 - 16 - 200], "middle": [16], "bright": [40 * 30]}
     assert table[0]["crs"] == "EPSG:32640"
     shapes = shapely.from_wkb(table[2])
     assert shapely.is_valid(shapes).all()
     assert shapely.intersection_all(shapes).is_empty
     assert set(table[3][list(table[0]["fields"]).index("color")]) == {"#0a141e", "#78828c", "#faf0e6"}
-    every = areas(pyogrio.raw.read(write_polygons(drawn, tmp_path / "b.gpkg", CLASSES, min_area=1)))
+    every = areas(pyogrio.raw.read(write_polygons(class_map, tmp_path / "b.gpkg", CLASSES, min_area=1)))
     assert every == {"dark": [40 * 30 - 17 - 200], "middle": [16], "bright": [1, 40 * 30]}
 
 
-def test_geojson_is_in_longitude_and_latitude(drawn: Path, tmp_path: Path) -> None:
-    held = json.loads(write_polygons(drawn, tmp_path / "a.geojson", CLASSES).read_text())
+def test_geojson_is_in_longitude_and_latitude(class_map: Path, tmp_path: Path) -> None:
+    held = json.loads(write_polygons(class_map, tmp_path / "a.geojson", CLASSES).read_text())
     longitude, latitude = held["features"][0]["geometry"]["coordinates"][0][0]
     assert 54 < longitude < 56
     assert 24 < latitude < 25

@@ -21,7 +21,7 @@ def test_every_map_pixel_is_written_once_after_its_windows(  # noqa: PLR0917 - h
     plan = plan_windows(height, width, classes=3, size=size, overlap=overlap, scale=scale, memory=memory)
     assert [strip.first for strip in plan.strips] == [0, *(strip.last for strip in plan.strips[:-1])]
     assert plan.strips[-1].last == width
-    rows, columns = plan.working
+    rows, columns = plan.working_size
     assert plan.scale == (rows / height, columns / width)
     for strip in plan.strips:
         # the strip has every window that covers one of its working pixels
@@ -33,18 +33,18 @@ def test_every_map_pixel_is_written_once_after_its_windows(  # noqa: PLR0917 - h
         assert high < strip.right
         whole = plan_windows(height, width, classes=3, size=size, overlap=overlap, scale=scale).strips[0].lefts
         assert set(strip.lefts) == {left for left in whole if left <= high and left + size > low}
-    finished = [plan.finished(row) for row in range(-1, len(plan.tops))]
+    finished = [plan.finished_rows(row) for row in range(-1, len(plan.tops))]
     assert finished[0] == 0
     assert finished == sorted(finished)
     assert finished[-1] == height
     for row in range(len(plan.tops)):
-        last = plan.finished(row) - 1
-        if last >= plan.finished(row - 1):
+        last = plan.finished_rows(row) - 1
+        if last >= plan.finished_rows(row - 1):
             lower = math.floor((last + 0.5) * plan.scale[0] - 0.5) + 1 if plan.resampled else last
-            assert min(lower, rows - 1) < plan.complete(row)
-        again = plan.first_for(row)
+            assert min(lower, rows - 1) < plan.complete_rows(row)
+        again = plan.resume_row(row)
         assert again <= row
-        assert all(top + size <= plan.first_needed(plan.finished(row - 1)) for top in plan.tops[:again])
+        assert all(top + size <= plan.first_needed_row(plan.finished_rows(row - 1)) for top in plan.tops[:again])
 
 
 @pytest.mark.parametrize("width", [20_000, 200_000])

@@ -36,14 +36,14 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def cramped(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
+def limit_disk(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
     whole: Any = {"write_cog": write_cog, "write_polygons": write_polygons}[name]
 
-    def write_there(*arguments: Any, **more: Any) -> Any:
+    def limited_write(*arguments: Any, **more: Any) -> Any:
         with file_size_limit(size):
             return whole(*arguments, **more)
 
-    monkeypatch.setattr(module, name, write_there)
+    monkeypatch.setattr(module, name, limited_write)
 
 
 @pytest.mark.parametrize("missing", [1, 3000, 30_000, 90_000])
@@ -53,7 +53,7 @@ def test_incomplete_map_is_not_published(missing: int, tmp_path: Path, monkeypat
     settings = replace(SETTINGS, uncertainty=False, polygons=None)
     map_raster(pointwise(), str(source), tmp_path / "whole.tif", settings, network="none")
     with monkeypatch.context() as patched:
-        cramped(patched, "write_cog", (tmp_path / "whole.tif").stat().st_size - missing)
+        limit_disk(patched, "write_cog", (tmp_path / "whole.tif").stat().st_size - missing)
         with pytest.raises(DataError, match=r"\.tif"):
             map_raster(pointwise(), str(source), out, settings, network="none")
     left = {path.name for path in tmp_path.glob("*map*")}
@@ -74,7 +74,7 @@ def test_incomplete_polygons_are_not_published(
     source, out = write(tmp_path / "scene.tif", noise(100, 90)), tmp_path / "map.tif"
     settings = replace(SETTINGS, polygons=kind, min_area=1)
     with monkeypatch.context() as patched:
-        cramped(patched, "write_polygons", size)
+        limit_disk(patched, "write_polygons", size)
         with pytest.raises(DataError, match=rf"polygons.{kind}"):
             map_raster(pointwise(), str(source), out, settings, network="none")
     assert sorted(path.name for path in tmp_path.glob("*map*")) == [".map.tif.unfinished"]

@@ -35,9 +35,9 @@ def test_accessible_colors_differ_for_the_color_blind(simulation: tuple[tuple[fl
         np.linalg.norm(_lab(one, simulation) - _lab(other, simulation)) for one, other in combinations(shown.colors, 2)
     ]
     assert min(apart) > 12
-    lovely = [(255, 0, 0), (0, 255, 0), (0, 128, 0), (255, 128, 0)]
+    colors = [(255, 0, 0), (0, 255, 0), (0, 128, 0), (255, 128, 0)]
     plain = [
-        np.linalg.norm(_lab(one, DEUTERANOPIA) - _lab(other, DEUTERANOPIA)) for one, other in combinations(lovely, 2)
+        np.linalg.norm(_lab(one, DEUTERANOPIA) - _lab(other, DEUTERANOPIA)) for one, other in combinations(colors, 2)
     ]
     assert min(plain) < 40
 
@@ -59,10 +59,10 @@ def test_accessible_colors_are_nearest_in_hue() -> None:
 def test_png_round_trip() -> None:
     classes = Classes(names=("a", "b"), colors=((1, 2, 3), (200, 100, 50)))
     ids = np.array([[0, 1, 1], [IGNORE, IGNORE, 0]], np.uint8)
-    clear = Image.open(io.BytesIO(encode_png(ids, classes, transparent=True)))
-    assert clear.mode == "P"
-    np.testing.assert_array_equal(np.asarray(clear), ids)
-    simulation = np.asarray(clear.convert("RGBA"))
+    transparent = Image.open(io.BytesIO(encode_png(ids, classes, transparent=True)))
+    assert transparent.mode == "P"
+    np.testing.assert_array_equal(np.asarray(transparent), ids)
+    simulation = np.asarray(transparent.convert("RGBA"))
     assert tuple(simulation[0, 1]) == (200, 100, 50, 255)
     assert simulation[1, 0, 3] == 0
     striped = np.asarray(

@@ -16,7 +16,7 @@ from overfly.reporting.figures import (
     draw_curves,
     grouped_bars,
     line_chart,
-    smoothed,
+    moving_average,
     training_curves,
 )
 
@@ -64,12 +64,12 @@ def test_draw_curves_of_an_empty_log(tmp_path: Path) -> None:
 
 def test_smoothing_is_symmetric() -> None:
     line = [float(value) for value in range(20)]
-    assert smoothed(line, 7) == pytest.approx(line)
-    assert smoothed([0.0, 0.0, 3.0, 0.0, 0.0], 3) == pytest.approx([0, 1, 1, 1, 0])
-    assert smoothed([5.0, 1.0], 1) == [5.0, 1.0]
+    assert moving_average(line, 7) == pytest.approx(line)
+    assert moving_average([0.0, 0.0, 3.0, 0.0, 0.0], 3) == pytest.approx([0, 1, 1, 1, 0])
+    assert moving_average([5.0, 1.0], 1) == [5.0, 1.0]
 
 
-NASTY = '<script>alert("1")</script> & Straße $x$'
+UNSAFE = '<script>alert("1")</script> & Straße $x$'
 
 
 def _read(svg: str) -> ET.Element:
@@ -92,14 +92,14 @@ def _filled(root: ET.Element) -> list[ET.Element]:
 
 def test_svg_escapes_text_and_has_no_styles() -> None:
     for svg in (
-        bars([Bar(NASTY, 0.5)], NASTY),
-        grouped_bars({NASTY: [0.5]}, [NASTY], NASTY),
-        line_chart({NASTY: [(0, 1.0), (10, 0.5)]}, NASTY),
+        bars([Bar(UNSAFE, 0.5)], UNSAFE),
+        grouped_bars({UNSAFE: [0.5]}, [UNSAFE], UNSAFE),
+        line_chart({UNSAFE: [(0, 1.0), (10, 0.5)]}, UNSAFE),
     ):
         root = _read(svg)
         assert not _all(root, "script")
         assert not _all(root, "style")
-        assert root.get("aria-label") == NASTY
+        assert root.get("aria-label") == UNSAFE
         assert any((text.text or "").startswith("<script>") for text in _all(root, "text"))
         tags = "".join(re.findall(r"<[^>]*>", svg))
         assert "style=" not in tags

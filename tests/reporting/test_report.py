@@ -12,45 +12,46 @@ from overfly.benchmarking import SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.reporting import report as reports
-from overfly.reporting.report import ConfusionTable, Entry, Report, describe_shares, render
+from overfly.reporting.report import ConfusionTable, RecipeResults, Report, describe_shares, render
 from overfly.reporting.samples import SampleImage, SampleSet
 
-NASTY = '"><script>alert(1)</script><img src="http://evil.example/x.png" onerror="y()">'
-CLASSES = Classes(names=(NASTY, "road"))
+UNSAFE = '"><script>alert(1)</script><img src="http://evil.example/x.png" onerror="y()">'
+CLASSES = Classes(names=(UNSAFE, "road"))
 
 
-def _entry(name: str = NASTY, **changes: Any) -> Entry:
+def _entry(name: str = UNSAFE, **changes: Any) -> RecipeResults:
     figure = SeedStatistics.from_values([0.5, 0.6])
     values: dict[str, Any] = {
-        "name": name, "model": NASTY, "seeds": [0, 1], "miou": {NASTY: figure},
+        "name": name, "model": UNSAFE, "seeds": [0, 1], "miou": {UNSAFE: figure},
         "gap": SeedStatistics.from_values([0.4, -0.1]),
-        "classes": {NASTY: {NASTY: figure, "road": figure}}, "labels_opened": "",
-        "about": dict.fromkeys(("method", "source", "length", "criterion"), NASTY),
-        "confusions": [ConfusionTable(NASTY, CLASSES.names, [[30, 10], [0, 0]], True)],
-        "losses": {NASTY: [(10, 1.0), (20, 0.5)]},
-        "metrics": {}, "runs": [NASTY], "recipe": f"title: {NASTY}", "machine": {NASTY: NASTY, "argv": [NASTY, "x"]},
+        "classes": {UNSAFE: {UNSAFE: figure, "road": figure}}, "labels_opened": "",
+        "about": dict.fromkeys(("method", "source", "length", "criterion"), UNSAFE),
+        "confusions": [ConfusionTable(UNSAFE, CLASSES.names, [[30, 10], [0, 0]], True)],
+        "losses": {UNSAFE: [(10, 1.0), (20, 0.5)]},
+        "metrics": {}, "runs": [UNSAFE],
+        "recipe": f"title: {UNSAFE}", "machine": {UNSAFE: UNSAFE, "argv": [UNSAFE, "x"]},
     }  # fmt: skip
-    return Entry(**(values | changes))
+    return RecipeResults(**(values | changes))
 
 
 def _gallery(number: int = 1, side: int = 240) -> SampleSet:
     rng = np.random.default_rng(0)
     images = [
         SampleImage(
-            NASTY,
+            UNSAFE,
             "worst",
             rng.integers(0, 255, (side, side, 3), dtype=np.uint8),
             rng.integers(0, 2, (side, side), dtype=np.uint8),
-            {NASTY: rng.integers(0, 2, (side, side), dtype=np.uint8)},
-            {NASTY: 0.5},
+            {UNSAFE: rng.integers(0, 2, (side, side), dtype=np.uint8)},
+            {UNSAFE: 0.5},
         )
         for _ in range(number)
     ]
-    return SampleSet(NASTY, CLASSES, "target", images, 10, 20)
+    return SampleSet(UNSAFE, CLASSES, "target", images, 10, 20)
 
 
 def _report(**changes: Any) -> Report:
-    return Report(**({"title": NASTY, "date": "now", "split": "val", "entries": [_entry()]} | changes))
+    return Report(**({"title": UNSAFE, "date": "now", "split": "val", "entries": [_entry()]} | changes))
 
 
 class _Page(HTMLParser):
@@ -75,15 +76,15 @@ class _Page(HTMLParser):
 
 def test_report_escapes_text_and_loads_nothing() -> None:
     selection = SimpleNamespace(
-        summary=NASTY, rows=lambda: [[NASTY] * 3], differences=[NASTY], reasons=[NASTY], familiarity_summary=NASTY,
+        summary=UNSAFE, rows=lambda: [[UNSAFE] * 3], differences=[UNSAFE], reasons=[UNSAFE], familiarity_summary=UNSAFE,
         labels_opened=0,
     )  # fmt: skip
-    page = _Page(text := render(_report(selections={NASTY: selection}, galleries=[_gallery()])))
+    page = _Page(text := render(_report(selections={UNSAFE: selection}, galleries=[_gallery()])))
     assert "script" not in page.tags
     assert not page.handlers
     assert page.tags.count("img") == 3
     assert all(link.startswith(("#", "data:image/")) for link in page.links), page.links
-    assert page.text.count(NASTY) > 10
+    assert page.text.count(UNSAFE) > 10
     assert "default-src 'none'" in text
     style = text.split("<style>")[1].split("</style>")[0]
     assert "url(" not in style
@@ -128,7 +129,7 @@ def test_images_shrink_to_the_limit_on_bytes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_more_recipes_than_colors_are_split_into_charts() -> None:
     charts = _report(entries=[_entry(str(index)) for index in range(8)]).class_charts
-    assert [domain for domain, _ in charts] == [NASTY, NASTY]
+    assert [domain for domain, _ in charts] == [UNSAFE, UNSAFE]
 
 
 def test_describe_shares() -> None:

@@ -47,7 +47,7 @@ def trained(recipe: Recipe, out: Path, **settings: Any) -> Run:
     return train(recipe, out=out, device="cpu", quiet=True, **settings).run
 
 
-class Stops(SourceOnly, name="stops"):
+class StopsAt(SourceOnly, name="stops"):
     """Source-only training that raises KeyboardInterrupt once."""
 
     at: int = 2
@@ -117,7 +117,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(small: dict[str, Any], 
     assert equal(Run.open(runs[0].parent), whole)
 
 
-class Poisoned(SourceOnly, name="poisoned"):
+class NonFiniteLoss(SourceOnly, name="poisoned"):
     """Source-only training with a loss that is not finite at a step."""
 
     at: int = 3
@@ -125,17 +125,17 @@ class Poisoned(SourceOnly, name="poisoned"):
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:
         terms = dict(super().losses(nets, batch))
-        SEEN.append(1)
-        if len(SEEN) == self.at + 1:
+        STEPS.append(1)
+        if len(STEPS) == self.at + 1:
             terms["extra"] = terms["main"] * float("nan")
         return terms
 
 
-SEEN: list[int] = []
+STEPS: list[int] = []
 
 
 def test_loss_that_is_not_finite_raises_and_keeps_the_last_checkpoint(small: dict[str, Any], tmp_path: Path) -> None:
-    SEEN.clear()
+    STEPS.clear()
     recipe = load(small, "method=poisoned", "steps=6")
     with pytest.raises(TrainingError, match=r"step 4 .*extra = nan.*1 to 4") as caught:
         trained(recipe, tmp_path, checkpoint_every=2)

@@ -106,13 +106,13 @@ def test_run_without_source_validates_on_the_target(small: dict[str, Any], tmp_p
 
 
 def test_reference_is_the_other_of_teacher_and_student() -> None:
-    class Ships(SourceOnly):
-        def deployed(self, nets: Networks) -> torch.nn.Module:
+    class StudentMethod(SourceOnly):
+        def inference_network(self, nets: Networks) -> torch.nn.Module:
             return nets.teacher if isinstance(nets, TeacherStudent) else nets.student
 
     nets = TeacherStudent(torch.nn.Linear(1, 1))
     assert reference(SourceOnly(), nets) is nets.teacher
-    assert reference(Ships(), nets) is nets.student
+    assert reference(StudentMethod(), nets) is nets.student
     assert reference(SourceOnly(), Networks(torch.nn.Linear(1, 1))) is None
 
 

@@ -176,7 +176,7 @@ class Camera:
 
 
 @pytest.mark.parametrize(
-    ("script", "frames", "damaged", "ended"),
+    ("script", "frames", "damaged", "end_reason"),
     [
         ((1, 2, 3), 3, 0, ""),
         ((1, av.InvalidDataError(1, "bad"), 2, "no packet", 3), 3, 2, ""),
@@ -184,12 +184,14 @@ class Camera:
         ((1, *[av.InvalidDataError(1, "Bad")] * 400, 2), 1, 300, "bad"),
     ],
 )
-def test_live_source_continues_after_damage(script: tuple[object, ...], frames: int, damaged: int, ended: str) -> None:
+def test_live_source_continues_after_damage(
+    script: tuple[object, ...], frames: int, damaged: int, end_reason: str
+) -> None:
     camera, errors = Camera(*script), StreamErrors()
     result = list(_decode("camera", _Container(camera, None, True), 25, errors))
     assert len(result) == frames
     assert result[0].time == 0
-    assert (errors.damaged, errors.ended) == (damaged, ended)
+    assert (errors.damaged, errors.end_reason) == (damaged, end_reason)
     assert camera.closed
 
 

@@ -29,12 +29,12 @@ def test_opacity_blends_colors_and_frame() -> None:
 def test_size_downscales_only_the_input() -> None:
     sizes: list[tuple[int, ...]] = []
 
-    def noted(images: Floats) -> Floats:
+    def predict(images: Floats) -> Floats:
         sizes.append(images.shape)
         return brightest(images)
 
     frame = numbered_frame(5, 192, 120)
-    overlay = OverlayRenderer(rule_model(noted), OverlayStyle(size=48, opacity=1.0, **BARE))(frame)
+    overlay = OverlayRenderer(rule_model(predict), OverlayStyle(size=48, opacity=1.0, **BARE))(frame)
     assert sizes == [(1, 3, 30, 48)]
     assert overlay.shape == (120, 192, 3)
     for band, color in enumerate((RED, GREEN, BLUE)):
@@ -62,13 +62,13 @@ def test_fixed_windows_cover_the_frame() -> None:
 def test_frames_are_scaled_to_the_value_range() -> None:
     peaks: list[float] = []
 
-    def noted(images: Floats) -> Floats:
+    def predict(images: Floats) -> Floats:
         peaks.append(float(images.max()))
         return brightest(images)
 
     frame = np.full((32, 32, 3), 255, np.uint8)
     for max_value in (255.0, 1.0, 65535.0):
-        OverlayRenderer(rule_model(noted, max_value=max_value), OverlayStyle())(frame)
+        OverlayRenderer(rule_model(predict, max_value=max_value), OverlayStyle())(frame)
     assert peaks == pytest.approx([255.0, 1.0, 65535.0])
 
 

@@ -63,12 +63,12 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
     for index in range(count):
         clock.at(start + index / fps, partial(comes, index))
     times: list[float] = []
-    ages: list[float] = []
+    latencies: list[float] = []
 
     def sink(overlay: NDArray[np.uint8], at: float) -> None:
         assert frame_number(overlay) == round(at * fps) % 16
         times.append(at)
-        ages.append(clock() - start - at)
+        latencies.append(clock() - start - at)
 
     def frames() -> Iterator[TimedFrame]:
         taken = slot.frames(stop)
@@ -78,41 +78,41 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
             yield next(taken)
 
     renderer = OverlayRenderer(rule_model(Slow(clock, takes)), PLAIN)
-    return render_frames(renderer, frames(), [sink], slot=slot, now=clock), times, ages, clock
+    return render_frames(renderer, frames(), [sink], slot=slot, now=clock), times, latencies, clock
 
 
 def test_slow_network_drops_frames_without_lag() -> None:
-    stats, times, ages, clock = live(300, fps=30, takes=lambda _: 0.1)
+    stats, times, latencies, clock = live(300, fps=30, takes=lambda _: 0.1)
     assert stats.read == 300
     assert stats.latencies.count + stats.dropped == 300
     assert stats.dropped == pytest.approx(200, abs=2)
     assert times == sorted(set(times))
     assert times[-1] == pytest.approx(299 / 30)
-    assert max(ages) <= 0.1 + 1 / 30 + 1e-9
-    assert ages[-1] <= ages[1] + 1 / 30, "it lags more and more"
+    assert max(latencies) <= 0.1 + 1 / 30 + 1e-9
+    assert latencies[-1] <= latencies[1] + 1 / 30, "it lags more and more"
     assert clock() - 100 <= 299 / 30 + 0.2 + 1e-9
 
 
 def test_latency_includes_waiting_and_prediction() -> None:
-    stats, _, ages, _ = live(200, fps=20, takes=lambda _: 0.07)
+    stats, _, latencies, _ = live(200, fps=20, takes=lambda _: 0.07)
     result = stats.summary()
     assert result.p50_ms is not None
     assert 70 <= result.p50_ms <= 120.6
-    assert result.p95_ms == pytest.approx(1000 * np.quantile(ages, 0.95, method="inverted_cdf"), rel=0.01)
+    assert result.p95_ms == pytest.approx(1000 * np.quantile(latencies, 0.95, method="inverted_cdf"), rel=0.01)
     assert result.frames_per_second == pytest.approx(1 / 0.07, rel=0.05)
 
 
 def test_fast_network_drops_nothing() -> None:
-    stats, times, ages, _ = live(100, fps=25, takes=lambda _: 0.03)
+    stats, times, latencies, _ = live(100, fps=25, takes=lambda _: 0.03)
     assert stats.dropped == 0
     assert len(times) == stats.read == 100
-    assert max(ages) == pytest.approx(0.03)
+    assert max(latencies) == pytest.approx(0.03)
 
 
 def test_delay_is_caught_up_at_once() -> None:
-    stats, _, ages, _ = live(100, fps=25, takes=lambda index: 2.0 if index == 10 else 0.01)
+    stats, _, latencies, _ = live(100, fps=25, takes=lambda index: 2.0 if index == 10 else 0.01)
     assert stats.dropped == 49
-    assert sum(age > 0.06 for age in ages) <= 2
+    assert sum(latency > 0.06 for latency in latencies) <= 2
 
 
 def test_paced_frames_begin_when_due() -> None:
@@ -228,12 +228,12 @@ def test_limit_duration() -> None:
 def test_stats_are_refreshed_twice_a_second() -> None:
     clock, drawn = Clock(), list[str]()
 
-    class Noted(OverlayRenderer):
+    class RecordingRenderer(OverlayRenderer):
         def __call__(self, frame: NDArray[np.uint8], lines: Sequence[str] = ()) -> NDArray[np.uint8]:
             drawn.append(" | ".join(lines))
             return super().__call__(frame)
 
-    renderer = Noted(rule_model(Slow(clock, lambda _: 0.1)), PLAIN)
+    renderer = RecordingRenderer(rule_model(Slow(clock, lambda _: 0.1)), PLAIN)
     render_frames(renderer, live_frames(source_frames(12), threading.Event(), clock), [], now=clock)
     assert drawn[0] == "– frames/s   p50 – ms   p95 – ms"
     assert drawn[0:5] == drawn[:1] * 5
@@ -245,12 +245,12 @@ def test_latest_frame_is_encoded_once_for_all_viewers() -> None:
     assert latest_frame.latest() is None
     assert latest_frame.wait(timeout=0.01) is None
     waiting: list[object] = []
-    lookers = [threading.Thread(target=lambda: waiting.append(latest_frame.wait(0, 5))) for _ in range(3)]
-    for looker in lookers:
-        looker.start()
+    viewers = [threading.Thread(target=lambda: waiting.append(latest_frame.wait(0, 5))) for _ in range(3)]
+    for viewer in viewers:
+        viewer.start()
     latest_frame.show(numbered_frame(3))
-    for looker in lookers:
-        looker.join()
+    for viewer in viewers:
+        viewer.join()
     first = latest_frame.latest()
     assert first is not None
     assert first.number == 1

@@ -58,7 +58,7 @@ def page(browser: Any, running: BackgroundServer) -> Iterator[Any]:
     context.set_default_timeout(20_000)
     result = context.new_page()
     wrong: list[str] = []
-    result.on("console", lambda message: wrong.append(message.text) if _complains(message) else None)
+    result.on("console", lambda message: wrong.append(message.text) if _is_error(message) else None)
     result.on("pageerror", lambda error: wrong.append(str(error)))
     result.on(
         "request",
@@ -78,7 +78,7 @@ def wide(request: pytest.FixtureRequest, browser: Any) -> Iterator[Any]:
     result.close()
 
 
-def _complains(message: Any) -> bool:
+def _is_error(message: Any) -> bool:
     """Whether a script or the policy is not content; an answer of 400 that the page shows is no fault of it."""
     return bool(message.type in ("error", "warning") and "400 (Bad Request)" not in message.text)
 

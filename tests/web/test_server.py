@@ -142,11 +142,11 @@ def test_maps_are_stored_tiled_and_downloaded(client: TestClient) -> None:
     files = {"image": ("x", encoded(ramp(300, 400)))}
     result = client.post("/maps", files=files, data={"network": "0", "other": "1"})
     assert result.status_code == 201
-    facts = result.json()
-    assert (facts["width"], facts["height"], facts["max_zoom"]) == (400, 300, 1)
-    assert [each["network"] for each in facts["predictions"]] == ["0", "1"]
-    key = facts["key"]
-    assert client.get(f"/maps/{key}").json() == facts
+    summary = result.json()
+    assert (summary["width"], summary["height"], summary["max_zoom"]) == (400, 300, 1)
+    assert [each["network"] for each in summary["predictions"]] == ["0", "1"]
+    key = summary["key"]
+    assert client.get(f"/maps/{key}").json() == summary
     assert client.get(f"/map/{key}").status_code == 200
     for layer in ("image", "classes", "uncertainty"):
         tile = client.get(f"/maps/{key}/tiles/{layer}/1/1/1", params={"network": "1"})
@@ -303,7 +303,7 @@ def test_stream_sends_frames() -> None:
 def test_ended_stream_shows_its_reason_and_last_frame() -> None:
     latest_frame = LatestFrame()
     with make_client(latest_frame=latest_frame) as client:
-        assert client.get("/stream/state").json() == {"live": True, "frames": 0, "ended": ""}
+        assert client.get("/stream/state").json() == {"live": True, "frames": 0, "end_reason": ""}
         assert "has ended" not in client.get("/live").text
         latest_frame.show(np.zeros((8, 8, 3), np.uint8))
         latest_frame.close("it broke off (<b>gone</b>) after 1 frame")
@@ -311,7 +311,7 @@ def test_ended_stream_shows_its_reason_and_last_frame() -> None:
         last = client.get("/stream")
         assert last.headers["content-type"] == "image/jpeg"
         assert last.content.startswith(b"\xff\xd8")
-        assert client.get("/stream/state").json()["ended"] == "it broke off (<b>gone</b>) after 1 frame"
+        assert client.get("/stream/state").json()["end_reason"] == "it broke off (<b>gone</b>) after 1 frame"
         assert (
             "This stream has ended: it broke off (&lt;b&gt;gone&lt;/b&gt;) after 1 frame." in client.get("/live").text
         )

@@ -83,21 +83,21 @@ def test_geotiff_keeps_every_kind_of_georeference(kind: str) -> None:
     }
     place = {
         "nothing": Georeference(),
-        "point": Georeference(crs, (500000.0, 0.5, 0.0, 3500000.0, 0.0, -0.5), point=True),
-        "points": Georeference(points=points, points_crs=crs),
-        "both": Georeference(points=points, points_crs=crs, point=True),
+        "point": Georeference(crs, (500000.0, 0.5, 0.0, 3500000.0, 0.0, -0.5), pixel_is_point=True),
+        "points": Georeference(gcps=points, gcps_crs=crs),
+        "both": Georeference(gcps=points, gcps_crs=crs, pixel_is_point=True),
         "transform": Georeference(transform=(5.0, 0.5, 0.0, 9.0, 0.0, -0.5)),
         "turned": Georeference(crs, (500000.0, 0.4, 0.3, 3500000.0, 0.3, -0.4)),
-        "rational": Georeference(rational=tuple(sorted(rational.items()))),
+        "rational": Georeference(rpcs=tuple(sorted(rational.items()))),
     }[kind]
     data = encode_geotiff(np.zeros((20, 30), np.uint8), CLASSES, place)
     with rasterio.MemoryFile(data) as memory, memory.open() as file:
         result = georeference(file)
-        assert (result.crs, result.points_crs) == (place.crs, place.points_crs)
-        assert result.point == place.point
-        assert result.points == place.points
+        assert (result.crs, result.gcps_crs) == (place.crs, place.gcps_crs)
+        assert result.pixel_is_point == place.pixel_is_point
+        assert result.gcps == place.gcps
         assert result.transform == (None if place.transform is None else pytest.approx(place.transform))
-        tags = {key: value.split() for key, value in result.rational}
-        assert {key: [float(each) for each in tags[key]] for key, _ in place.rational} == {
-            key: [float(each) for each in value.split()] for key, value in place.rational
+        tags = {key: value.split() for key, value in result.rpcs}
+        assert {key: [float(each) for each in tags[key]] for key, _ in place.rpcs} == {
+            key: [float(each) for each in value.split()] for key, value in place.rpcs
         }

@@ -134,4 +134,4 @@ def _validate(values: dict[str, Any], overrides: Sequence[str], name: str) -> Do
     try:
         return Domain.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(validation_message(error, name)) from None
+        raise RecipeError(validation_message(error, name, Domain)) from None

@@ -93,25 +93,25 @@ def evaluate(
 
     opened = Run.open(run)
     named = domain in ("source", "target", "both")
-    chosen = domain_roles(opened, domain) if named else [(domain, load_domain(domain))]
-    domains = [(key if named else value.title, override_domain(value, overrides)) for key, value in chosen]
+    selected = domain_roles(opened, domain) if named else [(domain, load_domain(domain))]
+    domains = [(key if named else value.title, override_domain(value, overrides)) for key, value in selected]
     notes = [
         f"{key} has no labels in {split} and is left out" for key, value in domains if not has_labels(value, split)
     ]
     if len(notes) == len(domains):
         names = " and ".join(key for key, _ in domains)
-        raise DataError(f"{names}: no image of {split} has a label, so there is nothing to score; take another --split")
+        raise DataError(f"{names}: no image of {split} has a label, so there is nothing to score; give another --split")
     if samples:
         samples_folder(opened)
-    scores, drawn = {}, []
+    scores, figures = {}, []
     for key, value in domains:
         if not has_labels(value, split):
             continue
-        chosen_samples = Samples() if samples else None
+        collector = Samples() if samples else None
         scores[f"{key}/{split}"] = evaluate_domain(
             opened, value, key, split,
-            device=select_device(device), window=window, overlap=overlap, samples=chosen_samples, workers=workers,
+            device=select_device(device), window=window, overlap=overlap, samples=collector, workers=workers,
         )  # fmt: skip
-        if chosen_samples is not None:
-            drawn += draw_samples(opened, f"{key}-{split}", value, scores[f"{key}/{split}"], chosen_samples)
-    return EvaluateResult(opened.path, scores, list(dict.fromkeys(drawn)), notes)
+        if collector is not None:
+            figures += draw_samples(opened, f"{key}-{split}", value, scores[f"{key}/{split}"], collector)
+    return EvaluateResult(opened.path, scores, list(dict.fromkeys(figures)), notes)

@@ -100,7 +100,7 @@ def export(
     Returns:
         The file, its report and its model card.
     """
-    from overfly.commands.export_inputs import card_content, evaluation_data, export_domain, record_labels
+    from overfly.commands.export_data import card_content, evaluation_data, export_domain, record_labels
     from overfly.commands.load_predictor import NetworkFolder, load_network
     from overfly.core.progress import print_status
     from overfly.exporting.exporter import export as export_network

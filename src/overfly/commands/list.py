@@ -49,11 +49,11 @@ def build_catalog() -> Catalog:
     """Build the catalog from the registries, including plug-ins."""
     from overfly.core.spec import load_plugins
     from overfly.models import network as networks
-    from overfly.models.checkpoints import NAMED
+    from overfly.models.checkpoints import PRETRAINED
 
     load_plugins()
     groups = {"model": {name: networks.first_paragraph(name) for name in networks.names()}}
-    groups["weights"] = {name: url for name, (url, _) in sorted(NAMED.items())}
+    groups["weights"] = {name: url for name, (url, _) in sorted(PRETRAINED.items())}
     for group, choice in choices().items():
         groups[group] = {name: summary(kind) for name, kind in sorted(choice.kinds.items())}
     return Catalog(groups)

@@ -212,7 +212,7 @@ def _one_map(result: MapResult) -> Iterator[str | Table]:
         table.add_row(name, percent(share))
     yield table
     rate = result.windows / result.seconds if result.seconds else 0.0
-    seconds = f"{result.seconds:.1f} s ({rate:.1f} windows/s; the network {result.network:.1f} s)"
+    seconds = f"{result.seconds:.1f} s ({rate:.1f} windows/s; the network {result.network_seconds:.1f} s)"
     yield f"{result.windows} windows in {seconds}"
 
 

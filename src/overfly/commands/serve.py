@@ -118,17 +118,17 @@ def live_stream(
     latest_frame, stop = player.LatestFrame(), threading.Event()
 
     def process(stream: VideoStream) -> None:
-        ended = public = player.INTERNAL_ERROR
+        end_reason = public = player.INTERNAL_ERROR
         try:
             summary = player.process_stream(
                 renderer, stream.frames, [latest_frame.show], live=stream.live, realtime=not stream.live, stop=stop
             )
-            ended = public = player.end_message(summary, stream.errors.ended)
+            end_reason = public = player.end_message(summary, stream.errors.end_reason)
         except OverflyError as error:
-            ended, public = str(error), player.public_message(error, source)
+            end_reason, public = str(error), player.public_message(error, source)
         finally:
             if not stop.is_set():
-                print(f"overfly: the stream has ended: {ended}", file=sys.stderr, flush=True)
+                print(f"overfly: the stream has ended: {end_reason}", file=sys.stderr, flush=True)
             latest_frame.close(public)
 
     with open_stream(source) as opened:

@@ -38,7 +38,7 @@ class WatchResult:
         input: width and height of the network's input, in pixels.
         realtime: whether frames were dropped to keep up.
         damaged: packets of a live source that could not be decoded.
-        ended: reason of an irregular end of a live source.
+        end_reason: reason of an irregular end of a live source.
         summary: frames and times.
         out: the video, if one was written.
         seconds: limit of the duration, if one was given.
@@ -55,7 +55,7 @@ class WatchResult:
     input: tuple[int, int]
     realtime: bool
     damaged: int
-    ended: str
+    end_reason: str
     summary: StreamSummary
     out: Path | None
     seconds: float | None = None
@@ -68,7 +68,7 @@ class WatchResult:
         summary = self.summary
         limit = "to its end" if self.seconds is None else f"its first {self.seconds:g} s at most"
         how = "stopped by the user" if summary.stopped else limit
-        yield f"watched: {self.source}, {how}{f' ({self.ended})' if self.ended else ''}"
+        yield f"watched: {self.source}, {how}{f' ({self.end_reason})' if self.end_reason else ''}"
         damaged = f", {self.damaged} damaged" if self.damaged else ""
         yield f"frames: {summary.read} read, {summary.shown} shown, {summary.dropped} dropped{damaged}"
         if summary.p50_ms is not None and summary.p95_ms is not None and summary.frames_per_second is not None:
@@ -108,7 +108,7 @@ def watch(
         run: the folder of a finished run, a .safetensors file of a run, or an exported file.
         source: a video; a folder of images; a camera such as /dev/video0; an address such as rtsp://… or http://…
         out: video to write, .mp4, .mov or .mkv.
-        serve: port of 127.0.0.1 on which the overlay is served (extra: serve); 0 takes a free one.
+        serve: port of 127.0.0.1 on which the overlay is served (extra: serve); 0 selects a free one.
         realtime: play a file at its own speed, and drop frames instead of lagging behind.
         size: longest side to which frames are downscaled for the network, in pixels; by default unchanged.
         opacity: of the class colors over the frame, 0 to 1.
@@ -116,7 +116,7 @@ def watch(
         stats: draw latency and frame rate.
         fps: frames per second of a folder; 10 by default.
         seconds: end after this time of the stream.
-        backend: torch, onnxruntime or openvino; auto takes the one that the file is made for.
+        backend: torch, onnxruntime or openvino; auto: that of the file's format.
         device: auto, cpu, cuda, cuda:1 or mps.
         json: print JSON instead of text.
         quiet: print no progress.
@@ -157,7 +157,7 @@ def watch(
             summary = process_stream(
                 renderer, frames, sinks, live=stream.live, realtime=realtime, stop=stop, on_progress=on_progress
             )
-            latest.close(end_message(summary, stream.errors.ended))
+            latest.close(end_message(summary, stream.errors.end_reason))
     width, height = frame[0] if frame else (stream.width, stream.height)
     scale = min(1.0, (size or MAX_SIDE) / max(width, height))
     predictor = renderer.predictor
@@ -167,8 +167,8 @@ def watch(
         backend=predictor.backend, device=predictor.device, machine=str(machine["device"]),
         threads=int(machine["threads"]), frame=(width, height),
         input=(max(1, round(width * scale)), max(1, round(height * scale))), realtime=stream.live or realtime,
-        damaged=stream.errors.damaged, ended=stream.errors.ended, summary=summary, out=out if summary.shown else None,
-        seconds=seconds, as_json=json,
+        damaged=stream.errors.damaged, end_reason=stream.errors.end_reason, summary=summary,
+        out=out if summary.shown else None, seconds=seconds, as_json=json,
     )  # fmt: skip
 
 

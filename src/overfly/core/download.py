@@ -174,7 +174,7 @@ class _ResumingDownloader:
 
     def __post_init__(self) -> None:
         self.part = self.path.with_name(self.path.name + ".part")
-        self.note = self.path.with_name(self.path.name + ".part.json")
+        self.info = self.path.with_name(self.path.name + ".part.json")
 
     def __call__(self, url: str, output_file: str, _pooch: object) -> None:
         """Download to ``output_file``; retry failed requests."""
@@ -203,9 +203,9 @@ class _ResumingDownloader:
     def _request(self, url: str) -> None:
         import requests
 
-        note = self._read_note()
-        version = note.get("version")
-        received = self._received() if note.get("url") == url and (version or self.known_hash) else 0
+        info = self._read_info()
+        version = info.get("version")
+        received = self._received() if info.get("url") == url and (version or self.known_hash) else 0
         headers = {"User-Agent": "overfly", "Accept-Encoding": "identity"}
         if received:
             headers |= {"Range": f"bytes={received}-"} | ({"If-Range": version} if version else {})
@@ -235,7 +235,7 @@ class _ResumingDownloader:
             version = response.headers.get("ETag", "")
             version = response.headers.get("Last-Modified") if not version or version.startswith("W/") else version
             self._discard()
-            self.note.write_text(json.dumps({"url": url, "version": version}), encoding="utf-8")
+            self.info.write_text(json.dumps({"url": url, "version": version}), encoding="utf-8")
         received = start
         with self.part.open("ab") as file:
             for chunk in itertools.chain([b""], response.iter_content(CHUNK)):
@@ -248,15 +248,15 @@ class _ResumingDownloader:
     def _received(self) -> int:
         return self.part.stat().st_size if self.part.is_file() else 0
 
-    def _read_note(self) -> dict[str, str]:
+    def _read_info(self) -> dict[str, str]:
         try:
-            return dict(json.loads(self.note.read_text(encoding="utf-8")))
+            return dict(json.loads(self.info.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
 
     def _discard(self) -> None:
         self.part.unlink(missing_ok=True)
-        self.note.unlink(missing_ok=True)
+        self.info.unlink(missing_ok=True)
 
 
 def _check_response(response: Any, url: str) -> None:

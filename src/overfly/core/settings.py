@@ -96,12 +96,12 @@ def set_value(values: dict[str, Any], override: str) -> None:
         container[last] = value
 
 
-def validation_message(error: ValidationError, named: str, spec: type[Spec] | None = None) -> str:
+def validation_message(error: ValidationError, name: str, spec: type[Spec] | None = None) -> str:
     """Format all errors of a validation as one sentence with dotted keys.
 
     Args:
         error: the error that pydantic raised.
-        named: name of the validated file or object.
+        name: name of the validated file or object.
         spec: class of the settings; gives suggestions for misspelled names.
     """
     problems = []
@@ -115,7 +115,7 @@ def validation_message(error: ValidationError, named: str, spec: type[Spec] | No
             problems.append(f"{key}: {text}" if key else text)
         else:
             problems.append(f"{key or 'it'} {_problem(entry)}")
-    return f"{named} cannot be used: {'; '.join(dict.fromkeys(problems))}; correct this and try again"
+    return f"{name} cannot be used: {'; '.join(dict.fromkeys(problems))}; correct this and try again"
 
 
 PROBLEMS = {
@@ -165,7 +165,7 @@ def _unknown(path: list[str], spec: type[Spec] | None) -> str:
 
 def _specs_at(path: list[str], spec: type[Spec] | None) -> list[type[Spec]]:
     """Return the classes of settings at a dotted key, including all kinds of a choice."""
-    specs = [] if spec is None else [spec]
+    specs = [] if spec is None else _specs_in(spec)
     for part in path:
         if not part.isdigit():
             fields = [kind.model_fields[part] for kind in specs if part in kind.model_fields]

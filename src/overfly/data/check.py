@@ -34,7 +34,7 @@ class Problem(Spec):
 
     image: str
     """Name of the image; empty if the problem concerns the whole split."""
-    sentence: str
+    message: str
     """The file, the problem, and how to correct it."""
 
 
@@ -97,7 +97,7 @@ class Report(Spec):
                 lines += [f"  ignored: {split.ignored:.2%}"]
             if split.empty:
                 lines += [f"  {split.empty} masks are ignored in every pixel"]
-            lines += [f"  problem: {problem.sentence}" for problem in split.problems]
+            lines += [f"  problem: {problem.message}" for problem in split.problems]
         lines += [f"no {split} split: {reason}" for split, reason in self.absent.items()]
         return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def check(domain: Domain, splits: Sequence[Split] | None = None) -> Report:
             absent[split] = str(error)
         except DataError as error:
             errors.append(error)
-            problem = Problem(image="", sentence=str(error))
+            problem = Problem(image="", message=str(error))
             reports.append(SplitReport(split=split, images=0, labeled=0, problems=(problem,)))
         else:
             reports.append(_check_split(domain, split, items))
@@ -232,7 +232,7 @@ def _load_record(record: Path) -> dict[str, list[int]]:
 
 def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitReport:
     problems = [
-        Problem(image=name, sentence=f"{count} images are called {name}; rename all but one")
+        Problem(image=name, message=f"{count} images are called {name}; rename all but one")
         for name, count in Counter(item.name for item in items).items()
         if count > 1
     ]
@@ -242,8 +242,8 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitRe
     dtypes: Counter[str] = Counter()
     empty = unread_alpha = 0
     for item in items:
-        for sentence in _check_image(domain, item, sizes, bands, dtypes):
-            problems.append(Problem(image=item.name, sentence=sentence))
+        for message in _check_image(domain, item, sizes, bands, dtypes):
+            problems.append(Problem(image=item.name, message=message))
         if isinstance(item.image, Path):
             with suppress(OverflyError):  # reported by `_check_image`
                 header = read_header(item.image)
@@ -252,8 +252,8 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitRe
             try:
                 histogram = _label_histogram(domain, item)
             except DataError as error:
-                if str(error) not in {problem.sentence for problem in problems[-1:]}:
-                    problems.append(Problem(image=item.name, sentence=str(error)))
+                if str(error) not in {problem.message for problem in problems[-1:]}:
+                    problems.append(Problem(image=item.name, message=str(error)))
             else:
                 counts += histogram
                 empty += int(histogram[IGNORE] == histogram.sum())

@@ -18,7 +18,7 @@ from overfly.data.reading import UNKNOWN, from_colors, from_numbers, from_palett
 
 Number = Annotated[int, Field(ge=0, le=65535)]
 """A number that a mask may store."""
-Part = Annotated[float, Field(gt=0, le=1)]
+SplitShare = Annotated[float, Field(gt=0, le=1)]
 """A share of the images."""
 Code = TypeVar("Code", int, Color)
 
@@ -46,7 +46,7 @@ class Folder(Domain, name="folder"):
     """Directory or glob of the images below the root; ``{split}`` is replaced by the name of the split."""
     masks: str | None = None
     """Directory or glob of the masks, with as many wildcards as ``images``; none: no labels."""
-    splits: dict[Split, Part | str | tuple[str, ...]] = Field(default_factory=dict)
+    splits: dict[Split, SplitShare | str | tuple[str, ...]] = Field(default_factory=dict)
     """Splits: shares ``{train: 0.8, val: 0.2}``, list files ``{train: train.txt, …}`` (a name or path per line), globs
     ``{train: "*_00[1-6]", …}`` of image names (with a slash: of paths below the root), or the text that replaces
     ``{split}`` in the patterns; default: all images are for training."""
@@ -97,10 +97,10 @@ class Folder(Domain, name="folder"):
     def _check_settings(self) -> Self:
         known = {*self.colors, *self.ids, *self.classes.names}
         for name in (*self.colors, *self.ids, *self.mapping):
-            final = self.mapping.get(name, name)
+            class_name = self.mapping.get(name, name)
             if name not in known:
                 raise ValueError(f"mapping holds {name!r}, which is not in colors, ids or classes")
-            if final is not None and final not in self.classes.names:
+            if class_name is not None and class_name not in self.classes.names:
                 known_names = ", ".join(self.classes.names)
                 raise ValueError(f"{name!r} is not one of the classes ({known_names}); set its class in mapping")
         self._table(self.colors, self._ignored_colors(), "color")
@@ -119,14 +119,14 @@ class Folder(Domain, name="folder"):
             raise ValueError("splits mix shares with lists or globs; use one kind")
         if sum(shares) > 1 + 1e-9:
             raise ValueError(f"the shares of the splits add up to {sum(shares):g}, more than 1")
-        inserted = "{split}" in self.images
-        if inserted and not all(isinstance(rule, str) for rule in self.splits.values()):
+        has_placeholder = "{split}" in self.images
+        if has_placeholder and not all(isinstance(rule, str) for rule in self.splits.values()):
             raise ValueError("images holds {split}, so splits gives the text to put there: {train: Train, val: Val}")
         if self.masks is None:
             return
-        if inserted != ("{split}" in self.masks):
+        if has_placeholder != ("{split}" in self.masks):
             raise ValueError("{split} must stand in both images and masks, or in neither")
-        count, other = listing.wildcards(self.images), listing.wildcards(self.masks)
+        count, other = listing.count_wildcards(self.images), listing.count_wildcards(self.masks)
         if count != other:
             raise ValueError(f"images has {count} wildcards and masks {other}; use the same number in both")
 
@@ -146,19 +146,19 @@ class Folder(Domain, name="folder"):
         listing.check_name(root)
         if not _is_dir(root):
             raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
-        inserted = "{split}" in self.images
-        if self.splits or not inserted:
+        has_placeholder = "{split}" in self.images
+        if self.splits or not has_placeholder:
             self._check_split(split)
-        word = str(self.splits.get(split, split)) if inserted else ""
-        images = self.images.replace("{split}", word)
-        masks = self.masks.replace("{split}", word) if self.masks is not None else None
-        pairs = listing.find_images(root, images, masks, lenient=inserted and split == "test")
+        text = str(self.splits.get(split, split)) if has_placeholder else ""
+        images = self.images.replace("{split}", text)
+        masks = self.masks.replace("{split}", text) if self.masks is not None else None
+        pairs = listing.find_images(root, images, masks, masks_optional=has_placeholder and split == "test")
         if not pairs:
-            kind = SplitError if inserted else DataError
+            kind = SplitError if has_placeholder else DataError
             raise kind(listing.no_images_message(root, images))
-        if self.splits and not inserted:
+        if self.splits and not has_placeholder:
             rules: dict[str, listing.Rule] = {name: self.splits[name] for name in SPLITS if name in self.splits}
-            pairs = listing.choose(pairs, split, rules, root, self.seed)
+            pairs = listing.select_split(pairs, split, rules, root, self.seed)
         return [Item(pair.name, pair.image, pair.mask) for pair in pairs]
 
     def nodata_mask(self, item: Item) -> reading.Mask | None:
@@ -175,22 +175,22 @@ class Folder(Domain, name="folder"):
         Raises:
             DataError: there is no label, or it is damaged, of another size or encoding, or has unknown values.
         """
-        source = reading.label_of(item)
+        source = reading.label_source(item)
         pixels = reading.read_label_pixels(source)
         reading.check_size(item, pixels.values)
-        coded = self._detect_encoding(reading.source_name(source), pixels)
+        encoding = self._detect_encoding(reading.source_name(source), pixels)
         try:
-            label = self._decode_label(pixels, coded)
+            label = self._decode_label(pixels, encoding)
         except ValueError as error:
             raise DataError(f"{reading.source_name(source)} cannot be decoded: {error}") from None
-        self._replace_unknown(reading.source_name(source), pixels, label, coded)
+        self._replace_unknown(reading.source_name(source), pixels, label, encoding)
         nodata_mask = self.nodata_mask(item)
         if nodata_mask is not None:
             label[nodata_mask] = IGNORE
         return label
 
-    def _decode_label(self, pixels: reading.LabelPixels, coded: str) -> UInt8:
-        if coded == "index":
+    def _decode_label(self, pixels: reading.LabelPixels, encoding: str) -> UInt8:
+        if encoding == "index":
             return from_numbers(
                 pixels.values, self._table(self.ids or self._default_ids(), self._ignored_numbers(), "number")
             )
@@ -224,35 +224,35 @@ class Folder(Domain, name="folder"):
             )
         return "rgb" if self.colors else "index"
 
-    def _replace_unknown(self, name: str, pixels: reading.LabelPixels, label: UInt8, coded: str) -> None:
+    def _replace_unknown(self, name: str, pixels: reading.LabelPixels, label: UInt8, encoding: str) -> None:
         unknown = label == UNKNOWN
         if not unknown.any():
             return
         if self.unknown == "error":
             values = (
                 unknown_numbers(pixels.values, label)
-                if coded == "index"
+                if encoding == "index"
                 else unknown_colors(pixels.values, label, pixels.palette)
             )
-            what, where = ("numbers", "ids") if coded == "index" else ("colors", "colors")
+            what, where = ("numbers", "ids") if encoding == "index" else ("colors", "colors")
             raise DataError(
                 f"{name} holds {what} of no class: {values}; add them to {where} or ignore, or set unknown to ignore"
             )
         label[unknown] = IGNORE
 
-    def _table(self, coded: Mapping[str, tuple[Code, ...]], ignored: Iterable[Code], what: str) -> dict[Code, int]:
+    def _table(self, codes: Mapping[str, tuple[Code, ...]], ignored: Iterable[Code], kind: str) -> dict[Code, int]:
         """Class id of each color or number."""
-        meaning: dict[Code, int] = {}
-        for name, codes in coded.items():
-            final = self.mapping.get(name, name)
-            number = IGNORE if final is None else self.classes.index(final)
-            for code in codes:
-                if meaning.setdefault(code, number) != number:
-                    raise ValueError(f"the {what} {code} belongs to two classes; list it for one class")
+        class_ids: dict[Code, int] = {}
+        for name, values in codes.items():
+            class_name = self.mapping.get(name, name)
+            number = IGNORE if class_name is None else self.classes.index(class_name)
+            for code in values:
+                if class_ids.setdefault(code, number) != number:
+                    raise ValueError(f"the {kind} {code} belongs to two classes; list it for one class")
         for code in ignored:
-            if meaning.setdefault(code, IGNORE) != IGNORE:
-                raise ValueError(f"the {what} {code} is both a class and ignored; remove it from one of them")
-        return meaning
+            if class_ids.setdefault(code, IGNORE) != IGNORE:
+                raise ValueError(f"the {kind} {code} is both a class and ignored; remove it from one of them")
+        return class_ids
 
     def _default_ids(self) -> dict[str, tuple[int, ...]]:
         return {name: (number,) for number, name in enumerate(self.classes.names)}
@@ -264,8 +264,8 @@ class Folder(Domain, name="folder"):
         return tuple(entry for entry in self.ignore if isinstance(entry, tuple))
 
     def _ignored_numbers(self) -> tuple[int, ...]:
-        claimed = {number for numbers in self.ids.values() for number in numbers}
-        always = () if IGNORE in claimed else (IGNORE,)
+        used = {number for numbers in self.ids.values() for number in numbers}
+        always = () if IGNORE in used else (IGNORE,)
         return (*always, *(entry for entry in self.ignore if isinstance(entry, int)))
 
 

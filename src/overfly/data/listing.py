@@ -21,7 +21,7 @@ Key = tuple[str, ...]
 Rule = float | str | tuple[str, ...]
 """Definition of a split: a share, a list file ``.txt``, or globs."""
 
-NAMED = 20
+MAX_NAMED = 20
 """Largest number of unpaired files that a message names."""
 
 _WILDCARD = re.compile(r"\*\*/|\*+|\?|\[!?\]?[^]]*\]")
@@ -48,12 +48,12 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
 
-def wildcards(pattern: str) -> int:
+def count_wildcards(pattern: str) -> int:
     """Number of wildcards in a glob; a directory counts as one, for the names in it."""
     return len(_WILDCARD.findall(pattern)) or 1
 
 
-def expression(pattern: str) -> re.Pattern[str]:
+def glob_to_regex(pattern: str) -> re.Pattern[str]:
     """A glob as a regular expression in which each wildcard is a group."""
     parts, end = [], 0
     for match in _WILDCARD.finditer(pattern):
@@ -117,39 +117,39 @@ def _matches(root: Path, pattern: str) -> list[tuple[Key, Path]]:
         return [((file.stem,), file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
     if path.is_file():
         return [((path.stem,), path)]
-    regular = expression(pattern)
+    regular = glob_to_regex(pattern)
     relative = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - pathlib's gives no relative paths
     tried = ((regular.fullmatch(name.replace("\\", "/")), root / name) for name in relative)
     return [(match.groups(), path) for match, path in tried if match and not path.is_dir()]
 
 
-def find_images(root: Path, images: str, masks: str | None, *, lenient: bool = False) -> list[ImagePair]:
+def find_images(root: Path, images: str, masks: str | None, *, masks_optional: bool = False) -> list[ImagePair]:
     """Find images below ``root`` and the masks with the same text of the wildcards.
 
     Args:
         root: folder that both patterns are relative to.
         images: directory or glob.
         masks: directory or glob; None: no masks.
-        lenient: accept images without any masks.
+        masks_optional: accept images without any masks.
 
     Raises:
-        DataError: there are no masks, an image has none or a mask no image (`NAMED` are named, all are counted), or
+        DataError: there are no masks, an image has none or a mask no image (`MAX_NAMED` are named, all are counted), or
             two images would have one name.
     """
     files = match_files(root, images)
     labels = match_files(root, masks) if masks is not None else {}
-    if masks is not None and not (lenient and not labels):
+    if masks is not None and not (masks_optional and not labels):
         _check_pairs(files, labels, root, images, masks)
     named: dict[str, ImagePair] = {}
     for key, path in files.items():
         name = "_".join(part for part in "/".join(key).split("/") if part) or path.stem
         if name in named:
             raise DataError(f"{named[name].image} and {path} have the same image name {name}; rename one of them")
-        named[name] = ImagePair(name, _below(root, path), path, labels.get(key))
+        named[name] = ImagePair(name, _relative_path(root, path), path, labels.get(key))
     return list(named.values())
 
 
-def choose(
+def select_split(
     listed: Sequence[ImagePair], split: str, rules: Mapping[str, Rule], root: Path, seed: int
 ) -> list[ImagePair]:
     """Select the images of one split.
@@ -165,38 +165,38 @@ def choose(
             listed, split, {name: share for name, share in rules.items() if isinstance(share, float)}, seed
         )
     else:
-        taken = {name: _by_name(listed, other, root) for name, other in rules.items() if not isinstance(other, float)}
-        for other, names in taken.items():
-            both = sorted(taken[split] & names, key=natural_key) if other != split else []
+        matched = {name: _by_name(listed, other, root) for name, other in rules.items() if not isinstance(other, float)}
+        for other, names in matched.items():
+            both = sorted(matched[split] & names, key=natural_key) if other != split else []
             if both:
                 raise DataError(
                     f"{both[0]} is in the split {split} and in {other}, as are {len(both) - 1} more images; "
                     "training and scored images must differ; correct the splits"
                 )
-        chosen = [pair for pair in listed if pair.name in taken[split]]
+        chosen = [pair for pair in listed if pair.name in matched[split]]
     if not chosen:
-        raise DataError(f"the split {split} ({rule}) matches none of {_some(listed)} in {root}; correct the splits")
+        raise DataError(f"the split {split} ({rule}) matches none of {_names(listed)} in {root}; correct the splits")
     return chosen
 
 
 def _check_pairs(files: Mapping[Key, Path], labels: Mapping[Key, Path], root: Path, images: str, masks: str) -> None:
     if files and not labels:
         raise DataError(f"{root} has no masks {masks}; correct the domain's masks, or remove the setting for a target")
-    faults = []
-    for keyed, others, pattern, kind, other_kind in (
+    problems = []
+    for own, others, pattern, kind, other_kind in (
         (files, labels, masks, "image", "mask"),
         (labels, files, images, "mask", "image"),
     ):
-        unpaired = [path for key, path in keyed.items() if key not in others] if others else []
+        unpaired = [path for key, path in own.items() if key not in others] if others else []
         if unpaired:
-            more = ", ".join(_below(root, path) for path in unpaired[1:NAMED])
-            more += ", …" if len(unpaired) > NAMED else ""
-            faults.append(
-                f"{unpaired[0]} has no {other_kind} in {root / pattern} ({len(unpaired)} of {len(keyed)} {kind}s have "
+            more = ", ".join(_relative_path(root, path) for path in unpaired[1:MAX_NAMED])
+            more += ", …" if len(unpaired) > MAX_NAMED else ""
+            problems.append(
+                f"{unpaired[0]} has no {other_kind} in {root / pattern} ({len(unpaired)} of {len(own)} {kind}s have "
                 + (f"none: also {more})" if more else "none)")
             )
-    if faults:
-        raise DataError(f"{', and '.join(faults)}; add the missing files, remove the others, or correct the patterns")
+    if problems:
+        raise DataError(f"{', and '.join(problems)}; add the missing files, remove the others, or correct the patterns")
 
 
 def no_images_message(root: Path, images: str) -> str:
@@ -215,12 +215,12 @@ def no_images_message(root: Path, images: str) -> str:
     )
 
 
-def _below(root: Path, path: Path) -> str:
+def _relative_path(root: Path, path: Path) -> str:
     """Return a path relative to the root, or unchanged if it is outside the root."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
-def _some(listed: Sequence[ImagePair]) -> str:
+def _names(listed: Sequence[ImagePair]) -> str:
     return f"the {len(listed)} images ({', '.join(pair.name for pair in listed[:2])}, …)"
 
 
@@ -230,10 +230,10 @@ def _by_share(listed: Iterable[ImagePair], split: str, shares: Mapping[str, floa
         if name == split:
             break
         start += share
-    return [pair for pair in listed if start <= _draw(pair.name, seed) < start + shares[split]]
+    return [pair for pair in listed if start <= _hash_to_unit(pair.name, seed) < start + shares[split]]
 
 
-def _draw(name: str, seed: int) -> float:
+def _hash_to_unit(name: str, seed: int) -> float:
     """A number in [0, 1) that depends on the name and the seed only."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()[:6]) / 2**48
 
@@ -243,26 +243,26 @@ def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Pat
         return _from_list(listed, root, rule)
     patterns = (rule,) if isinstance(rule, str) else rule
 
-    def taken(pair: ImagePair) -> bool:
+    def matches(pair: ImagePair) -> bool:
         return any(fnmatchcase(pair.relative if "/" in pattern else pair.name, pattern) for pattern in patterns)
 
-    return {pair.name for pair in listed if taken(pair)}
+    return {pair.name for pair in listed if matches(pair)}
 
 
 def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
     """Read names of images from a text file, one per line: name, stem, file name, or path below the root."""
     path = root / rule
-    fault = ""
+    problem = ""
     try:
         if not path.is_file():
-            fault = "not a regular file" if path.exists() else "no such file"
-        lines = [] if fault else [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            problem = "not a regular file" if path.exists() else "no such file"
+        lines = [] if problem else [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        fault = error.strerror or "it cannot be opened"
+        problem = error.strerror or "it cannot be opened"
     except ValueError:
-        fault = "it is not UTF-8 text"
-    if fault:
-        raise DataError(f"the list {path} cannot be read ({fault}); check the path in the domain's splits")
+        problem = "it is not UTF-8 text"
+    if problem:
+        raise DataError(f"the list {path} cannot be read ({problem}); check the path in the domain's splits")
     known: dict[str, set[str]] = {}
     for pair in listed:
         relative = Path(pair.relative)
@@ -275,7 +275,7 @@ def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
             continue
         names = known.get(line.replace("\\", "/").removeprefix("./"), set())
         if len(names) != 1:
-            fault = f"matches {len(names)} images" if names else f"is not one of {_some(listed)}"
-            raise DataError(f"the list {path} names {line}, which {fault}; write an image name, or a path below {root}")
+            problem = f"matches {len(names)} images" if names else f"is not one of {_names(listed)}"
+            raise DataError(f"the list {path} names {line}, which {problem}; write a name, or a path below {root}")
         chosen |= names
     return chosen

@@ -75,7 +75,7 @@ class LoveDA(Domain, name="loveda"):
         Raises:
             DataError: the item has no label, or it is damaged, of another size than the image, or holds other numbers.
         """
-        values = reading.read_label_pixels(reading.label_of(item)).values
+        values = reading.read_label_pixels(reading.label_source(item)).values
         if values.ndim != 2:
             raise DataError(f"{item.label} must hold numbers 0 to 7, not colors; download it again")
         reading.check_size(item, values)

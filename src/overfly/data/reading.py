@@ -126,7 +126,7 @@ def read_index_label(item: Item, classes: int) -> UInt8:
     Raises:
         DataError: there is no label, or it is damaged, of another size than the image, or contains other numbers.
     """
-    values = read_label_pixels(label_of(item)).values
+    values = read_label_pixels(label_source(item)).values
     if values.ndim != 2:
         raise DataError(f"{source_name(item.label)} holds colors, not class numbers; the domain 'folder' reads colors")
     check_size(item, values)
@@ -139,7 +139,7 @@ def read_index_label(item: Item, classes: int) -> UInt8:
     return values.astype(np.uint8)
 
 
-def label_of(item: Item) -> Path | LazyArray:
+def label_source(item: Item) -> Path | LazyArray:
     """Return the source of an item's label.
 
     Raises:
@@ -254,13 +254,13 @@ def unpack(packed: int) -> Color:
     return packed >> 16 & 255, packed >> 8 & 255, packed & 255
 
 
-def from_colors(colors: UInt8, meaning: Mapping[Color, int]) -> UInt8:
+def from_colors(colors: UInt8, class_ids: Mapping[Color, int]) -> UInt8:
     """Class ids (H, W) of colors (H, W, 3); `UNKNOWN` for colors without a class."""
     packed = pack(colors)
     if packed.size > 100_000:
-        return _color_table(tuple(sorted(meaning.items())))[packed]
-    keys = pack(np.array(sorted(meaning), np.uint8).reshape(-1, 3))
-    values = np.array([meaning[color] for color in sorted(meaning)], np.uint8)
+        return _color_table(tuple(sorted(class_ids.items())))[packed]
+    keys = pack(np.array(sorted(class_ids), np.uint8).reshape(-1, 3))
+    values = np.array([class_ids[color] for color in sorted(class_ids)], np.uint8)
     if not keys.size:
         return np.full(packed.shape, UNKNOWN, np.uint8)
     index = np.searchsorted(keys, packed).clip(max=len(keys) - 1)
@@ -268,11 +268,11 @@ def from_colors(colors: UInt8, meaning: Mapping[Color, int]) -> UInt8:
     return ids
 
 
-def from_numbers(numbers: Array, meaning: Mapping[int, int]) -> UInt8:
+def from_numbers(numbers: Array, class_ids: Mapping[int, int]) -> UInt8:
     """Class ids (H, W) of whole numbers (H, W) of any type; `UNKNOWN` for numbers without a class."""
-    highest = max(max(meaning, default=0), 255)
+    highest = max(max(class_ids, default=0), 255)
     table = np.full(highest + 2, UNKNOWN, np.uint8)
-    for number, value in meaning.items():
+    for number, value in class_ids.items():
         table[number] = value
     if numbers.dtype == np.uint8:
         ids: UInt8 = table[numbers]
@@ -282,9 +282,9 @@ def from_numbers(numbers: Array, meaning: Mapping[int, int]) -> UInt8:
     return ids
 
 
-def from_palette(numbers: Array, palette: UInt8, meaning: Mapping[Color, int]) -> UInt8:
+def from_palette(numbers: Array, palette: UInt8, class_ids: Mapping[Color, int]) -> UInt8:
     """Class ids (H, W) of numbers (H, W) with palette colors (P, 3); `UNKNOWN` for colors without a class."""
-    ids = from_colors(palette, meaning)
+    ids = from_colors(palette, class_ids)
     return from_numbers(numbers, {number: int(value) for number, value in enumerate(ids)})
 
 
@@ -313,10 +313,10 @@ def unknown_numbers(numbers: Array, label: UInt8) -> str:
 
 
 @lru_cache(maxsize=4)
-def _color_table(meaning: tuple[tuple[Color, int], ...]) -> UInt8:
+def _color_table(class_ids: tuple[tuple[Color, int], ...]) -> UInt8:
     """Class id of each of the 2²⁴ colors (16 MB); five times faster than a search per pixel."""
     table = np.full(1 << 24, UNKNOWN, np.uint8)
-    for (red, green, blue), value in meaning:
+    for (red, green, blue), value in class_ids:
         table[red << 16 | green << 8 | blue] = value
     return table
 

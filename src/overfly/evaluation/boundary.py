@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from overfly.core.records import IGNORE
-from overfly.evaluation.confusion import over_ranks
+from overfly.evaluation.confusion import sum_over_ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +43,16 @@ class Boundary:
             width: width of the band inside each outline, in pixels of the label.
             ignore: label of pixels that are neither counted nor compared as neighbors.
         """
-        truth = label.reshape(-1, *label.shape[-2:]).long()
-        guess = prediction.reshape(-1, *label.shape[-2:]).long()
-        valid = truth != ignore
-        near_truth, near_guess = band(truth, valid, width), band(guess, valid, width)
-        both = near_truth & near_guess & (truth == guess)
+        labels = label.reshape(-1, *label.shape[-2:]).long()
+        predicted = prediction.reshape(-1, *label.shape[-2:]).long()
+        valid = labels != ignore
+        label_band, prediction_band = band(labels, valid, width), band(predicted, valid, width)
+        both = label_band & prediction_band & (labels == predicted)
         counts = torch.stack(
             [
-                torch.bincount(truth[near_truth], minlength=classes),
-                torch.bincount(guess[near_guess], minlength=classes),
-                torch.bincount(truth[both], minlength=classes),
+                torch.bincount(labels[label_band], minlength=classes),
+                torch.bincount(predicted[prediction_band], minlength=classes),
+                torch.bincount(labels[both], minlength=classes),
             ]
         )
         return cls(counts, width)
@@ -62,9 +62,9 @@ class Boundary:
             raise ValueError(f"bands of {self.width} and {other.width} pixels do not add up")
         return Boundary(self.counts + other.counts.to(self.counts.device), self.width)
 
-    def reduce(self, add: Callable[[Tensor], Tensor] | None = None) -> Boundary:
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> Boundary:
         """Sum over all ranks; see `Confusion.reduce`."""
-        return Boundary((add or over_ranks)(self.counts).to(self.counts.device), self.width)
+        return Boundary((all_reduce or sum_over_ranks)(self.counts).to(self.counts.device), self.width)
 
     @property
     def iou(self) -> Tensor:

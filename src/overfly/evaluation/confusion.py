@@ -64,14 +64,14 @@ class Confusion:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def reduce(self, add: Callable[[Tensor], Tensor] | None = None) -> Confusion:
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> Confusion:
         """Sum over all ranks.
 
         Args:
-            add: sums a tensor over ranks, such as ``lambda counts: fabric.all_reduce(counts, reduce_op="sum")``; None:
-                `torch.distributed`, if it is initialized.
+            all_reduce: sums a tensor over ranks, such as ``lambda counts: fabric.all_reduce(counts, reduce_op="sum")``;
+                None: `torch.distributed`, if it is initialized.
         """
-        return Confusion((add or over_ranks)(self.counts).to(self.counts.device))
+        return Confusion((all_reduce or sum_over_ranks)(self.counts).to(self.counts.device))
 
     @property
     def pixels(self) -> int:
@@ -141,7 +141,7 @@ class Confusion:
         return float((self.hits.sum().double() / total - chance) / (1 - chance))
 
 
-def over_ranks(counts: Tensor) -> Tensor:
+def sum_over_ranks(counts: Tensor) -> Tensor:
     """Sum a tensor over all ranks of `torch.distributed`; the tensor itself if that is not initialized."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return counts

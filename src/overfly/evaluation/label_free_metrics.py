@@ -190,19 +190,19 @@ class PredictionStatistics:
         mean, shares = self.mean / self.pixels, self.predicted / self.pixels
         mean_entropy = self.entropy / self.pixels
         samples = torch.cat(self.samples)
-        few = samples[random_pixels(1, len(samples), NEIGHBORS, seed)] if len(samples) > NEIGHBORS else samples
+        subset = samples[random_pixels(1, len(samples), NEIGHBORS, seed)] if len(samples) > NEIGHBORS else samples
         pairs = dict(self.confusions)
         reference, masked = pairs.pop("reference", None), pairs.pop("masked")
-        averaged = reference.predicted > 0 if reference_classes and reference is not None else None
-        by_view = {name: balanced_miou(pair, averaged) for name, pair in pairs.items()}
+        counted_classes = reference.predicted > 0 if reference_classes and reference is not None else None
+        by_view = {name: balanced_miou(pair, counted_classes) for name, pair in pairs.items()}
         return LabelFreeMetrics(
             entropy=-mean_entropy / scale,
             information=(float(distribution_entropy(mean)) - mean_entropy) / scale,
             nuclear_norm=nuclear_norm(samples),
-            snd=finite(neighborhood_density(few)),
+            snd=finite(neighborhood_density(subset)),
             agreement=None if reference is None else reference.miou,
             masked=masked.accuracy,
-            masked_miou=balanced_miou(masked, averaged),
+            masked_miou=balanced_miou(masked, counted_classes),
             views=sum(pair.accuracy for pair in pairs.values()) / len(pairs),
             views_miou=sum(by_view.values()) / len(by_view),
             diversity=float(distribution_entropy(shares)) / scale,
@@ -280,11 +280,11 @@ def consensus(
         predictions.append(own)
     if len(predictions) < MIN_CONSENSUS:
         return [None] * len(predictions)
-    common = [total.argmax(0) for total in sums]
+    mean_predictions = [total.argmax(0) for total in sums]
     shares: list[float | None] = []
     for own in predictions:
         pair = Confusion.empty(classes)
-        for prediction, mean in zip(own, common, strict=True):
+        for prediction, mean in zip(own, mean_predictions, strict=True):
             pair += Confusion.from_predictions(prediction, mean, classes)
         shares.append(balanced_miou(pair))
     return shares

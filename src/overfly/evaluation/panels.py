@@ -28,8 +28,8 @@ class Tile(NamedTuple):
 
     image: UInt8
     striped: UInt8 | None = None
-    sharp: bool = False
-    """Resize by nearest neighbor, as for colors of classes."""
+    nearest: bool = False
+    """Resize by nearest neighbor, as for class colors."""
 
 
 class Row(NamedTuple):
@@ -72,19 +72,16 @@ def to_rgb(image: Array, bands: Bands | None = None) -> UInt8:
     return rounded
 
 
-def panels(samples: Iterable[Sample], classes: Classes, path: Path, side: int = 320) -> Path:
-    """Draw image | label | prediction of samples, one per row, with a legend, into a PNG.
+def samples_figure(samples: Iterable[Sample], classes: Classes, path: Path, side: int = 320) -> Path:
+    """Draw image | label | prediction of samples, one per row, with a legend, into a PNG; return its path.
 
     Pixels without a label are striped. Without any labels, that column is left out.
 
     Args:
         samples: the samples, such as `overfly.evaluation.score.Samples`.
         classes: names and colors.
-        path: the file to write; its folder is made.
+        path: the file to write; its folder is created.
         side: longest side of each image in the figure, in pixels.
-
-    Returns:
-        The path.
     """
     rows = []
     for sample in samples:
@@ -96,17 +93,14 @@ def panels(samples: Iterable[Sample], classes: Classes, path: Path, side: int = 
 def comparison_figure(
     rows: Iterable[tuple[str, Mapping[str, Sample]]], classes: Classes, path: Path, side: int = 320
 ) -> Path:
-    """Draw image | label | predictions of several networks into a PNG.
+    """Draw image | label | predictions of several networks into a PNG, and return its path.
 
     Args:
         rows: heading, and samples of one image by network. Image and label are those of the first network; without any
             labels, that column is left out.
-        classes: see `panels`.
-        path: see `panels`.
-        side: see `panels`.
-
-    Returns:
-        The path.
+        classes: see `samples_figure`.
+        path: see `samples_figure`.
+        side: see `samples_figure`.
     """
     rows = list(rows)
     networks = list(dict.fromkeys(network for _, samples in rows for network in samples))
@@ -129,7 +123,7 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
     Args:
         confusion: counts (K, K), rows the labels, columns the predictions.
         classes: names of the K classes.
-        path: the file to write; its folder is made.
+        path: the file to write; its folder is created.
 
     Returns:
         The path.
@@ -181,7 +175,7 @@ def _paint_label(ids: UInt8 | None, classes: Classes) -> Tile | None:
     if ids is None:
         return None
     striped: UInt8 = (ids == IGNORE).astype(np.uint8)
-    return Tile(classes.paint(ids), striped if striped.any() else None, sharp=True)
+    return Tile(classes.paint(ids), striped if striped.any() else None, nearest=True)
 
 
 def _draw_sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
@@ -220,7 +214,7 @@ def _resize_tile(tile: Tile, side: int) -> Image.Image:
     height, width = tile.image.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resampling = Image.Resampling.NEAREST if tile.sharp or scale > 2 else Image.Resampling.LANCZOS
+    resampling = Image.Resampling.NEAREST if tile.nearest or scale > 2 else Image.Resampling.LANCZOS
     image = Image.fromarray(tile.image).resize(size, resampling)
     if tile.striped is not None:
         mask = Image.fromarray(tile.striped * np.uint8(255)).resize(size, Image.Resampling.NEAREST)

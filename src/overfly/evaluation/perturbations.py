@@ -10,11 +10,11 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from overfly.ops.color import ColorJitter, Gamma, Gray, match_colors, swap_low_frequencies
-from overfly.ops.mixing import block_mask, cover
+from overfly.ops.mixing import block_mask, fill_mean_color
 
-MASKED = 0.5
+MASK_SHARE = 0.5
 """Share of the image that `random_mask` covers."""
-BLOCKS = 8
+MASK_BLOCKS = 8
 """Mask blocks along the longer side of the image, as 64 of 512 pixels in MIC (Hoyer et al., 2023)."""
 
 
@@ -50,8 +50,8 @@ def rotated(quarters: int, mirrored: bool) -> Perturbation:
 
     def invert(scores: Tensor, size: tuple[int, int]) -> Tensor:
         del size
-        turned = scores.rot90(-quarters, (-2, -1))
-        return turned.flip(-1) if mirrored else turned
+        rotated_back = scores.rot90(-quarters, (-2, -1))
+        return rotated_back.flip(-1) if mirrored else rotated_back
 
     return Perturbation(f"{'mirrored ' if mirrored else ''}{90 * quarters}°", apply, invert)
 
@@ -92,9 +92,9 @@ def noisy(share: float) -> Perturbation:
     """Add Gaussian noise of ``share`` times each band's standard deviation in the image."""
 
     def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
-        spread = image.flatten(1).std(1)[:, None, None]
+        deviation = image.flatten(1).std(1)[:, None, None]
         noise = torch.randn(image.shape, generator=generator).to(image.device)
-        return (image + share * spread * noise).clamp(0, max_value)
+        return (image + share * deviation * noise).clamp(0, max_value)
 
     return Perturbation(f"noise {share:g}", apply, _unchanged)
 
@@ -105,8 +105,8 @@ def hazy(share: float) -> Perturbation:
     def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
         del max_value, generator
         flat = image.flatten(1)
-        veil = flat.kthvalue(max(1, round(0.9 * flat.shape[1])), 1).values[:, None, None]
-        return (1 - share) * image + share * veil
+        haze = flat.kthvalue(max(1, round(0.9 * flat.shape[1])), 1).values[:, None, None]
+        return (1 - share) * image + share * haze
 
     return Perturbation(f"haze {share:g}", apply, _unchanged)
 
@@ -142,8 +142,8 @@ def random_mask() -> Perturbation:
 
     def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
         del max_value
-        block = max(4, max(image.shape[-2:]) // BLOCKS)
-        return cover(image[None], block_mask(image[None], block, MASKED, generator))[0]
+        block = max(4, max(image.shape[-2:]) // MASK_BLOCKS)
+        return fill_mean_color(image[None], block_mask(image[None], block, MASK_SHARE, generator))[0]
 
     return Perturbation("masked", apply, _unchanged)
 

@@ -18,7 +18,7 @@ from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeE
 from overfly.core.prefetch import map_ahead
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.confusion import over_ranks
+from overfly.evaluation.confusion import sum_over_ranks
 from overfly.evaluation.scores import Protocol, Scores, SplitCounts, finite, summarize
 from overfly.ops.windows import sliding
 
@@ -68,25 +68,25 @@ class SampleCollector(typing.Protocol):
 class Samples:
     """Collects evenly spaced samples, and those of lowest and highest accuracy; iterates over them in this order.
 
-    Pass it to `score` and draw it with `overfly.evaluation.panels.panels`.
+    Pass it to `score` and draw it with `overfly.evaluation.panels.samples_figure`.
     """
 
-    def __init__(self, spread: int = 4, extremes: bool = True) -> None:
+    def __init__(self, evenly_spaced: int = 4, extremes: bool = True) -> None:
         """Start empty.
 
         Args:
-            spread: number of evenly spaced samples.
+            evenly_spaced: number of evenly spaced samples.
             extremes: also keep the samples of lowest and highest accuracy.
         """
-        self.spread, self.extremes = spread, extremes
-        self._spread: dict[int, Sample] = {}
+        self.evenly_spaced, self.extremes = evenly_spaced, extremes
+        self._spaced: dict[int, Sample] = {}
         self._worst: Sample | None = None
         self._best: Sample | None = None
 
     def add(self, sample: Sample, index: int, total: int) -> None:
         """Keep a sample if it is evenly spaced or of extreme accuracy; see `SampleCollector`."""
-        if index in {(2 * part + 1) * total // (2 * self.spread) for part in range(self.spread)}:
-            self._spread[index] = sample
+        if index in {(2 * part + 1) * total // (2 * self.evenly_spaced) for part in range(self.evenly_spaced)}:
+            self._spaced[index] = sample
         if not self.extremes or sample.accuracy is None:
             return
         if self._worst is None or sample.accuracy < (self._worst.accuracy or 0):
@@ -95,7 +95,7 @@ class Samples:
             self._best = sample
 
     def __iter__(self) -> Iterator[Sample]:
-        samples = [self._spread[index] for index in sorted(self._spread)]
+        samples = [self._spaced[index] for index in sorted(self._spaced)]
         for extreme in (self._worst, self._best):
             if extreme is not None and extreme.name not in {sample.name for sample in samples}:
                 samples.append(extreme)
@@ -120,7 +120,7 @@ def score(
     on_image: Callable[[int, int], None] | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
-    add: Callable[[Tensor], Tensor] | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
     """Score a network on the labeled images of a split, in constant memory.
 
@@ -140,7 +140,7 @@ def score(
         on_image: called after each image with the number of images done and in total.
         workers: threads that read ahead; 0 reads in the calling thread.
         shard: (rank, ranks): this process scores every ``ranks``-th image; scores are of the sum over ranks.
-        add: sums a tensor over ranks; None: `torch.distributed`.
+        all_reduce: sums a tensor over ranks; None: `torch.distributed`.
 
     Raises:
         DataError: the split has no labels, or a label and its image differ in size; the message names the file.
@@ -149,11 +149,12 @@ def score(
     """
     protocol = Protocol(resize=resize, window=window, overlap=overlap if window else 0.0, boundary_width=boundary_width)
     items = domain.items(split)
-    labeled = _labeled(items, segmenter, domain, split)
-    todo = list(enumerate(labeled))[shard[0] :: shard[1]]
+    labeled = _labeled_items(items, segmenter, domain, split)
+    entries = list(enumerate(labeled))[shard[0] :: shard[1]]
     counts = SplitCounts.empty(len(domain.classes), protocol)
-    with evaluation_mode(segmenter.to(device)), torch.inference_mode(), _shared_errors(shard[1], add or over_ranks):
-        for group in _groups(read_ahead(domain, todo, workers), 1 if window else batch):
+    all_reduce = all_reduce or sum_over_ranks
+    with evaluation_mode(segmenter.to(device)), torch.inference_mode(), _shared_errors(shard[1], all_reduce):
+        for group in _groups(read_ahead(domain, entries, workers), 1 if window else batch):
             predicted = _predict(segmenter, group, protocol, torch.device(device), batch)
             for image, scores in zip(group, predicted, strict=True):
                 prediction, image_counts = _count(scores, image, domain, protocol)
@@ -164,14 +165,14 @@ def score(
                     sample = Sample(image.item.name, image.image, ids, image.label, accuracy)
                     samples.add(sample, image.position, len(labeled))
                 if on_image is not None:
-                    on_image(counts.images, len(todo))
+                    on_image(counts.images, len(entries))
     if shard[1] > 1:
-        counts = counts.reduce(add)
+        counts = counts.reduce(all_reduce)
     return summarize(counts, domain, split, protocol, unlabeled=len(items) - len(labeled))
 
 
 @contextlib.contextmanager
-def _shared_errors(ranks: int, add: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _shared_errors(ranks: int, all_reduce: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Raise an error of one rank in all ranks, so that none waits in the sum of the counts."""
     error: OverflyError | None = None
     try:
@@ -179,8 +180,8 @@ def _shared_errors(ranks: int, add: Callable[[Tensor], Tensor]) -> Iterator[None
     except OverflyError as caught:
         error = caught
     if ranks > 1:
-        mine = [isinstance(error, NotFiniteError), error is not None and not isinstance(error, NotFiniteError)]
-        not_finite, other = add(torch.tensor(mine, dtype=torch.int64)).tolist()
+        flags = [isinstance(error, NotFiniteError), error is not None and not isinstance(error, NotFiniteError)]
+        not_finite, other = all_reduce(torch.tensor(flags, dtype=torch.int64)).tolist()
         if other and (error is None or isinstance(error, NotFiniteError)):
             raise DataError("another process could not score its share of the images; see its message")
         if not_finite and error is None:
@@ -201,7 +202,7 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 0) -> Iterator[LabeledImage]:
+def read_ahead(domain: Domain, entries: Sequence[tuple[int, Item]], workers: int = 0) -> Iterator[LabeledImage]:
     """Read images and labels in order, with ``workers`` threads that read at most two images each ahead.
 
     Raises:
@@ -212,17 +213,17 @@ def read_ahead(domain: Domain, todo: Sequence[tuple[int, Item]], workers: int = 
         index, item = entry
         image, label = domain.read_image(item), domain.read_label(item)
         if image.shape[:2] != label.shape:
-            named = item.name if callable(item.label) else item.label
+            name = item.name if callable(item.label) else item.label
             raise DataError(
-                f"label {named} is {label.shape[1]} x {label.shape[0]} pixels and its image {image.shape[1]} x "
+                f"label {name} is {label.shape[1]} x {label.shape[0]} pixels and its image {image.shape[1]} x "
                 f"{image.shape[0]}; make them the same size, or remove the image"
             )
         return LabeledImage(index, item, image, label)
 
     if workers == 0:
-        yield from map(read, todo)
+        yield from map(read, entries)
         return
-    yield from map_ahead(read, todo, workers=workers)
+    yield from map_ahead(read, entries, workers=workers)
 
 
 def _groups(images: Iterator[LabeledImage], batch: int) -> Iterator[list[LabeledImage]]:
@@ -248,11 +249,11 @@ def _predict(
         square = (protocol.resize, protocol.resize)
         image = F.interpolate(image, square, mode="bilinear", align_corners=False, antialias=True)
 
-    def main(patch: Tensor) -> Tensor:
+    def run(patch: Tensor) -> Tensor:
         logits: Logits = segmenter(patch)
         return logits.main.float()
 
-    scores = main(image) if protocol.window is None else sliding(main, image, protocol.window, protocol.overlap, batch)
+    scores = run(image) if protocol.window is None else sliding(run, image, protocol.window, protocol.overlap, batch)
     if scores.shape[-2:] != size:
         scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
     return scores
@@ -273,15 +274,15 @@ def _count(scores: Tensor, image: LabeledImage, domain: Domain, protocol: Protoc
         )
     label = torch.from_numpy(image.label.astype(np.int64)).to(scores.device)
     if bool(((label >= len(scores)) & (label != IGNORE)).any()):
-        named = image.item.name if callable(image.item.label) else image.item.label
+        name = image.item.name if callable(image.item.label) else image.item.label
         raise DataError(
-            f"label {named} holds id {int(label[label != IGNORE].max())}, but the classes are 0 to "
+            f"label {name} holds id {int(label[label != IGNORE].max())}, but the classes are 0 to "
             f"{len(scores) - 1} and {IGNORE} is ignored; correct the file or the domain's mapping"
         )
     return prediction, SplitCounts.from_predictions(scores, prediction, label, protocol)
 
 
-def _labeled(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split: Split) -> list[Item]:
+def _labeled_items(items: Sequence[Item], segmenter: nn.Module, domain: Domain, split: Split) -> list[Item]:
     """The items with labels, after a check that network and domain have the same classes."""
     own = getattr(segmenter, "classes", None)
     if isinstance(own, Classes) and own.names != domain.classes.names:

@@ -14,7 +14,7 @@ from overfly.core.records import IGNORE
 from overfly.core.spec import NonNegativeInt, Pixels, PositiveInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.boundary import Boundary
-from overfly.evaluation.confusion import Confusion, over_ranks
+from overfly.evaluation.confusion import Confusion, sum_over_ranks
 
 
 class Protocol(Spec):
@@ -137,9 +137,9 @@ class Calibration:
     def __add__(self, other: Calibration) -> Calibration:
         return Calibration(self.sums + other.sums)
 
-    def reduce(self, add: Callable[[Tensor], Tensor] | None = None) -> Calibration:
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> Calibration:
         """Sum over all ranks; see `Confusion.reduce`."""
-        return Calibration((add or over_ranks)(self.sums).to(self.sums.device))
+        return Calibration((all_reduce or sum_over_ranks)(self.sums).to(self.sums.device))
 
     @property
     def pixels(self) -> Tensor:
@@ -202,13 +202,13 @@ class SplitCounts:
             self.images + other.images,
         )
 
-    def reduce(self, add: Callable[[Tensor], Tensor] | None) -> SplitCounts:
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None) -> SplitCounts:
         """Sum over all ranks; see `Confusion.reduce`."""
         return SplitCounts(
-            self.confusion.reduce(add),
-            self.boundary.reduce(add),
-            self.calibration.reduce(add),
-            int((add or over_ranks)(torch.tensor(self.images))),
+            self.confusion.reduce(all_reduce),
+            self.boundary.reduce(all_reduce),
+            self.calibration.reduce(all_reduce),
+            int((all_reduce or sum_over_ranks)(torch.tensor(self.images))),
         )
 
 

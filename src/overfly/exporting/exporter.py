@@ -98,7 +98,7 @@ def export(
     Args:
         segmenter: the trained network; it is not changed.
         metadata: its metadata; ``fixed`` exports a graph for tiles of the size ``window`` only.
-        settings: format, precision, output and inner size.
+        settings: format, precision, output and resize.
         data: images for the comparison.
         folder: folder to write to.
         name: name of the file without suffix.
@@ -136,8 +136,8 @@ def _write(
     segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData, path: Path
 ) -> Path:
     fixed = (metadata.window, metadata.window) if metadata.fixed else None
-    halves = {"onnx": torch.float16, "torch": torch.bfloat16, "openvino": torch.float32}
-    dtype = halves[settings.format] if settings.precision == "16" else torch.float32
+    half_types = {"onnx": torch.float16, "torch": torch.bfloat16, "openvino": torch.float32}
+    dtype = half_types[settings.format] if settings.precision == "16" else torch.float32
     module = ExportModule(segmenter, output=settings.output, dtype=dtype, resize=settings.resize, fixed=fixed).eval()
     properties = metadata_entries(metadata, settings)
     if settings.format == "torch":

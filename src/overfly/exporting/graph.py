@@ -182,7 +182,7 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 def fold_division(network: Network, std: Tensor) -> bool:
     """Fold the division by ``std`` (1, C, 1, 1) into the first convolution, in place; return whether it was folded."""
     try:
-        conv = network.get_submodule(network.first) if network.first else None
+        conv = network.get_submodule(network.first_conv) if network.first_conv else None
     except AttributeError:
         conv = None
     if not isinstance(conv, nn.Conv2d) or conv.groups != 1 or conv.padding_mode != "zeros":

@@ -137,10 +137,10 @@ def measure_parity(
 def score_predictor(predictor: Predictor, labels: LabeledSplit) -> tuple[float | None, int]:
     """Return a predictor's mIoU, and the number of labels read."""
     count = sum(item.label is not None for item in labels.domain.items(labels.split))
-    every = max(1, -(-count // labels.limit))
+    stride = max(1, -(-count // labels.limit))
     scores = score(
         _PredictorModule(predictor), labels.domain, labels.split,
-        resize=labels.resize, window=labels.window, shard=(0, every), add=lambda counts: counts,
+        resize=labels.resize, window=labels.window, shard=(0, stride), all_reduce=lambda counts: counts,
     )  # fmt: skip
     return scores.miou, scores.labels_opened
 

@@ -19,7 +19,7 @@ from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Adam, Optim
 from overfly.core.records import Logits, Losses
 from overfly.methods.method import Method, Networks
-from overfly.ops.normalization import probe
+from overfly.ops.normalization import probe_outputs
 
 Levels = Literal["single", "multi"]
 """The main scores alone, or those of the first auxiliary head too."""
@@ -51,7 +51,7 @@ class Adversarial(Method[C], Generic[C]):
 @torch.no_grad()
 def student_outputs(student: nn.Module) -> Logits:
     """Return the output of a student for one empty image, to read numbers of classes, heads and features."""
-    return probe(student, int(getattr(student, "bands", 3)))
+    return probe_outputs(student, int(getattr(student, "bands", 3)))
 
 
 def level_scores(logits: Logits, levels: Levels) -> list[Tensor]:

@@ -18,7 +18,7 @@ from overfly.ops.normalization import joint_forward
 class AnchoredNetworks(TeacherStudent):
     """Student, teacher, and a frozen copy of the initial student."""
 
-    evaluating = ("teacher", "anchor")
+    eval_networks = ("teacher", "anchor")
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)

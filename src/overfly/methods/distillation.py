@@ -20,7 +20,7 @@ from overfly.ops.normalization import joint_forward
 class DistillNetworks(Networks):
     """A student, and a frozen teacher in evaluation mode."""
 
-    evaluating = ("teacher",)
+    eval_networks = ("teacher",)
 
     def __init__(self, student: nn.Module, teacher: Segmenter) -> None:
         super().__init__(student)

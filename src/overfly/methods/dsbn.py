@@ -67,7 +67,7 @@ class DSBN(SelfTraining[TeacherStudent], name="dsbn"):
             **prefixed("target", self.pseudo_supervised(target, label), self.weight),
         }
 
-    def deployed(self, nets: TeacherStudent) -> nn.Module:
+    def inference_network(self, nets: TeacherStudent) -> nn.Module:
         """The teacher with the target's normalizations alone."""
         ordinary = copy.deepcopy(nets.teacher)
         replace_modules(ordinary, DomainNorm, lambda norm: norm.target)

@@ -26,7 +26,7 @@ class Networks(nn.Module):
         step: optimizer steps done so far; a Python integer, which is read without device synchronization.
     """
 
-    evaluating: ClassVar[tuple[str, ...]] = ()
+    eval_networks: ClassVar[tuple[str, ...]] = ()
     """Names of the networks that are in evaluation mode while the student trains."""
 
     step: int = 0
@@ -41,9 +41,9 @@ class Networks(nn.Module):
         return cast(Segmenter, self.student)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; the networks named by `evaluating` stay in evaluation mode."""
+        """Set the mode; the networks named by `eval_networks` stay in evaluation mode."""
         super().train(mode)
-        for name in self.evaluating:
+        for name in self.eval_networks:
             self.get_submodule(name).eval()
         return self
 
@@ -59,7 +59,7 @@ class Networks(nn.Module):
 class TeacherStudent(Networks):
     """A student and its teacher, an exponential moving average in evaluation mode without gradients."""
 
-    evaluating: ClassVar[tuple[str, ...]] = ("teacher",)
+    eval_networks: ClassVar[tuple[str, ...]] = ("teacher",)
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
@@ -114,7 +114,7 @@ class Method(Choice, ABC, Generic[N]):
         """Create the optimizers, by default one of the student; empty if no loss is minimized."""
         return [optim.optimizer(nets.student, getattr(nets.student, "heads", ()))]
 
-    def deployed(self, nets: N) -> nn.Module:
+    def inference_network(self, nets: N) -> nn.Module:
         """The network that is validated, saved and exported; by default the student."""
         return nets.student
 
@@ -147,7 +147,7 @@ class SelfTraining(Method[T], Generic[T]):
         ema_update(nets.teacher, nets.student, self.ema, step if self.ema_warmup else None)
         super().after_step(nets, step)
 
-    def deployed(self, nets: T) -> nn.Module:
+    def inference_network(self, nets: T) -> nn.Module:
         """The teacher."""
         return nets.teacher
 

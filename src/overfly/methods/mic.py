@@ -7,7 +7,7 @@ from overfly.core.spec import NonNegativeFloat, Pixels, Share
 from overfly.methods.dacs import DACS
 from overfly.methods.method import TeacherStudent, prefixed
 from overfly.ops.color import augment_colors
-from overfly.ops.mixing import block_mask, cover
+from overfly.ops.mixing import block_mask, fill_mean_color
 from overfly.ops.normalization import joint_forward, untracked_statistics
 
 
@@ -34,7 +34,7 @@ class MIC(DACS, name="mic"):
             return self.source_loss(nets, nets.student(image), label)
         mixed = self.mix(nets, batch)
         view = augment_colors(batch.target, self.strong_augment, nets.segmenter.max_value)
-        masked = cover(view, block_mask(view, self.mask_block, self.mask_ratio))
+        masked = fill_mean_color(view, block_mask(view, self.mask_block, self.mask_ratio))
         source, logits = joint_forward(nets.student, image, mixed.image)
         with untracked_statistics(nets.student):
             prediction = nets.student(masked)

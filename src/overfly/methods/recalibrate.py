@@ -56,7 +56,7 @@ class Recalibrate(Method[Networks], name="recalibrate"):
     def optimizers(self, nets: Networks, optim: Optim) -> list[Optimizer]:  # noqa: ARG002
         return []
 
-    def deployed(self, nets: Networks) -> nn.Module:
+    def inference_network(self, nets: Networks) -> nn.Module:
         """The student, or the starting network with blended statistics."""
         if not isinstance(nets, RecalibrateNetworks):
             return nets.student

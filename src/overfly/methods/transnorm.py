@@ -100,7 +100,7 @@ class TransNorm(Method[Networks], name="transnorm"):
             terms["entropy"] = self.entropy * mean_entropy(target.main, batch.valid_mask)
         return terms
 
-    def deployed(self, nets: Networks) -> nn.Module:
+    def inference_network(self, nets: Networks) -> nn.Module:
         """The student with ordinary batch normalizations."""
         ordinary = copy.deepcopy(nets.student)
         replace_modules(ordinary, TransferableNorm, TransferableNorm.folded)

@@ -19,7 +19,7 @@ from overfly.core.download import cache_folder, download_file
 from overfly.core.errors import WeightsError
 
 _HOST = "https://download.pytorch.org/models"
-NAMED: dict[str, tuple[str, str]] = {
+PRETRAINED: dict[str, tuple[str, str]] = {
     "mobilenet_v2": (
         f"{_HOST}/mobilenet_v2-b0353104.pth",
         "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
@@ -33,9 +33,9 @@ NAMED: dict[str, tuple[str, str]] = {
 All are torchvision's ImageNet classifiers; ``_imagenet_v2`` marks those of its newer, longer training.
 """
 
-PACKAGE = "package:"
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights")
-NUMBERS = (
+PACKAGE_PREFIX = "package:"
+WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights")
+NUMBER_TYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
 )  # fmt: skip
@@ -49,30 +49,30 @@ def locate(path: Path | str) -> Path:
 
     Args:
         path: a file; or ``package:NAME/inner/file.pth``, a file inside an installed Python package; or a key of
-            `NAMED`, which is downloaded into the cache folder once.
+            `PRETRAINED`, which is downloaded into the cache folder once.
 
     Raises:
         WeightsError: the file, package or name does not exist.
         DownloadError: the download of a named file fails.
     """
     text = str(path)
-    if text.startswith(PACKAGE):
+    if text.startswith(PACKAGE_PREFIX):
         return _inside_package(text)
-    if text in NAMED and not Path(text).is_file():
-        url, digest = NAMED[text]
+    if text in PRETRAINED and not Path(text).is_file():
+        url, digest = PRETRAINED[text]
         return download_file(url, cache_folder() / "weights" / url.rsplit("/", 1)[1], known_hash=f"sha256:{digest}")
     file = Path(text).expanduser()
     if not file.is_file():
         raise WeightsError(
             f"{text} does not exist; give a weights file (.pth, .pt or .safetensors), package:NAME/inner/file, or one "
-            f"of: {', '.join(sorted(NAMED))}"
+            f"of: {', '.join(sorted(PRETRAINED))}"
         )
     return file
 
 
 def _inside_package(text: str) -> Path:
     """File of ``package:NAME/inner``, by the package's import name or distribution name; imports nothing."""
-    name, _, inner = text.removeprefix(PACKAGE).partition("/")
+    name, _, inner = text.removeprefix(PACKAGE_PREFIX).partition("/")
     parts = PurePosixPath(inner).parts
     if not name or not parts or ".." in parts or inner.startswith("/"):
         raise WeightsError(f"{text} is not of the form package:NAME/inner/file.pth")
@@ -125,7 +125,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     opened: set[int] = set()
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        inner = next((content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
         opened.add(id(content))
@@ -151,7 +151,7 @@ def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-        if not plain or tensor.dtype not in NUMBERS:
+        if not plain or tensor.dtype not in NUMBER_TYPES:
             kind = str(tensor.dtype if plain else f"{tensor.layout} on {tensor.device.type}").replace("torch.", "")
             raise WeightsError(
                 f"{path} holds values that are not plain real numbers ({name}: {kind}); save them as float32, or "

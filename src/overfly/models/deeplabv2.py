@@ -81,7 +81,7 @@ class DeepLabV2(Network):
 
     stride = 8
     heads = ("classifier",)
-    first = "conv1"
+    first_conv = "conv1"
     class_layer = "classifier"
 
     def __init__(self, classes: int, bands: int, blocks: tuple[int, int, int, int] = (3, 4, 23, 3)) -> None:

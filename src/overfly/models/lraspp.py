@@ -97,7 +97,7 @@ class LRASPP(Network):
     stride = 4
     heads = ("context", "gate", "at_eighth", "at_quarter", "auxiliary", "classifier")
     training_heads = ("auxiliary",)
-    first = "features.0.0"
+    first_conv = "features.0.0"
     class_layer = "classifier"
 
     def __init__(self, classes: int, training_heads: bool, bands: int) -> None:

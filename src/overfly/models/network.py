@@ -20,7 +20,7 @@ class Network(nn.Module):
         heads: prefixes of the parameters that ImageNet weights do not contain (decoder and class layers), for a
             learning-rate multiplier.
         training_heads: names of the submodules that only training uses; None where they were removed.
-        first: name of the convolution that reads the image.
+        first_conv: name of the convolution that reads the image.
         class_layer: name of the submodule that maps one feature map to `Logits.main`, which methods with two
             classifiers (MCD, CLAN) need; empty: the network has none.
     """
@@ -28,7 +28,7 @@ class Network(nn.Module):
     stride: int = 1
     heads: tuple[str, ...] = ()
     training_heads: tuple[str, ...] = ()
-    first: str = ""
+    first_conv: str = ""
     class_layer: str = ""
     __call__: Callable[..., Logits]
 

@@ -221,7 +221,7 @@ class PIDNet(Network):
         "final_layer",
     )
     training_heads = ("seghead_p", "seghead_d")
-    first = "conv1.0"
+    first_conv = "conv1.0"
     class_layer = "final_layer"
 
     def __init__(

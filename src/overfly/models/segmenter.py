@@ -112,12 +112,12 @@ class Segmenter(nn.Module):
         below, right = -height % self.stride, -width % self.stride
         if below or right:
             normalized = F.pad(normalized, (0, right, 0, below), mode="replicate")
-        out = self.network(normalized)
+        output = self.network(normalized)
         return Logits(
-            main=self.upsample(out.main, height, width),
-            aux=tuple(self.upsample(scores, height, width) for scores in out.aux),
-            boundary=None if out.boundary is None else self.upsample(out.boundary, height, width),
-            features=out.features,
+            main=self.upsample(output.main, height, width),
+            aux=tuple(self.upsample(scores, height, width) for scores in output.aux),
+            boundary=None if output.boundary is None else self.upsample(output.boundary, height, width),
+            features=output.features,
         )
 
     def upsample(self, scores: Tensor, height: int, width: int) -> Tensor:
@@ -202,12 +202,12 @@ class Segmenter(nn.Module):
         )
         missing = [name for name in own if name not in tensors and not name.startswith(new)]
         extra = [name for name in tensors if name not in own and not name.startswith(dropped)]
-        shaped = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
-        if missing or extra or shaped:
+        mismatched = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+        if missing or extra or mismatched:
             raise WeightsError(
                 f"{path} does not fit {segmenter.architecture} as this version builds it ({len(missing)} tensors "
-                f"missing, {len(extra)} unknown, {len(shaped)} of another shape; first: "
-                f"{(missing + extra + shaped)[0]}); load it with the version of overfly that wrote it"
+                f"missing, {len(extra)} unknown, {len(mismatched)} of another shape; first: "
+                f"{(missing + extra + mismatched)[0]}); load it with the version of overfly that wrote it"
             )
         segmenter.load_state_dict(tensors, strict=False)
         return segmenter

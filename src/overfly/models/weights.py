@@ -65,7 +65,7 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
     Args:
         network: a network, or the `Segmenter` around one, whose normalization and classes do not change.
         path: a .safetensors, .pth or .pt file; or ``package:NAME/inner/file.pth``, a file inside an installed Python
-            package; or a key of `NAMED`.
+            package; or a key of `PRETRAINED`.
         sha256: expected SHA-256 of the file, in full or its first 8 or more hex digits.
 
     Returns:
@@ -116,7 +116,7 @@ def _weights(names: Iterable[str]) -> tuple[str, ...]:
 
 def _fit_bands(network: Network, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Convert the first convolution to the network's number of bands."""
-    name = f"{network.first}.weight"
+    name = f"{network.first_conv}.weight"
     own_weight = network.state_dict().get(name)
     file_weight = state.get(name)
     if (

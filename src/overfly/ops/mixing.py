@@ -52,6 +52,6 @@ def block_mask(image: Tensor, block: int, ratio: float, generator: Generator | N
     return fine.to(image.device, non_blocking=True)
 
 
-def cover(image: Tensor, mask: Tensor) -> Tensor:
+def fill_mean_color(image: Tensor, mask: Tensor) -> Tensor:
     """Images (B, C, H, W) with their mean color where the mask (B, 1, H, W) is true."""
     return torch.where(mask, image.mean((2, 3), keepdim=True), image)

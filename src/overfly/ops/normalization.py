@@ -127,7 +127,7 @@ def split_logits(logits: Logits, sizes: list[int]) -> list[Logits]:
     return [logits.select(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
 
-def probe(student: nn.Module, bands: int) -> Logits:
+def probe_outputs(student: nn.Module, bands: int) -> Logits:
     """Output of a student in evaluation mode for one empty image of 64 pixels; modes and statistics stay unchanged."""
     like = next(student.parameters())
     with restored_modes(student):
@@ -144,7 +144,7 @@ def freeze_unused(student: nn.Module, bands: int, read: Callable[[Logits], tuple
         read: the outputs that the losses read.
     """
     with torch.enable_grad():
-        outputs = read(probe(student, bands))
+        outputs = read(probe_outputs(student, bands))
         weights = [weight for weight in student.parameters() if weight.requires_grad]
         gradients = torch.autograd.grad(torch.stack([out.sum() for out in outputs]).sum(), weights, allow_unused=True)
     for weight, gradient in zip(weights, gradients, strict=True):

@@ -146,10 +146,10 @@ def confident_share(pseudo: PseudoLabels, threshold: float) -> Tensor:
 
     Pixels without data are left out; the share is 0 for an image without any data.
     """
-    above, measured = (
+    above, with_data = (
         chosen.float().mean((1, 2), keepdim=True) for chosen in (pseudo.probability > threshold, pseudo.label != IGNORE)
     )
-    return above / measured.clamp_min(1e-6)
+    return above / with_data.clamp_min(1e-6)
 
 
 def class_thresholds(pseudo: PseudoLabels, share: float | Tensor, classes: int) -> Tensor:

@@ -31,13 +31,13 @@ from overfly.raster.tiling import MEMORY, Blend, TilingPlan, plan_windows, scale
 from overfly.raster.window_reader import FinishedRows, WindowBatch, read_windows
 from overfly.raster.writer import UnfinishedMap, UnwrittenError, write_cog
 
-DEPTH = 3
+QUEUE_SIZE = 3
 """Batches queued before and after the network."""
 IMPLAUSIBLE = 1000
 """Multiple of the maximum value above which a value is not considered an intensity."""
 MAX_SCALE = 64
 """Largest factor by which a raster is enlarged for the network, along each axis."""
-STRIDE = 32
+SIZE_MULTIPLE = 32
 """Windows of small rasters are multiples of this, in pixels."""
 OnProgress = Callable[[int, int], None]
 """Called with the numbers of finished and of all steps."""
@@ -55,7 +55,7 @@ class MapResult:
         resumed: steps finished before the job was interrupted.
         windows: number of predicted windows.
         seconds: duration of the whole job.
-        network: duration of the network's predictions in seconds.
+        network_seconds: duration of the network's predictions in seconds.
         shares: share of each class in the valid pixels.
         notes: remarks for the user.
     """
@@ -67,7 +67,7 @@ class MapResult:
     resumed: int = 0
     windows: int = 0
     seconds: float = 0.0
-    network: float = 0.0
+    network_seconds: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -162,7 +162,7 @@ def plan_raster(source: RasterSource, metadata: ModelMetadata, settings: MapSett
         )
     if not metadata.fixed:
         longest = max(scaled(source.height, scale[0]), scaled(source.width, scale[1]))
-        size = min(size, -(-longest // STRIDE) * STRIDE)
+        size = min(size, -(-longest // SIZE_MULTIPLE) * SIZE_MULTIPLE)
     return plan_windows(
         source.height, source.width, classes=len(metadata.classes), size=size, overlap=settings.overlap, scale=scale,
         memory=memory,
@@ -234,7 +234,7 @@ def _predict(job: _Job, batch: int, on_progress: OnProgress | None) -> tuple[int
     if on_progress is not None:
         on_progress(job.done, job.plan.steps)
     items = read_windows(job.source, job.plan, batch, job.done)
-    with background(_row_writer(job, on_progress), DEPTH) as put, prefetch(items, DEPTH) as read:
+    with background(_row_writer(job, on_progress), QUEUE_SIZE) as put, prefetch(items, QUEUE_SIZE) as read:
         for item in read:
             if isinstance(item, FinishedRows):
                 put(item)
@@ -257,7 +257,7 @@ def _row_writer(
     def get_blend(strip: int) -> Blend:
         if strip not in blends:
             blends.clear()
-            finished = plan.finished(min(max(job.done - strip * rows, 0), rows) - 1)
+            finished = plan.finished_rows(min(max(job.done - strip * rows, 0), rows) - 1)
             blends[strip] = Blend.start(plan, plan.strips[strip], len(unfinished.classes), finished)
         return blends[strip]
 

@@ -18,7 +18,7 @@ from overfly.exporting.predictor import ModelMetadata
 
 CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may cache; its default is a share of the machine's memory."""
-FRACTIONS = 16.0
+MAX_FRACTION = 16.0
 """Maximum value below which a network was trained on fractions, such as reflectances of 0 to 1."""
 SAME_SCALE = 0.02
 """Relative difference of ground resolution below which rasters are not resampled."""
@@ -39,18 +39,18 @@ class Georeference:
     Attributes:
         crs: coordinate reference system as WKT; empty if unknown.
         transform: affine transform from pixel to coordinate in GDAL's order; None if unknown.
-        points: ground control points (column, row, x, y, z, id).
-        points_crs: their coordinate reference system as WKT.
-        rational: rational polynomial coefficients (RPC), as the file's text.
-        point: whether coordinates are those of pixel centers (AREA_OR_POINT=Point).
+        gcps: ground control points (column, row, x, y, z, id).
+        gcps_crs: their coordinate reference system as WKT.
+        rpcs: rational polynomial coefficients (RPC), as the file's text.
+        pixel_is_point: whether coordinates are those of pixel centers (AREA_OR_POINT=Point).
     """
 
     crs: str = ""
     transform: tuple[float, ...] | None = None
-    points: tuple[tuple[float, float, float, float, float, str], ...] = ()
-    points_crs: str = ""
-    rational: tuple[tuple[str, str], ...] = ()
-    point: bool = False
+    gcps: tuple[tuple[float, float, float, float, float, str], ...] = ()
+    gcps_crs: str = ""
+    rpcs: tuple[tuple[str, str], ...] = ()
+    pixel_is_point: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,15 @@ def inspect_raster(
 
 def georeference(dataset: Any) -> Georeference:
     """Return the georeference of an open rasterio dataset."""
-    points, points_crs = dataset.gcps
+    gcps, gcps_crs = dataset.gcps
     transform = dataset.transform
     return Georeference(
         crs=dataset.crs.to_wkt() if dataset.crs else "",
         transform=None if transform.is_identity else tuple(transform.to_gdal()),
-        points=tuple((p.col, p.row, p.x, p.y, p.z or 0.0, str(p.id)) for p in points),
-        points_crs=points_crs.to_wkt() if points_crs else "",
-        rational=tuple(sorted(dataset.tags(ns="RPC").items())),
-        point=dataset.tags().get("AREA_OR_POINT") == "Point",
+        gcps=tuple((p.col, p.row, p.x, p.y, p.z or 0.0, str(p.id)) for p in gcps),
+        gcps_crs=gcps_crs.to_wkt() if gcps_crs else "",
+        rpcs=tuple(sorted(dataset.tags(ns="RPC").items())),
+        pixel_is_point=dataset.tags().get("AREA_OR_POINT") == "Point",
     )
 
 
@@ -211,7 +211,7 @@ def input_gain(
         raise DataError(f"{source} stores complex numbers; save it as plain bands first")
     if max_value is not None:
         return metadata.max_value / max_value
-    integers, fractions = np.dtype(dtype).kind in "iu", metadata.max_value < FRACTIONS
+    integers, fractions = np.dtype(dtype).kind in "iu", metadata.max_value < MAX_FRACTION
     if integers and fractions and scale is not None:
         return scale
     if (dtype == "uint8") != (metadata.max_value == 255) or (integers and fractions):
@@ -223,15 +223,15 @@ def input_gain(
     return 1.0
 
 
-def _find_alpha_band(source: str, dataset: Any, given: bool | None) -> int | None:
+def _find_alpha_band(source: str, dataset: Any, option: bool | None) -> int | None:
     """Return the number of the alpha band, from 1, or None.
 
-    It is the last band if ``given`` is True, and the band that the file marks if ``given`` is None. Many
+    It is the last band if ``option`` is True, and the band that the file marks if ``option`` is None. Many
     writers mark the fourth of four 8-bit bands by default.
     """
-    if given is False:
+    if option is False:
         return None
-    if given:
+    if option:
         if dataset.count == 1:
             raise DataError(f"{source} has one band, which cannot be an alpha band; leave out --alpha-band")
         return int(dataset.count)
@@ -240,17 +240,17 @@ def _find_alpha_band(source: str, dataset: Any, given: bool | None) -> int | Non
 
 
 def _unread_alpha_band(
-    source: str, dataset: Any, chosen: tuple[int, ...], alpha: int | None, given: bool | None
+    source: str, dataset: Any, chosen: tuple[int, ...], alpha: int | None, option: bool | None
 ) -> int | None:
     """Return the alpha band unless the network reads it as an input band; check that a marked band is an alpha band."""
-    if alpha is None or (alpha in chosen and not given):
+    if alpha is None or (alpha in chosen and not option):
         return None
     if alpha in chosen:
         raise DataError(
             f"--alpha-band makes band {alpha} of {source} an alpha band, but it is one of the {len(chosen)} bands that "
             "the network reads; leave out --alpha-band, or give other bands with --bands"
         )
-    if not given and _varies(dataset, alpha):
+    if not option and _varies(dataset, alpha):
         raise DataError(
             f"{source} marks its band {alpha} as alpha, but its values vary as measurements do; give --no-alpha-band "
             f"--bands {','.join(map(str, chosen))} if it is a measurement, or --alpha-band if 0 means no data"

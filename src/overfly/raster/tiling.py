@@ -65,7 +65,7 @@ class TilingPlan:
         return self.scale != (1.0, 1.0)
 
     @property
-    def working(self) -> tuple[int, int]:
+    def working_size(self) -> tuple[int, int]:
         """Rows and columns of the working grid."""
         return scaled(self.height, self.scale[0]), scaled(self.width, self.scale[1])
 
@@ -79,16 +79,16 @@ class TilingPlan:
         """Windows of all strips."""
         return len(self.tops) * sum(len(strip.lefts) for strip in self.strips)
 
-    def complete(self, row: int) -> int:
+    def complete_rows(self, row: int) -> int:
         """Number of working rows that are complete after a row of windows."""
-        return self.tops[row + 1] if row + 1 < len(self.tops) else self.working[0]
+        return self.tops[row + 1] if row + 1 < len(self.tops) else self.working_size[0]
 
-    def finished(self, row: int) -> int:
+    def finished_rows(self, row: int) -> int:
         """Number of map rows that can be written after a row of windows; 0 before the first (-1)."""
         if row < 0:
             return 0
-        complete = self.complete(row)
-        if not self.resampled or complete == self.working[0]:
+        complete = self.complete_rows(row)
+        if not self.resampled or complete == self.working_size[0]:
             return min(complete, self.height) if not self.resampled else self.height
         # the last map row y whose lower neighbor, floor((y + 0.5) s - 0.5) + 1, lies above `complete`
         finished = int((complete - 0.5) / self.scale[0] - 0.5) + 1
@@ -96,12 +96,12 @@ class TilingPlan:
             finished -= 1
         return min(finished, self.height)
 
-    def first_for(self, row: int) -> int:
+    def resume_row(self, row: int) -> int:
         """First row of windows to compute again to resume at ``row`` with the result of an uninterrupted run."""
-        top = self.first_needed(self.finished(row - 1))
+        top = self.first_needed_row(self.finished_rows(row - 1))
         return next(index for index, first in enumerate(self.tops) if first + self.size > top)
 
-    def first_needed(self, finished: int) -> int:
+    def first_needed_row(self, finished: int) -> int:
         """First working row that is needed after ``finished`` map rows are written."""
         return max(0, neighbor(finished, self.scale[0])) if self.resampled else finished
 
@@ -181,7 +181,7 @@ class Blend:
         rows = size + (2 if plan.resampled else 0)  # the last map row is interpolated from two more
         sums = np.zeros((classes, rows, strip.right - strip.left), np.float32)
         weights, scratch = blend_weights(size).numpy(), np.empty((size, size), np.float32)
-        return cls(plan, strip, plan.first_needed(finished), sums, weights, scratch)
+        return cls(plan, strip, plan.first_needed_row(finished), sums, weights, scratch)
 
     def add(self, probabilities: Floats, window: Window) -> None:
         """Add the weighted probabilities (K, size, size) of one window; rows above ``top`` are skipped."""
@@ -202,8 +202,8 @@ class Blend:
         plan, strip = self.plan, self.strip
         if not plan.resampled:
             return self.sums[:, first - self.top : last - self.top, strip.first - strip.left : strip.last - strip.left]
-        up, down, vertical = _neighbors(first, last, plan.scale[0], plan.working[0])
-        left, right, horizontal = _neighbors(strip.first, strip.last, plan.scale[1], plan.working[1])
+        up, down, vertical = _neighbors(first, last, plan.scale[0], plan.working_size[0])
+        left, right, horizontal = _neighbors(strip.first, strip.last, plan.scale[1], plan.working_size[1])
         begin, end = int(up.min()), int(down.max()) + 1
         sums = self.sums[:, begin - self.top : end - self.top]
         means = sums / np.maximum(sums.sum(0), np.finfo(np.float32).tiny)
@@ -214,7 +214,7 @@ class Blend:
 
     def drop(self, finished: int) -> None:
         """Discard the rows that are not needed after ``finished`` map rows are written."""
-        count = self.plan.first_needed(finished) - self.top
+        count = self.plan.first_needed_row(finished) - self.top
         if count <= 0:
             return
         rest = self.sums.shape[1] - count

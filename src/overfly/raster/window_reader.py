@@ -102,12 +102,12 @@ def read_windows(
 def _read_strip(reader: _Reader, index: int, done: int) -> Iterator[WindowBatch | FinishedRows]:
     plan, strip = reader.plan, reader.plan.strips[index]
     rows: _Rows | None = None
-    for row in range(plan.first_for(done), len(plan.tops)):
+    for row in range(plan.resume_row(done), len(plan.tops)):
         rows = _next_rows(reader, strip, row, rows)
         yield from _batches(reader, index, rows)
         if row < done:
             continue
-        first, last = plan.finished(row - 1), plan.finished(row)
+        first, last = plan.finished_rows(row - 1), plan.finished_rows(row)
         if plan.resampled:
             nodata_mask = _input_nodata_mask(reader, (first, last), (strip.first, strip.last))
         elif rows.nodata_mask is None:
@@ -121,22 +121,23 @@ def _read_strip(reader: _Reader, index: int, done: int) -> Iterator[WindowBatch 
 def _next_rows(reader: _Reader, strip: ColumnStrip, row: int, rows: _Rows | None) -> _Rows:
     """Read the pixels of a row of windows that are not in memory."""
     plan = reader.plan
-    top, bottom, columns = plan.tops[row], min(plan.tops[row] + plan.size, plan.working[0]), (strip.left, strip.right)
+    top, columns = plan.tops[row], (strip.left, strip.right)
+    bottom = min(top + plan.size, plan.working_size[0])
     if rows is None or rows.top + rows.pixels.shape[1] <= top:
         return _Rows(top, *_read(reader, (top, bottom), columns))
     pixels, nodata_mask = _read(reader, (rows.top + rows.pixels.shape[1], bottom), columns)
     above = slice(top - rows.top, None)
-    known = rows.nodata_mask is not None and nodata_mask is not None
+    masked = rows.nodata_mask is not None and nodata_mask is not None
     return _Rows(
         top,
         np.concatenate([rows.pixels[:, above], pixels], axis=1),
-        np.concatenate([rows.nodata_mask[above], nodata_mask]) if known else None,  # type: ignore[index]
+        np.concatenate([rows.nodata_mask[above], nodata_mask]) if masked else None,  # type: ignore[index]
     )
 
 
 def _batches(reader: _Reader, index: int, rows: _Rows) -> Iterator[WindowBatch]:
     """Yield the windows of one row that have a valid pixel."""
-    strip, size, width = reader.plan.strips[index], reader.plan.size, reader.plan.working[1]
+    strip, size, width = reader.plan.strips[index], reader.plan.size, reader.plan.working_size[1]
     height, windows = rows.pixels.shape[1], []
     for left in strip.lefts:
         window = Window(rows.top, left, height, min(size, width - left))
@@ -310,8 +311,8 @@ def _means(
     """
     valid = weights > 1e-5
     means = np.zeros_like(sums)
-    for above, below in (transparent_sums, (sums, weights)) if transparent_sums is not None else ((sums, weights),):
-        np.divide(above, below, out=means, where=below > 1e-5)
+    for part in (transparent_sums, (sums, weights)) if transparent_sums is not None else ((sums, weights),):
+        np.divide(*part, out=means, where=part[1] > 1e-5)
     if dtype.kind in "iu":
         means = np.clip(np.rint(means), np.iinfo(dtype).min, np.iinfo(dtype).max)
     nodata_mask: Mask = np.asarray(~valid.any(axis=0), dtype=np.bool_)

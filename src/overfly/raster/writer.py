@@ -146,18 +146,18 @@ def write_georeference(dataset: Any, georeference: Georeference) -> None:
     from rasterio import CRS, Affine
     from rasterio.control import GroundControlPoint
 
-    if georeference.point:
+    if georeference.pixel_is_point:
         dataset.update_tags(AREA_OR_POINT="Point")
-    if georeference.points:
-        right, down = _control_point_offset() if georeference.point else (0.0, 0.0)
-        points = [GroundControlPoint(y - down, x - right, *at) for x, y, *at in georeference.points]
-        dataset.gcps = (points, CRS.from_wkt(georeference.points_crs) if georeference.points_crs else CRS())
+    if georeference.gcps:
+        right, down = _control_point_offset() if georeference.pixel_is_point else (0.0, 0.0)
+        points = [GroundControlPoint(y - down, x - right, *at) for x, y, *at in georeference.gcps]
+        dataset.gcps = (points, CRS.from_wkt(georeference.gcps_crs) if georeference.gcps_crs else CRS())
     if georeference.crs:
         dataset.crs = CRS.from_wkt(georeference.crs)
     if georeference.transform is not None:
         dataset.transform = Affine.from_gdal(*georeference.transform)
-    if georeference.rational:
-        dataset.update_tags(ns="RPC", **dict(georeference.rational))
+    if georeference.rpcs:
+        dataset.update_tags(ns="RPC", **dict(georeference.rpcs))
 
 
 @cache

@@ -43,12 +43,12 @@ MAX_POINTS = 240
 
 ACCESSIBLE = (*PALETTE[:7], (80, 80, 80), *PALETTE[8:])
 """The palette with a darker gray, distinct from green with deuteranopia."""
-PREFERRED = 8
+PREFERRED_COLORS = 8
 """Number of palette colors used for up to 8 classes."""
-GRAY = 0.15
+MIN_SATURATION = 0.15
 """Saturation below which hue is ignored."""
-HATCH_LIGHT, HATCH_DARK = 254, 255
-"""Palette entries of the two grays that hatch pixels without a class."""
+STRIPE_LIGHT, STRIPE_DARK = 254, 255
+"""Palette entries of the two grays that stripe pixels without a class."""
 
 
 class Bar(NamedTuple):
@@ -126,9 +126,9 @@ def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *,
         return Markup("")
     figure, axes = _new_figure(142, left=46, right=10, bottom=24 + 17 * math.ceil(len(curves) / 2))
     for index, (name, points) in enumerate(curves.items()):
-        every = math.ceil(len(points) / MAX_POINTS)
-        smooth = smoothed([value for _, value in points], round(smoothing * len(points)))
-        shown = sorted({*range(0, len(points), every), len(points) - 1})
+        stride = math.ceil(len(points) / MAX_POINTS)
+        smooth = moving_average([value for _, value in points], round(smoothing * len(points)))
+        shown = sorted({*range(0, len(points), stride), len(points) - 1})
         steps, values = [points[at][0] for at in shown], [smooth[at] for at in shown]
         axes.plot(
             steps, values, color=SERIES[index % len(SERIES)],
@@ -184,7 +184,7 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: flo
             color = "#444444" if part is rates else SERIES[index % len(SERIES)]
             if part is losses:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                values = smoothed(values, round(smoothing * len(values)))
+                values = moving_average(values, round(smoothing * len(values)))
             marker = "o" if part is metrics else ""
             axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=4, label=label)
         if part is rates:
@@ -221,13 +221,13 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, 
     return losses, rates, metrics
 
 
-def smoothed(values: Sequence[float], width: int) -> list[float]:
+def moving_average(values: Sequence[float], width: int) -> list[float]:
     """Return the centered moving average over ``width`` values, or fewer near the ends."""
     half = width // 2
     result = []
     for index in range(len(values)):
-        reach = min(half, index, len(values) - 1 - index)
-        part = values[index - reach : index + reach + 1]
+        radius = min(half, index, len(values) - 1 - index)
+        part = values[index - radius : index + radius + 1]
         result.append(sum(part) / len(part))
     return result
 
@@ -315,7 +315,7 @@ def accessible_colors(classes: Classes) -> Classes:
 
     if len(classes) > len(ACCESSIBLE):
         return classes
-    colors = ACCESSIBLE[: max(len(classes), PREFERRED)]
+    colors = ACCESSIBLE[: max(len(classes), PREFERRED_COLORS)]
     costs = [[_distance(own, color) for color in colors] for own in classes.colors]
     _, chosen = linear_sum_assignment(costs)
     return Classes(names=classes.names, colors=tuple(colors[index] for index in chosen))
@@ -324,7 +324,9 @@ def accessible_colors(classes: Classes) -> Classes:
 def _distance(color: Color, reference: Color) -> float:
     """Return the distance of two colors, mostly of hue; the hue of grays is ignored."""
     first, second = (colorsys.rgb_to_hsv(*(value / 255 for value in rgb)) for rgb in (color, reference))
-    angles = [cmath.rect(float(saturation >= GRAY), 2 * math.pi * hue) for hue, saturation, _ in (first, second)]
+    angles = [
+        cmath.rect(float(saturation >= MIN_SATURATION), 2 * math.pi * hue) for hue, saturation, _ in (first, second)
+    ]
     return abs(angles[0] - angles[1]) + 0.2 * abs(first[1] - second[1]) + 0.1 * abs(first[2] - second[2])
 
 
@@ -353,11 +355,11 @@ def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> by
     """
     table = np.zeros((256, 3), np.uint8)
     table[: len(classes)] = classes.colors
-    table[HATCH_LIGHT], table[HATCH_DARK] = STRIPE_COLORS
+    table[STRIPE_LIGHT], table[STRIPE_DARK] = STRIPE_COLORS
     shown = np.where(ids < len(classes), ids, IGNORE).astype(np.uint8)
     if not transparent:
         across, down = np.meshgrid(np.arange(ids.shape[1]), np.arange(ids.shape[0]))
-        shown = np.where((shown == IGNORE) & (((across + down) // 4) % 2 == 0), HATCH_LIGHT, shown).astype(np.uint8)
+        shown = np.where((shown == IGNORE) & (((across + down) // 4) % 2 == 0), STRIPE_LIGHT, shown).astype(np.uint8)
     image = Image.frombytes("P", (ids.shape[1], ids.shape[0]), np.ascontiguousarray(shown).tobytes())
     image.putpalette(table.tobytes())
     return _encode(image, "PNG", optimize=True, **({"transparency": IGNORE} if transparent else {}))

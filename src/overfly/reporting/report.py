@@ -59,7 +59,7 @@ class ConfusionTable:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecipeResults:
     """A recipe with the results of its seeds.
 
     Attributes:
@@ -70,7 +70,7 @@ class Entry:
         miou: mIoU by domain title.
         classes: IoU of each class by domain title.
         gap: closed share of the gap between source only and oracle.
-        labels_opened: number of readings of target labels, and of labels; empty for none.
+        labels_opened: how often target labels were read, and how many; empty for never.
         confusions: one per domain.
         losses: training curves of the first seed.
         metrics: validation curves of the first seed.
@@ -102,7 +102,7 @@ class Report:
     title: str
     date: str
     split: str
-    entries: Sequence[Entry]
+    entries: Sequence[RecipeResults]
     selections: Mapping[str, Selection] = field(default_factory=dict)
     """Selections by name of the comparison."""
     galleries: Sequence[SampleSet] = ()

@@ -18,7 +18,7 @@ from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build
 from overfly.recipe import Recipe
 from overfly.reporting.figures import SERIES, training_curves
-from overfly.reporting.report import ConfusionTable, Entry, Report
+from overfly.reporting.report import ConfusionTable, RecipeResults, Report
 from overfly.reporting.samples import SampleSet, collect_samples
 from overfly.training.evaluate import Role, stored_scores
 from overfly.training.run import Run
@@ -129,10 +129,10 @@ def _without_seed(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"seed": 0, "start": start})
 
 
-def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, expand: bool) -> Entry:
+def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, expand: bool) -> RecipeResults:
     first = runs[0]
     losses, _, metrics = training_curves(first.log.rows())
-    return Entry(
+    return RecipeResults(
         name=str(name),
         model=row.model,
         about={
@@ -155,7 +155,7 @@ def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, 
 
 
 def _labels_opened(runs: Sequence[Run]) -> str:
-    """Return the number of readings of target labels, such as ``val: 2 × (80 images)``; empty for none."""
+    """Return how often target labels were read, and how many: ``val: 2 × (80 images)``; empty for never."""
     result: dict[str, tuple[int, int]] = {}
     for run in runs:
         for key, counts in run.scores.get("labels_opened", {}).items():

@@ -14,7 +14,7 @@ from overfly.core.errors import DataError, RunError
 from overfly.core.records import UInt8
 from overfly.data.domain import Domain, Split, SplitError
 from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
-from overfly.evaluation.panels import confusion_figure, panels
+from overfly.evaluation.panels import confusion_figure, samples_figure
 from overfly.evaluation.score import Sample, Samples, evaluation_mode, score
 from overfly.evaluation.scores import Scores
 from overfly.reporting.figures import draw_curves, thumbnail
@@ -115,13 +115,13 @@ def collect_samples(
 def _labeled_samples(
     runs: Mapping[str, Run], role: Role, domain: Domain, limit: int, device: torch.device | str
 ) -> SampleSet:
-    every = -(-sum(item.label is not None for item in domain.items(SPLIT)) // limit)
+    stride = -(-sum(item.label is not None for item in domain.items(SPLIT)) // limit)
     samples: dict[str, dict[int, Sample]] = {}
     for name, run in runs.items():
         collector = _Collector()
         score(
             run.segmenter(), domain, SPLIT, resize=run.recipe.resize, window=run.recipe.window, device=device,
-            samples=collector, shard=(0, every), add=lambda counts: counts,
+            samples=collector, shard=(0, stride), all_reduce=lambda counts: counts,
         )  # fmt: skip
         samples[name] = collector.samples
         record_opened_labels(run, role, SPLIT, len(collector.samples))
@@ -212,7 +212,7 @@ def draw_samples(run: Run, name: str, domain: Domain, scores: Scores, samples: S
     """
     folder = samples_folder(run)
     return [
-        panels(samples, domain.classes, folder / f"{name}.png"),
+        samples_figure(samples, domain.classes, folder / f"{name}.png"),
         confusion_figure(scores.confusion, domain.classes, folder / f"{name}-confusion.png"),
         draw_curves(list(run.log.rows()), folder / "curves.png"),
     ]

@@ -43,7 +43,7 @@ class TrainerConfig:
     log_every: int = 10
     """Steps that one line of log.jsonl averages. Losses are checked for being finite at the same interval."""
     cache: Path | str | None = "memory"
-    """Where decoded images are kept: a folder, "memory", or None."""
+    """Where decoded images are cached: a folder, "memory", or None."""
     tensorboard: bool = False
     """Whether to write TensorBoard curves."""
     quiet: bool = False

@@ -122,21 +122,21 @@ def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:
     return selected
 
 
-class Validator:
+class Evaluator:
     """Score the networks of a run during training, without changing random state or networks."""
 
     def __init__(self, recipe: Recipe, nets: Networks, fabric: Fabric) -> None:
         self.recipe, self.nets, self.fabric = recipe, nets, fabric
 
     def source_miou(self, workers: int = 0) -> float | None:
-        """Return the mIoU (0 to 1) on the source's held-out labels, which all processes share.
+        """Return the mIoU (0 to 1) on the source's held-out labels; the processes share the images.
 
         Returns None in all processes if a prediction is not finite.
         """
         recipe = self.recipe
         try:
             return score(
-                recipe.method.deployed(self.nets), recipe.domain("source"), recipe.validation.split,
+                recipe.method.inference_network(self.nets), recipe.domain("source"), recipe.validation.split,
                 resize=recipe.resize, window=recipe.window, device=self.fabric.device, workers=workers,
                 shard=(self.fabric.global_rank, self.fabric.world_size),
             ).miou  # fmt: skip
@@ -144,7 +144,7 @@ class Validator:
             return None
 
     def target_metrics(self, source_miou: float | None = None) -> LabelFreeMetrics | None:
-        """Return label-free metrics of the deployed network, from the first process; None if they are not finite.
+        """Return label-free metrics of the inference network, from the first process; None if they are not finite.
 
         ``source_miou`` is stored with the metrics.
         """
@@ -153,8 +153,8 @@ class Validator:
         def work() -> LabelFreeMetrics | None:
             try:
                 metrics = label_free_metrics_of_images(
-                    method.deployed(self.nets), self.images, self.recipe.domain("target").max_value, self.options,
-                    reference=reference(method, self.nets),
+                    method.inference_network(self.nets), self.images, self.recipe.domain("target").max_value,
+                    self.options, reference=reference(method, self.nets),
                 )  # fmt: skip
             except NotFiniteError:
                 return None
@@ -175,11 +175,11 @@ class Validator:
 
 
 def reference(method: Method[Any], nets: Networks) -> nn.Module | None:
-    """Return the network to compare the deployed one with: the student or the teacher; None without a teacher."""
+    """Return the network to compare the inference network with: student or teacher; None without a teacher."""
     teacher = getattr(nets, "teacher", None)
     if not isinstance(teacher, nn.Module):
         return None
-    return teacher if method.deployed(nets) is nets.student else nets.student
+    return teacher if method.inference_network(nets) is nets.student else nets.student
 
 
 def log_entry(metrics: LabelFreeMetrics) -> dict[str, Any]:

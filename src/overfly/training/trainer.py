@@ -33,7 +33,7 @@ from overfly.training.engine import (
     effective_precision,
     optimizer_step,
 )
-from overfly.training.evaluate import Validator, log_entry
+from overfly.training.evaluate import Evaluator, log_entry
 from overfly.training.run import Run, RunLog, utc_now
 from overfly.training.setup import TrainingSetup
 
@@ -67,7 +67,7 @@ class Trainer:
         self.log = RunLog(run.log.path, tensorboard)
         self.recent: list[dict[str, Tensor]] = []
         """Loss terms of the steps since the last log line, on the device."""
-        self.validator = Validator(self.recipe, self.nets, fabric)
+        self.evaluator = Evaluator(self.recipe, self.nets, fabric)
         self.between_steps = True
         self.started = time.monotonic()
 
@@ -242,11 +242,11 @@ class Trainer:
         if rule.every and (step % rule.every == 0 or step == self.total_steps):
             self.check_losses()
             self.check_weights()
-            miou = self.validator.source_miou(min(self.config.workers, 1)) if self.recipe.source else None
+            miou = self.evaluator.source_miou(min(self.config.workers, 1)) if self.recipe.source else None
             if self.is_rank_zero:
                 self.log.write(step, event="validation", source_miou=miou)
             if rule.target:
-                metrics = self.validator.target_metrics(miou)
+                metrics = self.evaluator.target_metrics(miou)
                 if self.is_rank_zero and metrics is not None:
                     self.log.write(step, event="label-free", **log_entry(metrics))
             if rule.keep_all:
@@ -267,8 +267,8 @@ class Trainer:
         return bool(rule.patience and self.state["stale"] >= rule.patience)
 
     def save_weights(self, path: Path) -> None:
-        """Save the deployed network."""
-        network = self.recipe.method.deployed(self.nets)
+        """Save the inference network."""
+        network = self.recipe.method.inference_network(self.nets)
         if self.is_rank_zero and isinstance(network, Segmenter):
             network.save(path)
 

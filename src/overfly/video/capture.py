@@ -30,7 +30,7 @@ CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 ENCODERS = (("libx264", {"preset": "veryfast", "crf": "20"}), ("mpeg4", {"qscale": "3"}))
 """Encoders with options; the first available one is used."""
 TICKS = 90_000
-"""Time base of a written video, in parts of a second."""
+"""Ticks per second in the time base of a written video."""
 TIMEOUT = 10.0
 """Timeout of network streams in seconds."""
 FPS = 10.0
@@ -47,11 +47,11 @@ class StreamErrors:
 
     Attributes:
         damaged: packets that could not be decoded.
-        ended: reason of an irregular end; empty for a regular one.
+        end_reason: reason of an irregular end; empty for a regular one.
     """
 
     damaged: int = 0
-    ended: str = ""
+    end_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _open_folder(path: Path, fps: float) -> VideoStream:
             image = read_image(file, bands=3)
             if image.dtype != np.uint8:
                 raise DataError(
-                    f"{file} has pixels of {image.dtype}, and a stream has 8 bits a band; map it with overfly predict"
+                    f"{file} has pixels of {image.dtype}, and a stream has 8 bits per band; use overfly predict"
                 )
             yield SourceFrame(partial(np.asarray, image), index / fps)
 
@@ -175,8 +175,8 @@ def _open_container(source: str) -> _Container:
             container = av.open(f"file:{source}")
     except (av.FFmpegError, OSError, ValueError) as error:
         kind = "stream" if address else "camera" if camera else "video"
-        todo = "check that it is on, and not in use" if address or camera else "play it to check, or copy it again"
-        raise DataError(f"{source} cannot be opened as a {kind} ({_reason(error)}); {todo}") from None
+        advice = "check that it is on, and not in use" if address or camera else "play it to check, or copy it again"
+        raise DataError(f"{source} cannot be opened as a {kind} ({_reason(error)}); {advice}") from None
     if not container.streams.video:
         container.close()
         raise DataError(f"{source} has no video stream; give a video")
@@ -209,7 +209,7 @@ def _packets(stream: _Container, errors: StreamErrors) -> Iterator[list[Any]]:
             if not stream.live:
                 raise _TruncatedError(_reason(error)) from None
             if not isinstance(error, av.InvalidDataError) or damaged > MAX_DAMAGED:
-                errors.ended = _reason(error)
+                errors.end_reason = _reason(error)
                 return
             errors.damaged += 1
             if packet is None:

@@ -52,7 +52,7 @@ class OverlayRenderer:
         if self.predictor.metadata.bands != 3:
             raise RecipeError(
                 f"the network reads {self.predictor.metadata.bands} bands, and a video has red, green and blue; choose "
-                "a network of 3 bands, or map images of all bands with overfly predict"
+                "a network of 3 bands, or predict images of all bands with overfly predict"
             )
         self._colors = np.asarray(self.predictor.metadata.classes.colors, np.uint8)
 
@@ -134,14 +134,14 @@ def legend(classes: Classes, width: int, height: int) -> Image.Image | None:
     names = [_shorten(name, font, longest) for name in classes.names[:swatches]]
     if swatches < len(classes):
         names.append(f"+ {len(classes) - swatches} more" if swatches else f"{len(classes)} classes")
-    panel, pen = _panel(names, font, line, swatch + line // 3)
+    panel, draw = _panel(names, font, line, swatch + line // 3)
     for index, name in enumerate(names):
         top, left = line // 4 + index * line, line // 3
         if index < swatches:
             down = top + (line - swatch) // 2
             box = (left, down, left + swatch, down + swatch)
-            pen.rectangle(box, fill=(*classes.colors[index], 255), outline=(160, 160, 160, 255))
-        pen.text((left + swatch + line // 3, top + line // 2), name, TEXT, font, anchor="lm")
+            draw.rectangle(box, fill=(*classes.colors[index], 255), outline=(160, 160, 160, 255))
+        draw.text((left + swatch + line // 3, top + line // 2), name, TEXT, font, anchor="lm")
     return panel
 
 
@@ -151,9 +151,9 @@ def _stats(lines: tuple[str, ...], width: int, height: int) -> Image.Image | Non
         return None
     font, line = _font(_text_size(width, height)), _line(width, height)
     shown = [_shorten(text, font, width - line) for text in lines[: max(1, height // 2 // line)]]
-    panel, pen = _panel(shown, font, line, 0)
+    panel, draw = _panel(shown, font, line, 0)
     for index, text in enumerate(shown):
-        pen.text((line // 3, line // 4 + index * line + line // 2), text, TEXT, font, anchor="lm")
+        draw.text((line // 3, line // 4 + index * line + line // 2), text, TEXT, font, anchor="lm")
     return panel
 
 

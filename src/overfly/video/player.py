@@ -167,12 +167,12 @@ class LatestFrame:
     Attributes:
         number: number of overlays so far.
         closed: whether the stream has ended.
-        ended: reason of the end for viewers; empty if unknown.
+        end_reason: reason of the end for viewers; empty if unknown.
     """
 
     def __init__(self, quality: int = 80) -> None:
         self.quality = quality
-        self.number, self.closed, self.ended = 0, False, ""
+        self.number, self.closed, self.end_reason = 0, False, ""
         self._overlay: UInt8 | None = None
         self._encoded = JpegFrame(b"", 0)
         self._changed = threading.Condition()
@@ -185,11 +185,11 @@ class LatestFrame:
             self._overlay, self.number = overlay, self.number + 1
             self._changed.notify_all()
 
-    def close(self, ended: str = "") -> None:
+    def close(self, end_reason: str = "") -> None:
         """End the stream for its viewers; later reasons are ignored."""
         with self._changed:
             if not self.closed:
-                self.closed, self.ended = True, ended
+                self.closed, self.end_reason = True, end_reason
             self._changed.notify_all()
 
     def latest(self) -> JpegFrame | None:

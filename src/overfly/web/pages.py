@@ -58,8 +58,8 @@ def page_router(service: InferenceService, latest_frame: LatestFrame | None) -> 
 
     @routes.get("/live")
     def live() -> HTMLResponse:
-        ended, reason = (False, "") if latest_frame is None else (latest_frame.closed, latest_frame.ended)
-        return page("live", ended=ended, reason=reason)
+        closed = latest_frame is not None and latest_frame.closed
+        return page("live", ended=closed, reason=latest_frame.end_reason if latest_frame is not None else "")
 
     @routes.get("/docs")
     def api() -> HTMLResponse:
@@ -128,13 +128,13 @@ def _settings(network: ServedNetwork) -> dict[str, str]:
         return {}
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     result = []
     for name, value in values.items():
         if name == "start" and isinstance(value, dict):
-            result.append((f"{before}{name}", "a recipe"))
+            result.append((f"{prefix}{name}", "a recipe"))
         elif isinstance(value, dict) and value:
-            result += _flat(value, f"{before}{name}.")
+            result += _flat(value, f"{prefix}{name}.")
         else:
-            result.append((f"{before}{name}", "none" if value is None else str(value)))
+            result.append((f"{prefix}{name}", "none" if value is None else str(value)))
     return result

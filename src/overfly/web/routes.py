@@ -79,7 +79,7 @@ class StreamState(BaseModel):
 
     live: bool
     frames: int
-    ended: str
+    end_reason: str
 
 
 class Health(BaseModel):
@@ -261,7 +261,7 @@ def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limi
         """Return whether the live stream runs, its number of frames, and the reason of its end."""
         if latest_frame is None:
             raise HTTPException(404, NO_STREAM)
-        return StreamState(live=not latest_frame.closed, frames=latest_frame.number, ended=latest_frame.ended)
+        return StreamState(live=not latest_frame.closed, frames=latest_frame.number, end_reason=latest_frame.end_reason)
 
 
 async def _frames(latest_frame: LatestFrame, viewers: asyncio.Semaphore) -> AsyncIterator[bytes]:

@@ -48,12 +48,12 @@ def render_tile(layer: Layer, zoom: int, column: int, row: int) -> bytes | None:
     ``zoom`` is 0 for the whole image, up to `max_zoom` for full resolution; column and row count from the top left.
     """
     height, width = layer.values.shape[:2]
-    deepest = max_zoom(height, width)
-    step = 2 ** (deepest - zoom) if 0 <= zoom <= deepest else 0
-    reach = SIDE * step
-    if not step or column < 0 or row < 0 or column * reach >= width or row * reach >= height:
+    full_zoom = max_zoom(height, width)
+    step = 2 ** (full_zoom - zoom) if 0 <= zoom <= full_zoom else 0
+    extent = SIDE * step
+    if not step or column < 0 or row < 0 or column * extent >= width or row * extent >= height:
         return None
-    part = layer.values[row * reach : (row + 1) * reach, column * reach : (column + 1) * reach]
+    part = layer.values[row * extent : (row + 1) * extent, column * extent : (column + 1) * extent]
     if layer.classes is not None:
         ids = np.full((SIDE, SIDE), IGNORE, np.uint8)
         sampled = part[step // 2 :: step, step // 2 :: step]

@@ -73,7 +73,7 @@ def _georeference(path: Path) -> Georeference | None:
     try:
         with open_raster(path) as dataset:
             result = georeference(dataset)
-            known = result.crs or result.transform is not None or result.points or result.rational
+            known = result.crs or result.transform is not None or result.gcps or result.rpcs
             return result if known else None
     except MissingExtraError:
         return None

@@ -44,14 +44,14 @@ SCENES: tuple[Scene, ...] = get_args(Scene)
 
 EDITION = 1
 """Part of every seed and of the record of a written dataset; raised when any image changes."""
-IDS: UInt8 = np.array([CLASS_OF[material] for material in Material], np.uint8)
+CLASS_IDS: UInt8 = np.array([CLASS_OF[material] for material in Material], np.uint8)
 STATISTICS: dict[Scene, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "urban": ((114.57, 116.16, 105.05), (39.83, 32.79, 35.73)),
     "rural": ((119.44, 120.57, 87.79), (36.05, 27.09, 25.80)),
 }
 """Mean and standard deviation of red, green and blue over the train split at its default size and number."""
-GROUND: dict[Scene, float] = {"urban": 0.3, "rural": 0.5}
-RECORD = "synthetic.json"
+GSD: dict[Scene, float] = {"urban": 0.3, "rural": 0.5}
+RECORD_FILE = "synthetic.json"
 
 
 def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8, UInt8]:
@@ -79,21 +79,21 @@ def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple
     canvas, random = Canvas(size), Random(*key)
     (lay_out_urban if scene == "urban" else lay_out_rural)(canvas, random)
     image = _render(canvas, random, URBAN_APPEARANCE if scene == "urban" else RURAL_APPEARANCE)
-    return image, IDS[canvas.material]
+    return image, CLASS_IDS[canvas.material]
 
 
-_recent = lru_cache(maxsize=4)(synthesize)
+_cached_synthesize = lru_cache(maxsize=4)(synthesize)
 """Caches a scene between the reading of its image and of its label."""
 
 
 def draw_image(scene: Scene, split: Split, index: int, size: int) -> UInt8:
     """The image (S, S, 3) of `synthesize`, 0 to 255."""
-    return _recent(scene, split, index, size)[0].copy()
+    return _cached_synthesize(scene, split, index, size)[0].copy()
 
 
 def draw_label(scene: Scene, split: Split, index: int, size: int) -> UInt8:
     """The label (S, S) of `synthesize`, class ids 0 to 6."""
-    return _recent(scene, split, index, size)[1].copy()
+    return _cached_synthesize(scene, split, index, size)[1].copy()
 
 
 class Synthetic(Domain, name="synthetic"):
@@ -127,7 +127,7 @@ class Synthetic(Domain, name="synthetic"):
     @property
     def gsd(self) -> float:
         """Length of a pixel on the ground in meters."""
-        return GROUND[self.scene]
+        return GSD[self.scene]
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -190,7 +190,7 @@ def write_synthetic(
         with temporary_path(root, folder=True) as part:
             folder = part / "images"
             _write_all(folder, numbers, sorted(set(scenes)), size, workers)
-            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             if root.is_dir():
                 root.rmdir()
             folder.replace(root)
@@ -210,7 +210,7 @@ def _is_written(root: Path, record: dict[str, Any]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        existing = json.loads((root / RECORD).read_text(encoding="utf-8"))
+        existing = json.loads((root / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         existing = None
     if existing == record:
@@ -275,7 +275,7 @@ class Appearance(NamedTuple):
     gain: Color
     exposure: Range
     haze: Range
-    veil: Color
+    haze_color: Color
     blur: Range
     noise: Range
 
@@ -283,14 +283,14 @@ class Appearance(NamedTuple):
 URBAN_APPEARANCE = Appearance(
     leaves=((54, 82, 46), (70, 96, 54), (48, 72, 50)),
     spacing=(8, 11), sun=(-0.6, -0.2), slope=(0.9, 1.5), shade=(0.5, 0.53, 0.62),
-    gain=(1.0, 1.0, 1.0), exposure=(0.9, 1.1), haze=(0.0, 0.1), veil=(190, 198, 208),
+    gain=(1.0, 1.0, 1.0), exposure=(0.9, 1.1), haze=(0.0, 0.1), haze_color=(190, 198, 208),
     blur=(0.35, 0.6), noise=(1, 3),
 )  # fmt: skip
 """Urban: high sun, clear air, a sharp sensor with little noise."""
 RURAL_APPEARANCE = Appearance(
     leaves=((52, 80, 45), (66, 92, 51), (84, 94, 52), (48, 73, 47)),
     spacing=(7, 9), sun=(0.5, 1.0), slope=(0.45, 0.8), shade=(0.55, 0.56, 0.6),
-    gain=(1.02, 0.99, 0.94), exposure=(0.9, 1.1), haze=(0.06, 0.2), veil=(182, 186, 182),
+    gain=(1.02, 0.99, 0.94), exposure=(0.9, 1.1), haze=(0.06, 0.2), haze_color=(182, 186, 182),
     blur=(0.6, 0.95), noise=(2.5, 5),
 )  # fmt: skip
 """Rural: low sun from another side, haze, a coarser and noisier sensor with a warm cast."""
@@ -309,7 +309,7 @@ TEXTURE: dict[Material, tuple[float, float, float, float]] = {
     Material.BUND: (3, 9, 6, 4),
 }
 """Strength of a material's texture, of 255, at scales of 1, 3, 9 and 40 pixels."""
-STRENGTH: Float = np.array([TEXTURE[material] for material in Material], np.float32)
+TEXTURE_STRENGTH: Float = np.array([TEXTURE[material] for material in Material], np.float32)
 
 
 def _draw_trees(canvas: Canvas, random: Random, appearance: Appearance, away: tuple[float, float]) -> None:
@@ -322,21 +322,21 @@ def _draw_trees(canvas: Canvas, random: Random, appearance: Appearance, away: tu
     density = canvas.tree_density[rows, columns]
     reach = np.where(density < 1, np.float32(0.3), np.float32(0.56))
     material = canvas.material
-    stands = (nearest.number < density) & (nearest.square < reach) & (material != Material.ROOF)
+    has_tree = (nearest.number < density) & (nearest.square < reach) & (material != Material.ROOF)
     obstacle = np.isin(material, (Material.ASPHALT, Material.TRACK, Material.WATER))
-    stands &= ~obstacle | (nearest.square < np.float32(0.1))
+    has_tree &= ~obstacle | (nearest.square < np.float32(0.1))
     first, second = (np.array(random.choice(appearance.leaves), np.float32) for _ in range(2))
-    number = nearest.number[stands]
+    number = nearest.number[has_tree]
     mix, tone = (number * 7 % 1)[:, None], (number * 31 % 1)[:, None]
-    canvas.color[stands] = first + (second - first) * mix + (tone - np.float32(0.5)) * 26
-    canvas.relief[stands] = (nearest.right * away[0] + nearest.down * away[1])[stands] * -70
-    canvas.height[stands] = (7 - 6 * nearest.square)[stands]
-    material[stands] = Material.CROWN
+    canvas.color[has_tree] = first + (second - first) * mix + (tone - np.float32(0.5)) * 26
+    canvas.relief[has_tree] = (nearest.right * away[0] + nearest.down * away[1])[has_tree] * -70
+    canvas.height[has_tree] = (7 - 6 * nearest.square)[has_tree]
+    material[has_tree] = Material.CROWN
 
 
 def _texture(canvas: Canvas, random: Random) -> Float:
     """Return the brightness offset of each pixel (S, S) by its material."""
-    size, strength = canvas.size, STRENGTH[canvas.material]
+    size, strength = canvas.size, TEXTURE_STRENGTH[canvas.material]
     fine = (random.noise(size, size).astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
     light: Float = canvas.relief + strength[..., 0] * fine
     light += strength[..., 1] * grain(random, size, 1.2)
@@ -365,7 +365,7 @@ def _render(canvas: Canvas, random: Random, appearance: Appearance) -> UInt8:
         random.uniform(*appearance.exposure)
     )
     haze = np.float32(random.uniform(*appearance.haze))
-    image = image * (1 - haze) + np.array(appearance.veil, np.float32) * haze
+    image = image * (1 - haze) + np.array(appearance.haze_color, np.float32) * haze
     lens = ImageFilter.GaussianBlur(random.uniform(*appearance.blur))
     blurred = np.asarray(Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).filter(lens), np.float32)
     noise = random.noise(size, size * 3).astype(np.float32) + random.noise(size, size * 3) - np.float32(255)

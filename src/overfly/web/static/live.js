@@ -16,7 +16,7 @@ async function poll() {
     if (!response.ok) throw new Error(`HTTP status ${response.status}`);
     const state = await response.json();
     again = state.live;
-    if (!state.live) show(`This stream has ended${state.ended ? `: ${state.ended}` : ""}.`, true);
+    if (!state.live) show(`This stream has ended${state.end_reason ? `: ${state.end_reason}` : ""}.`, true);
     else show(state.frames ? "" : "Waiting for the first frame …", false);
   } catch (error) {
     show("No connection to the server; the image is not live.", true);

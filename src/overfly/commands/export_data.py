@@ -1,4 +1,4 @@
-"""Collect the inputs of an export from a run: images and labels for the comparison, and model card content."""
+"""Data of an export, from a run: images and labels for the comparison, and the content of the model card."""
 
 from __future__ import annotations
 
@@ -132,12 +132,12 @@ def card_content(folder: NetworkFolder) -> CardContent:
 def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
     """Return mIoU and IoU of a run and of runs that differ only in the seed, by domain and split, then by seed."""
     result: dict[str, dict[int, dict[str, float | None]]] = {}
-    plain = _unseeded(run.recipe.model_dump(mode="json"))
+    reference = _without_seeds(run.recipe.model_dump(mode="json"))
     for file in sorted(run.path.parent.glob("*/recipe.yaml")):
         sibling = Run(file.parent)
         try:
             recipe = sibling.recipe
-            if file.parent != run.path and _unseeded(recipe.model_dump(mode="json")) != plain:
+            if file.parent != run.path and _without_seeds(recipe.model_dump(mode="json")) != reference:
                 continue
             scores = sibling.scores
         except RunError:
@@ -149,11 +149,11 @@ def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
     return result
 
 
-def _unseeded(values: Any) -> Any:
+def _without_seeds(values: Any) -> Any:
     """Return a recipe's values without the seeds of training, at any depth of ``start``."""
     if isinstance(values, dict):
         pairs = [(key, value) for key, value in values.items() if key not in ("seed", "weights")]
-        return {key: _unseeded(value) if key == "start" else value for key, value in pairs}
+        return {key: _without_seeds(value) if key == "start" else value for key, value in pairs}
     return None if isinstance(values, str) else values
 
 
