@@ -51,8 +51,8 @@ def test_push_and_load(export: Path, tmp_path: Path, address: str) -> None:
     assert (here / "a.bin").read_text() == "weights"
     assert (here / "a.md").read_text().strip() == "# A card"
     assert not list(tmp_path.glob(".*"))
-    with pytest.raises(DownloadError, match="me/other"):
-        hub.load("me/other", tmp_path / "there", endpoint=address)
+    with pytest.raises(DownloadError, match="else/net"):
+        hub.load("else/net", tmp_path / "there", endpoint=address)
 
 
 def test_files_that_are_not_exports_are_refused(export: Path, tmp_path: Path, address: str) -> None:

@@ -79,6 +79,7 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
         Timeout: another thread or process holds it, and ``wait`` is False.
         OSError: the lock file cannot be created.
     """
+    path.touch()  # `filelock` waits forever where a folder such as /proc takes no files
     with FileLock(path, timeout=-1 if wait else 0):
         try:
             yield
