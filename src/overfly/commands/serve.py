@@ -55,7 +55,7 @@ def serve(
             (extra: stream).
         watch_size: longest side in pixels to which its frames are shrunk for the network.
         host: address to serve on; any other than 127.0.0.1 and localhost requires a token.
-        port: 0 takes a free port.
+        port: 0 selects a free port.
         token: required from clients, at least 12 characters; or set the environment variable OVERFLY_TOKEN, which other
             users of the machine cannot read.
         backend: torch, onnxruntime or openvino; auto: the first one that runs the file.

@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Each message says what is wrong, where, and what to do."""
+"""Errors that a user can act on. Each message has the problem, its location and the correction."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from overfly.ops.normalization import joint_forward
 
 
 class AdaptSegNet(Adversarial[StudentCritic], name="adaptsegnet"):
-    """Train the student so that a critic takes its target predictions for source predictions (Tsai et al., 2018).
+    """Train the student so that a critic classifies its target predictions as source (Tsai et al., 2018).
 
     The critic reads class probabilities, since the layout of classes differs less between domains than appearance.
     Source and target share one forward pass.
@@ -54,7 +54,7 @@ class AdaptSegNet(Adversarial[StudentCritic], name="adaptsegnet"):
 
 
 class Advent(AdaptSegNet, name="advent"):
-    """Train the student so that a critic takes its target self-information for that of the source (Vu et al., 2019).
+    """Train the student so that a critic classifies its target self-information as source (Vu et al., 2019).
 
     The critic reads ``-p log p`` of each class, which is low at confident pixels, so the target predictions become as
     confident as the source predictions. Source and target share one forward pass.

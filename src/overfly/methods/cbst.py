@@ -33,7 +33,7 @@ class CBST(SelfTraining[ThresholdNetworks], name="cbst"):
 
     A threshold per class (algorithm 2) keeps pixels of every class, where one threshold for all would keep only the
     easy classes. The paper labels the whole target anew in rounds; here a mean teacher labels each batch, and the
-    thresholds are moving averages over batches. Source and target share one forward pass. The teacher is deployed.
+    thresholds are moving averages over batches. Source and target share one forward pass. Inference uses the teacher.
     """
 
     needs_start: ClassVar[bool] = True

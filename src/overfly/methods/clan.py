@@ -36,8 +36,8 @@ class CLAN(Adversarial[TwoClassifiersCritic], name="clan"):
 
     A loss on the angle between their weights separates the class layers. The critic reads the softmax of their summed
     scores. Disagreement weighs the target in the student's loss and in the critic's. Source and target share one
-    forward pass. The student with its own class layer is deployed, where the paper sums both. As in the published code
-    the weights are 1 for the first steps (`preheat_steps`); its damping of the weights over the steps is left out.
+    forward pass. Inference uses the student with its own class layer, where the paper sums both. As in the published
+    code the weights are 1 for the first steps (`preheat_steps`); its damping of the weights over the steps is left out.
     """
 
     weight: NonNegativeFloat = 0.001

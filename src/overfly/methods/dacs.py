@@ -39,8 +39,8 @@ class Mixed(NamedTuple):
 class DACS(SelfTraining[TeacherStudent], name="dacs"):
     """Paste half of a source image's classes onto a target image; train on both (Tranheden et al., 2021, algorithm 1).
 
-    Source and mixed images share one forward pass. Boundaries are trained at source pixels only. The teacher is
-    deployed.
+    Source and mixed images share one forward pass. Boundaries are trained at source pixels only. Inference
+    uses the teacher.
     """
 
     confidence: Share = 0.968

@@ -42,7 +42,7 @@ class DSBN(SelfTraining[TeacherStudent], name="dsbn"):
 
     Source and target share one forward pass, each with its own statistics, scales and shifts. The target branch trains
     on the most confident pseudo-labels of each class, from a teacher that uses the target branch (the paper takes the
-    first pseudo-labels from another method). Training heads keep one normalization. The teacher is deployed with its
+    first pseudo-labels from another method). Training heads keep one normalization. Inference uses the teacher with its
     target branch, as an ordinary network.
     """
 

@@ -21,7 +21,7 @@ class IAST(SelfTraining[ThresholdNetworks], name="iast"):
 
     Entropy is minimized at ignored pixels, and overconfident predictions at labeled pixels are penalized. The
     paper labels the whole target anew in rounds; here a mean teacher labels each batch. Source and target share one
-    forward pass. The teacher is deployed.
+    forward pass. Inference uses the teacher.
     """
 
     needs_start: ClassVar[bool] = True

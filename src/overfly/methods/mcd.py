@@ -21,7 +21,7 @@ from overfly.ops.normalization import split_logits
 
 
 class TwoClassifiers(Networks):
-    """A student and a second class layer; the student with its own class layer is deployed."""
+    """A student and a second class layer; inference uses the student with its own class layer."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
@@ -36,7 +36,7 @@ class MCD(Method[TwoClassifiers], name="mcd"):
     minimize it, with fixed class layers. ``alternating`` does so, one batch per step. ``joint`` computes all three from
     one forward pass, like a gradient reversal layer: one step instead of ``2 + feature_steps``, all with the same
     weights. The discrepancy is measured at the class layers' own resolution.
-    Source and target share one forward pass. The student with its own class layer is deployed.
+    Source and target share one forward pass. Inference uses the student with its own class layer.
     """
 
     update: Literal["joint", "alternating"] = "joint"

@@ -130,7 +130,7 @@ class Method(Choice, ABC, Generic[N]):
 
 
 class SelfTraining(Method[T], Generic[T]):
-    """A method whose teacher, the moving average of the student, labels the target; the teacher is deployed."""
+    """A method whose teacher, the moving average of the student, labels the target; inference uses the teacher."""
 
     ema_warmup: ClassVar[bool] = True
     """True if the average starts as a plain mean of the first students, for an untrained student."""

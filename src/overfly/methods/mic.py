@@ -15,7 +15,7 @@ class MIC(DACS, name="mic"):
     """DACS plus consistency of masked target images with the teacher's pseudo-labels (Hoyer et al., 2023).
 
     Source and mixed images share one forward pass. Masked images have a pass of their own that leaves the running
-    statistics of batch normalization unchanged, since the deployed network never sees masked images.
+    statistics of batch normalization unchanged, since no image is masked at inference.
     """
 
     ema: Share = 0.999

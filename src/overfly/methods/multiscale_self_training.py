@@ -95,8 +95,8 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
     resolution is the most common error between regions. The class prior of its predictions is corrected (after Wang et
     al., 2022, DebiasPL), the most confident share of each class is kept (Zou et al., 2018, CBST), and half of a source
     image's classes are pasted onto the target image (Olsson et al., 2021, ClassMix). Source and mixed images share one
-    forward pass. Boundaries are trained at source pixels only. The teacher is deployed. Whether pasting helps depends
-    on source and target: `overfly adapt` between two folders trains both variants and selects without labels.
+    forward pass. Boundaries are trained at source pixels only. Inference uses the teacher. Whether pasting helps
+    depends on source and target: `overfly adapt` between two folders trains both variants and selects without labels.
     """
 
     criterion: Criterion = CrossEntropy(boundary=1.0)

@@ -21,7 +21,7 @@ class SourceFree(MultiscaleTeacher, name="source_free"):
     A mean teacher (Tarvainen and Valpola, 2017, arXiv:1703.01780) with the pseudo-labels of `multiscale_self_training`,
     and information maximization (Liang et al., 2020, arXiv:2002.08546): each prediction confident, all together
     diverse, so that training does not collapse to one class. Batch normalization keeps the source's statistics. A
-    boundary head stays unchanged, since there are no true boundaries. The teacher is deployed.
+    boundary head stays unchanged, since there are no true boundaries. Inference uses the teacher.
     """
 
     needs_source: ClassVar[bool] = False

@@ -15,7 +15,7 @@ from overfly.ops.normalization import batch_norms, freeze_unused, updating_stati
 class Tent(Method[Networks], name="tent"):
     """Minimize the entropy of target predictions over scales and shifts of batch normalization (Wang et al., 2021).
 
-    Batches are normalized by their own statistics; the network is deployed with the running ones, which converge to the
+    Batches are normalized by their own statistics; inference uses the running ones, which converge to the
     target within about thirty steps. The paper adapts at test time, this method on the target's training images.
     """
 

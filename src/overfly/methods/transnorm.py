@@ -82,7 +82,7 @@ class TransNorm(Method[Networks], name="transnorm"):
     Source and target share one forward pass. The losses are the supervised loss on the source and, optionally, entropy
     on the target. Channels have a mean weight of 2, as published, which the next normalization compensates once its
     statistics have adapted, after some dozens of steps for a trained network. Activations with a ceiling, such
-    as ReLU6, prevent this. The deployed network is ordinary, with the target's statistics and folded weights.
+    as ReLU6, prevent this. The inference network is ordinary, with the target's statistics and folded weights.
     """
 
     entropy: NonNegativeFloat = 0.0

@@ -220,25 +220,25 @@ def _union(first: Mask | None, second: Mask | None) -> Mask | None:
 
 def _zero_nodata(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
     """Set no data to 0 in place; return where all bands have no data (h, w), or None if no band can."""
-    everywhere: Mask | None = None
+    result: Mask | None = None
     for band in pixels:
         nodata_mask = _band_nodata_mask(band, nodata)
         if nodata_mask is not None:
             band[nodata_mask] = 0
-            everywhere = nodata_mask if everywhere is None else everywhere & nodata_mask
-    return everywhere
+            result = nodata_mask if result is None else result & nodata_mask
+    return result
 
 
 def _band_nodata_mask(band: NDArray[Any], nodata: float | None) -> Mask | None:
     """Return where a band (h, w) is the no-data value or not finite; None if it cannot be."""
-    floats = band.dtype.kind == "f"
-    number = nodata is not None and not math.isnan(nodata)
-    if not floats and not number:
+    is_float = band.dtype.kind == "f"
+    has_value = nodata is not None and not math.isnan(nodata)
+    if not is_float and not has_value:
         return None
-    nodata_mask: Mask = ~np.isfinite(band) if floats else np.zeros(band.shape, np.bool_)
-    if number:
+    nodata_mask: Mask = ~np.isfinite(band) if is_float else np.zeros(band.shape, np.bool_)
+    if has_value:
         with np.errstate(over="ignore"):
-            nodata_mask |= band == (band.dtype.type(nodata) if floats else nodata)
+            nodata_mask |= band == (band.dtype.type(nodata) if is_float else nodata)
     return nodata_mask
 
 
@@ -272,10 +272,10 @@ def _average(
     """Compute the means of `read_resampled` chunk by chunk, in constant memory."""
     from rasterio.windows import Window as Part
 
-    exact = np.result_type(source.dtype, np.float32)
+    dtype = np.result_type(source.dtype, np.float32)
     shape = (len(source.bands), *(last - first for first, last in area))
-    sums, weights = np.zeros(shape, exact), np.zeros(shape, exact)
-    transparent_sums = None if source.alpha_band is None else (np.zeros(shape, exact), np.zeros(shape, exact))
+    sums, weights = np.zeros(shape, dtype), np.zeros(shape, dtype)
+    transparent_sums = None if source.alpha_band is None else (np.zeros(shape, dtype), np.zeros(shape, dtype))
     lengths = (dataset.height, dataset.width)
     low, high = zip(*(_input_range(*axis) for axis in zip(area, scale, lengths, strict=True)), strict=True)
     for top, left in itertools.product(range(low[0], high[0], CHUNK_ROWS), range(low[1], high[1], CHUNK_COLUMNS)):
@@ -283,11 +283,11 @@ def _average(
         window = Part(left, top, ends[1] - left, ends[0] - top)
         vertical, y = _weights(area[0], scale[0], (top, ends[0]), lengths[0])
         horizontal, x = _weights(area[1], scale[1], (left, ends[1]), lengths[1])
-        vertical, horizontal = vertical.astype(exact), horizontal.astype(exact).T
+        vertical, horizontal = vertical.astype(dtype), horizontal.astype(dtype).T
         masked, transparent = _masked(dataset, source, window), _transparent(dataset, source, window)
         for number, band in enumerate(dataset.read(list(source.bands), window=window)):
             nodata_mask = _union(_band_nodata_mask(band, source.nodata), masked)
-            values, valid = band.astype(exact), np.ones(band.shape, exact)
+            values, valid = band.astype(dtype), np.ones(band.shape, dtype)
             if nodata_mask is not None:
                 values[nodata_mask] = valid[nodata_mask] = 0
             if transparent is not None and transparent_sums is not None:
