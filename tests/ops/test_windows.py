@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from overfly.ops.windows import blend_weights, cut, sliding, starts, windows
+from overfly.ops.windows import blend_weights, cut_window, slide_inference, window_grid, window_starts
 
 sides = st.integers(1, 60)
 overlaps = st.floats(0, 0.95)
@@ -18,7 +18,7 @@ overlaps = st.floats(0, 0.95)
 @given(height=sides, width=sides, size=st.integers(1, 40), overlap=overlaps)
 def test_windows_cover_every_pixel_and_nothing_else(height: int, width: int, size: int, overlap: float) -> None:
     covered = torch.zeros(height, width, dtype=torch.int64)
-    for window in windows(height, width, size, overlap):
+    for window in window_grid(height, width, size, overlap):
         assert (window.height, window.width) == (min(size, height), min(size, width))
         assert window.top >= 0
         assert window.left >= 0
@@ -31,7 +31,7 @@ def test_windows_cover_every_pixel_and_nothing_else(height: int, width: int, siz
 @settings(deadline=None, max_examples=60)
 @given(length=st.integers(1, 400), size=st.integers(1, 64), overlap=overlaps)
 def test_windows_overlap_by_at_least_the_setting(length: int, size: int, overlap: float) -> None:
-    at = starts(length, size, overlap)
+    at = window_starts(length, size, overlap)
     stride = max(1, round(size * (1 - overlap)))
     assert at[0] == 0
     assert all(0 < after - before <= stride for before, after in pairwise(at))
@@ -39,9 +39,9 @@ def test_windows_overlap_by_at_least_the_setting(length: int, size: int, overlap
 
 
 def test_windows_of_a_large_raster_come_row_by_row() -> None:
-    places = windows(20_000, 20_000, 512, 0.25)
-    assert len(places) == 52 * 52
-    assert places == sorted(places)
+    grid = window_grid(20_000, 20_000, 512, 0.25)
+    assert len(grid) == 52 * 52
+    assert grid == sorted(grid)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
@@ -62,10 +62,10 @@ def test_half_overlap_adds_up_to_a_constant_inside() -> None:
 
 def test_cut_pads_by_repeating_the_border() -> None:
     image = torch.arange(6.0).reshape(1, 2, 3)
-    (window,) = windows(2, 3, 4, 0.0)
-    patch = cut(image, window, 4)
+    (window,) = window_grid(2, 3, 4, 0.0)
+    patch = cut_window(image, window, 4)
     assert patch.tolist() == [[[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]]]
-    torch.testing.assert_close(cut(image[None], window, 4)[0], patch)
+    torch.testing.assert_close(cut_window(image[None], window, 4)[0], patch)
 
 
 @settings(deadline=None, max_examples=25)
@@ -89,8 +89,8 @@ def test_a_pointwise_network_gives_the_whole_images_scores(
         return nn.functional.conv2d(patch, weight)
 
     whole = nn.functional.conv2d(image, weight)
-    torch.testing.assert_close(sliding(predict, image, size, overlap, batch), whole, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sliding(predict, image[1], size, overlap, batch), whole[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(slide_inference(predict, image, size, overlap, batch), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(slide_inference(predict, image[1], size, overlap, batch), whole[1], atol=1e-4, rtol=1e-4)
 
 
 def test_no_seams_where_windows_disagree() -> None:
@@ -100,20 +100,20 @@ def test_no_seams_where_windows_disagree() -> None:
     def predict(patch: Tensor) -> Tensor:
         return patch.mean((2, 3), keepdim=True).expand(-1, -1, *patch.shape[-2:])
 
-    blended = sliding(predict, ramp, size=64, overlap=0.5)[0]
+    blended = slide_inference(predict, ramp, size=64, overlap=0.5)[0]
     differences = blended.diff(dim=1)
     assert differences.min() >= -1e-3
     assert differences.max() < 3
-    apart = sliding(predict, ramp, size=64, overlap=0.0)[0].diff(dim=1)
-    assert apart.max() > 60
+    without_overlap = slide_inference(predict, ramp, size=64, overlap=0.0)[0].diff(dim=1)
+    assert without_overlap.max() > 60
 
 
 def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="overlap"):
-        windows(10, 10, 4, 1.0)
+        window_grid(10, 10, 4, 1.0)
     with pytest.raises(ValueError, match="1 pixel"):
-        windows(10, 10, 0, 0.5)
+        window_grid(10, 10, 0, 0.5)
     with pytest.raises(ValueError, match="window"):
-        sliding(lambda patch: patch[..., ::2, ::2], torch.zeros(3, 8, 8), 4)
+        slide_inference(lambda patch: patch[..., ::2, ::2], torch.zeros(3, 8, 8), 4)
     with pytest.raises(ValueError, match="empty"):
-        sliding(lambda patch: patch, torch.zeros(0, 3, 8, 8), 4)
+        slide_inference(lambda patch: patch, torch.zeros(0, 3, 8, 8), 4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.ops.windows import Window, cut, sliding
+from overfly.ops.windows import Window, cut_window, slide_inference
 from overfly.raster.tiling import Blend, TilingPlan, plan_windows
 from rasters import pointwise, position_dependent
 
@@ -18,7 +18,7 @@ def blended(predictor: Predictor, image: Floats, plan: TilingPlan) -> Floats:
         for row, top in enumerate(plan.tops):
             for left in strip.lefts:
                 window = Window(top, left, min(plan.size, image.shape[1] - top), min(plan.size, image.shape[2] - left))
-                patch = cut(torch.from_numpy(image), window, plan.size).numpy()
+                patch = cut_window(torch.from_numpy(image), window, plan.size).numpy()
                 blend.add(predictor(patch[None])[0], window)
             first, last = plan.finished_rows(row - 1), plan.finished_rows(row)
             sums = blend.read(first, last)
@@ -33,7 +33,9 @@ def blended(predictor: Predictor, image: Floats, plan: TilingPlan) -> Floats:
 def test_blended_rows_equal_sliding_windows(height: int, width: int, overlap: float, memory: int) -> None:
     image = np.random.default_rng(0).uniform(0, 255, (3, height, width)).astype(np.float32)
     predictor = position_dependent()
-    expected = sliding(lambda x: torch.from_numpy(predictor(x.numpy())), torch.from_numpy(image), 64, overlap).numpy()
+    expected = slide_inference(
+        lambda x: torch.from_numpy(predictor(x.numpy())), torch.from_numpy(image), 64, overlap
+    ).numpy()
     plan = plan_windows(height, width, classes=3, size=64, overlap=overlap, memory=memory)
     assert (len(plan.strips) > 1) == (memory == 1 and width > 64)
     np.testing.assert_allclose(blended(predictor, image, plan), expected, atol=1e-5)

@@ -22,7 +22,7 @@ from overfly.exporting.exporter import EvaluationData, ExportReport
 from overfly.exporting.hub import CardContent
 from overfly.exporting.parity import LabeledSplit
 from overfly.exporting.predictor import ExportSettings, Floats, ModelMetadata
-from overfly.ops.windows import cut, windows
+from overfly.ops.windows import cut_window, window_grid
 from overfly.recipe import Recipe
 from overfly.training.evaluate import has_labels
 from overfly.training.run import Run
@@ -81,11 +81,11 @@ def patches(domain: Domain, split: Split, limit: int, side: int) -> Iterator[Flo
         raise DataError(f"the domain {domain.title} has no images to compare on; give another as --domain")
     for index, item in enumerate(items):
         image = to_tensor(domain.read_image(item))
-        positions = windows(image.shape[-2], image.shape[-1], side, 0.0)
+        positions = window_grid(image.shape[-2], image.shape[-1], side, 0.0)
         count = min(limit * (index + 1) // len(items) - limit * index // len(items), len(positions))
         for number in range(count):
             window = positions[int((number + 0.5) * len(positions) / count)]
-            yield np.ascontiguousarray(cut(image, window, side)[None].numpy(), np.float32)
+            yield np.ascontiguousarray(cut_window(image, window, side)[None].numpy(), np.float32)
 
 
 def _images(domain: Domain, split: Split) -> list[Item]:

@@ -16,7 +16,7 @@ R = TypeVar("R")
 def map_ahead(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
     """Apply a function in threads and yield the results in order, at most two per thread ahead of the consumer."""
     with ThreadPoolExecutor(workers) as pool:
-        yield from _in_order(pool, function, items, 2 * workers)
+        yield from _map_in_order(pool, function, items, 2 * workers)
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
     with ThreadPoolExecutor(1, "prefetch") as pool:
 
         def results() -> Generator[T, None, None]:
-            for item in _in_order(pool, lambda _: next(source, end), repeat(None), depth):
+            for item in _map_in_order(pool, lambda _: next(source, end), repeat(None), depth):
                 if item is end:
                     return
                 yield item  # type: ignore[misc]
@@ -43,7 +43,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
                 pool.submit(source.close).result()
 
 
-def _in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+def _map_in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
     rest = iter(items)
     waiting = deque(pool.submit(function, item) for item in islice(rest, depth))
     try:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from overfly.core.errors import DataError, NotFiniteError
 from overfly.core.records import Array, Item, Logits
 from overfly.data.domain import Domain, Split, sample_evenly, without_labels
-from overfly.ops.windows import sliding
+from overfly.ops.windows import slide_inference
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def predict_scores(network: nn.Module, image: Tensor, window: int | None = None)
         return logits.main.float()
 
     larger = window is not None and max(image.shape[-2:]) > window
-    scores = sliding(main, image[None], window)[0] if larger and window is not None else main(image[None])[0]
+    scores = slide_inference(main, image[None], window)[0] if larger and window is not None else main(image[None])[0]
     if not bool(scores.isfinite().all()):
         raise NotFiniteError(
             "the network's scores are not finite: its weights or its mean and standard deviation are invalid; train "

@@ -20,7 +20,7 @@ from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import sum_over_ranks
 from overfly.evaluation.scores import Protocol, Scores, SplitCounts, finite, summarize
-from overfly.ops.windows import sliding
+from overfly.ops.windows import slide_inference
 
 
 class LabeledImage(NamedTuple):
@@ -253,7 +253,8 @@ def _predict(
         logits: Logits = segmenter(patch)
         return logits.main.float()
 
-    scores = run(image) if protocol.window is None else sliding(run, image, protocol.window, protocol.overlap, batch)
+    side = protocol.window
+    scores = run(image) if side is None else slide_inference(run, image, side, protocol.overlap, batch)
     if scores.shape[-2:] != size:
         scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
     return scores

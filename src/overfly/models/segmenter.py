@@ -138,10 +138,7 @@ class Segmenter(nn.Module):
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file with the weights and everything needed to use them, atomically.
 
-        Equal segmenters give equal bytes.
-
-        Returns:
-            The path.
+        Equal segmenters give equal bytes. Returns the path.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

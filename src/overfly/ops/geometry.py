@@ -18,7 +18,7 @@ from overfly.core.records import IGNORE, Labeled
 from overfly.core.spec import Pixels, PositiveFloat, PositiveInt, Share
 from overfly.ops.augmentation import Augment, chance, log_uniform, uniform
 
-PartOfOne = Annotated[float, Field(ge=0, lt=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 """A share from 0 to below 1."""
 
 
@@ -116,7 +116,7 @@ class ShiftScaleRotate(Augment, name="shift_scale_rotate"):
 
     shift: Share = 0.0625
     """Largest shift either way, as a share of width and height."""
-    scale: PartOfOne = 0.1
+    scale: ShareBelowOne = 0.1
     """Largest change of scale: 0.1 means factors of 0.9 to 1.1."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 45.0
     """Largest rotation either way, in degrees."""
@@ -137,7 +137,7 @@ class GridDistortion(Augment, name="grid_distortion"):
 
     cells: PositiveInt = 5
     """Cells of the grid on each side."""
-    limit: PartOfOne = 0.3
+    limit: ShareBelowOne = 0.3
     """Largest change of a cell's width or height before rescaling to the image; 0.3 means 0.7 to 1.3."""
 
     def apply(self, batch: Labeled, generator: Generator) -> Labeled:

@@ -30,7 +30,7 @@ class Window(NamedTuple):
         return slice(self.left, self.left + self.width)
 
 
-def starts(length: int, size: int, overlap: float) -> list[int]:
+def window_starts(length: int, size: int, overlap: float) -> list[int]:
     """Start positions of the windows along one axis.
 
     Args:
@@ -56,10 +56,10 @@ def starts(length: int, size: int, overlap: float) -> list[int]:
     return [min(index * stride, length - size) for index in range(number)]
 
 
-def windows(height: int, width: int, size: int, overlap: float) -> list[Window]:
+def window_grid(height: int, width: int, size: int, overlap: float) -> list[Window]:
     """Windows of ``size`` by ``size`` that cover every pixel of an image, row by row from the top left.
 
-    Along an axis on which the image is smaller than a window, the window is as long as the image; `cut` pads it.
+    Along an axis on which the image is smaller than a window, the window is as long as the image; `cut_window` pads it.
 
     Args:
         height: rows of the image.
@@ -69,12 +69,12 @@ def windows(height: int, width: int, size: int, overlap: float) -> list[Window]:
     """
     return [
         Window(top, left, min(size, height), min(size, width))
-        for top in starts(height, size, overlap)
-        for left in starts(width, size, overlap)
+        for top in window_starts(height, size, overlap)
+        for left in window_starts(width, size, overlap)
     ]
 
 
-def cut(image: Tensor, window: Window, size: int) -> Tensor:
+def cut_window(image: Tensor, window: Window, size: int) -> Tensor:
     """Pixels of a window, padded on the right and below to ``size`` by repeating the last pixels.
 
     Args:
@@ -104,7 +104,7 @@ def blend_weights(size: int) -> Tensor:
     return ramp[:, None] * ramp[None, :]
 
 
-def sliding(
+def slide_inference(
     predict: Callable[[Tensor], Tensor], image: Tensor, size: int, overlap: float = 0.25, batch: int = 4
 ) -> Tensor:
     """Class scores of a whole image, the weighted mean of the scores of overlapping windows.
@@ -128,7 +128,7 @@ def sliding(
     """
     images = image if image.dim() == 4 else image[None]
     height, width = images.shape[-2:]
-    grid = windows(height, width, size, overlap)
+    grid = window_grid(height, width, size, overlap)
     items = [(index, window) for index in range(len(images)) for window in grid]
     weights = blend_weights(size).to(images.device)
     covered = torch.zeros(height, width, device=images.device)
@@ -137,7 +137,7 @@ def sliding(
     total: Tensor | None = None
     for first in range(0, len(items), batch):
         chunk = items[first : first + batch]
-        scores = predict(torch.stack([cut(images[index], window, size) for index, window in chunk]))
+        scores = predict(torch.stack([cut_window(images[index], window, size) for index, window in chunk]))
         if scores.shape[-2:] != (size, size):
             raise ValueError(f"scores of a window must be {(size, size)}, got {tuple(scores.shape[-2:])}")
         scores = scores.to(images.device, torch.float32)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from overfly.exporting.predictor import Floats
-from overfly.ops.windows import Window, blend_weights, starts
+from overfly.ops.windows import Window, blend_weights, window_starts
 
 MEMORY = 400 * 2**20
 """Bytes that the probabilities of one strip's row of windows may take."""
@@ -139,8 +139,8 @@ def plan_windows(
     """
     rows, columns = scaled(height, scale[0]), scaled(width, scale[1])
     scale = (rows / height, columns / width)
-    tops = starts(rows, size, overlap)
-    lefts = starts(columns, size, overlap)
+    tops = window_starts(rows, size, overlap)
+    lefts = window_starts(columns, size, overlap)
     widest = max(memory // (4 * classes * size) - 2 * size, size)
     number = math.ceil(columns / widest)
     borders = [round(index * width / number) for index in range(number + 1)]

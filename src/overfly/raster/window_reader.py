@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from overfly.data.reading import Mask
 from overfly.exporting.predictor import Floats
-from overfly.ops.windows import Window, cut
+from overfly.ops.windows import Window, cut_window
 from overfly.raster.raster_source import RasterSource, open_raster
 from overfly.raster.tiling import ColumnStrip, TilingPlan
 
@@ -150,7 +150,7 @@ def _batches(reader: _Reader, index: int, rows: _Rows) -> Iterator[WindowBatch]:
         for image, window in zip(images, chosen, strict=True):
             column = window.left - strip.left
             patch = torch.from_numpy(rows.pixels[..., column : column + window.width].astype(np.float32))
-            image[:] = cut(patch, Window(0, 0, window.height, window.width), size).numpy()
+            image[:] = cut_window(patch, Window(0, 0, window.height, window.width), size).numpy()
         if reader.source.gain != 1:
             images *= np.float32(reader.source.gain)
         yield WindowBatch(index, images, chosen)

@@ -15,7 +15,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import RecipeError
 from overfly.core.records import UInt8
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.ops.windows import sliding
+from overfly.ops.windows import slide_inference
 
 BACKGROUND = (12, 14, 18, 178)
 """Color of the panels of legend and statistics, partly transparent."""
@@ -64,13 +64,13 @@ class OverlayRenderer:
             image *= metadata.max_value / 255
         probabilities: Floats
         if metadata.fixed:
-            probabilities = sliding(self._predict_windows, torch.from_numpy(image), metadata.window, batch=1).numpy()
+            probabilities = slide_inference(self._run_batch, torch.from_numpy(image), metadata.window, batch=1).numpy()
         else:
             probabilities = self.predictor(image[None])[0]
         ids: UInt8 = probabilities.argmax(0).astype(np.uint8)
         return ids
 
-    def _predict_windows(self, images: torch.Tensor) -> torch.Tensor:
+    def _run_batch(self, images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.predictor(images.numpy()))
 
     def warm_up(self, width: int, height: int) -> None:

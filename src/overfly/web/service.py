@@ -25,7 +25,7 @@ from overfly.core.records import IGNORE, UInt8
 from overfly.core.spec import PositiveFloat, PositiveInt, Spec
 from overfly.evaluation.panels import to_rgb
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.ops.windows import sliding
+from overfly.ops.windows import slide_inference
 from overfly.raster.raster_source import Georeference, input_gain
 from overfly.training.run import Run
 from overfly.web.uploads import UploadedImage, check_header, read_upload, stored_upload
@@ -279,11 +279,11 @@ def predict_image(network: ServedNetwork, image: UploadedImage, deadline: float,
         values = values * np.float32(gain)
     height, width = values.shape[1:]
 
-    def predict_windows(windows: Tensor) -> Tensor:
+    def predict_batch(windows: Tensor) -> Tensor:
         return torch.from_numpy(network.probabilities(windows.contiguous().numpy(), deadline))
 
     if metadata.fixed or max(height, width) > metadata.window:
-        probabilities = sliding(predict_windows, torch.from_numpy(values), metadata.window, batch=WINDOWS).numpy()
+        probabilities = slide_inference(predict_batch, torch.from_numpy(values), metadata.window, batch=WINDOWS).numpy()
     else:
         below, right = max(0, MIN_SIDE - height), max(0, MIN_SIDE - width)
         padded = np.pad(values, ((0, 0), (0, below), (0, right)), mode="edge") if below or right else values
