@@ -98,7 +98,7 @@ class BenchmarkRow(Spec):
     labels. None unless the table has both baselines; of several runs the longest counts."""
 
 
-class NetworkSummary(Spec):
+class BenchmarkNetwork(Spec):
     """A network of the table."""
 
     name: str
@@ -116,7 +116,7 @@ class BenchmarkTable(Spec):
     """The seeds."""
     machine: dict[str, Any]
     """Machine of the first run."""
-    networks: tuple[NetworkSummary, ...]
+    networks: tuple[BenchmarkNetwork, ...]
     """Size and speed of each network."""
     rows: tuple[BenchmarkRow, ...]
     """One row per recipe."""
@@ -261,7 +261,7 @@ def tabulate(
         full = build(name, len(domain.classes), training_heads=True, bands=domain.bands)
         speed = measure_speed(full, size=size, bands=domain.bands, device=device)
         parameters = sum(parameter.numel() for parameter in full.parameters())
-        networks.append(NetworkSummary(name=name, parameters_training=parameters, speed=speed))
+        networks.append(BenchmarkNetwork(name=name, parameters_training=parameters, speed=speed))
     first = [runs[0] for runs in done.values()]
     domains = [domain for run in first for domain in (run.recipe.source, run.recipe.target) if domain is not None]
     return BenchmarkTable(

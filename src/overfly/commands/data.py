@@ -13,7 +13,7 @@ from overfly.core.choices import Scene, Split
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from overfly.data.check import Report, Statistics
+    from overfly.data.check import DomainReport, Statistics
     from overfly.data.loveda import Downloaded
 else:  # cyclopts resolves the annotations of results, which need not be imported for it
     Downloaded = Statistics = object
@@ -34,7 +34,7 @@ class SynthesizeResult:
 class CheckResult:
     """Reports of the checked domains, by title."""
 
-    reports: Mapping[str, Report]
+    reports: Mapping[str, DomainReport]
 
     @property
     def exit_status(self) -> int:

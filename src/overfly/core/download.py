@@ -28,7 +28,7 @@ from typing import Any
 from overfly.core.atomic_files import lock, temporary_path
 from overfly.core.errors import DownloadError
 
-Progress = Callable[[int, int | None], None]
+OnBytes = Callable[[int, int | None], None]
 """Called with the number of bytes received and of all bytes, or None if unknown."""
 
 CHUNK = 1 << 16
@@ -57,7 +57,7 @@ def download_file(
     path: Path,
     *,
     known_hash: str | None = None,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
     retries: int = 3,
     timeout: float = 30,
 ) -> Path:
@@ -134,7 +134,7 @@ def check_free_space(path: Path, size: int) -> None:
     """Check that ``size`` more bytes fit on the disk of ``path``.
 
     Raises:
-        DownloadError: they do not.
+        DownloadError: the disk has less free space.
     """
     free = shutil.disk_usage(path.parent).free
     if size > free:
@@ -168,7 +168,7 @@ class _ResumingDownloader:
     path: Path
     known_hash: str | None
     prefix: str | None
-    progress: Progress | None
+    progress: OnBytes | None
     retries: int
     timeout: float
 
@@ -284,7 +284,7 @@ def _public_part(url: str) -> str:
 
 
 def unpack_zip(
-    archive: Path, folder: Path, *, check: Callable[[Path], None] | None = None, progress: Progress | None = None
+    archive: Path, folder: Path, *, check: Callable[[Path], None] | None = None, progress: OnBytes | None = None
 ) -> None:
     """Unpack an archive into a folder, which is created only when it is complete and checked.
 

@@ -29,7 +29,7 @@ from overfly.data.headers import read_header
 Float64 = NDArray[np.float64]
 
 
-class Problem(Spec):
+class FileProblem(Spec):
     """A problem of one image or mask."""
 
     image: str
@@ -47,7 +47,7 @@ class SplitReport(Spec):
     """Number of images."""
     labeled: NonNegativeInt
     """Number of images with a mask."""
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[FileProblem, ...] = ()
     """All problems, in the order of the images."""
     shares: dict[str, Share] = Field(default_factory=dict)
     """Share of each class among the labeled pixels."""
@@ -65,7 +65,7 @@ class SplitReport(Spec):
     """Masks in which every pixel is ignored."""
 
 
-class Report(Spec):
+class DomainReport(Spec):
     """Contents of a domain."""
 
     domain: str
@@ -76,7 +76,7 @@ class Report(Spec):
     """Splits that do not exist, each with the reason."""
 
     @property
-    def problems(self) -> tuple[Problem, ...]:
+    def problems(self) -> tuple[FileProblem, ...]:
         """Problems of all splits."""
         return tuple(problem for split in self.splits for problem in split.problems)
 
@@ -102,7 +102,7 @@ class Report(Spec):
         return "\n".join(lines)
 
 
-def check(domain: Domain, splits: Sequence[Split] | None = None) -> Report:
+def check(domain: Domain, splits: Sequence[Split] | None = None) -> DomainReport:
     """Read every image and mask of some splits and report all problems. Opens the labels.
 
     Args:
@@ -122,7 +122,7 @@ def check(domain: Domain, splits: Sequence[Split] | None = None) -> Report:
             absent[split] = str(error)
         except DataError as error:
             errors.append(error)
-            problem = Problem(image="", message=str(error))
+            problem = FileProblem(image="", message=str(error))
             reports.append(SplitReport(split=split, images=0, labeled=0, problems=(problem,)))
         else:
             reports.append(_check_split(domain, split, items))
@@ -130,7 +130,7 @@ def check(domain: Domain, splits: Sequence[Split] | None = None) -> Report:
         raise errors[0]
     if not reports:
         raise SplitError(next(iter(absent.values()), "splits must name at least one of train, val, test"))
-    return Report(domain=domain.name, splits=tuple(reports), absent=absent)
+    return DomainReport(domain=domain.name, splits=tuple(reports), absent=absent)
 
 
 def check_masks(domain: Domain, splits: Sequence[Split], cache: Path | None = None) -> None:
@@ -232,7 +232,7 @@ def _load_record(record: Path) -> dict[str, list[int]]:
 
 def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitReport:
     problems = [
-        Problem(image=name, message=f"{count} images are called {name}; rename all but one")
+        FileProblem(image=name, message=f"{count} images are called {name}; rename all but one")
         for name, count in Counter(item.name for item in items).items()
         if count > 1
     ]
@@ -243,7 +243,7 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitRe
     empty = unread_alpha = 0
     for item in items:
         for message in _check_image(domain, item, sizes, bands, dtypes):
-            problems.append(Problem(image=item.name, message=message))
+            problems.append(FileProblem(image=item.name, message=message))
         if isinstance(item.image, Path):
             with suppress(OverflyError):  # reported by `_check_image`
                 header = read_header(item.image)
@@ -253,7 +253,7 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitRe
                 histogram = _label_histogram(domain, item)
             except DataError as error:
                 if str(error) not in {problem.message for problem in problems[-1:]}:
-                    problems.append(Problem(image=item.name, message=str(error)))
+                    problems.append(FileProblem(image=item.name, message=str(error)))
             else:
                 counts += histogram
                 empty += int(histogram[IGNORE] == histogram.sum())

@@ -20,7 +20,7 @@ from PIL import Image, TiffImagePlugin
 
 from overfly.core.errors import DataError, MissingExtraError
 
-Kind = Literal["png", "jpeg", "tiff", "jp2"]
+ImageFormat = Literal["png", "jpeg", "tiff", "jp2"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2")
 """File name suffixes of images."""
@@ -61,7 +61,7 @@ class ImageHeader(NamedTuple):
     alpha: bool = False
     palette: bool = False
     nodata: float | None = None
-    kind: Kind = "png"
+    kind: ImageFormat = "png"
     scale: int = 1
     engine: Literal["pillow", "rasterio"] = "pillow"
     masked: bool = False
@@ -84,7 +84,7 @@ def read_header(path: Path) -> ImageHeader:
     return header._replace(kind=kind)
 
 
-def image_format(path: Path) -> Kind:
+def image_format(path: Path) -> ImageFormat:
     """Detect the format of a file by its first bytes.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from overfly.core.atomic_files import lock
 from overfly.core.classes import Classes
-from overfly.core.download import Progress, disk_errors, download_file, unpack_zip
+from overfly.core.download import OnBytes, disk_errors, download_file, unpack_zip
 from overfly.core.errors import DataError, DownloadError
 from overfly.core.records import IGNORE, Item, UInt8
 from overfly.core.spec import Spec
@@ -230,7 +230,7 @@ def _download_split(
     archive = LOVEDA[split]
     folder, path = root / Path(archive.name).stem, root / archive.name
 
-    def step(verb: str) -> Progress | None:
+    def step(verb: str) -> OnBytes | None:
         return partial(progress, f"{verb} {archive.name}") if progress else None
 
     with disk_errors(root):

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     """Resize by nearest neighbor, as for class colors."""
 
 
-class Row(NamedTuple):
+class FigureRow(NamedTuple):
     """A row of a figure: its heading, and a tile or None per column."""
 
     heading: str
@@ -113,7 +113,7 @@ def comparison_figure(
         tiles += [
             _paint_label(samples[network].prediction if network in samples else None, classes) for network in networks
         ]
-        tiled.append(Row(heading, tiles))
+        tiled.append(FigureRow(heading, tiles))
     return _draw_sheet(tiled, ["image", *(["label"] if labeled else []), *networks], classes, path, side)
 
 
@@ -178,7 +178,7 @@ def _paint_label(ids: UInt8 | None, classes: Classes) -> Tile | None:
     return Tile(classes.paint(ids), striped if striped.any() else None, nearest=True)
 
 
-def _draw_sheet(rows: Sequence[Row], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
+def _draw_sheet(rows: Sequence[FigureRow], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
     """Draw rows of tiles, titles and the legend into a PNG."""
     font, small = _font(15), _font(13)
     fitted = [(row, [None if tile is None else _resize_tile(tile, side) for tile in row.tiles]) for row in rows]

@@ -28,7 +28,7 @@ from overfly.models.checkpoints import first_line
 OUTPUTS: tuple[str, ...] = get_args(ExportOutput)
 Graph = Callable[[Floats], Any]
 """Computes the graph's output from images (B, C, H, W), float32."""
-Shape = tuple[int | None, ...]
+DynamicShape = tuple[int | None, ...]
 """Sizes of a tensor's dimensions; None for a dimension of any size."""
 
 
@@ -158,8 +158,8 @@ class GraphSignature:
         name: name of its output, or of its last operator: one of `OUTPUTS` where that is known.
     """
 
-    image: Shape | None
-    output: Shape | None
+    image: DynamicShape | None
+    output: DynamicShape | None
     is_integer: bool
     name: str = ""
 

@@ -6,9 +6,9 @@ from overfly.models import deeplabv2, lraspp, pidnet
 from overfly.models.checkpoints import PRETRAINED
 from overfly.models.network import Network, build, names, register
 from overfly.models.segmenter import Segmenter
-from overfly.models.weights import Report, load_weights
+from overfly.models.weights import LoadReport, load_weights
 
 BUILT_IN = (deeplabv2, lraspp, pidnet)
 """Modules of the built-in networks."""
 
-__all__ = ["BUILT_IN", "PRETRAINED", "Network", "Report", "Segmenter", "build", "load_weights", "names", "register"]
+__all__ = ["BUILT_IN", "PRETRAINED", "LoadReport", "Network", "Segmenter", "build", "load_weights", "names", "register"]

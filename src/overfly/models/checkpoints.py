@@ -147,7 +147,7 @@ def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensors: tensors by name, of those that a network will take.
 
     Raises:
-        WeightsError: one is not a plain tensor of real numbers, or holds NaN or values beyond the range of float32.
+        WeightsError: a tensor is not plain and real, or holds NaN or values beyond the range of float32.
     """
     for name, tensor in tensors.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested

@@ -15,8 +15,8 @@ from overfly.core.records import Logits
 from overfly.models.network import Network, register, resize
 
 
-class Row(NamedTuple):
-    """One row of table 2 of the MobileNetV2 paper."""
+class Stage(NamedTuple):
+    """A stage of inverted residuals: one row of table 2 of the MobileNetV2 paper."""
 
     expansion: int
     planes: int
@@ -25,10 +25,10 @@ class Row(NamedTuple):
     dilation: int = 1
 
 
-ROWS = (
-    Row(1, 16, 1, 1), Row(6, 24, 2, 2), Row(6, 32, 3, 2), Row(6, 64, 4, 2), Row(6, 96, 3, 1),
-    Row(6, 160, 3, 1, dilation=2),  # stride 2 in the paper
-    Row(6, 320, 1, 1, dilation=2),
+STAGES = (
+    Stage(1, 16, 1, 1), Stage(6, 24, 2, 2), Stage(6, 32, 3, 2), Stage(6, 64, 4, 2), Stage(6, 96, 3, 1),
+    Stage(6, 160, 3, 1, dilation=2),  # stride 2 in the paper
+    Stage(6, 320, 1, 1, dilation=2),
 )  # fmt: skip
 QUARTER, EIGHTH = 3, 6
 """Indices of the last blocks at output strides 4 and 8."""
@@ -76,12 +76,13 @@ def mobilenet_v2_features(bands: int) -> nn.Sequential:
     """
     blocks: list[nn.Module] = [_conv_bn_relu6(bands, 32, 3, 2)]
     inputs, before = 32, 1
-    for row in ROWS:
-        for i in range(row.blocks):
-            dilation = before if i == 0 else row.dilation
-            blocks.append(InvertedResidual(inputs, row.planes, row.expansion, row.stride if i == 0 else 1, dilation))
-            inputs = row.planes
-        before = row.dilation
+    for stage in STAGES:
+        for index in range(stage.blocks):
+            dilation = before if index == 0 else stage.dilation
+            stride = stage.stride if index == 0 else 1
+            blocks.append(InvertedResidual(inputs, stage.planes, stage.expansion, stride, dilation))
+            inputs = stage.planes
+        before = stage.dilation
     return nn.Sequential(*blocks)
 
 

@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadReport:
     """Result of `load_weights`; ``str`` gives a summary.
 
     Attributes:
@@ -54,7 +54,7 @@ class Report:
         return " ".join(sentences)
 
 
-def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = None) -> Report:
+def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = None) -> LoadReport:
     """Load the tensors of a checkpoint whose names and shapes match the network's.
 
     Names of known checkpoints are translated: PIDNet's release (ImageNet and Cityscapes), torchvision's ResNet-101 and
@@ -91,7 +91,7 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
         state, bands = _fit_bands(network, state)
         notes += bands
     fitting = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
-    report = Report(
+    report = LoadReport(
         source=file,
         loaded=_weights(fitting),
         missing=_weights(name for name in own if name not in state),
@@ -134,7 +134,7 @@ def _fit_bands(network: Network, state: dict[str, Tensor]) -> tuple[dict[str, Te
     return {**state, name: adapted}, (note,)
 
 
-def _check_share(network: nn.Module, own: dict[str, Tensor], fitting: dict[str, Tensor], report: Report) -> None:
+def _check_share(network: nn.Module, own: dict[str, Tensor], fitting: dict[str, Tensor], report: LoadReport) -> None:
     """Check that a file holds at least half of the network's weights without its heads."""
     heads = tuple(f"{prefix}." for prefix in network.heads) if isinstance(network, Network) else ()
     body = [name for name in _weights(own) if not name.startswith(heads)]

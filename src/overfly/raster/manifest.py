@@ -18,7 +18,7 @@ from overfly.data.reading import Mask
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.raster.raster_source import RasterSource
 
-Kind = Literal["classes", "probabilities", "uncertainty"]
+ProductKind = Literal["classes", "probabilities", "uncertainty"]
 Manifest = Mapping[str, Any]
 """Raster, network and settings of a map, as JSON values."""
 TAG = "OVERFLY_MANIFEST"
@@ -81,7 +81,7 @@ class Product:
         encode: converts weighted sums of probabilities (K, h, w) and the no-data mask (h, w) to bands (bands, h, w).
     """
 
-    kind: Kind
+    kind: ProductKind
     bands: int
     encode: Callable[[Floats, Mask | None], UInt8]
 
@@ -143,9 +143,9 @@ def _entropy(sums: Floats, nodata_mask: Mask | None) -> UInt8:
     return result[None]
 
 
-def output_files(out: Path, settings: MapSettings) -> dict[Kind | str, Path]:
+def output_files(out: Path, settings: MapSettings) -> dict[ProductKind | str, Path]:
     """The files of a map by what they hold; the class ids first."""
-    files: dict[Kind | str, Path] = {"classes": out}
+    files: dict[ProductKind | str, Path] = {"classes": out}
     if settings.probabilities:
         files["probabilities"] = out.with_name(f"{out.stem}_probabilities.tif")
     if settings.uncertainty:
@@ -155,7 +155,7 @@ def output_files(out: Path, settings: MapSettings) -> dict[Kind | str, Path]:
     return files
 
 
-def check_outputs(source: RasterSource, out: Path, files: Mapping[Kind | str, Path]) -> None:
+def check_outputs(source: RasterSource, out: Path, files: Mapping[ProductKind | str, Path]) -> None:
     """Check that the output files can be written and are not the input raster; raise `DataError` otherwise."""
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise DataError(f"--out must end in .tif, or be a folder, got {out}")
@@ -227,7 +227,7 @@ def is_unfinished(out: Path, manifest: Manifest) -> bool:
         return False
 
 
-def map_exists(out: Path, files: Mapping[Kind | str, Path], manifest: Manifest, settings: MapSettings) -> bool:
+def map_exists(out: Path, files: Mapping[ProductKind | str, Path], manifest: Manifest, settings: MapSettings) -> bool:
     """Return whether the map of this manifest exists with all files; raise `DataError` if another map exists."""
     if settings.overwrite or not any(file.exists() for file in files.values()):
         return False

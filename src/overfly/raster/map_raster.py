@@ -16,8 +16,8 @@ from overfly.core.prefetch import background, prefetch
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.raster import writer
 from overfly.raster.manifest import (
-    Kind,
     MapSettings,
+    ProductKind,
     check_outputs,
     encode,
     list_products,
@@ -194,7 +194,7 @@ def _notes(source: RasterSource, metadata: ModelMetadata, settings: MapSettings)
 
 
 def _finish(
-    job: _Job, out: Path, files: Mapping[Kind | str, Path], settings: MapSettings, on_progress: OnProgress | None
+    job: _Job, out: Path, files: Mapping[ProductKind | str, Path], settings: MapSettings, on_progress: OnProgress | None
 ) -> tuple[int, float, dict[str, float]]:
     """Finish and publish a map; return predicted windows, the network's seconds, and the classes' shares.
 
@@ -301,7 +301,7 @@ def _not_finite(job: _Job, batch: WindowBatch, probabilities: Floats) -> Overfly
     )
 
 
-def _publish(job: _Job, files: Mapping[Kind | str, Path], settings: MapSettings) -> None:
+def _publish(job: _Job, files: Mapping[ProductKind | str, Path], settings: MapSettings) -> None:
     """Write all files in the hidden folder, then rename them, the map last."""
     unfinished = job.unfinished
     written = {product.kind: write_cog(unfinished, product) for product in unfinished.products}

@@ -228,7 +228,7 @@ class Run:
         """Check that training is finished.
 
         Raises:
-            RunError: it is not.
+            RunError: training is not finished.
         """
         if not self.finished:
             raise RunError(f"{self.path} has no trained network yet; continue it with `overfly train {self.path}`")

@@ -19,7 +19,7 @@ from overfly.data.sampling import Uniform
 from overfly.methods.method import Networks
 from overfly.models.network import Network, build
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
-from overfly.models.weights import Report, load_weights
+from overfly.models.weights import LoadReport, load_weights
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
 
@@ -139,7 +139,7 @@ def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Doma
             raise RecipeError(f"{start} has {setting} {own}, the recipe with {domain.title} has {other}; {correct}")
 
 
-def _check_class_layer(recipe: Recipe, network: Network, report: Report) -> None:
+def _check_class_layer(recipe: Recipe, network: Network, report: LoadReport) -> None:
     """Raise RecipeError for weights without a class layer if the method needs a trained network."""
     layer = network.class_layer
     missing = layer and not any(name.startswith(f"{layer}.") for name in report.loaded)

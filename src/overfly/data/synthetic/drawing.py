@@ -21,8 +21,8 @@ Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 Vector = tuple[float, float]
 Color = tuple[float, float, float]
-Window = tuple[slice, slice]
-Region = tuple[Window, Bool] | None
+Slices = tuple[slice, slice]
+Region = tuple[Slices, Bool] | None
 """A window of the canvas and the mask of its pixels; None if no pixel lies on the canvas."""
 
 
@@ -237,7 +237,7 @@ class Canvas:
         self.height, self.relief, self.tree_density = (np.zeros(shape, np.float32) for _ in range(3))
         self.centers: Float = (np.arange(self.size) + 0.5).astype(np.float32)
 
-    def window(self, low_x: float, high_x: float, low_y: float, high_y: float) -> Window | None:
+    def window(self, low_x: float, high_x: float, low_y: float, high_y: float) -> Slices | None:
         """Return the rows and columns that cover a box; None if it lies outside."""
         left, right = max(0, int(low_x) - 1), min(self.size, int(high_x) + 2)
         top, bottom = max(0, int(low_y) - 1), min(self.size, int(high_y) + 2)
