@@ -70,8 +70,8 @@ class Broken(nn.Module):
 
 
 class HalfBroken(MultiscaleSelfTraining, name="half_broken"):
-    def deployed(self, nets):
-        network = super().deployed(nets)
+    def inference_network(self, nets):
+        network = super().inference_network(nets)
         return Broken(network) if os.environ.get("LOCAL_RANK") == "1" else network
 
 
