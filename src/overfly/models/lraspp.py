@@ -100,6 +100,7 @@ class LRASPP(Network):
     training_heads = ("auxiliary",)
     first_conv = "features.0.0"
     class_layer = "classifier"
+    imagenet = "mobilenet_v2"
 
     def __init__(self, classes: int, training_heads: bool, bands: int) -> None:
         super().__init__()

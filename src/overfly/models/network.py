@@ -23,6 +23,7 @@ class Network(nn.Module):
         first_conv: name of the convolution that reads the image.
         class_layer: name of the submodule that maps one feature map to `Logits.main`, which methods with two
             classifiers (MCD, CLAN) need; empty: the network has none.
+        imagenet: name of its ImageNet weights in `overfly.models.PRETRAINED`; empty: no address is known.
     """
 
     stride: int = 1
@@ -30,6 +31,7 @@ class Network(nn.Module):
     training_heads: tuple[str, ...] = ()
     first_conv: str = ""
     class_layer: str = ""
+    imagenet: str = ""
     __call__: Callable[..., Logits]
 
     def forward(self, image: Tensor) -> Logits:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from overfly.core.records import Logits
@@ -47,6 +48,38 @@ def updating_statistics(module: nn.Module) -> Iterator[None]:
         for norm in batch_norms(module):
             norm.train()
         yield
+
+
+@contextmanager
+def weighted_statistics(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Normalize by the weighted statistics of the batch, and average them over all batches since `reset_statistics`.
+
+    Everything is in evaluation mode.
+
+    Args:
+        module: its batch normalizations' running statistics are updated.
+        weight: weight of each pixel (B, H, W), 0 or more; averaged to the size of each layer.
+    """
+
+    def normalize(norm: _BatchNorm, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+        image = inputs[0]
+        share = F.interpolate(weight[:, None].to(image), image.shape[-2:], mode="area")
+        share = share / share.sum().clamp_min(1e-12)
+        mean = (image * share).sum((0, 2, 3))
+        var = ((image - mean.view(1, -1, 1, 1)).square() * share).sum((0, 2, 3))
+        norm.num_batches_tracked += 1
+        for name, value in (("running_mean", mean), ("running_var", var)):
+            getattr(norm, name).lerp_(value, 1 / norm.num_batches_tracked.float())
+        return F.batch_norm(image, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+    with restored_modes(module):
+        module.eval()
+        hooks = [norm.register_forward_hook(normalize) for norm in batch_norms(module)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @contextmanager

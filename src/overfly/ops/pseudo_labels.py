@@ -65,7 +65,7 @@ def mask_nodata(pseudo: PseudoLabels, nodata_mask: Tensor | None) -> PseudoLabel
 
 
 @torch.no_grad()
-def predict_augmented(teacher: nn.Module, image: Tensor, scale: float) -> Tensor:
+def predict_augmented(teacher: nn.Module, image: Tensor, scale: float, *, turns: bool = True) -> Tensor:
     """Class probabilities of rescaled images under one random quarter turn and flip, mapped back to the input.
 
     The turn and the flip are drawn once for all images, from torch's generator on the CPU.
@@ -74,11 +74,12 @@ def predict_augmented(teacher: nn.Module, image: Tensor, scale: float) -> Tensor
         teacher: images (B, C, H, W) to `Logits` at their size.
         image: (B, C, H, W), in the sensor's range; square, so that a quarter turn keeps its shape.
         scale: factor of height and width; 2 doubles both.
+        turns: False for images with a fixed top: they are flipped horizontally, and not turned.
 
     Returns:
         (B, K, H, W), float32.
     """
-    quarters, mirrored = int(torch.randint(4, ())), bool(torch.randint(2, ()))
+    quarters, mirrored = int(torch.randint(4, ())) * turns, bool(torch.randint(2, ()))
     size = (image.shape[-2], image.shape[-1])
     view = image
     if scale != 1:
@@ -114,6 +115,7 @@ def multiscale_pseudo_labels(
     scales: Sequence[float],
     power: float,
     decay: float,
+    turns: bool = True,
     nodata_mask: Tensor | None = None,
 ) -> tuple[PseudoLabels, Tensor]:
     """Pseudo-labels from the mean prediction over several scales, corrected by the class prior of the predictions.
@@ -125,12 +127,13 @@ def multiscale_pseudo_labels(
         scales: factors of height and width; see `predict_augmented`.
         power: strength of the correction; see `correct_class_prior`.
         decay: share of ``class_prior`` that the new average keeps, 0 to 1.
+        turns: see `predict_augmented`.
         nodata_mask: True where the image has no data, bool (B, H, W): no label, no part in the prior; None: nowhere.
 
     Returns:
         Pseudo-labels with corrected probabilities, and the new class prior (K,).
     """
-    probability = torch.stack([predict_augmented(teacher, image, scale) for scale in scales]).mean(0)
+    probability = torch.stack([predict_augmented(teacher, image, scale, turns=turns) for scale in scales]).mean(0)
     if nodata_mask is None:
         class_prior = class_prior.lerp(probability.mean((0, 2, 3)), 1 - decay)
     else:

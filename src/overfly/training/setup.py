@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from torch.optim import Optimizer
 
 from overfly.core.download import format_bytes
-from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.errors import DownloadError, OverflyError, RecipeError, WeightsError
 from overfly.core.progress import print_status
 from overfly.data.check import check_masks, statistics
 from overfly.data.domain import Domain, Split, without_labels
@@ -20,7 +20,7 @@ from overfly.methods.method import Networks
 from overfly.models.network import Network, build
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
 from overfly.models.weights import LoadReport, load_weights
-from overfly.recipe import Recipe
+from overfly.recipe import Model, Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
 
 STATISTICS_IMAGES = 200
@@ -113,14 +113,37 @@ def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
         _check_start(start, segmenter, recipe, domain)
         return segmenter
     network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
-    if recipe.model.weights is not None:
-        report = load_weights(network, recipe.model.weights, sha256=recipe.model.sha256)
-        print_status(str(report))
+    report = load_initial_weights(recipe.model, network)
+    if report is not None:
         _check_class_layer(recipe, network, report)
-    mean, std = normalization(recipe, domain)
+    mean, std = normalization(recipe.model, domain, pretrained=report is not None)
     return Segmenter(
         network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, max_value=domain.max_value
     )
+
+
+def load_initial_weights(model: Model, network: Network) -> LoadReport | None:
+    """Load ``model.weights`` into a network, and print which tensors matched; None for random weights.
+
+    Raises:
+        WeightsError: the weights do not exist or do not fit the network.
+    """
+    if model.weights is None:
+        return None
+    try:
+        if model.weights == "imagenet" and not network.imagenet:
+            raise WeightsError("no address of its ImageNet weights is known")
+        name = network.imagenet if model.weights == "imagenet" else model.weights
+        report = load_weights(network, name, sha256=model.sha256)
+    except (WeightsError, DownloadError) as error:
+        if model.weights != "imagenet":
+            raise
+        print_status(
+            f"{model.name} starts from random weights ({error}); better set model.weights to a file of ImageNet weights"
+        )
+        return None
+    print_status(str(report))
+    return report
 
 
 def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Domain) -> None:
@@ -150,12 +173,13 @@ def _check_class_layer(recipe: Recipe, network: Network, report: LoadReport) -> 
         )
 
 
-def normalization(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(
+    model: Model, domain: Domain, *, pretrained: bool = False
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each band, in the sensor's range.
 
-    They are the recipe's if set, ImageNet's if ``model.weights`` is set, else the domain's.
+    They are the recipe's if set, ImageNet's for ``pretrained`` weights, else the domain's.
     """
-    model = recipe.model
     if model.mean is not None and model.std is not None:
         if len(model.mean) != domain.bands or len(model.std) != domain.bands:
             raise RecipeError(
@@ -163,7 +187,7 @@ def normalization(recipe: Recipe, domain: Domain) -> tuple[tuple[float, ...], tu
                 f"{len(model.std)}"
             )
         return model.mean, model.std
-    if model.weights is not None and domain.bands == len(IMAGENET_MEAN):
+    if pretrained and domain.bands == len(IMAGENET_MEAN):
         mean, std = (tuple(value * domain.max_value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return mean, std
     if domain.statistics is not None:

@@ -25,6 +25,7 @@ from overfly.core.records import Batch, Labeled, Losses
 from overfly.data.loading import batch_loader
 from overfly.models.segmenter import Segmenter
 from overfly.ops.augmentation import augment
+from overfly.ops.normalization import reset_statistics, updating_statistics
 from overfly.training.engine import (
     LossModule,
     TrainerConfig,
@@ -37,6 +38,8 @@ from overfly.training.evaluate import Evaluator, log_entry
 from overfly.training.run import Run, RunLog, utc_now
 from overfly.training.setup import TrainingSetup
 
+STATISTICS_BATCHES = 50
+"""Most batches that final batch-normalization statistics are estimated on."""
 UNREADABLE = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
 )  # fmt: skip
@@ -335,10 +338,24 @@ class Trainer:
         if not rule.every or rule.select == "last" or not self.run.weights.exists():
             self.save_weights(self.run.weights)
         if self.is_rank_zero:
+            if self.recipe.method.source_statistics:
+                self.estimate_statistics()
             self.add_elapsed_time()
             took_s = round(self.state["took_s"], 1)
             self.run.write_json("machine.json", self.run.machine | {"took_s": took_s, "finished": utc_now()})
         self.fabric.barrier()
+
+    def estimate_statistics(self) -> None:
+        """Estimate the final weights' batch-normalization statistics on source images without augmentation."""
+        segmenter = self.fabric.to_device(Segmenter.load(self.run.weights))
+        reset_statistics(segmenter)
+        with updating_statistics(segmenter), torch.inference_mode():
+            for index in range(min(STATISTICS_BATCHES, self.total_steps)):
+                batch = self.batches[index]
+                if isinstance(batch, OverflyError):
+                    raise batch
+                segmenter(self.fabric.to_device(batch).source.image)
+        segmenter.save(self.run.weights)
 
     def add_elapsed_time(self) -> None:
         """Add the time since the last call to the training time, which is stored in checkpoints."""
