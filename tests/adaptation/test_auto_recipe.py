@@ -10,7 +10,7 @@ from PIL import Image
 
 from overfly import adapt
 from overfly.adaptation import auto_recipe
-from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes, parse_budget, read_classes
+from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes, read_classes
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.data.folder import Folder

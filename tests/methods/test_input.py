@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from overfly.data.loading import BatchDataset
-from overfly.methods.color_transfer import ColorTransfer
-from overfly.methods.fda import FDA
+from overfly.methods.fda import FDA, ColorTransfer
 from overfly.methods.method import Method
 from overfly.methods.source_only import SourceOnly
 from overfly.recipe import load

@@ -23,7 +23,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
-from overfly.core.settings import parse_yaml, validation_message
+from overfly.core.settings import parse_budget, parse_yaml, validation_message
 from overfly.data.check import statistics
 from overfly.data.domain import Domain, Split, sample_evenly
 from overfly.data.folder import Folder
@@ -32,10 +32,11 @@ from overfly.methods.method import Method
 from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
 from overfly.methods.source_free import SourceFree
 from overfly.methods.source_only import SourceOnly
+from overfly.models.network import build
 from overfly.models.segmenter import Segmenter
 from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral, ScaleJitter
-from overfly.recipe import Recipe, load
+from overfly.recipe import Model, Recipe, Validation, load
 from overfly.training.engine import LossModule, TrainerConfig, launch_fabric
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start
@@ -55,27 +56,20 @@ TIMING_SECONDS = 3.0
 """Time after which no further step is timed."""
 SPLITS: dict[Split, float] = {"train": 0.85, "val": 0.15}
 """Shares of the labeled images for training and validation."""
-BUDGET_SHARES = {1: {"source": 0.45, "adapted": 0.4}, 2: {"source": 0.25, "adapted": 0.29}}
+BUDGET_SHARES = {1: {"source": 0.42, "adapted": 0.34}, 2: {"source": 0.32, "adapted": 0.22}}
 """Shares of the budget for source only and for each of one or two adaptations; the rest is for the comparison."""
+VALIDATIONS, PATIENCE = 5, 2
+"""Validations of source only, and those without a new best after which it stops."""
+MODEL = "lraspp_mobilenet_v2"
+"""The real-time network whose ImageNet weights can be had everywhere."""
 DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
 """Settings of a folder that the options give for each domain."""
 LEARNING_RATE = 1e-3
 """For source-only networks of these recipes, where half costs a point of mIoU; half of it for other networks."""
+PRETRAINED_RATE = 1.5e-4
+"""The same for networks with ImageNet weights."""
 VARIANTS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION))
 """With pasted source classes, and without: each is better in one direction of the synthetic world, by 8.8 points."""
-
-
-def parse_budget(budget: str) -> float:
-    """Convert a budget such as ``90s``, ``5min`` or ``2h`` to seconds; a number without unit is in minutes.
-
-    Raises:
-        RecipeError: the text is not a duration above 0.
-    """
-    units = "s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?"
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({units})?", budget.strip().lower())
-    if match is None or float(match[1]) == 0:
-        raise RecipeError(f"--budget must be a duration such as 90s, 10min or 2h, got {budget!r}")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[(match[2] or "m")[0]]
 
 
 @dataclass(frozen=True)
@@ -205,14 +199,16 @@ def read_classes(file: Path) -> dict[str, Any]:
 
 def choose_crop(domains: list[Domain], device: torch.device) -> int:
     """Choose the crop by device and median image size: a multiple of 32, at least 64."""
-    sides = []
-    for domain in domains:
-        for item in sample_evenly(list(domain.items("train")), SAMPLED_IMAGES):
-            if isinstance(item.image, Path):
-                header = read_header(item.image)
-                sides.append(min(header.height, header.width))
+    sides = [side for domain in domains for side in shortest_sides(domain)]
     median = sorted(sides)[len(sides) // 2] if sides else CROPS[device.type]
     return max(64, min(CROPS.get(device.type, 256), median) // 32 * 32)
+
+
+def shortest_sides(domain: Domain) -> list[int]:
+    """Shorter side of up to `SAMPLED_IMAGES` training images, in pixels; empty for generated images."""
+    items = sample_evenly(list(domain.items("train")), SAMPLED_IMAGES)
+    headers = [read_header(item.image) for item in items if isinstance(item.image, Path)]
+    return [min(header.height, header.width) for header in headers]
 
 
 def propose_recipes(
@@ -250,12 +246,20 @@ def propose_recipes(
         shared["model"] = Segmenter.load(checkpoint).architecture
     start: Recipe | Path | None = checkpoint
     if source is not None and checkpoint is None:
-        start = Recipe(**shared, model="pidnet_s", method=SourceOnly(), optim=AdamW(lr=2e-3))
-    optim = AdamW(lr=LEARNING_RATE if isinstance(start, Recipe) else LEARNING_RATE / 2)
+        own = (entry for entry in overrides if re.match(r"model\b", entry))
+        start = load(Recipe(**shared, model=MODEL, method=SourceOnly()), *own)
+        start = start.model_copy(update={"optim": _optimizer(start.model, 2.0)})
+    optim = _optimizer(start.model) if isinstance(start, Recipe) else AdamW(lr=LEARNING_RATE / 2)
     recipes = [load(Recipe(**shared, start=start, method=method, optim=optim), *overrides) for method in methods]
     recipes = [recipe for index, recipe in enumerate(recipes) if recipe not in recipes[:index]]
     steps = _propose_steps(recipes, budget, fabric, out)
     return [_with_steps(recipe, steps, overrides) for recipe in recipes[: steps["variants"]]]
+
+
+def _optimizer(model: Model, factor: float = 1.0) -> AdamW:
+    """Return the optimizer of an adaptation with ``factor`` times its rate, which is lower for pretrained weights."""
+    pretrained = model.weights not in (None, "imagenet") or (model.weights and build(model.name).imagenet)
+    return AdamW(lr=PRETRAINED_RATE * factor, head=10.0) if pretrained else AdamW(lr=LEARNING_RATE * factor)
 
 
 def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
@@ -266,7 +270,9 @@ def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[st
     if isinstance(method, MultiscaleSelfTraining):
         method = method.model_copy(update={"ramp_steps": max(1, count // 3)})
     if isinstance(start, Recipe) and not (start.steps or start.epochs):
-        start = start.model_copy(update={"steps": steps["source"]})
+        every = max(MIN_STEPS // 2, steps["source"] // VALIDATIONS)
+        validation = start.validation if start.validation.every else Validation(every=every, patience=PATIENCE)
+        start = start.model_copy(update={"steps": steps["source"], "validation": validation})
     length = {} if recipe.steps or recipe.epochs else {"steps": count}
     schedule = Poly(power=1.0, warmup=max(1, count // 10))
     update = {"start": start, "schedule": schedule, "method": method, **length}
@@ -311,16 +317,13 @@ def _budget_message(
     budget: float, times: Mapping[str, float], steps: Mapping[str, int], variants: int, recipe: Recipe
 ) -> str:
     """Format the error for a short budget, with a sufficient budget, crop or network."""
-    fitting = " and ".join(
-        f"{count} {'source-only' if name == 'source' else name} steps" for name, count in steps.items()
-    )
+    names = {"source": "source-only", "adapted": "adapted"}
+    fitting = " and ".join(f"{count} {names[name]} steps" for name, count in steps.items())
     needed = max(MIN_STEPS * seconds / BUDGET_SHARES[variants][name] for name, seconds in times.items())
     advice = [f"--budget {int(needed / 60) + 1}m"]
     crop = int(recipe.crop * (min(steps.values()) / MIN_STEPS) ** 0.5) // 32 * 32
     if crop >= 64:
         advice.append(f"crop={crop} window={crop}")
-    if recipe.model.name != "lraspp_mobilenet_v2" and recipe.source is not None:
-        advice.append("model=lraspp_mobilenet_v2")
     return (
         f"--budget of {budget:g} s is too short: it fits {fitting} on this machine, and each training needs at least "
         f"{MIN_STEPS}; use {', or '.join(advice)}"

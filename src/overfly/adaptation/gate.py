@@ -1,148 +1,159 @@
-"""Accept or reject adapted networks without target labels, by comparison with the network before adaptation.
+"""Checks of candidates without target labels, and the choice among those that pass.
 
-No single label-free metric detects every failure: a network with two classes exchanged is as confident and consistent
-as before, and a collapsed one even more. The gate combines several checks; one failed check rejects a candidate.
-Two more checks concern the target images: the familiarity to the network before adaptation, and the reverse validation
-of its predictions (`overfly.adaptation.reverse_validation`).
+A check that rejects shows damage for certain: a lost source, a collapsed network. Everything else is a warning with its
+value: no label-free metric separates good from bad adaptations on every pair (docs/results/choice.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from overfly.core.progress import percent
 from overfly.core.spec import Share, Spec
-from overfly.evaluation.label_free_metrics import LabelFreeMetrics
-from overfly.evaluation.perturbations import geometric_perturbations
+from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.label_free_metrics import MIN_CONSENSUS, LabelFreeMetrics
+from overfly.evaluation.perturbations import GEOMETRIC
 
-UNFAMILIAR = (
-    "the target may show other objects than the source's classes, or lack some; if you have checked that it shows "
-    "them, pass --skip-familiarity"
-)
-GEOMETRIC = tuple(perturbation.name for perturbation in geometric_perturbations())
+CLASS_SHARE = 1e-3
+"""Least share of the pixels for a class to count as predicted."""
+BOOTSTRAP_SAMPLES = 1000
+"""Bootstrap samples of the target images."""
+
+
+class Check(Spec):
+    """One check of a candidate."""
+
+    name: str
+    """What is compared with the bound."""
+    value: float
+    """Its value, as a share."""
+    bound: float
+    """The bound, as a share."""
+    at_most: bool = False
+    """True if the value must not exceed the bound; False if it must reach it."""
+    rejects: bool = True
+    """True if a failed check rejects the candidate; False if it is a warning."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value meets the bound."""
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+    @property
+    def bound_text(self) -> str:
+        """The bound in words, in percent."""
+        return f"{'at most' if self.at_most else 'at least'} {percent(self.bound, 1)}"
+
+    @property
+    def cell(self) -> str:
+        """The value in percent, marked x if it rejects and ! if it warns."""
+        return percent(self.value, 1) + ("" if self.passed else " x" if self.rejects else " !")
+
+    def __str__(self) -> str:
+        return f"{self.name} is {percent(self.value, 1)} %, {self.bound_text} is required"
 
 
 class Gate(Spec):
-    """Bounds that a candidate must meet to be accepted."""
+    """Bounds of the checks. The first three reject a candidate, the others warn."""
 
     max_source_loss: Share = 0.05
-    """Largest accepted loss of mIoU on the source's held-out labels."""
+    """Largest loss of mIoU on the source's held-out labels, each network with the source's statistics."""
+    max_confidence_loss: Share = 0.15
+    """Largest loss of the nuclear norm of the probabilities on the target. Contradictory pseudo-labels and collapse
+    lower it."""
+    min_classes: Share = 0.5
+    """Least share of the classes that source only predicts on the target which a candidate predicts too."""
     min_agreement: Share = 0.25
-    """Least mIoU between the predictions on the target before and after adaptation, over the classes that either
-    predicts. Below it, classes were lost or exchanged, or the network before adaptation was very bad."""
-    min_reverse_familiarity: Share = 0.38
-    """Least product of `familiarity` and `overfly.adaptation.reverse_validation`, both of the network before
-    adaptation. Images that show other objects than the classes cannot be adapted to."""
+    """Warns: least mIoU between the predictions on the target before and after adaptation."""
+    min_consistency_gain: float = Field(default=0.0, ge=-1, le=1)
+    """Warns: least gain of `geometric_consistency` on the target."""
     min_familiarity: Share = 0.65
-    """Least familiarity if reverse validation is not available."""
-    max_confidence_loss: Share = 0.05
-    """Largest accepted loss of the nuclear norm of the probabilities on the target. Contradictory pseudo-labels lower
-    it even if predictions are consistent."""
-    min_consistency_gain: Annotated[float, Field(ge=-1, le=1)] = 0.02
-    """Gain of `consistency` on the target that must be exceeded. Nearly all networks that self-training improved gained
-    2.6 points or more; three gained about 1 and are rejected, since any further training gains as much."""
-    tolerance: Share = 0.02
-    """Difference in `geometric_consistency` on the target below which two networks count as equal."""
-    skip_familiarity: bool = False
-    """Skip familiarity and reverse validation, for target images that a user has checked."""
+    """Warns: least `familiarity` of the target to source only."""
+    min_reverse_validation: Share = 0.5
+    """Warns: least reverse validation of source only's predictions on the target."""
 
-    def rejections(self, before: LabelFreeMetrics, after: LabelFreeMetrics) -> tuple[str, ...]:
-        """Reasons to reject a network; empty if it is accepted.
+    def checks(self, before: LabelFreeMetrics, after: LabelFreeMetrics) -> tuple[Check, ...]:
+        """The checks of a candidate.
 
         Args:
-            before: metrics of the network before adaptation.
-            after: metrics of the adapted network on the same images, its ``agreement`` with the former.
+            before: metrics of source only.
+            after: metrics of the candidate on the same images, its ``agreement`` with source only.
         """
-        reasons = []
+        gain = geometric_consistency(after) - geometric_consistency(before)
+        checks = [
+            Check(
+                name="loss of nuclear norm", value=before.nuclear_norm - after.nuclear_norm, at_most=True,
+                bound=self.max_confidence_loss,
+            ),
+            Check(name="classes", value=_shared_classes(before, after), bound=self.min_classes),
+            Check(name="consistency gain", value=gain, bound=self.min_consistency_gain, rejects=False),
+        ]  # fmt: skip
         if before.source_miou is not None and after.source_miou is not None:
             loss = before.source_miou - after.source_miou
-            if loss > self.max_source_loss:
-                reasons.append(
-                    f"source mIoU falls by {percent(loss, 1)} points, more than {percent(self.max_source_loss, 1)}"
-                )
-        if after.agreement is not None and after.agreement < self.min_agreement:
-            reasons.append(
-                f"agreement with source only on the target is {percent(after.agreement, 1)} % mIoU, less "
-                f"than {percent(self.min_agreement, 1)} %"
-            )
-        loss = before.nuclear_norm - after.nuclear_norm
-        if loss > self.max_confidence_loss:
-            reasons.append(
-                f"confidence on the target (nuclear norm) falls by {percent(loss, 1)} points, more than "
-                f"{percent(self.max_confidence_loss, 1)}"
-            )
-        gain = consistency(after) - consistency(before)
-        if gain <= self.min_consistency_gain:
-            reasons.append(
-                f"consistency on the target changes from {percent(consistency(before), 1)} to "
-                f"{percent(consistency(after), 1)} % mIoU, a gain of {percent(gain, 1)} points; more than "
-                f"{percent(self.min_consistency_gain, 1)} is required"
-            )
-        return tuple(reasons)
+            checks.insert(0, Check(name="loss of source mIoU", value=loss, at_most=True, bound=self.max_source_loss))
+        if after.agreement is not None:
+            checks.append(Check(name="agreement", value=after.agreement, bound=self.min_agreement, rejects=False))
+        return tuple(checks)
 
-    def unfamiliar(self, familiarity: float | None, reverse_validation: float | None = None) -> tuple[str, ...]:
-        """Reasons to reject every adaptation to the target images; empty if there are none.
-
-        Args:
-            familiarity: of the target to the network before adaptation; None: unknown.
-            reverse_validation: score of the network's predictions on the target; None: unknown.
-        """
-        if familiarity is None or self.skip_familiarity:
-            return ()
-        if reverse_validation is None:
-            if familiarity >= self.min_familiarity:
-                return ()
-            return (
-                f"familiarity of the target is {percent(familiarity, 1)} %, less than "
-                f"{percent(self.min_familiarity, 1)} %: {UNFAMILIAR}",
-            )
-        product = familiarity * reverse_validation
-        if product >= self.min_reverse_familiarity:
-            return ()
-        return (
-            f"familiarity of the target is {percent(familiarity, 1)} % and its reverse validation "
-            f"{percent(reverse_validation, 1)} %; their product, {percent(product, 1)} %, is less than "
-            f"{percent(self.min_reverse_familiarity, 1)} %: {UNFAMILIAR}",
+    def target_checks(self, familiarity: float | None, reverse_validation: float | None) -> tuple[Check, ...]:
+        """Warnings about the target: whether it looks like images of the source's classes; None is not checked."""
+        values = {
+            "familiarity": (familiarity, self.min_familiarity),
+            "reverse validation": (reverse_validation, self.min_reverse_validation),
+        }
+        return tuple(
+            Check(name=name, value=value, bound=bound, rejects=False)
+            for name, (value, bound) in values.items()
+            if value is not None
         )
 
-    def all_rejections(
-        self,
-        baseline: str,
-        metrics: Mapping[str, LabelFreeMetrics],
-        familiarity: float | None = None,
-        reverse_validation: float | None = None,
-    ) -> dict[str, tuple[str, ...]]:
-        """Reasons to reject each network except the one before adaptation; empty for accepted networks.
 
-        Args:
-            baseline: name of the network before adaptation.
-            metrics: of all networks, by name.
-            familiarity: see `unfamiliar`.
-            reverse_validation: see `unfamiliar`.
-        """
-        unfamiliar = self.unfamiliar(familiarity, reverse_validation)
-        return {
-            name: unfamiliar + self.rejections(metrics[baseline], candidate)
-            for name, candidate in metrics.items()
-            if name != baseline
-        }
+def passes(checks: Sequence[Check]) -> bool:
+    """Whether no failed check rejects."""
+    return all(check.passed for check in checks if check.rejects)
 
 
-def select(baseline: str, metrics: Mapping[str, LabelFreeMetrics], tolerance: float) -> str:
-    """Name of the first accepted network within ``tolerance`` of the highest geometric consistency on the target.
+def _shared_classes(before: LabelFreeMetrics, after: LabelFreeMetrics) -> float:
+    """Share of the classes predicted before that are predicted after, too."""
+    pairs = [now for share, now in zip(before.shares, after.shares, strict=True) if share >= CLASS_SHARE]
+    return sum(now >= CLASS_SHARE for now in pairs) / max(1, len(pairs))
+
+
+def select(
+    baseline: str, agreements: Mapping[str, Sequence[Confusion]]
+) -> tuple[str, dict[str, float], dict[str, float]]:
+    """Select the network whose predictions agree most with the mean prediction of all (after Hu et al., 2023, EnsV).
 
     Args:
-        baseline: name of the network before adaptation; returned if there is no other.
-        metrics: of the accepted networks, by name, preferred ones first.
-        tolerance: `Gate.tolerance`.
+        baseline: name of the network before adaptation; selected if there are fewer than `MIN_CONSENSUS` networks.
+        agreements: for each network and target image, the confusion matrix of its prediction with the mean prediction
+            of all (`overfly.evaluation.label_free_metrics.consensus`).
+
+    Returns:
+        The name; the agreement of each network as class-balanced mIoU; and for each but the baseline the share of
+        bootstrap samples of the images in which it agrees more than the baseline.
     """
-    values = {name: geometric_consistency(candidate) for name, candidate in metrics.items() if name != baseline}
-    highest = max(values.values(), default=0.0)
-    return next((name for name, value in values.items() if highest - value < tolerance), baseline)
+    counts = {name: np.stack([pair.counts.numpy() for pair in pairs]) for name, pairs in agreements.items() if pairs}
+    if len(counts) < MIN_CONSENSUS:
+        return baseline, {}, {}
+    images = len(counts[baseline])
+    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), BOOTSTRAP_SAMPLES)
+    samples = {name: _balanced_mious(np.tensordot(draws, stack, 1)) for name, stack in counts.items()}
+    scores = {name: float(_balanced_mious(stack.sum(0))) for name, stack in counts.items()}
+    better = {name: float(np.mean(each > samples[baseline])) for name, each in samples.items() if name != baseline}
+    return max(scores, key=lambda name: scores[name]), scores, better
+
+
+def _balanced_mious(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean IoU (...) of confusion matrices (..., K, K); classes in neither prediction count as 0."""
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    union = counts.sum(-1) + counts.sum(-2) - hits
+    return np.asarray((hits / np.maximum(union, 1)).mean(-1))
 
 
 def geometric_consistency(metrics: LabelFreeMetrics) -> float:
@@ -151,12 +162,8 @@ def geometric_consistency(metrics: LabelFreeMetrics) -> float:
     Candidates are compared by these alone: every recipe augments with rotations, flips and scales, while color changes,
     masking and pasting are augmentations of some methods only, whose networks are more consistent under them.
     """
-    return math.fsum(metrics.by_view[name] for name in GEOMETRIC) / len(GEOMETRIC)
-
-
-def consistency(metrics: LabelFreeMetrics) -> float:
-    """Mean of class-balanced consistency under masking and under mild perturbations, 0 to 1."""
-    return (metrics.masked_miou + metrics.views_miou) / 2
+    values = [value for name, value in metrics.by_view.items() if name in GEOMETRIC]
+    return math.fsum(values) / max(1, len(values))
 
 
 def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:

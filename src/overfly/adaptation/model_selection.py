@@ -17,7 +17,14 @@ from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.images import MetricOptions, unlabeled_images
-from overfly.evaluation.label_free_metrics import VALIDATORS, LabelFreeMetrics, Validator, consensus, label_free_metrics
+from overfly.evaluation.label_free_metrics import (
+    VALIDATORS,
+    LabelFreeMetrics,
+    Validator,
+    balanced_miou,
+    consensus,
+    label_free_metrics,
+)
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
 from overfly.training.evaluate import evaluate_domain, has_labels, logged_source_miou, stored_scores
@@ -299,8 +306,10 @@ def _with_consensus(
         return list(metrics)
     images = list(unlabeled_images(target, split, replace(options, resize=resizes.pop())))
     networks = ((checkpoint.run.segmenter(checkpoint.step), checkpoint.run.recipe.window) for checkpoint in checkpoints)
-    shares = consensus(networks, images, options.device)
-    return [values.model_copy(update={"consensus": share}) for values, share in zip(metrics, shares, strict=True)]
+    return [
+        values.model_copy(update={"consensus": balanced_miou(sum(pairs[1:], pairs[0])) if pairs else None})
+        for values, pairs in zip(metrics, consensus(networks, images, options.device), strict=True)
+    ]
 
 
 def _source_miou(checkpoint: Checkpoint, device: torch.device | str) -> float | None:

@@ -9,58 +9,48 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from overfly.adaptation.estimate import Estimate, estimate
-from overfly.adaptation.gate import Gate, familiarity, select
-from overfly.adaptation.reverse_validation import reverse_validation
-from overfly.adaptation.selection import (
-    ADAPTED,
-    BASELINE,
-    RECALIBRATED,
-    CandidateReport,
-    Comparison,
-    Selection,
-    value_text,
-)
+from overfly.adaptation.auto_recipe import shortest_sides
+from overfly.adaptation.candidates import CROP, ESTIMATE_SPLIT, CandidateComparison, load_candidate
+from overfly.adaptation.gate import Gate
+from overfly.adaptation.selection import ADAPTED, BASELINE, Comparison, Selection, flatten_settings, value_text
 from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import OverflyError, RecipeError, RunError
-from overfly.core.progress import print_status
+from overfly.core.progress import percent, print_status
 from overfly.core.records import Item
 from overfly.data.check import check_masks
-from overfly.data.domain import Domain, Split, SplitError
 from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
-from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
 from overfly.evaluation.panels import comparison_figure
-from overfly.evaluation.score import Sample, evaluation_mode, score
-from overfly.methods.recalibrate import Recalibrate
+from overfly.evaluation.score import Sample, evaluation_mode
+from overfly.methods.recalibrate import Recalibrate, RecalibrateByClass
 from overfly.methods.source_only import SourceOnly
-from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
-from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
+from overfly.training.evaluate import has_labels
 from overfly.training.run import Run, new_folder
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start, train_recipe
 
-RECALIBRATION = {"batch": 16, "steps": 25}
-"""Batch size and steps of the recalibrated network."""
-METRIC_IMAGES = 16
-"""Target images for label-free metrics."""
-ESTIMATE_IMAGES = 8
-"""Images of each domain for the estimate, which perturbs each in two dozen ways."""
-ESTIMATE_SPLIT: Split = "val"
-"""Split of the source that the estimate is calibrated on."""
-CROP = 320
-"""Side of the center crop of these images, in pixels."""
+RECALIBRATED: dict[str, Recalibrate] = {
+    "recalibrated": Recalibrate(),
+    "recalibrated, half": Recalibrate(share=0.5),
+    "recalibrated by class": RecalibrateByClass(share=0.5),
+}
+"""Candidates that change statistics alone, by name: each is the best on some kind of shift (docs/results/choice.md)."""
+RECALIBRATION = {"batch": 8, "steps": 10}
+"""Batch size and steps of these candidates."""
+STILL_RISING = 0.01
+"""Gain of source mIoU between the last validation and the best before it above which a network is undertrained."""
+MAX_CROP = 384
+"""Largest crop of their images, in pixels: statistics of whole images are better than those of small crops."""
 
 
 def plan_candidates(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:
-    """Return the recipes of all candidates: source only, recalibrated, and the given recipes.
+    """Return the recipes of all candidates: source only, with other statistics, and the given recipes.
 
     A recipe with ``start`` is compared with the network it starts from, any other with a source-only network trained
     with its own settings.
@@ -75,13 +65,25 @@ def plan_candidates(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]
         _check_shared_settings(recipe, other, number)
     plans: dict[str, Recipe | Path] = {BASELINE: baseline}
     if not isinstance(recipe.method, Recalibrate):
-        shared = {
-            key: getattr(recipe, key) for key in ("source", "target", "model", "crop", "window", "resize", "seed")
+        shared = {key: getattr(recipe, key) for key in ("source", "target", "model", "window", "resize", "seed")}
+        shared |= {"start": baseline, "crop": _statistics_crop(recipe), **RECALIBRATION}
+        plans |= {
+            name: Recipe(method=method, **shared)
+            for name, method in RECALIBRATED.items()
+            if recipe.source is not None or not method.needs_source
         }
-        plans[RECALIBRATED] = Recipe(start=baseline, method=Recalibrate(), **shared, **RECALIBRATION)
     if not others:
         return {**plans, ADAPTED: recipe}
     return plans | {f"{ADAPTED} {number}": candidate for number, candidate in enumerate((recipe, *others), start=1)}
+
+
+def _statistics_crop(recipe: Recipe) -> int:
+    """Return the largest crop, at most `MAX_CROP`, that the images of both domains fill; at least the recipe's crop."""
+    if recipe.resize is not None:
+        return max(recipe.crop, min(MAX_CROP, recipe.resize // 32 * 32))
+    domains = [domain for domain in (recipe.source, recipe.target) if domain is not None]
+    sides = [side for domain in domains for side in shortest_sides(domain)]
+    return max(recipe.crop, min(MAX_CROP, min(sides) // 32 * 32)) if sides else recipe.crop
 
 
 def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
@@ -92,7 +94,9 @@ def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
     """
     shared = ("source", "target", "seed", "resize", "window")
     first, second = (
-        _flatten({key: candidate.model_dump(mode="json")[key] for key in shared} | {"start": _start_values(candidate)})
+        flatten_settings(
+            {key: candidate.model_dump(mode="json")[key] for key in shared} | {"start": _start_values(candidate)}
+        )
         for candidate in (recipe, other)
     )
     for key in dict.fromkeys([*first, *second]):
@@ -109,21 +113,6 @@ def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
 def _start_values(recipe: Recipe) -> object:
     baseline = _baseline(recipe)
     return baseline.model_dump(mode="json") if isinstance(baseline, Recipe) else str(baseline)
-
-
-def setting_differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
-    """Return for each recipe the settings that differ between recipes, by dotted name."""
-    flat = [_flatten(recipe.model_dump(mode="json", exclude={"source", "target", "start"})) for recipe in recipes]
-    names = list(dict.fromkeys(key for settings in flat for key in settings))
-    differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
-    return [{name: settings[name] for name in differing if name in settings} for settings in flat]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _baseline(recipe: Recipe) -> Recipe | Path:
@@ -166,14 +155,43 @@ def adapt(
     recipes = [recipe, *others]
     plans = plan_candidates(*recipes)
     _check_inputs(recipes, fabric)
-    runs = _train_all(plans, out, fabric, config)
-    print_status(f"comparing {len(runs)} candidates", quiet=config.quiet or not fabric.is_global_zero)
+    comparison = CandidateComparison(recipes, gate or Gate(), fabric.device, estimates=estimates)
+    quiet = config.quiet or not fabric.is_global_zero
+    adapted = {name: plan for name, plan in plans.items() if plan in recipes}
+    runs = _train_all({name: plan for name, plan in plans.items() if name not in adapted}, out, fabric, config)
+    _report_short_training(runs[BASELINE], quiet=quiet)
+    if len(runs) > 1:
+        print_status(f"comparing {len(runs)} candidates without training", quiet=quiet)
+        best = plans[run_on_rank_zero(fabric, lambda: comparison.select(runs))]
+        adapted = {name: _with_start(plan, best) for name, plan in adapted.items()}
+    runs |= _train_all(adapted, out, fabric, config)
+    print_status(f"comparing {len(runs)} candidates", quiet=quiet)
 
     def compare() -> Path:
-        selection = _compare(recipes, runs, gate or Gate(), fabric.device, estimates)
-        return _write_comparison(selection, recipe, runs, out, fabric.device).path
+        name = comparison.select(runs)
+        selection = comparison.selection(runs, _shared_images(recipe))
+        written = _write_comparison(selection, recipe, runs, out, fabric.device)
+        comparison.source_network(name, runs[name]).save(written.source_weights)
+        return written.path
 
     return Comparison(run_on_rank_zero(fabric, compare))
+
+
+def _report_short_training(run: Run | Path, *, quiet: bool) -> None:
+    """Print a line if the source mIoU of source only was still rising at its last validation."""
+    rows = list(run.log.rows()) if isinstance(run, Run) else []
+    values = [row["source_miou"] or 0.0 for row in rows if row.get("event") == "validation" and "source_miou" in row]
+    if len(values) > 1 and values[-1] - max(values[:-1]) > STILL_RISING:
+        print_status(
+            f"{BASELINE} is undertrained: its source mIoU rose to {percent(values[-1], 1)} from "
+            f"{percent(max(values[:-1]), 1)} in the last part; more steps, or a longer --budget, make a better start",
+            quiet=quiet,
+        )
+
+
+def _with_start(plan: Recipe | Path, start: Recipe | Path) -> Recipe | Path:
+    """Return a recipe that starts from the best candidate without training."""
+    return plan.model_copy(update={"start": start}) if isinstance(plan, Recipe) and plan.start is not None else plan
 
 
 def _train_all(
@@ -222,68 +240,6 @@ def _check_compared_masks(recipe: Recipe) -> None:
         check_masks(recipe.source, [split for split in splits if has_labels(recipe.source, split)])
 
 
-def _has_held_out_images(recipe: Recipe) -> bool:
-    """Return True if the source has a validation split with images, other than train."""
-    try:
-        split = recipe.validation.split
-        return recipe.source is not None and split != "train" and bool(recipe.source.items(split))
-    except SplitError:
-        return False
-
-
-def _compare(
-    recipes: Sequence[Recipe], runs: Mapping[str, Run | Path], gate: Gate, device: torch.device, estimates: bool
-) -> Selection:
-    """Compute label-free metrics of every candidate on the same target images, apply the gate and select."""
-    recipe = recipes[0]
-    target = recipe.domain("target")
-    networks = {name: _load(run) for name, run in runs.items()}
-    baseline = networks[BASELINE]
-    options = MetricOptions(METRIC_IMAGES, CROP, recipe.resize, recipe.window, device)
-
-    def metrics_of(network: Segmenter, domain: Domain, split: Split) -> LabelFreeMetrics:
-        return label_free_metrics(network, domain, split, options, reference=baseline, reference_classes=True)
-
-    metrics: dict[str, LabelFreeMetrics] = {}
-    estimated: dict[str, Estimate] = {}
-    for name, network in networks.items():
-        source_miou = _source_miou(recipe, runs[name], device)
-        metrics[name] = metrics_of(network, target, "train").model_copy(update={"source_miou": source_miou})
-        if estimates and recipe.source is not None and has_labels(recipe.source, ESTIMATE_SPLIT):
-            estimated[name] = estimate(network, recipe.source, target, replace(options, limit=ESTIMATE_IMAGES))
-    familiar = reverse = None
-    if _has_held_out_images(recipe):
-        source, held_out = recipe.domain("source"), recipe.validation.split
-        familiar = familiarity(metrics_of(baseline, source, held_out), metrics[BASELINE])
-        if not gate.skip_familiarity and has_labels(source, "train") and has_labels(source, held_out):
-            reverse = reverse_validation(baseline, source, target, held_out, options)
-    rejections = gate.all_rejections(BASELINE, metrics, familiar, reverse)
-    adapted = [name for name in runs if name not in (BASELINE, RECALIBRATED)]
-    settings = dict(zip(adapted, setting_differences(recipes), strict=True))
-    accepted = {name: metrics[name] for name in (BASELINE, *adapted, *metrics) if not rejections.get(name)}
-    candidates = {
-        name: CandidateReport(
-            run=str(run.path if isinstance(run, Run) else run),
-            metrics=metrics[name],
-            settings=settings.get(name, {}),
-            rejections=rejections.get(name, ()),
-            estimate=estimated.get(name),
-            labeled_miou=_labeled_miou(run, recipe),
-        )
-        for name, run in runs.items()
-    }
-    return Selection(
-        recommended=select(BASELINE, accepted, gate.tolerance),
-        candidates=candidates,
-        recipes=tuple(entry.model_dump(mode="json") for entry in recipes),
-        gate=gate,
-        target=target.model_dump(mode="json"),
-        familiarity=familiar,
-        reverse_validation=reverse,
-        labels_opened=_shared_images(recipe),
-    )
-
-
 def _shared_images(recipe: Recipe) -> int:
     """Count target images that are labeled source images too, of this recipe or the recipes it starts from.
 
@@ -310,36 +266,6 @@ def _identity(item: Item) -> object:
     if isinstance(image, Path):
         return image.resolve()
     return (image.func, repr((image.args, image.keywords))) if isinstance(image, partial) else image
-
-
-def _load(run: Run | Path) -> Segmenter:
-    return run.segmenter() if isinstance(run, Run) else Segmenter.load(run)
-
-
-def _source_miou(recipe: Recipe, run: Run | Path, device: torch.device) -> float | None:
-    """MIoU on the source's held-out labels, scored with the recipe's resize and window; stored scores are reused."""
-    split = recipe.validation.split
-    if recipe.source is None or not has_labels(recipe.source, split):
-        return None
-    if isinstance(run, Run) and (run.recipe.resize, run.recipe.window) == (recipe.resize, recipe.window):
-        stored = stored_scores(run, "source", split, recipe.source)
-        return (stored or evaluate_domain(run, recipe.source, "source", split, device=device)).miou
-    window = recipe.window or None
-    return score(_load(run), recipe.source, split, resize=recipe.resize, window=window, device=device).miou
-
-
-def _labeled_miou(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
-    """MIoU by domain and split in the run's ``scores.json``; no label is read."""
-    if not isinstance(run, Run):
-        return {}
-    splits: tuple[Split, ...] = ("val", "test")
-    mious = {}
-    for role, domain in (("source", recipe.source), ("target", recipe.target)):
-        for split in splits:
-            scores = stored_scores(run, role, split, domain) if domain is not None else None
-            if scores is not None:
-                mious[f"{role}/{split}"] = scores.miou
-    return mious
 
 
 def _write_comparison(
@@ -378,7 +304,7 @@ def _draw_predictions(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path]
     rows: dict[str, dict[str, Sample]] = {f"target {number}": {} for number in range(1, len(images) + 1)}
     dtype = np.uint8 if target.max_value == 255 else np.uint16 if target.max_value > 1 else np.float32
     for name, run in runs.items():
-        network = _load(run).to(device)
+        network = load_candidate(run).to(device)
         with evaluation_mode(network), torch.inference_mode():
             for (heading, samples), image in zip(rows.items(), images, strict=True):
                 ids = predict_scores(network, image.to(device), recipe.window).argmax(0).cpu().numpy().astype(np.uint8)

@@ -12,25 +12,25 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from overfly.adaptation.estimate import Estimate
-from overfly.adaptation.gate import Gate, geometric_consistency
+from overfly.adaptation.gate import Check, Gate, passes
 from overfly.core.errors import RunError
 from overfly.core.progress import percent
 from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
+from overfly.recipe import Recipe
 from overfly.training.run import Run
 
 BASELINE = "source only"
 """Name of the network before adaptation, which the others are compared with."""
-RECALIBRATED = "recalibrated"
-"""Name of the same network with BatchNorm statistics of the target."""
 ADAPTED = "adapted"
 """Name of the recipe's network; ``adapted 1``, ``adapted 2`` … for several recipes."""
 MAX_SETTINGS = 3
 """Settings that a summary lists; with more, it names the method or their number."""
-COLUMNS = (
-    "source mIoU", "masked mIoU", "views mIoU", "geometric mIoU", "agreement", "estimated target mIoU", "decision",
-)  # fmt: skip
+CHECKED = ("loss of source mIoU", "loss of nuclear norm", "classes", "consistency gain", "agreement")
+"""Checks of a candidate, each with a column."""
+COLUMNS = ("source mIoU", *CHECKED, "consensus", "better than source only", "estimated target mIoU", "decision")
 """Columns of the candidates' table, after the candidate."""
+UNFAMILIAR = "the target may show other objects than the source's classes, or lack some: look at the predictions"
 
 
 class CandidateReport(Spec):
@@ -39,21 +39,29 @@ class CandidateReport(Spec):
     run: str
     """Its run folder, or its weights file."""
     metrics: LabelFreeMetrics
-    """Label-free metrics on the target."""
+    """Label-free metrics on the target; ``source_miou`` with batch-normalization statistics of the source."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings in which its recipe differs from the other adapted ones, such as ``method.mix``."""
-    rejections: tuple[str, ...] = ()
-    """Reasons to reject it; empty if it is accepted."""
+    checks: tuple[Check, ...] = ()
+    """Its checks; none for source only."""
+    better: Share | None = None
+    """Share of bootstrap samples of the target images in which it agrees more with the mean prediction of all accepted
+    networks than source only does; none if rejected, and for source only."""
     estimate: Estimate | None = None
     """Estimated target mIoU with an interval; not a measurement."""
     labeled_miou: dict[str, Share | None] = Field(default_factory=dict)
     """mIoU from labels, by domain and split, if it was computed earlier; not used for the selection."""
 
+    @property
+    def rejected(self) -> bool:
+        """Whether a failed check rejects it."""
+        return not passes(self.checks)
+
 
 class Selection(Spec):
-    """The recommended candidate, with the metrics and rejections of all."""
+    """The recommended candidate, with the metrics and checks of all."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     """Version of this file's format."""
     recommended: str
     """The candidate to use."""
@@ -65,44 +73,25 @@ class Selection(Spec):
     """Bounds of the checks."""
     target: dict[str, Any]
     """The target domain, as in a recipe."""
-    familiarity: Share | None = None
-    """Familiarity of the target to the network before adaptation; none without held-out source images."""
-    reverse_validation: Share | None = None
-    """Reverse validation score of that network's predictions on the target; none if it was skipped or not possible."""
+    target_checks: tuple[Check, ...] = ()
+    """Warnings about the target; none without held-out source images."""
     labels_opened: NonNegativeInt
     """Target labels that were read for training and selection: those of target images that are source images too."""
 
     @property
     def summary(self) -> str:
         """The recommendation in one sentence."""
-        rejected = [name for name, report in self.candidates.items() if report.rejections]
+        rejected = [name for name, report in self.candidates.items() if report.rejected]
         tail = f"; rejected: {_join_names(rejected)}" if rejected else ""
-        if self.recommended == BASELINE:
-            return f"recommended: {BASELINE}{tail or '; there is no other candidate'}"
         best = self.candidates[self.recommended]
         settings = settings_text(best.settings)
-        others = [name for name in self.candidates if name not in (BASELINE, self.recommended, *rejected)]
-        value = geometric_consistency(best.metrics)
-        lower = [
-            name
-            for name in others
-            if value - geometric_consistency(self.candidates[name].metrics) >= self.gate.tolerance
-        ]
-        similar = [name for name in others if name not in lower]
-        text = f"recommended: {self.recommended}{f' ({settings})' if settings else ''}, accepted by all checks"
-        text += f"; geometric consistency higher than {_join_names(lower)}" if lower else ""
-        text += f"; geometric consistency similar to {_join_names(similar)}" if similar else ""
-        return text + tail
-
-    @property
-    def familiarity_summary(self) -> str:
-        """Familiarity and reverse validation in words."""
-        if self.familiarity is None:
-            return "Familiarity of the target is unknown: the source has no held-out images."
-        known = f"Familiarity of the target to the source-only network: {100 * self.familiarity:.0f} %"
-        if self.reverse_validation is None:
-            return f"{known}. Reverse validation was skipped or not possible."
-        return f"{known}; reverse validation: {100 * self.reverse_validation:.0f} %."
+        text = f"recommended: {self.recommended}{f' ({settings})' if settings else ''}"
+        if best.metrics.consensus is None:
+            return f"{text}; there are fewer than three accepted networks to compare{tail}"
+        sure = (
+            "" if best.better is None else f" (more than {BASELINE} in {100 * best.better:.0f} % of bootstrap samples)"
+        )
+        return f"{text}, which agrees most with the mean prediction of all accepted networks{sure}{tail}"
 
     @property
     def differences(self) -> list[str]:
@@ -115,26 +104,31 @@ class Selection(Spec):
 
     @property
     def reasons(self) -> list[str]:
-        """Reasons of all rejections, with the candidate's name in front."""
-        return [
-            f"{name} rejected: {reason}" for name, report in self.candidates.items() for reason in report.rejections
+        """Failed checks: those of the candidates, with the name in front, and warnings about the target."""
+        lines = [
+            f"{name} {'rejected' if check.rejects else 'warning'}: {check}"
+            for name, report in self.candidates.items()
+            for check in sorted(report.checks, key=lambda check: not check.rejects)
+            if not check.passed
         ]
+        return lines + [f"target warning: {check}; {UNFAMILIAR}" for check in self.target_checks if not check.passed]
 
     def rows(self) -> list[list[str]]:
-        """Rows of the candidates' table: the name, then a cell per entry of `COLUMNS`, in percent."""
-        rows = []
-        for name, report in self.candidates.items():
-            metrics, estimate = report.metrics, report.estimate
-            values = [
-                metrics.source_miou, metrics.masked_miou, metrics.views_miou, geometric_consistency(metrics),
-                metrics.agreement,
-            ]  # fmt: skip
-            interval = f" ({percent(estimate.low, 1)} to {percent(estimate.high, 1)})" if estimate else ""
-            decision = "rejected" if report.rejections else "baseline" if name == BASELINE else "accepted"
-            decision = "recommended" if name == self.recommended else decision
-            estimated = percent(estimate.miou if estimate else None, 1) + interval
-            rows.append([name, *(percent(value, 1) for value in values), estimated, decision])
-        return rows
+        """Rows of the candidates' table: the name, then a cell per entry of `COLUMNS`, in percent; the bounds last."""
+        bounds = {check.name: check.bound_text for report in self.candidates.values() for check in report.checks}
+        last = ["bound", "", *(bounds.get(name, "") for name in CHECKED), *[""] * (len(COLUMNS) - len(CHECKED) - 1)]
+        return [*(self._row(name, report) for name, report in self.candidates.items()), last]
+
+    def _row(self, name: str, report: CandidateReport) -> list[str]:
+        checks, estimate = {check.name: check.cell for check in report.checks}, report.estimate
+        interval = f" ({percent(estimate.low, 1)} to {percent(estimate.high, 1)})" if estimate else ""
+        decision = "rejected" if report.rejected else "baseline" if name == BASELINE else "accepted"
+        return [
+            name, percent(report.metrics.source_miou, 1), *(checks.get(check, "") for check in CHECKED),
+            percent(report.metrics.consensus, 1), percent(report.better, 0),
+            percent(estimate.miou if estimate else None, 1) + interval,
+            "recommended" if name == self.recommended else decision,
+        ]  # fmt: skip
 
     def table(self) -> str:
         """The candidates as a Markdown table, in percent."""
@@ -149,22 +143,29 @@ class Selection(Spec):
             [
                 "# Selection", "", self.summary[0].upper() + self.summary[1:] + ".", "", self.table(), "",
                 *(["Settings of the adapted candidates:", "", *differences, ""] if differences else []),
-                *(["Reasons:", "", *reasons, ""] if reasons else []),
-                "All values are mIoU in percent. *Source* is computed on the source's held-out labels. *Masked* and "
-                "*views* compare predictions on target images with those on masked and perturbed images, over the "
-                "classes that the source-only network predicts there; *geometric* is the rotated, flipped and scaled "
-                "part of *views*, by which accepted candidates are compared. *Agreement* compares predictions with "
-                "those of the source-only network. The *estimated* target mIoU is not a measurement and not used for "
-                f"the selection. Target labels opened: {self.labels_opened}.", "",
-                self.familiarity_summary, "",
+                *(["Failed checks:", "", *reasons, ""] if reasons else []), LEGEND, "",
+                f"Target labels opened: {self.labels_opened}.", "",
                 "![Target images and the candidates' predictions](samples/selection.png)", "",
             ]
         )  # fmt: skip
 
 
+LEGEND = (
+    "All values are in percent. *Source mIoU* is computed on the source's held-out labels, each network with "
+    "batch-normalization statistics of the source. The *nuclear norm* of the probabilities is high for confident "
+    "predictions of all classes. *Classes*: of those that source only predicts on the target, the share that is still "
+    "predicted. *Consistency gain*: mIoU between predictions of target images and of rotated, flipped and scaled ones, "
+    "minus that of source only. *Agreement*: mIoU with the predictions of source only. *Consensus*: mIoU with the mean "
+    "prediction of all accepted networks; the highest is recommended. *Better than source only*: share of bootstrap "
+    "samples of the images in which it is higher. The *estimated target mIoU* is not a measurement and not used for "
+    "the selection. A failed check is marked: x rejects, ! warns."
+)
+"""Explanation of the table."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison folder: ``selection.json``, ``selection.md``, ``recommended.safetensors``, ``samples/``."""
+    """A comparison folder: ``selection.json``, ``selection.md``, the recommended network, ``samples/``."""
 
     path: Path
 
@@ -176,8 +177,13 @@ class Comparison:
 
     @property
     def weights(self) -> Path:
-        """The recommended network: weights, classes and normalization."""
+        """The recommended network, for images of the target: weights, classes and normalization."""
         return self.path / "recommended.safetensors"
+
+    @property
+    def source_weights(self) -> Path:
+        """The recommended network with batch-normalization statistics of the source, for its images."""
+        return self.path / "recommended-source.safetensors"
 
     @cached_property
     def selection(self) -> Selection:
@@ -238,3 +244,21 @@ def value_text(value: object) -> str:
 def _join_names(names: Sequence[str]) -> str:
     """Format a list as ``a, b and c``."""
     return re.sub(r", ([^,]*)$", r" and \1", ", ".join(names))
+
+
+def setting_differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """Return for each recipe the settings that differ between recipes, by dotted name."""
+    flat = [
+        flatten_settings(recipe.model_dump(mode="json", exclude={"source", "target", "start"})) for recipe in recipes
+    ]
+    names = list(dict.fromkeys(key for settings in flat for key in settings))
+    differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
+    return [{name: settings[name] for name in differing if name in settings} for settings in flat]
+
+
+def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings of nested mappings by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -207,3 +207,16 @@ def _index(container: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(container):
         raise RecipeError(f"{key}: {part!r} must be an index from 0 to {len(container) - 1}")
     return int(part)
+
+
+def parse_budget(budget: str) -> float:
+    """Convert a budget such as ``90s``, ``5min`` or ``2h`` to seconds; a number without unit is in minutes.
+
+    Raises:
+        RecipeError: the text is not a duration above 0.
+    """
+    units = "s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?"
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({units})?", budget.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise RecipeError(f"--budget must be a duration such as 90s, 10min or 2h, got {budget!r}")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[(match[2] or "m")[0]]

@@ -53,10 +53,10 @@ class LabelFreeMetrics(Spec):
     """Soft neighborhood density of random pixels' probabilities, as a share of ln(N - 1) (Saito et al., 2021)."""
     agreement: Share | None
     """Mean IoU with the predictions of a reference network, over the classes that either predicts; none without one."""
-    masked: Share
-    """Share of pixels whose prediction is unchanged when half of the image is masked."""
-    masked_miou: Share
-    """Class-balanced mIoU between the predictions with and without mask."""
+    masked: Share | None
+    """Share of pixels whose prediction is unchanged when half of the image is masked; none if not computed."""
+    masked_miou: Share | None
+    """Class-balanced mIoU between the predictions with and without mask; none if not computed."""
     views: Share
     """Share of pixels whose prediction is unchanged under mild perturbations (rotation, scale, color, blur, noise);
     mean over the perturbations."""
@@ -89,6 +89,7 @@ def label_free_metrics(
     *,
     reference: nn.Module | None = None,
     reference_classes: bool = False,
+    perturbations: Sequence[Perturbation] | None = None,
 ) -> LabelFreeMetrics:
     """Compute label-free metrics on images of a domain; about ten forward passes per image.
 
@@ -101,6 +102,7 @@ def label_free_metrics(
         reference: network whose predictions `LabelFreeMetrics.agreement` compares with, such as a teacher.
         reference_classes: average class-balanced consistency over the classes that ``reference`` predicts on these
             images, instead of all K.
+        perturbations: None: `random_mask` and `mild_perturbations`.
 
     Raises:
         DataError: there are no images, or one cannot be read.
@@ -108,8 +110,9 @@ def label_free_metrics(
     """
     images = unlabeled_images(domain, split, options)
     return label_free_metrics_of_images(
-        network, images, domain.max_value, options, reference=reference, reference_classes=reference_classes
-    )
+        network, images, domain.max_value, options,
+        reference=reference, reference_classes=reference_classes, perturbations=perturbations,
+    )  # fmt: skip
 
 
 def label_free_metrics_of_images(
@@ -120,6 +123,7 @@ def label_free_metrics_of_images(
     *,
     reference: nn.Module | None = None,
     reference_classes: bool = False,
+    perturbations: Sequence[Perturbation] | None = None,
 ) -> LabelFreeMetrics:
     """Compute the metrics of `label_free_metrics` on images (C, H, W) in memory.
 
@@ -131,6 +135,7 @@ def label_free_metrics_of_images(
     networks = [network] if reference is None else [network, reference]
     for model in networks:
         model.to(options.device)
+    views = list(chain([random_mask()], mild_perturbations())) if perturbations is None else list(perturbations)
     with evaluation_mode(nn.ModuleList(networks)), torch.inference_mode():
         for index, raw in enumerate(images):
             image = raw.to(options.device)
@@ -143,7 +148,7 @@ def label_free_metrics_of_images(
                 same = reference is network
                 other = prediction if same else predict_scores(reference, image, options.window).argmax(0)
                 statistics.compare("reference", prediction, other)
-            for perturbation, generator in seeded(chain([random_mask()], mild_perturbations()), options.seed, index):
+            for perturbation, generator in seeded(views, options.seed, index):
                 perturbed = predict_scores(network, perturbation.apply(image, max_value, generator), options.window)
                 statistics.compare(perturbation.name, prediction, perturbation.invert(perturbed, size).argmax(0))
     if statistics is None:
@@ -192,7 +197,7 @@ class PredictionStatistics:
         samples = torch.cat(self.samples)
         subset = samples[random_pixels(1, len(samples), NEIGHBORS, seed)] if len(samples) > NEIGHBORS else samples
         pairs = dict(self.confusions)
-        reference, masked = pairs.pop("reference", None), pairs.pop("masked")
+        reference, masked = pairs.pop("reference", None), pairs.pop("masked", None)
         counted_classes = reference.predicted > 0 if reference_classes and reference is not None else None
         by_view = {name: balanced_miou(pair, counted_classes) for name, pair in pairs.items()}
         return LabelFreeMetrics(
@@ -201,8 +206,8 @@ class PredictionStatistics:
             nuclear_norm=nuclear_norm(samples),
             snd=finite(neighborhood_density(subset)),
             agreement=None if reference is None else reference.miou,
-            masked=masked.accuracy,
-            masked_miou=balanced_miou(masked, counted_classes),
+            masked=None if masked is None else masked.accuracy,
+            masked_miou=None if masked is None else balanced_miou(masked, counted_classes),
             views=sum(pair.accuracy for pair in pairs.values()) / len(pairs),
             views_miou=sum(by_view.values()) / len(by_view),
             diversity=float(distribution_entropy(shares)) / scale,
@@ -251,8 +256,8 @@ def neighborhood_density(probability: Tensor, temperature: float = 0.05, chunk: 
 
 def consensus(
     networks: Iterable[tuple[nn.Module, int | None]], images: Sequence[Tensor], device: torch.device | str = "cpu"
-) -> list[float | None]:
-    """Compute the class-balanced mIoU of each network's predictions with the mean prediction of all networks.
+) -> list[list[Confusion]]:
+    """Compare each network's predictions with the mean prediction of all networks.
 
     Memory holds one network at a time, the mean, and a byte per pixel and network.
 
@@ -262,32 +267,27 @@ def consensus(
         device: device of the networks.
 
     Returns:
-        0 to 1 per network; None for each of fewer than three.
+        For each network a confusion matrix per image, its rows the mean prediction; empty for fewer than three.
     """
     sums: list[Tensor] = []
     predictions: list[list[Tensor]] = []
-    classes = 0
     for network, window in networks:
         own = []
         with evaluation_mode(network.to(device)), torch.inference_mode():
             for index, image in enumerate(images):
                 probability = predict_scores(network, image.to(device), window).softmax(0).cpu()
-                classes = len(probability)
                 if len(sums) == index:
                     sums.append(torch.zeros_like(probability))
                 sums[index] += probability
                 own.append(probability.argmax(0).to(torch.uint8))
         predictions.append(own)
     if len(predictions) < MIN_CONSENSUS:
-        return [None] * len(predictions)
-    mean_predictions = [total.argmax(0) for total in sums]
-    shares: list[float | None] = []
-    for own in predictions:
-        pair = Confusion.empty(classes)
-        for prediction, mean in zip(own, mean_predictions, strict=True):
-            pair += Confusion.from_predictions(prediction, mean, classes)
-        shares.append(balanced_miou(pair))
-    return shares
+        return [[] for _ in predictions]
+    common = [(total.argmax(0), len(total)) for total in sums]
+    return [
+        [Confusion.from_predictions(ids, mean, classes) for ids, (mean, classes) in zip(own, common, strict=True)]
+        for own in predictions
+    ]
 
 
 def balanced_miou(pair: Confusion, classes: Tensor | None = None) -> float:

@@ -148,9 +148,14 @@ def random_mask() -> Perturbation:
     return Perturbation("masked", apply, _unchanged)
 
 
-def geometric_perturbations() -> tuple[Perturbation, ...]:
-    """Rotation, flip and scale: pixel values stay as they are."""
-    return (rotated(1, mirrored=False), rotated(2, mirrored=True), scaled(0.75), scaled(1.5))
+def geometric_perturbations(*, turns: bool = True) -> tuple[Perturbation, ...]:
+    """Rotation, flip and scale: pixel values stay as they are. Without ``turns``, for images with a fixed top."""
+    rotations = (rotated(1, mirrored=False), rotated(2, mirrored=True)) if turns else (rotated(0, mirrored=True),)
+    return (*rotations, scaled(0.75), scaled(1.5))
+
+
+GEOMETRIC = frozenset(entry.name for turns in (True, False) for entry in geometric_perturbations(turns=turns))
+"""Names of all geometric perturbations."""
 
 
 def mild_perturbations() -> tuple[Perturbation, ...]:

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 BUILT_IN = (
-    "adaptsegnet", "cbst", "clan", "color_transfer", "dacs", "daformer", "distillation", "dsbn", "fada",
+    "adaptsegnet", "cbst", "clan", "dacs", "daformer", "distillation", "dsbn", "fada",
     "fda", "gcw_ldq", "iast", "mcd", "mic", "multiscale_self_training", "recalibrate", "source_free", "source_only",
     "tent", "transnorm",
 )  # fmt: skip

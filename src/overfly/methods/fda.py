@@ -1,4 +1,4 @@
-"""FDA: Fourier domain adaptation (Yang and Soatto, CVPR 2020, arXiv:2004.05498)."""
+"""Source images in the style of the target: FDA (Yang and Soatto, CVPR 2020, arXiv:2004.05498), color transfer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegativeFloat
 from overfly.methods.method import Method, Networks
-from overfly.ops.color import swap_low_frequencies
+from overfly.ops.color import match_colors, swap_low_frequencies
 from overfly.ops.losses import charbonnier_entropy
 from overfly.ops.normalization import joint_forward
 
@@ -40,3 +40,19 @@ class FDA(Method[Networks], name="fda"):
             **self.supervised(source, label),
             "entropy": self.entropy * charbonnier_entropy(target.main, self.power),
         }
+
+
+class ColorTransfer(Method[Networks], name="color_transfer"):
+    """Train on source images with each band's mean and standard deviation of target images (Reinhard et al., 2001).
+
+    It is done in the sensor's bands, not in an opponent color space, so that it works with any number of bands.
+    """
+
+    per_image: bool = False
+    """Match each source image to one target image; otherwise the source batch to the target batch."""
+
+    def losses(self, nets: Networks, batch: Batch) -> Losses:
+        """Supervised loss on recolored source images."""
+        image, label = batch.source
+        recolored = match_colors(image, batch.target, per_image=self.per_image).clamp(0, nets.segmenter.max_value)
+        return self.supervised(nets.student(recolored), label)

@@ -139,7 +139,7 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
         }
 
     def augment_target(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Target images (B, C, H, W) under random flips and, with `turns`, quarter turns; their no-data mask (B, H, W)."""
+        """Target images (B, C, H, W), flipped and, with `turns`, turned at random; their no-data mask (B, H, W)."""
         nodata = torch.zeros_like(batch.target[:, 0], dtype=torch.int64)
         if batch.nodata_mask is not None:
             nodata.masked_fill_(batch.nodata_mask, IGNORE)

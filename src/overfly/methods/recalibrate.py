@@ -18,7 +18,7 @@ from overfly.ops.normalization import blend_statistics, reset_statistics, updati
 
 MAX_RATIO = 20.0
 """Largest weight of a class, and the inverse of the smallest."""
-COUNTING_STEPS = 5
+COUNTING_STEPS = 3
 """Steps after which statistics are started again, since the class shares of the first batches are uncertain."""
 
 
@@ -80,7 +80,7 @@ class Recalibrate(Method[RecalibrateNetworks], name="recalibrate"):
 
 
 class RecalibrateByClass(Recalibrate, name="recalibrate_by_class"):
-    """Estimate the statistics of batch normalization on target images, as if its classes were as frequent as the source's.
+    """Estimate the statistics of batch normalization on target images, weighted to the class shares of the source.
 
     Each pixel is weighted by the source's share of its class over the target's share, both as predicted by the starting
     network for the target and labeled for the source. Without weights, statistics follow the class shares too, and a
@@ -98,10 +98,8 @@ class RecalibrateByClass(Recalibrate, name="recalibrate_by_class"):
         if batch.nodata_mask is not None:
             predicted = predicted.masked_fill(batch.nodata_mask, IGNORE)
         for counts, labels in ((nets.source_counts, batch.source.label), (nets.target_counts, predicted)):
-            counts += torch.bincount(labels[labels != IGNORE], minlength=len(counts))[: len(counts)]
-        source, target = (
-            counts / counts.sum().clamp_min(1) for counts in (nets.source_counts, nets.target_counts)
-        )
+            counts.add_(torch.bincount(labels[labels != IGNORE], minlength=len(counts)))
+        source, target = (counts / counts.sum().clamp_min(1) for counts in (nets.source_counts, nets.target_counts))
         ratio = (source / target.clamp_min(1e-6)).clamp(1 / MAX_RATIO, MAX_RATIO)
         weight = torch.where(predicted == IGNORE, 0.0, ratio[predicted.clamp_max(len(ratio) - 1)])
         with weighted_statistics(nets.student, weight):

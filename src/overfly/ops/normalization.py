@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -48,6 +48,15 @@ def updating_statistics(module: nn.Module) -> Iterator[None]:
         for norm in batch_norms(module):
             norm.train()
         yield
+
+
+@torch.inference_mode()
+def estimate_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace running statistics, in place, by averages over batches of images (B, C, H, W)."""
+    reset_statistics(module)
+    with updating_statistics(module):
+        for images in batches:
+            module(images)
 
 
 @contextmanager

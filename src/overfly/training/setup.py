@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 from torch.optim import Optimizer
 
 from overfly.core.download import format_bytes
@@ -23,6 +25,8 @@ from overfly.models.weights import LoadReport, load_weights
 from overfly.recipe import Model, Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
 
+STATISTICS_BATCHES = 50
+"""Most batches that batch-normalization statistics are estimated on after training."""
 STATISTICS_IMAGES = 200
 """Images from which mean and standard deviation are estimated if the recipe does not set them."""
 
@@ -98,6 +102,12 @@ def training_streams(
         )  # fmt: skip
         streams.append(stream)
     return streams[0], streams[1]
+
+
+def source_images(stream: BatchStream | None, count: int) -> Iterator[Tensor]:
+    """Yield the images (B, C, H, W) of the first batches of a stream, without augmentation."""
+    for step in range(count) if stream is not None else ():
+        yield stream.read(step, list(range(stream.batch))).image
 
 
 def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:

@@ -25,7 +25,7 @@ from overfly.core.records import Batch, Labeled, Losses
 from overfly.data.loading import batch_loader
 from overfly.models.segmenter import Segmenter
 from overfly.ops.augmentation import augment
-from overfly.ops.normalization import reset_statistics, updating_statistics
+from overfly.ops.normalization import estimate_statistics
 from overfly.training.engine import (
     LossModule,
     TrainerConfig,
@@ -36,10 +36,8 @@ from overfly.training.engine import (
 )
 from overfly.training.evaluate import Evaluator, log_entry
 from overfly.training.run import Run, RunLog, utc_now
-from overfly.training.setup import TrainingSetup
+from overfly.training.setup import STATISTICS_BATCHES, TrainingSetup, source_images
 
-STATISTICS_BATCHES = 50
-"""Most batches that final batch-normalization statistics are estimated on."""
 UNREADABLE = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
 )  # fmt: skip
@@ -348,13 +346,9 @@ class Trainer:
     def estimate_statistics(self) -> None:
         """Estimate the final weights' batch-normalization statistics on source images without augmentation."""
         segmenter = self.fabric.to_device(Segmenter.load(self.run.weights))
-        reset_statistics(segmenter)
-        with updating_statistics(segmenter), torch.inference_mode():
-            for index in range(min(STATISTICS_BATCHES, self.total_steps)):
-                batch = self.batches[index]
-                if isinstance(batch, OverflyError):
-                    raise batch
-                segmenter(self.fabric.to_device(batch).source.image)
+        count = min(STATISTICS_BATCHES, self.total_steps)
+        images = (image.to(self.fabric.device) for image in source_images(self.batches.source, count))
+        estimate_statistics(segmenter, images)
         segmenter.save(self.run.weights)
 
     def add_elapsed_time(self) -> None:
