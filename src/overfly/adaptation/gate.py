@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from overfly.core.errors import RecipeError
 from overfly.core.progress import percent
+from overfly.core.settings import set_value, validation_message
 from overfly.core.spec import Share, Spec
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.label_free_metrics import MIN_CONSENSUS, LabelFreeMetrics
@@ -111,6 +114,21 @@ class Gate(Spec):
             for name, (value, bound) in values.items()
             if value is not None
         )
+
+
+def read_gate(settings: Sequence[str]) -> Gate:
+    """Read bounds such as ``max_source_loss=0.1``; the others keep their defaults.
+
+    Raises:
+        RecipeError: a bound is unknown or out of range.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        set_value(values, setting)
+    try:
+        return Gate.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(validation_message(error, "--gate", Gate)) from None
 
 
 def passes(checks: Sequence[Check]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,17 +17,23 @@ if TYPE_CHECKING:
     from overfly.adaptation.selection import Selection
 
 
+NOT_ADAPTED = 3
+"""Exit status if the network before adaptation is recommended although an adapted one is required."""
+
+
 @dataclass(frozen=True)
 class AdaptResult:
-    """A comparison of source-only, recalibrated and adapted networks, and the recommended one.
+    """A comparison of the networks before and after adaptation, and the recommended one.
 
     Attributes:
         path: the comparison folder.
         selection: all candidates and the recommendation.
+        exit_status: 3 if source only is recommended although an adapted network is required.
     """
 
     path: Path
     selection: Selection
+    exit_status: int = 0
 
     @property
     def recommended(self) -> Path:
@@ -47,7 +54,6 @@ class AdaptResult:
         yield table
         yield from self.selection.reasons
         yield from self.selection.differences
-        yield self.selection.familiarity_summary
         yield f"target labels opened: {self.selection.labels_opened}"
         yield self.selection.summary
         yield f"comparison: {self.path}"
@@ -64,7 +70,8 @@ def adapt(
     checkpoint: PathLike | None = None,
     budget: str | None = None,
     estimate: bool = True,
-    skip_familiarity: bool = False,
+    gate: Sequence[str] = (),
+    require_adapted: bool = False,
     out: PathLike = Path("runs"),
     device: str = "auto",
     devices: int = 1,
@@ -75,7 +82,8 @@ def adapt(
 ) -> AdaptResult:
     """Adapt to images without labels, and recommend the adapted network or the one before adaptation.
 
-    Candidates are compared without target labels: source only, recalibrated and adapted. Give a recipe, or several with
+    Candidates are compared without target labels: source only, the same with batch-normalization statistics of the
+    target, and networks trained further from the best of these. Give a recipe, or several with
     the same start; or image folders, the source with masks and the target without; or, without the source's images, a
     trained network (--checkpoint) and the target.
 
@@ -89,7 +97,8 @@ def adapt(
         checkpoint: run, comparison or weights file to adapt, without its source's images.
         budget: time for image folders, such as 90s, 10min or 2h; default 30m. The same command again resumes.
         estimate: estimate each candidate's mIoU on the target too, with an interval; takes about as long again.
-        skip_familiarity: skip the check of the target images; use it if they show the source's classes.
+        gate: bounds of the checks, such as max_source_loss=0.1; the option can be repeated.
+        require_adapted: exit with status 3 if the network before adaptation is recommended.
         out: folder of the runs.
         device: auto, cpu, cuda, cuda:1 or mps.
         devices: number of devices, one process each.
@@ -102,9 +111,9 @@ def adapt(
         The comparison folder and its selection.
     """
     from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes
-    from overfly.adaptation.gate import Gate
+    from overfly.adaptation.gate import read_gate
     from overfly.adaptation.pipeline import adapt as adapt_recipes
-    from overfly.adaptation.selection import resolve_checkpoint
+    from overfly.adaptation.selection import BASELINE, resolve_checkpoint
     from overfly.recipe import load
     from overfly.training.engine import TrainerConfig, launch_fabric
 
@@ -112,6 +121,7 @@ def adapt(
         return None if value is None else Path(value)
 
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
+    bounds = read_gate(gate)
     start = None if checkpoint is None else resolve_checkpoint(Path(checkpoint))
     inputs = FolderInputs(path(source_images), path(source_masks), path(target_images), path(classes), start)
     recipes, settings = split_entries([*([] if recipe is None else [recipe]), *overrides])
@@ -123,6 +133,7 @@ def adapt(
     values = values or folder_recipes(inputs, budget, config, settings, Path(out))
     comparison = adapt_recipes(
         *values, out=Path(out), fabric=launch_fabric(values[0], config), config=config, estimates=estimate,
-        gate=Gate(skip_familiarity=skip_familiarity),
+        gate=bounds,
     )  # fmt: skip
-    return AdaptResult(comparison.path, comparison.selection)
+    missing = require_adapted and comparison.selection.recommended == BASELINE
+    return AdaptResult(comparison.path, comparison.selection, NOT_ADAPTED if missing else 0)
