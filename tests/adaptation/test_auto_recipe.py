@@ -13,6 +13,7 @@ from overfly.adaptation import auto_recipe
 from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes, read_classes
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
+from overfly.core.settings import parse_budget
 from overfly.data.folder import Folder
 from overfly.data.synthetic import synthesize
 from overfly.recipe import Recipe
