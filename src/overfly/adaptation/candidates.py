@@ -57,7 +57,7 @@ class CandidateComparison:
         for name, run in runs.items():
             if name not in self.networks:
                 self._add(name, run)
-        names = [name for name in self.networks if passes(self.checks.get(name, ()))]
+        names = [name for name in self.networks if passes(self.checks[name])]
         images = unlabeled_images(self.target, "train", self.options)
         networks = [(self.networks[name], self.options.window) for name in names]
         agreements = consensus(networks, list(images), self.options.device)
@@ -74,8 +74,7 @@ class CandidateComparison:
         if self.estimates:
             options = replace(self.options, limit=ESTIMATE_IMAGES)
             self.estimated[name] = estimate(network, self.recipe.domain("source"), self.target, options)
-        if name != BASELINE:
-            self.checks[name] = self.gate.checks(self.metrics[BASELINE], self.metrics[name])
+        self.checks[name] = self.gate.checks(self.metrics[BASELINE], self.metrics[name])
 
     def _metrics_of(self, network: Segmenter, domain: Domain, split: Split) -> LabelFreeMetrics:
         reference = self.networks[BASELINE]
@@ -121,7 +120,7 @@ class CandidateComparison:
                 run=str(run.path if isinstance(run, Run) else run),
                 metrics=self.metrics[name],
                 settings=settings.get(name, {}),
-                checks=self.checks.get(name, ()),
+                checks=self.checks[name],
                 better=self.better.get(name),
                 estimate=self.estimated.get(name),
                 labeled_miou=_labeled_miou(run, self.recipe),

@@ -29,28 +29,21 @@ BOOTSTRAP_SAMPLES = 1000
 
 
 class Check(Spec):
-    """One check of a candidate."""
+    """One check of a candidate: a value and its lower bound."""
 
     name: str
-    """What is compared with the bound."""
+    """Name of the value."""
     value: float
-    """Its value, as a share."""
+    """The value, as a share."""
     bound: float
-    """The bound, as a share."""
-    at_most: bool = False
-    """True if the value must not exceed the bound; False if it must reach it."""
+    """The least accepted value, as a share."""
     rejects: bool = True
     """True if a failed check rejects the candidate; False if it is a warning."""
 
     @property
     def passed(self) -> bool:
-        """Whether the value meets the bound."""
-        return self.value <= self.bound if self.at_most else self.value >= self.bound
-
-    @property
-    def bound_text(self) -> str:
-        """The bound in words, in percent."""
-        return f"{'at most' if self.at_most else 'at least'} {percent(self.bound, 1)}"
+        """Whether the value reaches the bound."""
+        return self.value >= self.bound
 
     @property
     def cell(self) -> str:
@@ -58,7 +51,7 @@ class Check(Spec):
         return percent(self.value, 1) + ("" if self.passed else " x" if self.rejects else " !")
 
     def __str__(self) -> str:
-        return f"{self.name} is {percent(self.value, 1)} %, {self.bound_text} is required"
+        return f"{self.name} is {percent(self.value, 1)} %, less than {percent(self.bound, 1)} %"
 
 
 class Gate(Spec):
@@ -87,18 +80,15 @@ class Gate(Spec):
             before: metrics of source only.
             after: metrics of the candidate on the same images, its ``agreement`` with source only.
         """
-        gain = geometric_consistency(after) - geometric_consistency(before)
+        consistent = geometric_consistency(before) + self.min_consistency_gain
         checks = [
-            Check(
-                name="loss of nuclear norm", value=before.nuclear_norm - after.nuclear_norm, at_most=True,
-                bound=self.max_confidence_loss,
-            ),
+            Check(name="nuclear norm", value=after.nuclear_norm, bound=before.nuclear_norm - self.max_confidence_loss),
             Check(name="classes", value=_shared_classes(before, after), bound=self.min_classes),
-            Check(name="consistency gain", value=gain, bound=self.min_consistency_gain, rejects=False),
-        ]  # fmt: skip
+            Check(name="consistency", value=geometric_consistency(after), bound=consistent, rejects=False),
+        ]
         if before.source_miou is not None and after.source_miou is not None:
-            loss = before.source_miou - after.source_miou
-            checks.insert(0, Check(name="loss of source mIoU", value=loss, at_most=True, bound=self.max_source_loss))
+            bound = max(0.0, before.source_miou - self.max_source_loss)
+            checks.insert(0, Check(name="source mIoU", value=after.source_miou, bound=bound))
         if after.agreement is not None:
             checks.append(Check(name="agreement", value=after.agreement, bound=self.min_agreement, rejects=False))
         return tuple(checks)

@@ -37,8 +37,8 @@ from overfly.training.train_recipe import resolve_start, train_recipe
 
 RECALIBRATED: dict[str, Recalibrate] = {
     "recalibrated": Recalibrate(),
-    "recalibrated, half": Recalibrate(share=0.5),
-    "recalibrated by class": RecalibrateByClass(share=0.5),
+    "half recalibrated": Recalibrate(share=0.5),
+    "class-weighted": RecalibrateByClass(share=0.5),
 }
 """Candidates that change statistics alone, by name: each is the best on some kind of shift (docs/results/choice.md)."""
 RECALIBRATION = {"batch": 8, "steps": 10}

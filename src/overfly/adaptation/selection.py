@@ -26,9 +26,9 @@ ADAPTED = "adapted"
 """Name of the recipe's network; ``adapted 1``, ``adapted 2`` … for several recipes."""
 MAX_SETTINGS = 3
 """Settings that a summary lists; with more, it names the method or their number."""
-CHECKED = ("loss of source mIoU", "loss of nuclear norm", "classes", "consistency gain", "agreement")
+CHECKED = ("source mIoU", "nuclear norm", "classes", "consistency", "agreement")
 """Checks of a candidate, each with a column."""
-COLUMNS = ("source mIoU", *CHECKED, "consensus", "better than source only", "estimated target mIoU", "decision")
+COLUMNS = (*CHECKED, "consensus", "better", "estimate", "decision")
 """Columns of the candidates' table, after the candidate."""
 UNFAMILIAR = "the target may show other objects than the source's classes, or lack some: look at the predictions"
 
@@ -43,7 +43,7 @@ class CandidateReport(Spec):
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings in which its recipe differs from the other adapted ones, such as ``method.mix``."""
     checks: tuple[Check, ...] = ()
-    """Its checks; none for source only."""
+    """Its checks."""
     better: Share | None = None
     """Share of bootstrap samples of the target images in which it agrees more with the mean prediction of all accepted
     networks than source only does; none if rejected, and for source only."""
@@ -115,18 +115,18 @@ class Selection(Spec):
 
     def rows(self) -> list[list[str]]:
         """Rows of the candidates' table: the name, then a cell per entry of `COLUMNS`, in percent; the bounds last."""
-        bounds = {check.name: check.bound_text for report in self.candidates.values() for check in report.checks}
-        last = ["bound", "", *(bounds.get(name, "") for name in CHECKED), *[""] * (len(COLUMNS) - len(CHECKED) - 1)]
-        return [*(self._row(name, report) for name, report in self.candidates.items()), last]
+        checks = {check.name: check for report in self.candidates.values() for check in report.checks}
+        bounds = [f"≥ {percent(checks[name].bound, 1)}" if name in checks else "" for name in CHECKED]
+        rows = [self._row(name, report) for name, report in self.candidates.items()]
+        return [*rows, ["bound", *bounds, *[""] * (len(COLUMNS) - len(CHECKED))]]
 
     def _row(self, name: str, report: CandidateReport) -> list[str]:
         checks, estimate = {check.name: check.cell for check in report.checks}, report.estimate
         interval = f" ({percent(estimate.low, 1)} to {percent(estimate.high, 1)})" if estimate else ""
         decision = "rejected" if report.rejected else "baseline" if name == BASELINE else "accepted"
         return [
-            name, percent(report.metrics.source_miou, 1), *(checks.get(check, "") for check in CHECKED),
-            percent(report.metrics.consensus, 1), percent(report.better, 0),
-            percent(estimate.miou if estimate else None, 1) + interval,
+            name, *(checks.get(check, percent(None)) for check in CHECKED), percent(report.metrics.consensus, 1),
+            percent(report.better, 0), percent(estimate.miou if estimate else None, 1) + interval,
             "recommended" if name == self.recommended else decision,
         ]  # fmt: skip
 
@@ -151,14 +151,14 @@ class Selection(Spec):
 
 
 LEGEND = (
-    "All values are in percent. *Source mIoU* is computed on the source's held-out labels, each network with "
-    "batch-normalization statistics of the source. The *nuclear norm* of the probabilities is high for confident "
-    "predictions of all classes. *Classes*: of those that source only predicts on the target, the share that is still "
-    "predicted. *Consistency gain*: mIoU between predictions of target images and of rotated, flipped and scaled ones, "
-    "minus that of source only. *Agreement*: mIoU with the predictions of source only. *Consensus*: mIoU with the mean "
-    "prediction of all accepted networks; the highest is recommended. *Better than source only*: share of bootstrap "
-    "samples of the images in which it is higher. The *estimated target mIoU* is not a measurement and not used for "
-    "the selection. A failed check is marked: x rejects, ! warns."
+    "All values are in percent. *Source mIoU* is computed on the source's held-out labels, with batch-normalization "
+    "statistics of the source. The *nuclear norm* of the probabilities is high for confident predictions of all "
+    "classes. *Classes*: of those that source only predicts on the target, the share that is still predicted. "
+    "*Consistency*: mIoU between predictions of target images and of rotated, flipped and scaled ones. *Agreement*: "
+    "mIoU with the predictions of source only. *Consensus*: mIoU with the mean prediction of all accepted networks, of "
+    "which the highest is recommended. *Better*: share of bootstrap samples of the images in which it is "
+    "higher than that of source only. *Estimate*: estimated target mIoU, not a measurement and not used for the selection. Values below "
+    "their bound are marked: x rejects the candidate, ! warns."
 )
 """Explanation of the table."""
 

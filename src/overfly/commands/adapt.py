@@ -45,12 +45,14 @@ class AdaptResult:
 
         from overfly.adaptation.selection import COLUMNS
 
-        table = Table(title="candidates, in percent", title_justify="left")
-        table.add_column("candidate")
-        for name in COLUMNS:
-            table.add_column(name, justify="left" if name == COLUMNS[-1] else "right")
-        for row in self.selection.rows():
-            table.add_row(*row)
+        table = Table(title="candidates, in percent", title_justify="left", box=None, pad_edge=False)
+        rows = self.selection.rows()
+        filled = [number for number in range(len(COLUMNS)) if any(row[number + 1] not in ("", "–") for row in rows)]
+        table.add_column("candidate", no_wrap=True)
+        for number in filled:
+            table.add_column(COLUMNS[number], justify="left" if number == len(COLUMNS) - 1 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(row[0], *(row[number + 1] for number in filled))
         yield table
         yield from self.selection.reasons
         yield from self.selection.differences
