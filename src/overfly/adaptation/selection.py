@@ -155,10 +155,10 @@ LEGEND = (
     "statistics of the source. The *nuclear norm* of the probabilities is high for confident predictions of all "
     "classes. *Classes*: of those that source only predicts on the target, the share that is still predicted. "
     "*Consistency*: mIoU between predictions of target images and of rotated, flipped and scaled ones. *Agreement*: "
-    "mIoU with the predictions of source only. *Consensus*: mIoU with the mean prediction of all accepted networks, of "
-    "which the highest is recommended. *Better*: share of bootstrap samples of the images in which it is "
-    "higher than that of source only. *Estimate*: estimated target mIoU, not a measurement and not used for the selection. Values below "
-    "their bound are marked: x rejects the candidate, ! warns."
+    "mIoU with the predictions of source only. *Consensus*: mIoU with the mean prediction of all accepted networks, "
+    "of which the highest is recommended. *Better*: share of bootstrap samples of the images in which it is higher "
+    "than that of source only. *Estimate*: estimated target mIoU, not a measurement and not used for the selection. "
+    "Values below their bound are marked: x rejects the candidate, ! warns."
 )
 """Explanation of the table."""
 
