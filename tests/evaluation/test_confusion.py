@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, distributed
+from torch import Tensor
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCohenKappa,
@@ -105,36 +102,6 @@ def test_adds_up_over_any_split_of_the_pixels(seed: int, cuts: list[int]) -> Non
     assert total == Confusion.from_predictions(prediction, label, K)
     assert total != Confusion.empty(K)
     assert total.counts.dtype == torch.int64
-
-
-def test_adds_up_over_ranks_by_a_given_sum() -> None:
-    prediction, label = _pixels(1)
-    halves = [Confusion.from_predictions(prediction[part::2], label[part::2], K) for part in range(2)]
-    summed = halves[0].reduce(lambda counts: counts + halves[1].counts)
-    assert summed == Confusion.from_predictions(prediction, label, K)
-    assert halves[0].reduce() is not halves[0]
-    assert halves[0].reduce() == halves[0]
-
-
-def test_adds_up_over_two_ranks_of_gloo() -> None:
-    """Two real ranks, each in a thread of its own."""
-    prediction, label = _pixels(2)
-    c10d: Any = distributed  # its classes carry no types
-    store = c10d.HashStore()
-
-    def rank(index: int) -> Confusion:
-        group = c10d.ProcessGroupGloo(store, index, 2, timedelta(seconds=30))
-
-        def add(counts: Tensor) -> Tensor:
-            total = counts.clone()
-            group.allreduce([total]).wait()
-            return total
-
-        return Confusion.from_predictions(prediction[index::2], label[index::2], K).reduce(add)
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(rank, range(2))
-    assert first == second == Confusion.from_predictions(prediction, label, K)
 
 
 def test_empty_confusion_has_no_scores() -> None:

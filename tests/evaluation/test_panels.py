@@ -104,13 +104,6 @@ def test_eight_bits_stay_as_they_are_and_others_are_stretched() -> None:
     assert abs(float(shown.mean()) - 127.5) < 2
 
 
-def test_given_bands_are_shown_and_invalid_ones_raise() -> None:
-    image = np.stack([np.full((3, 3), level, np.uint8) for level in (1, 2, 3, 4)], -1)
-    assert to_rgb(image, (3, 1, 0))[0, 0].tolist() == [4, 2, 1]
-    with pytest.raises(ValueError, match="0 to 3"):
-        to_rgb(image, (4, 1, 0))
-
-
 def test_holes_in_float_images_are_black() -> None:
     image = np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10, 1)
     image[0, 0] = np.nan

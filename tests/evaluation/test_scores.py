@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, distributed
 from torchmetrics.classification import MulticlassCalibrationError
 
 from overfly.core.records import IGNORE
-from overfly.evaluation.scores import Calibration
+from overfly.evaluation.scores import Calibration, Protocol, SplitCounts
 
 
 def _scores(seed: int, images: int = 3) -> tuple[Tensor, Tensor]:
@@ -30,18 +33,45 @@ def test_agrees_with_torchmetrics(seed: int, bins: int) -> None:
     assert Calibration.from_scores(scores, label, bins).ece == pytest.approx(float(metric.compute()), abs=1e-5)
 
 
-def test_sums_over_images_and_ranks() -> None:
+def test_sums_over_images() -> None:
     scores, label = _scores(0)
     whole = Calibration.from_scores(scores, label)
     summed = Calibration.empty()
     for one, truth in zip(scores, label, strict=True):
         summed = summed + Calibration.from_scores(one, truth)
     torch.testing.assert_close(summed.sums, whole.sums)
-    rest = Calibration.from_scores(scores[1:], label[1:])
-    torch.testing.assert_close(
-        Calibration.from_scores(scores[0], label[0]).reduce(lambda s: s + rest.sums).sums, whole.sums
-    )
     assert int(whole.pixels.sum()) == int((label != IGNORE).sum())
+
+
+def _counts(index: slice) -> SplitCounts:
+    counts = SplitCounts.empty(4, Protocol())
+    for scores, label in zip(*(values[index] for values in _scores(0)), strict=True):
+        counts = counts + SplitCounts.from_predictions(scores, scores.argmax(0), label, Protocol())
+    return counts
+
+
+def test_split_counts_add_up_over_two_ranks_of_gloo() -> None:
+    """Two real ranks, each in a thread of its own."""
+    c10d: Any = distributed  # its classes carry no types
+    store = c10d.HashStore()
+
+    def rank(index: int) -> SplitCounts:
+        group = c10d.ProcessGroupGloo(store, index, 2, timedelta(seconds=30))
+
+        def add(counts: Tensor) -> Tensor:
+            total = counts.clone()
+            group.allreduce([total]).wait()
+            return total
+
+        return _counts(slice(index, None, 2)).reduce(add)
+
+    whole = _counts(slice(None))
+    with ThreadPoolExecutor(2) as pool:
+        for summed in pool.map(rank, range(2)):
+            assert summed.confusion == whole.confusion
+            assert torch.equal(summed.boundary.counts, whole.boundary.counts)
+            torch.testing.assert_close(summed.calibration.sums, whole.calibration.sums)
+            assert summed.images == whole.images == 3
 
 
 def test_overconfidence_of_wrong_confident_predictions() -> None:

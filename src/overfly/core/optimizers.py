@@ -79,15 +79,11 @@ class Adam(Optim, name="adam"):
         return torch.optim.Adam(list(groups), lr=self.lr, betas=self.betas)
 
 
-class AdamW(Optim, name="adamw"):
+class AdamW(Adam, name="adamw"):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
-    lr: PositiveFloat = 1e-3
-    """Maximum learning rate."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    """Decay rates of the running averages of the gradient and its square."""
 
     def create(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(list(groups), lr=self.lr, betas=self.betas)

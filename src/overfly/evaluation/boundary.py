@@ -7,7 +7,6 @@ that of ignored areas are not outlines, since tiles cut through objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from overfly.core.records import IGNORE
-from overfly.evaluation.confusion import sum_over_ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +29,18 @@ class Boundary:
         return cls(torch.zeros(3, classes, dtype=torch.int64), width)
 
     @classmethod
-    def from_predictions(
-        cls, prediction: Tensor, label: Tensor, classes: int, width: int, ignore: int = IGNORE
-    ) -> Self:
+    def from_predictions(cls, prediction: Tensor, label: Tensor, classes: int, width: int) -> Self:
         """Count the bands of whole images.
 
         Args:
             prediction: class ids (H, W) or (B, H, W).
-            label: class ids or ``ignore``, of the same shape.
+            label: class ids, of the same shape; `IGNORE` is neither counted nor compared as a neighbor.
             classes: number of classes K.
             width: width of the band inside each outline, in pixels of the label.
-            ignore: label of pixels that are neither counted nor compared as neighbors.
         """
         labels = label.reshape(-1, *label.shape[-2:]).long()
         predicted = prediction.reshape(-1, *label.shape[-2:]).long()
-        valid = labels != ignore
+        valid = labels != IGNORE
         label_band, prediction_band = band(labels, valid, width), band(predicted, valid, width)
         both = label_band & prediction_band & (labels == predicted)
         counts = torch.stack(
@@ -61,10 +56,6 @@ class Boundary:
         if self.width != other.width:
             raise ValueError(f"bands of {self.width} and {other.width} pixels do not add up")
         return Boundary(self.counts + other.counts.to(self.counts.device), self.width)
-
-    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> Boundary:
-        """Sum over all ranks; see `Confusion.reduce`."""
-        return Boundary((all_reduce or sum_over_ranks)(self.counts).to(self.counts.device), self.width)
 
     @property
     def iou(self) -> Tensor:

@@ -7,7 +7,6 @@ and pixels without a label are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -32,21 +31,20 @@ class Confusion:
         return cls(torch.zeros(classes, classes, dtype=torch.int64))
 
     @classmethod
-    def from_predictions(cls, prediction: Tensor, label: Tensor, classes: int, ignore: int = IGNORE) -> Self:
+    def from_predictions(cls, prediction: Tensor, label: Tensor, classes: int) -> Self:
         """Count pixels.
 
         Args:
             prediction: class ids 0 to K-1, of any shape and integer type.
-            label: class ids 0 to K-1 or ``ignore``, of the same shape.
+            label: class ids 0 to K-1, or `IGNORE` for pixels that are not counted, of the same shape.
             classes: number of classes K.
-            ignore: label of pixels that are not counted.
 
         Raises:
             ValueError: shapes differ, or an id outside 0 to K-1 that is not ignored.
         """
         if prediction.shape != label.shape:
             raise ValueError(f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape")
-        valid = label != ignore
+        valid = label != IGNORE
         row, column = label[valid].long(), prediction[valid].long()
         for name, ids in (("label", row), ("prediction", column)):
             if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= classes):
@@ -63,15 +61,6 @@ class Confusion:
         return isinstance(other, Confusion) and torch.equal(self.counts, other.counts)
 
     __hash__ = None  # type: ignore[assignment]
-
-    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> Confusion:
-        """Sum over all ranks.
-
-        Args:
-            all_reduce: sums a tensor over ranks, such as ``lambda counts: fabric.all_reduce(counts, reduce_op="sum")``;
-                None: `torch.distributed`, if it is initialized.
-        """
-        return Confusion((all_reduce or sum_over_ranks)(self.counts).to(self.counts.device))
 
     @property
     def pixels(self) -> int:

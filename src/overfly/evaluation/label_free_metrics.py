@@ -227,15 +227,14 @@ def nuclear_norm(probability: Tensor) -> float:
     return min(1.0, float(torch.linalg.matrix_norm(probability.double(), "nuc")) / bound)
 
 
-def neighborhood_density(probability: Tensor, temperature: float = 0.05, chunk: int = 1024) -> float:
+def neighborhood_density(probability: Tensor, chunk: int = 1024) -> float:
     """Soft neighborhood density of rows (N, F), 0 to 1: how many similar rows each has (Saito et al., ICCV 2021).
 
-    The mean entropy of softmax(cosine similarity to all other rows / temperature), over ln(N - 1). Rows may be
+    The mean entropy of softmax(cosine similarity to all other rows / 0.05), over ln(N - 1). Rows may be
     probabilities or features. It is 1 if all rows are equal: density alone does not detect collapse.
 
     Args:
         probability: rows, N of 3 or more.
-        temperature: 0.05 in the paper.
         chunk: rows whose similarities are held at once.
 
     Returns:
@@ -247,7 +246,7 @@ def neighborhood_density(probability: Tensor, temperature: float = 0.05, chunk: 
     unit = torch.nn.functional.normalize(probability.float(), dim=1)
     total = 0.0
     for first in range(0, count, chunk):
-        similar = unit[first : first + chunk] @ unit.T / temperature
+        similar = unit[first : first + chunk] @ unit.T / 0.05
         own = torch.arange(len(similar))
         similar[own, own + first] = -torch.inf
         total += float(distribution_entropy(similar.softmax(1)).double().sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,6 @@ from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.score import Sample
-
-Bands = tuple[int, int, int]
-"""Indices of the bands shown as red, green and blue."""
 
 TEXT_COLOR, HEADING_COLOR, LINE_COLOR, BACKGROUND = (30, 30, 30), (95, 95, 95), (150, 150, 150), (255, 255, 255)
 MARGIN = 12
@@ -39,27 +37,17 @@ class FigureRow(NamedTuple):
     tiles: list[Tile | None]
 
 
-def to_rgb(image: Array, bands: Bands | None = None) -> UInt8:
-    """Convert an image of any sensor to 8-bit RGB.
+def to_rgb(image: Array) -> UInt8:
+    """Convert an image of any sensor to 8-bit RGB (H, W, 3): its first three bands, or the first if there are fewer.
 
     Eight-bit bands stay as they are. Others are stretched from their 2nd to their 98th percentile; values that are not
     finite are left out.
 
     Args:
         image: (H, W, C) or (H, W), of any number type.
-        bands: bands to show as red, green and blue; None: the first three, or the first if there are fewer.
-
-    Returns:
-        (H, W, 3).
-
-    Raises:
-        ValueError: the image has no such band.
     """
     cube = image[..., None] if image.ndim == 2 else image
-    chosen = bands or ((0, 1, 2) if cube.shape[-1] >= 3 else (0, 0, 0))
-    if max(chosen) >= cube.shape[-1] or min(chosen) < 0:
-        raise ValueError(f"bands must be 0 to {cube.shape[-1] - 1}, got {chosen}")
-    shown = cube[..., list(chosen)]
+    shown = cube[..., [0, 1, 2] if cube.shape[-1] >= 3 else [0, 0, 0]]
     if shown.dtype == np.uint8:
         return np.ascontiguousarray(shown)
     values = shown.astype(np.float32)
@@ -118,15 +106,12 @@ def comparison_figure(
 
 
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
-    """Draw a confusion matrix, each row in percent of the pixels with this label, into a PNG.
+    """Draw a confusion matrix, each row in percent of the pixels with this label, into a PNG; return its path.
 
     Args:
         confusion: counts (K, K), rows the labels, columns the predictions.
         classes: names of the K classes.
         path: the file to write; its folder is created.
-
-    Returns:
-        The path.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -180,7 +165,7 @@ def _paint_label(ids: UInt8 | None, classes: Classes) -> Tile | None:
 
 def _draw_sheet(rows: Sequence[FigureRow], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
     """Draw rows of tiles, titles and the legend into a PNG."""
-    font, small = _font(15), _font(13)
+    font, small = load_font(15), load_font(13)
     fitted = [(row, [None if tile is None else _resize_tile(tile, side) for tile in row.tiles]) for row in rows]
     heights = [max((image.height for image in images if image), default=side) for _, images in fitted]
     width = MARGIN + len(columns) * (side + MARGIN)
@@ -250,8 +235,9 @@ def _legend(classes: Classes, width: int, font: ImageFont.FreeTypeFont, striped:
     return image
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which ships with matplotlib."""
+@cache
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load DejaVu Sans, which comes with matplotlib and covers many languages."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

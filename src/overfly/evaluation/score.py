@@ -20,6 +20,7 @@ from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import sum_over_ranks
 from overfly.evaluation.scores import Protocol, Scores, SplitCounts, finite, summarize
+from overfly.ops.normalization import restored_modes
 from overfly.ops.windows import slide_inference
 
 
@@ -69,15 +70,13 @@ class Samples:
     """Collects evenly spaced samples, and those of lowest and highest accuracy; iterates over them in this order.
 
     Pass it to `score` and draw it with `overfly.evaluation.panels.samples_figure`.
+
+    Args:
+        evenly_spaced: number of evenly spaced samples.
+        extremes: also keep the samples of lowest and highest accuracy.
     """
 
     def __init__(self, evenly_spaced: int = 4, extremes: bool = True) -> None:
-        """Start empty.
-
-        Args:
-            evenly_spaced: number of evenly spaced samples.
-            extremes: also keep the samples of lowest and highest accuracy.
-        """
         self.evenly_spaced, self.extremes = evenly_spaced, extremes
         self._spaced: dict[int, Sample] = {}
         self._worst: Sample | None = None
@@ -117,7 +116,6 @@ def score(
     batch: int = 1,
     boundary_width: int = 5,
     samples: SampleCollector | None = None,
-    on_image: Callable[[int, int], None] | None = None,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     all_reduce: Callable[[Tensor], Tensor] | None = None,
@@ -137,7 +135,6 @@ def score(
         batch: windows, or whole images of equal size, per forward pass.
         boundary_width: width of the band of Boundary IoU, in pixels of the label.
         samples: receives every image with its prediction, such as `Samples`.
-        on_image: called after each image with the number of images done and in total.
         workers: threads that read ahead; 0 reads in the calling thread.
         shard: (rank, ranks): this process scores every ``ranks``-th image; scores are of the sum over ranks.
         all_reduce: sums a tensor over ranks; None: `torch.distributed`.
@@ -164,8 +161,6 @@ def score(
                     accuracy = finite(image_counts.confusion.accuracy)
                     sample = Sample(image.item.name, image.image, ids, image.label, accuracy)
                     samples.add(sample, image.position, len(labeled))
-                if on_image is not None:
-                    on_image(counts.images, len(entries))
     if shard[1] > 1:
         counts = counts.reduce(all_reduce)
     return summarize(counts, domain, split, protocol, unlabeled=len(items) - len(labeled))
@@ -193,13 +188,9 @@ def _shared_errors(ranks: int, all_reduce: Callable[[Tensor], Tensor]) -> Iterat
 @contextlib.contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Switch a network to evaluation mode within the context; restore every submodule's mode on exit."""
-    before = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with restored_modes(network):
+        network.eval()
         yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def read_ahead(domain: Domain, entries: Sequence[tuple[int, Item]], workers: int = 0) -> Iterator[LabeledImage]:

@@ -14,7 +14,7 @@ from overfly.core.records import IGNORE
 from overfly.core.spec import NonNegativeInt, Pixels, PositiveInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.boundary import Boundary
-from overfly.evaluation.confusion import Confusion, sum_over_ranks
+from overfly.evaluation.confusion import Confusion
 
 
 class Protocol(Spec):
@@ -117,17 +117,16 @@ class Calibration:
         return cls(torch.zeros(3, bins, dtype=torch.float64))
 
     @classmethod
-    def from_scores(cls, scores: Tensor, label: Tensor, bins: int = 15, ignore: int = IGNORE) -> Self:
+    def from_scores(cls, scores: Tensor, label: Tensor, bins: int = 15) -> Self:
         """Count pixels by the probability of the predicted class.
 
         Args:
             scores: class scores before any softmax, (K, H, W) or (B, K, H, W).
-            label: class ids or ``ignore``, (H, W) or (B, H, W).
+            label: class ids, or `IGNORE` for pixels that are not counted, (H, W) or (B, H, W).
             bins: number of bins of equal width.
-            ignore: label of pixels that are not counted.
         """
         confidence, prediction = scores.float().softmax(-3).max(-3)
-        valid = label != ignore
+        valid = label != IGNORE
         confidence = confidence[valid].double().cpu()
         correct = (prediction == label)[valid].double().cpu()
         index = (confidence * bins).long().clamp(0, bins - 1)
@@ -136,10 +135,6 @@ class Calibration:
 
     def __add__(self, other: Calibration) -> Calibration:
         return Calibration(self.sums + other.sums)
-
-    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> Calibration:
-        """Sum over all ranks; see `Confusion.reduce`."""
-        return Calibration((all_reduce or sum_over_ranks)(self.sums).to(self.sums.device))
 
     @property
     def pixels(self) -> Tensor:
@@ -202,13 +197,14 @@ class SplitCounts:
             self.images + other.images,
         )
 
-    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None) -> SplitCounts:
-        """Sum over all ranks; see `Confusion.reduce`."""
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> SplitCounts:
+        """Sum over all ranks by a function that sums a tensor over ranks."""
+        counts, bands, sums = self.confusion.counts, self.boundary.counts, self.calibration.sums
         return SplitCounts(
-            self.confusion.reduce(all_reduce),
-            self.boundary.reduce(all_reduce),
-            self.calibration.reduce(all_reduce),
-            int((all_reduce or sum_over_ranks)(torch.tensor(self.images))),
+            Confusion(all_reduce(counts).to(counts.device)),
+            Boundary(all_reduce(bands).to(bands.device), self.boundary.width),
+            Calibration(all_reduce(sums).to(sums.device)),
+            int(all_reduce(torch.tensor(self.images))),
         )
 
 

@@ -175,17 +175,16 @@ class Latency(Spec):
 
 
 def compare_latency(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2, seconds: float | None = None
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 10, seconds: float | None = None
 ) -> dict[str, Latency]:
     """Time several runtimes in alternation, so that other load of the machine affects all equally.
 
     Args:
         runs: functions to time, by name.
-        rounds: timed calls of each function.
-        warmup: untimed calls of each function.
+        rounds: timed calls of each function, after two untimed ones.
         seconds: time after which no further round starts, after at least three; None: no limit.
     """
-    for _ in range(warmup):
+    for _ in range(2):
         for run in runs.values():
             run()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}

@@ -104,11 +104,10 @@ class Critic(nn.Sequential):
 
     Args:
         channels: C of the maps.
-        width: channels of the first layer; the next three have 2, 4 and 8 times as many.
     """
 
-    def __init__(self, channels: int, width: int = 64) -> None:
-        widths = (channels, width, 2 * width, 4 * width, 8 * width, 1)
+    def __init__(self, channels: int) -> None:
+        widths = (channels, 64, 128, 256, 512, 1)
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Conv2d(inputs, outputs, 4, 2, padding=1), nn.LeakyReLU(0.2)]

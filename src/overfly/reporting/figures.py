@@ -148,16 +148,12 @@ def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *,
     return _svg(figure, title)
 
 
-def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: float = 0.05) -> Path:
+def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     """Draw losses, learning rate and validation metrics over the steps, one below the other, into a PNG.
 
     Args:
         rows: lines of the log, such as ``{"step": 40, "source": 0.78, "lr": 0.0098}``; see `training_curves`.
         path: the file to write; its folder is created.
-        smoothing: share of a curve's points that each point is averaged over; the plain curve stays in the background.
-
-    Returns:
-        The path.
 
     Raises:
         RunError: the log has no numbers yet.
@@ -184,7 +180,7 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, *, smoothing: flo
             color = "#444444" if part is rates else SERIES[index % len(SERIES)]
             if part is losses:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                values = moving_average(values, round(smoothing * len(values)))
+                values = moving_average(values, round(0.05 * len(values)))
             marker = "o" if part is metrics else ""
             axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=4, label=label)
         if part is rates:
@@ -340,9 +336,9 @@ def thumbnail(image: Array, side: int) -> UInt8:
     return result
 
 
-def encode_webp(image: UInt8, quality: int = 78) -> bytes:
+def encode_webp(image: UInt8) -> bytes:
     """Encode an image (H, W, 3) as WebP."""
-    return _encode(Image.fromarray(image), "WEBP", quality=quality, method=4)
+    return _encode(Image.fromarray(image), "WEBP", quality=78, method=4)
 
 
 def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> bytes:

@@ -139,12 +139,11 @@ def _labeled_samples(
     return SampleSet(domain.title, domain.classes, role, images, opened[0], sum(opened))
 
 
-def choose_images(accuracy: Mapping[str, Mapping[int, float | None]], number: int = 2) -> dict[int, str]:
-    """Choose the worst and best images of the last network, and its largest gain and loss against the first.
+def choose_images(accuracy: Mapping[str, Mapping[int, float | None]]) -> dict[int, str]:
+    """Choose the two worst and two best images of the last network, and its largest gain and loss against the first.
 
     Args:
         accuracy: accuracy by network and image; None without labeled pixels.
-        number: number of worst images, and of best images.
 
     Returns:
         The reasons by image, in the order to show.
@@ -153,9 +152,9 @@ def choose_images(accuracy: Mapping[str, Mapping[int, float | None]], number: in
     last = {index: value for index, value in accuracy[names[-1]].items() if value is not None}
     ordered = sorted(last, key=lambda index: (last[index], index))
     reasons: dict[int, list[str]] = {}
-    for index in ordered[:number]:
+    for index in ordered[:2]:
         reasons.setdefault(index, []).append("worst")
-    for index in [index for index in ordered[::-1][:number] if index not in reasons]:
+    for index in [index for index in ordered[::-1][:2] if index not in reasons]:
         reasons.setdefault(index, []).append("best")
     if last and len(names) > 1:
         first = accuracy[names[0]]

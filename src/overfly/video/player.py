@@ -170,8 +170,7 @@ class LatestFrame:
         end_reason: reason of the end for viewers; empty if unknown.
     """
 
-    def __init__(self, quality: int = 80) -> None:
-        self.quality = quality
+    def __init__(self) -> None:
         self.number, self.closed, self.end_reason = 0, False, ""
         self._overlay: UInt8 | None = None
         self._encoded = JpegFrame(b"", 0)
@@ -201,7 +200,7 @@ class LatestFrame:
                 return None
             if number != self._encoded.number:
                 buffer = io.BytesIO()
-                Image.fromarray(overlay).save(buffer, "JPEG", quality=self.quality)
+                Image.fromarray(overlay).save(buffer, "JPEG", quality=80)
                 self._encoded = JpegFrame(buffer.getvalue(), number)
             return self._encoded
 
