@@ -14,6 +14,7 @@ import torch
 from overfly.adaptation.estimate import Estimate, estimate
 from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, RecipeError, RunError
+from overfly.core.progress import print_status
 from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.images import MetricOptions, unlabeled_images
@@ -37,6 +38,9 @@ falls when predictions depend on masked areas or when classes are lost, but does
 mIoU does, but does not depend on the target. Left out: entropy, density and pixel agreement, which collapse maximizes;
 information and nuclear norm, which reward an even class distribution, also where the target's is uneven; agreement,
 which the reference itself maximizes."""
+
+CONSISTENCY = frozenset({"masked", "masked_miou", "views", "views_miou"})
+"""Validators that need eight more predictions of each image; computed only if a ranking or its study names them."""
 
 
 class Candidate(Spec):
@@ -155,17 +159,19 @@ def rank(
     with_labels: bool = False,
     split: Split = "train",
     options: MetricOptions = MetricOptions(crop=512),
+    quiet: bool = True,
 ) -> Ranking:
     """Rank the networks of runs without target labels.
 
     Args:
         runs: finished, or with kept checkpoints; all of one target.
-        validators: the validators of the mean rank.
+        validators: the validators of the mean rank. Those of consistency take ten times as long as all others.
         reference: run whose network's predictions the metric agreement compares with, such as source only.
         estimates: estimate each target mIoU too; source labels are read.
         with_labels: read the target's val labels, score each network, and compute the quality of each validator.
         split: split of the target that metrics are computed on; its labels are not read.
         options: images and device; window and resize are those of each run's recipe.
+        quiet: print no progress.
 
     Raises:
         RecipeError: the runs have several targets or none, or a validator is unknown.
@@ -182,13 +188,19 @@ def rank(
         _check_classes(reference, reference_network, target)
     checkpoints = list_checkpoints(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
+    perturbations = None if with_labels or not CONSISTENCY.isdisjoint(validators) else ()
     metrics, estimated, scored = [], [], []
-    for checkpoint in checkpoints:
+    for number, checkpoint in enumerate(checkpoints, start=1):
+        print_status(
+            f"network {number} of {len(checkpoints)}: {checkpoint.run.path.name}, {checkpoint.name}", quiet=quiet
+        )
         network = checkpoint.run.segmenter(checkpoint.step)
         _check_classes(checkpoint.run, network, target)
         own = checkpoint.options(options)
         source_miou = _source_miou(checkpoint, options.device) if same_source else None
-        without_source = label_free_metrics(network, target, split, own, reference=reference_network)
+        without_source = label_free_metrics(
+            network, target, split, own, reference=reference_network, perturbations=perturbations
+        )
         metrics.append(without_source.model_copy(update={"source_miou": source_miou}))
         source = checkpoint.run.recipe.source
         estimable = estimates and source is not None and has_labels(source, "val")

@@ -162,6 +162,7 @@ def rank(
         with_labels=with_labels,
         split=split,
         options=MetricOptions(limit, crop, device=select_device(device)),
+        quiet=json,
     )
     written = None if out is None else model_selection.write_ranking(ranking, Path(out))
     return RankResult(ranking, written, as_json=json)

@@ -57,10 +57,10 @@ class LabelFreeMetrics(Spec):
     """Share of pixels whose prediction is unchanged when half of the image is masked; none if not computed."""
     masked_miou: Share | None
     """Class-balanced mIoU between the predictions with and without mask; none if not computed."""
-    views: Share
+    views: Share | None
     """Share of pixels whose prediction is unchanged under mild perturbations (rotation, scale, color, blur, noise);
     mean over the perturbations."""
-    views_miou: Share
+    views_miou: Share | None
     """Class-balanced mIoU between the predictions with and without perturbation; mean over the perturbations."""
     source_miou: Share | None = None
     """mIoU on the source's held-out labels; none if it was not computed."""
@@ -102,7 +102,7 @@ def label_free_metrics(
         reference: network whose predictions `LabelFreeMetrics.agreement` compares with, such as a teacher.
         reference_classes: average class-balanced consistency over the classes that ``reference`` predicts on these
             images, instead of all K.
-        perturbations: None: `random_mask` and `mild_perturbations`.
+        perturbations: None: `random_mask` and `mild_perturbations`; metrics of others are left out.
 
     Raises:
         DataError: there are no images, or one cannot be read.
@@ -208,8 +208,8 @@ class PredictionStatistics:
             agreement=None if reference is None else reference.miou,
             masked=None if masked is None else masked.accuracy,
             masked_miou=None if masked is None else balanced_miou(masked, counted_classes),
-            views=sum(pair.accuracy for pair in pairs.values()) / len(pairs),
-            views_miou=sum(by_view.values()) / len(by_view),
+            views=sum(pair.accuracy for pair in pairs.values()) / len(pairs) if pairs else None,
+            views_miou=sum(by_view.values()) / len(by_view) if by_view else None,
             diversity=float(distribution_entropy(shares)) / scale,
             shares=tuple(shares.tolist()),
             by_view=by_view,
