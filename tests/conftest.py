@@ -24,6 +24,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish() -> None:
+    """Register the small network after tests were made for each network of the package."""
+    import small_network  # noqa: F401
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Use one thread and one seed, so that results depend neither on the number of cores nor on earlier tests."""
@@ -43,6 +48,7 @@ def small() -> dict[str, Any]:
     return {
         "source": {"name": "synthetic", "scene": "urban", "size": 64, "train": 4, "val": 2, "test": 2},
         "target": {"name": "synthetic", "scene": "rural", "size": 64, "train": 4, "val": 2, "test": 2},
+        "model": "small_network",
         "optim": {"name": "sgd", "lr": 0.01},
         "crop": 64,
         "batch": 2,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from conftest import REPOSITORY
 from overfly import cli
@@ -59,11 +60,11 @@ def test_the_guide_to_rasters_runs(network: Path) -> None:
 
 
 def test_the_guide_to_clusters_uses_tested_options() -> None:
-    """Its first command is run by tests/raster/test_parallel.py, its launcher by tests/training/test_engine.py."""
+    """Its first command is run by tests/raster/test_parallel.py, torchrun reads the options of the others."""
     local, remote = commands("cluster.md")
     assert local[-2:] == ["--workers", "2"]
     assert "--scheduler" in remote
     text = (GUIDES / "cluster.md").read_text(encoding="utf-8")
-    launched = (REPOSITORY / "tests" / "training" / "test_engine.py").read_text(encoding="utf-8")
+    options = get_args_parser()._option_string_actions
     for option in re.findall(r"torchrun (--\S+)|(--node-rank|--master-addr|--master-port|--nproc-per-node)", text):
-        assert "".join(option) in launched
+        assert "".join(option) in options

@@ -173,7 +173,7 @@ def test_self_training_needs_a_trained_network(name: str, small: dict[str, Any],
     trained = initial_segmenter(load(small)).network
     state = {key: value for key, value in trained.state_dict().items() if not key.startswith(trained.class_layer)}
     save_file(state, tmp_path / "encoder.safetensors")
-    model = {"name": "pidnet_s", "weights": str(tmp_path / "encoder.safetensors")}
+    model = {"name": "small_network", "weights": str(tmp_path / "encoder.safetensors")}
     with pytest.raises(RecipeError, match=r"encoder\.safetensors"):
         initial_segmenter(load({**small, "method": name, "model": model}))
     start = {**small, "model": model}

@@ -181,9 +181,9 @@ def test_adapt_two_folders_then_one_folder_from_the_comparison(
     monkeypatch.setattr(auto_recipe, "MIN_STEPS", 2)
     monkeypatch.setattr(auto_recipe, "time_step", lambda *_: 10.0)
     out = tmp_path / "runs"
-    small = ("model=lraspp_mobilenet_v2", "crop=64", "window=64", "batch=2")
+    small = ("model=small_network", "crop=64", "window=64", "batch=2")
     found = adapt(
-        *small, "start.model=lraspp_mobilenet_v2",
+        *small, "start.model=small_network",
         source_images=own.source_images, source_masks=own.source_masks, target_images=own.target_images,
         classes=own.classes, budget="50s", out=out, estimate=False, device="cpu", quiet=True,
     )  # fmt: skip

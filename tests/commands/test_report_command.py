@@ -19,7 +19,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     domain = {"name": "synthetic", "size": 64, "train": 4, "val": 3, "test": 2}
     small: dict[str, Any] = {
-        "source": {**domain, "scene": "urban"}, "target": {**domain, "scene": "rural"}, "model": "lraspp_mobilenet_v2",
+        "source": {**domain, "scene": "urban"}, "target": {**domain, "scene": "rural"}, "model": "small_network",
         "optim": {"name": "sgd", "lr": 0.01}, "crop": 64, "batch": 2, "steps": 2,
     }  # fmt: skip
     adapted = load({**small, "start": small, "method": {"name": "multiscale_self_training", "statistics": "joint"}})
@@ -69,7 +69,7 @@ def test_report_shows_all_runs_and_counts_the_labels_opened(copied: Path, tmp_pa
     assert len(names) == 3
     assert all(f"{100 * value:.2f}" in text for value in names)
     assert len(text) < 5_000_000
-    assert "lraspp_mobilenet_v2" in text
+    assert "small_network" in text
     assert list(tmp_path.glob(".r.html*")) == []
 
 

@@ -246,7 +246,7 @@ def test_source_free_reads_no_source(case: Case) -> None:
     assert set(losses) == {"target_main", "target_aux", "information"}
     frozen = {name for name, weight in nets.student.named_parameters() if not weight.requires_grad}
     assert frozen
-    assert all(name.startswith("network.seghead_d.") for name in frozen)
+    assert all(name.startswith("network.boundary.") for name in frozen)
 
 
 @pytest.mark.parametrize(("statistics", "same"), [("frozen", True), ("batch", False)])

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import processes
 from overfly import train
 from overfly.core.errors import DataError, RecipeError, RunError, TrainingError
 from overfly.core.optimizers import SGD, Adam, AdamW, Optim
@@ -80,41 +78,25 @@ def test_resumed_run_equals_uninterrupted_run(small: dict[str, Any], tmp_path: P
     assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5]
 
 
-def kill_and_resume(recipe: Path, out: Path, devices: int, after: int) -> None:
-    """Train in a process of its own, kill -9 it once the log has ``after`` lines, then let it finish."""
-    command = [sys.executable, "-m", "overfly", "train", str(recipe), "--out", str(out), "--device", "cpu"]
-    command += ["--devices", str(devices), "--checkpoint-every", "2", "--log-every", "1", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while process.poll() is None and time.monotonic() < deadline:
-        logs = list(out.glob("*/log.jsonl"))
-        if logs and len(logs[0].read_text().splitlines()) >= after:
-            break
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
-
-
-@pytest.mark.parametrize("devices", [1, 2])
-def test_killed_and_resumed_run_equals_uninterrupted_run(small: dict[str, Any], tmp_path: Path, devices: int) -> None:
-    recipe = load(small, "steps=8", "batch=4", "augment=[dihedral]")
-    recipe.save(tmp_path / "recipe.yaml")
-    kill_and_resume(tmp_path / "recipe.yaml", tmp_path / "cut", devices, after=3)
-    runs = list((tmp_path / "cut").glob("*/recipe.yaml"))
-    assert len(runs) == 1
-    if devices == 1:
-        whole = trained(recipe, tmp_path / "whole")
-    else:
-        command = [sys.executable, "-m", "overfly", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
-        command += ["--devices", "2", "--out", str(tmp_path / "whole"), "--quiet"]
-        subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=600
-        )
-        whole = Run.open(next((tmp_path / "whole").glob("*/recipe.yaml")).parent)
-    assert equal(Run.open(runs[0].parent), whole)
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_and_resumed_run_equals_uninterrupted_run(small: dict[str, Any], tmp_path: Path, world: int) -> None:
+    load(small, "steps=40", "batch=4", "augment=[dihedral]").save(tmp_path / "recipe.yaml")
+    command = ("train", tmp_path / "recipe.yaml", "--checkpoint-every", "2", "--log-every", "1")
+    started, deadline = processes.start(*command, out=tmp_path / "cut", world=world), time.monotonic() + 300
+    lines = 0
+    while lines < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+        lines = sum(len(log.read_text().splitlines()) for log in (tmp_path / "cut").glob("*/log.jsonl"))
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    processes.run(*command, out=tmp_path / "cut", world=world)
+    processes.run(*command[:2], out=tmp_path / "whole", world=world)
+    runs = [[Run.open(file.parent) for file in (tmp_path / out).glob("*/recipe.yaml")] for out in ("cut", "whole")]
+    assert [len(each) for each in runs] == [1, 1]
+    assert equal(runs[0][0], runs[1][0])
 
 
 class NonFiniteLoss(SourceOnly, name="poisoned"):

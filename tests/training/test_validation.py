@@ -130,7 +130,7 @@ def test_invalid_validation_settings(small: dict[str, Any], changes: list[str], 
 
 
 def test_two_processes_log_each_validation_once(small: dict[str, Any], tmp_path: Path) -> None:
-    load(small, *VALIDATED, "batch=4", "steps=2").save(tmp_path / "recipe.yaml")
+    load(small, *VALIDATED, "batch=4", "steps=2", "model=lraspp_mobilenet_v2").save(tmp_path / "recipe.yaml")
     command = [sys.executable, "-m", "overfly", "train", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
     command += ["--devices", "2", "--out", str(tmp_path / "runs"), "--quiet"]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=600)
