@@ -186,11 +186,7 @@ seeds {{ table.seeds|join(", ") }}. Trained on: {{ table.machine.device }}.
 
 
 def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
-    """Expand paths, folders and glob patterns to recipe files, without duplicates.
-
-    Raises:
-        RecipeError: an entry matches no file.
-    """
+    """Expand paths, folders and globs to recipe files without duplicates; raise `RecipeError` if none match."""
     paths: list[Path] = []
     for entry in recipes:
         path = Path(entry)

@@ -90,9 +90,9 @@ def _parse_start(value: object) -> object:
     return Recipe.model_validate(value) if isinstance(value, Mapping) else value
 
 
-def _with_seed(recipe: Recipe, seed: Any) -> Recipe:
-    """A recipe with another seed, also in the recipes under its ``start``."""
-    start = _with_seed(recipe.start, seed) if isinstance(recipe.start, Recipe) else recipe.start
+def with_seed(recipe: Recipe, seed: Any) -> Recipe:
+    """Return a recipe with another seed, also in the recipes under its ``start``."""
+    start = with_seed(recipe.start, seed) if isinstance(recipe.start, Recipe) else recipe.start
     return recipe.model_copy(update={"seed": seed, "start": start})
 
 
@@ -169,7 +169,7 @@ class Recipe(Spec):
         if isinstance(value, Mapping) and value.get("start") is not None:
             start = _parse_start(value["start"])
             if isinstance(start, Recipe):
-                start = _with_seed(start, value.get("seed", 0))
+                start = with_seed(start, value.get("seed", 0))
                 return {"model": start.model, **value, "start": start}
             if "model" not in value and (Path(str(start)) / "recipe.yaml").is_file():
                 return {**value, "model": read_mapping(Path(str(start)) / "recipe.yaml").get("model")}
@@ -226,22 +226,14 @@ class Recipe(Spec):
         return self
 
     def domain(self, role: Literal["source", "target"]) -> Domain:
-        """Return the source or the target.
-
-        Raises:
-            RecipeError: the recipe does not have it.
-        """
+        """Return the source or the target; raise `RecipeError` if the recipe does not have it."""
         domain = self.source if role == "source" else self.target
         if domain is None:
             raise RecipeError(f"the recipe has no {role}; set {role}")
         return domain
 
     def length(self, images: int) -> int:
-        """Return the number of optimizer steps.
-
-        Args:
-            images: number of source images, the length of an epoch.
-        """
+        """Return the number of optimizer steps; ``images`` is the number of source images, the length of an epoch."""
         if self.epochs is not None:
             return max(1, round(self.epochs * images / (self.batch * self.accumulate)))
         return self.steps or 20_000

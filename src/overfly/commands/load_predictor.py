@@ -78,11 +78,7 @@ class NetworkFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> NetworkFolder:
-        """Open a run or comparison folder.
-
-        Raises:
-            RunError: it is neither, or the run is not finished.
-        """
+        """Open a run or comparison folder; raise `RunError` if it is neither, or the run is not finished."""
         path = Path(path)
         if is_comparison(path):
             comparison = Comparison(path)

@@ -182,7 +182,7 @@ def served_networks(
 
 
 def _describe(run: Run) -> dict[str, str]:
-    """Return the columns of the table of networks: model, method, domains, mIoU by domain and split, folder."""
+    """Return the columns of the table of networks: model, method, domains, mIoU by domain and split."""
     from overfly.core.progress import percent
 
     recipe = run.recipe
@@ -194,7 +194,7 @@ def _describe(run: Run) -> dict[str, str]:
             miou = run.scores.get(f"{role}/{split}", {}).get("miou")
             if isinstance(miou, float):
                 about[f"mIoU {role} {split}"] = percent(miou, 1)
-    return about | {"folder": run.path.name}
+    return about
 
 
 def _make_titles_unique(networks: Mapping[Path, ServedNetwork]) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from overfly.core.atomic_files import lock, temporary_path
-from overfly.core.errors import DownloadError
+from overfly.core.errors import DownloadError, OverflyError
 
 OnBytes = Callable[[int, int | None], None]
 """Called with the number of bytes received and of all bytes, or None if unknown."""
@@ -116,8 +116,8 @@ def hash_error(path: Path, known_hash: str) -> str | None:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Raise errors of writing ``path`` to disk as `DownloadError`."""
+def disk_errors(path: Path, kind: type[OverflyError] = DownloadError) -> Iterator[None]:
+    """Raise errors of writing ``path`` to disk as errors of a ``kind``."""
     try:
         yield
     except BrokenPipeError:  # raised by a progress callback whose reader has gone
@@ -127,15 +127,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             reason = "the disk is full; free some space and try again"
         else:
             reason = f"cannot be written ({error.strerror or error}); choose a writable folder"
-        raise DownloadError(f"{path}: {reason}") from error
+        raise kind(f"{path}: {reason}") from error
 
 
 def check_free_space(path: Path, size: int) -> None:
-    """Check that ``size`` more bytes fit on the disk of ``path``.
-
-    Raises:
-        DownloadError: the disk has less free space.
-    """
+    """Raise `DownloadError` unless ``size`` more bytes fit on the disk of ``path``."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise DownloadError(

@@ -35,11 +35,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML value.
-
-    Raises:
-        yaml.YAMLError: the text is not YAML, or is nested too deeply.
-    """
+    """Parse a YAML value; raise `yaml.YAMLError` if the text is not YAML, or is nested too deeply."""
     if max(map(text.count, "[{")) > 1000:
         raise yaml.YAMLError("it is nested too deeply")
     return yaml.load(text, _Loader)  # noqa: S506  (a safe loader with one more number format)

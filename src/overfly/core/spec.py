@@ -84,11 +84,7 @@ class Choice(Spec):
 
     @classmethod
     def kind(cls, name: str) -> type[Self]:
-        """Return the class registered as ``name``.
-
-        Raises:
-            ValueError: no built-in kind or plug-in has this name; the message lists the names.
-        """
+        """Return the class registered as ``name``; raise `ValueError` with all names if none has this name."""
         if name not in cls.kinds:
             load_plugins()
         if name not in cls.kinds:

@@ -175,11 +175,7 @@ def check_masks(domain: Domain, splits: Sequence[Split], cache: Path | None = No
 
 
 def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
-    """Number of pixels of each class in an item's label, (K,), without ignored pixels.
-
-    Raises:
-        DataError: the label cannot be read.
-    """
+    """Count the pixels of each class in an item's label (K,); raise `DataError` if it cannot be read."""
     return _label_histogram(domain, item)[: len(domain.classes)]
 
 

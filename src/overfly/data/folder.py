@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -144,7 +145,7 @@ class Folder(Domain, name="folder"):
         """
         root = self.root.expanduser()
         listing.check_name(root)
-        if not _is_dir(root):
+        if not os.path.isdir(root):  # noqa: PTH112  (pathlib raises for paths that may not be read)
             raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
         has_placeholder = "{split}" in self.images
         if self.splits or not has_placeholder:
@@ -190,11 +191,12 @@ class Folder(Domain, name="folder"):
         return label
 
     def _decode_label(self, pixels: reading.LabelPixels, encoding: str) -> UInt8:
+        names = self.classes.names
         if encoding == "index":
-            return from_numbers(
-                pixels.values, self._table(self.ids or self._default_ids(), self._ignored_numbers(), "number")
-            )
-        colors = self._table(self.colors or self._display_colors(), self._ignored_colors(), "color")
+            ids = self.ids or {name: (number,) for number, name in enumerate(names)}
+            return from_numbers(pixels.values, self._table(ids, self._ignored_numbers(), "number"))
+        shown = {name: (color,) for name, color in zip(names, self.classes.colors, strict=True)}
+        colors = self._table(self.colors or shown, self._ignored_colors(), "color")
         if pixels.palette is None:
             return from_colors(pixels.values, colors)
         return from_palette(pixels.values, pixels.palette, colors)
@@ -254,12 +256,6 @@ class Folder(Domain, name="folder"):
                 raise ValueError(f"the {kind} {code} is both a class and ignored; remove it from one of them")
         return class_ids
 
-    def _default_ids(self) -> dict[str, tuple[int, ...]]:
-        return {name: (number,) for number, name in enumerate(self.classes.names)}
-
-    def _display_colors(self) -> dict[str, tuple[Color, ...]]:
-        return {name: (color,) for name, color in zip(self.classes.names, self.classes.colors, strict=True)}
-
     def _ignored_colors(self) -> tuple[Color, ...]:
         return tuple(entry for entry in self.ignore if isinstance(entry, tuple))
 
@@ -267,13 +263,6 @@ class Folder(Domain, name="folder"):
         used = {number for numbers in self.ids.values() for number in numbers}
         always = () if IGNORE in used else (IGNORE,)
         return (*always, *(entry for entry in self.ignore if isinstance(entry, int)))
-
-
-def _is_dir(root: Path) -> bool:
-    try:
-        return root.is_dir()
-    except OSError:
-        return False
 
 
 def _is_color(entry: Sequence[Any]) -> bool:

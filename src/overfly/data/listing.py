@@ -98,11 +98,7 @@ def match_files(root: Path, pattern: str) -> dict[Key, Path]:
 
 
 def check_name(path: Path) -> None:
-    """Check that a path can be printed.
-
-    Raises:
-        DataError: its bytes are not valid UTF-8.
-    """
+    """Raise `DataError` if the bytes of a path are not valid UTF-8, so that it cannot be printed."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -123,11 +123,7 @@ class BatchStream:
         return batch
 
     def read_unlabeled(self, step: int, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Read images (B, C, crop, crop), and their pixels without data (B, crop, crop), bool.
-
-        Raises:
-            ValueError: an item has a label.
-        """
+        """Read images (B, C, crop, crop) and no-data masks (B, crop, crop); raise `ValueError` if one has a label."""
         if any(item.label is not None for item, _ in self.select(step, slots)):
             raise ValueError("the target's items have labels; remove them by without_labels")
         batch = self._read(step, slots)
@@ -194,11 +190,7 @@ class BatchDataset(Dataset[Batch | OverflyError]):
             return error
 
     def batch(self, step: int) -> Batch:
-        """Load the batch of a step.
-
-        Raises:
-            OverflyError: an image cannot be read.
-        """
+        """Load the batch of a step; raise `OverflyError` if an image cannot be read."""
         empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
         source = self.source.read(step, self._slots(self.source)) if self.source else empty
         if self.target is None:
@@ -305,11 +297,7 @@ def resize_label(label: UInt8, side: int) -> UInt8:
 
 
 def estimate_cache_bytes(domain: Domain, items: Sequence[Item], resize: int | None = None) -> int:
-    """Estimate the bytes that the cache will take for these items, from the files' headers.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """Estimate the cached bytes of items from their headers; raise `DataError` if a file cannot be read."""
     total = 0
     for item in items:
         if not isinstance(item.image, Path):

@@ -140,22 +140,14 @@ def read_index_label(item: Item, classes: int) -> UInt8:
 
 
 def label_source(item: Item) -> Path | LazyArray:
-    """Return the source of an item's label.
-
-    Raises:
-        DataError: the item has no label.
-    """
+    """Return the source of an item's label; raise `DataError` if the item has no label."""
     if item.label is None:
         raise DataError(f"{source_name(item.image)} has no mask; remove it, or set the domain's masks")
     return item.label
 
 
 def check_size(item: Item, label: Array) -> None:
-    """Check that a label (H, W) has the size of its item's image.
-
-    Raises:
-        DataError: the sizes differ.
-    """
+    """Raise `DataError` unless a label (H, W) has the size of its item's image."""
     if isinstance(item.image, Path):
         image = read_header(item.image)
         if label.shape[:2] != (image.height, image.width):

@@ -92,11 +92,7 @@ class Rare(Sampling, name="rare"):
         return int(random.choice(enough)), class_id
 
     def probabilities(self, counts: Counts) -> NDArray[np.float64]:
-        """Probability of each class (K,); 0 for classes without pixels.
-
-        Raises:
-            DataError: no image has a labeled pixel.
-        """
+        """Probability of each class (K,), 0 without pixels; raise `DataError` if no image has a labeled pixel."""
         pixels = counts.sum(0).astype(float)
         if not pixels.any():
             raise DataError("sampling rare found no labeled pixel in any mask; check the domain's ignore setting")

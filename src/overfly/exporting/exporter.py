@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from overfly.core.atomic_files import temporary_path
 from overfly.core.device import describe_machine
+from overfly.core.download import disk_errors
 from overfly.core.errors import MissingExtraError, OverflyError, RecipeError
 from overfly.core.spec import NonNegativeInt, Pixels, Spec
 from overfly.evaluation.speed import Latency, compare_latency
@@ -116,14 +116,14 @@ def export(
         raise RecipeError("precision int8 needs format onnx or openvino, got torch; set --format, or --precision 16")
     final = folder / f"{name}{SUFFIXES[settings.format]}"
     with contextlib.ExitStack() as stack:
-        with convert_os_errors(final):
+        with disk_errors(final, OverflyError):
             folder.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(temporary_path(final, folder=True))
             on_progress(f"writing {final.name}")
             file = _write(segmenter, metadata, settings, data, temporary / final.name)
         on_progress(f"comparing it with PyTorch on {len(data.images)} images of {data.title}")
         report = _measure(file, segmenter, metadata, settings, data)
-        with convert_os_errors(final):
+        with disk_errors(final, OverflyError):
             _raise_if_different(report, folder / f"{name}.failed.json")
             values = json.loads(report.model_dump_json())
             (temporary / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -241,17 +241,3 @@ def _raise_if_different(report: ExportReport, failed: Path) -> None:
             f"from PyTorch ({parity.violations}; see {failed}); choose a higher --precision, train for longer, or "
             "compare on other images with --domain"
         )
-
-
-@contextlib.contextmanager
-def convert_os_errors(path: Path) -> Iterator[None]:
-    """Convert an OSError to an `OverflyError` with the path and the reason."""
-    try:
-        yield
-    except BrokenPipeError:  # the output is closed
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OverflyError(f"{path}: the disk is full; free some space, or choose another folder") from error
-        reason = error.strerror or error
-        raise OverflyError(f"{path} cannot be written ({reason}); choose a folder you may write to") from error

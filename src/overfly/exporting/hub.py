@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from overfly.core.atomic_files import temporary_path
-from overfly.core.errors import DownloadError, WeightsError, import_extra
-from overfly.exporting.exporter import SUFFIXES, ExportReport, convert_os_errors
+from overfly.core.download import disk_errors
+from overfly.core.errors import DownloadError, OverflyError, WeightsError, import_extra
+from overfly.exporting.exporter import SUFFIXES, ExportReport
 from overfly.exporting.torch_program import clean_archive
 from overfly.models.checkpoints import check_digest, first_line
 
@@ -208,7 +209,7 @@ def load(repository: str, out: Path, *, revision: str | None = None, endpoint: s
     """
     package = _huggingface_hub()
     patterns = [f"*{suffix}" for suffix in (*SUFFIXES.values(), ".bin", ".json", ".md")]
-    with convert_os_errors(out):
+    with disk_errors(out, OverflyError):
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_path(out, folder=True) as folder:
             try:
@@ -250,11 +251,7 @@ def _move_exports(folder: Path, out: Path, repository: str) -> list[Path]:
 
 
 def check_export(export: Path) -> None:
-    """Check size and checksum of an export against its .json file, if it exists.
-
-    Raises:
-        WeightsError: they differ.
-    """
+    """Raise `WeightsError` unless size and checksum of an export equal those in its .json file, if it exists."""
     try:
         report = json.loads(export.with_suffix(".json").read_text(encoding="utf-8"))
         name, size, digest = report["file"], report["bytes"], str(report["sha256"])

@@ -195,11 +195,7 @@ def torch_signature(program: Any) -> GraphSignature:
 
 
 def check_signature(path: Path, graph: GraphSignature, metadata: ModelMetadata, settings: ExportSettings) -> None:
-    """Check that a graph's input and output are those of the file's metadata.
-
-    Raises:
-        WeightsError: they differ.
-    """
+    """Raise `WeightsError` unless a graph's input and output are those of the file's metadata."""
     classes = settings.output == "classes"
     if graph.image is not None:
         _check_equal(path, "input dimensions", len(graph.image), 4)

@@ -60,11 +60,7 @@ def level_scores(logits: Logits, levels: Levels) -> list[Tensor]:
 
 
 def check_levels(student: nn.Module, levels: Levels) -> None:
-    """Check that the student has the outputs of ``levels``.
-
-    Raises:
-        RecipeError: it has no auxiliary head.
-    """
+    """Raise `RecipeError` unless the student has the outputs of ``levels``."""
     if levels == "multi" and not student_outputs(student).aux:
         name = getattr(student, "architecture", "this network")
         raise RecipeError(f"method.levels=multi needs an auxiliary head, and {name} has none; set single")
@@ -114,11 +110,7 @@ class Critic(nn.Sequential):
         super().__init__(*layers[:-1])
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Scores of maps (B, C, H, W).
-
-        Raises:
-            RecipeError: a side is below `MIN_SIDE`.
-        """
+        """Scores of maps (B, C, H, W); raise `RecipeError` if a side is below `MIN_SIDE`."""
         height, width = maps.shape[-2:]
         if min(height, width) < MIN_SIDE:
             raise RecipeError(f"crop must be at least {MIN_SIDE} for a critic, got maps of {height}×{width} pixels")

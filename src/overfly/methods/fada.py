@@ -30,11 +30,7 @@ class FADA(Adversarial[StudentCritic], name="fada"):
     """Upper limit of the soft labels, so that confident classes do not dominate; 1: no limit."""
 
     def networks(self, student: nn.Module) -> StudentCritic:
-        """The student and a critic of its features.
-
-        Raises:
-            RecipeError: the network returns no features.
-        """
+        """The student and a critic of its features; raise `RecipeError` if the network returns no features."""
         outputs = student_outputs(student)
         if outputs.features is None:
             name = getattr(student, "architecture", "this network")

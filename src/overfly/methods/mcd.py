@@ -104,11 +104,7 @@ class TwoOutputs(NamedTuple):
 
 
 def class_layer(student: nn.Module) -> nn.Module:
-    """The submodule of a student that maps one feature map to class scores.
-
-    Raises:
-        RecipeError: the network does not name it.
-    """
+    """The submodule of a student that maps features to class scores; raise `RecipeError` if it is not named."""
     network = _segmenter(student).network
     return network.get_submodule(network.class_layer)
 

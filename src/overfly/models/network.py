@@ -67,11 +67,7 @@ _BUILDERS: dict[str, Builder] = {}
 
 
 def register(builder: Builder) -> Builder:
-    """Register a `Builder` under its function's name (decorator).
-
-    Raises:
-        ValueError: the name is taken.
-    """
+    """Register a `Builder` under its function's name (decorator); raise `ValueError` if the name is taken."""
     name = str(getattr(builder, "__name__", builder))
     if name in _BUILDERS:
         raise ValueError(f"network {name!r} is registered twice; rename the builder in {builder.__module__}")

@@ -209,17 +209,8 @@ class PIDNet(Network):
     stride = 8
     # not in the authors' ImageNet files, which hold the I and P branches with their fusions
     heads = (
-        "layer3_d",
-        "layer4_d",
-        "layer5_d",
-        "diff3",
-        "diff4",
-        "spp",
-        "dfm",
-        "seghead_p",
-        "seghead_d",
-        "final_layer",
-    )
+        "layer3_d", "layer4_d", "layer5_d", "diff3", "diff4", "spp", "dfm", "seghead_p", "seghead_d", "final_layer",
+    )  # fmt: skip
     training_heads = ("seghead_p", "seghead_d")
     first_conv = "conv1.0"
     class_layer = "final_layer"

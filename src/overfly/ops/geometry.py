@@ -165,11 +165,7 @@ class RandomCrop(Augment, name="random_crop"):
     """Probability that the position is random."""
 
     def __call__(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Crop every image, so that all have one size.
-
-        Raises:
-            RecipeError: the images are smaller than the crop.
-        """
+        """Crop every image to one size; raise `RecipeError` if the images are smaller than the crop."""
         count, height, width = batch.label.shape
         if min(height, width) < self.size:
             raise RecipeError(

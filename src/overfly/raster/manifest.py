@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, UInt8
 from overfly.data.reading import Mask
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.raster.raster_source import RasterSource
+from overfly.raster.raster_source import RasterSource, open_raster
 
 ProductKind = Literal["classes", "probabilities", "uncertainty"]
 Manifest = Mapping[str, Any]
@@ -196,16 +195,10 @@ def make_manifest(source: RasterSource, predictor: Predictor, settings: MapSetti
 
 def read_manifest(path: Path) -> Any:
     """Read the manifest of a finished map; None without a manifest, or for other files."""
-    import rasterio
-    from rasterio._err import CPLE_BaseError
-    from rasterio.errors import RasterioError
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with rasterio.open(path) as dataset:
-                return json.loads(dataset.tags().get(TAG, "null"))
-    except (RasterioError, CPLE_BaseError, OSError, ValueError):
+        with open_raster(str(path)) as dataset:
+            return json.loads(dataset.tags().get(TAG, "null"))
+    except (DataError, ValueError):
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import sqlite3
 import warnings
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.core.records import IGNORE
 from overfly.raster.raster_source import open_raster
-from overfly.raster.writer import UnwrittenError
+from overfly.raster.writer import UnwrittenError, incomplete_file
 
 CHUNK = 20_000
 """Polygons that are written at once."""
@@ -70,12 +69,9 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
     except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, OSError) as error:
         reason = " ".join(str(error).split())
     if reason:
-        free = shutil.disk_usage(out.parent).free
+        failure = incomplete_file(out, reason)
         out.unlink(missing_ok=True)
-        raise UnwrittenError(
-            f"{out.name} could not be written whole into {out.parent} ({reason}; {free / 1e6:.1f} MB were free); free "
-            "space there and give the same command again: it resumes"
-        )
+        raise failure
     return out
 
 

@@ -241,18 +241,24 @@ def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
                 NUM_THREADS="ALL_CPUS",
             )  # fmt: skip
             reason = _damage(unfinished, product, result)
-    except (RasterioError, CPLE_BaseError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (RasterioError, CPLE_BaseError, OSError) as caught:
+        reason = " ".join(str(caught).split()) or type(caught).__name__
     if reason:
-        free = shutil.disk_usage(unfinished.folder).free
+        error = incomplete_file(result, reason)
         for part in unfinished.folder.glob(f"{result.name}*"):
             if part.is_file():
                 part.unlink()
-        raise UnwrittenError(
-            f"{result.name} could not be written whole into {unfinished.folder} ({reason}; {free / 1e6:.1f} MB were "
-            "free); free space there and give the same command again: it resumes"
-        )
+        raise error
     return result
+
+
+def incomplete_file(path: Path, reason: str) -> UnwrittenError:
+    """Return the error of a file that could not be written whole, with the free space of its folder."""
+    free = shutil.disk_usage(path.parent).free
+    return UnwrittenError(
+        f"{path.name} could not be written whole into {path.parent} ({reason}; {free / 1e6:.1f} MB were free); free "
+        "space there and give the same command again: it resumes"
+    )
 
 
 def _damage(unfinished: UnfinishedMap, product: Product, path: Path) -> str:

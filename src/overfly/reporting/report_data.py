@@ -16,7 +16,7 @@ from overfly.core.errors import RunError
 from overfly.data.domain import SPLITS, Split
 from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build
-from overfly.recipe import Recipe
+from overfly.recipe import Recipe, with_seed
 from overfly.reporting.figures import SERIES, training_curves
 from overfly.reporting.report import ConfusionTable, RecipeResults, Report
 from overfly.reporting.samples import SampleSet, collect_samples
@@ -29,11 +29,7 @@ ROLES: tuple[Role, ...] = ("target", "source")
 
 
 def find_runs(paths: Sequence[Path | str]) -> list[Run]:
-    """Return the runs of folders: run folders, comparison folders, or folders of runs.
-
-    Raises:
-        RunError: a folder contains none.
-    """
+    """Return the runs of run folders, comparison folders, or folders of runs; raise `RunError` if one has none."""
     result: dict[Path, Run] = {}
     for path in map(Path, paths):
         if is_comparison(path):
@@ -54,7 +50,7 @@ def group_by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
     groups: dict[str, list[Run]] = {}
     order = {"source_only": 0, "recalibrate": 1}
     for run in sorted(runs, key=lambda run: (order.get(run.recipe.method.name, 2), run.path.name)):
-        groups.setdefault(json.dumps(_without_seed(run.recipe).model_dump(mode="json"), sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(with_seed(run.recipe, 0).model_dump(mode="json"), sort_keys=True), []).append(run)
     several_models = len({run.recipe.model.name for run in runs}) > 1
     result: dict[Path, list[Run]] = {}
     for group in groups.values():
@@ -122,11 +118,6 @@ def _speeds(runs: Sequence[Run], size: int, device: torch.device) -> dict[str, S
                 network, size=size, bands=domain.bands, device=device, warmup=3, repeats=15
             )
     return speeds
-
-
-def _without_seed(recipe: Recipe) -> Recipe:
-    start = _without_seed(recipe.start) if isinstance(recipe.start, Recipe) else recipe.start
-    return recipe.model_copy(update={"seed": 0, "start": start})
 
 
 def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, expand: bool) -> RecipeResults:

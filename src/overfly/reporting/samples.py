@@ -192,11 +192,7 @@ def _unlabeled_samples(
 
 
 def samples_folder(run: Run) -> Path:
-    """Create the folder of a run's sample images.
-
-    Raises:
-        RunError: a file has this name.
-    """
+    """Create the folder of a run's sample images; raise `RunError` if a file has this name."""
     folder = run.path / "samples"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file, not a folder for sample images; move it away")

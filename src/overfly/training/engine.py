@@ -118,11 +118,7 @@ def process_counts(config: TrainerConfig) -> tuple[int, int]:
 
 
 def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
-    """Start the processes of a run.
-
-    Raises:
-        RecipeError: the recipe does not fit the devices.
-    """
+    """Start the processes of a run; raise `RecipeError` if the recipe does not fit the devices."""
     local, machines = process_counts(config)
     world = local * machines
     if recipe.batch % world:

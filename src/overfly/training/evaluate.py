@@ -110,11 +110,7 @@ def has_labels(domain: Domain, split: Split) -> bool:
 
 
 def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:
-    """Return the domains of a run's recipe by role; ``which`` is source, target or both.
-
-    Raises:
-        DataError: the recipe has no such domain.
-    """
+    """Return a recipe's domains by role (source, target or both); raise `DataError` if the recipe has none of them."""
     pairs = [("source", run.recipe.source), ("target", run.recipe.target)]
     selected = [(key, domain) for key, domain in pairs if domain is not None and which in (key, "both")]
     if not selected:

@@ -87,11 +87,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
-        """Open the run in a folder.
-
-        Raises:
-            RunError: the folder is missing, is not a run, or was written by an older version.
-        """
+        """Open a run folder; raise `RunError` if it is missing, not a run, or written by an older version."""
         path = Path(path)
         if not path.exists():
             raise RunError(f"{path} does not exist; give the folder of a run, such as one below runs/")
@@ -148,11 +144,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe, every setting resolved.
-
-        Raises:
-            RunError: recipe.yaml is not a valid recipe.
-        """
+        """The recipe, every setting resolved; raises `RunError` if recipe.yaml is not a valid recipe."""
         file = self.path / "recipe.yaml"
         try:
             return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
@@ -225,11 +217,7 @@ class Run:
         return Segmenter.load(self.weights).eval()
 
     def check_finished(self) -> None:
-        """Check that training is finished.
-
-        Raises:
-            RunError: training is not finished.
-        """
+        """Raise `RunError` if training is not finished."""
         if not self.finished:
             raise RunError(f"{self.path} has no trained network yet; continue it with `overfly train {self.path}`")
 

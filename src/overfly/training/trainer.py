@@ -286,11 +286,7 @@ class Trainer:
             self.write_checkpoint()
 
     def write_checkpoint(self) -> None:
-        """Write the checkpoint atomically in the first process.
-
-        Raises:
-            RunError: the file cannot be written.
-        """
+        """Write the checkpoint atomically in the first process; raise `RunError` if that fails."""
         self.add_elapsed_time()
         if not self.is_rank_zero:
             return
@@ -312,11 +308,7 @@ class Trainer:
             raise RunError(f"{path} cannot be written ({reason}); free space; the last checkpoint is kept") from None
 
     def load_checkpoint(self) -> None:
-        """Load state, networks, optimizers and precision.
-
-        Raises:
-            RunError: the file is damaged, or is the checkpoint of another method.
-        """
+        """Load state, networks, optimizers and precision; raise `RunError` if the file does not fit or is damaged."""
         path = self.run.checkpoint
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

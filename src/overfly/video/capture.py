@@ -355,11 +355,7 @@ def _publish(part: Path, path: Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Check that a video can be written to a path.
-
-    Raises:
-        DataError: it exists, or its suffix is not that of a video.
-    """
+    """Raise `DataError` if a path exists, or its suffix is not that of a video."""
     if path.suffix.lower() not in CONTAINERS:
         raise DataError(f"--out must end in {', '.join(CONTAINERS)}, got {path}; name it {path.stem}.mp4")
     if os.path.lexists(path):

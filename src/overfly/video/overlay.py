@@ -97,23 +97,23 @@ def downscale(frame: UInt8, size: int | None) -> UInt8:
     height, width = frame.shape[:2]
     if size is None or max(height, width) <= size:
         return frame
-    scale = size / max(height, width)
-    return _resize(frame, (max(1, round(width * scale)), max(1, round(height * scale))))
+    return _resize(frame, size / max(height, width))
 
 
 def letterbox(frame: UInt8, width: int, height: int) -> UInt8:
     """Scale a frame (h, w, 3) to fit into (height, width, 3), padded with black."""
     if frame.shape[:2] == (height, width):
         return frame
-    scale = min(height / frame.shape[0], width / frame.shape[1])
-    size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
-    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    resized = _resize(frame, min(height / frame.shape[0], width / frame.shape[1]))
+    rows, columns = resized.shape[:2]
+    left, top = (width - columns) // 2, (height - rows) // 2
     result = np.zeros((height, width, 3), np.uint8)
-    result[top : top + size[1], left : left + size[0]] = _resize(frame, size)
+    result[top : top + rows, left : left + columns] = resized
     return result
 
 
-def _resize(frame: UInt8, size: tuple[int, int]) -> UInt8:
+def _resize(frame: UInt8, scale: float) -> UInt8:
+    size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
     result: UInt8 = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
     return result
 

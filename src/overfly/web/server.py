@@ -104,11 +104,7 @@ async def _handle_invalid_request(request: Request, error: Exception) -> JSONRes
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket; port 0 selects a free port.
-
-    Raises:
-        RecipeError: the port is in use, or the address is not one of this machine.
-    """
+    """Bind a socket; port 0 selects a free port. Raise `RecipeError` if port or address cannot be used."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)

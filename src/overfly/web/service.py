@@ -88,11 +88,7 @@ class ServedNetwork:
     _predictor: Predictor | None = None
 
     def predictor(self) -> Predictor:
-        """Load the network once.
-
-        Raises:
-            OverflyError: it cannot be loaded.
-        """
+        """Load the network once; raise `OverflyError` if it cannot be loaded."""
         if self._predictor is None:
             with self._lock:
                 self._predictor = self._predictor or self.load()

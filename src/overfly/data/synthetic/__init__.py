@@ -262,7 +262,7 @@ class Appearance(NamedTuple):
         gain: gain of each band.
         exposure: gain of all bands.
         haze: share of haze in the image, 0 to 1.
-        veil: color of the haze.
+        haze_color: color of the haze.
         blur: radius of the optical blur, in pixels.
         noise: standard deviation of the sensor's noise, of 255.
     """

@@ -7,7 +7,6 @@ has the same bytes on every machine. Lengths are pixels, x to the right, y down.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import sqrt
 from typing import NamedTuple
 
@@ -198,9 +197,8 @@ def subdivide(
     low_x, high_x, low_y, high_y = *extent(polygon, (1.0, 0.0)), *extent(polygon, (0.0, 1.0))
     if high_x < 0 or high_y < 0 or low_x > canvas.size or low_y > canvas.size:
         return []
-    across = (-along[1], along[0])
-    sides = extent(polygon, along), extent(polygon, across)
-    excess = [(high - low) / most for (low, high), most in zip(sides, limit, strict=True)]
+    across = perpendicular(along)
+    excess = [length / most for length, most in zip(sides(polygon, along), limit, strict=True)]
     if max(excess) <= 1:
         return [list(polygon)]
     chosen = 0 if excess[0] >= excess[1] else 1
@@ -219,23 +217,15 @@ def subdivide(
     ]
 
 
-@dataclass
 class Canvas:
     """Material, unlit color, height, relief and tree density of each pixel of a square image."""
 
-    size: int
-    material: UInt8 = field(init=False)
-    color: Float = field(init=False)
-    height: Float = field(init=False)
-    relief: Float = field(init=False)
-    tree_density: Float = field(init=False)
-
-    def __post_init__(self) -> None:
-        shape = (self.size, self.size)
-        self.material = np.zeros(shape, np.uint8)
-        self.color = np.zeros((*shape, 3), np.float32)
+    def __init__(self, size: int) -> None:
+        self.size, shape = size, (size, size)
+        self.material: UInt8 = np.zeros(shape, np.uint8)
+        self.color: Float = np.zeros((*shape, 3), np.float32)
         self.height, self.relief, self.tree_density = (np.zeros(shape, np.float32) for _ in range(3))
-        self.centers: Float = (np.arange(self.size) + 0.5).astype(np.float32)
+        self.centers: Float = (np.arange(size) + 0.5).astype(np.float32)
 
     def window(self, low_x: float, high_x: float, low_y: float, high_y: float) -> Slices | None:
         """Return the rows and columns that cover a box; None if it lies outside."""
