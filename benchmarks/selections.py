@@ -58,7 +58,9 @@ def row(selection: Selection, split: Split) -> dict[str, Any]:
                 "method": runs[role].recipe.method.model_dump(mode="json"), "steps": runs[role].recipe.steps,
                 "miou": miou[role], "iou": {name: each.iou for name, each in scores.classes.items()},
                 "settings": report.settings,
-                "rejections": report.rejections, "metrics": report.metrics.model_dump(mode="json"),
+                "rejected": report.rejected, "better": report.better,
+                "checks": [check.model_dump(mode="json") | {"passed": check.passed} for check in report.checks],
+                "metrics": report.metrics.model_dump(mode="json"),
                 "estimate": report.estimate and report.estimate.model_dump(mode="json"),
             }
             for (role, report), scores in zip(selection.candidates.items(), scored.values(), strict=True)
@@ -70,7 +72,7 @@ def line(values: dict[str, Any]) -> str:
     """A row of the table."""
     each = ", ".join(
         f"{'**' if role == values['recommended'] else ''}{role} {100 * one['miou']:.1f}"
-        f"{'**' if role == values['recommended'] else ''}{' (rejected)' if one['rejections'] else ''}"
+        f"{'**' if role == values['recommended'] else ''}{' (rejected)' if one['rejected'] else ''}"
         for role, one in values["candidates"].items()
     )
     domains = f"{values['source']} → {values['target']}"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from overfly.core.errors import WeightsError
 from overfly.methods.method import Method
+from overfly.models import PRETRAINED, LoadReport, Network, load_weights
 from overfly.recipe import Recipe, load
+from overfly.training import setup
 from overfly.training.setup import initial_segmenter
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,6 +37,21 @@ def _one_thread() -> None:
     """Use one thread and one seed, so that results depend neither on the number of cores nor on earlier tests."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline() -> Iterator[None]:
+    """Let named weights be random, and HTTPS requests fail at once, also in child processes."""
+
+    def load_file(network: Network, path: Path | str, *, sha256: str | None = None) -> LoadReport:
+        if str(path) in PRETRAINED:
+            raise WeightsError(f"{path} is not loaded in tests")
+        return load_weights(network, path, sha256=sha256)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+        patch.setattr(setup, "load_weights", load_file)
+        yield
 
 
 @pytest.fixture(autouse=True)

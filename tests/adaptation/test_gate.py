@@ -1,12 +1,26 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from overfly.adaptation.gate import GEOMETRIC, Gate, consistency, familiarity, geometric_consistency, select
-from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
+from overfly.adaptation.gate import (
+    GEOMETRIC,
+    Check,
+    Gate,
+    familiarity,
+    geometric_consistency,
+    passes,
+    read_gate,
+    select,
+)
+from overfly.core.errors import RecipeError
+from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.images import unlabeled_images
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics, consensus, label_free_metrics
 from planted import ByLevel, Constant, Patches
 
-LEVELS = {"masked_miou": 0.3, "views_miou": 0.6, "source_miou": 0.6, "agreement": 1.0, "nuclear_norm": 0.75}
+LEVELS = {"source_miou": 0.6, "agreement": 1.0, "nuclear_norm": 0.75}
+REJECTING = {"source mIoU", "nuclear norm", "classes"}
 
 
 @pytest.fixture(scope="module")
@@ -14,168 +28,174 @@ def base_metrics() -> LabelFreeMetrics:
     return label_free_metrics(ByLevel(20), Patches())
 
 
-def metrics(base_metrics: LabelFreeMetrics, **changes: float | None) -> LabelFreeMetrics:
+def metrics(base_metrics: LabelFreeMetrics, **changes: object) -> LabelFreeMetrics:
     return base_metrics.model_copy(update={**LEVELS, **changes})
 
 
-def test_a_more_consistent_network_is_accepted(base_metrics: LabelFreeMetrics) -> None:
-    after = metrics(base_metrics, views_miou=0.65, agreement=0.6, source_miou=0.58)
-    assert Gate().rejections(metrics(base_metrics), after) == ()
+def with_consistency(base_metrics: LabelFreeMetrics, geometric: float, other: float) -> LabelFreeMetrics:
+    """Metrics with one consistency under rotation and scale, and another under the other perturbations."""
+    by_view = {name: geometric if name in GEOMETRIC else other for name in base_metrics.by_view}
+    return metrics(base_metrics, by_view=by_view)
+
+
+def failed(checks: tuple[Check, ...]) -> list[str]:
+    return [check.name for check in checks if not check.passed]
+
+
+def test_a_candidate_equal_to_source_only_passes_every_check(base_metrics: LabelFreeMetrics) -> None:
+    checks = Gate().checks(metrics(base_metrics), metrics(base_metrics))
+    assert not failed(checks)
+    assert [check.name for check in checks] == [
+        "source mIoU", "nuclear norm", "classes", "consistency", "agreement",
+    ]  # fmt: skip
+    assert {check.name for check in checks if check.rejects} == REJECTING
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "name", "value"),
     [
-        ({"source_miou": 0.5}, "10.0 points"),
-        ({"agreement": 0.2}, "20.0 % mIoU"),
-        ({"views_miou": 0.5}, "consistency"),
-        ({"nuclear_norm": 0.69}, "nuclear norm"),
+        ({"source_miou": 0.549}, "source mIoU", 0.549),
+        ({"nuclear_norm": 0.599}, "nuclear norm", 0.599),
+        ({"shares": (1.0, 0.0, 0.0)}, "classes", 1 / 3),
+        ({"agreement": 0.249}, "agreement", 0.249),
     ],
 )
-def test_each_failed_check_gives_one_reason(
-    base_metrics: LabelFreeMetrics, change: dict[str, float], words: str
+def test_a_value_beyond_a_bound_fails_one_check(
+    base_metrics: LabelFreeMetrics, change: dict[str, object], name: str, value: float
 ) -> None:
-    after = metrics(base_metrics, **{"views_miou": 0.65, "agreement": 0.6, **change})
-    (reason,) = Gate().rejections(metrics(base_metrics), after)
-    assert words in reason
+    checks = Gate().checks(metrics(base_metrics), metrics(base_metrics, **change))
+    (check,) = [check for check in checks if not check.passed]
+    assert (check.name, check.value, check.rejects) == (name, pytest.approx(value), name in REJECTING)
+    assert passes(checks) == (name not in REJECTING)
 
 
-def test_source_miou_is_skipped_without_a_source(base_metrics: LabelFreeMetrics) -> None:
-    after = metrics(base_metrics, views_miou=0.65, agreement=0.6, source_miou=None)
-    assert Gate().rejections(metrics(base_metrics, source_miou=None), after) == ()
+@pytest.mark.parametrize(
+    "change",
+    [{"source_miou": 0.551}, {"nuclear_norm": 0.601}, {"shares": (0.5, 0.5, 0.0)}, {"agreement": 0.251}],
+)
+def test_a_value_within_a_bound_passes(base_metrics: LabelFreeMetrics, change: dict[str, object]) -> None:
+    assert not failed(Gate().checks(metrics(base_metrics), metrics(base_metrics, **change)))
 
 
-def recommended(
-    candidates: dict[str, LabelFreeMetrics],
-    source_metrics: LabelFreeMetrics | None = None,
-    reverse_validation: float | None = None,
-) -> tuple[str, dict[str, tuple[str, ...]]]:
-    known = None if source_metrics is None else familiarity(source_metrics, candidates["source only"])
-    reasons = Gate().all_rejections("source only", candidates, known, reverse_validation)
-    passed = {name: each for name, each in candidates.items() if not reasons.get(name)}
-    return select("source only", passed, Gate().tolerance), reasons
+def test_lower_geometric_consistency_is_a_warning(base_metrics: LabelFreeMetrics) -> None:
+    before = with_consistency(base_metrics, 0.7, 0.7)
+    checks = Gate().checks(before, with_consistency(base_metrics, 0.69, 0.95))
+    assert failed(checks) == ["consistency"]
+    assert passes(checks)
+    assert not failed(Gate().checks(before, with_consistency(base_metrics, 0.71, 0.1)))
 
 
-def with_consistency(
-    base_metrics: LabelFreeMetrics, geometric: float, other: float, agreement: float = 0.6
-) -> LabelFreeMetrics:
-    """Metrics with one consistency under rotation and scale, and another under the other perturbations."""
-    by_view = {name: geometric if name in GEOMETRIC else other for name in base_metrics.by_view}
-    mean = sum(by_view.values()) / len(by_view)
-    found = metrics(base_metrics, views_miou=mean, agreement=agreement)
-    return found.model_copy(update={"by_view": by_view})
+def test_source_miou_is_not_checked_without_a_source(base_metrics: LabelFreeMetrics) -> None:
+    checks = Gate().checks(metrics(base_metrics, source_miou=None), metrics(base_metrics, source_miou=None))
+    assert "source mIoU" not in [check.name for check in checks]
 
 
-def test_the_most_consistent_accepted_candidate_is_recommended(base_metrics: LabelFreeMetrics) -> None:
-    candidates = {
-        "source only": metrics(base_metrics),
-        "recalibrated": with_consistency(base_metrics, 0.66, 0.66),
-        "adapted": with_consistency(base_metrics, 0.7, 0.7),
-        "wild": with_consistency(base_metrics, 0.9, 0.9, agreement=0.1),
-    }
-    chosen, reasons = recommended(candidates)
-    assert chosen == "adapted"
-    assert [name for name, found in reasons.items() if found] == ["wild"]
-    assert select("source only", {"source only": metrics(base_metrics)}, 0.02) == "source only"
-    assert consistency(candidates["adapted"]) == pytest.approx(0.5)
-
-
-def test_consistency_under_trained_color_changes_does_not_count(base_metrics: LabelFreeMetrics) -> None:
-    """A network trained with color changes is more consistent under them, and less under geometric perturbations."""
-    assert set(GEOMETRIC) < set(base_metrics.by_view)
-    recolored, pasted = with_consistency(base_metrics, 0.76, 0.95), with_consistency(base_metrics, 0.79, 0.75)
-    assert consistency(recolored) > consistency(pasted)
-    assert (geometric_consistency(recolored), geometric_consistency(pasted)) == pytest.approx((0.76, 0.79))
-    assert select("source only", {"one": recolored, "other": pasted}, 0.02) == "other"
-
-
-def test_the_baseline_is_recommended_if_all_are_rejected(base_metrics: LabelFreeMetrics) -> None:
-    candidates = {"source only": metrics(base_metrics), "adapted": metrics(base_metrics, agreement=0.1)}
-    assert recommended(candidates)[0] == "source only"
+def test_classes_that_source_only_does_not_predict_do_not_count(base_metrics: LabelFreeMetrics) -> None:
+    before = metrics(base_metrics, shares=(0.9996, 0.0002, 0.0002))
+    assert not failed(Gate().checks(before, metrics(base_metrics, shares=(1.0, 0.0, 0.0))))
 
 
 def test_a_collapsed_network_is_rejected() -> None:
     before = label_free_metrics(ByLevel(20), Patches())
-    after = label_free_metrics(Constant(), Patches(), reference=ByLevel(20))
-    assert len(Gate().rejections(before, after)) == 3
-
-
-def test_unfamiliar_images_reject_every_candidate(base_metrics: LabelFreeMetrics) -> None:
-    def with_values(geometric: float, nuclear_norm: float) -> LabelFreeMetrics:
-        return with_consistency(base_metrics, geometric, 0.6).model_copy(update={"nuclear_norm": nuclear_norm})
-
-    source_metrics, better = with_values(0.8, 0.8), {"adapted": metrics(base_metrics, views_miou=0.7, agreement=0.6)}
-    known, unfamiliar = (
-        {"source only": with_values(0.6, 0.75), **better},
-        {"source only": with_values(0.6, 0.6), **better},
-    )
-    assert familiarity(source_metrics, known["source only"]) == pytest.approx(0.75 * 0.9375)
-    assert recommended(known, source_metrics)[0] == "adapted"
-    chosen, reasons = recommended(unfamiliar, source_metrics)
-    assert chosen == "source only"
-    assert "56.2 %" in reasons["adapted"][0]
-    assert Gate(skip_familiarity=True).all_rejections("source only", unfamiliar, 0.56) == {"adapted": ()}
-    assert recommended(unfamiliar)[0] == "adapted"
+    checks = Gate().checks(before, label_free_metrics(Constant(), Patches(), reference=ByLevel(20)))
+    assert not passes(checks)
+    assert {"nuclear norm", "classes"} <= set(failed(checks))
 
 
 @pytest.mark.parametrize(
-    ("scores", "words"),
+    ("known", "reverse", "names"),
     [
-        ((0.651, None), []), ((0.649, None), ["64.9 %", "65.0 %"]),
-        ((0.5, 0.77), []), ((0.77, 0.5), []),
-        ((0.5, 0.75), ["50.0 %", "75.0 %", "37.5 %", "38.0 %"]),
-        ((1.0, 0.37), ["100.0 %", "37.0 %"]), ((0.37, 1.0), ["37.0 %"]),
-        ((None, None), []), ((None, 0.1), []),
+        (0.65, 0.5, []),
+        (0.64, 0.5, ["familiarity"]),
+        (0.65, 0.49, ["reverse validation"]),
+        (0.1, 0.1, ["familiarity", "reverse validation"]),
+        (None, 0.1, ["reverse validation"]),
+        (0.1, None, ["familiarity"]),
+        (None, None, []),
     ],
-)  # fmt: skip
-def test_familiarity_times_reverse_validation_must_reach_the_bound(
-    scores: tuple[float | None, float | None], words: list[str]
-) -> None:
-    reasons = Gate().unfamiliar(*scores)
-    assert len(reasons) == bool(words)
-    assert all(word in reasons[0] for word in words)
-    assert all(reason.count("--skip-familiarity") == 1 for reason in reasons)
-    assert Gate(skip_familiarity=True).unfamiliar(*scores) == ()
+)
+def test_an_unfamiliar_target_is_a_warning(known: float | None, reverse: float | None, names: list[str]) -> None:
+    checks = Gate().target_checks(known, reverse)
+    assert failed(checks) == names
+    assert passes(checks)
+    assert len(checks) == (known is not None) + (reverse is not None)
 
 
-def test_higher_confidence_on_the_target_does_not_raise_familiarity(base_metrics: LabelFreeMetrics) -> None:
-    source_metrics, target_metrics = with_consistency(base_metrics, 0.8, 0.9), with_consistency(base_metrics, 0.4, 0.9)
-    source_metrics, target_metrics = (
-        source_metrics.model_copy(update={"nuclear_norm": 0.5}),
-        target_metrics.model_copy(update={"nuclear_norm": 1.0}),
-    )
-    assert familiarity(source_metrics, target_metrics) == pytest.approx(0.5)
+def test_bounds_are_read_from_options(base_metrics: LabelFreeMetrics) -> None:
+    assert read_gate([]) == Gate()
+    gate = read_gate(["max_source_loss=0.1", "min_familiarity=0"])
+    assert gate == Gate(max_source_loss=0.1, min_familiarity=0.0)
+    after = metrics(base_metrics, source_miou=0.52)
+    assert passes(gate.checks(metrics(base_metrics), after))
+    assert not passes(Gate().checks(metrics(base_metrics), after))
 
 
-def test_consistency_under_color_changes_does_not_raise_familiarity(base_metrics: LabelFreeMetrics) -> None:
-    source_metrics, target_metrics = with_consistency(base_metrics, 0.8, 0.9), with_consistency(base_metrics, 0.4, 0.9)
-    assert familiarity(source_metrics, target_metrics) == pytest.approx(0.5)
+@pytest.mark.parametrize(
+    "setting", ["max_sauce_loss=0.1", "max_source_loss=2", "max_source_loss=some", "max_source_loss", "a.b=1"]
+)
+def test_unknown_or_invalid_bounds_raise(setting: str) -> None:
+    with pytest.raises(RecipeError, match=setting.split("=", maxsplit=1)[0].split(".", maxsplit=1)[0]) as raised:
+        read_gate([setting])
+    assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("second", "chosen"), [(0.719, "first"), (0.721, "second")])
-def test_of_equally_consistent_candidates_the_first_is_recommended(
-    base_metrics: LabelFreeMetrics, second: float, chosen: str
-) -> None:
-    candidates = {
-        "source only": metrics(base_metrics),
-        "first": with_consistency(base_metrics, 0.7, 0.7),
-        "second": with_consistency(base_metrics, second, 0.7),
+def test_the_network_nearest_to_the_mean_prediction_is_selected() -> None:
+    """Two of four networks predict the classes; one exchanges two classes, and the baseline predicts one class."""
+    networks = {
+        "source only": Constant(),
+        "exchanged": ByLevel(20, (1, 0, 2)),
+        "one": ByLevel(20),
+        "other": ByLevel(10),
     }
-    assert select("source only", candidates, Gate().tolerance) == chosen
+    pairs = consensus([(network, None) for network in networks.values()], list(unlabeled_images(Patches(), "train")))
+    name, scores, better = select("source only", dict(zip(networks, pairs, strict=True)))
+    assert name in ("one", "other")
+    assert scores[name] == max(scores.values()) > max(scores["exchanged"], scores["source only"])
+    assert set(better) == {"exchanged", "one", "other"}
+    assert better["one"] == better["other"] == 1.0
+
+
+def confusion(correct: int, wrong: int) -> Confusion:
+    return Confusion(torch.tensor([[correct, wrong], [wrong, correct]]))
+
+
+def test_the_bootstrap_share_is_that_of_samples_in_which_a_candidate_agrees_more() -> None:
+    """Better on two images by little, worse on one by much; the sampled images decide."""
+    baseline = [confusion(80, 20)] * 3
+    mixed = [confusion(82, 18), confusion(82, 18), confusion(60, 40)]
+    always = [confusion(81, 19)] * 3
+    name, scores, better = select("before", {"before": baseline, "mixed": mixed, "always": always})
+    assert name == "always"
+    assert scores["mixed"] < scores["before"] < scores["always"]
+    assert better["always"] == 1.0
+    # better only in samples without the third image: (2/3) ** 3 of them
+    assert better["mixed"] == pytest.approx((2 / 3) ** 3, abs=0.05)
+    assert select("before", {"before": baseline, "mixed": mixed, "always": always})[2] == better
+
+
+def test_with_fewer_than_three_networks_the_baseline_is_selected() -> None:
+    images = list(unlabeled_images(Patches(), "train"))
+    pairs = consensus([(Constant(), None), (ByLevel(20), None)], images)
+    assert select("before", dict(zip(("before", "after"), pairs, strict=True))) == ("before", {}, {})
+
+
+def test_a_class_lost_in_both_predictions_counts_as_zero() -> None:
+    lost = Confusion(torch.diag(torch.tensor([90, 0, 0])))
+    kept = Confusion(torch.diag(torch.tensor([30, 30, 30])))
+    name, scores, _ = select("before", {"before": [lost], "other": [lost], "after": [kept]})
+    assert (name, scores["before"], scores["after"]) == ("after", pytest.approx(1 / 3), 1.0)
+
+
+def test_familiarity_is_consistency_times_confidence_relative_to_the_source(base_metrics: LabelFreeMetrics) -> None:
+    source = with_consistency(base_metrics, 0.8, 0.9).model_copy(update={"nuclear_norm": 0.8})
+    target = with_consistency(base_metrics, 0.6, 0.6).model_copy(update={"nuclear_norm": 0.75})
+    assert familiarity(source, target) == pytest.approx(0.75 * 0.9375)
+    assert geometric_consistency(source) == pytest.approx(0.8)
+    more_certain = target.model_copy(update={"nuclear_norm": 1.0})
+    assert familiarity(source, more_certain) == pytest.approx(0.75)
 
 
 def test_familiarity_counts_classes_that_are_predicted_on_the_source_only(base_metrics: LabelFreeMetrics) -> None:
     source = with_consistency(base_metrics, 0.8, 0.8).model_copy(update={"shares": (0.4, 0.3, 0.3)})
     target = source.model_copy(update={"shares": (0.5, 0.5, 0.0)})
     assert familiarity(source, target) == pytest.approx(2 / 3)
-
-
-def test_a_gain_on_a_target_that_lacks_classes_is_accepted() -> None:
-    """Over all three classes, a gain of 2.7 points over the two that occur would be 1.8, and rejected."""
-    two = Patches(levels=2)
-    network = ByLevel(20)
-    before = label_free_metrics(network, two, reference=network, reference_classes=True)
-    low = before.model_copy(update={"views_miou": 0.60, "masked_miou": 0.60})
-    high = before.model_copy(update={"views_miou": 0.627, "masked_miou": 0.627})
-    assert Gate().rejections(low, high) == ()
-    assert Gate().rejections(low, low.model_copy(update={"views_miou": 0.618, "masked_miou": 0.618}))

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from comparisons import recommend
 from overfly import adapt, train
-from overfly.adaptation.gate import Gate, geometric_consistency
-from overfly.adaptation.pipeline import adapt as compare
-from overfly.adaptation.pipeline import plan_candidates, setting_differences
-from overfly.adaptation.selection import Comparison, resolve_checkpoint
+from overfly.adaptation import candidates, pipeline
+from overfly.adaptation.pipeline import RECALIBRATED, plan_candidates
+from overfly.adaptation.selection import Comparison, resolve_checkpoint, setting_differences
 from overfly.commands.export_data import card_content
 from overfly.commands.load_predictor import NetworkFolder, load_network
 from overfly.commands.serve import served_networks
@@ -27,7 +27,6 @@ from overfly.evaluation.score import score
 from overfly.methods.dacs import DACS, Mixed
 from overfly.methods.method import TeacherStudent
 from overfly.recipe import Recipe, load
-from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.run import Run
 
 
@@ -44,18 +43,19 @@ class Shuffled(DACS, name="shuffled"):
 
 @pytest.fixture(autouse=True)
 def _short_recalibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overfly.adaptation.pipeline.RECALIBRATION", {"batch": 4, "steps": 4})
+    monkeypatch.setattr(pipeline, "RECALIBRATION", {"batch": 4, "steps": 4})
+    monkeypatch.setattr(pipeline, "RECALIBRATED", {"recalibrated": RECALIBRATED["recalibrated"]})
 
 
 @pytest.fixture
 def tiny(small: dict[str, Any]) -> dict[str, Any]:
-    light = {role: {**small[role], "size": 32} for role in ("source", "target")}
+    light: dict[str, Any] = {role: {**small[role], "size": 32} for role in ("source", "target")}
     light |= {"optim": {"name": "adamw", "lr": 0.003}, "batch": 4, "crop": 32}
     return {**small, **light, "start": {**small, **light, "steps": 12}, "steps": 6}
 
 
-def adapted(recipe: Recipe, out: Path) -> tuple[Path, dict[str, Any]]:
-    found = adapt(recipe, out=out, device="cpu", quiet=True, estimate=False)
+def adapted(*recipes: Recipe, out: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
+    found = adapt(*recipes, out=out, device="cpu", quiet=True, estimate=False, **options)
     return found.path, json.loads((found.path / "selection.json").read_text())
 
 
@@ -64,14 +64,32 @@ def same_weights(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_candidates_are_source_only_recalibrated_and_adapted(tiny: dict[str, Any]) -> None:
+def test_candidates_are_source_only_recalibrated_and_adapted(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "RECALIBRATED", RECALIBRATED)
     plans = plan_candidates(load({**tiny, "method": "dacs"}))
-    assert list(plans) == ["source only", "recalibrated", "adapted"]
+    assert list(plans) == ["source only", *RECALIBRATED, "adapted"]
     assert plans["source only"] == load(tiny["start"])
-    recalibrated = plans["recalibrated"]
-    assert isinstance(recalibrated, Recipe)
-    assert recalibrated.start == plans["source only"]
-    assert recalibrated.method.name == "recalibrate"
+    for name, method in RECALIBRATED.items():
+        plan = plans[name]
+        assert isinstance(plan, Recipe)
+        assert (plan.start, plan.method) == (plans["source only"], method)
+    free = {"start": "x.safetensors", "target": tiny["target"], "method": "source_free", "model": tiny["model"]}
+    without_source = [name for name, method in RECALIBRATED.items() if not method.needs_source]
+    assert list(plan_candidates(load(free))) == ["source only", *without_source, "adapted"]
+
+
+@pytest.mark.parametrize(("side", "crop", "found"), [(70, 32, 64), (70, 96, 96), (640, 64, 384)])
+def test_statistics_are_estimated_on_larger_crops(
+    tiny: dict[str, Any], tmp_path: Path, side: int, crop: int, found: int
+) -> None:
+    Image.fromarray(np.zeros((side, side + 40, 3), np.uint8)).save(tmp_path / "0.png")
+    domain = {"name": "folder", "root": str(tmp_path), "images": ".", "classes": list(CLASSES.names)}
+    start = {"start": "x.safetensors", "model": tiny["model"]}
+    plan = plan_candidates(load({**start, "target": domain, "method": "source_free", "crop": crop}))["recalibrated"]
+    assert isinstance(plan, Recipe)
+    assert plan.crop == found
 
 
 def test_a_recipe_without_start_gets_a_source_only_baseline(small: dict[str, Any]) -> None:
@@ -137,62 +155,16 @@ def test_one_of_several_recipes_is_recommended_without_labels(tiny: dict[str, An
         files.append(tmp_path / f"{name}.yaml")
         load({**start, "method": method}).save(files[-1])
     found = adapt(files[0], str(files[1]), "seed=1", out=tmp_path, device="cpu", quiet=True, estimate=False)
-    candidates = found.selection.candidates
-    assert list(candidates) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
-    assert candidates["adapted 1"].rejections
+    reports = found.selection.candidates
+    assert list(reports) == ["source only", "recalibrated", "adapted 1", "adapted 2"]
     assert found.selection.recommended != "adapted 1"
-    assert candidates["adapted 2"].settings["method.name"] == "multiscale_self_training"
-    rejected = Run.open(candidates["adapted 1"].run)
-    assert f"adapted 1: {rejected.path.name} (name shuffled" in "".join(found.selection.differences)
+    assert reports["adapted 2"].settings["method.name"] == "multiscale_self_training"
+    harmed = Run.open(reports["adapted 1"].run)
+    assert f"adapted 1: {harmed.path.name} (name shuffled" in "".join(found.selection.differences)
     assert [recipe["seed"] for recipe in found.selection.recipes] == [1, 1]
     assert "name shuffled" in (found.path / "selection.md").read_text()
     assert found.selection.labels_opened == 0
     assert not list(found.path.glob("recipe.yaml"))
-
-
-def test_of_several_accepted_candidates_the_most_consistent_is_recommended(
-    tiny: dict[str, Any], tmp_path: Path
-) -> None:
-    recipes = [load({**tiny, "method": name}) for name in ("dacs", "mic")]
-    loose = Gate(
-        max_source_loss=1.0, min_agreement=0.0, skip_familiarity=True, max_confidence_loss=1.0,
-        min_consistency_gain=-1.0, tolerance=1e-9,
-    )  # fmt: skip
-    config = TrainerConfig("cpu", quiet=True)
-    fabric = launch_fabric(recipes[0], config)
-    selection = compare(*recipes, out=tmp_path, fabric=fabric, config=config, gate=loose, estimates=False).selection
-    others = {
-        role: geometric_consistency(each.metrics)
-        for role, each in selection.candidates.items()
-        if role != "source only"
-    }
-    assert len(others) == 3
-    assert others[selection.recommended] == max(others.values())
-    assert "geometric consistency" in selection.summary
-    assert selection.reverse_validation is None
-
-
-def test_unfamiliar_images_are_checked_by_reverse_validation(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("overfly.adaptation.pipeline.familiarity", lambda *_: 0.6)
-    monkeypatch.setattr("overfly.adaptation.reverse_validation.TREES", 20)
-    recipe, config = (
-        load({**tiny, "method": "dacs"}, "target.train=8", "source.train=8"),
-        TrainerConfig("cpu", quiet=True),
-    )
-    gate, fabric = Gate(min_reverse_familiarity=1.0), launch_fabric(recipe, config)
-    rejected = compare(recipe, out=tmp_path, fabric=fabric, config=config, gate=gate, estimates=False).selection
-    reverse = rejected.reverse_validation
-    assert reverse is not None
-    assert 0.0 < reverse < 1.0
-    assert rejected.recommended == "source only"
-    assert f"{100 * reverse:.1f} %" in rejected.candidates["adapted"].rejections[0]
-    assert f"reverse validation: {100 * reverse:.0f} %" in rejected.markdown()
-    assert rejected.labels_opened == 0
-    metrics = {name: candidate.metrics for name, candidate in rejected.candidates.items()}
-    reasons = Gate(min_reverse_familiarity=0.0).all_rejections("source only", metrics, 0.6, reverse)
-    assert not any("--skip-familiarity" in reason for reason in reasons["adapted"])
 
 
 def test_source_only_raises(small: dict[str, Any]) -> None:
@@ -211,7 +183,7 @@ def test_the_comparison_is_written_and_no_target_label_is_read(
         return read(self, item)
 
     monkeypatch.setattr(Synthetic, "read_label", watched)
-    path, selection = adapted(load({**tiny, "method": "dacs"}), tmp_path)
+    path, selection = adapted(load({**tiny, "method": "dacs"}), out=tmp_path)
     assert set(opened) == {"urban"}
     assert selection["labels_opened"] == 0
     assert set(selection["candidates"]) == {"source only", "recalibrated", "adapted"}
@@ -235,14 +207,15 @@ def test_source_miou_is_scored_with_the_recipes_window_for_all_candidates(
         windows.append(window)
         return score(*given, window=window, **rest)
 
-    monkeypatch.setattr("overfly.adaptation.pipeline.score", watched)
+    monkeypatch.setattr(candidates, "score", watched)
     before = train(load(tiny["start"]), out=tmp_path / "start", device="cpu", quiet=True).run
     file = before.segmenter().save(tmp_path / "start.safetensors")
-    for number, start in enumerate((before.path, file)):
+    for number, start in enumerate((before.path, file), 1):
         recipe = load({**tiny, "start": str(start), "method": "dacs", "steps": 1, "window": 16})
-        _, selection = adapted(recipe, tmp_path / str(number))
-        assert windows == [16] * (number + 1)  # the adapted and the recalibrated are scored so by their own recipes
-        assert selection["candidates"]["source only"]["metrics"]["source_miou"] is not None
+        _, selection = adapted(recipe, out=tmp_path / str(number))
+        assert windows == [16] * 2 * number  # source only and adapted; recalibrated has the statistics of source only
+        mious = {name: report["metrics"]["source_miou"] for name, report in selection["candidates"].items()}
+        assert mious["recalibrated"] == mious["source only"] is not None
 
 
 def test_the_same_recipes_use_the_same_comparison_folder_and_train_nothing(
@@ -251,32 +224,38 @@ def test_the_same_recipes_use_the_same_comparison_folder_and_train_nothing(
     recipe = load({**tiny, "method": "dacs"})
     adapt(recipe, out=tmp_path, device="cpu", estimate=False)
     printed = capfd.readouterr().err
-    assert "training 1 of 3: source only" in printed
-    assert "training 3 of 3: adapted" in printed
-    assert "comparing 3 candidates" in printed
+    assert "training 1 of 2: source only" in printed
+    assert "training 2 of 2: recalibrated" in printed
+    assert "training 1 of 1: adapted" in printed
     assert "already trained" not in printed
-    path, first = adapted(recipe, tmp_path)
+    path, first = adapted(recipe, out=tmp_path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("last.ckpt")}
     capfd.readouterr()
     found = adapt(recipe, out=tmp_path, device="cpu", estimate=False)
-    assert capfd.readouterr().err.count("already trained") == 1
+    assert capfd.readouterr().err.count("already trained") == 2
     assert found.path == path
     assert json.loads((path / "selection.json").read_text()) == first
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("last.ckpt")}
     assert len(list(tmp_path.glob("*_comparison"))) == 1
-    other, _ = adapted(load(recipe, "steps=5"), tmp_path)
+    other, _ = adapted(load(recipe, "steps=5"), out=tmp_path)
     assert other != path
 
 
-def test_a_run_is_adapted_without_its_source(tiny: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["source only", "adapted"])
+def test_a_run_is_adapted_without_its_source(
+    name: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommend(name, monkeypatch)
     run = train(load(tiny["start"]), out=tmp_path / "first", device="cpu", quiet=True).run
     recipe = load(
         {"start": str(run.path), "target": tiny["target"], "method": "source_free", "crop": 32, "batch": 4, "steps": 3}
     )
-    path, selection = adapted(recipe, tmp_path / "second")
+    path, selection = adapted(recipe, out=tmp_path / "second")
     assert selection["candidates"]["source only"]["run"] == str(run.path)
     assert selection["candidates"]["adapted"]["metrics"]["source_miou"] is None
+    assert selection["recommended"] == name
     assert (path / "recommended.safetensors").exists()
+    assert not (path / "recommended-source.safetensors").exists()
 
 
 def test_a_source_without_held_out_images_is_adapted(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -289,13 +268,12 @@ def test_a_source_without_held_out_images_is_adapted(tiny: dict[str, Any], tmp_p
         Image.fromarray(label).save(tmp_path / "masks" / f"{index}.png")
     source = {"name": "folder", "root": str(tmp_path), "masks": "masks", "classes": list(CLASSES.names)}
     recipe = {**tiny, "source": source, "start": {**tiny["start"], "source": source}, "method": "dacs"}
-    path, selection = adapted(load(recipe), tmp_path / "runs")
-    assert selection["familiarity"] is None
+    _, selection = adapted(load(recipe), out=tmp_path / "runs")
+    assert selection["target_checks"] == []
     assert selection["candidates"]["adapted"]["metrics"]["source_miou"] is None
-    assert "no held-out images" in (path / "selection.md").read_text()
     few = {"train": 0.999, "val": 0.001}
     with pytest.raises(DataError, match=r"\bval\b"):
-        adapted(load(recipe, f"source.splits={few}"), tmp_path / "none")
+        adapted(load(recipe, f"source.splits={few}"), out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -325,7 +303,7 @@ def test_a_missing_teacher_raises_before_training(tiny: dict[str, Any], tmp_path
 
 def test_labels_of_target_images_that_are_source_images_are_counted(tiny: dict[str, Any], tmp_path: Path) -> None:
     recipe = load({**tiny, "target": {**tiny["source"], "train": 3}, "method": "dacs", "steps": 1})
-    _, selection = adapted(recipe, tmp_path)
+    _, selection = adapted(recipe, out=tmp_path)
     assert selection["labels_opened"] == 3
     free = {
         "start": selection["candidates"]["adapted"]["run"],
@@ -335,20 +313,17 @@ def test_labels_of_target_images_that_are_source_images_are_counted(tiny: dict[s
         "batch": 4,
         "steps": 1,
     }
-    assert adapted(load(free), tmp_path / "free")[1]["labels_opened"] == 4
+    assert adapted(load(free), out=tmp_path / "free")[1]["labels_opened"] == 4
 
 
 def test_a_comparison_folder_means_its_recommended_network_and_a_run_folder_its_own(
-    tiny: dict[str, Any], tmp_path: Path
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load({**tiny, "method": "dacs", "steps": 1})
-    config, gate = TrainerConfig("cpu", quiet=True), Gate(min_consistency_gain=1.0)
-    comparison = compare(
-        recipe, out=tmp_path, fabric=launch_fabric(recipe, config), config=config, gate=gate, estimates=False
-    )
-    path, selection = comparison.path, comparison.selection
+    recommend("source only", monkeypatch)
+    path, _ = adapted(load({**tiny, "method": "dacs", "steps": 1}), out=tmp_path)
+    comparison = Comparison(path)
+    selection = comparison.selection
     assert selection.recommended == "source only"
-    assert selection.summary == "recommended: source only; rejected: recalibrated and adapted"
     before, run = (Run.open(selection.candidates[name].run) for name in ("source only", "adapted"))
     assert same_weights(comparison.weights, before.weights)
     image = torch.full((1, 3, 64, 64), 99.0)

@@ -76,8 +76,7 @@ class _Page(HTMLParser):
 
 def test_report_escapes_text_and_loads_nothing() -> None:
     selection = SimpleNamespace(
-        summary=UNSAFE, rows=lambda: [[UNSAFE] * 3], differences=[UNSAFE], reasons=[UNSAFE], familiarity_summary=UNSAFE,
-        labels_opened=0,
+        summary=UNSAFE, rows=lambda: [[UNSAFE] * 3], differences=[UNSAFE], reasons=[UNSAFE], labels_opened=0
     )  # fmt: skip
     page = _Page(text := render(_report(selections={UNSAFE: selection}, galleries=[_gallery()])))
     assert "script" not in page.tags

@@ -171,7 +171,8 @@ def adapt(
         name = comparison.select(runs)
         selection = comparison.selection(runs, _shared_images(recipe))
         written = _write_comparison(selection, recipe, runs, out, fabric.device)
-        comparison.source_network(name, runs[name]).save(written.source_weights)
+        if recipe.source is not None:
+            comparison.source_network(name, runs[name]).save(written.source_weights)
         return written.path
 
     return Comparison(run_on_rank_zero(fabric, compare))

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from overfly.adaptation.selection import COLUMNS, Selection
+from overfly.adaptation.selection import COLUMNS, LEGEND, Selection
 from overfly.benchmarking import SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
@@ -146,8 +146,8 @@ def render(report: Report) -> str:
     template = environment().get_template("report.html.jinja")
     style = Markup((TEMPLATES.parent / "web" / "static" / "theme.css").read_text(encoding="utf-8"))  # noqa: S704
     shared = {
-        "report": report, "columns": COLUMNS[:-1], "style": style, "gap_chart": report.gap_chart,
-        "class_charts": report.class_charts,
+        "report": report, "columns": COLUMNS[:-1], "legend": LEGEND.replace("*", ""), "style": style,
+        "gap_chart": report.gap_chart, "class_charts": report.class_charts,
         "curves": [
             (line_chart(entry.losses, f"{entry.name}: losses over the steps"),
              line_chart(entry.metrics, f"{entry.name}: validation metrics over the steps", smoothing=0.0))
