@@ -30,7 +30,7 @@ class RecalibrateNetworks(Networks):
         target_counts: pixels of the target by class that the starting network predicts (K,).
     """
 
-    evaluating = ("start",)
+    eval_networks = ("start",)
     source_counts: Tensor
     target_counts: Tensor
 
