@@ -1,0 +1,101 @@
+"""Adapt between pairs of data sets with `overfly adapt`, for the study of its choice.
+
+    python benchmarks/pairs.py DATA [--pairs camvid-day,roads-gray] [--seeds 0,1,2] [--out runs/pairs] [SETTING=VALUE …]
+
+DATA is a folder with `camvid`, `roads` and `carrotweed` (each with `source`, `source_test`, `target` and `target_test`,
+which hold `images` and index `masks`) and `dubai`. Every pair runs in both directions: the light network from ImageNet
+weights is trained on the source, then adapted without target labels, with and without pasted source classes. The start
+of one direction is the oracle of the other: the same network, steps and settings on the labels of its target. Target
+labels are opened afterwards, by `python benchmarks/selections.py runs/pairs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import overfly
+from overfly.recipe import Recipe, load
+
+STREET = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
+DUBAI = {
+    "building": [60, 16, 152], "land": [132, 41, 246], "road": [110, 193, 228], "vegetation": [254, 221, 58],
+    "water": [226, 169, 41],
+}  # fmt: skip
+
+
+def folder(data: Path, name: str, title: str, splits: dict[str, str], classes: str) -> dict[str, Any]:
+    """A domain of images and index masks."""
+    return {
+        "name": "folder", "root": str(data / name), "title": title, "images": "{split}/images",
+        "masks": "{split}/masks", "splits": splits, "label_format": "index", "classes": classes.split(),
+    }  # fmt: skip
+
+
+def dubai(data: Path, title: str, tiles: str) -> dict[str, Any]:
+    """Tiles of Dubai; neighbors are in one split."""
+    return {
+        "name": "folder", "root": str(data / "dubai"), "title": title, "images": f"Tile [{tiles}]/images/*.jpg",
+        "masks": f"Tile [{tiles}]/masks/*.png", "splits": {"train": "*_00[1-6]", "val": "*_00[7-9]"},
+        "label_format": "rgb", "classes": DUBAI, "unknown": "ignore",
+    }  # fmt: skip
+
+
+def domains(data: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Source and target of every direction."""
+    pairs = {}
+    for name, titles, classes in (
+        ("camvid", ("Day", "Dusk"), STREET), ("roads", ("Gray", "Green"), "background road"),
+        ("carrotweed", ("Carrots", "CWFID"), "soil weed crop"),
+    ):  # fmt: skip
+        splits = ({"train": "source", "val": "source_test"}, {"train": "target", "val": "target_test"})
+        pairs[name] = [folder(data, name, *entry, classes) for entry in zip(titles, splits, strict=True)]
+    pairs["dubai"] = [dubai(data, "City", "48"), dubai(data, "Coast", "1356")]
+    pairs["synthetic"] = [{"name": "synthetic", "scene": scene} for scene in ("urban", "rural")]
+    return {
+        f"{name}-{(first.get('title') or first['scene']).lower()}": (first, second)
+        for name, both in pairs.items()
+        for first, second in (both, both[::-1])
+    }
+
+
+def recipes(name: str, source: dict[str, Any], target: dict[str, Any], seed: int, *settings: str) -> list[Recipe]:
+    """The two adaptations of one direction, with their start."""
+    upright = name.startswith("camvid")
+    shared = {
+        "source": source, "target": target, "seed": seed, "crop": 192, "batch": 4,
+        "augment": ["horizontal_flip" if upright else "dihedral", {"name": "scale_jitter", "low": 0.5, "high": 2.0},
+                    "color_jitter"],
+        "schedule": {"name": "poly", "power": 0.9, "warmup": 20},
+    }  # fmt: skip
+    start = {
+        **shared, "model": "lraspp_mobilenet_v2", "steps": 300,
+        "optim": {"name": "adamw", "lr": 3e-4, "weight_decay": 0.01, "head": 10},
+    }  # fmt: skip
+    adapted = {**shared, "start": start, "steps": 80, "optim": {**start["optim"], "lr": 1.5e-4}}
+    method = {"name": "multiscale_self_training", "turns": not upright, "ramp_steps": 27, "weight": 2.0}
+    plain = {"mix_share": 0.0, "strong_augment": [{"name": "illumination", "p": 0.8}, "gaussian_blur"]}
+    return [load({**adapted, "method": values}, *settings) for values in (method, {**method, **plain})]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--pairs", default="")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--variants", default="pasted,plain")
+    parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
+    arguments, settings = parser.parse_known_args()
+    pairs = domains(arguments.data.resolve())
+    names = arguments.pairs.split(",") if arguments.pairs else list(pairs)
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in names:
+            both = dict(zip(("pasted", "plain"), recipes(name, *pairs[name], seed, *settings), strict=True))
+            chosen = [both[variant] for variant in arguments.variants.split(",")]
+            print(name, seed, overfly.adapt(*chosen, out=arguments.out, estimate=True).selection.summary, flush=True)
+
+
+if __name__ == "__main__":
+    main()
