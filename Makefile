@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt weights.txt
 demo: $(READY)  ## Train on the synthetic urban domain, adapt to the rural one without its labels, print a table
 	$(BIN)/overfly benchmark recipes/demo --seeds 1 --split test --out $(DEMO)
 	@echo; echo "Comparison without target labels:"
-	$(BIN)/overfly adapt recipes/demo/3-adapted.yaml --no-estimate --out $(DEMO)
+	$(BIN)/overfly adapt recipes/demo/3-adapted.yaml --out $(DEMO)
 	@echo; echo "images:"; ls -d $(CURDIR)/$(DEMO)/*/samples
 
 test: $(READY)  ## Run the tests

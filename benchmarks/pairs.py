@@ -94,7 +94,7 @@ def main() -> None:
         for name in names:
             both = dict(zip(("pasted", "plain"), recipes(name, *pairs[name], seed, *settings), strict=True))
             chosen = [both[variant] for variant in arguments.variants.split(",")]
-            print(name, seed, overfly.adapt(*chosen, out=arguments.out, estimate=True).selection.summary, flush=True)
+            print(name, seed, overfly.adapt(*chosen, out=arguments.out, estimate=False).selection.summary, flush=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class CandidateComparison:
         source = self.recipe.source
         self.estimates = estimates and source is not None and has_labels(source, ESTIMATE_SPLIT)
         self.networks: dict[str, Segmenter] = {}
+        self.runs: dict[str, Run | Path] = {}
         self.metrics: dict[str, LabelFreeMetrics] = {}
         self.estimated: dict[str, Estimate] = {}
         self.checks: dict[str, tuple[Check, ...]] = {}
@@ -54,6 +55,7 @@ class CandidateComparison:
 
     def select(self, runs: Mapping[str, Run | Path]) -> str:
         """Return the name of the best candidate: of those that pass, the one nearest to the mean of all predictions."""
+        self.runs |= runs
         for name, run in runs.items():
             if name not in self.networks:
                 self._add(name, run)
@@ -68,7 +70,7 @@ class CandidateComparison:
 
     def _add(self, name: str, run: Run | Path) -> None:
         """Compute the metrics and checks of a candidate."""
-        network = self.networks[name] = load_candidate(run)
+        network = self.networks[name] = load_candidate(run).without_training_heads()
         metrics = self._metrics_of(network, self.target, "train")
         self.metrics[name] = metrics.model_copy(update={"source_miou": self._source_miou(name, run)})
         if self.estimates:
@@ -103,7 +105,7 @@ class CandidateComparison:
     def source_network(self, name: str, run: Run | Path) -> Segmenter:
         """Return a candidate's network with batch-normalization statistics of the source."""
         if isinstance(run, Run) and isinstance(run.recipe.method, Recalibrate):
-            return self.networks[BASELINE]
+            return load_candidate(self.runs[BASELINE])
         network = load_candidate(run).to(self.options.device)
         if name != BASELINE:
             stream, _ = training_streams(self.recipe.model_copy(update={"method": SourceOnly()}), "memory")

@@ -71,7 +71,7 @@ def adapt(
     classes: PathLike | None = None,
     checkpoint: PathLike | None = None,
     budget: str | None = None,
-    estimate: bool = True,
+    estimate: bool = False,
     gate: Sequence[str] = (),
     require_adapted: bool = False,
     out: PathLike = Path("runs"),
@@ -98,7 +98,7 @@ def adapt(
         classes: YAML file of the classes: names, or names and their colors; or settings of a folder domain.
         checkpoint: run, comparison or weights file to adapt, without its source's images.
         budget: time for image folders, such as 90s, 10min or 2h; default 30m. The same command again resumes.
-        estimate: estimate each candidate's mIoU on the target too, with an interval; takes about as long again.
+        estimate: estimate each candidate's mIoU on the target too, with an interval; takes several times as long.
         gate: bounds of the checks, such as max_source_loss=0.1; the option can be repeated.
         require_adapted: exit with status 3 if the network before adaptation is recommended.
         out: folder of the runs.
