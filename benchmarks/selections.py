@@ -5,8 +5,10 @@
 RUNS are folders with runs and comparisons of `overfly adapt`. Target labels are opened here, after all selections, once
 for each network and split; `scores.json` of each run counts them. For every selection: the target mIoU of each network,
 the recommended one, its regret (highest target mIoU minus its own) and its gain over the network before adaptation.
-Writes JSON and prints a table; exits 1 if a recommended network is more than a point worse on the target
-than the one before adaptation.
+Writes JSON and prints a table, and a second one of other rules of choice: always one candidate, the highest value of a
+label-free metric, or of the mean rank over two of them; and the best of these rules on all other pairs of domains,
+applied to the pair that is left out. Exits 1 if a recommended network is more than a point worse on the target than the
+one before adaptation.
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from overfly.adaptation.selection import BASELINE, Comparison, Selection
+from overfly.adaptation.selection import ADAPTED, BASELINE, Comparison, Selection
 from overfly.data.domain import Split
+from overfly.evaluation.label_free_metrics import VALIDATORS
+from overfly.evaluation.perturbations import GEOMETRIC
 from overfly.evaluation.scores import Scores
-from overfly.training.evaluate import evaluate_domain, stored_scores
+from overfly.training.evaluate import Role, evaluate_domain, stored_scores
 from overfly.training.run import Run
 
+CANDIDATES = (BASELINE, "recalibrated", "half recalibrated", "class-weighted", ADAPTED)
+"""Candidates that a rule may always select; of several adapted ones the last."""
 HARM = 0.01
 """Largest accepted loss of mIoU of a recommended network."""
 
@@ -35,10 +42,10 @@ def selections(folders: Sequence[Path]) -> Iterator[Selection]:
         yield Comparison(file.parent).selection
 
 
-def truth(run: Run, split: Split) -> Scores:
-    """Scores of a network on its target: stored ones, or computed now."""
-    domain = run.recipe.domain("target")
-    return stored_scores(run, "target", split, domain) or evaluate_domain(run, domain, "target", split)
+def truth(run: Run, split: Split, role: Role = "target") -> Scores:
+    """Scores of a network on a domain of its recipe: stored ones, or computed now."""
+    domain = run.recipe.domain(role)
+    return stored_scores(run, role, split, domain) or evaluate_domain(run, domain, role, split)
 
 
 def row(selection: Selection, split: Split) -> dict[str, Any]:
@@ -56,7 +63,8 @@ def row(selection: Selection, split: Split) -> dict[str, Any]:
         "candidates": {
             role: {
                 "method": runs[role].recipe.method.model_dump(mode="json"), "steps": runs[role].recipe.steps,
-                "miou": miou[role], "iou": {name: each.iou for name, each in scores.classes.items()},
+                "miou": miou[role], "own_source_miou": truth(runs[role], "val", "source").miou,
+                "iou": {name: each.iou for name, each in scores.classes.items()},
                 "settings": report.settings,
                 "rejected": report.rejected, "better": report.better,
                 "checks": [check.model_dump(mode="json") | {"passed": check.passed} for check in report.checks],
@@ -66,6 +74,51 @@ def row(selection: Selection, split: Split) -> dict[str, Any]:
             for (role, report), scores in zip(selection.candidates.items(), scored.values(), strict=True)
         },
     }  # fmt: skip
+
+
+def values(row: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Values that rules compare, of each accepted candidate of a selection."""
+    accepted = {name: one for name, one in row["candidates"].items() if not one["rejected"]}
+    found = {}
+    for name, one in accepted.items():
+        metrics = {key: one["metrics"].get(key) for key in (*VALIDATORS, "agreement")}
+        views = [value for key, value in one["metrics"]["by_view"].items() if key in GEOMETRIC]
+        metrics |= {"geometric": fmean(views), "own_source_miou": one["own_source_miou"]}
+        found[name] = {key: float(value) for key, value in metrics.items() if value is not None}
+    return found
+
+
+def choose(rule: tuple[str, ...], row: dict[str, Any]) -> str:
+    """The candidate that a rule selects: a candidate's name, or of the highest mean rank over metrics."""
+    found = values(row)
+    if len(rule) == 1 and rule[0] in CANDIDATES:
+        adapted = sorted(name for name in row["candidates"] if name.startswith(ADAPTED))
+        name = rule[0] if rule[0] != ADAPTED else adapted[-1]
+        return name if name in row["candidates"] else BASELINE
+    names = list(found)
+    ranks = [
+        sum(found[name].get(key, 0.0) > found[other].get(key, 0.0) for key in rule for other in names) for name in names
+    ]
+    return names[max(range(len(names)), key=lambda index: ranks[index])]
+
+
+def rules(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Regret of every rule for each selection, and of the best rule of all other pairs."""
+    metrics = sorted({key for row in rows for one in values(row).values() for key in one})
+    every = [(name,) for name in CANDIDATES] + [(key,) for key in metrics] + list(combinations(metrics, 2))
+
+    def regret(rule: tuple[str, ...], row: dict[str, Any]) -> float:
+        miou = {name: one["miou"] for name, one in row["candidates"].items()}
+        return max(miou.values()) - miou[choose(rule, row)]
+
+    regrets = {" + ".join(rule): [regret(rule, row) for row in rows] for rule in every}
+    pairs = [frozenset((row["source"], row["target"])) for row in rows]
+    left_out = []
+    for index, pair in enumerate(pairs):
+        others = [number for number, other in enumerate(pairs) if other != pair]
+        best = min(regrets, key=lambda rule: fmean([regrets[rule][number] for number in others] or [0.0]))
+        left_out.append(regrets[best][index])
+    return {"recommended": [row["regret"] for row in rows], "best rule of the other pairs": left_out} | regrets
 
 
 def line(values: dict[str, Any]) -> str:
@@ -102,9 +155,17 @@ def main() -> int:
         f"\n{len(rows)} selections: mean gain {100 * fmean(each['gain'] for each in rows):.1f}, mean regret "
         f"{100 * fmean(each['regret'] for each in rows):.1f}, least gain {100 * min(r['gain'] for r in rows):.1f}"
     )
+    print("\n| rule | mean regret | highest regret | least gain over source only |\n|---|---|---|---|")
+    best = [max(one["miou"] for one in each["candidates"].values()) for each in rows]
+    base = [each["candidates"][BASELINE]["miou"] for each in rows]
+    table = sorted(rules(rows).items(), key=lambda item: fmean(item[1]))
+    for name, regrets in table:
+        gain = min(top - lost - start for top, lost, start in zip(best, regrets, base, strict=True))
+        print(f"| {name} | {100 * fmean(regrets):.1f} | {100 * max(regrets):.1f} | {100 * gain:+.1f} |")
     machine = Run.open(compared[0].candidates[BASELINE].run).machine
     content = {
         "machine": {key: machine.get(key) for key in ("device", "cores", "threads", "torch", "overfly")},
+        "rules": dict(table),
         "rows": rows,
     }
     given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
