@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["overfly.adaptation.pipeline", "overfly.training.trainer"])
+SERVER.set_forkserver_preload(["lightning_fabric", "overfly.adaptation.pipeline", "overfly.training.trainer"])
 
 
 def _main(arguments: list[str], variables: dict[str, str], module: str, output: Path) -> None:

@@ -196,7 +196,7 @@ def test_ctrl_c_during_imports_is_no_traceback(module: str) -> None:
     assert len(done.stderr.splitlines()) <= 1
 
 
-HEAVY = {"torch", "numpy", "pydantic", "scipy", "yaml", "lightning_fabric", "torchmetrics", "matplotlib"}
+HEAVY = {"torch", "numpy", "pydantic", "scipy", "yaml", "lightning_fabric", "matplotlib"}
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
-from lightning_fabric import Fabric
 
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim, Schedule
@@ -26,6 +25,9 @@ from overfly.training.engine import TrainerConfig, run_on_rank_zero
 from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
 from overfly.training.run import Run
 from overfly.training.train_recipe import train_recipe
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 SaveSamples = Callable[[Run, str, Domain, Scores, Samples], object]
 """Saves sample images: run, name, domain, scores, and a few images with predictions."""

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from lightning_fabric import Fabric
 from pydantic import ValidationError
 
 from overfly.core.atomic_files import atomic_write
@@ -40,6 +39,9 @@ from overfly.recipe import Model, Recipe, Validation, load
 from overfly.training.engine import LossModule, TrainerConfig, launch_fabric
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 DEFAULT_BUDGET = "30m"
 CROPS = {"cpu": 256, "cuda": 512, "mps": 384}

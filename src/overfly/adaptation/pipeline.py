@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 
 from overfly.adaptation.auto_recipe import shortest_sides
 from overfly.adaptation.candidates import CROP, ESTIMATE_SPLIT, CandidateComparison, load_candidate
@@ -34,6 +34,9 @@ from overfly.training.evaluate import has_labels
 from overfly.training.run import Run, new_folder
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start, train_recipe
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 RECALIBRATED: dict[str, Recalibrate] = {
     "recalibrated": Recalibrate(),

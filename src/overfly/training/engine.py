@@ -7,11 +7,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,6 +18,9 @@ from overfly.core.errors import OverflyError, RecipeError, TrainingError
 from overfly.core.records import Batch, Labeled, Losses
 from overfly.methods.method import Method, Networks
 from overfly.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs the choice of each precision
 
@@ -119,6 +120,9 @@ def process_counts(config: TrainerConfig) -> tuple[int, int]:
 
 def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
     """Start the processes of a run; raise `RecipeError` if the recipe does not fit the devices."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
     local, machines = process_counts(config)
     world = local * machines
     if recipe.batch % world:
@@ -154,6 +158,8 @@ def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig) -> Fabr
     Raises:
         RecipeError: several processes are running, and this recipe needs another precision or cannot share its batch.
     """
+    from lightning_fabric import Fabric
+
     if fabric.world_size == 1:
         return launch_fabric(recipe, config)
     required = Fabric(precision=PRECISIONS[effective_precision(recipe.precision, fabric.device)])

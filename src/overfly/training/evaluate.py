@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning_fabric import Fabric
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -20,6 +19,9 @@ from overfly.methods.method import Method, Networks
 from overfly.recipe import Recipe
 from overfly.training.engine import run_on_rank_zero
 from overfly.training.run import Run
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Role = Literal["source", "target"]
 MIN_WINDOW = 16

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +24,9 @@ from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
 from overfly.models.weights import LoadReport, load_weights
 from overfly.recipe import Model, Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 STATISTICS_BATCHES = 50
 """Most batches that batch-normalization statistics are estimated on after training."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-
-from lightning_fabric import Fabric
+from typing import TYPE_CHECKING
 
 from overfly.core.errors import RecipeError
 from overfly.core.progress import print_status
@@ -15,6 +14,9 @@ from overfly.training.engine import TrainerConfig, recipe_fabric, run_on_rank_ze
 from overfly.training.run import Run, file_sha256
 from overfly.training.setup import prepare_training
 from overfly.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfig) -> Run:

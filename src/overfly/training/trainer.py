@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from overfly.core.atomic_files import atomic_write
@@ -37,6 +36,9 @@ from overfly.training.engine import (
 from overfly.training.evaluate import Evaluator, log_entry
 from overfly.training.run import Run, RunLog, utc_now
 from overfly.training.setup import STATISTICS_BATCHES, TrainingSetup, source_images
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 UNREADABLE = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
