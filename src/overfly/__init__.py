@@ -32,35 +32,10 @@ if TYPE_CHECKING:
     from overfly.training.run import Run
 
 __all__ = [
-    "Classes",
-    "Domain",
-    "Method",
-    "OverflyError",
-    "Recipe",
-    "Run",
-    "Segmenter",
-    "adapt",
-    "benchmark",
-    "build",
-    "data_check",
-    "data_fetch",
-    "data_stats",
-    "data_synthesize",
-    "evaluate",
-    "export",
-    "hub_load",
-    "hub_push",
-    "list_kinds",
-    "load",
-    "load_weights",
-    "predict",
-    "rank",
-    "report",
-    "serve",
-    "speed",
-    "train",
-    "watch",
-]
+    "Classes", "Domain", "Method", "OverflyError", "Recipe", "Run", "Segmenter", "adapt", "benchmark", "build",
+    "data_check", "data_fetch", "data_stats", "data_synthesize", "evaluate", "export", "hub_load", "hub_push",
+    "list_kinds", "load", "load_weights", "predict", "rank", "report", "serve", "speed", "train", "watch",
+]  # fmt: skip
 
 MODULES = {
     "Classes": "core.classes",

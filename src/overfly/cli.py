@@ -25,7 +25,6 @@ USER_ERROR = 2
 """Exit status of errors that the user can correct."""
 TYPES: dict[object, str] = {int: "an integer", float: "a number", bool: "true or false"}
 """Names of types in error messages."""
-
 HELP = """
 Segment aerial imagery in real time: train on a labeled domain, adapt to an unlabeled one, export the network.
 
@@ -149,11 +148,7 @@ def fail(message: str, status: int = USER_ERROR) -> int:
 
 
 def check_settings(command: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    """Check that no option of a command is written like a setting, such as ``quiet=true``.
-
-    Raises:
-        RecipeError: an option is; the message gives its correct form.
-    """
+    """Raise `RecipeError` if an option of a command is written like a setting, such as ``quiet=true``."""
     if not _takes_settings(command):
         return
     options = {

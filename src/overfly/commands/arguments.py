@@ -27,11 +27,7 @@ MAX_SIDE = 16384
 
 
 def split_entries(entries: Sequence[RecipeLike]) -> tuple[list[RecipeLike], list[str]]:
-    """Split a command's arguments into recipes, and settings such as ``seed=1``.
-
-    Raises:
-        RecipeError: an entry is neither.
-    """
+    """Split arguments into recipes, and settings such as ``seed=1``; raise `RecipeError` if one is neither."""
     recipes: list[RecipeLike] = []
     settings: list[str] = []
     for entry in entries:
@@ -96,11 +92,7 @@ def load_domain(text: str, overrides: Sequence[str] = ()) -> Domain:
 
 
 def load_domains(text: str, overrides: Sequence[str] = ()) -> dict[str, Domain]:
-    """Load the domains of a recipe file, or one domain from its file or name; the keys are their titles.
-
-    Raises:
-        RecipeError: there is no such domain.
-    """
+    """Load the domains of a recipe file, or one by its file or name, by title; raise `RecipeError` if there is none."""
     from overfly.core.settings import read_mapping
     from overfly.recipe import load
 

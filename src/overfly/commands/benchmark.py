@@ -85,16 +85,9 @@ def benchmark(
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
     fabric = launch_fabric(load(files[0], *overrides), config)
     done = benchmarking.run_benchmark(
-        files,
-        overrides,
-        numbers,
-        out=out,
-        fabric=fabric,
-        config=config,
-        split=split,
-        save_samples=draw_samples,
+        files, overrides, numbers, out=out, fabric=fabric, config=config, split=split, save_samples=draw_samples,
         workers=workers,
-    )
+    )  # fmt: skip
     result = run_on_rank_zero(
         fabric,
         lambda: benchmarking.tabulate(done, numbers, split, size=size, device=str(fabric.device), changed=overrides),

@@ -70,14 +70,9 @@ def choices() -> dict[str, type[Choice]]:
     from overfly.ops.criterion import Criterion
 
     return {
-        "domain": Domain,
-        "method": Method,
-        "criterion": Criterion,
-        "augment": Augment,
-        "sampling": Sampling,
-        "optim": Optim,
-        "schedule": Schedule,
-    }
+        "domain": Domain, "method": Method, "criterion": Criterion, "augment": Augment, "sampling": Sampling,
+        "optim": Optim, "schedule": Schedule,
+    }  # fmt: skip
 
 
 def summary(kind: type[object]) -> str:

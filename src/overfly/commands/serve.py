@@ -214,11 +214,7 @@ def _make_titles_unique(networks: Mapping[Path, ServedNetwork]) -> None:
 
 
 def _check_token(host: str, token: str | None) -> str | None:
-    """Return the token of the option or the environment.
-
-    Raises:
-        RecipeError: the token is too short, or missing for a host with access from other machines.
-    """
+    """Return the token of option or environment; raise `RecipeError` if it is too short, or missing where required."""
     token = token or os.environ.get("OVERFLY_TOKEN") or None
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         raise RecipeError(f"--host {host} gives other machines access and requires a --token of at least 12 characters")
@@ -228,11 +224,7 @@ def _check_token(host: str, token: str | None) -> str | None:
 
 
 def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
-    """List the images of files and folders; print the names of unreadable ones to stderr.
-
-    Raises:
-        DataError: a path does not exist.
-    """
+    """List the images of files and folders, name unreadable ones on stderr; raise `DataError` for a missing path."""
     from overfly.data.headers import SUFFIXES
     from overfly.web.uploads import check_size
 

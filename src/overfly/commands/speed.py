@@ -106,15 +106,7 @@ def speed(
     else:
         module = build(network, classes, training_heads=True, bands=bands)
     result = measure_speed(
-        module,
-        size=size,
-        batches=batch or [1],
-        bands=bands,
-        device=select_device(device),
-        warmup=warmup,
-        repeats=repeats,
-        threads=threads,
-        precision=precision,
-        macs_of_batch=[macs_of_batch] if macs_of_batch else [],
-    )
+        module, size=size, batches=batch or [1], bands=bands, device=select_device(device), warmup=warmup,
+        repeats=repeats, threads=threads, precision=precision, macs_of_batch=[macs_of_batch] if macs_of_batch else [],
+    )  # fmt: skip
     return SpeedResult(name, result, as_json=json)

@@ -30,7 +30,6 @@ from overfly.core.errors import DownloadError, OverflyError
 
 OnBytes = Callable[[int, int | None], None]
 """Called with the number of bytes received and of all bytes, or None if unknown."""
-
 CHUNK = 1 << 16
 """Bytes read and written at a time."""
 PAUSE = 0.5

@@ -95,20 +95,13 @@ class Progress:
 
 
 def _bars(unit: str) -> Bars:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bars
 
-    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    return Bars(
-        TextColumn("{task.description}"), BarColumn(20), *counts, TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+    size = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    counts = size if unit == "bytes" else (progress.MofNCompleteColumn(),)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"), progress.BarColumn(20), *counts,
+        progress.TextColumn("{task.fields[detail]}"), progress.TimeElapsedColumn(), progress.TextColumn("left"),
+        progress.TimeRemainingColumn(), console=Console(stderr=True),
     )  # fmt: skip

@@ -12,7 +12,6 @@ from torch import Tensor
 
 IGNORE = 255
 """The id of pixels that have no class: never trained on, never scored, never pasted."""
-
 Array = NDArray[Any]
 LazyArray = Callable[[], Array]
 """A function that returns an array, for images that are generated instead of read; it can be pickled."""
@@ -88,5 +87,4 @@ class Logits(NamedTuple):
 
 Losses = Mapping[str, Tensor]
 """Named scalar terms. The trainer minimizes their sum and logs each term."""
-
 UInt8 = NDArray[np.uint8]

@@ -206,11 +206,7 @@ def _index(container: list[Any], part: str, key: str) -> int:
 
 
 def parse_budget(budget: str) -> float:
-    """Convert a budget such as ``90s``, ``5min`` or ``2h`` to seconds; a number without unit is in minutes.
-
-    Raises:
-        RecipeError: the text is not a duration above 0.
-    """
+    """Convert ``90s``, ``5min``, ``2h`` or minutes to seconds; raise `RecipeError` unless the duration is above 0."""
     units = "s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?"
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({units})?", budget.strip().lower())
     if match is None or float(match[1]) == 0:

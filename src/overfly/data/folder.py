@@ -163,19 +163,11 @@ class Folder(Domain, name="folder"):
         return [Item(pair.name, pair.image, pair.mask) for pair in pairs]
 
     def nodata_mask(self, item: Item) -> reading.Mask | None:
-        """Pixels without data in every band, masked, or fully transparent (H, W); None: no such pixels.
-
-        Raises:
-            DataError: the image cannot be read.
-        """
+        """Pixels without data, masked or fully transparent (H, W), None if none; raise `DataError` if unreadable."""
         return reading.nodata_mask(item.image, bands=self.bands)
 
     def read_label(self, item: Item) -> UInt8:
-        """Read the label of an item (H, W), class ids 0 to K-1 or 255.
-
-        Raises:
-            DataError: there is no label, or it is damaged, of another size or encoding, or has unknown values.
-        """
+        """Read a label in the encoding of the settings; see `Domain.read_label`."""
         source = reading.label_source(item)
         pixels = reading.read_label_pixels(source)
         reading.check_size(item, pixels.values)

@@ -24,10 +24,8 @@ ImageFormat = Literal["png", "jpeg", "tiff", "jp2"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2")
 """File name suffixes of images."""
-
 MAX_PIXELS = 178_956_970
 """Largest number of pixels of an image that is read as a whole; Pillow's own limit."""
-
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _OTHER_FORMATS = (
@@ -85,11 +83,7 @@ def read_header(path: Path) -> ImageHeader:
 
 
 def image_format(path: Path) -> ImageFormat:
-    """Detect the format of a file by its first bytes.
-
-    Raises:
-        DataError: the file is missing, not a regular file, cannot be opened, or has another format.
-    """
+    """Detect the format of a file by its first bytes; raise `DataError` if it is missing or in another format."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe or a device could block
             kind = "a folder" if path.is_dir() else "a pipe" if path.is_fifo() else "a device or a socket"
@@ -119,11 +113,7 @@ def broken(path: Path, error: BaseException) -> DataError:
 
 @contextmanager
 def open_pillow(path: Path) -> Iterator[Image.Image]:
-    """Open with Pillow, without its warnings about metadata.
-
-    Raises:
-        DataError: the file is damaged or too large; also raised while pixels are read in the block.
-    """
+    """Open with Pillow, without its warnings; raise `DataError`, in the block too, if it is damaged or too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,12 +127,7 @@ def open_pillow(path: Path) -> Iterator[Image.Image]:
 
 @contextmanager
 def open_raster(path: Path) -> Iterator[Any]:
-    """Open with rasterio.
-
-    Raises:
-        MissingExtraError: it is not installed.
-        DataError: the file is damaged; also raised while pixels are read in the block.
-    """
+    """Open with rasterio, else raise `MissingExtraError`; raise `DataError`, in the block too, if it is damaged."""
     try:
         import rasterio
         from rasterio.errors import RasterioError

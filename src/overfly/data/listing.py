@@ -17,13 +17,10 @@ from overfly.data.headers import SUFFIXES
 
 Key = tuple[str, ...]
 """Text matched by each wildcard of a glob, equal for an image and its mask."""
-
 Rule = float | str | tuple[str, ...]
 """Definition of a split: a share, a list file ``.txt``, or globs."""
-
 MAX_NAMED = 20
 """Largest number of unpaired files that a message names."""
-
 _WILDCARD = re.compile(r"\*\*/|\*+|\?|\[!?\]?[^]]*\]")
 
 

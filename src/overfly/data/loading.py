@@ -25,13 +25,10 @@ from overfly.data.sampling import Counts, SampleSlot, Sampling, crop
 
 MAX_MEMORY_BYTES = 2 * 2**30
 """Largest size of the decoded images of a domain that a process caches in memory."""
-
 MAX_SIDE = 16_384
 """Largest crop or resize, in pixels."""
-
 MAX_CROP_RATIO = 8
 """Largest ratio of a crop to the longer side of its image; the rest is mirrored."""
-
 CACHE_VERSION = 1
 """Version of the content of cache entries; entries of other versions are not read."""
 

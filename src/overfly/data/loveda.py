@@ -26,7 +26,6 @@ CLASSES = Classes(
     ),
 )  # fmt: skip
 """The label set of LoveDA, with its official colors."""
-
 MEANING = {0: IGNORE, **{number: number - 1 for number in range(1, 8)}}
 """Class id of each number in a mask file: 0 is no data, 1 to 7 are the classes."""
 
@@ -70,11 +69,7 @@ class LoveDA(Domain, name="loveda"):
         return [item for scene in scenes for item in self._scene(split, scene)]
 
     def read_label(self, item: Item) -> UInt8:
-        """The label (H, W): no data as 255, classes as 0 to 6.
-
-        Raises:
-            DataError: the item has no label, or it is damaged, of another size than the image, or holds other numbers.
-        """
+        """Read a label, no data as 255 and the classes as 0 to 6; see `Domain.read_label`."""
         values = reading.read_label_pixels(reading.label_source(item)).values
         if values.ndim != 2:
             raise DataError(f"{item.label} must hold numbers 0 to 7, not colors; download it again")
@@ -249,11 +244,7 @@ def _download_split(
 
 
 def _complete_files(root: Path, split: Split) -> int:
-    """Number of files of a complete split; 0 if its folder is missing or empty.
-
-    Raises:
-        DataError: the folder contains other files, or the split is incomplete.
-    """
+    """Count the files of a complete split, 0 without a folder; raise `DataError` for an incomplete or other one."""
     archive = LOVEDA[split]
     folder = root / Path(archive.name).stem
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):

@@ -19,17 +19,11 @@ from overfly.data.headers import ImageHeader, open_pillow, open_raster, read_hea
 Mask = NDArray[np.bool_]
 UNKNOWN = 254
 """Id of unknown values during decoding; a label set has at most 254 classes, ids 0 to 253."""
-
 Packed = NDArray[np.int32]
 
 
 class LabelPixels(NamedTuple):
-    """A label as its file stores it.
-
-    Attributes:
-        values: numbers (H, W), or colors (H, W, 3) uint8.
-        palette: colors of the numbers (P, 3), if the file has a palette.
-    """
+    """A label as stored: numbers (H, W) or colors (H, W, 3), uint8; and the colors of a palette (P, 3), or None."""
 
     values: Array
     palette: UInt8 | None = None

@@ -25,14 +25,7 @@ from overfly.ops.windows import slide_inference
 
 
 class LabeledImage(NamedTuple):
-    """An item with its image and label in memory.
-
-    Attributes:
-        position: index in the split, from 0.
-        item: the item.
-        image: (H, W, C).
-        label: (H, W).
-    """
+    """An item with its position in the split (from 0), its image (H, W, C) and its label (H, W)."""
 
     position: int
     item: Item
@@ -194,11 +187,7 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 def read_ahead(domain: Domain, entries: Sequence[tuple[int, Item]], workers: int = 0) -> Iterator[LabeledImage]:
-    """Read images and labels in order, with ``workers`` threads that read at most two images each ahead.
-
-    Raises:
-        DataError: a label and its image differ in size.
-    """
+    """Read images and labels in order, ahead in ``workers`` threads; raise `DataError` if their sizes differ."""
 
     def read(entry: tuple[int, Item]) -> LabeledImage:
         index, item = entry

@@ -81,11 +81,7 @@ def metadata_entries(metadata: ModelMetadata, settings: ExportSettings) -> dict[
 
 
 def read_metadata(properties: Mapping[str, str], path: Path) -> tuple[ModelMetadata, ExportSettings]:
-    """Parse the key-value pairs of `metadata_entries`.
-
-    Raises:
-        WeightsError: the file was not exported by overfly, or by a version of another format.
-    """
+    """Parse `metadata_entries`; raise `WeightsError` if another program, or another format version, wrote the file."""
     if MODEL_KEY not in properties:
         raise WeightsError(
             f"{path} has no metadata key {MODEL_KEY!r} with classes and bands; give a file that `overfly export` wrote"

@@ -215,11 +215,7 @@ def check_signature(path: Path, graph: GraphSignature, metadata: ModelMetadata, 
 
 
 def check_output(path: Path, output: Any, metadata: ModelMetadata, settings: ExportSettings) -> None:
-    """Check the classes of an output, which the signature does not contain for class ids and unknown shapes.
-
-    Raises:
-        WeightsError: it has others.
-    """
+    """Raise `WeightsError` if an output has other classes, which a signature of class ids does not contain."""
     count = len(metadata.classes)
     if settings.output == "classes":
         if int(np.max(output, initial=0)) >= count:

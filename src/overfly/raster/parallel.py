@@ -30,7 +30,6 @@ BUSY_TIMEOUT = 600.0
 """Seconds to wait for a map that another process is writing."""
 CONNECT_TIMEOUT = 30.0
 """Seconds to wait for a scheduler or a worker."""
-
 OpenPredictor = Callable[[], Predictor]
 """Picklable function that opens the network on a worker."""
 

@@ -26,13 +26,7 @@ CHUNK_VALUES = 1 << 20
 
 
 class WindowBatch(NamedTuple):
-    """Windows for the network.
-
-    Attributes:
-        strip: index of the column strip.
-        images: (B, C, size, size), float32.
-        windows: location of each on the working grid.
-    """
+    """Windows of one column strip: images (B, C, size, size), float32, and their places on the working grid."""
 
     strip: int
     images: Floats

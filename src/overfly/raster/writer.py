@@ -62,11 +62,7 @@ class UnfinishedMap:
         return self.folder / f"{product.kind}_unfinished.tif"
 
     def begin(self) -> tuple[int, bool]:
-        """Create the files, or resume those of the same manifest.
-
-        Returns:
-            Number of finished steps, and whether the unfinished map of another manifest was discarded.
-        """
+        """Create or resume the files of this manifest; return the finished steps, and whether others were discarded."""
         done, discarded = self._state()
         if done:
             return done, False

@@ -40,7 +40,6 @@ WIDTH = 360
 """Width of an SVG in points, about that of a phone."""
 MAX_POINTS = 240
 """Maximum points of a curve in an SVG."""
-
 ACCESSIBLE = (*PALETTE[:7], (80, 80, 80), *PALETTE[8:])
 """The palette with a darker gray, distinct from green with deuteranopia."""
 PREFERRED_COLORS = 8

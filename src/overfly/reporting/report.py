@@ -17,19 +17,7 @@ from overfly.core.errors import OverflyError
 from overfly.core.progress import percent
 from overfly.core.records import UInt8
 from overfly.evaluation.speed import Speed
-from overfly.reporting.figures import (
-    SERIES,
-    Bar,
-    Points,
-    accessible_colors,
-    bars,
-    data_uri,
-    encode_png,
-    encode_webp,
-    grouped_bars,
-    line_chart,
-    thumbnail,
-)
+from overfly.reporting import figures
 from overfly.reporting.samples import SampleSet
 
 MAX_BYTES = 5_000_000
@@ -88,8 +76,8 @@ class RecipeResults:
     gap: SeedStatistics | None
     labels_opened: str
     confusions: Sequence[ConfusionTable]
-    losses: Points
-    metrics: Points
+    losses: figures.Points
+    metrics: figures.Points
     runs: Sequence[str]
     recipe: str
     machine: Mapping[str, Any]
@@ -118,11 +106,12 @@ class Report:
     def gap_chart(self) -> Markup | None:
         """Chart of the gap closed; None if no entry has it."""
         result = [
-            Bar(entry.name, entry.gap.mean, entry.gap.deviation, entry.gap.values)
+            figures.Bar(entry.name, entry.gap.mean, entry.gap.deviation, entry.gap.values)
             for entry in self.entries
             if entry.gap and entry.gap.mean is not None
         ]
-        return bars(result, "Share of the gap between source only and oracle that was closed") if result else None
+        title = "Share of the gap between source only and oracle that was closed"
+        return figures.bars(result, title) if result else None
 
     @property
     def class_charts(self) -> list[tuple[str, Markup]]:
@@ -133,11 +122,11 @@ class Report:
                 tuple(entry.classes[domain]) for entry in self.entries if domain in entry.classes
             ):
                 same = [entry for entry in self.entries if tuple(entry.classes.get(domain, ())) == names]
-                for first in range(0, len(same), len(SERIES)):
-                    part = same[first : first + len(SERIES)]
+                for first in range(0, len(same), len(figures.SERIES)):
+                    part = same[first : first + len(figures.SERIES)]
                     rows = {name: [entry.classes[domain][name].mean for entry in part] for name in names}
                     title = f"IoU of each class in {domain}, percent"
-                    charts.append((domain, grouped_bars(rows, [entry.name for entry in part], title)))
+                    charts.append((domain, figures.grouped_bars(rows, [entry.name for entry in part], title)))
         return charts
 
 
@@ -149,8 +138,8 @@ def render(report: Report) -> str:
         "report": report, "columns": COLUMNS[:-1], "legend": LEGEND.replace("*", ""), "style": style,
         "gap_chart": report.gap_chart, "class_charts": report.class_charts,
         "curves": [
-            (line_chart(entry.losses, f"{entry.name}: losses over the steps"),
-             line_chart(entry.metrics, f"{entry.name}: validation metrics over the steps", smoothing=0.0))
+            (figures.line_chart(entry.losses, f"{entry.name}: losses over the steps"),
+             figures.line_chart(entry.metrics, f"{entry.name}: validation metrics over the steps", smoothing=0.0))
             for entry in report.entries
         ],
     }  # fmt: skip
@@ -180,14 +169,15 @@ def environment(folder: Path = TEMPLATES) -> Environment:
 
 def _embed(samples: SampleSet, side: int, *, own_colors: bool) -> dict[str, Any]:
     """Embed sample images as data URIs."""
-    classes = samples.classes if own_colors else accessible_colors(samples.classes)
+    classes = samples.classes if own_colors else figures.accessible_colors(samples.classes)
 
     def tile(caption: str, ids: UInt8) -> tuple[str, str, str]:
-        return caption, data_uri(encode_png(thumbnail(ids, side), classes)), describe_shares(ids, classes)
+        uri = figures.data_uri(figures.encode_png(figures.thumbnail(ids, side), classes))
+        return caption, uri, describe_shares(ids, classes)
 
     images = []
     for sample in samples.images:
-        tiles = [("image", data_uri(encode_webp(thumbnail(sample.image, side))), "")]
+        tiles = [("image", figures.data_uri(figures.encode_webp(figures.thumbnail(sample.image, side))), "")]
         if sample.label is not None:
             tiles.append(tile("label", sample.label))
         for name, ids in sample.predictions.items():

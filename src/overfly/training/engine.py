@@ -103,11 +103,7 @@ def effective_precision(precision: str, device: torch.device) -> str:
 
 
 def process_counts(config: TrainerConfig) -> tuple[int, int]:
-    """Return the number of processes on this machine, and of machines; above one only under torchrun.
-
-    Raises:
-        RecipeError: torchrun has started another number of processes than ``config.devices``.
-    """
+    """Return processes on this machine and machines (torchrun); raise `RecipeError` if ``config.devices`` differs."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return config.devices, 1
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
@@ -153,11 +149,7 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
 
 
 def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig) -> Fabric:
-    """Return a fabric with this recipe's precision and its own loss scale.
-
-    Raises:
-        RecipeError: several processes are running, and this recipe needs another precision or cannot share its batch.
-    """
+    """Return a fabric of this recipe's precision and loss scale; raise `RecipeError` if processes cannot share it."""
     from lightning_fabric import Fabric
 
     if fabric.world_size == 1:

@@ -76,11 +76,7 @@ class RunLog:
 
 
 class Run:
-    """A folder that holds a recipe and the results of training it.
-
-    Attributes:
-        path: the folder.
-    """
+    """The folder ``path``, which holds a recipe and the results of training it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -204,11 +200,7 @@ class Run:
             part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def segmenter(self, step: int | None = None) -> Segmenter:
-        """Load the trained network in evaluation mode: the weights of a validation step, or the final weights.
-
-        Raises:
-            RunError: training is not finished, or weights of this step were not saved.
-        """
+        """Load the final weights, or those of a validation step, for inference; raise `RunError` if there are none."""
         if step is not None:
             if not self.weights_at(step).is_file():
                 raise RunError(f"{self.path} has no weights of step {step}; train it with validation.keep_all=true")
@@ -223,11 +215,7 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the folder against training by other processes; the lock is released when the process ends.
-
-        Raises:
-            RunError: another process trains here.
-        """
+        """Lock the folder until the block or the process ends; raise `RunError` if another process trains here."""
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 yield

@@ -136,11 +136,7 @@ def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
 
 
 def load_initial_weights(model: Model, network: Network) -> LoadReport | None:
-    """Load ``model.weights`` into a network, and print which tensors matched; None for random weights.
-
-    Raises:
-        WeightsError: the weights do not exist or do not fit the network.
-    """
+    """Load ``model.weights``, print what matched; None for random weights. Raise `WeightsError` if they do not fit."""
     if model.weights is None:
         return None
     try:

@@ -63,11 +63,7 @@ def _finished_run(out: Path, recipe: Recipe, start_sha256: str | None) -> Path |
 
 
 def resolve_start(start: Path) -> Path:
-    """Return the weights file of ``start``: a file, or the network of a run folder.
-
-    Raises:
-        RecipeError: the file is missing, or the run is not finished.
-    """
+    """Return the weights file of ``start``, a file or a run; raise `RecipeError` if it is missing or unfinished."""
     if start.is_dir():
         run = Run.open(start)
         if not run.finished:

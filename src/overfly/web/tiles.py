@@ -76,11 +76,7 @@ def _color_uncertainty(values: UInt8) -> UInt8:
 
 
 def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | None) -> bytes:
-    """Encode class ids (H, W), 255 for no data, as GeoTIFF with color table, class names and georeference.
-
-    Raises:
-        MissingExtraError: rasterio is not installed.
-    """
+    """Encode class ids (H, W), 255 for no data, as GeoTIFF with colors, names and georeference (extra ``geo``)."""
     try:
         import rasterio
         from rasterio.io import MemoryFile

@@ -202,11 +202,7 @@ def write_synthetic(
 
 
 def _is_written(root: Path, record: dict[str, Any]) -> bool:
-    """Return True if a folder contains the dataset of this record; False if it is missing or empty.
-
-    Raises:
-        DataError: the folder has other content.
-    """
+    """Return whether a folder holds the dataset of this record; raise `DataError` if it has other content."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
@@ -294,7 +290,6 @@ RURAL_APPEARANCE = Appearance(
     blur=(0.6, 0.95), noise=(2.5, 5),
 )  # fmt: skip
 """Rural: low sun from another side, haze, a coarser and noisier sensor with a warm cast."""
-
 TEXTURE: dict[Material, tuple[float, float, float, float]] = {
     Material.LAWN: (3, 9, 9, 7),
     Material.PAVING: (3, 4, 6, 6),

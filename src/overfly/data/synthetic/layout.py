@@ -44,7 +44,6 @@ CLASS_OF: dict[Material, int] = {
     Material.SOIL: 4, Material.FLOOR: 5, Material.CROWN: 5, Material.CROP: 6, Material.BUND: 6,
 }  # fmt: skip
 """Class of each material, in LoveDA's order. The grass between two fields belongs to the fields."""
-
 OBSTACLES = (Material.ROOF, Material.ASPHALT, Material.TRACK, Material.WATER)
 """Materials on which no building is placed."""
 CARS: tuple[Color, ...] = ((225, 225, 225), (40, 42, 48), (150, 40, 38), (60, 80, 130), (170, 172, 176))
