@@ -160,7 +160,7 @@ def adapt(
     _check_inputs(recipes, fabric)
     comparison = CandidateComparison(recipes, gate or Gate(), fabric.device, estimates=estimates)
     quiet = config.quiet or not fabric.is_global_zero
-    adapted = {name: plan for name, plan in plans.items() if plan in recipes}
+    adapted: dict[str, Recipe | Path] = {name: plan for name, plan in plans.items() if plan in recipes}
     runs = _train_all({name: plan for name, plan in plans.items() if name not in adapted}, out, fabric, config)
     _report_short_training(runs[BASELINE], quiet=quiet)
     if len(runs) > 1:

@@ -31,12 +31,13 @@ class RecalibrateNetworks(Networks):
     """
 
     eval_networks = ("start",)
+    start: Segmenter
     source_counts: Tensor
     target_counts: Tensor
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
-        self.start = copy.deepcopy(student)
+        self.start = copy.deepcopy(self.segmenter)
         reset_statistics(student)
         for name in ("source_counts", "target_counts"):
             self.register_buffer(name, torch.zeros(len(self.segmenter.classes)))

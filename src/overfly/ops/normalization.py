@@ -76,9 +76,9 @@ def weighted_statistics(module: nn.Module, weight: Tensor) -> Iterator[None]:
         share = share / share.sum().clamp_min(1e-12)
         mean = (image * share).sum((0, 2, 3))
         var = ((image - mean.view(1, -1, 1, 1)).square() * share).sum((0, 2, 3))
-        norm.num_batches_tracked += 1
+        count = torch.as_tensor(norm.num_batches_tracked).add_(1)
         for name, value in (("running_mean", mean), ("running_var", var)):
-            getattr(norm, name).lerp_(value, 1 / norm.num_batches_tracked.float())
+            getattr(norm, name).lerp_(value, 1 / count.float())
         return F.batch_norm(image, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
     with restored_modes(module):

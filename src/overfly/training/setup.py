@@ -109,8 +109,9 @@ def training_streams(
 
 def source_images(stream: BatchStream | None, count: int) -> Iterator[Tensor]:
     """Yield the images (B, C, H, W) of the first batches of a stream, without augmentation."""
-    for step in range(count) if stream is not None else ():
-        yield stream.read(step, list(range(stream.batch))).image
+    if stream is not None:
+        for step in range(count):
+            yield stream.read(step, list(range(stream.batch))).image
 
 
 def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:

@@ -339,7 +339,7 @@ class Trainer:
 
     def estimate_statistics(self) -> None:
         """Estimate the final weights' batch-normalization statistics on source images without augmentation."""
-        segmenter = self.fabric.to_device(Segmenter.load(self.run.weights))
+        segmenter = Segmenter.load(self.run.weights).to(self.fabric.device)
         count = min(STATISTICS_BATCHES, self.total_steps)
         images = (image.to(self.fabric.device) for image in source_images(self.batches.source, count))
         estimate_statistics(segmenter, images)
