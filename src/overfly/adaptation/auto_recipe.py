@@ -62,14 +62,11 @@ BUDGET_SHARES = {1: {"source": 0.42, "adapted": 0.34}, 2: {"source": 0.32, "adap
 """Shares of the budget for source only and for each of one or two adaptations; the rest is for the comparison."""
 VALIDATIONS, PATIENCE = 5, 2
 """Validations of source only, and those without a new best after which it stops."""
-MODEL = "lraspp_mobilenet_v2"
-"""The real-time network whose ImageNet weights can be had everywhere."""
+MODEL = "lraspp_mobilenet_v2"  # the real-time network whose ImageNet weights can be had everywhere
 DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
 """Settings of a folder that the options give for each domain."""
-LEARNING_RATE = 1e-3
-"""For source-only networks of these recipes, where half costs a point of mIoU; half of it for other networks."""
-PRETRAINED_RATE = 1.5e-4
-"""The same for networks with ImageNet weights."""
+LEARNING_RATE, PRETRAINED_RATE = 1e-3, 1.5e-4
+"""Of adaptations from random and from ImageNet weights; source only has twice the rate, other networks half of it."""
 VARIANTS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION))
 """With pasted source classes, and without: each is better in one direction of the synthetic world, by 8.8 points."""
 
