@@ -10,11 +10,11 @@ from overfly.adaptation import candidates
 from overfly.adaptation.gate import select
 
 
-def recommend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recommend a candidate, whatever the networks predict, if it is among those that pass."""
+def recommend(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Select the last of some candidates that is among those that pass, whatever the networks predict."""
 
     def chosen(baseline: str, agreements: Any) -> Any:
         found, scores, better = select(baseline, agreements)
-        return (name if name in agreements else found), scores, better
+        return next((name for name in reversed(names) if name in agreements), found), scores, better
 
     monkeypatch.setattr(candidates, "select", chosen)

@@ -88,7 +88,7 @@ def test_research_recipes_share_their_settings() -> None:
 
 
 def test_research_table_on_the_synthetic_world(world: Path, tmp_path: Path) -> None:
-    small = ["resize=64", "crop=64", "batch=2", "epochs=1", "optim.lr=1e-5"]
+    small = ["model=small_network", "resize=64", "crop=64", "batch=2", "epochs=1", "optim.lr=1e-5"]
     small += [f"source.root={world}", f"target.root={world}"]
     files = [str(path) for path in ROWS if "pidnet" in path.stem]
     table = benchmark([*files, *small], seeds="1", out=tmp_path, size=64, device="cpu", quiet=True).table

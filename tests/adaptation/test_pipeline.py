@@ -245,7 +245,7 @@ def test_the_same_recipes_use_the_same_comparison_folder_and_train_nothing(
 def test_a_run_is_adapted_without_its_source(
     name: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recommend(name, monkeypatch)
+    recommend(monkeypatch, name)
     run = train(load(tiny["start"]), out=tmp_path / "first", device="cpu", quiet=True).run
     recipe = load(
         {"start": str(run.path), "target": tiny["target"], "method": "source_free", "crop": 32, "batch": 4, "steps": 3}
@@ -319,7 +319,7 @@ def test_labels_of_target_images_that_are_source_images_are_counted(tiny: dict[s
 def test_a_comparison_folder_means_its_recommended_network_and_a_run_folder_its_own(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recommend("source only", monkeypatch)
+    recommend(monkeypatch, "source only")
     path, _ = adapted(load({**tiny, "method": "dacs", "steps": 1}), out=tmp_path)
     comparison = Comparison(path)
     selection = comparison.selection

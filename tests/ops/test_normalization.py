@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
 from overfly.core.records import Logits
 from overfly.models.network import build
-from overfly.ops.normalization import blend_statistics, freeze_unused, joint_forward, replace_modules
+from overfly.ops.normalization import (
+    batch_norms,
+    blend_statistics,
+    estimate_statistics,
+    freeze_unused,
+    joint_forward,
+    replace_modules,
+    reset_statistics,
+    weighted_statistics,
+)
 
 
 class Scores(nn.Module):
@@ -64,3 +75,55 @@ def test_only_the_boundary_head_is_frozen_and_nothing_else_changes() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(part.training for part in network.modules())
     assert all(weight.grad is None for weight in network.parameters())
+
+
+def images(count: int) -> list[torch.Tensor]:
+    return [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) * (i + 1) + i for i in range(count)]
+
+
+@torch.no_grad()
+def test_equal_weights_give_the_plain_statistics_of_the_batches() -> None:
+    weighted = nn.Sequential(nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.BatchNorm2d(3))
+    plain = copy.deepcopy(weighted).train()
+    reset_statistics(weighted)
+    for image in images(3):
+        with weighted_statistics(weighted, torch.full((2, 8, 8), 7.0)):
+            out = weighted(image)
+            assert not any(part.training for part in weighted.modules())
+        torch.testing.assert_close(out, plain(image))
+    assert all(part.training for part in weighted.modules())
+    means = torch.stack([image.mean((0, 2, 3)) for image in images(3)])
+    variances = torch.stack([image.transpose(0, 1).flatten(1).var(1, correction=0) for image in images(3)])
+    torch.testing.assert_close(weighted[0].running_mean, means.mean(0))
+    torch.testing.assert_close(weighted[0].running_var, variances.mean(0))
+    before = weighted[0].running_mean.clone()
+    weighted.eval()(images(1)[0])
+    assert torch.equal(weighted[0].running_mean, before)
+
+
+@torch.no_grad()
+def test_pixels_of_weight_zero_do_not_count() -> None:
+    norms = nn.Sequential(nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.BatchNorm2d(3))
+    reset_statistics(norms)
+    (image,), weight = images(1), torch.zeros(2, 8, 8)
+    weight[:, 4:] = 1.0
+    changed = image.clone()
+    changed[:, :, :4] = 99.0
+    found = []
+    for each in (image, changed):
+        with weighted_statistics(norms, weight):
+            norms(each)
+        found.append([norm.running_mean.clone() for norm in batch_norms(norms)])  # type: ignore[union-attr]
+        reset_statistics(norms)
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0][0], image[:, :, 4:].mean((0, 2, 3)))
+
+
+def test_estimated_statistics_replace_those_of_training() -> None:
+    norm = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5))
+    for image in images(3):
+        norm(image * 100)
+    estimate_statistics(norm, images(2))
+    mean = torch.stack([image.mean((0, 2, 3)) for image in images(2)]).mean(0)
+    torch.testing.assert_close(norm[0].running_mean, mean)
+    assert norm[1].training
