@@ -143,3 +143,30 @@ def test_the_teacher_is_deployed_and_averages_statistics(nets: MultiscaleNetwork
     norm.running_mean.add_(1.0)
     method.after_step(nets, 10)
     assert torch.allclose(teacher_norm.running_mean, norm.running_mean - 0.5)  # type: ignore[arg-type]
+
+
+class Views(nn.Module):
+    """Records its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[Tensor] = []
+
+    def forward(self, image: Tensor) -> Logits:
+        self.images.append(image)
+        return Logits(torch.cat([image, -image], 1)[:, :2])
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_images_with_a_fixed_top_are_never_turned(nets: MultiscaleNetworks, batch: Batch, turns: bool) -> None:
+    target = torch.zeros(2, 3, 64, 64)
+    target[:, :, 0] = 1.0
+    views, augmented = Views(), []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        predict_augmented(views, target, 1.0, turns=turns)
+        method = MultiscaleSelfTraining(turns=turns)
+        augmented.append(method.augment_target(nets, batch._replace(target=target, nodata_mask=None))[0])
+    for images in (views.images, augmented):
+        tops = [bool((image[:, :, 0] == 1).all()) for image in images]
+        assert all(tops) == (not turns)
