@@ -6,13 +6,13 @@ import torch
 
 from overfly.models import build
 from overfly.models.segmenter import Segmenter
-from overfly.recipe import Recipe
+from overfly.recipe import load
 
 
-def random_network(recipe: Recipe, name: str) -> Segmenter:
-    """A network in evaluation mode for a recipe's classes."""
+def random_network(name: str) -> Segmenter:
+    """A network in evaluation mode for the synthetic domain's classes."""
     torch.manual_seed(0)
-    classes = recipe.domain("source").classes
+    classes = load({"source": {"name": "synthetic", "scene": "urban", "size": 64}}).domain("source").classes
     network = build(name, len(classes))
     segmenter = Segmenter(network, classes, architecture=name, mean=(120.0, 110.0, 100.0), std=(50.0, 60.0, 70.0))
     segmenter.train()

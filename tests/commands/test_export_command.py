@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {
         "source": {**domain, "scene": "urban"},
         "target": {**domain, "scene": "rural"},
-        "model": "lraspp_mobilenet_v2",
+        "model": "small_network",
         "optim": {"name": "sgd", "lr": 0.001},
         "crop": 64, "batch": 2, "steps": 3, "window": 64,
     }  # fmt: skip
@@ -69,7 +69,7 @@ def test_export_reports_parity(
     assert "onnxruntime" in shown.out
     assert "ms an image of 64×64" in shown.out
     assert "torch eager, 1 thread " in shown.out
-    file = trained / "exports" / "lraspp_mobilenet_v2-onnx-32.onnx"
+    file = trained / "exports" / "small_network-onnx-32.onnx"
     report = json.loads(file.with_suffix(".json").read_text())
     for parity in report["parity"]:
         assert parity["agreement"] >= 0.9999
@@ -98,7 +98,7 @@ def test_model_card(trained: Path) -> None:
 
 def test_fixed_tiles(trained: Path) -> None:
     assert overfly("export", trained, "--size", "96", "--images", "2", "--quiet") == 0
-    predictor = load_predictor(trained / "exports" / "lraspp_mobilenet_v2-onnx-32-96.onnx")
+    predictor = load_predictor(trained / "exports" / "small_network-onnx-32-96.onnx")
     assert predictor.metadata.fixed
     assert predictor.metadata.window == 96
     assert predictor(np.zeros((1, 3, 96, 96), np.float32)).shape == (1, 7, 96, 96)
@@ -139,7 +139,7 @@ def test_the_commands_of_the_guides_run(page: str, trained: Path, tmp_path: Path
     monkeypatch.setitem(TOLERANCES, "int8", loose)  # after three steps all classes are as likely
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "NAME").symlink_to(trained)
-    network = "lraspp_mobilenet_v2"
+    network = "small_network"
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     monkeypatch.setattr(export_data, "CALIBRATION", 2)
     quick: dict[str, list[str]] = {"export": ["--images", "1", "--no-labels"]}

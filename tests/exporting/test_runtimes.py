@@ -30,18 +30,17 @@ from overfly.exporting.predictor import (
 from overfly.exporting.runtimes import check_output, onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.torch_program import read_program, write_torch
 from overfly.models.segmenter import Segmenter
-from overfly.recipe import Recipe
 from random_networks import random_network
 
 SIDE = 64
 
 
-@pytest.fixture
-def segmenter(recipe: Recipe) -> Segmenter:
-    return random_network(recipe, "lraspp_mobilenet_v2")
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return random_network("small_network")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def metadata(segmenter: Segmenter) -> ModelMetadata:
     return model_metadata(segmenter, window=SIDE, gsd=0.3).model_copy(update={"fixed": True})
 
@@ -107,11 +106,11 @@ def test_other_format_versions_are_refused(metadata: ModelMetadata) -> None:
         read_metadata(entries | {MODEL_KEY: "{}"}, Path("it.onnx"))
 
 
-@pytest.fixture
-def session(segmenter: Segmenter, metadata: ModelMetadata, tmp_path: Path) -> Any:
+@pytest.fixture(scope="module")
+def session(segmenter: Segmenter, metadata: ModelMetadata, tmp_path_factory: pytest.TempPathFactory) -> Any:
     module = ExportModule(segmenter, fixed=(SIDE, SIDE)).eval()
     entries = metadata_entries(metadata, ExportSettings()) | deepness_entries(metadata)
-    file = write_onnx(module, tmp_path / "it.onnx", entries)
+    file = write_onnx(module, tmp_path_factory.mktemp("export") / "it.onnx", entries)
     onnx.checker.check_model(onnx.load(file), full_check=True)
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 

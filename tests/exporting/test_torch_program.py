@@ -31,10 +31,7 @@ Change = Callable[[dict[str, Any], str], None]
 
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
-    from overfly.recipe import load
-
-    domain = {"name": "synthetic", "scene": "urban", "size": 64}
-    return random_network(load({"source": domain, "target": domain}), "lraspp_mobilenet_v2")
+    return random_network("lraspp_mobilenet_v2")
 
 
 @pytest.fixture(scope="module")
