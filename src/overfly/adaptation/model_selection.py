@@ -109,6 +109,11 @@ class Checkpoint:
         """See `Candidate.checkpoint`."""
         return "final" if self.step is None else f"step {self.step}{', final' if self.final else ''}"
 
+    @property
+    def title(self) -> str:
+        """Run folder name and checkpoint."""
+        return f"{self.run.path.name}, {self.name}"
+
     def options(self, options: MetricOptions) -> MetricOptions:
         """Return the options with the recipe's window and resize."""
         return replace(options, window=self.run.recipe.window, resize=self.run.recipe.resize)
@@ -177,31 +182,25 @@ def rank(
         RecipeError: the runs have several targets or none, or a validator is unknown.
         DataError: ``with_labels`` for a target without labels.
     """
-    unknown = [name for name in validators if name not in VALIDATORS]
-    if unknown or not validators:
-        raise RecipeError(f"--validators must be of {', '.join(VALIDATORS)}; got {unknown[0] if unknown else 'none'}")
+    _check_validators(validators)
     target = shared_target(runs)
     if with_labels and not has_labels(target, "val"):
         raise DataError(f"the target {target.title} has no labels in val; leave out --with-labels")
-    reference_network = reference.segmenter() if reference is not None else None
-    if reference is not None and reference_network is not None:
-        _check_classes(reference, reference_network, target)
+    other = None if reference is None else reference.segmenter()
+    if reference is not None and other is not None:
+        _check_classes(reference, other, target)
     checkpoints = list_checkpoints(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
     perturbations = None if with_labels or not CONSISTENCY.isdisjoint(validators) else ()
     metrics, estimated, scored = [], [], []
     for number, checkpoint in enumerate(checkpoints, start=1):
-        print_status(
-            f"network {number} of {len(checkpoints)}: {checkpoint.run.path.name}, {checkpoint.name}", quiet=quiet
-        )
+        print_status(f"network {number} of {len(checkpoints)}: {checkpoint.title}", quiet=quiet)
         network = checkpoint.run.segmenter(checkpoint.step)
         _check_classes(checkpoint.run, network, target)
         own = checkpoint.options(options)
         source_miou = _source_miou(checkpoint, options.device) if same_source else None
-        without_source = label_free_metrics(
-            network, target, split, own, reference=reference_network, perturbations=perturbations
-        )
-        metrics.append(without_source.model_copy(update={"source_miou": source_miou}))
+        found = label_free_metrics(network, target, split, own, reference=other, perturbations=perturbations)
+        metrics.append(found.model_copy(update={"source_miou": source_miou}))
         source = checkpoint.run.recipe.source
         estimable = estimates and source is not None and has_labels(source, "val")
         estimated.append(estimate(network, source, target, own, split=split) if estimable and source else None)
@@ -221,16 +220,21 @@ def rank(
     ]
     candidates.sort(key=lambda candidate: -candidate.mean_rank)
     columns = _columns(candidates)
-    best = {name: highest(column) for name, column in columns.items()}
     return Ranking(
         target=target.model_dump(mode="json"),
         split=split,
         validators=tuple(validators),
         candidates=tuple(candidates),
-        best={name: candidates[index].title for name, index in best.items() if index is not None},
+        best={name: candidates[index].title for name, c in columns.items() if (index := highest(c)) is not None},
         quality=_quality(candidates, columns) if with_labels else None,
         labels_opened=sum(scores.labels_opened for scores in scored if scores is not None),
     )
+
+
+def _check_validators(validators: Sequence[str]) -> None:
+    unknown = [name for name in validators if name not in VALIDATORS]
+    if unknown or not validators:
+        raise RecipeError(f"--validators must be of {', '.join(VALIDATORS)}; got {unknown[0] if unknown else 'none'}")
 
 
 def write_ranking(ranking: Ranking, out: Path) -> Path:
