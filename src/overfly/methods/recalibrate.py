@@ -99,7 +99,9 @@ class RecalibrateByClass(Recalibrate, name="recalibrate_by_class"):
         if batch.nodata_mask is not None:
             predicted = predicted.masked_fill(batch.nodata_mask, IGNORE)
         for counts, labels in ((nets.source_counts, batch.source.label), (nets.target_counts, predicted)):
-            counts.add_(torch.bincount(labels[labels != IGNORE], minlength=len(counts)))
+            ids = labels.flatten()  # scattered, since counting by value would wait for the device
+            per_value = counts.new_zeros(IGNORE + 1).scatter_add_(0, ids, counts.new_ones(ids.shape))
+            counts.add_(per_value[: len(counts)])
         source, target = (counts / counts.sum().clamp_min(1) for counts in (nets.source_counts, nets.target_counts))
         ratio = (source / target.clamp_min(1e-6)).clamp(1 / MAX_RATIO, MAX_RATIO)
         weight = torch.where(predicted == IGNORE, 0.0, ratio[predicted.clamp_max(len(ratio) - 1)])
