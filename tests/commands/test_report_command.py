@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overfly.adapt(adapted, out=out, device="cpu", quiet=True, estimate=False)
     alone = {key: value for key, value in small.items() if key != "target"}
     overfly.train(load({**alone, "seed": 1}), out=out, device="cpu", quiet=True)
-    for run in map(Run, sorted(out.glob("*_[0-9]"))):
+    for run in all_runs(out):
         if run.recipe.target is not None:
             overfly.evaluate(run.path, device="cpu", samples=False)
     return out
@@ -37,10 +37,14 @@ def copied(runs: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(runs, tmp_path / "runs"))
 
 
+def all_runs(folder: Path) -> list[Run]:
+    return [Run(file.parent) for file in sorted(folder.glob("*/recipe.yaml"))]
+
+
 def _opened(folder: Path) -> dict[str, int]:
     result = {
         run.path.name: run.scores.get("labels_opened", {}).get("target/val", {})
-        for run in map(Run, folder.glob("*_[0-9]"))
+        for run in all_runs(folder)
     }
     return {name: counts.get("times", 0) for name, counts in result.items()}
 
@@ -50,23 +54,23 @@ def test_report_shows_all_runs_and_counts_the_labels_opened(copied: Path, tmp_pa
     result = overfly.report([str(copied)], out=tmp_path / "r.html", device="cpu", size=64)
     after = _opened(copied)
     text = (tmp_path / "r.html").read_text()
-    assert result.recipes == 4
-    assert result.labels_opened == 12
-    assert sum(after.values()) - sum(before.values()) == 3
+    assert result.recipes == 6
+    assert result.labels_opened == 15
+    assert sum(after.values()) - sum(before.values()) == 4
     for words in (
         "source only, Urban to Rural",
         "recalibrate, Urban to Rural",
         "multiscale self training, Urban to Rural",
     ):
         assert text.count(words) > 4
-    for words in ("Selection without target labels", "worst", "best", "labels read for this choice: 9", "agriculture"):
+    for words in ("Selection without target labels", "worst", "best", "labels read for this choice: 12", "agriculture"):
         assert words in text
     names = [
         row["target/val"]["miou"]
-        for row in (run.scores for run in map(Run, copied.glob("*_[0-9]")))
+        for row in (run.scores for run in all_runs(copied))
         if "target/val" in row
     ]
-    assert len(names) == 3
+    assert len(names) == 5
     assert all(f"{100 * value:.2f}" in text for value in names)
     assert len(text) < 5_000_000
     assert "small_network" in text
@@ -84,7 +88,7 @@ def test_no_labels_opens_none(copied: Path, tmp_path: Path) -> None:
 
 
 def test_report_of_one_run_and_of_missing_data(copied: Path, tmp_path: Path) -> None:
-    (alone,) = [run for run in map(Run, copied.glob("*_[0-9]")) if run.recipe.target is None]
+    (alone,) = [run for run in all_runs(copied) if run.recipe.target is None]
     result = overfly.report([str(alone.path)], out=tmp_path / "r.html", speed=False, device="cpu")
     assert (result.recipes, result.labels_opened) == (1, 3)
     values = alone.recipe.model_dump(mode="json")
@@ -116,5 +120,5 @@ def test_damaged_selection_is_named(copied: Path, tmp_path: Path) -> None:
 def test_report_of_a_comparison_shows_its_candidates(copied: Path, tmp_path: Path) -> None:
     (comparison,) = copied.glob("*_comparison")
     result = overfly.report([str(comparison)], out=tmp_path / "r.html", speed=False, images=0, device="cpu")
-    assert result.recipes == 3
+    assert result.recipes == 5
     assert comparison.name in (tmp_path / "r.html").read_text()

@@ -243,7 +243,7 @@ def test_file_is_complete_whatever_breaks(
     body = (BODY + OTHER)[:size]
     with pytest.MonkeyPatch.context() as patch, serving(patch) as server, tempfile.TemporaryDirectory() as folder:
         url = server.add("a.bin", Served(body, etag, None, ranges=ranges, chunked=chunked, breaks=breaks))
-        assert download_file(url, Path(folder) / "a.bin", retries=6).read_bytes() == body
+        assert download_file(url, Path(folder) / "a.bin", retries=20).read_bytes() == body
         assert names(Path(folder)) == ["a.bin"]
 
 

@@ -271,7 +271,7 @@ def test_source_free_labels_at_several_scales_with_class_prior_correction(case: 
     scores[0, 0], scores[0, 1] = 1.0, 0.9  # slightly above the second class
     nets.teacher.register_forward_hook(lambda *each: each[2]._replace(main=scores.expand_as(each[2].main)))
     nets.class_prior.copy_(torch.tensor([0.7, *[0.05] * 6]))
-    label = method.pseudo_labels(nets, case[1].target)
+    label = method.label_target(nets, case[1].target, None, share=1.0, threshold_ema=0.9)
     side = case[1].target.shape[-1]
     assert sides == [round(0.67 * side), side, round(1.5 * side)]
     assert bool((label == 1).all())
