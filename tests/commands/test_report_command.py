@@ -42,10 +42,7 @@ def all_runs(folder: Path) -> list[Run]:
 
 
 def _opened(folder: Path) -> dict[str, int]:
-    result = {
-        run.path.name: run.scores.get("labels_opened", {}).get("target/val", {})
-        for run in all_runs(folder)
-    }
+    result = {run.path.name: run.scores.get("labels_opened", {}).get("target/val", {}) for run in all_runs(folder)}
     return {name: counts.get("times", 0) for name, counts in result.items()}
 
 
@@ -65,11 +62,7 @@ def test_report_shows_all_runs_and_counts_the_labels_opened(copied: Path, tmp_pa
         assert text.count(words) > 4
     for words in ("Selection without target labels", "worst", "best", "labels read for this choice: 12", "agriculture"):
         assert words in text
-    names = [
-        row["target/val"]["miou"]
-        for row in (run.scores for run in all_runs(copied))
-        if "target/val" in row
-    ]
+    names = [row["target/val"]["miou"] for row in (run.scores for run in all_runs(copied)) if "target/val" in row]
     assert len(names) == 5
     assert all(f"{100 * value:.2f}" in text for value in names)
     assert len(text) < 5_000_000
