@@ -107,7 +107,7 @@ def test_with_labels_each_validator_gets_correlation_and_regret(runs: Path) -> N
     assert ranking.quality is not None
     assert ranking.labels_opened == 8
     truth = [each.target_miou or 0.0 for each in ranking.candidates]
-    column = [each.metrics.views_miou for each in ranking.candidates]
+    column = [each.metrics.views_miou or 0.0 for each in ranking.candidates]
     assert ranking.quality["views_miou"].regret == max(truth) - truth[column.index(max(column))]
     assert ranking.quality["views_miou"].correlation == rank_correlation(column, truth)
     assert min(quality.regret for quality in ranking.quality.values()) >= 0

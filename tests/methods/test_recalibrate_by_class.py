@@ -75,8 +75,7 @@ def distance(network: nn.Module, other: nn.Module) -> float:
     first, second = batch_norms(network), batch_norms(other)
     deviations = [norms[0].running_var.sqrt() for norms in (first, second)]  # type: ignore[union-attr]
     values = [(deviations[0], deviations[1])] + [
-        (one.running_mean, two.running_mean)  # type: ignore[misc]
-        for one, two in zip(first, second, strict=True)
+        (one.running_mean, two.running_mean) for one, two in zip(first, second, strict=True)
     ]
     return max(float((one - two).abs().max()) for one, two in values)
 
@@ -90,8 +89,8 @@ def test_class_weights_keep_the_statistics_of_a_source_with_other_class_shares(s
 def test_half_of_the_share_is_half_of_the_way(start: Segmenter) -> None:
     whole, half = (recalibrated(RecalibrateByClass(share=share), start) for share in (1.0, 0.5))
     for own, middle, before in zip(*map(batch_norms, (whole, half, start)), strict=True):
-        expected = (own.running_mean + before.running_mean) / 2  # type: ignore[operator]
-        assert torch.allclose(middle.running_mean, expected)  # type: ignore[arg-type]
+        expected = (own.running_mean + before.running_mean) / 2
+        assert torch.allclose(middle.running_mean, expected)
 
 
 def test_pixels_without_data_count_in_no_class(start: Segmenter) -> None:

@@ -96,9 +96,9 @@ def test_equal_weights_give_the_plain_statistics_of_the_batches() -> None:
     variances = torch.stack([image.transpose(0, 1).flatten(1).var(1, correction=0) for image in images(3)])
     torch.testing.assert_close(weighted[0].running_mean, means.mean(0))
     torch.testing.assert_close(weighted[0].running_var, variances.mean(0))
-    before = weighted[0].running_mean.clone()
+    before = torch.as_tensor(weighted[0].running_mean).clone()
     weighted.eval()(images(1)[0])
-    assert torch.equal(weighted[0].running_mean, before)
+    assert torch.equal(torch.as_tensor(weighted[0].running_mean), before)
 
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ import processes
 from overfly import train
 from overfly.core.errors import RecipeError
 from overfly.core.records import Logits
-from overfly.methods.method import TeacherStudent
-from overfly.methods.multiscale_self_training import MultiscaleSelfTraining
+from overfly.methods.multiscale_self_training import MultiscaleNetworks, MultiscaleSelfTraining
 from overfly.recipe import load
 from overfly.training.engine import TrainerConfig, process_counts
 from overfly.training.run import Run
@@ -38,7 +37,7 @@ class Broken(nn.Module):
 class HalfBroken(MultiscaleSelfTraining, name="half_broken"):
     """Self-training whose inference network is broken in the second process."""
 
-    def inference_network(self, nets: TeacherStudent) -> nn.Module:
+    def inference_network(self, nets: MultiscaleNetworks) -> nn.Module:
         network = super().inference_network(nets)
         return Broken(network) if os.environ.get("LOCAL_RANK") == "1" else network
 
