@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +71,7 @@ def adapt(
     checkpoint: PathLike | None = None,
     budget: str | None = None,
     estimate: bool = False,
-    gate: Sequence[str] = (),
+    gate: list[str] | None = None,
     require_adapted: bool = False,
     out: PathLike = Path("runs"),
     device: str = "auto",
@@ -123,7 +122,7 @@ def adapt(
         return None if value is None else Path(value)
 
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
-    bounds = read_gate(gate)
+    bounds = read_gate(gate or ())
     start = None if checkpoint is None else resolve_checkpoint(Path(checkpoint))
     inputs = FolderInputs(path(source_images), path(source_masks), path(target_images), path(classes), start)
     recipes, settings = split_entries([*([] if recipe is None else [recipe]), *overrides])
