@@ -98,7 +98,7 @@ def adapt(
         checkpoint: run, comparison or weights file to adapt, without its source's images.
         budget: time for image folders, such as 90s, 10min or 2h; default 30m. The same command again resumes.
         estimate: estimate each candidate's mIoU on the target too, with an interval; takes several times as long.
-        gate: bounds of the checks, such as max_source_loss=0.1; the option can be repeated.
+        gate: a bound of the checks; may be repeated: --gate max_source_loss=0.1 --gate min_classes=0.8
         require_adapted: exit with status 3 if the network before adaptation is recommended.
         out: folder of the runs.
         device: auto, cpu, cuda, cuda:1 or mps.
