@@ -1,7 +1,7 @@
 """Checks of candidates without target labels, and the choice among those that pass.
 
-A check that rejects shows damage for certain: a lost source, a collapsed network. Everything else is a warning with its
-value: no label-free metric separates good from bad adaptations on every pair (docs/results/choice.md).
+The checks that reject look for a lost source and for collapse. Everything else is a warning with its value: as bounds,
+agreement, consistency, familiarity and reverse validation had rejected good candidates (docs/adr/0013-consensus.md).
 """
 
 from __future__ import annotations

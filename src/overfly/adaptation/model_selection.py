@@ -184,11 +184,9 @@ def rank(
     """
     _check_validators(validators)
     target = shared_target(runs)
-    if with_labels and not has_labels(target, "val"):
-        raise DataError(f"the target {target.title} has no labels in val; leave out --with-labels")
-    other = None if reference is None else reference.segmenter()
-    if reference is not None and other is not None:
-        _check_classes(reference, other, target)
+    if with_labels:
+        _check_labels(target)
+    other = None if reference is None else _load_reference(reference, target)
     checkpoints = list_checkpoints(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
     perturbations = None if with_labels or not CONSISTENCY.isdisjoint(validators) else ()
@@ -206,6 +204,38 @@ def rank(
         estimated.append(estimate(network, source, target, own, split=split) if estimable and source else None)
         scored.append(_target_scores(checkpoint, target, options.device) if with_labels else None)
     metrics = _with_consensus(checkpoints, metrics, target, split, options)
+    candidates = _sorted_candidates(checkpoints, metrics, estimated, scored, validators)
+    columns = _columns(candidates)
+    return Ranking(
+        target=target.model_dump(mode="json"),
+        split=split,
+        validators=tuple(validators),
+        candidates=tuple(candidates),
+        best={name: candidates[index].title for name, c in columns.items() if (index := highest(c)) is not None},
+        quality=_quality(candidates, columns) if with_labels else None,
+        labels_opened=sum(scores.labels_opened for scores in scored if scores is not None),
+    )
+
+
+def _load_reference(run: Run, target: Domain) -> Segmenter:
+    network = run.segmenter()
+    _check_classes(run, network, target)
+    return network
+
+
+def _check_labels(target: Domain) -> None:
+    if not has_labels(target, "val"):
+        raise DataError(f"the target {target.title} has no labels in val; leave out --with-labels")
+
+
+def _sorted_candidates(
+    checkpoints: Sequence[Checkpoint],
+    metrics: Sequence[LabelFreeMetrics],
+    estimated: Sequence[Estimate | None],
+    scored: Sequence[Scores | None],
+    validators: Sequence[str],
+) -> list[Candidate]:
+    """Candidates of the checkpoints, highest mean rank over the validators first."""
     ranks = mean_ranks([values.by_validator() for values in metrics], validators)
     candidates = [
         Candidate(
@@ -218,17 +248,7 @@ def rank(
         )
         for index, checkpoint in enumerate(checkpoints)
     ]
-    candidates.sort(key=lambda candidate: -candidate.mean_rank)
-    columns = _columns(candidates)
-    return Ranking(
-        target=target.model_dump(mode="json"),
-        split=split,
-        validators=tuple(validators),
-        candidates=tuple(candidates),
-        best={name: candidates[index].title for name, c in columns.items() if (index := highest(c)) is not None},
-        quality=_quality(candidates, columns) if with_labels else None,
-        labels_opened=sum(scores.labels_opened for scores in scored if scores is not None),
-    )
+    return sorted(candidates, key=lambda candidate: -candidate.mean_rank)
 
 
 def _check_validators(validators: Sequence[str]) -> None:

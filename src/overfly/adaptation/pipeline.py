@@ -43,13 +43,13 @@ RECALIBRATED: dict[str, Recalibrate] = {
     "half recalibrated": Recalibrate(share=0.5),
     "class-weighted": RecalibrateByClass(share=0.5),
 }
-"""Candidates that change statistics alone, by name: each is the best on some kind of shift (docs/results/choice.md)."""
+"""Candidates that change statistics alone, by name: the best of them differs between pairs (docs/results/choice.md)."""
 RECALIBRATION = {"batch": 8, "steps": 10}
 """Batch size and steps of these candidates."""
 STILL_RISING = 0.01
 """Gain of source mIoU between the last validation and the best before it above which a network is undertrained."""
 MAX_CROP = 384
-"""Largest crop of their images, in pixels: statistics of whole images are better than those of small crops."""
+"""Largest crop of their images, in pixels: networks predict whole images or large windows, not training crops."""
 
 
 def plan_candidates(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]:

@@ -88,10 +88,9 @@ class Selection(Spec):
         text = f"recommended: {self.recommended}{f' ({settings})' if settings else ''}"
         if best.metrics.consensus is None:
             return f"{text}; there are fewer than three accepted networks to compare{tail}"
-        sure = (
-            "" if best.better is None else f" (more than {BASELINE} in {100 * best.better:.0f} % of bootstrap samples)"
-        )
-        return f"{text}, which agrees most with the mean prediction of all accepted networks{sure}{tail}"
+        samples = "" if best.better is None else f"{100 * best.better:.0f} % of bootstrap samples"
+        often = f" (more than {BASELINE} in {samples})" if samples else ""
+        return f"{text}, which agrees most with the mean prediction of all accepted networks{often}{tail}"
 
     @property
     def differences(self) -> list[str]:

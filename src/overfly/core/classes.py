@@ -70,7 +70,7 @@ class Classes(Spec):
         return painted
 
     def index(self, name: str) -> int:
-        """Return the id of a class; raise `ValueError` if there is no such class."""
+        """Return the id of a class, from 0; raise `ValueError` for an unknown name."""
         if name not in self.names:
             raise ValueError(f"there is no class {name!r}; classes: {', '.join(self.names)}")
         return self.names.index(name)
