@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from overfly.adaptation import candidates
-from overfly.adaptation.gate import select
+from overfly.adaptation.candidates import CandidateComparison
+from overfly.training.run import Run
 
 
 def recommend(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Select the last of some candidates that is among those that pass, whatever the networks predict."""
+    select = CandidateComparison.select
 
-    def chosen(baseline: str, agreements: Any) -> Any:
-        found, scores, better = select(baseline, agreements)
-        return next((name for name in reversed(names) if name in agreements), found), scores, better
+    def chosen(self: CandidateComparison, runs: Mapping[str, Run | Path]) -> str:
+        self.recommended = select(self, runs)
+        found = [name for name in names if name in self.passing]
+        self.recommended = found[-1] if found else self.recommended
+        return self.recommended
 
-    monkeypatch.setattr(candidates, "select", chosen)
+    monkeypatch.setattr(CandidateComparison, "select", chosen)

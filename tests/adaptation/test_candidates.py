@@ -140,7 +140,7 @@ def test_rejected_candidates_are_not_compared(recipe: Recipe, out: Path, monkeyp
     assert selection.recommended == "source only"
     for name, report in selection.candidates.items():
         assert report.rejected == (name != "source only")
-        assert (report.metrics.consensus, report.better) == (None, None)
+        assert report.better is None
 
 
 @pytest.mark.parametrize(("name", "status"), [("source only", 3), (START, 0)])
@@ -164,4 +164,4 @@ def test_only_networks_that_were_trained_with_turns_are_compared_under_turns(
     assert comparison.select({"source only": start}) == "source only"
     views = set(comparison.metrics["source only"].by_view)
     assert views == {view.name for view in geometric_perturbations(turns=turns)}
-    assert any("90" in view or "180" in view for view in views) == turns
+    assert any("90" in view for view in views) == turns

@@ -6,20 +6,19 @@ import torch
 from overfly.adaptation.gate import (
     Check,
     Gate,
+    ImageCounts,
     familiarity,
-    geometric_consistency,
     passes,
     read_gate,
-    select,
+    share_better,
 )
 from overfly.core.errors import RecipeError
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.images import unlabeled_images
-from overfly.evaluation.label_free_metrics import LabelFreeMetrics, consensus, label_free_metrics
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics
 from overfly.evaluation.perturbations import GEOMETRIC
 from planted import ByLevel, Constant, Patches
 
-LEVELS = {"source_miou": 0.6, "agreement": 1.0, "nuclear_norm": 0.75}
+LEVELS = {"source_miou": 0.5, "source_statistics_miou": 0.6, "agreement": 1.0, "nuclear_norm": 0.75}
 REJECTING = {"source mIoU", "nuclear norm", "classes"}
 
 
@@ -54,7 +53,7 @@ def test_a_candidate_equal_to_source_only_passes_every_check(base_metrics: Label
 @pytest.mark.parametrize(
     ("change", "name", "value"),
     [
-        ({"source_miou": 0.549}, "source mIoU", 0.549),
+        ({"source_statistics_miou": 0.549}, "source mIoU", 0.549),
         ({"nuclear_norm": 0.599}, "nuclear norm", 0.599),
         ({"shares": (1.0, 0.0, 0.0)}, "classes", 1 / 3),
         ({"agreement": 0.249}, "agreement", 0.249),
@@ -72,7 +71,7 @@ def test_a_value_beyond_a_bound_fails_one_check(
 
 @pytest.mark.parametrize(
     "change",
-    [{"source_miou": 0.551}, {"nuclear_norm": 0.601}, {"shares": (0.5, 0.5, 0.0)}, {"agreement": 0.251}],
+    [{"source_statistics_miou": 0.551}, {"nuclear_norm": 0.601}, {"shares": (0.5, 0.5, 0.0)}, {"agreement": 0.251}],
 )
 def test_a_value_within_a_bound_passes(base_metrics: LabelFreeMetrics, change: dict[str, object]) -> None:
     assert not failed(Gate().checks(metrics(base_metrics), metrics(base_metrics, **change)))
@@ -87,8 +86,11 @@ def test_lower_geometric_consistency_is_a_warning(base_metrics: LabelFreeMetrics
 
 
 def test_source_miou_is_not_checked_without_a_source(base_metrics: LabelFreeMetrics) -> None:
-    checks = Gate().checks(metrics(base_metrics, source_miou=None), metrics(base_metrics, source_miou=None))
+    none = {"source_miou": None, "source_statistics_miou": None}
+    checks = Gate().checks(metrics(base_metrics, **none), metrics(base_metrics, **none))
     assert "source mIoU" not in [check.name for check in checks]
+    assert passes(checks)
+    assert not passes(Gate().checks(metrics(base_metrics, **none), metrics(base_metrics, **none, nuclear_norm=0.749)))
 
 
 def test_classes_that_source_only_does_not_predict_do_not_count(base_metrics: LabelFreeMetrics) -> None:
@@ -126,7 +128,7 @@ def test_bounds_are_read_from_options(base_metrics: LabelFreeMetrics) -> None:
     assert read_gate([]) == Gate()
     gate = read_gate(["max_source_loss=0.1", "min_familiarity=0"])
     assert gate == Gate(max_source_loss=0.1, min_familiarity=0.0)
-    after = metrics(base_metrics, source_miou=0.52)
+    after = metrics(base_metrics, source_statistics_miou=0.52)
     assert passes(gate.checks(metrics(base_metrics), after))
     assert not passes(Gate().checks(metrics(base_metrics), after))
 
@@ -140,59 +142,44 @@ def test_unknown_or_invalid_bounds_raise(setting: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_the_network_nearest_to_the_mean_prediction_is_selected() -> None:
-    """Two of four networks predict the classes; one exchanges two classes, and the baseline predicts one class."""
-    networks = {
-        "source only": Constant(),
-        "exchanged": ByLevel(20, (1, 0, 2)),
-        "one": ByLevel(20),
-        "other": ByLevel(10),
-    }
-    pairs = consensus([(network, None) for network in networks.values()], list(unlabeled_images(Patches(), "train")))
-    name, scores, better = select("source only", dict(zip(networks, pairs, strict=True)))
-    assert name in ("one", "other")
-    assert scores[name] == max(scores.values()) > max(scores["exchanged"], scores["source only"])
-    assert set(better) == {"exchanged", "one", "other"}
-    assert better["one"] == better["other"] == 1.0
-
-
 def confusion(correct: int, wrong: int) -> Confusion:
     return Confusion(torch.tensor([[correct, wrong], [wrong, correct]]))
 
 
-def test_the_bootstrap_share_is_that_of_samples_in_which_a_candidate_agrees_more() -> None:
+def test_the_bootstrap_share_is_that_of_samples_with_a_higher_score() -> None:
     """Better on two images by little, worse on one by much; the sampled images decide."""
-    baseline = [confusion(80, 20)] * 3
-    mixed = [confusion(82, 18), confusion(82, 18), confusion(60, 40)]
-    always = [confusion(81, 19)] * 3
-    name, scores, better = select("before", {"before": baseline, "mixed": mixed, "always": always})
-    assert name == "always"
-    assert scores["mixed"] < scores["before"] < scores["always"]
-    assert better["always"] == 1.0
+    classes = torch.tensor([True, True])
+    baseline = ImageCounts([[confusion(80, 20)] * 3], ())
+    mixed = ImageCounts([[confusion(82, 18), confusion(82, 18), confusion(60, 40)]], ())
+    always = ImageCounts([[confusion(81, 19)] * 3], ())
+    assert share_better(baseline, always, classes) == 1.0
     # better only in samples without the third image: (2/3) ** 3 of them
-    assert better["mixed"] == pytest.approx((2 / 3) ** 3, abs=0.05)
-    assert select("before", {"before": baseline, "mixed": mixed, "always": always})[2] == better
+    assert share_better(baseline, mixed, classes) == pytest.approx((2 / 3) ** 3, abs=0.05)
+    assert share_better(baseline, baseline, classes) == 0.0
 
 
-def test_with_fewer_than_three_networks_the_baseline_is_selected() -> None:
-    images = list(unlabeled_images(Patches(), "train"))
-    pairs = consensus([(Constant(), None), (ByLevel(20), None)], images)
-    assert select("before", dict(zip(("before", "after"), pairs, strict=True))) == ("before", {}, {})
+def test_accuracy_on_the_source_counts_as_much_as_consistency() -> None:
+    classes = torch.tensor([True, True])
+    baseline = ImageCounts([[confusion(80, 20)] * 2], [confusion(80, 20)] * 3)
+    forgot = ImageCounts([[confusion(90, 10)] * 2], [confusion(60, 40)] * 3)
+    learned = ImageCounts([[confusion(90, 10)] * 2], [confusion(75, 25)] * 3)
+    assert share_better(baseline, forgot, classes) == 0.0
+    assert share_better(baseline, learned, classes) == 1.0
 
 
-def test_a_class_lost_in_both_predictions_counts_as_zero() -> None:
-    lost = Confusion(torch.diag(torch.tensor([90, 0, 0])))
-    kept = Confusion(torch.diag(torch.tensor([30, 30, 30])))
-    name, scores, _ = select("before", {"before": [lost], "other": [lost], "after": [kept]})
-    assert (name, scores["after"]) == ("after", 1.0)
-    assert scores["before"] == pytest.approx(1 / 3)
+def test_only_the_given_classes_count() -> None:
+    """A class that source only does not predict does not lower the consistency."""
+    baseline = ImageCounts([[Confusion(torch.tensor([[80, 20, 0], [20, 80, 0], [0, 0, 0]]))] * 2], ())
+    better = ImageCounts([[Confusion(torch.tensor([[85, 10, 5], [15, 80, 5], [0, 0, 0]]))] * 2], ())
+    assert share_better(baseline, better, torch.tensor([True, True, False])) == 1.0
+    assert share_better(better, baseline, torch.tensor([False, False, True])) == 0.0
 
 
 def test_familiarity_is_consistency_times_confidence_relative_to_the_source(base_metrics: LabelFreeMetrics) -> None:
     source = with_consistency(base_metrics, 0.8, 0.9).model_copy(update={"nuclear_norm": 0.8})
     target = with_consistency(base_metrics, 0.6, 0.6).model_copy(update={"nuclear_norm": 0.75})
     assert familiarity(source, target) == pytest.approx(0.75 * 0.9375)
-    assert geometric_consistency(source) == pytest.approx(0.8)
+    assert source.consistency == pytest.approx(0.8)
     more_certain = target.model_copy(update={"nuclear_norm": 1.0})
     assert familiarity(source, more_certain) == pytest.approx(0.75)
 

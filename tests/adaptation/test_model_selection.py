@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -26,7 +25,7 @@ from overfly.core.records import Item, UInt8
 from overfly.data.synthetic import Synthetic
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, unlabeled_images
-from overfly.evaluation.label_free_metrics import balanced_miou, consensus
+from overfly.evaluation.label_free_metrics import balanced_miou, consensus, predict_probabilities
 from overfly.recipe import load
 from overfly.training.run import Run
 from planted import ByLevel, Constant, Patches
@@ -159,7 +158,8 @@ def test_invalid_options_raise(runs: Path, tmp_path: Path) -> None:
 
 
 def consensus_of(*candidates: nn.Module) -> list[list[Confusion]]:
-    return consensus([(network, None) for network in candidates], list(unlabeled_images(Patches(), "train")))
+    images = list(unlabeled_images(Patches(), "train"))
+    return consensus(predict_probabilities(network, images, MetricOptions()) for network in candidates)
 
 
 def miou(pairs: list[Confusion]) -> float:
@@ -181,7 +181,10 @@ def test_two_networks_have_no_consensus() -> None:
 def test_consensus_uses_each_networks_window_and_restores_its_mode() -> None:
     images = list(unlabeled_images(Patches(), "train"))
     trained = ByLevel(20).train()
-    whole = consensus([(trained, None), (ByLevel(10), 16), (ByLevel(5), None)], images, torch.device("cpu"))
+    networks = ((trained, None), (ByLevel(10), 16), (ByLevel(5), None))
+    whole = consensus(
+        predict_probabilities(network, images, MetricOptions(window=window)) for network, window in networks
+    )
     assert trained.training
     assert [miou(pairs) for pairs in whole] == pytest.approx([1.0, 1.0, 1.0])
 

@@ -23,9 +23,11 @@ from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
 from overfly.core.records import Batch
 from overfly.data.loveda import CLASSES
 from overfly.data.synthetic import Synthetic, synthesize
-from overfly.evaluation.score import score
+from overfly.evaluation.images import MetricOptions
+from overfly.evaluation.label_free_metrics import predict_probabilities
 from overfly.methods.dacs import DACS, Mixed
 from overfly.methods.method import TeacherStudent
+from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
 from overfly.training.run import Run
 
@@ -203,19 +205,22 @@ def test_source_miou_is_scored_with_the_recipes_window_for_all_candidates(
     """Whatever window the start was trained to be scored with, and where it is a file of weights."""
     windows: list[int | None] = []
 
-    def watched(*given: Any, window: int | None = None, **rest: Any) -> Any:
-        windows.append(window)
-        return score(*given, window=window, **rest)
+    def watched(network: Segmenter, images: Any, options: MetricOptions) -> Any:
+        windows.append(options.window)
+        return predict_probabilities(network, images, options)
 
-    monkeypatch.setattr(candidates, "score", watched)
+    monkeypatch.setattr(candidates, "predict_probabilities", watched)
     before = train(load(tiny["start"]), out=tmp_path / "start", device="cpu", quiet=True).run
     file = before.segmenter().save(tmp_path / "start.safetensors")
     for number, start in enumerate((before.path, file), 1):
         recipe = load({**tiny, "start": str(start), "method": "dacs", "steps": 1, "window": 16})
         _, selection = adapted(recipe, out=tmp_path / str(number))
-        assert windows == [16] * 2 * number  # source only and adapted; recalibrated has the statistics of source only
-        mious = {name: report["metrics"]["source_miou"] for name, report in selection["candidates"].items()}
-        assert mious["recalibrated"] == mious["source only"] is not None
+        assert set(windows) == {16}
+        reports = {name: report["metrics"] for name, report in selection["candidates"].items()}
+        with_source_statistics = {name: values["source_statistics_miou"] for name, values in reports.items()}
+        assert with_source_statistics["recalibrated"] == with_source_statistics["source only"] is not None
+        assert reports["source only"]["source_miou"] == with_source_statistics["source only"]
+        assert reports["recalibrated"]["source_miou"] != with_source_statistics["recalibrated"]
 
 
 def test_the_same_recipes_use_the_same_comparison_folder_and_train_nothing(

@@ -7,28 +7,38 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from overfly.adaptation.estimate import Estimate, estimate
-from overfly.adaptation.gate import Check, Gate, familiarity, passes, select
+from overfly.adaptation.gate import Check, Gate, ImageCounts, familiarity, passes, share_better
 from overfly.adaptation.reverse_validation import reverse_validation
 from overfly.adaptation.selection import ADAPTED, BASELINE, CandidateReport, Selection, setting_differences
-from overfly.data.domain import Domain, Split, SplitError
-from overfly.evaluation.images import MetricOptions, unlabeled_images
-from overfly.evaluation.label_free_metrics import LabelFreeMetrics, consensus, label_free_metrics
-from overfly.evaluation.perturbations import geometric_perturbations
-from overfly.evaluation.score import score
+from overfly.data.domain import Split, SplitError
+from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.images import MetricOptions, labeled_images, unlabeled_images
+from overfly.evaluation.label_free_metrics import (
+    LabelFreeMetrics,
+    balanced_miou,
+    consensus,
+    label_free_metrics,
+    predict_probabilities,
+    prediction_statistics,
+)
+from overfly.evaluation.perturbations import Perturbation, geometric_perturbations
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
 from overfly.models.segmenter import Segmenter
 from overfly.ops.geometry import Dihedral
 from overfly.ops.normalization import estimate_statistics
 from overfly.recipe import Recipe
-from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
+from overfly.training.evaluate import has_labels, stored_scores
 from overfly.training.run import Run
 from overfly.training.setup import STATISTICS_BATCHES, source_images, training_streams
 
 METRIC_IMAGES = 16
 """Target images for label-free metrics."""
+SOURCE_IMAGES = 32
+"""Held-out source images for the source mIoU."""
 CROP = 320
 """Side of the center crop of these images, in pixels."""
 ESTIMATE_IMAGES = 8
@@ -46,61 +56,68 @@ class CandidateComparison:
         self.options = MetricOptions(METRIC_IMAGES, CROP, self.recipe.resize, self.recipe.window, device)
         source = self.recipe.source
         self.estimates = estimates and source is not None and has_labels(source, ESTIMATE_SPLIT)
+        self.images: list[Tensor] = []
         self.networks: dict[str, Segmenter] = {}
+        self.predicted: dict[str, list[Tensor]] = {}
         self.runs: dict[str, Run | Path] = {}
         self.metrics: dict[str, LabelFreeMetrics] = {}
+        self.counts: dict[str, ImageCounts] = {}
+        self.classes: Tensor | None = None
         self.estimated: dict[str, Estimate] = {}
-        self.checks: dict[str, tuple[Check, ...]] = {}
-        self.recommended, self.better = BASELINE, dict[str, float]()
+        self.recommended = BASELINE
 
     def select(self, runs: Mapping[str, Run | Path]) -> str:
-        """Return the name of the best candidate: of those that pass, the one nearest to the mean of all predictions."""
+        """Return the name of the best candidate: of those that pass the checks, the one of the highest score."""
         self.runs |= runs
+        self.images = self.images or list(unlabeled_images(self.target, "train", self.options))
         for name, run in runs.items():
             if name not in self.networks:
                 self._add(name, run)
-        names = [name for name in self.networks if passes(self.checks[name])]
-        images = unlabeled_images(self.target, "train", self.options)
-        networks = [(self.networks[name], self.options.window) for name in names]
-        agreements = consensus(networks, list(images), self.options.device)
-        self.recommended, scores, self.better = select(BASELINE, dict(zip(names, agreements, strict=True)))
-        for name, value in scores.items():
-            self.metrics[name] = self.metrics[name].model_copy(update={"consensus": value})
+        self.recommended = max(self.passing, key=lambda name: self.metrics[name].score)
         return self.recommended
 
+    @property
+    def passing(self) -> list[str]:
+        """Names of the candidates that no check rejects."""
+        return [name for name in self.networks if passes(self._checks(name))]
+
     def _add(self, name: str, run: Run | Path) -> None:
-        """Compute the metrics and checks of a candidate."""
+        """Compute the metrics of a candidate."""
         network = self.networks[name] = load_candidate(run).without_training_heads()
-        metrics = self._metrics_of(network, self.target, "train")
-        self.metrics[name] = metrics.model_copy(update={"source_miou": self._source_miou(name, run)})
-        if self.estimates:
-            options = replace(self.options, limit=ESTIMATE_IMAGES)
-            self.estimated[name] = estimate(network, self.recipe.domain("source"), self.target, options)
-        self.checks[name] = self.gate.checks(self.metrics[BASELINE], self.metrics[name])
-
-    def _metrics_of(self, network: Segmenter, domain: Domain, split: Split) -> LabelFreeMetrics:
-        reference = self.networks[BASELINE]
-        turns = any(isinstance(entry, Dihedral) for entry in self.recipe.augment)
-        perturbations = geometric_perturbations(turns=turns)
-        return label_free_metrics(
-            network, domain, split, self.options,
-            reference=reference, reference_classes=True, perturbations=perturbations,
+        predicted = self.predicted[name] = list(predict_probabilities(network, self.images, self.options))
+        statistics = prediction_statistics(
+            network, self.images, self.target.max_value, self.options,
+            reference=self.predicted[BASELINE], perturbations=self._perturbations(), predicted=predicted,
         )  # fmt: skip
+        self.classes = statistics.reference_classes
+        views = [pairs for view, pairs in statistics.confusions.items() if view != "reference"]
+        self.counts[name] = ImageCounts(views, self._source_counts(network))
+        own = _miou(self.counts[name].source)
+        if name == BASELINE:
+            restored = own
+        elif isinstance(run, Run) and isinstance(run.recipe.method, Recalibrate):
+            restored = self.metrics[BASELINE].source_miou
+        else:
+            restored = None if own is None else _miou(self._source_counts(self.source_network(name, run)))
+        values = {"source_miou": own, "source_statistics_miou": restored}
+        self.metrics[name] = statistics.metrics(reference_classes=True).model_copy(update=values)
 
-    def _source_miou(self, name: str, run: Run | Path) -> float | None:
-        """MIoU on the source's held-out labels, with statistics of the source; stored scores are reused."""
-        recipe, split, device = self.recipe, self.recipe.validation.split, self.options.device
-        if recipe.source is None or not has_labels(recipe.source, split):
-            return None
-        if isinstance(run, Run) and isinstance(run.recipe.method, Recalibrate) and BASELINE in self.metrics:
-            return self.metrics[BASELINE].source_miou
-        if name == BASELINE and isinstance(run, Run) and _same_protocol(run.recipe, recipe):
-            stored = stored_scores(run, "source", split, recipe.source)
-            return (stored or evaluate_domain(run, recipe.source, "source", split, device=device)).miou
-        network = self.source_network(name, run)
-        return score(
-            network, recipe.source, split, resize=recipe.resize, window=recipe.window or None, device=device
-        ).miou
+    def _checks(self, name: str) -> tuple[Check, ...]:
+        return self.gate.checks(self.metrics[BASELINE], self.metrics[name])
+
+    def _perturbations(self) -> tuple[Perturbation, ...]:
+        return geometric_perturbations(turns=any(isinstance(entry, Dihedral) for entry in self.recipe.augment))
+
+    def _source_counts(self, network: Segmenter) -> list[Confusion]:
+        """Confusion matrices of held-out source images, by labels and predictions; empty without labels."""
+        source, split = self.recipe.source, self.recipe.validation.split
+        if source is None or not has_labels(source, split):
+            return []
+        options = replace(self.options, limit=SOURCE_IMAGES)
+        images, labels = zip(*labeled_images(source, split, options), strict=True)
+        predicted = predict_probabilities(network, images, options)
+        pairs = zip(predicted, labels, strict=True)
+        return [Confusion.from_predictions(each.argmax(0), label, len(source.classes)) for each, label in pairs]
 
     def source_network(self, name: str, run: Run | Path) -> Segmenter:
         """Return a candidate's network with batch-normalization statistics of the source."""
@@ -114,16 +131,24 @@ class CandidateComparison:
 
     def selection(self, runs: Mapping[str, Run | Path], labels_opened: int) -> Selection:
         """Return the result of the last `select`; ``labels_opened`` is stored with it."""
+        agreements = consensus(self.predicted[name] for name in runs)
+        for name, pairs in zip(runs, agreements, strict=True):
+            values = {"consensus": balanced_miou(sum(pairs[1:], pairs[0])) if pairs else None}
+            self.metrics[name] = self.metrics[name].model_copy(update=values)
+            if self.estimates:
+                options = replace(self.options, limit=ESTIMATE_IMAGES)
+                source = self.recipe.domain("source")
+                self.estimated[name] = estimate(self.networks[name], source, self.target, options)
         adapted = [name for name in runs if name.startswith(ADAPTED)]
         settings = dict(zip(adapted, setting_differences(self.recipes), strict=True))
-        familiar, reverse = self._target_metrics()
+        familiar, reverse = self._check_target()
         candidates = {
             name: CandidateReport(
                 run=str(run.path if isinstance(run, Run) else run),
                 metrics=self.metrics[name],
                 settings=settings.get(name, {}),
-                checks=self.checks[name],
-                better=self.better.get(name),
+                checks=self._checks(name),
+                better=self._share_better(name),
                 estimate=self.estimated.get(name),
                 labeled_miou=_labeled_miou(run, self.recipe),
             )
@@ -139,13 +164,23 @@ class CandidateComparison:
             labels_opened=labels_opened,
         )
 
-    def _target_metrics(self) -> tuple[float | None, float | None]:
+    def _share_better(self, name: str) -> float | None:
+        """See `CandidateReport.better`."""
+        if name == BASELINE or self.classes is None or name not in self.passing:
+            return None
+        return share_better(self.counts[BASELINE], self.counts[name], self.classes)
+
+    def _check_target(self) -> tuple[float | None, float | None]:
         """Return familiarity and reverse validation of the target; None without held-out images or labels."""
         if not _has_held_out_images(self.recipe):
             return None, None
         source, held_out = self.recipe.domain("source"), self.recipe.validation.split
         baseline = self.networks[BASELINE]
-        familiar = familiarity(self._metrics_of(baseline, source, held_out), self.metrics[BASELINE])
+        metrics = label_free_metrics(
+            baseline, source, held_out, self.options,
+            reference=baseline, reference_classes=True, perturbations=self._perturbations(),
+        )  # fmt: skip
+        familiar = familiarity(metrics, self.metrics[BASELINE])
         if not (has_labels(source, "train") and has_labels(source, held_out)):
             return familiar, None
         return familiar, reverse_validation(baseline, source, self.target, held_out, self.options)
@@ -160,8 +195,9 @@ def _has_held_out_images(recipe: Recipe) -> bool:
         return False
 
 
-def _same_protocol(first: Recipe, second: Recipe) -> bool:
-    return (first.resize, first.window) == (second.resize, second.window)
+def _miou(pairs: Sequence[Confusion]) -> float | None:
+    """MIoU of summed confusion matrices; None for none."""
+    return sum(pairs[1:], pairs[0]).miou if pairs else None
 
 
 def load_candidate(run: Run | Path) -> Segmenter:

@@ -1,26 +1,27 @@
-"""Checks of candidates without target labels, and the choice among those that pass.
+"""Checks of candidates without target labels, and how surely one is better than source only.
 
 The checks that reject look for a lost source and for collapse. Everything else is a warning with its value: as bounds,
-agreement, consistency, familiarity and reverse validation had rejected good candidates (docs/adr/0013-consensus.md).
+agreement, consistency, familiarity and reverse validation had rejected good candidates (docs/adr/0013-selection.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
+from torch import Tensor
 
 from overfly.core.errors import RecipeError
 from overfly.core.progress import percent
 from overfly.core.settings import set_value, validation_message
 from overfly.core.spec import Share, Spec
 from overfly.evaluation.confusion import Confusion
-from overfly.evaluation.label_free_metrics import MIN_CONSENSUS, LabelFreeMetrics
-from overfly.evaluation.perturbations import GEOMETRIC
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 
 CLASS_SHARE = 1e-3
 """Least share of the pixels for a class to count as predicted."""
@@ -61,13 +62,13 @@ class Gate(Spec):
     """Largest loss of mIoU on the source's held-out labels, each network with the source's statistics."""
     max_confidence_loss: Share = 0.15
     """Largest loss of the nuclear norm of the probabilities on the target. Contradictory pseudo-labels and collapse
-    lower it."""
+    lower it. Without source labels, which reveal most of these, no loss is accepted."""
     min_classes: Share = 0.5
     """Least share of the classes that source only predicts on the target which a candidate predicts too."""
     min_agreement: Share = 0.25
     """Warns: least mIoU between the predictions on the target before and after adaptation."""
     min_consistency_gain: float = Field(default=0.0, ge=-1, le=1)
-    """Warns: least gain of `geometric_consistency` on the target."""
+    """Warns: least gain of consistency on the target."""
     min_familiarity: Share = 0.65
     """Warns: least `familiarity` of the target to source only."""
     min_reverse_validation: Share = 0.5
@@ -80,15 +81,16 @@ class Gate(Spec):
             before: metrics of source only.
             after: metrics of the candidate on the same images, its ``agreement`` with source only.
         """
-        consistent = geometric_consistency(before) + self.min_consistency_gain
+        consistent = before.consistency + self.min_consistency_gain
+        loss = 0.0 if before.source_miou is None else self.max_confidence_loss
         checks = [
-            Check(name="nuclear norm", value=after.nuclear_norm, bound=before.nuclear_norm - self.max_confidence_loss),
+            Check(name="nuclear norm", value=after.nuclear_norm, bound=before.nuclear_norm - loss),
             Check(name="classes", value=_shared_classes(before, after), bound=self.min_classes),
-            Check(name="consistency", value=geometric_consistency(after), bound=consistent, rejects=False),
+            Check(name="consistency", value=after.consistency, bound=consistent, rejects=False),
         ]
-        if before.source_miou is not None and after.source_miou is not None:
-            bound = max(0.0, before.source_miou - self.max_source_loss)
-            checks.insert(0, Check(name="source mIoU", value=after.source_miou, bound=bound))
+        if before.source_statistics_miou is not None and after.source_statistics_miou is not None:
+            bound = max(0.0, before.source_statistics_miou - self.max_source_loss)
+            checks.insert(0, Check(name="source mIoU", value=after.source_statistics_miou, bound=bound))
         if after.agreement is not None:
             checks.append(Check(name="agreement", value=after.agreement, bound=self.min_agreement, rejects=False))
         return tuple(checks)
@@ -132,52 +134,56 @@ def _shared_classes(before: LabelFreeMetrics, after: LabelFreeMetrics) -> float:
     return sum(now >= CLASS_SHARE for now in pairs) / max(1, len(pairs))
 
 
-def select(
-    baseline: str, agreements: Mapping[str, Sequence[Confusion]]
-) -> tuple[str, dict[str, float], dict[str, float]]:
-    """Select the network whose predictions agree most with the mean prediction of all (after Hu et al., 2023, EnsV).
+class ImageCounts(NamedTuple):
+    """Confusion matrices of a candidate, one per image, that its score is computed from."""
+
+    views: Sequence[Sequence[Confusion]]
+    """For each perturbation and target image: the predictions with and without it."""
+    source: Sequence[Confusion]
+    """For each held-out source image: labels and predictions; empty without labels."""
+
+
+def share_better(baseline: ImageCounts, candidate: ImageCounts, classes: Tensor) -> float:
+    """Share of bootstrap samples of the images in which a candidate's `LabelFreeMetrics.score` is higher, 0 to 1.
+
+    Target and source images are sampled separately; both networks are compared on the same samples.
 
     Args:
-        baseline: name of the network before adaptation; selected if there are fewer than `MIN_CONSENSUS` networks.
-        agreements: for each network and target image, the confusion matrix of its prediction with the mean prediction
-            of all (`overfly.evaluation.label_free_metrics.consensus`).
-
-    Returns:
-        The name; the agreement of each network as class-balanced mIoU; and for each but the baseline the share of
-        bootstrap samples of the images in which it agrees more than the baseline.
+        baseline: of the network before adaptation.
+        candidate: on the same images.
+        classes: mask (K,) of the classes that consistency is averaged over.
     """
-    counts = {name: np.stack([pair.counts.numpy() for pair in pairs]) for name, pairs in agreements.items() if pairs}
-    if len(counts) < MIN_CONSENSUS:
-        return baseline, {}, {}
-    images = len(counts[baseline])
-    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), BOOTSTRAP_SAMPLES)
-    samples = {name: _balanced_mious(np.tensordot(draws, stack, 1)) for name, stack in counts.items()}
-    scores = {name: float(_balanced_mious(stack.sum(0))) for name, stack in counts.items()}
-    better = {name: float(np.mean(each > samples[baseline])) for name, each in samples.items() if name != baseline}
-    return max(scores, key=lambda name: scores[name]), scores, better
+    generator = np.random.default_rng(0)
+    samples = [
+        generator.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_SAMPLES) if count else np.empty(0, np.int64)
+        for count in (len(baseline.views[0]), len(baseline.source))
+    ]
+    return float(np.mean(_scores(candidate, classes, *samples) > _scores(baseline, classes, *samples)))
 
 
-def _balanced_mious(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Mean IoU (...) of confusion matrices (..., K, K); classes in neither prediction count as 0."""
-    hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    union = counts.sum(-1) + counts.sum(-2) - hits
-    return np.asarray((hits / np.maximum(union, 1)).mean(-1))
+def _scores(
+    counts: ImageCounts, classes: Tensor, target: NDArray[np.int64], source: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Scores (S,) of samples (S, images), which hold how often each image was drawn."""
+    ious = [_ious(target, view).nan_to_num(0.0)[:, classes].mean(1) for view in counts.views]
+    scores = torch.stack(ious).mean(0)
+    if counts.source:
+        scores = (scores + _ious(source, counts.source).nanmean(1)) / 2
+    return np.asarray(scores)
 
 
-def geometric_consistency(metrics: LabelFreeMetrics) -> float:
-    """Mean class-balanced consistency under the geometric perturbations, 0 to 1.
-
-    Candidates are compared by these alone: every recipe augments with rotations, flips and scales, while color changes,
-    masking and pasting are augmentations of some methods only, whose networks are more consistent under them.
-    """
-    values = [value for name, value in metrics.by_view.items() if name in GEOMETRIC]
-    return math.fsum(values) / max(1, len(values))
+def _ious(samples: NDArray[np.int64], pairs: Sequence[Confusion]) -> Tensor:
+    """IoU (S, K) of summed confusion matrices; NaN for classes in neither side."""
+    counts = torch.stack([pair.counts for pair in pairs]).double()
+    summed = torch.tensordot(torch.as_tensor(samples).double(), counts, 1)
+    hits = summed.diagonal(dim1=-2, dim2=-1)
+    return torch.as_tensor(hits / (summed.sum(-1) + summed.sum(-2) - hits))
 
 
 def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
     """Consistency and confidence of a network on the target, relative to held-out source images, 0 to 1.
 
-    The product of two ratios, each at most 1: of geometric consistency, summed over the classes that the network
+    The product of two ratios, each at most 1: of consistency, summed over the classes that the network
     predicts, and of the nuclear norm. Classes that it predicts on the source only therefore lower the first. Masking
     and color changes are left out: consistency under them depends on how uniform the ground is, and on the
     augmentation that the network was trained with.
@@ -187,7 +193,7 @@ def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
         target: metrics on the target, over the classes it predicts.
     """
     on_source, on_target = (
-        geometric_consistency(domain) * sum(share > 0 for share in domain.shares) for domain in (source, target)
+        domain.consistency * sum(share > 0 for share in domain.shares) for domain in (source, target)
     )
     ratios = ((on_target, on_source), (target.nuclear_norm, source.nuclear_norm))
     return math.prod(min(1.0, value / reference) if reference else 1.0 for value, reference in ratios)

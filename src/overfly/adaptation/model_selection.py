@@ -25,22 +25,21 @@ from overfly.evaluation.label_free_metrics import (
     balanced_miou,
     consensus,
     label_free_metrics,
+    predict_probabilities,
 )
+from overfly.evaluation.perturbations import geometric_perturbations
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
+from overfly.ops.geometry import Dihedral
 from overfly.training.evaluate import evaluate_domain, has_labels, logged_source_miou, stored_scores
 from overfly.training.run import Run
 
-DEFAULT_VALIDATORS: tuple[Validator, ...] = ("consensus", "masked_miou", "views_miou", "source_miou")
-"""Validators of the mean rank. The mean prediction of all candidates is usually better than any of them, and the one
-nearest to it has the fewest individual errors; it needs three candidates. Class-balanced consistency
-falls when predictions depend on masked areas or when classes are lost, but does not detect exchanged classes; source
-mIoU does, but does not depend on the target. Left out: entropy, density and pixel agreement, which collapse maximizes;
-information and nuclear norm, which reward an even class distribution, also where the target's is uneven; agreement,
-which the reference itself maximizes."""
+DEFAULT_VALIDATORS: tuple[Validator, ...] = ("score",)
+"""Validators of the mean rank: the rule of `overfly adapt`, chosen by leaving one pair of domains out
+(docs/results/choice.md)."""
 
-CONSISTENCY = frozenset({"masked", "masked_miou", "views", "views_miou"})
-"""Validators that need eight more predictions of each image; computed only if a ranking or its study names them."""
+PERTURBED = frozenset({"masked", "masked_miou", "views", "views_miou"})
+"""Validators that need predictions under all perturbations; computed only if a ranking or its study names them."""
 
 
 class Candidate(Spec):
@@ -170,7 +169,7 @@ def rank(
 
     Args:
         runs: finished, or with kept checkpoints; all of one target.
-        validators: the validators of the mean rank. Those of consistency take ten times as long as all others.
+        validators: the validators of the mean rank. Those under all perturbations take three times as long as others.
         reference: run whose network's predictions the metric agreement compares with, such as source only.
         estimates: estimate each target mIoU too; source labels are read.
         with_labels: read the target's val labels, score each network, and compute the quality of each validator.
@@ -189,7 +188,9 @@ def rank(
     other = None if reference is None else _load_reference(reference, target)
     checkpoints = list_checkpoints(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
-    perturbations = None if with_labels or not CONSISTENCY.isdisjoint(validators) else ()
+    turned = all(any(isinstance(entry, Dihedral) for entry in run.recipe.augment) for run in runs)
+    every = with_labels or not PERTURBED.isdisjoint(validators)
+    perturbations = None if every else geometric_perturbations(turns=turned)
     metrics, estimated, scored = [], [], []
     for number, checkpoint in enumerate(checkpoints, start=1):
         print_status(f"network {number} of {len(checkpoints)}: {checkpoint.title}", quiet=quiet)
@@ -203,7 +204,8 @@ def rank(
         estimable = estimates and source is not None and has_labels(source, "val")
         estimated.append(estimate(network, source, target, own, split=split) if estimable and source else None)
         scored.append(_target_scores(checkpoint, target, options.device) if with_labels else None)
-    metrics = _with_consensus(checkpoints, metrics, target, split, options)
+    if with_labels or "consensus" in validators:
+        metrics = _with_consensus(checkpoints, metrics, target, split, options)
     candidates = _sorted_candidates(checkpoints, metrics, estimated, scored, validators)
     columns = _columns(candidates)
     return Ranking(
@@ -341,10 +343,13 @@ def _with_consensus(
     if len(resizes) > 1:
         return list(metrics)
     images = list(unlabeled_images(target, split, replace(options, resize=resizes.pop())))
-    networks = ((checkpoint.run.segmenter(checkpoint.step), checkpoint.run.recipe.window) for checkpoint in checkpoints)
+    predicted = (
+        predict_probabilities(checkpoint.run.segmenter(checkpoint.step), images, checkpoint.options(options))
+        for checkpoint in checkpoints
+    )
     return [
         values.model_copy(update={"consensus": balanced_miou(sum(pairs[1:], pairs[0])) if pairs else None})
-        for values, pairs in zip(metrics, consensus(networks, images, options.device), strict=True)
+        for values, pairs in zip(metrics, consensus(predicted), strict=True)
     ]
 
 

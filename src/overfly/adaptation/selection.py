@@ -28,7 +28,7 @@ MAX_SETTINGS = 3
 """Settings that a summary lists; with more, it names the method or their number."""
 CHECKED = ("source mIoU", "nuclear norm", "classes", "consistency", "agreement")
 """Checks of a candidate, each with a column."""
-COLUMNS = (*CHECKED, "consensus", "better", "estimate", "decision")
+COLUMNS = (*CHECKED, "own source mIoU", "score", "better", "estimate", "decision")
 """Columns of the candidates' table, after the candidate."""
 UNFAMILIAR = "the target may show other objects than the source's classes, or lack some: look at the predictions"
 
@@ -39,14 +39,14 @@ class CandidateReport(Spec):
     run: str
     """Its run folder, or its weights file."""
     metrics: LabelFreeMetrics
-    """Label-free metrics on the target; ``source_miou`` with batch-normalization statistics of the source."""
+    """Label-free metrics on the target."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings in which its recipe differs from the other adapted ones, such as ``method.mix``."""
     checks: tuple[Check, ...] = ()
     """Its checks."""
     better: Share | None = None
-    """Share of bootstrap samples of the target images in which it agrees more with the mean prediction of all accepted
-    networks than source only does; none if rejected, and for source only."""
+    """Share of bootstrap samples of the images in which its score is higher than that of source only; none if rejected,
+    and for source only."""
     estimate: Estimate | None = None
     """Estimated target mIoU with an interval; not a measurement."""
     labeled_miou: dict[str, Share | None] = Field(default_factory=dict)
@@ -86,11 +86,8 @@ class Selection(Spec):
         best = self.candidates[self.recommended]
         settings = settings_text(best.settings)
         text = f"recommended: {self.recommended}{f' ({settings})' if settings else ''}"
-        if best.metrics.consensus is None:
-            return f"{text}; there are fewer than three accepted networks to compare{tail}"
-        samples = "" if best.better is None else f"{100 * best.better:.0f} % of bootstrap samples"
-        often = f" (more than {BASELINE} in {samples})" if samples else ""
-        return f"{text}, which agrees most with the mean prediction of all accepted networks{often}{tail}"
+        samples = "" if best.better is None else f" (higher than {BASELINE} in {percent(best.better, 0)} % of samples)"
+        return f"{text}, of the highest score{samples}{tail}"
 
     @property
     def differences(self) -> list[str]:
@@ -124,8 +121,9 @@ class Selection(Spec):
         interval = f" ({percent(estimate.low, 1)} to {percent(estimate.high, 1)})" if estimate else ""
         decision = "rejected" if report.rejected else "baseline" if name == BASELINE else "accepted"
         return [
-            name, *(checks.get(check, percent(None)) for check in CHECKED), percent(report.metrics.consensus, 1),
-            percent(report.better, 0), percent(estimate.miou if estimate else None, 1) + interval,
+            name, *(checks.get(check, percent(None)) for check in CHECKED),
+            percent(report.metrics.source_miou, 1), percent(report.metrics.score, 1), percent(report.better, 0),
+            percent(estimate.miou if estimate else None, 1) + interval,
             "recommended" if name == self.recommended else decision,
         ]  # fmt: skip
 
@@ -151,13 +149,14 @@ class Selection(Spec):
 
 LEGEND = (
     "All values are in percent. *Source mIoU* is computed on the source's held-out labels, with batch-normalization "
-    "statistics of the source. The *nuclear norm* of the probabilities is high for confident predictions of all "
-    "classes. *Classes*: of those that source only predicts on the target, the share that is still predicted. "
-    "*Consistency*: mIoU between predictions of target images and of rotated, flipped and scaled ones. *Agreement*: "
-    "mIoU with the predictions of source only. *Consensus*: mIoU with the mean prediction of all accepted networks, "
-    "of which the highest is recommended. *Better*: share of bootstrap samples of the images in which it is higher "
-    "than that of source only. *Estimate*: estimated target mIoU, not a measurement and not used for the selection. "
-    "Values below their bound are marked: x rejects the candidate, ! warns."
+    "statistics of the source; *own source mIoU* with the network's own. The *nuclear norm* of the probabilities is "
+    "high for confident predictions of all classes. *Classes*: of those that source only predicts on the target, the "
+    "share that is still predicted. *Consistency*: mIoU between predictions of target images and of turned or flipped "
+    "and smaller ones. *Agreement*: mIoU with the predictions of source only. *Score*: mean of consistency and own "
+    "source mIoU (consistency alone without source labels); of the accepted networks the highest is recommended. "
+    "*Better*: share of bootstrap samples of the images in which it is higher than that of source only. *Estimate*: "
+    "estimated target mIoU, not a measurement and not used for the selection. Values below their bound are marked: x "
+    "rejects the candidate, ! warns."
 )
 """Explanation of the table."""
 

@@ -47,7 +47,7 @@ class RankResult:
 
 
 COLUMNS = {
-    "consensus": "consensus", "source_miou": "source mIoU", "information": "information",
+    "score": "score", "source_miou": "source mIoU", "consensus": "consensus", "information": "information",
     "nuclear_norm": "nuclear norm", "masked_miou": "masked mIoU", "views_miou": "views mIoU", "masked": "masked",
     "views": "views", "agreement": "agreement", "snd": "SND", "entropy": "entropy", "mean_rank": "mean rank",
     "expected": "expected mIoU",
@@ -55,6 +55,8 @@ COLUMNS = {
 """Column headings of the validators, in order."""
 WIDE_TERMINAL = 120
 """Smallest terminal width, in characters, for a single table."""
+NARROW_COLUMNS = 5
+"""Columns of a table on a narrower terminal."""
 
 
 def _candidates_tables(candidates: Sequence[Candidate], validators: Sequence[str], width: int) -> Iterator[Table]:
@@ -66,8 +68,9 @@ def _candidates_tables(candidates: Sequence[Candidate], validators: Sequence[str
         return
     ranking = [name for name in shown if name in validators]
     yield _candidates_table(candidates, ranking, validators, "ranking metrics in percent, higher is better")
-    if others := [name for name in shown if name not in validators]:
-        yield _candidates_table(candidates, others, (), "other metrics")
+    others = [name for name in shown if name not in validators]
+    for first in range(0, len(others), NARROW_COLUMNS):
+        yield _candidates_table(candidates, others[first : first + NARROW_COLUMNS], (), "other metrics")
 
 
 def _candidates_table(
@@ -136,7 +139,7 @@ def rank(
         with_labels: open the target's labels in val to measure the ranking: rank correlation and regret of each metric.
         estimate: estimate each network's target mIoU too, with an interval made on shifted source images.
         validators: a metric whose ranks are averaged; may be repeated: --validators consensus --validators masked_miou;
-            default: consensus, masked_miou, views_miou and source_miou.
+            default: score, the mean of consistency on the target and mIoU on the source.
         reference: a run, such as source-only, with whose predictions all are compared (agreement).
         split: split of the target whose images are predicted; its labels are not read.
         limit: number of images, evenly sampled.

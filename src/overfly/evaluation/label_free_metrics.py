@@ -21,14 +21,14 @@ from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, predict_scores, random_pixels, unlabeled_images
-from overfly.evaluation.perturbations import Perturbation, mild_perturbations, random_mask
+from overfly.evaluation.perturbations import GEOMETRIC, Perturbation, mild_perturbations, random_mask
 from overfly.evaluation.score import evaluation_mode
 from overfly.evaluation.scores import finite
 from overfly.ops.losses import distribution_entropy
 
 Validator = Literal[
     "entropy", "information", "nuclear_norm", "snd", "agreement",
-    "masked", "masked_miou", "views", "views_miou", "source_miou", "consensus",
+    "masked", "masked_miou", "views", "views_miou", "source_miou", "consensus", "consistency", "score",
 ]  # fmt: skip
 VALIDATORS: tuple[Validator, ...] = get_args(Validator)
 MIN_CONSENSUS = 3
@@ -64,6 +64,8 @@ class LabelFreeMetrics(Spec):
     """Class-balanced mIoU between the predictions with and without perturbation; mean over the perturbations."""
     source_miou: Share | None = None
     """mIoU on the source's held-out labels; none if it was not computed."""
+    source_statistics_miou: Share | None = None
+    """The same with batch-normalization statistics of the source; none if it was not computed."""
     consensus: Share | None = None
     """Class-balanced mIoU with the mean prediction of all candidates; none if it was not computed."""
     diversity: float
@@ -75,6 +77,26 @@ class LabelFreeMetrics(Spec):
     """Class-balanced mIoU between the predictions with and without each perturbation."""
     images: NonNegativeInt
     """Number of images."""
+
+    @property
+    def consistency(self) -> float:
+        """Mean class-balanced consistency under the geometric perturbations, 0 to 1; 0 if none was computed.
+
+        Networks are compared by these alone: every recipe augments with turns or flips and with scales, while color
+        changes, masking and pasting are augmentations of some methods only, whose networks are more consistent under
+        them.
+        """
+        values = [value for name, value in self.by_view.items() if name in GEOMETRIC]
+        return math.fsum(values) / max(1, len(values))
+
+    @property
+    def score(self) -> float:
+        """Mean of consistency on the target and mIoU on the source; consistency alone without source labels.
+
+        The rule of `overfly adapt` (docs/adr/0013-selection.md). A network that forgot the classes is consistent or
+        accurate, but not both.
+        """
+        return self.consistency if self.source_miou is None else (self.consistency + self.source_miou) / 2
 
     def by_validator(self) -> dict[str, float | None]:
         """The metrics that candidates are ranked by."""
@@ -121,18 +143,39 @@ def label_free_metrics_of_images(
     max_value: float,
     options: MetricOptions = MetricOptions(),
     *,
-    reference: nn.Module | None = None,
+    reference: nn.Module | Sequence[Tensor] | None = None,
     reference_classes: bool = False,
     perturbations: Sequence[Perturbation] | None = None,
+    predicted: Sequence[Tensor] | None = None,
 ) -> LabelFreeMetrics:
-    """Compute the metrics of `label_free_metrics` on images (C, H, W) in memory.
+    """Compute the metrics of `label_free_metrics` on images in memory; see `prediction_statistics`."""
+    statistics = prediction_statistics(
+        network, images, max_value, options, reference=reference, perturbations=perturbations, predicted=predicted
+    )
+    return statistics.metrics(options.seed, reference_classes=reference_classes)
+
+
+def prediction_statistics(
+    network: nn.Module,
+    images: Iterable[Tensor],
+    max_value: float,
+    options: MetricOptions = MetricOptions(),
+    *,
+    reference: nn.Module | Sequence[Tensor] | None = None,
+    perturbations: Sequence[Perturbation] | None = None,
+    predicted: Sequence[Tensor] | None = None,
+) -> PredictionStatistics:
+    """Predict images (C, H, W) in memory, and again under perturbations; see `label_free_metrics`.
+
+    ``reference`` may also be the probabilities that the reference network predicts for these images, and ``predicted``
+    those of the network itself (`predict_probabilities`): they are not computed again then.
 
     Raises:
         ValueError: there are no images.
         NotFiniteError: the network's scores are not finite.
     """
     statistics: PredictionStatistics | None = None
-    networks = [network] if reference is None else [network, reference]
+    networks = [network, reference] if isinstance(reference, nn.Module) else [network]
     for model in networks:
         model.to(options.device)
     views = list(chain([random_mask()], mild_perturbations())) if perturbations is None else list(perturbations)
@@ -140,20 +183,39 @@ def label_free_metrics_of_images(
         for index, raw in enumerate(images):
             image = raw.to(options.device)
             size = (image.shape[-2], image.shape[-1])
-            scores = predict_scores(network, image, options.window)
-            statistics = statistics or PredictionStatistics(len(scores))
-            statistics.add(scores.softmax(0), options.seed, index)
-            prediction = scores.argmax(0)
-            if reference is not None:
-                same = reference is network
-                other = prediction if same else predict_scores(reference, image, options.window).argmax(0)
-                statistics.compare("reference", prediction, other)
+            probability = predicted[index] if predicted is not None else _probability(network, image, options)
+            statistics = statistics or PredictionStatistics(len(probability))
+            statistics.add(probability, options.seed, index)
+            prediction = probability.argmax(0)
+            if reference is network:
+                statistics.compare("reference", prediction, prediction)
+            elif isinstance(reference, nn.Module):
+                statistics.compare("reference", prediction, _probability(reference, image, options).argmax(0))
+            elif reference is not None:
+                statistics.compare("reference", prediction, reference[index].argmax(0))
             for perturbation, generator in seeded(views, options.seed, index):
                 perturbed = predict_scores(network, perturbation.apply(image, max_value, generator), options.window)
                 statistics.compare(perturbation.name, prediction, perturbation.invert(perturbed, size).argmax(0))
     if statistics is None:
         raise ValueError("label-free metrics need at least one image, got 0")
-    return statistics.metrics(options.seed, reference_classes=reference_classes)
+    return statistics
+
+
+def predict_probabilities(network: nn.Module, images: Iterable[Tensor], options: MetricOptions) -> Iterator[Tensor]:
+    """Predict the class probabilities (K, H, W), half precision, on the CPU, of images (C, H, W).
+
+    The network's training or evaluation mode is restored.
+
+    Raises:
+        NotFiniteError: the network's scores are not finite.
+    """
+    with evaluation_mode(network.to(options.device)), torch.inference_mode():
+        for image in images:
+            yield _probability(network, image.to(options.device), options).half().cpu()
+
+
+def _probability(network: nn.Module, image: Tensor, options: MetricOptions) -> Tensor:
+    return predict_scores(network, image, options.window).softmax(0)
 
 
 def seeded(
@@ -165,14 +227,18 @@ def seeded(
 
 
 class PredictionStatistics:
-    """Running statistics of predictions over images; memory does not grow with image size."""
+    """Running statistics of predictions over images; memory does not grow with image size.
+
+    Attributes:
+        confusions: by name of the perturbation, or ``reference``, a confusion matrix per image.
+    """
 
     def __init__(self, classes: int) -> None:
         self.classes, self.images, self.pixels, self.entropy = classes, 0, 0, 0.0
         self.mean = torch.zeros(classes, dtype=torch.float64)
         self.predicted = torch.zeros(classes, dtype=torch.float64)
         self.samples: list[Tensor] = []
-        self.confusions: dict[str, Confusion] = {}
+        self.confusions: dict[str, list[Confusion]] = {}
 
     def add(self, probability: Tensor, seed: int, index: int) -> None:
         """Add the probabilities (K, H, W) of one unperturbed image."""
@@ -185,9 +251,15 @@ class PredictionStatistics:
         self.samples.append(flat[:, chosen.to(flat.device)].T.cpu())
 
     def compare(self, name: str, prediction: Tensor, other: Tensor) -> None:
-        """Add two predictions (H, W) of the same pixels to the confusion matrix ``name``."""
+        """Add the confusion matrix ``name`` of two predictions (H, W) of one image."""
         confusion = Confusion.from_predictions(other.cpu(), prediction.cpu(), self.classes)
-        self.confusions[name] = self.confusions[name] + confusion if name in self.confusions else confusion
+        self.confusions.setdefault(name, []).append(confusion)
+
+    @property
+    def reference_classes(self) -> Tensor | None:
+        """Mask (K,) of the classes that the reference network predicts; None without one."""
+        pairs = self.confusions.get("reference")
+        return sum(pairs[1:], pairs[0]).predicted > 0 if pairs else None
 
     def metrics(self, seed: int = 0, *, reference_classes: bool = False) -> LabelFreeMetrics:
         """Compute the metrics of everything added; see `label_free_metrics` for ``reference_classes``."""
@@ -196,9 +268,9 @@ class PredictionStatistics:
         mean_entropy = self.entropy / self.pixels
         samples = torch.cat(self.samples)
         subset = samples[random_pixels(1, len(samples), NEIGHBORS, seed)] if len(samples) > NEIGHBORS else samples
-        pairs = dict(self.confusions)
+        pairs = {name: sum(each[1:], each[0]) for name, each in self.confusions.items()}
         reference, masked = pairs.pop("reference", None), pairs.pop("masked", None)
-        counted_classes = reference.predicted > 0 if reference_classes and reference is not None else None
+        counted_classes = self.reference_classes if reference_classes else None
         by_view = {name: balanced_miou(pair, counted_classes) for name, pair in pairs.items()}
         return LabelFreeMetrics(
             entropy=-mean_entropy / scale,
@@ -253,32 +325,26 @@ def neighborhood_density(probability: Tensor, chunk: int = 1024) -> float:
     return total / count / math.log(count - 1)
 
 
-def consensus(
-    networks: Iterable[tuple[nn.Module, int | None]], images: Sequence[Tensor], device: torch.device | str = "cpu"
-) -> list[list[Confusion]]:
+def consensus(predicted: Iterable[Iterable[Tensor]]) -> list[list[Confusion]]:
     """Compare each network's predictions with the mean prediction of all networks.
 
-    Memory holds one network at a time, the mean, and a byte per pixel and network.
+    Memory holds the mean, a byte per pixel and network, and what ``predicted`` holds.
 
     Args:
-        networks: networks, images (C, H, W) to `Logits`, each with its window size.
-        images: images (C, H, W) in the sensor's range.
-        device: device of the networks.
+        predicted: for each network the probabilities (K, H, W) of the same images (`predict_probabilities`).
 
     Returns:
         For each network a confusion matrix per image, its rows the mean prediction; empty for fewer than three.
     """
     sums: list[Tensor] = []
     predictions: list[list[Tensor]] = []
-    for network, window in networks:
+    for images in predicted:
         own = []
-        with evaluation_mode(network.to(device)), torch.inference_mode():
-            for index, image in enumerate(images):
-                probability = predict_scores(network, image.to(device), window).softmax(0).cpu()
-                if len(sums) == index:
-                    sums.append(torch.zeros_like(probability))
-                sums[index] += probability
-                own.append(probability.argmax(0).to(torch.uint8))
+        for index, probability in enumerate(images):
+            if len(sums) == index:
+                sums.append(torch.zeros(probability.shape))
+            sums[index] += probability
+            own.append(probability.argmax(0).to(torch.uint8))
         predictions.append(own)
     if len(predictions) < MIN_CONSENSUS:
         return [[] for _ in predictions]
