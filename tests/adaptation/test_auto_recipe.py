@@ -84,6 +84,24 @@ def test_steps_fit_the_budget(own: FolderInputs, monkeypatch: pytest.MonkeyPatch
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
+@pytest.mark.parametrize("upright", [False, True])
+def test_images_with_a_fixed_top_are_not_turned(
+    own: FolderInputs, monkeypatch: pytest.MonkeyPatch, upright: bool
+) -> None:
+    """Sky above and ground below in every mask, or both anywhere."""
+    monkeypatch.setattr(auto_recipe, "time_step", lambda *_: 0.5)
+    assert own.source_masks is not None
+    for number, file in enumerate(sorted(own.source_masks.iterdir())):
+        mask = np.zeros((96, 96), np.uint8)
+        mask[48 if upright or number % 2 else 0 :][:48] = 1
+        Image.fromarray(mask).save(file)
+    for recipe in folder_recipes(own, "12m", TrainerConfig("cpu", quiet=True)):
+        assert isinstance(recipe.start, Recipe)
+        for each in (recipe, recipe.start):
+            assert each.augment[0].name == ("horizontal_flip" if upright else "dihedral")
+        assert recipe.method.model_dump()["turns"] != upright
+
+
 def test_given_settings_hold_for_all_recipes(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[str] = []
 

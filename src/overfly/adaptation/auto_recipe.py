@@ -24,9 +24,8 @@ from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
 from overfly.core.settings import parse_budget, parse_yaml, validation_message
 from overfly.data.check import statistics
-from overfly.data.domain import Domain, Split, sample_evenly
+from overfly.data.domain import SAMPLED_IMAGES, Domain, Split, has_fixed_top, shortest_sides
 from overfly.data.folder import Folder
-from overfly.data.headers import read_header
 from overfly.methods.method import Method
 from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
 from overfly.methods.source_free import SourceFree
@@ -34,7 +33,7 @@ from overfly.methods.source_only import SourceOnly
 from overfly.models.network import build
 from overfly.models.segmenter import Segmenter
 from overfly.ops.color import ColorJitter
-from overfly.ops.geometry import Dihedral, ScaleJitter
+from overfly.ops.geometry import Dihedral, HorizontalFlip, ScaleJitter
 from overfly.recipe import Model, Recipe, Validation, load
 from overfly.training.engine import LossModule, TrainerConfig, launch_fabric
 from overfly.training.setup import prepare_training
@@ -48,8 +47,6 @@ CROPS = {"cpu": 256, "cuda": 512, "mps": 384}
 """Largest crop by device type, in pixels."""
 BATCHES = {"cpu": 4, "cuda": 8, "mps": 4}
 """Images of each domain per step, by device type."""
-SAMPLED_IMAGES = 50
-"""Images whose sizes are read, and from which mean and standard deviation are estimated."""
 MIN_STEPS, MAX_STEPS = 100, 40_000
 """Bounds for the steps of each training: fewer are too few to adapt from, more gain little."""
 MIN_STEPS_OF_TWO = 150
@@ -203,13 +200,6 @@ def choose_crop(domains: list[Domain], device: torch.device) -> int:
     return max(64, min(CROPS.get(device.type, 256), median) // 32 * 32)
 
 
-def shortest_sides(domain: Domain) -> list[int]:
-    """Shorter side of up to `SAMPLED_IMAGES` training images, in pixels; empty for generated images."""
-    items = sample_evenly(list(domain.items("train")), SAMPLED_IMAGES)
-    headers = [read_header(item.image) for item in items if isinstance(item.image, Path)]
-    return [min(header.height, header.width) for header in headers]
-
-
 def propose_recipes(
     source: Domain | None,
     target: Domain,
@@ -237,10 +227,17 @@ def propose_recipes(
         RecipeError: the budget is too short, or a setting is unknown.
     """
     crop = choose_crop([domain for domain in (source, target) if domain is not None], fabric.device)
+    upright = source is not None and has_fixed_top(source)
     shared: dict[str, Any] = {
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(fabric.device.type, 4),
-        "augment": (Dihedral(), ScaleJitter(), ColorJitter()), "clip": 10.0,
+        "augment": (HorizontalFlip() if upright else Dihedral(), ScaleJitter(), ColorJitter()), "clip": 10.0,
     }  # fmt: skip
+    if upright:
+        update = {"turns": False}
+        methods = [
+            method.model_copy(update=update) if isinstance(method, MultiscaleSelfTraining) else method
+            for method in methods
+        ]
     if checkpoint is not None and not checkpoint.is_dir():  # the recipe of a run gives its model
         shared["model"] = Segmenter.load(checkpoint).architecture
     start: Recipe | Path | None = checkpoint

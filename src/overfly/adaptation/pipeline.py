@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from overfly.adaptation.auto_recipe import shortest_sides
 from overfly.adaptation.candidates import CROP, ESTIMATE_SPLIT, CandidateComparison, load_candidate
 from overfly.adaptation.gate import Gate
 from overfly.adaptation.selection import ADAPTED, BASELINE, Comparison, Selection, flatten_settings, value_text
@@ -23,6 +22,7 @@ from overfly.core.errors import OverflyError, RecipeError, RunError
 from overfly.core.progress import percent, print_status
 from overfly.core.records import Item
 from overfly.data.check import check_masks
+from overfly.data.domain import shortest_sides
 from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
 from overfly.evaluation.panels import comparison_figure
 from overfly.evaluation.score import Sample, evaluation_mode

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import ConfigDict
 
 from overfly.core.choices import Split
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
-from overfly.core.records import Array, Item, UInt8
+from overfly.core.records import IGNORE, Array, Item, UInt8
 from overfly.core.spec import Choice
 from overfly.data import reading
+from overfly.data.headers import read_header
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SAMPLED_IMAGES = 50
+"""Images whose sizes are read, and from which mean and standard deviation are estimated."""
+FIXED_TOP_DIFFERENCE = 0.5
+"""Difference of class shares above which images have a fixed top."""
 
 
 class SplitError(DataError):
@@ -116,4 +123,30 @@ def sample_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
     return [items[int((index + 0.5) * len(items) / limit)] for index in range(limit)]
 
 
-__all__ = ["SPLITS", "Domain", "Split", "SplitError", "sample_evenly", "without_labels"]
+def shortest_sides(domain: Domain) -> list[int]:
+    """Shorter side of up to `SAMPLED_IMAGES` training images, in pixels; empty for generated images."""
+    items = sample_evenly(domain.items("train"), SAMPLED_IMAGES)
+    headers = [read_header(item.image) for item in items if isinstance(item.image, Path)]
+    return [min(header.height, header.width) for header in headers]
+
+
+def has_fixed_top(domain: Domain) -> bool:
+    """Whether the images are upright photographs, such as street scenes, rather than overhead imagery.
+
+    The class shares of the upper and of the lower third of up to `SAMPLED_IMAGES` labels differ by more than half
+    (total variation): by 0.93 or more in street scenes, by 0.13 or less in overhead imagery (docs/results/choice.md).
+    """
+    counts = np.zeros((2, len(domain.classes)))
+    for item in sample_evenly([item for item in domain.items("train") if item.label is not None], SAMPLED_IMAGES):
+        label = domain.read_label(item)
+        third = max(1, label.shape[0] // 3)
+        for index, part in enumerate((label[:third], label[-third:])):
+            counts[index] += np.bincount(part[part != IGNORE], minlength=counts.shape[1])
+    upper, lower = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    return bool(abs(upper - lower).sum() / 2 > FIXED_TOP_DIFFERENCE)
+
+
+__all__ = [
+    "SAMPLED_IMAGES", "SPLITS", "Domain", "Split", "SplitError", "has_fixed_top", "sample_evenly", "shortest_sides",
+    "without_labels",
+]  # fmt: skip
