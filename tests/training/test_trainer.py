@@ -207,6 +207,7 @@ def test_changed_start_weights_make_a_new_run(small: dict[str, Any], tmp_path: P
     assert runs[2].path == runs[0].path
     assert not equal(runs[0], runs[1])
     assert [run.machine["start_sha256"] for run in runs] == [file_sha256(networks[number]) for number in (0, 1, 0)]
+    assert "random" not in {run.machine["initial_weights"] for run in runs}
     shutil.copy(networks[1], start)
     with pytest.raises(RunError, match="start"):
         trained(recipe, runs[0].path)
@@ -285,6 +286,7 @@ def test_cpu_without_bf16_kernels_computes_in_32_bits(
     assert effective_precision("bf16", cpu) == "32"
     run = trained(load(small, "precision=bf16"), tmp_path)
     assert run.machine["precision"] == "32"
+    assert run.machine["initial_weights"] == "random"
 
 
 def test_channels_last_does_not_change_predictions() -> None:

@@ -177,7 +177,7 @@ class Run:
 
     @property
     def machine(self) -> dict[str, Any]:
-        """Contents of ``machine.json``: versions, device, start, duration, digest of the initial weights."""
+        """Contents of ``machine.json``: versions, device, duration, initial weights and their digest."""
         return self._read_json("machine.json")
 
     @property

@@ -46,6 +46,8 @@ class TrainingSetup:
     """The method's optimizers; empty for methods without a loss."""
     total_steps: int
     """Optimizer steps of the whole run."""
+    initial_weights: str
+    """File that the initial weights were read from, or ``random``."""
 
 
 def prepare_training(recipe: Recipe, fabric: Fabric, config: TrainerConfig, start: Path | None = None) -> TrainingSetup:
@@ -60,14 +62,16 @@ def prepare_training(recipe: Recipe, fabric: Fabric, config: TrainerConfig, star
     print_status("reading the data", quiet=quiet)
     source, target = training_streams(recipe, config.cache, quiet=quiet)
     torch.manual_seed(recipe.seed)
-    nets = recipe.method.networks(initial_segmenter(recipe, start))
+    segmenter, initial_weights = initial_network(recipe, start)
+    nets = recipe.method.networks(segmenter)
     optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
     shard = (fabric.global_rank, fabric.world_size) if optimizers else (0, 1)  # (0, 1): every process sees all images
     batches = BatchDataset(source, target, *shard)
     first = batches[0]  # raises data errors before the run folder exists
     if isinstance(first, OverflyError):
         raise first
-    return TrainingSetup(batches, nets, optimizers, recipe.length(len(source.items) if source else 0))
+    steps = recipe.length(len(source.items) if source else 0)
+    return TrainingSetup(batches, nets, optimizers, steps, initial_weights)
 
 
 def _check_source_masks(recipe: Recipe) -> None:
@@ -115,7 +119,14 @@ def source_images(stream: BatchStream | None, count: int) -> Iterator[Tensor]:
 
 
 def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
-    """Return the initial network with its training heads, loaded from the weights file ``start`` if given.
+    """Return the network of `initial_network`."""
+    return initial_network(recipe, start)[0]
+
+
+def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmenter, str]:
+    """Return the initial network with its training heads, and the name of its file of weights or ``random``.
+
+    It is loaded from the weights file ``start`` if given.
 
     Raises:
         RecipeError: the network under ``start`` and the domains do not fit together.
@@ -125,15 +136,16 @@ def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
     if start is not None:
         segmenter = Segmenter.load(start)
         _check_start(start, segmenter, recipe, domain)
-        return segmenter
+        return segmenter, str(start)
     network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
     report = load_initial_weights(recipe.model, network)
     if report is not None:
         _check_class_layer(recipe, network, report)
     mean, std = normalization(recipe.model, domain, pretrained=report is not None)
-    return Segmenter(
+    segmenter = Segmenter(
         network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, max_value=domain.max_value
     )
+    return segmenter, "random" if report is None else str(report.source)
 
 
 def load_initial_weights(model: Model, network: Network) -> LoadReport | None:

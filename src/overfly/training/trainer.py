@@ -59,7 +59,7 @@ class Trainer:
         self.state: dict[str, Any] = {
             "step": 0, "validated": 0, "best": None, "best_step": 0, "stale": 0, "stopped": False, "took_s": 0.0,
         }  # fmt: skip
-        self.optimizers = setup.optimizers
+        self.optimizers, self.initial_weights = setup.optimizers, setup.initial_weights
         apply_performance_settings(self.nets, self.optimizers, self.recipe.precision, fabric.device)
         self.losses = LossModule(self.recipe.method, self.nets)
         parts: Any = (self.losses, *self.optimizers)
@@ -89,6 +89,7 @@ class Trainer:
             machine = {"started": utc_now()} | self.run.machine
             machine |= describe_machine(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
             machine |= {"processes": self.fabric.world_size, "finished": None}
+            machine.setdefault("initial_weights", self.initial_weights)
             machine["precision"] = effective_precision(self.recipe.precision, self.fabric.device)
             self.run.write_json("machine.json", machine)
         self.fabric.barrier()
