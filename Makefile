@@ -26,6 +26,7 @@ demo: $(READY)  ## Train on the synthetic urban domain, adapt to the rural one w
 	@echo; echo "With the labels of the test split:"
 	$(BIN)/overfly benchmark recipes/demo/1-source_only.yaml recipes/demo/2-recalibrated.yaml $(DEMO)/3-adapted.yaml \
 		recipes/demo/4-oracle.yaml --seeds 1 --split test --out $(DEMO)
+	@echo; sed -n 3p $(DEMO)/*_comparison/selection.md
 	@echo; echo "images:"; ls -d $(CURDIR)/$(DEMO)/*/samples
 
 test: $(READY)  ## Run the tests

@@ -10,11 +10,11 @@ from PIL import Image
 
 from overfly import adapt
 from overfly.adaptation import auto_recipe
-from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes, read_classes
+from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.settings import parse_budget
-from overfly.data.folder import Folder
+from overfly.data.folder import Folder, read_classes
 from overfly.data.synthetic import synthesize
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig
@@ -159,6 +159,19 @@ def test_a_budget_of_212_and_57_steps_is_rejected_with_a_crop_that_fits(
     monkeypatch.setattr(auto_recipe, "choose_crop", lambda *_: 512)
     with pytest.raises(RecipeError, match=r"212 .*57 .*100.*--budget 25m.*crop=384"):
         folder_recipes(own, "14m", TrainerConfig("cpu", quiet=True))
+
+
+def test_a_short_budget_takes_a_smaller_crop(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_step(recipe: Recipe, _: object) -> float:
+        return (5.0 if recipe.method.needs_target else 1.5) * (recipe.crop / 512) ** 2
+
+    monkeypatch.setattr(auto_recipe, "time_step", time_step)
+    monkeypatch.setattr(auto_recipe, "choose_crop", lambda *_: 512)
+    (recipe,) = folder_recipes(own, "14m", TrainerConfig("cpu", quiet=True))
+    assert isinstance(recipe.start, Recipe)
+    assert (recipe.crop, recipe.window, recipe.start.crop, recipe.steps) == (384, 384, 384, 101)
+    with pytest.raises(RecipeError, match=r"57 .*crop=384"):
+        folder_recipes(own, "14m", TrainerConfig("cpu", quiet=True), ["crop=512"])
 
 
 def test_colors_of_classes_are_read_as_colors(own: FolderInputs) -> None:

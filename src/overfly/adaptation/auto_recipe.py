@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from overfly.core.atomic_files import atomic_write
-from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
-from overfly.core.settings import parse_budget, parse_yaml, validation_message
+from overfly.core.settings import parse_budget, validation_message
 from overfly.data.check import statistics
 from overfly.data.domain import SAMPLED_IMAGES, Domain, Split, has_fixed_top, shortest_sides
-from overfly.data.folder import Folder
+from overfly.data.folder import Folder, read_classes
 from overfly.methods.method import Method
 from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
 from overfly.methods.source_free import SourceFree
@@ -45,6 +43,8 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET = "30m"
 CROPS = {"cpu": 256, "cuda": 512, "mps": 384}
 """Largest crop by device type, in pixels."""
+MIN_CROP = 128
+"""Smallest crop that is tried where the budget is short for a larger one."""
 BATCHES = {"cpu": 4, "cuda": 8, "mps": 4}
 """Images of each domain per step, by device type."""
 MIN_STEPS, MAX_STEPS = 100, 40_000
@@ -60,8 +60,6 @@ BUDGET_SHARES = {1: {"source": 0.42, "adapted": 0.34}, 2: {"source": 0.32, "adap
 VALIDATIONS, PATIENCE = 5, 2
 """Validations of source only, and those without a new best after which it stops."""
 MODEL = "lraspp_mobilenet_v2"  # the real-time network whose ImageNet weights can be had everywhere
-DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
-"""Settings of a folder that the options give for each domain."""
 LEARNING_RATE, PRETRAINED_RATE = 1e-3, 1.5e-4
 """Of adaptations from random and from ImageNet weights; source only has twice the rate, other networks half of it."""
 VARIANTS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION))
@@ -160,39 +158,6 @@ def _split_off_validation(domain: Folder, images: Path) -> Folder:
         seed += 1
 
 
-def read_classes(file: Path) -> dict[str, Any]:
-    """Read settings of a folder domain from a YAML file: class names, colors by name, or settings with ``classes``.
-
-    Raises:
-        RecipeError: the file is missing or has other content.
-    """
-    if not file.is_file():
-        raise RecipeError(f"--classes: {file} is not a file; give a YAML file such as {{building: [255, 0, 0], …}}")
-    try:
-        values = parse_yaml(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"--classes: {file} is not valid YAML: {' '.join(str(error).split())}") from None
-    settings = values if isinstance(values, dict) and "classes" in values else {"classes": values}
-    try:
-        Classes.model_validate(settings["classes"])
-        if not settings["classes"]:
-            raise ValueError("no class")
-    except ValueError:  # pydantic's ValidationError is one
-        raise RecipeError(
-            f"--classes: {file} must hold a list of names, such as [building, road], or a color for each name, such as "
-            f"{{building: [255, 0, 0], road: [0, 0, 255]}}; got {str(settings['classes'])[:80]}; quote yes and no"
-        ) from None
-    if settings.get("name", "folder") != "folder":
-        raise RecipeError(f"--classes: {file} names the domain {settings['name']}; only settings of folder are allowed")
-    reserved = [str(key) for key in settings if key in DOMAIN_SETTINGS]
-    if reserved:
-        raise RecipeError(
-            f"--classes: {file} sets {', '.join(reserved)}, which the options give for source and target; remove them, "
-            "or write a recipe"
-        )
-    return {str(key): value for key, value in settings.items() if key != "name"}
-
-
 def choose_crop(domains: list[Domain], device: torch.device) -> int:
     """Choose the crop by device and median image size: a multiple of 32, at least 64."""
     sides = [side for domain in domains for side in shortest_sides(domain)]
@@ -210,6 +175,7 @@ def propose_recipes(
     budget: float,
     fabric: Fabric,
     out: Path | None = None,
+    crop: int | None = None,
 ) -> list[Recipe]:
     """Propose recipes whose trainings fit a time budget on this machine.
 
@@ -222,11 +188,12 @@ def propose_recipes(
         budget: seconds in all.
         fabric: launched; steps are timed on its device.
         out: folder where proposed steps are stored, so that later calls give the same recipes; None: not stored.
+        crop: largest crop in pixels, smaller if the budget is short for it; None: `choose_crop`.
 
     Raises:
         RecipeError: the budget is too short, or a setting is unknown.
     """
-    crop = choose_crop([domain for domain in (source, target) if domain is not None], fabric.device)
+    crop = crop or choose_crop([domain for domain in (source, target) if domain is not None], fabric.device)
     upright = source is not None and has_fixed_top(source)
     shared: dict[str, Any] = {
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(fabric.device.type, 4),
@@ -248,7 +215,18 @@ def propose_recipes(
     optim = _optimizer(start.model) if isinstance(start, Recipe) else AdamW(lr=LEARNING_RATE / 2)
     recipes = [load(Recipe(**shared, start=start, method=method, optim=optim), *overrides) for method in methods]
     recipes = [recipe for index, recipe in enumerate(recipes) if recipe not in recipes[:index]]
-    steps = _propose_steps(recipes, budget, fabric, out)
+    try:
+        steps = _propose_steps(recipes, budget, fabric, out)
+    except RecipeError:
+        smaller = int(crop * 0.75) // 32 * 32
+        if smaller < MIN_CROP or recipes[0].crop != crop:
+            raise
+        with suppress(RecipeError):  # the advice of the largest crop is the best
+            return propose_recipes(
+                source, target, methods, overrides,
+                checkpoint=checkpoint, budget=budget, fabric=fabric, out=out, crop=smaller,
+            )  # fmt: skip
+        raise
     return [_with_steps(recipe, steps, overrides) for recipe in recipes[: steps["variants"]]]
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from overfly.core.classes import Classes, Color
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, Item, UInt8
+from overfly.core.settings import parse_yaml
 from overfly.core.spec import Meters, PositiveFloat, PositiveInt
 from overfly.data import listing, reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
@@ -22,6 +24,8 @@ Number = Annotated[int, Field(ge=0, le=65535)]
 SplitShare = Annotated[float, Field(gt=0, le=1)]
 """A share of the images."""
 Code = TypeVar("Code", int, Color)
+DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
+"""Settings of a folder that the options give for each domain."""
 
 
 class Folder(Domain, name="folder"):
@@ -259,3 +263,36 @@ class Folder(Domain, name="folder"):
 
 def _is_color(entry: Sequence[Any]) -> bool:
     return len(entry) == 3 and all(isinstance(number, int) for number in entry)
+
+
+def read_classes(file: Path) -> dict[str, Any]:
+    """Read settings of a folder domain from a YAML file: class names, colors by name, or settings with ``classes``.
+
+    Raises:
+        RecipeError: the file is missing or has other content.
+    """
+    if not file.is_file():
+        raise RecipeError(f"--classes: {file} is not a file; give a YAML file such as {{building: [255, 0, 0], …}}")
+    try:
+        values = parse_yaml(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"--classes: {file} is not valid YAML: {' '.join(str(error).split())}") from None
+    settings = values if isinstance(values, dict) and "classes" in values else {"classes": values}
+    try:
+        Classes.model_validate(settings["classes"])
+        if not settings["classes"]:
+            raise ValueError("no class")
+    except ValueError:  # pydantic's ValidationError is one
+        raise RecipeError(
+            f"--classes: {file} must hold a list of names, such as [building, road], or a color for each name, such as "
+            f"{{building: [255, 0, 0], road: [0, 0, 255]}}; got {str(settings['classes'])[:80]}; quote yes and no"
+        ) from None
+    if settings.get("name", "folder") != "folder":
+        raise RecipeError(f"--classes: {file} names the domain {settings['name']}; only settings of folder are allowed")
+    reserved = [str(key) for key in settings if key in DOMAIN_SETTINGS]
+    if reserved:
+        raise RecipeError(
+            f"--classes: {file} sets {', '.join(reserved)}, which the options give for source and target; remove them, "
+            "or write a recipe"
+        )
+    return {str(key): value for key, value in settings.items() if key != "name"}
