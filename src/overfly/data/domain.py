@@ -21,6 +21,14 @@ from overfly.data.headers import read_header
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SAMPLED_IMAGES = 50
 """Images whose sizes are read, and from which mean and standard deviation are estimated."""
+TURNS: dict[str, Callable[[UInt8], UInt8]] = {
+    "rotated by 180°": lambda label: label[::-1, ::-1],
+    "upside down": lambda label: label[::-1],
+    "mirrored": lambda label: label[:, ::-1],
+}
+"""Turns of a label that keep its size."""
+TURN_MARGIN = 1.25
+"""Ratio of edge strengths above which a turn is clearly better."""
 FIXED_TOP_DIFFERENCE = 0.5
 """Difference of class shares above which images have a fixed top."""
 
@@ -146,7 +154,39 @@ def has_fixed_top(domain: Domain) -> bool:
     return bool(abs(upper - lower).sum() / 2 > FIXED_TOP_DIFFERENCE)
 
 
+def better_turn(image: Array, label: UInt8) -> str | None:
+    """Return the turn of a label under which its borders lie on clearly stronger edges of the image than as it is.
+
+    Images are often stored with a turn that their masks do not have, or lose the tag that undoes it.
+
+    Args:
+        image: (H, W, C).
+        label: class ids (H, W).
+
+    Returns:
+        A key of `TURNS`, or None.
+    """
+    gray = image.mean(-1)
+    edges = np.hypot(*np.gradient(gray))[:-1, :-1]
+    strengths = {}
+    for name, turn in {"": lambda array: array, **TURNS}.items():
+        turned = turn(label).astype(np.int16)
+        borders = (np.diff(turned, axis=0)[:, :-1] != 0) | (np.diff(turned, axis=1)[:-1] != 0)
+        strengths[name] = float(edges[borders].mean()) if borders.any() else 0.0
+    best = max(strengths, key=lambda name: strengths[name])
+    return best if best and strengths[best] > TURN_MARGIN * strengths[""] else None
+
+
 __all__ = [
-    "SAMPLED_IMAGES", "SPLITS", "Domain", "Split", "SplitError", "has_fixed_top", "sample_evenly", "shortest_sides",
+    "SAMPLED_IMAGES",
+    "SPLITS",
+    "TURNS",
+    "Domain",
+    "Split",
+    "SplitError",
+    "better_turn",
+    "has_fixed_top",
+    "sample_evenly",
+    "shortest_sides",
     "without_labels",
 ]  # fmt: skip
