@@ -20,6 +20,10 @@ NOT_ADAPTED = 3
 """Exit status if the network before adaptation is recommended although an adapted one is required."""
 
 
+SHOWN = ("consistency", "own source mIoU", "score", "better", "estimate", "decision")
+"""Columns of the table on the terminal; ``selection.md`` holds all."""
+
+
 @dataclass(frozen=True)
 class AdaptResult:
     """A comparison of the networks before and after adaptation, and the recommended one.
@@ -43,13 +47,14 @@ class AdaptResult:
         from rich.table import Table
 
         from overfly.adaptation.selection import COLUMNS
+        from overfly.core.progress import percent
 
         table = Table(title="candidates, in percent", title_justify="left", box=None, pad_edge=False)
-        rows = self.selection.rows()
-        filled = [number for number in range(len(COLUMNS)) if any(row[number + 1] not in ("", "–") for row in rows)]
-        table.add_column("candidate", no_wrap=True)
-        for number in filled:
-            table.add_column(COLUMNS[number], justify="left" if number == len(COLUMNS) - 1 else "right", no_wrap=True)
+        rows = self.selection.rows()[:-1]  # without the bounds: reasons name those that a candidate fails
+        shown = [COLUMNS.index(name) for name in SHOWN]
+        filled = [number for number in shown if any(row[number + 1] != percent(None) for row in rows)]
+        for name in ("candidate", *(COLUMNS[number] for number in filled)):
+            table.add_column(name, justify="left" if name in ("candidate", "decision") else "right", no_wrap=True)
         for row in rows:
             table.add_row(row[0], *(row[number + 1] for number in filled))
         yield table
