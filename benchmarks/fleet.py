@@ -25,7 +25,7 @@ from rasterio import Affine
 from overfly.core.device import describe_machine
 from overfly.data.synthetic import synthesize
 from overfly.recipe import load
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 
 def scenes(folder: Path, count: int, size: int) -> None:
@@ -84,7 +84,7 @@ def main() -> int:
     if settings.network is None:
         synthetic = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
         recipe = load({"source": synthetic, "target": {**synthetic, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
-        settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
+        settings.network = initial_network(recipe)[0].eval().save(root / "network.safetensors")
     result = fleet(settings.network, root / "scenes", root / "maps", settings.scenes)
     alone = [sys.executable, "-m", "overfly", "predict", str(settings.network), f"{root}/scenes/*.tif", "--quiet"]
     subprocess.run([*alone, "--out", str(root / "alone")], check=True, stdout=subprocess.DEVNULL)

@@ -42,7 +42,7 @@ from overfly.raster.map_raster import map_raster, plan_raster
 from overfly.raster.raster_source import inspect_raster
 from overfly.raster.window_reader import FinishedRows, read_windows
 from overfly.recipe import load
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 TILE = 1024
 
@@ -177,7 +177,7 @@ def main() -> int:
     if settings.stand_in is False and settings.network is None:
         synthetic = {"name": "synthetic", "scene": "urban", "size": 64, "train": 2}
         recipe = load({"source": synthetic, "target": {**synthetic, "scene": "rural"}, "model": "lraspp_mobilenet_v2"})
-        settings.network = initial_segmenter(recipe).eval().save(root / "network.safetensors")
+        settings.network = initial_network(recipe)[0].eval().save(root / "network.safetensors")
     predictor = stand_in() if settings.stand_in else load_predictor(settings.network, device="cpu")
     if settings.measure:
         result = measure(predictor, raster, root / "whole.tif", settings.share)

@@ -15,7 +15,7 @@ from overfly.methods.method import Method
 from overfly.models import PRETRAINED, LoadReport, Network, load_weights
 from overfly.recipe import Recipe, load
 from overfly.training import setup
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -84,7 +84,7 @@ def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
     """Make a small recipe of a method, with the start or teacher that it needs."""
     special: dict[str, Callable[[], dict[str, Any]]] = {
         "daformer": lambda: {"warmup": 1},
-        "distill": lambda: {"teacher": str(initial_segmenter(load(small)).save(tmp_path / "teacher.safetensors"))},
+        "distill": lambda: {"teacher": str(initial_network(load(small))[0].save(tmp_path / "teacher.safetensors"))},
         "source_free": lambda: {"statistics": "batch"},  # running statistics after three steps are too inaccurate
     }
 

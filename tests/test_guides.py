@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 from conftest import REPOSITORY
 from overfly import cli
 from overfly.recipe import load
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 from rasters import ids, noise, write
 
 GUIDES = REPOSITORY / "docs" / "guides"
@@ -32,7 +32,7 @@ def commands(page: str) -> list[list[str]]:
 @pytest.fixture
 def network(small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights of a network, in a working folder with the files that the guides name."""
-    weights = initial_segmenter(load(small)).eval().save(tmp_path / "runs" / "NAME" / "network.safetensors")
+    weights = initial_network(load(small))[0].eval().save(tmp_path / "runs" / "NAME" / "network.safetensors")
     for name in ("scene.tif", "scenes/a.tif", "scenes/b.tif", "scenes/east/c.tif", "more/d.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, noise(64, 80))

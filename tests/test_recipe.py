@@ -16,7 +16,7 @@ from overfly.data.loveda import CLASSES
 from overfly.methods.adaptsegnet import AdaptSegNet
 from overfly.ops.criterion import CrossEntropy
 from overfly.recipe import Recipe, load
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 
@@ -159,25 +159,25 @@ def test_random_crop_must_match_the_crop_of_mixing_methods(small: dict[str, Any]
 
 
 def test_start_must_have_the_max_value_of_the_domain(small: dict[str, Any], tmp_path: Path) -> None:
-    trained = initial_segmenter(load(small))
+    trained = initial_network(load(small))[0]
     trained.max_value = 1.0
     start = trained.save(tmp_path / "unit.safetensors")
     with pytest.raises(RecipeError, match=r"unit\.safetensors.* 1,.*255"):
-        initial_segmenter(load(small), start)
+        initial_network(load(small), start)[0]
 
 
 @pytest.mark.parametrize("name", ["cbst", "iast", "multiscale_self_training"])
 def test_self_training_needs_a_trained_network(name: str, small: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"{name}.*start"):
         load({**small, "method": name})
-    trained = initial_segmenter(load(small)).network
+    trained = initial_network(load(small))[0].network
     state = {key: value for key, value in trained.state_dict().items() if not key.startswith(trained.class_layer)}
     save_file(state, tmp_path / "encoder.safetensors")
     model = {"name": "small_network", "weights": str(tmp_path / "encoder.safetensors")}
     with pytest.raises(RecipeError, match=r"encoder\.safetensors"):
-        initial_segmenter(load({**small, "method": name, "model": model}))
+        initial_network(load({**small, "method": name, "model": model}))[0]
     start = {**small, "model": model}
-    assert initial_segmenter(load({**start, "method": name, "start": start}))
+    assert initial_network(load({**start, "method": name, "start": start}))[0]
 
 
 def test_options_are_parameters_of_the_commands() -> None:

@@ -10,7 +10,7 @@ import yaml
 from conftest import REPOSITORY
 from overfly import benchmark, data_synthesize, train
 from overfly.recipe import load
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 ROWS = [path for path in RECIPES if path.parent.name == "loveda" and "adapt" not in path.stem]
@@ -60,7 +60,7 @@ def test_every_method_trains(path: Path, world: Path, runs: Path) -> None:
     if "start" in values:
         changes += [f"start.{change}" for change in changes]
     if "teacher" in values["method"]:
-        teacher = initial_segmenter(load(path, *changes)).save(runs / "teacher.safetensors")
+        teacher = initial_network(load(path, *changes))[0].save(runs / "teacher.safetensors")
         changes.append(f"method.teacher={teacher}")
     assert train(load(path, *changes), out=runs, device="cpu", quiet=True).run.finished
 

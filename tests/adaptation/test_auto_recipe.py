@@ -19,7 +19,7 @@ from overfly.data.synthetic import synthesize
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig
 from overfly.training.run import Run
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 NAMES = ["background", "building", "road", "water", "barren", "forest", "agriculture"]
 
@@ -312,7 +312,7 @@ def test_epochs_may_be_given_instead_of_steps(own: FolderInputs, tmp_path: Path)
 
 def test_a_weights_file_gives_its_model(own: FolderInputs, tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"source": {"name": "synthetic"}, "model": "lraspp_mobilenet_v2"})
-    file = initial_segmenter(recipe).save(tmp_path / "network.safetensors")
+    file = initial_network(recipe)[0].save(tmp_path / "network.safetensors")
     (found,) = folder_recipes(
         FolderInputs(target_images=own.target_images, checkpoint=file),
         "10m",

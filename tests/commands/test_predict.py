@@ -13,7 +13,7 @@ from overfly import cli
 from overfly.commands.predict import network_digest, predict
 from overfly.core.errors import RecipeError
 from overfly.recipe import load
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 from rasters import ids, noise, write
 
 
@@ -25,7 +25,7 @@ def overfly(*arguments: str | Path) -> int:
 
 @pytest.fixture
 def network(small: dict[str, Any], tmp_path: Path) -> Path:
-    return initial_segmenter(load(small)).eval().save(tmp_path / "network.safetensors")
+    return initial_network(load(small))[0].eval().save(tmp_path / "network.safetensors")
 
 
 def test_predict_maps_one_raster(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_predict_in_python(network: Path, tmp_path: Path) -> None:
 
 
 def test_digest_of_networks(network: Path, small: dict[str, Any], tmp_path: Path) -> None:
-    other = initial_segmenter(load(small, "model=lraspp_mobilenet_v2")).save(
+    other = initial_network(load(small, "model=lraspp_mobilenet_v2"))[0].save(
         tmp_path / "run" / "recommended.safetensors"
     )
     assert network_digest(network) != network_digest(other)

@@ -64,10 +64,10 @@ def test_watch_writes_a_video(network: object, tmp_path: Path, capsys: pytest.Ca
 
 def test_watch_reads_a_folder(tmp_path: Path, recipe: object, capsys: pytest.CaptureFixture[str]) -> None:
     from overfly.recipe import Recipe
-    from overfly.training.setup import initial_segmenter
+    from overfly.training.setup import initial_network
 
     assert isinstance(recipe, Recipe)
-    weights = initial_segmenter(recipe).save(tmp_path / "net.safetensors")
+    weights = initial_network(recipe)[0].save(tmp_path / "net.safetensors")
     frames = tmp_path / "frames"
     frames.mkdir()
     for index in range(3):

@@ -11,12 +11,12 @@ from overfly.core.errors import DataError, OverflyError
 from overfly.exporting.predictor import Predictor, model_metadata, segmenter_predictor
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 
 @pytest.fixture
 def segmenter(recipe: Recipe) -> Segmenter:
-    return initial_segmenter(recipe).eval()
+    return initial_network(recipe)[0].eval()
 
 
 def test_probabilities_are_those_of_the_network(segmenter: Segmenter) -> None:

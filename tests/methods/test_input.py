@@ -11,7 +11,7 @@ from overfly.methods.fda import FDA, ColorTransfer
 from overfly.methods.method import Method
 from overfly.methods.source_only import SourceOnly
 from overfly.recipe import load
-from overfly.training.setup import initial_segmenter, training_streams
+from overfly.training.setup import initial_network, training_streams
 
 
 def test_style_transfer_between_equal_images_changes_nothing(small: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def test_style_transfer_between_equal_images_changes_nothing(small: dict[str, An
     batch = batch._replace(target=batch.source.image)
     methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColorTransfer(), ColorTransfer(per_image=True)]
     for method in methods:
-        nets = method.networks(initial_segmenter(recipe)).train()
+        nets = method.networks(initial_network(recipe)[0]).train()
         shown: list[torch.Tensor] = []
         nets.student.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))
         result = method.losses(nets, batch)
@@ -33,7 +33,7 @@ def test_images_stay_in_the_sensors_range_and_labels_as_they_are(small: dict[str
     batch = BatchDataset(*training_streams(recipe)).batch(0)
     batch = batch._replace(target=255 - batch.target)
     for method in (FDA(beta=0.09), ColorTransfer()):
-        nets = method.networks(initial_segmenter(recipe)).train()
+        nets = method.networks(initial_network(recipe)[0]).train()
         shown: list[torch.Tensor] = []
         nets.student.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))
         losses = method.losses(nets, batch)

@@ -11,7 +11,7 @@ from overfly.methods.multiscale_self_training import MultiscaleNetworks, Multisc
 from overfly.ops.normalization import batch_norms, frozen_statistics
 from overfly.ops.pseudo_labels import correct_class_prior, predict_augmented
 from overfly.recipe import Recipe
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 
 class Bright(nn.Module):
@@ -24,7 +24,7 @@ class Bright(nn.Module):
 
 @pytest.fixture
 def nets(recipe: Recipe) -> MultiscaleNetworks:
-    return MultiscaleSelfTraining().networks(initial_segmenter(recipe)).train()
+    return MultiscaleSelfTraining().networks(initial_network(recipe)[0]).train()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from overfly.methods.tent import Tent
 from overfly.methods.transnorm import TransferableNorm, TransNorm
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
-from overfly.training.setup import initial_segmenter, training_streams
+from overfly.training.setup import initial_network, training_streams
 from overfly.training.train_recipe import resolve_start
 
 Case = tuple[Recipe, Batch]
@@ -34,7 +34,7 @@ def case(small: dict[str, Any]) -> Case:
 
 def stepped(method: Method[Any], case: Case, steps: int = 2) -> Any:
     """Networks after a few steps of plain descent."""
-    nets = method.networks(initial_segmenter(case[0])).train()
+    nets = method.networks(initial_network(case[0])[0]).train()
     optimizers = method.optimizers(nets, case[0].optim)
     for step in range(steps):
         losses = method.losses(nets, case[1])
@@ -49,7 +49,7 @@ def stepped(method: Method[Any], case: Case, steps: int = 2) -> Any:
 
 def test_recalibrate_share_interpolates_statistics(case: Case) -> None:
     torch.manual_seed(0)
-    segmenter = initial_segmenter(case[0])
+    segmenter = initial_network(case[0])[0]
     result = {}
     for share in (0.0, 0.5, 1.0):
         method = Recalibrate(share=share)
@@ -57,7 +57,7 @@ def test_recalibrate_share_interpolates_statistics(case: Case) -> None:
         result[share] = method.inference_network(stepped(method, case)).state_dict()
     segmenter.load_state_dict(result[0.0])
     torch.manual_seed(0)
-    start = initial_segmenter(case[0]).state_dict()
+    start = initial_network(case[0])[0].state_dict()
     assert all(torch.equal(value, start[key]) for key, value in result[0.0].items())
     for key, value in result[0.5].items():
         if "running" in key:
@@ -69,7 +69,7 @@ def test_recalibrate_share_interpolates_statistics(case: Case) -> None:
 
 def test_tent_changes_batch_normalization_only(case: Case) -> None:
     torch.manual_seed(0)
-    before = initial_segmenter(case[0])
+    before = initial_network(case[0])[0]
     norms = {name for name, part in before.named_modules() if isinstance(part, nn.BatchNorm2d)}
     torch.manual_seed(0)
     after = stepped(Tent(), case).student.state_dict()
@@ -110,7 +110,7 @@ def test_deployed_networks_are_ordinary_with_equal_outputs(method: Method[Any], 
     nets = stepped(method, case)
     inference_network = method.inference_network(nets).eval()
     assert isinstance(inference_network, Segmenter)
-    assert inference_network.state_dict().keys() == initial_segmenter(case[0]).state_dict().keys()
+    assert inference_network.state_dict().keys() == initial_network(case[0])[0].state_dict().keys()
     loaded = Segmenter.load(inference_network.save(tmp_path / "deployed.safetensors")).eval()
     image = case[1].target
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_transferable_normalization_by_the_papers_formula() -> None:
 
 
 def test_distillation_loss_is_zero_for_equal_networks(case: Case, tmp_path: Path) -> None:
-    file = initial_segmenter(case[0]).save(tmp_path / "teacher.safetensors")
+    file = initial_network(case[0])[0].save(tmp_path / "teacher.safetensors")
     method = Distill(teacher=file)
     nets = method.networks(Segmenter.load(file))
     nets.eval()
@@ -159,7 +159,7 @@ def test_distillation_loss_is_zero_for_equal_networks(case: Case, tmp_path: Path
 
 def test_distillation_reads_the_source_if_there_is_one(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load(small)
-    file = initial_segmenter(recipe).save(tmp_path / "teacher.safetensors")
+    file = initial_network(recipe)[0].save(tmp_path / "teacher.safetensors")
     method = {"name": "distill", "teacher": str(file)}
     with_source = load({**small, "method": method})
     assert load(with_source.model_dump(mode="json")) == with_source
@@ -169,7 +169,7 @@ def test_distillation_reads_the_source_if_there_is_one(small: dict[str, Any], tm
 
 
 def test_a_missing_or_different_teacher_raises(small: dict[str, Any], tmp_path: Path) -> None:
-    student = initial_segmenter(load(small))
+    student = initial_network(load(small))[0]
     with pytest.raises(RecipeError, match=r"method\.teacher: .*nowhere"):
         Distill(teacher=tmp_path / "nowhere").networks(student)
     with pytest.raises(RecipeError, match=r"method\.teacher"):
@@ -179,7 +179,7 @@ def test_a_missing_or_different_teacher_raises(small: dict[str, Any], tmp_path: 
     student.classes = other
     with pytest.raises(RecipeError, match="classes, bands"):
         Distill(teacher=file).networks(student)
-    wide = initial_segmenter(load(small))
+    wide = initial_network(load(small))[0]
     wide.max_value = 65535.0
     with pytest.raises(RecipeError, match="65535"):
         Distill(teacher=file).networks(wide)

@@ -10,7 +10,7 @@ from overfly import train
 from overfly.ops.normalization import batch_norms, reset_statistics, updating_statistics
 from overfly.recipe import load
 from overfly.training.run import Run
-from overfly.training.setup import initial_segmenter, training_streams
+from overfly.training.setup import initial_network, training_streams
 
 
 def test_statistics_are_the_plain_average_over_all_batches() -> None:
@@ -47,7 +47,7 @@ def test_recalibrate_changes_statistics_only(small: dict[str, Any], tmp_path: Pa
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed
     assert all(key.rsplit(".", 1)[1] in ("running_mean", "running_var", "num_batches_tracked") for key in changed)
-    expected = initial_segmenter(recipe, Run.find(tmp_path, recipe.start).weights)  # type: ignore[arg-type,union-attr]
+    expected = initial_network(recipe, Run.find(tmp_path, recipe.start).weights)[0]  # type: ignore[arg-type,union-attr]
     reset_statistics(expected)
     _, target = training_streams(recipe)
     assert target is not None

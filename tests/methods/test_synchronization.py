@@ -17,7 +17,7 @@ from overfly.data.loading import BatchDataset
 from overfly.methods.method import Method
 from overfly.ops.criterion import Criterion
 from overfly.recipe import Recipe
-from overfly.training.setup import initial_segmenter, training_streams
+from overfly.training.setup import initial_network, training_streams
 
 SYNCHRONIZING = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::unique_dim", "aten::masked_select",
@@ -62,7 +62,7 @@ class Synchronizations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # t
 
 def synchronizations(method: Method[Any], recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Operators of one call of `losses`, and of `after_step`, that would wait for the device."""
-    nets = method.networks(initial_segmenter(recipe)).train()
+    nets = method.networks(initial_network(recipe)[0]).train()
     batch = BatchDataset(*training_streams(recipe)).batch(0)
     nodata_mask = torch.zeros(len(batch.target), *batch.target.shape[-2:], dtype=torch.bool)
     nodata_mask[..., :9] = True

@@ -25,7 +25,7 @@ from overfly.ops.geometry import Dihedral
 from overfly.ops.normalization import batch_norms
 from overfly.ops.pseudo_labels import linear_ramp
 from overfly.recipe import Recipe, load
-from overfly.training.setup import initial_segmenter, training_streams
+from overfly.training.setup import initial_network, training_streams
 
 TEACHERS = ["cbst", "dacs", "daformer", "dsbn", "iast", "mic", "source_free"]
 NODATA_METHODS = ["minent", "cbst", "distill", "dsbn", "iast", "multiscale_self_training", "source_free", "tent"]
@@ -51,7 +51,7 @@ def run(
 ) -> tuple[Any, StudentInputs, dict[str, Tensor]]:
     """Networks, student inputs and losses of one step; ``teacher_scores`` replaces the teacher's output."""
     torch.manual_seed(0)
-    nets = method.networks(initial_segmenter(case[0])).train()
+    nets = method.networks(initial_network(case[0])[0]).train()
     if teacher_scores is not None:
         nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teacher_scores))
     inputs = StudentInputs(nets)
@@ -69,7 +69,7 @@ def test_self_training_uses_one_forward_pass_and_deploys_the_teacher(
     name: str, recipe_of: Callable[..., Recipe]
 ) -> None:
     recipe = recipe_of(name)
-    nets = recipe.method.networks(initial_segmenter(recipe)).train()
+    nets = recipe.method.networks(initial_network(recipe)[0]).train()
     assert isinstance(nets, TeacherStudent)
     assert not any(part.training for part in nets.teacher.modules())
     assert not any(weight.requires_grad for weight in nets.teacher.parameters())
@@ -94,7 +94,7 @@ def test_dacs_pastes_source_pixels_with_their_labels_and_weighs_the_rest(case: C
     (image, label), target, _ = case[1]
     pseudo = torch.randint(0, 7, label.shape)
     method = DACS(strong_augment=())
-    nets = method.networks(initial_segmenter(case[0])).train()
+    nets = method.networks(initial_network(case[0])[0]).train()
     nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=scores_of(pseudo, margin)))
     torch.manual_seed(0)
     mix = method.mix(nets, case[1])
@@ -145,7 +145,7 @@ def test_local_quality_weighs_pixel_by_pixel(case: Case) -> None:
     teacher_scores = scores_of(label, 50.0)
     teacher_scores[..., :32] = 0  # the left half has no confident class
     method = GCWLDQ(strong_augment=())
-    nets = method.networks(initial_segmenter(case[0])).train()
+    nets = method.networks(initial_network(case[0])[0]).train()
     nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teacher_scores))
     mix = method.mix(nets, case[1])
     assert (mix.pseudo_weight[:, :, :29] == 0).all()
@@ -162,7 +162,7 @@ def test_dacs_warmup_trains_on_the_source_only(case: Case) -> None:
 
 def test_daformer_feature_distance_is_zero_at_the_anchor(case: Case) -> None:
     method = DAFormer()
-    nets = method.networks(initial_segmenter(case[0])).train()
+    nets = method.networks(initial_network(case[0])[0]).train()
     assert isinstance(nets, AnchoredNetworks)
     assert not any(part.training for part in nets.anchor.modules())
     nets.student.eval()
@@ -228,7 +228,7 @@ def test_iast_regularizes_by_a_mean_over_pixels_and_classes(case: Case) -> None:
     teacher_scores = torch.where(confident[:, None], scores_of(label, 50.0), scores_of(label, 1.0))
     scores = torch.randn(2 * len(label), 7, *label.shape[1:], generator=torch.Generator().manual_seed(1))
     method = IAST()
-    nets = method.networks(initial_segmenter(case[0])).train()
+    nets = method.networks(initial_network(case[0])[0]).train()
     nets.teacher.register_forward_hook(lambda *given: given[2]._replace(main=teacher_scores))
     nets.student.register_forward_hook(lambda *given: given[2]._replace(main=scores))
     losses = method.losses(nets, case[1])
@@ -254,7 +254,7 @@ def test_source_free_freezes_statistics_by_default(
     case: Case, statistics: Literal["frozen", "batch"], same: bool
 ) -> None:
     method = SourceFree(statistics=statistics)
-    nets = method.networks(initial_segmenter(case[0])).train()
+    nets = method.networks(initial_network(case[0])[0]).train()
     before = {name: value.clone() for name, value in nets.student.named_buffers() if "running" in name}
     method.losses(nets, case[1])
     now = dict(nets.student.named_buffers())
@@ -264,7 +264,7 @@ def test_source_free_freezes_statistics_by_default(
 
 def test_source_free_labels_at_several_scales_with_class_prior_correction(case: Case) -> None:
     method = SourceFree(share=1.0)
-    nets = method.networks(initial_segmenter(case[0])).train()
+    nets = method.networks(initial_network(case[0])[0]).train()
     sides: list[int] = []
     nets.teacher.register_forward_pre_hook(lambda _, given: sides.append(given[0].shape[-1]))
     scores = torch.zeros(1, 7, 1, 1)
@@ -285,7 +285,7 @@ def test_pixels_without_data_have_no_loss(name: str, recipe_of: Callable[..., Re
     recipe = recipe_of(name)
     changes = {"mix_share": 0.0} if name == "multiscale_self_training" else {}
     method = recipe.method.model_copy(update=changes)
-    nets = method.networks(initial_segmenter(recipe)).train()
+    nets = method.networks(initial_network(recipe)[0]).train()
     before = {key: value.clone() for key, value in nets.named_buffers() if key in {"thresholds", "class_prior"}}
     batch = BatchDataset(*training_streams(recipe)).batch(0)
     torch.manual_seed(0)

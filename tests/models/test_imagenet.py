@@ -13,7 +13,7 @@ from overfly.models import PRETRAINED, build, checkpoints, load_weights
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD
 from overfly.recipe import Recipe, load
 from overfly.training import setup
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 
 URL = "https://example.org/mobilenet_v2-12345678.pth"
 
@@ -101,7 +101,7 @@ def test_a_file_of_another_digest_is_not_taken(downloads: Downloads, packaged: P
 @pytest.mark.usefixtures("downloads")
 def test_imagenet_loads_the_weights_and_their_normalization(light: Recipe, weights: Path, packaged: Path) -> None:
     put(weights.read_bytes(), packaged)
-    segmenter = initial_segmenter(light)
+    segmenter = initial_network(light)[0]
     name = f"{segmenter.network.first_conv}.weight"
     assert torch.equal(segmenter.network.state_dict()[name], torch.load(weights, weights_only=True)[name])
     assert segmenter.mean.flatten().tolist() == pytest.approx([255 * value for value in IMAGENET_MEAN])
@@ -112,12 +112,12 @@ def test_without_the_weights_a_network_is_random_and_says_so_once(
     downloads: Downloads, light: Recipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(3)
-    segmenter = initial_segmenter(light)
+    segmenter = initial_network(light)[0]
     assert downloads.urls == [URL]
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "model.weights" in line]
     assert light.model.name in line
     torch.manual_seed(3)
-    plain = initial_segmenter(load(light, "model.weights=null"))
+    plain = initial_network(load(light, "model.weights=null"))[0]
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in segmenter.state_dict().items())
     mean = light.domain("source").statistics
     assert mean is None or segmenter.mean.flatten().tolist() == pytest.approx(mean[0])
@@ -128,14 +128,14 @@ def test_without_the_weights_a_network_is_random_and_says_so_once(
 @pytest.mark.usefixtures("downloads")
 def test_other_names_of_weights_must_be_there(light: Recipe, tmp_path: Path) -> None:
     with pytest.raises(DownloadError):
-        initial_segmenter(load(light, "model.weights=mobilenet_v2"))
+        initial_network(load(light, "model.weights=mobilenet_v2"))[0]
     with pytest.raises(WeightsError, match=r"none\.pth"):
-        initial_segmenter(load(light, f"model.weights={tmp_path / 'none.pth'}"))
+        initial_network(load(light, f"model.weights={tmp_path / 'none.pth'}"))[0]
 
 
 def test_a_network_without_known_weights_is_random(
     downloads: Downloads, recipe: Recipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    initial_segmenter(load(recipe, "model={name: pidnet_s}"))
+    initial_network(load(recipe, "model={name: pidnet_s}"))[0]
     assert not downloads.urls
     assert capfd.readouterr().err.count("model.weights") == 1

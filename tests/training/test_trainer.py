@@ -28,7 +28,7 @@ from overfly.recipe import Recipe, load
 from overfly.training import evaluate
 from overfly.training.engine import TrainerConfig, apply_performance_settings, effective_precision, launch_fabric
 from overfly.training.run import Run, file_sha256
-from overfly.training.setup import initial_segmenter, prepare_training, training_streams
+from overfly.training.setup import initial_network, prepare_training, training_streams
 from overfly.training.trainer import Trainer
 
 
@@ -198,7 +198,7 @@ def test_masks_of_a_later_validation_are_checked_before_the_first_step(small: di
 def test_changed_start_weights_make_a_new_run(small: dict[str, Any], tmp_path: Path) -> None:
     start = tmp_path / "start.safetensors"
     recipe = load(small, "method=recalibrate", f"start={start}", "steps=2")
-    networks = [initial_segmenter(load(small)).save(tmp_path / f"{number}.safetensors") for number in range(2)]
+    networks = [initial_network(load(small))[0].save(tmp_path / f"{number}.safetensors") for number in range(2)]
     runs = []
     for network in (*networks, networks[0]):
         shutil.copy(network, start)
@@ -347,7 +347,7 @@ def test_every_trained_weight_gets_a_gradient(
 ) -> None:
     recipe = recipe_of(name, batch=4)
     source, target = training_streams(recipe)
-    nets = recipe.method.networks(initial_segmenter(load(small)))
+    nets = recipe.method.networks(initial_network(load(small))[0])
     optimizers = recipe.method.optimizers(nets, recipe.optim)
     trainable = {id(parameter) for entry in optimizers for group in entry.param_groups for parameter in group["params"]}
     trains = {key: parameter for key, parameter in nets.named_parameters() if id(parameter) in trainable}

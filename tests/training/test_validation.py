@@ -22,7 +22,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
 from overfly.training.evaluate import logged_source_miou, reference
 from overfly.training.run import Run
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 from overfly.training.trainer import Trainer
 
 VALIDATED = ("validation.every=2", "validation.target=true", "validation.keep_all=true", "steps=4", "optim.lr=1e-5",
@@ -149,5 +149,5 @@ def test_reference_is_not_the_deployed_network(recipe_of: Callable[..., Recipe])
         ("source_only", False),
     ):
         recipe = recipe_of(name)
-        nets = recipe.method.networks(initial_segmenter(recipe))
+        nets = recipe.method.networks(initial_network(recipe)[0])
         assert reference(recipe.method, nets) is (nets.student if student else None), name

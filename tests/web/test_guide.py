@@ -16,7 +16,7 @@ import pytest
 from conftest import REPOSITORY
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
-from overfly.training.setup import initial_segmenter
+from overfly.training.setup import initial_network
 from overfly.web.server import BackgroundServer, application, start
 from overfly.web.service import Limits
 from served import network, ramp
@@ -57,7 +57,7 @@ def test_python_of_the_guide(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-    weights = initial_segmenter(recipe).save(tmp_path / "network.safetensors")
+    weights = initial_network(recipe)[0].save(tmp_path / "network.safetensors")
     assert isinstance(Segmenter.load(weights), Segmenter)
     monkeypatch.chdir(tmp_path)
     code = block.replace("runs/NAME", "network.safetensors")

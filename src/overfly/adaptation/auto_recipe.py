@@ -200,11 +200,8 @@ def propose_recipes(
         "augment": (HorizontalFlip() if upright else Dihedral(), ScaleJitter(), ColorJitter()), "clip": 10.0,
     }  # fmt: skip
     if upright:
-        update = {"turns": False}
-        methods = [
-            method.model_copy(update=update) if isinstance(method, MultiscaleSelfTraining) else method
-            for method in methods
-        ]
+        turned = MultiscaleSelfTraining
+        methods = [each.model_copy(update={"turns": False}) if isinstance(each, turned) else each for each in methods]
     if checkpoint is not None and not checkpoint.is_dir():  # the recipe of a run gives its model
         shared["model"] = Segmenter.load(checkpoint).architecture
     start: Recipe | Path | None = checkpoint

@@ -118,11 +118,6 @@ def source_images(stream: BatchStream | None, count: int) -> Iterator[Tensor]:
             yield stream.read(step, list(range(stream.batch))).image
 
 
-def initial_segmenter(recipe: Recipe, start: Path | None = None) -> Segmenter:
-    """Return the network of `initial_network`."""
-    return initial_network(recipe, start)[0]
-
-
 def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmenter, str]:
     """Return the initial network with its training heads, and the name of its file of weights or ``random``.
 
