@@ -234,12 +234,13 @@ def _optimizer(model: Model, factor: float = 1.0) -> AdamW:
 
 
 def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[str]) -> Recipe:
-    """Set the steps of a recipe, and the warm-up and ramp that depend on them."""
+    """Set the steps of a recipe, and what depends on them: warm-up, ramp, and the memory of the teacher's average."""
     images = len(recipe.source.items("train")) if recipe.epochs and recipe.source is not None else 0
     count = recipe.length(images) if recipe.steps or recipe.epochs else steps["adapted"]
     method, start = recipe.method, recipe.start
     if isinstance(method, MultiscaleSelfTraining):
-        method = method.model_copy(update={"ramp_steps": max(1, count // 3)})
+        ema = max(0.5, min(method.ema, 1 - 6 / count))  # a sixth of the steps: the teacher must leave its start
+        method = method.model_copy(update={"ramp_steps": max(1, count // 3), "ema": ema})
     if isinstance(start, Recipe) and not (start.steps or start.epochs):
         every = max(MIN_STEPS // 2, steps["source"] // VALIDATIONS)
         validation = start.validation if start.validation.every else Validation(every=every, patience=PATIENCE)
