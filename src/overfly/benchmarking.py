@@ -205,17 +205,9 @@ def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
 
 
 def run_benchmark(
-    recipes: Sequence[Path],
-    overrides: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    out: Path,
-    fabric: Fabric,
-    config: TrainerConfig,
-    split: Split,
-    save_samples: SaveSamples | None = None,
-    workers: int = 0,
-) -> dict[Path, list[Run]]:
+    recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int], *, out: Path, fabric: Fabric,
+    config: TrainerConfig, split: Split, save_samples: SaveSamples | None = None, workers: int = 0,
+) -> dict[Path, list[Run]]:  # fmt: skip
     """Train and score every recipe with every seed, skipping finished runs.
 
     All recipes are read first, so that an error in the last one is raised before training.
@@ -242,14 +234,9 @@ def run_benchmark(
 
 
 def tabulate(
-    done: Mapping[Path, Sequence[Run]],
-    seeds: Sequence[int],
-    split: Split,
-    *,
-    size: int,
-    device: str,
+    done: Mapping[Path, Sequence[Run]], seeds: Sequence[int], split: Split, *, size: int, device: str,
     changed: Sequence[str] = (),
-) -> BenchmarkTable:
+) -> BenchmarkTable:  # fmt: skip
     """Create the table of finished and scored runs."""
     rows = benchmark_rows(done, split)
     networks = []

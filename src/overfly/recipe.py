@@ -7,13 +7,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from overfly import data, methods  # noqa: F401  (importing them registers their kinds)
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import SGD, Optim, Poly, Schedule
-from overfly.core.settings import read_mapping, set_value, validation_message
+from overfly.core.settings import read_mapping, set_value, validation_message, write_mapping
 from overfly.core.spec import Choice, NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Spec, load_plugins
 from overfly.data.domain import Domain, Split
 from overfly.data.sampling import Sampling, Uniform
@@ -240,7 +239,7 @@ class Recipe(Spec):
 
     def save(self, path: Path) -> None:
         """Write all settings, including defaults, as YAML."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_mapping(path, self.model_dump(mode="json"))
 
 
 def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Recipe:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from overfly.core.atomic_files import TRAILER_BYTES
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import Array, Item, UInt8
@@ -65,7 +66,7 @@ def test_estimate_is_the_size_of_the_cache(domain: Folder, tmp_path: Path) -> No
     assert size(cache) == 0
     for item in items:
         open_image(domain, item, 16, cache)
-    assert size(cache) == estimate_cache_bytes(domain, items, 16) == 4 * (16 * 16 * 4 + 2 * 128)
+    assert size(cache) == estimate_cache_bytes(domain, items, 16) == 4 * (16 * 16 * 4 + 2 * (128 + TRAILER_BYTES))
 
 
 def test_changed_arrays_do_not_change_the_cache(domain: Folder, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def export(tmp_path: Path) -> Path:
     folder = tmp_path / "exports"
     folder.mkdir()
     texts = {"a.xml": "graph", "a.bin": "weights", "a.md": "# A card\n", "b.onnx": "other"}
-    report = {"file": "a.xml", "bytes": 12, "sha256": hashlib.sha256(b"graph").hexdigest()}
+    report = {"file": "a.xml", "bytes": 12, "sha256": hashlib.sha256(b"graphweights").hexdigest()}
     for name, text in (texts | {"a.json": json.dumps(report)}).items():
         (folder / name).write_text(text)
     return folder / "a.xml"

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RecipeError, WeightsError
 from overfly.models import Network, Segmenter, build, network
+from overfly.models.checkpoints import tensors_sha256
 from overfly.models.deeplabv2 import DeepLabV2
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, read_segmenter_file
 
@@ -140,12 +142,25 @@ def test_equal_segmenters_give_equal_files(tmp_path: Path) -> None:
     assert len(files) == 1
 
 
+def rewrite(path: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a file of other content with its digest."""
+    about = {**about, "sha256": tensors_sha256(about, tensors)}
+    save_file(dict(tensors), path, metadata={"overfly": json.dumps(about)})
+
+
 def test_files_of_another_format_are_named(tmp_path: Path) -> None:
     path = make().save(tmp_path / "s.safetensors")
     about, tensors = read_segmenter_file(path)
-    save_file(tensors, path, metadata={"overfly": json.dumps({**about, "format": 1})})
-    with pytest.raises(WeightsError, match="format 2"):
+    rewrite(path, {**about, "format": 1}, tensors)
+    with pytest.raises(WeightsError, match="format 3"):
         Segmenter.load(path)
+
+
+def test_files_of_format_2_have_no_digest_and_open(tmp_path: Path) -> None:
+    path = make().save(tmp_path / "s.safetensors")
+    about, tensors = read_segmenter_file(path)
+    save_file(tensors, path, metadata={"overfly": json.dumps({**about, "format": 2})})
+    assert torch.equal(Segmenter.load(path).mean, tensors["mean"])
 
 
 def test_saving_replaces_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +211,7 @@ def test_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
 def test_invalid_metadata_raises(key: str, value: object, match: str, tmp_path: Path) -> None:
     path = make().save(tmp_path / "s.safetensors")
     about, tensors = read_segmenter_file(path)
-    save_file(tensors, path, metadata={"overfly": json.dumps({**about, key: value})})
+    rewrite(path, {**about, key: value}, tensors)
     with pytest.raises(WeightsError, match=match):
         Segmenter.load(path)
 
@@ -213,7 +228,7 @@ def test_non_finite_or_complex_values_raise(
     about, tensors = read_segmenter_file(path)
     tensors[name] = tensors[name].to(torch.complex64 if isinstance(value, complex) else torch.float32)
     tensors[name].view(-1)[0] = torch.tensor(value)
-    save_file(tensors, path, metadata={"overfly": json.dumps(about)})
+    rewrite(path, about, tensors)
     with pytest.raises(WeightsError, match=match) as refusal:
         Segmenter.load(path)
     assert str(path) in str(refusal.value)
@@ -240,7 +255,7 @@ def test_missing_or_invalid_metadata_raises(key: str, saved: bytes, tmp_path: Pa
     about, tensors = read_segmenter_file(path)
     lacking = {name: entry for name, entry in about.items() if name != key}
     for described in (lacking, {**lacking, key: [{"a": -1}]} if key != "training_heads" else lacking):
-        save_file(tensors, path, metadata={"overfly": json.dumps(described)})
+        rewrite(path, described, tensors)
         with pytest.raises(WeightsError, match=r"s\.safetensors") as refusal:
             Segmenter.load(path)
         assert "\n" not in str(refusal.value)

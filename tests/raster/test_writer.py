@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import rasterio
 
+from overfly.core.atomic_files import TRAILER_BYTES
 from overfly.core.errors import DataError
 from overfly.raster import map_raster as module
 from overfly.raster.manifest import MapSettings
@@ -53,7 +54,7 @@ def test_incomplete_map_is_not_published(missing: int, tmp_path: Path, monkeypat
     settings = replace(SETTINGS, uncertainty=False, polygons=None)
     map_raster(pointwise(), str(source), tmp_path / "whole.tif", settings, network="none")
     with monkeypatch.context() as patched:
-        limit_disk(patched, "write_cog", (tmp_path / "whole.tif").stat().st_size - missing)
+        limit_disk(patched, "write_cog", (tmp_path / "whole.tif").stat().st_size - TRAILER_BYTES - missing)
         with pytest.raises(DataError, match=r"\.tif"):
             map_raster(pointwise(), str(source), out, settings, network="none")
     left = {path.name for path in tmp_path.glob("*map*")}

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import processes
 from overfly import train
+from overfly.core.atomic_files import file_sha256
 from overfly.core.errors import DataError, RecipeError, RunError, TrainingError
 from overfly.core.optimizers import SGD, Adam, AdamW, Optim
 from overfly.core.records import Batch, Losses
@@ -27,7 +28,7 @@ from overfly.models.network import build
 from overfly.recipe import Recipe, load
 from overfly.training import evaluate
 from overfly.training.engine import TrainerConfig, apply_performance_settings, effective_precision, launch_fabric
-from overfly.training.run import Run, file_sha256
+from overfly.training.run import Run
 from overfly.training.setup import initial_network, prepare_training, training_streams
 from overfly.training.trainer import Trainer
 

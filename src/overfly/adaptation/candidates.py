@@ -27,6 +27,7 @@ from overfly.evaluation.label_free_metrics import (
 from overfly.evaluation.perturbations import Perturbation, geometric_perturbations
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
+from overfly.models.checkpoints import weights_sha256
 from overfly.models.segmenter import Segmenter
 from overfly.ops.geometry import Dihedral
 from overfly.ops.normalization import estimate_statistics
@@ -145,6 +146,7 @@ class CandidateComparison:
         candidates = {
             name: CandidateReport(
                 run=str(run.path if isinstance(run, Run) else run),
+                weights_sha256=weights_sha256(run.weights if isinstance(run, Run) else run),
                 metrics=self.metrics[name],
                 settings=settings.get(name, {}),
                 checks=self._checks(name),

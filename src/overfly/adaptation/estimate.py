@@ -133,14 +133,9 @@ def expected_miou(counts: Tensor) -> float:
 
 
 def estimate(
-    network: nn.Module,
-    source: Domain,
-    target: Domain,
-    options: MetricOptions = MetricOptions(),
-    *,
-    source_split: Split = "val",
-    split: Split = "train",
-) -> Estimate:
+    network: nn.Module, source: Domain, target: Domain, options: MetricOptions = MetricOptions(), *,
+    source_split: Split = "val", split: Split = "train",
+) -> Estimate:  # fmt: skip
     """Estimate a network's target mIoU without target labels; about thirty forward passes per source image.
 
     Args:
@@ -236,14 +231,9 @@ def _calibrate_on_source(
 
 
 def _shift_errors(
-    score: Callable[[Tensor], Tensor],
-    calibrator: Calibrator,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    styles: Sequence[Tensor],
-    *,
-    max_value: float,
-    seed: int,
-) -> Iterator[ShiftError]:
+    score: Callable[[Tensor], Tensor], calibrator: Calibrator, pairs: Sequence[tuple[Tensor, Tensor]],
+    styles: Sequence[Tensor], *, max_value: float, seed: int,
+) -> Iterator[ShiftError]:  # fmt: skip
     """Estimated and actual mIoU of each shift, over labeled pixels."""
     for index, perturbation in enumerate(domain_shifts(styles)):
         expected, truth = torch.zeros(1), None

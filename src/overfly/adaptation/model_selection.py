@@ -155,16 +155,10 @@ def _same_weights(path: Path, other_path: Path) -> bool:
 
 
 def rank(
-    runs: Sequence[Run],
-    *,
-    validators: Sequence[str] = DEFAULT_VALIDATORS,
-    reference: Run | None = None,
-    estimates: bool = False,
-    with_labels: bool = False,
-    split: Split = "train",
-    options: MetricOptions = MetricOptions(crop=512),
-    quiet: bool = True,
-) -> Ranking:
+    runs: Sequence[Run], *, validators: Sequence[str] = DEFAULT_VALIDATORS, reference: Run | None = None,
+    estimates: bool = False, with_labels: bool = False, split: Split = "train",
+    options: MetricOptions = MetricOptions(crop=512), quiet: bool = True,
+) -> Ranking:  # fmt: skip
     """Rank the networks of runs without target labels.
 
     Args:
@@ -231,12 +225,9 @@ def _check_labels(target: Domain) -> None:
 
 
 def _sorted_candidates(
-    checkpoints: Sequence[Checkpoint],
-    metrics: Sequence[LabelFreeMetrics],
-    estimated: Sequence[Estimate | None],
-    scored: Sequence[Scores | None],
-    validators: Sequence[str],
-) -> list[Candidate]:
+    checkpoints: Sequence[Checkpoint], metrics: Sequence[LabelFreeMetrics], estimated: Sequence[Estimate | None],
+    scored: Sequence[Scores | None], validators: Sequence[str],
+) -> list[Candidate]:  # fmt: skip
     """Candidates of the checkpoints, highest mean rank over the validators first."""
     ranks = mean_ranks([values.by_validator() for values in metrics], validators)
     candidates = [
@@ -332,12 +323,9 @@ def _check_classes(run: Run, network: Segmenter, target: Domain) -> None:
 
 
 def _with_consensus(
-    checkpoints: Sequence[Checkpoint],
-    metrics: Sequence[LabelFreeMetrics],
-    target: Domain,
-    split: Split,
+    checkpoints: Sequence[Checkpoint], metrics: Sequence[LabelFreeMetrics], target: Domain, split: Split,
     options: MetricOptions,
-) -> list[LabelFreeMetrics]:
+) -> list[LabelFreeMetrics]:  # fmt: skip
     """The metrics with `consensus`, if all networks have the same resize."""
     resizes = {checkpoint.run.recipe.resize for checkpoint in checkpoints}
     if len(resizes) > 1:

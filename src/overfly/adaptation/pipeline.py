@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ import torch
 from overfly.adaptation.candidates import CROP, ESTIMATE_SPLIT, CandidateComparison, load_candidate
 from overfly.adaptation.gate import Gate
 from overfly.adaptation.selection import ADAPTED, BASELINE, Comparison, Selection, flatten_settings, value_text
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import atomic_write, write_json
 from overfly.core.errors import OverflyError, RecipeError, RunError
 from overfly.core.progress import percent, print_status
 from overfly.core.records import Item
@@ -130,14 +129,9 @@ def _baseline(recipe: Recipe) -> Recipe | Path:
 
 
 def adapt(
-    recipe: Recipe,
-    *others: Recipe,
-    out: Path,
-    fabric: Fabric,
-    config: TrainerConfig,
-    gate: Gate | None = None,
+    recipe: Recipe, *others: Recipe, out: Path, fabric: Fabric, config: TrainerConfig, gate: Gate | None = None,
     estimates: bool = True,
-) -> Comparison:
+) -> Comparison:  # fmt: skip
     """Train all candidates, compare them without target labels, and recommend one.
 
     Candidates that are trained already are reused. The selection, the recommended network and a figure are written to a
@@ -281,11 +275,9 @@ def _write_comparison(
     with atomic_write(comparison.weights) as part:
         shutil.copyfile(recommended.weights if isinstance(recommended, Run) else recommended, part)
     _draw_predictions(comparison.path / "samples" / "selection.png", recipe, runs, device)
-    content = json.dumps(selection.model_dump(mode="json"), indent=2) + "\n"
-    for name, text in (("selection.md", selection.markdown()), ("selection.json", content)):
-        file = comparison.path / name
-        with atomic_write(file) as part:
-            part.write_text(text, encoding="utf-8")
+    with atomic_write(comparison.path / "selection.md") as part:
+        part.write_text(selection.markdown(), encoding="utf-8")
+    write_json(comparison.path / "selection.json", selection.model_dump(mode="json"))
     return comparison
 
 

@@ -37,12 +37,9 @@ MIN_MIOU = 0.25
 
 
 def reverse_validation(
-    network: nn.Module,
-    source: Domain,
-    target: Domain,
-    held_out: Split = "val",
+    network: nn.Module, source: Domain, target: Domain, held_out: Split = "val",
     options: MetricOptions = MetricOptions(),
-) -> float | None:
+) -> float | None:  # fmt: skip
     """MIoU of a forest trained on target predictions, relative to one trained on source labels.
 
     Both are evaluated on the source's held-out labels.

@@ -9,14 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from overfly.adaptation.estimate import Estimate
 from overfly.adaptation.gate import Check, Gate, passes
+from overfly.core.atomic_files import read_json
 from overfly.core.errors import RunError
 from overfly.core.progress import percent
 from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
+from overfly.models.checkpoints import weights_sha256
 from overfly.recipe import Recipe
 from overfly.training.run import Run
 
@@ -38,6 +40,8 @@ class CandidateReport(Spec):
 
     run: str
     """Its run folder, or its weights file."""
+    weights_sha256: str | None = None
+    """Digest of its weights; none in files of before."""
     metrics: LabelFreeMetrics
     """Label-free metrics on the target."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -192,17 +196,30 @@ class Comparison:
         """
         file = self.path / "selection.json"
         try:
-            return Selection.model_validate_json(file.read_bytes())
-        except (ValidationError, OSError):
+            return Selection.model_validate(read_json(file))
+        except (ValueError, OSError):
             raise RunError(
                 f"{file} is damaged or of another version of overfly; delete the folder and run `overfly adapt` again"
             ) from None
 
     def run(self, candidate: str) -> Run | None:
-        """The run of a candidate, beside this folder or at its recorded path; None for a weights file or a lost run."""
+        """The run of a candidate, beside this folder or at its recorded path; None for a weights file or a lost run.
+
+        Raises:
+            RunError: its weights changed since the comparison.
+        """
         path = Path(self.selection.candidates[candidate].run)
         folders = (self.path.parent / path.name, path)
-        return next((Run.open(folder) for folder in folders if (folder / "recipe.yaml").is_file()), None)
+        run = next((Run.open(folder) for folder in folders if (folder / "recipe.yaml").is_file()), None)
+        if run is not None and run.weights.is_file():
+            self.check_weights(run.weights, candidate)
+        return run
+
+    def check_weights(self, file: Path, candidate: str) -> None:
+        """Raise `RunError` if a file does not hold the weights that a candidate had when it was compared."""
+        expected = self.selection.candidates[candidate].weights_sha256
+        if expected is not None and weights_sha256(file) != expected:
+            raise RunError(f"{file} changed since {self.path} was written; run `overfly adapt` again")
 
     def recommended_run(self) -> Run | None:
         """The run of the recommended candidate; None for a weights file or a lost run."""

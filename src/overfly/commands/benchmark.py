@@ -31,20 +31,10 @@ class BenchmarkResult:
 
 
 def benchmark(
-    recipes: PathLikes,
-    *,
-    seeds: str = "3",
-    out: PathLike = Path("runs"),
-    table: PathLike | None = None,
-    split: Split = "val",
-    size: int = 512,
-    device: str = "auto",
-    devices: int = 1,
-    workers: int = 0,
-    cache: Cache = "memory",
-    checkpoint_every: int = 200,
-    quiet: bool = False,
-) -> BenchmarkResult:
+    recipes: PathLikes, *, seeds: str = "3", out: PathLike = Path("runs"), table: PathLike | None = None,
+    split: Split = "val", size: int = 512, device: str = "auto", devices: int = 1, workers: int = 0,
+    cache: Cache = "memory", checkpoint_every: int = 200, quiet: bool = False,
+) -> BenchmarkResult:  # fmt: skip
     """Train recipes with several seeds, score them on both domains and write one table.
 
     Finished runs and scores are reused; unfinished runs resume.

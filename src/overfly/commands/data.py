@@ -48,15 +48,9 @@ class CheckResult:
 
 
 def data_synthesize(
-    root: PathLike,
-    *,
-    scenes: list[Scene] | None = None,
-    size: int = 256,
-    train: int = 400,
-    val: int = 60,
-    test: int = 60,
-    workers: int = 1,
-) -> SynthesizeResult:
+    root: PathLike, *, scenes: list[Scene] | None = None, size: int = 256, train: int = 400, val: int = 60,
+    test: int = 60, workers: int = 1,
+) -> SynthesizeResult:  # fmt: skip
     """Write synthetic urban and rural scenes in LoveDA's layout; needs no download.
 
     Args:
@@ -80,13 +74,9 @@ def data_synthesize(
 
 
 def data_fetch(
-    name: Literal["loveda"],
-    *,
-    root: PathLike = Path("data/loveda"),
-    splits: list[Split] | None = None,
-    base: str | None = None,
-    keep_archives: bool = False,
-) -> Downloaded:
+    name: Literal["loveda"], *, root: PathLike = Path("data/loveda"), splits: list[Split] | None = None,
+    base: str | None = None, keep_archives: bool = False,
+) -> Downloaded:  # fmt: skip
     """Download a public dataset, verify its checksums and unpack it; resumes an interrupted download.
 
     Args:

@@ -58,16 +58,9 @@ def scores_table(scores: Mapping[str, Scores]) -> Table:
 
 
 def evaluate(
-    run: PathLike,
-    *overrides: str,
-    domain: str = "both",
-    split: Split = "val",
-    window: int | None = None,
-    overlap: float = 0.25,
-    device: str = "auto",
-    workers: int = 0,
-    samples: bool = True,
-) -> EvaluateResult:
+    run: PathLike, *overrides: str, domain: str = "both", split: Split = "val", window: int | None = None,
+    overlap: float = 0.25, device: str = "auto", workers: int = 0, samples: bool = True,
+) -> EvaluateResult:  # fmt: skip
     """Score a run on labeled images: IoU of each class, boundaries, calibration.
 
     Args:

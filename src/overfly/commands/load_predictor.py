@@ -9,8 +9,9 @@ from overfly.adaptation.selection import Comparison, Selection, is_comparison
 from overfly.core.choices import Backend
 from overfly.core.device import select_device
 from overfly.core.errors import MissingExtraError, RecipeError, RunError
+from overfly.core.progress import print_status
 from overfly.exporting.predictor import ModelMetadata, Predictor, model_metadata, segmenter_predictor
-from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
+from overfly.exporting.runtimes import check_export, onnx_predictor, openvino_predictor, torch_predictor
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run
 
@@ -44,6 +45,8 @@ def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str =
     if suffix not in RUNTIMES:
         segmenter, metadata = load_network(path)
         return segmenter_predictor(segmenter, metadata, select_device(device))
+    if path.is_file() and not check_export(path):
+        print_status(f"{path} has no .json with its digest beside it: its content is not checked")
     if suffix == ".pt2":
         return torch_predictor(path, select_device(device))
     name = "cpu" if device == "auto" else str(select_device(device))
@@ -82,6 +85,7 @@ class NetworkFolder:
         path = Path(path)
         if is_comparison(path):
             comparison = Comparison(path)
+            comparison.check_weights(comparison.weights, comparison.selection.recommended)
             return cls(path, comparison.weights, comparison.recommended_run(), comparison.selection)
         run = Run.open(path)
         run.check_finished()

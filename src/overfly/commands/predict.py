@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds
+from overfly.core.atomic_files import file_sha256
 from overfly.core.choices import Backend
 from overfly.core.errors import OverflyError, RecipeError
 
@@ -171,12 +171,7 @@ def network_digest(network: Path) -> str:
         files = [file for file in candidates if file.is_file()][:1]
     else:
         files += [file for file in (network.with_suffix(".bin"), Path(f"{network}.data")) if file.is_file()]
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
+    return file_sha256(*files)[:16]
 
 
 def _resolution(resolution: float | None, match_gsd: bool, gsd: float | None) -> float | None:

@@ -28,18 +28,10 @@ class ReportResult:
 
 
 def report(
-    runs: PathLikes,
-    *,
-    out: PathLike = Path("report.html"),
-    title: str = "overfly report",
-    split: Split | None = None,
-    labels: bool = True,
-    images: int = 40,
-    speed: bool = True,
-    size: int = 512,
-    own_colors: bool = False,
+    runs: PathLikes, *, out: PathLike = Path("report.html"), title: str = "overfly report", split: Split | None = None,
+    labels: bool = True, images: int = 40, speed: bool = True, size: int = 512, own_colors: bool = False,
     device: str = "auto",
-) -> ReportResult:
+) -> ReportResult:  # fmt: skip
     """Write a report of runs as one HTML file.
 
     It shows the table, gap closed, IoU of each class, the selection, sample images, confusion matrices, training curves

@@ -1,4 +1,4 @@
-"""Write files so that they appear complete or not at all, and lock files between processes.
+"""Write files so that they appear complete or not at all, with a digest of their content; lock files between processes.
 
 A file ``name`` in progress is a hidden sibling ``.name.HOST.TOKEN.part``. Its writer holds a lock beside it, which the
 system releases when the process ends; later writers remove the parts of killed processes.
@@ -7,16 +7,25 @@ system releases when the process ends; later writers remove the parts of killed 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+
+TRAILER = b"\nsha256:"
+"""Bytes before the digest at the end of a file: readers of GeoTIFF, .npy and zip ignore them."""
+TRAILER_BYTES = len(TRAILER) + 64
+DIGEST = "digest"
+"""Key of the digest in JSON files."""
 
 
 @contextmanager
@@ -60,6 +69,60 @@ def temporary_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
             yield part
         finally:
             _remove(part)
+
+
+def file_sha256(*paths: Path) -> str:
+    """Return the SHA-256 of files, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def append_digest(file: BufferedRandom, key: str = "") -> None:
+    """Append the SHA-256 of a file's content and of ``key`` to a file that is open for reading and writing."""
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256")
+    digest.update(key.encode())
+    file.write(TRAILER + digest.hexdigest().encode())
+
+
+def has_digest(path: Path, key: str = "") -> bool:
+    """Return whether a file ends in the digest that `append_digest` wrote, and its content is unchanged."""
+    with path.open("rb") as file:
+        left = file.seek(0, os.SEEK_END) - TRAILER_BYTES
+        file.seek(0)
+        digest = hashlib.sha256()
+        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        digest.update(key.encode())
+        return left == 0 and file.read() == TRAILER + digest.hexdigest().encode()
+
+
+def json_sha256(values: object) -> str:
+    """Return the SHA-256 of JSON values, whatever the order of their keys and their layout."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, with its digest."""
+    plain = json.loads(json.dumps(values))
+    with atomic_write(path) as part:
+        part.write_text(json.dumps({**plain, DIGEST: json_sha256(plain)}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raise `ValueError` if it is damaged. Files of before have no digest and are not checked."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(values, dict) or values.pop(DIGEST, None) not in (None, json_sha256(values)):
+        raise ValueError("it is not a JSON object, or differs from its digest")
+    return values
 
 
 def remove_stale(path: Path) -> None:

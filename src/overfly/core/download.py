@@ -52,14 +52,9 @@ def cache_folder() -> Path:
 
 
 def download_file(
-    url: str,
-    path: Path,
-    *,
-    known_hash: str | None = None,
-    progress: OnBytes | None = None,
-    retries: int = 3,
+    url: str, path: Path, *, known_hash: str | None = None, progress: OnBytes | None = None, retries: int = 3,
     timeout: float = 30,
-) -> Path:
+) -> Path:  # fmt: skip
     """Download a file unless it exists with the right hash.
 
     An existing file with another hash is replaced when the download is complete. An interrupted download resumes if

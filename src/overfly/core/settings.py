@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -41,18 +42,30 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506  (a safe loader with one more number format)
 
 
+def write_mapping(path: Path, values: Mapping[str, Any]) -> None:
+    """Write settings as YAML, with the SHA-256 of the other lines in the first one."""
+    text = "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    path.write_text(f"# sha256 {hashlib.sha256(text.encode()).hexdigest()}{text}", encoding="utf-8")
+
+
 def read_mapping(path: Path, kind: str = "recipe") -> dict[str, Any]:
-    """Read the settings in a YAML file.
+    """Read the settings in a YAML file, and compare them with the digest in its first line, if it has one.
 
     Args:
         path: YAML file.
         kind: name of such a file in error messages.
 
     Raises:
-        RecipeError: the file is missing, or not YAML, or not a mapping.
+        RecipeError: the file is missing, cut or changed, or not YAML, or not a mapping.
     """
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        digest = re.match("# sha256 ([0-9a-f]{64})", text)
+        if digest and hashlib.sha256(text[digest.end() :].encode()).hexdigest() != digest[1]:
+            raise RecipeError(
+                f"{path} was cut or changed since it was written; restore it, or delete its first line to use it so"
+            )
+        values = parse_yaml(text)
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist; give the file of a {kind}") from None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import TRAILER_BYTES, append_digest, atomic_write, has_digest
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, LazyArray, UInt8
 from overfly.data.check import class_counts, item_source, max_value_error
@@ -29,8 +29,10 @@ MAX_SIDE = 16_384
 """Largest crop or resize, in pixels."""
 MAX_CROP_RATIO = 8
 """Largest ratio of a crop to the longer side of its image; the rest is mirrored."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Version of the content of cache entries; entries of other versions are not read."""
+_VERIFIED: dict[Path, tuple[int, int]] = {}
+"""Size and time of the cache entries whose digest this process has checked."""
 
 
 @dataclass
@@ -302,7 +304,9 @@ def estimate_cache_bytes(domain: Domain, items: Sequence[Item], resize: int | No
         header = read_header(item.image)
         pixels = header.height * header.width if resize is None else resize * resize
         labels = isinstance(item.label, Path)
-        total += pixels * (domain.bands * np.dtype(header.dtype).itemsize + labels) + 128 * (1 + labels)
+        total += pixels * (domain.bands * np.dtype(header.dtype).itemsize + labels) + (128 + TRAILER_BYTES) * (
+            1 + labels
+        )
     return total
 
 
@@ -326,28 +330,35 @@ def _cached(cache: Path, key: str | None, make: Callable[[], Array]) -> Array:
     if key is None:
         return make()
     path = cache / key[:2] / f"{key}.npy"
-    entry = _load(path)
+    entry = _load(path, key)
     if entry is None:
-        _save(path, make())
-        entry = _load(path)
+        _save(path, key, make())
+        entry = _load(path, key)
     if entry is None:
         raise DataError(f"{path} was written and cannot be read back; check the disk, or train without a cache")
     return entry
 
 
-def _load(path: Path) -> Array | None:
+def _load(path: Path, key: str) -> Array | None:
+    """Map an entry into memory; None if it is missing, or its content is not that of its digest and key."""
     try:
+        state = path.stat()
+        stamp = state.st_size, state.st_mtime_ns
+        if _VERIFIED.get(path) != stamp and not has_digest(path, key):
+            return None
+        _VERIFIED[path] = stamp
         entry: Array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError):
         return None
     return entry
 
 
-def _save(path: Path, entry: Array) -> None:
+def _save(path: Path, key: str, entry: Array) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part, part.open("wb") as file:
+        with atomic_write(path) as part, part.open("w+b") as file:
             np.save(file, entry, allow_pickle=False)
+            append_digest(file, key)
     except OSError as error:
         raise DataError(
             f"the cache {path.parent.parent} cannot be written ({error.strerror}); free space, or train without it"

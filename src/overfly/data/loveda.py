@@ -182,13 +182,9 @@ class Downloaded(Spec):
 
 
 def download_loveda(
-    root: Path,
-    splits: Iterable[Split] = SPLITS,
-    *,
-    base: str | None = None,
-    progress: NamedProgress | None = None,
+    root: Path, splits: Iterable[Split] = SPLITS, *, base: str | None = None, progress: NamedProgress | None = None,
     keep_archives: bool = False,
-) -> Downloaded:
+) -> Downloaded:  # fmt: skip
     """Download LoveDA (Wang et al., 2021) to ``root``: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
 
     Complete splits are skipped, interrupted downloads resume, and incomplete or foreign folders are an error. A split

@@ -104,15 +104,10 @@ class LabelFreeMetrics(Spec):
 
 
 def label_free_metrics(
-    network: nn.Module,
-    domain: Domain,
-    split: Split = "train",
-    options: MetricOptions = MetricOptions(),
-    *,
-    reference: nn.Module | None = None,
-    reference_classes: bool = False,
+    network: nn.Module, domain: Domain, split: Split = "train", options: MetricOptions = MetricOptions(), *,
+    reference: nn.Module | None = None, reference_classes: bool = False,
     perturbations: Sequence[Perturbation] | None = None,
-) -> LabelFreeMetrics:
+) -> LabelFreeMetrics:  # fmt: skip
     """Compute label-free metrics on images of a domain; about ten forward passes per image.
 
     Args:
@@ -138,16 +133,10 @@ def label_free_metrics(
 
 
 def label_free_metrics_of_images(
-    network: nn.Module,
-    images: Iterable[Tensor],
-    max_value: float,
-    options: MetricOptions = MetricOptions(),
-    *,
-    reference: nn.Module | Sequence[Tensor] | None = None,
-    reference_classes: bool = False,
-    perturbations: Sequence[Perturbation] | None = None,
-    predicted: Sequence[Tensor] | None = None,
-) -> LabelFreeMetrics:
+    network: nn.Module, images: Iterable[Tensor], max_value: float, options: MetricOptions = MetricOptions(), *,
+    reference: nn.Module | Sequence[Tensor] | None = None, reference_classes: bool = False,
+    perturbations: Sequence[Perturbation] | None = None, predicted: Sequence[Tensor] | None = None,
+) -> LabelFreeMetrics:  # fmt: skip
     """Compute the metrics of `label_free_metrics` on images in memory; see `prediction_statistics`."""
     statistics = prediction_statistics(
         network, images, max_value, options, reference=reference, perturbations=perturbations, predicted=predicted
@@ -156,15 +145,10 @@ def label_free_metrics_of_images(
 
 
 def prediction_statistics(
-    network: nn.Module,
-    images: Iterable[Tensor],
-    max_value: float,
-    options: MetricOptions = MetricOptions(),
-    *,
-    reference: nn.Module | Sequence[Tensor] | None = None,
-    perturbations: Sequence[Perturbation] | None = None,
+    network: nn.Module, images: Iterable[Tensor], max_value: float, options: MetricOptions = MetricOptions(), *,
+    reference: nn.Module | Sequence[Tensor] | None = None, perturbations: Sequence[Perturbation] | None = None,
     predicted: Sequence[Tensor] | None = None,
-) -> PredictionStatistics:
+) -> PredictionStatistics:  # fmt: skip
     """Predict images (C, H, W) in memory, and again under perturbations; see `label_free_metrics`.
 
     ``reference`` may also be the probabilities that the reference network predicts for these images, and ``predicted``

@@ -98,21 +98,11 @@ class Samples:
 
 
 def score(
-    segmenter: nn.Module,
-    domain: Domain,
-    split: Split,
-    *,
-    resize: int | None = None,
-    window: int | None = None,
-    overlap: float = 0.25,
-    device: torch.device | str = "cpu",
-    batch: int = 1,
-    boundary_width: int = 5,
-    samples: SampleCollector | None = None,
-    workers: int = 0,
-    shard: tuple[int, int] = (0, 1),
+    segmenter: nn.Module, domain: Domain, split: Split, *, resize: int | None = None, window: int | None = None,
+    overlap: float = 0.25, device: torch.device | str = "cpu", batch: int = 1, boundary_width: int = 5,
+    samples: SampleCollector | None = None, workers: int = 0, shard: tuple[int, int] = (0, 1),
     all_reduce: Callable[[Tensor], Tensor] | None = None,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Score a network on the labeled images of a split, in constant memory.
 
     Args:

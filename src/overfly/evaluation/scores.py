@@ -97,6 +97,10 @@ class Scores(Spec):
     """Confidence against accuracy."""
     confusion: tuple[tuple[NonNegativeInt, ...], ...]
     """Pixels: rows are the labels, columns the predictions, both in the order of the ids."""
+    weights_sha256: str | None = None
+    """Digest of the weights, if a run was scored."""
+    files_sha256: str | None = None
+    """Digest of the names, sizes and times of the split's images and masks, if a run was scored."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,18 +100,10 @@ class Speed(Spec):
 
 
 def measure_speed(
-    network: nn.Module,
-    *,
-    size: int | tuple[int, int] = 512,
-    batches: Sequence[int] = (1,),
-    bands: int = 3,
-    device: torch.device | str = "cpu",
-    warmup: int = 10,
-    repeats: int = 50,
-    threads: int | None = None,
-    precision: Precision = "32",
-    macs_of_batch: Sequence[int] = (),
-) -> Speed:
+    network: nn.Module, *, size: int | tuple[int, int] = 512, batches: Sequence[int] = (1,), bands: int = 3,
+    device: torch.device | str = "cpu", warmup: int = 10, repeats: int = 50, threads: int | None = None,
+    precision: Precision = "32", macs_of_batch: Sequence[int] = (),
+) -> Speed:  # fmt: skip
     """Measure size and speed of a copy of a network without its training heads.
 
     Args:

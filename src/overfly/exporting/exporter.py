@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from overfly.core.atomic_files import temporary_path
+from overfly.core.atomic_files import file_sha256, temporary_path, write_json
 from overfly.core.device import describe_machine
 from overfly.core.download import disk_errors
 from overfly.core.errors import MissingExtraError, OverflyError, RecipeError
@@ -33,7 +32,7 @@ from overfly.exporting.predictor import (
     segmenter_predictor,
 )
 from overfly.exporting.quantize import RANGES, Ranges, quantize_onnx, quantize_openvino
-from overfly.exporting.runtimes import onnx_predictor, openvino_predictor, torch_predictor
+from overfly.exporting.runtimes import export_parts, onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.torch_program import write_torch
 from overfly.models.segmenter import Segmenter
 
@@ -70,7 +69,7 @@ class ExportReport(Spec):
     bytes: NonNegativeInt
     """Its size, weights included."""
     sha256: str
-    """Checksum of the file."""
+    """SHA-256 of the file; for OpenVINO of the .xml followed by the .bin."""
     settings: ExportSettings
     """Settings of the export."""
     metadata: ModelMetadata
@@ -125,8 +124,7 @@ def export(
         report = _measure(file, segmenter, metadata, settings, data)
         with disk_errors(final, OverflyError):
             _raise_if_different(report, folder / f"{name}.failed.json")
-            values = json.loads(report.model_dump_json())
-            (temporary / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            write_json(temporary / f"{name}.json", json.loads(report.model_dump_json()))
             for part in sorted(temporary.iterdir(), key=lambda part: part == file):  # the main file last
                 part.replace(folder / part.name)
     return final, report
@@ -200,8 +198,8 @@ def _measure(
     runs |= {predictor.backend: partial(predictor, image) for predictor in predictors}
     return ExportReport(
         file=file.name,
-        bytes=sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists()),
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        bytes=sum(part.stat().st_size for part in export_parts(file)),
+        sha256=file_sha256(*export_parts(file)),
         settings=settings,
         metadata=metadata,
         images=data.title,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,9 @@ from overfly.core.atomic_files import temporary_path
 from overfly.core.download import disk_errors
 from overfly.core.errors import DownloadError, OverflyError, WeightsError, import_extra
 from overfly.exporting.exporter import SUFFIXES, ExportReport
+from overfly.exporting.runtimes import check_export
 from overfly.exporting.torch_program import clean_archive
-from overfly.models.checkpoints import check_digest, first_line
+from overfly.models.checkpoints import first_line
 
 CARD_FILE = "README.md"
 """Name of the model card in a repository."""
@@ -248,23 +248,6 @@ def _move_exports(folder: Path, out: Path, repository: str) -> list[Path]:
     for part in reversed(parts):
         part.replace(out / part.name)
     return [out / part.name for part in parts]
-
-
-def check_export(export: Path) -> None:
-    """Raise `WeightsError` unless size and checksum of an export equal those in its .json file, if it exists."""
-    try:
-        report = json.loads(export.with_suffix(".json").read_text(encoding="utf-8"))
-        name, size, digest = report["file"], report["bytes"], str(report["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if name != export.name:
-        return
-    actual = sum(part.stat().st_size for part in (export, export.with_suffix(".bin")) if part.is_file())
-    if actual != size:
-        raise WeightsError(
-            f"{export} has {actual} bytes with its weights, {size} by its .json; export or load it again"
-        )
-    check_digest(export, digest)
 
 
 def _huggingface_hub() -> Any:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from overfly.core.atomic_files import file_sha256, read_json
 from overfly.core.choices import ExportOutput
 from overfly.core.errors import RecipeError, WeightsError, import_extra
 from overfly.exporting.predictor import (
@@ -281,6 +282,38 @@ def openvino() -> Any:
 def openvino_core() -> Any:
     """Return the OpenVINO `Core` of this process, which is never closed."""
     return openvino().Core()
+
+
+def export_parts(export: Path) -> list[Path]:
+    """Return the files of an export that exist: the one to open, and the .bin of an .xml."""
+    parts = [export, export.with_suffix(".bin")] if export.suffix.lower() == ".xml" else [export]
+    return [part for part in parts if part.is_file()]
+
+
+def check_export(export: Path) -> bool:
+    """Compare an export with the digest in the .json beside it; return False if there is none.
+
+    Raises:
+        WeightsError: the export or its .json is damaged.
+    """
+    file = export.with_suffix(".json")
+    try:
+        report = read_json(file)
+        name, digest = str(report["file"]), report["sha256"]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{file}, with the digest of {export.name}, is damaged ({first_line(error)}); export or load it again"
+        ) from None
+    if Path(name).suffix != export.suffix:  # of another export of the same name
+        return False
+    parts = export_parts(export)
+    if file_sha256(*parts) != digest:
+        raise WeightsError(
+            f"{' or '.join(map(str, parts))} is damaged or changed, by the digest in {file.name}; export it again"
+        )
+    return True
 
 
 def _check_exists(path: Path) -> None:

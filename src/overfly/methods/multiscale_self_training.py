@@ -68,14 +68,9 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
 
     @torch.no_grad()
     def label_target(
-        self,
-        nets: MultiscaleNetworks,
-        target: Tensor,
-        nodata_mask: Tensor | None,
-        *,
-        share: float,
+        self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None, *, share: float,
         threshold_ema: float,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Pseudo-labels (B, H, W) of the most confident ``share`` of each class's pixels; `IGNORE` elsewhere.
 
         Updates the class prior and, with decay ``threshold_ema``, the thresholds. ``nodata_mask`` (B, H, W) is true

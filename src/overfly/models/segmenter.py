@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,17 +18,13 @@ from overfly.core.atomic_files import atomic_write
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError, RecipeError, WeightsError
 from overfly.core.records import Logits
-from overfly.models.checkpoints import check_values, first_line
+from overfly.models.checkpoints import FORMAT, KEY, check_values, read_safetensors, tensors_sha256
 from overfly.models.network import Network, build
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue over ImageNet, as a share of the maximum value."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of red, green and blue over ImageNet, as a share of the maximum value."""
-FORMAT = 2
-"""Version of the description in saved files."""
-KEY = "overfly"
-"""Metadata key of the JSON description in a saved file."""
 
 
 class Segmenter(nn.Module):
@@ -54,15 +49,9 @@ class Segmenter(nn.Module):
     __call__: Callable[..., Logits]
 
     def __init__(
-        self,
-        network: Network,
-        classes: Classes,
-        *,
-        architecture: str,
-        mean: Sequence[float],
-        std: Sequence[float],
+        self, network: Network, classes: Classes, *, architecture: str, mean: Sequence[float], std: Sequence[float],
         max_value: float = 255.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if not mean or len(mean) != len(std) or min(std) <= 0:
             raise RecipeError(
@@ -141,7 +130,7 @@ class Segmenter(nn.Module):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        description = {
+        description: dict[str, Any] = {
             "format": FORMAT,
             "architecture": self.architecture,
             "classes": self.classes.model_dump(mode="json"),
@@ -150,6 +139,7 @@ class Segmenter(nn.Module):
             "training_heads": self.network.has_training_heads,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        description["sha256"] = tensors_sha256(description, tensors)
         with atomic_write(path) as unfinished:
             # one key: safetensors writes several in a random order
             save_file(tensors, unfinished, metadata={KEY: json.dumps(description, sort_keys=True)})
@@ -218,21 +208,15 @@ def read_segmenter_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; give the path of a .safetensors file")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # the library raises many kinds for a file that is damaged
+        description, tensors = read_safetensors(path)
+    except WeightsError as error:
         if path.suffix.lower() == ".safetensors":
-            raise WeightsError(f"{path} is damaged ({first_line(error)}); copy or train it again") from error
+            raise
         raise WeightsError(
             f"{path} is not a .safetensors file of overfly; give one that a run wrote (set bare weights such as a .pth "
             "as model.weights in a recipe)"
         ) from error
-    try:
-        description = json.loads(metadata.get(KEY, "{}"))
-    except ValueError:
-        description = {}
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if description is None or description.get("format") not in (2, FORMAT):
         raise WeightsError(
             f"{path} has no description of format {FORMAT}: it holds bare weights, to be set as model.weights in a "
             "recipe, or was written by another version of overfly, to be trained again"

@@ -44,14 +44,9 @@ def cross_entropy(
 
 
 def ohem_cross_entropy(
-    logits: Tensor,
-    label: Tensor,
-    threshold: float = 0.9,
-    min_kept: int = 131072,
-    *,
-    class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> Tensor:
+    logits: Tensor, label: Tensor, threshold: float = 0.9, min_kept: int = 131072, *,
+    class_weight: Tensor | None = None, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Cross-entropy of the hard pixels only (online hard example mining), as PIDNet is trained.
 
     Let p be the probability of the true class at each of the n valid pixels of the batch, sorted in ascending order
@@ -85,13 +80,9 @@ def ohem_cross_entropy(
 
 
 def boundary_loss(
-    logits: Tensor,
-    boundary: Tensor,
-    weight: float = 20.0,
-    *,
-    valid: Tensor | None = None,
+    logits: Tensor, boundary: Tensor, weight: float = 20.0, *, valid: Tensor | None = None,
     pixel_weight: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Binary cross-entropy of a boundary head, balanced by the share of boundary pixels.
 
     Over the whole batch, boundary pixels are weighted by the share of the others, and the others by the share of

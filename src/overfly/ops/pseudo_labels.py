@@ -108,16 +108,9 @@ def correct_class_prior(probability: Tensor, class_prior: Tensor, power: float) 
 
 @torch.no_grad()
 def multiscale_pseudo_labels(
-    teacher: nn.Module,
-    image: Tensor,
-    class_prior: Tensor,
-    *,
-    scales: Sequence[float],
-    power: float,
-    decay: float,
-    turns: bool = True,
-    nodata_mask: Tensor | None = None,
-) -> tuple[PseudoLabels, Tensor]:
+    teacher: nn.Module, image: Tensor, class_prior: Tensor, *, scales: Sequence[float], power: float, decay: float,
+    turns: bool = True, nodata_mask: Tensor | None = None,
+) -> tuple[PseudoLabels, Tensor]:  # fmt: skip
     """Pseudo-labels from the mean prediction over several scales, corrected by the class prior of the predictions.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from overfly.core.atomic_files import has_digest
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, UInt8
 from overfly.data.reading import Mask
@@ -221,14 +222,14 @@ def is_unfinished(out: Path, manifest: Manifest) -> bool:
 
 
 def map_exists(out: Path, files: Mapping[ProductKind | str, Path], manifest: Manifest, settings: MapSettings) -> bool:
-    """Return whether the map of this manifest exists with all files; raise `DataError` if another map exists."""
+    """Return whether the map of this manifest exists with all files, unchanged; raise `DataError` if another exists."""
     if settings.overwrite or not any(file.exists() for file in files.values()):
         return False
     if not out.exists() and is_unfinished(out, manifest):  # killed while the files were renamed, the map last
         return False
     existing = read_manifest(out) if out.exists() else {}
     if equal_json(existing, manifest):
-        return all(file.exists() for file in files.values())
+        return all(file.exists() and (kind == "polygons" or has_digest(file)) for kind, file in files.items())
     if not isinstance(existing, dict):
         raise DataError(f"{out} exists and is not a map of overfly; choose another --out, or replace it by --overwrite")
     if not existing:

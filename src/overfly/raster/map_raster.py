@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from overfly.core.atomic_files import append_digest
 from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
 from overfly.core.prefetch import background, prefetch
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
@@ -84,15 +86,9 @@ class _Job:
 
 
 def map_raster(
-    predictor: Predictor,
-    source: str,
-    out: Path,
-    settings: MapSettings,
-    *,
-    network: str,
-    on_progress: OnProgress | None = None,
-    memory: int = MEMORY,
-) -> MapResult:
+    predictor: Predictor, source: str, out: Path, settings: MapSettings, *, network: str,
+    on_progress: OnProgress | None = None, memory: int = MEMORY,
+) -> MapResult:  # fmt: skip
     """Predict the map of one raster.
 
     Reading, prediction, and blending with writing run concurrently. The unfinished map is in a hidden folder beside
@@ -135,6 +131,8 @@ def map_raster(
         )
         with _write_errors(out):
             done, discarded = unfinished.begin()
+        if out.exists() and not settings.overwrite:
+            notes.append(f"{out} was made again: one of its files was missing, cut, changed or of an older version")
         if discarded:
             notes.append(f"an unfinished {out.name} of other settings was discarded")
         job = _Job(predictor, raster, plan, unfinished, done)
@@ -203,6 +201,10 @@ def _finish(
     try:
         with _write_errors(out):
             windows, seconds = _predict(job, settings.batch, on_progress)
+            if job.unfinished.intact_steps(job.plan.steps) < job.plan.steps:
+                raise UnwrittenError(
+                    f"{out}: finished rows changed on the disk; give the same command again: it resumes"
+                )
             shares = job.unfinished.class_shares()
             _publish(job, files, settings)
     except OverflyError as error:
@@ -270,14 +272,15 @@ def _row_writer(
                 get_blend(batch.strip).add(scores, window)
             return
         blend = get_blend(item.strip)
-        sums = blend.read(item.first, item.last)
-        if item.first < item.last:
-            for product in unfinished.products:
-                bands = encode(product, sums, item.nodata_mask)
-                unfinished.write(product, bands, item.first, plan.strips[item.strip].first)
+        sums, left = blend.read(item.first, item.last), plan.strips[item.strip].first
+        digest = hashlib.sha256()
+        for product in unfinished.products if item.first < item.last else ():
+            bands = encode(product, sums, item.nodata_mask)
+            unfinished.write(product, bands, item.first, left)
+            digest.update(bands.data)
         blend.drop(item.last)
         step = item.strip * rows + item.row + 1
-        unfinished.advance(step)
+        unfinished.advance(step, (item.first, item.last, left, left + sums.shape[2]), digest.hexdigest())
         if on_progress is not None:
             on_progress(step, plan.steps)
 
@@ -315,7 +318,9 @@ def _publish(job: _Job, files: Mapping[ProductKind | str, Path], settings: MapSe
         ready += [(sidecar, Path(f"{files[kind]}.aux.xml"))] if sidecar.exists() else []
         ready.append((file, files[kind]))
     for file, _ in ready:  # before the first rename, to detect a full disk
-        with file.open("rb") as stream:
+        with file.open("r+b") as stream:
+            if file.suffix == ".tif":
+                append_digest(stream)
             os.fsync(stream.fileno())
     for kind in written:
         Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of a replaced map

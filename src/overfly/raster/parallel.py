@@ -121,15 +121,9 @@ def _list_addresses(entry: str) -> dict[str, Path]:
 
 
 def map_rasters(
-    open_network: OpenPredictor,
-    outputs: Mapping[str, Path],
-    settings: MapSettings,
-    *,
-    network: str,
-    workers: int = 0,
-    scheduler: str | None = None,
-    on_progress: Callable[[str, MapResult | str], None] | None = None,
-) -> tuple[list[MapResult], dict[str, str]]:
+    open_network: OpenPredictor, outputs: Mapping[str, Path], settings: MapSettings, *, network: str, workers: int = 0,
+    scheduler: str | None = None, on_progress: Callable[[str, MapResult | str], None] | None = None,
+) -> tuple[list[MapResult], dict[str, str]]:  # fmt: skip
     """Map many rasters with several processes or machines.
 
     Each worker opens the network once. If a worker is lost, another worker resumes its raster. A raster that cannot be

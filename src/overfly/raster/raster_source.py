@@ -110,14 +110,9 @@ def open_raster(source: str) -> Iterator[Any]:
 
 
 def inspect_raster(
-    source: str,
-    metadata: ModelMetadata,
-    *,
-    bands: str | None,
-    nodata: float | None,
-    max_value: float | None,
+    source: str, metadata: ModelMetadata, *, bands: str | None, nodata: float | None, max_value: float | None,
     alpha_band: bool | None = None,
-) -> RasterSource:
+) -> RasterSource:  # fmt: skip
     """Read the header of a raster and check that it fits a network.
 
     Args:
@@ -186,14 +181,9 @@ def resampling_factors(source: RasterSource, resolution: float | None) -> tuple[
 
 
 def input_gain(
-    source: object,
-    dtype: str,
-    metadata: ModelMetadata,
-    max_value: float | None,
-    *,
-    scale: float | None = None,
+    source: object, dtype: str, metadata: ModelMetadata, max_value: float | None, *, scale: float | None = None,
     option: str = "--max-value ",
-) -> float:
+) -> float:  # fmt: skip
     """Return the factor from a raster's values to the value range of the network's training images.
 
     Args:

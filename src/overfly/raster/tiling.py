@@ -117,15 +117,9 @@ def neighbor(position: int, scale: float) -> int:
 
 
 def plan_windows(
-    height: int,
-    width: int,
-    *,
-    classes: int,
-    size: int,
-    overlap: float,
-    scale: tuple[float, float] = (1.0, 1.0),
+    height: int, width: int, *, classes: int, size: int, overlap: float, scale: tuple[float, float] = (1.0, 1.0),
     memory: int = MEMORY,
-) -> TilingPlan:
+) -> TilingPlan:  # fmt: skip
     """Plan the windows of a raster.
 
     Args:

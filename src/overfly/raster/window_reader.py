@@ -294,11 +294,9 @@ def _average(
 
 
 def _means(
-    sums: NDArray[Any],
-    weights: NDArray[Any],
-    dtype: np.dtype[Any],
+    sums: NDArray[Any], weights: NDArray[Any], dtype: np.dtype[Any],
     transparent_sums: tuple[NDArray[Any], NDArray[Any]] | None,
-) -> tuple[NDArray[Any], Mask]:
+) -> tuple[NDArray[Any], Mask]:  # fmt: skip
     """Return means (C, h, w) of the raster's type, and the mask (h, w) of pixels without weight.
 
     Without weight a mean is that of the transparent pixels, or 0.

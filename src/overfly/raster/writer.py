@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,7 +75,8 @@ class UnfinishedMap:
                 f"the map needs {need / 1e9:.1f} GB in {self.folder.parent} while it is made, and {free / 1e9:.1f} GB "
                 "are free; free space there, or choose another --out"
             )
-        (self.folder / "progress.json").unlink(missing_ok=True)
+        for name in ("progress.json", "rows.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
         for product in self.products:
             self._create(product)
         return 0, discarded
@@ -87,11 +89,46 @@ class UnfinishedMap:
             dataset.write(bands, window=Window(left, top, bands.shape[2], bands.shape[1]))
         _sync(self.path(product))
 
-    def advance(self, done: int) -> None:
-        """Record the number of finished steps, whose rows are on the disk."""
+    def advance(self, done: int, rows: tuple[int, int, int, int], sha256: str) -> None:
+        """Record the number of finished steps, whose rows are on the disk, and the digest of the last one's window.
+
+        ``rows`` is that window: its first row, the row after its last, its first column, the column after its last.
+        """
+        with (self.folder / "rows.jsonl").open("a") as log:
+            log.write(json.dumps([*rows, sha256]) + "\n")
         file, new = self.folder / "progress.json", self.folder / "progress.json.new"
-        new.write_text(json.dumps({"manifest": self.manifest, "done": done}))
+        new.write_text(json.dumps({"manifest": self.manifest, "done": done, "headers": self._headers()}))
         new.replace(file)
+
+    def _headers(self) -> list[str]:
+        """Digests of the files' bytes before their blocks, which hold georeference, names and colors."""
+        digests = []
+        for product in self.products:
+            blocks = product.bands * -(-self.height // BLOCK) * -(-self.width // BLOCK)
+            with self.path(product).open("rb") as file:
+                header = file.read(max(0, os.fstat(file.fileno()).st_size - blocks * BLOCK * BLOCK))
+            digests.append(hashlib.sha256(header).hexdigest())
+        return digests
+
+    def intact_steps(self, done: int) -> int:
+        """Number of the finished steps before the first whose rows differ from their digest."""
+        from rasterio.windows import Window
+
+        lines = (self.folder / "rows.jsonl").read_bytes().splitlines(keepends=True)[:done]
+        with ExitStack() as stack:
+            files = [stack.enter_context(_open(self.path(product))) for product in self.products]
+            for step, line in enumerate(lines):
+                try:
+                    top, bottom, left, right, expected = json.loads(line)
+                    inside = 0 <= top <= bottom <= self.height and 0 <= left < right <= self.width
+                    digest = hashlib.sha256()
+                    for file in files if inside and top < bottom else ():
+                        digest.update(file.read(window=Window(left, top, right - left, bottom - top)))
+                except (ValueError, TypeError):
+                    return step
+                if not inside or digest.hexdigest() != expected:
+                    return step
+        return len(lines)
 
     def class_shares(self) -> dict[str, float]:
         """Share of each class in the valid pixels."""
@@ -108,17 +145,15 @@ class UnfinishedMap:
     def _state(self) -> tuple[int, bool]:
         try:
             progress = json.loads((self.folder / "progress.json").read_text())
-            same, done = equal_json(progress["manifest"], self.manifest), int(progress["done"])
+            same = equal_json(progress["manifest"], self.manifest) and progress["headers"] == self._headers()
+            done = self.intact_steps(progress["done"]) if same else 0
+            rows = (self.folder / "rows.jsonl").read_bytes().splitlines(keepends=True)[:done]
+            (self.folder / "rows.jsonl").write_bytes(b"".join(rows))
         except FileNotFoundError:
             return 0, False
         except (ValueError, KeyError, TypeError):
             return 0, True
-        complete = all(
-            self.path(product).is_file()
-            and self.path(product).stat().st_size >= product.bands * self.height * self.width
-            for product in self.products
-        )
-        return (done, False) if same and complete else (0, True)
+        return done, not same
 
     def _create(self, product: Product) -> None:
         """Create a file with all blocks allocated, so that an interrupted write damages no other block."""
@@ -132,8 +167,6 @@ class UnfinishedMap:
             dataset.update_tags(**tags)
             write_georeference(dataset, self.georeference)
             _describe(dataset, product, self.classes)
-        if product.kind == "classes":
-            Path(f"{path}.aux.xml").write_text(_category_xml(self.classes), encoding="utf-8")
         _sync(path)
 
 
@@ -228,6 +261,8 @@ def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
     from rasterio.errors import RasterioError
 
     result = unfinished.folder / f"{product.kind}.tif"
+    if product.kind == "classes":
+        Path(f"{unfinished.path(product)}.aux.xml").write_text(_category_xml(unfinished.classes), encoding="utf-8")
     try:
         with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE):
             warnings.simplefilter("ignore")

@@ -77,17 +77,9 @@ def scored_split(runs: Sequence[Run]) -> Split:
 
 
 def collect_report(
-    paths: Sequence[Path | str],
-    *,
-    title: str,
-    split: Split | None,
-    labels: bool,
-    limit: int,
-    speed: bool,
-    size: int,
-    device: torch.device,
-    own_colors: bool,
-) -> Report:
+    paths: Sequence[Path | str], *, title: str, split: Split | None, labels: bool, limit: int, speed: bool, size: int,
+    device: torch.device, own_colors: bool,
+) -> Report:  # fmt: skip
     """Collect the content of a report; the options are those of `overfly report`."""
     runs = find_runs(paths)
     groups = group_by_recipe(runs)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from overfly.core.errors import DataError, NotFiniteError, RecipeError
+from overfly.core.atomic_files import json_sha256
+from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
+from overfly.core.progress import print_status
 from overfly.data.domain import Domain, Split, SplitError
 from overfly.evaluation.images import MetricOptions, unlabeled_images
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics_of_images
 from overfly.evaluation.score import Samples, score
 from overfly.evaluation.scores import Scores
 from overfly.methods.method import Method, Networks
+from overfly.models.checkpoints import weights_sha256
 from overfly.recipe import Recipe
 from overfly.training.engine import run_on_rank_zero
 from overfly.training.run import Run
@@ -33,18 +37,9 @@ TARGET_IMAGES = 24
 
 
 def evaluate_domain(
-    run: Run,
-    domain: Domain,
-    key: str,
-    split: Split,
-    *,
-    device: torch.device | str = "cpu",
-    window: int | None = None,
-    overlap: float = 0.25,
-    samples: Samples | None = None,
-    workers: int = 0,
-    checkpoint: int | None = None,
-) -> Scores:
+    run: Run, domain: Domain, key: str, split: Split, *, device: torch.device | str = "cpu", window: int | None = None,
+    overlap: float = 0.25, samples: Samples | None = None, workers: int = 0, checkpoint: int | None = None,
+) -> Scores:  # fmt: skip
     """Score a run's network on a split and store the scores in ``scores.json``.
 
     Args:
@@ -69,12 +64,15 @@ def evaluate_domain(
         raise RecipeError(f"window must be at least {MIN_WINDOW}, or 0 for whole images, got {side}")
     if not 0 <= overlap <= MAX_OVERLAP:
         raise RecipeError(f"overlap must be between 0 and {MAX_OVERLAP}, got {overlap:g}")
+    weights = run.weights if checkpoint is None else run.weights_at(checkpoint)
     result = score(
         run.segmenter(checkpoint), domain, split,
         resize=run.recipe.resize, device=device, window=side, overlap=overlap, samples=samples, workers=workers,
     )  # fmt: skip
     stored = record_opened_labels(run, key, split, result.labels_opened)
     scores = stored if checkpoint is None else stored.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
+    digests = {"weights_sha256": weights_sha256(weights), "files_sha256": _files_sha256(domain, split)}
+    result = result.model_copy(update=digests)
     scores[f"{key}/{split}"] = result.model_dump(mode="json")
     run.write_json("scores.json", stored)
     step = max((row["step"] for row in run.log.rows()), default=0) if checkpoint is None else checkpoint
@@ -93,14 +91,38 @@ def record_opened_labels(run: Run, key: str, split: Split, images: int) -> dict[
 
 
 def stored_scores(run: Run, key: str, split: Split, domain: Domain, checkpoint: int | None = None) -> Scores | None:
-    """Return the scores of a domain in ``scores.json`` if resize and window are the recipe's, else None."""
+    """Return the scores of a domain in ``scores.json``.
+
+    None if resize or window are not the recipe's, or weights, images or masks changed since; files that cannot be
+    listed now, as on another machine, count as unchanged.
+    """
     try:
         stored = run.scores if checkpoint is None else run.scores["checkpoints"][f"step-{checkpoint}"]
         scores = Scores.model_validate(stored[f"{key}/{split}"])
     except (KeyError, ValidationError):
         return None
     same = (scores.protocol.resize, scores.protocol.window) == (run.recipe.resize, run.recipe.window)
-    return scores if same and scores.domain == domain.model_dump(mode="json") else None
+    if not same or scores.domain != domain.model_dump(mode="json"):
+        return None
+    weights = run.weights if checkpoint is None else run.weights_at(checkpoint)
+    changed = scores.weights_sha256 is not None and scores.weights_sha256 != weights_sha256(weights)
+    if scores.files_sha256 not in (None, _files_sha256(domain, split) or scores.files_sha256) or changed:
+        print_status(f"{run.path}: weights, images or masks changed since {key}/{split} was scored: not used")
+        return None
+    return scores
+
+
+def _files_sha256(domain: Domain, split: Split) -> str | None:
+    """Digest of the names of a split's images, and of size and time of their files; None if they cannot be listed."""
+    try:
+        return json_sha256([(item.name, _stamp(item.image), _stamp(item.label)) for item in domain.items(split)])
+    except (OverflyError, OSError):
+        return None
+
+
+def _stamp(file: object) -> object:
+    """Size and time of a file; of others, which are generated, whether there is one."""
+    return (file.stat().st_size, file.stat().st_mtime_ns) if isinstance(file, Path) else file is not None
 
 
 def has_labels(domain: Domain, split: Split) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -11,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from overfly.core.atomic_files import atomic_write
-from overfly.core.errors import MissingExtraError, RunError
-from overfly.core.settings import validation_message
+from overfly.core.atomic_files import atomic_write, has_digest, read_json, write_json
+from overfly.core.errors import MissingExtraError, RecipeError, RunError
+from overfly.core.progress import print_status
+from overfly.core.settings import read_mapping, validation_message
+from overfly.models.checkpoints import weights_sha256
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 
@@ -143,16 +143,34 @@ class Run:
         """The recipe, every setting resolved; raises `RunError` if recipe.yaml is not a valid recipe."""
         file = self.path / "recipe.yaml"
         try:
-            return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+            return Recipe.model_validate(read_mapping(file))
         except ValidationError as error:
             raise RunError(validation_message(error, str(file), Recipe)) from None
-        except (ValueError, yaml.YAMLError, OSError):
-            raise RunError(f"{file} cannot be read as YAML; restore it, or train again") from None
+        except RecipeError as error:
+            raise RunError(str(error)) from None
 
     @property
     def checkpoint(self) -> Path:
         """The file that training resumes from."""
         return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The checkpoint before it."""
+        return self.path / "checkpoints" / "previous.ckpt"
+
+    def whole_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is not damaged; None without any; raise `RunError` if all are damaged."""
+        files = [file for file in (self.checkpoint, self.previous_checkpoint) if file.is_file()]
+        whole = next((file for file in files if has_digest(file)), None)
+        if files and whole is None:
+            raise RunError(
+                f"{files[0]} is damaged or of another version of overfly; delete {files[0].parent} to train from the "
+                "start"
+            )
+        if whole != next(iter(files), None):
+            print_status(f"{self.checkpoint} is damaged; resuming from the checkpoint before it")
+        return whole
 
     @property
     def weights(self) -> Path:
@@ -187,17 +205,17 @@ class Run:
 
     @property
     def scores(self) -> dict[str, Any]:
-        """Contents of ``scores.json``, by ``role/split``; empty before `overfly evaluate`."""
+        """Contents of ``scores.json``, by ``role/split``, without scores of other weights than the run has now."""
         scores = self._read_json("scores.json")
-        if all(isinstance(values, dict) for values in scores.values()):
-            return scores
-        raise RunError(f"{self.path / 'scores.json'} is damaged; delete it and run overfly evaluate again")
+        if not all(isinstance(values, dict) for values in scores.values()):
+            raise RunError(f"{self.path / 'scores.json'} is damaged; delete it and run overfly evaluate again")
+        recorded = {values.get("weights_sha256") for values in scores.values()} - {None}
+        known = {None, weights_sha256(self.weights) if recorded and self.weights.is_file() else None}
+        return {key: values for key, values in scores.items() if values.get("weights_sha256") in known}
 
     def write_json(self, file: str, values: Mapping[str, Any]) -> None:
-        """Write a JSON file of the folder atomically."""
-        path = self.path / file
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        """Write a JSON file of the folder atomically, with its digest."""
+        write_json(self.path / file, values)
 
     def segmenter(self, step: int | None = None) -> Segmenter:
         """Load the final weights, or those of a validation step, for inference; raise `RunError` if there are none."""
@@ -225,20 +243,11 @@ class Run:
     def _read_json(self, file: str) -> dict[str, Any]:
         path = self.path / file
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         except FileNotFoundError:
             return {}
         except ValueError:
-            values = None
-        if not isinstance(values, dict):
-            raise RunError(f"{path} is damaged; delete it and run the command that wrote it again")
-        return values
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            raise RunError(f"{path} is damaged; delete it and run the command that wrote it again") from None
 
 
 def _title(recipe: Recipe) -> str:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from overfly.core.atomic_files import file_sha256
 from overfly.core.errors import RecipeError
 from overfly.core.progress import print_status
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, recipe_fabric, run_on_rank_zero
-from overfly.training.run import Run, file_sha256
+from overfly.training.run import Run
 from overfly.training.setup import prepare_training
 from overfly.training.trainer import Trainer
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import append_digest, atomic_write
 from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError, RunError, TrainingError
 from overfly.core.optimizers import set_learning_rate
@@ -32,6 +32,7 @@ from overfly.training.engine import (
     apply_performance_settings,
     effective_precision,
     optimizer_step,
+    run_on_rank_zero,
 )
 from overfly.training.evaluate import Evaluator, log_entry
 from overfly.training.run import Run, RunLog, utc_now
@@ -72,12 +73,14 @@ class Trainer:
         """Loss terms of the steps since the last log line, on the device."""
         self.evaluator = Evaluator(self.recipe, self.nets, fabric)
         self.between_steps = True
+        self.resumed_from: Path | None = None
         self.started = time.monotonic()
 
     def resume(self) -> None:
         """Load the last checkpoint if it exists, and write machine.json."""
-        if self.run.checkpoint.exists():
-            self.load_checkpoint()
+        self.resumed_from = run_on_rank_zero(self.fabric, self.run.whole_checkpoint)
+        if self.resumed_from is not None:
+            self.load_checkpoint(self.resumed_from)
             if self.state.get("processes", self.fabric.world_size) != self.fabric.world_size:
                 raise RecipeError(
                     f"{self.run.path} was started with --devices {self.state['processes']}, got "
@@ -302,17 +305,21 @@ class Trainer:
         }
         path.parent.mkdir(exist_ok=True)
         try:
-            with atomic_write(path) as part, part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+            with atomic_write(path) as part:
+                with part.open("w+b") as file:
+                    torch.save(checkpoint, file)
+                    append_digest(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if path.exists() and self.resumed_from != self.run.previous_checkpoint:  # else it is damaged
+                    path.replace(self.run.previous_checkpoint)
+            self.resumed_from = path
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
             raise RunError(f"{path} cannot be written ({reason}); free space; the last checkpoint is kept") from None
 
-    def load_checkpoint(self) -> None:
-        """Load state, networks, optimizers and precision; raise `RunError` if the file does not fit or is damaged."""
-        path = self.run.checkpoint
+    def load_checkpoint(self, path: Path) -> None:
+        """Load state, networks, optimizers and precision; raise `RunError` if the file does not fit."""
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             self.nets.load_state_dict(checkpoint["nets"])

@@ -224,11 +224,9 @@ def live_frames(
 
 
 def paced_frames(
-    frames: Iterable[SourceFrame],
-    stop: threading.Event,
-    now: Clock = time.perf_counter,
+    frames: Iterable[SourceFrame], stop: threading.Event, now: Clock = time.perf_counter,
     sleep: Callable[[float], object] | None = None,
-) -> Iterator[TimedFrame]:
+) -> Iterator[TimedFrame]:  # fmt: skip
     """Yield frames in real time; the latency starts when a frame is due, so that slow decoding counts.
 
     ``sleep`` waits for some seconds; by default it is interrupted by ``stop``.
@@ -274,14 +272,9 @@ def read_into_slot(frames: Iterator[TimedFrame], slot: LatestSlot) -> threading.
 
 
 def render_frames(
-    renderer: OverlayRenderer,
-    frames: Iterable[TimedFrame],
-    sinks: Sequence[Sink],
-    *,
-    slot: LatestSlot | None = None,
-    now: Clock = time.perf_counter,
-    on_progress: Callable[[StreamStats], None] | None = None,
-) -> StreamStats:
+    renderer: OverlayRenderer, frames: Iterable[TimedFrame], sinks: Sequence[Sink], *, slot: LatestSlot | None = None,
+    now: Clock = time.perf_counter, on_progress: Callable[[StreamStats], None] | None = None,
+) -> StreamStats:  # fmt: skip
     """Render the overlay of every frame and pass it to the sinks; the latency excludes the sinks.
 
     ``slot`` is the slot that the frames come from, if any; it counts dropped frames.
@@ -302,15 +295,10 @@ def render_frames(
 
 
 def process_stream(
-    renderer: OverlayRenderer,
-    frames: Iterable[SourceFrame],
-    sinks: Sequence[Sink],
-    *,
-    live: bool = False,
-    realtime: bool = False,
-    stop: threading.Event | None = None,
+    renderer: OverlayRenderer, frames: Iterable[SourceFrame], sinks: Sequence[Sink], *, live: bool = False,
+    realtime: bool = False, stop: threading.Event | None = None,
     on_progress: Callable[[StreamStats], None] | None = None,
-) -> StreamSummary:
+) -> StreamSummary:  # fmt: skip
     """Process a whole stream.
 
     Args:

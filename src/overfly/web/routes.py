@@ -215,15 +215,11 @@ def _add_map_routes(routes: APIRouter, service: InferenceService) -> None:
         responses=MAP_PROBLEMS | _binary("image/png"),
     )
     def get_tile(
-        *,
-        key: MapKey,
-        layer: LayerName,
-        zoom: Annotated[int, InPath(ge=0, le=30)],
-        column: Annotated[int, InPath(ge=0, le=10**6)],
-        row: Annotated[int, InPath(ge=0, le=10**6)],
+        *, key: MapKey, layer: LayerName, zoom: Annotated[int, InPath(ge=0, le=30)],
+        column: Annotated[int, InPath(ge=0, le=10**6)], row: Annotated[int, InPath(ge=0, le=10**6)],
         network: Annotated[str | None, Query(max_length=64)] = None,
         own_colors: Annotated[bool, Query(description="The classes' own colors instead of accessible ones.")] = False,
-    ) -> Response:
+    ) -> Response:  # fmt: skip
         """Return a tile of 256×256 pixels of the image, of its classes, or of the uncertainty."""
         stored = _stored_map(service, key)
         shown = Layer(stored.image)

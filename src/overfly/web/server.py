@@ -37,13 +37,9 @@ Semantic segmentation of aerial imagery. Send an image to **/predict** for its m
 
 
 def application(
-    networks: Sequence[ServedNetwork],
-    *,
-    limits: Limits | None = None,
-    token: str | None = None,
-    latest_frame: LatestFrame | None = None,
-    scenes: Sequence[Path] = (),
-) -> FastAPI:
+    networks: Sequence[ServedNetwork], *, limits: Limits | None = None, token: str | None = None,
+    latest_frame: LatestFrame | None = None, scenes: Sequence[Path] = (),
+) -> FastAPI:  # fmt: skip
     """Build the server as an ASGI application.
 
     Args:

@@ -142,15 +142,9 @@ class Synthetic(Domain, name="synthetic"):
 
 
 def write_synthetic(
-    root: Path | str,
-    *,
-    size: int = 256,
-    train: int = 400,
-    val: int = 60,
-    test: int = 60,
-    scenes: Sequence[Scene] = SCENES,
-    workers: int = 1,
-) -> int:
+    root: Path | str, *, size: int = 256, train: int = 400, val: int = 60, test: int = 60,
+    scenes: Sequence[Scene] = SCENES, workers: int = 1,
+) -> int:  # fmt: skip
     """Write synthetic images in LoveDA's layout: ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
 
     As in LoveDA, a mask holds class id + 1, Test has no masks, and no two files share a number. Scene ``index`` of a
@@ -210,6 +204,10 @@ def _is_written(root: Path, record: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         existing = None
     if existing == record:
+        files = sum(file.stat().st_size > 0 for file in root.rglob("*.png"))
+        expected = (2 * (record["train"] + record["val"]) + record["test"]) * len(record["scenes"])
+        if files != expected:
+            raise DataError(f"{root} has {files} of its {expected} files; remove the folder and give the command again")
         return True
     content = "synthetic images with other settings" if isinstance(existing, dict) else "other files"
     raise DataError(f"{root} already holds {content}; choose another folder, or remove this one")

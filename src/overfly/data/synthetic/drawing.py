@@ -174,15 +174,9 @@ def winding_line(random: Random, size: int, pieces: int) -> list[Vector]:
 
 
 def subdivide(
-    random: Random,
-    polygon: Polygon,
-    along: Vector,
-    *,
-    limit: tuple[float, float],
-    margins: Sequence[float],
-    canvas: Canvas,
-    skew: float = 0.0,
-) -> list[list[Corner]]:
+    random: Random, polygon: Polygon, along: Vector, *, limit: tuple[float, float], margins: Sequence[float],
+    canvas: Canvas, skew: float = 0.0,
+) -> list[list[Corner]]:  # fmt: skip
     """Divide a polygon recursively across its longer side.
 
     Args:
@@ -276,15 +270,9 @@ class Canvas:
             self.height[window][mask] = height
 
     def draw_rows(
-        self,
-        where: Region,
-        across: Vector,
-        period: float,
-        depth: float,
-        *,
-        tracks: float = 0.0,
+        self, where: Region, across: Vector, period: float, depth: float, *, tracks: float = 0.0,
         track_depth: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Draw parallel ridges on a region.
 
         Args:
