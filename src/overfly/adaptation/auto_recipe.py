@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import time
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from overfly.core.atomic_files import json_sha256, read_json, write_json
+from overfly.core.atomic_files import atomic_write
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
@@ -164,9 +166,17 @@ def choose_crop(domains: list[Domain], device: torch.device) -> int:
 
 
 def propose_recipes(
-    source: Domain | None, target: Domain, methods: Sequence[Method[Any]], overrides: Sequence[str], *,
-    checkpoint: Path | None, budget: float, fabric: Fabric, out: Path | None = None, crop: int | None = None,
-) -> list[Recipe]:  # fmt: skip
+    source: Domain | None,
+    target: Domain,
+    methods: Sequence[Method[Any]],
+    overrides: Sequence[str],
+    *,
+    checkpoint: Path | None,
+    budget: float,
+    fabric: Fabric,
+    out: Path | None = None,
+    crop: int | None = None,
+) -> list[Recipe]:
     """Propose recipes whose trainings fit a time budget on this machine.
 
     Args:
@@ -243,11 +253,13 @@ def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[st
 
 def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out: Path | None) -> dict[str, int]:
     """Return number of variants and steps of each training, stored for these recipes and budget or timed now."""
-    key = json_sha256([[recipe.model_dump(mode="json") for recipe in recipes], budget, fabric.device.type])
-    file = out and out / f".adapt-{key[:16]}.json"
+    key = json.dumps(
+        [[recipe.model_dump(mode="json") for recipe in recipes], budget, fabric.device.type], sort_keys=True
+    )
+    file = out and out / f".adapt-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, KeyError):
         if file is not None:
-            stored = read_json(file)
+            stored = json.loads(file.read_text(encoding="utf-8"))
             return {"variants": int(stored.pop("variants")), **{name: int(value) for name, value in stored.items()}}
     start, variants, times = recipes[0].start, len(recipes), {}
     if isinstance(start, Recipe) and not (start.steps or start.epochs):
@@ -262,7 +274,8 @@ def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out
     steps = {"variants": variants, **steps}
     if times and file is not None and fabric.is_global_zero:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, steps)
+        with atomic_write(file) as part:
+            part.write_text(json.dumps(steps) + "\n", encoding="utf-8")
     return steps
 
 
@@ -314,9 +327,12 @@ def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
 
 
 def folder_recipes(
-    inputs: FolderInputs, budget: str | None, config: TrainerConfig, overrides: Sequence[str] = (),
+    inputs: FolderInputs,
+    budget: str | None,
+    config: TrainerConfig,
+    overrides: Sequence[str] = (),
     out: Path | None = None,
-) -> list[Recipe]:  # fmt: skip
+) -> list[Recipe]:
     """Recipes for two image folders, or for a trained network and one folder.
 
     Args:

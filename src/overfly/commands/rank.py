@@ -119,19 +119,10 @@ def _quality_table(ranking: Ranking) -> Table:
 
 
 def rank(
-    runs: PathLikes,
-    *,
-    with_labels: bool = False,
-    estimate: bool = False,
-    validators: list[str] | None = None,
-    reference: PathLike | None = None,
-    split: Split = "train",
-    limit: int = 24,
-    crop: int = 512,
-    device: str = "auto",
-    out: PathLike | None = None,
-    json: bool = False,
-) -> RankResult:
+    runs: PathLikes, *, with_labels: bool = False, estimate: bool = False, validators: list[str] | None = None,
+    reference: PathLike | None = None, split: Split = "train", limit: int = 24, crop: int = 512, device: str = "auto",
+    out: PathLike | None = None, json: bool = False,
+) -> RankResult:  # fmt: skip
     """Rank runs and their stored checkpoints without target labels.
 
     Args:

@@ -28,21 +28,10 @@ MAX_REASONS = 3
 
 
 def serve(
-    networks: PathLikes,
-    *,
-    scenes: PathLikes | None = None,
-    watch: str | None = None,
-    watch_size: int | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    backend: Backend = "auto",
-    device: str = "auto",
-    upload: int = 64,
-    megapixels: float = 9.0,
-    seconds: float = 60.0,
-    queue: int = 16,
-) -> str:
+    networks: PathLikes, *, scenes: PathLikes | None = None, watch: str | None = None, watch_size: int | None = None,
+    host: str = "127.0.0.1", port: int = 8000, token: str | None = None, backend: Backend = "auto",
+    device: str = "auto", upload: int = 64, megapixels: float = 9.0, seconds: float = 60.0, queue: int = 16,
+) -> str:  # fmt: skip
     """Serve networks in a browser and over HTTP, until Ctrl-C.
 
     The page lists the networks, compares two of them, and shows the map of an image that is dropped on it. Programs

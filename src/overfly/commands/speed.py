@@ -53,20 +53,10 @@ class SpeedResult:
 
 
 def speed(
-    network: str,
-    *,
-    size: int = 512,
-    batch: list[int] | None = None,
-    classes: int = 7,
-    bands: int = 3,
-    device: str = "auto",
-    threads: int | None = None,
-    precision: Precision = "32",
-    warmup: int = 10,
-    repeats: int = 50,
-    macs_of_batch: int | None = None,
-    json: bool = False,
-) -> SpeedResult:
+    network: str, *, size: int = 512, batch: list[int] | None = None, classes: int = 7, bands: int = 3,
+    device: str = "auto", threads: int | None = None, precision: Precision = "32", warmup: int = 10, repeats: int = 50,
+    macs_of_batch: int | None = None, json: bool = False,
+) -> SpeedResult:  # fmt: skip
     """Measure a network: parameters, multiply-accumulates of one image, latency, images/s, memory.
 
     Heads that only training uses are off. Times are synchronized and taken after a warm-up.

@@ -35,18 +35,10 @@ class TrainResult:
 
 
 def train(
-    recipe: RecipeLike,
-    *overrides: str,
-    out: PathLike = Path("runs"),
-    device: str = "auto",
-    devices: int = 1,
-    workers: int = 0,
-    checkpoint_every: int = 200,
-    log_every: int = 10,
-    cache: Cache = "memory",
-    tensorboard: bool = False,
-    quiet: bool = False,
-) -> TrainResult:
+    recipe: RecipeLike, *overrides: str, out: PathLike = Path("runs"), device: str = "auto", devices: int = 1,
+    workers: int = 0, checkpoint_every: int = 200, log_every: int = 10, cache: Cache = "memory",
+    tensorboard: bool = False, quiet: bool = False,
+) -> TrainResult:  # fmt: skip
     """Train a network by a recipe, or resume an unfinished run.
 
     Args:
