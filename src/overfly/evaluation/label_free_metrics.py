@@ -93,8 +93,7 @@ class LabelFreeMetrics(Spec):
     def score(self) -> float:
         """Mean of consistency on the target and mIoU on the source; consistency alone without source labels.
 
-        The rule of `overfly adapt` (docs/adr/0013-selection.md). A network that forgot the classes is consistent or
-        accurate, but not both.
+        The rule of `overfly adapt` (docs/adr/0013-selection.md).
         """
         return self.consistency if self.source_miou is None else (self.consistency + self.source_miou) / 2
 
