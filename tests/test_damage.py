@@ -41,6 +41,7 @@ from overfly.raster.map_raster import map_raster
 from overfly.recipe import load
 from overfly.training.evaluate import evaluate_domain, stored_scores
 from overfly.training.run import Run
+from overfly.training.trainer import Trainer
 from random_networks import random_network
 from rasters import ids, noise, pointwise, write
 
@@ -82,6 +83,14 @@ def initial_weights(folder: Path) -> Kind:
     return Kind(weights(folder).file, read)
 
 
+class StoppedError(Exception):
+    """What stops a run or a map in these tests."""
+
+
+def stop(*_: object) -> None:
+    raise StoppedError
+
+
 def stopped_run(folder: Path) -> Run:
     """A run whose last step is done, and which is not finished."""
     source = {"name": "synthetic", "scene": "urban", "size": 64, "train": 4, "val": 2, "test": 2}
@@ -92,9 +101,11 @@ def stopped_run(folder: Path) -> Run:
         "crop": 64,
         "batch": 2,
     }
-    run = train(load(settings, "steps=4"), out=folder, device="cpu", quiet=True, checkpoint_every=2).run
-    run.weights.unlink()
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "finish", stop)
+        with pytest.raises(StoppedError):
+            train(load(settings, "steps=4"), out=folder, device="cpu", quiet=True, checkpoint_every=2)
+    return Run.open(next(folder.glob("*/recipe.yaml")).parent)
 
 
 def checkpoint(folder: Path) -> Kind:
@@ -191,9 +202,6 @@ def finished_map(folder: Path) -> Kind:
 
 def unfinished(name: str) -> Callable[[Path], Kind]:
     def make(folder: Path) -> Kind:
-        class StoppedError(Exception):
-            pass
-
         def on_progress(done: int, total: int) -> None:
             if done == total - 1:
                 raise StoppedError
@@ -352,6 +360,9 @@ def test_other_weights_in_a_comparison_are_refused(tmp_path: Path) -> None:
     report = CandidateReport(run="gone", weights_sha256=weights_sha256(made), metrics=METRICS)
     write_selection(tmp_path, report)
     assert load_predictor(tmp_path).metadata.architecture == "small_network"
+    made.rename(tmp_path / "moved")
+    with pytest.raises(WeightsError, match=r"recommended\.safetensors"):
+        load_predictor(tmp_path)
     network = random_network("small_network")
     network.mean += 1
     network.save(made)

@@ -90,8 +90,8 @@ def append_digest(file: BufferedRandom, key: str = "") -> None:
 
 
 def has_digest(path: Path, key: str = "") -> bool:
-    """Return whether a file ends in the digest that `append_digest` wrote, and its content is unchanged."""
-    with path.open("rb") as file:
+    """Return whether a file can be read, ends in the digest that `append_digest` wrote, and is unchanged."""
+    with suppress(OSError), path.open("rb") as file:
         left = file.seek(0, os.SEEK_END) - TRAILER_BYTES
         file.seek(0)
         digest = hashlib.sha256()
@@ -100,6 +100,7 @@ def has_digest(path: Path, key: str = "") -> bool:
             left -= len(chunk)
         digest.update(key.encode())
         return left == 0 and file.read() == TRAILER + digest.hexdigest().encode()
+    return False
 
 
 def json_sha256(values: object) -> str:

@@ -217,7 +217,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tenso
 
 
 def weights_sha256(path: Path) -> str:
-    """Digest of a weights file's content: that of its description, which reading verifies, else of the whole file."""
+    """Digest of a weights file's content: that of its description, which reading verifies, else of the whole file.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    _check_readable(path)
     with suppress(SafetensorError, ValueError, KeyError, TypeError), safe_open(path, framework="pt") as file:
         return str(json.loads((file.metadata() or {})[KEY])["sha256"])
     return file_sha256(path)

@@ -105,7 +105,7 @@ def stored_scores(run: Run, key: str, split: Split, domain: Domain, checkpoint: 
     if not same or scores.domain != domain.model_dump(mode="json"):
         return None
     weights = run.weights if checkpoint is None else run.weights_at(checkpoint)
-    changed = scores.weights_sha256 is not None and scores.weights_sha256 != weights_sha256(weights)
+    changed = weights.is_file() and scores.weights_sha256 not in (None, weights_sha256(weights))
     if scores.files_sha256 not in (None, _files_sha256(domain, split) or scores.files_sha256) or changed:
         print_status(f"{run.path}: weights, images or masks changed since {key}/{split} was scored: not used")
         return None

@@ -165,11 +165,11 @@ class Run:
         whole = next((file for file in files if has_digest(file)), None)
         if files and whole is None:
             raise RunError(
-                f"{files[0]} is damaged or of another version of overfly; delete {files[0].parent} to train from the "
-                "start"
+                f"{files[0]} is unreadable, damaged or of another version of overfly; delete {files[0].parent} to start "
+                "over"
             )
         if whole != next(iter(files), None):
-            print_status(f"{self.checkpoint} is damaged; resuming from the checkpoint before it")
+            print_status(f"{self.checkpoint} is unreadable or damaged; resuming from the checkpoint before it")
         return whole
 
     @property
@@ -209,8 +209,9 @@ class Run:
         scores = self._read_json("scores.json")
         if not all(isinstance(values, dict) for values in scores.values()):
             raise RunError(f"{self.path / 'scores.json'} is damaged; delete it and run overfly evaluate again")
-        recorded = {values.get("weights_sha256") for values in scores.values()} - {None}
-        known = {None, weights_sha256(self.weights) if recorded and self.weights.is_file() else None}
+        if not any("weights_sha256" in values for values in scores.values()) or not self.weights.is_file():
+            return scores
+        known = (None, weights_sha256(self.weights))
         return {key: values for key, values in scores.items() if values.get("weights_sha256") in known}
 
     def write_json(self, file: str, values: Mapping[str, Any]) -> None:

@@ -343,6 +343,7 @@ class Trainer:
             self.add_elapsed_time()
             took_s = round(self.state["took_s"], 1)
             self.run.write_json("machine.json", self.run.machine | {"took_s": took_s, "finished": utc_now()})
+            self.run.previous_checkpoint.unlink(missing_ok=True)
         self.fabric.barrier()
 
     def estimate_statistics(self) -> None:
