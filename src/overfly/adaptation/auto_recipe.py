@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import time
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import json_sha256, read_json, write_json
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
@@ -253,13 +251,11 @@ def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[st
 
 def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out: Path | None) -> dict[str, int]:
     """Return number of variants and steps of each training, stored for these recipes and budget or timed now."""
-    key = json.dumps(
-        [[recipe.model_dump(mode="json") for recipe in recipes], budget, fabric.device.type], sort_keys=True
-    )
-    file = out and out / f".adapt-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key = json_sha256([[recipe.model_dump(mode="json") for recipe in recipes], budget, fabric.device.type])
+    file = out and out / f".adapt-{key[:16]}.json"
     with suppress(OSError, ValueError, KeyError):
         if file is not None:
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            stored = read_json(file)
             return {"variants": int(stored.pop("variants")), **{name: int(value) for name, value in stored.items()}}
     start, variants, times = recipes[0].start, len(recipes), {}
     if isinstance(start, Recipe) and not (start.steps or start.epochs):
@@ -274,8 +270,7 @@ def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out
     steps = {"variants": variants, **steps}
     if times and file is not None and fabric.is_global_zero:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as part:
-            part.write_text(json.dumps(steps) + "\n", encoding="utf-8")
+        write_json(file, steps)
     return steps
 
 
