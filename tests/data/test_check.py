@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError, OverflyError
+from overfly.core.errors import DataError
 from overfly.core.records import Item
-from overfly.data import check as checks
-from overfly.data.check import check, check_masks, class_counts
-from overfly.data.domain import Domain, SplitError
+from overfly.data import reading
+from overfly.data.check import check, class_counts
+from overfly.data.domain import SplitError, check_masks
 from overfly.data.folder import Folder
 from overfly.data.loveda import CLASSES, LoveDA
 
@@ -121,7 +121,7 @@ def test_check_reports_pipes_and_empty_images_once(tmp_path: Path) -> None:
     (tmp_path / "images" / "2.png").write_bytes(small[:16] + bytes(8) + small[24:])
     report = check(domain, ["train"])
     assert [problem.image for problem in report.problems] == ["1", "2"]
-    for problem, expected in zip(report.problems, ("pipe", "0×0"), strict=True):
+    for problem, expected in zip(report.problems, ("pipe", "damaged"), strict=True):
         assert expected in problem.message
 
 
@@ -139,31 +139,31 @@ def test_check_of_missing_folder_or_no_splits(tmp_path: Path) -> None:
 
 def test_check_masks_finds_unknown_values_in_a_later_split(tmp_path: Path) -> None:
     domain = write(tmp_path, 4).model_copy(update={"splits": {"train": ("0", "1"), "val": ("2", "3")}})
-    check_masks(domain, ["train", "val"], tmp_path / "cache")
+    check_masks(domain, ["train", "val"])
     for name in ("2", "3"):
         Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "masks" / f"{name}.png")
-    check_masks(domain, ["train", "test"], tmp_path / "cache")
+    check_masks(domain, ["train", "test"])
     for _ in range(2):
         with pytest.raises(DataError, match=r"masks/2\.png .*2 of 4"):
-            check_masks(domain, ["train", "val"], tmp_path / "cache")
+            check_masks(domain, ["train", "val"])
 
 
 def test_check_masks_reads_only_changed_masks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    domain, cache, decoded = write(tmp_path, 4), tmp_path / "cache", list[str]()
-    mask_error = checks._mask_error
+    domain, decoded = write(tmp_path, 4), list[str]()
+    read_item_label = reading.read_item_label
 
-    def record(domain: Domain, item: Item) -> OverflyError | None:
+    def record(item: Item) -> reading.LabelPixels:
         decoded.append(item.name)
-        return mask_error(domain, item)
+        return read_item_label(item)
 
-    monkeypatch.setattr(checks, "_mask_error", record)
-    check_masks(domain, ["train"], cache)
-    check_masks(domain, ["train"], cache)
+    monkeypatch.setattr(reading, "read_item_label", record)
+    check_masks(domain, ["train"])
+    check_masks(domain, ["train"])
     assert sorted(decoded) == ["0", "1", "2", "3"]
     os.utime(tmp_path / "masks" / "1.png", ns=(0, 0))
-    check_masks(domain, ["train"], cache)
+    check_masks(domain, ["train"])
     assert decoded[4:] == ["1"]
-    check_masks(domain.model_copy(update={"unknown": "ignore"}), ["train"], cache)
+    check_masks(domain.model_copy(update={"unknown": "ignore"}), ["train"])
     assert len(decoded) == 9
 
 

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.classes import Color
-from overfly.data.reading import UNKNOWN, from_colors, from_numbers, from_palette, pack, unknown_colors, unpack
+from overfly.data.reading import (
+    UNKNOWN,
+    from_colors,
+    from_numbers,
+    from_palette,
+    list_codes,
+    pack,
+    unknown_codes,
+    unpack,
+)
 
 byte = st.integers(0, 255)
 color = st.tuples(byte, byte, byte)
@@ -63,11 +72,11 @@ def test_palettes_give_their_colors() -> None:
     numbers = np.array([[0, 1], [2, 7]], np.uint8)
     label = from_palette(numbers, palette, {(1, 2, 3): 4, (9, 9, 9): 255})
     assert label.tolist() == [[255, 4], [UNKNOWN, UNKNOWN]]
-    assert "0,0,0 (1 pixels)" in unknown_colors(numbers, label, palette)
+    assert "0,0,0 (1 pixels)" in list_codes(unknown_codes(numbers, label, palette))
 
 
 def test_what_is_unknown_is_listed_commonest_first() -> None:
     pixels = np.zeros((3, 3, 3), np.uint8)
     pixels[0] = (1, 2, 3)
     label = from_colors(pixels, {})
-    assert unknown_colors(pixels, label) == "0,0,0 (6 pixels), 1,2,3 (3 pixels)"
+    assert list_codes(unknown_codes(pixels, label)) == "0,0,0 (6 pixels), 1,2,3 (3 pixels)"

@@ -20,8 +20,7 @@ from overfly.core.atomic_files import atomic_write, write_json
 from overfly.core.errors import OverflyError, RecipeError, RunError
 from overfly.core.progress import percent, print_status
 from overfly.core.records import Item
-from overfly.data.check import check_masks
-from overfly.data.domain import shortest_sides
+from overfly.data.domain import check_masks, shortest_sides
 from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
 from overfly.evaluation.panels import comparison_figure
 from overfly.evaluation.score import Sample, evaluation_mode

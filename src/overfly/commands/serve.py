@@ -214,7 +214,7 @@ def _check_token(host: str, token: str | None) -> str | None:
 
 def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
     """List the images of files and folders, name unreadable ones on stderr; raise `DataError` for a missing path."""
-    from overfly.data.headers import SUFFIXES
+    from overfly.data.listing import is_image_name
     from overfly.web.uploads import check_size
 
     result: list[Path] = []
@@ -223,7 +223,7 @@ def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
         if not path.exists():
             raise DataError(f"--scenes {path} does not exist; give image files or folders of them")
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        for file in (file for file in files if file == path or file.suffix.lower() in SUFFIXES):
+        for file in (file for file in files if file == path or is_image_name(file)):
             try:
                 check_size(file, pixels)
                 result.append(file)

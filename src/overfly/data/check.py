@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from overfly.core.atomic_files import atomic_write
-from overfly.core.download import cache_folder
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Item
 from overfly.core.spec import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, Spec
@@ -133,47 +126,6 @@ def check(domain: Domain, splits: Sequence[Split] | None = None) -> DomainReport
     return DomainReport(domain=domain.name, splits=tuple(reports), absent=absent)
 
 
-def check_masks(domain: Domain, splits: Sequence[Split], cache: Path | None = None) -> None:
-    """Check that every mask of some splits can be decoded, so that training does not fail at one of them later.
-
-    A second check skips masks that passed, unless a file or the domain's settings changed. Opens the labels: call it
-    only for splits whose labels the run reads.
-
-    Args:
-        domain: the domain to check.
-        splits: splits whose masks are checked; splits that the domain does not have are skipped.
-        cache: folder of the records; None takes ``checked_masks`` in the cache folder.
-
-    Raises:
-        DataError: a split's files do not fit together, or masks cannot be decoded; names the first and their number.
-    """
-    items: list[Item] = []
-    for split in splits:
-        with suppress(SplitError):
-            items += [item for item in domain.items(split) if isinstance(item.label, Path)]
-    if not items:
-        return
-    settings = json.dumps([type(domain).__qualname__, domain.model_dump(mode="json")], sort_keys=True)
-    folder = cache or cache_folder() / "checked_masks"
-    record = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:32]}.json"
-    passed = _load_record(record)
-    stamps = {str(item.label): _file_stamp(item) for item in items}
-    unchecked = [item for item in items if passed.get(str(item.label)) != stamps[str(item.label)]]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        errors = list(pool.map(lambda item: _mask_error(domain, item), unchecked))
-    for item, error in zip(unchecked, errors, strict=True):
-        if error is None:
-            passed[str(item.label)] = stamps[str(item.label)]
-    with suppress(OSError):  # without a record the next check reads the masks again
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(record) as part:
-            part.write_text(json.dumps(passed), encoding="utf-8")
-    failed = [error for error in errors if error is not None]
-    if failed:
-        more = f" ({len(failed)} of {len(items)} masks have problems; list them with: overfly data check)"
-        raise DataError(str(failed[0]) + (more if len(failed) > 1 else "")) from failed[0]
-
-
 def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
     """Count the pixels of each class in an item's label (K,); raise `DataError` if it cannot be read."""
     return _label_histogram(domain, item)[: len(domain.classes)]
@@ -199,31 +151,6 @@ def item_source(item: Item) -> str:
 
 def _label_histogram(domain: Domain, item: Item) -> NDArray[np.int64]:
     return np.bincount(domain.read_label(item).ravel(), minlength=256).astype(np.int64)
-
-
-def _mask_error(domain: Domain, item: Item) -> OverflyError | None:
-    try:
-        domain.read_label(item)
-    except OverflyError as error:
-        return error
-    return None
-
-
-def _file_stamp(item: Item) -> list[int]:
-    """Size and modification time of an item's files; empty, which matches no record, if one cannot be read."""
-    try:
-        states = [path.stat() for path in (item.label, item.image) if isinstance(path, Path)]
-    except OSError:
-        return []
-    return [number for state in states for number in (state.st_size, state.st_mtime_ns)]
-
-
-def _load_record(record: Path) -> dict[str, list[int]]:
-    try:
-        passed = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {path: stamp for path, stamp in passed.items() if stamp} if isinstance(passed, dict) else {}
 
 
 def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitReport:
@@ -315,27 +242,14 @@ class Statistics(Spec):
     __rich__ = __str__
 
 
-class _Sums(NamedTuple):
-    """Count, mean, sum of squared deviations and range; merged as in Chan, Golub, LeVeque (1979)."""
+class _Moments(NamedTuple):
+    """Number of pixels of an image, and mean, sum of squared deviations and range of its bands."""
 
     number: int
     mean: Float64
     deviations: Float64
     low: Float64
     high: Float64
-
-    def merge(self, other: _Sums) -> _Sums:
-        if not self.number or not other.number:
-            return self if self.number else other
-        number = self.number + other.number
-        difference = other.mean - self.mean
-        return _Sums(
-            number,
-            self.mean + difference * (other.number / number),
-            self.deviations + other.deviations + difference**2 * (self.number * other.number / number),
-            np.minimum(self.low, other.low),
-            np.maximum(self.high, other.high),
-        )
 
 
 def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statistics:
@@ -353,34 +267,34 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit must be at least 1, got {limit}")
     items = sample_evenly(domain.items(split), limit)
-    parts = [_sums(domain, item) for item in items]
-    total = reduce(_Sums.merge, parts) if parts else None
-    if total is None or not total.number:
+    parts = [moments for moments in (_moments(domain, item) for item in items) if moments.number]
+    if not parts:
         raise DataError(f"no pixel of the split {split} has data; check the no-data value of its images")
+    number, means, deviations, low, high = (np.array(values) for values in zip(*parts, strict=True))
+    mean = number @ means / number.sum()
+    variance = (deviations.sum(0) + number @ np.square(means - mean)) / number.sum()
     return Statistics(
-        mean=tuple(total.mean.tolist()),
-        std=tuple(np.sqrt(total.deviations / total.number).tolist()),
-        minimum=tuple(total.low.tolist()),
-        maximum=tuple(total.high.tolist()),
-        pixels=total.number,
+        mean=tuple(mean.tolist()),
+        std=tuple(np.sqrt(variance).tolist()),
+        minimum=tuple(low.min(0).tolist()),
+        maximum=tuple(high.max(0).tolist()),
+        pixels=int(number.sum()),
         images=len(items),
     )
 
 
-def _sums(domain: Domain, item: Item) -> _Sums:
+def _moments(domain: Domain, item: Item) -> _Moments:
     image = domain.read_image(item)
-    nodata_mask = reading.nodata_mask(item.image, bands=domain.bands)
+    nodata_mask = reading.nodata_mask(item.image, bands=domain.bands, nodata=domain.nodata)
     pixels = image.reshape(-1, image.shape[-1]) if nodata_mask is None else image[~nodata_mask]
     if not len(pixels):
         zeros = np.zeros(image.shape[-1])
-        return _Sums(0, zeros, zeros, zeros, zeros)
-    columns = [_band_sums(pixels[:, band]) for band in range(pixels.shape[1])]
-    mean, deviations = (np.array(values) for values in zip(*columns, strict=True))
-    low, high = pixels.min(axis=0).astype(np.float64), pixels.max(axis=0).astype(np.float64)
-    return _Sums(len(pixels), mean, deviations, low, high)
+        return _Moments(0, zeros, zeros, zeros, zeros)
+    mean, deviations = np.array([_band_moments(band) for band in pixels.T]).T
+    return _Moments(len(pixels), mean, deviations, pixels.min(axis=0), pixels.max(axis=0))
 
 
-def _band_sums(values: Array) -> tuple[float, float]:
+def _band_moments(values: Array) -> tuple[float, float]:
     """Mean and sum of squared deviations of a band's values (N,); a histogram is faster for integers."""
     if values.dtype in (np.uint8, np.uint16):
         counts = np.bincount(values)

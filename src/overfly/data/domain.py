@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +17,7 @@ from pydantic import ConfigDict
 
 from overfly.core.choices import Split
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, OverflyError
 from overfly.core.records import IGNORE, Array, Item, UInt8
 from overfly.core.spec import Choice
 from overfly.data import reading
@@ -33,8 +38,20 @@ FIXED_TOP_DIFFERENCE = 0.5
 """Difference of class shares above which images have a fixed top."""
 
 
+_CHECKED: dict[tuple[object, ...], frozenset[int]] = {}
+"""Class ids of the masks that this process has checked, by settings and state of the files."""
+
+
 class SplitError(DataError):
     """A domain does not have this split; its other splits are usable."""
+
+
+class UnknownCodesError(DataError):
+    """A mask holds numbers or colors of no class; ``codes`` counts the pixels of each."""
+
+    def __init__(self, message: str, codes: Counter[reading.Code]) -> None:
+        super().__init__(message)
+        self.codes = codes
 
 
 if TYPE_CHECKING:
@@ -98,13 +115,18 @@ class Domain(Choice, ABC):
         return None
 
     @overridable_property
+    def nodata(self) -> float | None:
+        """Value of pixels without data, where the files declare none; None: no such value."""
+        return None
+
+    @overridable_property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Mean and standard deviation of each band, in the sensor's own range; None if unknown."""
         return None
 
     def read_image(self, item: Item) -> Array:
         """Read the image of an item, (H, W, C), in the sensor's type and range."""
-        return reading.read_image(item.image, bands=self.bands)
+        return reading.read_image(item.image, bands=self.bands, nodata=self.nodata)
 
     def nodata_mask(self, item: Item) -> reading.Mask | None:  # noqa: ARG002
         """Pixels of an item's image without data (H, W), bool; None: no such pixels. Opens no label."""
@@ -129,6 +151,58 @@ def sample_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
     if limit is None or limit >= len(items):
         return list(items)
     return [items[int((index + 0.5) * len(items) / limit)] for index in range(limit)]
+
+
+def check_masks(domain: Domain, splits: Sequence[Split]) -> None:
+    """Check that every mask of some splits can be decoded and that they hold two classes, before training starts.
+
+    A process decodes a mask once, unless a file or the domain's settings change. Opens the labels: call it only for
+    splits whose labels the run reads; splits that the domain does not have are skipped.
+
+    Raises:
+        DataError: a split's files do not fit together, or masks cannot be decoded; names the first and their number.
+    """
+    items: list[Item] = []
+    for split in splits:
+        with suppress(SplitError):
+            items += [item for item in domain.items(split) if isinstance(item.label, Path)]
+    settings = json.dumps([type(domain).__qualname__, domain.model_dump(mode="json")], sort_keys=True)
+
+    def check(item: Item) -> frozenset[int] | Exception:
+        try:
+            states = [(path, path.stat()) for path in (item.label, item.image) if isinstance(path, Path)]
+            key = (settings, *((path, state.st_size, state.st_mtime_ns) for path, state in states))
+            if key not in _CHECKED:
+                _CHECKED[key] = frozenset(np.bincount(domain.read_label(item).ravel()).nonzero()[0].tolist())
+        except (OverflyError, OSError) as error:
+            return error
+        return _CHECKED[key]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(check, items))
+    failed = [result for result in results if isinstance(result, Exception)]
+    if failed:
+        more = f" ({len(failed)} of {len(items)} masks have problems; list them with: overfly data check)"
+        raise DataError(str(failed[0]) + (more if len(failed) > 1 else "")) from failed[0]
+    present = frozenset[int]().union(*(result for result in results if isinstance(result, frozenset))) - {IGNORE}
+    if len(present) == 1 < len(domain.classes):
+        raise DataError(absent_classes(domain, items, present))
+
+
+def absent_classes(domain: Domain, items: Sequence[Item], present: Collection[int]) -> str:
+    """Error message for classes that no label of some items contains; names the setting that gives them 255."""
+    names = domain.classes.names
+    absent = [name for number, name in enumerate(names) if number not in present]
+    message = f"no mask contains {', '.join(absent)}"
+    ids = {name: numbers[0] for name, numbers in getattr(domain, "ids", {}).items()} or {
+        name: number for number, name in enumerate(names)
+    }
+    values = [reading.read_item_label(item).values for item in items if item.label is not None]
+    share = np.mean([(numbers == IGNORE).mean() if numbers.ndim == 2 else 0 for numbers in values])
+    if len(absent) > 1 or not share or IGNORE in ids.values():
+        return f"{message}; correct the masks or the domain's ids or colors, or remove the class"
+    shown = ", ".join(f"{name}: {number}" for name, number in (ids | {absent[0]: IGNORE}).items())
+    return f"{message}; {share:.0%} of pixels are 255, which is ignored: set ids: {{{shown}}}"
 
 
 def shortest_sides(domain: Domain) -> list[int]:

@@ -16,14 +16,15 @@ from overfly.core.records import IGNORE, Item, UInt8
 from overfly.core.settings import parse_yaml
 from overfly.core.spec import Meters, PositiveFloat, PositiveInt
 from overfly.data import listing, reading
-from overfly.data.domain import SPLITS, Domain, Split, SplitError
-from overfly.data.reading import UNKNOWN, from_colors, from_numbers, from_palette, unknown_colors, unknown_numbers
+from overfly.data.domain import SPLITS, Domain, Split, SplitError, UnknownCodesError
+from overfly.data.headers import is_gray
+from overfly.data.reading import UNKNOWN, from_colors, from_numbers, from_palette, list_codes, unknown_codes
 
-Number = Annotated[int, Field(ge=0, le=65535)]
+Number = Annotated[int, Field(ge=-(2**31), lt=2**32)]
 """A number that a mask may store."""
 SplitShare = Annotated[float, Field(gt=0, le=1)]
 """A share of the images."""
-Code = TypeVar("Code", int, Color)
+CodeT = TypeVar("CodeT", int, Color)
 DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
 """Settings of a folder that the options give for each domain."""
 
@@ -31,8 +32,9 @@ DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
 class Folder(Domain, name="folder"):
     """The user's own images in folders.
 
-    * Format: PNG, JPEG, TIFF, GeoTIFF (more than four bands, or 16 bits in color: extra ``geo``).
-    * Masks: PNG or TIFF of numbers, of a palette, or of RGB colors; none at all for a target.
+    * Format: PNG, JPEG, TIFF, GeoTIFF, JPEG 2000, BMP, WebP; the rules are those of `overfly.data.reading`.
+    * Masks: files of numbers, of a palette, or of RGB colors, without loss; none at all for a target. What a mask
+      declares as no data is ignored, unless ``ids`` or ``colors`` list it.
     * Bands, resolution, classes, license: see the settings; ``overfly data check`` verifies them.
 
     Images and masks are paired by the text that the wildcards match: ``Tile */images/*.jpg`` and
@@ -74,6 +76,8 @@ class Folder(Domain, name="folder"):
     """Number of bands of the images; an alpha band is not counted."""
     max_value: PositiveFloat = 255.0
     """Value of the brightest pixel that the sensor can give: 255 for 8 bits, 65535 for 16, 1 for most floats."""
+    nodata: float | None = None
+    """Value of pixels without data in the images, where the files do not declare it."""
     mean: tuple[float, ...] | None = None
     """Mean of each band, in the images' own range; computed by ``overfly data stats``."""
     std: tuple[PositiveFloat, ...] | None = None
@@ -168,19 +172,19 @@ class Folder(Domain, name="folder"):
 
     def nodata_mask(self, item: Item) -> reading.Mask | None:
         """Pixels without data, masked or fully transparent (H, W), None if none; raise `DataError` if unreadable."""
-        return reading.nodata_mask(item.image, bands=self.bands)
+        return reading.nodata_mask(item.image, bands=self.bands, nodata=self.nodata)
 
     def read_label(self, item: Item) -> UInt8:
         """Read a label in the encoding of the settings; see `Domain.read_label`."""
-        source = reading.label_source(item)
-        pixels = reading.read_label_pixels(source)
-        reading.check_size(item, pixels.values)
-        encoding = self._detect_encoding(reading.source_name(source), pixels)
+        pixels, name = reading.read_item_label(item), reading.source_name(item.label)
+        encoding = self._detect_encoding(name, pixels)
         try:
             label = self._decode_label(pixels, encoding)
         except ValueError as error:
-            raise DataError(f"{reading.source_name(source)} cannot be decoded: {error}") from None
-        self._replace_unknown(reading.source_name(source), pixels, label, encoding)
+            raise DataError(f"{name} cannot be decoded: {error}") from None
+        if pixels.masked is not None:
+            label[pixels.masked] = IGNORE
+        self._replace_unknown(name, pixels, label, encoding)
         nodata_mask = self.nodata_mask(item)
         if nodata_mask is not None:
             label[nodata_mask] = IGNORE
@@ -190,9 +194,18 @@ class Folder(Domain, name="folder"):
         names = self.classes.names
         if encoding == "index":
             ids = self.ids or {name: (number,) for number, name in enumerate(names)}
-            return from_numbers(pixels.values, self._table(ids, self._ignored_numbers(), "number"))
+            numbers = self._table(ids, self._ignored_numbers(), "number")
+            if (
+                pixels.nodata is not None
+                and pixels.nodata.is_integer()
+                and not (self.ids and int(pixels.nodata) in numbers)
+            ):
+                numbers[int(pixels.nodata)] = IGNORE
+            return from_numbers(pixels.values, numbers)
         shown = {name: (color,) for name, color in zip(names, self.classes.colors, strict=True)}
         colors = self._table(self.colors or shown, self._ignored_colors(), "color")
+        if pixels.nodata in range(256):
+            colors.setdefault((int(pixels.nodata or 0),) * 3, IGNORE)
         if pixels.palette is None:
             return from_colors(pixels.values, colors)
         return from_palette(pixels.values, pixels.palette, colors)
@@ -215,6 +228,8 @@ class Folder(Domain, name="folder"):
             return "index"
         if self.label_format != "auto":
             return self.label_format
+        if is_gray(pixels.palette) and not self.colors:
+            return "index"
         if bool(self.colors) == bool(self.ids):
             raise DataError(
                 f"{name} is a palette image; set label_format to index if its numbers are the classes, "
@@ -227,20 +242,18 @@ class Folder(Domain, name="folder"):
         if not unknown.any():
             return
         if self.unknown == "error":
-            values = (
-                unknown_numbers(pixels.values, label)
-                if encoding == "index"
-                else unknown_colors(pixels.values, label, pixels.palette)
-            )
+            codes = unknown_codes(pixels.values, label, pixels.palette if encoding == "rgb" else None)
             what, where = ("numbers", "ids") if encoding == "index" else ("colors", "colors")
-            raise DataError(
-                f"{name} holds {what} of no class: {values}; add them to {where} or ignore, or set unknown to ignore"
+            raise UnknownCodesError(
+                f"{name} holds {what} of no class: {list_codes(codes)}; add them to {where} or ignore, or set unknown "
+                "to ignore",
+                codes,
             )
         label[unknown] = IGNORE
 
-    def _table(self, codes: Mapping[str, tuple[Code, ...]], ignored: Iterable[Code], kind: str) -> dict[Code, int]:
+    def _table(self, codes: Mapping[str, tuple[CodeT, ...]], ignored: Iterable[CodeT], kind: str) -> dict[CodeT, int]:
         """Class id of each color or number."""
-        class_ids: dict[Code, int] = {}
+        class_ids: dict[CodeT, int] = {}
         for name, values in codes.items():
             class_name = self.mapping.get(name, name)
             number = IGNORE if class_name is None else self.classes.index(class_name)

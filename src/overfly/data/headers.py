@@ -1,69 +1,133 @@
-"""Read image headers: format, size, bands, pixel type, no-data value.
-
-The format is detected by the first bytes. Pillow reads what it supports without loss; rasterio (extra ``geo``)
-reads the others: more than four bands, 16 bits in color, JPEG 2000.
-"""
+"""Open image files with GDAL: format, errors, orientation, header. The rules stand in `overfly.data.reading`."""
 
 from __future__ import annotations
 
-import os
 import stat
 import struct
+import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from overfly.core.errors import DataError, MissingExtraError
+from overfly.core.errors import DataError
+from overfly.core.records import Array, UInt8
 
-ImageFormat = Literal["png", "jpeg", "tiff", "jp2"]
+ImageFormat = Literal["png", "jpeg", "tiff", "jp2", "bmp", "webp", "vrt"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2")
-"""File name suffixes of images."""
+FORMATS: dict[ImageFormat, tuple[str, tuple[bytes, ...]]] = {
+    "png": ("PNG", (b"\x89PNG\r\n\x1a\n",)),
+    "jpeg": ("JPEG", (b"\xff\xd8\xff",)),
+    "tiff": ("GTiff", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    "jp2": ("JP2OpenJPEG", (b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")),
+    "bmp": ("BMP", (b"BM",)),
+    "webp": ("WEBP", ()),
+    "vrt": ("VRT", ()),
+}
+"""GDAL's driver of each format, and the first bytes of its files."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".bmp", ".webp")
+"""File name suffixes of images in folders."""
 MAX_PIXELS = 178_956_970
 """Largest number of pixels of an image that is read as a whole; Pillow's own limit."""
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
-_PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+CACHE = 96 * 2**20
+"""Bytes of decoded blocks that GDAL may cache; its default is a share of the machine's memory."""
+OPTIONS = {"GDAL_CACHEMAX": CACHE, "GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
+"""Options of GDAL; without the last two, truncated JPEG and PNG files are read as if the rest were black or gray."""
+_OPENING = threading.Lock()
+_BOMB = Image.DecompressionBombError
 _OTHER_FORMATS = (
     ((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf"), "an archive"),
-    ((b"GIF8", b"BM", b"RIFF", b"\x89HDF", b"\x93NUMPY"), "in another format"),
+    ((b"GIF8", b"RIFF", b"\x89HDF", b"CDF", b"EHFA", b"\x93NUMPY"), "in another format"),
+    ((b"<VRTDataset",), "a VRT that is not named .vrt"),
 )
 
 
 class ImageHeader(NamedTuple):
-    """Header of an image file.
+    """Header of an image file, as it is read: upright, in RGB.
 
     Attributes:
-        height: rows.
-        width: columns.
-        bands: bands as stored, including an alpha band.
-        dtype: pixel type of the returned array: uint8, uint16 or float32.
-        alpha: True if the last band is an alpha band.
-        palette: True if pixels are indices of a color table.
-        nodata: value of pixels without data, or None.
-        kind: file format.
-        scale: factor by which Pillow scales gray values of 1, 2 or 4 bits to 0..255.
-        engine: library that reads the pixels.
-        masked: True if the file has a validity mask for all bands, which rasterio reads.
-        stored: pixel type in the file if it differs from ``dtype``, else empty.
+        bands: bands as stored, including an alpha band, which is the last.
+        dtype, stored: pixel type of the returned array (uint8, uint16 or float32) and in the file.
+        palette: True if pixels are indices of a table of colors other than grays.
+        nodata: value of pixels without data of each band, or None.
+        masked: True if a mask or a transparent color excludes pixels.
+        orientation: tag by which the pixels were turned, 1 to 8 as in TIFF; 1: not turned.
+        crs, transform: coordinate reference system as WKT; transform from pixel to coordinate in GDAL's order.
     """
 
     height: int
     width: int
     bands: int
     dtype: str
-    alpha: bool = False
-    palette: bool = False
-    nodata: float | None = None
-    kind: ImageFormat = "png"
-    scale: int = 1
-    engine: Literal["pillow", "rasterio"] = "pillow"
-    masked: bool = False
-    stored: str = ""
+    stored: str
+    kind: ImageFormat
+    alpha: bool
+    palette: bool
+    nodata: tuple[float | None, ...]
+    masked: bool
+    lossy: bool
+    orientation: int
+    crs: str
+    transform: tuple[float, ...] | None
+
+
+def is_address(source: Path | str) -> bool:
+    """Whether a source is an address such as s3://… instead of a file."""
+    return "://" in str(source) or str(source).startswith("/vsi")
+
+
+@contextmanager
+def open_raster(source: Path | str) -> Iterator[Any]:
+    """Open a file or an address as a dataset of rasterio, upright.
+
+    Raises:
+        DataError: it is missing, in another format, or damaged, on opening or while it is read.
+    """
+    import rasterio
+
+    driver = None if is_address(source) else FORMATS[image_format(Path(source))][0]
+    options = {**OPTIONS, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if driver is None else "TRUE"}
+    with gdal_errors(source), rasterio.Env(**options):
+        with _quiet():
+            dataset = rasterio.open(source, driver=driver)
+        with dataset:
+            known = [name for name, _ in FORMATS.values() if (name == "VRT") == str(source).endswith(".vrt")]
+            if dataset.driver not in known:
+                raise DataError(f"{source} is a {dataset.driver}, which is not read; export it as GeoTIFF")
+            turn = _orientation(source, dataset)
+            if turn == 1:
+                yield dataset
+            else:
+                with _turned(source, dataset, turn) as upright:
+                    yield upright
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore warnings; other threads wait, since they share Python's filters."""
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def gdal_errors(source: Path | str) -> Iterator[None]:
+    """Convert all errors of GDAL, rasterio and the system to a `DataError` that names the file."""
+    from rasterio._err import CPLE_BaseError
+    from rasterio.errors import RasterioError
+
+    known = (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError)
+    try:
+        yield
+    except (*known, MemoryError, struct.error) as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".").removeprefix(f"{source}: ")
+        reason = reason or type(error).__name__
+        raise DataError(f"{source} is truncated or damaged ({reason}); copy, download or export it again") from error
 
 
 def read_header(path: Path) -> ImageHeader:
@@ -71,15 +135,57 @@ def read_header(path: Path) -> ImageHeader:
 
     Raises:
         DataError: the file is missing, empty, not an image, or larger than can be read as a whole.
-        MissingExtraError: the format needs rasterio.
     """
+    image_format(path)
+    state = path.stat()
+    return _header(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _header(path: Path, *stamp: int) -> ImageHeader:  # noqa: ARG001 - the stamp is a part of the key
     kind = image_format(path)
-    header = {"png": _png_header, "jpeg": _jpeg_header, "tiff": _tiff_header, "jp2": _rasterio_header}[kind](path)
-    if not header.height * header.width:
-        raise DataError(f"{path} is empty ({header.width}×{header.height} pixels); remove it or export it again")
-    if header.height * header.width > MAX_PIXELS:
-        _too_large(path)
-    return header._replace(kind=kind)
+    with open_raster(path) as dataset:
+        if dataset.height * dataset.width > MAX_PIXELS:
+            _too_large(path)
+        if not dataset.count:
+            raise DataError(f"{path} has no bands of its own; give one of its subdatasets, or export it again")
+        stored = str(np.result_type(*dataset.dtypes))
+        structure = dataset.tags(ns="IMAGE_STRUCTURE")
+        return ImageHeader(
+            dataset.height,
+            dataset.width,
+            dataset.count,
+            dtype=stored if stored in ("uint8", "uint16") else "float32",
+            stored=stored,
+            kind=kind,
+            alpha=dataset.count > 1 and dataset.colorinterp[-1].name == "alpha",
+            palette=dataset.colorinterp[0].name == "palette" and not is_gray(read_palette(dataset)),
+            nodata=band_nodata(dataset),
+            masked=has_mask(dataset),
+            lossy=kind == "jpeg"
+            or "JPEG" in structure.get("COMPRESSION", "")
+            or "LOSSY" in structure.get("COMPRESSION_REVERSIBILITY", ""),
+            orientation=int(dataset.tags(ns="OVERFLY").get("ORIENTATION", 1)),
+            crs=dataset.crs.to_wkt() if dataset.crs else "",
+            transform=None if dataset.transform.is_identity else tuple(dataset.transform.to_gdal()),
+        )
+
+
+def band_nodata(dataset: Any) -> tuple[float | None, ...]:
+    """The declared no-data value of each band; None where it only counts in all bands together, as `has_mask`."""
+    return (None,) * dataset.count if has_mask(dataset) else tuple(dataset.nodatavals)
+
+
+def has_mask(dataset: Any) -> bool:
+    """Whether a dataset has a mask of valid pixels other than an alpha band, or a transparent color."""
+    flags = {flag.name for flag in dataset.mask_flag_enums[0]}
+    return "per_dataset" in flags and "alpha" not in flags
+
+
+def is_gray(palette: UInt8) -> bool:
+    """Whether a palette (P, 3) holds the grays 0, 1, 2 …, or black and white only, so that its numbers are values."""
+    ramp = np.arange(len(palette), dtype=np.uint8) * (255 if len(palette) == 2 else 1)
+    return np.array_equal(palette, np.repeat(ramp[:, None], 3, axis=1))
 
 
 def image_format(path: Path) -> ImageFormat:
@@ -94,52 +200,14 @@ def image_format(path: Path) -> ImageFormat:
         raise DataError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise DataError(f"{path} cannot be opened ({error.strerror}); check its permissions") from None
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if start.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "tiff"
-    if start.startswith((b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")):
-        return "jp2"
+    for kind, (_, starts) in FORMATS.items():
+        if start.startswith(starts):
+            return kind
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "webp"
+    if path.suffix == ".vrt" and b"<" in start[:8]:
+        return "vrt"
     raise DataError(f"{path} is {_describe(start)}, not a PNG, JPEG or TIFF; download or export it again")
-
-
-def broken(path: Path, error: BaseException) -> DataError:
-    """Create the error for a file that cannot be decoded."""
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return DataError(f"{path} is truncated or damaged ({reason}); copy, download or export it again")
-
-
-@contextmanager
-def open_pillow(path: Path) -> Iterator[Image.Image]:
-    """Open with Pillow, without its warnings; raise `DataError`, in the block too, if it is damaged or too large."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
-                yield image
-    except Image.DecompressionBombError:
-        _too_large(path)
-    except _BROKEN as error:
-        raise broken(path, error) from error
-
-
-@contextmanager
-def open_raster(path: Path) -> Iterator[Any]:
-    """Open with rasterio, else raise `MissingExtraError`; raise `DataError`, in the block too, if it is damaged."""
-    try:
-        import rasterio
-        from rasterio.errors import RasterioError
-    except ImportError:
-        raise MissingExtraError("rasterio", "geo", f"reading {path}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with rasterio.open(path) as dataset:
-                yield dataset
-    except (RasterioError, *_BROKEN) as error:
-        raise broken(path, error) from error
 
 
 def _describe(start: bytes) -> str:
@@ -160,95 +228,67 @@ def _too_large(path: Path) -> NoReturn:
     raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; cut it into tiles")
 
 
-def _png_header(path: Path) -> ImageHeader:
-    with path.open("rb") as file:
-        head = file.read(26)
-    if len(head) < 26 or head[12:16] != b"IHDR":
-        raise broken(path, ValueError("the header is incomplete"))
-    width, height, depth, color = struct.unpack(">IIBB", head[16:26])
-    if color not in _PNG_BANDS or depth not in (1, 2, 4, 8, 16):
-        raise broken(path, ValueError("the header is invalid"))
-    return ImageHeader(
-        height,
-        width,
-        bands=_PNG_BANDS[color],
-        dtype="uint16" if depth == 16 else "uint8",
-        alpha=color in (4, 6),
-        palette=color == 3,
-        scale=255 // (2**depth - 1) if color == 0 and depth < 8 else 1,
-        engine="rasterio" if depth == 16 and color != 0 else "pillow",
-    )
+def _orientation(source: Path | str, dataset: Any) -> int:
+    """Orientation of a file's pixels, 1 to 8 as in TIFF; 1 if it is georeferenced or an address."""
+    known = not dataset.transform.is_identity or dataset.gcps[0] or dataset.tags(ns="RPC")
+    if known or is_address(source) or dataset.driver not in ("GTiff", "JPEG", "PNG", "WEBP"):
+        return 1
+    value: Any = 1
+    with suppress(OSError, ValueError, TypeError, LookupError, SyntaxError, _BOMB, struct.error), _quiet():
+        if dataset.driver == "GTiff":
+            with Path(source).open("rb") as file:
+                start = file.read(16)
+                order: Literal["little", "big"] = "little" if start[:1] == b"I" else "big"
+                tags = TiffImagePlugin.ImageFileDirectory_v2(prefix=start[:2])
+                tags._bigtiff = big = 43 in start[2:4]  # Pillow misses it in big-endian files
+                file.seek(int.from_bytes(start[8:16] if big else start[4:8], order))
+                tags.load(file)
+                value = tags.get(274, 1)
+        elif dataset.driver == "JPEG":
+            value = int(dataset.tags().get("EXIF_Orientation", 1))
+        else:
+            with Image.open(source) as image:
+                value = Image.Image.getexif(image).get(274, 1)  # PNG's own method would decode the image
+    return value if value in range(1, 9) else 1
 
 
-def _jpeg_header(path: Path) -> ImageHeader:
-    with open_pillow(path) as image:
-        return ImageHeader(image.height, image.width, len(image.getbands()), "uint8")
+@contextmanager
+def _turned(source: Path | str, dataset: Any, turn: int) -> Iterator[Any]:
+    """A copy of a dataset in memory, turned by an orientation."""
+    from rasterio.io import MemoryFile
 
-
-def _tiff_header(path: Path) -> ImageHeader:
-    """Header of a TIFF: Pillow's if Pillow returns the pixels as they are stored, else rasterio's."""
-    header = None
-    with suppress(DataError), open_pillow(path) as image:
-        header = _pillow_tiff_header(image)
-    return header or _rasterio_header(path)
-
-
-def _pillow_tiff_header(image: Image.Image) -> ImageHeader | None:
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return None
-    tags = image.tag_v2
-    bands, depths, photometric = tags.get(277, 1), set(tags.get(258, (1,))), tags.get(262)
-    eight = depths == {8} and (bands in (1, 3) or (bands == 4 and tags.get(338) == (2,)))
-    modes = {"L", "P", "RGB", "RGBA"} if eight else {"I;16", "I;16B", "F"} if bands == 1 else set()
-    if image.mode not in modes or photometric not in (1, 2, 3, 6) or len(image.getbands()) != bands:
-        return None
-    dtype = "uint8" if eight else "float32" if image.mode == "F" else "uint16"
-    try:
-        nodata = float(str(tags[42113]).strip("\0 ")) if 42113 in tags else None
-    except ValueError:
-        nodata = None
-    return ImageHeader(
-        image.height,
-        image.width,
-        bands,
-        dtype,
-        alpha=image.mode == "RGBA",
-        palette=image.mode == "P",
-        nodata=nodata,
-        masked=_has_mask(image),
-    )
-
-
-def _has_mask(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Return True if a TIFF has a mask of the whole image, in another directory or in a file .msk."""
-    directory, file, seen = image.tag_v2, image.fp, set[int]()
-    while file is not None and directory.next and directory.next not in seen:
-        seen.add(directory.next)
-        file.seek(0)
-        head = file.read(16)
-        file.seek(directory.next)
-        directory = TiffImagePlugin.ImageFileDirectory_v2(head if head[2] == 43 else head[:8])
-        directory.load(file)
-        if directory.get(254, 0) & 5 == 4:  # a mask, but not that of an overview
-            return True
-    return Path(os.fsdecode(image.filename) + ".msk").exists()
-
-
-def _rasterio_header(path: Path) -> ImageHeader:
-    with open_raster(path) as dataset:
-        colors = [color.name for color in dataset.colorinterp]
-        flags = {flag.name for flag in dataset.mask_flag_enums[0]}
-        stored = dataset.dtypes[0]
-        dtype = stored if stored in ("uint8", "uint16") else "float32"
-        return ImageHeader(
-            dataset.height,
-            dataset.width,
-            dataset.count,
-            dtype,
-            alpha=dataset.count > 1 and colors[-1] == "alpha",
-            palette=colors[0] == "palette",
-            nodata=dataset.nodata,
-            engine="rasterio",
-            masked="per_dataset" in flags and "alpha" not in flags,
-            stored=stored if stored != dtype else "",
+    def upright(pixels: Array) -> Array:
+        turned = pixels.swapaxes(-1, -2) if turn >= 5 else pixels
+        return np.ascontiguousarray(
+            turned[..., :: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
         )
+
+    if dataset.height * dataset.width > MAX_PIXELS:
+        raise DataError(
+            f"{source} has more than {MAX_PIXELS / 1e6:.0f} million pixels, to be turned by its orientation tag "
+            f"{turn}; save it with its pixels turned and without the tag"
+        )
+    pixels = upright(dataset.read())
+    count, height, width = pixels.shape
+    dtype, masked = pixels.dtype, has_mask(dataset)
+    profile = {"count": count, "height": height, "width": width, "dtype": dtype, "nodata": dataset.nodata}
+    with MemoryFile() as memory:
+        with _quiet(), memory.open(driver="GTiff", photometric="MINISBLACK", bigtiff="IF_SAFER", **profile) as copy:
+            copy.write(pixels)
+            if masked:
+                copy.write_mask(upright(dataset.dataset_mask()))
+            if dataset.colorinterp[0].name == "palette":
+                copy.write_colormap(1, dataset.colormap(1))
+            copy.colorinterp = dataset.colorinterp
+            copy.update_tags(ns="OVERFLY", ORIENTATION=turn)
+            copy.update_tags(ns="IMAGE_STRUCTURE", **dataset.tags(ns="IMAGE_STRUCTURE"))
+        with _quiet():
+            copy = memory.open()
+        with copy:
+            yield copy
+
+
+def read_palette(dataset: Any) -> UInt8:
+    """Colors (P, 3) of a dataset's first band."""
+    table = dataset.colormap(1)
+    return np.array([table.get(entry, (0, 0, 0))[:3] for entry in range(max(table) + 1)], np.uint8)

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -107,13 +108,29 @@ def _matches(root: Path, pattern: str) -> list[tuple[Key, Path]]:
     """Match a directory or a glob; return files with the text of the wildcards, including pipes and devices."""
     path = root / pattern
     if path.is_dir():
-        return [((file.stem,), file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+        return [((_nfc(file.stem),), file) for file in path.iterdir() if is_image_name(file)]
     if path.is_file():
-        return [((path.stem,), path)]
-    regular = glob_to_regex(pattern)
-    relative = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - pathlib's gives no relative paths
-    tried = ((regular.fullmatch(name.replace("\\", "/")), root / name) for name in relative)
-    return [(match.groups(), path) for match, path in tried if match and not path.is_dir()]
+        return [((_nfc(path.stem),), path)]
+    regular = glob_to_regex(_nfc(pattern))
+    forms = dict.fromkeys((pattern, _nfc(pattern), unicodedata.normalize("NFD", pattern)))  # as the disk may store it
+    relative = dict.fromkeys(name for form in forms for name in glob.glob(form, root_dir=root, recursive=True))  # noqa: PTH207
+    tried = ((regular.fullmatch(_nfc(name.replace("\\", "/"))), root / name) for name in relative)
+    open_end = pattern.endswith("*")  # such a pattern matches sidecars too
+    return [
+        (match.groups(), path)
+        for match, path in tried
+        if match and not path.is_dir() and (is_image_name(path) if open_end else not path.name.startswith("."))
+    ]
+
+
+def _nfc(text: str) -> str:
+    """Text in Unicode's composed form: macOS stores names decomposed."""
+    return unicodedata.normalize("NFC", text)
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether a file of a folder is an image by its name; hidden files are not."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def find_images(root: Path, images: str, masks: str | None, *, masks_optional: bool = False) -> list[ImagePair]:
@@ -135,7 +152,7 @@ def find_images(root: Path, images: str, masks: str | None, *, masks_optional: b
         _check_pairs(files, labels, root, images, masks)
     named: dict[str, ImagePair] = {}
     for key, path in files.items():
-        name = "_".join(part for part in "/".join(key).split("/") if part) or path.stem
+        name = "_".join(part for part in "/".join(key).split("/") if part) or _nfc(path.stem)
         if name in named:
             raise DataError(f"{named[name].image} and {path} have the same image name {name}; rename one of them")
         named[name] = ImagePair(name, _relative_path(root, path), path, labels.get(key))
@@ -195,9 +212,12 @@ def _check_pairs(files: Mapping[Key, Path], labels: Mapping[Key, Path], root: Pa
 def no_images_message(root: Path, images: str) -> str:
     """Error message for a folder or glob without images; names the subfolders that hold some."""
     folder = root / images if (root / images).is_dir() else root
-    files = (path for path in itertools.islice(folder.rglob("*"), 10_000) if path.suffix.lower() in SUFFIXES)
-    subfolders = sorted({path.parent.relative_to(folder).as_posix() for path in files} - {"."}, key=natural_key)
-    message = f"{root / images} holds no images ({', '.join(SUFFIXES)})"
+    files = list(itertools.islice(folder.rglob("*"), 10_000))
+    parents = {path.parent.relative_to(folder).as_posix() for path in files if is_image_name(path)}
+    subfolders = sorted(parents - {"."}, key=natural_key)
+    endings = sorted({path.suffix for path in files if path.suffix})[:3]
+    found = f", only {', '.join(endings)}" if endings and not subfolders else ""
+    message = f"{root / images} holds no files that end in {', '.join(SUFFIXES)}{found}"
     if not subfolders:
         return f"{message}, nor do its subfolders; correct the domain's root or images"
     more = f" and {len(subfolders) - 3} more" if len(subfolders) > 3 else ""
@@ -237,7 +257,9 @@ def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Pat
     patterns = (rule,) if isinstance(rule, str) else rule
 
     def matches(pair: ImagePair) -> bool:
-        return any(fnmatchcase(pair.relative if "/" in pattern else pair.name, pattern) for pattern in patterns)
+        return any(
+            fnmatchcase(_nfc(pair.relative if "/" in pattern else pair.name), _nfc(pattern)) for pattern in patterns
+        )
 
     return {pair.name for pair in listed if matches(pair)}
 
@@ -249,7 +271,9 @@ def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
     try:
         if not path.is_file():
             problem = "not a regular file" if path.exists() else "no such file"
-        lines = [] if problem else [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        data = b"" if problem else path.read_bytes()
+        encoding = "utf-16" if data[:2] in {b"\xff\xfe", b"\xfe\xff"} else "utf-8-sig"
+        lines = [_nfc(line.strip()) for line in data.decode(encoding).splitlines()]
     except OSError as error:
         problem = error.strerror or "it cannot be opened"
     except ValueError:
@@ -261,7 +285,7 @@ def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
         relative = Path(pair.relative)
         aliases = (pair.name, pair.relative, relative.with_suffix("").as_posix(), relative.name, relative.stem)
         for alias in aliases:
-            known.setdefault(alias, set()).add(pair.name)
+            known.setdefault(_nfc(alias), set()).add(pair.name)
     chosen: set[str] = set()
     for line in lines:
         if not line or line.startswith("#"):

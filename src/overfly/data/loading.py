@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from overfly.core.atomic_files import TRAILER_BYTES, append_digest, atomic_write, has_digest
-from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
+from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, LazyArray, UInt8
 from overfly.data.check import class_counts, item_source, max_value_error
 from overfly.data.domain import Domain
@@ -29,7 +29,7 @@ MAX_SIDE = 16_384
 """Largest crop or resize, in pixels."""
 MAX_CROP_RATIO = 8
 """Largest ratio of a crop to the longer side of its image; the rest is mirrored."""
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Version of the content of cache entries; entries of other versions are not read."""
 _VERIFIED: dict[Path, tuple[int, int]] = {}
 """Size and time of the cache entries whose digest this process has checked."""
@@ -183,8 +183,6 @@ class BatchDataset(Dataset[Batch | OverflyError]):
         """Load the batch of a step; errors are returned, since worker processes would raise them in another form."""
         try:
             return self.batch(step)
-        except MissingExtraError as error:
-            return DataError(str(error))
         except OverflyError as error:
             return error
 

@@ -17,7 +17,7 @@ from overfly.core.records import IGNORE, Item, UInt8
 from overfly.core.spec import Spec
 from overfly.data import reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
-from overfly.data.reading import UNKNOWN, from_numbers, unknown_numbers
+from overfly.data.reading import UNKNOWN, from_numbers, list_codes, unknown_codes
 
 CLASSES = Classes(
     names=("background", "building", "road", "water", "barren", "forest", "agriculture"),
@@ -70,15 +70,15 @@ class LoveDA(Domain, name="loveda"):
 
     def read_label(self, item: Item) -> UInt8:
         """Read a label, no data as 255 and the classes as 0 to 6; see `Domain.read_label`."""
-        values = reading.read_label_pixels(reading.label_source(item)).values
+        values = reading.read_item_label(item).values
         if values.ndim != 2:
             raise DataError(f"{item.label} must hold numbers 0 to 7, not colors; download it again")
-        reading.check_size(item, values)
         label = from_numbers(values, MEANING)
         if (label == UNKNOWN).any():
+            found = list_codes(unknown_codes(values, label))
             raise DataError(
-                f"{item.label} must hold numbers 0 to 7, got {unknown_numbers(values, label)}; download it again, or "
-                "use the domain 'folder' for other masks"
+                f"{item.label} must hold numbers 0 to 7, got {found}; download it again, or use the domain 'folder' "
+                "for other masks"
             )
         return label
 

@@ -1,12 +1,25 @@
-"""Read images and labels: PNG, JPEG, TIFF and GeoTIFF; 1 to N bands of 8 bits, 16 bits or float."""
+"""Read images and masks: the one reader of training, scoring, maps, server and streams.
+
+The same rules hold everywhere:
+
+* Format: PNG, JPEG, TIFF, GeoTIFF, JPEG 2000, BMP or WebP by the first bytes; a VRT only if the file is named ``.vrt``.
+* Values: as stored, so gray of 2 bits is 0 to 3. Complex numbers are rejected. Blocks of a sparse TIFF that were never
+  written are the declared no data, else 0.
+* Orientation: an image is turned as its tag (TIFF, EXIF) says, unless it is georeferenced: then its grid counts.
+* Color: CMYK, YCbCr and CIELAB are converted to RGB. A palette of grays is gray; other palettes are for masks only.
+* Alpha: a band marked as alpha is left out unless ``bands`` includes it, and marks pixels without data by 0. In masks
+  it is not read.
+* No data: declared values, values that are not finite, and pixels excluded by a mask, alpha or a transparent color.
+  It is 0 in images, and ignored in labels.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,22 +27,32 @@ from numpy.typing import NDArray
 from overfly.core.classes import Color
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Array, Item, LazyArray, UInt8
-from overfly.data.headers import ImageHeader, open_pillow, open_raster, read_header
+from overfly.data.headers import ImageHeader, open_raster, read_header, read_palette
 
 Mask = NDArray[np.bool_]
+UNDECLARED = (-999, -9999, -32767, -32768, -99999, -999999, -(2**31))
+"""Values that stand for no data in many files, whether they declare it or not."""
+UNDECLARED_MAGNITUDE = 1e20
+"""Magnitude from which a value stands for no data."""
 UNKNOWN = 254
 """Id of unknown values during decoding; a label set has at most 254 classes, ids 0 to 253."""
 Packed = NDArray[np.int32]
+Code = int | Color
+"""A number or a color of a mask."""
+MAX_SHIFT = 0.5
+"""Largest shift, in pixels, at which the grids of an image and its label count as one."""
 
 
 class LabelPixels(NamedTuple):
-    """A label as stored: numbers (H, W) or colors (H, W, 3), uint8; and the colors of a palette (P, 3), or None."""
+    """Numbers (H, W) or colors (H, W, 3), colors of a palette (P, 3), declared no data, ignored pixels (H, W)."""
 
     values: Array
     palette: UInt8 | None = None
+    nodata: float | None = None
+    masked: Mask | None = None
 
 
-def read_image(source: Path | LazyArray, *, bands: int | None) -> Array:
+def read_image(source: Path | LazyArray, *, bands: int | None, nodata: float | None = None) -> Array:
     """Read an image (H, W, C) as uint8, uint16 or float32, in the sensor's range; a new array if it is a file.
 
     An alpha band is left out unless ``bands`` includes it.
@@ -38,99 +61,145 @@ def read_image(source: Path | LazyArray, *, bands: int | None) -> Array:
     Args:
         source: file, or function that generates the image.
         bands: expected number of bands C; None accepts any.
+        nodata: value of pixels without data, where the file declares none.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, a palette image, or has another number of bands.
-        MissingExtraError: the format needs rasterio.
+        DataError: the file is missing, truncated, not an image, a palette image, or has another number of bands, or
+            values that stand for no data and are not declared.
     """
     if not isinstance(source, Path):
         return _generate(source, bands)
     header = read_header(source)
-    count = _image_bands(source, header, bands)
-    pixels = _pixels(source, header)[..., :count]
-    nodata_mask = _nodata_mask(pixels, header.nodata)
-    dtype = pixels.dtype if pixels.dtype in (np.uint8, np.uint16) else np.dtype(np.float32)
-    image: Array = np.array(pixels, dtype, order="C")
-    if nodata_mask is not None:
-        image[nodata_mask] = 0
-    if header.masked:
-        image[_masked_pixels(source)] = 0
+    pixels, missing = _decode(source, header, _image_bands(source, header, bands), nodata)
+    image: Array = np.array(pixels, header.dtype, order="C")
+    if missing is not None:
+        image[missing] = 0
+    check_declared(source, image)
     return image
 
 
-def nodata_mask(source: Path | LazyArray, *, bands: int | None) -> Mask | None:
+def nodata_mask(source: Path | LazyArray, *, bands: int | None, nodata: float | None = None) -> Mask | None:
     """Pixels without data (H, W): no-data values in every band, masked, or fully transparent; None: no such pixels.
 
     Decodes only files that may hold such pixels: with an alpha band, a mask, a no-data value, or floats.
 
     Raises:
         DataError: as `read_image`.
-        MissingExtraError: as `read_image`; a mask needs rasterio too.
     """
     if not isinstance(source, Path):
         return None
     header = read_header(source)
     count = _image_bands(source, header, bands)
-    if header.bands == count and header.nodata is None and header.dtype != "float32" and not header.masked:
+    plain = header.bands == count and not header.masked and {*header.nodata, nodata} == {None}
+    if plain and header.dtype != "float32":
         return None
-    pixels = _pixels(source, header)
-    nodata_mask = _nodata_mask(pixels[..., :count], header.nodata)
-    mask: Mask = np.zeros(pixels.shape[:2], np.bool_)
-    if nodata_mask is not None:
-        np.all(nodata_mask, axis=-1, out=mask)
-    if count < header.bands:
-        mask |= pixels[..., -1] == 0
-    if header.masked:
-        mask |= _masked_pixels(source)
-    return mask if mask.any() else None
+    missing = _decode(source, header, count, nodata)[1]
+    if missing is None or not missing.all(axis=-1).any():
+        return None
+    mask: Mask = np.asarray(missing.all(axis=-1), np.bool_)
+    return mask
 
 
-def read_label_pixels(source: Path | LazyArray) -> LabelPixels:
+def _decode(path: Path, header: ImageHeader, count: int, nodata: float | None) -> tuple[Array, Mask | None]:
+    """Bands as stored (H, W, C), and which of their values lack data (H, W, C); None: none."""
+    with open_raster(path) as dataset:
+        pixels = _read(dataset, list(range(1, count + 1)))
+        masked = dataset.read_masks(1) == 0 if header.masked else None
+        hidden = dataset.read(header.bands) == 0 if count < header.bands else None
+    masked = union(masked, hidden)
+    bands = [union(masked, nodata_values(pixels[..., band], header.nodata[band], nodata)) for band in range(count)]
+    if not any(band is not None for band in bands):
+        return pixels, None
+    return pixels, np.stack([np.zeros(pixels.shape[:2], np.bool_) if band is None else band for band in bands], axis=-1)
+
+
+def union(first: Mask | None, second: Mask | None) -> Mask | None:
+    """Pixels of either mask; None: none."""
+    return first if second is None else second if first is None else first | second
+
+
+def read_label_pixels(path: Path) -> LabelPixels:
     """Read a label as it is stored: numbers (H, W), colors (H, W, 3), or numbers with a palette.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, a JPEG (lossy), or has neither one nor three bands.
+        DataError: the file is missing, truncated, not an image, lossy, or has neither one nor three bands.
     """
-    if not isinstance(source, Path):
-        return LabelPixels(source())
-    header = read_header(source)
-    if header.kind == "jpeg":
-        raise DataError(f"{source} is a JPEG, whose lossy compression changes class numbers; save the mask as PNG")
+    header = read_header(path)
+    if header.lossy:
+        raise DataError(
+            f"{path} has the lossy compression of {header.kind.upper()}, which changes class numbers; save the mask as "
+            "PNG"
+        )
     color = header.bands - header.alpha
     if color not in (1, 3):
         raise DataError(
-            f"{source} must have one band of class numbers or three of colors, got {header.bands}; export it again"
+            f"{path} must have one band of class numbers or three of colors, got {header.bands}; export it again"
         )
-    if header.palette:
-        return _palette_pixels(source, header)
-    values = _pixels(source, header)[..., :color]
+    with open_raster(path) as dataset:
+        values = _read(dataset, list(range(1, color + 1)))
+        palette = read_palette(dataset) if dataset.colorinterp[0].name == "palette" else None
+        masked: Mask | None = dataset.read_masks(1) == 0 if header.masked and header.kind != "png" else None
     if color == 3:
         if values.dtype != np.uint8:
-            raise DataError(f"{source} has colors of type {values.dtype}; save the mask with 8 bits per band")
-        return LabelPixels(values)
-    values = values[..., 0] // header.scale if header.scale > 1 else values[..., 0]
-    if values.dtype.kind == "f" and not np.array_equal(values, np.trunc(values)):
-        raise DataError(f"{source} has fractional values; export the class numbers as integers")
-    return LabelPixels(values)
+            raise DataError(f"{path} has colors of type {values.dtype}; save the mask with 8 bits per band")
+    else:
+        values = values[..., 0]
+        if values.dtype.kind == "f":
+            if not np.array_equal(values, np.trunc(values), equal_nan=True):
+                raise DataError(f"{path} has fractional values; export the class numbers as integers")
+            masked = union(masked, ~np.isfinite(values))
+    nodata = None if header.kind == "png" else header.nodata[0]  # PNG: a transparent color, as alpha
+    return LabelPixels(values, palette, nodata, masked)
+
+
+def check_declared(source: Path | str, pixels: Array) -> None:
+    """Raise `DataError` if pixels hold a value that stands for no data in many files, and is not declared as such."""
+    if pixels.dtype.kind == "u" or not pixels.size:
+        return
+    for value in (float(pixels.min()), float(pixels.max())):
+        if value in UNDECLARED or abs(value) >= UNDECLARED_MAGNITUDE:
+            raise DataError(
+                f"{source} holds {value:.9g} in {np.mean(pixels == value):.1%} of its values and does not declare it "
+                f"as no data; declare it in the file, or set the domain's nodata: {value:.9g} (predict: --nodata)"
+            )
+
+
+def read_item_label(item: Item) -> LabelPixels:
+    """Read the label of an item as `read_label_pixels` does, on the grid of its image.
+
+    Raises:
+        DataError: there is no label, it is damaged, or its size or grid does not fit the image.
+    """
+    source = label_source(item)
+    if not isinstance(source, Path):
+        return LabelPixels(source())
+    pixels = read_label_pixels(source)
+    if not isinstance(item.image, Path):
+        return pixels
+    rows, columns = _label_part(source, item.image)
+    masked = None if pixels.masked is None else pixels.masked[rows, columns]
+    return pixels._replace(values=pixels.values[rows, columns], masked=masked)
 
 
 def read_index_label(item: Item, classes: int) -> UInt8:
     """Read the label (H, W) of an item that stores class ids 0 to ``classes`` - 1 and 255 for ignored pixels.
 
     Raises:
-        DataError: there is no label, or it is damaged, of another size than the image, or contains other numbers.
+        DataError: as `read_item_label`, or the label contains other numbers.
     """
-    values = read_label_pixels(label_source(item)).values
-    if values.ndim != 2:
+    pixels = read_item_label(item)
+    if pixels.values.ndim != 2:
         raise DataError(f"{source_name(item.label)} holds colors, not class numbers; the domain 'folder' reads colors")
-    check_size(item, values)
-    wrong = values[((values < 0) | (values >= classes)) & (values != IGNORE)]
-    if wrong.size:
+    numbers = {number: number for number in (*range(classes), IGNORE)}
+    label = from_numbers(pixels.values, numbers | ({} if pixels.nodata is None else {int(pixels.nodata): IGNORE}))
+    if pixels.masked is not None:
+        label[pixels.masked] = IGNORE
+    if (label == UNKNOWN).any():
         raise DataError(
             f"{source_name(item.label)} must hold class ids 0 to {classes - 1} or {IGNORE} for ignored, got "
-            f"{wrong.flat[0]} ({wrong.size} pixels); correct the mask"
+            f"{list_codes(unknown_codes(pixels.values, label))}; correct the mask"
         )
-    return values.astype(np.uint8)
+    return label
 
 
 def label_source(item: Item) -> Path | LazyArray:
@@ -138,17 +207,6 @@ def label_source(item: Item) -> Path | LazyArray:
     if item.label is None:
         raise DataError(f"{source_name(item.image)} has no mask; remove it, or set the domain's masks")
     return item.label
-
-
-def check_size(item: Item, label: Array) -> None:
-    """Raise `DataError` unless a label (H, W) has the size of its item's image."""
-    if isinstance(item.image, Path):
-        image = read_header(item.image)
-        if label.shape[:2] != (image.height, image.width):
-            raise DataError(
-                f"{source_name(item.label)} is {label.shape[1]}×{label.shape[0]} pixels, its image {item.image} is "
-                f"{image.width}×{image.height}; export both at the same size"
-            )
 
 
 def source_name(source: Path | LazyArray | None) -> str:
@@ -159,17 +217,49 @@ def source_name(source: Path | LazyArray | None) -> str:
 def _generate(source: LazyArray, bands: int | None) -> Array:
     image = source()
     image = image[..., None] if image.ndim == 2 else image
-    if bands is not None and image.shape[-1] != bands:
+    if bands in (None, image.shape[-1]):
+        return image
+    raise DataError(f"the synthetic image has {image.shape[-1]} bands, expected {bands}; correct the domain's bands")
+
+
+def _label_part(label_path: Path, image_path: Path) -> tuple[slice, slice]:
+    """Rows and columns of a label that lie under its image; flipped where one grid runs the other way."""
+    from rasterio import CRS
+
+    label, image = read_header(label_path), read_header(image_path)
+    if label.transform is None or image.transform is None:
+        if (label.height, label.width) == (image.height, image.width):
+            return slice(None), slice(None)
+        turned = f" after it is turned by its orientation tag {image.orientation}" if image.orientation != 1 else ""
         raise DataError(
-            f"the synthetic image has {image.shape[-1]} bands, expected {bands}; correct the domain's bands"
+            f"{label_path} is {label.width}×{label.height} pixels, its image {image_path} is {image.width}×"
+            f"{image.height}{turned}; export both at the same size"
         )
-    return image
+    places = (label.transform, image.transform)
+    own, grid = (np.array([[x, skew, left], [tilt, y, top], [0, 0, 1]]) for left, x, skew, top, tilt, y in places)
+    corners = np.linalg.inv(own) @ grid @ [[0, image.width, image.width], [0, image.height, 0], [1, 1, 1]]
+    (left, right, x), (top, bottom, y) = corners[:2].round().astype(int).tolist()
+    fits = (abs(right - left), abs(bottom - top), x, y) == (image.width, image.height, right, top)
+    fits &= abs(corners[:2] - corners[:2].round()).max() <= MAX_SHIFT
+    fits &= min(left, right, top, bottom) >= 0 and max(left, right) <= label.width and max(top, bottom) <= label.height
+    same = not (label.crs and image.crs) or CRS.from_wkt(label.crs) == CRS.from_wkt(image.crs)
+    if not (fits and same):
+        raise DataError(
+            f"{label_path} lies elsewhere than its image {image_path} (grid {places[0]}, the image's {places[1]}"
+            f"{'' if same else ', in other coordinate systems'}); export the mask on the image's grid, or remove the "
+            "wrong georeference"
+        )
+    columns = slice(left, right) if left < right else slice(left - 1, right - 1 if right else None, -1)
+    rows = slice(top, bottom) if top < bottom else slice(top - 1, bottom - 1 if bottom else None, -1)
+    return rows, columns
 
 
 def _image_bands(path: Path, header: ImageHeader, bands: int | None) -> int:
     """Number of bands to return, with or without the alpha band."""
     if header.palette:
         raise DataError(f"{path} is a palette image; save it as RGB or gray")
+    if header.stored.startswith("complex"):
+        raise DataError(f"{path} stores complex numbers; save it as plain bands first")
     color = header.bands - header.alpha
     if bands is None or bands == color:
         return color
@@ -181,48 +271,22 @@ def _image_bands(path: Path, header: ImageHeader, bands: int | None) -> int:
     )
 
 
-def _nodata_mask(pixels: Array, nodata: float | None) -> Mask | None:
-    """Values (H, W, C) without data."""
-    nodata_mask: Mask | None = None
-    if pixels.dtype.kind == "f":
-        nodata_mask = ~np.isfinite(pixels)
-    if nodata is not None and not math.isnan(nodata):
-        with np.errstate(over="ignore"):
-            value = pixels.dtype.type(nodata) if pixels.dtype.kind == "f" else nodata
-        declared: Mask = np.equal(pixels, value)
-        nodata_mask = declared if nodata_mask is None else np.logical_or(nodata_mask, declared)
-    return nodata_mask
+def nodata_values(values: Array, *nodata: float | None) -> Mask | None:
+    """Where values of a band (H, W) are not finite or one of some no-data values; None if none can be."""
+    is_float = values.dtype.kind == "f"
+    missing: Mask | None = ~np.isfinite(values) if is_float else None
+    for value in nodata:
+        if value is not None and not math.isnan(value):
+            with np.errstate(over="ignore"):
+                equal = values == (values.dtype.type(value) if is_float else value)
+            missing = equal if missing is None else missing | equal
+    return missing
 
 
-def _masked_pixels(path: Path) -> Mask:
-    """Pixels that the file's validity mask excludes (H, W)."""
-    with open_raster(path) as dataset:
-        mask: Mask = dataset.read_masks(1) == 0
-        return mask
-
-
-def _pixels(path: Path, header: ImageHeader) -> Array:
-    """All bands as stored (H, W, C)."""
-    if header.engine == "rasterio":
-        with open_raster(path) as dataset:
-            stored: Array = np.moveaxis(dataset.read(), 0, -1)
-            return stored
-    with open_pillow(path) as image:
-        pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
-    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _palette_pixels(path: Path, header: ImageHeader) -> LabelPixels:
-    if header.engine == "rasterio":
-        with open_raster(path) as dataset:
-            table = dataset.colormap(1)
-            colors = [table.get(entry, (0, 0, 0))[:3] for entry in range(max(table) + 1)]
-            return LabelPixels(dataset.read(1), np.array(colors, np.uint8))
-    with open_pillow(path) as image:
-        values = np.asarray(image)
-        palette = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-    return LabelPixels(values, palette)
+def _read(dataset: Any, bands: list[int] | None = None) -> Array:
+    """Bands as stored (H, W, C)."""
+    pixels: Array = np.moveaxis(dataset.read(bands), 0, -1)
+    return pixels
 
 
 def pack(colors: UInt8) -> Packed:
@@ -242,29 +306,21 @@ def unpack(packed: int) -> Color:
 
 def from_colors(colors: UInt8, class_ids: Mapping[Color, int]) -> UInt8:
     """Class ids (H, W) of colors (H, W, 3); `UNKNOWN` for colors without a class."""
-    packed = pack(colors)
-    if packed.size > 100_000:
-        return _color_table(tuple(sorted(class_ids.items())))[packed]
-    keys = pack(np.array(sorted(class_ids), np.uint8).reshape(-1, 3))
-    values = np.array([class_ids[color] for color in sorted(class_ids)], np.uint8)
-    if not keys.size:
-        return np.full(packed.shape, UNKNOWN, np.uint8)
-    index = np.searchsorted(keys, packed).clip(max=len(keys) - 1)
-    ids: UInt8 = np.where(keys[index] == packed, values[index], np.uint8(UNKNOWN))
-    return ids
+    return _look_up(pack(colors), {int(pack(np.array(color))): value for color, value in class_ids.items()})
 
 
 def from_numbers(numbers: Array, class_ids: Mapping[int, int]) -> UInt8:
     """Class ids (H, W) of whole numbers (H, W) of any type; `UNKNOWN` for numbers without a class."""
-    highest = max(max(class_ids, default=0), 255)
-    table = np.full(highest + 2, UNKNOWN, np.uint8)
-    for number, value in class_ids.items():
-        table[number] = value
     if numbers.dtype == np.uint8:
-        ids: UInt8 = table[numbers]
-    else:
-        inside = np.where((numbers >= 0) & (numbers <= highest), numbers, highest + 1)
-        ids = table[inside.astype(np.int64)]
+        ids: UInt8 = _look_up(np.arange(256), class_ids)[numbers]
+        return ids
+    return _look_up(numbers, class_ids)
+
+
+def _look_up(values: Array, class_ids: Mapping[int, int]) -> UInt8:
+    ids: UInt8 = np.full(values.shape, UNKNOWN, np.uint8)
+    for value, class_id in class_ids.items():
+        ids += (values == value).view(np.uint8) * np.uint8((class_id - UNKNOWN) % 256)  # faster than a masked copy
     return ids
 
 
@@ -274,40 +330,25 @@ def from_palette(numbers: Array, palette: UInt8, class_ids: Mapping[Color, int])
     return from_numbers(numbers, {number: int(value) for number, value in enumerate(ids)})
 
 
-def unknown_colors(colors: UInt8, label: UInt8, palette: UInt8 | None = None) -> str:
-    """List the most frequent unknown colors: ``1,2,3 (40 pixels) and 7 more``.
+def unknown_codes(values: Array, label: UInt8, palette: UInt8 | None = None) -> Counter[Code]:
+    """Count the pixels of each number or color that has no class.
 
     Args:
-        colors: (H, W, 3), or numbers (H, W) of a palette.
-        label: result of `from_colors` or `from_palette` (H, W).
-        palette: (P, 3), for numbers.
+        values: numbers (H, W) or colors (H, W, 3).
+        label: result of `from_numbers`, `from_colors` or `from_palette` (H, W).
+        palette: colors (P, 3) of the numbers, to count colors.
     """
-    unknown = colors[label == UNKNOWN]
-    if palette is None:
-        values, counts = np.unique(pack(unknown), return_counts=True)
-        names = [",".join(map(str, unpack(int(value)))) for value in values]
-    else:
-        values, counts = np.unique(unknown, return_counts=True)
-        names = [",".join(map(str, palette[value])) if value < len(palette) else f"entry {value}" for value in values]
-    return _most_frequent(names, counts)
+    unknown = values[label == UNKNOWN]
+    numbers, counts = np.unique(pack(unknown) if values.ndim == 3 else unknown, return_counts=True)
+    codes: Counter[Code] = Counter()
+    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        in_palette = palette is not None and number < len(palette)
+        color = tuple(palette[number].tolist()) if in_palette else unpack(number)  # type: ignore[index]
+        codes[color if in_palette or values.ndim == 3 else int(number)] += count
+    return codes
 
 
-def unknown_numbers(numbers: Array, label: UInt8) -> str:
-    """List the most frequent unknown numbers: ``9 (40 pixels) and 7 more``."""
-    values, counts = np.unique(numbers[label == UNKNOWN], return_counts=True)
-    return _most_frequent([f"{value:g}" for value in values], counts)
-
-
-@lru_cache(maxsize=4)
-def _color_table(class_ids: tuple[tuple[Color, int], ...]) -> UInt8:
-    """Class id of each of the 2²⁴ colors (16 MB); five times faster than a search per pixel."""
-    table = np.full(1 << 24, UNKNOWN, np.uint8)
-    for (red, green, blue), value in class_ids:
-        table[red << 16 | green << 8 | blue] = value
-    return table
-
-
-def _most_frequent(names: list[str], counts: NDArray[np.int64]) -> str:
-    order = np.argsort(-counts, kind="stable")
-    listed = ", ".join(f"{names[index]} ({counts[index]} pixels)" for index in order[:3])
-    return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def list_codes(codes: Counter[Code]) -> str:
+    """List the most frequent numbers or colors: ``1,2,3 (40 pixels) and 7 more``."""
+    listed = (f"{','.join(map(str, np.atleast_1d(code)))} ({count} pixels)" for code, count in codes.most_common(3))
+    return ", ".join(listed) + (f" and {len(codes) - 3} more" if len(codes) > 3 else "")

@@ -14,9 +14,10 @@ import numpy as np
 from overfly.core.atomic_files import has_digest
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, UInt8
+from overfly.data.headers import open_raster
 from overfly.data.reading import Mask
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.raster.raster_source import RasterSource, open_raster
+from overfly.raster.raster_source import RasterSource
 
 ProductKind = Literal["classes", "probabilities", "uncertainty"]
 Manifest = Mapping[str, Any]

@@ -35,8 +35,6 @@ from overfly.raster.writer import UnfinishedMap, UnwrittenError, write_cog
 
 QUEUE_SIZE = 3
 """Batches queued before and after the network."""
-IMPLAUSIBLE = 1000
-"""Multiple of the maximum value above which a value is not considered an intensity."""
 MAX_SCALE = 64
 """Largest factor by which a raster is enlarged for the network, along each axis."""
 SIZE_MULTIPLE = 32
@@ -267,7 +265,10 @@ def _row_writer(
         if not isinstance(item, FinishedRows):
             batch, probabilities = item
             if not np.isfinite(probabilities.sum()):
-                raise _not_finite(job, batch, probabilities)
+                raise NotFiniteError(
+                    f"the network's probabilities are not finite on {job.source.source}; give --nodata or --max-value "
+                    "if it holds values beyond the sensor's range, else train or export the network again"
+                )
             for window, scores in zip(batch.windows, probabilities, strict=True):
                 get_blend(batch.strip).add(scores, window)
             return
@@ -285,23 +286,6 @@ def _row_writer(
             on_progress(step, plan.steps)
 
     return process
-
-
-def _not_finite(job: _Job, batch: WindowBatch, probabilities: Floats) -> OverflyError:
-    """Return an error of the raster if its values are implausible intensities, else of the network."""
-    source, metadata = job.source, job.predictor.metadata
-    images = batch.images[~np.isfinite(probabilities).all(axis=(1, 2, 3))].astype(np.float64)
-    largest = images.flat[np.abs(images).argmax()] / source.gain
-    if abs(largest) * source.gain <= IMPLAUSIBLE * metadata.max_value:
-        return NotFiniteError(
-            f"the network's probabilities are not finite on {source.source}; train it or export it again"
-        )
-    shown = f"such as {largest:.9g}" if np.isfinite(largest) else "of up to 1e38"
-    value = f"{largest:.9g}" if np.isfinite(largest) else "VALUE"
-    return DataError(
-        f"{source.source} holds values {shown}, above its assumed maximum of {metadata.max_value / source.gain:g}; "
-        f"give --nodata {value} if they mean no data, or --max-value if they are valid intensities"
-    )
 
 
 def _publish(job: _Job, files: Mapping[ProductKind | str, Path], settings: MapSettings) -> None:

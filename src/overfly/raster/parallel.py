@@ -17,7 +17,7 @@ import torch
 
 from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
 from overfly.data.headers import SUFFIXES
-from overfly.data.listing import natural_key
+from overfly.data.listing import is_image_name, natural_key
 from overfly.exporting.predictor import Predictor
 from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import MapResult, map_raster
@@ -81,8 +81,7 @@ def _list_paths(entry: str) -> dict[str, Path]:
     path = Path(entry)
     if path.is_dir():
         files = sorted(
-            (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")),
-            key=lambda file: natural_key(file.name),
+            (file for file in path.iterdir() if is_image_name(file)), key=lambda file: natural_key(file.name)
         )
         if not files:
             raise DataError(f"{entry} contains no rasters ({', '.join(SUFFIXES)}); give another folder, or a glob")

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.core.records import IGNORE
-from overfly.raster.raster_source import open_raster
+from overfly.data.headers import open_raster
+from overfly.raster.raster_source import ground_distance
 from overfly.raster.writer import UnwrittenError, incomplete_file
 
 CHUNK = 20_000
@@ -150,11 +151,9 @@ def _equal_area_projection(dataset: Any) -> Projection:
     """
     crs = dataset.crs
     if not crs or not crs.is_geographic:
-        try:
-            meters = float(crs.linear_units_factor[1]) if crs else 1.0
-        except Exception:  # rasterio has its own error for a system without a linear unit
-            meters = 1.0
-        return lambda points: points * meters
+        grid, ground = dataset.transform, ground_distance(dataset)
+        factor = 1.0 if ground is None else math.sqrt(ground[0] * ground[1] / abs(grid.determinant))
+        return lambda points: points * factor
     ellipsoid = re.search(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([\d.]+),\s*([\d.]+)', crs.to_wkt())
     axis, inverse = (float(ellipsoid[1]), float(ellipsoid[2])) if ellipsoid else WGS84
     squared = 2 / inverse - 1 / inverse**2 if inverse else 0.0

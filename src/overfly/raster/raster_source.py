@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from overfly.core.errors import DataError, MissingExtraError
+from overfly.core.errors import DataError
+from overfly.data.headers import band_nodata, has_mask, is_gray, open_raster, read_palette
 from overfly.exporting.predictor import ModelMetadata
 
-CACHE = 96 * 2**20
-"""Bytes of decoded blocks that GDAL may cache; its default is a share of the machine's memory."""
 MAX_FRACTION = 16.0
 """Maximum value below which a network was trained on fractions, such as reflectances of 0 to 1."""
 SAME_SCALE = 0.02
 """Relative difference of ground resolution below which rasters are not resampled."""
-EQUATOR_DEGREE = 111_319.49
-"""Meters of a degree of longitude on the equator (WGS 84)."""
-MERIDIAN_DEGREE = 110_574.0
-"""Meters of a degree of latitude on the equator (WGS 84)."""
+SAME_GRID = 0.005
+"""Difference from 1 of a projection's scale below which it is ignored."""
+EQUATOR, ECCENTRICITY = 6_378_137.0, 0.00669437999014
+"""Radius in meters of the ellipsoid at the equator, and its squared eccentricity (WGS 84)."""
 ALPHA_SAMPLES, ALPHA_SIDE = 5, 64
 """A marked alpha band is sampled on a grid of 5 × 5 squares of this side, in pixels."""
 ALPHA_MODE_SHARE = 0.5
@@ -62,7 +57,7 @@ class RasterSource:
         height, width: in pixels.
         bands: numbers of the bands to read, from 1, in the network's order.
         dtype: data type of the stored values.
-        nodata: no-data value; None if there is none.
+        nodata: no-data value of each of these bands; None if there is none.
         masked: whether the file has a mask of valid pixels.
         alpha_band: number of the alpha band, which is 0 where there is no data; None if there is none.
         gain: factor from stored values to the value range of the training images.
@@ -75,38 +70,12 @@ class RasterSource:
     width: int
     bands: tuple[int, ...]
     dtype: str
-    nodata: float | None
+    nodata: tuple[float | None, ...]
     masked: bool
     alpha_band: int | None
     gain: float
     gsd: tuple[float, float] | None
     georeference: Georeference
-
-
-@contextmanager
-def open_raster(source: str) -> Iterator[Any]:
-    """Open a raster with rasterio and a small block cache.
-
-    Raises:
-        MissingExtraError: rasterio is not installed.
-        DataError: the raster does not exist, or is damaged, on opening or while it is read.
-    """
-    try:
-        import rasterio
-        from rasterio._err import CPLE_BaseError
-        from rasterio.errors import RasterioError
-    except ImportError:
-        raise MissingExtraError("rasterio", "geo", "a map of a raster") from None
-    if "://" not in source and not source.startswith("/vsi"):
-        _check_file(Path(source))
-    try:
-        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE, GDAL_DISABLE_READDIR_ON_OPEN="FALSE"):
-            warnings.simplefilter("ignore")
-            with rasterio.open(source) as dataset:
-                yield dataset
-    except (RasterioError, CPLE_BaseError, OSError) as error:
-        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".").removeprefix(f"{source}: ")
-        raise DataError(f"{source} cannot be read as a raster ({reason}); copy, download or export it again") from error
 
 
 def inspect_raster(
@@ -132,23 +101,22 @@ def inspect_raster(
         alpha = _find_alpha_band(source, dataset, alpha_band)
         chosen = _bands(source, dataset, metadata, bands, alpha)
         dtype = str(dataset.dtypes[chosen[0] - 1])
-        if "palette" in (dataset.colorinterp[band - 1].name for band in chosen):
+        colors = [dataset.colorinterp[band - 1].name for band in chosen]
+        if "palette" in colors and not is_gray(read_palette(dataset)):
             raise DataError(f"{source} stores palette indices instead of intensities; save it as plain bands first")
         gain = input_gain(source, dtype, metadata, max_value, scale=_scale(dataset, chosen))
         _check_complete(source, dataset)
-        declared = dataset.nodatavals[chosen[0] - 1]
-        flags = {flag.name for band in chosen for flag in dataset.mask_flag_enums[band - 1]}
         return RasterSource(
             source,
             dataset.height,
             dataset.width,
             chosen,
             dtype,
-            nodata=declared if nodata is None else nodata,
-            masked="per_dataset" in flags and "alpha" not in flags,
+            nodata=tuple(band_nodata(dataset)[band - 1] if nodata is None else nodata for band in chosen),
+            masked=has_mask(dataset),
             alpha_band=_unread_alpha_band(source, dataset, chosen, alpha, alpha_band),
             gain=gain,
-            gsd=_gsd(dataset),
+            gsd=ground_distance(dataset),
             georeference=georeference(dataset),
         )
 
@@ -291,37 +259,40 @@ def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
     return scale if plain and 0 < scale < 1 else None
 
 
-def _gsd(dataset: Any) -> tuple[float, float] | None:
-    """Return the ground sample distance (y, x) in meters at the center of a dataset; None if unknown."""
-    crs, transform = dataset.crs, dataset.transform
-    if not crs or transform.is_identity:
+def ground_distance(dataset: Any) -> tuple[float, float] | None:
+    """Return the ground sample distance (y, x) in meters at the center of a dataset; None if unknown.
+
+    It is measured on the ellipsoid, so that the projection's scale counts: a pixel of Web Mercator at 60° north is half
+    as long as its grid says. Scales within `SAME_GRID` of 1, as in the zones of UTM, are taken as 1.
+    """
+    from rasterio.transform import xy
+    from rasterio.warp import transform as project
+
+    crs, grid = dataset.crs, dataset.transform
+    if not crs or grid.is_identity:
         return None
-    x, y = math.hypot(transform.a, transform.d), math.hypot(transform.b, transform.e)
-    if crs.is_geographic:
-        latitude = transform.d * dataset.width / 2 + transform.e * dataset.height / 2 + transform.f
-        return y * MERIDIAN_DEGREE, x * EQUATOR_DEGREE * max(0.01, math.cos(math.radians(latitude)))
+    row, column = dataset.height / 2, dataset.width / 2
+    rows, columns = [row - 0.5, row + 0.5, row, row], [column, column, column - 0.5, column + 0.5]
     try:
-        meters = float(crs.linear_units_factor[1])
-    except Exception:  # rasterio has its own error for a system without a linear unit
+        longitude, latitude = np.radians(project(crs, "EPSG:4326", *xy(grid, rows, columns, offset="ul")))
+    except Exception:  # rasterio has its own errors for a local system
         return None
-    return y * meters, x * meters
-
-
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise DataError(f"{path} does not exist; check the path")
-    if not path.is_file():
-        raise DataError(f"{path} is not a file; give a raster, a folder of rasters or a glob")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path} is not readable; change its permissions")
-    if not path.stat().st_size:
-        raise DataError(f"{path} is empty; copy, download or export it again")
+    sine = np.sin(latitude.mean())
+    curvature = EQUATOR / np.sqrt(1 - ECCENTRICITY * sine**2)  # Snyder (1987), equations 4-18 to 4-20
+    north = np.diff(latitude)[::2] * curvature**3 * (1 - ECCENTRICITY) / EQUATOR**2
+    east = (np.diff(longitude)[::2] + np.pi) % (2 * np.pi) - np.pi
+    y, x = (float(length) for length in np.hypot(north, east * curvature * np.cos(latitude.mean())))
+    if not crs.is_projected:
+        return y, x
+    meters = float(crs.linear_units_factor[1])
+    on_grid = meters * math.hypot(grid.b, grid.e), meters * math.hypot(grid.a, grid.d)
+    return on_grid if max(abs(y / on_grid[0] - 1), abs(x / on_grid[1] - 1)) < SAME_GRID else (y, x)
 
 
 def _check_complete(source: str, dataset: Any) -> None:
     """Check that a TIFF file contains the last blocks that its header lists."""
     path = Path(source)
-    if dataset.driver != "GTiff" or not path.is_file():
+    if dataset.driver != "GTiff" or dataset.name != source or not path.is_file():
         return
     length = path.stat().st_size
     for band in {1, dataset.count}:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from overfly.data.reading import Mask
+from overfly.data.headers import open_raster
+from overfly.data.reading import Mask, check_declared, nodata_values, union
 from overfly.exporting.predictor import Floats
 from overfly.ops.windows import Window, cut_window
-from overfly.raster.raster_source import RasterSource, open_raster
+from overfly.raster.raster_source import RasterSource
 from overfly.raster.tiling import ColumnStrip, TilingPlan
 
 Range = tuple[int, int]
@@ -73,8 +74,7 @@ def read_windows(
 ) -> Iterator[WindowBatch | FinishedRows]:
     """Read a raster window by window; every pixel is decoded once per column strip.
 
-    Windows without any valid pixel are skipped. In the others, pixels are as in training and evaluation: 0 where there
-    is no data or a mask, and the stored values where the alpha band is 0.
+    Windows without any valid pixel are skipped. In the others, pixels without data are 0, as in training.
 
     Args:
         source: the raster.
@@ -168,72 +168,42 @@ def _read(reader: _Reader, rows: Range, columns: Range) -> tuple[NDArray[Any], M
         )
         return resampled, None
     part = Part(left, top, width, height)
+    return _read_part(dataset, source, part)
+
+
+def _read_part(dataset: Any, source: RasterSource, part: Any) -> tuple[NDArray[Any], Mask | None]:
+    """Read the pixels (C, h, w) of a window, 0 where there is no data, and the mask of pixels without data (h, w)."""
     pixels: NDArray[Any] = dataset.read(list(source.bands), window=part)
-    nodata_mask = _zero_nodata(pixels, source.nodata)
-    masked = _masked(dataset, source, part)
-    if masked is not None:
-        pixels[:, masked] = 0
-    # transparent pixels keep their stored values, as `data.reading` keeps them in training
-    return pixels, _union(_union(nodata_mask, masked), _transparent(dataset, source, part))
+    masked, in_all = _masked(dataset, source, part), None
+    for index, (band, nodata) in enumerate(zip(pixels, source.nodata, strict=True)):
+        nodata_mask = union(nodata_values(band, nodata), masked)
+        if nodata_mask is not None:
+            band[nodata_mask] = 0
+            in_all = nodata_mask if index == 0 else None if in_all is None else in_all & nodata_mask
+        check_declared(source.source, band)
+    return pixels, in_all
 
 
 def _input_nodata_mask(reader: _Reader, rows: Range, columns: Range) -> Mask | None:
     """Return the no-data mask of rows of the input grid."""
     from rasterio.windows import Window as Part
 
-    dataset, source = reader.dataset, reader.source
-    if not _may_lack_data(source) or rows[0] >= rows[1]:
+    if not _may_lack_data(reader.source) or rows[0] >= rows[1]:
         return None
     part = Part(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
-    nodata_mask: Mask | None = None
-    if source.nodata is not None or np.dtype(source.dtype).kind == "f":
-        nodata_mask = _zero_nodata(dataset.read(list(source.bands), window=part), source.nodata)
-    return _union(_union(nodata_mask, _masked(dataset, source, part)), _transparent(dataset, source, part))
+    return _read_part(reader.dataset, reader.source, part)[1]
 
 
 def _may_lack_data(source: RasterSource) -> bool:
-    by_mask = source.masked or source.alpha_band is not None
-    return by_mask or source.nodata is not None or np.dtype(source.dtype).kind == "f"
-
-
-def _transparent(dataset: Any, source: RasterSource, window: Any) -> Mask | None:
-    """Return where the alpha band of a window (h, w) is 0; None without an alpha band."""
-    return None if source.alpha_band is None else dataset.read(source.alpha_band, window=window) == 0
+    by_value = any(value is not None for value in source.nodata) or np.dtype(source.dtype).kind != "u"
+    return by_value or source.masked or source.alpha_band is not None
 
 
 def _masked(dataset: Any, source: RasterSource, window: Any) -> Mask | None:
-    """Return where the file's mask marks pixels of a window (h, w) as invalid; None without a mask."""
-    return dataset.read_masks(source.bands[0], window=window) == 0 if source.masked else None
-
-
-def _union(first: Mask | None, second: Mask | None) -> Mask | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first | second
-
-
-def _zero_nodata(pixels: NDArray[Any], nodata: float | None) -> Mask | None:
-    """Set no data to 0 in place; return where all bands have no data (h, w), or None if no band can."""
-    result: Mask | None = None
-    for band in pixels:
-        nodata_mask = _band_nodata_mask(band, nodata)
-        if nodata_mask is not None:
-            band[nodata_mask] = 0
-            result = nodata_mask if result is None else result & nodata_mask
-    return result
-
-
-def _band_nodata_mask(band: NDArray[Any], nodata: float | None) -> Mask | None:
-    """Return where a band (h, w) is the no-data value or not finite; None if it cannot be."""
-    is_float = band.dtype.kind == "f"
-    has_value = nodata is not None and not math.isnan(nodata)
-    if not is_float and not has_value:
-        return None
-    nodata_mask: Mask = ~np.isfinite(band) if is_float else np.zeros(band.shape, np.bool_)
-    if has_value:
-        with np.errstate(over="ignore"):
-            nodata_mask |= band == (band.dtype.type(nodata) if is_float else nodata)
-    return nodata_mask
+    """Return which pixels of a window (h, w) the file's mask excludes or the alpha band hides; None without them."""
+    masked = dataset.read_masks(source.bands[0], window=window) == 0 if source.masked else None
+    hidden = None if source.alpha_band is None else dataset.read(source.alpha_band, window=window) == 0
+    return union(masked, hidden)
 
 
 def read_resampled(
@@ -246,8 +216,7 @@ def read_resampled(
     ``scale`` is working pixels per input pixel (y, x).
 
     Returns:
-        Pixels (C, h, w) of the raster's type, and the no-data mask (h, w). Pixels without data are 0, or the mean of
-        the stored values if all pixels under them are transparent.
+        Pixels (C, h, w) of the raster's type, and the no-data mask (h, w). Pixels without data are 0.
     """
     height, width = rows[1] - rows[0], columns[1] - columns[0]
     pixels = np.empty((len(source.bands), height, width), source.dtype)
@@ -269,7 +238,6 @@ def _average(
     dtype = np.result_type(source.dtype, np.float32)
     shape = (len(source.bands), *(last - first for first, last in area))
     sums, weights = np.zeros(shape, dtype), np.zeros(shape, dtype)
-    transparent_sums = None if source.alpha_band is None else (np.zeros(shape, dtype), np.zeros(shape, dtype))
     lengths = (dataset.height, dataset.width)
     low, high = zip(*(_input_range(*axis) for axis in zip(area, scale, lengths, strict=True)), strict=True)
     for top, left in itertools.product(range(low[0], high[0], CHUNK_ROWS), range(low[1], high[1], CHUNK_COLUMNS)):
@@ -278,37 +246,20 @@ def _average(
         vertical, y = _weights(area[0], scale[0], (top, ends[0]), lengths[0])
         horizontal, x = _weights(area[1], scale[1], (left, ends[1]), lengths[1])
         vertical, horizontal = vertical.astype(dtype), horizontal.astype(dtype).T
-        masked, transparent = _masked(dataset, source, window), _transparent(dataset, source, window)
+        masked = _masked(dataset, source, window)
         for number, band in enumerate(dataset.read(list(source.bands), window=window)):
-            nodata_mask = _union(_band_nodata_mask(band, source.nodata), masked)
+            nodata_mask = union(nodata_values(band, source.nodata[number]), masked)
             values, valid = band.astype(dtype), np.ones(band.shape, dtype)
             if nodata_mask is not None:
                 values[nodata_mask] = valid[nodata_mask] = 0
-            if transparent is not None and transparent_sums is not None:
-                transparent_sums[0][number, y, x] += vertical @ (values * transparent) @ horizontal
-                transparent_sums[1][number, y, x] += vertical @ (valid * transparent) @ horizontal
-                values[transparent] = valid[transparent] = 0
+            check_declared(source.source, values)
             sums[number, y, x] += vertical @ values @ horizontal
             weights[number, y, x] += vertical @ valid @ horizontal
-    return _means(sums, weights, np.dtype(source.dtype), transparent_sums)
-
-
-def _means(
-    sums: NDArray[Any], weights: NDArray[Any], dtype: np.dtype[Any],
-    transparent_sums: tuple[NDArray[Any], NDArray[Any]] | None,
-) -> tuple[NDArray[Any], Mask]:  # fmt: skip
-    """Return means (C, h, w) of the raster's type, and the mask (h, w) of pixels without weight.
-
-    Without weight a mean is that of the transparent pixels, or 0.
-    """
     valid = weights > 1e-5
-    means = np.zeros_like(sums)
-    for part in (transparent_sums, (sums, weights)) if transparent_sums is not None else ((sums, weights),):
-        np.divide(*part, out=means, where=part[1] > 1e-5)
-    if dtype.kind in "iu":
-        means = np.clip(np.rint(means), np.iinfo(dtype).min, np.iinfo(dtype).max)
-    nodata_mask: Mask = np.asarray(~valid.any(axis=0), dtype=np.bool_)
-    return means.astype(dtype), nodata_mask
+    means = np.divide(sums, weights, out=np.zeros_like(sums), where=valid)
+    if np.dtype(source.dtype).kind in "iu":
+        means = np.clip(np.rint(means), np.iinfo(source.dtype).min, np.iinfo(source.dtype).max)
+    return means.astype(source.dtype), np.asarray(~valid.any(axis=0), dtype=np.bool_)
 
 
 def _input_range(area: Range, scale: float, length: int) -> Range:

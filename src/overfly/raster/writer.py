@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, UInt8
+from overfly.data.headers import CACHE
 from overfly.raster.manifest import TAG, Manifest, Product, equal_json, is_unfinished, unfinished_folder
-from overfly.raster.raster_source import CACHE, Georeference
+from overfly.raster.raster_source import Georeference
 
 BLOCK = 512
 """Side of a file's blocks."""

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from overfly.core.download import format_bytes
 from overfly.core.errors import DownloadError, OverflyError, RecipeError, WeightsError
 from overfly.core.progress import print_status
-from overfly.data.check import check_masks, statistics
-from overfly.data.domain import Domain, Split, without_labels
+from overfly.data.check import statistics
+from overfly.data.domain import Domain, Split, check_masks, without_labels
 from overfly.data.loading import BatchDataset, BatchStream, estimate_cache_bytes
 from overfly.data.sampling import Uniform
 from overfly.methods.method import Networks

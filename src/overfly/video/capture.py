@@ -20,7 +20,7 @@ from overfly.core.atomic_files import temporary_path
 from overfly.core.errors import DataError, MissingExtraError, RecipeError
 from overfly.core.records import UInt8
 from overfly.data.headers import SUFFIXES, read_header
-from overfly.data.listing import natural_key
+from overfly.data.listing import is_image_name, natural_key
 from overfly.data.reading import read_image
 from overfly.video.overlay import letterbox
 from overfly.video.player import SourceFrame
@@ -125,8 +125,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _open_folder(path: Path, fps: float) -> VideoStream:
-    names = sorted((file.name for file in path.iterdir() if not file.name.startswith(".")), key=natural_key)
-    files = [path / name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    files = sorted(filter(is_image_name, path.iterdir()), key=lambda file: natural_key(file.name))
     if not files:
         raise DataError(f"{path} contains no images ({', '.join(SUFFIXES)}); give a folder of frames, or a video")
 

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from overfly.core.classes import Classes
-from overfly.core.errors import MissingExtraError
 from overfly.core.records import IGNORE, UInt8
 from overfly.raster.raster_source import Georeference
 from overfly.raster.writer import write_georeference
@@ -76,12 +75,10 @@ def _color_uncertainty(values: UInt8) -> UInt8:
 
 
 def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | None) -> bytes:
-    """Encode class ids (H, W), 255 for no data, as GeoTIFF with colors, names and georeference (extra ``geo``)."""
-    try:
-        import rasterio
-        from rasterio.io import MemoryFile
-    except ImportError:
-        raise MissingExtraError("rasterio", "geo", "writing a GeoTIFF") from None
+    """Encode class ids (H, W), 255 for no data, as GeoTIFF with colors, names and georeference."""
+    import rasterio
+    from rasterio.io import MemoryFile
+
     height, width = ids.shape
     settings: dict[str, Any] = {"compress": "deflate", "nodata": IGNORE}
     if height >= SIDE and width >= SIDE:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from overfly.core.errors import DataError, MissingExtraError
+from overfly.core.errors import DataError
 from overfly.core.records import Array
 from overfly.data.headers import ImageHeader, open_raster, read_header
 from overfly.data.reading import Mask, nodata_mask, read_image
@@ -39,7 +39,7 @@ def stored_upload(file: BinaryIO) -> Iterator[Path]:
             shutil.copyfileobj(file, copy)
         try:
             yield path
-        except (DataError, MissingExtraError) as error:
+        except DataError as error:
             raise DataError(str(error).replace(str(path), "the image")) from None
 
 
@@ -64,16 +64,9 @@ def check_header(path: Path, *, bands: int, pixels: int, network: str = "the net
 
 def read_upload(path: Path, header: ImageHeader, bands: int) -> UploadedImage:
     """Decode an image after `check_header`."""
-    coordinates = _georeference(path) if header.kind in ("tiff", "jp2") else None
-    return UploadedImage(read_image(path, bands=bands), nodata_mask(path, bands=bands), coordinates)
-
-
-def _georeference(path: Path) -> Georeference | None:
-    """Return the georeference of a file; None without coordinates or without rasterio."""
-    try:
+    coordinates: Georeference | None = None
+    if header.kind in ("tiff", "jp2"):
         with open_raster(path) as dataset:
-            result = georeference(dataset)
-            known = result.crs or result.transform is not None or result.gcps or result.rpcs
-            return result if known else None
-    except MissingExtraError:
-        return None
+            place = georeference(dataset)
+        coordinates = place if place.crs or place.transform is not None or place.gcps or place.rpcs else None
+    return UploadedImage(read_image(path, bands=bands), nodata_mask(path, bands=bands), coordinates)
