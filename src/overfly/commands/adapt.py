@@ -67,25 +67,12 @@ class AdaptResult:
 
 
 def adapt(
-    recipe: RecipeLike | None = None,
-    *overrides: RecipeLike,
-    source_images: PathLike | None = None,
-    source_masks: PathLike | None = None,
-    target_images: PathLike | None = None,
-    classes: PathLike | None = None,
-    checkpoint: PathLike | None = None,
-    budget: str | None = None,
-    estimate: bool = False,
-    gate: list[str] | None = None,
-    require_adapted: bool = False,
-    out: PathLike = Path("runs"),
-    device: str = "auto",
-    devices: int = 1,
-    workers: int = 0,
-    checkpoint_every: int = 200,
-    cache: Cache = "memory",
-    quiet: bool = False,
-) -> AdaptResult:
+    recipe: RecipeLike | None = None, *overrides: RecipeLike, source_images: PathLike | None = None,
+    source_masks: PathLike | None = None, target_images: PathLike | None = None, classes: PathLike | None = None,
+    checkpoint: PathLike | None = None, budget: str | None = None, estimate: bool = False,
+    gate: list[str] | None = None, require_adapted: bool = False, out: PathLike = Path("runs"), device: str = "auto",
+    devices: int = 1, workers: int = 0, checkpoint_every: int = 200, cache: Cache = "memory", quiet: bool = False,
+) -> AdaptResult:  # fmt: skip
     """Adapt to images without labels, and recommend the adapted network or the one before adaptation.
 
     Candidates are compared without target labels: source only, the same with batch-normalization statistics of the

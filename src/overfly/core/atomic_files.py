@@ -121,9 +121,14 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(values, dict) or values.pop(DIGEST, None) not in (None, json_sha256(values)):
-        raise ValueError("it is not a JSON object, or differs from its digest")
-    return values
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    key = next(reversed(values), "")
+    rest = {name: value for name, value in values.items() if name != key}
+    digest = json_sha256(rest)
+    if (key == DIGEST) != (values.get(key) == digest):
+        raise ValueError("it differs from its digest")
+    return rest if key == DIGEST else values
 
 
 def remove_stale(path: Path) -> None:

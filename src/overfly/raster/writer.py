@@ -79,6 +79,7 @@ class UnfinishedMap:
         for name in ("progress.json", "rows.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
         for product in self.products:
+            self.path(product).unlink(missing_ok=True)  # GDAL does not overwrite a file that it cannot read
             self._create(product)
         return 0, discarded
 
