@@ -45,6 +45,10 @@ class CheckResult:
         for name, report in self.reports.items():
             yield f"== {name}"
             yield str(report)
+            for other, second in self.reports.items():
+                shared = [report.digests[key] for key in report.digests.keys() & second.digests if other != name]
+                if shared:
+                    yield f"  note: {len(shared)} images are in {other} too: {', '.join(shared[:5])}"
 
 
 def data_synthesize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,15 @@ from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Item
 from overfly.core.spec import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, Spec
 from overfly.data import reading
-from overfly.data.domain import SPLITS, Domain, Split, SplitError, sample_evenly
+from overfly.data.domain import (
+    SPLITS,
+    Domain,
+    Split,
+    SplitError,
+    UnknownCodesError,
+    absent_classes,
+    sample_evenly,
+)  # fmt: skip
 from overfly.data.headers import read_header
 
 Float64 = NDArray[np.float64]
@@ -52,6 +62,8 @@ class SplitReport(Spec):
     """Number of images by number of bands."""
     dtypes: dict[str, int] = Field(default_factory=dict)
     """Number of images by pixel type."""
+    notes: tuple[str, ...] = ()
+    """What may be intended."""
     unread_alpha: NonNegativeInt = 0
     """Images with an alpha band that the domain does not read."""
     empty: NonNegativeInt = 0
@@ -67,6 +79,8 @@ class DomainReport(Spec):
     """Reports of the splits that exist."""
     absent: dict[Split, str] = Field(default_factory=dict)
     """Splits that do not exist, each with the reason."""
+    digests: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
+    """Split and name of an image by the digest of its pixels."""
 
     @property
     def problems(self) -> tuple[FileProblem, ...]:
@@ -90,7 +104,13 @@ class DomainReport(Spec):
                 lines += [f"  ignored: {split.ignored:.2%}"]
             if split.empty:
                 lines += [f"  {split.empty} masks are ignored in every pixel"]
-            lines += [f"  problem: {problem.message}" for problem in split.problems]
+            alike: dict[str, list[FileProblem]] = {}
+            for problem in split.problems:  # messages that differ in paths and numbers only are one fault
+                alike.setdefault(re.sub(r"\S*[/\\]\S+|[-\d.]+", "", problem.message), []).append(problem)
+            for first, *others in alike.values():
+                more = f" (and {len(others)} more: {', '.join(other.image for other in others)})" if others else ""
+                lines += [f"  problem: {first.message}{more}"]
+            lines += [f"  note: {note}" for note in split.notes]
         lines += [f"no {split} split: {reason}" for split, reason in self.absent.items()]
         return "\n".join(lines)
 
@@ -108,6 +128,7 @@ def check(domain: Domain, splits: Sequence[Split] | None = None) -> DomainReport
     reports: list[SplitReport] = []
     absent: dict[Split, str] = {}
     errors: list[DataError] = []
+    digests: dict[str, str] = {}
     for split in SPLITS if splits is None else splits:
         try:
             items = domain.items(split)
@@ -118,12 +139,12 @@ def check(domain: Domain, splits: Sequence[Split] | None = None) -> DomainReport
             problem = FileProblem(image="", message=str(error))
             reports.append(SplitReport(split=split, images=0, labeled=0, problems=(problem,)))
         else:
-            reports.append(_check_split(domain, split, items))
+            reports.append(_check_split(domain, split, items, digests))
     if errors and len(errors) == len(reports) and len({str(error) for error in errors}) == 1:
         raise errors[0]
     if not reports:
         raise SplitError(next(iter(absent.values()), "splits must name at least one of train, val, test"))
-    return DomainReport(domain=domain.name, splits=tuple(reports), absent=absent)
+    return DomainReport(domain=domain.name, splits=tuple(reports), absent=absent, digests=digests)
 
 
 def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
@@ -153,7 +174,7 @@ def _label_histogram(domain: Domain, item: Item) -> NDArray[np.int64]:
     return np.bincount(domain.read_label(item).ravel(), minlength=256).astype(np.int64)
 
 
-def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitReport:
+def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: dict[str, str]) -> SplitReport:
     problems = [
         FileProblem(image=name, message=f"{count} images are called {name}; rename all but one")
         for name, count in Counter(item.name for item in items).items()
@@ -164,9 +185,18 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitRe
     bands: Counter[int] = Counter()
     dtypes: Counter[str] = Counter()
     empty = unread_alpha = 0
+    ranges: list[tuple[Array, Array]] = []
+    unknown: list[UnknownCodesError] = []
+    copies: list[str] = []
     for item in items:
-        for message in _check_image(domain, item, sizes, bands, dtypes):
-            problems.append(FileProblem(image=item.name, message=message))
+        for image in _check_image(domain, item, sizes, bands, dtypes):
+            if isinstance(image, str):
+                problems.append(FileProblem(image=item.name, message=image))
+                continue
+            ranges.append((image.min((0, 1)), image.max((0, 1))))
+            digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+            other = digests.setdefault(digest, f"{split}: {item.name}")
+            copies += [] if other.startswith(f"{split}: ") else [f"{item.name} ({other})"]
         if isinstance(item.image, Path):
             with suppress(OverflyError):  # reported by `_check_image`
                 header = read_header(item.image)
@@ -174,33 +204,59 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item]) -> SplitRe
         if item.label is not None:
             try:
                 histogram = _label_histogram(domain, item)
+            except UnknownCodesError as error:
+                unknown.append(error)
             except DataError as error:
                 if str(error) not in {problem.message for problem in problems[-1:]}:
                     problems.append(FileProblem(image=item.name, message=str(error)))
             else:
                 counts += histogram
                 empty += int(histogram[IGNORE] == histogram.sum())
+    problems += [FileProblem(image="", message=text) for text in _split_faults(dtypes, ranges, unknown, copies)]
     labeled = counts[: len(domain.classes)]
+    present = labeled.nonzero()[0].tolist()
+    notes = [absent_classes(domain, items, present)] if counts.any() and not labeled.all() and not unknown else []
+    if len(present) == 1 and notes:
+        problems.append(FileProblem(image="", message=notes.pop()))
+    lowest = min((low.min() for low, _ in ranges), default=0)
+    if lowest < 0:
+        notes.append(f"values go down to {lowest:g}, below 0; if they mean no data, set nodata")
     shares = dict(zip(domain.classes.names, (labeled / max(labeled.sum(), 1)).tolist(), strict=True))
     return SplitReport(
-        split=split,
-        images=len(items),
-        labeled=sum(item.label is not None for item in items),
-        problems=tuple(problems),
-        shares=shares if counts.any() else {},
-        ignored=float(counts[IGNORE] / max(counts.sum(), 1)),
-        sizes=dict(sizes.most_common()),
-        bands=dict(bands.most_common()),
-        dtypes=dict(dtypes.most_common()),
-        empty=empty,
-        unread_alpha=unread_alpha,
-    )
+        split=split, images=len(items), labeled=sum(item.label is not None for item in items),
+        problems=tuple(problems), shares=shares if counts.any() else {},
+        ignored=float(counts[IGNORE] / max(counts.sum(), 1)), sizes=dict(sizes.most_common()),
+        bands=dict(bands.most_common()), dtypes=dict(dtypes.most_common()), empty=empty, unread_alpha=unread_alpha,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _split_faults(
+    dtypes: Counter[str],
+    ranges: Sequence[tuple[Array, Array]],
+    unknown: Sequence[UnknownCodesError],
+    copies: Sequence[str],
+) -> Iterator[str]:
+    """Yield the faults of a whole split, each with the setting that mends it."""
+    if len(dtypes) > 1:
+        yield f"the images have the types {', '.join(dtypes)}; export all at one, since max_value is one for all"
+    if len(ranges) > 1 and len({low.shape for low, _ in ranges}) == 1:
+        low, high = np.min([low for low, _ in ranges], axis=0), np.max([high for _, high in ranges], axis=0)
+        for band in np.flatnonzero(low == high) if (low != high).any() else ():
+            yield f"band {band + 1} is {low[band]:g} in every image; leave it out, and set bands to {len(low) - 1}"
+    if copies:
+        yield f"{len(copies)} images are in another split too: {', '.join(copies[:5])}; correct the splits"
+    if unknown:
+        codes = reduce(Counter[reading.Code].__add__, (error.codes for error in unknown))
+        everywhere = f"; {len(unknown)} masks hold such values: {reading.list_codes(codes)}" if len(unknown) > 1 else ""
+        paste = ", ".join(str(list(code) if isinstance(code, tuple) else code) for code, _ in codes.most_common(9))
+        yield f"{unknown[0]}{everywhere}, such as ignore: [{paste}]"
 
 
 def _check_image(
     domain: Domain, item: Item, sizes: Counter[str], bands: Counter[int], dtypes: Counter[str]
-) -> Iterator[str]:
-    """Count an image's size, bands and type; yield its problems."""
+) -> Iterator[str | Array]:
+    """Count an image's size, bands and type; yield it and its problems."""
     try:
         image = domain.read_image(item)
     except DataError as error:
@@ -209,6 +265,7 @@ def _check_image(
     sizes[f"{image.shape[1]}×{image.shape[0]}"] += 1
     bands[image.shape[2]] += 1
     dtypes[str(image.dtype)] += 1
+    yield image
     too_bright = max_value_error(domain, item, image)
     if too_bright is not None:
         yield too_bright
@@ -242,14 +299,8 @@ class Statistics(Spec):
     __rich__ = __str__
 
 
-class _Moments(NamedTuple):
-    """Number of pixels of an image, and mean, sum of squared deviations and range of its bands."""
-
-    number: int
-    mean: Float64
-    deviations: Float64
-    low: Float64
-    high: Float64
+_Moments = tuple[int, Float64, Float64, Float64, Float64]
+"""Number of pixels of an image, and mean, sum of squared deviations and range of its bands."""
 
 
 def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statistics:
@@ -267,20 +318,16 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit must be at least 1, got {limit}")
     items = sample_evenly(domain.items(split), limit)
-    parts = [moments for moments in (_moments(domain, item) for item in items) if moments.number]
+    parts = [moments for moments in (_moments(domain, item) for item in items) if moments[0]]
     if not parts:
         raise DataError(f"no pixel of the split {split} has data; check the no-data value of its images")
     number, means, deviations, low, high = (np.array(values) for values in zip(*parts, strict=True))
     mean = number @ means / number.sum()
     variance = (deviations.sum(0) + number @ np.square(means - mean)) / number.sum()
     return Statistics(
-        mean=tuple(mean.tolist()),
-        std=tuple(np.sqrt(variance).tolist()),
-        minimum=tuple(low.min(0).tolist()),
-        maximum=tuple(high.max(0).tolist()),
-        pixels=int(number.sum()),
-        images=len(items),
-    )
+        mean=tuple(mean.tolist()), std=tuple(np.sqrt(variance).tolist()), minimum=tuple(low.min(0).tolist()),
+        maximum=tuple(high.max(0).tolist()), pixels=int(number.sum()), images=len(items),
+    )  # fmt: skip
 
 
 def _moments(domain: Domain, item: Item) -> _Moments:
@@ -289,9 +336,9 @@ def _moments(domain: Domain, item: Item) -> _Moments:
     pixels = image.reshape(-1, image.shape[-1]) if nodata_mask is None else image[~nodata_mask]
     if not len(pixels):
         zeros = np.zeros(image.shape[-1])
-        return _Moments(0, zeros, zeros, zeros, zeros)
+        return 0, zeros, zeros, zeros, zeros
     mean, deviations = np.array([_band_moments(band) for band in pixels.T]).T
-    return _Moments(len(pixels), mean, deviations, pixels.min(axis=0), pixels.max(axis=0))
+    return len(pixels), mean, deviations, pixels.min(axis=0), pixels.max(axis=0)
 
 
 def _band_moments(values: Array) -> tuple[float, float]:

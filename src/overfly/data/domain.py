@@ -197,8 +197,12 @@ def absent_classes(domain: Domain, items: Sequence[Item], present: Collection[in
     ids = {name: numbers[0] for name, numbers in getattr(domain, "ids", {}).items()} or {
         name: number for number, name in enumerate(names)
     }
-    values = [reading.read_item_label(item).values for item in items if item.label is not None]
-    share = np.mean([(numbers == IGNORE).mean() if numbers.ndim == 2 else 0 for numbers in values])
+    shares = [0.0]
+    for item in items:
+        with suppress(DataError):
+            values = reading.read_item_label(item).values
+            shares.append(float((values == IGNORE).mean()) if values.ndim == 2 else 0.0)
+    share = sum(shares) / max(1, len(shares) - 1)
     if len(absent) > 1 or not share or IGNORE in ids.values():
         return f"{message}; correct the masks or the domain's ids or colors, or remove the class"
     shown = ", ".join(f"{name}: {number}" for name, number in (ids | {absent[0]: IGNORE}).items())

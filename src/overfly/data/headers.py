@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -40,11 +40,7 @@ OPTIONS = {"GDAL_CACHEMAX": CACHE, "GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_
 """Options of GDAL; without the last two, truncated JPEG and PNG files are read as if the rest were black or gray."""
 _OPENING = threading.Lock()
 _BOMB = Image.DecompressionBombError
-_OTHER_FORMATS = (
-    ((b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf"), "an archive"),
-    ((b"GIF8", b"RIFF", b"\x89HDF", b"CDF", b"EHFA", b"\x93NUMPY"), "in another format"),
-    ((b"<VRTDataset",), "a VRT that is not named .vrt"),
-)
+_ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf")
 
 
 class ImageHeader(NamedTuple):
@@ -76,11 +72,6 @@ class ImageHeader(NamedTuple):
     transform: tuple[float, ...] | None
 
 
-def is_address(source: Path | str) -> bool:
-    """Whether a source is an address such as s3://… instead of a file."""
-    return "://" in str(source) or str(source).startswith("/vsi")
-
-
 @contextmanager
 def open_raster(source: Path | str) -> Iterator[Any]:
     """Open a file or an address as a dataset of rasterio, upright.
@@ -90,8 +81,9 @@ def open_raster(source: Path | str) -> Iterator[Any]:
     """
     import rasterio
 
-    driver = None if is_address(source) else FORMATS[image_format(Path(source))][0]
-    options = {**OPTIONS, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if driver is None else "TRUE"}
+    address = "://" in str(source) or str(source).startswith("/vsi")
+    driver = None if address else FORMATS[image_format(Path(source))][0]
+    options = {**OPTIONS, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if address else "TRUE"}
     with gdal_errors(source), rasterio.Env(**options):
         with _quiet():
             dataset = rasterio.open(source, driver=driver)
@@ -99,7 +91,7 @@ def open_raster(source: Path | str) -> Iterator[Any]:
             known = [name for name, _ in FORMATS.values() if (name == "VRT") == str(source).endswith(".vrt")]
             if dataset.driver not in known:
                 raise DataError(f"{source} is a {dataset.driver}, which is not read; export it as GeoTIFF")
-            turn = _orientation(source, dataset)
+            turn = 1 if address else _orientation(source, dataset)
             if turn == 1:
                 yield dataset
             else:
@@ -146,29 +138,23 @@ def _header(path: Path, *stamp: int) -> ImageHeader:  # noqa: ARG001 - the stamp
     kind = image_format(path)
     with open_raster(path) as dataset:
         if dataset.height * dataset.width > MAX_PIXELS:
-            _too_large(path)
+            raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; cut it into tiles")
         if not dataset.count:
             raise DataError(f"{path} has no bands of its own; give one of its subdatasets, or export it again")
         stored = str(np.result_type(*dataset.dtypes))
         structure = dataset.tags(ns="IMAGE_STRUCTURE")
         return ImageHeader(
-            dataset.height,
-            dataset.width,
-            dataset.count,
-            dtype=stored if stored in ("uint8", "uint16") else "float32",
-            stored=stored,
-            kind=kind,
+            dataset.height, dataset.width, dataset.count,
+            dtype=stored if stored in ("uint8", "uint16") else "float32", stored=stored, kind=kind,
             alpha=dataset.count > 1 and dataset.colorinterp[-1].name == "alpha",
             palette=dataset.colorinterp[0].name == "palette" and not is_gray(read_palette(dataset)),
-            nodata=band_nodata(dataset),
-            masked=has_mask(dataset),
-            lossy=kind == "jpeg"
+            nodata=band_nodata(dataset), masked=has_mask(dataset), lossy=kind == "jpeg"
             or "JPEG" in structure.get("COMPRESSION", "")
             or "LOSSY" in structure.get("COMPRESSION_REVERSIBILITY", ""),
             orientation=int(dataset.tags(ns="OVERFLY").get("ORIENTATION", 1)),
             crs=dataset.crs.to_wkt() if dataset.crs else "",
             transform=None if dataset.transform.is_identity else tuple(dataset.transform.to_gdal()),
-        )
+        )  # fmt: skip
 
 
 def band_nodata(dataset: Any) -> tuple[float | None, ...]:
@@ -218,20 +204,15 @@ def _describe(start: bytes) -> str:
         return "a web page"
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer"
-    for starts, description in _OTHER_FORMATS:
-        if start.startswith(starts):
-            return description
-    return "text" if start.isascii() and b"\0" not in start else "of an unknown format or damaged in its first bytes"
-
-
-def _too_large(path: Path) -> NoReturn:
-    raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; cut it into tiles")
+    if start.startswith(_ARCHIVES):
+        return "an archive"
+    return "text" if start.isascii() and b"\0" not in start else "in another format or damaged in its first bytes"
 
 
 def _orientation(source: Path | str, dataset: Any) -> int:
-    """Orientation of a file's pixels, 1 to 8 as in TIFF; 1 if it is georeferenced or an address."""
+    """Orientation of a file's pixels, 1 to 8 as in TIFF; 1 if it is georeferenced."""
     known = not dataset.transform.is_identity or dataset.gcps[0] or dataset.tags(ns="RPC")
-    if known or is_address(source) or dataset.driver not in ("GTiff", "JPEG", "PNG", "WEBP"):
+    if known or dataset.driver not in ("GTiff", "JPEG", "PNG", "WEBP"):
         return 1
     value: Any = 1
     with suppress(OSError, ValueError, TypeError, LookupError, SyntaxError, _BOMB, struct.error), _quiet():

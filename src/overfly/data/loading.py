@@ -94,11 +94,8 @@ class BatchStream:
             )
         if self.sampling.needs_counts and self.counts is None:
             self.counts = np.stack([class_counts(self.domain, item) for item in self.items])
-        if self.counts is None:
-            has_labels = any(class_counts(self.domain, item).any() for item in self.items)
-        else:
-            has_labels = bool(self.counts.any())
-        if not has_labels:
+        counts = (class_counts(self.domain, item) for item in self.items) if self.counts is None else self.counts
+        if not any(count.any() for count in counts):
             raise DataError(
                 f"the masks of {self.domain.title} are ignored in every pixel of all {len(self.items)} images, the "
                 f"first {item_source(self.items[0])}; correct the masks or the domain's settings"

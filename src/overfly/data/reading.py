@@ -94,10 +94,8 @@ def nodata_mask(source: Path | LazyArray, *, bands: int | None, nodata: float | 
     if plain and header.dtype != "float32":
         return None
     missing = _decode(source, header, count, nodata)[1]
-    if missing is None or not missing.all(axis=-1).any():
-        return None
-    mask: Mask = np.asarray(missing.all(axis=-1), np.bool_)
-    return mask
+    mask = None if missing is None else np.asarray(missing.all(axis=-1), np.bool_)
+    return mask if mask is not None and mask.any() else None
 
 
 def _decode(path: Path, header: ImageHeader, count: int, nodata: float | None) -> tuple[Array, Mask | None]:
@@ -331,13 +329,7 @@ def from_palette(numbers: Array, palette: UInt8, class_ids: Mapping[Color, int])
 
 
 def unknown_codes(values: Array, label: UInt8, palette: UInt8 | None = None) -> Counter[Code]:
-    """Count the pixels of each number or color that has no class.
-
-    Args:
-        values: numbers (H, W) or colors (H, W, 3).
-        label: result of `from_numbers`, `from_colors` or `from_palette` (H, W).
-        palette: colors (P, 3) of the numbers, to count colors.
-    """
+    """Count the pixels of each number (H, W) or color (H, W, 3) that is `UNKNOWN` in a label; ``palette`` (P, 3)."""
     unknown = values[label == UNKNOWN]
     numbers, counts = np.unique(pack(unknown) if values.ndim == 3 else unknown, return_counts=True)
     codes: Counter[Code] = Counter()

@@ -80,9 +80,7 @@ def _list_paths(entry: str) -> dict[str, Path]:
     """List the files of a path, folder or glob, with the names of their maps below the folder of maps."""
     path = Path(entry)
     if path.is_dir():
-        files = sorted(
-            (file for file in path.iterdir() if is_image_name(file)), key=lambda file: natural_key(file.name)
-        )
+        files = sorted(filter(is_image_name, path.iterdir()), key=lambda file: natural_key(file.name))
         if not files:
             raise DataError(f"{entry} contains no rasters ({', '.join(SUFFIXES)}); give another folder, or a glob")
         return {str(file): Path(file.name) for file in files}
