@@ -108,3 +108,16 @@ def test_implausible_values_are_reported_with_options(tmp_path: Path) -> None:
     ):
         map_raster(broken, str(source), tmp_path / "map.tif", replace(SETTINGS, max_value=1.0), network="none")
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
+
+
+@pytest.mark.parametrize("resolution", [None, 1.2])
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_undeclared_no_data_is_rejected(tmp_path: Path, dtype: str, resolution: float | None) -> None:
+    pixels = noise(60, 60).astype(dtype)
+    pixels[:, :9, :9] = -9999
+    source = write(tmp_path / "scene.tif", pixels)
+    settings = replace(SETTINGS, max_value=255, resolution=resolution)
+    with pytest.raises(DataError, match=r"scene\.tif .*-9999 .*--nodata"):
+        map_raster(pointwise(), str(source), tmp_path / "map.tif", settings, network="none")
+    map_raster(pointwise(), str(source), tmp_path / "map.tif", replace(settings, nodata=-9999.0), network="none")
+    assert (ids(tmp_path / "map.tif")[:9, :9] == 255).all()
