@@ -71,7 +71,7 @@ def test_steps_fit_the_budget(own: FolderInputs, monkeypatch: pytest.MonkeyPatch
     assert plain.start == recipe.start
     assert (recipe.steps, plain.steps, recipe.start.steps) == (158, 158, 460)
     assert recipe.schedule == Poly(power=1.0, warmup=15)
-    assert recipe.optim == plain.optim == AdamW(lr=5e-4, head=10.0)
+    assert recipe.optim == plain.optim == AdamW(lr=1.5e-4, head=10.0)
     differences = [each.method.model_dump() for each in (recipe, plain)]
     assert [(way["mix_share"], way["ramp_steps"]) for way in differences] == [(0.5, 52), (0.0, 52)]
     assert differences[0]["ema"] == pytest.approx(1 - 6 / 158)

@@ -58,7 +58,7 @@ BUDGET_SHARES = {1: {"source": 0.42, "adapted": 0.34}, 2: {"source": 0.32, "adap
 VALIDATIONS, PATIENCE = 5, 2
 """Validations of source only, and those without a new best after which it stops."""
 MODEL = "lraspp_mobilenet_v2"  # the real-time network whose ImageNet weights can be had everywhere
-LEARNING_RATE, PRETRAINED_RATE = 1e-3, 5e-4
+LEARNING_RATE, PRETRAINED_RATE = 1e-3, 1.5e-4
 """Of adaptations from random and from ImageNet weights; source only has twice the rate, other networks half of it."""
 VARIANTS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION))
 """With pasted source classes, and without: each is better in one direction of the synthetic world, by 8.8 points."""
