@@ -15,6 +15,7 @@ from overfly.data.check import check, class_counts
 from overfly.data.domain import SplitError, check_masks
 from overfly.data.folder import Folder
 from overfly.data.loveda import CLASSES, LoveDA
+from overfly.data.synthetic import synthesize
 
 LOVEDA = Path(__file__).parents[2] / ".." / "shared" / "data" / "loveda-sample"
 
@@ -181,3 +182,17 @@ def test_class_shares_of_loveda_tiles() -> None:
     assert report.splits[0].ignored == counts[0] / sum(counts.values())
     assert report.splits[0].sizes == {"1024×1024": 3}
     assert not report.problems
+
+
+def test_masks_that_are_turned_against_their_images_are_a_problem(tmp_path: Path) -> None:
+    """Images that lost the tag that turned them."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for index in range(8):
+        image, label = synthesize("urban", "train", index, 96)
+        Image.fromarray(image[::-1, ::-1] if index < 5 else image).save(tmp_path / "images" / f"{index}.png")
+        Image.fromarray(label).save(tmp_path / "masks" / f"{index}.png")
+    classes = ["background", "building", "road", "water", "barren", "forest", "agriculture"]
+    domain = Folder(root=tmp_path, masks="masks", classes=Classes.model_validate(classes), label_format="index")
+    (problem,) = check(domain, ["train"]).problems
+    assert "5 masks fit their images better rotated by 180°" in problem.message

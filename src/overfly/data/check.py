@@ -25,11 +25,14 @@ from overfly.data.domain import (
     SplitError,
     UnknownCodesError,
     absent_classes,
+    better_turn,
     sample_evenly,
 )  # fmt: skip
 from overfly.data.headers import read_header
 
 Float64 = NDArray[np.float64]
+MIN_TURNED, MIN_TURNED_SHARE = 3, 0.25
+"""Masks, and share of a split's images, from which masks that fit better when turned are a problem."""
 
 
 class FileProblem(Spec):
@@ -188,7 +191,9 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
     ranges: list[tuple[Array, Array]] = []
     unknown: list[UnknownCodesError] = []
     copies: list[str] = []
+    turned: Counter[str] = Counter()
     for item in items:
+        image: str | Array = ""
         for image in _check_image(domain, item, sizes, bands, dtypes):
             if isinstance(image, str):
                 problems.append(FileProblem(image=item.name, message=image))
@@ -212,7 +217,10 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
             else:
                 counts += histogram
                 empty += int(histogram[IGNORE] == histogram.sum())
+                turn = None if isinstance(image, str) else better_turn(image, domain.read_label(item))
+                turned.update([turn] if turn else ())
     problems += [FileProblem(image="", message=text) for text in _split_faults(dtypes, ranges, unknown, copies)]
+    problems += [FileProblem(image="", message=text) for text in _turn_faults(turned, len(items))]
     labeled = counts[: len(domain.classes)]
     present = labeled.nonzero()[0].tolist()
     notes = [absent_classes(domain, items, present)] if counts.any() and not labeled.all() and not unknown else []
@@ -229,6 +237,13 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
         bands=dict(bands.most_common()), dtypes=dict(dtypes.most_common()), empty=empty, unread_alpha=unread_alpha,
         notes=tuple(notes),
     )  # fmt: skip
+
+
+def _turn_faults(turned: Counter[str], images: int) -> Iterator[str]:
+    """Yield a fault for each turn that many masks call for."""
+    for turn, count in turned.items():
+        if count >= max(MIN_TURNED, MIN_TURNED_SHARE * images):
+            yield f"{count} masks fit their images better {turn}; turn these images or masks"
 
 
 def _split_faults(

@@ -244,6 +244,8 @@ def better_turn(image: Array, label: UInt8) -> str | None:
     Returns:
         A key of `TURNS`, or None.
     """
+    if image.shape[:2] != label.shape or min(label.shape) < 2:
+        return None
     gray = image.mean(-1)
     edges = np.hypot(*np.gradient(gray))[:-1, :-1]
     strengths = {}
@@ -256,15 +258,6 @@ def better_turn(image: Array, label: UInt8) -> str | None:
 
 
 __all__ = [
-    "SAMPLED_IMAGES",
-    "SPLITS",
-    "TURNS",
-    "Domain",
-    "Split",
-    "SplitError",
-    "better_turn",
-    "has_fixed_top",
-    "sample_evenly",
-    "shortest_sides",
-    "without_labels",
+    "SAMPLED_IMAGES", "SPLITS", "TURNS", "Domain", "Split", "SplitError", "better_turn", "has_fixed_top",
+    "sample_evenly", "shortest_sides", "without_labels",
 ]  # fmt: skip
