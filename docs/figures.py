@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from overfly.adaptation.pipeline import RECALIBRATED
 from overfly.data.domain import Domain
 from overfly.evaluation.panels import comparison_figure
 from overfly.evaluation.score import Sample, Samples, score
 from overfly.recipe import Recipe
 from overfly.training.run import Run
 
+HALF = RECALIBRATED["half recalibrated"]
 FIGURE = Path(__file__).parent / "images" / "two_domains.png"
 
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs=2, default=(1, 4))
     settings = parser.parse_args()
     result = [Run(file.parent) for file in settings.runs.glob("*/recipe.yaml")]
+    result = [run for run in result if getattr(run.recipe.method, "share", None) != HALF.share]
     runs = {(run.recipe.method.name, run.recipe.domain("source").title): run for run in result}
     names = {
         "source only": ("source_only", "Urban"),
