@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from overfly.commands.load_predictor import load_predictor
+from overfly.core.atomic_files import read_json
 from overfly.core.choices import Backend, ExportFormat
 from overfly.core.errors import OverflyError, WeightsError
 from overfly.exporting import exporter as exporting
@@ -100,7 +101,7 @@ def test_every_format_predicts_as_pytorch_and_reports_parity(
     lraspp: Segmenter, tmp_path: Path, kind: ExportFormat
 ) -> None:
     file = exported(lraspp, ExportSettings(format=kind), tmp_path)
-    report = ExportReport.model_validate_json((tmp_path / "it.json").read_text())
+    report = ExportReport.model_validate(read_json(tmp_path / "it.json"))
     assert tuple(parity.backend for parity in report.parity) == BACKENDS[kind]
     for parity in report.parity:
         assert parity.agreement >= TOLERANCES["32"].agreement
