@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -111,14 +112,17 @@ class CandidateComparison:
 
     def _source_counts(self, network: Segmenter) -> list[Confusion]:
         """Confusion matrices of held-out source images, by labels and predictions; empty without labels."""
+        predicted = predict_probabilities(network, (image for image, _ in self.source_images), self.options)
+        pairs = zip(predicted, self.source_images, strict=True)
+        return [Confusion.from_predictions(each.argmax(0), label, len(each)) for each, (_, label) in pairs]
+
+    @cached_property
+    def source_images(self) -> list[tuple[Tensor, Tensor]]:
+        """Held-out source images (C, H, W) with their labels (H, W), read once; empty without labels."""
         source, split = self.recipe.source, self.recipe.validation.split
         if source is None or not has_labels(source, split):
             return []
-        options = replace(self.options, limit=SOURCE_IMAGES)
-        images, labels = zip(*labeled_images(source, split, options), strict=True)
-        predicted = predict_probabilities(network, images, options)
-        pairs = zip(predicted, labels, strict=True)
-        return [Confusion.from_predictions(each.argmax(0), label, len(source.classes)) for each, label in pairs]
+        return list(labeled_images(source, split, replace(self.options, limit=SOURCE_IMAGES)))
 
     def source_network(self, name: str, run: Run | Path) -> Segmenter:
         """Return a candidate's network with batch-normalization statistics of the source."""

@@ -35,7 +35,7 @@ from overfly.training.evaluate import evaluate_domain, has_labels, logged_source
 from overfly.training.run import Run
 
 DEFAULT_VALIDATORS: tuple[Validator, ...] = ("score",)
-"""Validators of the mean rank: the rule of `overfly adapt`, chosen by leaving one pair of domains out
+"""Validators of the mean rank: the rule of `overfly adapt`, chosen on 21 comparisons
 (docs/results/choice.md)."""
 
 PERTURBED = frozenset({"masked", "masked_miou", "views", "views_miou"})
@@ -163,7 +163,7 @@ def rank(
 
     Args:
         runs: finished, or with kept checkpoints; all of one target.
-        validators: the validators of the mean rank. Those under all perturbations take three times as long as others.
+        validators: the validators of the mean rank. Those under all perturbations need 2.5 times as many predictions.
         reference: run whose network's predictions the metric agreement compares with, such as source only.
         estimates: estimate each target mIoU too; source labels are read.
         with_labels: read the target's val labels, score each network, and compute the quality of each validator.

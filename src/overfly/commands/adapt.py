@@ -76,9 +76,8 @@ def adapt(
     """Adapt to images without labels, and recommend the adapted network or the one before adaptation.
 
     Candidates are compared without target labels: source only, the same with batch-normalization statistics of the
-    target, and networks trained further from the best of these. Give a recipe, or several with
-    the same start; or image folders, the source with masks and the target without; or, without the source's images, a
-    trained network (--checkpoint) and the target.
+    target, and networks trained further from the best of these. Give a recipe, or several with the same start; or
+    image folders, the source with masks and the target without; or a trained network (--checkpoint) and the target.
 
     Args:
         recipe: a recipe file whose method adapts.
@@ -110,13 +109,11 @@ def adapt(
     from overfly.recipe import load
     from overfly.training.engine import TrainerConfig, launch_fabric
 
-    def path(value: PathLike | None) -> Path | None:
-        return None if value is None else Path(value)
-
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
     bounds = read_gate(gate or ())
     start = None if checkpoint is None else resolve_checkpoint(Path(checkpoint))
-    inputs = FolderInputs(path(source_images), path(source_masks), path(target_images), path(classes), start)
+    given = (source_images, source_masks, target_images, classes, start)
+    inputs = FolderInputs(*(None if value is None else Path(value) for value in given))
     recipes, settings = split_entries([*([] if recipe is None else [recipe]), *overrides])
     if recipes and inputs != FolderInputs():
         raise RecipeError("adapt takes a recipe or image folders, not both; leave one of them out")
@@ -124,9 +121,7 @@ def adapt(
         raise RecipeError(f"--budget {budget} is for image folders; set steps=… for a recipe")
     values = [load(entry, *settings) for entry in recipes]
     values = values or folder_recipes(inputs, budget, config, settings, Path(out))
-    comparison = adapt_recipes(
-        *values, out=Path(out), fabric=launch_fabric(values[0], config), config=config, estimates=estimate,
-        gate=bounds,
-    )  # fmt: skip
+    fabric = launch_fabric(values[0], config)
+    comparison = adapt_recipes(*values, out=Path(out), fabric=fabric, config=config, estimates=estimate, gate=bounds)
     missing = require_adapted and comparison.selection.recommended == BASELINE
     return AdaptResult(comparison.path, comparison.selection, NOT_ADAPTED if missing else 0)

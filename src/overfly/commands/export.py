@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from overfly.exporting.exporter import ExportReport
+    from overfly.exporting.predictor import ExportSettings
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,11 @@ class HubResult:
 
 
 def export(
-    run: PathLike,
-    *,
-    format: ExportFormat = "onnx",  # noqa: A002  (the command line's --format)
-    precision: ExportPrecision = "32",
-    output: ExportOutput = "probabilities",
-    size: int | None = None,
-    resize: int | None = None,
-    domain: str = "target",
-    images: int = 12,
-    labels: bool = True,
-    name: str | None = None,
-    out: PathLike | None = None,
-    quiet: bool = False,
-) -> ExportResult:
+    run: PathLike, *, format: ExportFormat = "onnx",  # noqa: A002  (the command line's --format)
+    precision: ExportPrecision = "32", output: ExportOutput = "probabilities", size: int | None = None,
+    resize: int | None = None, domain: str = "target", images: int = 12, labels: bool = True, name: str | None = None,
+    out: PathLike | None = None, quiet: bool = False,
+) -> ExportResult:  # fmt: skip
     """Export a trained network and compare the file with PyTorch.
 
     The exported network normalizes images itself and has no training heads. Its predictions on images of the target
@@ -108,33 +101,22 @@ def export(
     from overfly.exporting.hub import model_card
     from overfly.exporting.predictor import ExportSettings
 
-    check_bounds(
-        {"size": (size or 32, 32, MAX_SIDE), "resize": (resize or 32, 32, MAX_SIDE), "images": (images, 1, 10**4)}
-    )
+    check_bounds({"size": (size or 32, 32, MAX_SIDE), "resize": (resize or 32, 32, MAX_SIDE)})
+    check_bounds({"images": (images, 1, 10**4)})
     folder = NetworkFolder.open(run)
     segmenter, metadata = load_network(folder.path)
     recipe = None if folder.run is None else folder.run.recipe
-    if resize is None and recipe:
-        resize = recipe.resize
-    if size is not None:
-        metadata = metadata.model_copy(update={"window": size, "fixed": True})
-    settings = ExportSettings(
-        format=format, precision=precision, output=output, resize=resize or None, opset=OPSET if format == "onnx" else 0
-    )
-    parts = [metadata.architecture, format, precision, *([output] if output != "probabilities" else []), size or ""]
-    stem = name or "-".join(str(part) for part in parts if part)
+    resize = recipe.resize if resize is None and recipe else resize
+    metadata = metadata.model_copy(update={"window": size, "fixed": True}) if size else metadata
+    opset = OPSET if format == "onnx" else 0
+    settings = ExportSettings(format=format, precision=precision, output=output, resize=resize or None, opset=opset)
+    stem = name or _file_name(metadata.architecture, settings, size)
     if Path(stem).name != stem:
         raise RecipeError(f"--name must be a file name without folders, got {stem}; give the folder as --out")
     compared = export_domain(folder, domain, metadata)
-    path, report = export_network(
-        segmenter,
-        metadata,
-        settings,
-        evaluation_data(compared, recipe, settings, metadata.window, images, labels=labels),
-        folder=Path(out) if out is not None else folder.path / "exports",
-        name=stem,
-        on_progress=lambda text: print_status(text, quiet=quiet),
-    )
+    data = evaluation_data(compared, recipe, settings, metadata.window, images, labels=labels)
+    target, status = Path(out or folder.path / "exports"), partial(print_status, quiet=quiet)
+    path, report = export_network(segmenter, metadata, settings, data, folder=target, name=stem, on_progress=status)
     if folder.run is not None and recipe is not None:
         roles = {"target": recipe.target, "source": recipe.source}
         role = next((role for role, value in roles.items() if domain in roles and value is compared), domain)
@@ -142,6 +124,12 @@ def export(
     card = path.with_suffix(".md")
     card.write_text(model_card(report, card_content(folder)), encoding="utf-8")
     return ExportResult(path, card, report)
+
+
+def _file_name(architecture: str, settings: ExportSettings, size: int | None) -> str:
+    """File name without suffix: network, format, precision, and output and size where they are not the default."""
+    output = settings.output if settings.output != "probabilities" else ""
+    return "-".join(map(str, filter(None, (architecture, settings.format, settings.precision, output, size))))
 
 
 def hub_push(export: PathLike, repository: str, *, private: bool = True, endpoint: str | None = None) -> HubResult:

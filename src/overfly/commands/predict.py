@@ -58,7 +58,7 @@ def predict(
 ) -> PredictResult:  # fmt: skip
     """Predict georeferenced maps of rasters of any size, window by window.
 
-    A map has its raster's own grid: a Cloud Optimized GeoTIFF of class ids, 255 where there is no data, with the
+    A map has its raster's own grid: a Cloud Optimized GeoTIFF of class ids, 255 for pixels without data, with the
     classes' names and colors. A stopped job resumes; an existing map of the same settings is not made again.
 
     Args:
@@ -92,10 +92,8 @@ def predict(
     from overfly.raster.manifest import MapSettings, output_files
     from overfly.raster.parallel import check_distinct_outputs, list_rasters
 
-    check_bounds(
-        {"window": (window or 32, 32, MAX_SIDE), "batch": (batch, 1, 4096), "min-area": (min_area, 1, 10**9)}
-        | {"workers": (workers, 0, 256)}
-    )
+    sizes = {"window": (window or 32, 32, MAX_SIDE), "batch": (batch, 1, 4096)}
+    check_bounds(sizes | {"min-area": (min_area, 1, 10**9), "workers": (workers, 0, 256)})
     predictor = load_predictor(network, backend=backend, device=device)
     settings = MapSettings(
         window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, alpha_band=alpha_band,

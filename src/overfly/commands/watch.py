@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from overfly.commands.arguments import MAX_SIDE, PathLike, check_bounds
 from overfly.core.choices import Backend
@@ -19,7 +19,8 @@ from overfly.core.errors import OverflyError, RecipeError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from overfly.video.overlay import OverlayStyle
+    from overfly.video.capture import VideoStream
+    from overfly.video.overlay import OverlayRenderer, OverlayStyle
     from overfly.video.player import LatestFrame, Sink, StreamStats, StreamSummary
 
 
@@ -125,11 +126,9 @@ def watch(
         Frames read, shown and dropped, latency p50 and p95, and frame rate.
     """
     from overfly.commands.load_predictor import load_predictor
-    from overfly.core.device import describe_machine
-    from overfly.core.progress import Progress
     from overfly.video.capture import check_output, open_stream, write_video
     from overfly.video.overlay import OverlayRenderer
-    from overfly.video.player import LatestFrame, end_message, limit_duration, process_stream
+    from overfly.video.player import LatestFrame
 
     out = Path(out) if out is not None else None
     if out is not None:
@@ -147,28 +146,49 @@ def watch(
             stack.enter_context(_serve(latest, serve, quiet=quiet))
         renderer = OverlayRenderer(load_predictor(run, backend=backend, device=device), style)
         renderer.warm_up(stream.width, stream.height)
-        progress = stack.enter_context(Progress("frames", quiet=quiet))
+        summary = _process(renderer, stream, sinks, latest, seconds=seconds, realtime=realtime, quiet=quiet)
+    shape = frame[0] if frame else (stream.width, stream.height)
+    return _result(
+        stream, renderer, summary, shape, realtime=stream.live or realtime, out=out if summary.shown else None,
+        seconds=seconds, as_json=json,
+    )  # fmt: skip
 
-        def on_progress(stats: StreamStats) -> None:
-            progress.update(Path(source).name or source, stats.read, detail="  ".join(stats.lines(live=True)))
 
-        with _stop_on_signal() as stop, _close_on_error(latest, source):
-            frames = limit_duration(stream.frames, seconds)
-            summary = process_stream(
-                renderer, frames, sinks, live=stream.live, realtime=realtime, stop=stop, on_progress=on_progress
-            )
-            latest.close(end_message(summary, stream.errors.end_reason))
-    width, height = frame[0] if frame else (stream.width, stream.height)
-    scale = min(1.0, (size or MAX_SIDE) / max(width, height))
+def _process(
+    renderer: OverlayRenderer, stream: VideoStream, sinks: list[Sink], latest: LatestFrame, *,
+    seconds: float | None, realtime: bool, quiet: bool,
+) -> StreamSummary:  # fmt: skip
+    """Process a stream until its end, its limit in seconds, or a signal."""
+    from overfly.core.progress import Progress
+    from overfly.video.player import end_message, limit_duration, process_stream
+
+    def on_progress(stats: StreamStats) -> None:
+        progress.update(Path(stream.title).name or stream.title, stats.read, detail="  ".join(stats.lines(live=True)))
+
+    frames = limit_duration(stream.frames, seconds)
+    with Progress("frames", quiet=quiet) as progress, _stop_on_signal() as stop, _close_on_error(latest, stream.title):
+        summary = process_stream(
+            renderer, frames, sinks, live=stream.live, realtime=realtime, stop=stop, on_progress=on_progress
+        )
+        latest.close(end_message(summary, stream.errors.end_reason))
+    return summary
+
+
+def _result(
+    stream: VideoStream, renderer: OverlayRenderer, summary: StreamSummary, frame: tuple[int, int], **values: Any
+) -> WatchResult:
+    """The result of a stream whose frames have a width and height in pixels."""
+    from overfly.core.device import describe_machine
+
+    scale = min(1.0, (renderer.style.size or MAX_SIDE) / max(frame))
     predictor = renderer.predictor
     machine = describe_machine(predictor.device if predictor.backend == "torch" else "cpu")
     return WatchResult(
         source=stream.title, network=predictor.metadata.title or predictor.metadata.architecture,
         backend=predictor.backend, device=predictor.device, machine=str(machine["device"]),
-        threads=int(machine["threads"]), frame=(width, height),
-        input=(max(1, round(width * scale)), max(1, round(height * scale))), realtime=stream.live or realtime,
-        damaged=stream.errors.damaged, end_reason=stream.errors.end_reason, summary=summary,
-        out=out if summary.shown else None, seconds=seconds, as_json=json,
+        threads=int(machine["threads"]), frame=frame,
+        input=(max(1, round(frame[0] * scale)), max(1, round(frame[1] * scale))),
+        damaged=stream.errors.damaged, end_reason=stream.errors.end_reason, summary=summary, **values,
     )  # fmt: skip
 
 

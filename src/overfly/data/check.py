@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from overfly.core.errors import DataError, OverflyError, RecipeError
-from overfly.core.records import IGNORE, Array, Item
+from overfly.core.records import IGNORE, Array, Item, UInt8
 from overfly.core.spec import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, Spec
 from overfly.data import reading
 from overfly.data.domain import (
@@ -152,7 +152,7 @@ def check(domain: Domain, splits: Sequence[Split] | None = None) -> DomainReport
 
 def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
     """Count the pixels of each class in an item's label (K,); raise `DataError` if it cannot be read."""
-    return _label_histogram(domain, item)[: len(domain.classes)]
+    return _histogram(domain.read_label(item))[: len(domain.classes)]
 
 
 def max_value_error(domain: Domain, item: Item, image: Array) -> str | None:
@@ -173,8 +173,8 @@ def item_source(item: Item) -> str:
     return str(item.image) if isinstance(item.image, Path) else item.name
 
 
-def _label_histogram(domain: Domain, item: Item) -> NDArray[np.int64]:
-    return np.bincount(domain.read_label(item).ravel(), minlength=256).astype(np.int64)
+def _histogram(label: UInt8) -> NDArray[np.int64]:
+    return np.bincount(label.ravel(), minlength=256).astype(np.int64)
 
 
 def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: dict[str, str]) -> SplitReport:
@@ -208,16 +208,16 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
                 unread_alpha += header.alpha and domain.bands < header.bands
         if item.label is not None:
             try:
-                histogram = _label_histogram(domain, item)
+                label = domain.read_label(item)
             except UnknownCodesError as error:
                 unknown.append(error)
             except DataError as error:
                 if str(error) not in {problem.message for problem in problems[-1:]}:
                     problems.append(FileProblem(image=item.name, message=str(error)))
             else:
-                counts += histogram
-                empty += int(histogram[IGNORE] == histogram.sum())
-                turn = None if isinstance(image, str) else better_turn(image, domain.read_label(item))
+                counts += _histogram(label)
+                empty += int((label == IGNORE).all())
+                turn = None if isinstance(image, str) else better_turn(image, label)
                 turned.update([turn] if turn else ())
     problems += [FileProblem(image="", message=text) for text in _split_faults(dtypes, ranges, unknown, copies)]
     problems += [FileProblem(image="", message=text) for text in _turn_faults(turned, len(items))]
@@ -240,7 +240,6 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
 
 
 def _turn_faults(turned: Counter[str], images: int) -> Iterator[str]:
-    """Yield a fault for each turn that many masks call for."""
     for turn, count in turned.items():
         if count >= max(MIN_TURNED, MIN_TURNED_SHARE * images):
             yield f"{count} masks fit their images better {turn}; turn these images or masks"

@@ -246,8 +246,7 @@ def better_turn(image: Array, label: UInt8) -> str | None:
     """
     if image.shape[:2] != label.shape or min(label.shape) < 2:
         return None
-    gray = image.mean(-1)
-    edges = np.hypot(*np.gradient(gray))[:-1, :-1]
+    edges = np.hypot(*np.gradient(image.mean(-1)))[:-1, :-1]
     strengths = {}
     for name, turn in {"": lambda array: array, **TURNS}.items():
         turned = turn(label).astype(np.int16)

@@ -166,7 +166,7 @@ def read_item_label(item: Item) -> LabelPixels:
     """Read the label of an item as `read_label_pixels` does, on the grid of its image.
 
     Raises:
-        DataError: there is no label, it is damaged, or its size or grid does not fit the image.
+        DataError: the label is missing or damaged, or its size or grid does not fit the image.
     """
     source = label_source(item)
     if not isinstance(source, Path):

@@ -172,7 +172,7 @@ def _read(reader: _Reader, rows: Range, columns: Range) -> tuple[NDArray[Any], M
 
 
 def _read_part(dataset: Any, source: RasterSource, part: Any) -> tuple[NDArray[Any], Mask | None]:
-    """Read the pixels (C, h, w) of a window, 0 where there is no data, and the mask of pixels without data (h, w)."""
+    """Read the pixels (C, h, w) of a window, 0 for pixels without data, and the mask (h, w) of these pixels."""
     pixels: NDArray[Any] = dataset.read(list(source.bands), window=part)
     masked, in_all = _masked(dataset, source, part), None
     for index, (band, nodata) in enumerate(zip(pixels, source.nodata, strict=True)):
