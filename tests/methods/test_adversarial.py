@@ -16,10 +16,9 @@ from overfly.core.optimizers import SGD
 from overfly.core.records import Batch, Logits
 from overfly.methods.adaptsegnet import AdaptSegNet, Advent, MinEnt
 from overfly.methods.adversarial import student_outputs
-from overfly.methods.clan import CLAN
 from overfly.methods.fada import FADA
-from overfly.methods.mcd import MCD
 from overfly.methods.method import Method
+from overfly.methods.two_classifiers import CLAN, MCD
 from overfly.models import Network
 from overfly.ops.losses import entropy
 from overfly.ops.normalization import joint_forward

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from overfly.core.optimizers import SGD
 from overfly.core.records import Logits
-from overfly.methods.clan import alignment, disagreement
 from overfly.methods.fada import FADA, source_channels, target_channels
-from overfly.methods.mcd import (
+from overfly.methods.two_classifiers import (
     MCD,
     TwoOutputs,
+    alignment,
     class_layer,
+    disagreement,
     discrepancy,
     second_class_layer,
     two_classifier_forward,

@@ -13,11 +13,10 @@ from overfly.core.errors import RecipeError
 from overfly.core.records import Batch
 from overfly.data.loading import BatchDataset
 from overfly.methods.distillation import Distill
-from overfly.methods.dsbn import DSBN, DomainNorm
+from overfly.methods.domain_norms import DSBN, DomainNorm, TransferableNorm, TransNorm
 from overfly.methods.method import Method
 from overfly.methods.recalibrate import Recalibrate
-from overfly.methods.tent import Tent
-from overfly.methods.transnorm import TransferableNorm, TransNorm
+from overfly.methods.source_free import Tent
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe, load
 from overfly.training.setup import initial_network, training_streams

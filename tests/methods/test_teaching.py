@@ -12,13 +12,11 @@ from torch import Tensor
 
 from overfly.core.records import IGNORE, Batch, Labeled
 from overfly.data.loading import BatchDataset
-from overfly.methods.cbst import CBST
 from overfly.methods.dacs import DACS
-from overfly.methods.daformer import AnchoredNetworks, DAFormer, feature_distance, majority
+from overfly.methods.daformer import MIC, AnchoredNetworks, DAFormer, feature_distance, majority
 from overfly.methods.gcw_ldq import GCWLDQ
-from overfly.methods.iast import IAST
 from overfly.methods.method import Method, Networks, TeacherStudent
-from overfly.methods.mic import MIC
+from overfly.methods.self_training import CBST, IAST
 from overfly.methods.source_free import SourceFree
 from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral

@@ -215,7 +215,7 @@ def _check_token(host: str, token: str | None) -> str | None:
 def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
     """List the images of files and folders, name unreadable ones on stderr; raise `DataError` for a missing path."""
     from overfly.data.listing import is_image_name
-    from overfly.web.uploads import check_size
+    from overfly.web.images import check_size
 
     result: list[Path] = []
     reasons: list[str] = []

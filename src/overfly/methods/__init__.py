@@ -3,9 +3,8 @@
 from importlib import import_module
 
 BUILT_IN = (
-    "adaptsegnet", "cbst", "clan", "dacs", "daformer", "distillation", "dsbn", "fada",
-    "fda", "gcw_ldq", "iast", "mcd", "mic", "multiscale_self_training", "recalibrate", "source_free", "source_only",
-    "tent", "transnorm",
+    "adaptsegnet", "dacs", "daformer", "distillation", "domain_norms", "fada", "fda", "gcw_ldq",
+    "multiscale_self_training", "recalibrate", "self_training", "source_free", "source_only", "two_classifiers",
 )  # fmt: skip
 """Modules of the built-in methods."""
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from overfly.core.records import IGNORE, Batch, Labeled, Losses
 from overfly.core.spec import NonNegativeFloat, PositiveFloat, PositiveInt, Share
-from overfly.methods.cbst import ThresholdNetworks
 from overfly.methods.method import SelfTraining, prefixed
+from overfly.methods.self_training import ThresholdNetworks
 from overfly.ops.augmentation import augment
 from overfly.ops.color import ColorAugments, GaussianBlur, Illumination, augment_colors
 from overfly.ops.criterion import Criterion, CrossEntropy

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from overfly.raster.raster_source import Georeference
 from overfly.reporting.figures import accessible_colors, encode_png
 from overfly.video.player import LatestFrame
+from overfly.web.images import Layer, encode_geotiff, max_zoom, render_tile
 from overfly.web.service import InferenceService, Prediction, ServedNetwork, StoredMap
-from overfly.web.tiles import Layer, encode_geotiff, max_zoom, render_tile
 
 OutputFormat = Literal["png", "tiff", "json"]
 MapKey = Annotated[str, InPath(max_length=64, description="Key from the response of `POST /maps`.")]

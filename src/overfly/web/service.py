@@ -28,7 +28,7 @@ from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import slide_inference
 from overfly.raster.raster_source import Georeference, input_gain
 from overfly.training.run import Run
-from overfly.web.uploads import UploadedImage, check_header, read_upload, stored_upload
+from overfly.web.images import UploadedImage, check_header, read_upload, stored_upload
 
 T = TypeVar("T")
 MIN_SIDE = 32

@@ -9,7 +9,7 @@ from PIL import Image
 
 from overfly.core.records import IGNORE, UInt8
 from overfly.raster.raster_source import Georeference, georeference
-from overfly.web.tiles import SIDE, Layer, encode_geotiff, max_zoom, render_tile
+from overfly.web.images import SIDE, Layer, encode_geotiff, max_zoom, render_tile
 from served import CLASSES
 
 
