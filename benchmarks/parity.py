@@ -23,7 +23,7 @@ from overfly.commands.export import export
 from overfly.core.choices import ExportFormat, ExportPrecision
 from overfly.core.errors import OverflyError
 from overfly.exporting import exporter as exporting
-from overfly.exporting.parity import ParityError
+from overfly.exporting.exporter import ParityError
 from overfly.exporting.predictor import ExportSettings
 from overfly.models.network import names
 from overfly.recipe import Recipe

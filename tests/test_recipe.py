@@ -13,7 +13,7 @@ from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Adam
 from overfly.core.settings import OPTIONS, parse_yaml
 from overfly.data.loveda import CLASSES
-from overfly.methods.adaptsegnet import AdaptSegNet
+from overfly.methods.adversarial import AdaptSegNet
 from overfly.ops.criterion import CrossEntropy
 from overfly.recipe import Recipe, load
 from overfly.training.setup import initial_network

@@ -133,7 +133,7 @@ def commands(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", ["qgis.md", "export.md"])
 def test_the_commands_of_the_guides_run(page: str, trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    from overfly.exporting.parity import TOLERANCES
+    from overfly.exporting.exporter import TOLERANCES
 
     loose = TOLERANCES["int8"].model_copy(update={"agreement": 0.3, "miou": 1.0})
     monkeypatch.setitem(TOLERANCES, "int8", loose)  # after three steps all classes are as likely

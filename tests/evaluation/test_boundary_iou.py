@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from overfly.core.records import IGNORE
-from overfly.evaluation.boundary import Boundary
+from overfly.evaluation.confusion import Boundary
 
 
 def _square(shift: int = 0, side: int = 32) -> Tensor:

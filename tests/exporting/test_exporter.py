@@ -15,10 +15,9 @@ from overfly.core.atomic_files import read_json
 from overfly.core.choices import Backend, ExportFormat
 from overfly.core.errors import OverflyError, WeightsError
 from overfly.exporting import exporter as exporting
-from overfly.exporting.exporter import EvaluationData, ExportReport, export
+from overfly.exporting.exporter import TOLERANCES, EvaluationData, ExportReport, ParityError, export
 from overfly.exporting.formats import write_onnx
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.parity import TOLERANCES, ParityError
 from overfly.exporting.predictor import (
     ExportSettings,
     Floats,

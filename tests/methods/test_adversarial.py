@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import SGD
 from overfly.core.records import Batch, Logits
-from overfly.methods.adaptsegnet import AdaptSegNet, Advent, MinEnt
-from overfly.methods.adversarial import student_outputs
-from overfly.methods.fada import FADA
+from overfly.methods.adversarial import FADA, AdaptSegNet, Advent, MinEnt, student_outputs
 from overfly.methods.method import Method
 from overfly.methods.two_classifiers import CLAN, MCD
 from overfly.models import Network

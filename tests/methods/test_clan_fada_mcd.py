@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from overfly.core.optimizers import SGD
 from overfly.core.records import Logits
-from overfly.methods.fada import FADA, source_channels, target_channels
+from overfly.methods.adversarial import FADA, source_channels, target_channels
 from overfly.methods.two_classifiers import (
     MCD,
     TwoOutputs,

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from overfly.core.records import IGNORE, Batch, Labeled
 from overfly.data.loading import BatchDataset
-from overfly.methods.dacs import DACS
-from overfly.methods.daformer import MIC, AnchoredNetworks, DAFormer, feature_distance, majority
-from overfly.methods.gcw_ldq import GCWLDQ
+from overfly.methods.dacs import DACS, GCWLDQ, MIC, AnchoredNetworks, DAFormer, feature_distance, majority
 from overfly.methods.method import Method, Networks, TeacherStudent
 from overfly.methods.self_training import CBST, IAST
 from overfly.methods.source_free import SourceFree

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.records import IGNORE, Labeled
-from overfly.ops.mixing import block_mask, class_mask, fill_mean_color, paste
+from overfly.ops.pseudo_labels import block_mask, class_mask, fill_mean_color, paste
 
 
 def labels(seed: int, classes: int, count: int = 2) -> torch.Tensor:

@@ -12,8 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from overfly.web.middleware import AccessMiddleware, BodyLimitMiddleware
-from overfly.web.server import application
+from overfly.web.server import AccessMiddleware, BodyLimitMiddleware, application
 from overfly.web.service import Limits
 
 TOKEN = "correct horse battery"  # noqa: S105  (of a test)

@@ -18,9 +18,8 @@ from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
 from overfly.data.domain import Domain, SplitError, sample_evenly, without_labels
 from overfly.evaluation.images import to_tensor
-from overfly.exporting.exporter import EvaluationData, ExportReport
+from overfly.exporting.exporter import EvaluationData, ExportReport, LabeledSplit
 from overfly.exporting.hub import CardContent
-from overfly.exporting.parity import LabeledSplit
 from overfly.exporting.predictor import ExportSettings, Floats, ModelMetadata
 from overfly.ops.windows import cut_window, window_grid
 from overfly.recipe import Recipe

@@ -54,8 +54,7 @@ def report(
     """
     from overfly.core.atomic_files import atomic_write
     from overfly.core.device import select_device
-    from overfly.reporting.report import render
-    from overfly.reporting.report_data import collect_report
+    from overfly.reporting.report import collect_report, render
 
     check_bounds({"images": (images, 0, 10**6), "size": (size, 8, MAX_SIDE)})
     out = Path(out)

@@ -142,7 +142,7 @@ def served_networks(
     """
     from overfly.adaptation.selection import is_comparison
     from overfly.commands.load_predictor import NetworkFolder, load_predictor
-    from overfly.reporting.report_data import find_runs, recipe_title
+    from overfly.reporting.report import find_runs, recipe_title
     from overfly.web.service import ServedNetwork
 
     result: dict[Path, ServedNetwork] = {}

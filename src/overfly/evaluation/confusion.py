@@ -1,4 +1,4 @@
-"""The confusion matrix of a split, added over batches, windows and ranks, and the scores computed from it.
+"""Confusion matrix and Boundary IoU of a split, added over batches, windows and ranks, and the scores from them.
 
 A class that is neither labeled nor predicted has no IoU (NaN) and is left out of means. A class that is predicted but
 never labeled has IoU 0, which counts. Intersection and union are summed over the whole split before they are divided,
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from overfly.core.records import IGNORE
+from overfly.ops.criterion import boundaries
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,3 +138,60 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
     total = counts.clone().cuda() if distributed.get_backend() == "nccl" else counts.clone()
     distributed.all_reduce(total)
     return total.to(counts.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Boundary:
+    """Boundary IoU (Cheng et al., CVPR 2021) at a given width, from counts that can be added.
+
+    For each class, only the pixels of the mask that lie within ``width`` pixels of its outline are compared. As in the
+    authors' code, distance is measured on squares (``width`` erosions by 3 × 3). Unlike in it, the border of the image
+    and that of ignored areas are not outlines, since tiles cut through objects.
+
+    Attributes:
+        counts: pixels in the bands along the outlines, (3, K), int64, of labels, predictions and both.
+        width: of the bands, in pixels.
+    """
+
+    counts: Tensor
+    width: int
+
+    @classmethod
+    def empty(cls, classes: int, width: int) -> Self:
+        """Return zero counts for ``classes`` classes and bands of ``width`` pixels."""
+        return cls(torch.zeros(3, classes, dtype=torch.int64), width)
+
+    @classmethod
+    def from_predictions(cls, prediction: Tensor, label: Tensor, classes: int, width: int) -> Self:
+        """Count the bands of whole images.
+
+        Args:
+            prediction: class ids (H, W) or (B, H, W).
+            label: class ids, of the same shape; `IGNORE` is neither counted nor compared as a neighbor.
+            classes: number of classes K.
+            width: width of the band inside each outline, in pixels of the label.
+        """
+        labels = label.reshape(-1, *label.shape[-2:]).long()
+        predicted = prediction.reshape(-1, *label.shape[-2:]).long()
+        valid = labels != IGNORE
+        label_band, prediction_band = (boundaries(ids, 2 * width, valid) for ids in (labels, predicted))
+        both = label_band & prediction_band & (labels == predicted)
+        chosen = (labels[label_band], predicted[prediction_band], labels[both])
+        return cls(torch.stack([torch.bincount(ids, minlength=classes) for ids in chosen]), width)
+
+    def __add__(self, other: Boundary) -> Boundary:
+        if self.width != other.width:
+            raise ValueError(f"bands of {self.width} and {other.width} pixels do not add up")
+        return Boundary(self.counts + other.counts.to(self.counts.device), self.width)
+
+    @property
+    def iou(self) -> Tensor:
+        """Boundary IoU of each class (K,), float64, 0 to 1; NaN for a class without an outline."""
+        label, prediction, both = self.counts.double()
+        share: Tensor = both / (label + prediction - both)
+        return share
+
+    @property
+    def miou(self) -> float:
+        """Mean over the classes that have an outline in labels or predictions; NaN if none has."""
+        return float(self.iou.nanmean())

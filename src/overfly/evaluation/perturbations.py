@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from overfly.ops.color import ColorJitter, Gamma, Gray, match_colors, swap_low_frequencies
-from overfly.ops.mixing import block_mask, fill_mean_color
+from overfly.ops.pseudo_labels import block_mask, fill_mean_color
 
 MASK_SHARE = 0.5
 """Share of the image that `random_mask` covers."""

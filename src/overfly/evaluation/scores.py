@@ -13,8 +13,7 @@ from torch import Tensor
 from overfly.core.records import IGNORE
 from overfly.core.spec import NonNegativeInt, Pixels, PositiveInt, Share, Spec
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.boundary import Boundary
-from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.confusion import Boundary, Confusion
 
 
 class Protocol(Spec):

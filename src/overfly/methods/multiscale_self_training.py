@@ -16,14 +16,15 @@ from overfly.ops.augmentation import augment
 from overfly.ops.color import ColorAugments, GaussianBlur, Illumination, augment_colors
 from overfly.ops.criterion import Criterion, CrossEntropy
 from overfly.ops.geometry import Dihedral, HorizontalFlip
-from overfly.ops.mixing import class_mask, paste
 from overfly.ops.normalization import frozen_statistics, joint_forward
 from overfly.ops.pseudo_labels import (
+    class_mask,
     class_thresholds,
     ema_thresholds,
     filter_by_threshold,
     linear_ramp,
     multiscale_pseudo_labels,
+    paste,
 )
 
 ILLUMINATION: ColorAugments = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -171,8 +170,12 @@ def _window(ids: Tensor, width: int, extreme: Callable[[Tensor, Tensor], Tensor]
     """Extreme of ids (B, H, W) over windows of (width + 1)², one axis after the other; ``fill`` lies outside."""
     after = width // 2
     before = width - after
-    height, length = ids.shape[-2:]
-    padded = F.pad(ids, (0, 0, before, after), value=fill)
-    rows = reduce(extreme, [padded[..., i : i + height, :] for i in range(width + 1)])
-    padded = F.pad(rows, (before, after), value=fill)
-    return reduce(extreme, [padded[..., i : i + length] for i in range(width + 1)])
+    result = F.pad(ids, (before, after, before, after), value=fill)
+    for dim in (1, 2):
+        span = 1  # pixels that each value covers so far; doubled at each step
+        while span <= width:
+            step = min(span, width + 1 - span)
+            rest = result.shape[dim] - step
+            result = extreme(result.narrow(dim, 0, rest), result.narrow(dim, step, rest))
+            span += step
+    return result
