@@ -26,7 +26,7 @@ import torch
 
 from overfly.core.device import describe_machine
 from overfly.recipe import load
-from overfly.training.engine import TrainerConfig, launch_fabric
+from overfly.training.engine import TrainerConfig, choose_arithmetic, launch_fabric
 from overfly.training.run import Run
 from overfly.training.setup import prepare_training
 from overfly.training.trainer import Trainer
@@ -43,7 +43,10 @@ def stepper(file: Path, folder: Path) -> Callable[[int], object]:
     recipe = load(file)
     recipe = load(file, *(override for override in SMALL if getattr(recipe, override.partition(".")[0]) is not None))
     fabric = launch_fabric(recipe, CONFIG)
-    trainer = Trainer(Run.open_or_create(folder, recipe), fabric, CONFIG, prepare_training(recipe, fabric, CONFIG))
+    arithmetic = choose_arithmetic(recipe, fabric.device)
+    fabric = launch_fabric(recipe, CONFIG, arithmetic)
+    setup = prepare_training(recipe, fabric, CONFIG)
+    trainer = Trainer(Run.open_or_create(folder, recipe), fabric, CONFIG, setup, arithmetic)
     trainer.resume()
     return lambda number: trainer.train_step(number, iter([trainer.batches[number]]))
 

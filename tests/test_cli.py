@@ -70,6 +70,19 @@ def test_speed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["device"]
 
 
+def test_speed_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("speed", "lraspp_mobilenet_v2", "--training", "--size", "64", "--batch", "2", "--device", "cpu")
+    assert overfly(*command, "--threads", "1", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["milliseconds"]["1"]["32"] > 0
+    assert overfly(*command) == 0
+    shown = capsys.readouterr().out
+    assert "2 images of 64×64" in shown
+    assert "32, channels-last" in shown
+    assert overfly(*command, "--batch", "1") == 2
+    assert "--batch must be 2" in capsys.readouterr().err
+
+
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert overfly("list") == 0
     shown = capsys.readouterr().out

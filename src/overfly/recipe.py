@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from overfly import data, methods  # noqa: F401  (importing them registers their kinds)
+from overfly.core.choices import TrainingPrecision
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import SGD, Optim, Poly, Schedule
 from overfly.core.settings import read_mapping, set_value, validation_message, write_mapping
@@ -142,9 +143,10 @@ class Recipe(Spec):
     """Largest norm of the gradient."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Random seed."""
-    precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_number_to_text)] = "32"
-    """Full precision, or mixed with bfloat16 or float16. A CPU without bfloat16 kernels computes in full precision;
-    machine.json records it."""
+    precision: Annotated[TrainingPrecision, BeforeValidator(_number_to_text)] = "32"
+    """Full precision, or mixed with bfloat16 or float16, which a CPU without kernels for it computes in full precision.
+    ``auto``: the fastest of 32 and bf16, contiguous and channels-last, by steps that are timed once for each machine,
+    network, crop and batch; 32 on several devices. machine.json records it, and a resumed run keeps it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -27,7 +27,13 @@ from overfly.methods.source_only import SourceOnly
 from overfly.models.network import build
 from overfly.recipe import Recipe, load
 from overfly.training import evaluate
-from overfly.training.engine import TrainerConfig, apply_performance_settings, effective_precision, launch_fabric
+from overfly.training.engine import (
+    Arithmetic,
+    TrainerConfig,
+    apply_performance_settings,
+    launch_fabric,
+    named_arithmetic,
+)
 from overfly.training.run import Run
 from overfly.training.setup import initial_network, prepare_training, training_streams
 from overfly.training.trainer import Trainer
@@ -153,7 +159,7 @@ def test_step_without_log_line_reads_no_tensor_value(small: dict[str, Any], tmp_
     recipe, config = load(small, "method=squares", "accumulate=2", "clip=1.0"), TrainerConfig("cpu", quiet=True)
     fabric = launch_fabric(recipe, config)
     setup = prepare_training(recipe, fabric, config)
-    trainer = Trainer(Run.open_or_create(tmp_path, recipe), fabric, config, setup)
+    trainer = Trainer(Run.open_or_create(tmp_path, recipe), fabric, config, setup, Arithmetic("32", False))
     batches = iter([trainer.batches[index] for index in range(4)])
     with HostReads() as reads:  # type: ignore[no-untyped-call]
         for index in range(2):
@@ -281,10 +287,10 @@ def test_cpu_without_bf16_kernels_computes_in_32_bits(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = torch.device("cpu")
-    assert effective_precision("32", cpu) == "32"
-    assert effective_precision("bf16", torch.device("cuda")) == "bf16"
+    assert named_arithmetic("32", cpu) == ("32", False)
+    assert named_arithmetic("bf16", torch.device("cuda")) == ("bf16", True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert effective_precision("bf16", cpu) == "32"
+    assert named_arithmetic("bf16", cpu) == ("32", True)
     run = trained(load(small, "precision=bf16"), tmp_path)
     assert run.machine["precision"] == "32"
     assert run.machine["initial_weights"] == "random"
@@ -294,7 +300,7 @@ def test_channels_last_does_not_change_predictions() -> None:
     network = build("pidnet_s", 7).eval().double()
     image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     before = network(image).main
-    apply_performance_settings(network, [], "bf16", torch.device("cpu"))
+    apply_performance_settings(network, [], channels_last=True, device=torch.device("cpu"))
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.dim() == 4)
     torch.testing.assert_close(network(image).main, before)
 
@@ -307,7 +313,7 @@ def test_fused_optimizer_takes_the_same_steps(optim: Optim) -> None:
         net = nn.Linear(3, 2)
         optimizer = optim.optimizer(net)
         if fused:
-            apply_performance_settings(net, [optimizer], "32", torch.device("cpu"))
+            apply_performance_settings(net, [optimizer], channels_last=False, device=torch.device("cpu"))
         for _ in range(5):
             net(torch.ones(1, 3)).square().sum().backward()
             optimizer.step()

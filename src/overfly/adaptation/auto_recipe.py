@@ -31,7 +31,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.color import ColorJitter
 from overfly.ops.geometry import Dihedral, HorizontalFlip, ScaleJitter
 from overfly.recipe import Model, Recipe, Validation, load
-from overfly.training.engine import LossModule, TrainerConfig, launch_fabric
+from overfly.training.engine import TrainerConfig, choose_arithmetic, launch_fabric, plain_step, run_on_rank_zero
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start
 
@@ -195,6 +195,7 @@ def propose_recipes(
     upright = source is not None and has_fixed_top(source)
     shared: dict[str, Any] = {
         "source": source, "target": target, "crop": crop, "window": crop, "batch": BATCHES.get(fabric.device.type, 4),
+        "precision": "auto",
         "augment": (HorizontalFlip() if upright else Dihedral(), ScaleJitter(), ColorJitter()), "clip": 10.0,
     }  # fmt: skip
     if upright:
@@ -298,23 +299,19 @@ def _budget_message(
 
 
 def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
-    """Measure the median seconds of a training step on this device, after one step of warm-up."""
+    """Measure the median seconds of a training step in the recipe's precision, after one step of warm-up."""
     start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
     setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
-    module = fabric.to_device(LossModule(recipe.method, setup.nets))
-    module.train()
+    device = fabric.device
+    arithmetic = run_on_rank_zero(fabric, lambda: choose_arithmetic(recipe, device, fabric.world_size))
+    step = plain_step(recipe.method, setup.nets, arithmetic, device)
     seconds: list[float] = []
     for number in range(repeats + 1):
         started = time.monotonic()
         batch = setup.batches[number]
         if isinstance(batch, Exception):
             raise batch
-        module.batch = fabric.to_device(batch)
-        losses = module()
-        if losses:
-            torch.autograd.backward(torch.stack(list(losses.values())).sum())
-        if fabric.device.type == "cuda":
-            torch.cuda.synchronize(fabric.device)
+        step(fabric.to_device(batch))
         seconds.append(time.monotonic() - started)
         if number and sum(seconds) > TIMING_SECONDS:
             break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,11 +52,39 @@ class SpeedResult:
         yield f"{speed.repeats} passes after {speed.warmup} of warm-up; {speed.method}; memory: {speed.memory}"
 
 
+@dataclass(frozen=True)
+class TrainingSpeedResult:
+    """Milliseconds of a training step, by threads and arithmetic."""
+
+    name: str
+    size: int
+    batch: int
+    machine: dict[str, object]
+    milliseconds: dict[int, dict[str, float]]
+    as_json: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from json import dumps
+
+        from rich.table import Table
+
+        if self.as_json:
+            yield dumps({key: value for key, value in asdict(self).items() if key != "as_json"}, indent=2)
+            return
+        names = dict.fromkeys(name for times in self.milliseconds.values() for name in times)
+        table = Table("threads", *names)
+        for threads, times in self.milliseconds.items():
+            table.add_row(str(threads), *(f"{times[name]:.0f}" if name in times else "far slower" for name in names))
+        yield f"{self.name}: milliseconds of a training step on {self.batch} images of {self.size}×{self.size}"
+        yield table
+        yield f"{self.machine['device']}, torch {self.machine['torch']}; the shortest of up to 5 steps, taken in turn"
+
+
 def speed(
     network: str, *, size: int = 512, batch: list[int] | None = None, classes: int = 7, bands: int = 3,
     device: str = "auto", threads: int | None = None, precision: Precision = "32", warmup: int = 10, repeats: int = 50,
-    macs_of_batch: int | None = None, json: bool = False,
-) -> SpeedResult:  # fmt: skip
+    macs_of_batch: int | None = None, training: bool = False, json: bool = False,
+) -> SpeedResult | TrainingSpeedResult:  # fmt: skip
     """Measure a network: parameters, multiply-accumulates of one image, latency, images/s, memory.
 
     Heads that only training uses are off. Times are synchronized and taken after a warm-up.
@@ -64,7 +92,7 @@ def speed(
     Args:
         network: the name of a network, or the folder of a run.
         size: side of the image in pixels.
-        batch: size of the batches to time, default 1; may be repeated: --batch 1 --batch 8.
+        batch: size of the batches to time, default 1, or 4 in training; may be repeated: --batch 1 --batch 8.
         classes: number of classes of a network given by name.
         bands: number of bands of a network given by name.
         device: auto, cpu, cuda, cuda:1 or mps.
@@ -73,19 +101,23 @@ def speed(
         warmup: forward passes before the timed ones.
         repeats: forward passes that are timed.
         macs_of_batch: count the multiply-accumulates of a batch of this size too.
+        training: time source-only training steps instead, in 32 bits and bf16, contiguous and channels-last, with one
+            thread and all.
         json: print JSON instead of a table.
 
     Returns:
         Size and speed, and how they were measured.
     """
-    from overfly.core.device import select_device
-    from overfly.evaluation.speed import measure_speed
+    from overfly.core.device import describe_machine, select_device
+    from overfly.evaluation.speed import limited_threads, measure_speed
     from overfly.models.network import build
+    from overfly.training.engine import time_arithmetics
     from overfly.training.run import Run
 
     check_bounds(
         {"size": (size, 1, MAX_SIDE), "classes": (classes, 1, 254), "bands": (bands, 1, 1000)}
         | {"warmup": (warmup, 0, 10**6), "threads": (threads or 1, 1, 8 * (os.cpu_count() or 1))}
+        | {"batch": (min(batch or [4]), 2 if training else 1, 10**6)}
         | {"macs-of-batch": (1 if macs_of_batch is None else macs_of_batch, 1, 10**6)}
     )
     name = network
@@ -93,7 +125,14 @@ def speed(
         segmenter = Run.open(network).segmenter()
         name, bands = segmenter.architecture, segmenter.bands
         module: nn.Module = segmenter
-    else:
+    if training:
+        place, images, times = select_device(device), (batch or [4])[0], {}
+        for count in {threads} if threads else {1, os.cpu_count() or 1}:
+            with limited_threads(count):
+                timed = time_arithmetics(name, classes=classes, bands=bands, size=size, batch=images, device=place)
+            times[count] = {str(arithmetic): 1e3 * seconds for arithmetic, seconds in timed.items()}
+        return TrainingSpeedResult(name, size, images, describe_machine(place), times, as_json=json)
+    if not Path(network).is_dir():
         module = build(network, classes, training_heads=True, bands=bands)
     result = measure_speed(
         module, size=size, batches=batch or [1], bands=bands, device=select_device(device), warmup=warmup,

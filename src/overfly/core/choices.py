@@ -10,6 +10,8 @@ Cache = Literal["memory", "disk", "off"]
 """Location of cached decoded images."""
 Precision = Literal["32", "bf16", "16"]
 """Arithmetic in PyTorch: 32 bits, or mixed precision."""
+TrainingPrecision = Literal["auto", "32", "bf16", "16"]
+"""Arithmetic of training; auto is the fastest of 32 and bf16 on this machine."""
 Backend = Literal["auto", "torch", "onnxruntime", "openvino"]
 """Inference runtime; auto is the first one that runs the file."""
 ExportFormat = Literal["onnx", "openvino", "torch"]

@@ -127,7 +127,7 @@ def measure_speed(
     shape = (size, size) if isinstance(size, int) else size
     device = torch.device(device)
     network = without_training_heads(network).to(device)
-    with _threads(threads), evaluation_mode(network), torch.no_grad():
+    with limited_threads(threads), evaluation_mode(network), torch.no_grad():
         machine = describe_machine(device) | _gpu_settings(device)
         cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "32")
         image = _images(1, bands, shape, device)
@@ -273,7 +273,8 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def limited_threads(number: int | None) -> Iterator[None]:
+    """Use a number of CPU threads in the block; None: unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:

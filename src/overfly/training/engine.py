@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from overfly.core.device import select_device
+from overfly.core.atomic_files import json_sha256, read_json, write_json
+from overfly.core.classes import Classes
+from overfly.core.device import describe_machine, select_device
+from overfly.core.download import cache_folder
 from overfly.core.errors import OverflyError, RecipeError, TrainingError
+from overfly.core.optimizers import SGD
+from overfly.core.progress import print_status
 from overfly.core.records import Batch, Labeled, Losses
+from overfly.evaluation.speed import compare_latency
 from overfly.methods.method import Method, Networks
+from overfly.methods.source_only import SourceOnly
+from overfly.models.network import build
+from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,6 +39,26 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs the c
 T = TypeVar("T")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 """Fabric's name of each precision of a recipe."""
+
+
+class Arithmetic(NamedTuple):
+    """What training computes in."""
+
+    precision: str
+    """32, or mixed with bf16 or 16."""
+    channels_last: bool
+    """Memory format of the weights of convolutions, and so of all features."""
+
+    def __str__(self) -> str:
+        return self.precision + ", channels-last" * self.channels_last
+
+
+ARITHMETICS = tuple(Arithmetic(precision, last) for precision in ("32", "bf16") for last in (False, True))
+"""Candidates of precision ``auto``."""
+MARGIN = 1.05
+"""An earlier candidate is chosen unless a later one is faster by more than this factor."""
+SLOW = 4.0
+"""A candidate that takes longer than this factor in a small step, such as bf16 on a CPU that emulates it, is out."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +110,14 @@ class LossModule(nn.Module):
 
 
 def apply_performance_settings(
-    nets: nn.Module, optimizers: Iterable[Optimizer], precision: str, device: torch.device
+    nets: nn.Module, optimizers: Iterable[Optimizer], *, channels_last: bool, device: torch.device
 ) -> None:
-    """Enable channels-last weights for 16-bit precision, and fused optimizers on the CPU.
+    """Enable channels-last weights, and fused optimizers on the CPU.
 
     The networks are changed in place. Fused optimizers stay off on a GPU: the loss scale of precision 16 does not
     support them with gradient clipping.
     """
-    if precision != "32":
+    if channels_last:
         for weight in nets.parameters():
             if weight.dim() == 4:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -95,11 +127,100 @@ def apply_performance_settings(
                 group["fused"] = True
 
 
-def effective_precision(precision: str, device: torch.device) -> str:
-    """Return the precision to compute in: 32 instead of bf16 on a CPU that would emulate it."""
-    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "32"
-    return precision
+def named_arithmetic(precision: str, device: torch.device) -> Arithmetic:
+    """Return the arithmetic of a recipe's precision: 32 for auto, and for bf16 on a CPU that would emulate it."""
+    emulated = precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Arithmetic("32" if emulated or precision == "auto" else precision, precision in ("bf16", "16"))
+
+
+def choose_arithmetic(recipe: Recipe, device: torch.device, processes: int = 1, *, quiet: bool = True) -> Arithmetic:
+    """Return the arithmetic of a recipe; with precision ``auto`` that of the fastest step in one process.
+
+    The times are kept in the cache folder, by machine, threads, version of PyTorch, network, crop and batch.
+    """
+    if recipe.precision != "auto" or processes > 1 or device.type == "mps":
+        return named_arithmetic(recipe.precision, device)
+    domain = recipe.source or recipe.domain("target")
+    shape = {"classes": len(domain.classes), "bands": domain.bands, "size": recipe.crop, "batch": recipe.batch}
+    machine = {key: value for key, value in describe_machine(device).items() if key in ("device", "threads", "torch")}
+    facts = {"network": recipe.model.name, **shape, **machine}
+    file = cache_folder() / "training" / f"{json_sha256(facts)[:16]}.json"
+    seconds: Mapping[str, float] = {}
+    with suppress(OSError, ValueError, LookupError, AttributeError):
+        seconds = {str(each): float(time) for each, time in read_json(file)["seconds"].items()}
+    if not seconds.keys() & {str(each) for each in ARITHMETICS}:
+        seconds = {
+            str(each): time for each, time in time_arithmetics(recipe.model.name, **shape, device=device).items()
+        }
+        with suppress(OSError):  # timed again next time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {**facts, "seconds": seconds})
+    timed = {each: seconds[str(each)] for each in ARITHMETICS if str(each) in seconds}
+    chosen = next(each for each, time in timed.items() if time <= MARGIN * min(timed.values()))
+    compared = ", ".join(f"{each}: {1e3 * time:.0f} ms" for each, time in timed.items()).replace(", ch", " ch")
+    print_status(f"precision: {chosen} (a step on this machine: {compared})", quiet=quiet)
+    return chosen
+
+
+def time_arithmetics(
+    network: str, *, classes: int, bands: int, size: int, batch: int, device: torch.device
+) -> dict[Arithmetic, float]:
+    """Measure the shortest seconds of a source-only training step in each of `ARITHMETICS`, in turn.
+
+    Args:
+        network: name of the network, which gets random weights.
+        classes: number of classes.
+        bands: bands of the random images.
+        size: side of the images, in pixels.
+        batch: number of images.
+        device: where to run.
+
+    Returns:
+        Seconds by arithmetic, without those that are `SLOW`.
+    """
+    names = Classes(names=tuple(f"class {number}" for number in range(classes)))
+    built = build(network, classes, training_heads=True, bands=bands)
+    segmenter = Segmenter(built, names, architecture=network, mean=[127.0] * bands, std=[64.0] * bands)
+
+    def steps(side: int, images: int, candidates: Iterable[Arithmetic]) -> dict[str, Callable[[], None]]:
+        label = torch.randint(classes, (images, side, side), device=device)
+        batch = Batch(Labeled(torch.rand(images, bands, side, side, device=device) * 255, label), torch.empty(0))
+        copies = {each: Networks(copy.deepcopy(segmenter)) for each in candidates}
+        return {
+            str(each): partial(plain_step(SourceOnly(), nets, each, device), batch) for each, nets in copies.items()
+        }
+
+    small = compare_latency(steps(min(size, 128), min(batch, 2), ARITHMETICS), rounds=1)
+    fastest = min(latency.min_ms for latency in small.values())
+    remaining = [each for each in ARITHMETICS if small[str(each)].min_ms <= SLOW * fastest]
+    timed = compare_latency(steps(size, batch, remaining), rounds=5, seconds=5.0)
+    return {each: timed[str(each)].min_ms / 1e3 for each in remaining}
+
+
+def plain_step(
+    method: Method[Any], nets: Networks, arithmetic: Arithmetic, device: torch.device
+) -> Callable[[Batch], None]:
+    """Return a function that takes one optimizer step of a method on a batch and waits for the device.
+
+    The networks are changed in place, at a learning rate near 0.
+    """
+    module, optimizers = LossModule(method, nets).to(device).train(), method.optimizers(nets, SGD(lr=1e-12))
+    apply_performance_settings(nets, optimizers, channels_last=arithmetic.channels_last, device=device)
+    dtype = torch.float16 if arithmetic.precision == "16" else torch.bfloat16
+
+    def step(batch: Batch) -> None:
+        module.batch = batch
+        with torch.autocast(device.type, dtype, enabled=arithmetic.precision != "32"):
+            losses = module()
+        if losses:
+            torch.autograd.backward(torch.stack(list(losses.values())).sum())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step
 
 
 def process_counts(config: TrainerConfig) -> tuple[int, int]:
@@ -114,8 +235,11 @@ def process_counts(config: TrainerConfig) -> tuple[int, int]:
     return local, world // local
 
 
-def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
-    """Start the processes of a run; raise `RecipeError` if the recipe does not fit the devices."""
+def launch_fabric(recipe: Recipe, config: TrainerConfig, arithmetic: Arithmetic | None = None) -> Fabric:
+    """Start the processes of a run; raise `RecipeError` if the recipe does not fit the devices.
+
+    Without ``arithmetic`` it computes in the precision that the recipe names, in 32 bits for ``auto``.
+    """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.ddp import DDPStrategy
 
@@ -142,19 +266,19 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig) -> Fabric:
         devices=devices,
         num_nodes=machines,
         strategy=strategy if world > 1 else "auto",
-        precision=PRECISIONS[effective_precision(recipe.precision, device)],
+        precision=PRECISIONS[(arithmetic or named_arithmetic(recipe.precision, device)).precision],
     )
     fabric.launch()
     return fabric
 
 
-def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig) -> Fabric:
-    """Return a fabric of this recipe's precision and loss scale; raise `RecipeError` if processes cannot share it."""
+def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig, arithmetic: Arithmetic) -> Fabric:
+    """Return a fabric of this precision, with its own loss scale; raise `RecipeError` if processes cannot share it."""
     from lightning_fabric import Fabric
 
     if fabric.world_size == 1:
-        return launch_fabric(recipe, config)
-    required = Fabric(precision=PRECISIONS[effective_precision(recipe.precision, fabric.device)])
+        return launch_fabric(recipe, config, arithmetic)
+    required = Fabric(precision=PRECISIONS[arithmetic.precision])
     same = type(fabric.strategy.precision) is type(required.strategy.precision)
     if not same or recipe.precision == "16" or recipe.batch % fabric.world_size or recipe.batch == fabric.world_size:
         raise RecipeError(

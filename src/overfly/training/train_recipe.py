@@ -11,7 +11,7 @@ from overfly.core.atomic_files import file_sha256
 from overfly.core.errors import RecipeError
 from overfly.core.progress import print_status
 from overfly.recipe import Recipe
-from overfly.training.engine import TrainerConfig, recipe_fabric, run_on_rank_zero
+from overfly.training.engine import Arithmetic, TrainerConfig, choose_arithmetic, recipe_fabric, run_on_rank_zero
 from overfly.training.run import Run
 from overfly.training.setup import prepare_training
 from overfly.training.trainer import Trainer
@@ -39,28 +39,32 @@ def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfi
     elif recipe.start is not None:
         start = resolve_start(recipe.start)
     digest = run_on_rank_zero(fabric, lambda: None if start is None else file_sha256(start))
-    finished = run_on_rank_zero(fabric, lambda: _finished_run(out, recipe, digest))
+    finished, begun = run_on_rank_zero(fabric, lambda: _existing_runs(out, recipe, digest))
     if finished is not None:
         print_status(f"{finished.name}: already trained", quiet=quiet)
         return Run(finished)
-    fabric = recipe_fabric(recipe, fabric, config)
+    device, processes = fabric.device, fabric.world_size
+    arithmetic = begun or run_on_rank_zero(fabric, lambda: choose_arithmetic(recipe, device, processes, quiet=quiet))
+    fabric = recipe_fabric(recipe, fabric, config, arithmetic)
     setup = prepare_training(recipe, fabric, config, start)
     run = Run(run_on_rank_zero(fabric, lambda: Run.open_or_create(out, recipe, digest).path))
     with run.lock() if fabric.is_global_zero else nullcontext():
-        trainer = Trainer(run, fabric, config, setup)
+        trainer = Trainer(run, fabric, config, setup, arithmetic)
         trainer.resume()
         trainer.train()
         trainer.finish()
     return run
 
 
-def _finished_run(out: Path, recipe: Recipe, start_sha256: str | None) -> Path | None:
-    """Return the finished run of a recipe and initial weights in or below a folder, or None."""
-    runs = [Run.open(out)] if (out / "recipe.yaml").is_file() else Run.find_all(out, recipe)
-    for run in runs:
-        if run.finished and run.recipe == recipe and run.machine.get("start_sha256") == start_sha256:
-            return run.path
-    return None
+def _existing_runs(out: Path, recipe: Recipe, start_sha256: str | None) -> tuple[Path | None, Arithmetic | None]:
+    """Return the finished run of a recipe and initial weights in or below a folder, and the arithmetic of one begun."""
+    found = [Run.open(out)] if (out / "recipe.yaml").is_file() else Run.find_all(out, recipe)
+    runs = [run for run in found if run.recipe == recipe and run.machine.get("start_sha256") == start_sha256]
+    finished = next((run.path for run in runs if run.finished), None)
+    machine = runs[0].machine if runs else {}
+    if "precision" not in machine:
+        return finished, None
+    return finished, Arithmetic(machine["precision"], machine.get("channels_last", recipe.precision != "32"))
 
 
 def resolve_start(start: Path) -> Path:

@@ -26,11 +26,11 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.augmentation import augment
 from overfly.ops.normalization import estimate_statistics
 from overfly.training.engine import (
+    Arithmetic,
     LossModule,
     TrainerConfig,
     any_rank,
     apply_performance_settings,
-    effective_precision,
     optimizer_step,
     run_on_rank_zero,
 )
@@ -54,14 +54,17 @@ class Trainer:
     ``batch_index`` the index of a batch; a step has ``accumulate`` batches.
     """
 
-    def __init__(self, run: Run, fabric: Fabric, config: TrainerConfig, setup: TrainingSetup) -> None:
-        self.run, self.fabric, self.config, self.recipe = run, fabric, config, run.recipe
+    def __init__(
+        self, run: Run, fabric: Fabric, config: TrainerConfig, setup: TrainingSetup, arithmetic: Arithmetic
+    ) -> None:
+        self.run, self.fabric, self.config, self.recipe, self.arithmetic = run, fabric, config, run.recipe, arithmetic
         self.batches, self.nets, self.total_steps = setup.batches, setup.nets, setup.total_steps
         self.state: dict[str, Any] = {
             "step": 0, "validated": 0, "best": None, "best_step": 0, "stale": 0, "stopped": False, "took_s": 0.0,
         }  # fmt: skip
         self.optimizers, self.initial_weights = setup.optimizers, setup.initial_weights
-        apply_performance_settings(self.nets, self.optimizers, self.recipe.precision, fabric.device)
+        last = arithmetic.channels_last
+        apply_performance_settings(self.nets, self.optimizers, channels_last=last, device=fabric.device)
         self.losses = LossModule(self.recipe.method, self.nets)
         parts: Any = (self.losses, *self.optimizers)
         wrapped: Any = fabric.setup(*parts) if self.optimizers else map(fabric.to_device, parts)
@@ -93,7 +96,7 @@ class Trainer:
             machine |= describe_machine(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
             machine |= {"processes": self.fabric.world_size, "finished": None}
             machine.setdefault("initial_weights", self.initial_weights)
-            machine["precision"] = effective_precision(self.recipe.precision, self.fabric.device)
+            machine |= self.arithmetic._asdict()
             self.run.write_json("machine.json", machine)
         self.fabric.barrier()
 
