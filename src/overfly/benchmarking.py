@@ -29,6 +29,7 @@ from overfly.training.train_recipe import train_recipe
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+TEMPLATE = Path(__file__).with_name("benchmark.md.jinja")
 SaveSamples = Callable[[Run, str, Domain, Scores, Samples], object]
 """Saves sample images: run, name, domain, scores, and a few images with predictions."""
 
@@ -132,59 +133,9 @@ class BenchmarkTable(Spec):
         titles = list(dict.fromkeys(title for row in self.rows for title in row.miou))
         groups = [(network, [row for row in self.rows if row.model == network.name]) for network in self.networks]
         environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-        return environment.from_string(TEMPLATE).render(table=self, groups=groups, titles=titles)
-
-
-TEMPLATE = """\
-{% for network, rows in groups %}
-### `{{ network.name }}`
-
-| version | recipe | method | data aug | src domain | batch size | criterion | optimizer | scheduler | length |\
-{% for title in titles %} mIoU (%) ({{ title }}) |{% endfor %}
-
-|---|---|---|---|---|---|---|---|---|---|{% for title in titles %}---|{% endfor %}
-
-{% for row in rows %}
-| {{ row.version }} | {{ row.recipe }} | {{ row.method }} | {{ row.augmentation }} | {{ row.source }} \
-| {{ row.batch }} | {{ row.criterion }} | {{ row.optimizer }} | {{ row.scheduler }} | {{ row.length }} |\
-{% for title in titles %} {{ row.miou[title].percent() if title in row.miou else "–" }} |{% endfor %}
-
-{% endfor %}
-
-{% for row in rows if row.gap_closed %}
-* Gap closed by {{ row.recipe }}, (adapted − source only) / (oracle − source only): {{ row.gap_closed.percent() }} %.
-{% endfor %}
-
-{% for title in titles if rows[0].classes.get(title) %}
-IoU (%) of each class, {{ title }}:
-
-| recipe |{% for name in rows[0].classes[title] %} {{ name }} |{% endfor %}
-
-|---|{% for name in rows[0].classes[title] %}---|{% endfor %}
-
-{% for row in rows if title in row.classes %}
-| {{ row.recipe }} |{% for iou in row.classes[title].values() %} {{ iou.percent() }} |{% endfor %}
-
-{% endfor %}
-
-{% endfor %}
-* Parameters: {{ "{:,}".format(network.speed.parameters) }} \
-({{ "{:,}".format(network.parameters_training) }} with the heads that only training reads).
-* Multiply-accumulates of one image of {{ network.speed.size[0] }}×{{ network.speed.size[1] }}: \
-{{ "%.3f"|format(network.speed.macs / 1e9) }} G.
-{% set timing = network.speed.timings[0] %}
-* Latency, batch 1: p50 {{ "%.1f"|format(timing.p50_ms) }} ms, p95 {{ "%.1f"|format(timing.p95_ms) }} ms, \
-p99 {{ "%.1f"|format(timing.p99_ms) }} ms, mean {{ "%.1f"|format(timing.mean_ms) }} ± \
-{{ "%.1f"|format(timing.std_ms) }} ms ({{ network.speed.machine.device }}, {{ network.speed.machine.threads }} \
-thread(s), torch {{ network.speed.machine.torch }}).
-
-{% endfor %}
-Data: {{ table.data|join("; ") }}.\
-{% if table.changed %} Changed in every recipe: {{ table.changed|join(", ") }}.{% endif %}
-
-mIoU is of one confusion matrix over the whole split ({{ table.rows[0].split }}), mean ± standard deviation over the \
-seeds {{ table.seeds|join(", ") }}. Trained on: {{ table.machine.device }}.
-"""
+        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+            table=self, groups=groups, titles=titles
+        )
 
 
 def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:

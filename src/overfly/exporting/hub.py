@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 from overfly.core.atomic_files import temporary_path
 from overfly.core.download import disk_errors
 from overfly.core.errors import DownloadError, OverflyError, WeightsError, import_extra
@@ -18,6 +20,7 @@ from overfly.exporting.runtimes import check_export
 from overfly.exporting.torch_program import clean_archive
 from overfly.models.checkpoints import first_line
 
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD_FILE = "README.md"
 """Name of the model card in a repository."""
 TAGS = ["semantic-segmentation", "remote-sensing", "aerial-imagery"]
@@ -46,73 +49,16 @@ class CardContent:
 
 def model_card(report: ExportReport, content: CardContent) -> str:
     """Return the model card of an export as Markdown (Mitchell et al., 2019)."""
-    metadata, settings = report.metadata, report.settings
-    gsd = "unknown" if metadata.gsd is None else f"{metadata.gsd:g} m a pixel"
-    size = f"tiles of {metadata.window}×{metadata.window}" if metadata.fixed else "any size"
-    inner = "" if settings.resize is None else f", resized to {settings.resize}×{settings.resize} inside"
-    output = {
-        "probabilities": "class probabilities (B, K, H, W), float32",
-        "logits": "class scores before softmax (B, K, H, W), float32",
-        "classes": "class ids (B, H, W), 8 bits",
-    }[settings.output]
-    bits = {"32": "32-bit floats", "16": "16-bit floats", "int8": "8-bit integers"}[settings.precision]
-    lines = [
-        f"# {metadata.architecture}, from {content.title}",
-        "",
-        f"Semantic segmentation of aerial imagery: `{report.file}`, {report.bytes / 1e6:.1f} MB, {settings.format}, "
-        f"{bits}, exported by overfly {settings.version}. SHA-256 `{report.sha256}`.",
-        "",
-        "## Use",
-        f"- **Input**: images (B, {metadata.bands}, H, W), float32, in the sensor's own range "
-        f"(0 to {metadata.max_value:g}), {size}{inner}; the graph normalizes them itself.",
-        f"- **Output**: {output}.",
-        f"- **Classes**: {', '.join(f'{number} {name}' for number, name in enumerate(metadata.classes.names))}.",
-        f"- **Ground sampling distance** of the training images: {gsd}. Resample imagery of another one first.",
-        f"- `overfly predict {report.file} scene.tif` writes a map.",
-        "",
-        "## Data",
-        *(f"- **{title}** {description}" for title, description in content.domains),
-        "",
-        f"Trained by {content.method}.",
-        "",
-        "## Scores",
-        *_score_lines(content),
-        "",
-        *(["## Metrics without target labels", content.selection, ""] if content.selection else []),
-        "## Agreement with PyTorch",
-        *_parity_lines(report),
-        "",
-        "## Latency",
-        *_latency_lines(report),
-        "",
-        "## Limits",
-        f"- It is scored on {' and '.join(title for title, _ in content.domains) or 'its training domains'} alone; on "
-        "another domain, season or sensor its quality is unknown.",
-        "- Every pixel is assigned one of the classes above.",
-        *(["- The output has no probabilities."] if settings.output == "classes" else []),
-        *(["", "## Recipe", "```text", content.recipe.rstrip(), "```"] if content.recipe else []),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _score_lines(content: CardContent) -> list[str]:
-    if not content.scores:
-        return ["Not scored against labels; `overfly evaluate` does it."]
-    seeds = sorted({seed for by_seed in content.scores.values() for seed in by_seed})
-    names = list(
-        dict.fromkeys(name for by_seed in content.scores.values() for scores in by_seed.values() for name in scores)
-    )
-    lines = [
-        f"IoU in percent of the trained network in PyTorch, seeds {', '.join(map(str, seeds))}: mean ± standard "
-        "deviation (number of seeds).",
-        "",
-        f"| | {' | '.join(content.scores)} |",
-        f"|---|{'---|' * len(content.scores)}",
-    ]
-    for name in names:
-        cells = [_format_mean([scores.get(name) for scores in by_seed.values()]) for by_seed in content.scores.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    by_domain = content.scores.values()
+    seeds = sorted({seed for by_seed in by_domain for seed in by_seed})
+    names = dict.fromkeys(name for by_seed in by_domain for scores in by_seed.values() for name in scores)
+    rows = {
+        name: [_format_mean([scores.get(name) for scores in by_seed.values()]) for by_seed in by_domain]
+        for name in names
+    }
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(report=report, content=content, seeds=seeds, rows=rows)
 
 
 def _format_mean(values: Sequence[float | None]) -> str:
@@ -120,33 +66,6 @@ def _format_mean(values: Sequence[float | None]) -> str:
     if len(percent) < 2:
         return f"{percent[0]:.1f}" if percent else "–"
     return f"{statistics.fmean(percent):.1f} ± {statistics.stdev(percent):.1f} ({len(percent)})"
-
-
-def _parity_lines(report: ExportReport) -> list[str]:
-    lines = [
-        f"On {report.parity[0].images} images of {report.images}, this file against PyTorch in float32:",
-        "",
-        "| runtime | same class | largest difference of a probability | mIoU | mIoU of PyTorch |",
-        "|---|---|---|---|---|",
-    ]
-    for parity in report.parity:
-        mious = ["–" if value is None else f"{100 * value:.2f}" for value in (parity.miou, parity.miou_of_torch)]
-        violations = f" (beyond tolerance: {parity.violations})" if parity.violations else ""
-        same = f"{100 * parity.agreement:.3f} %{violations}"
-        lines.append(f"| {parity.backend} | {same} | {parity.probability_difference:.2g} | {mious[0]} | {mious[1]} |")
-    return lines
-
-
-def _latency_lines(report: ExportReport) -> list[str]:
-    machine = report.machine
-    return [
-        f"One image of {report.latency_side}×{report.latency_side} on {machine.get('device')}, "
-        f"{machine.get('threads')} thread(s) for PyTorch, the runtimes' defaults for the others:",
-        "",
-        "| runtime | median ms | shortest ms |",
-        "|---|---|---|",
-        *(f"| {name} | {latency.median_ms:.1f} | {latency.min_ms:.1f} |" for name, latency in report.latency.items()),
-    ]
 
 
 def push(export: Path, repository: str, *, private: bool = True, endpoint: str | None = None) -> tuple[list[str], str]:
