@@ -41,7 +41,7 @@ def test_panels_show_image_label_and_prediction(tmp_path: Path) -> None:
     path = samples_figure([_sample(), _sample("b")], CLASSES, tmp_path / "new" / "panels.png", side=120)
     figure = _open(path)
     tile = 120 * 80 * 2 / (figure.shape[0] * figure.shape[1])
-    assert figure.shape[1] == 12 + 3 * 132
+    assert figure.shape[1] == 3 * 130
     assert _share(figure, CLASSES.colors[2]) == pytest.approx(tile, rel=0.1)
     assert _share(figure, CLASSES.colors[1]) == pytest.approx(tile * 0.375, rel=0.2)
     assert _share(figure, CLASSES.colors[0]) == pytest.approx(tile * 0.375, rel=0.2)
@@ -58,7 +58,7 @@ def test_pixels_without_a_label_are_striped(tmp_path: Path) -> None:
 
 def test_panels_without_labels_have_no_label_column(tmp_path: Path) -> None:
     figure = _open(samples_figure([_sample(label=False)], CLASSES, tmp_path / "a.png", side=100))
-    assert figure.shape[1] == 12 + 2 * 112
+    assert figure.shape[1] == 2 * 110
 
 
 def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
@@ -66,16 +66,16 @@ def test_comparison_gives_each_run_a_column(tmp_path: Path) -> None:
     second.prediction[:] = 1
     rows = {"urban": {"before": first, "after": second}, "rural": {"before": _sample("c")}}
     figure = _open(comparison_figure(rows.items(), CLASSES, tmp_path / "c.png", side=90))
-    assert figure.shape[1] == 12 + 4 * 102
-    assert _share(figure[:, -102:], CLASSES.colors[1]) > 0.15
-    assert _share(figure[:, 12 + 2 * 102 : 12 + 3 * 102], CLASSES.colors[2]) > 0.35
+    assert figure.shape[1] == 4 * 100
+    assert _share(figure[:, -100:], CLASSES.colors[1]) > 0.15
+    assert _share(figure[:, 200:300], CLASSES.colors[2]) > 0.3
 
 
 def test_comparison_without_labels_has_no_label_column(tmp_path: Path) -> None:
     rows = {"rural": {"before": dataclasses.replace(_sample(), label=None), "after": _sample()}}
-    assert _open(comparison_figure(rows.items(), CLASSES, tmp_path / "a.png", side=90)).shape[1] == 12 + 4 * 102
+    assert _open(comparison_figure(rows.items(), CLASSES, tmp_path / "a.png", side=90)).shape[1] == 4 * 100
     rows["rural"]["after"] = rows["rural"]["before"]
-    assert _open(comparison_figure(rows.items(), CLASSES, tmp_path / "b.png", side=90)).shape[1] == 12 + 3 * 102
+    assert _open(comparison_figure(rows.items(), CLASSES, tmp_path / "b.png", side=90)).shape[1] == 3 * 100
 
 
 def test_large_images_are_downscaled(tmp_path: Path) -> None:

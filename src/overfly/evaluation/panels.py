@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.score import Sample
 
-TEXT_COLOR, HEADING_COLOR, LINE_COLOR, BACKGROUND = (30, 30, 30), (95, 95, 95), (150, 150, 150), (255, 255, 255)
-MARGIN = 12
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 100
 STRIPE_COLORS = ((70, 70, 70), (0, 0, 0))
 """The two grays of the stripes that mark pixels without a label."""
-
-
-class Tile(NamedTuple):
-    """An image (H, W, 3) of a row; ``striped`` (H, W) marks pixels without a label."""
-
-    image: UInt8
-    striped: UInt8 | None = None
-    nearest: bool = False
-    """Resize by nearest neighbor, as for class colors."""
-
-
-class FigureRow(NamedTuple):
-    """A row of a figure: its heading, and a tile or None per column."""
-
-    heading: str
-    tiles: list[Tile | None]
 
 
 def to_rgb(image: Array) -> UInt8:
@@ -90,19 +75,46 @@ def comparison_figure(
         path: see `samples_figure`.
         side: see `samples_figure`.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     rows = list(rows)
     networks = list(dict.fromkeys(network for _, samples in rows for network in samples))
     labeled = any(sample.label is not None for _, samples in rows for sample in samples.values())
-    tiled = []
-    for heading, samples in rows:
-        first = next(iter(samples.values()))
-        tiles: list[Tile | None] = [Tile(to_rgb(first.image))]
-        tiles += [_paint_label(first.label, classes)] if labeled else []
-        tiles += [
-            _paint_label(samples[network].prediction if network in samples else None, classes) for network in networks
+    titles = ["image", *(["label"] if labeled else []), *networks]
+    firsts = [next(iter(samples.values())) for _, samples in rows]
+    heights = [side * sample.prediction.shape[0] / max(sample.prediction.shape) for sample in firsts]
+    width = len(titles) * (side + 10)
+    columns = max(1, width // (50 + 9 * max(map(len, classes.names))))
+    height = sum(heights) + 30 * len(rows) + 30 + 24 * (len(classes) // columns + 1)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": heights})
+    dark, black = ("#{:02x}{:02x}{:02x}".format(*color) for color in STRIPE_COLORS)
+    labels: list[UInt8] = []
+    for line, first, (heading, samples) in zip(grid, firsts, rows, strict=True):
+        ids = [first.label] * labeled + [samples[name].prediction if name in samples else None for name in networks]
+        labels += [label for label in ids if label is not None]
+        painted = [
+            None if label is None else np.dstack([classes.paint(label), np.where(label == IGNORE, 0, 255)])
+            for label in ids
         ]
-        tiled.append(FigureRow(heading, tiles))
-    return _draw_sheet(tiled, ["image", *(["label"] if labeled else []), *networks], classes, path, side)
+        line[0].set_xlabel(heading, loc="left", fontsize=9)
+        for axes, image in zip(line, [to_rgb(first.image), *painted], strict=True):
+            axes.set(xticks=[], yticks=[], facecolor=dark if image is not None else "white")
+            axes.patch.set(hatch="////" if image is not None else None, edgecolor=black)
+            if image is None:
+                axes.text(0.5, 0.5, "none", ha="center", va="center", color="gray")
+            else:
+                axes.imshow(image, interpolation="nearest" if image.shape[2] == 4 else "auto")
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=11)
+    colors = dict(zip(classes.names, np.divide(classes.colors, 255), strict=True))
+    legend = [Patch(fc=color, ec="gray", label=name) for name, color in colors.items()]
+    if any((label == IGNORE).any() for label in labels):
+        legend.append(Patch(fc=dark, ec=black, hatch="////", label="no label"))
+    figure.legend(handles=legend, loc="outside lower left", ncols=columns, frameon=False)
+    save_figure(figure, path)
+    return path
 
 
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
@@ -113,7 +125,6 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
         classes: names of the K classes.
         path: the file to write; its folder is created.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     counts = np.asarray(confusion.counts.tolist() if isinstance(confusion, Confusion) else confusion, dtype=np.float64)
@@ -121,7 +132,6 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
     number = len(counts)
     figure = Figure(figsize=(2.4 + 0.62 * number, 2.0 + 0.62 * number), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [
@@ -147,97 +157,23 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
             )  # fmt: skip
     axes.set_ylabel("label")
     axes.set_title("prediction, in % of the label's pixels", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, 130)
     return path
+
+
+def save_figure(figure: Figure, target: Path | IO[str], dpi: int = DPI, **settings: Any) -> None:
+    """Write a figure to a file, whose folder is created, with all text as it is."""
+    import matplotlib
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overfly"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(target, dpi=dpi, **settings)
 
 
 def _format_share(value: float) -> str:
     return "0%" if value == 0 else "<1%" if value < 0.01 else f"{value:.0%}"
-
-
-def _paint_label(ids: UInt8 | None, classes: Classes) -> Tile | None:
-    if ids is None:
-        return None
-    striped: UInt8 = (ids == IGNORE).astype(np.uint8)
-    return Tile(classes.paint(ids), striped if striped.any() else None, nearest=True)
-
-
-def _draw_sheet(rows: Sequence[FigureRow], columns: Sequence[str], classes: Classes, path: Path, side: int) -> Path:
-    """Draw rows of tiles, titles and the legend into a PNG."""
-    font, small = load_font(15), load_font(13)
-    fitted = [(row, [None if tile is None else _resize_tile(tile, side) for tile in row.tiles]) for row in rows]
-    heights = [max((image.height for image in images if image), default=side) for _, images in fitted]
-    width = MARGIN + len(columns) * (side + MARGIN)
-    striped = any(tile is not None and tile.striped is not None for row in rows for tile in row.tiles)
-    legend = _legend(classes, width, small, striped)
-    height = 34 + sum(heights) + 32 * len(rows) + legend.height + MARGIN
-    sheet = Image.new("RGB", (width, height), BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for index, column in enumerate(columns):
-        draw.text((MARGIN + index * (side + MARGIN), 10), column, TEXT_COLOR, font)
-    top = 34
-    for (row, images), row_height in zip(fitted, heights, strict=True):
-        draw.text((MARGIN, top + 4), row.heading, HEADING_COLOR, small)
-        top += 24
-        for index, image in enumerate(images):
-            left = MARGIN + index * (side + MARGIN)
-            if image is None:
-                draw.text((left, top + row_height // 2), "none", LINE_COLOR, small)
-                continue
-            sheet.paste(image, (left, top))
-            draw.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline=LINE_COLOR)
-        top += row_height + 8
-    sheet.paste(legend, (0, top + 4))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
-
-
-def _resize_tile(tile: Tile, side: int) -> Image.Image:
-    """The tile, resized to ``side`` pixels on its longest side, with stripes on top."""
-    height, width = tile.image.shape[:2]
-    scale = side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resampling = Image.Resampling.NEAREST if tile.nearest or scale > 2 else Image.Resampling.LANCZOS
-    image = Image.fromarray(tile.image).resize(size, resampling)
-    if tile.striped is not None:
-        mask = Image.fromarray(tile.striped * np.uint8(255)).resize(size, Image.Resampling.NEAREST)
-        image.paste(_stripes(size), (0, 0), mask)
-    return image
-
-
-def _stripes(size: tuple[int, int]) -> Image.Image:
-    across, down = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    stripes: UInt8 = np.asarray(STRIPE_COLORS, np.uint8)[((across + down) // 4) % 2]
-    return Image.fromarray(stripes)
-
-
-def _legend(classes: Classes, width: int, font: ImageFont.FreeTypeFont, striped: bool) -> Image.Image:
-    """Color swatches with class names, wrapped to the width."""
-    names = [*classes.names, *(["no label"] if striped else [])]
-    positions, left, top = [], MARGIN, 8
-    for name in names:
-        name_width = 22 + round(font.getlength(name)) + 18
-        if left + name_width > width and left > MARGIN:
-            left, top = MARGIN, top + 24
-        positions.append((left, top))
-        left += name_width
-    image = Image.new("RGB", (width, top + 28), BACKGROUND)
-    draw = ImageDraw.Draw(image)
-    for index, (name, (left, top)) in enumerate(zip(names, positions, strict=True)):
-        if index < len(classes.names):
-            image.paste(classes.colors[index], (left, top, left + 16, top + 16))
-        else:
-            image.paste(_stripes((16, 16)), (left, top))
-        draw.rectangle((left, top, left + 16, top + 16), outline=LINE_COLOR)
-        draw.text((left + 22, top), name, TEXT_COLOR, font)
-    return image
-
-
-@cache
-def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load DejaVu Sans, which comes with matplotlib and covers many languages."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

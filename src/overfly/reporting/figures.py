@@ -8,7 +8,6 @@ import colorsys
 import io
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from overfly.core.classes import PALETTE, Classes, Color
 from overfly.core.errors import RunError
 from overfly.core.progress import percent
 from overfly.core.records import IGNORE, Array, UInt8
-from overfly.evaluation.panels import STRIPE_COLORS, to_rgb
+from overfly.evaluation.panels import STRIPE_COLORS, save_figure, to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,7 +156,6 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     Raises:
         RunError: the log has no numbers yet.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     losses, rates, metrics = training_curves(rows)
@@ -168,7 +166,6 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
         raise RunError("the log has no numbers yet; train some steps first")
     heights = [1.0 if name == "learning rate" else 2.0 for name, _ in panels]
     figure = Figure(figsize=(8, 0.8 + 1.5 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (name, part) in zip(grid[:, 0], panels, strict=True):
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -189,8 +186,7 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
             _use_log_scale(axes, losses)
         axes.legend(frameon=False, fontsize=9, ncols=3)
     grid[-1, 0].set_xlabel("step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
     return path
 
 
@@ -266,15 +262,8 @@ def _shorten(text: str, longest: int) -> str:
 
 def _svg(figure: Figure, title: str) -> Markup:
     """Convert a figure to inline SVG with presentation attributes, and the page's font and colors."""
-    import matplotlib
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overfly"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # browsers have more fonts
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    save_figure(figure, file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = re.sub(r"<style.*?</style>|<metadata.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     body = re.sub(r"<[^>]+>", _clean_tag, svg[svg.index("<svg") : svg.rindex("</svg>")])
     height = round(72 * figure.get_size_inches()[1])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 from overfly.core.classes import Classes
 from overfly.core.errors import RecipeError
 from overfly.core.records import UInt8
-from overfly.evaluation.panels import load_font
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import slide_inference
 
@@ -124,7 +124,7 @@ def legend(classes: Classes, width: int, height: int) -> Image.Image | None:
 
     If not all classes fit, the last line is the number of the others.
     """
-    font, line = load_font(_text_size(width, height)), _line(width, height)
+    font, line = _load_font(_text_size(width, height)), _line(width, height)
     swatch = round(line * 0.62)
     lines = (height // 2 - line // 2) // line
     if lines < 1 or min(width, height) < MIN_SIDE:
@@ -149,7 +149,7 @@ def legend(classes: Classes, width: int, height: int) -> Image.Image | None:
 def _stats(lines: tuple[str, ...], width: int, height: int) -> Image.Image | None:
     if min(width, height) < MIN_SIDE:
         return None
-    font, line = load_font(_text_size(width, height)), _line(width, height)
+    font, line = _load_font(_text_size(width, height)), _line(width, height)
     shown = [_shorten(text, font, width - line) for text in lines[: max(1, height // 2 // line)]]
     panel, draw = _panel(shown, font, line, 0)
     for index, text in enumerate(shown):
@@ -178,6 +178,14 @@ def _text_size(width: int, height: int) -> int:
 
 def _line(width: int, height: int) -> int:
     return round(_text_size(width, height) * 1.5)
+
+
+@cache
+def _load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load DejaVu Sans, which comes with matplotlib and covers many languages."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
