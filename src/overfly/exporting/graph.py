@@ -11,6 +11,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from overfly.core.choices import ExportOutput
 from overfly.models.network import Network
@@ -146,7 +147,7 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
         elif isinstance(part, nn.BatchNorm2d):
 
             def pair(norm: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                if id(inputs[0]) in outputs and isinstance(norm, nn.BatchNorm2d):
+                if id(inputs[0]) in outputs and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
                     pairs.append((name, outputs[id(inputs[0])][0], norm))
 
             hooks.append(part.register_forward_pre_hook(pair))
@@ -157,25 +158,13 @@ def fold_batch_norm(network: Network, bands: int) -> Network:
         if len({id(conv) for _, conv, _ in pairs}) < len(pairs):
             return copy.deepcopy(network)
         for name, conv, norm in pairs:
-            _fold(conv, norm)
+            fused = fuse_conv_bn_eval(conv, norm)
+            conv.weight, conv.bias = fused.weight, fused.bias
             owner, _, child = name.rpartition(".")
             setattr(folded.get_submodule(owner), child, nn.Identity())
         result = folded(image).main
     close = torch.allclose(result, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-12))
     return folded.float() if close else copy.deepcopy(network)
-
-
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Fold a normalization into the convolution before it."""
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("a batch normalization without running statistics cannot be folded")
-    scale = norm.weight if norm.affine else torch.ones_like(norm.running_mean)
-    scale = scale / (norm.running_var + norm.eps).sqrt()
-    shift = norm.bias if norm.affine else torch.zeros_like(norm.running_mean)
-    bias = torch.zeros_like(scale) if conv.bias is None else conv.bias
-    conv.weight.mul_(scale[:, None, None, None])
-    conv.bias = nn.Parameter((bias - norm.running_mean) * scale + shift, requires_grad=False)
 
 
 @torch.no_grad()

@@ -174,27 +174,24 @@ class LatestFrame:
         self.number, self.closed, self.end_reason = 0, False, ""
         self._overlay: UInt8 | None = None
         self._encoded = JpegFrame(b"", 0)
-        self._changed = threading.Condition()
-        self._encoding = threading.Lock()
+        self._changing, self._encoding = threading.Lock(), threading.Lock()
 
     def show(self, overlay: UInt8, at: float = 0.0) -> None:
         """Publish an overlay (H, W, 3), 0 to 255; a `Sink`."""
         del at
-        with self._changed:
+        with self._changing:
             self._overlay, self.number = overlay, self.number + 1
-            self._changed.notify_all()
 
     def close(self, end_reason: str = "") -> None:
         """End the stream for its viewers; later reasons are ignored."""
-        with self._changed:
+        with self._changing:
             if not self.closed:
                 self.closed, self.end_reason = True, end_reason
-            self._changed.notify_all()
 
     def latest(self) -> JpegFrame | None:
         """Return the newest overlay, or None before the first."""
         with self._encoding:
-            with self._changed:
+            with self._changing:
                 overlay, number = self._overlay, self.number
             if overlay is None:
                 return None
@@ -203,14 +200,6 @@ class LatestFrame:
                 Image.fromarray(overlay).save(buffer, "JPEG", quality=80)
                 self._encoded = JpegFrame(buffer.getvalue(), number)
             return self._encoded
-
-    def wait(self, after: int = 0, timeout: float | None = None) -> JpegFrame | None:
-        """Wait for an overlay with a number above ``after``; None after ``timeout`` seconds or at the end."""
-        with self._changed:
-            ready = self._changed.wait_for(lambda: self.number > after or self.closed, timeout)
-            if not ready or self.number <= after:
-                return None
-        return self.latest()
 
 
 def live_frames(

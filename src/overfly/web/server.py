@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from http.cookies import CookieError, SimpleCookie
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -276,7 +276,7 @@ class AccessMiddleware:
         kind, _, token = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and _equal(token.strip(), self.token):
             return None
-        if _equal(_cookie(headers.get("cookie", "")), self.session):
+        if _equal(HTTPConnection(scope).cookies.get(COOKIE, ""), self.session):
             return None
         return self._login(scope)
 
@@ -305,14 +305,6 @@ def _netloc(address: str) -> str | None:
         return urlsplit(address).netloc
     except ValueError:
         return None
-
-
-def _cookie(text: str) -> str:
-    try:
-        cookie = SimpleCookie(text).get(COOKIE)
-    except CookieError:
-        return ""
-    return cookie.value if cookie is not None else ""
 
 
 def _refuse(status: int, message: str) -> JSONResponse:
