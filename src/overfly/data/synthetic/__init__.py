@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -38,19 +38,13 @@ from overfly.data.synthetic.drawing import (
     grain,
     shadow_mask,
 )
-from overfly.data.synthetic.layout import CLASS_OF, Material, lay_out_rural, lay_out_urban
+from overfly.data.synthetic.layout import CLASS_OF, DOMAINS, Material, lay_out_rural, lay_out_urban
 
 SCENES: tuple[Scene, ...] = get_args(Scene)
 
 EDITION = 1
 """Part of every seed and of the record of a written dataset; raised when any image changes."""
 CLASS_IDS: UInt8 = np.array([CLASS_OF[material] for material in Material], np.uint8)
-STATISTICS: dict[Scene, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "urban": ((114.57, 116.16, 105.05), (39.83, 32.79, 35.73)),
-    "rural": ((119.44, 120.57, 87.79), (36.05, 27.09, 25.80)),
-}
-"""Mean and standard deviation of red, green and blue over the train split at its default size and number."""
-GSD: dict[Scene, float] = {"urban": 0.3, "rural": 0.5}
 RECORD_FILE = "synthetic.json"
 
 
@@ -78,7 +72,7 @@ def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple
     key = (EDITION, SCENES.index(scene), SPLITS.index(split), index, size)
     canvas, random = Canvas(size), Random(*key)
     (lay_out_urban if scene == "urban" else lay_out_rural)(canvas, random)
-    image = _render(canvas, random, URBAN_APPEARANCE if scene == "urban" else RURAL_APPEARANCE)
+    image = _render(canvas, random, DOMAINS[scene])
     return image, CLASS_IDS[canvas.material]
 
 
@@ -127,12 +121,12 @@ class Synthetic(Domain, name="synthetic"):
     @property
     def gsd(self) -> float:
         """Length of a pixel on the ground in meters."""
-        return GSD[self.scene]
+        return float(DOMAINS[self.scene]["gsd"])
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of red, green and blue over the train split, 0 to 255."""
-        return STATISTICS[self.scene]
+        return tuple(DOMAINS[self.scene]["mean"]), tuple(DOMAINS[self.scene]["std"])
 
     def items(self, split: Split) -> Sequence[Item]:
         """Scenes 0 to n - 1 of a split, named like ``Urban_12``."""
@@ -241,73 +235,13 @@ def _write(job: tuple[Path, Scene, Split, int, int]) -> None:
         Image.fromarray(label + np.uint8(1)).save(path.parent / "masks_png" / path.name)
 
 
-Range = tuple[float, float]
+TEXTURE_STRENGTH: Float = np.array([DOMAINS["texture"][material.name.lower()] for material in Material], np.float32)
+"""Strength of each material's texture, of 255, at scales of 1, 3, 9 and 40 pixels."""
 
 
-class Appearance(NamedTuple):
-    """Season, light and sensor of a domain; the values of a scene are random within the ranges.
-
-    Attributes:
-        leaves: colors that tree crowns are mixed from.
-        spacing: pixels between trees.
-        sun: direction of the sun, as the argument of `direction`.
-        slope: tangent of the sun's elevation.
-        shade: brightness of each band in the shadow, 0 to 1.
-        gain: gain of each band.
-        exposure: gain of all bands.
-        haze: share of haze in the image, 0 to 1.
-        haze_color: color of the haze.
-        blur: radius of the optical blur, in pixels.
-        noise: standard deviation of the sensor's noise, of 255.
-    """
-
-    leaves: tuple[Color, ...]
-    spacing: tuple[int, int]
-    sun: Range
-    slope: Range
-    shade: Color
-    gain: Color
-    exposure: Range
-    haze: Range
-    haze_color: Color
-    blur: Range
-    noise: Range
-
-
-URBAN_APPEARANCE = Appearance(
-    leaves=((54, 82, 46), (70, 96, 54), (48, 72, 50)),
-    spacing=(8, 11), sun=(-0.6, -0.2), slope=(0.9, 1.5), shade=(0.5, 0.53, 0.62),
-    gain=(1.0, 1.0, 1.0), exposure=(0.9, 1.1), haze=(0.0, 0.1), haze_color=(190, 198, 208),
-    blur=(0.35, 0.6), noise=(1, 3),
-)  # fmt: skip
-"""Urban: high sun, clear air, a sharp sensor with little noise."""
-RURAL_APPEARANCE = Appearance(
-    leaves=((52, 80, 45), (66, 92, 51), (84, 94, 52), (48, 73, 47)),
-    spacing=(7, 9), sun=(0.5, 1.0), slope=(0.45, 0.8), shade=(0.55, 0.56, 0.6),
-    gain=(1.02, 0.99, 0.94), exposure=(0.9, 1.1), haze=(0.06, 0.2), haze_color=(182, 186, 182),
-    blur=(0.6, 0.95), noise=(2.5, 5),
-)  # fmt: skip
-"""Rural: low sun from another side, haze, a coarser and noisier sensor with a warm cast."""
-TEXTURE: dict[Material, tuple[float, float, float, float]] = {
-    Material.LAWN: (3, 9, 9, 7),
-    Material.PAVING: (3, 4, 6, 6),
-    Material.ROOF: (2, 3, 1, 3),
-    Material.ASPHALT: (2, 4, 3, 4),
-    Material.TRACK: (3, 6, 6, 6),
-    Material.WATER: (0.5, 1.5, 3, 6),
-    Material.SOIL: (5, 15, 24, 14),
-    Material.FLOOR: (3, 7, 6, 3),
-    Material.CROWN: (3, 6, 0, 4),
-    Material.CROP: (3, 6, 4, 6),
-    Material.BUND: (3, 9, 6, 4),
-}
-"""Strength of a material's texture, of 255, at scales of 1, 3, 9 and 40 pixels."""
-TEXTURE_STRENGTH: Float = np.array([TEXTURE[material] for material in Material], np.float32)
-
-
-def _draw_trees(canvas: Canvas, random: Random, appearance: Appearance, away: tuple[float, float]) -> None:
+def _draw_trees(canvas: Canvas, random: Random, appearance: Mapping[str, Any], away: tuple[float, float]) -> None:
     """Draw tree crowns where the layout allows trees, shaded by the direction of the sun."""
-    spacing, size = random.integer(*appearance.spacing), canvas.size
+    spacing, size = random.integer(*appearance["spacing"]), canvas.size
     nearest = crowns(random, size, spacing)
     pixel = np.arange(size)
     rows = np.clip(pixel[:, None] - (nearest.down * np.float32(spacing)).astype(np.intp), 0, size - 1)
@@ -318,7 +252,7 @@ def _draw_trees(canvas: Canvas, random: Random, appearance: Appearance, away: tu
     has_tree = (nearest.number < density) & (nearest.square < reach) & (material != Material.ROOF)
     obstacle = np.isin(material, (Material.ASPHALT, Material.TRACK, Material.WATER))
     has_tree &= ~obstacle | (nearest.square < np.float32(0.1))
-    first, second = (np.array(random.choice(appearance.leaves), np.float32) for _ in range(2))
+    first, second = (np.array(random.choice(appearance["leaves"]), np.float32) for _ in range(2))
     number = nearest.number[has_tree]
     mix, tone = (number * 7 % 1)[:, None], (number * 31 % 1)[:, None]
     canvas.color[has_tree] = first + (second - first) * mix + (tone - np.float32(0.5)) * 26
@@ -344,24 +278,26 @@ def _blur_mask(mask: Bool, radius: float) -> Float:
     return np.asarray(blurred, np.float32) / np.float32(255)
 
 
-def _render(canvas: Canvas, random: Random, appearance: Appearance) -> UInt8:
+def _render(canvas: Canvas, random: Random, appearance: Mapping[str, Any]) -> UInt8:
     """Draw the trees and render the image (S, S, 3), 0 to 255, with the domain's light and sensor."""
-    size, (to_x, to_y) = canvas.size, direction(random.uniform(*appearance.sun))
+    size, (to_x, to_y) = canvas.size, direction(random.uniform(*appearance["sun"]))
     away = (-to_x, -to_y)
     _draw_trees(canvas, random, appearance, away)
     shadow = _blur_mask(
-        shadow_mask(canvas.height, away, random.uniform(*appearance.slope), float(canvas.height.max())), 0.6
+        shadow_mask(canvas.height, away, random.uniform(*appearance["slope"]), float(canvas.height.max())), 0.6
     )
     image = canvas.color + _texture(canvas, random)[..., None]
-    image *= 1 - shadow[..., None] * (1 - np.array(appearance.shade, np.float32))
-    image *= np.array(random.tint(appearance.gain, 0.0, 0.03), np.float32) * np.float32(
-        random.uniform(*appearance.exposure)
+    image *= 1 - shadow[..., None] * (1 - np.array(appearance["shade"], np.float32))
+    image *= np.array(random.tint(appearance["gain"], 0.0, 0.03), np.float32) * np.float32(
+        random.uniform(*appearance["exposure"])
     )
-    haze = np.float32(random.uniform(*appearance.haze))
-    image = image * (1 - haze) + np.array(appearance.haze_color, np.float32) * haze
-    lens = ImageFilter.GaussianBlur(random.uniform(*appearance.blur))
+    haze = np.float32(random.uniform(*appearance["haze"]))
+    image = image * (1 - haze) + np.array(appearance["haze_color"], np.float32) * haze
+    lens = ImageFilter.GaussianBlur(random.uniform(*appearance["blur"]))
     blurred = np.asarray(Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).filter(lens), np.float32)
     noise = random.noise(size, size * 3).astype(np.float32) + random.noise(size, size * 3) - np.float32(255)
-    noise *= np.float32(random.uniform(*appearance.noise) / 104)  # the sum of two bytes has a standard deviation of 104
+    noise *= np.float32(
+        random.uniform(*appearance["noise"]) / 104
+    )  # the sum of two bytes has a standard deviation of 104
     result: UInt8 = np.clip(blurred + noise.reshape(size, size, 3) + np.float32(0.5), 0, 255).astype(np.uint8)
     return result

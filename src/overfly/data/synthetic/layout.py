@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from overfly.data.synthetic.drawing import (
     Canvas,
@@ -29,8 +32,10 @@ from overfly.data.synthetic.drawing import (
     winding_line,
 )
 
-ColorTable = Mapping[str, tuple[Color, ...]]
+ColorTable = Mapping[str, Sequence[Color]]
 """Possible colors of each kind of surface."""
+DOMAINS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("domains.yaml").read_text(encoding="utf-8"))
+"""Colors, season, light and sensor of the urban and the rural domain, and the texture of each material."""
 
 
 class Material(IntEnum):
@@ -48,34 +53,6 @@ OBSTACLES = (Material.ROOF, Material.ASPHALT, Material.TRACK, Material.WATER)
 """Materials on which no building is placed."""
 CARS: tuple[Color, ...] = ((225, 225, 225), (40, 42, 48), (150, 40, 38), (60, 80, 130), (170, 172, 176))
 M = Material
-
-URBAN_COLORS: ColorTable = {
-    "lawn": ((88, 108, 66), (104, 118, 76), (124, 126, 84)),
-    "paving": ((150, 147, 142), (136, 134, 130), (166, 158, 148), (152, 138, 128)),
-    "asphalt": ((92, 93, 97), (108, 108, 110), (80, 82, 88), (126, 125, 124)),
-    "water": ((48, 72, 74), (62, 88, 92), (44, 62, 84), (86, 98, 82)),
-    "soil": ((178, 156, 122), (160, 132, 100), (194, 180, 154), (170, 122, 92)),
-    "floor": ((38, 52, 34), (46, 58, 36)),
-    "crop": ((92, 122, 60), (112, 130, 70), (130, 116, 82), (78, 106, 56), (146, 132, 88)),
-    "flat": ((190, 190, 188), (160, 160, 160), (214, 210, 202), (138, 134, 132), (182, 168, 150), (112, 116, 124)),
-    "gable": ((150, 84, 66), (128, 92, 78), (112, 112, 116), (160, 104, 80)),
-    "shed": ((84, 118, 170), (206, 208, 212), (120, 150, 184), (142, 86, 72)),
-}
-RURAL_COLORS: ColorTable = {
-    "lawn": ((100, 116, 72), (116, 124, 80), (92, 108, 66), (128, 128, 88)),
-    "paving": ((152, 148, 138), (140, 136, 128), (160, 150, 134)),
-    "asphalt": ((112, 112, 112), (128, 126, 124), (96, 97, 100), (146, 144, 138)),
-    "track": ((150, 136, 114), (138, 126, 108), (164, 152, 130)),
-    "water": ((66, 88, 84), (58, 78, 80), (98, 110, 96), (52, 72, 84)),
-    "soil": ((176, 132, 96), (188, 150, 114), (164, 132, 100), (198, 178, 146)),
-    "floor": ((44, 54, 34), (52, 58, 36)),
-    "crop": (
-        (146, 136, 84), (160, 148, 96), (110, 124, 64), (132, 112, 82), (94, 118, 58), (164, 158, 76), (118, 128, 74),
-    ),
-    "flat": ((184, 182, 178), (158, 156, 152), (206, 202, 194)),
-    "gable": ((146, 90, 70), (124, 96, 82), (108, 108, 112), (158, 104, 80)),
-    "shed": ((78, 114, 170), (156, 168, 186), (202, 202, 204)),
-}  # fmt: skip
 
 
 class SceneLayout:
@@ -177,7 +154,7 @@ class SceneLayout:
 
 def lay_out_urban(canvas: Canvas, random: Random) -> None:
     """Lay out blocks between straight roads: housing, halls, parks, sites, basins, allotments; sometimes a river."""
-    layout = SceneLayout(canvas, random, URBAN_COLORS)
+    layout = SceneLayout(canvas, random, DOMAINS["urban"]["colors"])
     along = direction(random.uniform(-0.4, 0.4))
     outline = layout.cover(along)
     street = layout.color("asphalt", 8, 2)
@@ -317,7 +294,7 @@ def _square(layout: SceneLayout, block: Polygon, along: Vector) -> None:
 
 def lay_out_rural(canvas: Canvas, random: Random) -> None:
     """Lay out fields, woods, ponds, and hamlets along one or two winding lanes."""
-    layout = SceneLayout(canvas, random, RURAL_COLORS)
+    layout = SceneLayout(canvas, random, DOMAINS["rural"]["colors"])
     along = direction(random.uniform(-1, 1))
     outline = layout.cover(along)
     layout.ground(canvas.inside(outline), "lawn", M.BUND)
