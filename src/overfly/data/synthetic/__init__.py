@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -29,7 +29,6 @@ from overfly.data.loveda import CLASSES
 from overfly.data.synthetic.drawing import (
     Bool,
     Canvas,
-    Color,
     Float,
     Random,
     clouds,
