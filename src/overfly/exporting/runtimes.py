@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
 from overfly.core.atomic_files import file_sha256, read_json
-from overfly.core.choices import ExportOutput
 from overfly.core.errors import RecipeError, WeightsError, import_extra
+from overfly.exporting.graph import MIN_SIDE
 from overfly.exporting.predictor import (
     EXPORT_KEY,
     MODEL_KEY,
@@ -26,11 +25,8 @@ from overfly.exporting.predictor import (
 from overfly.exporting.torch_program import read_program
 from overfly.models.checkpoints import first_line
 
-OUTPUTS: tuple[str, ...] = get_args(ExportOutput)
 Graph = Callable[[Floats], Any]
 """Computes the graph's output from images (B, C, H, W), float32."""
-DynamicShape = tuple[int | None, ...]
-"""Sizes of a tensor's dimensions; None for a dimension of any size."""
 
 
 def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
@@ -65,7 +61,7 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
         return session.run(None, {name: images})[0]
 
     properties = session.get_modelmeta().custom_metadata_map
-    return _predictor(path, ("onnxruntime", kind), graph, onnx_signature(session), properties)
+    return _predictor(path, ("onnxruntime", kind), graph, properties)
 
 
 def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
@@ -89,14 +85,13 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
         raise WeightsError(f"{path} cannot be opened by openvino ({first_line(error)}); export it again") from error
     properties = openvino_properties(model)
     settings = read_metadata(properties, path)[1]
-    signature = openvino_signature(model)
     antialias_resize(model)
     request = core.compile_model(model, kind, openvino_options(settings, threads)).create_infer_request()
 
     def graph(images: Floats) -> Any:
         return np.array(request.infer([images])[0])
 
-    return _predictor(path, ("openvino", kind.lower()), graph, signature, properties)
+    return _predictor(path, ("openvino", kind.lower()), graph, properties)
 
 
 def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor:
@@ -113,7 +108,6 @@ def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor
     _check_exists(path)
     device = torch.device(device)
     program, properties = read_program(path)
-    signature = torch_signature(program)
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
@@ -124,15 +118,13 @@ def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor
         with torch.inference_mode():
             return module(torch.from_numpy(images).to(device)).cpu().numpy()
 
-    return _predictor(path, ("torch", str(device)), graph, signature, properties)
+    return _predictor(path, ("torch", str(device)), graph, properties)
 
 
-def _predictor(
-    path: Path, name: tuple[str, str], graph: Graph, signature: GraphSignature, properties: Mapping[str, str]
-) -> Predictor:
+def _predictor(path: Path, name: tuple[str, str], graph: Graph, properties: Mapping[str, str]) -> Predictor:
     """Return a predictor of class probabilities for any output of the graph; ``name`` is backend and device."""
     metadata, settings = read_metadata(properties, path)
-    check_signature(path, signature, metadata, settings)
+    check_graph(path, graph, metadata, settings)
 
     def run(images: Floats) -> Floats:
         output = graph(images)
@@ -148,92 +140,35 @@ def _predictor(
     return Predictor(metadata, *name, run, (settings.format, settings.precision))
 
 
-@dataclass(frozen=True)
-class GraphSignature:
-    """Input and output of a graph, read from the graph itself.
-
-    Attributes:
-        image: shape of its input; None where the number of dimensions is unknown.
-        output: shape of its output; None where the number of dimensions is unknown.
-        is_integer: whether its output holds integers.
-        name: name of its output, or of its last operator: one of `OUTPUTS` where that is known.
-    """
-
-    image: DynamicShape | None
-    output: DynamicShape | None
-    is_integer: bool
-    name: str = ""
-
-
-def onnx_signature(session: Any) -> GraphSignature:
-    """Return the signature of a session of ONNX Runtime."""
-    image, output = session.get_inputs()[0], session.get_outputs()[0]
-    shapes = [tuple(side if isinstance(side, int) else None for side in node.shape) for node in (image, output)]
-    return GraphSignature(shapes[0], shapes[1], "int" in output.type, output.name)
-
-
-def openvino_signature(model: Any) -> GraphSignature:
-    """Return the signature of a model of OpenVINO."""
-    output = model.output(0)
-    shapes = [
-        None if shape.rank.is_dynamic else tuple(None if side.is_dynamic else int(side.get_length()) for side in shape)
-        for shape in (model.input(0).get_partial_shape(), output.get_partial_shape())
-    ]
-    names = [name for name in sorted(output.get_names()) if name in OUTPUTS]
-    return GraphSignature(shapes[0], shapes[1], bool(output.get_element_type().is_integral()), (names or [""])[0])
-
-
-def torch_signature(program: Any) -> GraphSignature:
-    """Return the signature of an exported program: probabilities if softmax is its last operator, else logits."""
-    nodes = {node.name: node for node in program.graph.nodes}
-    signature = program.graph_signature
-    image, output = (nodes[names[0]] for names in (signature.user_inputs, signature.user_outputs))
-    values = [image.meta["val"], output.meta["val"]]
-    shapes = [tuple(side if isinstance(side, int) else None for side in value.shape) for value in values]
-    is_integer = not values[1].dtype.is_floating_point
-    name = "" if is_integer else "probabilities" if "softmax" in str(output.target) else "logits"
-    return GraphSignature(shapes[0], shapes[1], is_integer, name)
-
-
-def check_signature(path: Path, graph: GraphSignature, metadata: ModelMetadata, settings: ExportSettings) -> None:
-    """Raise `WeightsError` unless a graph's input and output are those of the file's metadata."""
-    classes = settings.output == "classes"
-    if graph.image is not None:
-        _check_equal(path, "input dimensions", len(graph.image), 4)
-        _check_equal(path, "input bands", graph.image[1], metadata.bands)
-        for side in graph.image[2:]:
-            if side is not None and not metadata.fixed:
-                raise _mismatch(path, "input side", side, "any")
-            _check_equal(path, "input side", side, metadata.window)
-    if graph.output is not None:
-        _check_equal(path, "output dimensions", len(graph.output), 3 if classes else 4, EXPORT_KEY)
-    if graph.is_integer != classes:
-        raise _mismatch(path, "output type", "integer" if graph.is_integer else "float", settings.output, EXPORT_KEY)
-    if graph.output is not None and not classes:
-        _check_equal(path, "classes", graph.output[1], len(metadata.classes))
-    if graph.name in OUTPUTS and graph.name != settings.output:
-        raise _mismatch(path, "output", graph.name, settings.output, EXPORT_KEY)
+def check_graph(path: Path, graph: Graph, metadata: ModelMetadata, settings: ExportSettings) -> None:
+    """Run a graph on an empty image; raise `WeightsError` unless input and output are those of the file's metadata."""
+    sides = (metadata.window, metadata.window) if metadata.fixed else (MIN_SIDE, MIN_SIDE + 8)
+    shape = (1, metadata.bands, *sides)
+    try:
+        output = graph(np.zeros(shape, np.float32))
+    except Exception as error:  # the libraries have no common error class
+        raise WeightsError(
+            f"{path} does not read images {shape}, as its metadata (key {MODEL_KEY}) say ({first_line(error)}); export "
+            "it again"
+        ) from error
+    check_output(path, output, metadata, settings)
+    if settings.output != "classes" and (settings.output == "probabilities") == (abs(output.sum(1) - 1) > 0.1).any():
+        raise WeightsError(f"{path} has no {settings.output}, as its metadata (key {EXPORT_KEY}) say; export it again")
 
 
 def check_output(path: Path, output: Any, metadata: ModelMetadata, settings: ExportSettings) -> None:
-    """Raise `WeightsError` if an output has other classes, which a signature of class ids does not contain."""
-    count = len(metadata.classes)
-    if settings.output == "classes":
-        if int(np.max(output, initial=0)) >= count:
-            raise _mismatch(path, "largest class id", int(np.max(output)), f"at most {count - 1}")
-    elif output.ndim != 4 or output.shape[1] != count:
-        raise _mismatch(path, "output shape", output.shape, f"{count} classes")
-
-
-def _check_equal(path: Path, quantity: str, value: int | None, expected: int, key: str = MODEL_KEY) -> None:
-    if value is not None and value != expected:
-        raise _mismatch(path, quantity, value, expected, key)
-
-
-def _mismatch(path: Path, quantity: str, value: object, expected: object, key: str = MODEL_KEY) -> WeightsError:
-    return WeightsError(
-        f"{path}: {quantity} of the graph: {value}, of its metadata (key {key}): {expected}; export it again"
-    )
+    """Raise `WeightsError` unless an output has the type, dimensions and classes of the file's metadata."""
+    count, ids = len(metadata.classes), settings.output == "classes"
+    if ids:
+        fits = output.ndim == 3 and output.dtype.kind in "iu" and np.max(output, initial=0) < count
+    else:
+        fits = output.ndim == 4 and output.dtype.kind == "f" and output.shape[1] == count
+    if not fits:
+        highest = f" up to {np.max(output)}" if ids else ""
+        raise WeightsError(
+            f"{path}: its graph returns {output.dtype} {output.shape}{highest}, and its metadata (keys {MODEL_KEY}, "
+            f"{EXPORT_KEY}) describe {settings.output} of {count} classes; export it again"
+        )
 
 
 def antialias_resize(model: Any) -> None:
