@@ -140,58 +140,32 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
     return total.to(counts.device)
 
 
-@dataclass(frozen=True, eq=False)
-class Boundary:
-    """Boundary IoU (Cheng et al., CVPR 2021) at a given width, from counts that can be added.
+def boundary_counts(prediction: Tensor, label: Tensor, classes: int, width: int) -> Tensor:
+    """Count the pixels of Boundary IoU (Cheng et al., CVPR 2021); counts of several images add up.
 
     For each class, only the pixels of the mask that lie within ``width`` pixels of its outline are compared. As in the
     authors' code, distance is measured on squares (``width`` erosions by 3 × 3). Unlike in it, the border of the image
     and that of ignored areas are not outlines, since tiles cut through objects.
 
-    Attributes:
-        counts: pixels in the bands along the outlines, (3, K), int64, of labels, predictions and both.
-        width: of the bands, in pixels.
+    Args:
+        prediction: class ids (H, W) or (B, H, W).
+        label: class ids, of the same shape; `IGNORE` is neither counted nor compared as a neighbor.
+        classes: number of classes K.
+        width: width of the band inside each outline, in pixels of the label.
+
+    Returns:
+        (3, K), int64: pixels of each class in the bands of labels, of predictions, and of both.
     """
+    labels = label.reshape(-1, *label.shape[-2:]).long()
+    predicted = prediction.reshape(-1, *label.shape[-2:]).long()
+    label_band, prediction_band = (boundaries(ids, 2 * width, labels != IGNORE) for ids in (labels, predicted))
+    both = label_band & prediction_band & (labels == predicted)
+    chosen = (labels[label_band], predicted[prediction_band], labels[both])
+    return torch.stack([torch.bincount(ids, minlength=classes) for ids in chosen])
 
-    counts: Tensor
-    width: int
 
-    @classmethod
-    def empty(cls, classes: int, width: int) -> Self:
-        """Return zero counts for ``classes`` classes and bands of ``width`` pixels."""
-        return cls(torch.zeros(3, classes, dtype=torch.int64), width)
-
-    @classmethod
-    def from_predictions(cls, prediction: Tensor, label: Tensor, classes: int, width: int) -> Self:
-        """Count the bands of whole images.
-
-        Args:
-            prediction: class ids (H, W) or (B, H, W).
-            label: class ids, of the same shape; `IGNORE` is neither counted nor compared as a neighbor.
-            classes: number of classes K.
-            width: width of the band inside each outline, in pixels of the label.
-        """
-        labels = label.reshape(-1, *label.shape[-2:]).long()
-        predicted = prediction.reshape(-1, *label.shape[-2:]).long()
-        valid = labels != IGNORE
-        label_band, prediction_band = (boundaries(ids, 2 * width, valid) for ids in (labels, predicted))
-        both = label_band & prediction_band & (labels == predicted)
-        chosen = (labels[label_band], predicted[prediction_band], labels[both])
-        return cls(torch.stack([torch.bincount(ids, minlength=classes) for ids in chosen]), width)
-
-    def __add__(self, other: Boundary) -> Boundary:
-        if self.width != other.width:
-            raise ValueError(f"bands of {self.width} and {other.width} pixels do not add up")
-        return Boundary(self.counts + other.counts.to(self.counts.device), self.width)
-
-    @property
-    def iou(self) -> Tensor:
-        """Boundary IoU of each class (K,), float64, 0 to 1; NaN for a class without an outline."""
-        label, prediction, both = self.counts.double()
-        share: Tensor = both / (label + prediction - both)
-        return share
-
-    @property
-    def miou(self) -> float:
-        """Mean over the classes that have an outline in labels or predictions; NaN if none has."""
-        return float(self.iou.nanmean())
+def boundary_iou(counts: Tensor) -> Tensor:
+    """Boundary IoU of each class (K,), float64, 0 to 1, from `boundary_counts`; NaN for a class without an outline."""
+    label, prediction, both = counts.double()
+    share: Tensor = both / (label + prediction - both)
+    return share

@@ -18,7 +18,7 @@ from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeE
 from overfly.core.prefetch import map_ahead
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.confusion import sum_over_ranks
+from overfly.evaluation.confusion import Confusion, sum_over_ranks
 from overfly.evaluation.scores import Protocol, Scores, SplitCounts, finite, summarize
 from overfly.ops.normalization import restored_modes
 from overfly.ops.windows import slide_inference
@@ -138,10 +138,10 @@ def score(
             predicted = _predict(segmenter, group, protocol, torch.device(device), batch)
             for image, scores in zip(group, predicted, strict=True):
                 prediction, image_counts = _count(scores, image, domain, protocol)
-                counts = counts + image_counts
+                counts = counts.plus(image_counts)
                 if samples is not None:
                     ids = prediction.to("cpu", torch.uint8).numpy()
-                    accuracy = finite(image_counts.confusion.accuracy)
+                    accuracy = finite(Confusion(image_counts.confusion).accuracy)
                     sample = Sample(image.item.name, image.image, ids, image.label, accuracy)
                     samples.add(sample, image.position, len(labeled))
     if shard[1] > 1:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from overfly.core.records import IGNORE
 from overfly.core.spec import NonNegativeInt, Pixels, PositiveInt, Share, Spec
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.confusion import Boundary, Confusion
+from overfly.evaluation.confusion import Confusion, boundary_counts, boundary_iou
 
 
 class Protocol(Spec):
@@ -102,119 +101,86 @@ class Scores(Spec):
     """Digest of the names, sizes and times of the split's images and masks, if a run was scored."""
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """Expected calibration error (Guo et al., ICML 2017, equation 3), from counts per confidence bin that can be added.
-
-    Of the pixels that a calibrated network predicts with probability 0.8, 80 % are correct.
+class SplitCounts(NamedTuple):
+    """Counts that are added over images and ranks.
 
     Attributes:
-        sums: (3, bins), float64: pixels, correct pixels, and confidence, in bins of equal width from 0 to 1.
+        confusion: pixels (K, K), int64: rows are the labels, columns the predictions.
+        boundary: see `boundary_counts`.
+        calibration: see `calibration_counts`.
+        images: number of images, int64.
     """
 
-    sums: Tensor
-
-    @classmethod
-    def empty(cls, bins: int = 15) -> Self:
-        """Return zero counts."""
-        return cls(torch.zeros(3, bins, dtype=torch.float64))
-
-    @classmethod
-    def from_scores(cls, scores: Tensor, label: Tensor, bins: int = 15) -> Self:
-        """Count pixels by the probability of the predicted class.
-
-        Args:
-            scores: class scores before any softmax, (K, H, W) or (B, K, H, W).
-            label: class ids, or `IGNORE` for pixels that are not counted, (H, W) or (B, H, W).
-            bins: number of bins of equal width.
-        """
-        confidence, prediction = scores.float().softmax(-3).max(-3)
-        valid = label != IGNORE
-        confidence = confidence[valid].double().cpu()
-        correct = (prediction == label)[valid].double().cpu()
-        index = (confidence * bins).long().clamp(0, bins - 1)
-        pixels = torch.bincount(index, minlength=bins).double()
-        return cls(torch.stack([pixels, torch.bincount(index, correct, bins), torch.bincount(index, confidence, bins)]))
-
-    def __add__(self, other: Calibration) -> Calibration:
-        return Calibration(self.sums + other.sums)
-
-    @property
-    def pixels(self) -> Tensor:
-        """Pixels in each bin (bins,), float64."""
-        return self.sums[0]
-
-    @property
-    def accuracy(self) -> Tensor:
-        """Share of each bin's pixels that are predicted correctly (bins,); NaN in an empty bin."""
-        return self.sums[1] / self.sums[0]
-
-    @property
-    def confidence(self) -> Tensor:
-        """Mean probability of the predicted class in each bin (bins,); NaN in an empty bin."""
-        return self.sums[2] / self.sums[0]
-
-    @property
-    def ece(self) -> float:
-        """Expected calibration error, 0 to 1: the mean gap of accuracy and confidence over pixels; NaN without any."""
-        return float((self.sums[1] - self.sums[2]).abs().sum() / self.sums[0].sum())
-
-    @property
-    def overconfidence(self) -> float:
-        """Mean confidence minus accuracy, -1 to 1: positive if overconfident; NaN without pixels."""
-        return float((self.sums[2].sum() - self.sums[1].sum()) / self.sums[0].sum())
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """Confusion matrix, boundary and calibration counts, added over images and ranks."""
-
-    confusion: Confusion
-    boundary: Boundary
-    calibration: Calibration
-    images: int = 0
+    confusion: Tensor
+    boundary: Tensor
+    calibration: Tensor
+    images: Tensor
 
     @classmethod
     def empty(cls, classes: int, protocol: Protocol) -> SplitCounts:
         """Return zero counts."""
-        return cls(
-            Confusion.empty(classes), Boundary.empty(classes, protocol.boundary_width), Calibration.empty(protocol.bins)
-        )
+        shapes = ((classes, classes), (3, classes), (3, protocol.bins), ())
+        dtypes = (torch.int64, torch.int64, torch.float64, torch.int64)
+        return cls(*(torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
 
     @classmethod
     def from_predictions(cls, scores: Tensor, prediction: Tensor, label: Tensor, protocol: Protocol) -> SplitCounts:
         """Count one image: class scores (K, H, W) and the class ids (H, W) they predict, against its label (H, W)."""
-        classes = len(scores)
         return cls(
-            Confusion.from_predictions(prediction, label, classes),
-            Boundary.from_predictions(prediction, label, classes, protocol.boundary_width),
-            Calibration.from_scores(scores, label, protocol.bins),
-            1,
+            Confusion.from_predictions(prediction, label, len(scores)).counts,
+            boundary_counts(prediction, label, len(scores), protocol.boundary_width),
+            calibration_counts(scores, label, protocol.bins),
+            torch.tensor(1),
         )
 
-    def __add__(self, other: SplitCounts) -> SplitCounts:
-        return SplitCounts(
-            self.confusion + other.confusion,
-            self.boundary + other.boundary,
-            self.calibration + other.calibration,
-            self.images + other.images,
-        )
+    def plus(self, other: SplitCounts) -> SplitCounts:
+        """Add other counts, on this one's devices."""
+        return SplitCounts(*(own + more.to(own.device) for own, more in zip(self, other, strict=True)))
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> SplitCounts:
         """Sum over all ranks by a function that sums a tensor over ranks."""
-        counts, bands, sums = self.confusion.counts, self.boundary.counts, self.calibration.sums
-        return SplitCounts(
-            Confusion(all_reduce(counts).to(counts.device)),
-            Boundary(all_reduce(bands).to(bands.device), self.boundary.width),
-            Calibration(all_reduce(sums).to(sums.device)),
-            int(all_reduce(torch.tensor(self.images))),
-        )
+        return SplitCounts(*(all_reduce(part).to(part.device) for part in self))
+
+
+def calibration_counts(scores: Tensor, label: Tensor, bins: int = 15) -> Tensor:
+    """Count pixels by the probability of the predicted class; counts of several images add up.
+
+    Args:
+        scores: class scores before any softmax, (K, H, W) or (B, K, H, W).
+        label: class ids, or `IGNORE` for pixels that are not counted, (H, W) or (B, H, W).
+        bins: number of bins of equal width, from 0 to 1.
+
+    Returns:
+        (3, bins), float64, on the CPU: pixels, correct pixels, and confidence.
+    """
+    confidence, prediction = scores.float().softmax(-3).max(-3)
+    valid = label != IGNORE
+    confidence = confidence[valid].double().cpu()
+    correct = (prediction == label)[valid].double().cpu()
+    index = (confidence * bins).long().clamp(0, bins - 1)
+    pixels = torch.bincount(index, minlength=bins).double()
+    return torch.stack([pixels, torch.bincount(index, correct, bins), torch.bincount(index, confidence, bins)])
+
+
+def reliability(counts: Tensor) -> Reliability:
+    """Compute calibration from `calibration_counts` (Guo et al., ICML 2017, equation 3).
+
+    Of the pixels that a calibrated network predicts with probability 0.8, 80 % are correct.
+    """
+    pixels, correct, confidence = counts
+    return Reliability(
+        ece=finite((correct - confidence).abs().sum() / pixels.sum()),
+        overconfidence=finite((confidence.sum() - correct.sum()) / pixels.sum()),
+        pixels=tuple(map(int, pixels)),
+        confidence=tuple(map(finite, confidence / pixels)),
+        accuracy=tuple(map(finite, correct / pixels)),
+    )
 
 
 def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol: Protocol, unlabeled: int) -> Scores:
     """Compute the scores of a split from its counts."""
-    counts, boundary, calibration = split_counts.confusion, split_counts.boundary, split_counts.calibration
-    columns = (counts.iou, counts.f1, counts.precision, counts.recall, boundary.iou, counts.labeled)
+    counts, edges = Confusion(split_counts.confusion), boundary_iou(split_counts.boundary)
+    columns = (counts.iou, counts.f1, counts.precision, counts.recall, edges, counts.labeled)
     classes = {
         name: ClassScore(
             iou=finite(iou), f1=finite(f1), precision=finite(precision), accuracy=finite(recall),
@@ -225,8 +191,8 @@ def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol:
     return Scores(
         domain=domain.model_dump(mode="json"),
         split=split,
-        images=split_counts.images,
-        labels_opened=split_counts.images,
+        images=int(split_counts.images),
+        labels_opened=int(split_counts.images),
         unlabeled=unlabeled,
         protocol=protocol,
         miou=finite(counts.miou),
@@ -234,15 +200,9 @@ def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol:
         class_accuracy=finite(counts.mean_recall),
         f1=finite(counts.mean_f1),
         kappa=finite(counts.kappa),
-        boundary_miou=finite(boundary.miou),
+        boundary_miou=finite(edges.nanmean()),
         classes=classes,
-        calibration=Reliability(
-            ece=finite(calibration.ece),
-            overconfidence=finite(calibration.overconfidence),
-            pixels=tuple(int(value) for value in calibration.pixels),
-            confidence=tuple(finite(value) for value in calibration.confidence),
-            accuracy=tuple(finite(value) for value in calibration.accuracy),
-        ),
+        calibration=reliability(split_counts.calibration),
         confusion=tuple(tuple(int(value) for value in row) for row in counts.counts),
     )
 
