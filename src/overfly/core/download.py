@@ -13,7 +13,6 @@ import lzma
 import os
 import re
 import shutil
-import stat
 import struct
 import time
 import urllib.parse
@@ -22,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from overfly.core.atomic_files import lock, temporary_path
@@ -36,12 +35,8 @@ PAUSE = 0.5
 """Seconds before the first retry; doubled for each further one."""
 MAX_PAUSE = 60.0
 """Longest pause before a retry, in seconds, including that of a Retry-After header."""
-MAX_BYTES = 20 * 10**9
-"""Largest unpacked size of an archive."""
-MAX_FILES = 50_000
-"""Largest number of files in an archive."""
-EXCLUDED_FILES = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
-"""Files of file managers, which are not unpacked."""
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, RuntimeError)
+"""Errors of a damaged archive; RuntimeError is that of an encrypted one."""
 
 
 def cache_folder() -> Path:
@@ -276,10 +271,10 @@ def _public_part(url: str) -> str:
 def unpack_zip(
     archive: Path, folder: Path, *, check: Callable[[Path], None] | None = None, progress: OnBytes | None = None
 ) -> None:
-    """Unpack an archive into a folder, which is created only when it is complete and checked.
+    """Unpack an archive whose hash was verified into a folder, which is created only when it is complete and checked.
 
     A top-level folder of the same name in the archive is skipped: ``Train/Urban/…`` and ``Urban/…`` both unpack to
-    ``folder/Urban/…``.
+    ``folder/Urban/…``. Nothing is written outside the folder: `zipfile` drops ``..`` and makes absolute paths relative.
 
     Args:
         archive: the zip file.
@@ -288,70 +283,27 @@ def unpack_zip(
         progress: called with the number of bytes unpacked and of all bytes.
 
     Raises:
-        DownloadError: the archive is damaged, encrypted, too large or unsafe, or the disk is full.
+        DownloadError: the archive is damaged or encrypted, or the disk is full.
     """
-    with disk_errors(folder), _zip_errors(archive), zipfile.ZipFile(archive) as opened:
-        members = _safe_members(opened, archive, folder.name)
-        total = sum(info.file_size for info, _ in members)
-        if total > MAX_BYTES or len(members) > MAX_FILES:
+    with disk_errors(folder), temporary_path(folder, folder=True) as part:
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                members = opened.infolist()
+                done, total = 0, sum(info.file_size for info in members)
+                check_free_space(folder, total)
+                for info in members:
+                    opened.extract(info, part)
+                    done += info.file_size
+                    if progress:
+                        progress(done, total)
+        except ZIP_ERRORS as error:
             raise DownloadError(
-                f"{archive} unpacks to {len(members)} files of {format_bytes(total)}, more than {MAX_FILES} files or "
-                f"{format_bytes(MAX_BYTES)}; nothing was unpacked, check its origin"
-            )
-        check_free_space(folder, total)
-        with temporary_path(folder, folder=True) as part:
-            done = 0
-            for info, name in members:
-                path = part / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with opened.open(info) as packed, path.open("xb") as file:
-                    while chunk := packed.read(CHUNK):
-                        file.write(chunk)
-                        done += len(chunk)
-                if progress:
-                    progress(done, total)
-            if check:
-                check(part)
-            if folder.is_dir():
-                folder.rmdir()
-            part.rename(folder)
-
-
-def _safe_members(opened: zipfile.ZipFile, archive: Path, top: str) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
-    """The files of an archive with their paths below the folder.
-
-    Raises:
-        DownloadError: a member would be written outside the folder, is a link, is encrypted, or occurs twice.
-    """
-    members: dict[str, tuple[zipfile.ZipInfo, PurePosixPath]] = {}
-    for info in opened.infolist():
-        name = info.orig_filename
-        path = PurePosixPath(name)
-        unsafe = None
-        if not path.parts or path.is_absolute() or ".." in path.parts or re.search(r"[\\:\x00-\x1f]", name):
-            unsafe = "has a path outside the folder"
-        elif stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            unsafe = "is a link or a device"
-        elif info.flag_bits & 0x1:
-            unsafe = "is encrypted"
-        if path.parts[:1] == (top,) and len(path.parts) > 1:
-            path = PurePosixPath(*path.parts[1:])
-        if str(path).casefold() in members:  # some file systems ignore case
-            unsafe = "occurs twice"
-        if unsafe:
-            raise DownloadError(f"{archive}: {name!r} {unsafe}; nothing was unpacked, check the archive's origin")
-        if not info.is_dir() and not any(part in EXCLUDED_FILES or part.startswith("._") for part in path.parts):
-            members[str(path).casefold()] = info, path
-    return list(members.values())
-
-
-@contextmanager
-def _zip_errors(archive: Path) -> Iterator[None]:
-    """Raise errors of a damaged archive as `DownloadError`; `zipfile` raises RuntimeError for encryption."""
-    damage = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, RuntimeError)
-    try:
-        yield
-    except damage as error:
-        raise DownloadError(
-            f"{archive} is not an intact zip archive ({error}); delete it and download it again"
-        ) from error
+                f"{archive} is not an intact zip archive ({error}); delete it and download it again"
+            ) from error
+        inside = part / folder.name
+        unpacked = inside if inside.is_dir() else part
+        if check:
+            check(unpacked)
+        if folder.is_dir():
+            folder.rmdir()
+        unpacked.rename(folder)
