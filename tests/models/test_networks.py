@@ -5,10 +5,12 @@ from functools import cache
 import pytest
 import torch
 from formula_weights import fill, smooth_image
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from overfly.core.records import Logits
 from overfly.models import Network, build, names
+from overfly.models.lraspp import Depthwise
 
 PARAMETERS = {  # of 7 classes: with training heads, without
     "pidnet_s": (7_717_839, 7_624_167),
@@ -160,3 +162,25 @@ def test_fresh_networks_start_in_range() -> None:
         with torch.no_grad():
             main = network(smooth_image(128, 128, batch=2)).main
         assert 0.01 < float(main.std()) < 30, name
+
+
+@pytest.mark.parametrize(("stride", "dilation", "side"), [(1, 1, 12), (2, 1, 12), (2, 1, 13), (1, 2, 12), (1, 2, 13)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_depthwise_convolution_in_bfloat16_equals_pytorch(
+    stride: int, dilation: int, side: int, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    own = Depthwise(8, stride, dilation)
+    plain = nn.Conv2d(8, 8, 3, stride, dilation, dilation, 8, bias=False)
+    plain.load_state_dict(own.state_dict())
+    image = torch.randn(2, 8, side, side + 2).bfloat16().contiguous(memory_format=memory_format)
+    results = []
+    for conv in (own, plain):
+        leaf = image.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = conv(leaf)
+        assert out.dtype == torch.bfloat16
+        (out.float() * torch.arange(out.numel()).view_as(out).remainder(7)).sum().backward()
+        results.append((out.float(), leaf.grad, conv.weight.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overfly.core.records import Logits
@@ -34,18 +35,45 @@ QUARTER, EIGHTH = 3, 6
 """Indices of the last blocks at output strides 4 and 8."""
 
 
-def _conv_bn_relu6(
-    inputs: int, outputs: int, size: int = 1, stride: int = 1, *, dilation: int = 1, groups: int = 1
-) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2 * dilation, dilation, groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())
+class Depthwise(nn.Conv2d):
+    """Depthwise 3×3 convolution without bias, with a faster backward pass in bfloat16 on a CPU.
+
+    PyTorch 2.13 takes 10 to 50 times as long for the backward pass of a stride of 2 in bfloat16 as in float32, and 15
+    to 20 times as long for a dilation of 2 as for none. In training the first is computed in float32, the second
+    without dilation on even and odd rows and columns apart, with the same result.
+    """
+
+    def __init__(self, planes: int, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__(planes, planes, 3, stride, dilation, dilation, planes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, ⌈H / stride⌉, ⌈W / stride⌉)."""
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not (self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        batch, planes, height, width = x.shape
+        if self.stride == (2, 2):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float()).to(x.dtype)
+        if self.dilation != (2, 2) or height % 2 or width % 2:
+            return super().forward(x)
+        rows, columns = height // 2, width // 2
+        cells = x.permute(0, 2, 3, 1).reshape(batch, rows, 2, columns, 2, planes)
+        parts = cells.permute(2, 4, 0, 1, 3, 5).reshape(4 * batch, rows, columns, planes).permute(0, 3, 1, 2)
+        out = F.conv2d(parts, self.weight, padding=1, groups=planes).permute(0, 2, 3, 1)
+        cells = out.reshape(2, 2, batch, rows, columns, planes).permute(2, 3, 0, 4, 1, 5)
+        return cells.reshape(batch, height, width, planes).permute(0, 3, 1, 2)
+
+
+def _bn_relu6(conv: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU6())
 
 
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
     """Depthwise 3×3 convolution, then 1×1 convolution."""
-    depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
     pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
-    return nn.Sequential(depthwise, nn.BatchNorm2d(inputs), nn.ReLU(), pointwise, nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        Depthwise(inputs), nn.BatchNorm2d(inputs), nn.ReLU(), pointwise, nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 class InvertedResidual(nn.Module):
@@ -54,10 +82,10 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, dilation: int) -> None:
         super().__init__()
         inner = inputs * expansion
-        widen = [] if expansion == 1 else [_conv_bn_relu6(inputs, inner)]
+        widen = [] if expansion == 1 else [_bn_relu6(nn.Conv2d(inputs, inner, 1, bias=False))]
         self.conv = nn.Sequential(
             *widen,
-            _conv_bn_relu6(inner, inner, 3, stride, dilation=dilation, groups=inner),
+            _bn_relu6(Depthwise(inner, stride, dilation)),
             nn.Conv2d(inner, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
@@ -74,7 +102,7 @@ def mobilenet_v2_features(bands: int) -> nn.Sequential:
 
     The first block of a dilated stage is not dilated, since its input is not.
     """
-    blocks: list[nn.Module] = [_conv_bn_relu6(bands, 32, 3, 2)]
+    blocks: list[nn.Module] = [_bn_relu6(nn.Conv2d(bands, 32, 3, 2, 1, bias=False))]
     inputs, before = 32, 1
     for stage in STAGES:
         for index in range(stage.blocks):

@@ -34,8 +34,6 @@ from overfly.recipe import Recipe
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs the choice of each precision
-
 T = TypeVar("T")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 """Fabric's name of each precision of a recipe."""
@@ -243,6 +241,7 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig, arithmetic: Arithmetic 
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.ddp import DDPStrategy
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs the choice of each precision
     local, machines = process_counts(config)
     world = local * machines
     if recipe.batch % world:
