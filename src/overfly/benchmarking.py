@@ -161,18 +161,8 @@ def run_benchmark(
 ) -> dict[Path, list[Run]]:  # fmt: skip
     """Train and score every recipe with every seed, skipping finished runs.
 
-    All recipes are read first, so that an error in the last one is raised before training.
-
-    Args:
-        recipes: recipe files.
-        overrides: overrides of all recipes.
-        seeds: seeds of the runs of each recipe.
-        out: folder of the runs.
-        fabric: launched fabric.
-        config: devices, intervals and output.
-        split: split to score.
-        save_samples: saves sample images of newly scored runs.
-        workers: threads that read ahead while scoring.
+    All recipes are read first, so that an error in the last one is raised before training. ``save_samples`` saves
+    sample images of newly scored runs; ``workers`` is the number of threads that read ahead while scoring.
     """
     planned = [(path, [load(path, *overrides, f"seed={seed}") for seed in seeds]) for path in recipes]
     done: dict[Path, list[Run]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,8 +11,6 @@ from overfly.commands.arguments import PathLike
 from overfly.core.choices import Scene, Split
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
     from overfly.data.check import DomainReport, Statistics
     from overfly.data.loveda import Downloaded
 else:  # cyclopts resolves the annotations of results, which need not be imported for it
@@ -26,7 +24,7 @@ class SynthesizeResult:
     root: Path
     images: int
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str]:
         yield f"written: {self.images} images in LoveDA's layout below {self.root}"
 
 
@@ -41,7 +39,7 @@ class CheckResult:
         """1 if any file has a problem."""
         return int(any(report.problems for report in self.reports.values()))
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str]:
         for name, report in self.reports.items():
             yield f"== {name}"
             yield str(report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ from overfly.core.choices import Split
 from overfly.core.errors import DataError
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
     from overfly.evaluation.scores import Scores
@@ -27,7 +26,7 @@ class EvaluateResult:
     samples: Sequence[Path] = field(default_factory=list)
     notes: Sequence[str] = field(default_factory=list)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str | Table]:
         yield scores_table(self.scores)
         yield from self.notes
         for path in (self.path / "scores.json", *self.samples):

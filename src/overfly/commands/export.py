@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
 from overfly.core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
     from overfly.exporting.exporter import ExportReport
     from overfly.exporting.predictor import ExportSettings
@@ -26,7 +27,7 @@ class ExportResult:
     card: Path
     report: ExportReport
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str | Table]:
         from rich.table import Table
 
         report = self.report
@@ -60,7 +61,7 @@ class HubResult:
     files: list[str]
     note: str
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str | Table]:
         yield from (f"{self.verb}: {file}" for file in self.files)
         yield self.note
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
     from overfly.core.spec import Choice
 
@@ -22,7 +23,7 @@ class Catalog:
     groups: dict[str, dict[str, str]]
     """Setting → name → first sentence of its docstring."""
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str | Table]:
         from rich.table import Table
 
         for group, kinds in self.groups.items():

@@ -14,7 +14,6 @@ from overfly.core.choices import Backend
 from overfly.core.errors import OverflyError, RecipeError
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
     from overfly.exporting.predictor import Predictor
@@ -37,7 +36,7 @@ class PredictResult:
         """1 if a raster failed."""
         return int(bool(self.failures))
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str | Table]:
         yield from _one_map(self.maps[0]) if len(self.maps) == 1 and not self.failures else _many_maps(self.maps)
         for note in dict.fromkeys(note for result in self.maps for note in result.notes):
             yield f"note: {note}"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds
 from overfly.core.choices import Split
 from overfly.core.errors import RecipeError
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class ReportResult:
     recipes: int
     labels_opened: int
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str]:
         yield f"labels opened for the sample images: {self.labels_opened}"
         yield f"written: {self.path} ({self.recipes} recipes, {self.path.stat().st_size / 1e6:.1f} MB)"
 

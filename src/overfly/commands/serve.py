@@ -86,12 +86,9 @@ def serve(
 def live_stream(
     source: str | None, load: Callable[[], Predictor], size: int | None = None
 ) -> Iterator[LatestFrame | None]:
-    """Process a stream in a thread within the context; yield its newest overlay.
+    """Process a stream in a thread within the context; yield its newest overlay, or None without a ``source``.
 
-    Args:
-        source: as in `overfly watch`; None: no stream.
-        load: loads the network of the stream.
-        size: longest side in pixels to which frames are shrunk for the network.
+    ``source`` and ``size`` are those of `overfly watch`; ``load`` loads the network of the stream.
 
     Raises:
         OverflyError: the stream cannot be opened, or the network does not fit it. A later error ends the stream; its
@@ -107,18 +104,19 @@ def live_stream(
     latest_frame, stop = player.LatestFrame(), threading.Event()
 
     def process(stream: VideoStream) -> None:
-        end_reason = public = player.INTERNAL_ERROR
+        end_reason = player.INTERNAL_ERROR
         try:
-            summary = player.process_stream(
-                renderer, stream.frames, [latest_frame.show], live=stream.live, realtime=not stream.live, stop=stop
-            )
-            end_reason = public = player.end_message(summary, stream.errors.end_reason)
+            with player.closed_on_error(latest_frame, source):
+                summary = player.process_stream(
+                    renderer, stream.frames, [latest_frame.show], live=stream.live, realtime=not stream.live, stop=stop
+                )
+            end_reason = player.end_message(summary, stream.errors.end_reason)
+            latest_frame.close(end_reason)
         except OverflyError as error:
-            end_reason, public = str(error), player.public_message(error, source)
+            end_reason = str(error)
         finally:
             if not stop.is_set():
                 print(f"overfly: the stream has ended: {end_reason}", file=sys.stderr, flush=True)
-            latest_frame.close(public)
 
     with open_stream(source) as opened:
         renderer = OverlayRenderer(load(), OverlayStyle(size=size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,6 @@ from overfly.commands.arguments import PathLike, RecipeLike, image_cache
 from overfly.core.choices import Cache
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
     from overfly.training.run import Run
 
 
@@ -29,7 +28,7 @@ class TrainResult:
 
         return Run.open(self.path)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str]:
         yield f"trained: {self.path}"
         yield f"score it with: overfly evaluate {self.path}"
 

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from overfly.commands.arguments import MAX_SIDE, PathLike, check_bounds
 from overfly.core.choices import Backend
-from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
     from overfly.video.capture import VideoStream
     from overfly.video.overlay import OverlayRenderer, OverlayStyle
     from overfly.video.player import LatestFrame, Sink, StreamStats, StreamSummary
@@ -62,7 +60,7 @@ class WatchResult:
     seconds: float | None = None
     as_json: bool = False
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[str]:
         if self.as_json:
             yield self.to_json()
             return
@@ -160,13 +158,13 @@ def _process(
 ) -> StreamSummary:  # fmt: skip
     """Process a stream until its end, its limit in seconds, or a signal."""
     from overfly.core.progress import Progress
-    from overfly.video.player import end_message, limit_duration, process_stream
+    from overfly.video.player import closed_on_error, end_message, limit_duration, process_stream
 
     def on_progress(stats: StreamStats) -> None:
         progress.update(Path(stream.title).name or stream.title, stats.read, detail="  ".join(stats.lines(live=True)))
 
     frames = limit_duration(stream.frames, seconds)
-    with Progress("frames", quiet=quiet) as progress, _stop_on_signal() as stop, _close_on_error(latest, stream.title):
+    with Progress("frames", quiet=quiet) as progress, _stop_on_signal() as stop, closed_on_error(latest, stream.title):
         summary = process_stream(
             renderer, frames, sinks, live=stream.live, realtime=realtime, stop=stop, on_progress=on_progress
         )
@@ -221,21 +219,6 @@ def _serve(latest: LatestFrame, port: int, *, quiet: bool) -> Iterator[None]:
             yield
         finally:
             latest.close()
-
-
-@contextlib.contextmanager
-def _close_on_error(latest: LatestFrame, source: str) -> Iterator[None]:
-    """Show the message of an error on the page."""
-    from overfly.video.player import INTERNAL_ERROR, public_message
-
-    try:
-        yield
-    except OverflyError as error:
-        latest.close(public_message(error, source))
-        raise
-    except Exception:
-        latest.close(INTERNAL_ERROR)
-        raise
 
 
 @contextlib.contextmanager

@@ -190,12 +190,8 @@ def download_loveda(
     Complete splits are skipped, interrupted downloads resume, and incomplete or foreign folders are an error. A split
     appears when it is complete. An archive that exists in ``root`` with the right checksum is used and kept.
 
-    Args:
-        root: folder of the dataset; created if missing.
-        splits: splits to download; the masks of ``test`` are not public.
-        base: URL of the archives' folder; defaults to ``OVERFLY_LOVEDA_URL``, else `LOVEDA_URL`.
-        progress: called as bytes are downloaded and unpacked.
-        keep_archives: keep the zip files after unpacking.
+    The arguments are those of `overfly data fetch`. ``base`` is by default ``OVERFLY_LOVEDA_URL``, else `LOVEDA_URL`;
+    ``progress`` is called as bytes are downloaded and unpacked. The masks of ``test`` are not public.
 
     Returns:
         The splits and the license, which the caller must show.

@@ -68,12 +68,8 @@ def comparison_figure(
 ) -> Path:
     """Draw image | label | predictions of several networks into a PNG, and return its path.
 
-    Args:
-        rows: heading, and samples of one image by network. Image and label are those of the first network; without any
-            labels, that column is left out.
-        classes: see `samples_figure`.
-        path: see `samples_figure`.
-        side: see `samples_figure`.
+    ``rows`` are a heading, and samples of one image by network. Image and label are those of the first network; without
+    any labels, that column is left out. The other arguments are those of `samples_figure`.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

@@ -29,27 +29,16 @@ class Perturbation(NamedTuple):
 
     name: str
     apply: Callable[[Tensor, float, Generator], Tensor]
-    invert: Callable[[Tensor, tuple[int, int]], Tensor]
-
-
-def _unchanged(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    del size
-    return scores
-
-
-def _resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+    invert: Callable[[Tensor, tuple[int, int]], Tensor] = lambda scores, _: scores
 
 
 def rotated(quarters: int, mirrored: bool) -> Perturbation:
     """Rotate counterclockwise by quarter turns, after a horizontal flip if ``mirrored``; exactly invertible."""
 
-    def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
-        del max_value, generator
+    def apply(image: Tensor, _max_value: float, _generator: Generator) -> Tensor:
         return (image.flip(-1) if mirrored else image).rot90(quarters, (-2, -1)).contiguous()
 
-    def invert(scores: Tensor, size: tuple[int, int]) -> Tensor:
-        del size
+    def invert(scores: Tensor, _size: tuple[int, int]) -> Tensor:
         rotated_back = scores.rot90(-quarters, (-2, -1))
         return rotated_back.flip(-1) if mirrored else rotated_back
 
@@ -59,12 +48,14 @@ def rotated(quarters: int, mirrored: bool) -> Perturbation:
 def scaled(factor: float) -> Perturbation:
     """Resize by ``factor``, as another ground sampling distance."""
 
-    def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
-        del max_value, generator
+    def apply(image: Tensor, _max_value: float, _generator: Generator) -> Tensor:
         size = [max(8, round(side * factor)) for side in image.shape[-2:]]
         return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
 
-    return Perturbation(f"scale {factor:g}", apply, _resized)
+    def invert(scores: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+
+    return Perturbation(f"scale {factor:g}", apply, invert)
 
 
 def colored(name: str, brightness: float, contrast: float, saturation: float, hue: float) -> Perturbation:
@@ -76,8 +67,7 @@ def colored(name: str, brightness: float, contrast: float, saturation: float, hu
 def blurred(sigma: float) -> Perturbation:
     """Gaussian blur with a standard deviation of ``sigma`` pixels."""
 
-    def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
-        del max_value, generator
+    def apply(image: Tensor, _max_value: float, _generator: Generator) -> Tensor:
         radius = min(int(3 * sigma) + 1, min(image.shape[-2:]) - 1)
         if radius < 1:
             return image
@@ -85,7 +75,7 @@ def blurred(sigma: float) -> Perturbation:
 
         return torch.as_tensor(gaussian_blur2d(image[None], 2 * radius + 1, (sigma, sigma)))[0]
 
-    return Perturbation(f"blur {sigma:g}", apply, _unchanged)
+    return Perturbation(f"blur {sigma:g}", apply)
 
 
 def noisy(share: float) -> Perturbation:
@@ -96,19 +86,18 @@ def noisy(share: float) -> Perturbation:
         noise = torch.randn(image.shape, generator=generator).to(image.device)
         return (image + share * deviation * noise).clamp(0, max_value)
 
-    return Perturbation(f"noise {share:g}", apply, _unchanged)
+    return Perturbation(f"noise {share:g}", apply)
 
 
 def hazy(share: float) -> Perturbation:
     """Blend with a constant haze of each band's 90th percentile, with weight ``share``."""
 
-    def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
-        del max_value, generator
+    def apply(image: Tensor, _max_value: float, _generator: Generator) -> Tensor:
         flat = image.flatten(1)
         haze = flat.kthvalue(max(1, round(0.9 * flat.shape[1])), 1).values[:, None, None]
         return (1 - share) * image + share * haze
 
-    return Perturbation(f"haze {share:g}", apply, _unchanged)
+    return Perturbation(f"haze {share:g}", apply)
 
 
 def gamma_corrected(power: float) -> Perturbation:
@@ -124,28 +113,24 @@ def styled(style: Tensor, beta: float | None = None) -> Perturbation:
         beta: as `overfly.ops.color.swap_low_frequencies`.
     """
 
-    def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
-        del generator
+    def apply(image: Tensor, max_value: float, _generator: Generator) -> Tensor:
         other = style[None].to(image.device)
         if beta is None:
             return match_colors(image[None], other)[0].clamp(0, max_value)
         sized = F.interpolate(other, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
         return swap_low_frequencies(image[None], sized, beta)[0].clamp(0, max_value)
 
-    return Perturbation(
-        "colors of the target" if beta is None else f"spectrum of the target {beta:g}", apply, _unchanged
-    )
+    return Perturbation("colors of the target" if beta is None else f"spectrum of the target {beta:g}", apply)
 
 
 def random_mask() -> Perturbation:
     """Cover half of the image with blocks of its mean color."""
 
-    def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
-        del max_value
+    def apply(image: Tensor, _max_value: float, generator: Generator) -> Tensor:
         block = max(4, max(image.shape[-2:]) // MASK_BLOCKS)
         return fill_mean_color(image[None], block_mask(image[None], block, MASK_SHARE, generator))[0]
 
-    return Perturbation("masked", apply, _unchanged)
+    return Perturbation("masked", apply)
 
 
 def geometric_perturbations(*, turns: bool = True) -> tuple[Perturbation, ...]:
@@ -171,7 +156,7 @@ def domain_shifts(styles: Sequence[Tensor]) -> tuple[Perturbation, ...]:
     Args:
         styles: images (C, H, W) whose style is transferred too, usually of the target.
     """
-    none = Perturbation("none", lambda image, max_value, generator: image, _unchanged)  # noqa: ARG005
+    none = Perturbation("none", lambda image, max_value, generator: image)  # noqa: ARG005
     gray = _recolored("gray", Gray(p=1.0).recolor)
     shifts = [none, colored("color", 0.2, 0.2, 0.2, 0.05), colored("strong color", 0.4, 0.4, 0.5, 0.15), gray]
     shifts += [gamma_corrected(0.6), gamma_corrected(1.6), blurred(1.0), blurred(2.0), noisy(0.2), noisy(0.5)]
@@ -188,4 +173,4 @@ def _recolored(name: str, recolor: Callable[[Tensor, Generator], Tensor]) -> Per
     def apply(image: Tensor, max_value: float, generator: Generator) -> Tensor:
         return recolor(image[None] / max_value, generator)[0].clamp(0, 1) * max_value
 
-    return Perturbation(name, apply, _unchanged)
+    return Perturbation(name, apply)

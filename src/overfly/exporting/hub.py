@@ -71,11 +71,7 @@ def _format_mean(values: Sequence[float | None]) -> str:
 def push(export: Path, repository: str, *, private: bool = True, endpoint: str | None = None) -> tuple[list[str], str]:
     """Push an exported file, its weights, report and model card to a model hub, in one commit.
 
-    Args:
-        export: the file to open (.onnx, .xml or .pt2).
-        repository: OWNER/NAME.
-        private: make a new repository private.
-        endpoint: address of another hub than the default.
+    The arguments are those of `overfly hub push`.
 
     Returns:
         Names of the files, and the address of the repository.
@@ -113,11 +109,7 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
 def load(repository: str, out: Path, *, revision: str | None = None, endpoint: str | None = None) -> list[Path]:
     """Load the exported files of a repository; its page is written as the model card of the export.
 
-    Args:
-        repository: OWNER/NAME.
-        out: folder to write to.
-        revision: branch, tag or commit; None: the newest.
-        endpoint: address of another hub than the default.
+    The arguments are those of `overfly hub load`.
 
     Returns:
         The files, main files first.

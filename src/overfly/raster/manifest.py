@@ -30,22 +30,10 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class MapSettings:
-    """Settings of maps.
+    """Settings of maps: the options of `overfly predict` of the same names; overlap is 0 to 0.9.
 
-    Attributes:
-        window: side of the windows in pixels; None: the network's.
-        overlap: share of a window that the next one covers again, 0 to 0.9.
-        batch: windows per batch of the network.
-        bands: numbers of the bands to read, from 1, separated by commas; None: all.
-        nodata: no-data value; None: the file's.
-        alpha_band: True if the last band is an alpha band, False if no band is; None: as declared by the file.
-        max_value: value of the brightest pixel; None: the network's.
-        resolution: meters per pixel to which the raster is resampled for the network; None: not resampled.
-        probabilities: whether to write a band of probability for each class.
-        uncertainty: whether to write a band of entropy.
-        polygons: gpkg or geojson, to outline the classes' areas too.
-        min_area: area of the smallest polygon, in pixels.
-        overwrite: whether to replace a map of another manifest.
+    None stands for the network's window, all bands, the no-data value and alpha band that the file declares, the
+    network's value range, a raster that is not resampled, and no polygons.
     """
 
     window: int | None = None

@@ -26,14 +26,7 @@ MIN_SIDE = 64
 
 @dataclass(frozen=True)
 class OverlayStyle:
-    """Rendering options of overlays.
-
-    Attributes:
-        size: longest side to which frames are downscaled for the network, in pixels; None keeps their size.
-        opacity: of the class colors over the frame, 0 to 1.
-        legend: whether to draw names and colors of the classes.
-        stats: whether to draw latency and frame rate.
-    """
+    """Rendering options of overlays: the options of `overfly watch` of the same names."""
 
     size: int | None = None
     opacity: float = 0.5

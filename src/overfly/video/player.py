@@ -11,10 +11,12 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from PIL import Image
 
+from overfly.core.errors import OverflyError
 from overfly.core.records import UInt8
 from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Spec
 from overfly.evaluation.speed import Latencies
@@ -323,9 +325,15 @@ def end_message(summary: StreamSummary, reason: str = "") -> str:
     return f"{how} after {summary.shown} frame{'s' * (summary.shown != 1)}"
 
 
-def public_message(error: Exception, source: str) -> str:
-    """Return the message of an error without the stream's address, which may contain a password."""
-    message = str(error)
-    if "://" in source:
-        return message.replace(source, "the stream")
-    return f"the stream{message.removeprefix(source)}" if message.startswith(f"{source} ") else message
+@contextmanager
+def closed_on_error(latest: LatestFrame, source: str) -> Iterator[None]:
+    """End a stream for its viewers after an error, with its message but not the address, which may hold a password."""
+    try:
+        yield
+    except OverflyError as error:
+        message = str(error).replace(source, "the stream") if "://" in source else str(error)
+        latest.close(message.replace(source, "the stream", 1) if message.startswith(f"{source} ") else message)
+        raise
+    except Exception:
+        latest.close(INTERNAL_ERROR)
+        raise

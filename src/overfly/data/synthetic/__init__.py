@@ -144,14 +144,7 @@ def write_synthetic(
     split is the same image as that of `Synthetic`. The folder is created only when complete; an existing
     folder with these images is not changed.
 
-    Args:
-        root: folder to write; it must not exist, or be empty.
-        size: side of each image in pixels.
-        train: images of each scene for training.
-        val: images of each scene for validation.
-        test: images of each scene without masks.
-        scenes: urban, rural or both.
-        workers: processes; more than one needs the caller's script to be importable.
+    The arguments are those of `overfly data synthesize`; several workers need the caller's script to be importable.
 
     Returns:
         Number of images in the folder.
