@@ -46,16 +46,7 @@ class MissingExtraError(OverflyError):
 
 
 def import_extra(package: str, extra: str, purpose: str) -> Any:
-    """Import an optional dependency.
-
-    Args:
-        package: name of the package.
-        extra: extra of overfly that installs it.
-        purpose: what it is needed for.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Import an optional package; raise `MissingExtraError` with its extra and purpose if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:

@@ -108,10 +108,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
 def validation_message(error: ValidationError, name: str, spec: type[Spec] | None = None) -> str:
     """Format all errors of a validation as one sentence with dotted keys.
 
-    Args:
-        error: the error that pydantic raised.
-        name: name of the validated file or object.
-        spec: class of the settings; gives suggestions for misspelled names.
+    ``name`` is that of the validated file or object; ``spec`` gives suggestions for misspelled settings.
     """
     problems = []
     for entry in error.errors():

@@ -121,14 +121,7 @@ NamedProgress = Callable[[str, int, int | None], None]
 
 
 class Archive(NamedTuple):
-    """A published archive, which unpacks to a folder of the same stem.
-
-    Attributes:
-        name: file name.
-        md5: checksum.
-        files: number of images and masks.
-        masks: True if it contains masks.
-    """
+    """A published archive of some images and masks, which unpacks to a folder of the same stem."""
 
     name: str
     md5: str

@@ -100,14 +100,8 @@ def export(
 ) -> tuple[Path, ExportReport]:  # fmt: skip
     """Export a network; the file is deleted if it does not agree with PyTorch.
 
-    Args:
-        segmenter: the trained network; it is not changed.
-        metadata: its metadata; ``fixed`` exports a graph for tiles of the size ``window`` only.
-        settings: format, precision, output and resize.
-        data: images for the comparison.
-        folder: folder to write to.
-        name: name of the file without suffix.
-        on_progress: called with a message for each phase.
+    ``metadata.fixed`` exports a graph for tiles of the size ``metadata.window`` only. ``name`` has no suffix;
+    ``on_progress`` is called with a message for each phase.
 
     Returns:
         The file, and its report, which is also written to ``NAME.json``.
@@ -309,15 +303,7 @@ class Parity(Spec):
 
 @dataclass(frozen=True)
 class LabeledSplit:
-    """Labels of a split for mIoU.
-
-    Attributes:
-        domain: the domain.
-        split: split of the domain.
-        resize: side that images are resized to before prediction.
-        window: side of sliding windows.
-        limit: largest number of images, sampled evenly.
-    """
+    """Labels of a split for mIoU: at most ``limit`` images, evenly sampled; resized and in windows as for `score`."""
 
     domain: Domain
     split: Split
@@ -330,15 +316,9 @@ def measure_parity(
     predictor: Predictor, settings: ExportSettings, *, reference: Predictor, images: Sequence[Floats],
     labels: LabeledSplit | None = None, miou_of_torch: float | None = None,
 ) -> Parity:  # fmt: skip
-    """Compare an exported file with PyTorch.
+    """Compare an exported file with the original network in PyTorch, float32, on images and, if given, labels.
 
-    Args:
-        predictor: the exported file.
-        settings: its settings.
-        reference: the original network in PyTorch, float32.
-        images: images (1, C, H, W), float32, in the sensor's own range.
-        labels: labels for mIoU; None: mIoU is not computed.
-        miou_of_torch: mIoU of PyTorch with the labels.
+    Images are (1, C, H, W), float32, in the sensor's own range; ``miou_of_torch`` is the original network's mIoU.
     """
     same = pixels = 0
     difference = 0.0

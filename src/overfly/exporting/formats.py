@@ -92,14 +92,7 @@ def _set_antialias(model: Any) -> None:
 
 
 def write_openvino(source: Path, path: Path, properties: Mapping[str, str], *, half: bool = False) -> Path:
-    """Convert an ONNX file to OpenVINO's pair of .xml and .bin.
-
-    Args:
-        source: the ONNX file.
-        path: the .xml file to write; its .bin is written beside it.
-        properties: metadata of the file.
-        half: keep weights in float16.
-    """
+    """Convert an ONNX file to OpenVINO's .xml, and the .bin beside it; with ``half`` the weights are float16."""
     model = openvino_core().read_model(source)
     antialias_resize(model)
     save_openvino(model, path, properties, half=half)

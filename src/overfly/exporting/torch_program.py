@@ -56,11 +56,6 @@ FORBIDDEN = frozenset({"guards_code", "use_pickle", "as_graph", "as_custom_obj",
 def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str]) -> Path:
     """Trace a graph and write it as a program of torch.export (.pt2).
 
-    Args:
-        module: the graph, in evaluation mode.
-        path: file to write.
-        properties: metadata, see `metadata_entries`.
-
     Raises:
         OverflyError: the network cannot be traced.
         WeightsError: `clean_archive` rejects the program.

@@ -134,14 +134,7 @@ def blend_statistics(module: nn.Module, other: nn.Module, share: float) -> None:
 def replace_modules(
     module: nn.Module, kind: type[M], make: Callable[[M], nn.Module], skip: Collection[str] = ()
 ) -> None:
-    """Replace every submodule of a type, at any depth.
-
-    Args:
-        module: changed in place.
-        kind: type of the submodules to replace.
-        make: returns the replacement of a submodule.
-        skip: names of direct children that stay unchanged.
-    """
+    """Replace, in place, every submodule of a type at any depth, except in the direct children named by ``skip``."""
     for name, part in module.named_children():
         if name in skip:
             continue

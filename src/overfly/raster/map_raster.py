@@ -92,14 +92,8 @@ def map_raster(
     Reading, prediction, and blending with writing run concurrently. The unfinished map is in a hidden folder beside
     ``out``, from which an interrupted job resumes.
 
-    Args:
-        predictor: the network.
-        source: path or address of the raster.
-        out: path of the map, a .tif file.
-        settings: settings of the map.
-        network: digest of the network's file.
-        on_progress: see `OnProgress`.
-        memory: bytes that the probabilities of a row of windows may take.
+    ``network`` is the digest of the network's file; ``memory`` is the number of bytes that the probabilities of a row
+    of windows may take.
 
     Raises:
         DataError: the raster cannot be read or does not fit the network, the map cannot be written, or a map of other

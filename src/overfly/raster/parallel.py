@@ -127,14 +127,8 @@ def map_rasters(
     mapped, such as a damaged file, is not retried and does not stop the others. Workers need rasters and maps under the
     same paths as this process.
 
-    Args:
-        open_network: opens the network on a worker.
-        outputs: rasters with the paths of their maps.
-        settings: settings of the maps.
-        network: digest of the network's file.
-        workers: processes to start on this machine, without a scheduler.
-        scheduler: address of a running scheduler, such as tcp://10.0.0.1:8786.
-        on_progress: called with each finished raster and its result, or the reason of its failure, in any order.
+    ``network`` is the digest of the network's file; ``workers`` and ``scheduler`` are those of `overfly predict`.
+    ``on_progress`` is called with each finished raster and its result, or the reason of its failure, in any order.
 
     Returns:
         The maps in the order of the rasters, and the failed rasters with their reasons.

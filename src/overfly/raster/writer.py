@@ -40,16 +40,7 @@ class UnwrittenError(DataError):
 
 @dataclass(frozen=True)
 class UnfinishedMap:
-    """An unfinished map: uncompressed GeoTIFFs in a hidden folder, and the number of finished steps.
-
-    Attributes:
-        folder: the hidden folder.
-        height, width: in pixels.
-        georeference: location on the ground.
-        classes: names and colors.
-        products: the files.
-        manifest: raster, network and settings of the map.
-    """
+    """An unfinished map: uncompressed GeoTIFFs in a hidden folder, one a product, and the number of finished steps."""
 
     folder: Path
     height: int

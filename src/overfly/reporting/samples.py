@@ -92,12 +92,8 @@ def collect_samples(
 ) -> SampleSet:
     """Collect the worst and best images of the last network, and its largest gain and loss against the first.
 
-    Args:
-        runs: finished runs by title, with the same domain in this role.
-        role: source or target.
-        labels: read the labels of the domain's val split; ``scores.json`` of each run counts them.
-        limit: number of images to choose from, evenly sampled.
-        device: device of the networks.
+    The finished ``runs``, by title, have the same domain in this role. ``labels`` reads the labels of its val split; each
+    run's scores.json counts them. ``limit`` is the number of images to choose from, evenly sampled.
 
     Returns:
         The images; if the domain cannot be read, none and a note of the reason.

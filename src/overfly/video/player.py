@@ -290,16 +290,10 @@ def process_stream(
     realtime: bool = False, stop: threading.Event | None = None,
     on_progress: Callable[[StreamStats], None] | None = None,
 ) -> StreamSummary:  # fmt: skip
-    """Process a whole stream.
+    """Process a whole stream, every frame in order.
 
-    Args:
-        renderer: network and style.
-        frames: frames of the source; with ``live`` or ``realtime`` they are read in another thread.
-        sinks: receivers of the overlays, such as ``LatestFrame().show``.
-        live: process the newest frame and drop older ones; else every frame in order.
-        realtime: play the source at its own speed, and process the newest frame.
-        stop: event that ends the stream after the current frame.
-        on_progress: called after each frame.
+    With ``live`` frames are read in another thread, the newest one is processed and older ones are dropped; with
+    ``realtime`` too, and the source is played at its own speed. ``stop`` ends the stream after the current frame.
 
     Raises:
         OverflyError: the source is damaged; earlier frames were passed to the sinks.

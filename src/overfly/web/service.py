@@ -69,15 +69,7 @@ class Limits(Spec):
 
 @dataclass(eq=False)
 class ServedNetwork:
-    """A network of a server, loaded at its first request.
-
-    Attributes:
-        key: name in addresses.
-        title: name on pages.
-        load: loads the predictor.
-        run: the run of the network; None for a file.
-        about: columns of the table of networks.
-    """
+    """A network of a server, loaded at its first request: ``key`` in addresses, ``title`` and ``about`` on pages."""
 
     key: str
     title: str
@@ -161,13 +153,7 @@ class StoredMap:
 
 
 class InferenceService:
-    """The networks, limits and stored maps of a server.
-
-    Attributes:
-        networks: by key.
-        limits: limits of requests.
-        scenes: images on the server's machine, by their number in the list.
-    """
+    """The networks (by key), limits, scenes (images on the server's machine, by number) and stored maps of a server."""
 
     def __init__(self, networks: Sequence[ServedNetwork], limits: Limits, scenes: Sequence[Path] = ()) -> None:
         self.networks = {network.key: network for network in networks}
@@ -215,11 +201,7 @@ class InferenceService:
     ) -> tuple[UploadedImage, dict[str, Prediction]]:
         """Predict a file with several networks; return the image with the bands of the first network, and predictions.
 
-        Args:
-            path: a PNG, JPEG or TIFF.
-            networks: the networks, without duplicates.
-            deadline: time of `time.monotonic` after which the request fails.
-            max_value: value of full brightness in the image; None: as in training.
+        ``deadline`` is a time of `time.monotonic`; ``max_value`` is that of full brightness, None: as in training.
         """
         models = [network.predictor().metadata for network in networks]
         several = len({model.bands for model in models}) > 1
@@ -259,11 +241,7 @@ class InferenceService:
 def predict_image(network: ServedNetwork, image: UploadedImage, deadline: float, gain: float = 1.0) -> Prediction:
     """Predict an image of any size, in overlapping windows if it is larger than the network's window.
 
-    Args:
-        network: the network.
-        image: image with the network's bands.
-        deadline: time of `time.monotonic` after which the request fails.
-        gain: factor from the image's values to the value range of training.
+    ``deadline`` is a time of `time.monotonic`; ``gain`` is the factor from the image's values to those of training.
 
     Raises:
         NotFiniteError: the network's probabilities are not finite.
