@@ -26,10 +26,9 @@ from overfly.commands.load_predictor import load_network
 from overfly.core.choices import ExportOutput
 from overfly.core.device import describe_machine
 from overfly.evaluation.speed import compare_latency
-from overfly.exporting.formats import write_onnx, write_openvino
+from overfly.exporting.formats import quantize_onnx, quantize_openvino, write_onnx, write_openvino
 from overfly.exporting.graph import ExportModule
 from overfly.exporting.predictor import ExportSettings, metadata_entries
-from overfly.exporting.quantize import quantize_onnx, quantize_openvino
 from overfly.exporting.runtimes import onnx_predictor, openvino_predictor
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run

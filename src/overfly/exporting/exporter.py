@@ -26,7 +26,15 @@ from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Pixels, Share, S
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import score
 from overfly.evaluation.speed import Latency, compare_latency
-from overfly.exporting.formats import deepness_entries, write_onnx, write_openvino
+from overfly.exporting.formats import (
+    RANGES,
+    Ranges,
+    deepness_entries,
+    quantize_onnx,
+    quantize_openvino,
+    write_onnx,
+    write_openvino,
+)
 from overfly.exporting.graph import ExportModule
 from overfly.exporting.predictor import (
     ExportSettings,
@@ -37,7 +45,6 @@ from overfly.exporting.predictor import (
     resizing_predictor,
     segmenter_predictor,
 )
-from overfly.exporting.quantize import RANGES, Ranges, quantize_onnx, quantize_openvino
 from overfly.exporting.runtimes import export_parts, onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.torch_program import write_torch
 from overfly.models.segmenter import Segmenter

@@ -92,7 +92,7 @@ def collect_samples(
 ) -> SampleSet:
     """Collect the worst and best images of the last network, and its largest gain and loss against the first.
 
-    The finished ``runs``, by title, have the same domain in this role. ``labels`` reads the labels of its val split; each
+    The finished ``runs``, by title, have the same domain in this role. ``labels`` reads those of its val split; each
     run's scores.json counts them. ``limit`` is the number of images to choose from, evenly sampled.
 
     Returns:
