@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from overfly.benchmarking import SeedStatistics
+from overfly.benchmarking import BenchmarkRow, SeedStatistics
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError
 from overfly.reporting import report as reports
@@ -21,15 +21,19 @@ CLASSES = Classes(names=(UNSAFE, "road"))
 
 def _entry(name: str = UNSAFE, **changes: Any) -> RecipeResults:
     figure = SeedStatistics.from_values([0.5, 0.6])
+    texts = ("recipe", "model", "method", "augmentation", "source", "criterion", "optimizer", "scheduler", "length")
+    row = BenchmarkRow(
+        **dict.fromkeys(texts, UNSAFE), version=0, batch=4, split="val", labels_opened=0, runs=(UNSAFE,),
+        miou={UNSAFE: figure}, classes={UNSAFE: {UNSAFE: figure, "road": figure}}, minutes=figure,
+        gap_closed=SeedStatistics.from_values([0.4, -0.1]),
+    )  # fmt: skip
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(seed=0), machine=changes.pop("machine", {UNSAFE: UNSAFE, "argv": [UNSAFE, "x"]})
+    )
     values: dict[str, Any] = {
-        "name": name, "model": UNSAFE, "seeds": [0, 1], "miou": {UNSAFE: figure},
-        "gap": SeedStatistics.from_values([0.4, -0.1]),
-        "classes": {UNSAFE: {UNSAFE: figure, "road": figure}}, "labels_opened": "",
-        "about": dict.fromkeys(("method", "source", "length", "criterion"), UNSAFE),
+        "name": name, "row": row.model_copy(update=changes.pop("row", {})), "runs": [run], "labels_opened": "",
         "confusions": [ConfusionTable(UNSAFE, CLASSES.names, [[30, 10], [0, 0]], True)],
-        "losses": {UNSAFE: [(10, 1.0), (20, 0.5)]},
-        "metrics": {}, "runs": [UNSAFE],
-        "recipe": f"title: {UNSAFE}", "machine": {UNSAFE: UNSAFE, "argv": [UNSAFE, "x"]},
+        "losses": {UNSAFE: [(10, 1.0), (20, 0.5)]}, "metrics": {}, "recipe": f"title: {UNSAFE}",
     }  # fmt: skip
     return RecipeResults(**(values | changes))
 
@@ -100,7 +104,7 @@ def test_links_within_the_page_have_targets() -> None:
 
 
 def test_report_of_a_run_without_scores() -> None:
-    entry = _entry("bare", miou={}, classes={}, gap=None, confusions=[], losses={}, machine={})
+    entry = _entry("bare", row={"miou": {}, "classes": {}, "gap_closed": None}, confusions=[], losses={}, machine={})
     text = render(_report(entries=[entry]))
     assert "overfly evaluate" in text
     assert "No training steps" in text

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from overfly.adaptation.selection import BASELINE, COLUMNS, LEGEND, Comparison, Selection, is_comparison
-from overfly.benchmarking import BenchmarkRow, SeedStatistics, benchmark_rows
+from overfly.benchmarking import BenchmarkRow, benchmark_rows
 from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError, RunError
 from overfly.core.progress import percent
@@ -62,35 +62,22 @@ class RecipeResults:
 
     Attributes:
         name: unique in the report.
-        model: name of the model.
-        about: method, source, length, criterion, and more, as text.
-        seeds: seeds of the runs.
-        miou: mIoU by domain title.
-        classes: IoU of each class by domain title.
-        gap: closed share of the gap between source only and oracle.
+        row: settings, and scores over the seeds.
+        runs: one a seed.
         labels_opened: how often target labels were read, and how many; empty for never.
-        confusions: one per domain.
-        losses: training curves of the first seed.
-        metrics: validation curves of the first seed.
-        runs: names of the run folders.
+        confusions: one a domain.
+        losses, metrics: training and validation curves of the first seed.
         recipe: YAML of the first seed's recipe.
-        machine: machine of the first seed.
     """
 
     name: str
-    model: str
-    about: Mapping[str, str]
-    seeds: Sequence[int]
-    miou: Mapping[str, SeedStatistics]
-    classes: Mapping[str, Mapping[str, SeedStatistics]]
-    gap: SeedStatistics | None
+    row: BenchmarkRow
+    runs: Sequence[Run]
     labels_opened: str
     confusions: Sequence[ConfusionTable]
     losses: figures.Points
     metrics: figures.Points
-    runs: Sequence[str]
     recipe: str
-    machine: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,15 +97,15 @@ class Report:
     @property
     def domains(self) -> list[str]:
         """Titles of all scored domains."""
-        return list(dict.fromkeys(domain for entry in self.entries for domain in entry.miou))
+        return list(dict.fromkeys(domain for entry in self.entries for domain in entry.row.miou))
 
     @property
     def gap_chart(self) -> Markup | None:
         """Chart of the gap closed; None if no entry has it."""
         result = [
-            figures.Bar(entry.name, entry.gap.mean, entry.gap.deviation, entry.gap.values)
+            figures.Bar(entry.name, gap.mean, gap.deviation, gap.values)
             for entry in self.entries
-            if entry.gap and entry.gap.mean is not None
+            if (gap := entry.row.gap_closed) and gap.mean is not None
         ]
         title = "Share of the gap between source only and oracle that was closed"
         return figures.bars(result, title) if result else None
@@ -129,12 +116,12 @@ class Report:
         charts = []
         for domain in self.domains:
             for names in dict.fromkeys(
-                tuple(entry.classes[domain]) for entry in self.entries if domain in entry.classes
+                tuple(entry.row.classes[domain]) for entry in self.entries if domain in entry.row.classes
             ):
-                same = [entry for entry in self.entries if tuple(entry.classes.get(domain, ())) == names]
+                same = [entry for entry in self.entries if tuple(entry.row.classes.get(domain, ())) == names]
                 for first in range(0, len(same), len(figures.SERIES)):
                     part = same[first : first + len(figures.SERIES)]
-                    rows = {name: [entry.classes[domain][name].mean for entry in part] for name in names}
+                    rows = {name: [entry.row.classes[domain][name].mean for entry in part] for name in names}
                     title = f"IoU of each class in {domain}, percent"
                     charts.append((domain, figures.grouped_bars(rows, [entry.name for entry in part], title)))
         return charts
@@ -298,24 +285,14 @@ def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, 
     losses, _, metrics = training_curves(first.log.rows())
     return RecipeResults(
         name=str(name),
-        model=row.model,
-        about={
-            "method": row.method, "source": row.source, "augmentation": row.augmentation, "batch": str(row.batch),
-            "criterion": row.criterion, "optimizer": row.optimizer, "scheduler": row.scheduler, "length": row.length,
-            "minutes of training": "–" if row.minutes.mean is None else f"{row.minutes.mean:.1f}",
-        },
-        seeds=[run.recipe.seed for run in runs],
-        miou=row.miou,
-        classes=row.classes,
-        gap=row.gap_closed,
+        row=row,
+        runs=runs,
         labels_opened=_labels_opened(runs),
         confusions=_confusions(runs, split, expand=expand),
         losses=dict(list(losses.items())[: 2 * len(SERIES)]),
         metrics={key: points for key, points in list(metrics.items())[: len(SERIES)] if len(points) > 1},
-        runs=[run.path.name for run in runs],
         recipe=yaml.safe_dump(first.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        machine=first.machine,
-    )  # fmt: skip
+    )
 
 
 def _labels_opened(runs: Sequence[Run]) -> str:
