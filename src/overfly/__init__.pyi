@@ -1,0 +1,30 @@
+from .commands.adapt import adapt
+from .commands.benchmark import benchmark
+from .commands.data import data_check, data_fetch, data_stats, data_synthesize
+from .commands.evaluate import evaluate
+from .commands.export import export, hub_load, hub_push
+from .commands.list import list_kinds
+from .commands.predict import predict
+from .commands.rank import rank
+from .commands.report import report
+from .commands.serve import serve
+from .commands.speed import speed
+from .commands.train import train
+from .commands.watch import watch
+from .core.classes import Classes
+from .core.errors import OverflyError
+from .data.domain import Domain
+from .methods.method import Method
+from .models.network import build
+from .models.segmenter import Segmenter
+from .models.weights import load_weights
+from .recipe import Recipe, load
+from .training.run import Run
+
+__all__ = [
+    "Classes", "Domain", "Method", "OverflyError", "Recipe", "Run", "Segmenter", "adapt", "benchmark", "build",
+    "data_check", "data_fetch", "data_stats", "data_synthesize", "evaluate", "export", "hub_load", "hub_push",
+    "list_kinds", "load", "load_weights", "predict", "rank", "report", "serve", "speed", "train", "watch",
+]  # fmt: skip
+
+__version__: str
