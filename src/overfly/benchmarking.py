@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 
-from overfly.core.errors import RecipeError
+from overfly.core.atomic_files import write_text
+from overfly.core.errors import RecipeError, markdown_text
 from overfly.core.optimizers import Optim, Schedule
 from overfly.core.progress import percent
 from overfly.core.spec import NonNegativeInt, Spec
@@ -133,6 +134,7 @@ class BenchmarkTable(Spec):
         titles = list(dict.fromkeys(title for row in self.rows for title in row.miou))
         groups = [(network, [row for row in self.rows if row.model == network.name]) for network in self.networks]
         environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+        environment.filters["text"] = markdown_text
         return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
             table=self, groups=groups, titles=titles
         )
@@ -208,8 +210,8 @@ def benchmark_rows(done: Mapping[Path, Sequence[Run]], split: Split) -> list[Ben
 def write(table: BenchmarkTable, out: Path) -> None:
     """Write ``table.md`` and ``table.json``."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table.markdown().rstrip() + "\n", encoding="utf-8")
-    (out / "table.json").write_text(json.dumps(table.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    write_text(out / "table.md", table.markdown().rstrip() + "\n")
+    write_text(out / "table.json", json.dumps(table.model_dump(mode="json"), indent=2) + "\n")
 
 
 def _score(run: Run, split: Split, fabric: Fabric, save_samples: SaveSamples | None, workers: int) -> None:

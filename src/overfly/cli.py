@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import signal
 import sys
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if handles_sigterm:
             signal.signal(signal.SIGTERM, _terminate)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # else a name that is not UTF-8 could not be printed
+            sys.stdout.reconfigure(errors="backslashreplace")
         status = run(list(sys.argv[1:] if arguments is None else arguments))
     except BaseException as error:
         status = handle(error)
@@ -127,23 +130,27 @@ def handle(error: BaseException) -> int:
 
     match error:
         case OverflyError():
-            return fail(str(error))
+            message = str(error)
         case CycloptsError():
-            return fail(usage_message(error))
+            message = usage_message(error)
         case BrokenPipeError():
             sys.stderr.close()
             return 0
         case OSError():
-            return fail(f"{error.filename or 'a file'}: {error.strerror or error}; correct this and try again")
+            message = f"{error.filename or 'a file'}: {error.strerror or error}; correct this and try again"
+        case UnicodeEncodeError():
+            message = f"{error.object!r} is not valid UTF-8; rename the file, or write the name again"
         case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or "memory" in str(error):
-            return fail("out of memory; lower batch, crop or size, or use a larger machine")
-    raise error
+            message = "out of memory; lower batch, crop or size, or use a larger machine"
+        case _:
+            raise error
+    return fail(message)
 
 
 def fail(message: str, status: int = USER_ERROR) -> int:
     """Print an error message on one line and return the exit status."""
     if RANK_ZERO:
-        print(f"overfly: {' '.join(message.split())}", file=sys.stderr)
+        print(f"overfly: {OverflyError(message)}", file=sys.stderr)
     return status
 
 

@@ -147,7 +147,7 @@ def test_damaged_archive_with_matching_checksum(
     publish(monkeypatch, file_server, {"train": bodies["train"][:-100]})
     with pytest.raises(DownloadError, match=r"Train\.zip"):
         download_loveda(tmp_path, ["train"])
-    assert names(tmp_path) == ["Train.zip"]
+    assert names(tmp_path) == [".Train.zip"]
 
 
 def test_archive_with_path_outside_the_folder(
@@ -185,7 +185,7 @@ def test_interrupted_unpacking_leaves_no_split(tmp_path: Path, error: type[BaseE
 
     with pytest.raises((KeyboardInterrupt, DownloadError)):
         download_loveda(tmp_path, ["train"], progress=stop)
-    assert names(tmp_path) == ["Train.zip"]
+    assert names(tmp_path) == [".Train.zip"]
     assert download_loveda(tmp_path, ["train"]).splits[0].files == 10
 
 
@@ -257,3 +257,28 @@ def test_concurrent_downloads_wait_for_each_other(
     assert sorted(got) == [False, False, True]
     assert len(file_server.requests) == 1
     assert names(tmp_path) == ["Train"]
+
+
+@pytest.mark.usefixtures("bodies")
+def test_archive_of_a_killed_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(BaseException): ...
+
+    def die(*_: object, **__: object) -> None:
+        raise KilledError
+
+    remove = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == ".Train.zip":
+            raise KilledError
+        remove(path, missing_ok)
+
+    for owner, name, killed in ((loveda, "unpack_zip", die), (Path, "unlink", unlink)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KilledError):
+                download_loveda(tmp_path, ["train"])
+        assert (tmp_path / ".Train.zip").exists()
+    assert (tmp_path / "Train").is_dir()
+    assert download_loveda(tmp_path, ["train"]).splits[0].files == 10
+    assert [name for name in names(tmp_path) if not name.endswith(".lock")] == ["Train"]

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,8 +16,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from overfly.web import server
 from overfly.web.server import AccessMiddleware, BodyLimitMiddleware, application
 from overfly.web.service import Limits
+from served import encoded, network, ramp
 
 TOKEN = "correct horse battery"  # noqa: S105  (of a test)
 
@@ -136,3 +142,71 @@ def test_large_bodies_are_refused_with_and_without_content_length() -> None:
 
 def test_slow_bodies_are_refused() -> None:
     assert _post(_limited(Limits(seconds=0.1)), content=_chunks(1, 100, pause=0.05)).status_code == 408
+
+
+def test_bodies_that_trickle_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "GRACE", 0.2)
+    started = time.monotonic()
+    assert _post(_limited(Limits(rate=1000)), content=_chunks(1, 100, pause=0.05)).status_code == 408
+    assert time.monotonic() - started < 5
+    assert _post(_limited(Limits(rate=1000)), content=_chunks(1000, 10, pause=0.05)).text == "10000"
+
+
+HEAD = b"POST /predict HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """The address of a server of two images at a time, and of eight connections of an address."""
+    monkeypatch.setattr(server, "GRACE", 2.0)
+    limits = Limits(queue=2, connections_per_address=8)
+    started = server.start(server.application([network()], limits=limits), limits=limits)
+    yield "127.0.0.1", int(started.address.rsplit(":", 1)[1].strip("/"))
+    started.stop()
+
+
+def _answer(connection: socket.socket) -> bytes:
+    with connection:
+        connection.settimeout(20)
+        try:
+            return connection.recv(64)
+        except ConnectionError:
+            return b""
+
+
+def test_slow_requests_do_not_hold_the_queue(running: tuple[str, int]) -> None:
+    held = [socket.create_connection(running) for _ in range(6)]
+    for connection in held[:3]:
+        connection.sendall(HEAD + b"content-length: 1000\r\n\r\n--b")
+    held[3].sendall(HEAD)  # no end of the headers
+    result = httpx.post(f"http://127.0.0.1:{running[1]}/predict", files={"image": ("a.png", encoded(ramp()))})
+    assert result.status_code == 200
+    answers = [_answer(connection) for connection in held]
+    assert [answer[:12] for answer in answers] == [b"HTTP/1.1 408"] * 3 + [b""] * 3
+
+
+def test_an_address_has_a_bounded_number_of_connections(running: tuple[str, int]) -> None:
+    held = [socket.create_connection(running) for _ in range(8)]
+    time.sleep(0.2)
+    result = httpx.get(f"http://127.0.0.1:{running[1]}/health")
+    assert result.status_code == 429
+    assert "connections" in result.json()["detail"]
+    held += [socket.create_connection(running) for _ in range(12)]
+    assert [_answer(connection) for connection in held] == [b""] * 20
+    assert httpx.get(f"http://127.0.0.1:{running[1]}/health").status_code == 200
+
+
+def test_many_requests_at_once_are_answered_or_refused(running: tuple[str, int]) -> None:
+    image = {"image": ("a.png", encoded(ramp()))}
+
+    def post(_: int) -> int:
+        try:
+            return httpx.post(f"http://127.0.0.1:{running[1]}/predict", files=image, timeout=60).status_code
+        except httpx.TransportError:  # closed at once
+            return 429
+
+    with ThreadPoolExecutor(24) as pool:
+        statuses = Counter(pool.map(post, range(120)))
+    assert set(statuses) <= {200, 429, 503}
+    assert statuses[200]
+    assert httpx.get(f"http://127.0.0.1:{running[1]}/health").status_code == 200

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from overfly.adaptation.estimate import Estimate, estimate
-from overfly.core.atomic_files import atomic_write
+from overfly.core.atomic_files import write_text
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.progress import print_status
 from overfly.core.spec import NonNegativeInt, Share, Spec
@@ -260,8 +260,7 @@ def write_ranking(ranking: Ranking, out: Path) -> Path:
         raise RecipeError(f"--out {out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "ranking.json"
-    with atomic_write(file) as part:
-        part.write_text(ranking.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_text(file, ranking.model_dump_json(indent=2) + "\n")
     return file
 
 

@@ -16,7 +16,7 @@ import torch
 from overfly.adaptation.candidates import CROP, ESTIMATE_SPLIT, CandidateComparison, load_candidate
 from overfly.adaptation.gate import Gate
 from overfly.adaptation.selection import ADAPTED, BASELINE, Comparison, Selection, flatten_settings, value_text
-from overfly.core.atomic_files import atomic_write, write_json
+from overfly.core.atomic_files import atomic_write, write_json, write_text
 from overfly.core.errors import OverflyError, RecipeError, RunError
 from overfly.core.progress import percent, print_status
 from overfly.core.records import Item
@@ -274,8 +274,7 @@ def _write_comparison(
     with atomic_write(comparison.weights) as part:
         shutil.copyfile(recommended.weights if isinstance(recommended, Run) else recommended, part)
     _draw_predictions(comparison.path / "samples" / "selection.png", recipe, runs, device)
-    with atomic_write(comparison.path / "selection.md") as part:
-        part.write_text(selection.markdown(), encoding="utf-8")
+    write_text(comparison.path / "selection.md", selection.markdown())
     write_json(comparison.path / "selection.json", selection.model_dump(mode="json"))
     return comparison
 
@@ -288,8 +287,7 @@ def _comparison_folder(selection: Selection, recipe: Recipe, out: Path) -> Compa
             if comparison.selection.recipes == selection.recipes:
                 return Comparison(comparison.path)
     domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
-    title = f"{domains}_comparison".replace("/", "-").replace(" ", "-")
-    return Comparison(new_folder(folder, title))
+    return Comparison(new_folder(folder, f"{domains[:80]}_comparison"))
 
 
 def _draw_predictions(path: Path, recipe: Recipe, runs: Mapping[str, Run | Path], device: torch.device) -> None:

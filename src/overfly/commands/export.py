@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from overfly.commands.arguments import MAX_SIDE, PathLike, check_bounds
 from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
-from overfly.core.errors import RecipeError
+from overfly.core.errors import OverflyError, RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,6 +96,8 @@ def export(
     """
     from overfly.commands.export_data import card_content, evaluation_data, export_domain, record_labels
     from overfly.commands.load_predictor import NetworkFolder, load_network
+    from overfly.core.atomic_files import write_text
+    from overfly.core.download import disk_errors
     from overfly.core.progress import print_status
     from overfly.exporting.exporter import export as export_network
     from overfly.exporting.formats import OPSET
@@ -123,7 +125,8 @@ def export(
         role = next((role for role, value in roles.items() if domain in roles and value is compared), domain)
         record_labels(folder.run, role, report)
     card = path.with_suffix(".md")
-    card.write_text(model_card(report, card_content(folder)), encoding="utf-8")
+    with disk_errors(card, OverflyError):
+        write_text(card, model_card(report, card_content(folder)))
     return ExportResult(path, card, report)
 
 

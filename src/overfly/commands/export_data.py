@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import ValidationError
 
 from overfly.adaptation.selection import Selection
 from overfly.commands.arguments import load_domain
@@ -18,6 +20,7 @@ from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item
 from overfly.data.domain import Domain, SplitError, sample_evenly, without_labels
 from overfly.evaluation.images import to_tensor
+from overfly.evaluation.scores import Scores
 from overfly.exporting.exporter import EvaluationData, ExportReport, LabeledSplit
 from overfly.exporting.hub import CardContent
 from overfly.exporting.predictor import ExportSettings, Floats, ModelMetadata
@@ -142,9 +145,10 @@ def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
         except RunError:
             continue
         for key, value in scores.items():
-            if isinstance(value, dict) and "miou" in value:
-                classes = {name: values.get("iou") for name, values in value.get("classes", {}).items()}
-                result.setdefault(key, {})[recipe.seed] = {"mIoU": value["miou"], **classes}
+            with suppress(ValidationError):  # other parts of the file, and other formats
+                scored = Scores.model_validate(value)
+                classes = {name: score.iou for name, score in scored.classes.items()}
+                result.setdefault(key, {})[recipe.seed] = {"mIoU": scored.miou, **classes}
     return result
 
 

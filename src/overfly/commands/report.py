@@ -8,7 +8,7 @@ from pathlib import Path
 
 from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds
 from overfly.core.choices import Split
-from overfly.core.errors import RecipeError
+from overfly.core.errors import OverflyError, RecipeError
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ def report(
     Returns:
         The file, and the labels opened for it.
     """
-    from overfly.core.atomic_files import atomic_write
+    from overfly.core.atomic_files import write_text
     from overfly.core.device import select_device
+    from overfly.core.download import disk_errors
     from overfly.reporting.report import collect_report, render
 
     check_bounds({"images": (images, 0, 10**6), "size": (size, 8, MAX_SIDE)})
@@ -63,6 +64,6 @@ def report(
         runs, title=title, split=split, labels=labels, limit=images, speed=speed, size=size,
         device=select_device(device), own_colors=own_colors,
     )  # fmt: skip
-    with atomic_write(out) as partial:
-        partial.write_text(render(result), encoding="utf-8")
+    with disk_errors(out, OverflyError):
+        write_text(out, render(result))
     return ReportResult(out, len(result.entries), sum(samples.labels_opened for samples in result.galleries))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from overfly.commands.arguments import MAX_SIDE, PathLikes, check_bounds
 from overfly.core.choices import Backend
-from overfly.core.errors import DataError, OverflyError, RecipeError, RunError
+from overfly.core.errors import DataError, OverflyError, RecipeError, RunError, printable
 
 if TYPE_CHECKING:
     from overfly.exporting.predictor import Predictor
@@ -165,6 +165,9 @@ def served_networks(
                 about = {"folder": folder.name} if run is None else _describe(run) | {"folder": folder.name}
                 result[folder.resolve()] = ServedNetwork(str(len(result)), title, load, run, about)
     _make_titles_unique(result)
+    for network in result.values():
+        network.title = printable(network.title)
+        network.about = {name: printable(str(value)) for name, value in network.about.items()}
     return list(result.values())
 
 
@@ -212,7 +215,7 @@ def _check_token(host: str, token: str | None) -> str | None:
 
 def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
     """List the images of files and folders, name unreadable ones on stderr; raise `DataError` for a missing path."""
-    from overfly.data.listing import is_image_name
+    from overfly.data.listing import check_name, is_image_name
     from overfly.web.images import check_size
 
     result: list[Path] = []
@@ -223,6 +226,7 @@ def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         for file in (file for file in files if file == path or is_image_name(file)):
             try:
+                check_name(file)
                 check_size(file, pixels)
                 result.append(file)
             except OverflyError as error:

@@ -108,11 +108,16 @@ def json_sha256(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, with its digest."""
     plain = json.loads(json.dumps(values))
-    with atomic_write(path) as part:
-        part.write_text(json.dumps({**plain, DIGEST: json_sha256(plain)}, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({**plain, DIGEST: json_sha256(plain)}, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

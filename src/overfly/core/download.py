@@ -35,6 +35,8 @@ PAUSE = 0.5
 """Seconds before the first retry; doubled for each further one."""
 MAX_PAUSE = 60.0
 """Longest pause before a retry, in seconds, including that of a Retry-After header."""
+MAX_DEPTH = 32
+"""Largest number of nested folders in an archive."""
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, RuntimeError)
 """Errors of a damaged archive; RuntimeError is that of an encrypted one."""
 
@@ -250,7 +252,7 @@ def _check_response(response: Any, url: str) -> None:
         raise DownloadError(f"{_public_part(url)} redirects to an insecure URL; download the file in a browser")
     if status in (408, 425, 429) or status >= 500:
         pause = response.headers.get("Retry-After", "")
-        raise _RetryError(f"HTTP status {status} {response.reason}", float(pause) if pause.isdigit() else 0.0)
+        raise _RetryError(f"HTTP status {status} {response.reason}", float(pause) if pause.isdecimal() else 0.0)
     if status not in (200, 206, 416):
         action = "download the file in a browser" if status in (401, 403) else "check the URL"
         raise DownloadError(f"{_public_part(url)}: HTTP status {status} {response.reason}; {action}")
@@ -291,6 +293,8 @@ def unpack_zip(
                 members = opened.infolist()
                 done, total = 0, sum(info.file_size for info in members)
                 check_free_space(folder, total)
+                if any(info.filename.count("/") > MAX_DEPTH for info in members):
+                    raise zipfile.BadZipFile(f"a file is more than {MAX_DEPTH} folders deep")
                 for info in members:
                     opened.extract(info, part)
                     done += info.file_size

@@ -1,13 +1,44 @@
-"""Errors that a user can act on. Each message has the problem, its location and the correction."""
+"""Errors that a user can act on, each with the problem, its location and the correction; text safe to show."""
 
 from __future__ import annotations
 
+import html
 import importlib
+import re
 from typing import Any
+
+MAX_MESSAGE = 2000
+"""Largest length of an error message in characters."""
+
+
+def printable(text: str) -> str:
+    """Escape characters that a terminal would obey, and those that stand for bytes of a file name that is not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def markdown_text(text: object) -> str:
+    """Escape what Markdown reads as HTML, links, code and cells of a table; on one line."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"[\\`\[\]|]", r"\\\g<0>", printable(escaped))
 
 
 class OverflyError(Exception):
-    """Base of all errors that a user can act on. The command line prints its message and exits with status 2."""
+    """Base of all errors that a user can act on. The command line prints its message and exits with status 2.
+
+    Args:
+        message: printed on one line, without control characters; the middle of a long one is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        message = printable(re.sub(r"\s*\n\s*", " ", message))
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE // 2]} […] {message[-MAX_MESSAGE // 3 :]}"
+        super().__init__(message)
 
 
 class RecipeError(OverflyError):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from overfly.core.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
@@ -24,7 +26,7 @@ def percent(value: float | None, digits: int = 2) -> str:
 def print_status(text: str, *, quiet: bool = False) -> None:
     """Print a line on stderr, above any progress bars."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -19,26 +19,66 @@ OPTIONS = ("cache", "checkpoint-every", "device", "devices", "out", "seeds", "sp
 """Options of commands that users may give as settings by mistake."""
 
 
+MAX_TEXT = 1_000_000
+"""Largest length of YAML text in characters."""
+MAX_DEPTH = 50
+"""Largest depth of nested lists and mappings."""
+MAX_VALUES = 100_000
+"""Largest number of values, with those of each alias counted again."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with 1e-3 as a number, which YAML 1.1 reads as text, and an error for duplicate keys."""
+    """YAML with 1e-3 as a number, which YAML 1.1 reads as text, an error for duplicate keys, and bounds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.values: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if is_alias and id(node) not in self.values:
+            raise yaml.YAMLError("an alias refers to a list or mapping that contains it")
+        if isinstance(node, yaml.CollectionNode) and not is_alias:
+            parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+            self.values[id(node)] = 1 + sum(self.values.get(id(part), 1) for part in parts)
+        else:
+            self.values.setdefault(id(node), 1)
+        if self.values[id(node)] > MAX_VALUES:
+            raise yaml.YAMLError(f"it holds more than {MAX_VALUES} values")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        duplicates = [key for index, key in enumerate(keys) if key in keys[:index]]
-        if duplicates:
-            raise yaml.YAMLError(f"duplicate key {duplicates[0]} in line {node.start_mark.line + 1} or below")
+        names: set[Hashable] = set()
+        for key in [self.construct_object(key, deep=True) for key, _ in node.value]:
+            if not isinstance(key, Hashable) or key in names:
+                problem = "duplicate key" if isinstance(key, Hashable) else "a list or mapping as a key:"
+                raise yaml.YAMLError(f"{problem} {key} in line {node.start_mark.line + 1} or below")
+            names.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**63:
+            raise yaml.YAMLError("it holds a whole number of more than 64 bits")
+        return value
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML value; raise `yaml.YAMLError` if the text is not YAML, or is nested too deeply."""
-    if max(map(text.count, "[{")) > 1000:
-        raise yaml.YAMLError("it is nested too deeply")
+    """Parse a YAML value; raise `yaml.YAMLError` if the text is not YAML, too long, or nested too deeply."""
+    if len(text) > MAX_TEXT:
+        raise yaml.YAMLError(f"it is longer than {MAX_TEXT} characters")
     return yaml.load(text, _Loader)  # noqa: S506  (a safe loader with one more number format)
 
 
@@ -173,7 +213,7 @@ def _specs_at(path: list[str], spec: type[Spec] | None) -> list[type[Spec]]:
     """Return the classes of settings at a dotted key, including all kinds of a choice."""
     specs = [] if spec is None else _specs_in(spec)
     for part in path:
-        if not part.isdigit():
+        if not part.isdecimal():
             fields = [kind.model_fields[part] for kind in specs if part in kind.model_fields]
             specs = [kind for field in fields for kind in _specs_in(field.annotation)]
     return specs
@@ -210,7 +250,7 @@ def _descend(container: Any, part: str, key: str) -> Any:
 
 
 def _index(container: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(container):
+    if not part.isdecimal() or int(part[:9]) >= len(container):
         raise RecipeError(f"{key}: {part!r} must be an index from 0 to {len(container) - 1}")
     return int(part)
 

@@ -96,12 +96,10 @@ def match_files(root: Path, pattern: str) -> dict[Key, Path]:
 
 
 def check_name(path: Path) -> None:
-    """Raise `DataError` if the bytes of a path are not valid UTF-8, so that it cannot be printed."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
+    """Raise `DataError` if a path cannot be printed: its bytes are not valid UTF-8, or it has control characters."""
+    if re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", str(path)):
         shown = os.fsencode(path).decode(errors="backslashreplace")
-        raise DataError(f"the name of {shown} is not valid UTF-8; rename it") from None
+        raise DataError(f"the name of {shown} is not valid UTF-8, or has control characters; rename it")
 
 
 def _matches(root: Path, pattern: str) -> list[tuple[Key, Path]]:

@@ -209,6 +209,7 @@ def _download_split(
 ) -> DownloadedSplit:
     archive = LOVEDA[split]
     folder, path = root / Path(archive.name).stem, root / archive.name
+    hidden = root / f".{archive.name}"  # removed in the end, also after a process was killed
 
     def step(verb: str) -> OnBytes | None:
         return partial(progress, f"{verb} {archive.name}") if progress else None
@@ -217,15 +218,17 @@ def _download_split(
         root.mkdir(parents=True, exist_ok=True)
         with lock(root / f".{folder.name}.lock"):
             files = _complete_files(root, split)  # another process may have finished it while this one waited
-            if files:
-                return DownloadedSplit(split=split, folder=folder, files=files, downloaded=False)
-            keep = keep_archives or path.exists()
-            download_file(f"{base}/{path.name}", path, known_hash=f"md5:{archive.md5}", progress=step("download"))
-            unpack_zip(path, folder, check=partial(_check_layout, archive=archive), progress=step("unpack"))
-            if not keep:
-                path.unlink()
-    files = _complete_files(root, split)
-    return DownloadedSplit(split=split, folder=folder, files=files, downloaded=True, archive=path if keep else None)
+            if not files:
+                packed = path if path.exists() else hidden
+                download_file(f"{base}/{path.name}", packed, known_hash=f"md5:{archive.md5}", progress=step("download"))
+                unpack_zip(packed, folder, check=partial(_check_layout, archive=archive), progress=step("unpack"))
+            if keep_archives and hidden.exists():
+                hidden.replace(path)
+            hidden.unlink(missing_ok=True)
+    kept = path if not files and path.exists() else None
+    return DownloadedSplit(
+        split=split, folder=folder, files=_complete_files(root, split), downloaded=not files, archive=kept
+    )
 
 
 def _complete_files(root: Path, split: Split) -> int:

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from overfly.core.atomic_files import atomic_write
 from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.evaluation.confusion import Confusion
@@ -157,8 +158,8 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
     return path
 
 
-def save_figure(figure: Figure, target: Path | IO[str], dpi: int = DPI, **settings: Any) -> None:
-    """Write a figure to a file, whose folder is created, with all text as it is."""
+def save_figure(figure: Figure, target: Path | IO[Any], dpi: int = DPI, **settings: Any) -> None:
+    """Write a figure to a file atomically, whose folder is created, or to an open file, with all text as it is."""
     import matplotlib
     from matplotlib.text import Text
 
@@ -166,6 +167,9 @@ def save_figure(figure: Figure, target: Path | IO[str], dpi: int = DPI, **settin
         text.set_parse_math(False)
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as part, part.open("wb") as file:
+            save_figure(figure, file, dpi, format=target.suffix[1:])
+        return
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overfly"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(target, dpi=dpi, **settings)

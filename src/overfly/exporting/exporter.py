@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import Timeout
 from torch import Tensor, nn
 
-from overfly.core.atomic_files import file_sha256, temporary_path, write_json
+from overfly.core.atomic_files import file_sha256, lock, temporary_path, write_json, write_text
 from overfly.core.choices import ExportPrecision
 from overfly.core.classes import Classes
 from overfly.core.device import describe_machine
@@ -124,6 +125,10 @@ def export(
     with contextlib.ExitStack() as stack:
         with disk_errors(final, OverflyError):
             folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(lock(final.with_name(f".{final.name}.lock"), wait=False))
+            except Timeout:
+                raise OverflyError(f"{final} is being exported by another process; wait for it or stop it") from None
             temporary = stack.enter_context(temporary_path(final, folder=True))
             on_progress(f"writing {final.name}")
             file = _write(segmenter, metadata, settings, data, temporary / final.name)
@@ -240,7 +245,7 @@ def _raise_if_different(report: ExportReport, failed: Path) -> None:
     failed.unlink(missing_ok=True)
     parity = report.parity[0]
     if parity.violations:
-        failed.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_text(failed, report.model_dump_json(indent=2) + "\n")
         raise ParityError(
             f"{report.file} was not written: on {parity.images} images of {report.images}, {parity.backend} differs "
             f"from PyTorch ({parity.violations}; see {failed}); choose a higher --precision, train for longer, or "

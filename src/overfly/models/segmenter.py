@@ -11,11 +11,12 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from overfly.core.atomic_files import atomic_write
 from overfly.core.classes import Classes
+from overfly.core.download import disk_errors
 from overfly.core.errors import DataError, OverflyError, RecipeError, WeightsError
 from overfly.core.records import Logits
 from overfly.models.checkpoints import FORMAT, KEY, check_values, read_safetensors, tensors_sha256
@@ -126,10 +127,11 @@ class Segmenter(nn.Module):
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file with the weights and everything needed to use them, atomically.
 
-        Equal segmenters give equal bytes. Returns the path.
+        Equal segmenters give equal bytes. Returns the path; raises `WeightsError` if it cannot be written.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path, WeightsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
         description: dict[str, Any] = {
             "format": FORMAT,
             "architecture": self.architecture,
@@ -140,11 +142,12 @@ class Segmenter(nn.Module):
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         description["sha256"] = tensors_sha256(description, tensors)
-        with atomic_write(path) as unfinished:
-            # one key: safetensors writes several in a random order
-            save_file(tensors, unfinished, metadata={KEY: json.dumps(description, sort_keys=True)})
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
+        # one key: safetensors writes several in a random order
+        data = serialize(tensors, metadata={KEY: json.dumps(description, sort_keys=True)})
+        with disk_errors(path, WeightsError), atomic_write(path) as unfinished, unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         return path
 
     @classmethod

@@ -161,7 +161,13 @@ def environment(folder: Path = TEMPLATES) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=True,
+        finalize=lambda value: value if not isinstance(value, str) or value.isascii() else _encodable(value),
     )
+
+
+def _encodable(text: str) -> str:
+    """Escape the characters that stand for bytes of a file name that is not UTF-8; HTML stays HTML."""
+    return type(text)(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _embed(samples: SampleSet, side: int, *, own_colors: bool) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,8 @@ from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
@@ -343,3 +347,30 @@ def optimizer_step(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any],
 
 def _has_gradients(optimizer: Any) -> bool:
     return any(value.grad is not None for group in optimizer.param_groups for value in group["params"])
+
+
+@contextmanager
+def delayed_signals(stoppable: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    """Delay Ctrl-C and SIGTERM while ``stoppable`` is False, up to a second one; yield a function that raises them."""
+    delayed: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stoppable() or delayed:
+            handlers[number](number, frame)
+        delayed.append(number)
+
+    def raise_delayed() -> None:
+        if delayed:
+            handlers[delayed[0]](delayed[0], None)
+
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: handler for number, handler in known.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, handle)
+        yield raise_delayed
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

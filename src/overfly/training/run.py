@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
@@ -11,18 +12,40 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
-from overfly.core.atomic_files import atomic_write, has_digest, read_json, write_json
+from overfly.core.atomic_files import atomic_write, has_digest, read_json, write_json, write_text
 from overfly.core.errors import MissingExtraError, RecipeError, RunError
 from overfly.core.progress import print_status
 from overfly.core.settings import read_mapping, validation_message
+from overfly.core.spec import NonNegativeInt, Spec
 from overfly.models.checkpoints import weights_sha256
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 
 FORMAT = 2
 """Version of the folder's layout, ``format`` in ``machine.json``."""
+
+
+class LabelCount(Spec):
+    """How often labels were read, and how many."""
+
+    times: NonNegativeInt
+    """Times that they were read."""
+    images: NonNegativeInt
+    """Labels that were read, each counted every time."""
+
+
+class StoredScores(Spec):
+    """The parts of ``scores.json``; the others are ``role/split`` with the scores, which may be of another format."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any]]
+
+    labels_opened: dict[str, LabelCount] | None = None
+    """By role and split."""
+    checkpoints: dict[str, dict[str, dict[str, Any]]] | None = None
+    """Scores of validation steps, by ``step-N``, then by role and split."""
 
 
 class RunLog:
@@ -71,8 +94,7 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Remove the lines after a step; a resumed run writes them again."""
         lines = [json.dumps(row) for row in self.rows() if row["step"] <= step]
-        with atomic_write(self.path) as part:
-            part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_text(self.path, "".join(line + "\n" for line in lines))
 
 
 class Run:
@@ -185,7 +207,7 @@ class Run:
     def validation_weights(self) -> dict[int, Path]:
         """Weights files of validations by step, in order."""
         files = (self.path / "checkpoints").glob("step-*.safetensors")
-        steps = sorted(int(number) for file in files if (number := file.stem.removeprefix("step-")).isdigit())
+        steps = sorted(int(number) for file in files if (number := file.stem.removeprefix("step-")).isdecimal())
         return {step: self.weights_at(step) for step in steps}
 
     @property
@@ -207,8 +229,12 @@ class Run:
     def scores(self) -> dict[str, Any]:
         """Contents of ``scores.json``, by ``role/split``, without scores of other weights than the run has now."""
         scores = self._read_json("scores.json")
-        if not all(isinstance(values, dict) for values in scores.values()):
-            raise RunError(f"{self.path / 'scores.json'} is damaged; delete it and run overfly evaluate again")
+        try:
+            StoredScores.model_validate(scores)
+        except ValidationError:
+            raise RunError(
+                f"{self.path / 'scores.json'} is damaged; delete it and run overfly evaluate again"
+            ) from None
         if not any("weights_sha256" in values for values in scores.values()) or not self.weights.is_file():
             return scores
         known = (None, weights_sha256(self.weights))
@@ -253,11 +279,12 @@ class Run:
 
 def _title(recipe: Recipe) -> str:
     domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
-    return f"{domains}_{recipe.model.name}_{recipe.method.name}_{recipe.seed}".replace("/", "-").replace(" ", "-")
+    return f"{domains[:80]}_{recipe.model.name}_{recipe.method.name}_{recipe.seed}"
 
 
 def new_folder(out: Path, title: str) -> Path:
-    """Create a folder named after the current time and a title."""
+    """Create a folder named after the current time and a title; characters beyond letters and digits become hyphens."""
+    title = re.sub(r"[^\w.+-]+", "-", title)[:120]
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         path = out / f"{stamp}_{title}{suffix}"

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,6 +32,7 @@ from overfly.training.engine import (
     TrainerConfig,
     any_rank,
     apply_performance_settings,
+    delayed_signals,
     optimizer_step,
     run_on_rank_zero,
 )
@@ -116,17 +118,22 @@ class Trainer:
             workers=self.config.workers, pin=self.fabric.device.type == "cuda",
         )  # fmt: skip
         batches = iter(loader)
-        with Progress("steps", quiet=quiet) as progress:
+        with (
+            Progress("steps", quiet=quiet) as progress,
+            delayed_signals(partial(getattr, self, "between_steps")) as raise_delayed,
+        ):
             progress.update("training", first_step, self.total_steps)
             for index in range(first_step, self.total_steps):
                 set_learning_rate(self.optimizers, self.recipe.schedule.factor(index, self.total_steps))
                 try:
                     self.recent.append(self.train_step(index, batches))
                     step = self.state["step"] = index + 1
+                    self.between_steps = True
+                    raise_delayed()
                     if step % self.config.log_every == 0 or step == self.total_steps:
                         self.write_log(step, progress)
                     stop = self.validate(step)
-                except OverflyError:
+                except (OverflyError, KeyboardInterrupt):
                     self.save_after_error()
                     raise
                 except (RuntimeError, ValueError):
@@ -159,7 +166,6 @@ class Trainer:
                 total[key] = total.get(key, torch.zeros((), device=value.device)) + value.detach().float() / accumulate
         optimizer_step(self.fabric, self.wrapped, self.wrapped_optimizers, self.recipe.clip)
         self.recipe.method.after_step(self.nets, index)
-        self.between_steps = True
         return total
 
     def prepare_batch(self, batch: Batch, batch_index: int) -> Batch:

@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
+from h11 import IDLE
 from prometheus_client import CollectorRegistry
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,12 +28,13 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.video.player import LatestFrame
 from overfly.web.pages import page_router
 from overfly.web.routes import api_router
-from overfly.web.service import InferenceService, Limits, RequestTimeoutError, ServedNetwork
+from overfly.web.service import GRACE, InferenceService, Limits, RequestTimeoutError, ServedNetwork
 
 STATIC = Path(__file__).parent / "static"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -127,9 +129,42 @@ def socket_url(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
+class Connection(H11Protocol):
+    """A connection, closed if a request's headers are late, and answered 429 if its address has too many."""
+
+    limits = Limits()
+    deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connections of the same address."""
+        super().connection_made(transport)
+        address = (self.client or ("",))[0]
+        count = sum((other.client or ("",))[0] == address for other in self.connections)
+        if count > 2 * self.limits.connections_per_address:
+            transport.abort()
+        elif count > self.limits.connections_per_address:
+            self.app = _refuse(429, "too many connections from this address; close some, or try again later")
+        self._limit_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """Receive a part of a request."""
+        super().data_received(data)
+        self._limit_headers()
+
+    def _limit_headers(self) -> None:
+        """Close the connection unless the headers of the request that has begun are complete in time."""
+        if self.conn.their_state is not IDLE and self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+        elif self.conn.their_state is IDLE and self.deadline is None:
+            self.deadline = self.loop.call_later(GRACE, self.transport.abort)
+
+
 def _server(app: FastAPI, limits: Limits | None = None) -> uvicorn.Server:
+    limits = limits or Limits()
     settings: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": 3, "server_header": False}
-    return uvicorn.Server(uvicorn.Config(app, limit_concurrency=(limits or Limits()).connections, **settings))
+    http = type("LimitedConnection", (Connection,), {"limits": limits})
+    return uvicorn.Server(uvicorn.Config(app, http=http, limit_concurrency=limits.connections, **settings))
 
 
 def run(app: FastAPI, bound: socket.socket, limits: Limits | None = None) -> None:
@@ -140,10 +175,10 @@ def run(app: FastAPI, bound: socket.socket, limits: Limits | None = None) -> Non
 class BackgroundServer:
     """A server in a thread of this process; ``address`` is the URL of its first page."""
 
-    def __init__(self, app: FastAPI, bound: socket.socket) -> None:
+    def __init__(self, app: FastAPI, bound: socket.socket, limits: Limits | None = None) -> None:
         self.address = socket_url(bound)
         self._socket = bound
-        self._server = _server(app)
+        self._server = _server(app, limits)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]}, daemon=True)
         self._thread.start()
         until = time.monotonic() + 30
@@ -162,9 +197,11 @@ class BackgroundServer:
         self._socket.close()
 
 
-def start(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> BackgroundServer:
+def start(
+    app: FastAPI, host: str = "127.0.0.1", port: int = 0, limits: Limits | None = None
+) -> BackgroundServer:  # fmt: skip
     """Serve in a background thread; port 0 selects a free port."""
-    return BackgroundServer(app, bind(host, port))
+    return BackgroundServer(app, bind(host, port), limits)
 
 
 @contextmanager
@@ -207,18 +244,23 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        refusal = self._too_large() if length.isdigit() and int(length) > self.limits.upload else None
-        deadline = time.monotonic() + self.limits.seconds
+        refusal = self._too_large() if length.isdecimal() and int(length) > self.limits.upload else None
+        started = time.monotonic()
         size, complete = 0, False
 
         async def bounded_receive() -> Message:
             nonlocal size, complete, refusal
             if complete:
                 return await receive()
+            until = min(started + self.limits.seconds, started + GRACE + size / self.limits.rate)
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except TimeoutError:
-                refusal = _refuse(408, f"the body did not arrive within {self.limits.seconds:g} s; send a smaller one")
+                refusal = _refuse(
+                    408,
+                    f"the body arrived at less than {self.limits.rate} bytes a second, or not within "
+                    f"{self.limits.seconds:g} s; send a smaller one",
+                )
                 return {"type": "http.disconnect"}
             size += len(message.get("body", b""))
             complete = not message.get("more_body", False)

@@ -23,6 +23,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import NotFiniteError, OverflyError
 from overfly.core.records import IGNORE, UInt8
 from overfly.core.spec import PositiveFloat, PositiveInt, Spec
+from overfly.data.headers import gdal_errors
 from overfly.evaluation.panels import to_rgb
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import slide_inference
@@ -35,6 +36,8 @@ MIN_SIDE = 32
 """Side in pixels that smaller images are padded to."""
 WINDOWS = 4
 """Windows of an image in one batch."""
+GRACE = 10.0
+"""Seconds in which the first line and headers of a request must arrive, and after which a body must not be slow."""
 WORKERS = 2
 """Threads that process images: one decodes while another predicts. Their number bounds the memory."""
 ROWS = 256
@@ -57,10 +60,14 @@ class Limits(Spec):
     """Pixels of an image, read from its header before it is decoded; 400 above it."""
     seconds: PositiveFloat = 60.0
     """Time to receive a body (then 408), and time to process it (then 503)."""
+    rate: PositiveInt = 10_000
+    """Bytes per second at which a body must arrive on average after its first `GRACE` seconds; 408 below it."""
     queue: PositiveInt = 16
     """Images that are processed or wait at the same time; 429 above it."""
     connections: PositiveInt = 256
     """Open connections, including those of the live page; 503 above it."""
+    connections_per_address: PositiveInt = 64
+    """Open connections of one address; 429 above it, and closed at once above twice as many."""
     cache: PositiveInt = 60_000_000
     """Pixels of all maps in memory; the least recently used map is evicted first."""
     viewers: PositiveInt = 8
@@ -210,7 +217,8 @@ class InferenceService:
             header = check_header(path, bands=model.bands, pixels=self.limits.pixels, network=title)
         dtype = header.stored or header.dtype
         gains = [input_gain(path, dtype, model, max_value, option="max_value=") for model in models]
-        images = {bands: read_upload(path, header, bands) for bands in {model.bands for model in models}}
+        with gdal_errors(path):
+            images = {bands: read_upload(path, header, bands) for bands in {model.bands for model in models}}
         predictions = {
             network.key: predict_image(network, images[model.bands], deadline, gain)
             for network, model, gain in zip(networks, models, gains, strict=True)

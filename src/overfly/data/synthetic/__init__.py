@@ -175,6 +175,8 @@ def write_synthetic(
                 root.rmdir()
             folder.replace(root)
     except OSError as error:
+        if _is_written(root, record):  # another process was faster
+            return count
         raise DataError(
             f"the synthetic images cannot be written to {root} ({error.strerror or error}); choose another folder"
         ) from error

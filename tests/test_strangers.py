@@ -1,0 +1,182 @@
+"""Files and names of strangers: each gives a sentence or is shown harmlessly, in bounded time and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from overfly import cli, train
+from overfly.core.download import unpack_zip
+from overfly.core.errors import (
+    MAX_MESSAGE,
+    DataError,
+    DownloadError,
+    OverflyError,
+    RecipeError,
+    RunError,
+    markdown_text,
+    printable,
+)
+from overfly.core.settings import MAX_TEXT, parse_yaml, set_value
+from overfly.data.folder import read_classes
+from overfly.data.listing import match_files
+from overfly.data.synthetic import write_synthetic
+from overfly.exporting import exporter
+from overfly.recipe import load
+from overfly.training.run import Run, new_folder
+
+
+def cli_status(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+    return int(left.value.code or 0)
+
+
+EVIL = '<img src="x" onerror="alert(1)"> | [a](javascript:b) `c`\n# d'
+NESTED = {
+    "brackets": "a: " + "[" * 3000,
+    "closed brackets": "a: " + "[" * 900 + "]" * 900,
+    "braces": "{a: " * 3000,
+    "lines": "- " * 3000,
+    "aliases": "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)),
+    "cycle": "a: &a [*a]",
+    "list as a key": "? [1, 2]\n: 3",
+    "duplicate key": "a: 1\na: 2",
+    "number": "a: " + "1:" * 20_000 + "1",
+    "digits": "a: " + "9" * 5000,
+    "length": "a" * (MAX_TEXT + 1),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_hostile_yaml_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises((yaml.YAMLError, ValueError)):
+        parse_yaml(NESTED[name])
+    (tmp_path / "a.yaml").write_text(NESTED[name])
+    with pytest.raises(RecipeError, match=r"a\.yaml"):
+        load(tmp_path / "a.yaml")
+    with pytest.raises(RecipeError, match=r"a\.yaml"):
+        read_classes(tmp_path / "a.yaml")
+    assert time.monotonic() - started < 10
+
+
+def test_many_keys_take_linear_time() -> None:
+    seconds = []
+    for count in (4_000, 16_000):
+        text = "".join(f"k{number}: 1\n" for number in range(count))
+        started = time.process_time()
+        assert len(parse_yaml(text)) == count
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 8 * seconds[0]
+
+
+def test_a_hostile_recipe_below_out_stops_no_other_run(tmp_path: Path) -> None:
+    recipe = load({"source": {"name": "synthetic", "scene": "urban"}})
+    for number, text in enumerate(NESTED.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(text)
+        (folder / "machine.json").write_text('{"format": 2}')
+    assert Run.find(tmp_path, recipe) is None
+    assert Run.open_or_create(tmp_path, recipe).recipe == recipe
+
+
+def test_messages_are_short_and_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        set_value({}, "x" * 400_000)
+    assert len(str(caught.value)) < MAX_MESSAGE
+    assert str(caught.value).endswith("write key=value, such as method.ema=0.99")
+    assert str(OverflyError("a\x1b[31m\udcff\n  b  c")) == r"a\x1b[31m\udcff b  c"
+    assert cli.handle(OSError(5, "bad", "\x1b]0;title\x07" + "y" * 400_000)) == 2
+    assert cli.handle(UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates")) == 2
+    shown = capsys.readouterr().err
+    assert len(shown) < 2 * MAX_MESSAGE
+    assert "\x1b" not in shown
+    assert printable("Straße 7") == "Straße 7"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes need Linux")
+@pytest.mark.parametrize("name", [b"a\xff.png", b"a\x1b[31m.png", b"a\nb.png"])
+def test_names_that_cannot_be_printed_are_refused(name: bytes, tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(name)).write_bytes(b"")
+    with pytest.raises(DataError, match="rename it") as caught:
+        match_files(tmp_path, "*.png")
+    assert str(caught.value).isprintable()
+
+
+def test_run_folders_have_plain_names(tmp_path: Path) -> None:
+    for title in ("../../a", "a\0b", "\x1b[31m", "x" * 400, "a/b c", "\udcff"):
+        folder = new_folder(tmp_path, title)
+        assert folder.parent == tmp_path
+        assert folder.name.isprintable()
+
+
+def test_deep_archives_are_refused(tmp_path: Path) -> None:
+    for name in ("a/" * 2000 + "b.png", "a" * 2000):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr(name, b"")
+        with pytest.raises(DownloadError, match=r"a\.zip .* folders deep|out: .*File name too long"):
+            unpack_zip(tmp_path / "a.zip", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_markdown_shows_names_as_text() -> None:
+    text = markdown_text(EVIL)
+    assert "<" not in text
+    assert "\n" not in text
+    assert text.count("|") == text.count(r"\|") == 1
+    assert text.count("[") == text.count(r"\[")
+    assert text.count("`") == text.count(r"\`")
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {"labels_opened": {"target/val": {"time": 1, "images": 2}}},
+        {"labels_opened": {"target/val": {"times": "1", "images": []}}},
+        {"labels_opened": {"target/val": 3}},
+        {"checkpoints": {"step-10": 3}},
+        {"checkpoints": {"step-10": {"source/val": 3}}},
+        {"source/val": [1]},
+    ],
+)
+def test_scores_of_another_form_are_damaged(scores: object, tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    with pytest.raises(RunError, match=r"scores\.json is damaged"):
+        _ = Run(tmp_path).scores
+
+
+def test_pages_and_cards_hold_no_html_of_class_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "ROUNDS", 1)
+    monkeypatch.setattr(exporter, "SECONDS", 0.0)
+    write_synthetic(tmp_path / "world", size=64, train=6, val=2, test=1)
+    folder = {"name": "folder", "root": str(tmp_path / "world" / "Train" / "Urban"), "images": "images_png"}
+    source = folder | {
+        "masks": "masks_png",
+        "classes": [EVIL, *"bcdefg"],
+        "ids": {EVIL: 1, **{name: 2 + number for number, name in enumerate("bcdefg")}},
+    }
+    recipe = {"source": source | {"title": EVIL, "splits": {"train": 0.5, "val": 0.5}}, "model": "small_network"}
+    run = train(
+        load(recipe, "crop=64", "batch=2", "steps=2", "seed=0"), out=tmp_path / "runs", device="cpu", quiet=True
+    ).run
+    assert cli_status("evaluate", run.path, "--device", "cpu", "--no-samples", "--domain", "source") == 0
+    assert cli_status("export", run.path, "--format", "onnx", "--domain", "source", "--images", "1") == 0
+    assert cli_status("report", run.path, "--out", tmp_path / "report.html", "--title", EVIL, "--no-speed") == 0
+    card = next(run.path.glob("exports/*.md")).read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "alert(1)" in card
+    assert "alert(1)" in page
+    for text in (card.partition("## Recipe")[0], page):
+        assert '<img src="x"' not in text
+    assert "](javascript" not in card.partition("## Recipe")[0].replace(r"\](", "")
+    assert all(line.startswith("    ") or not line for line in card.partition("## Recipe\n")[2].splitlines())
