@@ -8,7 +8,9 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -25,12 +27,15 @@ from overfly.core.errors import (
     printable,
 )
 from overfly.core.settings import MAX_TEXT, parse_yaml, set_value
+from overfly.data import synthetic
 from overfly.data.folder import read_classes
 from overfly.data.listing import match_files
 from overfly.data.synthetic import write_synthetic
 from overfly.exporting import exporter
+from overfly.exporting.predictor import ExportSettings, model_metadata
 from overfly.recipe import load
 from overfly.training.run import Run, new_folder
+from random_networks import random_network
 
 
 def cli_status(*arguments: str | Path) -> int:
@@ -180,3 +185,38 @@ def test_pages_and_cards_hold_no_html_of_class_names(tmp_path: Path, monkeypatch
         assert '<img src="x"' not in text
     assert "](javascript" not in card.partition("## Recipe")[0].replace(r"\](", "")
     assert all(line.startswith("    ") or not line for line in card.partition("## Recipe\n")[2].splitlines())
+
+
+def test_the_second_writer_of_a_world_finds_it_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, write_all = tmp_path / "world", synthetic._write_all
+
+    def slow(*arguments: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(synthetic, "_write_all", write_all)
+            write_synthetic(world, size=16, train=1, val=1, test=1)  # the other writer
+        write_all(*arguments)
+
+    monkeypatch.setattr(synthetic, "_write_all", slow)
+    assert write_synthetic(world, size=16, train=1, val=1, test=1) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+def test_the_second_export_of_a_file_is_told(tmp_path: Path) -> None:
+    image = np.zeros((1, 3, 64, 64), np.float32)
+    network = random_network("small_network")
+    metadata = model_metadata(network, window=64)
+    data = exporter.EvaluationData([image], [image], None, "zeros")
+
+    def begin(_: str) -> None:
+        exporter.export(
+            network, metadata, ExportSettings(format="torch"), data, folder=tmp_path, name="a", on_progress=fail
+        )
+
+    def fail(_: str) -> None:
+        raise AssertionError
+
+    with pytest.raises(OverflyError, match=r"a\.pt2 is being exported by another process"):
+        exporter.export(
+            network, metadata, ExportSettings(format="torch"), data, folder=tmp_path, name="a", on_progress=begin
+        )
+    assert list(tmp_path.iterdir()) == []
