@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_a_clock_set_back_starts_no_second_run(tmp_path: Path, monkeypatch: pyte
     settings = recipe(tmp_path)
     first = start(settings, tmp_path / "out")
 
-    class Past(runs.datetime):
+    class Past(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
             return cls(1999, 12, 31, 23, 59, tzinfo=tz)

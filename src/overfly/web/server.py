@@ -138,8 +138,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connections of the same address."""
         super().connection_made(transport)
-        address = (self.client or ("",))[0]
-        count = sum((other.client or ("",))[0] == address for other in self.connections)
+        host = (self.client or ("",))[0]
+        count = sum(isinstance(other, Connection) and (other.client or ("",))[0] == host for other in self.connections)
         if count > 2 * self.limits.connections_per_address:
             transport.abort()
         elif count > self.limits.connections_per_address:
