@@ -237,7 +237,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
             name: SeedStatistics.from_values([scores.classes[name].iou if scores else None for scores in by_seed])
             for name in domain.classes.names
         }
-    origin = recipe.start if isinstance(recipe.start, Recipe) else recipe
+    origin, epochs = recipe.start if isinstance(recipe.start, Recipe) else recipe, recipe.epochs
     origin_source = recipe.source or origin.source
     opened = [run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs]
     return BenchmarkRow(
@@ -247,7 +247,8 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
         criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
         optimizer=_settings(recipe.optim) if recipe.method.trains else "none",
         scheduler=_settings(recipe.schedule) if recipe.method.trains else "none",
-        length=_length(recipe), miou=miou, classes=classes,
+        length=f"{recipe.length(0)} steps" if epochs is None else f"{epochs:g} epoch{'s' * (epochs != 1)}",
+        miou=miou, classes=classes,
         minutes=SeedStatistics.from_values([float(run.machine.get("took_s") or 0) / 60 for run in runs]),
         runs=tuple(run.path.name for run in runs), split=split, labels_opened=sum(opened),
     )  # fmt: skip
@@ -276,12 +277,6 @@ def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Spl
         low, own, high = (value.miou if value is not None else None for value in scores)
         closed.append(None if low is None or own is None or high is None or high <= low else (own - low) / (high - low))
     return SeedStatistics.from_values(closed)
-
-
-def _length(recipe: Recipe) -> str:
-    if recipe.epochs is None:
-        return f"{recipe.length(0)} steps"
-    return f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
 
 
 def _origin(domain: Domain) -> str:

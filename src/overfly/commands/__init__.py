@@ -7,24 +7,8 @@ other imports are inside functions or under TYPE_CHECKING. cyclopts resolves the
 runtime. Paths are annotated `PathLike` and converted with ``Path(…)`` inside.
 """
 
-MODULES = {
-    "adapt": "adapt",
-    "benchmark": "benchmark",
-    "data_check": "data",
-    "data_fetch": "data",
-    "data_stats": "data",
-    "data_synthesize": "data",
-    "evaluate": "evaluate",
-    "export": "export",
-    "hub_load": "export",
-    "hub_push": "export",
-    "list_kinds": "list",
-    "predict": "predict",
-    "rank": "rank",
-    "report": "report",
-    "serve": "serve",
-    "speed": "speed",
-    "train": "train",
-    "watch": "watch",
-}
+MODULES = {name: name for name in ("adapt", "benchmark", "evaluate", "export", "predict", "rank", "report", "serve")}
+MODULES |= {name: name for name in ("speed", "train", "watch")} | {"list_kinds": "list"}
+MODULES |= dict.fromkeys(("data_check", "data_fetch", "data_stats", "data_synthesize"), "data")
+MODULES |= dict.fromkeys(("hub_load", "hub_push"), "export")
 """Module of each command. ``data_check`` is ``overfly data check`` on the command line, ``list_kinds`` is ``list``."""

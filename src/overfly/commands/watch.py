@@ -123,6 +123,8 @@ def watch(
     Returns:
         Frames read, shown and dropped, latency p50 and p95, and frame rate.
     """
+    import numpy as np
+
     from overfly.commands.load_predictor import load_predictor
     from overfly.video.capture import check_output, open_stream, write_video
     from overfly.video.overlay import OverlayRenderer
@@ -143,7 +145,7 @@ def watch(
             sinks.append(latest.show)
             stack.enter_context(_serve(latest, serve, quiet=quiet))
         renderer = OverlayRenderer(load_predictor(run, backend=backend, device=device), style)
-        renderer.warm_up(stream.width, stream.height)
+        renderer.predict(np.zeros((stream.height, stream.width, 3), np.uint8))  # warm-up
         summary = _process(renderer, stream, sinks, latest, seconds=seconds, realtime=realtime, quiet=quiet)
     shape = frame[0] if frame else (stream.width, stream.height)
     return _result(

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -235,18 +235,11 @@ def _names(listed: Sequence[ImagePair]) -> str:
     return f"the {len(listed)} images ({', '.join(pair.name for pair in listed[:2])}, …)"
 
 
-def _by_share(listed: Iterable[ImagePair], split: str, shares: Mapping[str, float], seed: int) -> list[ImagePair]:
-    start = 0.0
-    for name, share in shares.items():
-        if name == split:
-            break
-        start += share
-    return [pair for pair in listed if start <= _hash_to_unit(pair.name, seed) < start + shares[split]]
-
-
-def _hash_to_unit(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the name and the seed only."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()[:6]) / 2**48
+def _by_share(listed: Sequence[ImagePair], split: str, shares: Mapping[str, float], seed: int) -> list[ImagePair]:
+    start = sum(list(shares.values())[: list(shares).index(split)], 0.0)
+    keys = (f"{seed}/{pair.name}".encode(errors="surrogateescape") for pair in listed)
+    numbers = (int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48 for key in keys)  # in [0, 1)
+    return [pair for pair, number in zip(listed, numbers, strict=True) if start <= number < start + shares[split]]
 
 
 def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Path) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,7 +15,6 @@ from overfly.core.classes import Classes
 from overfly.core.download import OnBytes, disk_errors, download_file, unpack_zip
 from overfly.core.errors import DataError, DownloadError
 from overfly.core.records import IGNORE, Item, UInt8
-from overfly.core.spec import Spec
 from overfly.data import reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError
 from overfly.data.reading import UNKNOWN, from_numbers, list_codes, unknown_codes
@@ -137,30 +137,23 @@ LOVEDA: Mapping[Split, Archive] = {
 """LoveDA's archives; 2522 + 1669 + 1796 = 5987 images."""
 
 
-class DownloadedSplit(Spec):
-    """A split on disk."""
+class DownloadedSplit(NamedTuple):
+    """A split on disk, ``downloaded`` by this call or complete before; its archive, if that was kept."""
 
     split: Split
-    """Name of the split."""
     folder: Path
-    """Its folder."""
     files: int
-    """Number of images and masks."""
     downloaded: bool
-    """True if this call downloaded it; False if it was complete before."""
     archive: Path | None = None
-    """The archive, if it was kept."""
 
 
-class Downloaded(Spec):
-    """A dataset on disk."""
+@dataclass(frozen=True)
+class Downloaded:
+    """A dataset on disk; ``root`` is that of a domain in a recipe."""
 
     root: Path
-    """Folder of the dataset: the ``root`` of a domain in a recipe."""
     splits: tuple[DownloadedSplit, ...]
-    """Its splits."""
     license: str
-    """License of the dataset."""
 
     def __str__(self) -> str:
         """Splits and license, one a line."""

@@ -109,16 +109,6 @@ class Confusion:
         return float(self.iou.nanmean())
 
     @property
-    def mean_f1(self) -> float:
-        """Mean F1 over the classes that occur in labels or predictions; NaN without pixels."""
-        return float(self.f1.nanmean())
-
-    @property
-    def mean_recall(self) -> float:
-        """Mean recall over the classes that occur in the labels; NaN without pixels."""
-        return float(self.recall.nanmean())
-
-    @property
     def accuracy(self) -> float:
         """Share of pixels that are predicted correctly; NaN without pixels."""
         return float(self.hits.sum().double() / self.counts.sum().double())

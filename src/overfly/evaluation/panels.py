@@ -131,10 +131,9 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
     figure = Figure(figsize=(2.4 + 0.62 * number, 2.0 + 0.62 * number), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [
-        f"{name}\n{_format_share(total / max(totals.sum(), 1))} of pixels"
-        for name, total in zip(classes.names, totals[:, 0], strict=True)
-    ]
+    parts = (totals[:, 0] / max(totals.sum(), 1)).tolist()
+    parts = ["<1%" if 0 < part < 0.01 else f"{part:.0%}" for part in parts]
+    names = [f"{name}\n{part} of pixels" for name, part in zip(classes.names, parts, strict=True)]
     axes.set_xticks(range(number), classes.names, rotation=40, ha="left", rotation_mode="anchor", fontsize=9)
     axes.set_yticks(range(number), names, fontsize=9)
     axes.xaxis.tick_top()
@@ -173,7 +172,3 @@ def save_figure(figure: Figure, target: Path | IO[Any], dpi: int = DPI, **settin
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "overfly"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(target, dpi=dpi, **settings)
-
-
-def _format_share(value: float) -> str:
-    return "0%" if value == 0 else "<1%" if value < 0.01 else f"{value:.0%}"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from overfly.core.errors import OverflyError, import_extra
 from overfly.exporting.graph import MIN_SIDE, ExportModule
@@ -45,7 +44,10 @@ def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) 
     batch = {0: "batch"}
     sides = {} if module.fixed else {2: "height", 3: "width"}
     output_sides = {key - (output == "classes"): name for key, name in sides.items()}
-    example = _example_image(module)
+    side = MIN_SIDE if module.dtype == torch.float16 else 96  # float16 convolutions are slow on a CPU
+    example = 255 * torch.rand(
+        1, module.bands, *(module.fixed or (side, side)), generator=torch.Generator().manual_seed(0)
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sizes traced as constants, and a deprecation
@@ -62,7 +64,9 @@ def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) 
         ) from error
     model = package.load(path)
     _write_output_shape(model, module)
-    _set_antialias(model)
+    for node in model.graph.node:
+        if node.op_type == "Resize" and node.name == "/Resize":
+            node.attribute.append(package.helper.make_attribute("antialias", 1))
     set_properties(model, properties)
     package.checker.check_model(model)
     package.save(model, path)
@@ -91,13 +95,6 @@ def _write_output_shape(model: Any, module: ExportModule) -> None:
         shape[1].dim_value = module.classes
 
 
-def _set_antialias(model: Any) -> None:
-    """Set antialiasing in the node that resizes the image."""
-    for node in model.graph.node:
-        if node.op_type == "Resize" and node.name == "/Resize":
-            node.attribute.append(onnx().helper.make_attribute("antialias", 1))
-
-
 def write_openvino(source: Path, path: Path, properties: Mapping[str, str], *, half: bool = False) -> Path:
     """Convert an ONNX file to OpenVINO's .xml, and the .bin beside it; with ``half`` the weights are float16."""
     model = openvino_core().read_model(source)
@@ -111,13 +108,6 @@ def save_openvino(model: Any, path: Path, properties: Mapping[str, str], *, half
     for key, value in properties.items():
         model.set_rt_info(value, key)
     openvino().save_model(model, str(path), compress_to_fp16=half)
-
-
-def _example_image(module: ExportModule) -> Tensor:
-    """Return an image for tracing."""
-    generator = torch.Generator().manual_seed(0)
-    side = MIN_SIDE if module.dtype == torch.float16 else 96  # float16 convolutions are slow on a CPU
-    return torch.rand(1, module.bands, *(module.fixed or (side, side)), generator=generator) * 255
 
 
 def deepness_entries(metadata: ModelMetadata) -> dict[str, str]:

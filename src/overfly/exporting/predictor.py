@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from overfly import __version__
 from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, WeightsError
@@ -25,10 +25,6 @@ MODEL_KEY, EXPORT_KEY = "overfly", "overfly_export"
 """Keys of an exported file's metadata: `ModelMetadata` and `ExportSettings`, each as a JSON object."""
 FORMAT_VERSION = 1
 """Version of the metadata's layout."""
-try:
-    VERSION = version("overfly")
-except PackageNotFoundError:  # run from its sources without being installed
-    VERSION = "unknown"
 
 
 class ModelMetadata(Spec):
@@ -71,7 +67,7 @@ class ExportSettings(Spec):
     """Side of the square that the graph resizes images to; none: no resizing."""
     opset: NonNegativeInt = 0
     """ONNX operator set of the graph; 0 for other formats."""
-    version: str = VERSION
+    version: str = __version__
     """Version of overfly that wrote the file."""
 
 
@@ -99,7 +95,8 @@ def read_metadata(properties: Mapping[str, str], path: Path) -> tuple[ModelMetad
         return ModelMetadata.model_validate_json(properties[MODEL_KEY]), ExportSettings.model_validate(export)
     except ValidationError:
         raise WeightsError(
-            f"{path} has metadata (keys {MODEL_KEY}, {EXPORT_KEY}) that overfly {VERSION} cannot read; export it again"
+            f"{path} has metadata (keys {MODEL_KEY}, {EXPORT_KEY}) that overfly {__version__} cannot read; export it "
+            "again"
         ) from None
 
 

@@ -83,7 +83,9 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
         model = core.read_model(path)
     except Exception as error:
         raise WeightsError(f"{path} cannot be opened by openvino ({first_line(error)}); export it again") from error
-    properties = openvino_properties(model)
+    # at the top level of an .xml file, under ``framework`` of ONNX
+    keys = [[*section, key] for section in ([], ["framework"]) for key in (MODEL_KEY, EXPORT_KEY)]
+    properties = {key[-1]: str(model.get_rt_info(key).value) for key in keys if model.has_rt_info(key)}
     settings = read_metadata(properties, path)[1]
     antialias_resize(model)
     request = core.compile_model(model, kind, openvino_options(settings, threads)).create_infer_request()
@@ -185,12 +187,6 @@ def antialias_resize(model: Any) -> None:
             resized.set_friendly_name("/Resize")
             operation.output(0).replace(resized.output(0))
             return
-
-
-def openvino_properties(model: Any) -> dict[str, str]:
-    """Return the metadata of a model of OpenVINO: at the top level of an .xml file, under ``framework`` of ONNX."""
-    paths = [[*section, key] for section in ([], ["framework"]) for key in (MODEL_KEY, EXPORT_KEY)]
-    return {path[-1]: str(model.get_rt_info(path).value) for path in paths if model.has_rt_info(path)}
 
 
 def openvino_options(settings: ExportSettings, threads: int | None = None) -> dict[str, Any]:

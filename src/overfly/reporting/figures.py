@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -214,13 +215,8 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:
     """Return the centered moving average over ``width`` values, or fewer near the ends."""
-    half = width // 2
-    result = []
-    for index in range(len(values)):
-        radius = min(half, index, len(values) - 1 - index)
-        part = values[index - radius : index + radius + 1]
-        result.append(sum(part) / len(part))
-    return result
+    radii = [min(width // 2, index, len(values) - 1 - index) for index in range(len(values))]
+    return [fmean(values[index - radius : index + radius + 1]) for index, radius in enumerate(radii)]
 
 
 def _use_log_scale(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:

@@ -56,19 +56,16 @@ class OverlayRenderer:
         if metadata.max_value != 255:
             image *= metadata.max_value / 255
         probabilities: Floats
+
+        def run(images: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(self.predictor(images.numpy()))
+
         if metadata.fixed:
-            probabilities = slide_inference(self._run_batch, torch.from_numpy(image), metadata.window, batch=1).numpy()
+            probabilities = slide_inference(run, torch.from_numpy(image), metadata.window, batch=1).numpy()
         else:
             probabilities = self.predictor(image[None])[0]
         ids: UInt8 = probabilities.argmax(0).astype(np.uint8)
         return ids
-
-    def _run_batch(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.predictor(images.numpy()))
-
-    def warm_up(self, width: int, height: int) -> None:
-        """Predict a black frame before the first frame of a stream."""
-        self.predict(np.zeros((height, width, 3), np.uint8))
 
     def __call__(self, frame: UInt8, lines: Sequence[str] = ()) -> UInt8:
         """Render the overlay (H, W, 3) of a frame (H, W, 3), both RGB, 0 to 255, with text in the top left corner."""

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -30,6 +29,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from overfly import __version__
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.video.player import LatestFrame
 from overfly.web.pages import page_router
@@ -68,7 +68,7 @@ def application(
         service.close()
 
     app = FastAPI(
-        title="overfly", version=version("overfly"), description=DESCRIPTION, docs_url=None, redoc_url=None,
+        title="overfly", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None,
         lifespan=lifespan,
     )  # fmt: skip
     app.include_router(api_router(service, latest_frame), tags=["api"])

@@ -84,14 +84,14 @@ class ServedNetwork:
     run: Run | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _predictor: Predictor | None = None
+    loaded: Predictor | None = None
 
     def predictor(self) -> Predictor:
         """Load the network once; raise `OverflyError` if it cannot be loaded."""
-        if self._predictor is None:
+        if self.loaded is None:
             with self._lock:
-                self._predictor = self._predictor or self.load()
-        return self._predictor
+                self.loaded = self.loaded or self.load()
+        return self.loaded
 
     def probabilities(self, images: Floats, deadline: float) -> Floats:
         """Return class probabilities (N, K, H, W) of images (N, C, H, W), one call at a time.
@@ -112,10 +112,6 @@ class ServedNetwork:
             return predictor(images)
         finally:
             self._lock.release()
-
-    def unload(self) -> None:
-        """Drop the loaded network."""
-        self._predictor = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +239,7 @@ class InferenceService:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
         for network in self.networks.values():
-            network.unload()
+            network.loaded = None
 
 
 def predict_image(network: ServedNetwork, image: UploadedImage, deadline: float, gain: float = 1.0) -> Prediction:
