@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from overfly.core.classes import Classes
+from overfly.core.classes import Classes, Color
 from overfly.core.errors import RecipeError
 from overfly.core.records import UInt8
 from overfly.exporting.predictor import Floats, Predictor
@@ -20,6 +20,8 @@ from overfly.ops.windows import slide_inference
 BACKGROUND = (12, 14, 18, 178)
 """Color of the panels of legend and statistics, partly transparent."""
 TEXT = (255, 255, 255, 255)
+SWATCH = 0.62
+"""Side of a color's swatch, as a share of a line's height."""
 MIN_SIDE = 64
 """Side of the smallest frame with a legend or statistics, in pixels."""
 
@@ -114,46 +116,42 @@ def legend(classes: Classes, width: int, height: int) -> Image.Image | None:
 
     If not all classes fit, the last line is the number of the others.
     """
-    font, line = _load_font(_text_size(width, height)), _line(width, height)
-    swatch = round(line * 0.62)
+    font, line = _font(width, height)
     lines = (height // 2 - line // 2) // line
     if lines < 1 or min(width, height) < MIN_SIDE:
         return None
-    longest = width // 2 - swatch - 3 * (line // 3)
+    longest = width // 2 - round(line * SWATCH) - 3 * (line // 3)
     swatches = len(classes) if len(classes) <= lines else lines - 1
     names = [_shorten(name, font, longest) for name in classes.names[:swatches]]
     if swatches < len(classes):
         names.append(f"+ {len(classes) - swatches} more" if swatches else f"{len(classes)} classes")
-    panel, draw = _panel(names, font, line, swatch + line // 3)
-    for index, name in enumerate(names):
-        top, left = line // 4 + index * line, line // 3
-        if index < swatches:
-            down = top + (line - swatch) // 2
-            box = (left, down, left + swatch, down + swatch)
-            draw.rectangle(box, fill=(*classes.colors[index], 255), outline=(160, 160, 160, 255))
-        draw.text((left + swatch + line // 3, top + line // 2), name, TEXT, font, anchor="lm")
-    return panel
+    return _panel(names, font, line, classes.colors[:swatches])
 
 
 @lru_cache(maxsize=2)
 def _stats(lines: tuple[str, ...], width: int, height: int) -> Image.Image | None:
     if min(width, height) < MIN_SIDE:
         return None
-    font, line = _load_font(_text_size(width, height)), _line(width, height)
-    shown = [_shorten(text, font, width - line) for text in lines[: max(1, height // 2 // line)]]
-    panel, draw = _panel(shown, font, line, 0)
-    for index, text in enumerate(shown):
-        draw.text((line // 3, line // 4 + index * line + line // 2), text, TEXT, font, anchor="lm")
-    return panel
+    font, line = _font(width, height)
+    return _panel([_shorten(text, font, width - line) for text in lines[: max(1, height // 2 // line)]], font, line)
 
 
 def _panel(
-    lines: Sequence[str], font: ImageFont.FreeTypeFont, line: int, indent: int
-) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Create an empty panel for lines of text, and its drawing context."""
-    width = round(max(font.getlength(text) for text in lines)) + indent + 2 * (line // 3)
+    lines: Sequence[str], font: ImageFont.FreeTypeFont, line: int, colors: Sequence[Color] | None = None
+) -> Image.Image:
+    """Draw lines of text, ``line`` pixels high; with ``colors``, after a swatch of each color."""
+    edge, swatch = line // 3, round(line * SWATCH)
+    left = edge if colors is None else edge + swatch + edge
+    width = round(max(font.getlength(text) for text in lines)) + left + edge
     panel = Image.new("RGBA", (width, line * len(lines) + line // 2), BACKGROUND)
-    return panel, ImageDraw.Draw(panel)
+    draw = ImageDraw.Draw(panel)
+    for index, text in enumerate(lines):
+        top = line // 4 + index * line
+        draw.text((left, top + line // 2), text, TEXT, font, anchor="lm")
+        if colors is not None and index < len(colors):
+            box = (edge, top + (line - swatch) // 2, edge + swatch, top + (line - swatch) // 2 + swatch)
+            draw.rectangle(box, fill=(*colors[index], 255), outline=(160, 160, 160, 255))
+    return panel
 
 
 def _paste(image: Image.Image, panel: Image.Image | None, *, top: bool) -> None:
@@ -162,12 +160,10 @@ def _paste(image: Image.Image, panel: Image.Image | None, *, top: bool) -> None:
         image.paste(panel, (edge, edge if top else image.height - panel.height - edge), panel)
 
 
-def _text_size(width: int, height: int) -> int:
-    return max(8, min(28, round(min(width, height) / 32)))
-
-
-def _line(width: int, height: int) -> int:
-    return round(_text_size(width, height) * 1.5)
+def _font(width: int, height: int) -> tuple[ImageFont.FreeTypeFont, int]:
+    """Font of a frame, and height of a line."""
+    size = max(8, min(28, round(min(width, height) / 32)))
+    return _load_font(size), round(size * 1.5)
 
 
 @cache
