@@ -23,10 +23,9 @@ from overfly.video.player import (
     StreamStats,
     TimedFrame,
     limit_duration,
-    live_frames,
-    paced_frames,
     process_stream,
     render_frames,
+    timed_frames,
 )
 from streams import Clock, brightest, frame_number, numbered_frame, rule_model
 
@@ -118,7 +117,8 @@ def test_delay_is_caught_up_at_once() -> None:
 def test_paced_frames_begin_when_due() -> None:
     clock = Clock()
     given = [
-        (frame.start, clock()) for frame in paced_frames(source_frames(5), threading.Event(), clock, clock.advance)
+        (frame.start, clock())
+        for frame in timed_frames(source_frames(5), threading.Event(), clock, clock.advance, realtime=True)
     ]
     assert [start for start, _ in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
     assert [now for _, now in given] == pytest.approx([100, 100.1, 100.2, 100.3, 100.4])
@@ -132,7 +132,10 @@ def test_slow_decoding_counts_as_latency() -> None:
             clock.advance(0.25)
             yield frame
 
-    late = [clock() - frame.start for frame in paced_frames(decoded(), threading.Event(), clock, clock.advance)]
+    late = [
+        clock() - frame.start
+        for frame in timed_frames(decoded(), threading.Event(), clock, clock.advance, realtime=True)
+    ]
     assert late == pytest.approx([0, 0.15, 0.30, 0.45])
 
 
@@ -222,7 +225,7 @@ def test_limit_duration() -> None:
     assert len(list(limit_duration(source_frames(30), None))) == 30
     stop = threading.Event()
     stop.set()
-    assert not list(live_frames(source_frames(3), stop))
+    assert not list(timed_frames(source_frames(3), stop))
 
 
 def test_stats_are_refreshed_twice_a_second() -> None:
@@ -234,7 +237,7 @@ def test_stats_are_refreshed_twice_a_second() -> None:
             return super().__call__(frame)
 
     renderer = RecordingRenderer(rule_model(Slow(clock, lambda _: 0.1)), PLAIN)
-    render_frames(renderer, live_frames(source_frames(12), threading.Event(), clock), [], now=clock)
+    render_frames(renderer, timed_frames(source_frames(12), threading.Event(), clock), [], now=clock)
     assert drawn[0] == "– frames/s   p50 – ms   p95 – ms"
     assert drawn[0:5] == drawn[:1] * 5
     assert drawn[6] == drawn[9] == "10.0 frames/s   p50 100 ms   p95 100 ms"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import io
 import json
-import logging
 import os
 import sys
 import warnings
@@ -21,6 +19,7 @@ from overfly.core.errors import OverflyError, import_extra
 from overfly.exporting.graph import MIN_SIDE, ExportModule
 from overfly.exporting.predictor import Floats, ModelMetadata
 from overfly.exporting.runtimes import antialias_resize, onnxruntime, openvino, openvino_core
+from overfly.exporting.torch_program import quiet
 from overfly.models.checkpoints import first_line
 
 OPSET = 18
@@ -170,7 +169,7 @@ def quantize_onnx(
     path.parent.mkdir(exist_ok=True)
     averaging = {"CalibMovingAverage": True, "CalibMovingAverageConstant": 1 / max(2, len(images))}
     prepared = path.with_suffix(".prepared.onnx")
-    with _quiet():
+    with quiet():
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         try:
             nodes = package.load(prepared).graph.node
@@ -242,7 +241,7 @@ def quantize_openvino(
         estimator = Estimators.MINMAX if ranges == "extremes" else Estimators.MEAN_MINMAX
         model = core.read_model(source)
         antialias_resize(model)
-        with _quiet(), _restored_signal_stack():
+        with quiet(), _restored_signal_stack():
             quantized = nncf.quantize(
                 model,
                 nncf.Dataset(list(images)),
@@ -257,18 +256,6 @@ def quantize_openvino(
             )
     save_openvino(quantized, path, properties)
     return path
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the tools' progress and warnings."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 class _SignalStack(ctypes.Structure):

@@ -15,7 +15,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str])
     program = _trace(module)
     program._example_inputs = None  # as large as all weights
     archive = io.BytesIO()  # PyTorch's writer ends the process if the disk is full
-    with _quiet():
+    with quiet():
         torch.export.save(program, archive, extra_files=dict(properties))
     path.write_bytes(clean_archive(path, archive).getbuffer())
     return path
@@ -203,7 +203,7 @@ def read_program(path: Path) -> tuple[Any, dict[str, str]]:
     archive = clean_archive(path)
     properties = dict.fromkeys((MODEL_KEY, EXPORT_KEY), "")
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.load(archive, extra_files=properties)
     except Exception as error:  # the library has no common error class
         raise WeightsError(f"{path} cannot be opened by torch ({first_line(error)}); export it again") from error
@@ -211,12 +211,12 @@ def read_program(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence internal warnings of torch.export."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Silence progress and warnings of PyTorch's and the runtimes' tools."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)

@@ -136,22 +136,17 @@ class LatestSlot:
         Raises:
             BaseException: the error of the reading thread, after the frames before it.
         """
-        while (frame := self._take(stop)) is not None:
+        while True:
+            with self._changed:
+                while self._frame is None and not self._closed and not stop.is_set():
+                    self._changed.wait(0.1)
+                frame, self._frame = self._frame, None
+                if frame is None or stop.is_set():
+                    self.dropped += frame is not None
+                    break
             yield frame
-        with self._changed:
-            if self._frame is not None:
-                self.dropped, self._frame = self.dropped + 1, None
-            if self._error is not None and not stop.is_set():
-                raise self._error
-
-    def _take(self, stop: threading.Event) -> TimedFrame | None:
-        with self._changed:
-            while self._frame is None and not self._closed and not stop.is_set():
-                self._changed.wait(0.1)
-            if stop.is_set():
-                return None
-            frame, self._frame = self._frame, None
-            return frame
+        if self._error is not None and not stop.is_set():
+            raise self._error
 
 
 class JpegFrame(NamedTuple):
@@ -204,34 +199,24 @@ class LatestFrame:
             return self._encoded
 
 
-def live_frames(
-    frames: Iterable[SourceFrame], stop: threading.Event, now: Clock = time.perf_counter
-) -> Iterator[TimedFrame]:
-    """Yield frames without delay; the latency starts when a frame is decoded."""
-    for frame in frames:
-        if stop.is_set():
-            return
-        yield TimedFrame(frame, now())
-
-
-def paced_frames(
+def timed_frames(
     frames: Iterable[SourceFrame], stop: threading.Event, now: Clock = time.perf_counter,
-    sleep: Callable[[float], object] | None = None,
+    sleep: Callable[[float], object] | None = None, *, realtime: bool = False,
 ) -> Iterator[TimedFrame]:  # fmt: skip
-    """Yield frames in real time; the latency starts when a frame is due, so that slow decoding counts.
+    """Yield frames with the start of their latency.
 
-    ``sleep`` waits for some seconds; by default it is interrupted by ``stop``.
+    It is when a frame is decoded; with ``realtime``, where frames come at the source's own speed, when a frame is due,
+    so that slow decoding counts. ``sleep`` waits for some seconds; by default ``stop`` interrupts it.
     """
     start: float | None = None
     for frame in frames:
-        if start is None:
-            start = now() - frame.time
+        start = now() - frame.time if start is None else start
         due = start + frame.time
-        if (early := due - now()) > 0:
+        if realtime and (early := due - now()) > 0:
             (sleep or stop.wait)(early)
         if stop.is_set():
             return
-        yield TimedFrame(frame, due)
+        yield TimedFrame(frame, due if realtime else now())
 
 
 def limit_duration(frames: Iterable[SourceFrame], seconds: float | None) -> Iterator[SourceFrame]:
@@ -299,7 +284,7 @@ def process_stream(
         OverflyError: the source is damaged; earlier frames were passed to the sinks.
     """
     stop = stop or threading.Event()
-    timed = paced_frames(frames, stop) if realtime else live_frames(frames, stop)
+    timed = timed_frames(frames, stop, realtime=realtime)
     if live or realtime:
         slot = LatestSlot()
         thread = read_into_slot(timed, slot)

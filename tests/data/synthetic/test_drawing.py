@@ -19,7 +19,6 @@ from overfly.data.synthetic.drawing import (
     shadow_mask,
     shrink,
     subdivide,
-    translate,
 )
 
 
@@ -69,11 +68,6 @@ def test_shadow_length_is_height_over_slope() -> None:
     height[10, 10] = 6
     shadow = shadow_mask(height, (1.0, 0.0), 1.5, 6.0)
     assert np.argwhere(shadow).tolist() == [[10, 11], [10, 12], [10, 13]]
-
-
-def test_translate_fills_with_zeros() -> None:
-    array = np.arange(9, dtype=np.float32).reshape(3, 3)
-    assert translate(array, 1, -1).tolist() == [[0, 3, 4], [0, 6, 7], [0, 0, 0]]
 
 
 def test_clouds_are_smooth_and_crowns_are_disks() -> None:

@@ -311,16 +311,6 @@ def grain(random: Random, size: int, radius: float) -> Float:
     return (np.asarray(blurred, np.float32) - np.float32(127.5)) * np.float32((1 + 3 * radius) / 127.5)
 
 
-def translate(array: Float, right: int, down: int) -> Float:
-    """Shift an array by whole pixels; pixels from outside are 0."""
-    size = array.shape[0]
-    out = np.zeros_like(array)
-    rows, columns = slice(max(0, down), size + min(0, down)), slice(max(0, right), size + min(0, right))
-    from_rows, from_columns = slice(max(0, -down), size + min(0, -down)), slice(max(0, -right), size + min(0, -right))
-    out[rows, columns] = array[from_rows, from_columns]
-    return out
-
-
 def shadow_mask(height: Float, away: Vector, slope: float, highest: float) -> Bool:
     """Return the mask of pixels in shadow (S, S).
 
@@ -330,11 +320,11 @@ def shadow_mask(height: Float, away: Vector, slope: float, highest: float) -> Bo
         slope: tangent of the sun's elevation.
         highest: largest height.
     """
-    shadow = np.zeros(height.shape, bool)
-    reach = int(highest / slope) + 1
+    shadow, size, reach = np.zeros(height.shape, bool), len(height), int(highest / slope) + 1
+    padded = np.pad(height, reach)
     for step in range(1, reach + 1):
-        right, down = round(away[0] * step), round(away[1] * step)
-        shadow |= translate(height, right, down) - np.float32(step * slope) > height
+        left, top = reach - round(away[0] * step), reach - round(away[1] * step)
+        shadow |= padded[top : top + size, left : left + size] - np.float32(step * slope) > height
     return shadow
 
 
