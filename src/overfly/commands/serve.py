@@ -216,7 +216,7 @@ def _check_token(host: str, token: str | None) -> str | None:
 def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
     """List the images of files and folders, name unreadable ones on stderr; raise `DataError` for a missing path."""
     from overfly.data.listing import check_name, is_image_name
-    from overfly.web.images import check_size
+    from overfly.web.images import check_header
 
     result: list[Path] = []
     reasons: list[str] = []
@@ -227,7 +227,7 @@ def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
         for file in (file for file in files if file == path or is_image_name(file)):
             try:
                 check_name(file)
-                check_size(file, pixels)
+                check_header(file, pixels=pixels)
                 result.append(file)
             except OverflyError as error:
                 reasons.append(str(error))

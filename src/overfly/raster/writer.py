@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from jinja2 import Environment
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
@@ -24,6 +25,8 @@ from overfly.data.headers import CACHE
 from overfly.raster.manifest import TAG, Manifest, Product, equal_json, is_unfinished, unfinished_folder
 from overfly.raster.raster_source import Georeference
 
+CATEGORIES = Path(__file__).with_name("categories.aux.xml.jinja")
+"""GDAL's sidecar with category names and raster attribute table, which rasterio cannot write."""
 BLOCK = 512
 """Side of a file's blocks."""
 CHECKED_BYTES = 1 << 23
@@ -220,28 +223,6 @@ def _describe(dataset: Any, product: Product, classes: Classes) -> None:
         dataset.colorinterp = (ColorInterp.undefined,) * product.bands
 
 
-def _category_xml(classes: Classes) -> str:
-    """Return GDAL's sidecar XML with category names and raster attribute table, which rasterio cannot write."""
-    from xml.sax.saxutils import escape
-
-    columns = (("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8))
-    fields = (
-        f'<FieldDefn index="{index}"><Name>{name}</Name><Type>{kind}</Type><Usage>{usage}</Usage></FieldDefn>'
-        for index, (name, kind, usage) in enumerate(columns)
-    )
-    names = [escape(name) for name in classes.names]
-    rows = (
-        f'<Row index="{index}">' + "".join(f"<F>{value}</F>" for value in (index, name, *color)) + "</Row>"
-        for index, (name, color) in enumerate(zip(names, classes.colors, strict=True))
-    )
-    return (
-        '<PAMDataset><PAMRasterBand band="1"><CategoryNames>'
-        f"{''.join(f'<Category>{name}</Category>' for name in names)}</CategoryNames>"
-        f'<GDALRasterAttributeTable tableType="thematic">{"".join(fields)}{"".join(rows)}</GDALRasterAttributeTable>'
-        "</PAMRasterBand></PAMDataset>"
-    )
-
-
 def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
     """Write and verify a product's Cloud Optimized GeoTIFF in the unfinished map's folder.
 
@@ -255,7 +236,9 @@ def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
 
     result = unfinished.folder / f"{product.kind}.tif"
     if product.kind == "classes":
-        Path(f"{unfinished.path(product)}.aux.xml").write_text(_category_xml(unfinished.classes), encoding="utf-8")
+        template = Environment(autoescape=True).from_string(CATEGORIES.read_text(encoding="utf-8"))
+        sidecar = template.render(classes=unfinished.classes)
+        Path(f"{unfinished.path(product)}.aux.xml").write_text(sidecar, encoding="utf-8")
     try:
         with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE):
             warnings.simplefilter("ignore")

@@ -134,21 +134,15 @@ def stored_upload(file: BinaryIO) -> Iterator[Path]:
             raise DataError(str(error).replace(str(path), "the image")) from None
 
 
-def check_size(path: Path, pixels: int) -> ImageHeader:
-    """Read the header of an image; raise `DataError` if it is not an image or has more pixels."""
+def check_header(path: Path, *, pixels: int, bands: int | None = None, network: str = "the network") -> ImageHeader:
+    """Read the header of an image; raise `DataError` if it has too many pixels or, if given, other bands."""
     header = read_header(path)
     if header.height * header.width > pixels:
         raise DataError(
             f"{path} has {header.height * header.width / 1e6:.1f} million pixels, more than the {pixels / 1e6:g} "
             "million that this server accepts; send a part of it, or use overfly predict"
         )
-    return header
-
-
-def check_header(path: Path, *, bands: int, pixels: int, network: str = "the network") -> ImageHeader:
-    """Read the header of an image; raise `DataError` if it has too many pixels or other bands than the network."""
-    header = check_size(path, pixels)
-    if bands not in (header.bands, header.bands - header.alpha):
+    if bands not in (None, header.bands, header.bands - header.alpha):
         raise DataError(f"{path} has {header.bands} bands and {network} reads {bands}; send an image with these bands")
     return header
 
