@@ -50,12 +50,7 @@ def samples_figure(samples: Iterable[Sample], classes: Classes, path: Path, side
     """Draw image | label | prediction of samples, one per row, with a legend, into a PNG; return its path.
 
     Pixels without a label are striped. Without any labels, that column is left out.
-
-    Args:
-        samples: the samples, such as `overfly.evaluation.score.Samples`.
-        classes: names and colors.
-        path: the file to write; its folder is created.
-        side: longest side of each image in the figure, in pixels.
+    ``side`` is the longest side of each image in the figure, about, in pixels. The file's folder is created.
     """
     rows = []
     for sample in samples:
@@ -117,10 +112,7 @@ def comparison_figure(
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
     """Draw a confusion matrix, each row in percent of the pixels with this label, into a PNG; return its path.
 
-    Args:
-        confusion: counts (K, K), rows the labels, columns the predictions.
-        classes: names of the K classes.
-        path: the file to write; its folder is created.
+    ``confusion`` holds counts (K, K): rows are the labels, columns the predictions. The file's folder is created.
     """
     from matplotlib.figure import Figure
 

@@ -218,17 +218,9 @@ class _Images:
 def quantize_openvino(
     source: Path, path: Path, images: Sequence[Floats], properties: Mapping[str, str], ranges: Ranges = "extremes"
 ) -> Path:
-    """Quantize for OpenVINO by NNCF, with bias correction.
+    """Quantize for OpenVINO by NNCF, with bias correction: an .xml file, and its .bin beside it.
 
-    Args:
-        source: the ONNX file in float32.
-        path: the .xml file to write; its .bin is written beside it.
-        images: each (1, C, H, W), float32, in the sensor's own range.
-        properties: metadata of the file.
-        ranges: how value ranges are estimated.
-
-    Raises:
-        MissingExtraError: nncf is not installed.
+    The arguments are those of `quantize_onnx`; raise `MissingExtraError` if nncf is not installed.
     """
     core = openvino_core()
     path.parent.mkdir(exist_ok=True)

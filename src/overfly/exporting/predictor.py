@@ -138,14 +138,7 @@ class Predictor:
 def model_metadata(
     segmenter: Segmenter, *, window: int = 512, gsd: float | None = None, title: str = ""
 ) -> ModelMetadata:
-    """Return the metadata of a trained network.
-
-    Args:
-        segmenter: the network.
-        window: side of sliding windows in pixels.
-        gsd: ground sampling distance of the training images in meters.
-        title: name of the run.
-    """
+    """Return the metadata of a trained network; the arguments are fields of `ModelMetadata`."""
     return ModelMetadata(
         architecture=segmenter.architecture,
         classes=segmenter.classes,

@@ -65,12 +65,9 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
 
 
 def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
-    """Open an OpenVINO file (.xml, its .bin beside it) or ONNX file with OpenVINO; errors as in `onnx_predictor`.
+    """Open an OpenVINO file (.xml, its .bin beside it) or ONNX file with OpenVINO, as `onnx_predictor`.
 
-    Args:
-        path: a file that `overfly export` wrote.
-        device: cpu, or a device as OpenVINO names it, such as GPU.
-        threads: CPU threads; None: one per core.
+    ``device`` is cpu, or a device as OpenVINO names it, such as GPU.
     """
     core = openvino_core()
     _check_exists(path)

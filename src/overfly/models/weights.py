@@ -117,19 +117,13 @@ def _weights(names: Iterable[str]) -> tuple[str, ...]:
 def _fit_bands(network: Network, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Convert the first convolution to the network's number of bands."""
     name = f"{network.first_conv}.weight"
-    own_weight = network.state_dict().get(name)
-    file_weight = state.get(name)
-    if (
-        own_weight is None
-        or file_weight is None
-        or file_weight.ndim != 4
-        or own_weight.shape[1] == file_weight.shape[1]
-    ):
+    own, file = network.state_dict().get(name), state.get(name)
+    if own is None or file is None or file.ndim != 4 or file.shape[1] in (0, own.shape[1]):
         return state, ()
-    before, now = file_weight.shape[1], own_weight.shape[1]
-    if before == 0 or file_weight[:, 0].shape != own_weight[:, 0].shape:
+    before, now = file.shape[1], own.shape[1]
+    if file[:, 0].shape != own[:, 0].shape:
         return state, ()
-    adapted = (file_weight.float().mean(1, keepdim=True) * (before / now)).expand(-1, now, -1, -1)
+    adapted = (file.float().mean(1, keepdim=True) * (before / now)).expand(-1, now, -1, -1)
     note = f"{name} converted from {before} bands to {now}: their mean times {before}/{now}"
     return {**state, name: adapted}, (note,)
 

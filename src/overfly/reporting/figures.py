@@ -62,9 +62,7 @@ class Bar(NamedTuple):
 def bars(entries: Sequence[Bar], title: str) -> Markup:
     """Draw horizontal bars in percent, from top to bottom, with a dot for each seed; they may exceed 0 to 100.
 
-    Args:
-        entries: the bars.
-        title: text for screen readers.
+    ``title`` is the text for screen readers.
     """
     figure, axes = _new_figure(40 * len(entries), left=12, right=14, bottom=20)
     axes.barh(range(len(entries)), [bar.value for bar in entries], 0.28, color=SERIES[0], clip_on=False)
@@ -326,13 +324,7 @@ def encode_webp(image: UInt8) -> bytes:
 
 
 def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> bytes:
-    """Encode class ids (H, W), 255 for none, as a palette PNG.
-
-    Args:
-        ids: class ids; others than these are shown as 255.
-        classes: colors.
-        transparent: leave pixels without a class transparent instead of striped.
-    """
+    """Encode class ids (H, W) as a palette PNG; pixels without a class are striped, or ``transparent``."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(classes)] = classes.colors
     table[STRIPE_LIGHT], table[STRIPE_DARK] = STRIPE_COLORS

@@ -108,13 +108,7 @@ def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | No
 
 
 class UploadedImage(NamedTuple):
-    """A decoded image.
-
-    Attributes:
-        image: (H, W, C), in its own type and range.
-        nodata_mask: True where there is no data (H, W); None where all pixels are valid.
-        georeference: None for images without coordinates.
-    """
+    """A decoded image (H, W, C), in its own type and range, and the mask (H, W) of pixels without data, or None."""
 
     image: Array
     nodata_mask: Mask | None
