@@ -1,4 +1,4 @@
-"""The command ``train``."""
+"""The commands ``train``, ``benchmark`` and ``report``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import PathLike, RecipeLike, image_cache
-from overfly.core.choices import Cache
+from overfly.commands.arguments import (
+    MAX_SIDE,
+    PathLike,
+    PathLikes,
+    RecipeLike,
+    check_bounds,
+    image_cache,
+    is_setting,
+    parse_seeds,
+)
+from overfly.core.choices import Cache, Split
+from overfly.core.errors import OverflyError, RecipeError
 
 if TYPE_CHECKING:
     from overfly.training.run import Run
@@ -72,3 +82,137 @@ def train(
         device, devices, workers, checkpoint_every, log_every, image_cache(cache), tensorboard=tensorboard, quiet=quiet
     )
     return TrainResult(train_recipe(value, Path(out), launch_fabric(value, config), config).path)
+
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from overfly.benchmarking import BenchmarkTable
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """A benchmark's table."""
+
+    table: BenchmarkTable
+    folder: Path
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markdown import Markdown
+
+        yield Markdown(self.table.markdown()) if console.is_terminal else self.table.markdown()
+        yield f"written: {self.folder / 'table.md'}, {self.folder / 'table.json'}"
+
+
+def benchmark(
+    recipes: PathLikes, *, seeds: str = "3", out: PathLike = Path("runs"), table: PathLike | None = None,
+    split: Split = "val", size: int = 512, device: str = "auto", devices: int = 1, workers: int = 0,
+    cache: Cache = "memory", checkpoint_every: int = 200, quiet: bool = False,
+) -> BenchmarkResult:  # fmt: skip
+    """Train recipes with several seeds, score them on both domains and write one table.
+
+    Finished runs and scores are reused; unfinished runs resume.
+
+    Args:
+        recipes: recipe files, folders of them, and settings to change in all of them, such as source.root=/data/loveda.
+        seeds: how many, from 0; or which, such as 0,1,5.
+        out: folder of the runs.
+        table: folder for table.md and table.json; default: that of the runs.
+        split: the split to score.
+        size: side of the image, in pixels, for the networks' size and speed.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        devices: number of devices, one process each.
+        workers: processes that load images.
+        cache: where decoded images are cached: memory, disk or off.
+        checkpoint_every: steps between two checkpoints.
+        quiet: print no progress.
+
+    Returns:
+        The table.
+    """
+    from overfly import benchmarking
+    from overfly.recipe import load
+    from overfly.reporting.samples import draw_samples
+    from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
+
+    overrides = [str(entry) for entry in recipes if is_setting(entry)]
+    files = benchmarking.expand_recipe_paths([entry for entry in recipes if not is_setting(entry)])
+    if not files:
+        raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")
+    numbers = parse_seeds(seeds)
+    check_bounds({"size": (size, 8, MAX_SIDE)})
+    out = Path(out)
+    folder = Path(table or out)
+    for path in (out, folder):
+        if path.exists() and not path.is_dir():
+            raise RecipeError(f"{path} is a file; give --out and --table a folder")
+    config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
+    fabric = launch_fabric(load(files[0], *overrides), config)
+    done = benchmarking.run_benchmark(
+        files, overrides, numbers, out=out, fabric=fabric, config=config, split=split, save_samples=draw_samples,
+        workers=workers,
+    )  # fmt: skip
+    result = run_on_rank_zero(
+        fabric,
+        lambda: benchmarking.tabulate(done, numbers, split, size=size, device=str(fabric.device), changed=overrides),
+    )
+    run_on_rank_zero(fabric, lambda: benchmarking.write(result, folder))
+    return BenchmarkResult(result, folder)
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A written report."""
+
+    path: Path
+    recipes: int
+    labels_opened: int
+
+    def __rich_console__(self, *_: object) -> Iterator[str]:
+        yield f"labels opened for the sample images: {self.labels_opened}"
+        yield f"written: {self.path} ({self.recipes} recipes, {self.path.stat().st_size / 1e6:.1f} MB)"
+
+
+def report(
+    runs: PathLikes, *, out: PathLike = Path("report.html"), title: str = "overfly report", split: Split | None = None,
+    labels: bool = True, images: int = 40, speed: bool = True, size: int = 512, own_colors: bool = False,
+    device: str = "auto",
+) -> ReportResult:  # fmt: skip
+    """Write a report of runs as one HTML file.
+
+    It shows the table, gap closed, IoU of each class, the selection, sample images, confusion matrices, training curves
+    and speed. The file is self-contained and loads nothing from the network.
+
+    Args:
+        runs: run folders, or folders of them; runs that differ in their seed alone become one row.
+        out: the file to write.
+        title: heading of the page.
+        split: the split whose scores are shown; default: the one that most of the runs were scored on.
+        labels: open the labels of val to choose the worst and best images; scores.json of each run counts them.
+        images: number of images of val to choose from, evenly sampled; 0: no sample images.
+        speed: measure the speed of the networks on this machine.
+        size: side in pixels of the image that speed is measured with.
+        own_colors: show the classes' own colors instead of colors that the color-blind can tell apart.
+        device: auto, cpu, cuda, cuda:1 or mps.
+
+    Returns:
+        The file, and the labels opened for it.
+    """
+    from overfly.core.atomic_files import write_text
+    from overfly.core.device import select_device
+    from overfly.core.download import disk_errors
+    from overfly.reporting.report import collect_report, render
+
+    check_bounds({"images": (images, 0, 10**6), "size": (size, 8, MAX_SIDE)})
+    out = Path(out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise RecipeError(f"--out {out} must be a file in an existing folder")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise RecipeError(f"--out {out} must end in .html; use {out.with_suffix('.html').name}")
+    result = collect_report(
+        runs, title=title, split=split, labels=labels, limit=images, speed=speed, size=size,
+        device=select_device(device), own_colors=own_colors,
+    )  # fmt: skip
+    with disk_errors(out, OverflyError):
+        write_text(out, render(result))
+    return ReportResult(out, len(result.entries), sum(samples.labels_opened for samples in result.galleries))
