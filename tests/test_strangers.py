@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import zipfile
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from overfly import cli, train
+from overfly.adaptation.selection import CandidateReport, Comparison
 from overfly.core.download import unpack_zip
 from overfly.core.errors import (
     MAX_MESSAGE,
@@ -36,6 +38,7 @@ from overfly.exporting.predictor import ExportSettings, model_metadata
 from overfly.recipe import load
 from overfly.training.run import Run, new_folder
 from random_networks import random_network
+from test_damage import METRICS, write_selection
 
 
 def cli_status(*arguments: str | Path) -> int:
@@ -220,3 +223,13 @@ def test_the_second_export_of_a_file_is_told(tmp_path: Path) -> None:
             network, metadata, ExportSettings(format="torch"), data, folder=tmp_path, name="a", on_progress=begin
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_found_by_fuzzing(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="path: there is no such setting"):
+        load({"source": {"name": "synthetic", "scene": "urban"}}, "path=1")
+    write_selection(tmp_path, CandidateReport(run="a", metrics=METRICS))
+    text = (tmp_path / "selection.json").read_text().replace('"recommended": "', '"recommended": "x')
+    (tmp_path / "selection.json").write_text(re.sub(r',\s*"digest": "\w+"', "", text))
+    with pytest.raises(RunError, match="damaged"):
+        _ = Comparison(tmp_path).selection

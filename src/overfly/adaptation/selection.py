@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from overfly.adaptation.estimate import Estimate
 from overfly.adaptation.gate import Check, Gate, passes
 from overfly.core.atomic_files import read_json
-from overfly.core.errors import RunError
+from overfly.core.errors import RunError, markdown_text
 from overfly.core.progress import percent
 from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
@@ -82,6 +82,12 @@ class Selection(Spec):
     labels_opened: NonNegativeInt
     """Target labels that were read for training and selection: those of target images that are source images too."""
 
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        if self.recommended not in self.candidates:
+            raise ValueError(f"recommended must be one of {', '.join(self.candidates)}, got {self.recommended}")
+        return self
+
     @property
     def summary(self) -> str:
         """The recommendation in one sentence."""
@@ -134,15 +140,16 @@ class Selection(Spec):
     def table(self) -> str:
         """The candidates as a Markdown table, in percent."""
         lines = [["candidate", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *self.rows()]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)
 
     def markdown(self) -> str:
         """The selection as a Markdown page."""
-        differences = [f"- {line}" for line in self.differences]
-        reasons = [f"- {line}" for line in self.reasons]
+        differences = [f"- {markdown_text(line)}" for line in self.differences]
+        reasons = [f"- {markdown_text(line)}" for line in self.reasons]
+        summary = markdown_text(self.summary[0].upper() + self.summary[1:])
         return "\n".join(
             [
-                "# Selection", "", self.summary[0].upper() + self.summary[1:] + ".", "", self.table(), "",
+                "# Selection", "", f"{summary}.", "", self.table(), "",
                 *(["Settings of the adapted candidates:", "", *differences, ""] if differences else []),
                 *(["Failed checks:", "", *reasons, ""] if reasons else []), LEGEND, "",
                 f"Target labels opened: {self.labels_opened}.", "",

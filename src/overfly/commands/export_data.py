@@ -16,7 +16,7 @@ from overfly.adaptation.selection import Selection
 from overfly.commands.arguments import load_domain
 from overfly.commands.load_predictor import NetworkFolder
 from overfly.core.choices import Split
-from overfly.core.errors import DataError, RecipeError, RunError
+from overfly.core.errors import DataError, RecipeError, RunError, markdown_text
 from overfly.core.records import Item
 from overfly.data.domain import Domain, SplitError, sample_evenly, without_labels
 from overfly.evaluation.images import to_tensor
@@ -163,8 +163,9 @@ def _without_seeds(values: Any) -> Any:
 def _selection_text(selection: Selection | None) -> str:
     if selection is None:
         return ""
-    summary = f"{selection.summary[0].upper()}{selection.summary[1:]}. Target labels opened: {selection.labels_opened}."
-    differences = "\n".join(f"- {line}" for line in selection.differences)
+    summary = markdown_text(selection.summary[0].upper() + selection.summary[1:])
+    summary += f". Target labels opened: {selection.labels_opened}."
+    differences = "\n".join(f"- {markdown_text(line)}" for line in selection.differences)
     return "\n\n".join(filter(None, [summary, selection.table(), differences]))
 
 

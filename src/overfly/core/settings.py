@@ -155,7 +155,8 @@ def validation_message(error: ValidationError, name: str, spec: type[Spec] | Non
         path = [part for part in map(str, entry["loc"]) if not _is_validator(part)]
         key = ".".join(path)
         if entry["type"] == "extra_forbidden":
-            problems.append(f"{key}: {_unknown(path, spec)}")
+            path = path or [str(entry["loc"][-1])]
+            problems.append(f"{'.'.join(path)}: {_unknown(path, spec)}")
         elif entry["type"] == "value_error":
             text = entry["msg"].removeprefix("Value error, ")
             problems.append(f"{key}: {text}" if key else text)

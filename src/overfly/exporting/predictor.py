@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from overfly import __version__
 from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
@@ -34,7 +35,7 @@ class ModelMetadata(Spec):
     """The network's name in the registry."""
     classes: Classes
     """Names and colors of the K classes."""
-    bands: PositiveInt = 3
+    bands: Annotated[PositiveInt, Field(le=4096)] = 3
     """Bands C of the image, in the order of the training images."""
     max_value: PositiveFloat = 255.0
     """Largest value of the sensor."""
@@ -42,7 +43,7 @@ class ModelMetadata(Spec):
     """Mean of each band in the sensor's own range, subtracted by the network."""
     std: tuple[float, ...]
     """Standard deviation of each band in the sensor's own range, divided by in the network."""
-    window: Pixels = 512
+    window: Annotated[Pixels, Field(le=16384)] = 512
     """Side of sliding windows in pixels."""
     fixed: bool = False
     """Whether images must have exactly this side; otherwise any size is accepted."""

@@ -52,7 +52,7 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = runtime.InferenceSession(str(path), options, providers=[provider])
+        session = runtime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except Exception as error:  # the library has no common error class
         raise WeightsError(f"{path} cannot be opened by onnxruntime ({first_line(error)}); export it again") from error
     name = session.get_inputs()[0].name
