@@ -40,8 +40,8 @@ TOKENS = (
     b"null", b"true", b"-1", b"0", b"1e308", b"1e-308", b".nan", b".inf", b"9" * 400, b"[]", b"{}", b"[[", b"{a: ",
     b"\n", b"- ", b": ", b"&a ", b"*a", b"!!python/object:os.system ", b"!!binary ", b"<<: ", b"%YAML 9\n", b"---\n",
     b"\xff", b"\xef\xbb\xbf", b"\x00", b"\x1b[31m", b"../../../etc/passwd", b"/dev/zero", b"name: folder", b"name: ",
-    b"start: ", b"x" * 3000, b"\xed\xb3\xbf", b"a.b=", b"'", b'"', b"\\u0000", b"\\ud800", b"NaN",
-    b"Infinity", b"<VRTDataset>", b"</VRTRasterBand>", b"<SourceFilename>/etc/passwd</SourceFilename>", b'rasterXSize="999999999"',
+    b"start: ", b"x" * 3000, b"\xed\xb3\xbf", b"a.b=", b"'", b'"', b"\\u0000", b"\\ud800", b"NaN", b"Infinity",
+    b"<VRTDataset>", b"</VRTRasterBand>", b"<SourceFilename>/etc/passwd</SourceFilename>", b'rasterXSize="999999999"',
 )  # fmt: skip
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from overfly.adaptation.selection import Comparison, Selection, is_comparison
 from overfly.core.choices import Backend
 from overfly.core.device import select_device
-from overfly.core.errors import MissingExtraError, RecipeError, RunError
+from overfly.core.errors import RecipeError, RunError
 from overfly.core.progress import print_status
 from overfly.exporting.predictor import ModelMetadata, Predictor, model_metadata, segmenter_predictor
 from overfly.exporting.runtimes import check_export, onnx_predictor, openvino_predictor, torch_predictor
+from overfly.exporting.trial import check_resources
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run
 
@@ -47,20 +49,14 @@ def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str =
         return segmenter_predictor(segmenter, metadata, select_device(device))
     if path.is_file() and not check_export(path):
         print_status(f"{path} has no .json with its digest beside it: its content is not checked")
-    if suffix == ".pt2":
+    installed = [name for name in runtimes if name == "torch" or importlib.util.find_spec(name) is not None]
+    runtime = backend if backend != "auto" else [*installed, *runtimes][0]
+    if runtime in installed and path.is_file():
+        check_resources(path, runtime)
+    if runtime == "torch":
         return torch_predictor(path, select_device(device))
-    name = "cpu" if device == "auto" else str(select_device(device))
-    if backend == "openvino" or suffix == ".xml":
-        return openvino_predictor(path, name)
-    try:
-        return onnx_predictor(path, name)
-    except MissingExtraError as missing:
-        if backend == "onnxruntime":
-            raise
-        try:
-            return openvino_predictor(path, name)
-        except MissingExtraError:
-            raise missing from None
+    open_with = {"onnxruntime": onnx_predictor, "openvino": openvino_predictor}[runtime]
+    return open_with(path, "cpu" if device == "auto" else str(select_device(device)))
 
 
 @dataclass(frozen=True)

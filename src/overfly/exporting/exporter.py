@@ -48,6 +48,7 @@ from overfly.exporting.predictor import (
 )
 from overfly.exporting.runtimes import export_parts, onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.torch_program import write_torch
+from overfly.exporting.trial import remember
 from overfly.models.segmenter import Segmenter
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
@@ -139,6 +140,7 @@ def export(
             write_json(temporary / f"{name}.json", json.loads(report.model_dump_json()))
             for part in sorted(temporary.iterdir(), key=lambda part: part == file):  # the main file last
                 part.replace(folder / part.name)
+    remember(final, *(parity.backend for parity in report.parity))
     return final, report
 
 
