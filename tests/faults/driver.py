@@ -1,0 +1,289 @@
+"""Make the n-th write, rename, fsync or creation of a file fail, or kill there, and look at what is left.
+
+    gcc -shared -fPIC -o shim.so tests/faults/shim.c -ldl
+    LD_PRELOAD=$PWD/shim.so PYTHONPATH=src:tests:tests/faults python tests/faults/driver.py [SCENARIO …] [--most 1000]
+
+Every case runs in a forked child, in a copy of the scenario's folder. It must succeed, be killed, or raise an error
+that the command line prints as one sentence. Then its files are whole or absent, and the same work done again without a
+fault gives the same content and leaves no unfinished file. Prints a line of JSON a scenario; exits 1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import small_network  # noqa: F401 - registers the network
+from overfly import train
+from overfly.core.errors import OverflyError
+from overfly.data.synthetic import write_synthetic
+from overfly.exporting import exporter, hub
+from overfly.exporting.predictor import ExportSettings, model_metadata
+from overfly.exporting.runtimes import check_export
+from overfly.models.segmenter import Segmenter
+from overfly.raster.manifest import MapSettings
+from overfly.raster.map_raster import map_raster
+from overfly.recipe import load
+from overfly.training.run import Run
+from random_networks import random_network
+from rasters import ids, noise, pointwise, write
+
+CALLS = {"write": 1, "rename": 2, "fsync": 4, "create": 8}
+KILL, SHORT = -1, -2
+FAULTS = {
+    "kill": (KILL, ("write", "rename", "fsync", "create")), "full disk": (errno.ENOSPC, ("write", "create")),
+    "EIO": (errno.EIO, ("write", "fsync", "rename")), "read only": (errno.EROFS, ("create", "rename")),
+    "EACCES": (errno.EACCES, ("create", "rename")), "short write": (SHORT, ("write",)),
+}  # fmt: skip
+"""Faults, and the calls that they befall."""
+
+
+class Scenario(NamedTuple):
+    """Work in a folder.
+
+    Attributes:
+        prepare: writes what the work needs.
+        act: does the work, and returns its content.
+        check: raises unless every file of the work is whole or absent.
+    """
+
+    prepare: Callable[[Path], object]
+    act: Callable[[Path], bytes]
+    check: Callable[[Path], object]
+
+
+def save_weights(folder: Path) -> bytes:
+    network = random_network("small_network")
+    network.mean += 1
+    return network.save(folder / "w.safetensors").read_bytes()
+
+
+WORLD: dict[str, Any] = {"name": "synthetic", "scene": "urban", "size": 64, "train": 4, "val": 2, "test": 2}
+RECIPE = {"source": WORLD, "model": "small_network", "optim": {"name": "sgd", "lr": 0.01}, "crop": 64, "batch": 2}
+
+
+def train_run(folder: Path) -> bytes:
+    run = train(load(RECIPE, "steps=3"), out=folder, device="cpu", quiet=True, checkpoint_every=1).run
+    return b"".join(tensor.numpy().tobytes() for tensor in run.segmenter().state_dict().values())
+
+
+def check_runs(folder: Path) -> None:
+    for file in folder.glob("*/recipe.yaml"):
+        run = Run.open(file.parent)
+        assert run.recipe
+        assert list(run.log.rows()) or not run.scores
+        run.whole_checkpoint()
+        if run.weights.exists():
+            Segmenter.load(run.weights)
+
+
+def export(folder: Path) -> bytes:
+    segmenter, image = random_network("small_network"), np.full((1, 3, 64, 64), 100, np.float32)
+    metadata = model_metadata(segmenter, window=64)
+    data = exporter.EvaluationData([image], [image], None, "gray")
+    file, report = exporter.export(
+        segmenter, metadata, ExportSettings(format="torch"), data, folder=folder, name="net", on_progress=lambda _: None
+    )
+    assert check_export(file)
+    return str(report.parity[0].agreement).encode()
+
+
+def check_exports(folder: Path) -> None:
+    if (folder / "net.pt2").exists():
+        assert check_export(folder / "net.pt2")
+
+
+def make_map(folder: Path) -> bytes:
+    settings = MapSettings(window=64, uncertainty=True)
+    map_raster(pointwise(), str(folder / "scene.tif"), folder / "map.tif", settings, network="none")
+    return ids(folder / "map.tif").tobytes() + ids(folder / "map_uncertainty.tif").tobytes()
+
+
+def check_map(folder: Path) -> None:
+    for name in ("map.tif", "map_uncertainty.tif"):
+        if (folder / name).exists():
+            assert ids(folder / name).shape == (200, 150)
+
+
+def report(folder: Path) -> bytes:
+    from overfly.commands.report import report as write_report
+
+    write_report([next(folder.glob("*/recipe.yaml")).parent], out=folder / "report.html", images=0, speed=False)
+    check_report(folder)
+    return b"written"
+
+
+def check_report(folder: Path) -> None:
+    if (folder / "report.html").exists():
+        assert (folder / "report.html").read_text().rstrip().endswith("</html>")
+
+
+def synthesize(folder: Path) -> bytes:
+    write_synthetic(folder / "world", size=16, train=1, val=1, test=1)
+    return b"".join(file.read_bytes() for file in sorted((folder / "world").rglob("*.png")))
+
+
+def move_from_hub(folder: Path) -> bytes:
+    """The part of `hub load` after the download."""
+    shutil.copytree(folder / "downloaded", folder / "copy", dirs_exist_ok=True)
+    files = hub._move_exports(folder / "copy", folder / "out", "me/net")
+    return files[0].read_bytes()
+
+
+def check_hub(folder: Path) -> None:
+    check_exports(folder / "out")
+
+
+def prepare_hub(folder: Path) -> None:
+    (folder / "downloaded").mkdir()
+    export(folder / "downloaded")
+
+
+SCENARIOS = {
+    "weights": Scenario(
+        lambda folder: random_network("small_network").save(folder / "w.safetensors"),
+        save_weights,
+        lambda folder: Segmenter.load(folder / "w.safetensors"),
+    ),
+    "training": Scenario(lambda _: None, train_run, check_runs),
+    "export": Scenario(lambda _: None, export, check_exports),
+    "map": Scenario(lambda folder: write(folder / "scene.tif", noise(200, 150)), make_map, check_map),
+    "report": Scenario(train_run, report, check_report),
+    "synthesize": Scenario(lambda _: None, synthesize, lambda _: None),
+    "hub": Scenario(prepare_hub, move_from_hub, check_hub),
+}
+
+
+def in_child(work: Callable[[], bytes]) -> tuple[str, str]:
+    """Do work in a forked child.
+
+    Returns:
+        done, refused, killed or failed; and the digest of its content, the message or the traceback.
+    """
+    receive, send = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(receive)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.alarm(120)
+        try:
+            outcome, text = "done", hashlib.sha256(work()).hexdigest()
+        except (OverflyError, OSError) as error:
+            outcome, text = "refused", f"{type(error).__name__}: {error}"
+        except BaseException:
+            outcome, text = "failed", traceback.format_exc()
+        os.write(send, f"{outcome}\n{text}".encode()[-60_000:])
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as pipe:
+        answer = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    if not answer:
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        return ("killed" if killed else "failed"), f"status {status}"
+    outcome, _, text = answer.partition("\n")
+    return outcome, text
+
+
+def run_case(scenario: Scenario, prepared: Path, folder: Path, fault: tuple[int, int, int]) -> tuple[str, str]:
+    """Do the work with a fault (calls, number, action), look at its files, do it again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(prepared, folder)
+    shim = ctypes.CDLL(None)
+
+    def with_fault() -> bytes:
+        shim.fault_arm(os.fsencode(folder), *fault)
+        return scenario.act(folder)
+
+    def look() -> bytes:
+        scenario.check(folder)
+        return b""
+
+    first, text = in_child(with_fault)
+    if first == "failed":
+        return "failed", text
+    looked, problem = in_child(look)
+    if looked != "done":
+        return "failed", f"after {first} ({text}), its files are not whole: {problem}"
+    again, digest = in_child(lambda: scenario.act(folder))
+    if again != "done":
+        return "failed", f"after {first} ({text}), it cannot be done again: {digest}"
+    left = [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".part.lock", ".unfinished"))]
+    if left:
+        return "failed", f"after {first} ({text}), {left} are left"
+    return first, digest
+
+
+def run_scenario(name: str, most: int) -> dict[str, Any]:
+    """All cases of a scenario, or ``most`` evenly spaced ones of each fault and call."""
+    scenario = SCENARIOS[name]
+    counts: Counter[str] = Counter()
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="overfly-faults-") as root:
+        prepared, folder = Path(root).resolve() / "prepared", Path(root).resolve() / "case"
+        prepared.mkdir()
+        in_child(lambda: str(scenario.prepare(prepared)).encode())
+        outcome, expected = run_case(scenario, prepared, folder, (0, 0, 0))
+        if outcome != "done":
+            return {"scenario": name, "problems": [expected]}
+        totals = {}
+        for call, mask in CALLS.items():
+
+            def count(mask: int = mask) -> bytes:
+                shim = ctypes.CDLL(None)
+                shutil.rmtree(folder)
+                shutil.copytree(prepared, folder)
+                shim.fault_arm(os.fsencode(folder), mask, 0, 0)
+                scenario.act(folder)
+                (Path(root) / "count").write_text(str(shim.fault_count()))
+                return b""
+
+            in_child(count)
+            totals[call] = int((Path(root) / "count").read_text())
+        for fault, (action, calls) in FAULTS.items():
+            for call in calls:
+                step = max(1, -(-totals[call] // most))
+                for number in range(1 + (len(fault) * 7) % step, totals[call] + 1, step):
+                    outcome, text = run_case(scenario, prepared, folder, (CALLS[call], number, action))
+                    if outcome != "failed" and text != expected:
+                        outcome, text = "failed", f"other content after {outcome}: {text}"
+                    counts[outcome] += 1
+                    if outcome == "failed":
+                        problems.append(f"{fault} at {call} {number}: {text}")
+    return {"scenario": name, "calls": totals, **counts, "problems": problems}
+
+
+def main() -> int:
+    """Run scenarios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", default=[])
+    parser.add_argument("--most", type=int, default=1000)
+    settings = parser.parse_args()
+    torch.set_num_threads(1)
+    exporter.SECONDS, exporter.ROUNDS = 0.0, 1
+    failed = 0
+    for name in settings.scenarios or SCENARIOS:
+        result = run_scenario(name, settings.most)
+        failed += len(result["problems"])
+        print(json.dumps(result), flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
