@@ -138,9 +138,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def remove_stale(path: Path) -> None:
     """Remove parts of ``path`` left by killed processes of this machine; parts in progress are kept."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}\.[0-9a-f]{{12}}\.part")
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}\.[0-9a-f]{{12}}\.part(\.lock)?")
     with suppress(OSError), os.scandir(path.parent) as entries:
-        for part in [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]:
+        for part in {Path(entry.path.removesuffix(".lock")) for entry in entries if pattern.fullmatch(entry.name)}:
             with suppress(OSError, Timeout), lock(_lock_of(part), wait=False):
                 _remove(part)
 
