@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,13 +17,18 @@ import numpy as np
 from overfly.core.atomic_files import file_sha256
 from overfly.core.download import cache_folder
 from overfly.core.errors import OverflyError, WeightsError
+from overfly.exporting.predictor import Predictor
 from overfly.exporting.runtimes import export_parts, onnx_predictor, openvino_core, openvino_predictor, torch_predictor
 
 SECONDS = 120
 """Longest time in which a file is opened and predicts one image."""
 MEMORY = 8 * 2**30
 """Most bytes of memory that it takes."""
-PREDICTORS = {"onnxruntime": onnx_predictor, "openvino": openvino_predictor, "torch": torch_predictor}
+PREDICTORS: dict[str, Callable[[Path], Predictor]] = {
+    "onnxruntime": onnx_predictor,
+    "openvino": openvino_predictor,
+    "torch": torch_predictor,
+}
 LOOPS = {"Loop", "Scan", "If", "SequenceMap", "TensorIterator"}
 """Operators whose time depends on the image, so that no trial bounds it; `overfly export` writes none."""
 
