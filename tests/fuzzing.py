@@ -87,30 +87,30 @@ def mutate(seeds: list[bytes], number: int) -> bytes:
 
 def read_image(folder: Path) -> object:
     from overfly.data import reading
-    from overfly.web.images import check_size
+    from overfly.web.images import check_header
 
-    header = check_size(folder / "x", 1_000_000)
+    header = check_header(folder / "x", pixels=1_000_000)
     return reading.read_image(folder / "x", bands=None), reading.nodata_mask(folder / "x", bands=None), header
 
 
 def read_mask(folder: Path) -> object:
     from overfly.core.records import Item
     from overfly.data import reading
-    from overfly.web.images import check_size
+    from overfly.web.images import check_header
 
-    check_size(folder / "x.png", 1_000_000)
+    check_header(folder / "x.png", pixels=1_000_000)
     return reading.read_index_label(Item("x", Path(folder / "x.png"), Path(folder / "x.png")), 7)
 
 
 def read_raster(folder: Path) -> object:
     from overfly.raster.raster_source import inspect_raster
-    from overfly.web.images import check_size
+    from overfly.web.images import check_header
     from rasters import metadata
 
     source = str(folder / "x.vrt") if (folder / "x.vrt").read_bytes()[:1] == b"<" else str(folder / "x")
     if not source.endswith(".vrt"):
         (folder / "x.vrt").rename(folder / "x")
-        check_size(Path(source), 1_000_000)
+        check_header(Path(source), pixels=1_000_000)
     return inspect_raster(source, metadata(), bands=None, nodata=None, max_value=None)
 
 

@@ -25,10 +25,8 @@ SECONDS = 120
 MEMORY = 8 * 2**30
 """Most bytes of memory that it takes."""
 PREDICTORS: dict[str, Callable[[Path], Predictor]] = {
-    "onnxruntime": onnx_predictor,
-    "openvino": openvino_predictor,
-    "torch": torch_predictor,
-}
+    "onnxruntime": onnx_predictor, "openvino": openvino_predictor, "torch": torch_predictor,
+}  # fmt: skip
 LOOPS = {"Loop", "Scan", "If", "SequenceMap", "TensorIterator"}
 """Operators whose time depends on the image, so that no trial bounds it; `overfly export` writes none."""
 
