@@ -122,7 +122,7 @@ def check_map(folder: Path) -> None:
 
 
 def report(folder: Path) -> bytes:
-    from overfly.commands.report import report as write_report
+    from overfly.commands.train import report as write_report
 
     write_report([next(folder.glob("*/recipe.yaml")).parent], out=folder / "report.html", images=0, speed=False)
     check_report(folder)
