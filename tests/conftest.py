@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from overfly import adapt, suggest
+from overfly.adaptation import pipeline
+from overfly.commands.adapt import AdaptResult
 from overfly.core.errors import WeightsError
 from overfly.methods.method import Method
 from overfly.models import PRETRAINED, LoadReport, Network, load_weights
 from overfly.recipe import Recipe, load
 from overfly.training import setup
 from overfly.training.setup import initial_network
+from tiles import TILE, recipe_for, write_targets
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -94,3 +98,23 @@ def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
         return load({**small, **start, "method": method, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Target images that can be cut into tiles."""
+    return write_targets(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def compared(world: Path) -> AdaptResult:
+    """A comparison on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "RECALIBRATION", {"batch": 4, "steps": 4})
+        return adapt(recipe_for(world), out=world / "runs", device="cpu", quiet=True)
+
+
+@pytest.fixture
+def labels(compared: AdaptResult, tmp_path: Path) -> Path:
+    """A suggestion of three tiles."""
+    return suggest([compared.path], count=3, tile=TILE, out=tmp_path / "labels", device="cpu", quiet=True).path

@@ -4,7 +4,7 @@ from .commands.evaluate import evaluate
 from .commands.export import export, hub_load, hub_push
 from .commands.list import list_kinds
 from .commands.predict import predict
-from .commands.rank import rank
+from .commands.rank import rank, suggest
 from .commands.serve import serve
 from .commands.speed import speed
 from .commands.train import benchmark, report, train
@@ -22,7 +22,7 @@ from .training.run import Run
 __all__ = [
     "Classes", "Domain", "Method", "OverflyError", "Recipe", "Run", "Segmenter", "adapt", "benchmark", "build",
     "data_check", "data_fetch", "data_stats", "data_synthesize", "evaluate", "export", "hub_load", "hub_push",
-    "list_kinds", "load", "load_weights", "predict", "rank", "report", "serve", "speed", "train", "watch",
+    "list_kinds", "load", "load_weights", "predict", "rank", "report", "serve", "speed", "suggest", "train", "watch",
 ]  # fmt: skip
 
 __version__: str

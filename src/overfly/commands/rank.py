@@ -1,4 +1,4 @@
-"""The command ``rank``."""
+"""The commands ``rank`` and ``suggest``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 
 from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds
 from overfly.core.choices import Split
+from overfly.core.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
     from overfly.adaptation.model_selection import Candidate, Ranking
+    from overfly.adaptation.suggestion import Pick
+    from overfly.data.domain import Domain
+    from overfly.models.segmenter import Segmenter
+    from overfly.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -160,3 +165,86 @@ def rank(
     )
     written = None if out is None else model_selection.write_ranking(ranking, Path(out))
     return RankResult(ranking, written, as_json=json)
+
+
+@dataclass(frozen=True)
+class SuggestResult:
+    """Suggested tiles, and the folder that they were written to."""
+
+    path: Path
+    picks: Sequence[Pick]
+    notes: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for rank, pick in enumerate(self.picks, 1):
+            yield f"{rank:>3}  {pick.tile.name}: {pick.reason}"
+        for note in self.notes:
+            yield f"note: {note}"
+        yield f"written: {self.path}, with README.txt"
+
+
+def suggest(
+    runs: PathLikes, *, count: int = 5, tile: int = 512, limit: int = 200, out: PathLike = Path("labels"),
+    device: str = "auto", quiet: bool = False,
+) -> SuggestResult:  # fmt: skip
+    """Suggest the target tiles whose labels help most, and write them with drafts to correct.
+
+    Picks tiles on which the candidates disagree, that much of the target looks like, and that differ from each other.
+    No target label is read.
+
+    Args:
+        runs: a comparison folder of `adapt`, or finished runs of one target, of which the first predicts the drafts.
+        count: number of tiles.
+        tile: largest side of a tile in pixels; larger images are cut into windows.
+        limit: number of tiles to choose from, evenly spaced.
+        out: folder to write; a suggestion whose masks were changed is not replaced.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        quiet: print no progress.
+
+    Returns:
+        The tiles, most useful first.
+    """
+    from overfly.adaptation import suggestion
+    from overfly.core.device import select_device
+    from overfly.core.progress import print_status
+    from overfly.evaluation.images import MetricOptions
+    from overfly.ops.geometry import Dihedral
+
+    check_bounds({"count": (count, 1, 1000), "tile": (tile, 32, MAX_SIDE), "limit": (limit, count, 10**6)})
+    suggestion.check_replaceable(Path(out))
+    networks, target, recipe = _candidates([Path(run) for run in runs])
+    tiles = suggestion.target_tiles(target, None if recipe.resize else tile, limit)
+    print_status(f"predicting {len(tiles)} tiles by {len(networks)} networks", quiet=quiet)
+    turns = any(isinstance(entry, Dihedral) for entry in recipe.augment)
+    options = MetricOptions(resize=recipe.resize, window=recipe.window, device=select_device(device))
+    picks = suggestion.suggest(networks, target, tiles, count, options, turns=turns)
+    about = {"networks": [str(run) for run in runs], "tile": tile, "limit": limit}
+    return SuggestResult(Path(out), picks, suggestion.write_suggestion(picks, target, Path(out), about))
+
+
+def _candidates(paths: Sequence[Path]) -> tuple[list[Segmenter], Domain, Recipe]:
+    """Return the candidates' networks, the recommended one first, the target, and a recipe with its settings."""
+    from overfly.adaptation.candidates import load_candidate
+    from overfly.adaptation.model_selection import find_trained_runs, shared_target
+    from overfly.adaptation.selection import Comparison, is_comparison
+    from overfly.data.domain import Domain
+    from overfly.models.segmenter import Segmenter
+    from overfly.recipe import load
+
+    if not any(is_comparison(path) for path in paths):
+        runs = find_trained_runs(paths)
+        unfinished = [run.path for run in runs if not run.finished]
+        if unfinished:
+            raise RunError(f"{unfinished[0]} is not finished; leave it out, or finish it with overfly train")
+        networks = [run.segmenter().without_training_heads() for run in runs]
+        return networks, shared_target(runs), runs[0].recipe
+    if len(paths) > 1:
+        raise RecipeError(f"suggest takes one comparison folder, or runs, got {len(paths)} paths; give one of them")
+    comparison = Comparison(paths[0])
+    selection = comparison.selection
+    networks = [Segmenter.load(comparison.weights).without_training_heads()]
+    for name, report in selection.candidates.items():
+        found = comparison.run(name) or Path(report.run)
+        if name != selection.recommended and not report.rejected and (not isinstance(found, Path) or found.is_file()):
+            networks.append(load_candidate(found).without_training_heads())
+    return networks, Domain.model_validate(selection.target), load(selection.recipes[0])

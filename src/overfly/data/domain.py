@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict
@@ -38,6 +38,7 @@ FIXED_TOP_DIFFERENCE = 0.5
 """Difference of class shares above which images have a fixed top."""
 
 
+T = TypeVar("T")
 _CHECKED: dict[tuple[object, ...], frozenset[int]] = {}
 """Class ids of the masks that this process has checked, by settings and state of the files."""
 
@@ -146,7 +147,7 @@ def without_labels(items: Sequence[Item]) -> list[Item]:
     return [item._replace(label=None) for item in items]
 
 
-def sample_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+def sample_evenly(items: Sequence[T], limit: int | None) -> list[T]:
     """Return at most ``limit`` items, evenly spaced; all of them if the limit is None."""
     if limit is None or limit >= len(items):
         return list(items)

@@ -47,7 +47,7 @@ def unlabeled_images(domain: Domain, split: Split, options: MetricOptions = Metr
     if not items:
         raise DataError(f"split {split} of the {domain.title} domain has no images; choose another split")
     for item in items:
-        yield center_crop(_resized(to_tensor(domain.read_image(item)), options.resize), options.crop)
+        yield center_crop(resized(to_tensor(domain.read_image(item)), options.resize), options.crop)
 
 
 def labeled_images(
@@ -65,7 +65,7 @@ def labeled_images(
     if not items:
         raise DataError(f"split {split} of the {domain.title} domain has no labels; choose another split")
     for item in items:
-        image = _resized(to_tensor(domain.read_image(item)), options.resize)
+        image = resized(to_tensor(domain.read_image(item)), options.resize)
         label = torch.from_numpy(domain.read_label(item).astype(np.int64))
         if label.shape != image.shape[-2:]:
             label = F.interpolate(label[None, None].float(), image.shape[-2:], mode="nearest-exact")[0, 0].long()
@@ -123,7 +123,8 @@ def random_pixels(height: int, width: int, pixels: int, *seed: int) -> Tensor:
     return torch.randint(height * width, (pixels,), generator=torch.Generator().manual_seed(state))
 
 
-def _resized(image: Tensor, side: int | None) -> Tensor:
+def resized(image: Tensor, side: int | None) -> Tensor:
+    """Resize (C, H, W) to (C, side, side), bilinear with antialiasing; unchanged for None."""
     if side is None or image.shape[-2:] == (side, side):
         return image
     return F.interpolate(image[None], (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
