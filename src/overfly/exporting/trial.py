@@ -21,7 +21,9 @@ from overfly.exporting.predictor import Predictor
 from overfly.exporting.runtimes import export_parts, onnx_predictor, openvino_core, openvino_predictor, torch_predictor
 
 SECONDS = 120
-"""Longest time in which a file is opened and predicts one image."""
+"""Most seconds of computing in which a file is opened and predicts one image."""
+PATIENCE = 5
+"""Times as many seconds after which the child process is ended on a machine with other work."""
 MEMORY = 8 * 2**30
 """Most bytes of memory that it takes."""
 PREDICTORS: dict[str, Callable[[Path], Predictor]] = {
@@ -42,7 +44,7 @@ def check_resources(path: Path, backend: str) -> None:
         return
     command = [sys.executable, "-P", "-m", "overfly.exporting.trial", str(path), backend]
     try:
-        ended = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)  # noqa: S603
+        ended = subprocess.run(command, capture_output=True, timeout=PATIENCE * SECONDS, check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
         ended = None
     if ended is None or ended.returncode not in (0, 2):
@@ -68,11 +70,12 @@ def _record(path: Path, backend: str) -> Path:
     return cache_folder() / "opened" / f"{file_sha256(*export_parts(path))}-{backend}"
 
 
-def _limit_memory() -> None:
-    """Bound the memory that this process allocates from now on, where the system can."""
+def _limit() -> None:
+    """Bound the time and memory that this process takes from now on, where the system can."""
     with suppress(ImportError, OSError, ValueError, IndexError):
         import resource
 
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         used = int(re.findall(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, used + MEMORY))
 
@@ -91,7 +94,7 @@ def _operators(path: Path) -> set[str]:
 
 def main(path: Path, backend: str) -> int:
     """Open a file and predict one image; print why it cannot be used, and return 2 then."""
-    _limit_memory()
+    _limit()
     loops = ""
     with suppress(Exception):  # a damaged file gets the runtime's message
         loops = ", ".join(sorted(_operators(path) & LOOPS))
