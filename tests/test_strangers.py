@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from starlette.testclient import TestClient
 
 from overfly import cli, train
 from overfly.adaptation.selection import CandidateReport, Comparison
+from overfly.commands import serve
 from overfly.core.download import unpack_zip
 from overfly.core.errors import (
     MAX_MESSAGE,
@@ -35,8 +38,10 @@ from overfly.data.listing import match_files
 from overfly.data.synthetic import write_synthetic
 from overfly.exporting import exporter
 from overfly.exporting.predictor import ExportSettings, model_metadata
+from overfly.exporting.trial import remember
 from overfly.recipe import load
 from overfly.training.run import Run, new_folder
+from overfly.web.server import application
 from random_networks import random_network
 from test_damage import METRICS, write_selection
 
@@ -233,3 +238,22 @@ def test_found_by_fuzzing(tmp_path: Path) -> None:
     (tmp_path / "selection.json").write_text(re.sub(r',\s*"digest": "\w+"', "", text))
     with pytest.raises(RunError, match="damaged"):
         _ = Comparison(tmp_path).selection
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes need Linux")
+def test_the_server_shows_names_of_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = Path(__file__).parent / "seeds"
+    for name in (b"good.png", b"a\xff.png", b"a\x1b[31m.png"):
+        shutil.copy(seeds / "image" / "rgb.png", tmp_path / os.fsdecode(name))
+    scenes = serve._list_scenes([tmp_path], 10**6)
+    assert [path.name for path in scenes] == ["good.png"]
+    assert "\x1b" not in capsys.readouterr().err
+    file = tmp_path / os.fsdecode(b"<b>\xff\x1b.onnx")
+    shutil.copy(seeds / "onnx" / "net.onnx", file)
+    remember(file, "onnxruntime")
+    networks = serve.served_networks([file])
+    with TestClient(application(networks, scenes=scenes), base_url="http://127.0.0.1") as client:
+        for address in ("/", "/networks", "/health", "/compare?one=0&other=0"):
+            answer = client.get(address)
+            assert answer.status_code == 200, address
+            assert "<b>" not in answer.text or address == "/networks"
