@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +321,34 @@ def test_fused_optimizer_takes_the_same_steps(optim: Optim) -> None:
             optimizer.zero_grad()
         weights.append(net.weight.detach())
     torch.testing.assert_close(weights[0], weights[1])
+
+
+SECOND_BATCH_READ = threading.Event()
+
+
+class WaitsForSecondBatch(SourceOnly, name="waits_for_second_batch"):
+    """The first step ends when the second batch was read, which a loader between the steps never does."""
+
+    def losses(self, nets: Networks, batch: Batch) -> Losses:
+        assert SECOND_BATCH_READ.wait(60)
+        return super().losses(nets, batch)
+
+
+def test_batches_are_read_ahead_of_the_steps(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = BatchDataset.__getitem__
+
+    def reading(self: BatchDataset, step: int) -> Any:
+        if step == 1:
+            SECOND_BATCH_READ.set()
+        return read(self, step)
+
+    SECOND_BATCH_READ.clear()
+    monkeypatch.setattr(BatchDataset, "__getitem__", reading)
+    run = trained(load(small, "method=waits_for_second_batch", "steps=3"), tmp_path / "waits")
+    plain = trained(load(small, "steps=3"), tmp_path / "plain")
+    assert equal(run, plain)
 
 
 METHODS = [name for name, kind in Method.kinds.items() if kind.__module__.startswith("overfly.")]

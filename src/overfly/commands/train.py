@@ -56,7 +56,7 @@ def train(
         out: folder in which the run's own folder is made.
         device: auto, cpu, cuda, cuda:1 or mps.
         devices: number of devices, one process each.
-        workers: processes that load images, for each device; 0: images are loaded between the steps.
+        workers: processes that load images, for each device; 0: a thread loads them ahead of the steps.
         checkpoint_every: steps between two checkpoints; an unfinished run resumes from the last.
         log_every: steps that one line of log.jsonl averages.
         cache: where decoded images are cached: memory, disk or off.

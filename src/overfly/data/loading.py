@@ -204,7 +204,7 @@ class BatchDataset(Dataset[Batch | OverflyError]):
 def batch_loader(
     steps: BatchDataset, start: int, stop: int, *, workers: int, pin: bool
 ) -> DataLoader[Batch | OverflyError]:
-    """Load the batches of the steps from ``start`` up to ``stop`` in ``workers`` processes (0: in this one)."""
+    """Load the batches of the steps from ``start`` up to ``stop`` in ``workers`` processes (0: in the caller's)."""
     return DataLoader(
         steps,
         batch_size=None,

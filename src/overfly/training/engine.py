@@ -72,7 +72,7 @@ class TrainerConfig:
     devices: int = 1
     """Processes, one per device."""
     workers: int = 0
-    """Processes that read images, per device; 0: the training process reads them."""
+    """Processes that read images, per device; 0: a thread of the training process reads them."""
     checkpoint_every: int = 200
     """Steps between two checkpoints."""
     log_every: int = 10

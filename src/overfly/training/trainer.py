@@ -7,7 +7,7 @@ import pickle
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from overfly.core.atomic_files import append_digest, atomic_write
 from overfly.core.device import describe_machine
 from overfly.core.errors import OverflyError, RecipeError, RunError, TrainingError
 from overfly.core.optimizers import set_learning_rate
+from overfly.core.prefetch import prefetch
 from overfly.core.progress import Progress, print_status
 from overfly.core.records import Batch, Labeled, Losses
 from overfly.data.loading import batch_loader
@@ -43,6 +44,8 @@ from overfly.training.setup import STATISTICS_BATCHES, TrainingSetup, source_ima
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+READ_AHEAD = 2
+"""Batches that a thread reads ahead of the steps where no processes do."""
 UNREADABLE = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError,
 )  # fmt: skip
@@ -117,9 +120,12 @@ class Trainer:
             self.batches, first_step * accumulate, self.total_steps * accumulate,
             workers=self.config.workers, pin=self.fabric.device.type == "cuda",
         )  # fmt: skip
-        batches = iter(loader)
+        ahead: AbstractContextManager[Iterator[Batch | OverflyError]] = (
+            nullcontext(iter(loader)) if self.config.workers else prefetch(loader, READ_AHEAD)
+        )
         with (
             Progress("steps", quiet=quiet) as progress,
+            ahead as batches,
             delayed_signals(partial(getattr, self, "between_steps")) as raise_delayed,
         ):
             progress.update("training", first_step, self.total_steps)
