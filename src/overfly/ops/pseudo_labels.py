@@ -233,7 +233,7 @@ def instance_thresholds(
 def class_mask(label: Tensor, share: float = 0.5) -> Tensor:
     """Mask of a random part of each image's classes, bool (B, H, W) (Olsson et al., 2021, ClassMix).
 
-    The classes are chosen on the CPU by torch's generator; one transfer from the device reads which are present.
+    Random numbers are drawn on the CPU by torch's generator.
 
     Args:
         label: class ids (B, H, W) or `IGNORE`, which the mask never covers.
@@ -243,14 +243,11 @@ def class_mask(label: Tensor, share: float = 0.5) -> Tensor:
     present = torch.zeros(len(label), IGNORE + 1, dtype=torch.bool, device=label.device)
     present.scatter_(1, label.flatten(1).long(), True)
     present[:, IGNORE] = False
-    table = torch.zeros(len(label), IGNORE + 1, dtype=torch.bool)
-    for row, classes in zip(table, present.cpu(), strict=True):
-        ids = classes.nonzero().squeeze(1)
-        if len(ids) == 1:
-            row[ids] = float(torch.rand(())) < share
-        elif len(ids):
-            row[ids[torch.randperm(len(ids))[: -int(-len(ids) * share // 1)]]] = True
-    table = table.to(label.device, non_blocking=True)
+    drawn = torch.rand(present.shape).to(label.device, non_blocking=True)
+    rank = drawn.masked_fill(~present, 2.0).argsort(1).argsort(1)
+    count = present.sum(1, keepdim=True)
+    chosen = torch.where(count > 1, (count * share - 1e-4).ceil(), (drawn[:, -1:] < share).float())
+    table = present & (rank < chosen)
     return table.gather(1, label.flatten(1).long()).view_as(label)
 
 
