@@ -92,7 +92,7 @@ def test_a_named_precision_is_not_timed(automatic: Recipe, monkeypatch: pytest.M
 
 def test_all_candidates_are_timed() -> None:
     seconds = time_arithmetics("lraspp_mobilenet_v2", classes=3, bands=4, size=64, batch=2, device=CPU)
-    assert {PLAIN, PLAIN_LAST} <= set(seconds) <= set(ARITHMETICS)
+    assert set() < set(seconds) <= set(ARITHMETICS)  # far slower ones are left out
     assert min(seconds.values()) > 0
 
 

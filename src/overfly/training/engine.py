@@ -192,7 +192,7 @@ def time_arithmetics(
             str(each): partial(plain_step(SourceOnly(), nets, each, device), batch) for each, nets in copies.items()
         }
 
-    small = compare_latency(steps(min(size, 128), min(batch, 2), ARITHMETICS), rounds=1)
+    small = compare_latency(steps(min(size, 128), min(batch, 2), ARITHMETICS), rounds=3)
     fastest = min(latency.min_ms for latency in small.values())
     remaining = [each for each in ARITHMETICS if small[str(each)].min_ms <= SLOW * fastest]
     timed = compare_latency(steps(size, batch, remaining), rounds=5, seconds=5.0)
