@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from starlette.testclient import TestClient
 
 from overfly import cli, train
@@ -31,10 +32,12 @@ from overfly.core.errors import (
     markdown_text,
     printable,
 )
+from overfly.core.records import Item
 from overfly.core.settings import MAX_TEXT, parse_yaml, set_value
 from overfly.data import synthetic
 from overfly.data.folder import read_classes
 from overfly.data.listing import match_files
+from overfly.data.reading import read_index_label
 from overfly.data.synthetic import write_synthetic
 from overfly.exporting import exporter
 from overfly.exporting.predictor import ExportSettings, model_metadata
@@ -231,6 +234,10 @@ def test_the_second_export_of_a_file_is_told(tmp_path: Path) -> None:
 
 
 def test_found_by_fuzzing(tmp_path: Path) -> None:
+    mask = np.array([[0, 1], [300, 2]], np.float32)
+    Image.fromarray(mask).save(tmp_path / "mask.tif")
+    with pytest.raises(DataError, match=r"got 300 \(1 pixels\)"):
+        read_index_label(Item("a", tmp_path / "mask.tif", tmp_path / "mask.tif"), 3)
     with pytest.raises(RecipeError, match="path: there is no such setting"):
         load({"source": {"name": "synthetic", "scene": "urban"}}, "path=1")
     write_selection(tmp_path, CandidateReport(run="a", metrics=METRICS))

