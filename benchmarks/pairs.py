@@ -3,9 +3,9 @@
     python benchmarks/pairs.py DATA [--pairs camvid-day,roads-gray] [--seeds 0,1,2] [--out runs/pairs] [SETTING=VALUE …]
 
 DATA is a folder with `camvid`, `roads` and `carrotweed` (each with `source`, `source_test`, `target` and `target_test`,
-which hold `images` and index `masks`) and `dubai`. Every pair runs in both directions: the light network from ImageNet
-weights is trained on the source, then adapted without target labels, with and without pasted source classes. The start
-of one direction is the oracle of the other: the same network, steps and settings on the labels of its target. Target
+which hold `images` and index `masks`) and `dubai`. Every pair runs in both directions, with the recipes that `adapt`
+proposes for two folders; settings such as `start.steps=400 steps=200` take the place of its time budget. The start of
+one direction is the oracle of the other: the same network, steps and settings on the labels of its target. Target
 labels are opened afterwards, by `python benchmarks/selections.py runs/pairs`.
 """
 
@@ -14,15 +14,23 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 import overfly
+from overfly.adaptation.auto_recipe import VARIANTS, propose_recipes, with_statistics
 from overfly.data.domain import TURNS, better_turn
-from overfly.recipe import Recipe, load
+from overfly.data.folder import Folder
+from overfly.recipe import Recipe
+from overfly.training.engine import TrainerConfig, launch_fabric
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+LONG = 1e6
+"""Time budget in seconds, for steps that are set."""
 STREET = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
 DUBAI = {
     "building": [60, 16, 152], "land": [132, 41, 246], "road": [110, 193, 228], "vegetation": [254, 221, 58],
@@ -88,23 +96,14 @@ def domains(data: Path, out: Path) -> dict[str, tuple[dict[str, Any], dict[str, 
     }
 
 
-def recipes(name: str, source: dict[str, Any], target: dict[str, Any], seed: int, *settings: str) -> list[Recipe]:
-    """The two adaptations of one direction, with their start."""
-    upright = name.startswith("camvid")
-    shared = {
-        "source": source, "target": target, "seed": seed, "crop": 192, "batch": 4,
-        "augment": ["horizontal_flip" if upright else "dihedral", {"name": "scale_jitter", "low": 0.5, "high": 2.0},
-                    "color_jitter"],
-        "schedule": {"name": "poly", "power": 0.9, "warmup": 20},
-    }  # fmt: skip
-    start: dict[str, Any] = {
-        **shared, "model": "lraspp_mobilenet_v2", "steps": 300,
-        "optim": {"name": "adamw", "lr": 3e-4, "weight_decay": 0.01, "head": 10},
-    }  # fmt: skip
-    adapted = {**shared, "start": start, "steps": 80, "optim": {**start["optim"], "lr": 1.5e-4}}
-    method = {"name": "multiscale_self_training", "turns": not upright, "ramp_steps": 27, "weight": 2.0}
-    plain = {"mix_share": 0.0, "strong_augment": [{"name": "illumination", "p": 0.8}, "gaussian_blur"]}
-    return [load({**adapted, "method": values}, *settings) for values in (method, {**method, **plain})]
+def recipes(values: tuple[dict[str, Any], dict[str, Any]], fabric: Fabric, *settings: str) -> list[Recipe]:
+    """The recipes that `overfly adapt` proposes for a source and a target, with the steps of ``settings``."""
+    both = Recipe.model_validate(dict(zip(("source", "target"), values, strict=True)))
+    source, target = (
+        with_statistics(domain) if isinstance(domain, Folder) else domain
+        for domain in (both.domain("source"), both.domain("target"))
+    )
+    return propose_recipes(source, target, VARIANTS, settings, checkpoint=None, budget=LONG, fabric=fabric)
 
 
 def main() -> None:
@@ -118,9 +117,11 @@ def main() -> None:
     arguments, settings = parser.parse_known_args()
     pairs = domains(arguments.data.resolve(), arguments.out.resolve())
     names = arguments.pairs.split(",") if arguments.pairs else list(pairs)
+    fabric = launch_fabric(Recipe.model_validate({"source": pairs[names[0]][0]}), TrainerConfig())
     for seed in map(int, arguments.seeds.split(",")):
         for name in names:
-            both = dict(zip(("pasted", "plain"), recipes(name, *pairs[name], seed, *settings), strict=True))
+            proposed = recipes(pairs[name], fabric, f"seed={seed}", *settings)
+            both = dict(zip(("pasted", "plain"), proposed, strict=True))
             chosen = [both[variant] for variant in arguments.variants.split(",")]
             print(name, seed, overfly.adapt(*chosen, out=arguments.out, estimate=False).selection.summary, flush=True)
 

@@ -126,7 +126,11 @@ def folder_domain(
         domain.items("train")
     except DataError as error:
         raise DataError(f"--{role}-images: {error}") from None
-    domain = domain if masks is None else _split_off_validation(domain, images)
+    return with_statistics(domain if masks is None else _split_off_validation(domain, images))
+
+
+def with_statistics(domain: Folder) -> Folder:
+    """Set mean and standard deviation of a domain without them, estimated from images of ``train``."""
     if domain.mean is not None:
         return domain
     measured = statistics(domain, "train", limit=SAMPLED_IMAGES)
