@@ -23,7 +23,7 @@ import overfly
 from overfly.adaptation.auto_recipe import VARIANTS, propose_recipes, with_statistics
 from overfly.data.domain import TURNS, better_turn
 from overfly.data.folder import Folder
-from overfly.recipe import Recipe
+from overfly.recipe import Recipe, load
 from overfly.training.engine import TrainerConfig, launch_fabric
 
 if TYPE_CHECKING:
@@ -120,9 +120,9 @@ def main() -> None:
     fabric = launch_fabric(Recipe.model_validate({"source": pairs[names[0]][0]}), TrainerConfig())
     for seed in map(int, arguments.seeds.split(",")):
         for name in names:
-            proposed = recipes(pairs[name], fabric, f"seed={seed}", *settings)
-            both = dict(zip(("pasted", "plain"), proposed, strict=True))
-            chosen = [both[variant] for variant in arguments.variants.split(",")]
+            pasted, plain = recipes(pairs[name], fabric, f"seed={seed}", *settings)
+            every = {"pasted": pasted, "plain": plain, "fast": load(pasted, "optim.lr=5e-4", "method.ema=0.95")}
+            chosen = [every[variant] for variant in arguments.variants.split(",")]
             print(name, seed, overfly.adapt(*chosen, out=arguments.out, estimate=False).selection.summary, flush=True)
 
 
