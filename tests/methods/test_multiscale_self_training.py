@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from overfly.core.records import IGNORE, Batch, Labeled, Logits
 from overfly.methods.multiscale_self_training import MultiscaleNetworks, MultiscaleSelfTraining
 from overfly.ops.normalization import batch_norms, frozen_statistics
-from overfly.ops.pseudo_labels import correct_class_prior, predict_augmented
+from overfly.ops.pseudo_labels import align_distribution, predict_augmented
 from overfly.recipe import Recipe
 from overfly.training.setup import initial_network
 
@@ -46,12 +46,24 @@ def test_predict_augmented_maps_predictions_back_to_the_input(scale: float) -> N
         assert wrong <= (0 if scale >= 1 else 0.02)
 
 
-def test_correct_class_prior_lowers_frequent_classes() -> None:
+def test_align_distribution_lowers_classes_that_are_predicted_too_often() -> None:
     probability = torch.tensor([0.55, 0.45]).view(1, 2, 1, 1)
-    shares = torch.tensor([0.8, 0.2])
-    assert torch.equal(correct_class_prior(probability, shares, 0.0), probability)
-    assert correct_class_prior(probability, shares, 0.5).argmax(1).item() == 1
-    assert correct_class_prior(shares.view(1, 2, 1, 1), shares, 1.0).flatten().tolist() == pytest.approx([0.5, 0.5])
+    shares, even = torch.tensor([0.8, 0.2]), torch.tensor([0.5, 0.5])
+    assert torch.equal(align_distribution(probability, shares, even, 0.0), probability)
+    assert torch.allclose(align_distribution(probability, shares, shares, 1.0), probability)
+    assert align_distribution(probability, shares, even, 0.5).argmax(1).item() == 1
+    assert align_distribution(shares.view(1, 2, 1, 1), shares, even, 1.0).flatten().tolist() == pytest.approx([0.5] * 2)
+
+
+def test_shares_are_aligned_with_those_of_the_source(nets: MultiscaleNetworks, batch: Batch) -> None:
+    """A rare class that is predicted as often as the source shows it does not grow."""
+    label = torch.zeros_like(batch.source.label)
+    label[:, :, : label.shape[2] // 4] = 1
+    batch = batch._replace(source=batch.source._replace(label=label))
+    MultiscaleSelfTraining().losses(nets, batch)
+    assert nets.reference[:2].tolist() == pytest.approx([0.75, 0.25])
+    MultiscaleSelfTraining().losses(nets, batch._replace(source=batch.source._replace(label=torch.zeros_like(label))))
+    assert nets.reference[:2].tolist() == pytest.approx([0.7625, 0.2375])
 
 
 def test_frozen_statistics_do_not_change_in_training(nets: MultiscaleNetworks, batch: Batch) -> None:
@@ -80,8 +92,9 @@ def test_frozen_statistics_restores_modes() -> None:
 def test_the_most_confident_share_of_every_class_is_kept(nets: MultiscaleNetworks) -> None:
     target = torch.rand(2, 3, 64, 64)
     nets.teacher = Bright()
-    nets.class_prior, nets.thresholds = torch.full((2,), 0.5), torch.zeros(2)
-    method = MultiscaleSelfTraining(initial_share=0.5, share=0.5, scales=(1.0,), class_prior_power=0.0)
+    nets.class_prior = nets.reference = torch.full((2,), 0.5)
+    nets.thresholds = torch.zeros(2)
+    method = MultiscaleSelfTraining(initial_share=0.5, share=0.5, scales=(1.0,), alignment=0.0)
     torch.manual_seed(3)
     label = method.pseudo_labels(nets, target)
     torch.manual_seed(3)
@@ -95,8 +108,8 @@ def test_the_most_confident_share_of_every_class_is_kept(nets: MultiscaleNetwork
 def test_the_share_grows_linearly_over_ramp_steps(nets: MultiscaleNetworks) -> None:
     target = torch.rand(2, 3, 64, 64)
     nets.teacher = Bright()
-    nets.class_prior = torch.full((2,), 0.5)
-    method = MultiscaleSelfTraining(initial_share=0.2, share=0.8, ramp_steps=100, scales=(1.0,), class_prior_power=0.0)
+    nets.class_prior = nets.reference = torch.full((2,), 0.5)
+    method = MultiscaleSelfTraining(initial_share=0.2, share=0.8, ramp_steps=100, scales=(1.0,), alignment=0.0)
     for step, share in ((0, 0.2), (50, 0.5), (100, 0.8), (1000, 0.8)):
         nets.step = step
         nets.thresholds = torch.zeros(2)

@@ -258,7 +258,7 @@ def test_source_free_freezes_statistics_by_default(
     assert all(torch.equal(now[name], value) for name, value in before.items()) == same
 
 
-def test_source_free_labels_at_several_scales_with_class_prior_correction(case: Case) -> None:
+def test_source_free_labels_at_several_scales_and_keeps_the_first_class_shares(case: Case) -> None:
     method = SourceFree(share=1.0)
     nets = method.networks(initial_network(case[0])[0]).train()
     sides: list[int] = []
@@ -267,10 +267,13 @@ def test_source_free_labels_at_several_scales_with_class_prior_correction(case: 
     scores[0, 0], scores[0, 1] = 1.0, 0.9  # slightly above the second class
     nets.teacher.register_forward_hook(lambda *each: each[2]._replace(main=scores.expand_as(each[2].main)))
     nets.class_prior.copy_(torch.tensor([0.7, *[0.05] * 6]))
+    nets.reference.copy_(torch.tensor([0.1, *[0.15] * 6]))
+    nets.step = 100
     label = method.label_target(nets, case[1].target, None, share=1.0, threshold_ema=0.9)
     side = case[1].target.shape[-1]
     assert sides == [round(0.67 * side), side, round(1.5 * side)]
     assert bool((label == 1).all())
+    assert nets.reference[0].item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

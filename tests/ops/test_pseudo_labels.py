@@ -176,10 +176,12 @@ def test_multiscale_pseudo_labels_do_not_change_the_class_prior_in_place() -> No
     image, prior = torch.rand(2, 3, 16, 16) * 9, torch.full((3,), 1 / 3)
     nodata_mask = torch.ones(2, 16, 16, dtype=torch.bool)
     before = prior.clone()
-    _, updated = multiscale_pseudo_labels(Scores(), image, prior, scales=(1.0, 1.5), power=0.5, decay=0.9)
+    _, updated = multiscale_pseudo_labels(Scores(), image, prior, prior, scales=(1.0, 1.5), power=0.5, decay=0.9)
     assert torch.equal(prior, before)
     assert not torch.equal(updated, before)
     _, same = multiscale_pseudo_labels(
-        Scores(), image, prior, scales=(1.0,), power=0.5, decay=0.9, nodata_mask=nodata_mask
+        Scores(), image, prior, prior, scales=(1.0,), power=0.5, decay=0.9, nodata_mask=nodata_mask
     )
     assert torch.equal(same, before)
+    _, first = multiscale_pseudo_labels(Scores(), image, torch.zeros(3), prior, scales=(1.0,), power=0.5, decay=0.9)
+    assert abs(float(first.sum()) - 1) < 1e-5  # not averaged with zeros

@@ -22,6 +22,7 @@ from overfly.ops.pseudo_labels import (
     PseudoLabels,
     block_mask,
     class_mask,
+    class_shares,
     confident_share,
     fill_mean_color,
     paste,
@@ -139,20 +140,6 @@ class GCWLDQ(DACS, name="gcw_ldq"):
         nets.class_weights.lerp_(weights.to(nets.class_weights), 1 - self.class_weight_ema)
         pixel_weights = nets.class_weights[label.masked_fill(label == IGNORE, 0)]
         return prefixed("source", self.supervised(logits, label, pixel_weights))
-
-
-def class_shares(label: Tensor, classes: int) -> Tensor:
-    """Share of each class among the labeled pixels of each image (B, K); 1 / K each in an image without labels.
-
-    Args:
-        label: class ids (B, H, W) or `IGNORE`.
-        classes: number of classes K.
-    """
-    index = label.masked_fill(label == IGNORE, classes).flatten(1)
-    counts = torch.zeros(len(label), classes + 1, device=label.device)
-    counts = counts.scatter_add(1, index, torch.ones_like(index, dtype=counts.dtype))[:, :classes]
-    total = counts.sum(1, keepdim=True)
-    return torch.where(total > 0, counts / total, 1 / classes)
 
 
 def rare_class_weights(shares: Tensor, temperature: float) -> Tensor:

@@ -19,10 +19,12 @@ from overfly.ops.geometry import Dihedral, HorizontalFlip
 from overfly.ops.normalization import frozen_statistics, joint_forward
 from overfly.ops.pseudo_labels import (
     class_mask,
+    class_shares,
     class_thresholds,
     ema_thresholds,
     filter_by_threshold,
     linear_ramp,
+    moving_average,
     multiscale_pseudo_labels,
     paste,
 )
@@ -30,22 +32,26 @@ from overfly.ops.pseudo_labels import (
 ILLUMINATION: ColorAugments = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
 """Changes of illumination and sharpness that keep hues, which tell classes apart in overhead imagery."""
 BATCH_EMA = 0.95
-"""Decay of the moving averages of thresholds and class prior over batches."""
+"""Decay of the moving averages of thresholds and class shares over batches."""
+REFERENCE_STEPS = 20
+"""Steps whose predictions are the reference of class shares without a source: about the memory of `BATCH_EMA`."""
 
 
 class MultiscaleNetworks(ThresholdNetworks):
-    """Student, teacher, class thresholds, and the class prior of the teacher's predictions.
+    """Student, teacher, class thresholds, and the class shares of the teacher's predictions.
 
     Attributes:
-        class_prior: moving average of the mean class probabilities (K,), sums to 1.
+        class_prior: moving average of the teacher's mean class probabilities (K,), sums to 1; 0 before the first batch.
+        reference: class shares that they are aligned with (K,), the same.
     """
 
     class_prior: Tensor
+    reference: Tensor
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
-        classes = len(self.segmenter.classes)
-        self.register_buffer("class_prior", torch.full((classes,), 1 / classes))
+        for name in ("class_prior", "reference"):
+            self.register_buffer(name, torch.zeros(len(self.segmenter.classes)))
 
 
 class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
@@ -60,9 +66,9 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     turns: bool = True
     """Whether target images are turned by quarters and flipped; false for images with a fixed top, such as those of
     streets, which are flipped horizontally only."""
-    class_prior_power: NonNegativeFloat = 0.5
-    """Strength of the class-prior correction: predicted probabilities are divided by the class prior to this power; 0:
-    no correction."""
+    alignment: NonNegativeFloat = 0.5
+    """Strength of distribution alignment: predicted probabilities are divided by the predicted share of their class,
+    relative to its share in the source's labels (without a source: in the first predictions), to this power; 0: none."""
 
     def networks(self, student: nn.Module) -> MultiscaleNetworks:
         return MultiscaleNetworks(student)
@@ -74,15 +80,17 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     ) -> Tensor:  # fmt: skip
         """Pseudo-labels (B, H, W) of the most confident ``share`` of each class's pixels; `IGNORE` elsewhere.
 
-        Updates the class prior and, with decay ``threshold_ema``, the thresholds. ``nodata_mask`` (B, H, W) is true
+        Updates the predicted class shares and, with decay ``threshold_ema``, the thresholds. ``nodata_mask`` is true
         where the images (B, C, H, W) have no data.
         """
         pseudo, class_prior = multiscale_pseudo_labels(
-            nets.teacher, target, nets.class_prior,
-            scales=self.scales, power=self.class_prior_power, decay=BATCH_EMA, turns=self.turns,
+            nets.teacher, target, nets.class_prior, nets.reference,
+            scales=self.scales, power=self.alignment, decay=BATCH_EMA, turns=self.turns,
             nodata_mask=nodata_mask,
         )  # fmt: skip
         nets.class_prior.copy_(class_prior)
+        if not self.needs_source and nets.step < REFERENCE_STEPS:
+            nets.reference.copy_(class_prior)
         thresholds = class_thresholds(pseudo, share, len(nets.thresholds))
         nets.thresholds.copy_(ema_thresholds(nets.thresholds, thresholds, threshold_ema))
         return filter_by_threshold(pseudo, nets.thresholds)
@@ -122,6 +130,8 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
     def losses(self, nets: MultiscaleNetworks, batch: Batch) -> Losses:
         """Supervised loss on source images and on mixed images."""
         source = batch.source
+        shares = class_shares(source.label, len(nets.reference)).mean(0)
+        nets.reference.copy_(moving_average(nets.reference, shares, BATCH_EMA))
         target, nodata_mask = self.augment_target(nets, batch)
         label = self.pseudo_labels(nets, target, nodata_mask)
         mask = class_mask(source.label, self.mix_share) if self.mix_share else torch.zeros_like(label, dtype=torch.bool)

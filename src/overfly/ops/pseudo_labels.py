@@ -91,34 +91,60 @@ def predict_augmented(teacher: nn.Module, image: Tensor, scale: float, *, turns:
     return probability if scale == 1 else nn.functional.interpolate(probability, size=size, mode="bilinear")
 
 
-def correct_class_prior(probability: Tensor, class_prior: Tensor, power: float) -> Tensor:
-    """Class probabilities divided by ``class_prior ** power`` and normalized (after Wang et al., 2022, DebiasPL).
+def class_shares(label: Tensor, classes: int) -> Tensor:
+    """Share of each class among the labeled pixels of each image (B, K); 1 / K each in an image without labels.
+
+    Args:
+        label: class ids (B, H, W) or `IGNORE`.
+        classes: number of classes K.
+    """
+    index = label.masked_fill(label == IGNORE, classes).flatten(1)
+    counts = torch.zeros(len(label), classes + 1, device=label.device)
+    counts = counts.scatter_add(1, index, torch.ones_like(index, dtype=counts.dtype))[:, :classes]
+    total = counts.sum(1, keepdim=True)
+    return torch.where(total > 0, counts / total, 1 / classes)
+
+
+def align_distribution(probability: Tensor, class_prior: Tensor, reference: Tensor, power: float) -> Tensor:
+    """Class probabilities divided by ``(class_prior / reference) ** power`` and normalized.
+
+    Distribution alignment (Berthelot et al., 2020, ReMixMatch, arXiv:1911.09785), which has power 1 and the labels'
+    class shares as the reference: classes that are predicted more often than there become less probable.
 
     Args:
         probability: (B, K, H, W), sums to 1 over K.
         class_prior: mean probability of each class (K,), such as a moving average over batches.
-        power: 0 changes nothing; 1 removes the prior.
+        reference: expected share of each class (K,).
+        power: 0 changes nothing; 1 moves the mean to the reference.
 
     Returns:
         (B, K, H, W), sums to 1 over K.
     """
-    corrected = probability / class_prior.clamp_min(1e-6).view(1, -1, 1, 1) ** power
+    ratio = class_prior.clamp_min(1e-6) / reference.clamp_min(1e-6)
+    corrected = probability / ratio.view(1, -1, 1, 1) ** power
     return corrected / corrected.sum(1, keepdim=True)
+
+
+def moving_average(average: Tensor, value: Tensor, decay: float) -> Tensor:
+    """Moving average of class shares (K,) after one more value; the value itself if the average is 0 so far."""
+    return torch.where(average.any(), torch.lerp(value, average, decay), value)
 
 
 @torch.no_grad()
 def multiscale_pseudo_labels(
-    teacher: nn.Module, image: Tensor, class_prior: Tensor, *, scales: Sequence[float], power: float, decay: float,
-    turns: bool = True, nodata_mask: Tensor | None = None,
+    teacher: nn.Module, image: Tensor, class_prior: Tensor, reference: Tensor, *, scales: Sequence[float],
+    power: float, decay: float, turns: bool = True, nodata_mask: Tensor | None = None,
 ) -> tuple[PseudoLabels, Tensor]:  # fmt: skip
-    """Pseudo-labels from the mean prediction over several scales, corrected by the class prior of the predictions.
+    """Pseudo-labels from the mean prediction over several scales, its class shares aligned with a reference.
 
     Args:
         teacher: images (B, C, H, W) to `Logits` at their size.
         image: (B, C, H, W), in the sensor's range.
-        class_prior: moving average of the mean class probabilities of earlier batches (K,); not changed.
+        class_prior: moving average of the mean class probabilities of earlier batches (K,), 0 before the first; not
+            changed.
+        reference: expected share of each class (K,); all 0: as predicted.
         scales: factors of height and width; see `predict_augmented`.
-        power: strength of the correction; see `correct_class_prior`.
+        power: strength of the alignment; see `align_distribution`.
         decay: share of ``class_prior`` that the new average keeps, 0 to 1.
         turns: see `predict_augmented`.
         nodata_mask: True where the image has no data, bool (B, H, W): no label, no part in the prior; None: nowhere.
@@ -127,13 +153,11 @@ def multiscale_pseudo_labels(
         Pseudo-labels with corrected probabilities, and the new class prior (K,).
     """
     probability = torch.stack([predict_augmented(teacher, image, scale, turns=turns) for scale in scales]).mean(0)
-    if nodata_mask is None:
-        class_prior = class_prior.lerp(probability.mean((0, 2, 3)), 1 - decay)
-    else:
-        count = (~nodata_mask).sum()
-        mean = probability.masked_fill(nodata_mask[:, None], 0).sum((0, 2, 3)) / count.clamp_min(1)
-        class_prior = torch.where(count > 0, class_prior.lerp(mean, 1 - decay), class_prior)
-    corrected, label = correct_class_prior(probability, class_prior, power).max(1)
+    known = torch.ones_like(probability[:, 0], dtype=torch.bool) if nodata_mask is None else ~nodata_mask
+    mean = probability.masked_fill(~known[:, None], 0).sum((0, 2, 3)) / known.sum().clamp_min(1)
+    class_prior = torch.where(known.any(), moving_average(class_prior, mean, decay), class_prior)
+    reference = torch.where(reference.any(), reference, class_prior)
+    corrected, label = align_distribution(probability, class_prior, reference, power).max(1)
     return mask_nodata(PseudoLabels(label, corrected), nodata_mask), class_prior
 
 
