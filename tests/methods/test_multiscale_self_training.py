@@ -94,7 +94,7 @@ def test_the_most_confident_share_of_every_class_is_kept(nets: MultiscaleNetwork
     nets.teacher = Bright()
     nets.class_prior = nets.reference = torch.full((2,), 0.5)
     nets.thresholds = torch.zeros(2)
-    method = MultiscaleSelfTraining(initial_share=0.5, share=0.5, scales=(1.0,), alignment=0.0)
+    method = MultiscaleSelfTraining(initial_share=0.5, share=0.5, scales=(1.0,), class_prior_power=0.0)
     torch.manual_seed(3)
     label = method.pseudo_labels(nets, target)
     torch.manual_seed(3)
@@ -109,7 +109,7 @@ def test_the_share_grows_linearly_over_ramp_steps(nets: MultiscaleNetworks) -> N
     target = torch.rand(2, 3, 64, 64)
     nets.teacher = Bright()
     nets.class_prior = nets.reference = torch.full((2,), 0.5)
-    method = MultiscaleSelfTraining(initial_share=0.2, share=0.8, ramp_steps=100, scales=(1.0,), alignment=0.0)
+    method = MultiscaleSelfTraining(initial_share=0.2, share=0.8, ramp_steps=100, scales=(1.0,), class_prior_power=0.0)
     for step, share in ((0, 0.2), (50, 0.5), (100, 0.8), (1000, 0.8)):
         nets.step = step
         nets.thresholds = torch.zeros(2)

@@ -66,7 +66,7 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     turns: bool = True
     """Whether target images are turned by quarters and flipped; false for images with a fixed top, such as those of
     streets, which are flipped horizontally only."""
-    alignment: NonNegativeFloat = 0.5
+    class_prior_power: NonNegativeFloat = 0.5
     """Strength of distribution alignment: predicted probabilities are divided by the predicted share of their class,
     relative to its share in the source's labels (without a source: in the first predictions), to this power; 0: none."""
 
@@ -85,7 +85,7 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
         """
         pseudo, class_prior = multiscale_pseudo_labels(
             nets.teacher, target, nets.class_prior, nets.reference,
-            scales=self.scales, power=self.alignment, decay=BATCH_EMA, turns=self.turns,
+            scales=self.scales, power=self.class_prior_power, decay=BATCH_EMA, turns=self.turns,
             nodata_mask=nodata_mask,
         )  # fmt: skip
         nets.class_prior.copy_(class_prior)
