@@ -100,11 +100,12 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
     """Self-training with multi-scale, prior-corrected, class-balanced pseudo-labels and pasted source classes.
 
     The mean teacher (Tarvainen and Valpola, 2017) predicts each target image at several `scales`, since a wrong ground
-    resolution is the most common error between regions. The class prior of its predictions is corrected (after Wang et
-    al., 2022, DebiasPL), the most confident share of each class is kept (Zou et al., 2018, CBST), and half of a source
-    image's classes are pasted onto the target image (Olsson et al., 2021, ClassMix). Source and mixed images share one
-    forward pass. Boundaries are trained at source pixels only. Inference uses the teacher. Whether pasting helps
-    depends on source and target: `overfly adapt` between two folders trains both variants and selects without labels.
+    resolution is the most common error between regions. The class shares of its predictions are aligned with those of
+    the source's labels (after Berthelot et al., 2020, ReMixMatch), the most confident share of each class is kept (Zou
+    et al., 2018, CBST), and half of a source image's classes are pasted onto the target image (Olsson et al., 2021,
+    ClassMix). Source and mixed images share one forward pass. Boundaries are trained at source pixels only. Inference
+    uses the teacher. Whether pasting helps depends on source and target: `overfly adapt` between two folders trains
+    both variants and selects without labels.
     """
 
     criterion: Criterion = CrossEntropy(boundary=1.0)
