@@ -23,7 +23,7 @@ import overfly
 from overfly.adaptation.auto_recipe import VARIANTS, propose_recipes, with_statistics
 from overfly.data.domain import TURNS, better_turn
 from overfly.data.folder import Folder
-from overfly.recipe import Recipe, load
+from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, launch_fabric
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--pairs", default="")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--variants", default="pasted,plain")
+    parser.add_argument("--variants", default="equal,source,plain")
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
     arguments, settings = parser.parse_known_args()
     pairs = domains(arguments.data.resolve(), arguments.out.resolve())
@@ -120,8 +120,8 @@ def main() -> None:
     fabric = launch_fabric(Recipe.model_validate({"source": pairs[names[0]][0]}), TrainerConfig())
     for seed in map(int, arguments.seeds.split(",")):
         for name in names:
-            pasted, plain = recipes(pairs[name], fabric, f"seed={seed}", *settings)
-            every = {"pasted": pasted, "plain": plain, "fast": load(pasted, "optim.lr=5e-4", "method.ema=0.95")}
+            proposed = recipes(pairs[name], fabric, f"seed={seed}", *settings)
+            every = dict(zip(("equal", "source", "plain"), proposed, strict=True))
             chosen = [every[variant] for variant in arguments.variants.split(",")]
             print(name, seed, overfly.adapt(*chosen, out=arguments.out, estimate=False).selection.summary, flush=True)
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfly.core.records import IGNORE
-from overfly.methods.dacs import class_shares, local_quality, rare_class_weights
+from overfly.methods.dacs import local_quality, rare_class_weights
+from overfly.ops.pseudo_labels import class_shares
 
 
 def test_shares_leave_ignored_pixels_out() -> None:

@@ -64,7 +64,6 @@ class CandidateComparison:
         self.runs: dict[str, Run | Path] = {}
         self.metrics: dict[str, LabelFreeMetrics] = {}
         self.counts: dict[str, ImageCounts] = {}
-        self.classes: Tensor | None = None
         self.estimated: dict[str, Estimate] = {}
         self.recommended = BASELINE
 
@@ -91,7 +90,6 @@ class CandidateComparison:
             network, self.images, self.target.max_value, self.options,
             reference=self.predicted[BASELINE], perturbations=self._perturbations(), predicted=predicted,
         )  # fmt: skip
-        self.classes = statistics.reference_classes
         views = [pairs for view, pairs in statistics.confusions.items() if view != "reference"]
         self.counts[name] = ImageCounts(views, self._source_counts(network))
         own = _miou(self.counts[name].source)
@@ -102,7 +100,7 @@ class CandidateComparison:
         else:
             restored = None if own is None else _miou(self._source_counts(self.source_network(name, run)))
         values = {"source_miou": own, "source_statistics_miou": restored}
-        self.metrics[name] = statistics.metrics(reference_classes=True).model_copy(update=values)
+        self.metrics[name] = statistics.metrics().model_copy(update=values)
 
     def _checks(self, name: str) -> tuple[Check, ...]:
         return self.gate.checks(self.metrics[BASELINE], self.metrics[name])
@@ -172,9 +170,9 @@ class CandidateComparison:
 
     def _share_better(self, name: str) -> float | None:
         """See `CandidateReport.better`."""
-        if name == BASELINE or self.classes is None or name not in self.passing:
+        if name == BASELINE or name not in self.passing:
             return None
-        return share_better(self.counts[BASELINE], self.counts[name], self.classes)
+        return share_better(self.counts[BASELINE], self.counts[name])
 
     def _check_target(self) -> tuple[float | None, float | None]:
         """Return familiarity and reverse validation of the target; None without held-out images or labels."""
@@ -184,7 +182,7 @@ class CandidateComparison:
         baseline = self.networks[BASELINE]
         metrics = label_free_metrics(
             baseline, source, held_out, self.options,
-            reference=baseline, reference_classes=True, perturbations=self._perturbations(),
+            reference=baseline, perturbations=self._perturbations(),
         )  # fmt: skip
         familiar = familiarity(metrics, self.metrics[BASELINE])
         if not (has_labels(source, "train") and has_labels(source, held_out)):

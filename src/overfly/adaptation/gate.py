@@ -20,7 +20,7 @@ from overfly.core.errors import RecipeError
 from overfly.core.progress import percent
 from overfly.core.settings import set_value, validation_message
 from overfly.core.spec import Share, Spec
-from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.confusion import Confusion, kappa
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 
 CLASS_SHARE = 1e-3
@@ -143,7 +143,7 @@ class ImageCounts(NamedTuple):
     """For each held-out source image: labels and predictions; empty without labels."""
 
 
-def share_better(baseline: ImageCounts, candidate: ImageCounts, classes: Tensor) -> float:
+def share_better(baseline: ImageCounts, candidate: ImageCounts) -> float:
     """Share of bootstrap samples of the images in which a candidate's `LabelFreeMetrics.score` is higher, 0 to 1.
 
     Target and source images are sampled separately; both networks are compared on the same samples.
@@ -151,49 +151,46 @@ def share_better(baseline: ImageCounts, candidate: ImageCounts, classes: Tensor)
     Args:
         baseline: of the network before adaptation.
         candidate: on the same images.
-        classes: mask (K,) of the classes that consistency is averaged over.
     """
     generator = np.random.default_rng(0)
     samples = [
         generator.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_SAMPLES) if count else np.empty(0, np.int64)
         for count in (len(baseline.views[0]), len(baseline.source))
     ]
-    return float(np.mean(_scores(candidate, classes, *samples) > _scores(baseline, classes, *samples)))
+    return float(np.mean(_scores(candidate, *samples) > _scores(baseline, *samples)))
 
 
-def _scores(
-    counts: ImageCounts, classes: Tensor, target: NDArray[np.int64], source: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _scores(counts: ImageCounts, target: NDArray[np.int64], source: NDArray[np.int64]) -> NDArray[np.float64]:
     """Scores (S,) of samples (S, images), which hold how often each image was drawn."""
-    ious = [_ious(target, view).nan_to_num(0.0)[:, classes].mean(1) for view in counts.views]
-    scores = torch.stack(ious).mean(0)
+    views = [_sums(target, view) for view in counts.views]
+    consistency = torch.stack([kappa(view).nan_to_num(0.0).clamp_min(0) for view in views]).mean(0)
     if counts.source:
-        scores = (scores + _ious(source, counts.source).nanmean(1)) / 2
-    return np.asarray(scores)
+        return np.asarray((consistency + _ious(_sums(source, counts.source)).nanmean(1)) / 2)
+    return np.asarray((consistency + torch.stack([_ious(view).nan_to_num(0.0).mean(1) for view in views]).mean(0)) / 2)
 
 
-def _ious(samples: NDArray[np.int64], pairs: Sequence[Confusion]) -> Tensor:
-    """IoU (S, K) of summed confusion matrices; NaN for classes in neither side."""
+def _ious(counts: Tensor) -> Tensor:
+    """IoU (S, K) of confusion matrices (S, K, K); NaN for classes in neither side."""
+    hits = counts.diagonal(dim1=-2, dim2=-1)
+    return torch.as_tensor(hits / (counts.sum(-1) + counts.sum(-2) - hits))
+
+
+def _sums(samples: NDArray[np.int64], pairs: Sequence[Confusion]) -> Tensor:
+    """Confusion matrices (S, K, K) of samples (S, images)."""
     counts = torch.stack([pair.counts for pair in pairs]).double()
-    summed = torch.tensordot(torch.as_tensor(samples).double(), counts, 1)
-    hits = summed.diagonal(dim1=-2, dim2=-1)
-    return torch.as_tensor(hits / (summed.sum(-1) + summed.sum(-2) - hits))
+    return torch.tensordot(torch.as_tensor(samples).double(), counts, 1)
 
 
 def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
     """Consistency and confidence of a network on the target, relative to held-out source images, 0 to 1.
 
-    The product of two ratios, each at most 1: of consistency, summed over the classes that the network
-    predicts, and of the nuclear norm. Classes that it predicts on the source only therefore lower the first. Masking
-    and color changes are left out: consistency under them depends on how uniform the ground is, and on the
-    augmentation that the network was trained with.
+    The product of two ratios, each at most 1: of consistency and of the nuclear norm. Masking and color changes are
+    left out: consistency under them depends on how uniform the ground is, and on the augmentation that the network was
+    trained with.
 
     Args:
-        source: metrics on held-out images of the domain that the network was trained on, over the classes it predicts.
-        target: metrics on the target, over the classes it predicts.
+        source: metrics on held-out images of the domain that the network was trained on.
+        target: metrics on the target.
     """
-    on_source, on_target = (
-        domain.consistency * sum(share > 0 for share in domain.shares) for domain in (source, target)
-    )
-    ratios = ((on_target, on_source), (target.nuclear_norm, source.nuclear_norm))
+    ratios = ((target.consistency, source.consistency), (target.nuclear_norm, source.nuclear_norm))
     return math.prod(min(1.0, value / reference) if reference else 1.0 for value, reference in ratios)

@@ -116,9 +116,18 @@ class Confusion:
     @property
     def kappa(self) -> float:
         """Agreement beyond chance (Cohen, 1960), -1 to 1; NaN if expected agreement is 1."""
-        total = self.counts.sum().double()
-        chance = (self.labeled.double() * self.predicted.double()).sum() / total**2
-        return float((self.hits.sum().double() / total - chance) / (1 - chance))
+        return float(kappa(self.counts))
+
+
+def kappa(counts: Tensor) -> Tensor:
+    """Cohen's kappa (1960) of confusion matrices (…, K, K): accuracy beyond chance, over the most there can be.
+
+    Chance is the accuracy of independent predictions with the same class shares. NaN if both sides consist of the same
+    one class.
+    """
+    shares = counts.double() / counts.sum((-2, -1), keepdim=True)
+    chance = (shares.sum(-1) * shares.sum(-2)).sum(-1)
+    return (shares.diagonal(dim1=-2, dim2=-1).sum(-1) - chance) / (1 - chance)
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:

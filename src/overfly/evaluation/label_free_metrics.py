@@ -75,27 +75,24 @@ class LabelFreeMetrics(Spec):
     """Share of pixels predicted as each class."""
     by_view: dict[str, Share]
     """Class-balanced mIoU between the predictions with and without each perturbation."""
+    consistency: Share = 0.0
+    """Cohen's kappa between the predictions with and without perturbation; mean over the geometric ones, 0 without any.
+    A mean over classes rewards a network whose rare classes grow into large areas, and the share of equal pixels one
+    that predicts a single class; kappa neither."""
     images: NonNegativeInt
     """Number of images."""
 
     @property
-    def consistency(self) -> float:
-        """Mean class-balanced consistency under the geometric perturbations, 0 to 1; 0 if none was computed.
+    def score(self) -> float:
+        """Mean of consistency on the target and mIoU on the source; without source labels, of kappa and mIoU.
 
-        Networks are compared by these alone: every recipe augments with turns or flips and with scales, while color
-        changes, masking and pasting are augmentations of some methods only, whose networks are more consistent under
-        them.
+        Networks are compared by these perturbations alone: every recipe augments with turns or flips and with scales,
+        while color changes, masking and pasting are augmentations of some methods only, whose networks are more
+        consistent under them. The rule of `overfly adapt` (docs/adr/0013-selection.md).
         """
         values = [value for name, value in self.by_view.items() if name in GEOMETRIC]
-        return math.fsum(values) / max(1, len(values))
-
-    @property
-    def score(self) -> float:
-        """Mean of consistency on the target and mIoU on the source; consistency alone without source labels.
-
-        The rule of `overfly adapt` (docs/adr/0013-selection.md).
-        """
-        return self.consistency if self.source_miou is None else (self.consistency + self.source_miou) / 2
+        balanced = math.fsum(values) / max(1, len(values))
+        return (self.consistency + (balanced if self.source_miou is None else self.source_miou)) / 2
 
     def by_validator(self) -> dict[str, float | None]:
         """The metrics that candidates are ranked by."""
@@ -104,8 +101,7 @@ class LabelFreeMetrics(Spec):
 
 def label_free_metrics(
     network: nn.Module, domain: Domain, split: Split = "train", options: MetricOptions = MetricOptions(), *,
-    reference: nn.Module | None = None, reference_classes: bool = False,
-    perturbations: Sequence[Perturbation] | None = None,
+    reference: nn.Module | None = None, perturbations: Sequence[Perturbation] | None = None,
 ) -> LabelFreeMetrics:  # fmt: skip
     """Compute label-free metrics on images of a domain; about ten forward passes per image.
 
@@ -116,8 +112,6 @@ def label_free_metrics(
         split: split of the images.
         options: images, windows and device.
         reference: network whose predictions `LabelFreeMetrics.agreement` compares with, such as a teacher.
-        reference_classes: average class-balanced consistency over the classes that ``reference`` predicts on these
-            images, instead of all K.
         perturbations: None: `random_mask` and `mild_perturbations`; metrics of others are left out.
 
     Raises:
@@ -126,21 +120,20 @@ def label_free_metrics(
     """
     images = unlabeled_images(domain, split, options)
     return label_free_metrics_of_images(
-        network, images, domain.max_value, options,
-        reference=reference, reference_classes=reference_classes, perturbations=perturbations,
-    )  # fmt: skip
+        network, images, domain.max_value, options, reference=reference, perturbations=perturbations
+    )
 
 
 def label_free_metrics_of_images(
     network: nn.Module, images: Iterable[Tensor], max_value: float, options: MetricOptions = MetricOptions(), *,
-    reference: nn.Module | Sequence[Tensor] | None = None, reference_classes: bool = False,
+    reference: nn.Module | Sequence[Tensor] | None = None,
     perturbations: Sequence[Perturbation] | None = None, predicted: Sequence[Tensor] | None = None,
 ) -> LabelFreeMetrics:  # fmt: skip
     """Compute the metrics of `label_free_metrics` on images in memory; see `prediction_statistics`."""
     statistics = prediction_statistics(
         network, images, max_value, options, reference=reference, perturbations=perturbations, predicted=predicted
     )
-    return statistics.metrics(options.seed, reference_classes=reference_classes)
+    return statistics.metrics(options.seed)
 
 
 def prediction_statistics(
@@ -238,14 +231,8 @@ class PredictionStatistics:
         confusion = Confusion.from_predictions(other.cpu(), prediction.cpu(), self.classes)
         self.confusions.setdefault(name, []).append(confusion)
 
-    @property
-    def reference_classes(self) -> Tensor | None:
-        """Mask (K,) of the classes that the reference network predicts; None without one."""
-        pairs = self.confusions.get("reference")
-        return sum(pairs[1:], pairs[0]).predicted > 0 if pairs else None
-
-    def metrics(self, seed: int = 0, *, reference_classes: bool = False) -> LabelFreeMetrics:
-        """Compute the metrics of everything added; see `label_free_metrics` for ``reference_classes``."""
+    def metrics(self, seed: int = 0) -> LabelFreeMetrics:
+        """Compute the metrics of everything added."""
         scale = math.log(max(self.classes, 2))
         mean, shares = self.mean / self.pixels, self.predicted / self.pixels
         mean_entropy = self.entropy / self.pixels
@@ -253,8 +240,7 @@ class PredictionStatistics:
         subset = samples[random_pixels(1, len(samples), NEIGHBORS, seed)] if len(samples) > NEIGHBORS else samples
         pairs = {name: sum(each[1:], each[0]) for name, each in self.confusions.items()}
         reference, masked = pairs.pop("reference", None), pairs.pop("masked", None)
-        counted_classes = self.reference_classes if reference_classes else None
-        by_view = {name: balanced_miou(pair, counted_classes) for name, pair in pairs.items()}
+        geometric = [max(0.0, finite(pair.kappa) or 0.0) for name, pair in pairs.items() if name in GEOMETRIC]
         return LabelFreeMetrics(
             entropy=-mean_entropy / scale,
             information=(float(distribution_entropy(mean)) - mean_entropy) / scale,
@@ -262,12 +248,13 @@ class PredictionStatistics:
             snd=finite(neighborhood_density(subset)),
             agreement=None if reference is None else reference.miou,
             masked=None if masked is None else masked.accuracy,
-            masked_miou=None if masked is None else balanced_miou(masked, counted_classes),
+            masked_miou=None if masked is None else balanced_miou(masked),
             views=sum(pair.accuracy for pair in pairs.values()) / len(pairs) if pairs else None,
-            views_miou=sum(by_view.values()) / len(by_view) if by_view else None,
+            views_miou=sum(map(balanced_miou, pairs.values())) / len(pairs) if pairs else None,
             diversity=float(distribution_entropy(shares)) / scale,
             shares=tuple(shares.tolist()),
-            by_view=by_view,
+            by_view={name: balanced_miou(pair) for name, pair in pairs.items()},
+            consistency=math.fsum(geometric) / max(1, len(geometric)),
             images=self.images,
         )
 
@@ -338,16 +325,10 @@ def consensus(predicted: Iterable[Iterable[Tensor]]) -> list[list[Confusion]]:
     ]
 
 
-def balanced_miou(pair: Confusion, classes: Tensor | None = None) -> float:
-    """Compute the mean IoU of two predictions over classes; classes that neither predicts count as 0.
+def balanced_miou(pair: Confusion) -> float:
+    """Compute the mean IoU of two predictions over all K classes; classes that neither predicts count as 0.
 
     A constant network, which is consistent under every perturbation, therefore has 1/K: a lost class lowers the mean as
     much as a misclassified one.
-
-    Args:
-        pair: confusion matrix of the two predictions.
-        classes: mask (K,) of the classes to average over. The gate passes those that the network before adaptation
-            predicts: classes that the target lacks then do not shrink gains. None: all K.
     """
-    iou = pair.iou.nan_to_num(0.0)
-    return float((iou if classes is None else iou[classes.to(iou.device)]).mean())
+    return float(pair.iou.nan_to_num(0.0).mean())

@@ -41,8 +41,8 @@ class MultiscaleNetworks(ThresholdNetworks):
     """Student, teacher, class thresholds, and the class shares of the teacher's predictions.
 
     Attributes:
-        class_prior: moving average of the teacher's mean class probabilities (K,), sums to 1; 0 before the first batch.
-        reference: class shares that they are aligned with (K,), the same.
+        class_prior: moving average of the teacher's mean class probabilities (K,), sums to 1; 0 if not known yet.
+        reference: class shares that the correction aims at (K,), the same.
     """
 
     class_prior: Tensor
@@ -67,11 +67,19 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     """Whether target images are turned by quarters and flipped; false for images with a fixed top, such as those of
     streets, which are flipped horizontally only."""
     class_prior_power: NonNegativeFloat = 0.5
-    """Strength of distribution alignment: predicted probabilities are divided by the predicted share of their class,
-    relative to its share in the source's labels (without a source: in the first predictions), to this power; 0: none."""
+    """Strength of the class-prior correction: predicted probabilities are divided by the predicted share of their
+    class, relative to its share in `reference`, to this power; 0: no correction."""
+    reference: Literal["equal", "source"] = "equal"
+    """Class shares that the correction aims at: equal ones, which suits classes of similar frequency; or those of the
+    source's labels (without a source: of the first predictions), which suits rare classes: equal shares make them grow
+    until roads are bicyclists (docs/results/choice.md)."""
 
     def networks(self, student: nn.Module) -> MultiscaleNetworks:
-        return MultiscaleNetworks(student)
+        nets = MultiscaleNetworks(student)
+        if self.reference == "equal":
+            for shares in (nets.class_prior, nets.reference):
+                shares.fill_(1 / len(shares))
+        return nets
 
     @torch.no_grad()
     def label_target(
@@ -89,7 +97,7 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
             nodata_mask=nodata_mask,
         )  # fmt: skip
         nets.class_prior.copy_(class_prior)
-        if not self.needs_source and nets.step < REFERENCE_STEPS:
+        if self.reference == "source" and not self.needs_source and nets.step < REFERENCE_STEPS:
             nets.reference.copy_(class_prior)
         thresholds = class_thresholds(pseudo, share, len(nets.thresholds))
         nets.thresholds.copy_(ema_thresholds(nets.thresholds, thresholds, threshold_ema))
@@ -100,12 +108,12 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
     """Self-training with multi-scale, prior-corrected, class-balanced pseudo-labels and pasted source classes.
 
     The mean teacher (Tarvainen and Valpola, 2017) predicts each target image at several `scales`, since a wrong ground
-    resolution is the most common error between regions. The class shares of its predictions are aligned with those of
-    the source's labels (after Berthelot et al., 2020, ReMixMatch), the most confident share of each class is kept (Zou
-    et al., 2018, CBST), and half of a source image's classes are pasted onto the target image (Olsson et al., 2021,
-    ClassMix). Source and mixed images share one forward pass. Boundaries are trained at source pixels only. Inference
-    uses the teacher. Whether pasting helps depends on source and target: `overfly adapt` between two folders trains
-    both variants and selects without labels.
+    resolution is the most common error between regions. The class shares of its predictions are corrected (after Wang
+    et al., 2022, DebiasPL, towards equal ones; Berthelot et al., 2020, ReMixMatch, towards the source's), the most
+    confident share of each class is kept (Zou et al., 2018, CBST), and half of a source image's classes are pasted onto
+    the target image (Olsson et al., 2021, ClassMix). Source and mixed images share one forward pass. Boundaries are
+    trained at source pixels only. Inference uses the teacher. Which shares, and whether pasting helps, depends on
+    source and target: `overfly adapt` between two folders trains variants and selects without labels.
     """
 
     criterion: Criterion = CrossEntropy(boundary=1.0)
@@ -131,8 +139,9 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
     def losses(self, nets: MultiscaleNetworks, batch: Batch) -> Losses:
         """Supervised loss on source images and on mixed images."""
         source = batch.source
-        shares = class_shares(source.label, len(nets.reference)).mean(0)
-        nets.reference.copy_(moving_average(nets.reference, shares, BATCH_EMA))
+        if self.reference == "source":
+            shares = class_shares(source.label, len(nets.reference)).mean(0)
+            nets.reference.copy_(moving_average(nets.reference, shares, BATCH_EMA))
         target, nodata_mask = self.augment_target(nets, batch)
         label = self.pseudo_labels(nets, target, nodata_mask)
         mask = class_mask(source.label, self.mix_share) if self.mix_share else torch.zeros_like(label, dtype=torch.bool)

@@ -38,7 +38,7 @@ class SourceFree(MultiscaleTeacher, name="source_free"):
     """Weight of information maximization: mean entropy minus the entropy of the mean prediction, plus 1."""
 
     def networks(self, student: nn.Module) -> MultiscaleNetworks:
-        nets = MultiscaleNetworks(student)
+        nets = super().networks(student)
         freeze_unused(
             student, nets.segmenter.bands, lambda logits: (logits.main, *(logits.aux if self.criterion.aux else ()))
         )
