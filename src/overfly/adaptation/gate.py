@@ -178,7 +178,7 @@ def _ious(counts: Tensor) -> Tensor:
 def _sums(samples: NDArray[np.int64], pairs: Sequence[Confusion]) -> Tensor:
     """Confusion matrices (S, K, K) of samples (S, images)."""
     counts = torch.stack([pair.counts for pair in pairs]).double()
-    return torch.tensordot(torch.as_tensor(samples).double(), counts, 1)
+    return torch.as_tensor(torch.tensordot(torch.as_tensor(samples).double(), counts, 1))
 
 
 def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
