@@ -66,14 +66,16 @@ def test_an_invalid_budget_raises(text: str) -> None:
 
 def test_steps_fit_the_budget(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_recipe, "time_step", lambda recipe, _: 1.0 if recipe.method.needs_target else 0.5)
-    recipe, plain = folder_recipes(own, "12m", TrainerConfig("cpu", quiet=True))
+    recipe, aligned = folder_recipes(own, "12m", TrainerConfig("cpu", quiet=True))
     assert isinstance(recipe.start, Recipe)
-    assert plain.start == recipe.start
-    assert (recipe.steps, plain.steps, recipe.start.steps) == (158, 158, 460)
+    assert aligned.start == recipe.start
+    assert (recipe.steps, aligned.steps, recipe.start.steps) == (158, 158, 460)
     assert recipe.schedule == Poly(power=1.0, warmup=15)
-    assert recipe.optim == plain.optim == AdamW(lr=1.5e-4, head=10.0)
-    differences = [each.method.model_dump() for each in (recipe, plain)]
-    assert [(way["mix_share"], way["ramp_steps"]) for way in differences] == [(0.5, 52), (0.0, 52)]
+    assert recipe.optim == aligned.optim == AdamW(lr=1.5e-4, head=10.0)
+    differences = [each.method.model_dump() for each in (recipe, aligned)]
+    assert [(way["reference"], way["ramp_steps"]) for way in differences] == [("equal", 52), ("source", 52)]
+    three = folder_recipes(own, "16m", TrainerConfig("cpu", quiet=True))
+    assert [(each.steps, each.method.model_dump()["mix_share"]) for each in three] == [(163, 0.5), (163, 0.5), (163, 0)]
     assert differences[0]["ema"] == pytest.approx(1 - 6 / 158)
     assert recipe.crop == 96
     assert recipe.target is not None
@@ -112,9 +114,10 @@ def test_given_settings_hold_for_all_recipes(own: FolderInputs, monkeypatch: pyt
 
     monkeypatch.setattr(auto_recipe, "time_step", time_step)
     changes = ["model=lraspp_mobilenet_v2", "steps=60", "start.steps=40"]
-    one, two = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), changes)
+    one, two, three = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), changes)
     assert isinstance(one.start, Recipe)
     assert (one.model.name, one.start.model.name) == ("lraspp_mobilenet_v2",) * 2
+    assert three.steps == 60
     assert (one.steps, two.steps, one.start.steps, one.schedule.warmup) == (60, 60, 40, 6)
     assert one.method.model_dump()["ramp_steps"] == 20
     assert not timed
@@ -132,10 +135,10 @@ def test_the_same_proposal_again_has_the_same_steps(
     first = folder_recipes(own, "10m", config, out=out)
     monkeypatch.setattr(auto_recipe, "time_step", lambda *_: 0.4)
     assert folder_recipes(own, "10m", config, out=out) == first
-    assert folder_recipes(own, "30m", config, out=out)[0].steps == 990
+    assert folder_recipes(own, "30m", config, out=out)[0].steps == 765
     (note,) = [file for file in out.iterdir() if json.loads(file.read_text())["adapted"] == first[0].steps][:1]
     note.write_text("{")
-    assert folder_recipes(own, "10m", config, out=out)[0].steps == 330
+    assert folder_recipes(own, "10m", config, out=out)[0].steps == 255
 
 
 def test_a_short_budget_trains_one_variant(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +291,7 @@ def test_one_of_few_images_is_held_out(own: FolderInputs, count: int) -> None:
     for folder in (own.source_images, own.source_masks):
         for number in range(count, 8):
             (folder / f"{number}.png").unlink()
-    recipe, _ = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), ["steps=2", "start.steps=2"])
+    recipe, *_ = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), ["steps=2", "start.steps=2"])
     assert recipe.source is not None
     train, held = (recipe.source.items(split) for split in ("train", "val"))
     assert train
@@ -303,7 +306,7 @@ def test_one_of_few_images_is_held_out(own: FolderInputs, count: int) -> None:
 
 def test_epochs_may_be_given_instead_of_steps(own: FolderInputs, tmp_path: Path) -> None:
     changes = ["epochs=6", "start.epochs=2", "batch=2"]
-    recipe, _ = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), changes, tmp_path / "runs")
+    recipe, *_ = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), changes, tmp_path / "runs")
     assert isinstance(recipe.start, Recipe)
     assert recipe.source is not None
     assert (recipe.epochs, recipe.steps, recipe.start.epochs, recipe.start.steps) == (6, None, 2, None)
