@@ -11,11 +11,11 @@ import rasterio
 from rasterio.enums import ColorInterp, Resampling
 
 from overfly.core.errors import DataError, NotFiniteError
-from overfly.raster import window_reader
+from overfly.data import raster_windows
+from overfly.data.raster_windows import read_resampled
 from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import map_raster
 from overfly.raster.raster_source import inspect_raster
-from overfly.raster.window_reader import read_resampled
 from rasters import brightness_classes, ids, noise, pointwise, write
 
 SETTINGS = MapSettings(window=64, batch=8)
@@ -65,9 +65,9 @@ def test_no_data_has_no_weight_when_resampled(how: str, resolution: float, tmp_p
 def test_valid_pixels_are_averaged_as_by_gdal(
     scale: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(window_reader, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(window_reader, "CHUNK_COLUMNS", 48)
-    monkeypatch.setattr(window_reader, "CHUNK_VALUES", 2000)
+    monkeypatch.setattr(raster_windows, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(raster_windows, "CHUNK_COLUMNS", 48)
+    monkeypatch.setattr(raster_windows, "CHUNK_VALUES", 2000)
     pixels = noise(200, 300).astype(np.float32)
     source = write(tmp_path / "scene.tif", pixels)
     scene = inspect_raster(str(source), pointwise().metadata, bands=None, nodata=None, max_value=255)

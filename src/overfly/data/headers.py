@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import math
+import re
 import stat
 import struct
 import threading
@@ -38,6 +41,12 @@ CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may cache; its default is a share of the machine's memory."""
 OPTIONS = {"GDAL_CACHEMAX": CACHE, "GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 """Options of GDAL; without the last two, truncated JPEG and PNG files are read as if the rest were black or gray."""
+MAX_NESTED = 16
+"""Most VRTs that are made of each other."""
+SAME_GRID = 0.005
+"""Difference from 1 of a projection's scale below which it is ignored."""
+EQUATOR, ECCENTRICITY = 6_378_137.0, 0.00669437999014
+"""Radius in meters of the ellipsoid at the equator, and its squared eccentricity (WGS 84)."""
 _OPENING = threading.Lock()
 _BOMB = Image.DecompressionBombError
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf")
@@ -81,22 +90,50 @@ def open_raster(source: Path | str) -> Iterator[Any]:
     """
     import rasterio
 
-    address = "://" in str(source) or str(source).startswith("/vsi")
-    driver = None if address else FORMATS[image_format(Path(source))][0]
-    options = {**OPTIONS, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if address else "TRUE"}
-    with gdal_errors(source), rasterio.Env(**options):
-        with _quiet():
-            dataset = rasterio.open(source, driver=driver)
-        with dataset:
-            known = [name for name, _ in FORMATS.values() if (name == "VRT") == str(source).endswith(".vrt")]
-            if dataset.driver not in known:
-                raise DataError(f"{source} is a {dataset.driver}, which is not read; export it as GeoTIFF")
-            turn = 1 if address else _orientation(source, dataset)
-            if turn == 1:
-                yield dataset
-            else:
-                with _turned(source, dataset, turn) as upright:
-                    yield upright
+    with gdal_errors(source), rasterio.Env(**_options(source)), _open(source) as dataset:
+        yield dataset
+
+
+def is_address(source: Path | str) -> bool:
+    """Whether a source is an address, such as ``https://…`` or ``s3://…``, not a file."""
+    return "://" in str(source) or str(source).startswith("/vsi")
+
+
+def _options(source: Path | str) -> dict[str, object]:
+    return {**OPTIONS, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if is_address(source) else "TRUE"}
+
+
+@contextmanager
+def _open(source: Path | str) -> Iterator[Any]:
+    import rasterio
+
+    driver = None if is_address(source) else FORMATS[image_format(Path(source))][0]
+    if driver == "VRT":
+        _check_vrt(Path(source))
+    with _quiet():
+        dataset = rasterio.open(source, driver=driver)
+    with dataset:
+        known = [name for name, _ in FORMATS.values() if (name == "VRT") == str(source).endswith(".vrt")]
+        if dataset.driver not in known:
+            raise DataError(f"{source} is a {dataset.driver}, which is not read; export it as GeoTIFF")
+        turn = 1 if is_address(source) else _orientation(source, dataset)
+        if turn == 1:
+            yield dataset
+        else:
+            with _turned(source, dataset, turn) as upright:
+                yield upright
+
+
+def _check_vrt(path: Path, depth: int = 0) -> None:
+    """Raise `DataError` if a VRT names anything but image files of this machine: GDAL would also read addresses."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for tag, escaped in set(re.findall(r"<(Source(?:Filename|Dataset)[^>]*)>(.*?)</Source", text, re.DOTALL)):
+        name = html.unescape(escaped).strip()
+        source = path.parent / name if re.search("relativeToVRT=.1", tag) else Path(name)
+        if is_address(name) or depth > MAX_NESTED:
+            raise DataError(f"{path} names {name}, and a VRT may name image files only; give the address itself")
+        if image_format(source) == "vrt":
+            _check_vrt(source, depth + 1)
 
 
 @contextmanager
@@ -273,3 +310,33 @@ def read_palette(dataset: Any) -> UInt8:
     """Colors (P, 3) of a dataset's first band."""
     table = dataset.colormap(1)
     return np.array([table.get(entry, (0, 0, 0))[:3] for entry in range(max(table) + 1)], np.uint8)
+
+
+def ground_distance(dataset: Any) -> tuple[float, float] | None:
+    """Return the ground sample distance (y, x) in meters at the center of a dataset; None if unknown.
+
+    It is measured on the ellipsoid, so that the projection's scale counts: a pixel of Web Mercator at 60° north is half
+    as long as its grid says. Scales within `SAME_GRID` of 1, as in the zones of UTM, are taken as 1.
+    """
+    from rasterio.transform import xy
+    from rasterio.warp import transform as project
+
+    crs, grid = dataset.crs, dataset.transform
+    if not crs or grid.is_identity:
+        return None
+    row, column = dataset.height / 2, dataset.width / 2
+    rows, columns = [row - 0.5, row + 0.5, row, row], [column, column, column - 0.5, column + 0.5]
+    try:
+        longitude, latitude = np.radians(project(crs, "EPSG:4326", *xy(grid, rows, columns, offset="ul")))
+    except Exception:  # rasterio has its own errors for a local system
+        return None
+    sine = np.sin(latitude.mean())
+    curvature = EQUATOR / np.sqrt(1 - ECCENTRICITY * sine**2)  # Snyder (1987), equations 4-18 to 4-20
+    north = np.diff(latitude)[::2] * curvature**3 * (1 - ECCENTRICITY) / EQUATOR**2
+    east = (np.diff(longitude)[::2] + np.pi) % (2 * np.pi) - np.pi
+    y, x = (float(length) for length in np.hypot(north, east * curvature * np.cos(latitude.mean())))
+    if not crs.is_projected:
+        return y, x
+    meters = float(crs.linear_units_factor[1])
+    on_grid = meters * math.hypot(grid.b, grid.e), meters * math.hypot(grid.a, grid.d)
+    return on_grid if max(abs(y / on_grid[0] - 1), abs(x / on_grid[1] - 1)) < SAME_GRID else (y, x)

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, MissingExtraError
 from overfly.core.records import IGNORE
-from overfly.data.headers import open_raster
-from overfly.raster.raster_source import ground_distance
+from overfly.data.headers import ground_distance, open_raster
 from overfly.raster.writer import UnwrittenError, incomplete_file
 
 CHUNK = 20_000

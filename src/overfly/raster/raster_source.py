@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,14 @@ from typing import Any
 import numpy as np
 
 from overfly.core.errors import DataError
-from overfly.data.headers import band_nodata, has_mask, is_gray, open_raster, read_palette
+from overfly.data.headers import band_nodata, ground_distance, has_mask, is_gray, open_raster, read_palette
+from overfly.data.raster_windows import RasterBands
 from overfly.exporting.predictor import ModelMetadata
 
 MAX_FRACTION = 16.0
 """Maximum value below which a network was trained on fractions, such as reflectances of 0 to 1."""
 SAME_SCALE = 0.02
 """Relative difference of ground resolution below which rasters are not resampled."""
-SAME_GRID = 0.005
-"""Difference from 1 of a projection's scale below which it is ignored."""
-EQUATOR, ECCENTRICITY = 6_378_137.0, 0.00669437999014
-"""Radius in meters of the ellipsoid at the equator, and its squared eccentricity (WGS 84)."""
 ALPHA_SAMPLES, ALPHA_SIDE = 5, 64
 """A marked alpha band is sampled on a grid of 5 × 5 squares of this side, in pixels."""
 ALPHA_MODE_SHARE = 0.5
@@ -49,30 +45,15 @@ class Georeference:
 
 
 @dataclass(frozen=True)
-class RasterSource:
+class RasterSource(RasterBands):
     """A raster and its reading options.
 
     Attributes:
-        source: path or address, as rasterio opens it.
-        height, width: in pixels.
-        bands: numbers of the bands to read, from 1, in the network's order.
-        dtype: data type of the stored values.
-        nodata: no-data value of each of these bands; None if there is none.
-        masked: whether the file has a mask of valid pixels.
-        alpha_band: number of the alpha band, which is 0 where there is no data; None if there is none.
         gain: factor from stored values to the value range of the training images.
         gsd: ground sample distance (y, x) in meters; None if unknown.
         georeference: location on the ground.
     """
 
-    source: str
-    height: int
-    width: int
-    bands: tuple[int, ...]
-    dtype: str
-    nodata: tuple[float | None, ...]
-    masked: bool
-    alpha_band: int | None
     gain: float
     gsd: tuple[float, float] | None
     georeference: Georeference
@@ -257,36 +238,6 @@ def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
     scale = scales.pop()
     plain = not scales and not any(dataset.offsets[band - 1] for band in bands)
     return scale if plain and 0 < scale < 1 else None
-
-
-def ground_distance(dataset: Any) -> tuple[float, float] | None:
-    """Return the ground sample distance (y, x) in meters at the center of a dataset; None if unknown.
-
-    It is measured on the ellipsoid, so that the projection's scale counts: a pixel of Web Mercator at 60° north is half
-    as long as its grid says. Scales within `SAME_GRID` of 1, as in the zones of UTM, are taken as 1.
-    """
-    from rasterio.transform import xy
-    from rasterio.warp import transform as project
-
-    crs, grid = dataset.crs, dataset.transform
-    if not crs or grid.is_identity:
-        return None
-    row, column = dataset.height / 2, dataset.width / 2
-    rows, columns = [row - 0.5, row + 0.5, row, row], [column, column, column - 0.5, column + 0.5]
-    try:
-        longitude, latitude = np.radians(project(crs, "EPSG:4326", *xy(grid, rows, columns, offset="ul")))
-    except Exception:  # rasterio has its own errors for a local system
-        return None
-    sine = np.sin(latitude.mean())
-    curvature = EQUATOR / np.sqrt(1 - ECCENTRICITY * sine**2)  # Snyder (1987), equations 4-18 to 4-20
-    north = np.diff(latitude)[::2] * curvature**3 * (1 - ECCENTRICITY) / EQUATOR**2
-    east = (np.diff(longitude)[::2] + np.pi) % (2 * np.pi) - np.pi
-    y, x = (float(length) for length in np.hypot(north, east * curvature * np.cos(latitude.mean())))
-    if not crs.is_projected:
-        return y, x
-    meters = float(crs.linear_units_factor[1])
-    on_grid = meters * math.hypot(grid.b, grid.e), meters * math.hypot(grid.a, grid.d)
-    return on_grid if max(abs(y / on_grid[0] - 1), abs(x / on_grid[1] - 1)) < SAME_GRID else (y, x)
 
 
 def _check_complete(source: str, dataset: Any) -> None:
