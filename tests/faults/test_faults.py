@@ -35,7 +35,8 @@ def run(shim: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("scenario", MOST)
 def test_files_are_whole_or_absent_after_a_fault(scenario: str, shim: Path) -> None:
-    ended = run(shim, scenario, "--most", str(MOST[scenario]))
+    few = ("--fault", "kill", "--fault", "full disk") if scenario == "export" else ()  # an export takes seconds
+    ended = run(shim, scenario, "--most", str(MOST[scenario]), *few)
     result = json.loads(ended.stdout or "{}")
     assert not result.get("problems", [ended.stderr])
     assert result["killed"]
