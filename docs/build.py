@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from overfly.commands.list import CATALOG, build_catalog, choices, summary
-from overfly.recipe import Model, Recipe, Validation
+from overfly.recipe import Labels, Model, Recipe, Validation
 
 PAGE = Path(__file__).parent / "reference.md"
 
@@ -48,6 +48,9 @@ def page() -> str:
         "## model",
         "",
         *settings(Model),
+        "## labels",
+        "",
+        *settings(Labels),
         "## validation",
         "",
         *settings(Validation),

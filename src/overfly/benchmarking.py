@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
-
 from overfly.core.atomic_files import write_text
-from overfly.core.errors import RecipeError, markdown_text
+from overfly.core.errors import RecipeError, render_text
 from overfly.core.optimizers import Optim, Schedule
 from overfly.core.progress import percent
 from overfly.core.spec import NonNegativeInt, Spec
@@ -133,11 +131,7 @@ class BenchmarkTable(Spec):
         """The table as Markdown."""
         titles = list(dict.fromkeys(title for row in self.rows for title in row.miou))
         groups = [(network, [row for row in self.rows if row.model == network.name]) for network in self.networks]
-        environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-        environment.filters["text"] = markdown_text
-        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-            table=self, groups=groups, titles=titles
-        )
+        return render_text(TEMPLATE, table=self, groups=groups, titles=titles)
 
 
 def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:

@@ -57,6 +57,21 @@ class Model(Spec):
         return self
 
 
+class Labels(Spec):
+    """Labeled images of the target, trained on with the source."""
+
+    domain: Domain
+    """The images and their masks, all in split train."""
+    sha256: str | None = None
+    """SHA-256 of the images and masks, so that changed masks are another recipe."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the source's images in every batch that are drawn from these instead; at least one image of each."""
+
+    def count(self, batch: int) -> int:
+        """Number of images of a source batch that are drawn from these."""
+        return min(max(1, round(self.share * batch)), batch - 1)
+
+
 class Validation(Spec):
     """Validation during training on the source's held-out labels, and on unlabeled target images."""
 
@@ -108,6 +123,8 @@ class Recipe(Spec):
     """Labeled imagery; none for source-free adaptation, which needs ``start``."""
     target: Domain | None = None
     """Imagery to adapt to; training never reads its labels."""
+    labels: Labels | None = None
+    """Labeled images of the target that are trained on too, as `overfly adapt --labels` does."""
     start: Annotated[Recipe | Path | None, BeforeValidator(_parse_start)] = None
     """Initial network: a run folder, a weights file of a run, or another recipe, trained first with the same seed."""
     model: Model = Model()
@@ -209,21 +226,24 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _check_domains_match(self) -> Self:
-        if not (self.source and self.target):
-            return self
-        if self.source.classes.names != self.target.classes.names:
-            raise ValueError(
-                f"source and target have different classes ({', '.join(self.source.classes.names)}, and "
-                f"{', '.join(self.target.classes.names)}); unify them with the folder domain's mapping"
-            )
-        bands = (self.source.bands, self.target.bands)
-        if bands[0] != bands[1]:
-            raise ValueError(f"source has {bands[0]} bands and target {bands[1]}; use the same bands in both")
-        if self.source.max_value != self.target.max_value:
-            raise ValueError(
-                f"source has max_value {self.source.max_value:g} and target {self.target.max_value:g}; rescale images "
-                "to one range and set max_value in both"
-            )
+        if self.labels and not (self.source and self.method.needs_source and self.batch > 1):
+            raise ValueError("labels are drawn with the source; set source, a method that reads it, and batch above 1")
+        for role, other in (("target", self.target), ("labels", self.labels and self.labels.domain)):
+            if not (self.source and other):
+                continue
+            if self.source.classes.names != other.classes.names:
+                raise ValueError(
+                    f"source and {role} have different classes ({', '.join(self.source.classes.names)}, and "
+                    f"{', '.join(other.classes.names)}); unify them with the folder domain's mapping"
+                )
+            if self.source.bands != other.bands:
+                difference = f"source has {self.source.bands} bands and {role} {other.bands}"
+                raise ValueError(f"{difference}; use the same bands in both")
+            if self.source.max_value != other.max_value:
+                raise ValueError(
+                    f"source has max_value {self.source.max_value:g} and {role} {other.max_value:g}; rescale images "
+                    "to one range and set max_value in both"
+                )
         return self
 
     def domain(self, role: Literal["source", "target"]) -> Domain:

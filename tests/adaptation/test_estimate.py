@@ -51,11 +51,11 @@ def test_calibrated_confidences_expect_the_truth() -> None:
     scores, label = overconfident_scores(scale=3.0)
     calibrator = calibrate(*overconfident_scores(scale=3.0, seed=1))
     truth = Confusion.from_predictions(scores.argmax(0), label, 3)
-    expected = expected_confusion(calibrator(scores), 3)
+    expected = expected_confusion(calibrator(scores))
     assert float(expected.sum()) == pytest.approx(len(label))
     assert torch.allclose(expected, truth.counts.double(), rtol=0.1, atol=60)
     assert expected_miou(expected) == pytest.approx(truth.miou, abs=0.01)
-    uncalibrated = expected_confusion(Calibrator(1.0, torch.zeros(3))(scores), 3)
+    uncalibrated = expected_confusion(Calibrator(1.0, torch.zeros(3))(scores))
     assert expected_miou(uncalibrated) > truth.miou + 0.1
 
 

@@ -80,6 +80,7 @@ def test_suggestions_lie_on_the_grid_of_their_images(compared: AdaptResult, labe
         assert draft.palette is not None
         assert tuple(draft.palette[1]) == network.classes.colors[1]
     text = (labels / "README.txt").read_text()
+    assert f"--labels {labels}" in text
     assert "1  building" in text
 
 

@@ -174,17 +174,9 @@ def choose_crop(domains: list[Domain], device: torch.device) -> int:
 
 
 def propose_recipes(
-    source: Domain | None,
-    target: Domain,
-    methods: Sequence[Method[Any]],
-    overrides: Sequence[str],
-    *,
-    checkpoint: Path | None,
-    budget: float,
-    fabric: Fabric,
-    out: Path | None = None,
-    crop: int | None = None,
-) -> list[Recipe]:
+    source: Domain | None, target: Domain, methods: Sequence[Method[Any]], overrides: Sequence[str], *,
+    checkpoint: Path | None, budget: float, fabric: Fabric, out: Path | None = None, crop: int | None = None,
+) -> list[Recipe]:  # fmt: skip
     """Propose recipes whose trainings fit a time budget on this machine.
 
     Args:
@@ -331,12 +323,9 @@ def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
 
 
 def folder_recipes(
-    inputs: FolderInputs,
-    budget: str | None,
-    config: TrainerConfig,
-    overrides: Sequence[str] = (),
+    inputs: FolderInputs, budget: str | None, config: TrainerConfig, overrides: Sequence[str] = (),
     out: Path | None = None,
-) -> list[Recipe]:
+) -> list[Recipe]:  # fmt: skip
     """Recipes for two image folders, or for a trained network and one folder.
 
     Args:

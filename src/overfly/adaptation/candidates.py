@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from overfly.adaptation.estimate import Estimate, estimate
-from overfly.adaptation.gate import Check, Gate, ImageCounts, familiarity, passes, share_better
+from overfly.adaptation.gate import UNSURE, Check, Gate, ImageCounts, familiarity, passes, share_better
+from overfly.adaptation.labels import LEARNED, LabeledTiles, TileScores, confusions, tile_scores
 from overfly.adaptation.reverse_validation import reverse_validation
 from overfly.adaptation.selection import ADAPTED, BASELINE, CandidateReport, Selection, setting_differences
 from overfly.data.domain import Split, SplitError
@@ -33,7 +34,7 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.geometry import Dihedral
 from overfly.ops.normalization import estimate_statistics
 from overfly.recipe import Recipe
-from overfly.training.evaluate import has_labels, stored_scores
+from overfly.training.evaluate import has_labels
 from overfly.training.run import Run
 from overfly.training.setup import STATISTICS_BATCHES, source_images, training_streams
 
@@ -52,8 +53,11 @@ ESTIMATE_SPLIT: Split = "val"
 class CandidateComparison:
     """Metrics of candidates, each computed once, and the choice among those that pass the checks."""
 
-    def __init__(self, recipes: Sequence[Recipe], gate: Gate, device: torch.device, *, estimates: bool) -> None:
-        self.recipes, self.gate, self.recipe = recipes, gate, recipes[0]
+    def __init__(
+        self, recipes: Sequence[Recipe], gate: Gate, device: torch.device, *, estimates: bool,
+        tiles: LabeledTiles | None = None,
+    ) -> None:  # fmt: skip
+        self.recipes, self.gate, self.recipe, self.tiles = recipes, gate, recipes[0], tiles
         self.target = self.recipe.domain("target")
         self.options = MetricOptions(METRIC_IMAGES, CROP, self.recipe.resize, self.recipe.window, device)
         source = self.recipe.source
@@ -64,6 +68,7 @@ class CandidateComparison:
         self.runs: dict[str, Run | Path] = {}
         self.metrics: dict[str, LabelFreeMetrics] = {}
         self.counts: dict[str, ImageCounts] = {}
+        self.tile_counts: dict[str, list[Confusion]] = {}
         self.estimated: dict[str, Estimate] = {}
         self.recommended = BASELINE
 
@@ -76,6 +81,23 @@ class CandidateComparison:
                 self._add(name, run)
         self.recommended = max(self.passing, key=lambda name: self.metrics[name].score)
         return self.recommended
+
+    def choose(self, runs: Mapping[str, Run | Path]) -> str:
+        """Return the best candidate by mIoU on the labeled tiles, or without such tiles as `select`.
+
+        The network that learned from them is taken if its score is not surely below that of the best other one.
+        """
+        self.select(runs)
+        if self.tiles is None:
+            return self.recommended
+        self.recommended = self.best_of([name for name in self.passing if name != LEARNED])
+        if (self._share_better(LEARNED, self.recommended) or 0.0) >= UNSURE[0]:
+            self.recommended = LEARNED
+        return self.recommended
+
+    def best_of(self, names: Iterable[str]) -> str:
+        """Return the candidate of the highest mIoU on the labeled tiles."""
+        return max(names, key=lambda name: tile_scores(self.tile_counts[name], None).miou.value)
 
     @property
     def passing(self) -> list[str]:
@@ -90,6 +112,8 @@ class CandidateComparison:
             network, self.images, self.target.max_value, self.options,
             reference=self.predicted[BASELINE], perturbations=self._perturbations(), predicted=predicted,
         )  # fmt: skip
+        if self.tiles is not None:
+            self.tile_counts[name] = confusions(network, self.tiles.pairs, self.options)
         views = [pairs for view, pairs in statistics.confusions.items() if view != "reference"]
         self.counts[name] = ImageCounts(views, self._source_counts(network))
         own = _miou(self.counts[name].source)
@@ -110,9 +134,7 @@ class CandidateComparison:
 
     def _source_counts(self, network: Segmenter) -> list[Confusion]:
         """Confusion matrices of held-out source images, by labels and predictions; empty without labels."""
-        predicted = predict_probabilities(network, (image for image, _ in self.source_images), self.options)
-        pairs = zip(predicted, self.source_images, strict=True)
-        return [Confusion.from_predictions(each.argmax(0), label, len(each)) for each, (_, label) in pairs]
+        return confusions(network, self.source_images, self.options)
 
     @cached_property
     def source_images(self) -> list[tuple[Tensor, Tensor]]:
@@ -149,30 +171,31 @@ class CandidateComparison:
             name: CandidateReport(
                 run=str(run.path if isinstance(run, Run) else run),
                 weights_sha256=weights_sha256(run.weights if isinstance(run, Run) else run),
-                metrics=self.metrics[name],
-                settings=settings.get(name, {}),
-                checks=self._checks(name),
-                better=self._share_better(name),
-                estimate=self.estimated.get(name),
-                labeled_miou=_labeled_miou(run, self.recipe),
+                metrics=self.metrics[name], settings=settings.get(name, {}), checks=self._checks(name),
+                better=self._share_better(name), estimate=self.estimated.get(name), tiles=self._tile_scores(name),
             )
             for name, run in runs.items()
-        }
+        }  # fmt: skip
         return Selection(
-            recommended=self.recommended,
-            candidates=candidates,
+            recommended=self.recommended, candidates=candidates, gate=self.gate,
             recipes=tuple(entry.model_dump(mode="json") for entry in self.recipes),
-            gate=self.gate,
             target=self.target.model_dump(mode="json"),
             target_checks=self.gate.target_checks(familiar, reverse),
-            labels_opened=labels_opened,
-        )
+            labels_opened=labels_opened + (0 if self.tiles is None else len(self.tiles.pairs)),
+            labels=None if self.tiles is None else self.tiles.labels.model_dump(mode="json"),
+        )  # fmt: skip
 
-    def _share_better(self, name: str) -> float | None:
+    def _share_better(self, name: str, than: str = BASELINE) -> float | None:
         """See `CandidateReport.better`."""
-        if name == BASELINE or name not in self.passing:
+        if name == than or name not in self.passing:
             return None
-        return share_better(self.counts[BASELINE], self.counts[name])
+        return share_better(self.counts[than], self.counts[name])
+
+    def _tile_scores(self, name: str) -> TileScores | None:
+        """See `CandidateReport.tiles`."""
+        if self.tiles is None or name == LEARNED:
+            return None
+        return tile_scores(self.tile_counts[name], None if name == BASELINE else self.tile_counts[BASELINE])
 
     def _check_target(self) -> tuple[float | None, float | None]:
         """Return familiarity and reverse validation of the target; None without held-out images or labels."""
@@ -207,17 +230,3 @@ def _miou(pairs: Sequence[Confusion]) -> float | None:
 def load_candidate(run: Run | Path) -> Segmenter:
     """Load the network of a run or a weights file."""
     return run.segmenter() if isinstance(run, Run) else Segmenter.load(run)
-
-
-def _labeled_miou(run: Run | Path, recipe: Recipe) -> dict[str, float | None]:
-    """MIoU by domain and split in the run's ``scores.json``; no label is read."""
-    if not isinstance(run, Run):
-        return {}
-    splits: tuple[Split, ...] = ("val", "test")
-    mious = {}
-    for role, domain in (("source", recipe.source), ("target", recipe.target)):
-        for split in splits:
-            scores = stored_scores(run, role, split, domain) if domain is not None else None
-            if scores is not None:
-                mious[f"{role}/{split}"] = scores.miou
-    return mious

@@ -117,10 +117,10 @@ def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Ca
     return _fit_calibrator(scores, label, classwise=True)
 
 
-def expected_confusion(probability: Tensor, classes: int) -> Tensor:
+def expected_confusion(probability: Tensor) -> Tensor:
     """Sum the probability of class k over pixels predicted as class j: row k, column j of (K, K), float64."""
     flat = probability.flatten(1).double()
-    columns = torch.zeros(classes, classes, dtype=torch.float64, device=flat.device)
+    columns = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
     return columns.index_add_(1, flat.argmax(0), flat).cpu()
 
 
@@ -161,22 +161,15 @@ def estimate(
         calibrator, truths = _calibrate_on_source(score, pairs, seed)
         styles = images[:: math.ceil(len(images) / STYLES)]
         errors = tuple(_shift_errors(score, calibrator, pairs, styles, max_value=source.max_value, seed=seed))
-        counts = [_expected_confusion(calibrator, score(image)) for image in images]
+        counts = [expected_confusion(calibrator(score(image))) for image in images]
     expected = expected_miou(torch.stack(counts).sum(0))
     lower, middle, upper = interval(
         expected, errors, math.hypot(_bootstrap_deviation(counts, seed), _bootstrap_deviation(truths, seed))
     )
     return Estimate(
-        miou=middle,
-        low=lower,
-        high=upper,
-        expected=expected,
-        temperature=calibrator.temperature,
-        classwise=bool(calibrator.bias.any()),
-        shifts=errors,
-        images=len(images),
-        source_labels=len(pairs),
-    )
+        miou=middle, low=lower, high=upper, expected=expected, temperature=calibrator.temperature,
+        classwise=bool(calibrator.bias.any()), shifts=errors, images=len(images), source_labels=len(pairs),
+    )  # fmt: skip
 
 
 def interval(expected: float, errors: Sequence[ShiftError], deviation: float = 0.0) -> tuple[float, float, float]:
@@ -211,10 +204,6 @@ def _quantile(values: np.ndarray[tuple[int], np.dtype[np.float64]], weight: obje
     return float(np.interp(share, positions, values[order]))
 
 
-def _expected_confusion(calibrator: Calibrator, scores: Tensor) -> Tensor:
-    return expected_confusion(calibrator(scores), len(scores))
-
-
 def _calibrate_on_source(
     score: Callable[[Tensor], Tensor], pairs: Iterable[tuple[Tensor, Tensor]], seed: int
 ) -> tuple[Calibrator, list[Tensor]]:
@@ -242,7 +231,7 @@ def _shift_errors(
             known = label != IGNORE
             size = (image.shape[-2], image.shape[-1])
             scores = perturbation.invert(score(perturbation.apply(image, max_value, generator)), size)[:, known]
-            expected = expected + _expected_confusion(calibrator, scores)
+            expected = expected + expected_confusion(calibrator(scores))
             counts = Confusion.from_predictions(scores.argmax(0), label[known], len(scores))
             truth = counts if truth is None else truth + counts
         if truth is not None and truth.pixels:

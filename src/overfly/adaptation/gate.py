@@ -25,6 +25,8 @@ from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 
 CLASS_SHARE = 1e-3
 """Least share of the pixels for a class to count as predicted."""
+UNSURE = (0.2, 0.8)
+"""Between these values of `share_better` a recommendation without labels is unsure."""
 BOOTSTRAP_SAMPLES = 1000
 """Bootstrap samples of the target images."""
 
@@ -153,29 +155,32 @@ def share_better(baseline: ImageCounts, candidate: ImageCounts) -> float:
         candidate: on the same images.
     """
     generator = np.random.default_rng(0)
-    samples = [
-        generator.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_SAMPLES) if count else np.empty(0, np.int64)
-        for count in (len(baseline.views[0]), len(baseline.source))
-    ]
+    samples = [bootstrap_samples(count, generator) for count in (len(baseline.views[0]), len(baseline.source))]
     return float(np.mean(_scores(candidate, *samples) > _scores(baseline, *samples)))
 
 
 def _scores(counts: ImageCounts, target: NDArray[np.int64], source: NDArray[np.int64]) -> NDArray[np.float64]:
     """Scores (S,) of samples (S, images), which hold how often each image was drawn."""
-    views = [_sums(target, view) for view in counts.views]
+    views = [sampled_counts(target, view) for view in counts.views]
     consistency = torch.stack([kappa(view).nan_to_num(0.0).clamp_min(0) for view in views]).mean(0)
     if counts.source:
-        return np.asarray((consistency + _ious(_sums(source, counts.source)).nanmean(1)) / 2)
-    return np.asarray((consistency + torch.stack([_ious(view).nan_to_num(0.0).mean(1) for view in views]).mean(0)) / 2)
+        return np.asarray((consistency + ious(sampled_counts(source, counts.source)).nanmean(1)) / 2)
+    return np.asarray((consistency + torch.stack([ious(view).nan_to_num(0.0).mean(1) for view in views]).mean(0)) / 2)
 
 
-def _ious(counts: Tensor) -> Tensor:
+def bootstrap_samples(count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """How often each of ``count`` images is drawn in `BOOTSTRAP_SAMPLES` samples (S, count); empty for no images."""
+    shares = np.full(count, 1 / max(1, count))
+    return generator.multinomial(count, shares, BOOTSTRAP_SAMPLES) if count else np.empty(0, np.int64)
+
+
+def ious(counts: Tensor) -> Tensor:
     """IoU (S, K) of confusion matrices (S, K, K); NaN for classes in neither side."""
     hits = counts.diagonal(dim1=-2, dim2=-1)
     return torch.as_tensor(hits / (counts.sum(-1) + counts.sum(-2) - hits))
 
 
-def _sums(samples: NDArray[np.int64], pairs: Sequence[Confusion]) -> Tensor:
+def sampled_counts(samples: NDArray[np.int64], pairs: Sequence[Confusion]) -> Tensor:
     """Confusion matrices (S, K, K) of samples (S, images)."""
     counts = torch.stack([pair.counts for pair in pairs]).double()
     return torch.as_tensor(torch.tensordot(torch.as_tensor(samples).double(), counts, 1))

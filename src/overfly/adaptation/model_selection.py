@@ -108,11 +108,6 @@ class Checkpoint:
         """See `Candidate.checkpoint`."""
         return "final" if self.step is None else f"step {self.step}{', final' if self.final else ''}"
 
-    @property
-    def title(self) -> str:
-        """Run folder name and checkpoint."""
-        return f"{self.run.path.name}, {self.name}"
-
     def options(self, options: MetricOptions) -> MetricOptions:
         """Return the options with the recipe's window and resize."""
         return replace(options, window=self.run.recipe.window, resize=self.run.recipe.resize)
@@ -177,9 +172,11 @@ def rank(
     """
     _check_validators(validators)
     target = shared_target(runs)
-    if with_labels:
-        _check_labels(target)
-    other = None if reference is None else _load_reference(reference, target)
+    if with_labels and not has_labels(target, "val"):
+        raise DataError(f"the target {target.title} has no labels in val; leave out --with-labels")
+    other = None if reference is None else reference.segmenter()
+    if reference is not None and other is not None:
+        _check_classes(reference, other, target)
     checkpoints = list_checkpoints(runs)
     same_source = len({str(run.recipe.source.model_dump(mode="json")) for run in runs if run.recipe.source}) == 1
     turned = all(any(isinstance(entry, Dihedral) for entry in run.recipe.augment) for run in runs)
@@ -187,7 +184,8 @@ def rank(
     perturbations = None if every else geometric_perturbations(turns=turned)
     metrics, estimated, scored = [], [], []
     for number, checkpoint in enumerate(checkpoints, start=1):
-        print_status(f"network {number} of {len(checkpoints)}: {checkpoint.title}", quiet=quiet)
+        title = f"{checkpoint.run.path.name}, {checkpoint.name}"
+        print_status(f"network {number} of {len(checkpoints)}: {title}", quiet=quiet)
         network = checkpoint.run.segmenter(checkpoint.step)
         _check_classes(checkpoint.run, network, target)
         own = checkpoint.options(options)
@@ -203,25 +201,11 @@ def rank(
     candidates = _sorted_candidates(checkpoints, metrics, estimated, scored, validators)
     columns = _columns(candidates)
     return Ranking(
-        target=target.model_dump(mode="json"),
-        split=split,
-        validators=tuple(validators),
-        candidates=tuple(candidates),
+        target=target.model_dump(mode="json"), split=split, validators=tuple(validators), candidates=tuple(candidates),
         best={name: candidates[index].title for name, c in columns.items() if (index := highest(c)) is not None},
         quality=_quality(candidates, columns) if with_labels else None,
         labels_opened=sum(scores.labels_opened for scores in scored if scores is not None),
-    )
-
-
-def _load_reference(run: Run, target: Domain) -> Segmenter:
-    network = run.segmenter()
-    _check_classes(run, network, target)
-    return network
-
-
-def _check_labels(target: Domain) -> None:
-    if not has_labels(target, "val"):
-        raise DataError(f"the target {target.title} has no labels in val; leave out --with-labels")
+    )  # fmt: skip
 
 
 def _sorted_candidates(
@@ -232,15 +216,11 @@ def _sorted_candidates(
     ranks = mean_ranks([values.by_validator() for values in metrics], validators)
     candidates = [
         Candidate(
-            run=str(checkpoint.run.path),
-            checkpoint=checkpoint.name,
-            metrics=metrics[index],
-            mean_rank=ranks[index],
-            estimate=estimated[index],
-            target_miou=(scores := scored[index]) and (scores.miou or 0.0),
+            run=str(checkpoint.run.path), checkpoint=checkpoint.name, metrics=metrics[index], mean_rank=ranks[index],
+            estimate=estimated[index], target_miou=(scores := scored[index]) and (scores.miou or 0.0),
         )
         for index, checkpoint in enumerate(checkpoints)
-    ]
+    ]  # fmt: skip
     return sorted(candidates, key=lambda candidate: -candidate.mean_rank)
 
 

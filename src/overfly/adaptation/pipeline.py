@@ -15,6 +15,7 @@ import torch
 
 from overfly.adaptation.candidates import CROP, ESTIMATE_SPLIT, CandidateComparison, load_candidate
 from overfly.adaptation.gate import Gate
+from overfly.adaptation.labels import LEARNED, LabeledTiles
 from overfly.adaptation.selection import ADAPTED, BASELINE, Comparison, Selection, flatten_settings, value_text
 from overfly.core.atomic_files import atomic_write, write_json, write_text
 from overfly.core.errors import OverflyError, RecipeError, RunError
@@ -129,7 +130,7 @@ def _baseline(recipe: Recipe) -> Recipe | Path:
 
 def adapt(
     recipe: Recipe, *others: Recipe, out: Path, fabric: Fabric, config: TrainerConfig, gate: Gate | None = None,
-    estimates: bool = True,
+    estimates: bool = True, labels: Path | None = None,
 ) -> Comparison:  # fmt: skip
     """Train all candidates, compare them without target labels, and recommend one.
 
@@ -144,6 +145,7 @@ def adapt(
         config: devices, intervals and output.
         gate: bounds of the checks; None: `Gate()`.
         estimates: estimate the target mIoU of each candidate.
+        labels: folder of labeled target tiles, which decide, and from which one more network learns.
 
     Raises:
         OverflyError: recipes, data or weights do not fit together.
@@ -151,7 +153,8 @@ def adapt(
     recipes = [recipe, *others]
     plans = plan_candidates(*recipes)
     _check_inputs(recipes, fabric)
-    comparison = CandidateComparison(recipes, gate or Gate(), fabric.device, estimates=estimates)
+    tiles = None if labels is None else LabeledTiles.open(labels, recipe)
+    comparison = CandidateComparison(recipes, gate or Gate(), fabric.device, estimates=estimates, tiles=tiles)
     quiet = config.quiet or not fabric.is_global_zero
     adapted: dict[str, Recipe | Path] = {name: plan for name, plan in plans.items() if plan in recipes}
     runs = _train_all({name: plan for name, plan in plans.items() if name not in adapted}, out, fabric, config)
@@ -161,10 +164,16 @@ def adapt(
         best = plans[run_on_rank_zero(fabric, lambda: comparison.select(runs))]
         adapted = {name: _with_start(plan, best) for name, plan in adapted.items()}
     runs |= _train_all(adapted, out, fabric, config)
+    if tiles is not None and recipe.source is not None and recipe.method.needs_source:
+        run_on_rank_zero(fabric, lambda: comparison.choose(runs))
+        plan = adapted[run_on_rank_zero(fabric, lambda: comparison.best_of(adapted))]
+        if isinstance(plan, Recipe):
+            comparison.recipes = [*recipes, tiles.extend(plan)]
+            runs |= _train_all({LEARNED: comparison.recipes[-1]}, out, fabric, config)
     print_status(f"comparing {len(runs)} candidates", quiet=quiet)
 
     def compare() -> Path:
-        name = comparison.select(runs)
+        name = comparison.choose(runs)
         selection = comparison.selection(runs, _shared_images(recipe))
         written = _write_comparison(selection, recipe, runs, out, fabric.device)
         if recipe.source is not None:
@@ -284,7 +293,8 @@ def _comparison_folder(selection: Selection, recipe: Recipe, out: Path) -> Compa
     folder = out.parent if (out / "recipe.yaml").is_file() else out
     for comparison in Comparison.find_all(folder):
         with suppress(RunError):
-            if comparison.selection.recipes == selection.recipes:
+            known = comparison.selection
+            if (known.recipes, known.labels) == (selection.recipes, selection.labels):
                 return Comparison(comparison.path)
     domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
     return Comparison(new_folder(folder, f"{domains[:80]}_comparison"))

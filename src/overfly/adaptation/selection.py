@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +11,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from overfly.adaptation.estimate import Estimate
-from overfly.adaptation.gate import Check, Gate, passes
+from overfly.adaptation.gate import UNSURE, Check, Gate, passes
+from overfly.adaptation.labels import LEARNED, TileScores
 from overfly.core.atomic_files import read_json
-from overfly.core.errors import RunError, markdown_text
+from overfly.core.errors import RunError, markdown_text, render_text
 from overfly.core.progress import percent
 from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
@@ -32,6 +32,9 @@ CHECKED = ("source mIoU", "nuclear norm", "classes", "consistency", "agreement")
 """Checks of a candidate, each with a column."""
 COLUMNS = (*CHECKED, "own source mIoU", "score", "better", "estimate", "decision")
 """Columns of the candidates' table, after the candidate."""
+TEMPLATE = Path(__file__).with_name("selection.md.jinja")
+LEGEND = Path(__file__).with_name("selection_legend.md").read_text(encoding="utf-8").strip()
+"""Explanation of the table."""
 UNFAMILIAR = "the target may show other objects than the source's classes, or lack some: look at the predictions"
 
 
@@ -51,10 +54,12 @@ class CandidateReport(Spec):
     better: Share | None = None
     """Share of bootstrap samples of the images in which its score is higher than that of source only; none if rejected,
     and for source only."""
+    tiles: TileScores | None = None
+    """Scores on labeled target tiles; none without such tiles, and for the network that learned from them."""
     estimate: Estimate | None = None
     """Estimated target mIoU with an interval; not a measurement."""
     labeled_miou: dict[str, Share | None] = Field(default_factory=dict)
-    """mIoU from labels, by domain and split, if it was computed earlier; not used for the selection."""
+    """Empty; in files of before, mIoU from labels that was computed earlier."""
 
     @property
     def rejected(self) -> bool:
@@ -80,7 +85,10 @@ class Selection(Spec):
     target_checks: tuple[Check, ...] = ()
     """Warnings about the target; none without held-out source images."""
     labels_opened: NonNegativeInt
-    """Target labels that were read for training and selection: those of target images that are source images too."""
+    """Target labels that were read for training and selection: those of target images that are source images too, and
+    of labeled tiles."""
+    labels: dict[str, Any] | None = None
+    """Labeled target tiles, as in a recipe, that decided; none: no target label did."""
 
     @model_validator(mode="after")
     def _check_candidates(self) -> Self:
@@ -92,12 +100,34 @@ class Selection(Spec):
     def summary(self) -> str:
         """The recommendation in one sentence."""
         rejected = [name for name, report in self.candidates.items() if report.rejected]
-        tail = f"; rejected: {_join_names(rejected)}" if rejected else ""
+        tail = f"; rejected: {', '.join(rejected)}" if rejected else ""
         best = self.candidates[self.recommended]
         settings = settings_text(best.settings)
         text = f"recommended: {self.recommended}{f' ({settings})' if settings else ''}"
+        if self.recommended == LEARNED:
+            return f"{text}, which passes the checks; its tiles cannot score it, since it learned from them{tail}"
+        if self.labels is not None:
+            return f"{text}, of the highest mIoU on the labeled tiles{tail}"
         samples = "" if best.better is None else f" (higher than {BASELINE} in {percent(best.better, 0)} % of samples)"
         return f"{text}, of the highest score{samples}{tail}"
+
+    @property
+    def unsure(self) -> str:
+        """Why a recommendation without labels is unsure; empty if it is sure, or labels decided."""
+        shares = {name: report.better for name, report in self.candidates.items() if report.better is not None}
+        if self.labels is not None or not shares:
+            return ""
+        name = max(shares, key=lambda name: shares[name]) if self.recommended == BASELINE else self.recommended
+        low, high = UNSURE
+        if not low < shares[name] < high:
+            return ""
+        share, bounds = percent(shares[name], 0), f"{percent(low, 0)} and {percent(high, 0)}"
+        return f"unsure: {name} is higher in {share} % of samples, between {bounds} %; label a few target tiles"
+
+    @property
+    def tile_lines(self) -> list[str]:
+        """A sentence per candidate with its scores on the labeled tiles."""
+        return [f"{name}: {report.tiles}" for name, report in self.candidates.items() if report.tiles is not None]
 
     @property
     def differences(self) -> list[str]:
@@ -144,33 +174,7 @@ class Selection(Spec):
 
     def markdown(self) -> str:
         """The selection as a Markdown page."""
-        differences = [f"- {markdown_text(line)}" for line in self.differences]
-        reasons = [f"- {markdown_text(line)}" for line in self.reasons]
-        summary = markdown_text(self.summary[0].upper() + self.summary[1:])
-        return "\n".join(
-            [
-                "# Selection", "", f"{summary}.", "", self.table(), "",
-                *(["Settings of the adapted candidates:", "", *differences, ""] if differences else []),
-                *(["Failed checks:", "", *reasons, ""] if reasons else []), LEGEND, "",
-                f"Target labels opened: {self.labels_opened}.", "",
-                "![Target images and the candidates' predictions](samples/selection.png)", "",
-            ]
-        )  # fmt: skip
-
-
-LEGEND = (
-    "All values are in percent. *Source mIoU* is computed on the source's held-out labels, with batch-normalization "
-    "statistics of the source; *own source mIoU* with the network's own. The *nuclear norm* of the probabilities is "
-    "high for confident predictions of all classes. *Classes*: of those that source only predicts on the target, the "
-    "share that is still predicted. *Consistency*: Cohen's kappa between predictions of target images and of turned or "
-    "flipped and smaller ones. *Agreement*: mIoU with the predictions of source only. *Score*: mean of consistency and "
-    "own source mIoU (without source labels, of kappa and mIoU between the predictions of consistency); of the "
-    "accepted networks the highest is recommended. "
-    "*Better*: share of bootstrap samples of the images in which it is higher than that of source only. *Estimate*: "
-    "estimated target mIoU, not a measurement and not used for the selection. Values below their bound are marked: x "
-    "rejects the candidate, ! warns."
-)
-"""Explanation of the table."""
+        return render_text(TEMPLATE, selection=self, legend=LEGEND)
 
 
 @dataclass(frozen=True)
@@ -264,15 +268,11 @@ def value_text(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _join_names(names: Sequence[str]) -> str:
-    """Format a list as ``a, b and c``."""
-    return re.sub(r", ([^,]*)$", r" and \1", ", ".join(names))
-
-
 def setting_differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
     """Return for each recipe the settings that differ between recipes, by dotted name."""
     flat = [
-        flatten_settings(recipe.model_dump(mode="json", exclude={"source", "target", "start"})) for recipe in recipes
+        flatten_settings(recipe.model_dump(mode="json", exclude={"source", "target", "start", "labels"}))
+        for recipe in recipes
     ]
     names = list(dict.fromkeys(key for settings in flat for key in settings))
     differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]

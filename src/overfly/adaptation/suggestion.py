@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 
 from overfly.core.atomic_files import file_sha256, read_json, temporary_path, write_json
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError, RecipeError
+from overfly.core.errors import DataError, RecipeError, render_text
 from overfly.core.progress import percent
 from overfly.core.records import IGNORE, Array, Item, UInt8
 from overfly.core.settings import write_mapping
@@ -186,8 +185,8 @@ def read_tiles(domain: Domain, tiles: Sequence[Tile]) -> Iterator[tuple[Tile, Te
             yield tile, to_tensor(image[part]), None if nodata_mask is None else nodata_mask[part]
 
 
-def write_suggestion(picks: Sequence[Pick], domain: Domain, out: Path, about: Mapping[str, Any]) -> list[str]:
-    """Write tiles, empty masks, drafts, outlines, classes and instructions; return notes about what was left out.
+def write_suggestion(picks: Sequence[Pick], domain: Domain, out: Path, about: Mapping[str, Any]) -> None:
+    """Write tiles, empty masks, drafts, outlines, classes and instructions.
 
     Args:
         picks: from `suggest`.
@@ -209,18 +208,17 @@ def write_suggestion(picks: Sequence[Pick], domain: Domain, out: Path, about: Ma
             }
             for rank, pick in enumerate(picks, 1)
         ]  # fmt: skip
-        notes = _write_outlines(part / "tiles.gpkg", picks, rows)
+        _write_outlines(part / "tiles.gpkg", picks, rows)
         names = domain.classes.names
         colors = {name: list(color) for name, color in zip(names, domain.classes.colors, strict=True)}
         write_mapping(part / "classes.yaml", {"classes": colors, "ids": {name: i for i, name in enumerate(names)}})
         numbers = "\n".join(f"   {number:>3}  {name}" for number, name in enumerate(names))
-        text = Template(README.read_text(encoding="utf-8")).substitute(example=files[0], numbers=numbers)
+        text = render_text(README, example=files[0], numbers=numbers, folder=out) + "\n"
         (part / "README.txt").write_text(text, encoding="utf-8")
         write_json(part / "suggestion.json", {**about, "tiles": rows, "files": _digests(part)})
         if out.exists():
             shutil.rmtree(out)
         part.rename(out)
-    return notes
 
 
 def check_replaceable(out: Path) -> None:
@@ -301,16 +299,14 @@ def _write_raster(
                 dataset.write_colormap(1, {**dict(enumerate(classes.colors)), IGNORE: (0, 0, 0)})
 
 
-def _write_outlines(path: Path, picks: Sequence[Pick], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _write_outlines(path: Path, picks: Sequence[Pick], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the tiles' outlines as GeoPackage, a layer for each coordinate reference system.
 
     Without a georeference coordinates are column and minus row of the image, as QGIS shows such images.
     """
-    try:
-        import pyogrio.raw
-        import shapely
-    except ImportError:
-        return [f"{path.name} is not written; it needs: pip install 'overfly[vector]'"]
+    import pyogrio.raw
+    import shapely
+
     layers: dict[str | None, list[tuple[Any, Mapping[str, Any]]]] = {}
     for pick, row in zip(picks, rows, strict=True):
         grid, (top, left, height, width) = _grid(pick.tile), pick.tile.window
@@ -327,4 +323,3 @@ def _write_outlines(path: Path, picks: Sequence[Pick], rows: Sequence[Mapping[st
                 [np.array([row[name] for _, row in members], kind) for name, kind in types.items()], list(types),
                 layer="tiles" if number == 1 else f"tiles {number}", crs=crs, geometry_type="Polygon", driver="GPKG",
             )  # fmt: skip
-    return []

@@ -60,8 +60,11 @@ class AdaptResult:
         yield table
         yield from self.selection.reasons
         yield from self.selection.differences
+        yield from self.selection.tile_lines
         yield f"target labels opened: {self.selection.labels_opened}"
         yield self.selection.summary
+        if self.selection.unsure:
+            yield f"{self.selection.unsure}: overfly suggest {self.path} --count 5, then this command with --labels"
         yield f"comparison: {self.path}"
         yield f"predict with: overfly predict {self.path} IMAGE"
 
@@ -69,7 +72,8 @@ class AdaptResult:
 def adapt(
     recipe: RecipeLike | None = None, *overrides: RecipeLike, source_images: PathLike | None = None,
     source_masks: PathLike | None = None, target_images: PathLike | None = None, classes: PathLike | None = None,
-    checkpoint: PathLike | None = None, budget: str | None = None, estimate: bool = False,
+    checkpoint: PathLike | None = None, labels: PathLike | None = None, budget: str | None = None,
+    estimate: bool = False,
     gate: list[str] | None = None, require_adapted: bool = False, out: PathLike = Path("runs"), device: str = "auto",
     devices: int = 1, workers: int = 0, checkpoint_every: int = 200, cache: Cache = "memory", quiet: bool = False,
 ) -> AdaptResult:  # fmt: skip
@@ -87,6 +91,8 @@ def adapt(
         target_images: folder or pattern of the images to adapt to.
         classes: YAML file of the classes: names, or names and their colors; or settings of a folder domain.
         checkpoint: run, comparison or weights file to adapt, without its source's images.
+        labels: folder of a few labeled target tiles, as `overfly suggest` writes it, or with images and masks: they
+            decide, and one more network learns from them.
         budget: time for image folders, such as 90s, 10min or 2h; default 30m. The same command again resumes.
         estimate: estimate each candidate's mIoU on the target too, with an interval; takes several times as long.
         gate: a bound of the checks; may be repeated: --gate max_source_loss=0.1 --gate min_classes=0.8
@@ -122,6 +128,14 @@ def adapt(
     values = [load(entry, *settings) for entry in recipes]
     values = values or folder_recipes(inputs, budget, config, settings, Path(out))
     fabric = launch_fabric(values[0], config)
-    comparison = adapt_recipes(*values, out=Path(out), fabric=fabric, config=config, estimates=estimate, gate=bounds)
+    comparison = adapt_recipes(
+        *values,
+        out=Path(out),
+        fabric=fabric,
+        config=config,
+        estimates=estimate,
+        gate=bounds,
+        labels=None if labels is None else Path(labels),
+    )
     missing = require_adapted and comparison.selection.recommended == BASELINE
     return AdaptResult(comparison.path, comparison.selection, NOT_ADAPTED if missing else 0)

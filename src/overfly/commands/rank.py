@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds
 from overfly.core.choices import Split
-from overfly.core.errors import RecipeError, RunError
+from overfly.core.errors import import_extra
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -173,14 +173,12 @@ class SuggestResult:
 
     path: Path
     picks: Sequence[Pick]
-    notes: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for rank, pick in enumerate(self.picks, 1):
             yield f"{rank:>3}  {pick.tile.name}: {pick.reason}"
-        for note in self.notes:
-            yield f"note: {note}"
         yield f"written: {self.path}, with README.txt"
+        yield f"when the masks are filled: overfly adapt … --labels {self.path}"
 
 
 def suggest(
@@ -211,6 +209,7 @@ def suggest(
     from overfly.ops.geometry import Dihedral
 
     check_bounds({"count": (count, 1, 1000), "tile": (tile, 32, MAX_SIDE), "limit": (limit, count, 10**6)})
+    import_extra("pyogrio", "vector", "the outlines of the tiles")
     suggestion.check_replaceable(Path(out))
     networks, target, recipe = _candidates([Path(run) for run in runs])
     tiles = suggestion.target_tiles(target, None if recipe.resize else tile, limit)
@@ -218,8 +217,8 @@ def suggest(
     turns = any(isinstance(entry, Dihedral) for entry in recipe.augment)
     options = MetricOptions(resize=recipe.resize, window=recipe.window, device=select_device(device))
     picks = suggestion.suggest(networks, target, tiles, count, options, turns=turns)
-    about = {"networks": [str(run) for run in runs], "tile": tile, "limit": limit}
-    return SuggestResult(Path(out), picks, suggestion.write_suggestion(picks, target, Path(out), about))
+    suggestion.write_suggestion(picks, target, Path(out), {"networks": list(map(str, runs)), "tile": tile})
+    return SuggestResult(Path(out), picks)
 
 
 def _candidates(paths: Sequence[Path]) -> tuple[list[Segmenter], Domain, Recipe]:
@@ -231,15 +230,10 @@ def _candidates(paths: Sequence[Path]) -> tuple[list[Segmenter], Domain, Recipe]
     from overfly.models.segmenter import Segmenter
     from overfly.recipe import load
 
-    if not any(is_comparison(path) for path in paths):
+    if len(paths) > 1 or not is_comparison(paths[0]):
         runs = find_trained_runs(paths)
-        unfinished = [run.path for run in runs if not run.finished]
-        if unfinished:
-            raise RunError(f"{unfinished[0]} is not finished; leave it out, or finish it with overfly train")
         networks = [run.segmenter().without_training_heads() for run in runs]
         return networks, shared_target(runs), runs[0].recipe
-    if len(paths) > 1:
-        raise RecipeError(f"suggest takes one comparison folder, or runs, got {len(paths)} paths; give one of them")
     comparison = Comparison(paths[0])
     selection = comparison.selection
     networks = [Segmenter.load(comparison.weights).without_training_heads()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 MAX_MESSAGE = 2000
@@ -25,6 +26,15 @@ def markdown_text(text: object) -> str:
     """Escape what Markdown reads as HTML, links, code and cells of a table; on one line."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"[\\`\[\]|]", r"\\\g<0>", printable(escaped))
+
+
+def render_text(template: Path, **values: object) -> str:
+    """Fill in a template of jinja2 that is plain text or Markdown, in which the filter ``text`` is `markdown_text`."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
+    environment.filters["text"] = markdown_text
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
 
 
 class OverflyError(Exception):

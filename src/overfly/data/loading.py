@@ -171,10 +171,14 @@ class BatchStream:
 
 
 class BatchDataset(Dataset[Batch | OverflyError]):
-    """The batches of a rank, by step."""
+    """The batches of a rank, by step; images of ``labels`` follow those of the source."""
 
-    def __init__(self, source: BatchStream | None, target: BatchStream | None, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, source: BatchStream | None, target: BatchStream | None, rank: int = 0, world: int = 1,
+        labels: BatchStream | None = None,
+    ) -> None:  # fmt: skip
         self.source, self.target, self.rank, self.world = source, target, rank, world
+        self.labeled = [stream for stream in (source, labels) if stream is not None]
 
     def __getitem__(self, step: int) -> Batch | OverflyError:
         """Load the batch of a step; errors are returned, since worker processes would raise them in another form."""
@@ -186,7 +190,8 @@ class BatchDataset(Dataset[Batch | OverflyError]):
     def batch(self, step: int) -> Batch:
         """Load the batch of a step; raise `OverflyError` if an image cannot be read."""
         empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
-        source = self.source.read(step, self._slots(self.source)) if self.source else empty
+        parts = [stream.read(step, slots) for stream in self.labeled if (slots := self._slots(stream))]
+        source = Labeled(*map(torch.cat, zip(*parts, strict=True))) if parts else empty
         if self.target is None:
             return Batch(source, empty.image)
         images, nodata_mask = self.target.read_unlabeled(step, self._slots(self.target))
@@ -194,7 +199,7 @@ class BatchDataset(Dataset[Batch | OverflyError]):
 
     def names(self, step: int) -> list[str]:
         """Names of the images that this rank loads in a step."""
-        streams = [stream for stream in (self.source, self.target) if stream]
+        streams = [*self.labeled, *([self.target] if self.target else [])]
         return [item.name for stream in streams for item, _ in stream.select(step, self._slots(stream))]
 
     def _slots(self, stream: BatchStream) -> list[int]:

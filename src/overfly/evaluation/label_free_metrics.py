@@ -119,19 +119,8 @@ def label_free_metrics(
         NotFiniteError: the network's scores are not finite.
     """
     images = unlabeled_images(domain, split, options)
-    return label_free_metrics_of_images(
-        network, images, domain.max_value, options, reference=reference, perturbations=perturbations
-    )
-
-
-def label_free_metrics_of_images(
-    network: nn.Module, images: Iterable[Tensor], max_value: float, options: MetricOptions = MetricOptions(), *,
-    reference: nn.Module | Sequence[Tensor] | None = None,
-    perturbations: Sequence[Perturbation] | None = None, predicted: Sequence[Tensor] | None = None,
-) -> LabelFreeMetrics:  # fmt: skip
-    """Compute the metrics of `label_free_metrics` on images in memory; see `prediction_statistics`."""
     statistics = prediction_statistics(
-        network, images, max_value, options, reference=reference, perturbations=perturbations, predicted=predicted
+        network, images, domain.max_value, options, reference=reference, perturbations=perturbations
     )
     return statistics.metrics(options.seed)
 

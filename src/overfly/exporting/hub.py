@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from overfly.core.atomic_files import temporary_path
 from overfly.core.download import disk_errors
-from overfly.core.errors import DownloadError, OverflyError, WeightsError, import_extra, markdown_text
+from overfly.core.errors import DownloadError, OverflyError, WeightsError, import_extra, render_text
 from overfly.exporting.exporter import SUFFIXES, ExportReport
 from overfly.exporting.runtimes import check_export
 from overfly.exporting.torch_program import clean_archive
@@ -56,10 +54,7 @@ def model_card(report: ExportReport, content: CardContent) -> str:
         name: [_format_mean([scores.get(name) for scores in by_seed.values()]) for by_seed in by_domain]
         for name in names
     }
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701
-    environment.filters["text"] = markdown_text
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, content=content, seeds=seeds, rows=rows)
+    return render_text(TEMPLATE, report=report, content=content, seeds=seeds, rows=rows)
 
 
 def _format_mean(values: Sequence[float | None]) -> str:

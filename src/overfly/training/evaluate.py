@@ -15,7 +15,7 @@ from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeE
 from overfly.core.progress import print_status
 from overfly.data.domain import Domain, Split, SplitError
 from overfly.evaluation.images import MetricOptions, unlabeled_images
-from overfly.evaluation.label_free_metrics import LabelFreeMetrics, label_free_metrics_of_images
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics, prediction_statistics
 from overfly.evaluation.score import Samples, score
 from overfly.evaluation.scores import Scores
 from overfly.methods.method import Method, Networks
@@ -172,10 +172,10 @@ class Evaluator:
 
         def work() -> LabelFreeMetrics | None:
             try:
-                metrics = label_free_metrics_of_images(
+                metrics = prediction_statistics(
                     method.inference_network(self.nets), self.images, self.recipe.domain("target").max_value,
                     self.options, reference=reference(method, self.nets),
-                )  # fmt: skip
+                ).metrics()  # fmt: skip
             except NotFiniteError:
                 return None
             return metrics.model_copy(update={"source_miou": source_miou})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from overfly.core.atomic_files import file_sha256
 from overfly.core.download import format_bytes
 from overfly.core.errors import DownloadError, OverflyError, RecipeError, WeightsError
 from overfly.core.progress import print_status
@@ -66,7 +67,7 @@ def prepare_training(recipe: Recipe, fabric: Fabric, config: TrainerConfig, star
     nets = recipe.method.networks(segmenter)
     optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
     shard = (fabric.global_rank, fabric.world_size) if optimizers else (0, 1)  # (0, 1): every process sees all images
-    batches = BatchDataset(source, target, *shard)
+    batches = BatchDataset(source, target, *shard, labels=_labels_stream(recipe, config.cache))
     first = batches[0]  # raises data errors before the run folder exists
     if isinstance(first, OverflyError):
         raise first
@@ -104,11 +105,30 @@ def training_streams(
             print_status(f"decoded images of {domain.title} take {size} in {cache}", quiet=quiet)
         stream = BatchStream(
             domain, items if labeled else without_labels(items), recipe.sampling if labeled else Uniform(),
-            batch=recipe.batch, crop=recipe.crop, resize=recipe.resize, seed=recipe.seed, key=key, cache=cache,
-            labeled=labeled,
+            batch=recipe.batch - (recipe.labels.count(recipe.batch) if labeled and recipe.labels else 0),
+            crop=recipe.crop, resize=recipe.resize, seed=recipe.seed, key=key, cache=cache, labeled=labeled,
         )  # fmt: skip
         streams.append(stream)
     return streams[0], streams[1]
+
+
+def _labels_stream(recipe: Recipe, cache: Path | str | None) -> BatchStream | None:
+    """Return the labeled target images of a recipe."""
+    if recipe.labels is None:
+        return None
+    domain = recipe.labels.domain
+    if recipe.labels.sha256 not in (None, files_sha256(domain)):
+        raise RecipeError(f"images or masks of labels ({domain.title}) changed; run overfly adapt with --labels again")
+    return BatchStream(
+        domain, domain.items("train"), Uniform(), batch=recipe.labels.count(recipe.batch), crop=recipe.crop,
+        resize=recipe.resize, seed=recipe.seed, key=2, cache=cache, labeled=True,
+    )  # fmt: skip
+
+
+def files_sha256(domain: Domain) -> str:
+    """SHA-256 of the image and mask files of a domain's training images."""
+    items = domain.items("train")
+    return file_sha256(*(file for item in items for file in (item.image, item.label) if isinstance(file, Path)))
 
 
 def source_images(stream: BatchStream | None, count: int) -> Iterator[Tensor]:
