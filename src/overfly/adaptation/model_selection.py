@@ -154,17 +154,10 @@ def rank(
     estimates: bool = False, with_labels: bool = False, split: Split = "train",
     options: MetricOptions = MetricOptions(crop=512), quiet: bool = True,
 ) -> Ranking:  # fmt: skip
-    """Rank the networks of runs without target labels.
+    """Rank the networks of runs without target labels; the arguments are those of `overfly.rank`.
 
-    Args:
-        runs: finished, or with kept checkpoints; all of one target.
-        validators: the validators of the mean rank. Those under all perturbations need 2.5 times as many predictions.
-        reference: run whose network's predictions the metric agreement compares with, such as source only.
-        estimates: estimate each target mIoU too; source labels are read.
-        with_labels: read the target's val labels, score each network, and compute the quality of each validator.
-        split: split of the target that metrics are computed on; its labels are not read.
-        options: images and device; window and resize are those of each run's recipe.
-        quiet: print no progress.
+    Runs are finished or have kept checkpoints, and share a target. Validators under all perturbations need 2.5 times as
+    many predictions. Window and resize of the options are replaced by those of each run's recipe.
 
     Raises:
         RecipeError: the runs have several targets or none, or a validator is unknown.

@@ -135,17 +135,9 @@ def adapt(
     """Train all candidates, compare them without target labels, and recommend one.
 
     Candidates that are trained already are reused. The selection, the recommended network and a figure are written to a
-    comparison folder beside the runs; the same recipes use the same folder.
-
-    Args:
-        recipe: an adapted candidate.
-        others: more adapted candidates with the same start.
-        out: folder of the runs.
-        fabric: launched.
-        config: devices, intervals and output.
-        gate: bounds of the checks; None: `Gate()`.
-        estimates: estimate the target mIoU of each candidate.
-        labels: folder of labeled target tiles, which decide, and from which one more network learns.
+    comparison folder beside the runs; the same recipes use the same folder. The recipes are those of the adapted
+    candidates, which share a start; ``out`` is the folder of the runs. Labeled target tiles in the folder ``labels``
+    decide, and one more network learns from them.
 
     Raises:
         OverflyError: recipes, data or weights do not fit together.

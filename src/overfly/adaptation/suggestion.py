@@ -99,16 +99,11 @@ def suggest(
     networks: Sequence[Segmenter], domain: Domain, tiles: Sequence[Tile], count: int, options: MetricOptions, *,
     turns: bool = True,
 ) -> list[Pick]:  # fmt: skip
-    """Pick ``count`` tiles; the same arguments give the same tiles.
+    """Pick ``count`` of the tiles of the target ``domain``; the same arguments give the same tiles.
 
-    Args:
-        networks: the candidates; the first predicts the drafts, and its features tell which tiles are alike. Of a
-            single one, predictions of the tile turned and resized are compared instead.
-        domain: the target.
-        tiles: from `target_tiles`.
-        count: number of tiles to pick.
-        options: resize, window and device.
-        turns: turn tiles; false: flip them, for images with a fixed top.
+    The first network predicts the drafts, and its features tell which tiles are alike. Of a single network, predictions
+    of a tile turned (flipped, without ``turns``) and resized are compared instead. Of the options, resize, window and
+    device are used.
 
     Raises:
         DataError: fewer than ``count`` tiles have data in half of their pixels.
@@ -186,13 +181,9 @@ def read_tiles(domain: Domain, tiles: Sequence[Tile]) -> Iterator[tuple[Tile, Te
 
 
 def write_suggestion(picks: Sequence[Pick], domain: Domain, out: Path, about: Mapping[str, Any]) -> None:
-    """Write tiles, empty masks, drafts, outlines, classes and instructions.
+    """Write tiles of the target, empty masks, drafts, outlines, classes and instructions into a folder.
 
-    Args:
-        picks: from `suggest`.
-        domain: the target.
-        out: the folder; see `check_replaceable`.
-        about: settings, stored in ``suggestion.json``.
+    ``about`` is stored in ``suggestion.json``.
 
     Raises:
         RecipeError: ``out`` holds other files, or masks that were corrected.
