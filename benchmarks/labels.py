@@ -130,10 +130,10 @@ def choice_study(path: Path, counts: Sequence[int], side: int, limit: int, out: 
     with torch.inference_mode():
         for tile, image, _ in suggestion.read_tiles(target, suggestion.target_tiles(target, side, limit)):
             label = torch.from_numpy(target.read_label(items[tile.item.name])[tile.window.rows, tile.window.columns])
-            ids = torch.stack([predict_scores(network.eval(), image).argmax(0) for network in networks])
-            for each, prediction in zip(counted, ids, strict=True):
+            scores = torch.stack([predict_scores(network.eval(), image) for network in networks])
+            for each, prediction in zip(counted, scores.argmax(1), strict=True):
                 each.append(Confusion.from_predictions(prediction, label.long(), len(target.classes)))
-            differ.append(float(suggestion.disagreement(ids, len(target.classes)).mean()))
+            differ.append(float(suggestion.disagreement(scores.softmax(1)).mean()))
             vectors.append(suggestion.tile_features(networks[names.index(selection.recommended)], image))
     true, generator = [sum(each[1:], each[0]).miou for each in counted], np.random.default_rng(0)
     weight, vector = np.sqrt(differ), torch.stack(vectors)

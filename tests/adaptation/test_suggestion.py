@@ -42,7 +42,10 @@ def test_tiles_are_picked_by_disagreement_similar_area_and_spread() -> None:
 
 def test_disagreement_is_the_share_of_pairs_that_differ() -> None:
     labels = torch.tensor([[[0, 0, 0]], [[0, 0, 1]], [[0, 1, 2]]])
-    assert disagreement(labels, 3).flatten().tolist() == pytest.approx([0, 2 / 3, 1])
+    votes = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
+    assert disagreement(votes).flatten().tolist() == pytest.approx([0, 2 / 3, 1])
+    alone = torch.tensor([[[[1.0, 0.5]], [[0.0, 0.5]]]])
+    assert disagreement(alone).flatten().tolist() == [0.0, 0.5]
 
 
 def test_suggestions_lie_on_the_grid_of_their_images(compared: AdaptResult, labels: Path) -> None:

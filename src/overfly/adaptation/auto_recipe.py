@@ -104,14 +104,9 @@ class FolderInputs:
 def folder_domain(
     role: str, images: Path, settings: Mapping[str, Any], masks: Path | None = None, settings_file: Path | None = None
 ) -> Folder:
-    """Create the domain of an image folder, with estimated mean and standard deviation.
+    """Create the domain of images and masks (folders or patterns), with estimated mean and standard deviation.
 
-    Args:
-        role: source or target; also the title in tables.
-        images: folder or pattern.
-        settings: settings of the domain, such as classes.
-        masks: folder or pattern.
-        settings_file: their file, for messages.
+    The role, source or target, is the title in tables; ``settings_file`` holds the settings, for messages.
 
     Raises:
         OverflyError: a folder is missing, empty or cannot be read, or a setting is invalid.
@@ -326,14 +321,9 @@ def folder_recipes(
     inputs: FolderInputs, budget: str | None, config: TrainerConfig, overrides: Sequence[str] = (),
     out: Path | None = None,
 ) -> list[Recipe]:  # fmt: skip
-    """Recipes for two image folders, or for a trained network and one folder.
+    """Recipes for two image folders, or for a trained network and one folder; see `propose_recipes`.
 
-    Args:
-        inputs: the folders.
-        budget: time such as 10m; None: `DEFAULT_BUDGET`.
-        config: the device.
-        overrides: settings to change.
-        out: see `propose_recipes`.
+    The budget is a time such as 10m; None: `DEFAULT_BUDGET`.
 
     Raises:
         OverflyError: an option is missing, a folder cannot be read, or the budget is too short.

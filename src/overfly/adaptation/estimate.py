@@ -138,13 +138,8 @@ def estimate(
 ) -> Estimate:  # fmt: skip
     """Estimate a network's target mIoU without target labels; about thirty forward passes per source image.
 
-    Args:
-        network: see `overfly.evaluation.label_free_metrics.label_free_metrics`.
-        source: calibration images; labels are read.
-        target: images of the estimate; labels are removed from its items before anything is read.
-        options: images of each domain, windows and device.
-        source_split: split of the source, held out from training.
-        split: split of the target.
+    It is calibrated on the labels of the source's ``source_split``, which is held out from training; no label of the
+    target's items is read.
 
     Raises:
         DataError: the source split has no labels, or the target split no images.

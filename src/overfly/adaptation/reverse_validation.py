@@ -42,14 +42,7 @@ def reverse_validation(
 ) -> float | None:  # fmt: skip
     """MIoU of a forest trained on target predictions, relative to one trained on source labels.
 
-    Both are evaluated on the source's held-out labels.
-
-    Args:
-        network: see `overfly.evaluation.label_free_metrics.label_free_metrics`.
-        source: labels are read.
-        target: images of its ``train`` split; labels are removed from its items before anything is read.
-        held_out: split of the source for evaluation.
-        options: images of each domain, windows and device.
+    Both are evaluated on the labels of the source's split ``held_out``; no label of the target's items is read.
 
     Returns:
         0 to 1, over the classes in the held-out labels; None for fewer target images than `MIN_IMAGES`, or if color and

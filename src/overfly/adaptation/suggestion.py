@@ -32,8 +32,6 @@ from overfly.data.domain import Domain, sample_evenly, without_labels
 from overfly.data.headers import read_header
 from overfly.data.reading import Mask
 from overfly.evaluation.images import MetricOptions, predict_scores, resized, to_tensor
-from overfly.evaluation.label_free_metrics import seeded
-from overfly.evaluation.perturbations import geometric_perturbations
 from overfly.evaluation.score import evaluation_mode
 from overfly.models.segmenter import Segmenter
 from overfly.ops.windows import Window, window_grid
@@ -96,19 +94,16 @@ def target_tiles(domain: Domain, side: int | None, limit: int) -> list[Tile]:
 
 
 def suggest(
-    networks: Sequence[Segmenter], domain: Domain, tiles: Sequence[Tile], count: int, options: MetricOptions, *,
-    turns: bool = True,
-) -> list[Pick]:  # fmt: skip
+    networks: Sequence[Segmenter], domain: Domain, tiles: Sequence[Tile], count: int, options: MetricOptions
+) -> list[Pick]:
     """Pick ``count`` of the tiles of the target ``domain``; the same arguments give the same tiles.
 
-    The first network predicts the drafts, and its features tell which tiles are alike. Of a single network, predictions
-    of a tile turned (flipped, without ``turns``) and resized are compared instead. Of the options, resize, window and
-    device are used.
+    The first network predicts the drafts, and its features tell which tiles are alike. Of the options, resize, window
+    and device are used.
 
     Raises:
         DataError: fewer than ``count`` tiles have data in half of their pixels.
     """
-    views = geometric_perturbations(turns=turns) if len(networks) == 1 else ()
     found: list[Pick] = []
     vectors: list[Tensor] = []
     with evaluation_mode(nn.ModuleList(networks).to(options.device)), torch.inference_mode():
@@ -117,14 +112,10 @@ def suggest(
             if float(valid.double().mean()) < MIN_VALID:
                 continue
             sized = resized(image, options.resize).to(options.device)
-            scores = [predict_scores(network, sized, options.window) for network in networks]
-            for view, generator in seeded(views, options.seed, 0):
-                perturbed = predict_scores(networks[0], view.apply(sized, domain.max_value, generator), options.window)
-                scores.append(view.invert(perturbed, (sized.shape[-2], sized.shape[-1])))
-            full = [F.interpolate(each[None], image.shape[-2:], mode="bilinear")[0] for each in scores]
-            labels = torch.stack([each.argmax(0) for each in full]).cpu()
-            differ = float(disagreement(labels, len(scores[0]))[valid].mean())
-            draft = labels[0].to(torch.uint8).numpy()
+            scores = torch.stack([predict_scores(network, sized, options.window).cpu() for network in networks])
+            scores = F.interpolate(scores, image.shape[-2:], mode="bilinear")
+            differ = float(disagreement(scores.softmax(1))[valid].mean())
+            draft = scores[0].argmax(0).to(torch.uint8).numpy()
             found.append(Pick(tile, differ, float(valid.sum()), draft, nodata_mask))
             vectors.append(tile_features(networks[0], sized))
     if len(found) < count:
@@ -136,10 +127,16 @@ def suggest(
     return [found[j]._replace(area=float(area[nearest == rank].sum())) for rank, j in enumerate(picked)]
 
 
-def disagreement(labels: Tensor, classes: int) -> Tensor:
-    """Share of the pairs of networks that differ, for each pixel (H, W), from class ids (N, H, W) of N networks."""
-    votes = F.one_hot(labels, classes).sum(0).double()
-    return 1 - (votes * (votes - 1)).sum(-1) / (len(labels) * (len(labels) - 1))
+def disagreement(probability: Tensor) -> Tensor:
+    """Share of the pairs of N networks whose classes differ, for each pixel (H, W), from probabilities (N, K, H, W).
+
+    Of a single network, the probability that two classes differ that are drawn by its probabilities.
+    """
+    count, classes = probability.shape[:2]
+    if count == 1:
+        return 1 - probability[0].square().sum(0)
+    votes = F.one_hot(probability.argmax(1), classes).sum(0).double()
+    return 1 - (votes * (votes - 1)).sum(-1) / (count * (count - 1))
 
 
 def similarity(vectors: Tensor) -> Floats:

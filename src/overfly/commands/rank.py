@@ -206,7 +206,6 @@ def suggest(
     from overfly.core.device import select_device
     from overfly.core.progress import print_status
     from overfly.evaluation.images import MetricOptions
-    from overfly.ops.geometry import Dihedral
 
     check_bounds({"count": (count, 1, 1000), "tile": (tile, 32, MAX_SIDE), "limit": (limit, count, 10**6)})
     import_extra("pyogrio", "vector", "the outlines of the tiles")
@@ -214,9 +213,8 @@ def suggest(
     networks, target, recipe = _candidates([Path(run) for run in runs])
     tiles = suggestion.target_tiles(target, None if recipe.resize else tile, limit)
     print_status(f"predicting {len(tiles)} tiles by {len(networks)} networks", quiet=quiet)
-    turns = any(isinstance(entry, Dihedral) for entry in recipe.augment)
     options = MetricOptions(resize=recipe.resize, window=recipe.window, device=select_device(device))
-    picks = suggestion.suggest(networks, target, tiles, count, options, turns=turns)
+    picks = suggestion.suggest(networks, target, tiles, count, options)
     suggestion.write_suggestion(picks, target, Path(out), {"networks": list(map(str, runs)), "tile": tile})
     return SuggestResult(Path(out), picks)
 
