@@ -128,14 +128,9 @@ def adapt(
     values = [load(entry, *settings) for entry in recipes]
     values = values or folder_recipes(inputs, budget, config, settings, Path(out))
     fabric = launch_fabric(values[0], config)
+    tiles = None if labels is None else Path(labels)
     comparison = adapt_recipes(
-        *values,
-        out=Path(out),
-        fabric=fabric,
-        config=config,
-        estimates=estimate,
-        gate=bounds,
-        labels=None if labels is None else Path(labels),
+        *values, out=Path(out), fabric=fabric, config=config, estimates=estimate, gate=bounds, labels=tiles
     )
     missing = require_adapted and comparison.selection.recommended == BASELINE
     return AdaptResult(comparison.path, comparison.selection, NOT_ADAPTED if missing else 0)

@@ -231,21 +231,17 @@ class PredictionStatistics:
         reference, masked = pairs.pop("reference", None), pairs.pop("masked", None)
         geometric = [max(0.0, finite(pair.kappa) or 0.0) for name, pair in pairs.items() if name in GEOMETRIC]
         return LabelFreeMetrics(
-            entropy=-mean_entropy / scale,
-            information=(float(distribution_entropy(mean)) - mean_entropy) / scale,
-            nuclear_norm=nuclear_norm(samples),
-            snd=finite(neighborhood_density(subset)),
+            entropy=-mean_entropy / scale, information=(float(distribution_entropy(mean)) - mean_entropy) / scale,
+            nuclear_norm=nuclear_norm(samples), snd=finite(neighborhood_density(subset)),
             agreement=None if reference is None else reference.miou,
             masked=None if masked is None else masked.accuracy,
             masked_miou=None if masked is None else balanced_miou(masked),
             views=sum(pair.accuracy for pair in pairs.values()) / len(pairs) if pairs else None,
             views_miou=sum(map(balanced_miou, pairs.values())) / len(pairs) if pairs else None,
-            diversity=float(distribution_entropy(shares)) / scale,
-            shares=tuple(shares.tolist()),
+            diversity=float(distribution_entropy(shares)) / scale, shares=tuple(shares.tolist()),
             by_view={name: balanced_miou(pair) for name, pair in pairs.items()},
-            consistency=math.fsum(geometric) / max(1, len(geometric)),
-            images=self.images,
-        )
+            consistency=math.fsum(geometric) / max(1, len(geometric)), images=self.images,
+        )  # fmt: skip
 
 
 def nuclear_norm(probability: Tensor) -> float:

@@ -189,22 +189,13 @@ def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol:
         for name, iou, f1, precision, recall, edge, pixels in zip(domain.classes.names, *columns, strict=True)
     }  # fmt: skip
     return Scores(
-        domain=domain.model_dump(mode="json"),
-        split=split,
-        images=int(split_counts.images),
-        labels_opened=int(split_counts.images),
-        unlabeled=unlabeled,
-        protocol=protocol,
-        miou=finite(counts.miou),
-        accuracy=finite(counts.accuracy),
-        class_accuracy=finite(counts.recall.nanmean()),
-        f1=finite(counts.f1.nanmean()),
-        kappa=finite(counts.kappa),
-        boundary_miou=finite(edges.nanmean()),
-        classes=classes,
-        calibration=reliability(split_counts.calibration),
+        domain=domain.model_dump(mode="json"), split=split, images=int(split_counts.images),
+        labels_opened=int(split_counts.images), unlabeled=unlabeled, protocol=protocol,
+        miou=finite(counts.miou), accuracy=finite(counts.accuracy), class_accuracy=finite(counts.recall.nanmean()),
+        f1=finite(counts.f1.nanmean()), kappa=finite(counts.kappa), boundary_miou=finite(edges.nanmean()),
+        classes=classes, calibration=reliability(split_counts.calibration),
         confusion=tuple(tuple(int(value) for value in row) for row in counts.counts),
-    )
+    )  # fmt: skip
 
 
 def finite(value: float | Tensor) -> float | None:

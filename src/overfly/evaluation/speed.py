@@ -140,17 +140,10 @@ def measure_speed(
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             macs=count_macs(network, image),
             macs_of_batch={batch: count_macs(network, _images(batch, bands, shape, device)) for batch in macs_of_batch},
-            bands=bands,
-            size=shape,
-            timings=timings,
-            warmup=warmup,
-            repeats=repeats,
-            precision=precision,
+            bands=bands, size=shape, timings=timings, warmup=warmup, repeats=repeats, precision=precision,
             training_heads=bool(getattr(output, "aux", ())) or getattr(output, "boundary", None) is not None,
-            machine=machine,
-            memory=_memory_kind(device),
-            method=METHOD,
-        )
+            machine=machine, memory=_memory_kind(device), method=METHOD,
+        )  # fmt: skip
 
 
 class Latency(Spec):

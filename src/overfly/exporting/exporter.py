@@ -213,16 +213,11 @@ def _measure(
     return ExportReport(
         file=file.name,
         bytes=sum(part.stat().st_size for part in export_parts(file)),
-        sha256=file_sha256(*export_parts(file)),
-        settings=settings,
-        metadata=metadata,
-        images=data.title,
-        calibration_images=len(data.calibration) if settings.precision == "int8" else 0,
-        parity=parity,
+        sha256=file_sha256(*export_parts(file)), settings=settings, metadata=metadata, images=data.title,
+        calibration_images=len(data.calibration) if settings.precision == "int8" else 0, parity=parity,
         latency={} if parity[0].violations else compare_latency(runs, rounds=ROUNDS, seconds=SECONDS),
-        latency_side=side,
-        machine=describe_machine(),
-    )
+        latency_side=side, machine=describe_machine(),
+    )  # fmt: skip
 
 
 def _open_file(file: Path, settings: ExportSettings) -> list[Predictor]:

@@ -141,16 +141,10 @@ def model_metadata(
 ) -> ModelMetadata:
     """Return the metadata of a trained network; the arguments are fields of `ModelMetadata`."""
     return ModelMetadata(
-        architecture=segmenter.architecture,
-        classes=segmenter.classes,
-        bands=segmenter.bands,
-        max_value=segmenter.max_value,
-        mean=tuple(segmenter.mean.flatten().tolist()),
-        std=tuple(segmenter.std.flatten().tolist()),
-        window=window,
-        gsd=gsd,
-        title=title,
-    )
+        architecture=segmenter.architecture, classes=segmenter.classes, bands=segmenter.bands,
+        max_value=segmenter.max_value, mean=tuple(segmenter.mean.flatten().tolist()),
+        std=tuple(segmenter.std.flatten().tolist()), window=window, gsd=gsd, title=title,
+    )  # fmt: skip
 
 
 def segmenter_predictor(segmenter: Segmenter, metadata: ModelMetadata, device: torch.device | str = "cpu") -> Predictor:

@@ -88,18 +88,12 @@ def inspect_raster(
         gain = input_gain(source, dtype, metadata, max_value, scale=_scale(dataset, chosen))
         _check_complete(source, dataset)
         return RasterSource(
-            source,
-            dataset.height,
-            dataset.width,
-            chosen,
-            dtype,
+            source, dataset.height, dataset.width, chosen, dtype,
             nodata=tuple(band_nodata(dataset)[band - 1] if nodata is None else nodata for band in chosen),
             masked=has_mask(dataset),
             alpha_band=_unread_alpha_band(source, dataset, chosen, alpha, alpha_band),
-            gain=gain,
-            gsd=ground_distance(dataset),
-            georeference=georeference(dataset),
-        )
+            gain=gain, gsd=ground_distance(dataset), georeference=georeference(dataset),
+        )  # fmt: skip
 
 
 def georeference(dataset: Any) -> Georeference:

@@ -26,17 +26,7 @@ from overfly.core.records import Item, UInt8
 from overfly.core.spec import Pixels, PositiveInt
 from overfly.data.domain import SPLITS, Domain, Split
 from overfly.data.loveda import CLASSES
-from overfly.data.synthetic.drawing import (
-    Bool,
-    Canvas,
-    Float,
-    Random,
-    clouds,
-    crowns,
-    direction,
-    grain,
-    shadow_mask,
-)
+from overfly.data.synthetic.drawing import Bool, Canvas, Float, Random, clouds, crowns, direction, grain, shadow_mask
 from overfly.data.synthetic.layout import CLASS_OF, DOMAINS, Material, lay_out_rural, lay_out_urban
 
 SCENES: tuple[Scene, ...] = get_args(Scene)
