@@ -9,7 +9,7 @@ DEMO := runs/demo
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check docs fuzz faults constraints clean
+.PHONY: help demo test lint check bench docs fuzz faults constraints clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,6 +39,9 @@ lint: $(READY)  ## Check format, lint, types and layers
 	$(BIN)/lint-imports --no-cache
 
 check: lint test  ## Run all checks and tests
+
+bench: $(READY)  ## Measure the speed of training steps into docs/results/speed.md
+	$(BIN)/python benchmarks/costs.py --out docs/results
 
 docs: $(READY)  ## Generate the reference, the method pages and the catalog
 	$(BIN)/python docs/build.py

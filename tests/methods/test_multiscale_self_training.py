@@ -185,3 +185,14 @@ def test_images_with_a_fixed_top_are_never_turned(nets: MultiscaleNetworks, batc
     for images in (views.images, augmented):
         tops = [bool((image[:, :, 0] == 1).all()) for image in images]
         assert all(tops) == (not turns)
+
+
+@pytest.mark.parametrize(("count", "sides"), [(None, [32, 64, 96] * 2), (1, [32, 64]), (2, [32, 64, 96, 32])])
+def test_scales_are_taken_in_turn(nets: MultiscaleNetworks, batch: Batch, count: int | None, sides: list[int]) -> None:
+    method = MultiscaleSelfTraining(scales=(0.5, 1.0, 1.5), scales_per_step=count)
+    seen: list[int] = []
+    nets.teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[-1]))
+    for step in range(2):
+        method.losses(nets, batch)
+        method.after_step(nets, step)
+    assert seen == sides
