@@ -90,14 +90,15 @@ def memory(file: Path, threads: int) -> float:
 
 
 def in_turn(steps: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round."""
+    """Seconds of each step in each round; with one thread those of the CPU, which other processes do not lengthen."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(FEW + rounds):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = clock()
             step(number)
             if number >= FEW:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
         print(f"round {number + 1} of {FEW + rounds}", file=sys.stderr, flush=True)
     return seconds
 
@@ -199,7 +200,7 @@ def speed(rounds: int, out: Path) -> None:
     lines = [
         "# Speed of training", "",
         "`make bench`: ratios of two things that take turns in one process, so that other load of the machine slows "
-        f"both; batch 4. {machine['device']}, {machine['threads']} thread(s), "
+        f"both; with one thread, seconds of the CPU. Batch 4. {machine['device']}, {machine['threads']} thread(s), "
         f"torch {machine['torch']}, commit {commit}. "
         "[speed.json](speed.json)", "",
         "## Arithmetic", "",

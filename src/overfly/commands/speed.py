@@ -77,7 +77,7 @@ class TrainingSpeedResult:
             table.add_row(str(threads), *(f"{times[name]:.0f}" if name in times else "far slower" for name in names))
         yield f"{self.name}: milliseconds of a training step on {self.batch} images of {self.size}×{self.size}"
         yield table
-        yield f"{self.machine['device']}, torch {self.machine['torch']}; the shortest of up to 5 steps, taken in turn"
+        yield f"{self.machine['device']}, torch {self.machine['torch']}; steps taken in turn"
 
 
 def speed(
