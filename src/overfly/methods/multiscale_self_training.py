@@ -64,8 +64,8 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     """Scales at which the teacher predicts each target image, each under a random quarter turn or flip; the predictions
     are averaged. The cost of a scale is its square. Enlarging and reducing cover a target of either resolution."""
     scales_per_step: PositiveInt | None = None
-    """Number of `scales` that a step uses, in turn; none: all, whose predictions are averaged. One takes 0.75 to 0.83
-    times as long and cost 0.2 points of mIoU on the synthetic pair (docs/results/speed.md)."""
+    """Number of `scales` that a step uses, in turn; none: all, whose predictions are averaged. One takes 0.76 to 0.83
+    times as long and cost 0.2 points of mIoU on the synthetic pair (docs/results/costs.md)."""
     turns: bool = True
     """Whether target images are turned by quarters and flipped; false for images with a fixed top, such as those of
     streets, which are flipped horizontally only."""
