@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -167,13 +168,11 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     path = make().save(tmp_path / "best.safetensors")
     before = path.read_bytes()
 
-    def breaks(tensors: object, path: Path, metadata: object) -> None:
-        del tensors, metadata
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def breaks(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("overfly.models.segmenter.save_file", breaks)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", breaks)
+    with pytest.raises(WeightsError, match=r"best\.safetensors"):
         make().save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
