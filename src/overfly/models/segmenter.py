@@ -112,8 +112,9 @@ class Segmenter(nn.Module):
     def upsample(self, scores: Tensor, height: int, width: int) -> Tensor:
         """Scores (B, K, h, w) of one of the network's heads at the size of the image, H × W."""
         size = (height + -height % self.stride, width + -width % self.stride)
-        if torch.is_autocast_enabled(scores.device.type):  # losses need float32, and a small map is cheaper to convert
-            scores = scores.float().contiguous()
+        kind = scores.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            scores = scores.float().contiguous()  # losses need float32, and a small map is cheaper to convert
         return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 
     def scores(self, image: Tensor) -> Tensor:
