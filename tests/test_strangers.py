@@ -86,13 +86,14 @@ def test_hostile_yaml_is_refused_at_once(name: str, tmp_path: Path) -> None:
 
 
 def test_many_keys_take_linear_time() -> None:
+    """16 times as many keys take about 16 times as long; a comparison of all pairs would take 256 times."""
     seconds = []
-    for count in (4_000, 16_000):
+    for count in (1_500, 24_000):
         text = "".join(f"k{number}: 1\n" for number in range(count))
         started = time.process_time()
         assert len(parse_yaml(text)) == count
         seconds.append(time.process_time() - started)
-    assert seconds[1] < 8 * seconds[0]
+    assert seconds[1] < 64 * seconds[0]
 
 
 def test_a_hostile_recipe_below_out_stops_no_other_run(tmp_path: Path) -> None:
