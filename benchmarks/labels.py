@@ -1,6 +1,7 @@
 """What a few labeled target tiles are worth: choice, choice and training, fine-tuning on them alone.
 
     python benchmarks/labels.py COMPARISON … [--choice] [--counts 1,2,4,8] [--tile 384] [--limit 60] [--out runs/labels]
+        [SETTING=VALUE …]
 
 COMPARISON is a comparison folder of `overfly adapt` whose target has masks, such as those of `python
 benchmarks/pairs.py`. Tiles are suggested, and drawn at random; their masks are copied from the target's train split.
@@ -76,8 +77,8 @@ def filled(folder: Path, names: Sequence[str], target: Domain, out: Path) -> Pat
     return out
 
 
-def study(path: Path, counts: Sequence[int], side: int, limit: int, out: Path) -> None:
-    """Measure one comparison."""
+def study(path: Path, counts: Sequence[int], side: int, limit: int, out: Path, *settings: str) -> None:  # noqa: PLR0917
+    """Measure one comparison; ``settings`` change the recipe that learns from the tiles."""
     comparison = Comparison(path)
     selection = comparison.selection
     target = Domain.model_validate(selection.target)
@@ -106,7 +107,7 @@ def study(path: Path, counts: Sequence[int], side: int, limit: int, out: Path) -
             record(out, **row, kind="choice", miou=mious[chosen], chosen=chosen, tiles={
                 name: score.model_dump(mode="json") for name, score in scores.items()
             })  # fmt: skip
-            learned = train_recipe(tiles.extend(adapted), out / "runs", fabric, CONFIG)
+            learned = train_recipe(load(tiles.extend(adapted), *settings), out / "runs", fabric, CONFIG)
             record(out, **row, kind="choice and training", miou=target_miou(learned, target))
             alone = load({
                 **adapted.model_dump(mode="json"), "source": tiles.labels.domain.model_dump(mode="json"),
@@ -190,11 +191,13 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=384)
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("runs/labels"))
-    arguments = parser.parse_args()
+    arguments, settings = parser.parse_known_args()
     counts = [int(count) for count in arguments.counts.split(",")]
     for path in arguments.comparisons:
-        work = choice_study if arguments.choice else study
-        work(path, counts, arguments.tile, arguments.limit, arguments.out)
+        if arguments.choice:
+            choice_study(path, counts, arguments.tile, arguments.limit, arguments.out)
+        else:
+            study(path, counts, arguments.tile, arguments.limit, arguments.out, *settings)
 
 
 if __name__ == "__main__":
