@@ -90,13 +90,9 @@ def application(arguments: Sequence[str] = ()) -> App:
     from overfly.commands import MODULES
 
     app = App(
-        name="overfly",
-        help=HELP,
-        version=__version__,
-        help_format="markdown",
-        default_parameter=Parameter(negative_iterable=(), negative_none=()),
-        result_action="return_value",
-    )
+        name="overfly", help=HELP, version=__version__, help_format="markdown",
+        default_parameter=Parameter(negative_iterable=(), negative_none=()), result_action="return_value",
+    )  # fmt: skip
     groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
     has_command = any(tuple(arguments[: len(words(name))]) == words(name) for name in MODULES)
     for name, module in MODULES.items():

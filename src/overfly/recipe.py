@@ -219,9 +219,17 @@ class Recipe(Spec):
                 f"random_crop cuts the source to {cut} pixels, and the target has crop: {self.crop}; "
                 f"set crop to {cut}, or remove random_crop from augment"
             )
-        weights, domain = self.method.criterion.class_weights, self.source or self.target
-        if weights and domain and len(weights) != (count := len(domain.classes)):
-            raise ValueError(f"class_weights must have {count} numbers, one per class, got {len(weights)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        warmup = self.schedule.warmup
+        if (preheat := getattr(self.method, "preheat_steps", warmup)) < warmup:
+            raise ValueError(f"method.preheat_steps must be at least schedule.warmup, {warmup}, got {preheat}")
+        domain, confidence = self.source or self.target, getattr(self.method, "class_confidence", ())
+        for key, values in (("class_weights", self.method.criterion.class_weights), ("class_confidence", confidence)):
+            if values and domain and len(values) != (count := len(domain.classes)):
+                raise ValueError(f"{key} must have {count} numbers, one per class, got {len(values)}")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,8 @@ from overfly.data.domain import Domain, without_labels
 from overfly.data.folder import Folder
 from overfly.data.loading import BatchDataset, BatchStream, batch_loader
 from overfly.data.sampling import Rare, SampleSlot, Uniform, crop
+from overfly.recipe import load
+from overfly.training.setup import training_streams
 
 
 def anywhere(label: UInt8) -> bool:
@@ -90,6 +92,29 @@ def test_rare_sampling_prefers_rare_classes() -> None:
         (crop(np.zeros((64, 64, 1)), label, 16, np.random.default_rng(i), anywhere)[1] == 2).any() for i in range(40)
     ]
     assert sum(hits) > sum(plain)
+
+
+def test_rare_sampling_names_classes_that_are_practically_never_drawn() -> None:
+    counts = np.array([[500_000, 340_000, 0, 100_000, 60_000]])
+    assert Rare(temperature=0.01).neglected(counts) == [0, 1]
+    assert Rare().neglected(counts) == []
+    assert min(share for share in Rare().probabilities(counts) if share) > 1e-3
+    assert Uniform().neglected(counts) == []
+
+
+@pytest.mark.parametrize(("temperature", "warns"), [(0.001, True), (0.1, False)])
+def test_the_warning_names_the_classes(
+    temperature: float, warns: bool, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load({**small, "sampling": {"name": "rare", "temperature": temperature}})
+    source, _ = training_streams(recipe, quiet=False)
+    assert source is not None
+    assert source.counts is not None
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(lines) == int(warns)
+    if warns:
+        assert recipe.domain("source").classes.names[int(source.counts.sum(0).argmax())] in lines[0]
+        assert "sampling.temperature" in lines[0]
 
 
 def test_crop_mirrors_small_images_and_ignores_the_border() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from overfly.core.classes import Classes
 from overfly.core.errors import RecipeError
 from overfly.core.records import Batch
 from overfly.data.loading import BatchDataset
@@ -17,7 +18,7 @@ from overfly.methods.domain_norms import DSBN, DomainNorm, TransferableNorm, Tra
 from overfly.methods.method import Method
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_free import Tent
-from overfly.models.segmenter import Segmenter
+from overfly.models import Segmenter, build
 from overfly.recipe import Recipe, load
 from overfly.training.setup import initial_network, training_streams
 from overfly.training.train_recipe import resolve_start
@@ -137,7 +138,24 @@ def test_transferable_normalization_by_the_papers_formula() -> None:
     near = 1 / (1 + (ratios[0] - ratios[1]).abs())
     alpha = 3 * near / near.sum()
     assert alpha[1] < alpha[0]
-    assert torch.allclose(result, torch.cat(normal) * (1 + alpha).view(1, 3, 1, 1), atol=1e-5)
+    assert torch.allclose(result, torch.cat(normal) * ((1 + alpha) / 2).view(1, 3, 1, 1), atol=1e-5)
+
+
+def test_transnorm_of_equal_domains_is_the_ordinary_network() -> None:
+    """Also where no normalization follows that could compensate a factor: PIDNet's gates and class layer."""
+    torch.manual_seed(0)
+    names = tuple("abc")
+    networks = [
+        Segmenter(build("pidnet_s", 3), Classes(names=names), architecture="pidnet_s", mean=[0.0] * 3, std=[1.0] * 3)
+        for _ in range(2)
+    ]
+    networks[1].load_state_dict(networks[0].state_dict())
+    nets = TransNorm().networks(networks[1]).train()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        plain, both = networks[0].train()(image), nets.student(torch.cat([image, image]))
+    torch.testing.assert_close(both.main[:2], plain.main, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(both.main[2:], plain.main, atol=1e-3, rtol=1e-3)
 
 
 def test_distillation_loss_is_zero_for_equal_networks(case: Case, tmp_path: Path) -> None:

@@ -76,8 +76,7 @@ def test_self_training_uses_one_forward_pass_and_deploys_the_teacher(
     assert all(torch.equal(value, before[key]) for key, value in nets.teacher.state_dict().items())
     recipe.method.after_step(nets, 0)
     own = nets.teacher.state_dict()
-    keeps = name in {"multiscale_self_training", "source_free"}  # from the first step on
-    share = float(getattr(recipe.method, "ema", 0)) if keeps else 0.0
+    share = float(getattr(recipe.method, "ema", 0)) if recipe.method.needs_start else 0.0
     for key, value in nets.student.state_dict().items():
         expected = torch.lerp(value, before[key], share) if value.is_floating_point() else value
         torch.testing.assert_close(own[key], expected)
@@ -239,7 +238,7 @@ def test_source_free_reads_no_source(case: Case) -> None:
     empty = Labeled(torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, dtype=torch.int64))
     nets, inputs, losses = run(SourceFree(strong_augment=()), (case[0], Batch(empty, case[1].target)))
     assert torch.allclose(inputs.images[0], case[1].target, atol=1e-3)
-    assert set(losses) == {"target_main", "target_aux", "information"}
+    assert set(losses) == {"target_main", "target_aux", "information", "confident_share"}
     frozen = {name for name, weight in nets.student.named_parameters() if not weight.requires_grad}
     assert frozen
     assert all(name.startswith("network.boundary.") for name in frozen)

@@ -154,15 +154,10 @@ def rank(
 
     check_bounds({"limit": (limit, 1, 10**6), "crop": (crop, 16, MAX_SIDE)})
     ranking = model_selection.rank(
-        model_selection.find_trained_runs(runs),
-        validators=validators or model_selection.DEFAULT_VALIDATORS,
-        reference=Run.open(reference) if reference is not None else None,
-        estimates=estimate,
-        with_labels=with_labels,
-        split=split,
-        options=MetricOptions(limit, crop, device=select_device(device)),
-        quiet=json,
-    )
+        model_selection.find_trained_runs(runs), validators=validators or model_selection.DEFAULT_VALIDATORS,
+        reference=Run.open(reference) if reference is not None else None, estimates=estimate, with_labels=with_labels,
+        split=split, options=MetricOptions(limit, crop, device=select_device(device)), quiet=json,
+    )  # fmt: skip
     written = None if out is None else model_selection.write_ranking(ranking, Path(out))
     return RankResult(ranking, written, as_json=json)
 

@@ -86,5 +86,5 @@ class Logits(NamedTuple):
 
 
 Losses = Mapping[str, Tensor]
-"""Named scalar terms. The trainer minimizes their sum and logs each term."""
+"""Named scalar terms. The trainer minimizes their sum and logs each term; a term without a gradient is only logged."""
 UInt8 = NDArray[np.uint8]

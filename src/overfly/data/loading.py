@@ -211,13 +211,9 @@ def batch_loader(
 ) -> DataLoader[Batch | OverflyError]:
     """Load the batches of the steps from ``start`` up to ``stop`` in ``workers`` processes (0: in the caller's)."""
     return DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        pin_memory=pin,
+        steps, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
         prefetch_factor=2 if workers else None,
-    )
+    )  # fmt: skip
 
 
 def open_image(

@@ -55,6 +55,10 @@ class Sampling(Choice, ABC):
         """Return True if a crop of the label has enough pixels of class ``class_id``."""
         return True
 
+    def neglected(self, counts: Counts) -> list[int]:  # noqa: ARG002
+        """Classes with pixels that fewer than one of 1,000 images are chosen for."""
+        return []
+
 
 class Uniform(Sampling, name="uniform"):
     """Every image once, in a new order each epoch; crops anywhere."""
@@ -72,8 +76,9 @@ class Rare(Sampling, name="rare"):
     image with that class, then up to ten crops until one has it. Every mask is read once at the start.
     """
 
-    temperature: PositiveFloat = 0.01
-    """Low values choose the rarest classes almost always; high values choose all classes equally often."""
+    temperature: PositiveFloat = 0.1
+    """Low values choose the rarest classes almost always; high values choose all classes equally often. With the
+    paper's 0.01 and LoveDA's seven classes, the one or two rarest are drawn alone."""
     pixels: NonNegativeInt = 1000
     """Pixels of the class that an image must have (at most as many as the image with the most)."""
     crop_share: Share = 0.005
@@ -101,6 +106,10 @@ class Rare(Sampling, name="rare"):
         weight = np.exp(score - score.max())
         result: NDArray[np.float64] = weight / weight.sum()
         return result
+
+    def neglected(self, counts: Counts) -> list[int]:
+        """Classes with pixels that fewer than one of 1,000 images are chosen for."""
+        return np.flatnonzero((self.probabilities(counts) < 1e-3) & counts.any(0)).tolist()
 
     def fits(self, label: UInt8, class_id: int) -> bool:
         """Return True if the class fills ``crop_share`` of the crop."""

@@ -235,15 +235,9 @@ def _time(network: nn.Module, images: Tensor, warmup: int, repeats: int) -> Timi
     p50, p95, p99 = (float(value) for value in np.percentile(times, (50, 95, 99)))
     peak = _peak(device)
     return Timing(
-        batch=len(images),
-        mean_ms=float(times.mean()),
-        std_ms=float(times.std()),
-        p50_ms=p50,
-        p95_ms=p95,
-        p99_ms=p99,
-        images_per_second=len(images) * 1e3 / float(times.mean()),
-        peak_memory_mb=None if peak is None else peak / 1e6,
-    )
+        batch=len(images), mean_ms=float(times.mean()), std_ms=float(times.std()), p50_ms=p50, p95_ms=p95, p99_ms=p99,
+        images_per_second=len(images) * 1e3 / float(times.mean()), peak_memory_mb=None if peak is None else peak / 1e6,
+    )  # fmt: skip
 
 
 def _images(batch: int, bands: int, shape: tuple[int, int], device: torch.device) -> Tensor:

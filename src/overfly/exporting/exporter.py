@@ -339,16 +339,10 @@ def measure_parity(
             difference = max(difference, float(np.abs(expected - result).max()))
     miou, opened = (None, 0) if labels is None else score_predictor(predictor, labels)
     return Parity(
-        backend=predictor.backend,
-        images=len(images),
-        pixels=pixels,
-        agreement=same / pixels,
-        probability_difference=difference,
-        miou=miou,
-        miou_of_torch=miou_of_torch,
-        labels_opened=opened,
+        backend=predictor.backend, images=len(images), pixels=pixels, agreement=same / pixels,
+        probability_difference=difference, miou=miou, miou_of_torch=miou_of_torch, labels_opened=opened,
         tolerance=TOLERANCES[settings.precision],
-    )
+    )  # fmt: skip
 
 
 def score_predictor(predictor: Predictor, labels: LabeledSplit) -> tuple[float | None, int]:

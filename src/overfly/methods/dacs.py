@@ -17,6 +17,7 @@ from overfly.core.records import IGNORE, Batch, Labeled, Logits, Losses
 from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Pixels, PositiveFloat, Share
 from overfly.methods.method import SelfTraining, TeacherStudent, prefixed
 from overfly.ops.color import ColorAugments, ColorJitter, GaussianBlur, augment_colors
+from overfly.ops.losses import masked_mean
 from overfly.ops.normalization import joint_forward, untracked_statistics
 from overfly.ops.pseudo_labels import (
     PseudoLabels,
@@ -54,11 +55,14 @@ class DACS(SelfTraining[TeacherStudent], name="dacs"):
     """Paste half of a source image's classes onto a target image; train on both (Tranheden et al., 2021, algorithm 1).
 
     Source and mixed images share one forward pass. Boundaries are trained at source pixels only. Inference
-    uses the teacher.
+    uses the teacher. The log states the share of confident pixels (``confident_share``): if it is near 0, training
+    learns from the source alone.
     """
 
     confidence: Share = 0.968
     """Probability above which a pseudo-label is confident; the share of confident pixels weighs an image's loss."""
+    class_confidence: tuple[Share, ...] = ()
+    """That probability for each class, in the order of the ids; empty: `confidence` for all."""
     mix_share: Share = 0.5
     """Share of each source image's classes that is pasted, rounded up."""
     strong_augment: ColorAugments = (ColorJitter(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
@@ -88,7 +92,14 @@ class DACS(SelfTraining[TeacherStudent], name="dacs"):
 
     def pseudo_weight(self, pseudo: PseudoLabels) -> Tensor:
         """Loss weight of pseudo-labels (B, 1, 1): the share of confident pixels."""
-        return confident_share(pseudo, self.confidence)
+        return confident_share(pseudo, self.threshold(pseudo.label))
+
+    def threshold(self, label: Tensor) -> Tensor | float:
+        """Probability from which pseudo-labels (B, H, W) are confident, for each pixel or for all."""
+        if not self.class_confidence:
+            return self.confidence
+        thresholds = torch.tensor([*self.class_confidence, 1.0]).to(label.device, non_blocking=True)
+        return thresholds[label.clamp_max(len(self.class_confidence))]
 
     def source_loss(self, nets: TeacherStudent, logits: Logits, label: Tensor) -> Losses:  # noqa: ARG002 - see gcw_ldq
         """Supervised loss on source images."""
@@ -97,7 +108,7 @@ class DACS(SelfTraining[TeacherStudent], name="dacs"):
     def mixed_loss(self, logits: Logits, mixed: Mixed) -> Losses:
         """Supervised loss on mixed images, boundaries at source pixels only."""
         terms = self.supervised(logits, mixed.label, mixed.weight, where=mixed.from_source)
-        return prefixed("mixed", terms, self.weight)
+        return {**prefixed("mixed", terms, self.weight), "confident_share": mixed.pseudo_weight.mean()}
 
 
 class ClassWeightNetworks(TeacherStudent):
@@ -117,6 +128,8 @@ class GCWLDQ(DACS, name="gcw_ldq"):
     confident pixels around it, not in its whole image.
     """
 
+    confidence: Share = 0.7
+    """Probability from which a pseudo-label is confident."""
     class_weight_ema: Share = 0.9
     """Decay of the class weights' moving average."""
     temperature: PositiveFloat = 0.1
@@ -127,7 +140,7 @@ class GCWLDQ(DACS, name="gcw_ldq"):
 
     def pseudo_weight(self, pseudo: PseudoLabels) -> Tensor:
         """Loss weight of pseudo-labels (B, H, W): their local quality."""
-        return local_quality(pseudo.probability)
+        return local_quality(pseudo.probability, self.threshold(pseudo.label))
 
     def source_loss(self, nets: TeacherStudent, logits: Logits, label: Tensor) -> Losses:
         """Supervised loss on source images, weighted by class.
@@ -147,12 +160,12 @@ def rare_class_weights(shares: Tensor, temperature: float) -> Tensor:
     return shares.shape[-1] * ((1 - shares) / temperature).softmax(-1)
 
 
-def local_quality(probability: Tensor, threshold: float = 0.7, size: int = 7) -> Tensor:
+def local_quality(probability: Tensor, threshold: Tensor | float, size: int = 7) -> Tensor:
     """Share of confident pixels in a square around each pixel (B, H, W).
 
     Args:
         probability: probability of the most probable class (B, H, W).
-        threshold: probability from which a pixel is confident.
+        threshold: probability from which a pixel is confident, for each pixel (B, H, W) or for all.
         size: side of the square in pixels, odd; pixels outside the image are left out.
     """
     confident = (probability >= threshold).float()[:, None]
@@ -237,8 +250,7 @@ def feature_distance(features: Tensor, anchor: Tensor, where: Tensor) -> Tensor:
     """
     square = (features.float() - anchor.detach().float()).square().sum(1)
     distance = (square + 1e-12).sqrt()  # finite gradient where both are equal
-    counted = where.to(distance.dtype)
-    return (distance * counted).sum() / torch.clamp(counted.sum(), min=1)
+    return masked_mean(distance, where)
 
 
 class MIC(DACS, name="mic"):

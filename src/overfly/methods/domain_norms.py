@@ -61,7 +61,7 @@ class DSBN(SelfTraining[TeacherStudent], name="dsbn"):
         source, target = joint_forward(nets.student, batch.source.image, batch.target)
         return {
             **prefixed("source", self.supervised(source, batch.source.label)),
-            **prefixed("target", self.pseudo_supervised(target, label), self.weight),
+            **self.target_loss(target, label, self.weight),
         }
 
     def inference_network(self, nets: TeacherStudent) -> nn.Module:
@@ -91,16 +91,16 @@ class TransferableNorm(nn.Module):
         return plain
 
     def channel_weight(self, means: tuple[Tensor, Tensor], variances: tuple[Tensor, Tensor]) -> Tensor:
-        """``1 + alpha`` of each channel (C,), from the statistics (C,) of source and target.
+        """Weight ``(1 + alpha) / 2`` of each channel (C,), 1 in the mean, from the statistics (C,) of both domains.
 
         ``alpha = C p / sum(p)`` with ``p = 1 / (1 + d)``, where d is the distance of the means, each over its standard
-        deviation.
+        deviation. For equal domains all weights are 1.
         """
         source, target = (
             mean / (variance + self.norm.eps).sqrt() for mean, variance in zip(means, variances, strict=True)
         )
         p = 1 / (1 + (source - target).abs())
-        return 1 + len(p) * p / p.sum()
+        return (1 + len(p) * p / p.sum()) / 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (B, C, H, W), in training each half by its own statistics."""
@@ -133,9 +133,9 @@ class TransNorm(Method[Networks], name="transnorm"):
     """Normalize each domain by its own statistics, weigh channels by how similar they are (Wang et al., 2019).
 
     Source and target share one forward pass. The losses are the supervised loss on the source and, optionally, entropy
-    on the target. Channels have a mean weight of 2, as published, which the next normalization compensates once its
-    statistics have adapted, after some dozens of steps for a trained network. Activations with a ceiling, such
-    as ReLU6, prevent this. The inference network is ordinary, with the target's statistics and folded weights.
+    on the target. The published weights of channels, ``1 + alpha``, have a mean of 2; here it is 1, so that a trained
+    network keeps its scores where the domains are equal: no normalization follows PIDNet's sigmoid gates and class
+    layers, whose inputs a mean of 2 doubles. The inference network is ordinary, with the target's statistics.
     """
 
     entropy: NonNegativeFloat = 0.0

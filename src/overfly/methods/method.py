@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from overfly.core.optimizers import Optim
-from overfly.core.records import Batch, Logits, Losses
+from overfly.core.records import IGNORE, Batch, Logits, Losses
 from overfly.core.spec import Choice, Share
 from overfly.models.segmenter import Segmenter
 from overfly.ops.criterion import Criterion, CrossEntropy
@@ -24,12 +24,14 @@ class Networks(nn.Module):
     Attributes:
         student: the network that is trained.
         step: optimizer steps done so far; a Python integer, which is read without device synchronization.
+        trained: True if training starts from a trained network.
     """
 
     eval_networks: ClassVar[tuple[str, ...]] = ()
     """Names of the networks that are in evaluation mode while the student trains."""
 
     step: int = 0
+    trained: bool = False
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
@@ -134,11 +136,12 @@ class Method(Choice, ABC, Generic[N]):
 class SelfTraining(Method[T], Generic[T]):
     """A method whose teacher, the moving average of the student, labels the target; inference uses the teacher."""
 
-    ema_warmup: ClassVar[bool] = True
-    """True if the average starts as a plain mean of the first students, for an untrained student."""
-
     ema: Share = 0.99
     """Decay of the teacher's moving average: the share of the teacher that every step keeps."""
+    ema_warmup: bool | None = None
+    """Whether the average starts as the plain mean of the students so far (``min(ema, 1 - 1 / (step + 1))``): after the
+    first step the teacher is the student, and what the start knew is gone. none: only for an untrained network, that
+    is without ``start``."""
 
     def networks(self, student: nn.Module) -> T:
         """The student and its teacher; override where the method needs more."""
@@ -146,12 +149,19 @@ class SelfTraining(Method[T], Generic[T]):
 
     def after_step(self, nets: T, step: int) -> None:
         """Move the teacher towards the student."""
-        ema_update(nets.teacher, nets.student, self.ema, step if self.ema_warmup else None)
+        untrained = not (nets.trained or self.needs_start)
+        warmup = untrained if self.ema_warmup is None else self.ema_warmup
+        ema_update(nets.teacher, nets.student, self.ema, step if warmup else None)
         super().after_step(nets, step)
 
     def inference_network(self, nets: T) -> nn.Module:
         """The teacher."""
         return nets.teacher
+
+    def target_loss(self, logits: Logits, label: Tensor, weight: float = 1.0) -> dict[str, Tensor]:
+        """Loss on pseudo-labels (B, H, W) of target images, and for the log the share of pixels that have one."""
+        share = (label != IGNORE).float().mean()
+        return {**prefixed("target", self.pseudo_supervised(logits, label), weight), "confident_share": share}
 
 
 def prefixed(prefix: str, terms: Losses, weight: float = 1.0) -> dict[str, Tensor]:

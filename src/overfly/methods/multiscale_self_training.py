@@ -58,7 +58,6 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
     """A trained teacher that labels the target at several scales."""
 
     needs_start: ClassVar[bool] = True
-    ema_warmup: ClassVar[bool] = False
 
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.67, 1.0, 1.5)
     """Scales at which the teacher predicts each target image, each under a random quarter turn or flip; the predictions
@@ -160,6 +159,7 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
         return {
             **prefixed("source", self.supervised(source_logits, source.label)),
             **prefixed("mixed", self.supervised(mixed_logits, mixed.label, where=mask), self.weight),
+            "confident_share": (label != IGNORE).float().mean(),
         }
 
     def augment_target(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -67,7 +67,7 @@ class CBST(SelfTraining[ThresholdNetworks], name="cbst"):
         source, target = joint_forward(nets.student, batch.source.image, batch.target)
         return {
             **prefixed("source", self.supervised(source, batch.source.label)),
-            **prefixed("target", self.pseudo_supervised(target, label), self.weight),
+            **self.target_loss(target, label, self.weight),
         }
 
 
@@ -109,7 +109,7 @@ class IAST(SelfTraining[ThresholdNetworks], name="iast"):
         classes = len(nets.thresholds)
         return {
             **prefixed("source", self.supervised(source, batch.source.label)),
-            **prefixed("target", self.pseudo_supervised(target, label)),
+            **self.target_loss(target, label),
             "entropy": self.entropy * math.log(classes) / classes * mean_entropy(target.main, ignored),
             "uniform": self.uniform / classes * distance_to_uniform(target.main, label != IGNORE),
         }

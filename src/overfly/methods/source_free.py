@@ -8,7 +8,7 @@ from torch import nn
 
 from overfly.core.records import Batch, Losses
 from overfly.core.spec import NonNegativeFloat, Share
-from overfly.methods.method import Method, Networks, prefixed
+from overfly.methods.method import Method, Networks
 from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleNetworks, MultiscaleTeacher
 from overfly.ops.color import ColorAugments, augment_colors
 from overfly.ops.losses import diversity, mean_entropy
@@ -52,10 +52,7 @@ class SourceFree(MultiscaleTeacher, name="source_free"):
         with frozen_statistics(nets.student, active=self.statistics == "frozen"):
             logits = nets.student(augment_colors(batch.target, self.strong_augment, nets.segmenter.max_value))
         information = mean_entropy(logits.main, batch.valid_mask) - diversity(logits.main, batch.valid_mask) + 1
-        return {
-            **prefixed("target", self.pseudo_supervised(logits, label)),
-            "information": self.information * information,
-        }
+        return {**self.target_loss(logits, label), "information": self.information * information}
 
 
 class Tent(Method[Networks], name="tent"):

@@ -29,6 +29,9 @@ from overfly.models.segmenter import Segmenter
 from overfly.ops.losses import probabilities
 from overfly.ops.normalization import split_logits
 
+NOISE = 0.1
+"""Noise of the second class layer, without which both would get the same gradients and stay the same."""
+
 
 class TwoClassifiers(Networks):
     """A student and a second class layer; inference uses the student with its own class layer."""
@@ -45,10 +48,13 @@ class MCD(Method[TwoClassifiers], name="mcd"):
     layers on the source and to maximize their discrepancy on the target, with fixed features; C trains the features to
     minimize it, with fixed class layers. ``alternating`` does so, one batch per step. ``joint`` computes all three from
     one forward pass, like a gradient reversal layer: one step instead of ``2 + feature_steps``, all with the same
-    weights. The discrepancy is measured at the class layers' own resolution.
-    Source and target share one forward pass. Inference uses the student with its own class layer.
+    weights. The discrepancy is measured at the class layers' own resolution. The second class layer starts as the
+    first, with noise, so that no untrained layer disturbs a trained start; both are random in the paper. Source and
+    target share one forward pass. Inference uses the student with its own class layer.
     """
 
+    preheat_steps: NonNegativeInt = 0
+    """Steps A alone at the start; at least as many as the schedule's ``warmup``."""
     update: Literal["joint", "alternating"] = "joint"
     """Steps A, B and C together, or one after the other."""
     classifier_weight: NonNegativeFloat = 1.0
@@ -85,7 +91,10 @@ class MCD(Method[TwoClassifiers], name="mcd"):
 
     def steps(self, step: int) -> str:
         """Return the steps A, B and C of the paper that an optimizer step performs."""
-        return "ABC" if self.update == "joint" else ("AB" + "C" * self.feature_steps)[step % (2 + self.feature_steps)]
+        if step < self.preheat_steps:
+            return "A"
+        turn = (step - self.preheat_steps) % (2 + self.feature_steps)
+        return "ABC" if self.update == "joint" else ("AB" + "C" * self.feature_steps)[turn]
 
     def optimizers(self, nets: TwoClassifiers, optim: Optim) -> list[Optimizer]:
         return [*super().optimizers(nets, optim), head_optimizer(nets.second, optim)]
@@ -119,13 +128,12 @@ def class_layer(student: nn.Module) -> nn.Module:
     return network.get_submodule(network.class_layer)
 
 
+@torch.no_grad()
 def second_class_layer(student: nn.Module) -> nn.Module:
-    """A copy of the student's `class_layer` with new random weights."""
+    """A copy of the student's `class_layer` with noise of `NOISE` of each kernel's standard deviation."""
     second = copy.deepcopy(class_layer(student))
-    for part in second.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if reset is not None:
-            reset()
+    for weight in (weight for weight in second.parameters() if weight.ndim > 1):
+        weight.add_(NOISE * weight.std() * torch.randn_like(weight))
     return second
 
 
@@ -176,10 +184,11 @@ class TwoClassifiersCritic(StudentCritic):
 class CLAN(Adversarial[TwoClassifiersCritic], name="clan"):
     """Weigh the adversarial loss of each target pixel by the disagreement of two class layers (Luo et al., 2019).
 
-    A loss on the angle between their weights separates the class layers. The critic reads the softmax of their summed
-    scores. Disagreement weighs the target in the student's loss and in the critic's. Source and target share one
-    forward pass. Inference uses the student with its own class layer, where the paper sums both. As in the published
-    code the weights are 1 for the first steps (`preheat_steps`); its damping of the weights over the steps is left out.
+    A loss on the angle between their weights separates the class layers, which start as in `MCD`. The critic reads the
+    softmax of their summed scores. Disagreement weighs the target in the student's loss and in the critic's. Source and
+    target share one forward pass. Inference uses the student with its own class layer, where the paper sums both. As in
+    the published code the weights are 1 for the first steps (`preheat_steps`); its damping of the weights over the
+    steps is left out.
     """
 
     weight: NonNegativeFloat = 0.001
@@ -189,8 +198,8 @@ class CLAN(Adversarial[TwoClassifiersCritic], name="clan"):
     epsilon: NonNegativeFloat = 0.4
     """Weight of a target pixel without disagreement (ε)."""
     preheat_steps: NonNegativeInt = 500
-    """Steps in which every target pixel weighs 1, while the second class layer is untrained; the published code takes a
-    twentieth of all steps."""
+    """Steps in which every target pixel weighs 1, at least as many as the schedule's ``warmup``; the published code
+    takes a twentieth of all steps."""
     discrepancy_weight: NonNegativeFloat = 0.01
     """Weight of the cosine between the class layers' weights."""
 

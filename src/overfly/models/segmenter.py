@@ -174,13 +174,9 @@ class Segmenter(nn.Module):
             classes = Classes.model_validate(description["classes"])
             network = build(description["architecture"], len(classes), with_heads, description["bands"])
             segmenter = cls(
-                network,
-                classes,
-                architecture=description["architecture"],
-                mean=tensors["mean"].flatten().tolist(),
-                std=tensors["std"].flatten().tolist(),
-                max_value=description["max_value"],
-            )
+                network, classes, architecture=description["architecture"], mean=tensors["mean"].flatten().tolist(),
+                std=tensors["std"].flatten().tolist(), max_value=description["max_value"],
+            )  # fmt: skip
         except (OverflyError, ValueError, TypeError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise WeightsError(

@@ -162,10 +162,7 @@ def soft_label_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0, w
     """
     student = (logits.float() / temperature).log_softmax(1)
     target = (teacher.detach().float() / temperature).log_softmax(1)
-    divergence = (target.exp() * (target - student)).sum(1)
-    if where is None:
-        return temperature**2 * divergence.mean()
-    return temperature**2 * (divergence * where).sum() / where.sum().clamp_min(1)
+    return temperature**2 * masked_mean((target.exp() * (target - student)).sum(1), where)
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -205,9 +202,13 @@ def entropy(logits: Tensor) -> Tensor:
 
 def mean_entropy(logits: Tensor, where: Tensor | None = None) -> Tensor:
     """Mean of `entropy` over all pixels, or over those where ``where`` (B, H, W) is true; 0 if there are none."""
-    per_pixel = entropy(logits)
-    counted = torch.ones_like(per_pixel) if where is None else where.to(per_pixel.dtype).expand_as(per_pixel)
-    return _ratio((per_pixel * counted).sum(), counted.sum())
+    return masked_mean(entropy(logits), where)
+
+
+def masked_mean(values: Tensor, where: Tensor | None) -> Tensor:
+    """Mean of values of any shape over those where ``where`` (it broadcasts) is true; 0 if none is, all for None."""
+    counted = torch.ones_like(values) if where is None else where.to(values.dtype).expand_as(values)
+    return _ratio((values * counted).sum(), counted.sum())
 
 
 def distribution_entropy(probability: Tensor) -> Tensor:
@@ -253,9 +254,7 @@ def distance_to_uniform(logits: Tensor, where: Tensor) -> Tensor:
         logits: class scores (B, K, H, W).
         where: True at pixels that count (B, H, W).
     """
-    per_pixel = -logits.float().log_softmax(1).mean(1) - math.log(logits.shape[1])
-    counted = where.to(per_pixel.dtype)
-    return (per_pixel * counted).sum() / torch.clamp(counted.sum(), min=1)
+    return masked_mean(-logits.float().log_softmax(1).mean(1) - math.log(logits.shape[1]), where)
 
 
 def _per_pixel(logits: Tensor, label: Tensor) -> Tensor:

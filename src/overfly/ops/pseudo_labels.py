@@ -161,10 +161,11 @@ def multiscale_pseudo_labels(
     return mask_nodata(PseudoLabels(label, corrected), nodata_mask), class_prior
 
 
-def confident_share(pseudo: PseudoLabels, threshold: float) -> Tensor:
+def confident_share(pseudo: PseudoLabels, threshold: Tensor | float) -> Tensor:
     """Share of each image's pixels with a probability above ``threshold`` (B, 1, 1) (Tranheden et al., 2021, DACS).
 
-    Pixels without data are left out; the share is 0 for an image without any data.
+    The threshold is one for each pixel (B, H, W), or for all. Pixels without data are left out; the share is 0 for an
+    image without any data.
     """
     above, with_data = (
         chosen.float().mean((1, 2), keepdim=True) for chosen in (pseudo.probability > threshold, pseudo.label != IGNORE)

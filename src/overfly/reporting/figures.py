@@ -95,13 +95,9 @@ def grouped_bars(rows: Mapping[str, Sequence[float | None]], series: Sequence[st
         values = [values[index] for values in rows.values()]
         positions = [row + (index + 0.5 - number / 2) / (number + 1) for row in range(len(rows))]
         drawn = axes.barh(
-            positions,
-            [value or 0.0 for value in values],
-            0.85 / (number + 1),
-            color=SERIES[index],
-            label=name,
+            positions, [value or 0.0 for value in values], 0.85 / (number + 1), color=SERIES[index], label=name,
             clip_on=False,
-        )
+        )  # fmt: skip
         axes.bar_label(drawn, [percent(value, 1) for value in values], padding=3, fontsize=9)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50", "", "100"])
@@ -192,8 +188,9 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
 def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, Points]:
     """Return losses, learning rate and metrics of a log as points by name, without non-finite numbers.
 
-    A row without ``event`` is a training step: ``lr`` is the learning rate, every other number a loss. The numbers of a
-    row with ``event`` are metrics, prefixed by ``domain`` and ``split``. Of several rows of a step the last is used.
+    A row without ``event`` is a training step: ``lr`` is the learning rate, ``confident_share`` a metric, every other
+    number a loss. The numbers of a row with ``event`` are metrics, prefixed by ``domain`` and ``split``. Of several
+    rows of a step the last is used.
     """
     result: tuple[dict[str, dict[int, float]], ...] = ({}, {}, {})
     for row in rows:
@@ -205,7 +202,7 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Points, Points, 
             if key == "step" or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if math.isfinite(value):
-                kind = 2 if "event" in row else 1 if key == "lr" else 0
+                kind = 2 if "event" in row or key == "confident_share" else int(key == "lr")
                 result[kind].setdefault(f"{prefix} {key}".strip(), {})[step] = float(value)
     losses, rates, metrics = ({key: sorted(part[key].items()) for key in part} for part in result)
     return losses, rates, metrics

@@ -156,13 +156,10 @@ def render(report: Report) -> str:
 def environment(folder: Path = TEMPLATES) -> Environment:
     """Return the template environment of a folder, with escaped values."""
     return Environment(
-        loader=FileSystemLoader(folder),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=True,
         finalize=lambda value: value if not isinstance(value, str) or value.isascii() else _encodable(value),
-    )
+    )  # fmt: skip
 
 
 def _encodable(text: str) -> str:
@@ -263,15 +260,11 @@ def collect_report(
     adapted = [name for name, group in groups.items() if group[0].recipe.method.name != "source_only"]
     expanded = adapted[-1] if adapted else next(iter(groups), None)
     return Report(
-        title=title,
-        date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
-        split=split,
+        title=title, date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M}", split=split,
         entries=[_entry(name, group, rows[name], split, expand=name == expanded) for name, group in groups.items()],
-        selections=_selections(runs),
-        galleries=galleries,
-        speeds=_speeds(runs, size, device) if speed else {},
+        selections=_selections(runs), galleries=galleries, speeds=_speeds(runs, size, device) if speed else {},
         own_colors=own_colors,
-    )
+    )  # fmt: skip
 
 
 def _speeds(runs: Sequence[Run], size: int, device: torch.device) -> dict[str, Speed]:
@@ -290,15 +283,11 @@ def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, 
     first = runs[0]
     losses, _, metrics = training_curves(first.log.rows())
     return RecipeResults(
-        name=str(name),
-        row=row,
-        runs=runs,
-        labels_opened=_labels_opened(runs),
-        confusions=_confusions(runs, split, expand=expand),
-        losses=dict(list(losses.items())[: 2 * len(SERIES)]),
+        name=str(name), row=row, runs=runs, labels_opened=_labels_opened(runs),
+        confusions=_confusions(runs, split, expand=expand), losses=dict(list(losses.items())[: 2 * len(SERIES)]),
         metrics={key: points for key, points in list(metrics.items())[: len(SERIES)] if len(points) > 1},
         recipe=yaml.safe_dump(first.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-    )
+    )  # fmt: skip
 
 
 def _labels_opened(runs: Sequence[Run]) -> str:

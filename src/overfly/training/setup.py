@@ -65,6 +65,7 @@ def prepare_training(recipe: Recipe, fabric: Fabric, config: TrainerConfig, star
     torch.manual_seed(recipe.seed)
     segmenter, initial_weights = initial_network(recipe, start)
     nets = recipe.method.networks(segmenter)
+    nets.trained = start is not None
     optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
     shard = (fabric.global_rank, fabric.world_size) if optimizers else (0, 1)  # (0, 1): every process sees all images
     batches = BatchDataset(source, target, *shard, labels=_labels_stream(recipe, config.cache))
@@ -109,6 +110,12 @@ def training_streams(
             crop=recipe.crop, resize=recipe.resize, seed=recipe.seed, key=key, cache=cache, labeled=labeled,
         )  # fmt: skip
         streams.append(stream)
+        if rarely := [] if stream.counts is None else stream.sampling.neglected(stream.counts):
+            classes = ", ".join(domain.classes.names[index] for index in rarely)
+            print_status(
+                f"warning: sampling {stream.sampling.name} draws fewer than one of 1,000 images for {classes}; raise "
+                "sampling.temperature", quiet=quiet,
+            )  # fmt: skip
     return streams[0], streams[1]
 
 

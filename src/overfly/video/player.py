@@ -94,15 +94,11 @@ class StreamStats(NamedTuple):
         latencies = self.latencies
         median, high, rate = latencies.overall(0.5), latencies.overall(0.95), latencies.overall_rate
         return StreamSummary(
-            read=self.read,
-            shown=latencies.count,
-            dropped=self.dropped,
-            seconds=latencies.count / rate if rate else 0.0,
-            frames_per_second=rate,
-            p50_ms=None if median is None else 1000 * median,
-            p95_ms=None if high is None else 1000 * high,
+            read=self.read, shown=latencies.count, dropped=self.dropped,
+            seconds=latencies.count / rate if rate else 0.0, frames_per_second=rate,
+            p50_ms=None if median is None else 1000 * median, p95_ms=None if high is None else 1000 * high,
             stopped=stopped,
-        )
+        )  # fmt: skip
 
 
 class LatestSlot:

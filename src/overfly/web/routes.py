@@ -283,13 +283,10 @@ def summarize_map(stored: StoredMap) -> MapSummary:
     """Describe a map for JSON."""
     height, width = stored.image.shape[:2]
     return MapSummary(
-        key=stored.key,
-        width=width,
-        height=height,
-        max_zoom=max_zoom(height, width),
+        key=stored.key, width=width, height=height, max_zoom=max_zoom(height, width),
         georeferenced=stored.georeference is not None,
         predictions=[_summarize_prediction(key, prediction) for key, prediction in stored.predictions.items()],
-    )
+    )  # fmt: skip
 
 
 def _summarize_prediction(key: str, prediction: Prediction) -> PredictionSummary:
