@@ -205,7 +205,7 @@ def test_mcd_step_b_has_the_gradient_of_source_loss_and_discrepancy() -> None:
 
 @pytest.mark.parametrize("name", ["mcd", "clan"])
 def test_the_second_class_layer_starts_as_the_first_and_leaves_it(name: str) -> None:
-    method: Any = Method.kind(name)(preheat_steps=0)
+    method: Any = Method.kinds[name](preheat_steps=0)
     nets, seen = method.networks(student()).double().train(), batch()
     start = alignment(class_layer(nets.student), nets.second).item()
     assert 0.98 < start < 1 - 1e-6

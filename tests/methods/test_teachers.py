@@ -90,11 +90,11 @@ def test_the_share_of_confident_pixels_is_logged(small: dict[str, Any]) -> None:
     scores = scores_with(0.99, 0.9, 0.7, 0.5)
     for threshold, expected in ((0.968, 0.25), (0.8, 0.5), (0.6, 0.75)):
         for name in ("dacs", "mic", "daformer"):
-            method = Method.kind(name)(confidence=threshold, **({} if name == "dacs" else {"warmup": 0}))
+            method = Method.kinds[name](confidence=threshold, **({} if name == "dacs" else {"warmup": 0}))
             assert confident_share(method, recipe, scores) == pytest.approx(expected)
     assert confident_share(GCWLDQ(), recipe, scores) == pytest.approx(0.75, abs=0.05)
     assert confident_share(GCWLDQ(confidence=0.95), recipe, scores) == pytest.approx(0.25, abs=0.05)
-    assert confident_share(Method.kind("cbst")(initial_share=0.5), recipe, scores) > 0.4
+    assert confident_share(Method.kinds["cbst"](initial_share=0.5), recipe, scores) > 0.4
 
 
 def test_the_log_and_its_curves_hold_the_share(small: dict[str, Any], tmp_path: Path) -> None:
