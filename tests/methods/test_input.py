@@ -18,7 +18,7 @@ def test_style_transfer_between_equal_images_changes_nothing(small: dict[str, An
     recipe = load(small, "method=fda")
     batch = BatchDataset(*training_streams(recipe)).batch(0)
     batch = batch._replace(target=batch.source.image)
-    methods: list[Method[Any]] = [FDA(beta=0.09, entropy=0), ColorTransfer(), ColorTransfer(per_image=True)]
+    methods: list[Method[Any]] = [FDA(cycles=6, entropy=0), ColorTransfer(), ColorTransfer(style="image")]
     for method in methods:
         nets = method.networks(initial_network(recipe)[0]).train()
         shown: list[torch.Tensor] = []
@@ -32,7 +32,7 @@ def test_images_stay_in_the_sensors_range_and_labels_as_they_are(small: dict[str
     recipe = load(small, "method=fda")
     batch = BatchDataset(*training_streams(recipe)).batch(0)
     batch = batch._replace(target=255 - batch.target)
-    for method in (FDA(beta=0.09), ColorTransfer()):
+    for method in (FDA(cycles=6), ColorTransfer()):
         nets = method.networks(initial_network(recipe)[0]).train()
         shown: list[torch.Tensor] = []
         nets.student.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))

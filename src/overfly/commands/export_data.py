@@ -124,11 +124,9 @@ def card_content(folder: NetworkFolder) -> CardContent:
     return CardContent(
         title=run.path.name,
         method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0].rstrip('.')}",
-        domains=domains,
-        scores=_scores_of_seeds(run),
-        selection=selection,
+        domains=domains, scores=_scores_of_seeds(run), selection=selection,
         recipe=yaml.safe_dump(_without_paths(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
-    )
+    )  # fmt: skip
 
 
 def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:

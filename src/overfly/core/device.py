@@ -54,13 +54,8 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Device, CPU, cores, threads and versions, as plain values."""
     device = torch.device(device)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "type": device.type,
-        "processor": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(), "type": device.type,
+        "processor": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
         "cuda": torch.version.cuda,
-    }
+    }  # fmt: skip

@@ -78,11 +78,10 @@ class Logits(NamedTuple):
     def select(self, images: slice) -> Logits:
         """Select images of the batch."""
         return Logits(
-            self.main[images],
-            tuple(scores[images] for scores in self.aux),
+            self.main[images], tuple(scores[images] for scores in self.aux),
             None if self.boundary is None else self.boundary[images],
             None if self.features is None else self.features[images],
-        )
+        )  # fmt: skip
 
 
 Losses = Mapping[str, Tensor]

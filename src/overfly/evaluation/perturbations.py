@@ -9,7 +9,15 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from overfly.ops.color import ColorJitter, Gamma, Gray, match_colors, swap_low_frequencies
+from overfly.ops.color import (
+    ColorJitter,
+    Gamma,
+    Gray,
+    color_moments,
+    low_amplitudes,
+    match_colors,
+    scale_low_frequencies,
+)
 from overfly.ops.pseudo_labels import block_mask, fill_mean_color
 
 MASK_SHARE = 0.5
@@ -110,15 +118,16 @@ def styled(style: Tensor, beta: float | None = None) -> Perturbation:
 
     Args:
         style: (C, H, W), in the sensor's range.
-        beta: as `overfly.ops.color.swap_low_frequencies`.
+        beta: highest frequency of those, as a share of the image's shorter side.
     """
 
     def apply(image: Tensor, max_value: float, _generator: Generator) -> Tensor:
         other = style[None].to(image.device)
         if beta is None:
-            return match_colors(image[None], other)[0].clamp(0, max_value)
+            return match_colors(image[None], *map(color_moments, (image[None], other)))[0].clamp(0, max_value)
         sized = F.interpolate(other, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        return swap_low_frequencies(image[None], sized, beta)[0].clamp(0, max_value)
+        own, amplitudes = (low_amplitudes(each, int(beta * min(image.shape[-2:]))) for each in (image[None], sized))
+        return scale_low_frequencies(image[None], amplitudes / own.clamp_min(1e-6))[0].clamp(0, max_value)
 
     return Perturbation("colors of the target" if beta is None else f"spectrum of the target {beta:g}", apply)
 

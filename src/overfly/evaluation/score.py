@@ -190,10 +190,7 @@ def read_ahead(domain: Domain, entries: Sequence[tuple[int, Item]], workers: int
             )
         return LabeledImage(index, item, image, label)
 
-    if workers == 0:
-        yield from map(read, entries)
-        return
-    yield from map_ahead(read, entries, workers=workers)
+    yield from map_ahead(read, entries, workers=workers) if workers else map(read, entries)
 
 
 def _groups(images: Iterator[LabeledImage], batch: int) -> Iterator[list[LabeledImage]]:

@@ -129,9 +129,8 @@ class SplitCounts(NamedTuple):
         return cls(
             Confusion.from_predictions(prediction, label, len(scores)).counts,
             boundary_counts(prediction, label, len(scores), protocol.boundary_width),
-            calibration_counts(scores, label, protocol.bins),
-            torch.tensor(1),
-        )
+            calibration_counts(scores, label, protocol.bins), torch.tensor(1),
+        )  # fmt: skip
 
     def plus(self, other: SplitCounts) -> SplitCounts:
         """Add other counts, on this one's devices."""
@@ -170,11 +169,9 @@ def reliability(counts: Tensor) -> Reliability:
     pixels, correct, confidence = counts
     return Reliability(
         ece=finite((correct - confidence).abs().sum() / pixels.sum()),
-        overconfidence=finite((confidence.sum() - correct.sum()) / pixels.sum()),
-        pixels=tuple(map(int, pixels)),
-        confidence=tuple(map(finite, confidence / pixels)),
-        accuracy=tuple(map(finite, correct / pixels)),
-    )
+        overconfidence=finite((confidence.sum() - correct.sum()) / pixels.sum()), pixels=tuple(map(int, pixels)),
+        confidence=tuple(map(finite, confidence / pixels)), accuracy=tuple(map(finite, correct / pixels)),
+    )  # fmt: skip
 
 
 def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol: Protocol, unlabeled: int) -> Scores:

@@ -186,11 +186,9 @@ def compare_latency(
     for name, values in times.items():
         wall_ms, cpu_ms = zip(*values, strict=True)
         latencies[name] = Latency(
-            median_ms=float(np.median(wall_ms)),
-            min_ms=min(wall_ms),
-            cpu_ms=float(np.median(cpu_ms)),
+            median_ms=float(np.median(wall_ms)), min_ms=min(wall_ms), cpu_ms=float(np.median(cpu_ms)),
             rounds=len(values),
-        )
+        )  # fmt: skip
     return latencies
 
 

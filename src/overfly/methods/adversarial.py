@@ -83,11 +83,7 @@ def adversarial_terms(
 ) -> Losses:
     """The student's and the critic's loss at each level: ``adversarial`` and ``critic``, the second level as ``_aux``.
 
-    Args:
-        critics: one per level.
-        source: maps of source images (B, C, H, W), one tensor per level.
-        target: maps of target images, the same.
-        weights: weight of the student's loss at each level.
+    Each level has a critic, maps (B, C, H, W) of source and target images, and a weight of the student's loss.
     """
     terms: dict[str, Tensor] = {}
     levels = zip(("", "_aux"), critics, source, target, weights, strict=False)
@@ -138,30 +134,17 @@ def forward_detached(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def adversarial_loss(critic: nn.Module, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The student's loss: binary cross-entropy of the critic taking target maps for source maps.
+    """The student's loss: mean binary cross-entropy of the critic taking target maps (B, C, H, W) for source maps.
 
-    Args:
-        critic: its weights get no gradient.
-        target: maps of target images (B, C, H, W).
-        weight: of each pixel (B, H, W); None: 1.
-
-    Returns:
-        A scalar, the mean over the scores.
+    ``weight`` is that of each pixel (B, H, W); None: 1. The critic's weights get no gradient.
     """
     return _cross_entropy(forward_frozen(critic, target), True, weight)
 
 
 def critic_loss(critic: nn.Module, source: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The critic's loss: binary cross-entropy of telling source maps from target maps.
+    """The critic's loss: binary cross-entropy of telling source maps from target maps, the mean of both domains.
 
-    Args:
-        critic: the module that is trained.
-        source: maps of source images (B, C, H, W); they get no gradient.
-        target: maps of target images (B, C, H, W); they get no gradient.
-        weight: of each pixel of the target (B, H, W), detached here; None: 1.
-
-    Returns:
-        A scalar, the mean of both domains' losses.
+    Maps (B, C, H, W) and the weight of each target pixel (B, H, W) get no gradient; None: 1.
     """
     true = _cross_entropy(critic(source.detach()), True)
     false = _cross_entropy(critic(target.detach()), False, None if weight is None else weight.detach())
@@ -301,12 +284,9 @@ class FADA(Adversarial[StudentCritic], name="fada"):
 def class_critic(channels: int, classes: int) -> nn.Sequential:
     """Critic of features (B, F, h, w): 3×3 convolutions of stride 1, widths 512-256-2K, leaky ReLU of slope 0.2."""
     return nn.Sequential(
-        nn.Conv2d(channels, 512, 3, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(512, 256, 3, padding=1),
-        nn.LeakyReLU(0.2),
+        nn.Conv2d(channels, 512, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(512, 256, 3, padding=1), nn.LeakyReLU(0.2),
         nn.Conv2d(256, 2 * classes, 3, padding=1),
-    )
+    )  # fmt: skip
 
 
 def source_channels(label: Tensor) -> Tensor:

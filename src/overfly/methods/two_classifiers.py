@@ -163,7 +163,7 @@ def upsample(student: nn.Module, scores: Tensor, images: Tensor) -> Tensor:
 
 def head_optimizer(layer: nn.Module, optim: Optim) -> Optimizer:
     """Optimizer of a second class layer, at the learning rate of heads."""
-    return optim.optimizer(layer, [name for name, _ in layer.named_parameters()])
+    return optim.optimizer(layer, dict(layer.named_parameters()))
 
 
 def _segmenter(student: nn.Module) -> Segmenter:

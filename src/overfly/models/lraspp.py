@@ -84,11 +84,9 @@ class InvertedResidual(nn.Module):
         inner = inputs * expansion
         widen = [] if expansion == 1 else [_bn_relu6(nn.Conv2d(inputs, inner, 1, bias=False))]
         self.conv = nn.Sequential(
-            *widen,
-            _bn_relu6(Depthwise(inner, stride, dilation)),
-            nn.Conv2d(inner, outputs, 1, bias=False),
+            *widen, _bn_relu6(Depthwise(inner, stride, dilation)), nn.Conv2d(inner, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
-        )
+        )  # fmt: skip
         self.adds = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:

@@ -136,13 +136,9 @@ class Segmenter(nn.Module):
         with disk_errors(path, WeightsError):
             path.parent.mkdir(parents=True, exist_ok=True)
         description: dict[str, Any] = {
-            "format": FORMAT,
-            "architecture": self.architecture,
-            "classes": self.classes.model_dump(mode="json"),
-            "bands": self.bands,
-            "max_value": self.max_value,
-            "training_heads": self.network.has_training_heads,
-        }
+            "format": FORMAT, "architecture": self.architecture, "classes": self.classes.model_dump(mode="json"),
+            "bands": self.bands, "max_value": self.max_value, "training_heads": self.network.has_training_heads,
+        }  # fmt: skip
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         description["sha256"] = tensors_sha256(description, tensors)
         # one key: safetensors writes several in a random order

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, Field
@@ -192,41 +192,41 @@ def augment_colors(image: Tensor, augments: tuple[Augment, ...], max_value: floa
     return augment(Labeled(image, label), augments, max_value=max_value, generator=torch.default_generator).image
 
 
-def swap_low_frequencies(image: Tensor, style: Tensor, beta: float) -> Tensor:
-    """Images with the low-frequency amplitudes of the style and their own phases (Yang and Soatto, 2020, FDA).
+def low_amplitudes(image: Tensor, cycles: int) -> Tensor:
+    """Amplitudes of frequencies up to ``cycles`` per image either way, (B, C, 2 cycles + 1, 2 cycles + 1), float32."""
+    return torch.abs(torch.fft.fft2(image.float())[_low(image, cycles)])
 
-    Args:
-        image: (B, C, H, W), float.
-        style: of the same shape.
-        beta: half the side of the swapped square, as a share of the shorter side of the centered spectrum; 0 swaps the
-            mean only.
 
-    Returns:
-        (B, C, H, W); values may leave the sensor's range. With itself as style an image does not change.
+def scale_low_frequencies(image: Tensor, factor: Tensor) -> Tensor:
+    """Images (B, C, H, W) with the amplitudes of low frequencies multiplied; values may leave the sensor's range.
+
+    ``factor`` has the form of `low_amplitudes`, for each image or for all; a ratio of two of them gives images the
+    amplitudes of a style, with their own phases (Yang and Soatto, 2020, FDA).
     """
-    spectrum, other = torch.fft.fft2(image.float()), torch.fft.fft2(style.float())
-    height, width = image.shape[-2:]
-    reach = int(beta * min(height, width))
-    rows, columns = ((torch.fft.fftfreq(side, device=image.device) * side).round().abs() for side in (height, width))
-    low = (rows[:, None] <= reach) & (columns[None, :] <= reach)
-    amplitude = torch.where(low, other.abs(), spectrum.abs())
-    restyled: Tensor = torch.fft.ifft2(torch.polar(amplitude, spectrum.angle()))
-    return restyled.real.to(image.dtype)
+    spectrum, low = torch.fft.fft2(image.float()), _low(image, factor.shape[-1] // 2)
+    spectrum[low] *= factor
+    return torch.real(torch.fft.ifft2(spectrum)).to(image.dtype)
 
 
-def match_colors(image: Tensor, style: Tensor, *, per_image: bool = True) -> Tensor:
-    """Images with each band's mean and standard deviation of the style (after Reinhard et al., 2001).
+def _low(image: Tensor, cycles: int) -> tuple[Any, ...]:
+    """Index of the lowest frequencies in the spectrum of images (B, C, H, W)."""
+    low = torch.arange(-cycles, cycles + 1, device=image.device)
+    return ..., (low % image.shape[-2])[:, None], low % image.shape[-1]
 
-    Args:
-        image: (B, C, H, W), float.
-        style: (B, C, H', W'); any number of images where ``per_image`` is False.
-        per_image: match each image to its own style image; False matches the batch to all style images as one, which
-            keeps differences between images.
 
-    Returns:
-        (B, C, H, W); values may leave the sensor's range.
+def color_moments(image: Tensor) -> Tensor:
+    """Mean and mean square of each band of images (B, C, H, W), as (B, C, 2)."""
+    return torch.stack((image.mean((2, 3)), image.square().mean((2, 3))), -1)
+
+
+def match_colors(image: Tensor, own: Tensor, style: Tensor) -> Tensor:
+    """Images (B, C, H, W) with each band's mean and standard deviation moved as from ``own`` to ``style``.
+
+    Both are `color_moments` of each image (B, C, 2), or of all images of a domain (C, 2), which keeps differences
+    between images. Values may leave the sensor's range. Source: Reinhard et al., 2001.
     """
-    dims = (2, 3) if per_image else (0, 2, 3)
-    std, mean = torch.std_mean(image, dims, keepdim=True)
-    style_std, style_mean = torch.std_mean(style, dims, keepdim=True)
-    return (image - mean) / std.clamp_min(1e-6) * style_std + style_mean
+    (mean, std), (style_mean, style_std) = (
+        (mean, ((square - mean.square()).clamp_min(1e-6 * square) + 1e-12).sqrt())
+        for mean, square in (moments[..., None, None, :].unbind(-1) for moments in (own, style))
+    )
+    return (image - mean) / std * style_std + style_mean

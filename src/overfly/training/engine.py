@@ -268,12 +268,10 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig, arithmetic: Arithmetic 
         find_unused_parameters=recipe.method.has_unused_parameters or without_source,
     )
     fabric = Fabric(
-        accelerator={"cuda": "gpu"}.get(device.type, device.type),
-        devices=devices,
-        num_nodes=machines,
+        accelerator={"cuda": "gpu"}.get(device.type, device.type), devices=devices, num_nodes=machines,
         strategy=strategy if world > 1 else "auto",
         precision=PRECISIONS[(arithmetic or named_arithmetic(recipe.precision, device)).precision],
-    )
+    )  # fmt: skip
     fabric.launch()
     return fabric
 
