@@ -80,6 +80,14 @@ def test_methods_get_their_due() -> None:
         assert getattr(recipe.method, "preheat_steps", recipe.schedule.warmup) >= recipe.schedule.warmup
 
 
+def test_pidnet_is_scored_in_windows_of_its_crops() -> None:
+    """Its context depends on the size of the image: crops of training and windows of scoring are equal."""
+    for path in RECIPES:
+        recipe = load(path)
+        if path.parent.name in ("dubai", "methods", "synthetic") and recipe.model.name == "pidnet_s":
+            assert recipe.window == recipe.crop, path
+
+
 def test_controls_differ_from_their_method_in_one_setting() -> None:
     control, method = recipe_of("minent-weight_0"), recipe_of("minent")
     assert (control["method"].pop("weight"), method["method"].pop("weight")) == (0, 0.001)

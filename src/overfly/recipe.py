@@ -34,6 +34,9 @@ class Model(Spec):
     ``package:NAME/FILE`` inside an installed package; or a name of `overfly list`. null: random."""
     sha256: str | None = None
     """SHA-256 of the weights file."""
+    count_include_pad: bool | None = None
+    """Whether PIDNet's average pools count the zeros around a map, as in its release: pooled values then grow with the
+    image, up to 17 cells of 64 pixels. false: means over the map alone. none: as in ``start``, else true."""
     mean: tuple[float, ...] | None = None
     """Mean of each band in the sensor's own range; default: ImageNet's with weights, else the source's."""
     std: tuple[PositiveFloat, ...] | None = None

@@ -166,16 +166,11 @@ def validation_message(error: ValidationError, name: str, spec: type[Spec] | Non
 
 
 PROBLEMS = {
-    "missing": "is missing",
-    "greater_than": "must be greater than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
-    "literal_error": "must be {expected}",
-    "finite_number": "must be a finite number",
-    "too_short": "must have at least {min_length} entries",
-    "too_long": "must have at most {max_length} entries",
-}
+    "missing": "is missing", "greater_than": "must be greater than {gt}", "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}", "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}", "finite_number": "must be a finite number",
+    "too_short": "must have at least {min_length} entries", "too_long": "must have at most {max_length} entries",
+}  # fmt: skip
 """Text of each pydantic error type, with the values of its context."""
 TYPES = {
     "int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list",

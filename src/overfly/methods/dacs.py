@@ -161,12 +161,10 @@ def rare_class_weights(shares: Tensor, temperature: float) -> Tensor:
 
 
 def local_quality(probability: Tensor, threshold: Tensor | float, size: int = 7) -> Tensor:
-    """Share of confident pixels in a square around each pixel (B, H, W).
+    """Share of confident pixels in a square of ``size`` pixels, odd, around each pixel (B, H, W), inside the image.
 
-    Args:
-        probability: probability of the most probable class (B, H, W).
-        threshold: probability from which a pixel is confident, for each pixel (B, H, W) or for all.
-        size: side of the square in pixels, odd; pixels outside the image are left out.
+    A pixel is confident if the probability of its most probable class (B, H, W) is at least ``threshold``, which is one
+    for each pixel (B, H, W) or for all.
     """
     confident = (probability >= threshold).float()[:, None]
     return F.avg_pool2d(confident, size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
@@ -227,16 +225,9 @@ class DAFormer(DACS, name="daformer"):
 
 
 def majority(label: Tensor, size: tuple[int, int], share: float, classes: int) -> Tensor:
-    """Label at lower resolution: the most frequent class of each cell, `IGNORE` where its share is too small.
+    """Label (B, h, w) of ``size``: the most frequent class of each cell, `IGNORE` where it fills less than ``share``.
 
-    Args:
-        label: class ids (B, H, W) or `IGNORE`.
-        size: (h, w) of the result.
-        share: smallest share of a cell that its class must fill, 0 to 1.
-        classes: number of classes K.
-
-    Returns:
-        (B, h, w), int64.
+    ``label`` holds ids (B, H, W) of ``classes`` classes, or `IGNORE`.
     """
     one_hot = label.unsqueeze(1) == torch.arange(classes, device=label.device).view(1, -1, 1, 1)
     filled, best = F.adaptive_avg_pool2d(one_hot.float(), size).max(1)

@@ -24,6 +24,7 @@ class Network(nn.Module):
         class_layer: name of the submodule that maps one feature map to `Logits.main`, which methods with two
             classifiers (MCD, CLAN) need; empty: the network has none.
         imagenet: name of its ImageNet weights in `overfly.models.PRETRAINED`; empty: no address is known.
+        count_include_pad: True if average pools count the zeros around a map, as in PIDNet's release.
     """
 
     stride: int = 1
@@ -32,6 +33,7 @@ class Network(nn.Module):
     first_conv: str = ""
     class_layer: str = ""
     imagenet: str = ""
+    count_include_pad: bool = True
     __call__: Callable[..., Logits]
 
     def forward(self, image: Tensor) -> Logits:
@@ -47,6 +49,15 @@ class Network(nn.Module):
         """Remove, in place, the heads that only training uses; `Logits.main` does not change."""
         for name in self.training_heads:
             setattr(self, name, None)
+
+    def set_count_include_pad(self, value: bool) -> None:
+        """Let average pools count padding, or not; raise `RecipeError` if the network has no padded ones."""
+        pools = [part for part in self.modules() if isinstance(part, nn.AvgPool2d) and part.padding]
+        if not pools:
+            raise RecipeError("model.count_include_pad needs a network with padded pools, such as pidnet_s; remove it")
+        self.count_include_pad = value
+        for pool in pools:
+            pool.count_include_pad = value
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Rename the tensors of public checkpoints of this architecture to this network's names.

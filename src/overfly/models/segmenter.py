@@ -138,6 +138,7 @@ class Segmenter(nn.Module):
         description: dict[str, Any] = {
             "format": FORMAT, "architecture": self.architecture, "classes": self.classes.model_dump(mode="json"),
             "bands": self.bands, "max_value": self.max_value, "training_heads": self.network.has_training_heads,
+            "count_include_pad": self.network.count_include_pad,
         }  # fmt: skip
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         description["sha256"] = tensors_sha256(description, tensors)
@@ -169,6 +170,8 @@ class Segmenter(nn.Module):
             with_heads = saved_heads if training_heads is None else training_heads
             classes = Classes.model_validate(description["classes"])
             network = build(description["architecture"], len(classes), with_heads, description["bands"])
+            if not description.get("count_include_pad", True):
+                network.set_count_include_pad(False)
             segmenter = cls(
                 network, classes, architecture=description["architecture"], mean=tensors["mean"].flatten().tolist(),
                 std=tensors["std"].flatten().tolist(), max_value=description["max_value"],

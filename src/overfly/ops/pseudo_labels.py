@@ -25,16 +25,11 @@ class PseudoLabels(NamedTuple):
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float, step: int | None = None) -> None:
-    """Update the teacher as the exponential moving average of the student (Tarvainen and Valpola, 2017).
+    """Update the teacher, in place, as the moving average of a student of its structure (Tarvainen and Valpola, 2017).
 
     ``teacher = d * teacher + (1 - d) * student`` with ``d = min(1 - 1 / (step + 1), decay)``, for parameters and for
-    floating-point buffers such as batch-normalization statistics; other buffers are copied.
-
-    Args:
-        teacher: changed in place; of the student's structure.
-        student: not changed.
-        decay: share of the teacher that an update keeps, 0 to 1.
-        step: optimizer step from 0: the first updates are a plain average of all students; None: d is `decay` always.
+    floating-point buffers such as batch-normalization statistics; other buffers are copied. So the first updates, from
+    step 0, are a plain average of all students; without ``step`` d is ``decay``, 0 to 1, always.
     """
     decay = decay if step is None else min(1 - 1 / (step + 1), decay)
     averages = teacher.state_dict()
@@ -282,13 +277,10 @@ def paste(mask: Tensor, over: Labeled, under: Labeled) -> Labeled:
 
 
 def block_mask(image: Tensor, block: int, ratio: float, generator: Generator | None = None) -> Tensor:
-    """Mask of random squares, bool (B, 1, H, W) (Hoyer et al., 2023, MIC, section 3.1).
+    """Mask of random squares for images (B, C, H, W), bool (B, 1, H, W) (Hoyer et al., 2023, MIC, section 3.1).
 
-    Args:
-        image: (B, C, H, W), of which only shape and device are read.
-        block: side of a square in pixels; the last row and column may be cut.
-        ratio: probability that a square is masked.
-        generator: on the CPU; None: torch's own.
+    Squares of ``block`` pixels, cut in the last row and column, are masked with probability ``ratio``, by a generator
+    on the CPU; None: torch's own.
     """
     count, _, height, width = image.shape
     coarse = torch.rand(count, 1, -(-height // block), -(-width // block), generator=generator) < ratio

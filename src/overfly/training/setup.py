@@ -156,18 +156,21 @@ def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmente
     """
     domain = recipe.source or recipe.domain("target")
     if start is not None:
-        segmenter = Segmenter.load(start)
+        segmenter, origin = Segmenter.load(start), str(start)
         _check_start(start, segmenter, recipe, domain)
-        return segmenter, str(start)
-    network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
-    report = load_initial_weights(recipe.model, network)
-    if report is not None:
-        _check_class_layer(recipe, network, report)
-    mean, std = normalization(recipe.model, domain, pretrained=report is not None)
-    segmenter = Segmenter(
-        network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, max_value=domain.max_value
-    )
-    return segmenter, "random" if report is None else str(report.source)
+    else:
+        network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
+        report = load_initial_weights(recipe.model, network)
+        origin = "random" if report is None else str(report.source)
+        if report is not None:
+            _check_class_layer(recipe, network, report)
+        mean, std = normalization(recipe.model, domain, pretrained=report is not None)
+        segmenter = Segmenter(
+            network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, max_value=domain.max_value
+        )
+    if recipe.model.count_include_pad is not None:
+        segmenter.network.set_count_include_pad(recipe.model.count_include_pad)
+    return segmenter, origin
 
 
 def load_initial_weights(model: Model, network: Network) -> LoadReport | None:
