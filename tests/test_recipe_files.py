@@ -50,7 +50,7 @@ def test_every_recipe_is_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("path", METHODS.values(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_method_trains(path: Path, world: Path, runs: Path) -> None:
-    loveda = path.parent.name == "loveda"
+    loveda = path.parent.name.startswith("loveda")
     changes = [*SMALL, *(["resize=64"] if loveda else [])]
     for role, scene in (("source", "urban"), ("target", "rural")):
         if loveda:
@@ -117,6 +117,20 @@ def test_research_recipes_share_their_settings() -> None:
         assert (schedule["name"], schedule["power"]) == ("poly", 0.9)
         assert (recipe.resize, recipe.crop, recipe.batch, recipe.epochs) == (512, 512, 6, 20)
         assert recipe.augment == ()
+
+
+def test_native_recipes_of_loveda_differ_in_rate_and_direction_alone() -> None:
+    recipes = {path.stem: load(path) for path in RECIPES if path.parent.name == "loveda_native"}
+    assert len(recipes) == 6
+    for name, recipe in recipes.items():
+        assert (recipe.resize, recipe.crop, recipe.window, recipe.batch) == (None, 512, 512, 8)
+        assert 10_000 <= recipe.length(0) <= 15_000
+        assert recipe.model.weights == "data/weights/PIDNet_S_ImageNet.pth.tar"
+        if "lr" in name:
+            assert recipe.optim.lr == float(name.rpartition("_")[2])
+            other = recipes[name.replace("1e-3", "2e-4")]
+            changed = {"optim": other.optim}
+            assert recipe.model_copy(update=changed) == other
 
 
 def test_research_table_on_the_synthetic_world(world: Path, tmp_path: Path) -> None:

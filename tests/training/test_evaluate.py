@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from overfly import train
-from overfly.core.errors import DataError, RunError
+from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.recipe import Recipe, load
 from overfly.training.evaluate import domain_roles, evaluate_domain, stored_scores
 from overfly.training.run import Run
@@ -21,9 +21,15 @@ def test_scores_follow_the_recipe_and_count_opened_labels(small: dict[str, Any],
     assert stored_scores(run, "target", "val", domain) == first
     whole = evaluate_domain(run, domain, "target", "val", window=0)
     assert whole.protocol.window is None
+    halved = evaluate_domain(run, domain, "target", "val", window=0, resize=32)
+    assert (halved.protocol.resize, halved.confusion != whole.confusion) == (32, True)
+    assert sum(map(sum, halved.confusion)) == sum(map(sum, whole.confusion))  # at the masks' own size
+    for size in (-1, 5, 20_000):
+        with pytest.raises(RecipeError, match=f"resize must be 0, or 16 to 16384 pixels, got {size}"):
+            evaluate_domain(run, domain, "target", "val", resize=size)
     assert stored_scores(run, "target", "val", domain) is None
-    assert run.scores["labels_opened"] == {"target/val": {"times": 2, "images": 4}}
-    assert [row["event"] for row in run.log.rows() if "event" in row] == ["scored", "scored"]
+    assert run.scores["labels_opened"] == {"target/val": {"times": 3, "images": 6}}
+    assert [row["event"] for row in run.log.rows() if "event" in row] == ["scored"] * 3
 
 
 def test_evaluate_refuses_unfinished_runs_and_missing_domains(recipe: Recipe, tmp_path: Path) -> None:

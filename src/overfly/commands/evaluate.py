@@ -49,16 +49,15 @@ def scores_table(scores: Mapping[str, Scores]) -> Table:
         table.add_row(name, *map(percent, ious))
     table.add_section()
     table.add_row("mIoU", *(percent(column.miou) for column in columns), style="bold")
-    table.add_row("pixel accuracy", *(percent(column.accuracy) for column in columns))
-    table.add_row("mean F1", *(percent(column.f1) for column in columns))
-    table.add_row("boundary mIoU", *(percent(column.boundary_miou) for column in columns))
+    for name, value in (("pixel accuracy", "accuracy"), ("mean F1", "f1"), ("boundary mIoU", "boundary_miou")):
+        table.add_row(name, *(percent(getattr(column, value)) for column in columns))
     table.add_row("calibration error", *(percent(column.calibration.ece) for column in columns))
     return table
 
 
 def evaluate(
     run: PathLike, *overrides: str, domain: str = "both", split: Split = "val", window: int | None = None,
-    overlap: float = 0.25, device: str = "auto", workers: int = 0, samples: bool = True,
+    resize: int | None = None, overlap: float = 0.25, device: str = "auto", workers: int = 0, samples: bool = True,
 ) -> EvaluateResult:  # fmt: skip
     """Score a run on labeled images: IoU of each class, boundaries, calibration.
 
@@ -68,6 +67,7 @@ def evaluate(
         domain: source, target or both of the run's recipe; or the file or name of another domain.
         split: train, val or test.
         window: side of overlapping windows in pixels; 0: whole images; default: the recipe's.
+        resize: side of the square that images are resized to, masks are not; 0: unchanged; default: the recipe's.
         overlap: share of a window that the next one overlaps.
         device: auto, cpu, cuda, cuda:1 or mps.
         workers: threads that load images ahead.
@@ -102,7 +102,8 @@ def evaluate(
         collector = Samples() if samples else None
         scores[f"{key}/{split}"] = evaluate_domain(
             opened, value, key, split,
-            device=select_device(device), window=window, overlap=overlap, samples=collector, workers=workers,
+            device=select_device(device), window=window, resize=resize, overlap=overlap,
+            samples=collector, workers=workers,
         )  # fmt: skip
         if collector is not None:
             figures += draw_samples(opened, f"{key}-{split}", value, scores[f"{key}/{split}"], collector)

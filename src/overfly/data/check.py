@@ -246,11 +246,9 @@ def _turn_faults(turned: Counter[str], images: int) -> Iterator[str]:
 
 
 def _split_faults(
-    dtypes: Counter[str],
-    ranges: Sequence[tuple[Array, Array]],
-    unknown: Sequence[UnknownCodesError],
+    dtypes: Counter[str], ranges: Sequence[tuple[Array, Array]], unknown: Sequence[UnknownCodesError],
     copies: Sequence[str],
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """Yield the faults of a whole split, each with the setting that mends it."""
     if len(dtypes) > 1:
         yield f"the images have the types {', '.join(dtypes)}; export all at one, since max_value is one for all"

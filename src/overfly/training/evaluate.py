@@ -14,6 +14,7 @@ from overfly.core.atomic_files import json_sha256
 from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
 from overfly.core.progress import print_status
 from overfly.data.domain import Domain, Split, SplitError
+from overfly.data.loading import MAX_SIDE
 from overfly.evaluation.images import MetricOptions, unlabeled_images
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, prediction_statistics
 from overfly.evaluation.score import Samples, score
@@ -38,7 +39,8 @@ TARGET_IMAGES = 24
 
 def evaluate_domain(
     run: Run, domain: Domain, key: str, split: Split, *, device: torch.device | str = "cpu", window: int | None = None,
-    overlap: float = 0.25, samples: Samples | None = None, workers: int = 0, checkpoint: int | None = None,
+    resize: int | None = None, overlap: float = 0.25, samples: Samples | None = None, workers: int = 0,
+    checkpoint: int | None = None,
 ) -> Scores:  # fmt: skip
     """Score a run's network on a split and store the scores in ``scores.json``.
 
@@ -49,6 +51,7 @@ def evaluate_domain(
         split: split to score.
         device: device of the network.
         window: side of overlapping windows in pixels; 0: whole images; None: the recipe's.
+        resize: side of the square that images are resized to, masks are not; 0: unchanged; None: the recipe's.
         overlap: share of a window that the next one overlaps, 0 to 0.9.
         samples: collector of sample images with their predictions; None: no samples.
         workers: threads that read ahead.
@@ -56,18 +59,20 @@ def evaluate_domain(
 
     Raises:
         DataError: no image of the split has a label.
-        RecipeError: window or overlap is out of range.
+        RecipeError: window, resize or overlap is out of range.
         RunError: the run is not finished.
     """
     side = (run.recipe.window if window is None else window) or None
-    if side is not None and side < MIN_WINDOW:
-        raise RecipeError(f"window must be at least {MIN_WINDOW}, or 0 for whole images, got {side}")
+    square = (run.recipe.resize if resize is None else resize) or None
+    for name, value in (("window", side), ("resize", square)):
+        if value is not None and not MIN_WINDOW <= value <= MAX_SIDE:
+            raise RecipeError(f"{name} must be 0, or {MIN_WINDOW} to {MAX_SIDE} pixels, got {value}")
     if not 0 <= overlap <= MAX_OVERLAP:
         raise RecipeError(f"overlap must be between 0 and {MAX_OVERLAP}, got {overlap:g}")
     weights = run.weights if checkpoint is None else run.weights_at(checkpoint)
     result = score(
         run.segmenter(checkpoint), domain, split,
-        resize=run.recipe.resize, device=device, window=side, overlap=overlap, samples=samples, workers=workers,
+        resize=square, device=device, window=side, overlap=overlap, samples=samples, workers=workers,
     )  # fmt: skip
     stored = record_opened_labels(run, key, split, result.labels_opened)
     scores = stored if checkpoint is None else stored.setdefault("checkpoints", {}).setdefault(f"step-{checkpoint}", {})
