@@ -77,7 +77,7 @@ def filled(folder: Path, names: Sequence[str], target: Domain, out: Path) -> Pat
     return out
 
 
-def study(path: Path, counts: Sequence[int], side: int, limit: int, out: Path, *settings: str) -> None:  # noqa: PLR0917
+def study(path: Path, counts: Sequence[int], side: int, limit: int, out: Path, *settings: str) -> None:
     """Measure one comparison; ``settings`` change the recipe that learns from the tiles."""
     comparison = Comparison(path)
     selection = comparison.selection

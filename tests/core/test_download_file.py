@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fileserver import FileServer, Served, free_address, md5, serving, sha256
 from overfly.core import download
-from overfly.core.download import _ResumingDownloader, cache_folder, download_file, format_bytes, hash_error
+from overfly.core.download import _ResumingDownloader, cache_folder, download_file, hash_error
 from overfly.core.errors import DownloadError
 
 BODY = bytes(range(256)) * 80  # 20480 bytes
@@ -328,13 +328,3 @@ def test_pauses_grow_and_respect_retry_after(
     url = file_server.add("c.bin", Served(BODY, statuses=[429], retry_after="86400"))
     download_file(url, tmp_path / "c.bin")
     assert slept[3:] == [7.0, 7.0, 60.0]
-
-
-def test_format_bytes() -> None:
-    assert [format_bytes(size) for size in (0, 999, 1500, 4.2e9, 3e12)] == [
-        "0 B",
-        "999 B",
-        "1.5 kB",
-        "4.2 GB",
-        "3.0 TB",
-    ]

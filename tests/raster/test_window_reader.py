@@ -65,9 +65,7 @@ def test_no_data_has_no_weight_when_resampled(how: str, resolution: float, tmp_p
 def test_valid_pixels_are_averaged_as_by_gdal(
     scale: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raster_windows, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(raster_windows, "CHUNK_COLUMNS", 48)
-    monkeypatch.setattr(raster_windows, "CHUNK_VALUES", 2000)
+    monkeypatch.setattr(raster_windows, "CHUNK", 32)
     pixels = noise(200, 300).astype(np.float32)
     source = write(tmp_path / "scene.tif", pixels)
     scene = inspect_raster(str(source), pointwise().metadata, bands=None, nodata=None, max_value=255)

@@ -44,10 +44,12 @@ def test_class_tiles_are_not_interpolated() -> None:
 
 def test_uncertainty_is_transparent_at_zero() -> None:
     uncertainty = np.zeros((10, 10), np.uint8)
-    uncertainty[:, 5:] = 255
+    uncertainty[:, 5:] = 100
+    uncertainty[:, 8:] = 255  # no data
     result = _opened(render_tile(Layer(uncertainty), 0, 0, 0))
     assert result[5, 2, 3] == 0
     assert result[5, 7, 3] > 200
+    assert result[5, 9, 3] == 0
 
 
 @pytest.mark.parametrize("place", [(3, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (0, -1, 0)])

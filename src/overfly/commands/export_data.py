@@ -1,7 +1,5 @@
 """Data of an export, from a run: images and labels for the comparison, and the content of the model card."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,7 +24,7 @@ from overfly.exporting.hub import CardContent
 from overfly.exporting.predictor import ExportSettings, Floats, ModelMetadata
 from overfly.ops.windows import cut_window, window_grid
 from overfly.recipe import Recipe
-from overfly.training.evaluate import has_labels
+from overfly.training.evaluate import has_labels, record_opened_labels
 from overfly.training.run import Run
 
 CALIBRATION = 32
@@ -69,11 +67,7 @@ def evaluation_data(
 def patches(domain: Domain, split: Split, limit: int, side: int) -> Iterator[Floats]:
     """Yield square patches of a split's images, evenly sampled over and within images, without labels.
 
-    Args:
-        domain: domain of the images.
-        split: its split.
-        limit: number of patches.
-        side: side of a patch in pixels; smaller images are padded by repeating their border.
+    There are ``limit`` patches; smaller images are padded by repeating their border.
 
     Yields:
         (1, C, side, side), float32, in the sensor's own range.
@@ -100,12 +94,8 @@ def _images(domain: Domain, split: Split) -> list[Item]:
 def record_labels(run: Run, role: str, report: ExportReport) -> None:
     """Add the labels opened to compare mIoU to the run's counts in scores.json."""
     opened = max((parity.labels_opened for parity in report.parity), default=0)
-    if opened:
-        scores, times = run.scores, 1 + len(report.parity)
-        counts = scores.setdefault("labels_opened", {}).setdefault(f"{role}/val", {"times": 0, "images": 0})
-        counts["times"] += times
-        counts["images"] += times * opened
-        run.write_json("scores.json", scores)
+    for _ in range(1 + len(report.parity)) if opened else ():
+        record_opened_labels(run, role, "val", opened)
 
 
 def card_content(folder: NetworkFolder) -> CardContent:

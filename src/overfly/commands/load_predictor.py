@@ -1,10 +1,9 @@
 """Load a network from a run folder, a comparison folder, a weights file or an exported file."""
 
-from __future__ import annotations
-
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from overfly.adaptation.selection import Comparison, Selection, is_comparison
 from overfly.core.choices import Backend
@@ -28,16 +27,10 @@ RUNTIMES: dict[str, tuple[Backend, ...]] = {
 
 
 def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str = "auto") -> Predictor:
-    """Load a network on a runtime.
+    """Load the network of a run, comparison, ``.safetensors`` or exported file on a runtime.
 
-    Args:
-        path: a run folder, a comparison folder (its recommended network), a ``.safetensors`` file, or an exported file
-            (.onnx, .xml, .pt2).
-        backend: torch, onnxruntime or openvino; auto: the one for the file's format.
-        device: auto, cpu, cuda, cuda:1 or mps.
-
-    Raises:
-        OverflyError: there is no such network, or it does not run on this backend or device.
+    ``backend`` auto is the runtime for the file's format; ``device`` is auto, cpu, cuda, cuda:1 or mps. Raises
+    `OverflyError` if there is no such network, or it does not run on this backend or device.
     """
     path = Path(path)
     suffix = "" if path.is_dir() else path.suffix.lower()
@@ -76,7 +69,7 @@ class NetworkFolder:
     selection: Selection | None = None
 
     @classmethod
-    def open(cls, path: Path | str) -> NetworkFolder:
+    def open(cls, path: Path | str) -> Self:
         """Open a run or comparison folder; raise `RunError` if it is neither, or the run is not finished."""
         path = Path(path)
         if is_comparison(path):
@@ -89,13 +82,9 @@ class NetworkFolder:
 
 
 def load_network(path: Path | str) -> tuple[Segmenter, ModelMetadata]:
-    """Load a trained network in evaluation mode, with its metadata.
+    """Load the trained network of a run, comparison or ``.safetensors`` file, in evaluation mode, with its metadata.
 
-    Args:
-        path: a run folder, a comparison folder (its recommended network), or a ``.safetensors`` file.
-
-    Raises:
-        OverflyError: there is no such network.
+    Raises `OverflyError` if there is no such network.
     """
     path = Path(path)
     if not path.exists():

@@ -27,21 +27,12 @@ class WatchResult:
     """Frames, latency and settings of a processed stream.
 
     Attributes:
-        source: the stream.
-        network: title of the network.
-        backend: runtime of the network.
-        device: device of the network.
-        machine: name of the CPU or GPU.
-        threads: CPU threads of PyTorch.
-        frame: width and height of the first frame, in pixels.
-        input: width and height of the network's input, in pixels.
+        frame, input: width and height of the first frame, and of the network's input, in pixels.
         realtime: whether frames were dropped to keep up.
         damaged: packets of a live source that could not be decoded.
         end_reason: reason of an irregular end of a live source.
-        summary: frames and times.
         out: the video, if one was written.
         seconds: limit of the duration, if one was given.
-        as_json: whether to print JSON.
     """
 
     source: str

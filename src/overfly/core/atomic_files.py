@@ -4,8 +4,6 @@ A file ``name`` in progress is a hidden sibling ``.name.HOST.TOKEN.part``. Its w
 system releases when the process ends; later writers remove the parts of killed processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -32,13 +30,8 @@ DIGEST = "digest"
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces ``path`` when the block ends without an error.
 
-    The file gets the permissions given by the umask.
-
-    Args:
-        path: final name; its folder exists.
-
-    Raises:
-        OSError: the file cannot be written.
+    The folder of ``path`` exists; the file gets the permissions given by the umask. Raises `OSError` if it cannot be
+    written.
     """
     with temporary_path(path) as part:
         mode = part.stat().st_mode & 0o777
@@ -49,14 +42,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Yield a new empty file or folder beside ``path``; remove it at the end unless the block has renamed it.
+    """Yield a new empty file or ``folder`` beside ``path``; remove it at the end unless the block has renamed it.
 
-    Args:
-        path: final name; its folder exists.
-        folder: create a folder instead of a file.
-
-    Raises:
-        OSError: it cannot be created.
+    The folder of ``path`` exists. Raises `OSError` if it cannot be created.
     """
     remove_stale(path)
     part = path.parent / f".{path.name}.{_host()}.{uuid.uuid4().hex[:12]}.part"

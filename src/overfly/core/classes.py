@@ -1,7 +1,5 @@
 """The classes of a label set: names and colors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Self
 

@@ -1,9 +1,8 @@
 """Device selection, and a description of the machine."""
 
-from __future__ import annotations
-
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,9 @@ from overfly.core.errors import RecipeError
 
 
 def select_device(name: str = "auto", devices: int = 1) -> torch.device:
-    """Return the device of a name; ``auto`` is the first GPU, or the CPU.
+    """Return the device of a name: auto (the first GPU, or the CPU), cpu, cuda, cuda:1 or mps.
 
-    Args:
-        name: auto, cpu, cuda, cuda:1 or mps.
-        devices: number of devices that will be used.
-
-    Raises:
-        RecipeError: the machine does not have the device.
+    Raises `RecipeError` if the machine does not have the device, or fewer than ``devices``.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -41,21 +35,19 @@ def select_device(name: str = "auto", devices: int = 1) -> torch.device:
 
 def cpu_name() -> str:
     """Return the model name of the CPU."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Device, CPU, cores, threads and versions, as plain values."""
     device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(), "type": device.type,
-        "processor": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        "device": name, "type": device.type, "processor": cpu_name(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "system": platform.platform(), "python": platform.python_version(),
+        "torch": torch.__version__, "cuda": torch.version.cuda,
     }  # fmt: skip

@@ -1,12 +1,11 @@
-"""Download files over HTTP with `pooch` (verified by hash, resumed when the connection breaks), and unpack archives.
+"""Download files over HTTP, verified by hash and resumed when the connection breaks, and unpack archives.
 
 An unfinished download is stored as ``name.part`` (received bytes) and ``name.part.json`` (URL and version of the
 file); it is renamed to ``name`` when it is complete and its hash matches.
 """
 
-from __future__ import annotations
-
 import errno
+import hashlib
 import itertools
 import json
 import lzma
@@ -19,10 +18,12 @@ import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.filesize import decimal
 
 from overfly.core.atomic_files import lock, temporary_path
 from overfly.core.errors import DownloadError, OverflyError
@@ -52,55 +53,33 @@ def download_file(
     url: str, path: Path, *, known_hash: str | None = None, progress: OnBytes | None = None, retries: int = 3,
     timeout: float = 30,
 ) -> Path:  # fmt: skip
-    """Download a file unless it exists with the right hash.
+    """Download a file from an http or https URL to ``path`` unless it exists with the right hash, and return ``path``.
 
-    An existing file with another hash is replaced when the download is complete. An interrupted download resumes if
-    the server still has the same version. Processes that download the same file wait for each other.
-
-    Args:
-        url: http or https URL.
-        path: path of the file; missing folders are created.
-        known_hash: ``md5:…`` or ``sha256:…``, in hex digits; of SHA-256 the first 8 or more are enough, as in the file
-            names of torch.hub. None accepts any existing file.
-        progress: called after each chunk.
-        retries: failures in a row, without new bytes between them, after which the download is given up.
-        timeout: seconds without data after which a connection counts as broken.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        DownloadError: the URL is wrong or unreachable, the disk is full, or the hash differs.
+    An existing file with another hash is replaced when the download is complete. An interrupted download resumes if the
+    server still has the same version. Processes that download the same file wait for each other. ``known_hash`` is
+    ``md5:…`` or ``sha256:…``, in hex digits; of SHA-256 the first 8 or more are enough, as in the file names of
+    torch.hub. None accepts any existing file. After ``retries`` failures in a row, without new bytes between them, the
+    download is given up; ``timeout`` seconds without data break a connection. Raises `DownloadError`: the URL is wrong
+    or unreachable, the disk is full, or the hash differs.
     """
-    import pooch
-
     path = Path(path)
     if known_hash is not None and not re.fullmatch(r"(?i)md5:[0-9a-f]{32}|sha256:[0-9a-f]{8,64}", known_hash):
         raise DownloadError(f"known_hash must be md5: or sha256: and hex digits, got {known_hash!r}")
     if path.is_dir():
         raise DownloadError(f"{path} is a folder, not a file; move it away or download to another path")
-    full_hash = known_hash if known_hash is None or len(known_hash) in (len("md5:") + 32, len("sha256:") + 64) else None
-    prefix = known_hash if full_hash is None else None  # `pooch` compares whole hashes only
-    downloader = _ResumingDownloader(path, known_hash, prefix, progress, retries, timeout)
-    pooch.get_logger().setLevel("WARNING")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.with_name(path.name + ".lock")):
-            if prefix and path.is_file() and hash_error(path, prefix):
-                path.unlink()
-            try:
-                pooch.retrieve(url, full_hash, path.name, path.parent, downloader=downloader)
-            except ValueError as error:  # another hash; `pooch` has deleted the file
-                raise DownloadError(f"{path.name} from {_public_part(url)}: {error}") from None
+            if not path.is_file() or (known_hash and hash_error(path, known_hash)):
+                _ResumingDownloader(path, known_hash, progress, retries, timeout).download(url)
     return path
 
 
 def hash_error(path: Path, known_hash: str) -> str | None:
     """Compare a file with a hash such as ``md5:0f…``; return a message with both if they differ."""
-    import pooch
-
     algorithm, _, expected = known_hash.lower().partition(":")
-    digest = pooch.file_hash(str(path), alg=algorithm)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
     if digest.startswith(expected):
         return None
     return f"expected {algorithm} {expected}, got {digest[: len(expected)]}"
@@ -126,18 +105,8 @@ def check_free_space(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise DownloadError(
-            f"{path} needs {format_bytes(size)} more, and {format_bytes(free)} are free; "
-            "free some space or choose another folder"
+            f"{path} needs {decimal(size)} more, and {decimal(free)} are free; free some space or choose another folder"
         )
-
-
-def format_bytes(size: float) -> str:
-    """Format a number of bytes: ``1.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 class _RetryError(Exception):
@@ -150,11 +119,10 @@ class _RetryError(Exception):
 
 @dataclass
 class _ResumingDownloader:
-    """Downloader for `pooch.retrieve` that resumes with HTTP range requests."""
+    """Downloads one file to ``path``, and resumes with HTTP range requests."""
 
     path: Path
     known_hash: str | None
-    prefix: str | None
     progress: OnBytes | None
     retries: int
     timeout: float
@@ -163,8 +131,8 @@ class _ResumingDownloader:
         self.part = self.path.with_name(self.path.name + ".part")
         self.info = self.path.with_name(self.path.name + ".part.json")
 
-    def __call__(self, url: str, output_file: str, _pooch: object) -> None:
-        """Download to ``output_file``; retry failed requests."""
+    def download(self, url: str) -> None:
+        """Download, and retry failed requests."""
         failures, furthest = 0, self._received()
         while True:
             try:
@@ -177,20 +145,22 @@ class _ResumingDownloader:
                 if failures > self.retries:
                     raise DownloadError(
                         f"{_public_part(url)} cannot be downloaded: {error} ({failures} attempts in a row); check the "
-                        f"URL and the connection and try again; it resumes after {format_bytes(received)}"
+                        f"URL and the connection and try again; it resumes after {decimal(received)}"
                     ) from error
                 time.sleep(min(max(error.pause, PAUSE * 2 ** (failures - 1)), MAX_PAUSE))
-        difference = hash_error(self.part, self.prefix) if self.prefix else None
+        difference = hash_error(self.part, self.known_hash) if self.known_hash else None
         if difference:
             self._discard()
             raise DownloadError(f"{self.path.name} from {_public_part(url)}: {difference}; try again")
-        self.part.replace(output_file)
+        self.part.replace(self.path)
         self._discard()
 
     def _request(self, url: str) -> None:
         import requests
 
-        info = self._read_info()
+        info: dict[str, str] = {}
+        with suppress(OSError, ValueError, TypeError):
+            info = dict(json.loads(self.info.read_text(encoding="utf-8")))
         version = info.get("version")
         received = self._received() if info.get("url") == url and (version or self.known_hash) else 0
         headers = {"User-Agent": "overfly", "Accept-Encoding": "identity"}
@@ -235,12 +205,6 @@ class _ResumingDownloader:
     def _received(self) -> int:
         return self.part.stat().st_size if self.part.is_file() else 0
 
-    def _read_info(self) -> dict[str, str]:
-        try:
-            return dict(json.loads(self.info.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return {}
-
     def _discard(self) -> None:
         self.part.unlink(missing_ok=True)
         self.info.unlink(missing_ok=True)
@@ -278,14 +242,9 @@ def unpack_zip(
     A top-level folder of the same name in the archive is skipped: ``Train/Urban/…`` and ``Urban/…`` both unpack to
     ``folder/Urban/…``. Nothing is written outside the folder: `zipfile` drops ``..`` and makes absolute paths relative.
 
-    Args:
-        archive: the zip file.
-        folder: the folder to create; it does not exist, or is empty.
-        check: called with the folder before it gets its name; raises if its content is wrong.
-        progress: called with the number of bytes unpacked and of all bytes.
-
-    Raises:
-        DownloadError: the archive is damaged or encrypted, or the disk is full.
+    ``folder`` does not exist, or is empty. ``check`` is called with it before it gets its name, and raises if its
+    content is wrong; ``progress`` is called with the number of bytes unpacked and of all bytes. Raises `DownloadError`:
+    the archive is damaged or encrypted, or the disk is full.
     """
     with disk_errors(folder), temporary_path(folder, folder=True) as part:
         try:

@@ -1,7 +1,5 @@
 """Errors that a user can act on, each with the problem, its location and the correction; text safe to show."""
 
-from __future__ import annotations
-
 import html
 import importlib
 import re

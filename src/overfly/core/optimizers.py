@@ -1,11 +1,9 @@
 """Optimizers and learning-rate schedules, as values of a recipe."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import model_validator
@@ -31,12 +29,7 @@ class Optim(Choice, ABC):
         """Create the optimizer of these parameter groups."""
 
     def optimizer(self, module: nn.Module, heads: Iterable[str] = ()) -> torch.optim.Optimizer:
-        """Create the optimizer of all trainable parameters of a module.
-
-        Args:
-            module: whose parameters are trained.
-            heads: prefixes of the names of parameters with ``head`` times the rate.
-        """
+        """Create the optimizer of a module's parameters; modules named in ``heads`` get ``head`` times the rate."""
         prefixes = tuple(heads)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
@@ -156,7 +149,7 @@ class OneCycle(Schedule, name="one_cycle"):
     """Share of the maximum rate at the last step."""
 
     @model_validator(mode="after")
-    def _valid_rise(self) -> OneCycle:
+    def _valid_rise(self) -> Self:
         if not 0 < self.rise < 1:
             raise ValueError(f"rise must be greater than 0 and less than 1, got {self.rise}")
         return self

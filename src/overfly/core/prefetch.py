@@ -1,7 +1,5 @@
 """Threads that read ahead of a consumer, or process items of a producer in the background."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor

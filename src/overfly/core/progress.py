@@ -40,11 +40,8 @@ class Progress:
     """Context manager that shows the progress of one or several tasks.
 
     Each name passed to `update` is a task with its own bar. ``partial(progress.update, name)`` is a
-    callback ``(done, total)``. Updates may come from several threads.
-
-    Args:
-        unit: of the counts, such as ``steps``; ``bytes`` are shown as MB.
-        quiet: show nothing.
+    callback ``(done, total)``. Updates may come from several threads. The unit of the counts is such as ``steps``;
+    ``bytes`` are shown as MB.
     """
 
     def __init__(self, unit: str = "", *, quiet: bool = False) -> None:
@@ -58,13 +55,9 @@ class Progress:
         return self
 
     def update(self, name: str, done: int, total: int | None = None, detail: str = "") -> None:
-        """Update a task to ``done`` of ``total``.
+        """Update a task to ``done`` of ``total`` units, None if unknown, with a text after the counts, such as losses.
 
-        Args:
-            name: name of the task.
-            done: number of finished units; the count of the first call is where the task resumes.
-            total: number of units; None if unknown.
-            detail: text after the counts, such as losses.
+        The count of the first call is where the task resumes.
         """
         if self.quiet:
             return

@@ -1,10 +1,8 @@
 """Records passed between data, methods, networks and losses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,13 +73,10 @@ class Logits(NamedTuple):
     boundary: Tensor | None = None
     features: Tensor | None = None
 
-    def select(self, images: slice) -> Logits:
+    def select(self, images: slice) -> Self:
         """Select images of the batch."""
-        return Logits(
-            self.main[images], tuple(scores[images] for scores in self.aux),
-            None if self.boundary is None else self.boundary[images],
-            None if self.features is None else self.features[images],
-        )  # fmt: skip
+        boundary, features = (None if part is None else part[images] for part in (self.boundary, self.features))
+        return type(self)(self.main[images], tuple(scores[images] for scores in self.aux), boundary, features)
 
 
 Losses = Mapping[str, Tensor]

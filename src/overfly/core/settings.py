@@ -1,7 +1,5 @@
 """Settings as text: YAML files, ``key=value`` overrides, and messages for invalid values."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import re
@@ -17,8 +15,8 @@ from overfly.core.spec import Spec
 
 OPTIONS = ("cache", "checkpoint-every", "device", "devices", "out", "seeds", "split", "workers")
 """Options of commands that users may give as settings by mistake."""
-
-
+VALIDATOR = re.compile(r"^function-|^Recipe|^lax-or-strict|^json-or-python|\[|^path$")
+"""Parts of pydantic's error locations that are validators, not settings."""
 MAX_TEXT = 1_000_000
 """Largest length of YAML text in characters."""
 MAX_DEPTH = 50
@@ -91,12 +89,8 @@ def write_mapping(path: Path, values: Mapping[str, Any]) -> None:
 def read_mapping(path: Path, kind: str = "recipe") -> dict[str, Any]:
     """Read the settings in a YAML file, and compare them with the digest in its first line, if it has one.
 
-    Args:
-        path: YAML file.
-        kind: name of such a file in error messages.
-
-    Raises:
-        RecipeError: the file is missing, cut or changed, or not YAML, or not a mapping.
+    ``kind`` is the name of such a file in error messages. Raises `RecipeError`: the file is missing, cut or changed, or
+    not YAML, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -117,11 +111,7 @@ def read_mapping(path: Path, kind: str = "recipe") -> dict[str, Any]:
 
 
 def set_value(values: dict[str, Any], override: str) -> None:
-    """Change one setting in place.
-
-    Args:
-        values: settings, as a mapping of mappings, lists and plain values.
-        override: ``dotted.key=value``, the value as YAML.
+    """Change one setting of a mapping in place; ``override`` is ``dotted.key=value``, the value as YAML.
 
     Raises:
         RecipeError: the override is not key=value, or its key leads through a plain value.
@@ -152,7 +142,7 @@ def validation_message(error: ValidationError, name: str, spec: type[Spec] | Non
     """
     problems = []
     for entry in error.errors():
-        path = [part for part in map(str, entry["loc"]) if not _is_validator(part)]
+        path = [part for part in map(str, entry["loc"]) if not VALIDATOR.search(part)]
         key = ".".join(path)
         if entry["type"] == "extra_forbidden":
             path = path or [str(entry["loc"][-1])]
@@ -221,11 +211,6 @@ def _specs_in(annotation: Any) -> list[type[Spec]]:
         kinds: Mapping[str, type[Spec]] = getattr(annotation, "kinds", {})
         return [annotation, *kinds.values()]
     return [kind for argument in get_args(annotation) for kind in _specs_in(argument)]
-
-
-def _is_validator(part: str) -> bool:
-    """Return True if a part of pydantic's error location is a validator, not a setting."""
-    return part.startswith(("function-", "Recipe", "lax-or-strict", "json-or-python")) or "[" in part or part == "path"
 
 
 def _descend(container: Any, part: str, key: str) -> Any:

@@ -5,8 +5,6 @@
 ``dacs`` alone gives the defaults.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Self
@@ -89,13 +87,10 @@ class Choice(Spec):
             load_plugins()
         if name not in cls.kinds:
             known = ", ".join(sorted(cls.kinds))
-            raise ValueError(f"no {cls._noun()} is called {name!r}; there are: {known}")
+            noun = cls.__name__.partition("[")[0].lower()
+            raise ValueError(f"no {noun} is called {name!r}; there are: {known}")
         kind: type[Self] = cls.kinds[name]
         return kind
-
-    @classmethod
-    def _noun(cls) -> str:
-        return cls.__name__.partition("[")[0].lower()
 
     @model_validator(mode="wrap")
     @classmethod

@@ -1,7 +1,5 @@
 """Datasets, and the loading of their images and labels as batches. Add a new dataset to this list."""
 
-from __future__ import annotations
-
 from overfly.data import folder, loveda, synthetic
 
 BUILT_IN = (loveda, folder, synthetic)

@@ -1,7 +1,5 @@
 """Check the files of a domain, and compute statistics of its masks and bands."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter
@@ -119,14 +117,10 @@ class DomainReport(Spec):
 
 
 def check(domain: Domain, splits: Sequence[Split] | None = None) -> DomainReport:
-    """Read every image and mask of some splits and report all problems. Opens the labels.
+    """Read every image and mask of some splits, None: of all, and report all problems. Opens the labels.
 
-    Args:
-        domain: the domain to check.
-        splits: splits to check; None checks all. Splits that the domain does not have are reported as absent.
-
-    Raises:
-        DataError: the domain has none of the splits, or all its splits fail with the same message.
+    Splits that the domain does not have are reported as absent. Raises `DataError` if it has none of the splits, or all
+    its splits fail with the same message.
     """
     reports: list[SplitReport] = []
     absent: dict[Split, str] = {}
@@ -220,7 +214,11 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
                 turn = None if isinstance(image, str) else better_turn(image, label)
                 turned.update([turn] if turn else ())
     problems += [FileProblem(image="", message=text) for text in _split_faults(dtypes, ranges, unknown, copies)]
-    problems += [FileProblem(image="", message=text) for text in _turn_faults(turned, len(items))]
+    problems += [
+        FileProblem(image="", message=f"{count} masks fit their images better {turn}; turn these images or masks")
+        for turn, count in turned.items()
+        if count >= max(MIN_TURNED, MIN_TURNED_SHARE * len(items))
+    ]
     labeled = counts[: len(domain.classes)]
     present = labeled.nonzero()[0].tolist()
     notes = [absent_classes(domain, items, present)] if counts.any() and not labeled.all() and not unknown else []
@@ -237,12 +235,6 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
         bands=dict(bands.most_common()), dtypes=dict(dtypes.most_common()), empty=empty, unread_alpha=unread_alpha,
         notes=tuple(notes),
     )  # fmt: skip
-
-
-def _turn_faults(turned: Counter[str], images: int) -> Iterator[str]:
-    for turn, count in turned.items():
-        if count >= max(MIN_TURNED, MIN_TURNED_SHARE * images):
-            yield f"{count} masks fit their images better {turn}; turn these images or masks"
 
 
 def _split_faults(
@@ -318,14 +310,8 @@ _Moments = tuple[int, Float64, Float64, Float64, Float64]
 def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statistics:
     """Compute mean, standard deviation and range of each band of a split's images; opens no labels.
 
-    Args:
-        domain: the domain.
-        split: one of its splits.
-        limit: number of images, at least 1, evenly spaced; None takes all.
-
-    Raises:
-        RecipeError: the limit is below 1.
-        DataError: an image cannot be read, or no pixel has data.
+    ``limit`` is the number of images, at least 1, evenly spaced; None takes all. Raises `RecipeError` if it is below 1,
+    and `DataError` if an image cannot be read, or no pixel has data.
     """
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit must be at least 1, got {limit}")

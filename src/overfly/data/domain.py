@@ -234,16 +234,10 @@ def has_fixed_top(domain: Domain) -> bool:
 
 
 def better_turn(image: Array, label: UInt8) -> str | None:
-    """Return the turn of a label under which its borders lie on clearly stronger edges of the image than as it is.
+    """Return the turn, a key of `TURNS`, of a label (H, W) whose borders then lie on clearly stronger image edges.
 
-    Images are often stored with a turn that their masks do not have, or lose the tag that undoes it.
-
-    Args:
-        image: (H, W, C).
-        label: class ids (H, W).
-
-    Returns:
-        A key of `TURNS`, or None.
+    Images (H, W, C) are often stored with a turn that their masks do not have, or lose the tag that undoes it. None: no
+    turn.
     """
     if image.shape[:2] != label.shape or min(label.shape) < 2:
         return None

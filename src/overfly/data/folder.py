@@ -1,7 +1,5 @@
 """Dataset of the user's own images, with or without masks: any naming, class encoding and split."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Open image files with GDAL: format, errors, orientation, header. The rules stand in `overfly.data.reading`."""
 
-from __future__ import annotations
-
 import html
 import math
 import re

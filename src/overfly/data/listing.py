@@ -1,7 +1,5 @@
 """List the files of a folder of images: globs, pairing of images with masks, and splits."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import itertools
@@ -26,13 +24,9 @@ _WILDCARD = re.compile(r"\*\*/|\*+|\?|\[!?\]?[^]]*\]")
 
 
 class ImagePair(NamedTuple):
-    """An image and, if there are masks, its mask.
+    """An image, its mask if there is one, its name and its path below the root, with forward slashes.
 
-    Attributes:
-        name: text matched by the wildcards, joined by underscores.
-        relative: path of the image below the root, with forward slashes.
-        image: image file.
-        mask: mask file, or None.
+    The name is the text matched by the wildcards, joined by underscores.
     """
 
     name: str
@@ -134,15 +128,9 @@ def is_image_name(path: Path) -> bool:
 def find_images(root: Path, images: str, masks: str | None, *, masks_optional: bool = False) -> list[ImagePair]:
     """Find images below ``root`` and the masks with the same text of the wildcards.
 
-    Args:
-        root: folder that both patterns are relative to.
-        images: directory or glob.
-        masks: directory or glob; None: no masks.
-        masks_optional: accept images without any masks.
-
-    Raises:
-        DataError: there are no masks, an image has none or a mask no image (`MAX_NAMED` are named, all are counted), or
-            two images would have one name.
+    Both are directories or globs; without ``masks``, and with ``masks_optional`` if none match, images have no masks.
+    Raises `DataError`: there are no masks, an image has none or a mask no image (`MAX_NAMED` are named, all are
+    counted), or two images would have one name.
     """
     files = match_files(root, images)
     labels = match_files(root, masks) if masks is not None else {}
@@ -163,15 +151,15 @@ def select_split(
     """Select the images of one split.
 
     Shares depend on the image's name and the seed only, so that adding images does not move others to another split.
-
-    Raises:
-        DataError: a rule matches no image, a list names a missing image, or two splits share an image.
+    Raises `DataError`: a rule matches no image, a list names a missing image, or two splits share an image.
     """
     rule = rules[split]
     if isinstance(rule, float):
-        chosen = _by_share(
-            listed, split, {name: share for name, share in rules.items() if isinstance(share, float)}, seed
-        )
+        shares = [share for share in rules.values() if isinstance(share, float)]
+        start = sum(shares[: list(rules).index(split)], 0.0)
+        keys = (f"{seed}/{pair.name}".encode(errors="surrogateescape") for pair in listed)
+        numbers = (int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48 for key in keys)  # in [0, 1)
+        chosen = [pair for pair, number in zip(listed, numbers, strict=True) if start <= number < start + rule]
     else:
         matched = {name: _by_name(listed, other, root) for name, other in rules.items() if not isinstance(other, float)}
         for other, names in matched.items():
@@ -233,13 +221,6 @@ def _relative_path(root: Path, path: Path) -> str:
 
 def _names(listed: Sequence[ImagePair]) -> str:
     return f"the {len(listed)} images ({', '.join(pair.name for pair in listed[:2])}, …)"
-
-
-def _by_share(listed: Sequence[ImagePair], split: str, shares: Mapping[str, float], seed: int) -> list[ImagePair]:
-    start = sum(list(shares.values())[: list(shares).index(split)], 0.0)
-    keys = (f"{seed}/{pair.name}".encode(errors="surrogateescape") for pair in listed)
-    numbers = (int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48 for key in keys)  # in [0, 1)
-    return [pair for pair, number in zip(listed, numbers, strict=True) if start <= number < start + shares[split]]
 
 
 def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Path) -> set[str]:

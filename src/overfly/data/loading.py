@@ -1,7 +1,5 @@
 """Load batches from domains, with a cache of decoded images. A batch is a function of (seed, step) alone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -40,14 +38,11 @@ class BatchStream:
     """Loads the samples of one domain for every batch.
 
     Attributes:
-        domain: domain of the images.
         items: items of one split; without labels for a target.
-        sampling: sampling of images and crops.
         batch: images in a step, over all ranks.
         crop: side of the square crop, in pixels.
         resize: side that images are first resized to, or None.
-        seed: seed of the run; the streams of one run differ by ``key``.
-        key: number of the stream.
+        seed, key: seed of the run, and number of the stream: the streams of one run differ by it.
         cache: folder of decoded images, "memory" (up to `MAX_MEMORY_BYTES`), or None.
         counts: labeled pixels of each class in each image, if the sampling needs them; None reads every mask.
         labeled: require a mask for every image, and a labeled pixel in at least one mask.
@@ -219,22 +214,11 @@ def batch_loader(
 def open_image(
     domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None
 ) -> tuple[Array, UInt8 | None]:
-    """Read the image (H, W, C), in the sensor's type and range, and the label (H, W) of an item.
+    """Read the image (H, W, C), in the sensor's type and range, and the label (H, W) of an item, or None.
 
-    The arrays may be written to: cache entries are mapped copy-on-write. Generated images are not cached. Several
-    processes may share a cache folder.
-
-    Args:
-        domain: domain of the item.
-        item: the item.
-        resize: side in pixels of the square that images are resized to, or None.
-        cache: folder of decoded images, or None.
-
-    Returns:
-        Image and label; the label is None if the item has none.
-
-    Raises:
-        DataError: a file cannot be read, or the cache cannot be written.
+    The arrays may be written to: entries of the folder ``cache`` are mapped copy-on-write. Generated images are not
+    cached. Several processes may share a cache folder. ``resize`` is the side in pixels of the square that images are
+    resized to. Raises `DataError`: a file cannot be read, or the cache cannot be written.
     """
 
     def image() -> Array:

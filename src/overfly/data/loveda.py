@@ -1,10 +1,9 @@
 """LoveDA (Wang et al., 2021): aerial scenes of Nanjing, Changzhou and Wuhan at 0.3 m; the dataset and its download."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -232,7 +231,9 @@ def _complete_files(root: Path, split: Split) -> int:
         return 0
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; move it away or choose another root")
-    files, expected = _count_files(folder), _receipt_files(folder) or archive.files
+    files, expected = _count_files(folder), archive.files
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        expected = int(json.loads((folder / RECEIPT).read_text(encoding="utf-8"))["files"]) or expected
     if files != expected:
         raise DataError(
             f"{folder} holds {files} images and masks, and LoveDA's {split} split has {expected}: it is incomplete or "
@@ -245,13 +246,6 @@ def _count_files(folder: Path) -> int:
     return sum(
         len(list((folder / scene / kind).glob("*.png"))) for scene in SCENES for kind in ("images_png", "masks_png")
     )
-
-
-def _receipt_files(folder: Path) -> int:
-    try:
-        return int(json.loads((folder / RECEIPT).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def _check_layout(folder: Path, archive: Archive) -> None:

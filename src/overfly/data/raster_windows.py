@@ -1,7 +1,5 @@
 """Read windows of a raster, at its own or another resolution: the reader of training on rasters, and of maps."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass
@@ -14,10 +12,8 @@ from overfly.data.reading import Mask, check_declared, nodata_values, union
 
 Range = tuple[int, int]
 """First index, and one past the last."""
-CHUNK_ROWS, CHUNK_COLUMNS = 256, 512
-"""Input pixels that are averaged at once."""
-CHUNK_VALUES = 1 << 20
-"""Working pixels that are averaged at once."""
+CHUNK = 512
+"""Side of the input pixels that are averaged at once, about."""
 
 
 @dataclass(frozen=True)
@@ -109,71 +105,55 @@ def read_resampled(
     Returns:
         Pixels (C, h, w) of the raster's type, and the no-data mask (h, w). Pixels without data are 0.
     """
-    height, width = rows[1] - rows[0], columns[1] - columns[0]
-    pixels = np.empty((len(source.bands), height, width), source.dtype)
-    nodata_mask = np.empty((height, width), np.bool_)
-    step = max(16, CHUNK_VALUES // (len(source.bands) * max(1, height)))
-    for first in range(columns[0], columns[1], step):
-        last = min(first + step, columns[1])
-        part = np.s_[:, first - columns[0] : last - columns[0]]
-        pixels[:, *part], nodata_mask[part] = _average(dataset, source, scale, (rows, (first, last)))
+    shape = rows[1] - rows[0], columns[1] - columns[0]
+    pixels, nodata_mask = np.empty((len(source.bands), *shape), source.dtype), np.empty(shape, np.bool_)
+    steps = [max(1, int(CHUNK * factor)) for factor in scale]
+    for top, left in itertools.product(range(*rows, steps[0]), range(*columns, steps[1])):
+        part = (top, min(top + steps[0], rows[1])), (left, min(left + steps[1], columns[1]))
+        place = tuple(
+            slice(first - start[0], last - start[0]) for (first, last), start in zip(part, (rows, columns), strict=True)
+        )
+        pixels[:, *place], nodata_mask[place] = _average(dataset, source, scale, part)
     return pixels, nodata_mask
 
 
 def _average(
     dataset: Any, source: RasterBands, scale: tuple[float, float], area: tuple[Range, Range]
 ) -> tuple[NDArray[Any], Mask]:
-    """Compute the means of `read_resampled` chunk by chunk, in constant memory."""
-    from rasterio.windows import Window as Part
-
+    """Compute the means of `read_resampled` of a chunk."""
     dtype = np.result_type(source.dtype, np.float32)
-    shape = (len(source.bands), *(last - first for first, last in area))
-    sums, weights = np.zeros(shape, dtype), np.zeros(shape, dtype)
-    lengths = (dataset.height, dataset.width)
-    low, high = zip(*(_input_range(*axis) for axis in zip(area, scale, lengths, strict=True)), strict=True)
-    for top, left in itertools.product(range(low[0], high[0], CHUNK_ROWS), range(low[1], high[1], CHUNK_COLUMNS)):
-        ends = (min(top + CHUNK_ROWS, high[0]), min(left + CHUNK_COLUMNS, high[1]))
-        window = Part(left, top, ends[1] - left, ends[0] - top)
-        vertical, y = _weights(area[0], scale[0], (top, ends[0]), lengths[0])
-        horizontal, x = _weights(area[1], scale[1], (left, ends[1]), lengths[1])
-        vertical, horizontal = vertical.astype(dtype), horizontal.astype(dtype).T
-        masked = _masked(dataset, source, window=window)
-        for number, band in enumerate(dataset.read(list(source.bands), window=window)):
-            nodata_mask = union(nodata_values(band, source.nodata[number]), masked)
-            values, valid = band.astype(dtype), np.ones(band.shape, dtype)
-            if nodata_mask is not None:
-                values[nodata_mask] = valid[nodata_mask] = 0
-            check_declared(source.source, values)
-            sums[number, y, x] += vertical @ values @ horizontal
-            weights[number, y, x] += vertical @ valid @ horizontal
-    valid = weights > 1e-5
-    means = np.divide(sums, weights, out=np.zeros_like(sums), where=valid)
+    axes = [_weights(*axis) for axis in zip(area, scale, (dataset.height, dataset.width), strict=True)]
+    (vertical, y), (horizontal, x) = ((weights.astype(dtype), pixels) for weights, pixels in axes)
+    masked, means, known = _masked(dataset, source, window=(y, x)), [], []
+    for band, nodata in zip(dataset.read(list(source.bands), window=(y, x)), source.nodata, strict=True):
+        nodata_mask = union(nodata_values(band, nodata), masked)
+        values, valid = band.astype(dtype), np.ones(band.shape, dtype)
+        if nodata_mask is not None:
+            values[nodata_mask] = valid[nodata_mask] = 0
+        check_declared(source.source, values)
+        weights = vertical @ valid @ horizontal.T
+        known.append(weights > 1e-5)
+        sums = vertical @ values @ horizontal.T
+        means.append(np.divide(sums, weights, out=np.zeros_like(sums), where=known[-1]))
+    result = np.stack(means)
     if np.dtype(source.dtype).kind in "iu":
-        means = np.clip(np.rint(means), np.iinfo(source.dtype).min, np.iinfo(source.dtype).max)
-    return means.astype(source.dtype), np.asarray(~valid.any(axis=0), dtype=np.bool_)
+        result = np.clip(np.rint(result), np.iinfo(source.dtype).min, np.iinfo(source.dtype).max)
+    return result.astype(source.dtype), ~np.any(known, axis=0)
 
 
-def _input_range(area: Range, scale: float, length: int) -> Range:
-    """Return the range of input pixels from which a range of working pixels is computed."""
-    if scale <= 1:
-        low, high = math.floor(area[0] / scale), math.ceil(area[1] / scale)
-    else:
-        low, high = math.floor((area[0] + 0.5) / scale - 0.5), math.floor((area[1] - 0.5) / scale - 0.5) + 2
-    low = min(max(low, 0), length - 1)
-    return low, min(max(high, low + 1), length)
+def _weights(area: Range, scale: float, length: int) -> tuple[NDArray[Any], Range]:
+    """Return the weights (working, input) of the input pixels that a range of working pixels needs, and their range.
 
-
-def _weights(area: Range, scale: float, part: Range, length: int) -> tuple[NDArray[Any], slice]:
-    """Return the weights (working, input) of the input pixels of ``part``, and the slice of ``area`` that they fill.
-
-    Over all input pixels the weights of a working pixel sum to 1.
+    The weights of a working pixel sum to 1.
     """
-    begin = max(area[0], math.floor((part[0] - 1) * scale) - 1)
-    end = min(area[1], math.ceil((part[1] + 1) * scale) + 1)
-    at, pixels = np.arange(begin, max(end, begin))[:, None], np.arange(*part)[None]
+    at = np.arange(*area)[:, None]
     if scale <= 1:
+        low, high = min(math.floor(area[0] / scale), length - 1), min(math.ceil(area[1] / scale), length)
+        pixels = np.arange(low, max(high, low + 1))
         overlap = np.minimum((at + 1) / scale, pixels + 1) - np.maximum(at / scale, pixels)
         weights = np.clip(overlap, 0, 1) * scale
     else:
-        weights = np.clip(1 - np.abs(np.clip((at + 0.5) / scale - 0.5, 0, length - 1) - pixels), 0, 1)
-    return weights, slice(begin - area[0], begin - area[0] + len(at))
+        centers = np.clip((at + 0.5) / scale - 0.5, 0, length - 1)
+        pixels = np.arange(int(centers.min()), min(int(centers.max()) + 2, length))
+        weights = np.clip(1 - np.abs(centers - pixels), 0, 1)
+    return weights, (int(pixels[0]), int(pixels[-1]) + 1)

@@ -13,8 +13,6 @@ The same rules hold everywhere:
   It is 0 in images, and ignored in labels.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -55,17 +53,10 @@ class LabelPixels(NamedTuple):
 def read_image(source: Path | LazyArray, *, bands: int | None, nodata: float | None = None) -> Array:
     """Read an image (H, W, C) as uint8, uint16 or float32, in the sensor's range; a new array if it is a file.
 
-    An alpha band is left out unless ``bands`` includes it.
-    Pixels without data, masked or not finite are 0; see `nodata_mask`.
-
-    Args:
-        source: file, or function that generates the image.
-        bands: expected number of bands C; None accepts any.
-        nodata: value of pixels without data, where the file declares none.
-
-    Raises:
-        DataError: the file is missing, truncated, not an image, a palette image, or has another number of bands, or
-            values that stand for no data and are not declared.
+    An alpha band is left out unless ``bands``, the expected number of bands C (None: any), includes it. Pixels without
+    data, masked or not finite are 0; see `nodata_mask`. ``nodata`` is their value where the file declares none. Raises
+    `DataError`: the file is missing, truncated, not an image, a palette image, or has another number of bands, or
+    values that stand for no data and are not declared.
     """
     if not isinstance(source, Path):
         return _generate(source, bands)
@@ -81,10 +72,8 @@ def read_image(source: Path | LazyArray, *, bands: int | None, nodata: float | N
 def nodata_mask(source: Path | LazyArray, *, bands: int | None, nodata: float | None = None) -> Mask | None:
     """Pixels without data (H, W): no-data values in every band, masked, or fully transparent; None: no such pixels.
 
-    Decodes only files that may hold such pixels: with an alpha band, a mask, a no-data value, or floats.
-
-    Raises:
-        DataError: as `read_image`.
+    Decodes only files that may hold such pixels: with an alpha band, a mask, a no-data value, or floats. Raises
+    `DataError`: as `read_image`.
     """
     if not isinstance(source, Path):
         return None

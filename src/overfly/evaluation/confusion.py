@@ -5,8 +5,6 @@ never labeled has IoU 0, which counts. Intersection and union are summed over th
 and pixels without a label are left out.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Self
 
@@ -33,15 +31,9 @@ class Confusion:
 
     @classmethod
     def from_predictions(cls, prediction: Tensor, label: Tensor, classes: int) -> Self:
-        """Count pixels.
+        """Count the pixels of predicted class ids 0 to K-1, of any shape, and a label of this shape, without `IGNORE`.
 
-        Args:
-            prediction: class ids 0 to K-1, of any shape and integer type.
-            label: class ids 0 to K-1, or `IGNORE` for pixels that are not counted, of the same shape.
-            classes: number of classes K.
-
-        Raises:
-            ValueError: shapes differ, or an id outside 0 to K-1 that is not ignored.
+        Raises `ValueError` if shapes differ, or for an id outside 0 to K-1 that is not ignored.
         """
         if prediction.shape != label.shape:
             raise ValueError(f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape")
@@ -55,8 +47,8 @@ class Confusion:
         counts = torch.bincount(row * classes + column, minlength=classes * classes)
         return cls(counts.reshape(classes, classes))
 
-    def __add__(self, other: Confusion) -> Confusion:
-        return Confusion(self.counts + other.counts.to(self.counts.device))
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.counts + other.counts.to(self.counts.device))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Confusion) and torch.equal(self.counts, other.counts)
@@ -146,11 +138,7 @@ def boundary_counts(prediction: Tensor, label: Tensor, classes: int, width: int)
     authors' code, distance is measured on squares (``width`` erosions by 3 × 3). Unlike in it, the border of the image
     and that of ignored areas are not outlines, since tiles cut through objects.
 
-    Args:
-        prediction: class ids (H, W) or (B, H, W).
-        label: class ids, of the same shape; `IGNORE` is neither counted nor compared as a neighbor.
-        classes: number of classes K.
-        width: width of the band inside each outline, in pixels of the label.
+    Prediction and label are class ids (H, W) or (B, H, W); `IGNORE` is neither counted nor compared as a neighbor.
 
     Returns:
         (3, K), int64: pixels of each class in the bands of labels, of predictions, and of both.

@@ -1,7 +1,5 @@
 """Read and predict the images that label-free metrics are computed on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -55,10 +53,7 @@ def labeled_images(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Read images as `unlabeled_images`, with labels (H, W), int64, resized to the image by nearest neighbor.
 
-    Only for source domains.
-
-    Raises:
-        DataError: no image of the split has a label.
+    Only for source domains. Raises `DataError`: no image of the split has a label.
     """
     labeled = [item for item in domain.items(split) if item.label is not None]
     items: Sequence[Item] = sample_evenly(labeled, options.limit)
@@ -89,18 +84,10 @@ def center_crop(image: Tensor, crop: int | None) -> Tensor:
 
 @torch.inference_mode()
 def predict_scores(network: nn.Module, image: Tensor, window: int | None = None) -> Tensor:
-    """Class scores of one image, before any softmax, at the image's size.
+    """Class scores (K, H, W), float32, of one image (C, H, W) in the sensor's range, before any softmax.
 
-    Args:
-        network: images (B, C, H, W) in the sensor's range to `Logits` at their size, in evaluation mode.
-        image: (C, H, W), on the network's device.
-        window: side of overlapping windows for larger images; None: the whole image.
-
-    Returns:
-        (K, H, W), float32.
-
-    Raises:
-        NotFiniteError: a score is not finite.
+    The network, in evaluation mode on the image's device, gives `Logits` at the image's size. ``window`` is the side of
+    overlapping windows for larger images; None: the whole image. Raises `NotFiniteError`: a score is not finite.
     """
 
     def main(patch: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ perturbations (1) and the highest soft neighborhood density. Its information is 
 none of these: only the source mIoU and the agreement with a reference network detect them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -105,14 +103,10 @@ def label_free_metrics(
 ) -> LabelFreeMetrics:  # fmt: skip
     """Compute label-free metrics on images of a domain; about ten forward passes per image.
 
-    Args:
-        network: images (B, C, H, W) in the sensor's range to `Logits` at their size. Its training or evaluation mode is
-            restored.
-        domain: the images; labels are removed from its items before anything is read.
-        split: split of the images.
-        options: images, windows and device.
-        reference: network whose predictions `LabelFreeMetrics.agreement` compares with, such as a teacher.
-        perturbations: None: `random_mask` and `mild_perturbations`; metrics of others are left out.
+    The network maps images (B, C, H, W) in the sensor's range to `Logits` at their size; its training or evaluation
+    mode is restored. Labels are removed from the domain's items before anything is read. `LabelFreeMetrics.agreement`
+    compares with the predictions of ``reference``, such as a teacher. Without ``perturbations``, these are
+    `random_mask` and `mild_perturbations`; metrics of others are left out.
 
     Raises:
         DataError: there are no images, or one cannot be read.
@@ -129,7 +123,7 @@ def prediction_statistics(
     network: nn.Module, images: Iterable[Tensor], max_value: float, options: MetricOptions = MetricOptions(), *,
     reference: nn.Module | Sequence[Tensor] | None = None, perturbations: Sequence[Perturbation] | None = None,
     predicted: Sequence[Tensor] | None = None,
-) -> PredictionStatistics:  # fmt: skip
+) -> "PredictionStatistics":  # fmt: skip
     """Predict images (C, H, W) in memory, and again under perturbations; see `label_free_metrics`.
 
     ``reference`` may also be the probabilities that the reference network predicts for these images, and ``predicted``
@@ -169,10 +163,7 @@ def prediction_statistics(
 def predict_probabilities(network: nn.Module, images: Iterable[Tensor], options: MetricOptions) -> Iterator[Tensor]:
     """Predict the class probabilities (K, H, W), half precision, on the CPU, of images (C, H, W).
 
-    The network's training or evaluation mode is restored.
-
-    Raises:
-        NotFiniteError: the network's scores are not finite.
+    The network's training or evaluation mode is restored. Raises `NotFiniteError`: the network's scores are not finite.
     """
     with evaluation_mode(network.to(options.device)), torch.inference_mode():
         for image in images:
@@ -257,15 +248,9 @@ def nuclear_norm(probability: Tensor) -> float:
 def neighborhood_density(probability: Tensor, chunk: int = 1024) -> float:
     """Soft neighborhood density of rows (N, F), 0 to 1: how many similar rows each has (Saito et al., ICCV 2021).
 
-    The mean entropy of softmax(cosine similarity to all other rows / 0.05), over ln(N - 1). Rows may be
-    probabilities or features. It is 1 if all rows are equal: density alone does not detect collapse.
-
-    Args:
-        probability: rows, N of 3 or more.
-        chunk: rows whose similarities are held at once.
-
-    Returns:
-        NaN for fewer than 3 rows.
+    The mean entropy of softmax(cosine similarity to all other rows / 0.05), over ln(N - 1); NaN for fewer than 3 rows.
+    Rows may be probabilities or features. It is 1 if all rows are equal: density alone does not detect collapse. The
+    similarities of ``chunk`` rows are held at once.
     """
     count = len(probability)
     if count < 3:
@@ -283,13 +268,9 @@ def neighborhood_density(probability: Tensor, chunk: int = 1024) -> float:
 def consensus(predicted: Iterable[Iterable[Tensor]]) -> list[list[Confusion]]:
     """Compare each network's predictions with the mean prediction of all networks.
 
-    Memory holds the mean, a byte per pixel and network, and what ``predicted`` holds.
-
-    Args:
-        predicted: for each network the probabilities (K, H, W) of the same images (`predict_probabilities`).
-
-    Returns:
-        For each network a confusion matrix per image, its rows the mean prediction; empty for fewer than three.
+    ``predicted`` holds for each network the probabilities (K, H, W) of the same images (`predict_probabilities`).
+    Memory holds the mean, a byte per pixel and network, and what ``predicted`` holds. Returns for each network a
+    confusion matrix per image, its rows the mean prediction; empty for fewer than three.
     """
     sums: list[Tensor] = []
     predictions: list[list[Tensor]] = []

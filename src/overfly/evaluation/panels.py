@@ -24,13 +24,10 @@ STRIPE_COLORS = ((70, 70, 70), (0, 0, 0))
 
 
 def to_rgb(image: Array) -> UInt8:
-    """Convert an image of any sensor to 8-bit RGB (H, W, 3): its first three bands, or the first if there are fewer.
+    """Convert an image (H, W, C) or (H, W) of any sensor to 8-bit RGB (H, W, 3): its first three bands, or the first.
 
     Eight-bit bands stay as they are. Others are stretched from their 2nd to their 98th percentile; values that are not
     finite are left out.
-
-    Args:
-        image: (H, W, C) or (H, W), of any number type.
     """
     cube = image[..., None] if image.ndim == 2 else image
     shown = cube[..., [0, 1, 2] if cube.shape[-1] >= 3 else [0, 0, 0]]

@@ -1,7 +1,5 @@
 """Fixed image perturbations: mild ones for consistency metrics, and domain shifts for calibrating estimates."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -114,11 +112,9 @@ def gamma_corrected(power: float) -> Perturbation:
 
 
 def styled(style: Tensor, beta: float | None = None) -> Perturbation:
-    """Match the color mean and standard deviation of another image, or with ``beta`` its low frequencies (FDA).
+    """Match the color mean and standard deviation of another image (C, H, W) in the sensor's range.
 
-    Args:
-        style: (C, H, W), in the sensor's range.
-        beta: highest frequency of those, as a share of the image's shorter side.
+    With ``beta``, match its frequencies up to this share of the shorter side instead.
     """
 
     def apply(image: Tensor, max_value: float, _generator: Generator) -> Tensor:
@@ -162,8 +158,7 @@ def mild_perturbations() -> tuple[Perturbation, ...]:
 def domain_shifts(styles: Sequence[Tensor]) -> tuple[Perturbation, ...]:
     """The domain shifts that mIoU estimates are calibrated on, from none to strong.
 
-    Args:
-        styles: images (C, H, W) whose style is transferred too, usually of the target.
+    The style of the images (C, H, W) in ``styles``, usually of the target, is transferred too.
     """
     none = Perturbation("none", lambda image, max_value, generator: image)  # noqa: ARG005
     gray = _recolored("gray", Gray(p=1.0).recolor)

@@ -1,7 +1,5 @@
 """Score a network on the labeled images of a split."""
 
-from __future__ import annotations
-
 import contextlib
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -35,14 +33,9 @@ class LabeledImage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """An image with its prediction.
+    """An image (H, W, C), in the sensor's own type and range, with its prediction and label (H, W).
 
-    Attributes:
-        name: the item's name.
-        image: (H, W, C), in the sensor's own type and range.
-        prediction: class ids (H, W).
-        label: class ids or 255, (H, W); None without a label.
-        accuracy: pixel accuracy, 0 to 1; None if no pixel has a label.
+    Without labeled pixels, the pixel accuracy, 0 to 1, is None.
     """
 
     name: str
@@ -60,13 +53,9 @@ class SampleCollector(typing.Protocol):
 
 
 class Samples:
-    """Collects evenly spaced samples, and those of lowest and highest accuracy; iterates over them in this order.
+    """Collects evenly spaced samples, and those of lowest and highest accuracy (``extremes``); iterates in this order.
 
     Pass it to `score` and draw it with `overfly.evaluation.panels.samples_figure`.
-
-    Args:
-        evenly_spaced: number of evenly spaced samples.
-        extremes: also keep the samples of lowest and highest accuracy.
     """
 
     def __init__(self, evenly_spaced: int = 4, extremes: bool = True) -> None:
@@ -105,22 +94,16 @@ def score(
 ) -> Scores:  # fmt: skip
     """Score a network on the labeled images of a split, in constant memory.
 
-    Args:
-        segmenter: images (B, C, H, W), float, in the sensor's range, to `Logits` at the image's size. It is moved to
-            ``device``; its training or evaluation mode is restored.
-        domain: the images and labels.
-        split: split to score.
-        resize: side of the square that images are resized to before the network. Labels are never resized; scores
-            are resized to the label.
-        window: side of overlapping windows, in pixels after ``resize``; None: whole images.
-        overlap: overlap of neighboring windows, as a share of their side.
-        device: where the network runs.
-        batch: windows, or whole images of equal size, per forward pass.
-        boundary_width: width of the band of Boundary IoU, in pixels of the label.
-        samples: receives every image with its prediction, such as `Samples`.
-        workers: threads that read ahead; 0 reads in the calling thread.
-        shard: (rank, ranks): this process scores every ``ranks``-th image; scores are of the sum over ranks.
-        all_reduce: sums a tensor over ranks; None: `torch.distributed`.
+    The segmenter maps images (B, C, H, W), float, in the sensor's range, to `Logits` at the image's size. It is moved
+    to ``device``; its training or evaluation mode is restored.
+
+    ``resize`` is the side of the square that images are resized to before the network; labels are never resized, scores
+    are resized to the label. ``window`` is the side of overlapping windows, in pixels after ``resize`` (None: whole
+    images), ``overlap`` a share of it. ``batch`` counts windows, or whole images of equal size, per forward pass;
+    ``boundary_width`` is the width of the band of Boundary IoU, in pixels of the label. ``samples`` receives every
+    image with its prediction, such as `Samples`. ``workers`` threads read ahead; 0 reads in the calling thread. With a
+    ``shard`` (rank, ranks) this process scores every ``ranks``-th image; scores are of the sum over ranks, by
+    ``all_reduce`` or `torch.distributed`.
 
     Raises:
         DataError: the split has no labels, or a label and its image differ in size; the message names the file.

@@ -1,10 +1,8 @@
 """Counts of a split, added over images and ranks, and the scores computed from them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -117,14 +115,14 @@ class SplitCounts(NamedTuple):
     images: Tensor
 
     @classmethod
-    def empty(cls, classes: int, protocol: Protocol) -> SplitCounts:
+    def empty(cls, classes: int, protocol: Protocol) -> Self:
         """Return zero counts."""
         shapes = ((classes, classes), (3, classes), (3, protocol.bins), ())
         dtypes = (torch.int64, torch.int64, torch.float64, torch.int64)
         return cls(*(torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
 
     @classmethod
-    def from_predictions(cls, scores: Tensor, prediction: Tensor, label: Tensor, protocol: Protocol) -> SplitCounts:
+    def from_predictions(cls, scores: Tensor, prediction: Tensor, label: Tensor, protocol: Protocol) -> Self:
         """Count one image: class scores (K, H, W) and the class ids (H, W) they predict, against its label (H, W)."""
         return cls(
             Confusion.from_predictions(prediction, label, len(scores)).counts,
@@ -132,22 +130,20 @@ class SplitCounts(NamedTuple):
             calibration_counts(scores, label, protocol.bins), torch.tensor(1),
         )  # fmt: skip
 
-    def plus(self, other: SplitCounts) -> SplitCounts:
+    def plus(self, other: Self) -> Self:
         """Add other counts, on this one's devices."""
-        return SplitCounts(*(own + more.to(own.device) for own, more in zip(self, other, strict=True)))
+        return type(self)(*(own + more.to(own.device) for own, more in zip(self, other, strict=True)))
 
-    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> SplitCounts:
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> Self:
         """Sum over all ranks by a function that sums a tensor over ranks."""
-        return SplitCounts(*(all_reduce(part).to(part.device) for part in self))
+        return type(self)(*(all_reduce(part).to(part.device) for part in self))
 
 
 def calibration_counts(scores: Tensor, label: Tensor, bins: int = 15) -> Tensor:
     """Count pixels by the probability of the predicted class; counts of several images add up.
 
-    Args:
-        scores: class scores before any softmax, (K, H, W) or (B, K, H, W).
-        label: class ids, or `IGNORE` for pixels that are not counted, (H, W) or (B, H, W).
-        bins: number of bins of equal width, from 0 to 1.
+    Class scores (…, K, H, W) are those before any softmax; `IGNORE` in the label (…, H, W) is not counted. The bins are
+    of equal width, from 0 to 1.
 
     Returns:
         (3, bins), float64, on the CPU: pixels, correct pixels, and confidence.

@@ -4,8 +4,6 @@ Multiply-accumulates are of one image. Latency is measured after warm-up with th
 without the heads that only training uses.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math
@@ -33,6 +31,10 @@ METHOD = (
     "wall clock of each forward pass after warm-up, images on the device, which is synchronized before and after; "
     "without transfers and decoding"
 )
+MEMORY = {
+    "cuda": "tensors on the GPU at the peak of the passes, weights included (torch.cuda.max_memory_allocated)",
+    "cpu": "resident memory of the whole process at its peak, interpreter and libraries included",
+}
 DTYPES: dict[Precision, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 RECENT = 120
 """Frames of the recent statistics of a stream."""
@@ -104,19 +106,11 @@ def measure_speed(
     device: torch.device | str = "cpu", warmup: int = 10, repeats: int = 50, threads: int | None = None,
     precision: Precision = "32", macs_of_batch: Sequence[int] = (),
 ) -> Speed:  # fmt: skip
-    """Measure size and speed of a copy of a network without its training heads.
+    """Measure size and speed of a copy of a network that takes (B, C, H, W) floats, without its training heads.
 
-    Args:
-        network: a `Network`, a `Segmenter`, or any module that takes (B, C, H, W) floats.
-        size: side of the image in pixels, or (height, width).
-        batches: batch sizes to time.
-        bands: bands of the image.
-        device: where to run.
-        warmup: untimed passes per batch size.
-        repeats: timed passes per batch size.
-        threads: CPU threads; None: unchanged.
-        precision: 32, or mixed with bf16 or 16.
-        macs_of_batch: batch sizes to count multiply-accumulates of.
+    The side of the image is in pixels, or (height, width). ``warmup`` untimed and ``repeats`` timed passes are taken
+    for each batch size, on ``threads`` CPU threads (None: unchanged), in 32 bits or mixed with bf16 or 16.
+    Multiply-accumulates of whole batches are counted for the sizes ``macs_of_batch``.
 
     Raises:
         RecipeError: batch size, repeats or threads below 1.
@@ -128,7 +122,9 @@ def measure_speed(
     device = torch.device(device)
     network = without_training_heads(network).to(device)
     with limited_threads(threads), evaluation_mode(network), torch.no_grad():
-        machine = describe_machine(device) | _gpu_settings(device)
+        cudnn = torch.backends.cudnn  # settings that change the speed of convolutions
+        settings = {"tf32": cudnn.allow_tf32, "cudnn_benchmark": cudnn.benchmark} if device.type == "cuda" else {}
+        machine = describe_machine(device) | settings
         cast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "32")
         image = _images(1, bands, shape, device)
         with torch.inference_mode(), cast:
@@ -142,7 +138,7 @@ def measure_speed(
             macs_of_batch={batch: count_macs(network, _images(batch, bands, shape, device)) for batch in macs_of_batch},
             bands=bands, size=shape, timings=timings, warmup=warmup, repeats=repeats, precision=precision,
             training_heads=bool(getattr(output, "aux", ())) or getattr(output, "boundary", None) is not None,
-            machine=machine, memory=_memory_kind(device), method=METHOD,
+            machine=machine, memory=MEMORY["cuda" if device.type == "cuda" else "cpu"], method=METHOD,
         )  # fmt: skip
 
 
@@ -164,10 +160,8 @@ def compare_latency(
 ) -> dict[str, Latency]:
     """Time several runtimes in alternation, so that other load of the machine affects all equally.
 
-    Args:
-        runs: functions to time, by name.
-        rounds: timed calls of each function, after two untimed ones.
-        seconds: time after which no further round starts, after at least three; None: no limit.
+    Each function is called ``rounds`` times, after two untimed ones; after ``seconds``, no further round starts, except
+    up to the third. None: no limit.
     """
     for _ in range(2):
         for run in runs.values():
@@ -202,12 +196,7 @@ def without_training_heads(network: nn.Module) -> nn.Module:
 
 
 def count_macs(network: nn.Module, image: Tensor) -> int:
-    """Count the multiply-accumulates of a forward pass in convolutions and matrix products.
-
-    Args:
-        network: any module.
-        image: its input (B, C, H, W); the count is that of the whole batch.
-    """
+    """Count the multiply-accumulates of a pass of a batch (B, C, H, W) in convolutions and matrix products."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(image)
     return int(counter.get_total_flops()) // 2
@@ -241,13 +230,6 @@ def _time(network: nn.Module, images: Tensor, warmup: int, repeats: int) -> Timi
 def _images(batch: int, bands: int, shape: tuple[int, int], device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return (torch.rand(batch, bands, *shape, generator=generator) * 255).to(device)
-
-
-def _gpu_settings(device: torch.device) -> dict[str, bool]:
-    """Settings that change the speed of convolutions."""
-    if device.type != "cuda":
-        return {}
-    return {"tf32": torch.backends.cudnn.allow_tf32, "cudnn_benchmark": torch.backends.cudnn.benchmark}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -289,12 +271,6 @@ def _peak(device: torch.device) -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _memory_kind(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "tensors on the GPU at the peak of the passes, weights included (torch.cuda.max_memory_allocated)"
-    return "resident memory of the whole process at its peak, interpreter and libraries included"
 
 
 class Latencies:

@@ -1,7 +1,5 @@
 """Export a network to a temporary file, compare its predictions with PyTorch's, and rename it if both agree."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
@@ -27,15 +25,7 @@ from overfly.core.spec import NonNegativeFloat, NonNegativeInt, Pixels, Share, S
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import score
 from overfly.evaluation.speed import Latency, compare_latency
-from overfly.exporting.formats import (
-    RANGES,
-    Ranges,
-    deepness_entries,
-    quantize_onnx,
-    quantize_openvino,
-    write_onnx,
-    write_openvino,
-)
+from overfly.exporting import formats
 from overfly.exporting.graph import ExportModule
 from overfly.exporting.predictor import (
     ExportSettings,
@@ -61,18 +51,14 @@ RANGE_IMAGES = 8
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Images on which an export is compared with PyTorch.
+    """Images on which an export is compared with PyTorch, each (1, C, H, W), float32, in the sensor's own range.
 
-    Attributes:
-        images: each (1, C, H, W), float32, in the sensor's own range, without labels.
-        calibration: unlabeled images of one size to calibrate 8-bit ranges.
-        labels: labels for mIoU; None: mIoU is not computed.
-        title: title of the domain, and its split.
+    ``calibration`` are unlabeled images of one size to calibrate 8-bit ranges; without ``labels`` mIoU is not computed.
     """
 
     images: Sequence[Floats]
     calibration: Sequence[Floats]
-    labels: LabeledSplit | None
+    labels: "LabeledSplit | None"
     title: str
 
 
@@ -93,7 +79,7 @@ class ExportReport(Spec):
     """Domain and split of the compared images."""
     calibration_images: NonNegativeInt
     """Number of calibration images; 0 without quantization."""
-    parity: tuple[Parity, ...]
+    parity: "tuple[Parity, ...]"
     """Agreement with PyTorch, by runtime; the runtime of the file's format first."""
     latency: dict[str, Latency]
     """Time of one image, by runtime; ``torch eager`` is the trained network in float32."""
@@ -155,16 +141,16 @@ def _write(
     if settings.format == "torch":
         return write_torch(module, path, properties)
     if settings.output == "probabilities" and settings.format == "onnx":
-        properties |= deepness_entries(metadata)
+        properties |= formats.deepness_entries(metadata)
     plain = path.with_suffix(".plain.onnx")
-    write_onnx(module, plain, properties)
+    formats.write_onnx(module, plain, properties)
     try:
         if settings.format == "onnx" and settings.precision != "int8":
             return plain.replace(path)
         if settings.precision == "int8":
             reference = _reference(segmenter, metadata, settings)
             return _quantize(plain, path, reference=reference, data=data, settings=settings, properties=properties)
-        return write_openvino(plain, path, properties, half=settings.precision == "16")
+        return formats.write_openvino(plain, path, properties, half=settings.precision == "16")
     finally:
         plain.unlink(missing_ok=True)
 
@@ -174,11 +160,11 @@ def _quantize(
     properties: dict[str, str],
 ) -> Path:  # fmt: skip
     """Quantize with each of the `Ranges`, and choose the file that agrees best with PyTorch on a few images."""
-    quantize = quantize_onnx if settings.format == "onnx" else quantize_openvino
+    quantize = formats.quantize_onnx if settings.format == "onnx" else formats.quantize_openvino
     images = data.calibration[:: max(1, len(data.calibration) // RANGE_IMAGES)][:RANGE_IMAGES]
     expected = [reference(image).argmax(1) for image in images]
-    agreement: dict[Ranges, float] = {}
-    for ranges in RANGES:
+    agreement: dict[formats.Ranges, float] = {}
+    for ranges in formats.RANGES:
         file = quantize(plain, path.parent / ranges / path.name, data.calibration, properties, ranges)
         predictor = _open_file(file, settings)[0]
         same = [(predictor(image).argmax(1) == ids).mean() for image, ids in zip(images, expected, strict=True)]
@@ -186,7 +172,7 @@ def _quantize(
     best = max(agreement, key=lambda ranges: agreement[ranges])
     for part in (path.parent / best).iterdir():
         part.replace(path.parent / part.name)
-    for ranges in RANGES:
+    for ranges in formats.RANGES:
         shutil.rmtree(path.parent / ranges)
     return path
 

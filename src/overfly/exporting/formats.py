@@ -1,7 +1,5 @@
 """Write graphs as ONNX or OpenVINO files, and quantize them to 8 bits by the tools of the runtimes."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc
@@ -10,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -134,11 +133,8 @@ def deepness_entries(metadata: ModelMetadata) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in values.items()}
 
 
-def onnx() -> Any:
-    """Import onnx, or raise a MissingExtraError."""
-    return import_extra("onnx", "export", "writing an ONNX file")
-
-
+onnx = partial(import_extra, "onnx", "export", "writing an ONNX file")
+"""Import onnx, or raise a MissingExtraError."""
 INTEGER_OPERATORS = ("Conv", "Add", "Concat", "Resize", "MaxPool", "Mul")
 """Quantized ONNX operators; others stay in float32."""
 Ranges = Literal["extremes", "means"]
@@ -154,12 +150,8 @@ def quantize_onnx(
 ) -> Path:
     """Quantize statically for ONNX Runtime: weights per channel, feature maps per tensor, in QDQ format.
 
-    Args:
-        source: the ONNX file in float32.
-        path: file to write.
-        images: each (1, C, H, W), float32, in the sensor's own range; all of one size.
-        properties: metadata of the file.
-        ranges: how value ranges are estimated.
+    ``source`` is the ONNX file in float32, ``path`` the file to write with the metadata ``properties``. The images are
+    each (1, C, H, W), float32, in the sensor's own range, and all of one size.
     """
     onnxruntime()
     package = onnx()

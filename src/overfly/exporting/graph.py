@@ -4,8 +4,6 @@ Training heads are dropped, and batch normalization and the division by the stan
 convolutions.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -24,18 +22,10 @@ MIN_SIDE = 32
 class ExportModule(nn.Module):
     """A trained network as it is exported: images (B, C, H, W), float32, in the sensor's own range, to its output.
 
-    Args:
-        segmenter: the trained network; it is not changed.
-        output: probabilities (B, K, H, W), logits (B, K, H, W), or classes: class ids (B, H, W), uint8.
-        dtype: arithmetic of the network; normalization and output stay in float32.
-        resize: side of the square that images are resized to before the network; its scores are resized back to
-            the image's own size.
-        fixed: height and width of all images, any numbers; None: any size.
-
-    Attributes:
-        network: a folded copy of the network.
-        bands: number of bands C.
-        classes: number of classes K.
+    The output is probabilities (B, K, H, W), logits (B, K, H, W), or classes: class ids (B, H, W), uint8. The segmenter
+    is not changed: the network is a folded copy, which computes in ``dtype``; normalization and output stay in float32.
+    ``resize`` is the side of the square that images are resized to before the network, whose scores are resized back to
+    the image's own size. ``fixed`` are height and width of all images; None: any size.
     """
 
     mean: Tensor
@@ -102,11 +92,8 @@ class OutputHead(nn.Module):
     ) -> Tensor:
         """Return the output at the image's size.
 
-        Args:
-            scores: (B, K, h, w).
-            size: size to interpolate to.
-            crop: size to crop to, if the image was padded.
-            image: size to resize to, if the image was resized.
+        The scores (B, K, h, w) are interpolated to ``size``, cropped to ``crop`` if the image was padded, and resized
+        to ``image`` if it was resized.
         """
         scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         if crop is not None:

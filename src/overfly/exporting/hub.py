@@ -1,14 +1,12 @@
 """Write model cards, and push exported files to a model hub or load them from it with huggingface_hub."""
 
-from __future__ import annotations
-
 import filecmp
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from overfly.core.atomic_files import temporary_path
 from overfly.core.download import disk_errors
@@ -19,6 +17,7 @@ from overfly.exporting.torch_program import clean_archive
 from overfly.models.checkpoints import first_line
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_huggingface_hub = partial(import_extra, "huggingface_hub", "hub", "a model hub")
 CARD_FILE = "README.md"
 """Name of the model card in a repository."""
 TAGS = ["semantic-segmentation", "remote-sensing", "aerial-imagery"]
@@ -29,8 +28,6 @@ class CardContent:
     """Content of a model card beside the report of an export.
 
     Attributes:
-        title: name of the run.
-        method: method of training or adaptation.
         domains: titles of the domains, each with its role in training and its data sheet.
         scores: mIoU and IoU by class, by domain and split, by seed, of this run and of those that differ in the seed.
         selection: label-free metrics of the candidates as Markdown; empty if the run was not adapted.
@@ -155,7 +152,3 @@ def _move_exports(folder: Path, out: Path, repository: str) -> list[Path]:
     for part in reversed(parts):
         part.replace(out / part.name)
     return [out / part.name for part in parts]
-
-
-def _huggingface_hub() -> Any:
-    return import_extra("huggingface_hub", "hub", "a model hub")

@@ -1,7 +1,5 @@
 """`Predictor`, a network on any runtime, and the metadata of exported files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -103,12 +101,9 @@ def read_metadata(properties: Mapping[str, str], path: Path) -> tuple[ModelMetad
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network on a runtime.
+    """A network on a runtime (torch, onnxruntime or openvino), and the name of its device there.
 
     Attributes:
-        metadata: classes, bands, window.
-        backend: torch, onnxruntime or openvino.
-        device: name of the device in the runtime.
         run: images (B, C, H, W), float32, in the sensor's own range, to class probabilities (B, K, H, W), float32.
             Several threads may call it, one at a time.
         export: format and precision of its file; None for a network that is not exported.

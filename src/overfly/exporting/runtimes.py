@@ -1,7 +1,5 @@
 """Open exported files as predictors: .onnx with ONNX Runtime or OpenVINO, .xml with OpenVINO, .pt2 with PyTorch."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,11 +92,7 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
 
 
 def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor:
-    """Open a program of torch.export with PyTorch.
-
-    Args:
-        path: the .pt2 file that `overfly export` wrote.
-        device: device of the program.
+    """Open a program of torch.export, the .pt2 file that `overfly export` wrote, with PyTorch.
 
     Raises:
         WeightsError: the file is missing, damaged, not exported by overfly, could run code, or its graph differs from
@@ -196,14 +190,10 @@ def openvino_options(settings: ExportSettings, threads: int | None = None) -> di
     return options
 
 
-def onnxruntime() -> Any:
-    """Import onnxruntime, or raise a MissingExtraError."""
-    return import_extra("onnxruntime", "export", "running an ONNX file")
-
-
-def openvino() -> Any:
-    """Import openvino, or raise a MissingExtraError."""
-    return import_extra("openvino", "openvino", "running a network with OpenVINO")
+onnxruntime = functools.partial(import_extra, "onnxruntime", "export", "running an ONNX file")
+"""Import onnxruntime, or raise a MissingExtraError."""
+openvino = functools.partial(import_extra, "openvino", "openvino", "running a network with OpenVINO")
+"""Import openvino, or raise a MissingExtraError."""
 
 
 @functools.cache

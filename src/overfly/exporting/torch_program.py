@@ -5,8 +5,6 @@
 archive, which PyTorch reads instead of the file.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import json
@@ -94,14 +92,9 @@ class DisallowedContentError(Exception):
 def clean_archive(path: Path, archive: io.BytesIO | None = None) -> io.BytesIO:
     """Copy an archive of torch.export into memory, or reject it if loading it could run code.
 
-    The metadata of nodes (stack traces, names of modules) is not copied.
-
-    Args:
-        path: the .pt2 file.
-        archive: its content; None: read from the file.
-
-    Raises:
-        WeightsError: the file is damaged, or holds content that overfly does not export.
+    The metadata of nodes (stack traces, names of modules) is not copied. ``archive`` is the content of the .pt2 file
+    ``path``; None: it is read. Raises `WeightsError`: the file is damaged, or holds content that overfly does not
+    export.
     """
     try:
         return _copy_allowed_parts(archive or path)

@@ -3,8 +3,6 @@
 A file that was opened, or exported, is remembered in the cache folder by its digest, and not tried again.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Networks, the segmenter around them, and their weights. A new architecture is added to `BUILT_IN`."""
 
-from __future__ import annotations
-
 from overfly.models import deeplabv2, lraspp, pidnet
 from overfly.models.checkpoints import PRETRAINED
 from overfly.models.network import Network, build, names, register

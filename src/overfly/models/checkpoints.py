@@ -1,7 +1,5 @@
 """Checkpoint files: locate, verify, and read them as tensors by name without running code."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json
@@ -51,11 +49,10 @@ PREFIXES = ("model.", "module.", "network.", "net.", "Scale.", "_orig_mod.")
 
 
 def locate(path: Path | str) -> Path:
-    """Locate the weights file that a recipe names.
+    """Locate the weights file that a recipe names: a file, one inside an installed package, or a key of `PRETRAINED`.
 
-    Args:
-        path: a file; or ``package:NAME/inner/file.pth``, a file inside an installed Python package; or a key of
-            `PRETRAINED`: the file in the cache folder, else of an installed package (`PACKAGED`), else a download.
+    One in a package is ``package:NAME/inner/file.pth``. That of a key is in the cache folder, else in an installed
+    package (`PACKAGED`), else downloaded.
 
     Raises:
         WeightsError: the file, package or name does not exist.
@@ -105,14 +102,9 @@ def _inside_package(text: str) -> Path:
 
 
 def check_digest(path: Path, sha256: str) -> None:
-    """Compare the SHA-256 of a file.
+    """Compare the SHA-256 of a file with 64 hex digits, or the first 8 or more of them.
 
-    Args:
-        path: the file.
-        sha256: 64 hex digits, or the first 8 or more of them.
-
-    Raises:
-        WeightsError: they differ, or ``sha256`` is malformed.
+    Raises `WeightsError` if they differ, or ``sha256`` is malformed.
     """
     expected = sha256.strip().lower()
     if not 8 <= len(expected) <= 64 or set(expected) - set("0123456789abcdef"):
@@ -128,10 +120,8 @@ def check_digest(path: Path, sha256: str) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint by name, on the CPU, without wrapping dictionaries.
 
-    Reads ``.safetensors`` files and files of ``torch.save``; code in them is never run.
-
-    Raises:
-        WeightsError: the file is damaged, holds no named tensors, or holds objects whose loading would run code.
+    Reads ``.safetensors`` files and files of ``torch.save``; code in them is never run. Raises `WeightsError`: the file
+    is damaged, holds no named tensors, or holds objects whose loading would run code.
     """
     content: Any = read_safetensors(path)[1] if path.suffix == ".safetensors" else _read_torch(path)
     opened: set[int] = set()
@@ -151,15 +141,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Check that tensors are plain, real and finite.
-
-    Args:
-        path: the file that they were read from, for the message.
-        tensors: tensors by name, of those that a network will take.
-
-    Raises:
-        WeightsError: a tensor is not plain and real, or holds NaN or values beyond the range of float32.
-    """
+    """Check that the tensors a network takes from a file are plain, real and finite in float32; else `WeightsError`."""
     for name, tensor in tensors.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not plain or tensor.dtype not in NUMBER_TYPES:
@@ -181,9 +163,7 @@ def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def strip_prefixes(tensors: Mapping[str, Tensor], own: tuple[str, ...]) -> dict[str, Tensor]:
     """Remove prefixes such as ``model.`` and ``module.``, also several in a row, from the names of tensors.
 
-    Args:
-        tensors: tensors by name.
-        own: names of the network's direct children; these are not removed.
+    The names in ``own``, of the network's direct children, are not removed.
     """
     prefixes = tuple(prefix for prefix in PREFIXES if prefix[:-1] not in own)
     stripped = {}

@@ -4,8 +4,6 @@ The variant that domain adaptation papers use (Tsai et al., AdaptSegNet, CVPR 20
 ResNet are torchvision's.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch
@@ -70,13 +68,8 @@ class DeepLabV2(Network):
     """ResNet at output stride 8 (stages 3 and 4 dilated by 2 and 4) and the sum of four dilated 3×3 classifiers.
 
     Two kinds of ResNet share names and shapes: the stride of stage 2 is in the 1×1 convolution of its first block
-    (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `convert_checkpoint` detects the kind of a
-    checkpoint, and the state dict stores it (``_extra_state``).
-
-    Args:
-        classes: number of classes K.
-        bands: number of bands C of the images.
-        blocks: blocks of each stage.
+    (Caffe, AdaptSegNet) or in the 3×3 one (torchvision). `convert_checkpoint` detects the kind of a checkpoint, and the
+    state dict stores it (``_extra_state``). ``blocks`` are those of each stage.
     """
 
     stride = 8

@@ -4,8 +4,6 @@ The encoder is MobileNetV2 (Sandler et al., CVPR 2018) with torchvision's names,
 stride 16. The decoder is LR-ASPP (Howard et al., MobileNetV3, ICCV 2019), with skips from output strides 8 and 4.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -113,13 +111,7 @@ def mobilenet_v2_features(bands: int) -> nn.Sequential:
 
 
 class LRASPP(Network):
-    """MobileNetV2 with an LR-ASPP decoder of output stride 4.
-
-    Args:
-        classes: number of classes K.
-        training_heads: add ``auxiliary``, class scores at a 16th of the size.
-        bands: number of bands C of the images.
-    """
+    """MobileNetV2 with an LR-ASPP decoder of output stride 4; for training also ``auxiliary`` at a 16th."""
 
     stride = 4
     heads = ("context", "gate", "at_eighth", "at_quarter", "auxiliary", "classifier")

@@ -1,7 +1,5 @@
 """The base class of all networks, and their registry: one builder function per variant."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -60,13 +58,9 @@ class Network(nn.Module):
             pool.count_include_pad = value
 
     def convert_checkpoint(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Rename the tensors of public checkpoints of this architecture to this network's names.
+        """Rename the tensors of public checkpoints of this architecture to this network's names; return notes too.
 
-        Args:
-            state: tensors of a checkpoint by name, without prefixes such as ``module.``.
-
-        Returns:
-            The tensors under this network's names, and notes for the user.
+        The names in ``state`` are without prefixes such as ``module.``.
         """
         return state, ()
 
@@ -91,19 +85,10 @@ def names() -> tuple[str, ...]:
 
 
 def build(name: str, classes: int = 7, training_heads: bool = True, bands: int = 3) -> Network:
-    """Build a network with random weights.
+    """Build a network of `names` or a plug-in, with random weights, for K classes and images of C bands.
 
-    Args:
-        name: one of `names`, or of a plug-in (entry point ``overfly.plugins``).
-        classes: number of classes K.
-        training_heads: add the auxiliary and boundary heads that only training uses.
-        bands: number of bands C of the images.
-
-    Returns:
-        A module that maps normalized images (B, C, H, W) to `Logits` at its own stride.
-
-    Raises:
-        RecipeError: the name is unknown, or a number is below 1.
+    ``training_heads`` adds the auxiliary and boundary heads that only training uses. Raises `RecipeError` if the name
+    is unknown, or a number is below 1.
     """
     if name not in _BUILDERS:
         load_plugins()

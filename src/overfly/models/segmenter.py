@@ -1,7 +1,5 @@
 """Segmenter: a network with normalization and class names, for training, scoring and export."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -31,18 +29,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Segmenter(nn.Module):
     """A network with normalization: maps images (B, C, H, W) in the sensor's range to `Logits` at the image's size.
 
-    The arguments are attributes too, mean and std as buffers (1, C, 1, 1); ``bands`` is the number of bands C.
-
-    Args:
-        network: maps normalized images to `Logits` at its own stride.
-        classes: names and colors of the K classes.
-        architecture: name of the network in the registry.
-        mean: mean of each band, in the sensor's range.
-        std: standard deviation of each band, in the sensor's range.
-        max_value: largest value of the sensor's range.
-
-    Raises:
-        RecipeError: mean and std are not one positive number per band.
+    The arguments are attributes too, mean and std of each band, in the sensor's range, as buffers (1, C, 1, 1);
+    ``bands`` is the number of bands C. ``network`` maps normalized images to `Logits` at its own stride;
+    ``architecture`` is its name in the registry; ``max_value`` is the largest value of the sensor's range. Raises
+    `RecipeError`: mean and std are not one positive number per band.
     """
 
     mean: Tensor
@@ -78,18 +68,11 @@ class Segmenter(nn.Module):
         return tuple(f"network.{prefix}" for prefix in self.network.heads)
 
     def forward(self, image: Tensor) -> Logits:
-        """Scores at the image's size.
+        """Scores at the image's size, H × W, of images (B, C, H, W) of any number type in the sensor's range.
 
-        Args:
-            image: (B, C, H, W), any number type, in the sensor's range. Sides that are not a multiple of the stride are
-                padded on the right and below by repeating the last pixels, and the scores are cropped.
-
-        Returns:
-            main, aux and boundary upsampled to H × W (bilinear, corners not aligned); features as the network returns
-            them.
-
-        Raises:
-            DataError: the images do not have the bands that the network reads.
+        Sides that are not a multiple of the stride are padded on the right and below by repeating the last pixels, and
+        the scores are cropped. main, aux and boundary are upsampled (bilinear, corners not aligned); features are as
+        the network returns them. Raises `DataError` if the images do not have the bands that the network reads.
         """
         if image.ndim != 4 or image.shape[1] != self.bands:
             raise DataError(
@@ -154,14 +137,9 @@ class Segmenter(nn.Module):
     def load(cls, path: Path | str, training_heads: bool | None = None) -> Self:
         """Read a file that `save` wrote.
 
-        Args:
-            path: the file.
-            training_heads: None keeps the training heads of the file; False removes them; True builds them in any case,
-                with random weights where the file has none.
-
-        Raises:
-            WeightsError: the file is missing, damaged, not written by `save`, has values that are not finite, or needs
-                an unknown network.
+        ``training_heads`` None keeps the training heads of the file; False removes them; True builds them in any case,
+        with random weights where the file has none. Raises `WeightsError`: the file is missing, damaged, not written by
+        `save`, has values that are not finite, or needs an unknown network.
         """
         description, tensors = read_segmenter_file(Path(path))
         check_values(Path(path), tensors)

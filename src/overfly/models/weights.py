@@ -1,7 +1,5 @@
 """Load public checkpoints into a network, and report which tensors matched."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,8 @@ class LoadReport:
     """Result of `load_weights`; ``str`` gives a summary.
 
     Attributes:
-        source: the file that was read.
         loaded: names of the network's tensors that now hold the file's values.
-        missing: names of the network's tensors that the file does not have.
-        unexpected: names of the file's tensors that the network does not have.
+        missing, unexpected: names of tensors that only the network has, and that only the file has.
         mismatched: (name, shape in the file, shape in the network) of tensors of different shapes.
         notes: sentences about conversions and about the file.
     """
@@ -55,21 +51,13 @@ class LoadReport:
 
 
 def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = None) -> LoadReport:
-    """Load the tensors of a checkpoint whose names and shapes match the network's.
+    """Load the tensors of a checkpoint whose names and shapes match the network's, and return which.
 
     Names of known checkpoints are translated: PIDNet's release (ImageNet and Cityscapes), torchvision's ResNet-101 and
     MobileNetV2, DeepLab of the AdaptSegNet family, and files of overfly. Where the file's first convolution has another
     number of bands, each band gets the mean over the file's bands, scaled by their number over the network's, so that
-    the output for a gray image does not change.
-
-    Args:
-        network: a network, or the `Segmenter` around one, whose normalization and classes do not change.
-        path: a .safetensors, .pth or .pt file; or ``package:NAME/inner/file.pth``, a file inside an installed Python
-            package; or a key of `PRETRAINED`.
-        sha256: expected SHA-256 of the file, in full or its first 8 or more hex digits.
-
-    Returns:
-        Which tensors were loaded.
+    the output for a gray image does not change. Of a `Segmenter`, normalization and classes do not change. ``path`` is
+    as in `locate`; ``sha256`` is that of the file, in full or its first 8 or more hex digits.
 
     Raises:
         WeightsError: the file is missing, damaged, would run code, has another digest, holds values that are not finite

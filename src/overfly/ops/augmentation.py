@@ -4,8 +4,6 @@ Random numbers are drawn per image from a generator on the CPU, so that a seed g
 in a resumed run. The augmentations are in `geometry` and `color`.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -38,14 +36,10 @@ class Augment(Choice, ABC):
         """Transform every image of the batch; the result has the same shape."""
 
     def __call__(self, batch: Labeled, generator: Generator) -> Labeled:
-        """Transform each image with probability ``p``; the given batch does not change.
+        """Transform each image of a batch, in 0 to 1, with probability ``p``; the given batch does not change.
 
-        Args:
-            batch: images in 0 to 1, and labels.
-            generator: on the CPU.
-
-        Returns:
-            A batch of the same shape and types, images in 0 to 1, labels of the same ids or `IGNORE`.
+        The result has the same shape and types, images in 0 to 1, labels of the same ids or `IGNORE`. The generator is
+        on the CPU.
         """
         chosen = chance(len(batch.image), self.p, generator).nonzero().squeeze(1)
         if len(chosen) == 0:
@@ -59,19 +53,10 @@ class Augment(Choice, ABC):
 
 @torch.no_grad()
 def augment(batch: Labeled, augments: Sequence[Augment], *, max_value: float, generator: Generator) -> Labeled:
-    """Apply augmentations in order, before normalization.
+    """Apply augmentations in order, before normalization, to images (B, C, H, W) and labels (B, H, W).
 
-    Args:
-        batch: images (B, C, H, W), float, 0 to ``max_value``, and labels (B, H, W).
-        augments: in the order in which they are applied.
-        max_value: largest value of the sensor's range, such as 255 for 8 bits.
-        generator: on the CPU.
-
-    Returns:
-        Images in the same range, 0 to ``max_value``, and labels.
-
-    Raises:
-        ValueError: ``max_value`` is not above 0.
+    Images are float, 0 to ``max_value``, the largest value of the sensor's range, before and after. The generator is on
+    the CPU. Raises `ValueError`: ``max_value`` is not above 0.
     """
     if not max_value > 0:
         raise ValueError(f"max_value must be above 0, got {max_value}")

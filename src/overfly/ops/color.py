@@ -4,8 +4,6 @@ Augmentations apply before normalization, to images in 0 to 1 of any number of b
 bands only; with any other number each band gets its own brightness and contrast.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from typing import Annotated, Any

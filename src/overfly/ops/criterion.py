@@ -1,7 +1,5 @@
 """Supervised losses as recipe settings: their terms, their weights, and the class boundaries that they need."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -157,11 +155,8 @@ def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None) -> Te
 def within_known(where: Tensor, width: int = 4) -> Tensor:
     """Pixels of which every pixel within reach of `boundaries` is known, bool (B, H, W).
 
-    Beside a pasted region the label is a pseudo-label, so a missing boundary there is no negative example.
-
-    Args:
-        where: True at known pixels, bool (B, H, W); pixels outside the image count as known.
-        width: of the boundaries, in pixels, 1 or more.
+    Beside a pasted region the label is a pseudo-label, so a missing boundary there is no negative example. ``where`` is
+    True at known pixels, bool (B, H, W); pixels outside the image count as known. ``width`` is that of `boundaries`.
     """
     return _window(where.to(torch.int16), width, torch.minimum, fill=1).bool()
 

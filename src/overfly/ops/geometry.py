@@ -4,8 +4,6 @@ Images are sampled bilinearly and mirrored beyond their edges; labels are sample
 beyond their edges. Coordinates are in pixels from the upper left corner; the center of the first pixel is at 0.5.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch
@@ -23,14 +21,9 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def warp(batch: Labeled, grid: Tensor) -> Labeled:
-    """Sample images and labels at the same coordinates.
+    """Sample images (B, C, H, W), bilinear, and labels (B, H, W), nearest, `IGNORE` outside, at the same coordinates.
 
-    Args:
-        batch: images (B, C, H, W) and labels (B, H, W).
-        grid: source coordinates of each pixel of the result, (B, h, w, 2), x then y, in pixels.
-
-    Returns:
-        Images (B, C, h, w), bilinear, and labels (B, h, w), nearest, `IGNORE` outside.
+    ``grid`` holds the source coordinates of each pixel of the result, (B, h, w, 2), x then y, in pixels.
     """
     height, width = batch.label.shape[-2:]
     size = torch.tensor([width, height], dtype=grid.dtype).to(grid.device, non_blocking=True)
@@ -42,13 +35,9 @@ def warp(batch: Labeled, grid: Tensor) -> Labeled:
 
 
 def affine(batch: Labeled, linear: Tensor, pivot: Tensor, image_of_pivot: Tensor) -> Labeled:
-    """Affine transform that maps the point ``pivot`` to ``image_of_pivot``.
+    """Affine transform that maps the point ``pivot`` of each image to ``image_of_pivot``, (B, 2), (x, y) in pixels.
 
-    Args:
-        batch: images (B, C, H, W) and labels (B, H, W).
-        linear: (B, 2, 2), from distances in the result to distances in the image, (x, y) both.
-        pivot: a point (x, y) of each image, (B, 2), in pixels.
-        image_of_pivot: that point in the result, (B, 2), in pixels.
+    ``linear`` (B, 2, 2) maps distances in the result to distances in the image, (x, y) both.
     """
     height, width = batch.label.shape[-2:]
     values = (

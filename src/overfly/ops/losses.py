@@ -5,8 +5,6 @@ pixel counts, compute in float32 under autocast, and never synchronize. NaN scor
 loss. Scores and labels of different size raise a ValueError.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -19,19 +17,11 @@ from overfly.core.records import IGNORE
 def cross_entropy(
     logits: Tensor, label: Tensor, *, weight: Tensor | None = None, class_weight: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy, mean over the valid pixels.
+    """Cross-entropy, mean over the valid pixels, of class scores (B, K, H, W) and class ids (B, H, W) or `IGNORE`.
 
-    With pixel weights w and class weights c the value is ``sum(c w loss) / sum(c)`` over the valid pixels: w = 0.5
-    everywhere halves the loss, and only the ratios of c matter, as in `torch.nn.functional.cross_entropy`.
-
-    Args:
-        logits: class scores (B, K, H, W).
-        label: class ids (B, H, W), 0 to K-1 or `IGNORE`.
-        weight: weight of each pixel, any shape that broadcasts to (B, H, W), such as (B, 1, 1) for whole images.
-        class_weight: weight of each class (K,).
-
-    Returns:
-        A scalar; 0 where no pixel is valid.
+    With pixel weights w and class weights c (K,) the value is ``sum(c w loss) / sum(c)`` over the valid pixels: w = 0.5
+    everywhere halves the loss, and only the ratios of c matter, as in `torch.nn.functional.cross_entropy`. Pixel
+    weights have any shape that broadcasts to (B, H, W), such as (B, 1, 1) for whole images. 0 where no pixel is valid.
     """
     loss = _per_pixel(logits, label)
     count = (label != IGNORE).to(loss.dtype)
@@ -49,23 +39,12 @@ def ohem_cross_entropy(
 ) -> Tensor:  # fmt: skip
     """Cross-entropy of the hard pixels only (online hard example mining), as PIDNet is trained.
 
-    Let p be the probability of the true class at each of the n valid pixels of the batch, sorted in ascending order
-    and counted from 0. Pixels with p strictly below ``max(threshold, p[min(min_kept, n - 1)])`` are kept, and the loss
-    is their mean. Of pixels that tie at the limit none is kept; if none is kept at all, the loss is 0.
+    Let p be the probability of the true class at each of the n valid pixels of the batch, sorted in ascending order and
+    counted from 0. Pixels with p strictly below ``max(threshold, p[min(min_kept, n - 1)])`` are kept, and the loss is
+    their mean. Of pixels that tie at the limit none is kept; if none is kept at all, the loss is 0. The weights of
+    `cross_entropy` multiply each pixel's loss; unlike there the count stays that of the kept pixels, as published.
 
     Source: the published code of PIDNet (Xu et al., 2023) and HRNet; OHEM is due to Shrivastava et al., 2016.
-
-    Args:
-        logits: class scores (B, K, H, W).
-        label: class ids (B, H, W), 0 to K-1 or `IGNORE`.
-        threshold: pixels with a probability of the true class below this are hard, 0 to 1.
-        min_kept: smallest number of pixels of the batch to keep.
-        class_weight: (K,), multiplies each pixel's loss; unlike in `cross_entropy` the count stays that of the kept
-            pixels, as published.
-        weight: multiplies each pixel's loss, broadcasts to (B, H, W); it does not change which pixels are kept.
-
-    Returns:
-        A scalar; 0 where no pixel is valid.
     """
     loss = _per_pixel(logits, label)
     valid = label != IGNORE
@@ -83,24 +62,13 @@ def boundary_loss(
     logits: Tensor, boundary: Tensor, weight: float = 20.0, *, valid: Tensor | None = None,
     pixel_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Binary cross-entropy of a boundary head, balanced by the share of boundary pixels.
+    """Binary cross-entropy of boundary scores (B, 1, H, W) before the sigmoid, balanced by the share of boundaries.
 
     Over the whole batch, boundary pixels are weighted by the share of the others, and the others by the share of
-    boundary pixels; then the mean over the counted pixels, times ``weight``. Where the batch has only one kind, the
-    loss is 0. Source: PIDNet (Xu et al., 2023), l1 of equation 7.
-
-    Args:
-        logits: boundary scores before the sigmoid, (B, 1, H, W).
-        boundary: True at boundaries, bool (B, H, W) or (B, 1, H, W).
-        weight: multiplies the loss.
-        valid: True at pixels that count, (B, H, W) or (B, 1, H, W); None: all.
-        pixel_weight: multiplies each pixel's loss, broadcasts to (B, H, W).
-
-    Returns:
-        A scalar; 0 where no pixel counts.
-
-    Raises:
-        ValueError: scores and boundaries differ in size, or boundaries are not bool.
+    boundary pixels; then the mean over the counted pixels, times ``weight``. Where the batch has only one kind, or no
+    pixel counts, the loss is 0. Source: PIDNet (Xu et al., 2023), l1 of equation 7. ``boundary`` and ``valid`` (None:
+    all) are (B, H, W) or (B, 1, H, W); ``pixel_weight`` multiplies each pixel's loss and broadcasts to (B, H, W).
+    Raises `ValueError`: scores and boundaries differ in size, or boundaries are not bool.
     """
     scores, target = _full_precision(logits), _with_channel(boundary)
     if scores.ndim != 4 or scores.shape[1] != 1 or target.shape != scores.shape or target.dtype != torch.bool:
@@ -124,15 +92,7 @@ def dice_loss(logits: Tensor, label: Tensor, *, weight: Tensor | None = None) ->
 
     Sums run over the whole batch. Pixel weights scale the sums, and the result is multiplied by their mean over the
     valid pixels, so that a weight of 0.5 everywhere halves the loss. Source: Milletari et al., 2016, without squares
-    in the denominator.
-
-    Args:
-        logits: class scores (B, K, H, W).
-        label: class ids (B, H, W), 0 to K-1 or `IGNORE`.
-        weight: broadcasts to (B, H, W).
-
-    Returns:
-        A scalar, 0 to 1 times the mean weight; 0 where no pixel is valid.
+    in the denominator. Arguments are those of `cross_entropy`; 0 where no pixel is valid.
     """
     _check_size(logits, label)
     probability = probabilities(logits)
@@ -151,14 +111,9 @@ def dice_loss(logits: Tensor, label: Tensor, *, weight: Tensor | None = None) ->
 def soft_label_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0, where: Tensor | None = None) -> Tensor:
     """Kullback-Leibler divergence of the student from the teacher, mean over pixels (Hinton et al., 2015).
 
-    Args:
-        logits: class scores of the student (B, K, H, W).
-        teacher: class scores of the teacher, the same shape; they get no gradient.
-        temperature: divides both; the loss is multiplied by its square, so that gradients keep their size.
-        where: True at pixels that count (B, H, W); None: all.
-
-    Returns:
-        A scalar; 0 where both agree, or no pixel counts.
+    Both are class scores (B, K, H, W), divided by the temperature; the teacher's get no gradient. The loss is
+    multiplied by the temperature's square, so that gradients keep their size. Pixels count where ``where`` (B, H, W) is
+    true; None: all. 0 where both agree, or no pixel counts.
     """
     student = (logits.float() / temperature).log_softmax(1)
     target = (teacher.detach().float() / temperature).log_softmax(1)
@@ -173,14 +128,8 @@ def probabilities(logits: Tensor) -> Tensor:
 def self_information(logits: Tensor) -> Tensor:
     """Weighted self-information ``-p log p`` of each class, divided by log K (Vu et al., 2019, ADVENT, section 3.2).
 
-    Args:
-        logits: class scores (B, K, H, W) with K of 2 or more.
-
-    Returns:
-        (B, K, H, W), 0 or above; its sum over K is the `entropy`.
-
-    Raises:
-        ValueError: K is 1.
+    (B, K, H, W), 0 or above, of class scores (B, K, H, W); its sum over K is the `entropy`. Raises `ValueError` if K is
+    1.
     """
     if logits.shape[1] < 2:
         raise ValueError("entropy needs at least 2 classes, got 1")
@@ -191,11 +140,7 @@ def self_information(logits: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the class probabilities at each pixel, divided by log K (Vu et al., 2019, ADVENT, equation 1).
 
-    Args:
-        logits: class scores (B, K, H, W) with K of 2 or more.
-
-    Returns:
-        (B, H, W), 0 (one class) to 1 (uniform).
+    (B, H, W), 0 (one class) to 1 (uniform), of class scores (B, K, H, W) with K of 2 or more.
     """
     return self_information(logits).sum(1)
 
@@ -220,11 +165,8 @@ def distribution_entropy(probability: Tensor) -> Tensor:
 def diversity(logits: Tensor, where: Tensor | None = None) -> Tensor:
     """Entropy of the mean prediction over pixels, divided by log K: 0 (one class) to 1 (all equally frequent).
 
-    Together with `mean_entropy` it gives information maximization (Liang et al., 2020, SHOT, arXiv:2002.08546).
-
-    Args:
-        logits: class scores (B, K, H, W) with K of 2 or more.
-        where: True at pixels that count (B, H, W); None: all.
+    Together with `mean_entropy` it gives information maximization (Liang et al., 2020, SHOT, arXiv:2002.08546). Class
+    scores are (B, K, H, W), K of 2 or more; pixels count where ``where`` (B, H, W) is true; None: all.
     """
     probability = logits.float().softmax(1)
     if where is None:
@@ -235,24 +177,18 @@ def diversity(logits: Tensor, where: Tensor | None = None) -> Tensor:
 
 
 def charbonnier_entropy(logits: Tensor, power: float = 2.0) -> Tensor:
-    """Mean of ``(entropy ** 2 + 1e-6) ** power``, which weighs high entropies more (Yang and Soatto, 2020, FDA).
+    """Mean of ``(entropy ** 2 + 1e-6) ** power`` of class scores (B, K, H, W) (Yang and Soatto, 2020, FDA).
 
-    Args:
-        logits: class scores (B, K, H, W).
-        power: above 0.5 reduces the influence of confident pixels.
+    A power above 0.5 reduces the influence of confident pixels.
     """
     return ((entropy(logits) ** 2 + 1e-6) ** power).mean()
 
 
 def distance_to_uniform(logits: Tensor, where: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the predictions from uniform ones, mean over some pixels; 0 if there are none.
+    """Kullback-Leibler divergence of the predictions from uniform ones, mean where ``where`` (B, H, W) is true, or 0.
 
     Minimized at pixels with pseudo-labels, it prevents overconfident predictions (Zou et al., 2019, CRST,
     arXiv:1908.09822).
-
-    Args:
-        logits: class scores (B, K, H, W).
-        where: True at pixels that count (B, H, W).
     """
     return masked_mean(-logits.float().log_softmax(1).mean(1) - math.log(logits.shape[1]), where)
 

@@ -1,7 +1,5 @@
 """Batch normalization and its statistics; joint forward passes; freezing of weights."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -63,11 +61,8 @@ def estimate_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
 def weighted_statistics(module: nn.Module, weight: Tensor) -> Iterator[None]:
     """Normalize by the weighted statistics of the batch, and average them over all batches since `reset_statistics`.
 
-    Everything is in evaluation mode.
-
-    Args:
-        module: its batch normalizations' running statistics are updated.
-        weight: weight of each pixel (B, H, W), 0 or more; averaged to the size of each layer.
+    Everything is in evaluation mode. The weight of each pixel (B, H, W), 0 or more, is averaged to the size of each
+    layer.
     """
 
     def normalize(norm: _BatchNorm, inputs: tuple[Tensor], _: Tensor) -> Tensor:
@@ -119,12 +114,7 @@ def blend_statistics(module: nn.Module, other: nn.Module, share: float) -> None:
 
     Means and variances are blended separately (Schneider et al., 2020, arXiv:2006.16971). The variance of a mixture
     would also have ``share (1 - share)`` times the squared distance of the means; it is left out, since a test batch
-    comes from one domain alone.
-
-    Args:
-        module: changed in place.
-        other: not changed.
-        share: 0 keeps the module's own bit for bit, 1 takes the other's.
+    comes from one domain alone. ``share`` 0 keeps the module's own bit for bit, 1 takes the other's.
     """
     for own, target in zip(batch_norms(module), batch_norms(other), strict=True):
         for name in ("running_mean", "running_var"):
@@ -145,13 +135,9 @@ def replace_modules(
 
 
 def joint_forward(student: nn.Module, *images: Tensor) -> list[Logits]:
-    """Logits of several groups of images from one forward pass, normalized by their joint statistics.
+    """Logits of several groups of images (B_i, C, H, W) from one forward pass, normalized by their joint statistics.
 
     Separate passes would normalize each group by its own statistics and mix running statistics that fit neither.
-
-    Args:
-        student: returns `Logits`.
-        images: groups (B_i, C, H, W) of the same size.
     """
     return split_logits(student(torch.cat(images)), [len(group) for group in images])
 
@@ -171,13 +157,7 @@ def probe_outputs(student: nn.Module, bands: int) -> Logits:
 
 
 def freeze_unused(student: nn.Module, bands: int, read: Callable[[Logits], tuple[Tensor, ...]]) -> None:
-    """Freeze, in place, the trainable weights that a method's losses do not depend on.
-
-    Args:
-        student: returns `Logits`.
-        bands: number of bands of its images.
-        read: the outputs that the losses read.
-    """
+    """Freeze, in place, the trainable weights that a method's losses, which ``read`` some outputs, do not depend on."""
     with torch.enable_grad():
         outputs = read(probe_outputs(student, bands))
         weights = [weight for weight in student.parameters() if weight.requires_grad]

@@ -1,7 +1,5 @@
 """Sliding windows: positions that cover an image, blending weights, and prediction window by window."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,19 +29,11 @@ class Window(NamedTuple):
 
 
 def window_starts(length: int, size: int, overlap: float) -> list[int]:
-    """Start positions of the windows along one axis.
+    """Start positions, ascending from 0, of the windows of ``size`` along an axis of ``length`` pixels.
 
-    Args:
-        length: pixels of the axis.
-        size: pixels of a window.
-        overlap: share of a window that the next one covers again, 0 to below 1.
-
-    Returns:
-        Ascending positions, the first 0. The last window is shifted inside, so its overlap may be larger. Where the
-        axis is shorter than a window there is one window, at 0.
-
-    Raises:
-        ValueError: a length is below 1, or the overlap outside 0 to below 1.
+    ``overlap`` is the share of a window that the next one covers again, 0 to below 1. The last window is shifted
+    inside, so its overlap may be larger. Where the axis is shorter than a window there is one window, at 0. Raises
+    `ValueError`: a length is below 1, or the overlap outside 0 to below 1.
     """
     if length < 1 or size < 1:
         raise ValueError(f"image and window must be at least 1 pixel wide, got {length} and {size}")
@@ -57,15 +47,10 @@ def window_starts(length: int, size: int, overlap: float) -> list[int]:
 
 
 def window_grid(height: int, width: int, size: int, overlap: float) -> list[Window]:
-    """Windows of ``size`` by ``size`` that cover every pixel of an image, row by row from the top left.
+    """Windows of ``size`` by ``size`` pixels that cover every pixel of an image, row by row from the top left.
 
     Along an axis on which the image is smaller than a window, the window is as long as the image; `cut_window` pads it.
-
-    Args:
-        height: rows of the image.
-        width: columns of the image.
-        size: side of a window in pixels.
-        overlap: share of a window's side that the next one covers again, 0 to below 1.
+    ``overlap`` is the share of a window's side that the next one covers again, 0 to below 1.
     """
     return [
         Window(top, left, min(size, height), min(size, width))
@@ -75,15 +60,9 @@ def window_grid(height: int, width: int, size: int, overlap: float) -> list[Wind
 
 
 def cut_window(image: Tensor, window: Window, size: int) -> Tensor:
-    """Pixels of a window, padded on the right and below to ``size`` by repeating the last pixels.
+    """Pixels (…, C, size, size) of a window of an image (…, C, H, W), float, padded on the right and below.
 
-    Args:
-        image: (C, H, W) or (B, C, H, W), float.
-        window: a window of this image.
-        size: side of the result in pixels; at least the window's.
-
-    Returns:
-        (C, size, size) or (B, C, size, size).
+    The last pixels are repeated.
     """
     patch = image[..., window.rows, window.columns]
     below, right = size - window.height, size - window.width
@@ -107,24 +86,16 @@ def blend_weights(size: int) -> Tensor:
 def slide_inference(
     predict: Callable[[Tensor], Tensor], image: Tensor, size: int, overlap: float = 0.25, batch: int = 4
 ) -> Tensor:
-    """Class scores of a whole image, the weighted mean of the scores of overlapping windows.
+    """Class scores (…, K, H, W), float32, of images (…, C, H, W): weighted means of those of overlapping windows.
 
-    Logits are averaged as logits, probabilities as probabilities, as ``predict`` returns them.
-
-    Args:
-        predict: images (N, C, size, size) to class scores (N, K, size, size), N at most ``batch``; it moves its input
-            to the network's device.
-        image: (C, H, W) or (B, C, H, W), float, in the sensor's range.
-        size: side of a window in pixels; a smaller image is padded by repeating its border.
-        overlap: share of a window's side that the next one covers again, 0 to below 1.
-        batch: windows per call of ``predict``.
-
-    Returns:
-        Class scores (K, H, W) or (B, K, H, W), float32, on the image's device.
+    Logits are averaged as logits, probabilities as probabilities, as ``predict`` returns them: images (N, C, size,
+    size), N at most ``batch``, to class scores (N, K, size, size). It moves its input to the network's device. A
+    smaller image is padded by repeating its border. ``overlap`` is the share of a window's side that the next one
+    covers again, 0 to below 1.
 
     Raises:
         ValueError: the size is below 1, the overlap outside 0 to below 1, the batch of images empty, or the scores are
-            not of the window's size.
+        not of the window's size.
     """
     images = image if image.dim() == 4 else image[None]
     height, width = images.shape[-2:]

@@ -1,7 +1,5 @@
 """Settings, files, bands and manifest of a map, and checks for existing maps."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -62,12 +60,9 @@ class MapSettings:
 
 @dataclass(frozen=True)
 class Product:
-    """One file of a map.
+    """A file of a map: the content of its bands, and their number.
 
-    Attributes:
-        kind: content of its bands.
-        bands: number of bands.
-        encode: converts weighted sums of probabilities (K, h, w) and the no-data mask (h, w) to bands (bands, h, w).
+    ``encode`` converts weighted sums of probabilities (K, h, w) and the no-data mask (h, w) to bands (bands, h, w).
     """
 
     kind: ProductKind
@@ -171,16 +166,11 @@ def make_manifest(source: RasterSource, predictor: Predictor, settings: MapSetti
     for key in ("batch", "overwrite"):  # they do not change the pixels
         del values[key]
     return {
-        "raster": path.name if stat else source.source,
-        "bytes": stat.st_size if stat else None,
-        "modified": stat.st_mtime_ns if stat else None,
-        "network": network,
-        "title": predictor.metadata.title,
-        "backend": predictor.backend,
-        **values,
-        "window": settings.window or predictor.metadata.window,
+        "raster": path.name if stat else source.source, "bytes": stat.st_size if stat else None,
+        "modified": stat.st_mtime_ns if stat else None, "network": network, "title": predictor.metadata.title,
+        "backend": predictor.backend, **values, "window": settings.window or predictor.metadata.window,
         "bands": ",".join(map(str, source.bands)),
-    }
+    }  # fmt: skip
 
 
 def read_manifest(path: Path) -> Any:

@@ -1,7 +1,5 @@
 """Predict a raster window by window into a georeferenced map, in constant memory; a stopped job resumes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time
@@ -45,17 +43,14 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class MapResult:
-    """A finished map.
+    """A finished map of a raster.
 
     Attributes:
-        source: the raster.
-        out: the map.
         files: all files, the map first.
         created: False if the map existed already.
         resumed: steps finished before the job was interrupted.
         windows: number of predicted windows.
-        seconds: duration of the whole job.
-        network_seconds: duration of the network's predictions in seconds.
+        seconds, network_seconds: duration of the whole job, and of the network's predictions.
         shares: share of each class in the valid pixels.
         notes: remarks for the user.
     """
@@ -93,11 +88,8 @@ def map_raster(
     ``out``, from which an interrupted job resumes.
 
     ``network`` is the digest of the network's file; ``memory`` is the number of bytes that the probabilities of a row
-    of windows may take.
-
-    Raises:
-        DataError: the raster cannot be read or does not fit the network, the map cannot be written, or a map of other
-            settings exists.
+    of windows may take. Raises `DataError`: the raster cannot be read or does not fit the network, the map cannot be
+    written, or a map of other settings exists.
     """
     start = time.monotonic()
     raster = inspect_raster(

@@ -1,7 +1,5 @@
 """List rasters, and map them in parallel on several processes or machines with dask.distributed."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import logging
@@ -35,15 +33,10 @@ OpenPredictor = Callable[[], Predictor]
 
 
 def list_rasters(entries: Sequence[str], out: Path) -> dict[str, Path]:
-    """List rasters, each with the path of its map.
+    """List rasters (files, folders, globs, addresses such as s3://bucket/scenes/*.tif), with the path of each map.
 
-    Args:
-        entries: files, folders, globs, and addresses such as s3://bucket/scenes/*.tif.
-        out: a .tif file for one raster; else a folder for maps named after their rasters, which keeps the folders below
-            a glob's first wildcard.
-
-    Raises:
-        DataError: an entry matches nothing, or ``out`` cannot hold the maps.
+    ``out`` is a .tif file for one raster; else a folder for maps named after their rasters, which keeps the folders
+    below a glob's first wildcard. Raises `DataError`: an entry matches nothing, or ``out`` cannot hold the maps.
     """
     rasters: dict[str, Path] = {}
     for entry in entries:

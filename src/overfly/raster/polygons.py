@@ -1,7 +1,5 @@
 """Outline the areas of a map as polygons: GeoPackage or GeoJSON."""
 
-from __future__ import annotations
-
 import math
 import re
 import sqlite3
@@ -34,13 +32,8 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
     Outlines follow the pixels' edges, so that neighbors share them. Areas below ``min_area`` are left out, and holes
     below it are filled. Attributes: class_id, class, color, and area in square meters: on the ellipsoid if coordinates
     are degrees, else in the plane of the map's projection; in pixels without a coordinate reference system. GeoJSON is
-    written in longitude and latitude (RFC 7946) if the map has a coordinate reference system.
-
-    Args:
-        map_: a map of class ids, 255 where there is no data.
-        out: file that ends in .gpkg or .geojson.
-        classes: names and colors.
-        min_area: area of the smallest polygon, in pixels.
+    written in longitude and latitude (RFC 7946) if the map has a coordinate reference system. The map holds class ids,
+    255 where there is no data; ``out`` ends in .gpkg or .geojson; ``min_area`` is in pixels.
 
     Raises:
         MissingExtraError: pyogrio or shapely is not installed.

@@ -1,7 +1,5 @@
 """Open a raster and decide how it is read: bands, value range, no data, alpha band, georeference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +46,8 @@ class Georeference:
 class RasterSource(RasterBands):
     """A raster and its reading options.
 
-    Attributes:
-        gain: factor from stored values to the value range of the training images.
-        gsd: ground sample distance (y, x) in meters; None if unknown.
-        georeference: location on the ground.
+    ``gain`` is the factor from stored values to those of the training images, ``gsd`` the ground sample distance (y, x)
+    in meters, None if unknown.
     """
 
     gain: float
@@ -63,18 +59,12 @@ def inspect_raster(
     source: str, metadata: ModelMetadata, *, bands: str | None, nodata: float | None, max_value: float | None,
     alpha_band: bool | None = None,
 ) -> RasterSource:  # fmt: skip
-    """Read the header of a raster and check that it fits a network.
+    """Read the header of a raster, a path or an address, and check that it fits a network.
 
-    Args:
-        source: path or address.
-        metadata: bands and value range that the network reads.
-        bands: numbers of the bands separated by commas; None: all, if their number equals the network's.
-        nodata: no-data value; None: the file's.
-        max_value: value of the brightest pixel; None: the network's.
-        alpha_band: True if the last band is an alpha band, False if no band is; None: as declared by the file.
-
-    Raises:
-        DataError: the raster does not exist, is damaged, or does not fit the network.
+    ``bands`` are numbers separated by commas (None: all, if their number equals the network's), ``max_value`` is the
+    value of the brightest pixel (None: the network's). The last band is an alpha band with ``alpha_band`` True; with
+    False no band is; None: as declared by the file, as is ``nodata``. Raises `DataError`: the raster does not exist, is
+    damaged, or does not fit the network.
     """
     with open_raster(source) as dataset:
         if not dataset.count or not dataset.height * dataset.width:
@@ -129,16 +119,10 @@ def input_gain(
 ) -> float:  # fmt: skip
     """Return the factor from a raster's values to the value range of the network's training images.
 
-    Args:
-        source: name of the raster in messages.
-        dtype: data type of the stored values.
-        metadata: value range that the network reads.
-        max_value: value of the brightest pixel; None: the network's.
-        scale: the file's own scale from integers to fractions; None if it declares none.
-        option: name of the max_value option in messages.
-
-    Raises:
-        DataError: the values are complex, or have another range and neither ``max_value`` nor ``scale`` is given.
+    ``dtype`` is that of the stored values, ``max_value`` the value of the brightest pixel (None: the network's), and
+    ``scale`` the file's own from integers to fractions, if it declares one. ``source`` and ``option`` are the names of
+    the raster and of the option max_value in messages. Raises `DataError`: the values are complex, or have another
+    range and neither ``max_value`` nor ``scale`` is given.
     """
     if "complex" in dtype:
         raise DataError(f"{source} stores complex numbers; save it as plain bands first")

@@ -8,12 +8,10 @@ are one strip. Each strip is processed by rows of windows from the top; after a 
 are complete.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -122,14 +120,9 @@ def plan_windows(
 ) -> TilingPlan:  # fmt: skip
     """Plan the windows of a raster.
 
-    Args:
-        height: rows of the raster.
-        width: columns of the raster.
-        classes: K.
-        size: side of a window in working pixels.
-        overlap: share of a window that the next one covers again, 0 to below 1.
-        scale: working pixels per input pixel (y, x); adjusted slightly so that both grids end with the raster.
-        memory: bytes that the probabilities of a strip's row of windows may take.
+    ``size`` is the side of a window in working pixels, ``overlap`` the share of it that the next one covers again, 0 to
+    below 1. ``scale``, working pixels per input pixel (y, x), is adjusted slightly so that both grids end with the
+    raster. ``memory`` bounds the bytes of the probabilities of a strip's row of windows.
     """
     rows, columns = scaled(height, scale[0]), scaled(width, scale[1])
     scale = (rows / height, columns / width)
@@ -153,8 +146,6 @@ class Blend:
     """Weighted sums of overlapping windows in the unfinished rows of a column strip.
 
     Attributes:
-        plan: the windows.
-        strip: the columns.
         top: working row of the first row of ``sums``.
         sums: weighted sums of the probabilities (K, rows, columns of the strip's windows); their sum over the classes
             is the sum of the weights.
@@ -169,7 +160,7 @@ class Blend:
     scratch: Floats = field(repr=False)
 
     @classmethod
-    def start(cls, plan: TilingPlan, strip: ColumnStrip, classes: int, finished: int = 0) -> Blend:
+    def start(cls, plan: TilingPlan, strip: ColumnStrip, classes: int, finished: int = 0) -> Self:
         """Create an empty blend of a strip of which ``finished`` map rows are written."""
         size = plan.size
         rows = size + (2 if plan.resampled else 0)  # the last map row is interpolated from two more

@@ -1,7 +1,5 @@
 """Read a raster window by window from top to bottom; each pixel is decoded once, and no data is excluded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from overfly.data.headers import open_raster
-from overfly.data.raster_windows import Range, may_lack_data, read_bands
+from overfly.data.raster_windows import may_lack_data, read_bands
 from overfly.data.reading import Mask
 from overfly.exporting.predictor import Floats
 from overfly.ops.windows import Window, cut_window
@@ -27,14 +25,9 @@ class WindowBatch(NamedTuple):
 
 
 class FinishedRows(NamedTuple):
-    """The end of a row of windows.
+    """The end of a row of windows of a column strip, by index: map rows ``first`` to below ``last`` can be written.
 
-    Attributes:
-        strip: index of the column strip.
-        row: index of the row of windows.
-        first: first map row that can be written now.
-        last: one past the last.
-        nodata_mask: no-data mask of these rows in the strip's columns; None if all pixels are valid.
+    ``nodata_mask`` is that of these rows in the strip's columns; None if all pixels are valid.
     """
 
     strip: int
@@ -66,13 +59,9 @@ def read_windows(
 ) -> Iterator[WindowBatch | FinishedRows]:
     """Read a raster window by window; every pixel is decoded once per column strip.
 
-    Windows without any valid pixel are skipped. In the others, pixels without data are 0, as in training.
-
-    Args:
-        source: the raster.
-        plan: the windows.
-        batch: windows per batch, all in one row of windows.
-        start: number of finished steps; their windows that overlap unfinished rows are read again.
+    Windows without any valid pixel are skipped. In the others, pixels without data are 0, as in training. The ``batch``
+    windows of a batch are all in one row of windows. After ``start`` finished steps, those of their windows that
+    overlap unfinished rows are read again.
 
     Yields:
         Batches, and `FinishedRows` after each unfinished row of windows.
@@ -95,7 +84,9 @@ def _read_strip(reader: _Reader, index: int, done: int) -> Iterator[WindowBatch 
             continue
         first, last = plan.finished_rows(row - 1), plan.finished_rows(row)
         if plan.resampled:
-            nodata_mask = _input_nodata_mask(reader, (first, last), (strip.first, strip.last))
+            with_mask = may_lack_data(reader.source) and first < last
+            part = (reader.dataset, reader.source, (1.0, 1.0), (first, last), (strip.first, strip.last))
+            nodata_mask = read_bands(*part)[1] if with_mask else None
         elif rows.nodata_mask is None:
             nodata_mask = None
         else:
@@ -142,10 +133,3 @@ def _batches(reader: _Reader, index: int, rows: _Rows) -> Iterator[WindowBatch]:
         if reader.source.gain != 1:
             images *= np.float32(reader.source.gain)
         yield WindowBatch(index, images, chosen)
-
-
-def _input_nodata_mask(reader: _Reader, rows: Range, columns: Range) -> Mask | None:
-    """Return the no-data mask of rows of the input grid."""
-    if not may_lack_data(reader.source) or rows[0] >= rows[1]:
-        return None
-    return read_bands(reader.dataset, reader.source, (1.0, 1.0), rows, columns)[1]

@@ -1,7 +1,5 @@
 """Write maps: an uncompressed GeoTIFF row by row, which can be resumed, then a Cloud Optimized GeoTIFF."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -209,10 +207,7 @@ def _describe(dataset: Any, product: Product, classes: Classes) -> None:
     from rasterio.enums import ColorInterp
 
     if product.kind == "classes":
-        colors = dict.fromkeys(range(256), (0, 0, 0, 0))
-        dataset.write_colormap(1, colors | {index: (*color, 255) for index, color in enumerate(classes.colors)})
-        dataset.update_tags(1, **{f"CLASS_{index}": name for index, name in enumerate(classes.names)})
-        dataset.descriptions = ("class",)
+        describe_classes(dataset, classes)
         return
     dataset.units = ("%",) * product.bands
     if product.kind == "uncertainty":
@@ -221,6 +216,15 @@ def _describe(dataset: Any, product: Product, classes: Classes) -> None:
         dataset.descriptions = tuple(f"{name}: probability" for name in classes.names)
     if product.bands > 1:
         dataset.colorinterp = (ColorInterp.undefined,) * product.bands
+
+
+def describe_classes(dataset: Any, classes: Classes) -> None:
+    """Set names and colors of a band of class ids in a new dataset of rasterio."""
+    colors = dict.fromkeys(range(256), (0, 0, 0, 0))
+    dataset.write_colormap(1, colors | {index: (*color, 255) for index, color in enumerate(classes.colors)})
+    dataset.update_tags(1, **{f"CLASS_{index}": name for index, name in enumerate(classes.names)})
+    dataset.update_tags(CLASS_NAMES=json.dumps(dict(enumerate(classes.names))))
+    dataset.descriptions = ("class",)
 
 
 def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:

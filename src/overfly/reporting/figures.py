@@ -84,10 +84,8 @@ def bars(entries: Sequence[Bar], title: str) -> Markup:
 def grouped_bars(rows: Mapping[str, Sequence[float | None]], series: Sequence[str], title: str) -> Markup:
     """Draw bars from 0 to 100 percent, one per name and series, with a legend below.
 
-    Args:
-        rows: for each name, such as a class, one value per series, 0 to 1.
-        series: names of the series, at most as many as `SERIES`.
-        title: text for screen readers.
+    ``rows`` holds for each name, such as a class, one value per series, 0 to 1. There are at most as many series as
+    `SERIES`; ``title`` is the text for screen readers.
     """
     number = len(series)
     figure, axes = _new_figure(9 * (number + 1) * len(rows), left=110, right=34, bottom=22 + 17 * number)
@@ -109,10 +107,8 @@ def grouped_bars(rows: Mapping[str, Sequence[float | None]], series: Sequence[st
 def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *, smoothing: float = 0.05) -> Markup:
     """Draw curves over the steps, on a logarithmic axis where values span more than a factor of 100.
 
-    Args:
-        curves: by name, points (step, value) in the order of the steps.
-        title: text for screen readers.
-        smoothing: share of a curve's points that each point is averaged over.
+    ``curves`` holds, by name, points (step, value) in the order of the steps; each is averaged over a share of them,
+    ``smoothing``. ``title`` is the text for screen readers.
     """
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
@@ -144,12 +140,8 @@ def line_chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, *,
 def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     """Draw losses, learning rate and validation metrics over the steps, one below the other, into a PNG.
 
-    Args:
-        rows: lines of the log, such as ``{"step": 40, "source": 0.78, "lr": 0.0098}``; see `training_curves`.
-        path: the file to write; its folder is created.
-
-    Raises:
-        RunError: the log has no numbers yet.
+    The rows are those of `training_curves`; the folder of ``path`` is created. Raises `RunError`: the log has no
+    numbers yet.
     """
     from matplotlib.figure import Figure
 

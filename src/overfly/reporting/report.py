@@ -1,7 +1,5 @@
 """Collect a report from run folders, and render it as a self-contained HTML file of at most 5 MB."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,12 +56,10 @@ class ConfusionTable:
 
 @dataclass(frozen=True)
 class RecipeResults:
-    """A recipe with the results of its seeds.
+    """A recipe with the results of its seeds, a run each, under a name that is unique in the report.
 
     Attributes:
-        name: unique in the report.
         row: settings, and scores over the seeds.
-        runs: one a seed.
         labels_opened: how often target labels were read, and how many; empty for never.
         confusions: one a domain.
         losses, metrics: training and validation curves of the first seed.

@@ -1,7 +1,5 @@
 """Collect the sample images of a report, and draw those of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,15 +29,10 @@ UNLABELED = 4
 
 @dataclass(frozen=True, eq=False)
 class SampleImage:
-    """A downscaled image with its label and the predictions of several networks.
+    """A downscaled image (h, w, 3) with its label (h, w), if any, and the class ids (h, w) that each network predicts.
 
-    Attributes:
-        name: the item's name.
-        reason: reason of the choice, such as "worst".
-        image: (h, w, 3).
-        label: class ids (h, w); None without a label.
-        predictions: class ids (h, w) by network.
-        accuracy: share of labeled pixels predicted correctly, by network.
+    ``reason`` is that of the choice, such as "worst"; ``accuracy`` the share of labeled pixels that each network
+    predicts correctly.
     """
 
     name: str
@@ -52,13 +45,9 @@ class SampleImage:
 
 @dataclass(frozen=True, eq=False)
 class SampleSet:
-    """Sample images of a domain with the predictions of several networks.
+    """Sample images of a domain, in this role of the recipes, with the predictions of several networks.
 
     Attributes:
-        title: title of the domain.
-        classes: names and colors of the maps.
-        role: source or target, as in the recipes of the runs.
-        images: the chosen images.
         candidates: number of images to choose from.
         labels_opened: labels read for the choice, summed over networks.
         note: reason for missing labels or images; otherwise empty.
@@ -138,11 +127,8 @@ def _labeled_samples(
 def choose_images(accuracy: Mapping[str, Mapping[int, float | None]]) -> dict[int, str]:
     """Choose the two worst and two best images of the last network, and its largest gain and loss against the first.
 
-    Args:
-        accuracy: accuracy by network and image; None without labeled pixels.
-
-    Returns:
-        The reasons by image, in the order to show.
+    ``accuracy`` is that by network and image, None without labeled pixels. Returns the reasons by image, in the order
+    to show.
     """
     names = list(accuracy)
     last = {index: value for index, value in accuracy[names[-1]].items() if value is not None}

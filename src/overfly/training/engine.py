@@ -167,18 +167,9 @@ def choose_arithmetic(recipe: Recipe, device: torch.device, processes: int = 1, 
 def time_arithmetics(
     network: str, *, classes: int, bands: int, size: int, batch: int, device: torch.device
 ) -> dict[Arithmetic, float]:
-    """Measure the seconds of a source-only training step in each of `ARITHMETICS`, in turn.
+    """Measure the seconds of a source-only training step in each of `ARITHMETICS`, in turn, without those too `SLOW`.
 
-    Args:
-        network: name of the network, which gets random weights.
-        classes: number of classes.
-        bands: bands of the random images.
-        size: side of the images, in pixels.
-        batch: number of images.
-        device: where to run.
-
-    Returns:
-        Seconds by arithmetic, without those that are `SLOW`.
+    The network gets random weights and a batch of random images, ``size`` pixels a side.
     """
     names = Classes(names=tuple(f"class {number}" for number in range(classes)))
     built = build(network, classes, training_heads=True, bands=bands)
@@ -322,16 +313,15 @@ def optimizer_step(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any],
 
     In precision 16 all optimizers share one loss scale, which is updated once after all steps, so that each optimizer
     unscales its gradients by the scale that they were multiplied by. Optimizers without gradients are then skipped,
-    such as the critic's while only the student trains.
-
-    Args:
-        fabric: launched.
-        module: as set up by Fabric.
-        optimizers: as set up by Fabric.
-        clip: largest gradient norm of each optimizer; None: unlimited.
+    such as the critic's while only the student trains. Module and optimizers are as set up by Fabric; ``clip`` is the
+    largest gradient norm of each optimizer, None: unlimited.
     """
+
+    def has_gradients(optimizer: Any) -> bool:
+        return any(value.grad is not None for group in optimizer.param_groups for value in group["params"])
+
     scaler = getattr(fabric.strategy.precision, "scaler", None)
-    active = [optimizer for optimizer in optimizers if scaler is None or _has_gradients(optimizer)]
+    active = [optimizer for optimizer in optimizers if scaler is None or has_gradients(optimizer)]
     if clip is not None:
         for optimizer in active:
             fabric.clip_gradients(module, optimizer, max_norm=clip, error_if_nonfinite=False)
@@ -344,10 +334,6 @@ def optimizer_step(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any],
         scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad()
-
-
-def _has_gradients(optimizer: Any) -> bool:
-    return any(value.grad is not None for group in optimizer.param_groups for value in group["params"])
 
 
 @contextmanager

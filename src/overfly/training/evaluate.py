@@ -42,20 +42,13 @@ def evaluate_domain(
     resize: int | None = None, overlap: float = 0.25, samples: Samples | None = None, workers: int = 0,
     checkpoint: int | None = None,
 ) -> Scores:  # fmt: skip
-    """Score a run's network on a split and store the scores in ``scores.json``.
+    """Score a finished run's network on a split and store the scores in ``scores.json``.
 
-    Args:
-        run: finished.
-        domain: domain whose labels are read.
-        key: name of the domain in ``scores.json``: source, target, or another.
-        split: split to score.
-        device: device of the network.
-        window: side of overlapping windows in pixels; 0: whole images; None: the recipe's.
-        resize: side of the square that images are resized to, masks are not; 0: unchanged; None: the recipe's.
-        overlap: share of a window that the next one overlaps, 0 to 0.9.
-        samples: collector of sample images with their predictions; None: no samples.
-        workers: threads that read ahead.
-        checkpoint: validation step whose weights are scored; None: the final weights.
+    There, ``key`` is the name of the domain: source, target, or another. ``window`` is the side of overlapping windows
+    in pixels (0: whole images; None: the recipe's), ``overlap`` the share of a window that the next one overlaps, 0 to
+    0.9. ``resize`` is the side of the square that images are resized to, masks are not (0: unchanged; None: the
+    recipe's). ``workers`` threads read ahead. ``checkpoint`` is the validation step whose weights are scored; None: the
+    final weights.
 
     Raises:
         DataError: no image of the split has a label.

@@ -1,7 +1,5 @@
 """The folder of a run: its recipe, machine, log, checkpoints and scores. Files are read on first use."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -10,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, ValidationError
@@ -52,12 +50,8 @@ class StoredScores(Spec):
 class RunLog:
     """``log.jsonl``: one JSON object per line, each with its step.
 
-    Args:
-        path: of the file.
-        tensorboard: folder that TensorBoard curves of the same values are written to (extra ``tensorboard``).
-
-    Raises:
-        MissingExtraError: tensorboard is not installed.
+    TensorBoard curves of the same values are written to the folder ``tensorboard``; raises `MissingExtraError` without
+    its extra.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
@@ -105,7 +99,7 @@ class Run:
         self.path = path
 
     @classmethod
-    def open(cls, path: Path | str) -> Run:
+    def open(cls, path: Path | str) -> Self:
         """Open a run folder; raise `RunError` if it is missing, not a run, or written by an older version."""
         path = Path(path)
         if not path.exists():
@@ -118,13 +112,11 @@ class Run:
         return run
 
     @classmethod
-    def open_or_create(cls, out: Path | str, recipe: Recipe, start_sha256: str | None = None) -> Run:
+    def open_or_create(cls, out: Path | str, recipe: Recipe, start_sha256: str | None = None) -> Self:
         """Return the run of a recipe in or below ``out``, finished or not, or create it.
 
-        ``start_sha256`` is the SHA-256 of the weights file that the recipe's ``start`` resolves to.
-
-        Raises:
-            RunError: ``out`` is the run of another recipe or of other initial weights, or cannot be written.
+        ``start_sha256`` is the SHA-256 of the weights file that the recipe's ``start`` resolves to. Raises `RunError`:
+        ``out`` is the run of another recipe or of other initial weights, or cannot be written.
         """
         out = Path(out)
         if (out / "recipe.yaml").is_file():
@@ -139,7 +131,8 @@ class Run:
                 return run
         path = None
         try:
-            path = new_folder(out, _title(recipe))
+            domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
+            path = new_folder(out, f"{domains[:80]}_{recipe.model.name}_{recipe.method.name}_{recipe.seed}")
             run = cls(path)
             run.write_json("machine.json", {"format": FORMAT, "start_sha256": start_sha256})
             with atomic_write(path / "recipe.yaml") as part:
@@ -151,12 +144,12 @@ class Run:
         return run
 
     @classmethod
-    def find(cls, out: Path | str, recipe: Recipe) -> Run | None:
+    def find(cls, out: Path | str, recipe: Recipe) -> Self | None:
         """Return the newest run of this recipe below ``out``, or None."""
         return next(cls.find_all(out, recipe), None)
 
     @classmethod
-    def find_all(cls, out: Path | str, recipe: Recipe) -> Iterator[Run]:
+    def find_all(cls, out: Path | str, recipe: Recipe) -> Iterator[Self]:
         """Yield the runs of this recipe below ``out``, newest first; their initial weights may differ."""
         for file in sorted(Path(out).glob("*/recipe.yaml"), reverse=True):
             with contextlib.suppress(RunError):
@@ -279,11 +272,6 @@ class Run:
             return {}
         except ValueError:
             raise RunError(f"{path} is damaged; delete it and run the command that wrote it again") from None
-
-
-def _title(recipe: Recipe) -> str:
-    domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
-    return f"{domains[:80]}_{recipe.model.name}_{recipe.method.name}_{recipe.seed}"
 
 
 def new_folder(out: Path, title: str) -> Path:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 from torch.optim import Optimizer
 
 from overfly.core.atomic_files import file_sha256
-from overfly.core.download import format_bytes
 from overfly.core.errors import DownloadError, OverflyError, RecipeError, WeightsError
 from overfly.core.progress import print_status
 from overfly.data.check import statistics
@@ -102,7 +102,7 @@ def training_streams(
         domain = recipe.domain("source" if role == "source" else "target")
         items, labeled = list(domain.items("train")), role == "source"
         if isinstance(cache, Path):
-            size = format_bytes(estimate_cache_bytes(domain, items, recipe.resize))
+            size = decimal(estimate_cache_bytes(domain, items, recipe.resize))
             print_status(f"decoded images of {domain.title} take {size} in {cache}", quiet=quiet)
         stream = BatchStream(
             domain, items if labeled else without_labels(items), recipe.sampling if labeled else Uniform(),

@@ -27,16 +27,8 @@ from overfly.data.loading import batch_loader
 from overfly.models.segmenter import Segmenter
 from overfly.ops.augmentation import augment
 from overfly.ops.normalization import estimate_statistics
-from overfly.training.engine import (
-    Arithmetic,
-    LossModule,
-    TrainerConfig,
-    any_rank,
-    apply_performance_settings,
-    delayed_signals,
-    optimizer_step,
-    run_on_rank_zero,
-)
+from overfly.training import engine
+from overfly.training.engine import Arithmetic, TrainerConfig
 from overfly.training.evaluate import Evaluator, log_entry
 from overfly.training.run import Run, RunLog, utc_now
 from overfly.training.setup import STATISTICS_BATCHES, TrainingSetup, source_images
@@ -69,8 +61,8 @@ class Trainer:
         }  # fmt: skip
         self.optimizers, self.initial_weights = setup.optimizers, setup.initial_weights
         last = arithmetic.channels_last
-        apply_performance_settings(self.nets, self.optimizers, channels_last=last, device=fabric.device)
-        self.losses = LossModule(self.recipe.method, self.nets)
+        engine.apply_performance_settings(self.nets, self.optimizers, channels_last=last, device=fabric.device)
+        self.losses = engine.LossModule(self.recipe.method, self.nets)
         parts: Any = (self.losses, *self.optimizers)
         wrapped: Any = fabric.setup(*parts) if self.optimizers else map(fabric.to_device, parts)
         self.wrapped, *self.wrapped_optimizers = wrapped
@@ -86,7 +78,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Load the last checkpoint if it exists, and write machine.json."""
-        self.resumed_from = run_on_rank_zero(self.fabric, self.run.whole_checkpoint)
+        self.resumed_from = engine.run_on_rank_zero(self.fabric, self.run.whole_checkpoint)
         if self.resumed_from is not None:
             self.load_checkpoint(self.resumed_from)
             if self.state.get("processes", self.fabric.world_size) != self.fabric.world_size:
@@ -126,7 +118,7 @@ class Trainer:
         with (
             Progress("steps", quiet=quiet) as progress,
             ahead as batches,
-            delayed_signals(partial(getattr, self, "between_steps")) as raise_delayed,
+            engine.delayed_signals(partial(getattr, self, "between_steps")) as raise_delayed,
         ):
             progress.update("training", first_step, self.total_steps)
             for index in range(first_step, self.total_steps):
@@ -170,7 +162,7 @@ class Trainer:
                     self.fabric.backward(torch.stack(list(losses.values())).sum() / accumulate)
             for key, value in losses.items():
                 total[key] = total.get(key, torch.zeros((), device=value.device)) + value.detach().float() / accumulate
-        optimizer_step(self.fabric, self.wrapped, self.wrapped_optimizers, self.recipe.clip)
+        engine.optimizer_step(self.fabric, self.wrapped, self.wrapped_optimizers, self.recipe.clip)
         self.recipe.method.after_step(self.nets, index)
         return total
 
@@ -205,7 +197,7 @@ class Trainer:
     def check_losses(self) -> None:
         """Raise TrainingError if a loss since the last line of the log is not finite in any process."""
         report = self.non_finite_loss()
-        if any_rank(self.fabric, report is not None):
+        if engine.any_rank(self.fabric, report is not None):
             reports = [report]
             if self.fabric.world_size > 1:
                 reports = [None] * self.fabric.world_size
@@ -243,7 +235,7 @@ class Trainer:
     def check_weights(self) -> None:
         """Raise TrainingError if a weight is not finite, as after an infinite gradient of a finite loss."""
         name = self.non_finite_weight()
-        if any_rank(self.fabric, name is not None):
+        if engine.any_rank(self.fabric, name is not None):
             raise TrainingError(
                 f"{name or 'a weight in another process'} is not finite after step {self.state['step']}; lower "
                 f"optim.lr or set clip; last good checkpoint: {self.last_checkpoint}"

@@ -1,7 +1,5 @@
 """Open videos, cameras, addresses and folders of images as streams; write overlays as a video. Uses PyAV."""
 
-from __future__ import annotations
-
 import math
 import os
 import time
@@ -43,12 +41,7 @@ BT709 = 1
 
 @dataclass
 class StreamErrors:
-    """Errors of a live source that continued.
-
-    Attributes:
-        damaged: packets that could not be decoded.
-        end_reason: reason of an irregular end; empty for a regular one.
-    """
+    """Damaged packets of a live source that continued, and the reason of an irregular end; empty for a regular one."""
 
     damaged: int = 0
     end_reason: str = ""
@@ -56,10 +49,9 @@ class StreamErrors:
 
 @dataclass(frozen=True)
 class VideoStream:
-    """An open stream.
+    """An open stream, under the name that the user gave it.
 
     Attributes:
-        title: the source as the user gave it.
         live: whether the source sets the pace, such as a camera.
         rate: nominal frames per second.
         width, height: of a coded frame in pixels, before its rotation flag is applied.
@@ -86,12 +78,10 @@ class _Container(NamedTuple):
 
 @contextmanager
 def open_stream(source: str, *, fps: float | None = None) -> Iterator[VideoStream]:
-    """Open a video, a camera, an address or a folder of images.
+    """Open a video, a camera such as ``/dev/video0`` or its number, an address, or a folder of images.
 
-    Args:
-        source: a file; a folder, whose images come in natural order of their names; a camera such as ``/dev/video0`` or
-            its number; an address such as ``rtsp://…`` or ``http://…``. An address of known length is not live.
-        fps: frames per second of a folder.
+    An address, such as ``rtsp://…`` or ``http://…``, of known length is not live. The images of a folder come in
+    natural order of their names, ``fps`` of them a second.
 
     Raises:
         DataError: the source does not exist, or has no frames.
@@ -104,7 +94,10 @@ def open_stream(source: str, *, fps: float | None = None) -> Iterator[VideoStrea
     elif fps is not None:
         raise RecipeError(f"--fps is for folders of images, and {source} has its own speed; leave it out")
     else:
-        stream = _open_video(source)
+        opened, errors = _open_container(source), StreamErrors()
+        context, rate = opened.video.codec_context, opened.video.average_rate or opened.video.guessed_rate or 25
+        frames = _decode(source, opened, float(rate), errors)
+        stream = VideoStream(source, opened.live, float(rate), context.width, context.height, frames, errors)
     try:
         yield stream
     finally:
@@ -140,14 +133,6 @@ def _open_folder(path: Path, fps: float) -> VideoStream:
 
     first = read_header(files[0])
     return VideoStream(str(path), False, fps, first.width, first.height, frames())
-
-
-def _open_video(source: str) -> VideoStream:
-    stream, errors = _open_container(source), StreamErrors()
-    context = stream.video.codec_context
-    rate = float(stream.video.average_rate or stream.video.guessed_rate or 25)
-    frames = _decode(source, stream, rate, errors)
-    return VideoStream(source, stream.live, rate, context.width, context.height, frames, errors)
 
 
 def _open_container(source: str) -> _Container:
@@ -316,9 +301,7 @@ class _Writer:
 def write_video(path: Path, rate: float) -> Iterator[_Writer]:
     """Write a video (H.264 in MP4, MOV or MKV). The file is renamed to ``path`` when complete.
 
-    Args:
-        path: file to create.
-        rate: nominal frames per second; each frame is written with its own time.
+    ``rate`` is the nominal number of frames per second; each frame is written with its own time.
 
     Raises:
         DataError: the file exists, cannot be written, or has another suffix.

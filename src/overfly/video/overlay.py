@@ -1,15 +1,13 @@
 """Render a frame with its predicted classes on top: colors, legend, statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from overfly.core.classes import Classes, Color
 from overfly.core.errors import RecipeError
@@ -89,25 +87,15 @@ def downscale(frame: UInt8, size: int | None) -> UInt8:
     height, width = frame.shape[:2]
     if size is None or max(height, width) <= size:
         return frame
-    return _resize(frame, size / max(height, width))
+    shape = [max(1, round(side * size / max(height, width))) for side in (width, height)]
+    return np.asarray(Image.fromarray(frame).resize(shape, Image.Resampling.BILINEAR))
 
 
 def letterbox(frame: UInt8, width: int, height: int) -> UInt8:
     """Scale a frame (h, w, 3) to fit into (height, width, 3), padded with black."""
     if frame.shape[:2] == (height, width):
         return frame
-    resized = _resize(frame, min(height / frame.shape[0], width / frame.shape[1]))
-    rows, columns = resized.shape[:2]
-    left, top = (width - columns) // 2, (height - rows) // 2
-    result = np.zeros((height, width, 3), np.uint8)
-    result[top : top + rows, left : left + columns] = resized
-    return result
-
-
-def _resize(frame: UInt8, scale: float) -> UInt8:
-    size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
-    result: UInt8 = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
-    return result
+    return np.asarray(ImageOps.pad(Image.fromarray(frame), (width, height), Image.Resampling.BILINEAR))
 
 
 @lru_cache(maxsize=8)
@@ -160,18 +148,14 @@ def _paste(image: Image.Image, panel: Image.Image | None, *, top: bool) -> None:
         image.paste(panel, (edge, edge if top else image.height - panel.height - edge), panel)
 
 
+@lru_cache(maxsize=8)
 def _font(width: int, height: int) -> tuple[ImageFont.FreeTypeFont, int]:
-    """Font of a frame, and height of a line."""
-    size = max(8, min(28, round(min(width, height) / 32)))
-    return _load_font(size), round(size * 1.5)
-
-
-@cache
-def _load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load DejaVu Sans, which comes with matplotlib and covers many languages."""
+    """Font of a frame, DejaVu Sans, which comes with matplotlib and covers many languages, and height of a line."""
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+    size = max(8, min(28, round(min(width, height) / 32)))
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), size), round(size * 1.5)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

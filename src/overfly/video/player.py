@@ -5,8 +5,6 @@ slot that holds only the newest; replaced frames are dropped and counted. An ove
 frame old.
 """
 
-from __future__ import annotations
-
 import io
 import threading
 import time
@@ -35,12 +33,7 @@ INTERNAL_ERROR = "an internal error; see the output of the program"
 
 
 class SourceFrame(NamedTuple):
-    """A frame of a source.
-
-    Attributes:
-        pixels: decodes the frame (H, W, 3), 0 to 255; not called for dropped frames.
-        time: in the stream, in seconds after the first frame.
-    """
+    """A frame of a source: decodes the frame (H, W, 3), 0 to 255, unless dropped; seconds after the first frame."""
 
     pixels: Callable[[], UInt8]
     time: float
@@ -155,12 +148,8 @@ class JpegFrame(NamedTuple):
 class LatestFrame:
     """The newest overlay of a stream, for viewers in any number of threads.
 
-    A JPEG is encoded once per overlay, when the first viewer requests it.
-
-    Attributes:
-        number: number of overlays so far.
-        closed: whether the stream has ended.
-        end_reason: reason of the end for viewers; empty if unknown.
+    A JPEG is encoded once per overlay, when the first viewer requests it. ``number`` counts the overlays so far;
+    ``end_reason`` is that for viewers, empty if unknown.
     """
 
     def __init__(self) -> None:
@@ -275,9 +264,7 @@ def process_stream(
 
     With ``live`` frames are read in another thread, the newest one is processed and older ones are dropped; with
     ``realtime`` too, and the source is played at its own speed. ``stop`` ends the stream after the current frame.
-
-    Raises:
-        OverflyError: the source is damaged; earlier frames were passed to the sinks.
+    Raises `OverflyError`: the source is damaged; earlier frames were passed to the sinks.
     """
     stop = stop or threading.Event()
     timed = timed_frames(frames, stop, realtime=realtime)

@@ -1,7 +1,5 @@
 """The web server: pages and an HTTP API (extra: serve)."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from types import ModuleType

@@ -1,9 +1,6 @@
 """Images of the server: uploads, PNG tiles of images and class maps, and class maps as GeoTIFF."""
 
-from __future__ import annotations
-
 import io
-import json
 import math
 import shutil
 import tempfile
@@ -22,22 +19,20 @@ from overfly.core.records import IGNORE, Array, UInt8
 from overfly.data.headers import ImageHeader, open_raster, read_header
 from overfly.data.reading import Mask, nodata_mask, read_image
 from overfly.raster.raster_source import Georeference, georeference
-from overfly.raster.writer import write_georeference
+from overfly.raster.writer import describe_classes, write_georeference
 from overfly.reporting.figures import encode_png
 
 SIDE = 256
 """Side of a tile in pixels."""
-UNCERTAINTIES = (0, 110, 255)
-COLORS = ((255, 255, 204, 0), (254, 178, 76, 190), (128, 0, 38, 235))
-"""RGBA at the three `UNCERTAINTIES`: transparent at 0, dark red at 255."""
+_BANDS = zip((255, 255, 204, 0), (254, 178, 76, 190), (128, 0, 38, 235), strict=True)
+COLORS = np.stack([np.interp(np.arange(256) % 255, (0, 43, 100), band) for band in _BANDS], axis=1).round().astype("u1")
+"""RGBA of each uncertainty: transparent at 0 and where there is no data, dark red at 100."""
 
 
 class Layer(NamedTuple):
-    """A layer of a map.
+    """A layer of a map: an image (H, W, 3), class ids (H, W) with their classes, or uncertainty (H, W).
 
-    Attributes:
-        values: an image (H, W, 3), class ids (H, W), or uncertainty (H, W) from 0 to 255.
-        classes: colors of class ids; None for uncertainty and images.
+    Uncertainty is in percent, 255 where there is no data.
     """
 
     values: UInt8
@@ -66,20 +61,13 @@ def render_tile(layer: Layer, zoom: int, column: int, row: int) -> bytes | None:
         sampled = part[step // 2 :: step, step // 2 :: step]
         ids[: sampled.shape[0], : sampled.shape[1]] = sampled
         return encode_png(ids, layer.classes, transparent=True)
-    image = Image.fromarray(_color_uncertainty(part) if part.ndim == 2 else part).convert("RGBA")
+    image = Image.fromarray(COLORS[part] if part.ndim == 2 else part).convert("RGBA")
     small = image.resize((math.ceil(part.shape[1] / step), math.ceil(part.shape[0] / step)), Image.Resampling.BOX)
     whole = Image.new("RGBA", (SIDE, SIDE))
     whole.paste(small, (0, 0))
     file = io.BytesIO()
     whole.save(file, "PNG", compress_level=3)
     return file.getvalue()
-
-
-def _color_uncertainty(values: UInt8) -> UInt8:
-    """Return the colors RGBA (H, W, 4) of uncertainty (H, W)."""
-    bands = [np.interp(np.arange(256), UNCERTAINTIES, band) for band in zip(*COLORS, strict=True)]
-    colored: UInt8 = np.stack(bands, axis=1).round().astype(np.uint8)[values]
-    return colored
 
 
 def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | None) -> bytes:
@@ -98,11 +86,7 @@ def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | No
                 if georeference is not None:
                     write_georeference(file, georeference)
                 file.write(ids, 1)
-                colors = {index: (*color, 255) for index, color in enumerate(classes.colors)}
-                file.write_colormap(1, {**colors, IGNORE: (0, 0, 0, 0)})
-                file.set_band_description(1, "class")
-                file.update_tags(CLASS_NAMES=json.dumps(dict(enumerate(classes.names))))
-                file.update_tags(1, **{f"CLASS_{index}": name for index, name in enumerate(classes.names)})
+                describe_classes(file, classes)
         memory.seek(0)
         return bytes(memory.read())
 

@@ -1,8 +1,5 @@
 """HTML pages of the server: networks, a map, a comparison of two runs, the live stream, the API."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +7,7 @@ from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from markupsafe import Markup
 
+from overfly.adaptation.selection import flatten_settings
 from overfly.core.errors import OverflyError
 from overfly.core.progress import percent
 from overfly.evaluation.scores import Scores
@@ -123,18 +121,8 @@ def compare_recipes(pair: list[ServedNetwork]) -> list[tuple[str, str, str]]:
 
 def _settings(network: ServedNetwork) -> dict[str, str]:
     try:
-        return dict(_flat(network.run.recipe.model_dump(mode="json"))) if network.run is not None else {}
+        values = network.run.recipe.model_dump(mode="json") if network.run is not None else {}
     except OverflyError:
         return {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    result = []
-    for name, value in values.items():
-        if name == "start" and isinstance(value, dict):
-            result.append((f"{prefix}{name}", "a recipe"))
-        elif isinstance(value, dict) and value:
-            result += _flat(value, f"{prefix}{name}.")
-        else:
-            result.append((f"{prefix}{name}", "none" if value is None else str(value)))
-    return result
+    values |= {"start": "a recipe"} if isinstance(values.get("start"), dict) else {}
+    return {name: "none" if value is None else str(value) for name, value in flatten_settings(values).items()}

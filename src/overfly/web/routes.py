@@ -1,7 +1,5 @@
 """Routes of the HTTP API: predictions, maps and their tiles, networks, health, and the live stream."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -108,12 +106,7 @@ MAP_PROBLEMS = _problems(401, 403, 404, 422)
 
 
 def api_router(service: InferenceService, latest_frame: LatestFrame | None) -> APIRouter:
-    """Return the routes of the API.
-
-    Args:
-        service: the networks; if empty, routes that need a network are left out.
-        latest_frame: newest overlay of the live stream; None without a stream.
-    """
+    """Return the routes of the API; without networks or a stream, those that need one are left out."""
     routes = APIRouter()
     if service.networks:
         _add_predict_routes(routes, service)

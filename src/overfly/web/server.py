@@ -1,10 +1,9 @@
 """Build the web application and its middleware, and serve it in this process or in a background thread."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac
+import re
 import secrets
 import socket
 import threading
@@ -13,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -51,12 +50,10 @@ def application(
 ) -> FastAPI:  # fmt: skip
     """Build the server as an ASGI application.
 
-    Args:
-        networks: the networks to serve, the default first; if empty, only the pages of the stream are served.
-        limits: limits of requests; None: the defaults of `Limits`.
-        token: required from clients; None: only the host names 127.0.0.1 and localhost are accepted.
-        latest_frame: newest overlay of the live stream; None without a stream.
-        scenes: images on this machine that the page lists.
+    The first network is the default; without any, only the pages of the stream are served. ``limits`` None are the
+    defaults of `Limits`. A ``token`` is required from clients; without one, only the host names 127.0.0.1 and localhost
+    are accepted. ``latest_frame`` is the newest overlay of the live stream, ``scenes`` are images on this machine that
+    the page lists.
     """
     limits = limits or Limits()
     service = InferenceService(networks, limits, scenes)
@@ -310,8 +307,8 @@ class AccessMiddleware:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD") and origin and (_netloc(origin) or None) != headers.get("host"):
+        origin = re.sub("^[a-z]+://", "", headers.get("origin", ""))
+        if scope["method"] not in ("GET", "HEAD") and origin and origin != headers.get("host"):
             return _refuse(403, "another web site must not send requests to this server")
         if self.token is None or scope["path"] in PUBLIC_PATHS:
             return None
@@ -340,13 +337,6 @@ def _equal(given: str, expected: str) -> bool:
     """Compare two texts in constant time."""
     digests = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, expected))
     return hmac.compare_digest(*digests)
-
-
-def _netloc(address: str) -> str | None:
-    try:
-        return urlsplit(address).netloc
-    except ValueError:
-        return None
 
 
 def _refuse(status: int, message: str) -> JSONResponse:

@@ -1,9 +1,6 @@
 """The networks of a server, and the maps that they predict from uploaded images."""
 
-from __future__ import annotations
-
 import asyncio
-import math
 import secrets
 import threading
 import time
@@ -21,12 +18,13 @@ from torch import Tensor
 
 from overfly.core.classes import Classes
 from overfly.core.errors import NotFiniteError, OverflyError
-from overfly.core.records import IGNORE, UInt8
+from overfly.core.records import UInt8
 from overfly.core.spec import PositiveFloat, PositiveInt, Spec
 from overfly.data.headers import gdal_errors
 from overfly.evaluation.panels import to_rgb
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import slide_inference
+from overfly.raster.manifest import encode, list_products
 from overfly.raster.raster_source import Georeference, input_gain
 from overfly.training.run import Run
 from overfly.web.images import UploadedImage, check_header, read_upload, stored_upload
@@ -40,8 +38,6 @@ GRACE = 10.0
 """Seconds in which the first line and headers of a request must arrive, and after which a body must not be slow."""
 WORKERS = 2
 """Threads that process images: one decodes while another predicts. Their number bounds the memory."""
-ROWS = 256
-"""Rows whose class probabilities are reduced at a time."""
 
 
 class RequestTimeoutError(OverflyError):
@@ -94,14 +90,10 @@ class ServedNetwork:
         return self.loaded
 
     def probabilities(self, images: Floats, deadline: float) -> Floats:
-        """Return class probabilities (N, K, H, W) of images (N, C, H, W), one call at a time.
+        """Return class probabilities (N, K, H, W) of images (N, C, H, W), float32, one call at a time.
 
-        Args:
-            images: float32, in the range that the network was trained on.
-            deadline: time of `time.monotonic` after which the network is not called.
-
-        Raises:
-            RequestTimeoutError: the network was not free before the deadline.
+        After the time ``deadline`` of `time.monotonic` the network is not called. Raises `RequestTimeoutError`: the
+        network was not free before the deadline.
         """
         predictor = self.predictor()
         if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
@@ -122,7 +114,7 @@ class Prediction:
         title: title of the network.
         classes: names and colors.
         ids: class ids (H, W), 255 where the image has no data.
-        uncertainty: entropy of each pixel's class probabilities over ln K, (H, W), scaled to 0 to 255.
+        uncertainty: entropy of each pixel's class probabilities (H, W), in percent of ln K; 255 without data.
         shares: share of each class in the valid pixels.
     """
 
@@ -135,14 +127,7 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class StoredMap:
-    """An image and its maps in memory.
-
-    Attributes:
-        key: random name in addresses.
-        image: (H, W, 3), for display.
-        georeference: None for images without coordinates.
-        predictions: by the key of the network.
-    """
+    """An image (H, W, 3), for display, its predictions by network, and its georeference, if any, under a random key."""
 
     key: str
     image: UInt8
@@ -266,26 +251,11 @@ def predict_image(network: ServedNetwork, image: UploadedImage, deadline: float,
         below, right = max(0, MIN_SIDE - height), max(0, MIN_SIDE - width)
         padded = np.pad(values, ((0, 0), (0, below), (0, right)), mode="edge") if below or right else values
         probabilities = network.probabilities(padded[None], deadline)[0, :, :height, :width]
-    ids, uncertainty = _classify(probabilities)
-    if image.nodata_mask is not None:
-        ids[image.nodata_mask] = IGNORE
-        uncertainty[image.nodata_mask] = 0
+    if not np.isfinite(probabilities.sum()):
+        raise NotFiniteError("the network's class probabilities are not finite; train it again or use another one")
+    products = list_products(len(probabilities), probabilities=False, uncertainty=True)
+    ids, uncertainty = (encode(product, probabilities, image.nodata_mask)[0] for product in products)
     counts = np.bincount(ids.ravel(), minlength=256)[: len(metadata.classes)]
     total = max(int(counts.sum()), 1)
     shares = tuple(float(count) / total for count in counts)
     return Prediction(network.title, metadata.classes, ids, uncertainty, shares)
-
-
-def _classify(probabilities: Floats) -> tuple[UInt8, UInt8]:
-    """Return class ids and uncertainty (H, W) of class probabilities (K, H, W)."""
-    classes, height, width = probabilities.shape
-    ids, uncertainty = np.empty((height, width), np.uint8), np.empty((height, width), np.uint8)
-    for top in range(0, height, ROWS):
-        rows = slice(top, top + ROWS)
-        part = probabilities[:, rows]
-        if not np.isfinite(part).all():
-            raise NotFiniteError("the network's class probabilities are not finite; train it again or use another one")
-        ids[rows] = part.argmax(0)
-        entropy = -(part * np.log(np.maximum(part, 1e-12))).sum(0) / max(math.log(classes), 1e-12)
-        uncertainty[rows] = (entropy.clip(0, 1) * 255).round()
-    return ids, uncertainty

@@ -4,8 +4,6 @@ A scene is laid out (`overfly.data.synthetic.layout`) and rendered. The two doma
 sizes, materials and season, ground resolution, sun and shadow, haze, and sensor.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Mapping, Sequence
@@ -38,13 +36,9 @@ RECORD_FILE = "synthetic.json"
 
 
 def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8, UInt8]:
-    """Synthesize a scene, a deterministic function of the arguments on all machines.
+    """Synthesize scene ``index``, from 0 on, of a split: a deterministic function of the arguments on all machines.
 
-    Args:
-        scene: ``urban`` or ``rural``.
-        split: train, val or test; each has its own seeds.
-        index: number of the scene in its split, from 0 on.
-        size: side S in pixels; a larger image shows more ground, not more detail.
+    The side S is in pixels; a larger image shows more ground, not more detail.
 
     Returns:
         Image (S, S, 3), 0 to 255, and label (S, S), class ids 0 to 6 in LoveDA's order.

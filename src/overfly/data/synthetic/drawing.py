@@ -4,8 +4,6 @@ Only plain IEEE arithmetic on seeded numbers is used (no sine, no matrix product
 has the same bytes on every machine. Lengths are pixels, x to the right, y down.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import sqrt
 from typing import NamedTuple
@@ -175,18 +173,13 @@ def winding_line(random: Random, size: int, pieces: int) -> list[Vector]:
 
 def subdivide(
     random: Random, polygon: Polygon, along: Vector, *, limit: tuple[float, float], margins: Sequence[float],
-    canvas: Canvas, skew: float = 0.0,
+    canvas: "Canvas", skew: float = 0.0,
 ) -> list[list[Corner]]:  # fmt: skip
-    """Divide a polygon recursively across its longer side.
+    """Divide a polygon recursively across its longer side, in a direction or the perpendicular one.
 
-    Args:
-        random: draws the positions of the cuts.
-        polygon: polygon to divide.
-        along: one of the two directions of the cuts; the other is perpendicular.
-        limit: largest length of a part along, and across, that direction.
-        margins: half the width of the strip left free at the first cut, the second, and all further ones.
-        canvas: parts outside it are dropped.
-        skew: largest tangent of the angle by which a cut is turned.
+    ``limit`` is the largest length of a part along, and across, the direction ``along``; ``margins`` are half the width
+    of the strip left free at the first cut, the second, and all further ones; ``skew`` is the largest tangent of the
+    angle by which a cut is turned. Parts outside the canvas are dropped.
     """
     low_x, high_x, low_y, high_y = *extent(polygon, (1.0, 0.0)), *extent(polygon, (0.0, 1.0))
     if high_x < 0 or high_y < 0 or low_x > canvas.size or low_y > canvas.size:
@@ -273,15 +266,10 @@ class Canvas:
         self, where: Region, across: Vector, period: float, depth: float, *, tracks: float = 0.0,
         track_depth: float = 0.0,
     ) -> None:  # fmt: skip
-        """Draw parallel ridges on a region.
+        """Draw parallel ridges, ``period`` pixels apart across a unit vector, on a region.
 
-        Args:
-            where: the region.
-            across: unit vector across the ridges.
-            period: distance between ridges.
-            depth: brightness added on ridges and subtracted in furrows, of 255.
-            tracks: number of ridges between two wheel tracks; 0 for no tracks.
-            track_depth: brightness subtracted in the tracks, of 255.
+        ``depth`` is the brightness, of 255, added on ridges and subtracted in furrows, ``track_depth`` that subtracted
+        in wheel tracks. ``tracks`` is the number of ridges between two wheel tracks; 0 for no tracks.
         """
         if where is None:
             return
@@ -312,13 +300,9 @@ def grain(random: Random, size: int, radius: float) -> Float:
 
 
 def shadow_mask(height: Float, away: Vector, slope: float, highest: float) -> Bool:
-    """Return the mask of pixels in shadow (S, S).
+    """Return the mask of pixels in shadow (S, S), from heights (S, S) in pixels and the largest of them.
 
-    Args:
-        height: height (S, S), in pixels.
-        away: unit vector on the ground, away from the sun.
-        slope: tangent of the sun's elevation.
-        highest: largest height.
+    ``away`` is the unit vector on the ground away from the sun, ``slope`` the tangent of the sun's elevation.
     """
     shadow, size, reach = np.zeros(height.shape, bool), len(height), int(highest / slope) + 1
     padded = np.pad(height, reach)
@@ -331,11 +315,8 @@ def shadow_mask(height: Float, away: Vector, slope: float, highest: float) -> Bo
 class Crowns(NamedTuple):
     """The crown of the nearest tree at each pixel (S, S).
 
-    Attributes:
-        right: distance of the pixel to the right of the tree, in spacings.
-        down: distance below the tree, in spacings.
-        square: square of the distance.
-        number: random number of the tree, 0 to 1.
+    Distance of the pixel to the right of the tree and below it, in spacings, its square, and the tree's random number,
+    0 to 1.
     """
 
     right: Float
