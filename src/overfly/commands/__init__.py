@@ -7,9 +7,7 @@ other imports are inside functions or under TYPE_CHECKING. cyclopts resolves the
 runtime. Paths are annotated `PathLike` and converted with ``Path(…)`` inside.
 """
 
-MODULES = {
-    name: name for name in ("adapt", "evaluate", "export", "predict", "rank", "serve", "speed", "train", "watch")
-}
+MODULES = {key: key for key in ("adapt", "evaluate", "export", "predict", "rank", "serve", "speed", "train", "watch")}
 MODULES |= {"benchmark": "train", "report": "train", "list_kinds": "list", "suggest": "rank"}
 MODULES |= dict.fromkeys(("data_check", "data_fetch", "data_stats", "data_synthesize"), "data")
 MODULES |= dict.fromkeys(("hub_load", "hub_push"), "export")

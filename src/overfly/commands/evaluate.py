@@ -87,9 +87,7 @@ def evaluate(
     named = domain in ("source", "target", "both")
     selected = domain_roles(opened, domain) if named else [(domain, load_domain(domain))]
     domains = [(key if named else value.title, override_domain(value, overrides)) for key, value in selected]
-    notes = [
-        f"{key} has no labels in {split} and is left out" for key, value in domains if not has_labels(value, split)
-    ]
+    notes = [f"{key} has no labels in {split} and is left out" for key, each in domains if not has_labels(each, split)]
     if len(notes) == len(domains):
         names = " and ".join(key for key, _ in domains)
         raise DataError(f"{names}: no image of {split} has a label, so there is nothing to score; give another --split")

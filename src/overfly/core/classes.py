@@ -9,9 +9,8 @@ from pydantic import Field, model_validator
 from overfly.core.records import IGNORE, UInt8
 from overfly.core.spec import Spec
 
-Color = tuple[
-    Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
-]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Color = tuple[Byte, Byte, Byte]
 """Red, green, blue, each 0 to 255."""
 PALETTE: tuple[Color, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),

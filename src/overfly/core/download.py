@@ -177,9 +177,7 @@ class _ResumingDownloader:
         except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
             raise DownloadError(f"{_public_part(url)} is not an http URL, or redirects to another URL") from error
         except requests.exceptions.SSLError as error:
-            raise DownloadError(
-                f"{_public_part(url)} has an invalid certificate; check this machine's clock"
-            ) from error
+            raise DownloadError(f"{_public_part(url)} has an invalid certificate; check the machine's clock") from error
         except requests.RequestException as error:
             reason = f"no connection to {urllib.parse.urlsplit(url).hostname}, or no data for {self.timeout:g} s"
             raise _RetryError(f"{reason} ({type(error).__name__})") from error

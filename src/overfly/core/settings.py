@@ -173,9 +173,7 @@ def _problem(entry: Mapping[str, Any]) -> str:
     """Format the error of one value."""
     kind, value = entry["type"], entry.get("input")
     if kind in PROBLEMS:
-        bounds = {
-            key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in entry.get("ctx", {}).items()
-        }
+        bounds = {key: f"{end:g}" if isinstance(end, float) else end for key, end in entry.get("ctx", {}).items()}
         problem = PROBLEMS[kind].format(**bounds)
     else:
         problem = f"must be {TYPES.get(kind.partition('_')[0], 'another value')}"

@@ -76,9 +76,7 @@ def match_files(root: Path, pattern: str) -> dict[Key, Path]:
     except (re.error, ValueError):
         raise DataError(f"{pattern!r} is not a valid path or glob below {root}; correct it") from None
     except OSError as error:
-        raise DataError(
-            f"{root / pattern} cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+        raise DataError(f"{root / pattern} cannot be read ({error.strerror}); check its path and permissions") from None
     matches.sort(key=lambda entry: ([natural_key(part) for part in entry[0]], str(entry[1])))
     files: dict[Key, Path] = {}
     for key, path in matches:
@@ -229,9 +227,7 @@ def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Pat
     patterns = (rule,) if isinstance(rule, str) else rule
 
     def matches(pair: ImagePair) -> bool:
-        return any(
-            fnmatchcase(_nfc(pair.relative if "/" in pattern else pair.name), _nfc(pattern)) for pattern in patterns
-        )
+        return any(fnmatchcase(_nfc(pair.relative if "/" in each else pair.name), _nfc(each)) for each in patterns)
 
     return {pair.name for pair in listed if matches(pair)}
 

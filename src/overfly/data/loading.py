@@ -283,10 +283,8 @@ def estimate_cache_bytes(domain: Domain, items: Sequence[Item], resize: int | No
             continue
         header = read_header(item.image)
         pixels = header.height * header.width if resize is None else resize * resize
-        labels = isinstance(item.label, Path)
-        total += pixels * (domain.bands * np.dtype(header.dtype).itemsize + labels) + (128 + TRAILER_BYTES) * (
-            1 + labels
-        )
+        masks = isinstance(item.label, Path)
+        total += pixels * (domain.bands * np.dtype(header.dtype).itemsize + masks) + (128 + TRAILER_BYTES) * (1 + masks)
     return total
 
 

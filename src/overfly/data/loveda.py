@@ -88,9 +88,7 @@ class LoveDA(Domain, name="loveda"):
             raise SplitError(f"{folder} does not exist; download LoveDA with: overfly data fetch loveda --root {root}")
         paths = [path for path in folder.glob("*.png") if path.stem.isdecimal()]
         if not paths:
-            raise DataError(
-                f"{folder} has no images N.png; download them with: overfly data fetch loveda --root {root}"
-            )
+            raise DataError(f"{folder} has no N.png; download them with: overfly data fetch loveda --root {root}")
         paths.sort(key=lambda path: int(path.stem))
         masks = folder.parent / "masks_png"
         present = {path.name for path in masks.glob("*.png")}
@@ -218,9 +216,7 @@ def _download_split(
                 hidden.replace(path)
             hidden.unlink(missing_ok=True)
     kept = path if not files and path.exists() else None
-    return DownloadedSplit(
-        split=split, folder=folder, files=_complete_files(root, split), downloaded=not files, archive=kept
-    )
+    return DownloadedSplit(split, folder, _complete_files(root, split), not files, kept)
 
 
 def _complete_files(root: Path, split: Split) -> int:

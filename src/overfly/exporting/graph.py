@@ -54,9 +54,7 @@ class ExportModule(nn.Module):
         x = image
         if self.resize is not None:
             smooth = not torch.onnx.is_in_onnx_export()  # not supported by the exporter; `formats` adds it
-            x = F.interpolate(
-                x, size=(self.resize, self.resize), mode="bilinear", align_corners=False, antialias=smooth
-            )
+            x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", align_corners=False, antialias=smooth)
         x = x - self.mean
         if self.divides:
             x = x / self.std

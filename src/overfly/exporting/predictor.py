@@ -125,9 +125,7 @@ class Predictor:
         if len(shape) != 4 or shape[1] != metadata.bands:
             raise DataError(f"images must have shape (B, {metadata.bands}, H, W), got {shape}")
         if metadata.fixed and shape[2:] != (metadata.window, metadata.window):
-            raise DataError(
-                f"the network reads windows of {metadata.window} pixels a side, got {shape[2]} × {shape[3]}"
-            )
+            raise DataError(f"the network reads windows of {metadata.window} pixels, got {shape[2]} × {shape[3]}")
         return self.run(np.ascontiguousarray(images, dtype=np.float32))
 
 

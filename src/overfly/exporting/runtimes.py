@@ -71,9 +71,7 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
     _check_exists(path)
     kind = "CPU" if device == "cpu" else device.upper()
     if kind.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-        raise RecipeError(
-            f"openvino runs on {', '.join(core.available_devices)} here, not on {device}; use --device cpu"
-        )
+        raise RecipeError(f"openvino runs on {', '.join(core.available_devices)} here, not {device}; use --device cpu")
     try:
         model = core.read_model(path)
     except Exception as error:

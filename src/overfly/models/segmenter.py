@@ -162,9 +162,7 @@ class Segmenter(nn.Module):
             ) from error
         own = segmenter.state_dict()
         heads = tuple(f"network.{name}." for name in network.training_heads)
-        new, dropped = (
-            heads if add else () for add in (with_heads and not saved_heads, saved_heads and not with_heads)
-        )
+        new, dropped = (heads if on else () for on in (with_heads and not saved_heads, saved_heads and not with_heads))
         missing = [name for name in own if name not in tensors and not name.startswith(new)]
         extra = [name for name in tensors if name not in own and not name.startswith(dropped)]
         mismatched = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]

@@ -40,9 +40,7 @@ def affine(batch: Labeled, linear: Tensor, pivot: Tensor, image_of_pivot: Tensor
     ``linear`` (B, 2, 2) maps distances in the result to distances in the image, (x, y) both.
     """
     height, width = batch.label.shape[-2:]
-    values = (
-        value.to(batch.image.device, torch.float32, non_blocking=True) for value in (linear, pivot, image_of_pivot)
-    )
+    values = (each.to(batch.image.device, torch.float32, non_blocking=True) for each in (linear, pivot, image_of_pivot))
     linear, pivot, origin = values
     x, y = _centers(width, linear) - origin[:, :1], _centers(height, linear) - origin[:, 1:]
     across = linear[:, :, 0, None, None] * x[:, None, None, :]

@@ -186,9 +186,7 @@ def _finish(
         with _write_errors(out):
             windows, seconds = _predict(job, settings.batch, on_progress)
             if job.unfinished.intact_steps(job.plan.steps) < job.plan.steps:
-                raise UnwrittenError(
-                    f"{out}: finished rows changed on the disk; give the same command again: it resumes"
-                )
+                raise UnwrittenError(f"{out}: finished rows changed on the disk; the same command resumes")
             shares = job.unfinished.class_shares()
             _publish(job, files, settings)
     except OverflyError as error:

@@ -50,9 +50,7 @@ def list_rasters(entries: Sequence[str], out: Path) -> dict[str, Path]:
     if len(rasters) > 1 or not out.is_dir():
         for path in (out, *out.absolute().parents):
             if path.exists() and not path.is_dir():
-                raise DataError(
-                    f"--out {out} is not a folder: {path} is a file; give a folder, or a name ending in .tif"
-                )
+                raise DataError(f"--out {out} is not a folder: {path} is a file; give a folder, or a .tif file")
     return {source: out / name.with_suffix(".tif") for source, name in rasters.items()}
 
 
@@ -98,9 +96,7 @@ def _list_addresses(entry: str) -> dict[str, Path]:
         system, pattern = url_to_fs(entry)
         listed = sorted(system.glob(pattern), key=natural_key)
     except ImportError as error:
-        raise DataError(
-            f"listing {entry} needs a package ({error}); install it, or give the rasters one by one"
-        ) from None
+        raise DataError(f"listing {entry} needs a package ({error}); install it, or give each raster") from None
     except Exception as error:  # each storage has its own errors
         raise DataError(
             f"{entry} cannot be listed ({' '.join(str(error).split())}); check the address and its permissions"
@@ -221,14 +217,10 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
                 client = Client(scheduler, timeout=CONNECT_TIMEOUT)  # type: ignore[no-untyped-call]
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise DataError(
-                    f"no scheduler answers at {scheduler} ({reason}); start one with: dask scheduler"
-                ) from None
+                raise DataError(f"no scheduler answers at {scheduler} ({reason}); start one: dask scheduler") from None
             with client:
                 if not client.scheduler_info(n_workers=-1)["workers"]:
-                    raise DataError(
-                        f"the scheduler at {scheduler} has no workers; start some with: dask worker {scheduler}"
-                    )
+                    raise DataError(f"the scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
                 yield client
             return
         with (

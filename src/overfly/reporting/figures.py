@@ -291,9 +291,7 @@ def accessible_colors(classes: Classes) -> Classes:
 def _distance(color: Color, reference: Color) -> float:
     """Return the distance of two colors, mostly of hue; the hue of grays is ignored."""
     first, second = (colorsys.rgb_to_hsv(*(value / 255 for value in rgb)) for rgb in (color, reference))
-    angles = [
-        cmath.rect(float(saturation >= MIN_SATURATION), 2 * math.pi * hue) for hue, saturation, _ in (first, second)
-    ]
+    angles = [cmath.rect(float(depth >= MIN_SATURATION), 2 * math.pi * hue) for hue, depth, _ in (first, second)]
     return abs(angles[0] - angles[1]) + 0.2 * abs(first[1] - second[1]) + 0.1 * abs(first[2] - second[2])
 
 

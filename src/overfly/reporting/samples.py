@@ -110,9 +110,7 @@ def _labeled_samples(
         )  # fmt: skip
         samples[name] = collector.samples
         record_opened_labels(run, role, SPLIT, len(collector.samples))
-    accuracy = {
-        name: {index: sample.accuracy for index, sample in by_index.items()} for name, by_index in samples.items()
-    }
+    accuracy = {name: {index: each.accuracy for index, each in by_index.items()} for name, by_index in samples.items()}
     images = []
     for index, reason in choose_images(accuracy).items():
         shown = {name: by_index[index] for name, by_index in samples.items()}

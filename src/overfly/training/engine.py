@@ -151,9 +151,7 @@ def choose_arithmetic(recipe: Recipe, device: torch.device, processes: int = 1, 
     with suppress(OSError, ValueError, LookupError, AttributeError):
         seconds = {str(each): float(time) for each, time in read_json(file)["seconds"].items()}
     if not seconds.keys() & {str(each) for each in ARITHMETICS}:
-        seconds = {
-            str(each): time for each, time in time_arithmetics(recipe.model.name, **shape, device=device).items()
-        }
+        seconds = {str(one): time for one, time in time_arithmetics(recipe.model.name, **shape, device=device).items()}
         with suppress(OSError):  # timed again next time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**facts, "seconds": seconds})
@@ -179,9 +177,7 @@ def time_arithmetics(
         label = torch.randint(classes, (images, side, side), device=device)
         batch = Batch(Labeled(torch.rand(images, bands, side, side, device=device) * 255, label), torch.empty(0))
         copies = {each: Networks(copy.deepcopy(segmenter)) for each in candidates}
-        return {
-            str(each): partial(plain_step(SourceOnly(), nets, each, device), batch) for each, nets in copies.items()
-        }
+        return {str(one): partial(plain_step(SourceOnly(), nets, one, device), batch) for one, nets in copies.items()}
 
     def seconds(latency: Latency) -> float:  # other processes do not lengthen the CPU's time, which threads add up
         return (latency.cpu_ms if device.type == "cpu" and torch.get_num_threads() == 1 else latency.min_ms) / 1e3

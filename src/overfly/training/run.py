@@ -229,9 +229,7 @@ class Run:
         try:
             StoredScores.model_validate(scores)
         except ValidationError:
-            raise RunError(
-                f"{self.path / 'scores.json'} is damaged; delete it and run overfly evaluate again"
-            ) from None
+            raise RunError(f"{self.path / 'scores.json'} is damaged; delete it, and run overfly evaluate") from None
         if not any("weights_sha256" in values for values in scores.values()) or not self.weights.is_file():
             return scores
         known = (None, weights_sha256(self.weights))

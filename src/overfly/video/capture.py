@@ -126,9 +126,7 @@ def _open_folder(path: Path, fps: float) -> VideoStream:
         for index, file in enumerate(files):
             image = read_image(file, bands=3)
             if image.dtype != np.uint8:
-                raise DataError(
-                    f"{file} has pixels of {image.dtype}, and a stream has 8 bits per band; use overfly predict"
-                )
+                raise DataError(f"{file} holds {image.dtype}, and a stream 8 bits per band; use overfly predict")
             yield SourceFrame(partial(np.asarray, image), index / fps)
 
     first = read_header(files[0])

@@ -91,9 +91,7 @@ def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tu
         classes = [{} if value is None else value.classes for value in both]
         names = dict.fromkeys(name for by_name in classes for name in by_name)
         rows = {name: [by_name[name].iou if name in by_name else None for by_name in classes] for name in names}
-        metrics = [
-            (title, [percent(getattr(value, attribute, None), 2) for value in both]) for title, attribute in METRICS
-        ]
+        metrics = [(title, [percent(getattr(value, name, None), 2) for value in both]) for title, name in METRICS]
         result.append((key, grouped_bars(rows, titles, f"IoU of each class, {key}"), metrics))
     return result
 
@@ -114,9 +112,7 @@ def compare_recipes(pair: list[ServedNetwork]) -> list[tuple[str, str, str]]:
     """Return the settings in which two recipes differ: dotted name and both values."""
     first, second = (_settings(network) for network in pair)
     names = dict.fromkeys([*first, *second])
-    return [
-        (name, first.get(name, "–"), second.get(name, "–")) for name in names if first.get(name) != second.get(name)
-    ]
+    return [(key, first.get(key, "–"), second.get(key, "–")) for key in names if first.get(key) != second.get(key)]
 
 
 def _settings(network: ServedNetwork) -> dict[str, str]:

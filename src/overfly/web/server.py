@@ -77,10 +77,10 @@ def application(
     app.add_middleware(AccessMiddleware, token=token)
     if token is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
-    metrics = Instrumentator(
+    meter = Instrumentator(
         should_group_status_codes=False, excluded_handlers=["^/stream$"], registry=CollectorRegistry()
     )
-    metrics.instrument(app, metric_namespace="overfly").expose(app, include_in_schema=False)
+    meter.instrument(app, metric_namespace="overfly").expose(app, include_in_schema=False)
     return app
 
 
