@@ -39,7 +39,7 @@ def split_entries(entries: Sequence[RecipeLike]) -> tuple[list[RecipeLike], list
             raise RecipeError(f"{entry} does not exist; give a recipe file")
         else:
             raise RecipeError(
-                f"{str(entry)!r} is neither a file nor a setting; give a recipe file, or key=value such as seed=1"
+                f"{str(entry)!r} is neither a file nor a setting; give a recipe, or key=value such as seed=1"
             )
     return recipes, settings
 

@@ -96,9 +96,7 @@ def read_mapping(path: Path, kind: str = "recipe") -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         digest = re.match("# sha256 ([0-9a-f]{64})", text)
         if digest and hashlib.sha256(text[digest.end() :].encode()).hexdigest() != digest[1]:
-            raise RecipeError(
-                f"{path} was cut or changed since it was written; restore it, or delete its first line to use it so"
-            )
+            raise RecipeError(f"{path} was cut or changed since it was written; restore it, or delete its first line")
         values = parse_yaml(text)
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist; give the file of a {kind}") from None

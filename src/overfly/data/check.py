@@ -156,10 +156,8 @@ def max_value_error(domain: Domain, item: Item, image: Array) -> str | None:
     highest = image.max()
     if highest <= domain.max_value:
         return None
-    return (
-        f"{item_source(item)} holds {highest:g}, above the domain's max_value {domain.max_value:g}; "
-        "correct max_value or the file"
-    )
+    above = f"{highest:g}, above the domain's max_value {domain.max_value:g}"
+    return f"{item_source(item)} holds {above}; correct max_value or the file"
 
 
 def item_source(item: Item) -> str:

@@ -114,14 +114,11 @@ def read_label_pixels(path: Path) -> LabelPixels:
     header = read_header(path)
     if header.lossy:
         raise DataError(
-            f"{path} has the lossy compression of {header.kind.upper()}, which changes class numbers; save the mask as "
-            "PNG"
+            f"{path} has the lossy compression of {header.kind.upper()}, which changes class numbers; save it as PNG"
         )
     color = header.bands - header.alpha
     if color not in (1, 3):
-        raise DataError(
-            f"{path} must have one band of class numbers or three of colors, got {header.bands}; export it again"
-        )
+        raise DataError(f"{path} must have one band of numbers or three of colors, got {header.bands}; export it again")
     with open_raster(path) as dataset:
         values = _read(dataset, list(range(1, color + 1)))
         palette = read_palette(dataset) if dataset.colorinterp[0].name == "palette" else None

@@ -284,14 +284,11 @@ class Parity(Spec):
         """Metrics that exceed the tolerance, with their values; empty without any."""
         violations = []
         if self.agreement < self.tolerance.agreement:
-            violations.append(
-                f"{self.agreement:.4%} of pixels have the same class, {self.tolerance.agreement:.2%} are needed"
-            )
+            violations.append(f"{self.agreement:.4%} of pixels agree, {self.tolerance.agreement:.2%} are needed")
         difference = abs((self.miou or 0) - (self.miou_of_torch or 0))
         if self.miou is not None and self.miou_of_torch is not None and difference > self.tolerance.miou:
             violations.append(
-                f"mIoU is {self.miou:.2%}, {self.miou_of_torch:.2%} in PyTorch, and may differ by "
-                f"{self.tolerance.miou:.2%}"
+                f"mIoU is {self.miou:.2%}, {self.miou_of_torch:.2%} in PyTorch; {self.tolerance.miou:.2%} is allowed"
             )
         return "; ".join(violations)
 

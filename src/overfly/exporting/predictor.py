@@ -94,8 +94,7 @@ def read_metadata(properties: Mapping[str, str], path: Path) -> tuple[ModelMetad
         return ModelMetadata.model_validate_json(properties[MODEL_KEY]), ExportSettings.model_validate(export)
     except ValidationError:
         raise WeightsError(
-            f"{path} has metadata (keys {MODEL_KEY}, {EXPORT_KEY}) that overfly {__version__} cannot read; export it "
-            "again"
+            f"{path} has metadata (keys {MODEL_KEY}, {EXPORT_KEY}) that overfly {__version__} cannot read; export again"
         ) from None
 
 

@@ -226,9 +226,7 @@ def check_export(export: Path) -> bool:
         return False
     parts = export_parts(export)
     if file_sha256(*parts) != digest:
-        raise WeightsError(
-            f"{' or '.join(map(str, parts))} is damaged or changed, by the digest in {file.name}; export it again"
-        )
+        raise WeightsError(f"{' or '.join(map(str, parts))} differs from the digest in {file.name}; export it again")
     return True
 
 

@@ -113,7 +113,7 @@ def check_digest(path: Path, sha256: str) -> None:
     actual = file_sha256(path)
     if not actual.startswith(expected):
         raise WeightsError(
-            f"{path} has SHA-256 {actual}, expected {expected}; download the file again, or correct the recipe"
+            f"{path} has SHA-256 {actual}, expected {expected}; download it again, or correct the recipe"
         )
 
 

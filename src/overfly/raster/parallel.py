@@ -61,8 +61,7 @@ def check_distinct_outputs(files: Mapping[str, Iterable[Path]]) -> None:
         for path in paths:
             if path in first:
                 raise DataError(
-                    f"{first[path]} and {source} would both write {path}; map them with two commands, each with its "
-                    "own --out"
+                    f"{first[path]} and {source} would both write {path}; map them by two commands with an --out each"
                 )
             first[path] = source
 

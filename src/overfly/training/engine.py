@@ -241,9 +241,7 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig, arithmetic: Arithmetic 
     if recipe.batch % world:
         raise RecipeError(f"batch must be a multiple of the {world} devices, got {recipe.batch}")
     if recipe.batch == world:
-        raise RecipeError(
-            f"batch must be at least {2 * world}, two images per device for batch normalization, got {recipe.batch}"
-        )
+        raise RecipeError(f"batch must be at least {2 * world}, two per device for normalization, got {recipe.batch}")
     device = select_device(config.device, local)
     if recipe.precision == "16" and device.type == "cpu":
         raise RecipeError("precision 16 needs a GPU; set precision=bf16 or precision=32 on a CPU")

@@ -184,8 +184,7 @@ class Run:
         whole = next((file for file in files if has_digest(file)), None)
         if files and whole is None:
             raise RunError(
-                f"{files[0]} is unreadable, damaged or of another version of overfly; delete {files[0].parent} to "
-                "start over"
+                f"{files[0]} is unreadable, damaged or of another version of overfly; delete {files[0].parent}"
             )
         if whole != next(iter(files), None):
             print_status(f"{self.checkpoint} is unreadable or damaged; resuming from the checkpoint before it")

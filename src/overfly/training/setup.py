@@ -185,9 +185,7 @@ def load_initial_weights(model: Model, network: Network) -> LoadReport | None:
     except (WeightsError, DownloadError) as error:
         if model.weights != "imagenet":
             raise
-        print_status(
-            f"{model.name} starts from random weights ({error}); better set model.weights to a file of ImageNet weights"
-        )
+        print_status(f"{model.name} starts from random weights ({error}); better set model.weights to an ImageNet file")
         return None
     print_status(str(report))
     return report

@@ -48,7 +48,7 @@ def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple
     """
     if scene not in SCENES or split not in SPLITS:
         raise DataError(
-            f"scene must be {' or '.join(SCENES)}, split one of {', '.join(SPLITS)}, got {scene!r} and {split!r}"
+            f"scene must be {' or '.join(SCENES)}, split {' or '.join(SPLITS)}, got {scene!r} and {split!r}"
         )
     if index < 0 or size < 16:
         raise DataError(f"index must be at least 0 and size at least 16, got {index} and {size}")
@@ -261,21 +261,17 @@ def _render(canvas: Canvas, random: Random, appearance: Mapping[str, Any]) -> UI
     size, (to_x, to_y) = canvas.size, direction(random.uniform(*appearance["sun"]))
     away = (-to_x, -to_y)
     _draw_trees(canvas, random, appearance, away)
-    shadow = _blur_mask(
-        shadow_mask(canvas.height, away, random.uniform(*appearance["slope"]), float(canvas.height.max())), 0.6
-    )
+    slope, highest = random.uniform(*appearance["slope"]), float(canvas.height.max())
+    shadow = _blur_mask(shadow_mask(canvas.height, away, slope, highest), 0.6)
     image = canvas.color + _texture(canvas, random)[..., None]
     image *= 1 - shadow[..., None] * (1 - np.array(appearance["shade"], np.float32))
-    image *= np.array(random.tint(appearance["gain"], 0.0, 0.03), np.float32) * np.float32(
-        random.uniform(*appearance["exposure"])
-    )
+    gain = np.array(random.tint(appearance["gain"], 0.0, 0.03), np.float32)
+    image *= gain * np.float32(random.uniform(*appearance["exposure"]))
     haze = np.float32(random.uniform(*appearance["haze"]))
     image = image * (1 - haze) + np.array(appearance["haze_color"], np.float32) * haze
     lens = ImageFilter.GaussianBlur(random.uniform(*appearance["blur"]))
     blurred = np.asarray(Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).filter(lens), np.float32)
     noise = random.noise(size, size * 3).astype(np.float32) + random.noise(size, size * 3) - np.float32(255)
-    noise *= np.float32(
-        random.uniform(*appearance["noise"]) / 104
-    )  # the sum of two bytes has a standard deviation of 104
+    noise *= np.float32(random.uniform(*appearance["noise"]) / 104)  # the standard deviation of the sum of two bytes
     result: UInt8 = np.clip(blurred + noise.reshape(size, size, 3) + np.float32(0.5), 0, 255).astype(np.uint8)
     return result
