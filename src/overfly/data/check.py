@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
@@ -211,12 +211,8 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
                 empty += int((label == IGNORE).all())
                 turn = None if isinstance(image, str) else better_turn(image, label)
                 turned.update([turn] if turn else ())
-    problems += [FileProblem(image="", message=text) for text in _split_faults(dtypes, ranges, unknown, copies)]
-    problems += [
-        FileProblem(image="", message=f"{count} masks fit their images better {turn}; turn these images or masks")
-        for turn, count in turned.items()
-        if count >= max(MIN_TURNED, MIN_TURNED_SHARE * len(items))
-    ]
+    faults = _split_faults(dtypes, ranges, unknown, copies, turned, images=len(items))
+    problems += [FileProblem(image="", message=text) for text in faults]
     labeled = counts[: len(domain.classes)]
     present = labeled.nonzero()[0].tolist()
     notes = [absent_classes(domain, items, present)] if counts.any() and not labeled.all() and not unknown else []
@@ -237,7 +233,7 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
 
 def _split_faults(
     dtypes: Counter[str], ranges: Sequence[tuple[Array, Array]], unknown: Sequence[UnknownCodesError],
-    copies: Sequence[str],
+    copies: Sequence[str], turned: Mapping[str, int], *, images: int,
 ) -> Iterator[str]:  # fmt: skip
     """Yield the faults of a whole split, each with the setting that mends it."""
     if len(dtypes) > 1:
@@ -248,6 +244,9 @@ def _split_faults(
             yield f"band {band + 1} is {low[band]:g} in every image; leave it out, and set bands to {len(low) - 1}"
     if copies:
         yield f"{len(copies)} images are in another split too: {', '.join(copies[:5])}; correct the splits"
+    for turn, count in turned.items():
+        if count >= max(MIN_TURNED, MIN_TURNED_SHARE * images):
+            yield f"{count} masks fit their images better {turn}; turn these images or masks"
     if unknown:
         codes = reduce(Counter[reading.Code].__add__, (error.codes for error in unknown))
         everywhere = f"; {len(unknown)} masks hold such values: {reading.list_codes(codes)}" if len(unknown) > 1 else ""
