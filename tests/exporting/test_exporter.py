@@ -193,11 +193,11 @@ def test_a_file_beyond_tolerance_is_deleted(
             module.network.classifier.weight.mul_(-3.0)
         return written(module, *rest)
 
-    monkeypatch.setattr(exporting, "write_onnx", tampered)
+    monkeypatch.setattr("overfly.exporting.formats.write_onnx", tampered)
     with pytest.raises(ParityError, match=r"it\.onnx .*it\.failed\.json"):
         exported(segmenter, ExportSettings(), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["it.failed.json"]
-    monkeypatch.setattr(exporting, "write_onnx", written)
+    monkeypatch.setattr("overfly.exporting.formats.write_onnx", written)
     exported(segmenter, ExportSettings(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["it.json", "it.onnx"]
 
