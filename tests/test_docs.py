@@ -53,6 +53,7 @@ def test_method_pages_are_current() -> None:
 def test_the_reference_is_current() -> None:
     module = script("build")
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run `make docs`"
+    assert module.DATASETS.read_text(encoding="utf-8") == module.datasets(), "run `make docs`"
 
 
 @pytest.mark.parametrize(("page", "block"), RECIPES, ids=lambda value: value.name if isinstance(value, Path) else "")

@@ -1,5 +1,5 @@
 from .commands.adapt import adapt
-from .commands.data import data_check, data_fetch, data_stats, data_synthesize
+from .commands.data import data_check, data_fetch, data_list, data_stats, data_synthesize
 from .commands.evaluate import evaluate
 from .commands.export import export, hub_load, hub_push
 from .commands.list import list_kinds
@@ -21,8 +21,9 @@ from .training.run import Run
 
 __all__ = [
     "Classes", "Domain", "Method", "OverflyError", "Recipe", "Run", "Segmenter", "adapt", "benchmark", "build",
-    "data_check", "data_fetch", "data_stats", "data_synthesize", "evaluate", "export", "hub_load", "hub_push",
-    "list_kinds", "load", "load_weights", "predict", "rank", "report", "serve", "speed", "suggest", "train", "watch",
+    "data_check", "data_fetch", "data_list", "data_stats", "data_synthesize", "evaluate", "export", "hub_load",
+    "hub_push", "list_kinds", "load", "load_weights", "predict", "rank", "report", "serve", "speed", "suggest", "train",
+    "watch",
 ]  # fmt: skip
 
 __version__: str

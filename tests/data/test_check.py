@@ -153,9 +153,9 @@ def test_check_masks_reads_only_changed_masks_again(tmp_path: Path, monkeypatch:
     domain, decoded = write(tmp_path, 4), list[str]()
     read_item_label = reading.read_item_label
 
-    def record(item: Item) -> reading.LabelPixels:
+    def record(item: Item, band: int | None = None) -> reading.LabelPixels:
         decoded.append(item.name)
-        return read_item_label(item)
+        return read_item_label(item, band)
 
     monkeypatch.setattr(reading, "read_item_label", record)
     check_masks(domain, ["train"])

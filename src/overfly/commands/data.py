@@ -1,4 +1,4 @@
-"""The commands ``data synthesize``, ``data fetch``, ``data stats`` and ``data check``."""
+"""The commands ``data list``, ``data synthesize``, ``data fetch``, ``data stats`` and ``data check``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from overfly.commands.arguments import PathLike
 from overfly.core.choices import Scene, Split
+from overfly.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from overfly.data.check import DomainReport, Statistics
@@ -47,6 +48,25 @@ class CheckResult:
                 shared = [report.digests[key] for key in report.digests.keys() & second.digests if other != name]
                 if shared:
                     yield f"  note: {len(shared)} images are in {other} too: {', '.join(shared[:5])}"
+
+
+def data_list(name: str | None = None) -> str:
+    """List the public data sets that a domain can name, or show the data sheet of one.
+
+    Args:
+        name: a data set, such as potsdam.
+
+    Returns:
+        A line for each data set; or facts, files, and settings of the domain, which a recipe can change.
+    """
+    from overfly.data.datasets import SHEETS, read_sheet
+
+    names = sorted(file.stem for file in SHEETS.glob("*.yaml"))
+    if name is None:
+        return "\n".join(f"{each:<14}{read_sheet(each).summary}" for each in names)
+    if name not in names:
+        raise RecipeError(f"no data set is called {name!r}; there are: {', '.join(names)}")
+    return (SHEETS / f"{name}.yaml").read_text(encoding="utf-8").rstrip()
 
 
 def data_synthesize(

@@ -16,6 +16,7 @@ from overfly.commands.load_predictor import NetworkFolder
 from overfly.core.choices import Split
 from overfly.core.errors import DataError, RecipeError, RunError, markdown_text
 from overfly.core.records import Item
+from overfly.data.datasets import Dataset
 from overfly.data.domain import Domain, SplitError, sample_evenly, without_labels
 from overfly.evaluation.images import to_tensor
 from overfly.evaluation.scores import Scores
@@ -109,8 +110,10 @@ def card_content(folder: NetworkFolder) -> CardContent:
     domains = []
     for domain, role in ((recipe.source, "with labels, used in training"), (recipe.target, target_role)):
         if domain is not None:
-            data_sheet = (inspect.getdoc(type(domain)) or "").split("* ")[1:]
-            domains.append((domain.title, f"({role}). {' '.join(' '.join(data_sheet).split())}"))
+            sheet = (inspect.getdoc(type(domain)) or "").split("* ")[1:]
+            if isinstance(domain, Dataset):
+                sheet = [f"{key.capitalize()}: {fact}" for key, fact in domain.sheet().facts.items()]
+            domains.append((domain.title, f"({role}). {' '.join(' '.join(sheet).split())}"))
     return CardContent(
         title=run.path.name,
         method=f"`{recipe.method.name}`: {(inspect.getdoc(type(recipe.method)) or '').splitlines()[0].rstrip('.')}",

@@ -77,5 +77,6 @@ def choices() -> dict[str, type[Choice]]:
 
 
 def summary(kind: type[object]) -> str:
-    """Return the first paragraph of a docstring, on one line."""
-    return " ".join((kind.__doc__ or "").strip().split("\n\n")[0].split())
+    """Return the first paragraph of a docstring, on one line, or the summary of a data sheet."""
+    sheet = getattr(kind, "sheet", None)
+    return sheet().summary if sheet else " ".join((kind.__doc__ or "").strip().split("\n\n")[0].split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,18 +88,35 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from overfly.benchmarking import BenchmarkTable
+    from overfly.planning import PlannedTraining
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A benchmark's table."""
+    """A benchmark's table; of a dry run, its plan and a table without rows."""
 
     table: BenchmarkTable
     folder: Path
+    plan: Sequence[PlannedTraining] = ()
+
+    @property
+    def exit_status(self) -> int:
+        """1 if data or weights of a plan are missing."""
+        return int(any(training.missing for training in self.plan))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markdown import Markdown
 
+        if self.plan:
+            yield from map(str, self.plan)
+            for message in dict.fromkeys(message for training in self.plan for message in training.missing):
+                names = [training.name for training in self.plan if message in training.missing]
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                yield f"missing, for {names[0]}{more}: {message}"
+            known = [training.seconds for training in self.plan if training.seconds is not None]
+            runs = sum(training.runs for training in self.plan)
+            yield f"{runs} runs, about {sum(known) / 3600:.1f} h of training steps without reading and scoring"
+            return
         yield Markdown(self.table.markdown()) if console.is_terminal else self.table.markdown()
         yield f"written: {self.folder / 'table.md'}, {self.folder / 'table.json'}"
 
@@ -107,7 +124,7 @@ class BenchmarkResult:
 def benchmark(
     recipes: PathLikes, *, seeds: str = "3", out: PathLike = Path("runs"), table: PathLike | None = None,
     split: Split = "val", size: int = 512, device: str = "auto", devices: int = 1, workers: int = 0,
-    cache: Cache = "memory", checkpoint_every: int = 200, quiet: bool = False,
+    cache: Cache = "memory", checkpoint_every: int = 200, quiet: bool = False, dry_run: bool = False,
 ) -> BenchmarkResult:  # fmt: skip
     """Train recipes with several seeds, score them on both domains and write one table.
 
@@ -126,6 +143,8 @@ def benchmark(
         cache: where decoded images are cached: memory, disk or off.
         checkpoint_every: steps between two checkpoints.
         quiet: print no progress.
+        dry_run: train nothing; say what would be trained, what is missing on disk, and about how long it takes. The
+            command exits with status 1 if something is missing.
 
     Returns:
         The table.
@@ -148,6 +167,15 @@ def benchmark(
             raise RecipeError(f"{path} is a file; give --out and --table a folder")
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
     fabric = launch_fabric(load(files[0], *overrides), config)
+    if dry_run:
+        from overfly.adaptation.auto_recipe import time_step
+        from overfly.planning import plan_benchmark
+
+        plan = plan_benchmark(
+            files, overrides, numbers, out=out, split=split, time_step=lambda recipe: time_step(recipe, fabric)
+        )
+        empty = benchmarking.BenchmarkTable(seeds=tuple(numbers), machine={}, networks=(), rows=(), data=())
+        return BenchmarkResult(empty, folder, plan)
     done = benchmarking.run_benchmark(
         files, overrides, numbers, out=out, fabric=fabric, config=config, split=split, save_samples=draw_samples,
         workers=workers,

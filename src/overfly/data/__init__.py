@@ -1,6 +1,7 @@
-"""Datasets, and the loading of their images and labels as batches. Add a new dataset to this list."""
+"""Datasets, and the loading of their images and labels as batches. Add a new dataset to this list, or as a sheet."""
 
-from overfly.data import folder, loveda, synthetic
+from overfly.data import datasets, folder, loveda, synthetic
 
-BUILT_IN = (loveda, folder, synthetic)
+BUILT_IN = (loveda, folder, synthetic, datasets)
 """The modules whose domains are always known."""
+datasets.register_sheets()

@@ -51,6 +51,8 @@ class Folder(Domain, name="folder"):
     """Directory or glob of the images below the root; ``{split}`` is replaced by the name of the split."""
     masks: str | None = None
     """Directory or glob of the masks, with as many wildcards as ``images``; none: no labels."""
+    mask_band: PositiveInt | None = None
+    """Band of the masks, from 1, that holds the numbers; none: the only one, or three bands of colors."""
     splits: dict[Split, SplitShare | str | tuple[str, ...]] = Field(default_factory=dict)
     """Splits: shares ``{train: 0.8, val: 0.2}``, list files ``{train: train.txt, …}`` (a name or path per line), globs
     ``{train: "*_00[1-6]", …}`` of image names (with a slash: of paths below the root), or the text that replaces
@@ -174,7 +176,7 @@ class Folder(Domain, name="folder"):
 
     def read_label(self, item: Item) -> UInt8:
         """Read a label in the encoding of the settings; see `Domain.read_label`."""
-        pixels, name = reading.read_item_label(item), reading.source_name(item.label)
+        pixels, name = reading.read_item_label(item, self.mask_band), reading.source_name(item.label)
         encoding = self._detect_encoding(name, pixels)
         try:
             label = self._decode_label(pixels, encoding)

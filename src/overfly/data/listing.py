@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from overfly.core.errors import DataError
 from overfly.data.headers import SUFFIXES
@@ -123,16 +123,18 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def find_images(root: Path, images: str, masks: str | None, *, masks_optional: bool = False) -> list[ImagePair]:
+def find_images(
+    root: Path, images: str, masks: str | None, *, masks_optional: bool = False, check: bool = True
+) -> list[ImagePair]:
     """Find images below ``root`` and the masks with the same text of the wildcards.
 
     Both are directories or globs; without ``masks``, and with ``masks_optional`` if none match, images have no masks.
     Raises `DataError`: there are no masks, an image has none or a mask no image (`MAX_NAMED` are named, all are
-    counted), or two images would have one name.
+    counted) unless ``check`` is false, or two images would have one name.
     """
     files = match_files(root, images)
     labels = match_files(root, masks) if masks is not None else {}
-    if masks is not None and not (masks_optional and not labels):
+    if masks is not None and check and not (masks_optional and not labels):
         _check_pairs(files, labels, root, images, masks)
     named: dict[str, ImagePair] = {}
     for key, path in files.items():
@@ -144,11 +146,12 @@ def find_images(root: Path, images: str, masks: str | None, *, masks_optional: b
 
 
 def select_split(
-    listed: Sequence[ImagePair], split: str, rules: Mapping[str, Rule], root: Path, seed: int
+    listed: Sequence[ImagePair], split: str, rules: Mapping[Any, Rule], root: Path, seed: int, *, partial: bool = False
 ) -> list[ImagePair]:
     """Select the images of one split.
 
     Shares depend on the image's name and the seed only, so that adding images does not move others to another split.
+    With ``partial``, names of a list that are not among the images are left out.
     Raises `DataError`: a rule matches no image, a list names a missing image, or two splits share an image.
     """
     rule = rules[split]
@@ -159,7 +162,11 @@ def select_split(
         numbers = (int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48 for key in keys)  # in [0, 1)
         chosen = [pair for pair, number in zip(listed, numbers, strict=True) if start <= number < start + rule]
     else:
-        matched = {name: _by_name(listed, other, root) for name, other in rules.items() if not isinstance(other, float)}
+        matched = {
+            name: _by_name(listed, other, root, partial)
+            for name, other in rules.items()
+            if not isinstance(other, float)
+        }
         for other, names in matched.items():
             both = sorted(matched[split] & names, key=natural_key) if other != split else []
             if both:
@@ -221,18 +228,17 @@ def _names(listed: Sequence[ImagePair]) -> str:
     return f"the {len(listed)} images ({', '.join(pair.name for pair in listed[:2])}, …)"
 
 
-def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Path) -> set[str]:
+def _by_name(listed: Sequence[ImagePair], rule: str | tuple[str, ...], root: Path, partial: bool) -> set[str]:
     if isinstance(rule, str) and rule.endswith(".txt"):
-        return _from_list(listed, root, rule)
-    patterns = (rule,) if isinstance(rule, str) else rule
+        return _from_list(listed, root, rule, partial)
+    patterns = [_nfc(each) for each in ((rule,) if isinstance(rule, str) else rule)]
+    texts = [(pair.name, _nfc(pair.name), _nfc(pair.relative)) for pair in listed]
+    return {
+        name for name, own, path in texts if any(fnmatchcase(path if "/" in each else own, each) for each in patterns)
+    }
 
-    def matches(pair: ImagePair) -> bool:
-        return any(fnmatchcase(_nfc(pair.relative if "/" in each else pair.name), _nfc(each)) for each in patterns)
 
-    return {pair.name for pair in listed if matches(pair)}
-
-
-def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
+def _from_list(listed: Sequence[ImagePair], root: Path, rule: str, partial: bool) -> set[str]:
     """Read names of images from a text file, one per line: name, stem, file name, or path below the root."""
     path = root / rule
     problem = ""
@@ -259,7 +265,7 @@ def _from_list(listed: Sequence[ImagePair], root: Path, rule: str) -> set[str]:
         if not line or line.startswith("#"):
             continue
         names = known.get(line.replace("\\", "/").removeprefix("./"), set())
-        if len(names) != 1:
+        if len(names) != 1 and not (partial and not names):
             problem = f"matches {len(names)} images" if names else f"is not one of {_names(listed)}"
             raise DataError(f"the list {path} names {line}, which {problem}; write a name, or a path below {root}")
         chosen |= names

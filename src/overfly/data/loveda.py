@@ -2,107 +2,41 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from pydantic import model_validator
 
 from overfly.core.atomic_files import lock
 from overfly.core.classes import Classes
 from overfly.core.download import OnBytes, disk_errors, download_file, unpack_zip
 from overfly.core.errors import DataError, DownloadError
-from overfly.core.records import IGNORE, Item, UInt8
-from overfly.data import reading
-from overfly.data.domain import SPLITS, Domain, Split, SplitError
-from overfly.data.reading import UNKNOWN, from_numbers, list_codes, unknown_codes
-
-CLASSES = Classes(
-    names=("background", "building", "road", "water", "barren", "forest", "agriculture"),
-    colors=(
-        (255, 255, 255), (255, 0, 0), (255, 255, 0), (0, 0, 255), (159, 129, 183), (0, 255, 0), (255, 195, 128),
-    ),
-)  # fmt: skip
-"""The label set of LoveDA, with its official colors."""
-MEANING = {0: IGNORE, **{number: number - 1 for number in range(1, 8)}}
-"""Class id of each number in a mask file: 0 is no data, 1 to 7 are the classes."""
+from overfly.data.datasets import Dataset
+from overfly.data.domain import SPLITS, Split
 
 
-class LoveDA(Domain, name="loveda"):
-    """LoveDA: 5,987 aerial scenes for domain adaptation between urban and rural scenes.
+class LoveDA(Dataset, name="loveda"):
+    """LoveDA, with `scene` in place of a subset; its facts are in its data sheet."""
 
-    * Format: RGB PNG, 1024×1024, 8 bits; ``{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png``.
-    * Bands: red, green, blue. Resolution: 0.3 m. Places: Nanjing, Changzhou, Wuhan (Google Earth, July 2016).
-    * Scenes: 2,713 urban, 3,274 rural, each split into train, val and test.
-    * Classes (number in the mask): background 1, building 2, road 3, water 4, barren 5, forest 6, agriculture 7;
-      0 is no data and ignored. The masks of test are not public; the benchmark's server scores predictions.
-    * License: CC BY-NC-SA 4.0, for academic use; the imagery is subject to the terms of Google Earth.
-    * Citation: Wang, Zheng, Ma, Lu, Zhong: LoveDA: A Remote Sensing Land-Cover Dataset for Domain Adaptive Semantic
-      Segmentation. NeurIPS Datasets and Benchmarks, 2021. doi:10.5281/zenodo.5706578
-    """
-
-    root: Path
-    """Folder that holds ``Train``, ``Val`` and ``Test``; synthetic images can be written in the same layout."""
     scene: Literal["urban", "rural", "both"] = "both"
     """Scenes: ``urban``, ``rural``, or ``both`` as one domain."""
 
-    @property
-    def classes(self) -> Classes:
-        """LoveDA's seven classes."""
-        return CLASSES
-
-    @property
-    def gsd(self) -> float:
-        """Length of a pixel on the ground: 0.3 m."""
-        return 0.3
-
-    def items(self, split: Split) -> Sequence[Item]:
-        """Return scenes by number, urban before rural, with names such as ``Rural_12``.
-
-        Raises:
-            SplitError: a folder of images does not exist.
-            DataError: a scene of train or val has no mask, or a folder of images is empty.
-        """
-        scenes = ("Urban", "Rural") if self.scene == "both" else (self.scene.capitalize(),)
-        return [item for scene in scenes for item in self._scene(split, scene)]
-
-    def read_label(self, item: Item) -> UInt8:
-        """Read a label, no data as 255 and the classes as 0 to 6; see `Domain.read_label`."""
-        values = reading.read_item_label(item).values
-        if values.ndim != 2:
-            raise DataError(f"{item.label} must hold numbers 0 to 7, not colors; download it again")
-        label = from_numbers(values, MEANING)
-        if (label == UNKNOWN).any():
-            found = list_codes(unknown_codes(values, label))
-            raise DataError(
-                f"{item.label} must hold numbers 0 to 7, got {found}; download it again, or use the domain 'folder' "
-                "for other masks"
-            )
-        return label
-
-    def _scene(self, split: Split, scene: str) -> list[Item]:
-        root = self.root.expanduser()
-        folder = root / split.capitalize() / scene / "images_png"
-        if not folder.is_dir():
-            raise SplitError(f"{folder} does not exist; download LoveDA with: overfly data fetch loveda --root {root}")
-        paths = [path for path in folder.glob("*.png") if path.stem.isdecimal()]
-        if not paths:
-            raise DataError(f"{folder} has no N.png; download them with: overfly data fetch loveda --root {root}")
-        paths.sort(key=lambda path: int(path.stem))
-        masks = folder.parent / "masks_png"
-        present = {path.name for path in masks.glob("*.png")}
-        missing = [path for path in paths if path.name not in present]
-        if missing and split != "test":
-            raise DataError(
-                f"{masks / missing[0].name} is missing ({len(missing)} of {len(paths)} images have no mask); "
-                f"download the split again with: overfly data fetch loveda --root {root}"
-            )
-        return [
-            Item(f"{scene}_{path.stem}", path, masks / path.name if path.name in present else None) for path in paths
-        ]
+    @model_validator(mode="before")
+    @classmethod
+    def _use_scene(cls, values: Any) -> Any:
+        """Choose the subset and the title by the scene."""
+        if not isinstance(values, Mapping):
+            return values
+        scene = str(values.get("scene", "both")).capitalize()
+        return {"title": scene, "subset": () if scene == "Both" else scene, **values}
 
 
+CLASSES = Classes.model_validate(LoveDA.sheet().settings["classes"])
+"""The label set of LoveDA, with its official colors."""
 LOVEDA_URL = "https://zenodo.org/records/5706578/files"
 """Base URL of LoveDA's archives (DOI 10.5281/zenodo.5706578); ``OVERFLY_LOVEDA_URL`` overrides it."""
 LOVEDA_LICENSE = (

@@ -105,8 +105,10 @@ def union(first: Mask | None, second: Mask | None) -> Mask | None:
     return first if second is None else second if first is None else first | second
 
 
-def read_label_pixels(path: Path) -> LabelPixels:
+def read_label_pixels(path: Path, band: int | None = None) -> LabelPixels:
     """Read a label as it is stored: numbers (H, W), colors (H, W, 3), or numbers with a palette.
+
+    ``band``, from 1, is the one that holds the numbers where there are several.
 
     Raises:
         DataError: the file is missing, truncated, not an image, lossy, or has neither one nor three bands.
@@ -117,10 +119,12 @@ def read_label_pixels(path: Path) -> LabelPixels:
             f"{path} has the lossy compression of {header.kind.upper()}, which changes class numbers; save it as PNG"
         )
     color = header.bands - header.alpha
-    if color not in (1, 3):
-        raise DataError(f"{path} must have one band of numbers or three of colors, got {header.bands}; export it again")
+    if color < band if band else color not in (1, 3):
+        expected = f"{band} or more bands" if band else "one band of numbers or three of colors"
+        raise DataError(f"{path} must have {expected}, got {header.bands}; export it again")
+    color = 1 if band else color
     with open_raster(path) as dataset:
-        values = _read(dataset, list(range(1, color + 1)))
+        values = _read(dataset, [band] if band else list(range(1, color + 1)))
         palette = read_palette(dataset) if dataset.colorinterp[0].name == "palette" else None
         masked: Mask | None = dataset.read_masks(1) == 0 if header.masked and header.kind != "png" else None
     if color == 3:
@@ -148,7 +152,7 @@ def check_declared(source: Path | str, pixels: Array) -> None:
             )
 
 
-def read_item_label(item: Item) -> LabelPixels:
+def read_item_label(item: Item, band: int | None = None) -> LabelPixels:
     """Read the label of an item as `read_label_pixels` does, on the grid of its image.
 
     Raises:
@@ -157,7 +161,7 @@ def read_item_label(item: Item) -> LabelPixels:
     source = label_source(item)
     if not isinstance(source, Path):
         return LabelPixels(source())
-    pixels = read_label_pixels(source)
+    pixels = read_label_pixels(source, band)
     if not isinstance(item.image, Path):
         return pixels
     rows, columns = _label_part(source, item.image)
