@@ -114,7 +114,7 @@ none of them, except for [LoveDA](guides/loveda.md): read each license, and stat
 ```yaml
 source: {name: potsdam, root: data/potsdam, variant: irrg}
 target: {name: vaihingen, root: data/vaihingen}
-method: multiscale_self_training
+method: dacs
 steps: 10000
 ```
 

@@ -1,7 +1,5 @@
 """Plan a benchmark: what would be trained, what is missing on disk, and about how long it takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial

@@ -1,7 +1,5 @@
 """Candidates of a comparison: their metrics, checks and agreement, and the choice among them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property

@@ -6,8 +6,6 @@ domain shift the network is mostly overconfident. The error is measured on held-
 shifts, some towards the style of the target. New objects and other class distributions are not among these shifts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -96,10 +94,8 @@ class Calibrator(NamedTuple):
 def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Calibrator:
     """Fit a temperature, and a bias per class if it lowers the loss in two-fold cross-validation.
 
-    Args:
-        scores: class scores of pixels (K, N), before any softmax.
-        label: class ids (N,) or `IGNORE`.
-        groups: image index of each pixel (N,); the folds are even and odd images. None: no bias.
+    Class scores (K, N), before any softmax, are of pixels with labels (N,); the folds are even and odd images, whose
+    index is ``groups`` (N,). None: no bias.
     """
     known = label != IGNORE
     scores, label = scores[:, known].double(), label[known]
@@ -172,12 +168,7 @@ def interval(expected: float, errors: Sequence[ShiftError], deviation: float = 0
 
     Weighted quantiles of the errors (estimate minus truth) are subtracted from the expected value. Errors grow as
     estimates fall, so shifts with an estimate near the target's have the largest weight (`KERNEL_WIDTH`, `MIN_WEIGHT`).
-    The sampling error of the images is added in quadrature.
-
-    Args:
-        expected: expected mIoU on the target.
-        errors: one per shift.
-        deviation: standard deviation over bootstrap samples of the images.
+    The sampling error of the images, ``deviation`` over bootstrap samples, is added in quadrature.
     """
     differences = np.array([error.estimate - error.truth for error in errors])
     distances = np.array([error.estimate for error in errors]) - expected

@@ -4,8 +4,6 @@ The checks that reject look for a lost source and for collapse. Everything else 
 agreement, consistency, familiarity and reverse validation had rejected good candidates (docs/adr/0013-selection.md).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -77,12 +75,7 @@ class Gate(Spec):
     """Warns: least reverse validation of source only's predictions on the target."""
 
     def checks(self, before: LabelFreeMetrics, after: LabelFreeMetrics) -> tuple[Check, ...]:
-        """The checks of a candidate.
-
-        Args:
-            before: metrics of source only.
-            after: metrics of the candidate on the same images, its ``agreement`` with source only.
-        """
+        """The checks of a candidate: metrics of source only, and its own with ``agreement`` on the same images."""
         consistent = before.consistency + self.min_consistency_gain
         loss = 0.0 if before.source_miou is None else self.max_confidence_loss
         checks = [
@@ -111,11 +104,7 @@ class Gate(Spec):
 
 
 def read_gate(settings: Sequence[str]) -> Gate:
-    """Read bounds such as ``max_source_loss=0.1``; the others keep their defaults.
-
-    Raises:
-        RecipeError: a bound is unknown or out of range.
-    """
+    """Read bounds such as ``max_source_loss=0.1``; raise `RecipeError` if one is unknown or out of range."""
     values: dict[str, Any] = {}
     for setting in settings:
         set_value(values, setting)
@@ -149,10 +138,6 @@ def share_better(baseline: ImageCounts, candidate: ImageCounts) -> float:
     """Share of bootstrap samples of the images in which a candidate's `LabelFreeMetrics.score` is higher, 0 to 1.
 
     Target and source images are sampled separately; both networks are compared on the same samples.
-
-    Args:
-        baseline: of the network before adaptation.
-        candidate: on the same images.
     """
     generator = np.random.default_rng(0)
     samples = [bootstrap_samples(count, generator) for count in (len(baseline.views[0]), len(baseline.source))]
@@ -192,10 +177,6 @@ def familiarity(source: LabelFreeMetrics, target: LabelFreeMetrics) -> float:
     The product of two ratios, each at most 1: of consistency and of the nuclear norm. Masking and color changes are
     left out: consistency under them depends on how uniform the ground is, and on the augmentation that the network was
     trained with.
-
-    Args:
-        source: metrics on held-out images of the domain that the network was trained on.
-        target: metrics on the target.
     """
     ratios = ((target.consistency, source.consistency), (target.nuclear_norm, source.nuclear_norm))
     return math.prod(min(1.0, value / reference) if reference else 1.0 for value, reference in ratios)

@@ -150,9 +150,7 @@ def _mious(samples: NDArray[np.int64], tiles: Sequence[Confusion]) -> NDArray[np
 def _jackknife(values: NDArray[np.float64], least: float = -1.0) -> Interval:
     """Interval of the jackknife with Student's t; bootstrap percentiles cover too little (docs/results/labels.md).
 
-    Args:
-        values: (1 + N,) of all N tiles, and without each of them.
-        least: least possible value.
+    ``values`` (1 + N,) are of all N tiles, and without each of them, and at least ``least``.
     """
     from scipy.stats import t
 

@@ -1,7 +1,5 @@
 """Rank runs and their kept checkpoints without target labels; optionally evaluate the ranking with labels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +15,9 @@ from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.progress import print_status
 from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.data.domain import Domain, Split
+from overfly.evaluation import label_free_metrics as unlabeled
 from overfly.evaluation.images import MetricOptions, unlabeled_images
-from overfly.evaluation.label_free_metrics import (
-    VALIDATORS,
-    LabelFreeMetrics,
-    Validator,
-    balanced_miou,
-    consensus,
-    label_free_metrics,
-    predict_probabilities,
-)
+from overfly.evaluation.label_free_metrics import VALIDATORS, LabelFreeMetrics, Validator
 from overfly.evaluation.perturbations import geometric_perturbations
 from overfly.evaluation.scores import Scores
 from overfly.models.segmenter import Segmenter, read_segmenter_file
@@ -114,11 +105,7 @@ class Checkpoint:
 
 
 def find_trained_runs(paths: Sequence[Path | str]) -> list[Run]:
-    """Find the runs in run folders or folders of runs, except those without weights.
-
-    Raises:
-        RunError: a folder has no run with weights.
-    """
+    """Find the runs with weights in run folders or folders of runs; raise `RunError` for a folder without any."""
     runs: dict[Path, Run] = {}
     for path in map(Path, paths):
         folder = not (path / "recipe.yaml").is_file() and path.is_dir()
@@ -183,7 +170,7 @@ def rank(
         _check_classes(checkpoint.run, network, target)
         own = checkpoint.options(options)
         source_miou = _source_miou(checkpoint, options.device) if same_source else None
-        found = label_free_metrics(network, target, split, own, reference=other, perturbations=perturbations)
+        found = unlabeled.label_free_metrics(network, target, split, own, reference=other, perturbations=perturbations)
         metrics.append(found.model_copy(update={"source_miou": source_miou}))
         source = checkpoint.run.recipe.source
         estimable = estimates and source is not None and has_labels(source, "val")
@@ -224,11 +211,7 @@ def _check_validators(validators: Sequence[str]) -> None:
 
 
 def write_ranking(ranking: Ranking, out: Path) -> Path:
-    """Write ``ranking.json`` into a folder.
-
-    Raises:
-        RecipeError: ``out`` is a file.
-    """
+    """Write ``ranking.json`` into a folder; raise `RecipeError` if it is a file."""
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -238,11 +221,7 @@ def write_ranking(ranking: Ranking, out: Path) -> Path:
 
 
 def shared_target(runs: Sequence[Run]) -> Domain:
-    """Return the target that all runs share; runs without a target are ignored.
-
-    Raises:
-        RecipeError: they have several, or none.
-    """
+    """Return the only target of the runs that have one; raise `RecipeError` if they have several, or none."""
     targets = {str(run.recipe.target.model_dump(mode="json")): run for run in runs if run.recipe.target is not None}
     if not targets:
         raise RecipeError("none of the runs has a target; set target in the recipe and train again")
@@ -258,11 +237,8 @@ def mean_ranks(candidates: Sequence[Mapping[str, float | None]], validators: Seq
     """Mean rank of each candidate over validators: 0 for the last by all, 1 for the first by all.
 
     Each validator ranks all candidates, so scales do not matter; equal values share their mean rank. A validator
-    without a value for some candidate is left out; without any validator all candidates get 0.5.
-
-    Args:
-        candidates: values of each by validator, higher is better.
-        validators: names of the validators.
+    without a value for some candidate is left out; without any validator all candidates get 0.5. ``candidates`` holds
+    the values of each by validator; higher is better.
     """
     from scipy.stats import rankdata
 
@@ -304,12 +280,12 @@ def _with_consensus(
         return list(metrics)
     images = list(unlabeled_images(target, split, replace(options, resize=resizes.pop())))
     predicted = (
-        predict_probabilities(checkpoint.run.segmenter(checkpoint.step), images, checkpoint.options(options))
+        unlabeled.predict_probabilities(checkpoint.run.segmenter(checkpoint.step), images, checkpoint.options(options))
         for checkpoint in checkpoints
     )
     return [
-        values.model_copy(update={"consensus": balanced_miou(sum(pairs[1:], pairs[0])) if pairs else None})
-        for values, pairs in zip(metrics, consensus(predicted), strict=True)
+        values.model_copy(update={"consensus": unlabeled.balanced_miou(sum(pairs[1:], pairs[0])) if pairs else None})
+        for values, pairs in zip(metrics, unlabeled.consensus(predicted), strict=True)
     ]
 
 

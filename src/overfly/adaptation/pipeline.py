@@ -89,11 +89,7 @@ def _statistics_crop(recipe: Recipe) -> int:
 
 
 def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
-    """Check that a recipe shares source, target, seed, resize, window and start with the first.
-
-    Raises:
-        RecipeError: it does not; the message names the first setting that differs.
-    """
+    """Raise `RecipeError` unless a recipe shares source, target, seed, resize, window and start with the first."""
     shared = ("source", "target", "seed", "resize", "window")
     first, second = (
         flatten_settings(
@@ -215,11 +211,7 @@ def _train_all(
 
 
 def _check_inputs(recipes: Sequence[Recipe], fabric: Fabric) -> None:
-    """Check data, weights and teachers of all recipes before the first training.
-
-    Raises:
-        OverflyError: they are missing or do not fit; the message names the recipe.
-    """
+    """Raise `OverflyError` if data, weights or teachers of a recipe are missing or do not fit, before any training."""
     for number, recipe in enumerate(recipes, start=1):
         try:
             run_on_rank_zero(fabric, partial(_check_compared_masks, recipe))

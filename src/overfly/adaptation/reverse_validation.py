@@ -8,8 +8,6 @@ with a forest (P. Geurts et al., "Extremely randomized trees", 2006) on color an
 would carry over what it learned on the source.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -74,12 +72,8 @@ def reverse_validation(
 def pixel_features(image: Tensor, max_value: float) -> Tensor:
     """Features of each pixel: its bands, and mean bands and gray standard deviation of the windows around it.
 
-    Args:
-        image: (C, H, W), in the sensor's range; values that are not finite count as 0.
-        max_value: of the sensor.
-
-    Returns:
-        (C + 4 (C + 1), H, W), 0 to 1.
+    The image (C, H, W) is in the sensor's range, 0 to ``max_value``; values that are not finite count as 0. The
+    features (C + 4 (C + 1), H, W) are 0 to 1.
     """
     bands = (image.nan_to_num() / max_value)[None]
     gray = bands.mean(1, keepdim=True)
@@ -109,16 +103,9 @@ def sample_pixels(pairs: Iterable[tuple[Tensor, Tensor]], max_value: float, seed
 
 
 def forest_miou(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, seed: int) -> float:
-    """MIoU on test pixels of a class-balanced forest.
+    """MIoU, 0 to 1, of a class-balanced forest over the classes in ``test``; 0 if either side is empty.
 
-    Args:
-        train: features (N, D) and classes (N,).
-        test: the same, of other pixels.
-        classes: number of classes.
-        seed: of the trees.
-
-    Returns:
-        0 to 1, over the classes in ``test``; 0 if either is empty.
+    Both sides are features (N, D) and classes (N,) of pixels.
     """
     from sklearn.ensemble import ExtraTreesClassifier
 

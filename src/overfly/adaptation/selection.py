@@ -201,11 +201,7 @@ class Comparison:
 
     @cached_property
     def selection(self) -> Selection:
-        """The content of ``selection.json``.
-
-        Raises:
-            RunError: the file is damaged or of another format version.
-        """
+        """The content of ``selection.json``; raises `RunError` if it is damaged or of another format version."""
         file = self.path / "selection.json"
         try:
             return Selection.model_validate(read_json(file))
@@ -215,10 +211,9 @@ class Comparison:
             ) from None
 
     def run(self, candidate: str) -> Run | None:
-        """The run of a candidate, beside this folder or at its recorded path; None for a weights file or a lost run.
+        """The run of a candidate, beside this folder or at its path; None for a weights file or a lost run.
 
-        Raises:
-            RunError: its weights changed since the comparison.
+        Raises `RunError` if its weights changed since the comparison.
         """
         path = Path(self.selection.candidates[candidate].run)
         folders = (self.path.parent / path.name, path)

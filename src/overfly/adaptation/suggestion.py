@@ -6,8 +6,6 @@ candidates on tile j (query by committee, Seung et al., 1992), s_ij the similari
 other is picked, each with the largest gain, which reaches 1 - 1/e of the maximum (Nemhauser et al., 1978).
 """
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

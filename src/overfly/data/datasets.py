@@ -1,7 +1,5 @@
 """Public data sets by name: folders with the settings of a data sheet, ``sheets/NAME.yaml``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -92,22 +90,20 @@ class Dataset(Folder):
         """Take the settings that are not given from the sheet."""
         if not isinstance(values, Mapping):
             return values
-        sheet, names, subset = cls.sheet(), cls._several(values.get("variant")), cls._several(values.get("subset"))
+        sheet = cls.sheet()
+        given = (cls._several(values.get(key)) for key in ("variant", "subset"))
+        names, subset = (tuple(map(str, value)) if isinstance(value, list | tuple) else () for value in given)
         settings = dict(sheet.settings)
-        for name in names or ():
+        for name in names:
             if name not in sheet.variants:
                 known = ", ".join(sheet.variants) or "none"
                 raise ValueError(f"{sheet.title} has no variant {name!r}; there are: {known}")
             settings |= sheet.variants[name]
         if subset and sheet.subset is None:
             raise ValueError(f"{sheet.title} has no subsets; remove subset")
-        codes = "colors" if settings["label_format"] == "rgb" else "ids"
-        own = (
-            settings["classes"]
-            if codes == "colors"
-            else {name: index for index, name in enumerate(settings["classes"])}
-        )
-        return {"title": " ".join([sheet.title, *map(str, subset or ())]), codes: own, **settings, **values}
+        ids = {name: index for index, name in enumerate(settings["classes"])}
+        codes = {"colors": settings["classes"]} if settings["label_format"] == "rgb" else {"ids": ids}
+        return {"title": " ".join([sheet.title, *subset]), **codes, **settings, **values}
 
     @model_serializer(mode="plain")
     def _with_changes(self) -> dict[str, Any]:
@@ -130,7 +126,7 @@ class Dataset(Folder):
         try:
             return [Item(pair.name.strip("_"), pair.image, pair.mask) for pair in self._pairs(split, root)]
         except DataError as error:
-            files = " and ".join(pattern for pattern in (self.images, self.masks) if pattern)
+            files = " and ".join(filter(None, (self.images, self.masks))).replace("{split}", str(self.splits[split]))
             advice = f"{sheet.title} has {files} below its root; to get it, {sheet.get} ({sheet.facts['url']})"
             raise type(error)(f"{error}; {advice.replace('{root}', str(root))}") from None
 
@@ -169,6 +165,4 @@ def register_sheets() -> None:
     """Define the domain of each data sheet that has no class of its own."""
     for file in sorted(SHEETS.glob("*.yaml")):
         if file.stem not in Domain.kinds:
-            new_class(
-                file.stem.capitalize(), (Dataset,), {"name": file.stem}, lambda names: names.update(__module__=__name__)
-            )
+            new_class(file.stem, (Dataset,), {"name": file.stem}, lambda body: body.update(__module__=__name__))

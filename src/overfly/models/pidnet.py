@@ -3,8 +3,6 @@
 Structure and submodule names are those of the authors' release, so that its checkpoints load.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
