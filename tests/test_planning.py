@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_equal_trainings_of_pairs_are_timed_once(tmp_path: Path) -> None:
     plans = plan([path for path in PAIRS if "vaihingen" in path.stem], out=tmp_path, timed=timed)
     assert len(plans) == 8
     assert len(timed) == 2
+
+
+def test_a_missing_split_to_score_is_missing(tmp_path: Path) -> None:
+    for name in ("gta5", "cityscapes"):
+        WRITERS[name](tmp_path / name)
+    shutil.rmtree(tmp_path / "cityscapes/leftImg8bit/val")
+    path = REPOSITORY / "recipes" / "pairs" / "gta5-cityscapes-source_only.yaml"
+    (only,) = plan([path], *roots(path, tmp_path), out=tmp_path)
+    assert len(only.missing) == 1
+    assert "leftImg8bit/val/*/*_leftImg8bit.png matches no files" in only.missing[0]
 
 
 def test_missing_weights_and_unknown_lengths(tmp_path: Path) -> None:

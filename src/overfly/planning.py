@@ -78,11 +78,10 @@ def _missing(recipe: Recipe, split: Split) -> Iterator[str]:
             try:
                 if domain is not None:
                     domain.items(part)
-            except SplitError as error:
-                if part == "train":
-                    yield str(error)
             except DataError as error:
-                yield str(error)
+                if part in ("train", *getattr(domain, "splits", ())) or not isinstance(error, SplitError):
+                    yield str(error)
+                break
     weights = recipe.model.weights or ""
     if isinstance(recipe.start, Path) and not recipe.start.exists():
         yield f"start {recipe.start} does not exist"
