@@ -221,6 +221,9 @@ def test_missing_files_name_their_source(tmp_path: Path) -> None:
     next((tmp_path / "cityscapes/gtFine/train/ulm").glob("*labelIds.png")).unlink()
     with pytest.raises(DataError, match=r"ulm_000000_000019_leftImg8bit\.png has no mask"):
         domain("cityscapes", tmp_path).items("train")
+    assert len(domain("cityscapes", tmp_path, subset="aachen").items("train")) == 1
+    with pytest.raises(DataError, match=r"ulm_000000_000019_leftImg8bit\.png has no mask \(1 of 1 "):
+        domain("cityscapes", tmp_path, subset="ulm").items("train")
     WRITERS["openearthmap"](tmp_path / "openearthmap")
     (tmp_path / "openearthmap/christchurch/labels/christchurch_1.tif").unlink()
     with pytest.raises(DataError, match=r"christchurch_1\.tif has no mask \(1 of 3 images have none\)"):

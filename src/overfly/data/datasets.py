@@ -138,21 +138,20 @@ class Dataset(Folder):
             raise DataError(f"{root} is not a folder")
         text = str(self.splits[split]) if by_folder else ""
         images, masks = (None if path is None else path.replace("{split}", text) for path in (self.images, self.masks))
-        pairs = listing.find_images(
-            root, images or "", masks, masks_optional=unlabeled, check=by_folder or not sheet.unlabeled
-        )
+        check = not self.subset and (by_folder or not sheet.unlabeled)
+        pairs = listing.find_images(root, images or "", masks, masks_optional=unlabeled, check=check)
         if not pairs:
             raise SplitError(f"{root / (images or '')} matches no files")
         if not by_folder:
             pairs = listing.select_split(pairs, split, self.splits, root, self.seed, partial=sheet.partial_lists)
-        lacking = [pair for pair in pairs if pair.mask is None]
-        if masks is not None and lacking and not unlabeled:
-            raise DataError(f"{lacking[0].image} has no mask ({len(lacking)} of {len(pairs)} images have none)")
         for subset in self.subset or sheet.subsets or ("",):
             pattern = sheet.subset.format(subset) if sheet.subset and subset else "*"
             chosen = [pair for pair in pairs if fnmatchcase(pair.name, pattern)]
             if not chosen:
                 raise SplitError(f"no image of {split} in {root} is of {subset}")
+            lacking = [pair for pair in chosen if pair.mask is None and masks is not None and not unlabeled]
+            if lacking:
+                raise DataError(f"{lacking[0].image} has no mask ({len(lacking)} of {len(chosen)} images have none)")
             yield from chosen
 
     def _decode_label(self, pixels: LabelPixels, encoding: str) -> UInt8:
