@@ -11,6 +11,8 @@ import pytest
 
 from miniatures import SIDE, SYNTHIA, TRAIN_IDS, WRITERS
 from overfly import data_check, evaluate, train
+from overfly.commands.export_data import card_content
+from overfly.commands.load_predictor import NetworkFolder
 from overfly.core.errors import DataError
 from overfly.data.datasets import SHEETS, Dataset, read_sheet
 from overfly.data.domain import Domain, SplitError
@@ -144,6 +146,8 @@ def test_checked_trained_and_scored(name: str, root: Path, tmp_path: Path) -> No
     scores = evaluate(run, domain="source", split=scored, device="cpu", samples=False).scores[f"source/{scored}"]  # type: ignore[arg-type]
     assert scores.miou is not None
     assert set(scores.classes) == set(value.classes.names)
+    (described,) = card_content(NetworkFolder.open(run)).domains
+    assert f"License: {value.sheet().facts['license']}" in described[1]
 
 
 def test_variants(root: Path) -> None:
