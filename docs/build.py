@@ -118,7 +118,8 @@ method: dacs
 steps: 10000
 ```
 
-- `variant` chooses other bands, labels or classes of the same data set, one or several.
+- `variant` chooses other bands, labels or classes of the same data set, one or several. To score a run on labels
+  without boundaries: `overfly evaluate runs/NAME --domain target variant=no_boundary`.
 - `subset` chooses a region, city, department or condition, one or several; each must have images in the splits that
   are read.
 - Every setting of the [folder domain](guides/folders.md) can be given too and replaces that of the sheet. With

@@ -247,9 +247,19 @@ def test_a_wrong_label_is_an_error(tmp_path: Path) -> None:
 def test_a_saved_recipe_holds_what_differs_from_the_sheet(root: Path) -> None:
     value = domain("potsdam", root, variant="irrg", gsd=0.09)
     saved = json.loads(json.dumps(value.model_dump(mode="json")))
-    assert saved == {"name": "potsdam", "root": str(root / "potsdam"), "variant": ["irrg"], "subset": [], "gsd": 0.09}
+    expected = {"name": "potsdam", "root": str(root / "potsdam"), "variant": ["irrg"], "subset": [], "gsd": 0.09}
+    assert saved == {**expected, "sheet_sha256": read_sheet("potsdam").sha256}
     assert Domain.model_validate(saved) == value
     assert Domain.model_validate({**saved, "variant": []}).images.startswith("2_Ortho_RGB")  # type: ignore[attr-defined]
+
+
+def test_a_changed_sheet_is_another_recipe(root: Path) -> None:
+    sheet = read_sheet("potsdam")
+    assert sheet.model_copy(update={"facts": {}, "layout": ""}).sha256 == sheet.sha256
+    assert sheet.model_copy(update={"binarize": False}).sha256 != sheet.sha256
+    old = domain("potsdam", root, sheet_sha256="old")
+    assert old != domain("potsdam", root)
+    assert Domain.model_validate(old.model_dump(mode="json")) == old
 
 
 @pytest.mark.parametrize("name", WRITERS)

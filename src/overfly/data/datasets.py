@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from overfly.core.atomic_files import json_sha256
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import Item, UInt8
@@ -52,6 +53,11 @@ class Sheet(Spec):
     binarize: bool = False
     """Whether each value of a label's color is taken as 0 below `THRESHOLD`, else as 255."""
 
+    @property
+    def sha256(self) -> str:
+        """Digest of what decides how files are read."""
+        return json_sha256(self.model_dump(mode="json", exclude={"title", "summary", "facts", "get", "layout"}))
+
 
 @cache
 def read_sheet(name: str) -> Sheet:
@@ -72,6 +78,8 @@ class Dataset(Folder):
     """Variants of the data sheet, such as ``irrg``; of two that change the same setting, the last counts."""
     subset: tuple[str, ...] = ()
     """Subsets, such as regions, cities, departments or conditions; default: all."""
+    sheet_sha256: str = ""
+    """Digest of the sheet's settings, so that a changed sheet is another recipe; filled in."""
 
     @classmethod
     def sheet(cls) -> Sheet:
@@ -103,7 +111,8 @@ class Dataset(Folder):
             raise ValueError(f"{sheet.title} has no subsets; remove subset")
         ids = {name: index for index, name in enumerate(settings["classes"])}
         codes = {"colors": settings["classes"]} if settings["label_format"] == "rgb" else {"ids": ids}
-        return {"title": " ".join([sheet.title, *subset]), **codes, **settings, **values}
+        title = " ".join([sheet.title, *subset])
+        return {"title": title, "sheet_sha256": sheet.sha256, **codes, **settings, **values}
 
     @model_serializer(mode="plain")
     def _with_changes(self) -> dict[str, Any]:

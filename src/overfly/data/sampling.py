@@ -1,7 +1,5 @@
 """Choose the images and crops of each training step."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache

@@ -7,8 +7,6 @@ Student and critic are trained in one step, without a second loop: the student's
 weights, the critic's loss uses detached maps. The gradients of the sum equal those of the classic two-phase update.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Generic, Literal, TypeVar

@@ -4,8 +4,6 @@ GCW and LDQ (Li et al., 2022, Remote Sensing 14:4942); DAFormer (Hoyer et al., C
 et al., CVPR 2023, arXiv:2212.01322).
 """
 
-from __future__ import annotations
-
 import copy
 from typing import NamedTuple
 

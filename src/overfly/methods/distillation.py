@@ -1,7 +1,5 @@
 """Distillation: an adapted network of any architecture teaches a light one (Hinton et al., 2015, arXiv:1503.02531)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Normalization per domain: DSBN (Chang et al., CVPR 2019, arXiv:1906.03950), TransNorm (Wang et al., NeurIPS 2019)."""
 
-from __future__ import annotations
-
 import copy
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Source images in the style of the target: FDA (Yang and Soatto, CVPR 2020, arXiv:2004.05498), color transfer."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The interface of a method, and the networks that methods train."""
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, Self, TypeVar, cast

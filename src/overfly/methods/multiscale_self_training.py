@@ -1,7 +1,5 @@
 """Multi-scale class-balanced self-training, for batch-normalized real-time networks and overhead imagery."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 import torch

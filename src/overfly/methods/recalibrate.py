@@ -1,7 +1,5 @@
 """Batch-normalization statistics estimated on the target (Li et al., ICLR workshop 2017, arXiv:1603.04779)."""
 
-from __future__ import annotations
-
 import copy
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Class thresholds: CBST (Zou et al., ECCV 2018, arXiv:1810.07911), IAST (Mei et al., ECCV 2020, arXiv:2008.12197)."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

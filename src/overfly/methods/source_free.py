@@ -1,7 +1,5 @@
 """Adaptation without source images: `source_free`, and Tent (Wang et al., ICLR 2021, arXiv:2006.10726)."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 from torch import nn

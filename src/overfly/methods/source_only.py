@@ -1,7 +1,5 @@
 """Source only: supervised training on the source, the baseline of every adaptation."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from overfly.core.records import Batch, Losses

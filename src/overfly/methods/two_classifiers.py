@@ -1,7 +1,5 @@
 """Two class layers: MCD (Saito et al., CVPR 2018, arXiv:1712.02560), CLAN (Luo et al., CVPR 2019, arXiv:1809.09478)."""
 
-from __future__ import annotations
-
 import copy
 from typing import Literal, NamedTuple
 

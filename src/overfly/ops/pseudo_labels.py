@@ -1,7 +1,5 @@
 """Mean teachers, their pseudo-labels, and mixing of images: pasted classes (ClassMix), covered squares (MIC)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
