@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 import overfly
-from overfly.adaptation.auto_recipe import VARIANTS, propose_recipes, with_statistics
+from overfly.adaptation.auto_recipe import VARIANTS, propose_recipes
+from overfly.adaptation.inputs import with_statistics
 from overfly.data.domain import TURNS, better_turn
 from overfly.data.folder import Folder
 from overfly.recipe import Recipe

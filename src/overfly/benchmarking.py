@@ -1,7 +1,5 @@
 """Train and score recipes with several seeds, and tabulate mean ± standard deviation."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +42,7 @@ class SeedStatistics(Spec):
     """One value per seed."""
 
     @classmethod
-    def from_values(cls, values: Sequence[float | None]) -> SeedStatistics:
+    def from_values(cls, values: Sequence[float | None]) -> "SeedStatistics":
         """Mean and standard deviation of the values that are not None."""
         present = [value for value in values if value is not None]
         return cls(
@@ -83,11 +81,11 @@ class BenchmarkRow(Spec):
     """Learning-rate schedule with its settings."""
     length: str
     """Epochs, or steps."""
-    miou: dict[str, SeedStatistics]
+    miou: "dict[str, SeedStatistics]"
     """mIoU, 0 to 1, by the title of the domain."""
-    classes: dict[str, dict[str, SeedStatistics]]
+    classes: "dict[str, dict[str, SeedStatistics]]"
     """IoU of each class by the title of the domain."""
-    minutes: SeedStatistics
+    minutes: "SeedStatistics"
     """Minutes of training."""
     runs: tuple[str, ...]
     """Folders of the runs, one per seed."""
@@ -95,7 +93,7 @@ class BenchmarkRow(Spec):
     """The split that was scored."""
     labels_opened: int
     """Number of times the target's labels were read, over all seeds."""
-    gap_closed: SeedStatistics | None = None
+    gap_closed: "SeedStatistics | None" = None
     """(adapted - source only) / (oracle - source only) in mIoU on the target, per seed; the oracle is trained on target
     labels. None unless the table has both baselines; of several runs the longest counts."""
 
@@ -152,7 +150,7 @@ def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
 
 
 def run_benchmark(
-    recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int], *, out: Path, fabric: Fabric,
+    recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int], *, out: Path, fabric: "Fabric",
     config: TrainerConfig, split: Split, save_samples: SaveSamples | None = None, workers: int = 0,
 ) -> dict[Path, list[Run]]:  # fmt: skip
     """Train and score every recipe with every seed, skipping finished runs.
@@ -186,9 +184,11 @@ def tabulate(
         networks.append(BenchmarkNetwork(name=name, parameters_training=parameters, speed=speed))
     first = [runs[0] for runs in done.values()]
     domains = [domain for run in first for domain in (run.recipe.source, run.recipe.target) if domain is not None]
+    folders = [f", {domain.root}" if hasattr(domain, "root") else "" for domain in domains]
+    origins = [f"{domain.title} ({domain.name}{folder})" for domain, folder in zip(domains, folders, strict=True)]
     return BenchmarkTable(
         seeds=tuple(seeds), machine=first[0].machine, networks=tuple(networks), rows=tuple(rows),
-        data=tuple(dict.fromkeys(map(_origin, domains))), changed=tuple(changed),
+        data=tuple(dict.fromkeys(origins)), changed=tuple(changed),
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def write(table: BenchmarkTable, out: Path) -> None:
     write_text(out / "table.json", json.dumps(table.model_dump(mode="json"), indent=2) + "\n")
 
 
-def _score(run: Run, split: Split, fabric: Fabric, save_samples: SaveSamples | None, workers: int) -> None:
+def _score(run: Run, split: Split, fabric: "Fabric", save_samples: SaveSamples | None, workers: int) -> None:
     for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
         if domain is not None and stored_scores(run, key, split, domain) is None and has_labels(domain, split):
             samples = Samples()
@@ -248,7 +248,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
     )  # fmt: skip
 
 
-def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> SeedStatistics | None:
+def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Split) -> "SeedStatistics | None":
     """Compute the share of the gap between source only and oracle closed by each seed; None without baselines."""
     baselines = [run for row in others for run in row if run.recipe.method.name == "source_only"]
 
@@ -271,12 +271,6 @@ def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Spl
         low, own, high = (value.miou if value is not None else None for value in scores)
         closed.append(None if low is None or own is None or high is None or high <= low else (own - low) / (high - low))
     return SeedStatistics.from_values(closed)
-
-
-def _origin(domain: Domain) -> str:
-    """Format a domain with its folder."""
-    root = getattr(domain, "root", None)
-    return f"{domain.title} ({domain.name}{f', {root}' if root is not None else ''})"
 
 
 def _settings(value: Optim | Schedule) -> str:

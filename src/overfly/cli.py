@@ -1,7 +1,5 @@
 """The command line: the functions of `overfly.commands`, parsed by cyclopts."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import os
@@ -60,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _terminate(number: int, frame: "FrameType | None") -> None:
     del number, frame
     raise Terminated
 
@@ -78,7 +76,7 @@ def run(arguments: list[str]) -> int:
     return int(getattr(result, "exit_status", 0))
 
 
-def application(arguments: Sequence[str] = ()) -> App:
+def application(arguments: Sequence[str] = ()) -> "App":
     """Build the command line: one command for each function of `overfly.commands`.
 
     Args:
@@ -170,7 +168,7 @@ def check_settings(command: Callable[..., Any], arguments: Sequence[Any]) -> Non
             raise RecipeError(f"{key} is an option, not a setting of a recipe; write --{option} {value}")
 
 
-def usage_message(error: CycloptsError) -> str:
+def usage_message(error: "CycloptsError") -> str:
     """Return the error of a command line, with a suggestion."""
     from cyclopts import CoercionError, MissingArgumentError, UnknownCommandError, UnknownOptionError
 
@@ -202,7 +200,7 @@ def usage_message(error: CycloptsError) -> str:
     return f"{message}; see {' '.join(['overfly', *prefix])} --help"
 
 
-def _unknown_option(error: UnknownOptionError) -> str:
+def _unknown_option(error: "UnknownOptionError") -> str:
     """Return an unknown option, with a suggestion: another option, or the setting of the same name."""
     option = error.token.keyword or error.token.value
     names = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]

@@ -1,7 +1,5 @@
 """The recipe: all settings of an experiment, in YAML, Python or on the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -95,9 +93,7 @@ class Validation(Spec):
     @model_validator(mode="after")
     def _check_interval(self) -> Self:
         if (self.target or self.keep_all) and not self.every:
-            raise ValueError(
-                f"{'target' if self.target else 'keep_all'} needs validations; set every to the steps between them"
-            )
+            raise ValueError(f"{'target' if self.target else 'keep_all'} needs validations; set every above 0")
         return self
 
 
@@ -108,15 +104,10 @@ def _parse_start(value: object) -> object:
     return Recipe.model_validate(value) if isinstance(value, Mapping) else value
 
 
-def with_seed(recipe: Recipe, seed: Any) -> Recipe:
+def with_seed(recipe: "Recipe", seed: Any) -> "Recipe":
     """Return a recipe with another seed, also in the recipes under its ``start``."""
     start = with_seed(recipe.start, seed) if isinstance(recipe.start, Recipe) else recipe.start
     return recipe.model_copy(update={"seed": seed, "start": start})
-
-
-def _number_to_text(value: object) -> object:
-    """Convert the number 32 to text."""
-    return str(value) if isinstance(value, int) else value
 
 
 class Recipe(Spec):
@@ -128,7 +119,7 @@ class Recipe(Spec):
     """Imagery to adapt to; training never reads its labels."""
     labels: Labels | None = None
     """Labeled images of the target that are trained on too, as `overfly adapt --labels` does."""
-    start: Annotated[Recipe | Path | None, BeforeValidator(_parse_start)] = None
+    start: "Annotated[Recipe | Path | None, BeforeValidator(_parse_start)]" = None
     """Initial network: a run folder, a weights file of a run, or another recipe, trained first with the same seed."""
     model: Model = Model()
     """The network."""
@@ -163,7 +154,7 @@ class Recipe(Spec):
     """Largest norm of the gradient."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Random seed."""
-    precision: Annotated[TrainingPrecision, BeforeValidator(_number_to_text)] = "32"
+    precision: Annotated[TrainingPrecision, BeforeValidator(lambda given: "32" if given == 32 else given)] = "32"
     """Full precision, or mixed with bfloat16 or float16, which a CPU without kernels for it computes in full precision.
     ``auto``: the fastest of 32 and bf16, contiguous and channels-last, by steps that are timed once for each machine,
     network, crop and batch; 32 on several devices. machine.json records it, and a resumed run keeps it."""
@@ -171,11 +162,11 @@ class Recipe(Spec):
     @model_validator(mode="before")
     @classmethod
     def _use_classes_of_source(cls, value: object) -> object:
-        """Use the source's classes for a target folder without classes."""
+        """Use the source's classes for a target folder or raster without classes."""
         if not isinstance(value, Mapping) or not isinstance(value.get("target"), Mapping) or not value.get("source"):
             return value
         target = value["target"]
-        if target.get("name") == "folder" and "classes" not in target:
+        if target.get("name") in ("folder", "raster") and "classes" not in target:
             source = value["source"]
             if isinstance(source, Mapping) and "classes" in source:
                 return {**value, "target": {**target, "classes": source["classes"]}}
@@ -275,7 +266,7 @@ class Recipe(Spec):
         write_mapping(path, self.model_dump(mode="json"))
 
 
-def load(recipe: Recipe | Path | str | Mapping[str, Any], *overrides: str) -> Recipe:
+def load(recipe: "Recipe | Path | str | Mapping[str, Any]", *overrides: str) -> "Recipe":
     """Read a recipe.
 
     Args:

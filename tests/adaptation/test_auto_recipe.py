@@ -10,7 +10,8 @@ from PIL import Image
 
 from overfly import adapt
 from overfly.adaptation import auto_recipe
-from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes
+from overfly.adaptation.auto_recipe import folder_recipes
+from overfly.adaptation.inputs import ImageInputs
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.settings import parse_budget
@@ -25,7 +26,7 @@ NAMES = ["background", "building", "road", "water", "barren", "forest", "agricul
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> FolderInputs:
+def own(tmp_path: Path) -> ImageInputs:
     """A source folder with masks of class ids, and a target folder without; images of 96 pixels a side."""
     for name, scene, count in (("A", "urban", 8), ("B", "rural", 4)):
         (tmp_path / name / "images").mkdir(parents=True)
@@ -37,7 +38,7 @@ def own(tmp_path: Path) -> FolderInputs:
                 Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / name / "masks" / f"{index}.png")
     (tmp_path / "classes.yaml").write_text(yaml.safe_dump(NAMES))
     folders = tmp_path / "A" / "images", tmp_path / "A" / "masks", tmp_path / "B" / "images"
-    return FolderInputs(*folders, tmp_path / "classes.yaml")
+    return ImageInputs(*folders, tmp_path / "classes.yaml")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_an_invalid_budget_raises(text: str) -> None:
         parse_budget(text)
 
 
-def test_steps_fit_the_budget(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_fit_the_budget(own: ImageInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_recipe, "time_step", lambda recipe, _: 1.0 if recipe.method.needs_target else 0.5)
     recipe, aligned = folder_recipes(own, "12m", TrainerConfig("cpu", quiet=True))
     assert isinstance(recipe.start, Recipe)
@@ -89,7 +90,7 @@ def test_steps_fit_the_budget(own: FolderInputs, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("upright", [False, True])
 def test_images_with_a_fixed_top_are_not_turned(
-    own: FolderInputs, monkeypatch: pytest.MonkeyPatch, upright: bool
+    own: ImageInputs, monkeypatch: pytest.MonkeyPatch, upright: bool
 ) -> None:
     """Sky above and ground below in every mask, or both anywhere."""
     monkeypatch.setattr(auto_recipe, "time_step", lambda *_: 0.5)
@@ -105,7 +106,7 @@ def test_images_with_a_fixed_top_are_not_turned(
         assert recipe.method.model_dump()["turns"] != upright
 
 
-def test_given_settings_hold_for_all_recipes(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_settings_hold_for_all_recipes(own: ImageInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[str] = []
 
     def time_step(recipe: Recipe, _: object) -> float:
@@ -128,7 +129,7 @@ def test_given_settings_hold_for_all_recipes(own: FolderInputs, monkeypatch: pyt
 
 
 def test_the_same_proposal_again_has_the_same_steps(
-    own: FolderInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: ImageInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, out = TrainerConfig("cpu", quiet=True), tmp_path / "runs"
     monkeypatch.setattr(auto_recipe, "time_step", lambda *_: 0.2)
@@ -141,14 +142,14 @@ def test_the_same_proposal_again_has_the_same_steps(
     assert folder_recipes(own, "10m", config, out=out)[0].steps == 255
 
 
-def test_a_short_budget_trains_one_variant(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_budget_trains_one_variant(own: ImageInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_recipe, "time_step", lambda recipe, _: 1.0 if recipe.method.needs_target else 0.5)
     (recipe,) = folder_recipes(own, "8m", TrainerConfig("cpu", quiet=True))
     assert isinstance(recipe.start, Recipe)
     assert (recipe.steps, recipe.start.steps) == (163, 403)
 
 
-def test_a_budget_that_is_too_short_is_rejected_with_advice(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_is_too_short_is_rejected_with_advice(own: ImageInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_recipe, "time_step", lambda *_: 2.0)
     with pytest.raises(RecipeError, match=r"12 .*10 .*100.*--budget 10m"):
         folder_recipes(own, "1m", TrainerConfig("cpu", quiet=True), out=own.classes and own.classes.parent / "runs")
@@ -157,7 +158,7 @@ def test_a_budget_that_is_too_short_is_rejected_with_advice(own: FolderInputs, m
 
 
 def test_a_budget_of_212_and_57_steps_is_rejected_with_a_crop_that_fits(
-    own: FolderInputs, monkeypatch: pytest.MonkeyPatch
+    own: ImageInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto_recipe, "time_step", lambda recipe, _: 5.0 if recipe.method.needs_target else 1.657)
     monkeypatch.setattr(auto_recipe, "choose_crop", lambda *_: 512)
@@ -165,7 +166,7 @@ def test_a_budget_of_212_and_57_steps_is_rejected_with_a_crop_that_fits(
         folder_recipes(own, "14m", TrainerConfig("cpu", quiet=True))
 
 
-def test_a_short_budget_takes_a_smaller_crop(own: FolderInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_budget_takes_a_smaller_crop(own: ImageInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     def time_step(recipe: Recipe, _: object) -> float:
         return (5.0 if recipe.method.needs_target else 1.5) * (recipe.crop / 512) ** 2
 
@@ -178,7 +179,7 @@ def test_a_short_budget_takes_a_smaller_crop(own: FolderInputs, monkeypatch: pyt
         folder_recipes(own, "14m", TrainerConfig("cpu", quiet=True), ["crop=512"])
 
 
-def test_colors_of_classes_are_read_as_colors(own: FolderInputs) -> None:
+def test_colors_of_classes_are_read_as_colors(own: ImageInputs) -> None:
     assert own.classes is not None
     own.classes.write_text(yaml.safe_dump({"roof": [255, 0, 0], "rest": [0, 0, 0]}))
     assert read_classes(own.classes) == {"classes": {"roof": [255, 0, 0], "rest": [0, 0, 0]}}
@@ -197,9 +198,9 @@ def test_colors_of_classes_are_read_as_colors(own: FolderInputs) -> None:
         ({"checkpoint": Path("runs/x")}, "--checkpoint"),
     ],
 )
-def test_a_missing_option_is_named(own: FolderInputs, change: dict[str, Path | None], words: str) -> None:
+def test_a_missing_option_is_named(own: ImageInputs, change: dict[str, Path | None], words: str) -> None:
     with pytest.raises(OverflyError, match=words):
-        folder_recipes(FolderInputs(**{**own.__dict__, **change}), "10m", TrainerConfig("cpu", quiet=True))
+        folder_recipes(ImageInputs(**{**own.__dict__, **change}), "10m", TrainerConfig("cpu", quiet=True))
 
 
 def test_a_budget_with_a_recipe_raises(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_a_budget_with_a_recipe_raises(tmp_path: Path) -> None:
 
 
 def test_adapt_two_folders_then_one_folder_from_the_comparison(
-    own: FolderInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: ImageInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("overfly.adaptation.pipeline.RECALIBRATION", {"batch": 2, "steps": 2})
     monkeypatch.setattr(auto_recipe, "MIN_STEPS", 2)
@@ -250,7 +251,7 @@ def test_adapt_two_folders_then_one_folder_from_the_comparison(
         ({1: 5}, "classes.yaml.*1: "),
     ],
 )
-def test_invalid_settings_beside_classes_raise(own: FolderInputs, beside: dict[object, object], words: str) -> None:
+def test_invalid_settings_beside_classes_raise(own: ImageInputs, beside: dict[object, object], words: str) -> None:
     assert own.classes is not None
     own.classes.write_text(yaml.safe_dump({"classes": NAMES, **beside}))
     with pytest.raises(RecipeError, match=words):
@@ -260,7 +261,7 @@ def test_invalid_settings_beside_classes_raise(own: FolderInputs, beside: dict[o
 @pytest.mark.parametrize(
     "values", [{"building": 1}, {"classes": {"building": "red"}}, 5, [], {}, [{"name": "roof"}], [True]]
 )
-def test_classes_of_another_shape_raise(own: FolderInputs, values: object) -> None:
+def test_classes_of_another_shape_raise(own: ImageInputs, values: object) -> None:
     assert own.classes is not None
     own.classes.write_text(yaml.safe_dump(values))
     with pytest.raises(RecipeError, match=r"--classes: .*classes\.yaml .*building: \[255") as raised:
@@ -268,7 +269,7 @@ def test_classes_of_another_shape_raise(own: FolderInputs, values: object) -> No
     assert "images" not in str(raised.value)
 
 
-def test_an_invalid_classes_file_is_named(own: FolderInputs) -> None:
+def test_an_invalid_classes_file_is_named(own: ImageInputs) -> None:
     assert own.classes is not None
     own.classes.write_text(yaml.safe_dump({"name": "folder", "classes": ["a"]}))
     assert read_classes(own.classes) == {"classes": ["a"]}
@@ -285,12 +286,12 @@ def test_an_invalid_classes_file_is_named(own: FolderInputs) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_one_of_few_images_is_held_out(own: FolderInputs, count: int) -> None:
+def test_one_of_few_images_is_held_out(own: ImageInputs, count: int) -> None:
     assert own.source_images is not None
     assert own.source_masks is not None
     for folder in (own.source_images, own.source_masks):
         for number in range(count, 8):
-            (folder / f"{number}.png").unlink()
+            (Path(folder) / f"{number}.png").unlink()
     recipe, *_ = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), ["steps=2", "start.steps=2"])
     assert recipe.source is not None
     train, held = (recipe.source.items(split) for split in ("train", "val"))
@@ -299,12 +300,12 @@ def test_one_of_few_images_is_held_out(own: FolderInputs, count: int) -> None:
     assert len(train) + len(held) == count
     for folder in (own.source_images, own.source_masks):
         for number in range(1, count):
-            (folder / f"{number}.png").unlink()
+            (Path(folder) / f"{number}.png").unlink()
     with pytest.raises(RecipeError, match=r"images .*1 "):
         folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True))
 
 
-def test_epochs_may_be_given_instead_of_steps(own: FolderInputs, tmp_path: Path) -> None:
+def test_epochs_may_be_given_instead_of_steps(own: ImageInputs, tmp_path: Path) -> None:
     changes = ["epochs=6", "start.epochs=2", "batch=2"]
     recipe, *_ = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), changes, tmp_path / "runs")
     assert isinstance(recipe.start, Recipe)
@@ -314,11 +315,11 @@ def test_epochs_may_be_given_instead_of_steps(own: FolderInputs, tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_weights_file_gives_its_model(own: FolderInputs, tmp_path: Path) -> None:
+def test_a_weights_file_gives_its_model(own: ImageInputs, tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"source": {"name": "synthetic"}, "model": "lraspp_mobilenet_v2"})
     file = initial_network(recipe)[0].save(tmp_path / "network.safetensors")
     (found,) = folder_recipes(
-        FolderInputs(target_images=own.target_images, checkpoint=file),
+        ImageInputs(target_images=own.target_images, checkpoint=file),
         "10m",
         TrainerConfig("cpu", quiet=True),
         ["steps=2"],

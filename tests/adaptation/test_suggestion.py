@@ -21,8 +21,9 @@ from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import UInt8
 from overfly.data.reading import read_label_pixels
 from overfly.recipe import load
+from polygons import raster, scene
 from rasters import GEOREFERENCE
-from tiles import SIDE, TILE, recipe_for
+from tiles import LIGHT, SIDE, TILE, recipe_for
 
 
 def read(path: Path) -> UInt8:
@@ -119,3 +120,23 @@ def test_a_count_out_of_range_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["suggest", str(tmp_path), "--count", "0"])
     assert left.value.code == 2
+
+
+def test_tiles_of_a_raster_lie_on_its_grid(tmp_path: Path) -> None:
+    scene(tmp_path, 200, 300)
+    target = {"name": "raster", "images": str(tmp_path / "a.tif"), "block": 100, "title": "Target"}
+    source = raster(tmp_path).model_dump(mode="json")
+    recipe = load({**LIGHT, "source": source, "target": target, "steps": 2})
+    run = train(recipe, out=tmp_path / "runs", device="cpu", quiet=True).run
+    out = tmp_path / "labels"
+    for pick in suggest([run.path], count=2, tile=64, out=out, device="cpu", quiet=True).picks:
+        with (
+            rasterio.open(tmp_path / "a.tif") as whole,
+            rasterio.open(out / "images" / f"{pick.tile.name}.tif") as tile,
+        ):
+            assert np.array_equal(tile.read(), whole.read(window=whole.window(*tile.bounds)))
+            with rasterio.open(out / "drafts" / f"{pick.tile.name}.tif") as draft:
+                assert (draft.crs, draft.transform, draft.shape) == (whole.crs, tile.transform, (64, 64))
+    assert pyogrio.read_info(out / "tiles.gpkg")["crs"] == "EPSG:32633"
+    rows = json.loads((out / "suggestion.json").read_text())["tiles"]
+    assert [row["image"] for row in rows] == [row["tile"].partition("_r")[0] for row in rows]

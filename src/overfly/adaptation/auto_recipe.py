@@ -1,27 +1,22 @@
 """Recipes for two image folders, or a trained network and one folder, that fit a time budget on this machine."""
 
-from __future__ import annotations
-
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 
+from overfly.adaptation.inputs import ImageInputs, input_domain
 from overfly.core.atomic_files import json_sha256, read_json, write_json
-from overfly.core.errors import DataError, RecipeError
+from overfly.core.errors import RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
-from overfly.core.settings import parse_budget, validation_message
-from overfly.data.check import statistics
-from overfly.data.domain import SAMPLED_IMAGES, Domain, Split, has_fixed_top, shortest_sides
-from overfly.data.folder import Folder, read_classes
+from overfly.core.settings import parse_budget
+from overfly.data.domain import Domain, has_fixed_top, shortest_sides
+from overfly.data.folder import read_classes
 from overfly.methods.method import Method
 from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
 from overfly.methods.source_free import SourceFree
@@ -51,8 +46,6 @@ MIN_STEPS_OF_SEVERAL = 150
 """With fewer steps for each of several variants, fewer are trained."""
 TIMING_SECONDS = 3.0
 """Time after which no further step is timed."""
-SPLITS: dict[Split, float] = {"train": 0.85, "val": 0.15}
-"""Shares of the labeled images for training and validation."""
 BUDGET_SHARES = {
     1: {"source": 0.42, "adapted": 0.34}, 2: {"source": 0.32, "adapted": 0.22}, 3: {"source": 0.26, "adapted": 0.17},
 }  # fmt: skip
@@ -70,97 +63,6 @@ VARIANTS = (
 on some pair, by up to 20 points (docs/results/choice.md)."""
 
 
-@dataclass(frozen=True)
-class FolderInputs:
-    """Image folders or patterns, and a file of classes or a trained network."""
-
-    source_images: Path | None = None
-    source_masks: Path | None = None
-    target_images: Path | None = None
-    classes: Path | None = None
-    checkpoint: Path | None = None
-    """Run or weights, in place of source images."""
-
-    def check(self) -> None:
-        """Check that the options are complete.
-
-        Raises:
-            RecipeError: an option is missing, or ``checkpoint`` is combined with source options.
-        """
-        names: tuple[str, ...] = ("source_images", "source_masks", "target_images", "classes")
-        if self.checkpoint is not None:
-            names = ("target_images",)
-            if self.source_images or self.source_masks or self.classes:
-                raise RecipeError("--checkpoint replaces --source-images, --source-masks and --classes; omit these")
-        missing = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is None]
-        if missing:
-            lacking = "" if self == FolderInputs() else f"{' and '.join(missing)} missing; "
-            raise RecipeError(
-                f"{lacking}adapt needs a recipe; or --source-images, --source-masks, --target-images and --classes; or "
-                "--checkpoint and --target-images"
-            )
-
-
-def folder_domain(
-    role: str, images: Path, settings: Mapping[str, Any], masks: Path | None = None, settings_file: Path | None = None
-) -> Folder:
-    """Create the domain of images and masks (folders or patterns), with estimated mean and standard deviation.
-
-    The role, source or target, is the title in tables; ``settings_file`` holds the settings, for messages.
-
-    Raises:
-        OverflyError: a folder is missing, empty or cannot be read, or a setting is invalid.
-    """
-    paths = (("images", images), ("masks", masks))
-    for kind, path in paths:
-        if path is not None and not _is_pattern(path) and not path.is_dir():
-            raise DataError(f"--{role}-{kind}: {path} is not a folder; give a folder, or a pattern in quotes")
-    root = Path(os.path.commonpath([path.absolute() for path in (images, masks) if path is not None]))
-    while _is_pattern(root) or root == images.absolute():
-        root = root.parent
-    values: dict[str, Any] = {kind: str(path.absolute().relative_to(root)) for kind, path in paths if path is not None}
-    try:
-        domain = Folder(root=root, title=role, **{**settings, **values})
-    except ValidationError as error:
-        raise RecipeError(validation_message(error, str(settings_file or f"the folder {images}"))) from None
-    try:
-        domain.items("train")
-    except DataError as error:
-        raise DataError(f"--{role}-images: {error}") from None
-    return with_statistics(domain if masks is None else _split_off_validation(domain, images))
-
-
-def with_statistics(domain: Folder) -> Folder:
-    """Set mean and standard deviation of a domain without them, estimated from images of ``train``."""
-    if domain.mean is not None:
-        return domain
-    measured = statistics(domain, "train", limit=SAMPLED_IMAGES)
-    mean = tuple(round(value, 3) for value in measured.mean)
-    std = tuple(round(max(value, 1e-3), 3) for value in measured.std)
-    return domain.model_copy(update={"mean": mean, "std": std})
-
-
-def _is_pattern(path: Path) -> bool:
-    return any(mark in str(path) for mark in "*?[")
-
-
-def _split_off_validation(domain: Folder, images: Path) -> Folder:
-    """Add `SPLITS` to a domain, with the first seed for which both splits have an image.
-
-    Raises:
-        RecipeError: there is one image.
-    """
-    if len(domain.items("train")) < 2:
-        raise RecipeError(f"{images} has 1 image, and training and validation need one each; cut it into several")
-    seed = domain.seed
-    while True:
-        divided = domain.model_copy(update={"seed": seed, "splits": SPLITS})
-        with suppress(DataError):  # a split is empty
-            if divided.items("train") and divided.items("val"):
-                return divided
-        seed += 1
-
-
 def choose_crop(domains: list[Domain], device: torch.device) -> int:
     """Choose the crop by device and median image size: a multiple of 32, at least 64."""
     sides = [side for domain in domains for side in shortest_sides(domain)]
@@ -170,7 +72,7 @@ def choose_crop(domains: list[Domain], device: torch.device) -> int:
 
 def propose_recipes(
     source: Domain | None, target: Domain, methods: Sequence[Method[Any]], overrides: Sequence[str], *,
-    checkpoint: Path | None, budget: float, fabric: Fabric, out: Path | None = None, crop: int | None = None,
+    checkpoint: Path | None, budget: float, fabric: "Fabric", out: Path | None = None, crop: int | None = None,
 ) -> list[Recipe]:  # fmt: skip
     """Propose recipes whose trainings fit a time budget on this machine.
 
@@ -185,8 +87,7 @@ def propose_recipes(
         out: folder where proposed steps are stored, so that later calls give the same recipes; None: not stored.
         crop: largest crop in pixels, smaller if the budget is short for it; None: `choose_crop`.
 
-    Raises:
-        RecipeError: the budget is too short, or a setting is unknown.
+    Raises `RecipeError`: the budget is too short, or a setting is unknown.
     """
     crop = crop or choose_crop([domain for domain in (source, target) if domain is not None], fabric.device)
     upright = source is not None and has_fixed_top(source)
@@ -247,7 +148,7 @@ def _with_steps(recipe: Recipe, steps: Mapping[str, int], overrides: Sequence[st
     return load(recipe.model_copy(update=update), *overrides)
 
 
-def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: Fabric, out: Path | None) -> dict[str, int]:
+def _propose_steps(recipes: Sequence[Recipe], budget: float, fabric: "Fabric", out: Path | None) -> dict[str, int]:
     """Return number of variants and steps of each training, stored for these recipes and budget or timed now."""
     key = json_sha256([[recipe.model_dump(mode="json") for recipe in recipes], budget, fabric.device.type])
     file = out and out / f".adapt-{key[:16]}.json"
@@ -296,7 +197,7 @@ def _budget_message(
     )
 
 
-def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
+def time_step(recipe: Recipe, fabric: "Fabric", repeats: int = 3) -> float:
     """Measure the median seconds of a training step in the recipe's precision, after one step of warm-up."""
     start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
     setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
@@ -318,28 +219,28 @@ def time_step(recipe: Recipe, fabric: Fabric, repeats: int = 3) -> float:
 
 
 def folder_recipes(
-    inputs: FolderInputs, budget: str | None, config: TrainerConfig, overrides: Sequence[str] = (),
+    inputs: ImageInputs, budget: str | None, config: TrainerConfig, overrides: Sequence[str] = (),
     out: Path | None = None,
 ) -> list[Recipe]:  # fmt: skip
     """Recipes for two image folders, or for a trained network and one folder; see `propose_recipes`.
 
-    The budget is a time such as 10m; None: `DEFAULT_BUDGET`.
-
-    Raises:
-        OverflyError: an option is missing, a folder cannot be read, or the budget is too short.
+    The budget is a time such as 10m; None: `DEFAULT_BUDGET`. Raises `OverflyError`: an option is missing, a folder
+    cannot be read, or the budget is too short.
     """
     inputs.check()
     budget = budget or DEFAULT_BUDGET
     seconds = parse_budget(budget)
-    checkpoint, images, file = inputs.checkpoint, inputs.source_images, inputs.classes
+    checkpoint = inputs.checkpoint
     if checkpoint is None:
-        settings = read_classes(file or Path())
+        settings = {} if inputs.classes is None else read_classes(inputs.classes)
     else:
         network = Segmenter.load(resolve_start(checkpoint))
         settings = {"classes": network.classes, "bands": network.bands, "max_value": network.max_value}
     print_status("reading images", quiet=config.quiet)
-    source = folder_domain("source", images, settings, inputs.source_masks, file) if images is not None else None
-    target = folder_domain("target", inputs.target_images or Path(), settings, settings_file=file)
+    source = input_domain("source", inputs, settings) if inputs.source_images is not None else None
+    if source is not None:
+        settings = {**settings, "classes": source.classes, "bands": source.bands}
+    target = input_domain("target", inputs, settings)
     methods: Sequence[Method[Any]] = VARIANTS if source is not None else (SourceFree(),)
     method: Method[Any] = SourceOnly() if source is not None else methods[0]
     fabric = launch_fabric(Recipe(target=target, start=checkpoint, source=source, method=method), config)

@@ -135,11 +135,8 @@ def estimate(
     """Estimate a network's target mIoU without target labels; about thirty forward passes per source image.
 
     It is calibrated on the labels of the source's ``source_split``, which is held out from training; no label of the
-    target's items is read.
-
-    Raises:
-        DataError: the source split has no labels, or the target split no images.
-        NotFiniteError: the network's scores are not finite.
+    target's items is read. Raises `DataError`: the source split has no labels, or the target split no images, and
+    `NotFiniteError`: the network's scores are not finite.
     """
     seed = options.seed
     with evaluation_mode(network.to(options.device)), torch.inference_mode():

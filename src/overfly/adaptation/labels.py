@@ -1,7 +1,5 @@
 """Labeled target tiles: read them, score candidates on them with intervals, and learn from them."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,13 +74,11 @@ class LabeledTiles(NamedTuple):
     pairs: Sequence[tuple[Tensor, Tensor]]
 
     @classmethod
-    def open(cls, folder: Path, recipe: Recipe) -> LabeledTiles:
+    def open(cls, folder: Path, recipe: Recipe) -> "LabeledTiles":
         """Read the tiles of a folder with ``images`` and ``masks``, except those whose masks are empty.
 
-        Masks are decoded by the folder's ``classes.yaml``, which `overfly suggest` writes, else as the source's.
-
-        Raises:
-            OverflyError: the folder is missing, a mask cannot be decoded, or all are empty.
+        Masks are decoded by the folder's ``classes.yaml``, which `overfly suggest` writes, else as the source's. Raises
+        `OverflyError`: the folder is missing, a mask cannot be decoded, or all are empty.
         """
         domain = _folder(folder.absolute(), recipe)
         filled = [item for item in domain.items("train") if (domain.read_label(item) != IGNORE).any()]

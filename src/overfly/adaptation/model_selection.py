@@ -144,11 +144,9 @@ def rank(
     """Rank the networks of runs without target labels; the arguments are those of `overfly.rank`.
 
     Runs are finished or have kept checkpoints, and share a target. Validators under all perturbations need 2.5 times as
-    many predictions. Window and resize of the options are replaced by those of each run's recipe.
-
-    Raises:
-        RecipeError: the runs have several targets or none, or a validator is unknown.
-        DataError: ``with_labels`` for a target without labels.
+    many predictions. Window and resize of the options are replaced by those of each run's recipe. Raises `RecipeError`:
+    the runs have several targets or none, or a validator is unknown, and `DataError`: ``with_labels`` for a target
+    without labels.
     """
     _check_validators(validators)
     target = shared_target(runs)

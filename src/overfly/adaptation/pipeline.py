@@ -1,7 +1,5 @@
 """Adaptation with a safeguard: train source-only, recalibrated and adapted networks, compare them, recommend one."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -55,10 +53,8 @@ def plan_candidates(recipe: Recipe, *others: Recipe) -> dict[str, Recipe | Path]
     """Return the recipes of all candidates: source only, with other statistics, and the given recipes.
 
     A recipe with ``start`` is compared with the network it starts from, any other with a source-only network trained
-    with its own settings.
-
-    Raises:
-        RecipeError: a recipe does not adapt, has no target, or differs from the first in a setting they must share.
+    with its own settings. Raises `RecipeError`: a recipe does not adapt, has no target, or differs from the first in a
+    setting they must share.
     """
     baseline = _baseline(recipe)
     for number, other in enumerate(others, start=2):
@@ -125,7 +121,7 @@ def _baseline(recipe: Recipe) -> Recipe | Path:
 
 
 def adapt(
-    recipe: Recipe, *others: Recipe, out: Path, fabric: Fabric, config: TrainerConfig, gate: Gate | None = None,
+    recipe: Recipe, *others: Recipe, out: Path, fabric: "Fabric", config: TrainerConfig, gate: Gate | None = None,
     estimates: bool = True, labels: Path | None = None,
 ) -> Comparison:  # fmt: skip
     """Train all candidates, compare them without target labels, and recommend one.
@@ -133,10 +129,7 @@ def adapt(
     Candidates that are trained already are reused. The selection, the recommended network and a figure are written to a
     comparison folder beside the runs; the same recipes use the same folder. The recipes are those of the adapted
     candidates, which share a start; ``out`` is the folder of the runs. Labeled target tiles in the folder ``labels``
-    decide, and one more network learns from them.
-
-    Raises:
-        OverflyError: recipes, data or weights do not fit together.
+    decide, and one more network learns from them. Raises `OverflyError`: recipes, data or weights do not fit together.
     """
     recipes = [recipe, *others]
     plans = plan_candidates(*recipes)
@@ -189,7 +182,7 @@ def _with_start(plan: Recipe | Path, start: Recipe | Path) -> Recipe | Path:
 
 
 def _train_all(
-    plans: Mapping[str, Recipe | Path], out: Path, fabric: Fabric, config: TrainerConfig
+    plans: Mapping[str, Recipe | Path], out: Path, fabric: "Fabric", config: TrainerConfig
 ) -> dict[str, Run | Path]:
     """Train every recipe that has no finished run below ``out``."""
     quiet = config.quiet or not fabric.is_global_zero
@@ -210,7 +203,7 @@ def _train_all(
     return runs
 
 
-def _check_inputs(recipes: Sequence[Recipe], fabric: Fabric) -> None:
+def _check_inputs(recipes: Sequence[Recipe], fabric: "Fabric") -> None:
     """Raise `OverflyError` if data, weights or teachers of a recipe are missing or do not fit, before any training."""
     for number, recipe in enumerate(recipes, start=1):
         try:

@@ -46,9 +46,8 @@ def reverse_validation(
         0 to 1, over the classes in the held-out labels; None for fewer target images than `MIN_IMAGES`, or if color and
         texture do not separate the classes (`MIN_MIOU`).
 
-    Raises:
-        DataError: a split has no images or, of the source, no labels.
-        NotFiniteError: the network's scores are not finite.
+    Raises `DataError`: a split has no images or, of the source, no labels, and `NotFiniteError`: the network's scores
+    are not finite.
     """
     if len(sample_evenly(target.items("train"), options.limit)) < MIN_IMAGES:
         return None

@@ -1,7 +1,5 @@
 """The result of `overfly adapt`: candidates, the recommended one, reasons for rejections, and the comparison folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,7 +182,7 @@ class Comparison:
     path: Path
 
     @classmethod
-    def find_all(cls, folder: Path) -> list[Comparison]:
+    def find_all(cls, folder: Path) -> "list[Comparison]":
         """Find comparisons: the folder itself, and those in it, by name."""
         files = [folder / "selection.json", *sorted(folder.glob("*_comparison*/selection.json"))]
         return [cls(file.parent) for file in files if file.is_file()]

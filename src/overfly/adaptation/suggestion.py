@@ -26,9 +26,9 @@ from overfly.core.errors import DataError, RecipeError, render_text
 from overfly.core.progress import percent
 from overfly.core.records import IGNORE, Array, Item, UInt8
 from overfly.core.settings import write_mapping
+from overfly.data.check import item_source
 from overfly.data.domain import Domain, sample_evenly, without_labels
-from overfly.data.headers import read_header
-from overfly.data.reading import Mask
+from overfly.data.reading import Mask, item_header
 from overfly.evaluation.images import MetricOptions, predict_scores, resized, to_tensor
 from overfly.evaluation.score import evaluation_mode
 from overfly.models.segmenter import Segmenter
@@ -84,7 +84,7 @@ def target_tiles(domain: Domain, side: int | None, limit: int) -> list[Tile]:
     """
     tiles = []
     for item in without_labels(domain.items("train")):
-        header = read_header(item.image) if isinstance(item.image, Path) else None
+        header = item_header(item)
         size = domain.read_image(item).shape[:2] if header is None else (header.height, header.width)
         grid = window_grid(size[0], size[1], side or max(size), 0)
         tiles += [Tile(item, window, len(grid) == 1) for window in grid]
@@ -97,10 +97,7 @@ def suggest(
     """Pick ``count`` of the tiles of the target ``domain``; the same arguments give the same tiles.
 
     The first network predicts the drafts, and its features tell which tiles are alike. Of the options, resize, window
-    and device are used.
-
-    Raises:
-        DataError: fewer than ``count`` tiles have data in half of their pixels.
+    and device are used. Raises `DataError`: fewer than ``count`` tiles have data in half of their pixels.
     """
     found: list[Pick] = []
     vectors: list[Tensor] = []
@@ -178,10 +175,8 @@ def read_tiles(domain: Domain, tiles: Sequence[Tile]) -> Iterator[tuple[Tile, Te
 def write_suggestion(picks: Sequence[Pick], domain: Domain, out: Path, about: Mapping[str, Any]) -> None:
     """Write tiles of the target, empty masks, drafts, outlines, classes and instructions into a folder.
 
-    ``about`` is stored in ``suggestion.json``.
-
-    Raises:
-        RecipeError: ``out`` holds other files, or masks that were corrected.
+    ``about`` is stored in ``suggestion.json``. Raises `RecipeError`: ``out`` holds other files, or masks that were
+    corrected.
     """
     check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +184,7 @@ def write_suggestion(picks: Sequence[Pick], domain: Domain, out: Path, about: Ma
         files = [_write_tile(pick, domain, part) for pick in picks]
         rows = [
             {
-                "rank": rank, "tile": pick.tile.name, "image": str(pick.tile.item.image), "reason": pick.reason,
+                "rank": rank, "tile": pick.tile.name, "image": item_source(pick.tile.item), "reason": pick.reason,
                 "disagreement": pick.disagreement, "area": pick.area, "window": list(pick.tile.window),
             }
             for rank, pick in enumerate(picks, 1)
@@ -249,7 +244,7 @@ def _grid(tile: Tile) -> dict[str, Any]:
     """Transform of a tile's pixels, and coordinate reference system if known, as rasterio takes them; else empty."""
     from rasterio import CRS, Affine
 
-    header = read_header(tile.item.image) if isinstance(tile.item.image, Path) else None
+    header = item_header(tile.item)
     if header is None or header.transform is None:
         return {}
     left, top = _at(header.transform, tile.window.left, tile.window.top)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import PathLike, RecipeLike, image_cache, split_entries
+from overfly.commands.arguments import AddressLike, PathLike, RecipeLike, image_cache, split_entries
 from overfly.core.choices import Cache
 from overfly.core.errors import RecipeError
 
@@ -70,10 +70,10 @@ class AdaptResult:
 
 
 def adapt(
-    recipe: RecipeLike | None = None, *overrides: RecipeLike, source_images: PathLike | None = None,
-    source_masks: PathLike | None = None, target_images: PathLike | None = None, classes: PathLike | None = None,
-    checkpoint: PathLike | None = None, labels: PathLike | None = None, budget: str | None = None,
-    estimate: bool = False,
+    recipe: RecipeLike | None = None, *overrides: RecipeLike, source_images: AddressLike | None = None,
+    source_masks: PathLike | None = None, source_labels: AddressLike | None = None, attribute: str | None = None,
+    target_images: AddressLike | None = None, classes: PathLike | None = None, checkpoint: PathLike | None = None,
+    labels: PathLike | None = None, budget: str | None = None, estimate: bool = False,
     gate: list[str] | None = None, require_adapted: bool = False, out: PathLike = Path("runs"), device: str = "auto",
     devices: int = 1, workers: int = 0, checkpoint_every: int = 200, cache: Cache = "memory", quiet: bool = False,
 ) -> AdaptResult:  # fmt: skip
@@ -81,19 +81,23 @@ def adapt(
 
     Candidates are compared without target labels: source only, the same with batch-normalization statistics of the
     target, and networks trained further from the best of these. Give a recipe, or several with the same start; or
-    image folders, the source with masks and the target without; or a trained network (--checkpoint) and the target.
+    image folders or rasters, the source with masks or polygons and the target without; or a trained network
+    (--checkpoint) and the target.
 
     Args:
         recipe: a recipe file whose method adapts.
         overrides: more recipe files, and settings to change in all, such as method.ema=0.999.
-        source_images: folder or pattern of the labeled images.
+        source_images: folder or pattern of the labeled images; or a raster of any size, a file or an address.
         source_masks: folder or pattern of their masks.
-        target_images: folder or pattern of the images to adapt to.
-        classes: YAML file of the classes: names, or names and their colors; or settings of a folder domain.
+        source_labels: labels of rasters: a vector file of polygons, or a raster.
+        attribute: attribute of the polygons that holds the class.
+        target_images: folder or pattern of the images to adapt to; or a raster of any size, a file or an address.
+        classes: YAML file of the classes: names, or names and their colors; or settings of a folder or raster domain.
+            Not needed for polygons with an attribute, each value of which is a class then.
         checkpoint: run, comparison or weights file to adapt, without its source's images.
         labels: folder of a few labeled target tiles, as `overfly suggest` writes it, or with images and masks: they
             decide, and one more network learns from them.
-        budget: time for image folders, such as 90s, 10min or 2h; default 30m. The same command again resumes.
+        budget: time for folders or rasters, such as 90s, 10min or 2h; default 30m. The same command again resumes.
         estimate: estimate each candidate's mIoU on the target too, with an interval; takes several times as long.
         gate: a bound of the checks; may be repeated: --gate max_source_loss=0.1 --gate min_classes=0.8
         require_adapted: exit with status 3 if the network before adaptation is recommended.
@@ -108,8 +112,9 @@ def adapt(
     Returns:
         The comparison folder and its selection.
     """
-    from overfly.adaptation.auto_recipe import FolderInputs, folder_recipes
+    from overfly.adaptation.auto_recipe import folder_recipes
     from overfly.adaptation.gate import read_gate
+    from overfly.adaptation.inputs import ImageInputs
     from overfly.adaptation.pipeline import adapt as adapt_recipes
     from overfly.adaptation.selection import BASELINE, resolve_checkpoint
     from overfly.recipe import load
@@ -118,10 +123,12 @@ def adapt(
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
     bounds = read_gate(gate or ())
     start = None if checkpoint is None else resolve_checkpoint(Path(checkpoint))
-    given = (source_images, source_masks, target_images, classes, start)
-    inputs = FolderInputs(*(None if value is None else Path(value) for value in given))
+    given = (source_masks, classes, start)
+    masks, file, start = (None if value is None else Path(value) for value in given)
+    polygons = None if source_labels is None else str(source_labels)
+    inputs = ImageInputs(source_images, masks, target_images, file, start, polygons, attribute)
     recipes, settings = split_entries([*([] if recipe is None else [recipe]), *overrides])
-    if recipes and inputs != FolderInputs():
+    if recipes and inputs != ImageInputs():
         raise RecipeError("adapt takes a recipe or image folders, not both; leave one of them out")
     if recipes and budget is not None:
         raise RecipeError(f"--budget {budget} is for image folders; set steps=… for a recipe")

@@ -1,7 +1,5 @@
 """Arguments shared by several commands; pydantic and PyTorch are imported inside functions."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +14,12 @@ if TYPE_CHECKING:
 
     PathLike = Path | str
     PathLikes = Sequence[Path | str]
+    AddressLike = Path | str
     RecipeLike = Recipe | Path | str
 else:  # the types that the command line parses
     PathLike = Path
     PathLikes = list[str]
+    AddressLike = str
     RecipeLike = str
 
 MAX_SIDE = 16384
@@ -77,7 +77,7 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(numbers)) if "," in text else list(range(numbers[0]))
 
 
-def load_domain(text: str, overrides: Sequence[str] = ()) -> Domain:
+def load_domain(text: str, overrides: Sequence[str] = ()) -> "Domain":
     """Load a domain from its file or its name, or the source of a recipe file."""
     from overfly.core.settings import read_mapping
 
@@ -91,7 +91,7 @@ def load_domain(text: str, overrides: Sequence[str] = ()) -> Domain:
     return _validate(values, overrides, f"domain {text}")
 
 
-def load_domains(text: str, overrides: Sequence[str] = ()) -> dict[str, Domain]:
+def load_domains(text: str, overrides: Sequence[str] = ()) -> "dict[str, Domain]":
     """Load the domains of a recipe file, or one by its file or name, by title; raise `RecipeError` if there is none."""
     from overfly.core.settings import read_mapping
     from overfly.recipe import load
@@ -104,7 +104,7 @@ def load_domains(text: str, overrides: Sequence[str] = ()) -> dict[str, Domain]:
     return {domain.title: domain}
 
 
-def override_domain(domain: Domain, overrides: Sequence[str]) -> Domain:
+def override_domain(domain: "Domain", overrides: Sequence[str]) -> "Domain":
     """Return a domain with other settings."""
     if not overrides:
         return domain
@@ -115,7 +115,7 @@ def _is_file(text: str) -> bool:
     return text.endswith((".yaml", ".yml")) or Path(text).is_file()
 
 
-def _validate(values: dict[str, Any], overrides: Sequence[str], name: str) -> Domain:
+def _validate(values: dict[str, Any], overrides: Sequence[str], name: str) -> "Domain":
     from pydantic import ValidationError
 
     from overfly.core.settings import set_value, validation_message

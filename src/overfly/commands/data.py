@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class CheckResult:
     """Reports of the checked domains, by title."""
 
     reports: Mapping[str, DomainReport]
+    figures: tuple[Path, ...] = ()
 
     @property
     def exit_status(self) -> int:
@@ -48,6 +50,8 @@ class CheckResult:
                 shared = [report.digests[key] for key in report.digests.keys() & second.digests if other != name]
                 if shared:
                     yield f"  note: {len(shared)} images are in {other} too: {', '.join(shared[:5])}"
+        for figure in self.figures:
+            yield f"splits: {figure}"
 
 
 def data_list(name: str | None = None) -> str:
@@ -140,19 +144,30 @@ def data_stats(domain: PathLike, *overrides: str, split: Split = "train", limit:
     return statistics(load_domain(str(domain), overrides), split, limit=limit)
 
 
-def data_check(domain: PathLike, *overrides: str, splits: list[Split] | None = None) -> CheckResult:
+def data_check(
+    domain: PathLike, *overrides: str, splits: list[Split] | None = None, out: PathLike = Path("runs/check")
+) -> CheckResult:
     """Check all images and masks of a domain, or of a recipe's domains: unreadable files, class shares, sizes, bands.
+
+    The splits of rasters are drawn over them.
 
     Args:
         domain: a recipe file, or file or name of a domain.
         overrides: settings to change, such as root=/data/loveda of a domain, or source.root=/data/loveda of a recipe.
         splits: train, val or test; all that exist by default; may be repeated: --splits train --splits val.
+        out: folder of the figures of rasters.
 
     Returns:
         The reports. The command exits with status 1 if a file has a problem.
     """
     from overfly.commands.arguments import load_domains
     from overfly.data.check import check
+    from overfly.data.raster import Raster
+    from overfly.evaluation.panels import splits_figure
 
     domains = load_domains(str(domain), overrides)
-    return CheckResult({name: check(value, splits) for name, value in domains.items()})
+    reports = {name: check(value, splits) for name, value in domains.items()}
+    rasters = {name: value for name, value in domains.items() if isinstance(value, Raster)}
+    names = {name: re.sub(r"\W+", "-", name).lower() for name in rasters}
+    figures = [splits_figure(value, Path(out) / f"splits-{names[name]}.png") for name, value in rasters.items()]
+    return CheckResult(reports, tuple(figures))

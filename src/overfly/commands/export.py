@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from overfly.exporting.exporter import ExportReport
-    from overfly.exporting.predictor import ExportSettings
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ def export(
     metadata = metadata.model_copy(update={"window": size, "fixed": True}) if size else metadata
     opset = OPSET if format == "onnx" else 0
     settings = ExportSettings(format=format, precision=precision, output=output, resize=resize or None, opset=opset)
-    stem = name or _file_name(metadata.architecture, settings, size)
+    shown = output if output != "probabilities" else ""
+    stem = name or "-".join(map(str, filter(None, (metadata.architecture, format, precision, shown, size))))
     if Path(stem).name != stem:
         raise RecipeError(f"--name must be a file name without folders, got {stem}; give the folder as --out")
     compared = export_domain(folder, domain, metadata)
@@ -128,12 +128,6 @@ def export(
     with disk_errors(card, OverflyError):
         write_text(card, model_card(report, card_content(folder)))
     return ExportResult(path, card, report)
-
-
-def _file_name(architecture: str, settings: ExportSettings, size: int | None) -> str:
-    """File name without suffix: network, format, precision, and output and size where they are not the default."""
-    output = settings.output if settings.output != "probabilities" else ""
-    return "-".join(map(str, filter(None, (architecture, settings.format, settings.precision, output, size))))
 
 
 def hub_push(export: PathLike, repository: str, *, private: bool = True, endpoint: str | None = None) -> HubResult:

@@ -1,7 +1,5 @@
 """The command ``list``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ class Catalog:
     groups: dict[str, dict[str, str]]
     """Setting → name → first sentence of its docstring."""
 
-    def __rich_console__(self, *_: object) -> Iterator[str | Table]:
+    def __rich_console__(self, *_: object) -> "Iterator[str | Table]":
         from rich.table import Table
 
         for group, kinds in self.groups.items():
@@ -60,7 +58,7 @@ def build_catalog() -> Catalog:
     return Catalog(groups)
 
 
-def choices() -> dict[str, type[Choice]]:
+def choices() -> "dict[str, type[Choice]]":
     """Return the settings of a recipe with a choice of kinds."""
     from overfly import recipe  # noqa: F401  (imports every kind)
     from overfly.core.optimizers import Optim, Schedule

@@ -19,10 +19,8 @@ from overfly.training.run import Run
 WINDOW = 512
 """Default side of windows, in pixels."""
 RUNTIMES: dict[str, tuple[Backend, ...]] = {
-    ".onnx": ("onnxruntime", "openvino"),
-    ".xml": ("openvino",),
-    ".pt2": ("torch",),
-}
+    ".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",), ".pt2": ("torch",),
+}  # fmt: skip
 """Runtimes of exported files by suffix; the first is the default."""
 
 

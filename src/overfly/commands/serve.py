@@ -1,7 +1,5 @@
 """The command ``serve``."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -84,8 +82,8 @@ def serve(
 
 @contextlib.contextmanager
 def live_stream(
-    source: str | None, load: Callable[[], Predictor], size: int | None = None
-) -> Iterator[LatestFrame | None]:
+    source: str | None, load: "Callable[[], Predictor]", size: int | None = None
+) -> "Iterator[LatestFrame | None]":
     """Process a stream in a thread within the context; yield its newest overlay, or None without a ``source``.
 
     ``source`` and ``size`` are those of `overfly watch`; ``load`` loads the network of the stream.
@@ -103,7 +101,7 @@ def live_stream(
 
     latest_frame, stop = player.LatestFrame(), threading.Event()
 
-    def process(stream: VideoStream) -> None:
+    def process(stream: "VideoStream") -> None:
         end_reason = player.INTERNAL_ERROR
         try:
             with player.closed_on_error(latest_frame, source):
@@ -132,11 +130,10 @@ def live_stream(
 
 def served_networks(
     paths: Sequence[Path | str], backend: Backend = "auto", device: str = "auto"
-) -> list[ServedNetwork]:
+) -> "list[ServedNetwork]":
     """Return the networks of runs, folders of runs, and files; runs are loaded on the first request.
 
-    Raises:
-        OverflyError: a path contains no network, or a file cannot be loaded.
+    Raises `OverflyError` if a path contains no network, or a file cannot be loaded.
     """
     from overfly.adaptation.selection import is_comparison
     from overfly.commands.load_predictor import NetworkFolder, load_predictor
@@ -171,7 +168,7 @@ def served_networks(
     return list(result.values())
 
 
-def _describe(run: Run) -> dict[str, str]:
+def _describe(run: "Run") -> dict[str, str]:
     """Return the columns of the table of networks: model, method, domains, mIoU by domain and split."""
     from overfly.core.progress import percent
 
@@ -187,7 +184,7 @@ def _describe(run: Run) -> dict[str, str]:
     return about
 
 
-def _make_titles_unique(networks: Mapping[Path, ServedNetwork]) -> None:
+def _make_titles_unique(networks: "Mapping[Path, ServedNetwork]") -> None:
     """Append the shortest distinct folder, and format and precision of exports, to equal titles."""
     titles = Counter(network.title for network in networks.values())
     for title in [title for title, count in titles.items() if count > 1]:

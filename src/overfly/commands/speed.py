@@ -1,7 +1,5 @@
 """The command ``speed``."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +20,10 @@ class SpeedResult:
     """Size and speed of a network."""
 
     name: str
-    speed: Speed
+    speed: "Speed"
     as_json: bool = False
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from rich.table import Table
 
         speed = self.speed
@@ -63,7 +61,7 @@ class TrainingSpeedResult:
     milliseconds: dict[int, dict[str, float]]
     as_json: bool = False
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from json import dumps
 
         from rich.table import Table

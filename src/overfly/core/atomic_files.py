@@ -137,9 +137,8 @@ def remove_stale(path: Path) -> None:
 def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock file ``path`` exclusively among threads and processes; it is removed at the end.
 
-    Raises:
-        Timeout: another thread or process holds it, and ``wait`` is False.
-        OSError: the lock file cannot be created.
+    Raises `Timeout`: another thread or process holds it, and ``wait`` is False, and `OSError`: the lock file cannot be
+    created.
     """
     path.touch()  # `filelock` waits forever where a folder such as /proc takes no files
     with FileLock(path, timeout=-1 if wait else 0):

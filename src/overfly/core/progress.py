@@ -1,7 +1,5 @@
 """Progress on stderr: bars in a terminal, a line every 20 s elsewhere; shares as percentages."""
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ class _Task:
     first: int
     started: float
     printed: float
-    bar: TaskID | None
+    bar: "TaskID | None"
 
 
 class Progress:
@@ -86,7 +84,7 @@ class Progress:
             self.bars.stop()
 
 
-def _bars(unit: str) -> Bars:
+def _bars(unit: str) -> "Bars":
     from rich import progress
     from rich.console import Console
 

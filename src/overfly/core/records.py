@@ -11,6 +11,8 @@ from torch import Tensor
 IGNORE = 255
 """The id of pixels that have no class: never trained on, never scored, never pasted."""
 Array = NDArray[Any]
+Counts = NDArray[np.int64]
+"""Labeled pixels of each class in each image, (images, K)."""
 LazyArray = Callable[[], Array]
 """A function that returns an array, for images that are generated instead of read; it can be pickled."""
 

@@ -109,11 +109,7 @@ def read_mapping(path: Path, kind: str = "recipe") -> dict[str, Any]:
 
 
 def set_value(values: dict[str, Any], override: str) -> None:
-    """Change one setting of a mapping in place; ``override`` is ``dotted.key=value``, the value as YAML.
-
-    Raises:
-        RecipeError: the override is not key=value, or its key leads through a plain value.
-    """
+    """Change a setting in place by ``dotted.key=value``, a YAML value; raise `RecipeError` if it is none."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"{override!r} is not a setting; write key=value, such as method.ema=0.99")

@@ -193,7 +193,7 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
             ranges.append((image.min((0, 1)), image.max((0, 1))))
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
             other = digests.setdefault(digest, f"{split}: {item.name}")
-            copies += [] if other.startswith(f"{split}: ") else [f"{item.name} ({other})"]
+            copies += [] if image.min() == image.max() or other.startswith(f"{split}: ") else [f"{item.name} ({other})"]
         if isinstance(item.image, Path):
             with suppress(OverflyError):  # reported by `_check_image`
                 header = read_header(item.image)
@@ -209,7 +209,7 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
             else:
                 counts += _histogram(label)
                 empty += int((label == IGNORE).all())
-                turn = None if isinstance(image, str) else better_turn(image, label)
+                turn = None if isinstance(image, str) or callable(item.image) else better_turn(image, label)
                 turned.update([turn] if turn else ())
     faults = _split_faults(dtypes, ranges, unknown, copies, turned, images=len(items))
     problems += [FileProblem(image="", message=text) for text in faults]
@@ -271,7 +271,8 @@ def _check_image(
     if too_bright is not None:
         yield too_bright
     elif image.min() == image.max():
-        yield f"{item_source(item)} has one value in all pixels; remove it, or export it again"
+        advice = "remove it, or export it again" if isinstance(item.image, Path) else "if it means no data, set nodata"
+        yield f"{item_source(item)} has one value in all pixels, {image.min():g}; {advice}"
 
 
 class Statistics(Spec):
@@ -326,8 +327,7 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
 
 
 def _moments(domain: Domain, item: Item) -> _Moments:
-    image = domain.read_image(item)
-    nodata_mask = reading.nodata_mask(item.image, bands=domain.bands, nodata=domain.nodata)
+    image, nodata_mask = domain.read_image(item), domain.nodata_mask(item)
     pixels = image.reshape(-1, image.shape[-1]) if nodata_mask is None else image[~nodata_mask]
     if not len(pixels):
         zeros = np.zeros(image.shape[-1])

@@ -125,9 +125,8 @@ class Dataset(Folder):
     def items(self, split: Split) -> Sequence[Item]:
         """Return the images of a split: subset by subset, each in natural order of their names.
 
-        Raises:
-            SplitError: the data set has no such split, or no images of it are there.
-            DataError: the files are not those of the data set, or some are missing.
+        Raises `SplitError`: the data set has no such split, or no images of it are there, and `DataError`: the files
+        are not those of the data set, or some are missing.
         """
         sheet, root = self.sheet(), self.root.expanduser()
         if split not in self.splits:

@@ -1,7 +1,5 @@
 """Base class of datasets: classes, and the items of each split."""
 
-from __future__ import annotations
-
 import json
 import os
 from abc import ABC, abstractmethod
@@ -18,10 +16,10 @@ from pydantic import ConfigDict
 from overfly.core.choices import Split
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError
-from overfly.core.records import IGNORE, Array, Item, UInt8
+from overfly.core.records import IGNORE, Array, Counts, Item, UInt8
 from overfly.core.spec import Choice
 from overfly.data import reading
-from overfly.data.headers import read_header
+from overfly.data.headers import file_stamp
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SAMPLED_IMAGES = 50
@@ -90,9 +88,7 @@ class Domain(Choice, ABC):
     def items(self, split: Split) -> Sequence[Item]:
         """Return all images of a split, in a fixed order.
 
-        Raises:
-            SplitError: this domain has no such split.
-            DataError: the split's files are missing or invalid.
+        Raises `SplitError`: this domain has no such split, and `DataError`: the split's files are missing or invalid.
         """
 
     @overridable_property
@@ -125,6 +121,20 @@ class Domain(Choice, ABC):
         """Mean and standard deviation of each band, in the sensor's own range; None if unknown."""
         return None
 
+    def known_counts(self, items: Sequence[Item]) -> Counts | None:  # noqa: ARG002
+        """Labeled pixels of each class in each item (N, K) without reading each label; None: not known."""
+        return None
+
+    def read_crop(
+        self, item: Item, size: int, random: np.random.Generator, fits: Callable[[UInt8], bool]  # noqa: ARG002
+    ) -> tuple[Array, UInt8] | None:  # fmt: skip
+        """Read a random crop, image (size, size, C) and label (size, size), without the rest of the image.
+
+        Of ten crops, one whose label ``fits`` is taken if there is one. Without a label, the crop's is 255 where there
+        is no data and 0 elsewhere. None, the default: the whole image is read, and cropped then.
+        """
+        return None
+
     def read_image(self, item: Item) -> Array:
         """Read the image of an item, (H, W, C), in the sensor's type and range."""
         return reading.read_image(item.image, bands=self.bands, nodata=self.nodata)
@@ -134,11 +144,7 @@ class Domain(Choice, ABC):
         return None
 
     def read_label(self, item: Item) -> UInt8:
-        """Read the label of an item, (H, W), class ids 0 to K-1 or 255.
-
-        Raises:
-            DataError: the item has no label, or the file contains values that are not classes.
-        """
+        """Read the label of an item, (H, W), class ids 0 to K-1 or 255; raise `DataError` if it has none, or others."""
         return reading.read_index_label(item, classes=len(self.classes))
 
 
@@ -158,21 +164,21 @@ def check_masks(domain: Domain, splits: Sequence[Split]) -> None:
     """Check that every mask of some splits can be decoded and that they hold two classes, before training starts.
 
     A process decodes a mask once, unless a file or the domain's settings change. Opens the labels: call it only for
-    splits whose labels the run reads; splits that the domain does not have are skipped.
-
-    Raises:
-        DataError: a split's files do not fit together, or masks cannot be decoded; names the first and their number.
+    splits whose labels the run reads; splits that the domain does not have are skipped. Raises `DataError`: a split's
+    files do not fit together, or masks cannot be decoded; names the first and their number.
     """
-    items: list[Item] = []
+    all_items: list[Item] = []
     for split in splits:
         with suppress(SplitError):
-            items += [item for item in domain.items(split) if isinstance(item.label, Path)]
+            all_items += domain.items(split)
+    counts = domain.known_counts(all_items)
+    items = [item for item in all_items if isinstance(item.label, Path)]
     settings = json.dumps([type(domain).__qualname__, domain.model_dump(mode="json")], sort_keys=True)
 
     def check(item: Item) -> frozenset[int] | Exception:
         try:
-            states = [(path, path.stat()) for path in (item.label, item.image) if isinstance(path, Path)]
-            key = (settings, *((path, state.st_size, state.st_mtime_ns) for path, state in states))
+            paths = [path for path in (item.label, item.image) if isinstance(path, Path)]
+            key = (settings, *((path, file_stamp(path)) for path in paths))
             if key not in _CHECKED:
                 _CHECKED[key] = frozenset(np.bincount(domain.read_label(item).ravel()).nonzero()[0].tolist())
         except (OverflyError, OSError) as error:
@@ -185,7 +191,8 @@ def check_masks(domain: Domain, splits: Sequence[Split]) -> None:
     if failed:
         more = f" ({len(failed)} of {len(items)} masks have problems; list them with: overfly data check)"
         raise DataError(str(failed[0]) + (more if len(failed) > 1 else "")) from failed[0]
-    present = frozenset[int]().union(*(result for result in results if isinstance(result, frozenset))) - {IGNORE}
+    known = () if counts is None else counts.sum(0).nonzero()[0].tolist()
+    present = frozenset(known).union(*(result for result in results if isinstance(result, frozenset))) - {IGNORE}
     if len(present) == 1 < len(domain.classes):
         raise DataError(absent_classes(domain, items, present))
 
@@ -213,8 +220,7 @@ def absent_classes(domain: Domain, items: Sequence[Item], present: Collection[in
 def shortest_sides(domain: Domain) -> list[int]:
     """Shorter side of up to `SAMPLED_IMAGES` training images, in pixels; empty for generated images."""
     items = sample_evenly(domain.items("train"), SAMPLED_IMAGES)
-    headers = [read_header(item.image) for item in items if isinstance(item.image, Path)]
-    return [min(header.height, header.width) for header in headers]
+    return [min(header.height, header.width) for header in map(reading.item_header, items) if header is not None]
 
 
 def has_fixed_top(domain: Domain) -> bool:

@@ -27,38 +27,12 @@ DOMAIN_SETTINGS = ("root", "title", "images", "masks", "splits")
 """Settings of a folder that the options give for each domain."""
 
 
-class Folder(Domain, name="folder"):
-    """The user's own images in folders.
+class UserDomain(Domain):
+    """Settings of the user's own imagery: classes, encoding of the labels, sensor."""
 
-    * Format: PNG, JPEG, TIFF, GeoTIFF, JPEG 2000, BMP, WebP; the rules are those of `overfly.data.reading`.
-    * Masks: files of numbers, of a palette, or of RGB colors, without loss; none at all for a target. What a mask
-      declares as no data is ignored, unless ``ids`` or ``colors`` list it.
-    * Bands, resolution, classes, license: see the settings; ``overfly data check`` verifies them.
-
-    Images and masks are paired by the text that the wildcards match: ``Tile */images/*.jpg`` and
-    ``Tile */masks/*.png`` pair ``Tile 4/images/a.jpg`` with ``Tile 4/masks/a.png``; in two directories, files with the
-    same stem are paired. This text also names the image: ``4_a``. No-data pixels of an image are ignored.
-    """
-
-    root: Path
-    """Folder that the other paths are relative to."""
-    title: str = "Folder"
-    """Name in tables and run folders."""
     classes: Classes
     """Names of the classes, as a list or with display colors: ``{building: [60, 16, 152], …}``; default for the target
     of a recipe: those of the source."""
-    images: str = "images"
-    """Directory or glob of the images below the root; ``{split}`` is replaced by the name of the split."""
-    masks: str | None = None
-    """Directory or glob of the masks, with as many wildcards as ``images``; none: no labels."""
-    mask_band: PositiveInt | None = None
-    """Band of the masks, from 1, that holds the numbers; none: the only one, or three bands of colors."""
-    splits: dict[Split, SplitShare | str | tuple[str, ...]] = Field(default_factory=dict)
-    """Splits: shares ``{train: 0.8, val: 0.2}``, list files ``{train: train.txt, …}`` (a name or path per line), globs
-    ``{train: "*_00[1-6]", …}`` of image names (with a slash: of paths below the root), or the text that replaces
-    ``{split}`` in the patterns; default: all images are for training."""
-    seed: int = 0
-    """Seed of the shares; the split of an image depends on its name and this seed only."""
     label_format: Literal["auto", "index", "rgb"] = "auto"
     """Encoding of the masks: class numbers (``index``) or colors (``rgb``); a palette image can be read either way.
     ``auto`` decides by the number of bands, and for a palette by which of ``colors`` and ``ids`` is given."""
@@ -82,8 +56,6 @@ class Folder(Domain, name="folder"):
     """Mean of each band, in the images' own range; computed by ``overfly data stats``."""
     std: tuple[PositiveFloat, ...] | None = None
     """Standard deviation of each band, in the images' own range."""
-    gsd: Meters | None = None
-    """Length of a pixel on the ground in meters; none if unknown."""
 
     @field_validator("colors", mode="before")
     @classmethod
@@ -104,7 +76,7 @@ class Folder(Domain, name="folder"):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        known = {*self.colors, *self.ids, *self.classes.names}
+        known = self._label_names()
         for name in (*self.colors, *self.ids, *self.mapping):
             class_name = self.mapping.get(name, name)
             if name not in known:
@@ -119,64 +91,27 @@ class Folder(Domain, name="folder"):
                 raise ValueError("mean and std go together; give both or neither")
             if values is not None and len(values) != self.bands:
                 raise ValueError(f"{setting} has {len(values)} numbers, and there are {self.bands} bands")
-        self._check_patterns()
         return self
 
-    def _check_patterns(self) -> None:
-        shares = [rule for rule in self.splits.values() if isinstance(rule, float)]
-        if shares and len(shares) < len(self.splits):
-            raise ValueError("splits mix shares with lists or globs; use one kind")
-        if sum(shares) > 1 + 1e-9:
-            raise ValueError(f"the shares of the splits add up to {sum(shares):g}, more than 1")
-        has_placeholder = "{split}" in self.images
-        if has_placeholder and not all(isinstance(rule, str) for rule in self.splits.values()):
-            raise ValueError("images holds {split}, so splits gives the text to put there: {train: Train, val: Val}")
-        if self.masks is None:
-            return
-        if has_placeholder != ("{split}" in self.masks):
-            raise ValueError("{split} must stand in both images and masks, or in neither")
-        count, other = listing.count_wildcards(self.images), listing.count_wildcards(self.masks)
-        if count != other:
-            raise ValueError(f"images has {count} wildcards and masks {other}; use the same number in both")
+    def _label_names(self) -> set[str]:
+        """Names that ``mapping`` may hold."""
+        return {*self.colors, *self.ids, *self.classes.names}
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Mean and standard deviation of each band, where they are given."""
         return None if self.mean is None or self.std is None else (self.mean, self.std)
 
-    def items(self, split: Split) -> Sequence[Item]:
-        """Return the images of a split, in natural order of their names.
+    def decode(self, name: str, pixels: reading.LabelPixels) -> UInt8:
+        """Convert the numbers or colors of a label to class ids (H, W).
 
-        Raises:
-            SplitError: the settings do not define the split, or its directory does not exist.
-            DataError: there are no images, images and masks cannot be paired, or the splits overlap.
+        Args:
+            name: the label, in messages.
+            pixels: the label as it is stored.
+
+        Raises `UnknownCodesError`: there are numbers or colors of no class, and `DataError`: the encoding is not that
+        of the settings.
         """
-        root = self.root.expanduser()
-        listing.check_name(root)
-        if not os.path.isdir(root):  # noqa: PTH112  (pathlib raises for paths that may not be read)
-            raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
-        has_placeholder = "{split}" in self.images
-        if self.splits or not has_placeholder:
-            self._check_split(split)
-        text = str(self.splits.get(split, split)) if has_placeholder else ""
-        images = self.images.replace("{split}", text)
-        masks = self.masks.replace("{split}", text) if self.masks is not None else None
-        pairs = listing.find_images(root, images, masks, masks_optional=has_placeholder and split == "test")
-        if not pairs:
-            kind = SplitError if has_placeholder else DataError
-            raise kind(listing.no_images_message(root, images))
-        if self.splits and not has_placeholder:
-            rules: dict[str, listing.Rule] = {name: self.splits[name] for name in SPLITS if name in self.splits}
-            pairs = listing.select_split(pairs, split, rules, root, self.seed)
-        return [Item(pair.name, pair.image, pair.mask) for pair in pairs]
-
-    def nodata_mask(self, item: Item) -> reading.Mask | None:
-        """Pixels without data, masked or fully transparent (H, W), None if none; raise `DataError` if unreadable."""
-        return reading.nodata_mask(item.image, bands=self.bands, nodata=self.nodata)
-
-    def read_label(self, item: Item) -> UInt8:
-        """Read a label in the encoding of the settings; see `Domain.read_label`."""
-        pixels, name = reading.read_item_label(item, self.mask_band), reading.source_name(item.label)
         encoding = self._detect_encoding(name, pixels)
         try:
             label = self._decode_label(pixels, encoding)
@@ -185,9 +120,6 @@ class Folder(Domain, name="folder"):
         if pixels.masked is not None:
             label[pixels.masked] = IGNORE
         self._replace_unknown(name, pixels, label, encoding)
-        nodata_mask = self.nodata_mask(item)
-        if nodata_mask is not None:
-            label[nodata_mask] = IGNORE
         return label
 
     def _decode_label(self, pixels: reading.LabelPixels, encoding: str) -> UInt8:
@@ -209,13 +141,6 @@ class Folder(Domain, name="folder"):
         if pixels.palette is None:
             return from_colors(pixels.values, colors)
         return from_palette(pixels.values, pixels.palette, colors)
-
-    def _check_split(self, split: Split) -> None:
-        if split not in (self.splits or ("train",)):
-            raise SplitError(
-                f"the folder {self.root} has no split {split}; name one in the domain's splits, "
-                "such as {train: 0.8, val: 0.2}"
-            )
 
     def _detect_encoding(self, name: str, pixels: reading.LabelPixels) -> Literal["index", "rgb"]:
         if pixels.values.ndim == 3:
@@ -274,16 +199,108 @@ class Folder(Domain, name="folder"):
         return (*always, *(entry for entry in self.ignore if isinstance(entry, int)))
 
 
+class Folder(UserDomain, name="folder"):
+    """The user's own images in folders.
+
+    * Format: PNG, JPEG, TIFF, GeoTIFF, JPEG 2000, BMP, WebP; the rules are those of `overfly.data.reading`.
+    * Masks: files of numbers, of a palette, or of RGB colors, without loss; none at all for a target. What a mask
+      declares as no data is ignored, unless ``ids`` or ``colors`` list it.
+    * Bands, resolution, classes, license: see the settings; ``overfly data check`` verifies them.
+
+    Images and masks are paired by the text that the wildcards match: ``Tile */images/*.jpg`` and
+    ``Tile */masks/*.png`` pair ``Tile 4/images/a.jpg`` with ``Tile 4/masks/a.png``; in two directories, files with the
+    same stem are paired. This text also names the image: ``4_a``. No-data pixels of an image are ignored.
+    """
+
+    root: Path
+    """Folder that the other paths are relative to."""
+    title: str = "Folder"
+    """Name in tables and run folders."""
+    images: str = "images"
+    """Directory or glob of the images below the root; ``{split}`` is replaced by the name of the split."""
+    masks: str | None = None
+    """Directory or glob of the masks, with as many wildcards as ``images``; none: no labels."""
+    mask_band: PositiveInt | None = None
+    """Band of the masks, from 1, that holds the numbers; none: the only one, or three bands of colors."""
+    splits: dict[Split, SplitShare | str | tuple[str, ...]] = Field(default_factory=dict)
+    """Splits: shares ``{train: 0.8, val: 0.2}``, list files ``{train: train.txt, …}`` (a name or path per line), globs
+    ``{train: "*_00[1-6]", …}`` of image names (with a slash: of paths below the root), or the text that replaces
+    ``{split}`` in the patterns; default: all images are for training."""
+    seed: int = 0
+    """Seed of the shares; the split of an image depends on its name and this seed only."""
+    gsd: Meters | None = None
+    """Length of a pixel on the ground in meters; none if unknown."""
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> Self:
+        shares = [rule for rule in self.splits.values() if isinstance(rule, float)]
+        if shares and len(shares) < len(self.splits):
+            raise ValueError("splits mix shares with lists or globs; use one kind")
+        if sum(shares) > 1 + 1e-9:
+            raise ValueError(f"the shares of the splits add up to {sum(shares):g}, more than 1")
+        has_placeholder = "{split}" in self.images
+        if has_placeholder and not all(isinstance(rule, str) for rule in self.splits.values()):
+            raise ValueError("images holds {split}, so splits gives the text to put there: {train: Train, val: Val}")
+        if self.masks is None:
+            return self
+        if has_placeholder != ("{split}" in self.masks):
+            raise ValueError("{split} must stand in both images and masks, or in neither")
+        count, other = listing.count_wildcards(self.images), listing.count_wildcards(self.masks)
+        if count != other:
+            raise ValueError(f"images has {count} wildcards and masks {other}; use the same number in both")
+        return self
+
+    def items(self, split: Split) -> Sequence[Item]:
+        """Return the images of a split, in natural order of their names.
+
+        Raises `SplitError`: the settings do not define the split, or its directory does not exist, and `DataError`:
+        there are no images, images and masks cannot be paired, or the splits overlap.
+        """
+        root = self.root.expanduser()
+        listing.check_name(root)
+        if not os.path.isdir(root):  # noqa: PTH112  (pathlib raises for paths that may not be read)
+            raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
+        has_placeholder = "{split}" in self.images
+        if self.splits or not has_placeholder:
+            self._check_split(split)
+        text = str(self.splits.get(split, split)) if has_placeholder else ""
+        images = self.images.replace("{split}", text)
+        masks = self.masks.replace("{split}", text) if self.masks is not None else None
+        pairs = listing.find_images(root, images, masks, masks_optional=has_placeholder and split == "test")
+        if not pairs:
+            kind = SplitError if has_placeholder else DataError
+            raise kind(listing.no_images_message(root, images))
+        if self.splits and not has_placeholder:
+            rules: dict[str, listing.Rule] = {name: self.splits[name] for name in SPLITS if name in self.splits}
+            pairs = listing.select_split(pairs, split, rules, root, self.seed)
+        return [Item(pair.name, pair.image, pair.mask) for pair in pairs]
+
+    def nodata_mask(self, item: Item) -> reading.Mask | None:
+        """Pixels without data, masked or fully transparent (H, W), None if none; raise `DataError` if unreadable."""
+        return reading.nodata_mask(item.image, bands=self.bands, nodata=self.nodata)
+
+    def read_label(self, item: Item) -> UInt8:
+        """Read a label in the encoding of the settings; see `Domain.read_label`."""
+        label = self.decode(reading.source_name(item.label), reading.read_item_label(item, self.mask_band))
+        nodata_mask = self.nodata_mask(item)
+        if nodata_mask is not None:
+            label[nodata_mask] = IGNORE
+        return label
+
+    def _check_split(self, split: Split) -> None:
+        if split not in (self.splits or ("train",)):
+            raise SplitError(
+                f"the folder {self.root} has no split {split}; name one in the domain's splits, "
+                "such as {train: 0.8, val: 0.2}"
+            )
+
+
 def _is_color(entry: Sequence[Any]) -> bool:
     return len(entry) == 3 and all(isinstance(number, int) for number in entry)
 
 
 def read_classes(file: Path) -> dict[str, Any]:
-    """Read settings of a folder domain from a YAML file: class names, colors by name, or settings with ``classes``.
-
-    Raises:
-        RecipeError: the file is missing or has other content.
-    """
+    """Read a YAML file of class names, colors by name, or settings with ``classes``; raise `RecipeError` otherwise."""
     if not file.is_file():
         raise RecipeError(f"--classes: {file} is not a file; give a YAML file such as {{building: [255, 0, 0], …}}")
     try:
@@ -300,8 +317,10 @@ def read_classes(file: Path) -> dict[str, Any]:
             f"--classes: {file} must hold a list of names, such as [building, road], or a color for each name, such as "
             f"{{building: [255, 0, 0], road: [0, 0, 255]}}; got {str(settings['classes'])[:80]}; quote yes and no"
         ) from None
-    if settings.get("name", "folder") != "folder":
-        raise RecipeError(f"--classes: {file} names the domain {settings['name']}; only settings of folder are allowed")
+    if settings.get("name", "folder") not in ("folder", "raster"):
+        raise RecipeError(
+            f"--classes: {file} names the domain {settings['name']}; only settings of folder or raster are allowed"
+        )
     reserved = [str(key) for key in settings if key in DOMAIN_SETTINGS]
     if reserved:
         raise RecipeError(

@@ -2,13 +2,14 @@
 
 import html
 import math
+import os
 import re
 import stat
 import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,13 +40,14 @@ CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may cache; its default is a share of the machine's memory."""
 OPTIONS = {"GDAL_CACHEMAX": CACHE, "GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 """Options of GDAL; without the last two, truncated JPEG and PNG files are read as if the rest were black or gray."""
-MAX_NESTED = 16
-"""Most VRTs that are made of each other."""
+MAX_OPEN = 16
+"""Rasters that a thread keeps open."""
 SAME_GRID = 0.005
 """Difference from 1 of a projection's scale below which it is ignored."""
 EQUATOR, ECCENTRICITY = 6_378_137.0, 0.00669437999014
 """Radius in meters of the ellipsoid at the equator, and its squared eccentricity (WGS 84)."""
 _OPENING = threading.Lock()
+_OPEN = threading.local()
 _BOMB = Image.DecompressionBombError
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf")
 
@@ -81,20 +83,38 @@ class ImageHeader(NamedTuple):
 
 @contextmanager
 def open_raster(source: Path | str) -> Iterator[Any]:
-    """Open a file or an address as a dataset of rasterio, upright.
-
-    Raises:
-        DataError: it is missing, in another format, or damaged, on opening or while it is read.
-    """
+    """Open a file or an address as a dataset of rasterio, upright; raise `DataError` if it is missing or damaged."""
     import rasterio
 
     with gdal_errors(source), rasterio.Env(**_options(source)), _open(source) as dataset:
         yield dataset
 
 
+@contextmanager
+def keep_raster(source: Path | str) -> Iterator[Any]:
+    """Open a raster as `open_raster` does, and keep it open for the thread's next call: opening takes milliseconds."""
+    import rasterio
+
+    with gdal_errors(source), rasterio.Env(**_options(source)):
+        key = (os.getpid(), str(source), *file_stamp(source))  # a forked process would share the position in the file
+        kept: dict[object, tuple[ExitStack, Any]] = _OPEN.__dict__.setdefault("kept", {})
+        if key not in kept:
+            while len(kept) >= MAX_OPEN:
+                kept.pop(next(iter(kept)))[0].close()
+            stack = ExitStack()
+            kept[key] = stack, stack.enter_context(_open(source))
+        yield kept[key][1]
+
+
 def is_address(source: Path | str) -> bool:
     """Whether a source is an address, such as ``https://…`` or ``s3://…``, not a file."""
     return "://" in str(source) or str(source).startswith("/vsi")
+
+
+def file_stamp(source: Path | str) -> tuple[int, int]:
+    """Size and time of a file, by which a change is noticed; zeros for an address."""
+    state = None if is_address(source) else Path(source).stat()
+    return (0, 0) if state is None else (state.st_size, state.st_mtime_ns)
 
 
 def _options(source: Path | str) -> dict[str, object]:
@@ -128,7 +148,7 @@ def _check_vrt(path: Path, depth: int = 0) -> None:
     for tag, escaped in set(re.findall(r"<(Source(?:Filename|Dataset)[^>]*)>(.*?)</Source", text, re.DOTALL)):
         name = html.unescape(escaped).strip()
         source = path.parent / name if re.search("relativeToVRT=.1", tag) else Path(name)
-        if is_address(name) or depth > MAX_NESTED:
+        if is_address(name) or depth > MAX_OPEN:
             raise DataError(f"{path} names {name}, and a VRT may name image files only; give the address itself")
         if image_format(source) == "vrt":
             _check_vrt(source, depth + 1)
@@ -158,22 +178,25 @@ def gdal_errors(source: Path | str) -> Iterator[None]:
 
 
 def read_header(path: Path) -> ImageHeader:
-    """Read the header of an image.
+    """Read the header of an image; raise `DataError` if it is none, or larger than can be read as a whole."""
+    header = read_raster_header(path)
+    if header.height * header.width > MAX_PIXELS:
+        raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; use the domain raster")
+    return header
 
-    Raises:
-        DataError: the file is missing, empty, not an image, or larger than can be read as a whole.
-    """
-    image_format(path)
-    state = path.stat()
-    return _header(path, state.st_mtime_ns, state.st_size)
+
+def read_raster_header(source: Path | str) -> ImageHeader:
+    """Read the header of a raster of any size, a file or an address; errors are those of `read_header`."""
+    if not is_address(source):
+        image_format(Path(source))
+    return _header(source, *file_stamp(source))
 
 
 @lru_cache(maxsize=4096)
-def _header(path: Path, *stamp: int) -> ImageHeader:  # noqa: ARG001 - the stamp is a part of the key
-    kind = image_format(path)
+def _header(path: Path | str, *stamp: int) -> ImageHeader:  # noqa: ARG001 - the stamp is a part of the key
     with open_raster(path) as dataset:
-        if dataset.height * dataset.width > MAX_PIXELS:
-            raise DataError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; cut it into tiles")
+        drivers = {driver: kind for kind, (driver, _) in FORMATS.items()}
+        kind = drivers[dataset.driver] if is_address(path) else image_format(Path(path))
         if not dataset.count:
             raise DataError(f"{path} has no bands of its own; give one of its subdatasets, or export it again")
         stored = str(np.result_type(*dataset.dtypes))

@@ -66,9 +66,8 @@ def glob_to_regex(pattern: str) -> re.Pattern[str]:
 def match_files(root: Path, pattern: str) -> dict[Key, Path]:
     """Find the images of a directory or a glob below ``root``, by the text of the wildcards, in natural order.
 
-    Raises:
-        DataError: two files of a directory differ in their suffix only, the pattern is invalid, a folder cannot be
-            read, or a file's name is not valid UTF-8.
+    Raises `DataError`: two files of a directory differ in their suffix only, the pattern is invalid, a folder cannot be
+    read, or a file's name is not valid UTF-8.
     """
     pattern = pattern.rstrip("/")
     try:

@@ -1,7 +1,5 @@
 """Load batches from domains, with a cache of decoded images. A batch is a function of (seed, step) alone."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from overfly.core.atomic_files import TRAILER_BYTES, append_digest, atomic_write, has_digest
+from overfly.core.atomic_files import TRAILER_BYTES, append_digest, atomic_write, has_digest, json_sha256
 from overfly.core.errors import DataError, OverflyError, RecipeError
-from overfly.core.records import IGNORE, Array, Batch, Item, Labeled, LazyArray, UInt8
+from overfly.core.records import IGNORE, Array, Batch, Counts, Item, Labeled, LazyArray, UInt8
 from overfly.data.check import class_counts, item_source, max_value_error
 from overfly.data.domain import Domain
-from overfly.data.headers import read_header
-from overfly.data.sampling import Counts, SampleSlot, Sampling, crop
+from overfly.data.headers import file_stamp, read_header
+from overfly.data.sampling import SampleSlot, Sampling, crop
 
 MAX_MEMORY_BYTES = 2 * 2**30
 """Largest size of the decoded images of a domain that a process caches in memory."""
@@ -47,9 +45,8 @@ class BatchStream:
         counts: labeled pixels of each class in each image, if the sampling needs them; None reads every mask.
         labeled: require a mask for every image, and a labeled pixel in at least one mask.
 
-    Raises:
-        RecipeError: crop or resize is out of range.
-        DataError: there are no images, or no labels where there must be some.
+    Raises `RecipeError`: crop or resize is out of range, and `DataError`: there are no images, or no labels where there
+    must be some.
     """
 
     domain: Domain
@@ -77,11 +74,15 @@ class BatchStream:
             self._check_labels()
 
     def _check_labels(self) -> None:
+        known = self.domain.known_counts(self.items) if self.counts is None else None
+        if known is not None and known.any():  # blocks without labels teach nothing
+            self.items = [item for item, count in zip(self.items, known, strict=True) if count.any()]
+            self.counts = known[known.any(axis=1)]
         without = [item for item in self.items if item.label is None]
         if without and self.labeled:
             raise DataError(
                 f"the source {self.domain.title} has no masks for {len(without)} of {len(self.items)} images, the "
-                f"first {item_source(without[0])}; set source.masks"
+                f"first {item_source(without[0])}; set source.masks, or source.labels"
             )
         if without and self.counts is None:
             raise DataError(
@@ -131,18 +132,26 @@ class BatchStream:
     def _read_crops(self, step: int, slots: Sequence[int]) -> Labeled:
         images, labels = [], []
         for slot, (item, class_id) in zip(slots, self.select(step, slots), strict=True):
-            image, label = self._open(item)
-            longer = max(image.shape[:2])
-            if self.crop > MAX_CROP_RATIO * longer:
-                raise RecipeError(
-                    f"crop is {self.crop}, more than {MAX_CROP_RATIO} times the longer side {longer} of "
-                    f"{item_source(item)}; set crop to {longer} or less"
-                )
             random = np.random.default_rng([self.seed, self.key, step, slot])
-            image, label = crop(image, label, self.crop, random, partial(self.sampling.fits, class_id=class_id))
+            fits = partial(self.sampling.fits, class_id=class_id)
+            part = None if self.resize else self.domain.read_crop(item, self.crop, random, fits)
+            image, label = self._crop(item, random, fits) if part is None else part
+            error = None if part is None else max_value_error(self.domain, item, image)
+            if error is not None:
+                raise DataError(error)
             images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
             labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
         return Labeled(torch.stack(images), torch.stack(labels))
+
+    def _crop(self, item: Item, random: np.random.Generator, fits: Callable[[UInt8], bool]) -> tuple[Array, UInt8]:
+        image, label = self._open(item)
+        longer = max(image.shape[:2])
+        if self.crop > MAX_CROP_RATIO * longer:
+            raise RecipeError(
+                f"crop is {self.crop}, more than {MAX_CROP_RATIO} times the longer side {longer} of "
+                f"{item_source(item)}; set crop to {longer} or less"
+            )
+        return crop(image, label, self.crop, random, fits)
 
     def _open(self, item: Item) -> tuple[Array, UInt8]:
         """Image and label; without a mask, `IGNORE` where the image has no data and 0 elsewhere."""
@@ -231,10 +240,10 @@ def open_image(
 
     if cache is None:
         return image(), None if item.label is None else label()
-    loaded = _cached(cache, _key(domain, resize, "image", item.image), image)
+    loaded = cached_entry(cache, _key(domain, resize, "image", item.image), image)
     if item.label is None:
         return loaded, None
-    return loaded, _cached(cache, _key(domain, resize, "label", item.label, item.image), label)
+    return loaded, cached_entry(cache, _key(domain, resize, "label", item.label, item.image), label)
 
 
 def nodata_label(domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None) -> UInt8 | None:
@@ -250,7 +259,7 @@ def nodata_label(domain: Domain, item: Item, resize: int | None = None, cache: P
         array = np.where(nodata_mask, IGNORE, 0).astype(np.uint8)
         return array if resize is None else resize_label(array, resize)
 
-    result = label() if cache is None else _cached(cache, _key(domain, resize, "nodata", item.image), label)
+    result = label() if cache is None else cached_entry(cache, _key(domain, resize, "nodata", item.image), label)
     return result if result.size else None
 
 
@@ -295,15 +304,13 @@ def _key(domain: Domain, resize: int | None, kind: str, *sources: Path | LazyArr
         if not isinstance(source, Path):
             return None
         try:
-            state = source.stat()
+            stamps.append((str(source.resolve()), *file_stamp(source)[::-1]))
         except OSError:
             return None
-        stamps.append((str(source.resolve()), state.st_mtime_ns, state.st_size))
-    parts = [CACHE_VERSION, kind, resize, type(domain).__qualname__, domain.model_dump(mode="json"), stamps]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json_sha256([CACHE_VERSION, kind, resize, type(domain).__qualname__, domain.model_dump(mode="json"), stamps])
 
 
-def _cached(cache: Path, key: str | None, make: Callable[[], Array]) -> Array:
+def cached_entry(cache: Path, key: str | None, make: Callable[[], Array]) -> Array:
     """Load the entry ``key``; create it if it is missing or damaged."""
     if key is None:
         return make()
@@ -320,8 +327,7 @@ def _cached(cache: Path, key: str | None, make: Callable[[], Array]) -> Array:
 def _load(path: Path, key: str) -> Array | None:
     """Map an entry into memory; None if it is missing, or its content is not that of its digest and key."""
     try:
-        state = path.stat()
-        stamp = state.st_size, state.st_mtime_ns
+        stamp = file_stamp(path)
         if _VERIFIED.get(path) != stamp and not has_digest(path, key):
             return None
         _VERIFIED[path] = stamp

@@ -108,14 +108,9 @@ def download_loveda(
     appears when it is complete. An archive that exists in ``root`` with the right checksum is used and kept.
 
     The arguments are those of `overfly data fetch`. ``base`` is by default ``OVERFLY_LOVEDA_URL``, else `LOVEDA_URL`;
-    ``progress`` is called as bytes are downloaded and unpacked. The masks of ``test`` are not public.
-
-    Returns:
-        The splits and the license, which the caller must show.
-
-    Raises:
-        DataError: a split's folder exists and is incomplete or another dataset.
-        DownloadError: the download fails, does not match its checksum, or does not unpack.
+    ``progress`` is called as bytes are downloaded and unpacked. The masks of ``test`` are not public. Returns the
+    splits and the license, which the caller must show. Raises `DataError`: a split's folder exists and is incomplete or
+    another dataset, and `DownloadError`: the download fails, does not match its checksum, or does not unpack.
     """
     base = (base or os.environ.get("OVERFLY_LOVEDA_URL") or LOVEDA_URL).rstrip("/")
     chosen = tuple(dict.fromkeys(splits))

@@ -99,11 +99,9 @@ def read_resampled(
     """Read a part of the working grid, averaging only valid pixels.
 
     Each pixel is the area-weighted mean of the valid pixels under it (along an enlarged axis: interpolated between its
-    neighbors). GDAL would exclude the file's declared no data, but neither ``--nodata`` nor undeclared NaN.
-    ``scale`` is working pixels per input pixel (y, x).
-
-    Returns:
-        Pixels (C, h, w) of the raster's type, and the no-data mask (h, w). Pixels without data are 0.
+    neighbors). GDAL would exclude the file's declared no data, but neither ``--nodata`` nor undeclared NaN. ``scale``
+    is working pixels per input pixel (y, x). Returns pixels (C, h, w) of the raster's type, and the no-data mask (h,
+    w). Pixels without data are 0.
     """
     shape = rows[1] - rows[0], columns[1] - columns[0]
     pixels, nodata_mask = np.empty((len(source.bands), *shape), source.dtype), np.empty(shape, np.bool_)

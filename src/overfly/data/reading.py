@@ -61,7 +61,7 @@ def read_image(source: Path | LazyArray, *, bands: int | None, nodata: float | N
     if not isinstance(source, Path):
         return _generate(source, bands)
     header = read_header(source)
-    pixels, missing = _decode(source, header, _image_bands(source, header, bands), nodata)
+    pixels, missing = _decode(source, header, image_bands(source, header, bands), nodata)
     image: Array = np.array(pixels, header.dtype, order="C")
     if missing is not None:
         image[missing] = 0
@@ -78,7 +78,7 @@ def nodata_mask(source: Path | LazyArray, *, bands: int | None, nodata: float | 
     if not isinstance(source, Path):
         return None
     header = read_header(source)
-    count = _image_bands(source, header, bands)
+    count = image_bands(source, header, bands)
     plain = header.bands == count and not header.masked and {*header.nodata, nodata} == {None}
     if plain and header.dtype != "float32":
         return None
@@ -108,12 +108,18 @@ def union(first: Mask | None, second: Mask | None) -> Mask | None:
 def read_label_pixels(path: Path, band: int | None = None) -> LabelPixels:
     """Read a label as it is stored: numbers (H, W), colors (H, W, 3), or numbers with a palette.
 
-    ``band``, from 1, is the one that holds the numbers where there are several.
-
-    Raises:
-        DataError: the file is missing, truncated, not an image, lossy, or has neither one nor three bands.
+    ``band``, from 1, is the one that holds the numbers where there are several. Raises `DataError`: the file is
+    missing, truncated, not an image, lossy, or has neither one nor three bands.
     """
     header = read_header(path)
+    with open_raster(path) as dataset:
+        return decode_label(path, header, dataset, band)
+
+
+def decode_label(
+    path: Path | str, header: ImageHeader, dataset: Any, band: int | None = None, **part: Any
+) -> LabelPixels:
+    """Read a label, or a part of it, from an open dataset, as `read_label_pixels`."""
     if header.lossy:
         raise DataError(
             f"{path} has the lossy compression of {header.kind.upper()}, which changes class numbers; save it as PNG"
@@ -123,10 +129,9 @@ def read_label_pixels(path: Path, band: int | None = None) -> LabelPixels:
         expected = f"{band} or more bands" if band else "one band of numbers or three of colors"
         raise DataError(f"{path} must have {expected}, got {header.bands}; export it again")
     color = 1 if band else color
-    with open_raster(path) as dataset:
-        values = _read(dataset, [band] if band else list(range(1, color + 1)))
-        palette = read_palette(dataset) if dataset.colorinterp[0].name == "palette" else None
-        masked: Mask | None = dataset.read_masks(1) == 0 if header.masked and header.kind != "png" else None
+    values = _read(dataset, [band] if band else list(range(1, color + 1)), **part)
+    palette = read_palette(dataset) if dataset.colorinterp[0].name == "palette" else None
+    masked: Mask | None = dataset.read_masks(1, **part) == 0 if header.masked and header.kind != "png" else None
     if color == 3:
         if values.dtype != np.uint8:
             raise DataError(f"{path} has colors of type {values.dtype}; save the mask with 8 bits per band")
@@ -155,8 +160,7 @@ def check_declared(source: Path | str, pixels: Array) -> None:
 def read_item_label(item: Item, band: int | None = None) -> LabelPixels:
     """Read the label of an item as `read_label_pixels` does, on the grid of its image.
 
-    Raises:
-        DataError: the label is missing or damaged, or its size or grid does not fit the image.
+    Raises `DataError`: it is missing or damaged, or its size or grid does not fit the image.
     """
     source = label_source(item)
     if not isinstance(source, Path):
@@ -172,8 +176,7 @@ def read_item_label(item: Item, band: int | None = None) -> LabelPixels:
 def read_index_label(item: Item, classes: int) -> UInt8:
     """Read the label (H, W) of an item that stores class ids 0 to ``classes`` - 1 and 255 for ignored pixels.
 
-    Raises:
-        DataError: as `read_item_label`, or the label contains other numbers.
+    Raises `DataError`: as `read_item_label`, or it contains other numbers.
     """
     pixels = read_item_label(item)
     if pixels.values.ndim != 2:
@@ -197,9 +200,14 @@ def label_source(item: Item) -> Path | LazyArray:
     return item.label
 
 
+def item_header(item: Item) -> ImageHeader | None:
+    """Header of an item's image; None if it is generated."""
+    return read_header(item.image) if isinstance(item.image, Path) else getattr(item.image, "header", None)
+
+
 def source_name(source: Path | LazyArray | None) -> str:
     """Path of a source, for messages."""
-    return str(source) if isinstance(source, Path) else "a synthetic image"
+    return getattr(source, "name", "a synthetic image") if callable(source) else str(source)
 
 
 def _generate(source: LazyArray, bands: int | None) -> Array:
@@ -242,7 +250,7 @@ def _label_part(label_path: Path, image_path: Path) -> tuple[slice, slice]:
     return rows, columns
 
 
-def _image_bands(path: Path, header: ImageHeader, bands: int | None) -> int:
+def image_bands(path: Path | str, header: ImageHeader, bands: int | None) -> int:
     """Number of bands to return, with or without the alpha band."""
     if header.palette:
         raise DataError(f"{path} is a palette image; save it as RGB or gray")
@@ -271,9 +279,9 @@ def nodata_values(values: Array, *nodata: float | None) -> Mask | None:
     return missing
 
 
-def _read(dataset: Any, bands: list[int] | None = None) -> Array:
+def _read(dataset: Any, bands: list[int], **part: Any) -> Array:
     """Bands as stored (H, W, C)."""
-    pixels: Array = np.moveaxis(dataset.read(bands), 0, -1)
+    pixels: Array = np.moveaxis(dataset.read(bands, **part), 0, -1)
     return pixels
 
 

@@ -9,11 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overfly.core.errors import DataError
-from overfly.core.records import Array, UInt8
+from overfly.core.records import Array, Counts, UInt8
 from overfly.core.spec import Choice, NonNegativeInt, PositiveFloat, Share
-
-Counts = NDArray[np.int64]
-"""Labeled pixels of each class in each image, (images, K)."""
 
 
 class SampleSlot(NamedTuple):

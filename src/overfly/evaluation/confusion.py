@@ -139,9 +139,7 @@ def boundary_counts(prediction: Tensor, label: Tensor, classes: int, width: int)
     and that of ignored areas are not outlines, since tiles cut through objects.
 
     Prediction and label are class ids (H, W) or (B, H, W); `IGNORE` is neither counted nor compared as a neighbor.
-
-    Returns:
-        (3, K), int64: pixels of each class in the bands of labels, of predictions, and of both.
+    Returns (3, K), int64: pixels of each class in the bands of labels, of predictions, and of both.
     """
     labels = label.reshape(-1, *label.shape[-2:]).long()
     predicted = prediction.reshape(-1, *label.shape[-2:]).long()

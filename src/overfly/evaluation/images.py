@@ -33,13 +33,9 @@ class MetricOptions:
 
 
 def unlabeled_images(domain: Domain, split: Split, options: MetricOptions = MetricOptions()) -> Iterator[Tensor]:
-    """Read the images of a split; labels are removed from its items before anything is read.
+    """Yield the images (C, H, W) of a split, float, in the sensor's range; labels are removed before anything is read.
 
-    Yields:
-        (C, H, W), float, in the sensor's range.
-
-    Raises:
-        DataError: the split has no images, or one cannot be read.
+    Raises `DataError`: the split has no images, or one cannot be read.
     """
     items = sample_evenly(without_labels(domain.items(split)), options.limit)
     if not items:

@@ -106,11 +106,8 @@ def label_free_metrics(
     The network maps images (B, C, H, W) in the sensor's range to `Logits` at their size; its training or evaluation
     mode is restored. Labels are removed from the domain's items before anything is read. `LabelFreeMetrics.agreement`
     compares with the predictions of ``reference``, such as a teacher. Without ``perturbations``, these are
-    `random_mask` and `mild_perturbations`; metrics of others are left out.
-
-    Raises:
-        DataError: there are no images, or one cannot be read.
-        NotFiniteError: the network's scores are not finite.
+    `random_mask` and `mild_perturbations`; metrics of others are left out. Raises `DataError`: there are no images, or
+    one cannot be read, and `NotFiniteError`: the network's scores are not finite.
     """
     images = unlabeled_images(domain, split, options)
     statistics = prediction_statistics(
@@ -127,11 +124,8 @@ def prediction_statistics(
     """Predict images (C, H, W) in memory, and again under perturbations; see `label_free_metrics`.
 
     ``reference`` may also be the probabilities that the reference network predicts for these images, and ``predicted``
-    those of the network itself (`predict_probabilities`): they are not computed again then.
-
-    Raises:
-        ValueError: there are no images.
-        NotFiniteError: the network's scores are not finite.
+    those of the network itself (`predict_probabilities`): they are not computed again then. Raises `ValueError`: there
+    are no images, and `NotFiniteError`: the network's scores are not finite.
     """
     statistics: PredictionStatistics | None = None
     networks = [network, reference] if isinstance(reference, nn.Module) else [network]

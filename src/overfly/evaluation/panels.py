@@ -1,7 +1,5 @@
 """Figures as PNG: image | label | prediction, several networks side by side, and the confusion matrix."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,8 @@ import numpy as np
 from overfly.core.atomic_files import atomic_write
 from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
+from overfly.data.domain import SPLITS
+from overfly.data.raster import Raster
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.score import Sample
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 100
+SPLIT_COLORS = ((0, 80, 255), (255, 0, 190), (255, 255, 0))
+"""Colors of train, val and test, unlike those of `Classes`."""
 STRIPE_COLORS = ((70, 70, 70), (0, 0, 0))
 """The two grays of the stripes that mark pixels without a label."""
 
@@ -106,6 +108,19 @@ def comparison_figure(
     return path
 
 
+def splits_figure(domain: Raster, path: Path, side: int = 640, limit: int = 6) -> Path:
+    """Draw the splits of up to ``limit`` rasters over their images, with their labels, into a PNG; return its path."""
+    names = tuple(f"split {name}" if name in domain.classes.names else name for name in SPLITS)
+    shown = Classes(names=names + domain.classes.names, colors=SPLIT_COLORS + domain.classes.colors)
+    rows = []
+    for grid, assigned in domain.assignments()[:limit]:
+        image, splits, label = domain.overview(grid, assigned, side)
+        tinted = (0.6 * to_rgb(image) + 0.4 * shown.paint(splits)).astype(np.uint8)
+        ids = None if label is None else np.where(label == IGNORE, label, label + len(SPLITS)).astype(np.uint8)
+        rows.append((f"{grid.source} ({grid.width}×{grid.height})", {"splits": Sample("", tinted, splits, ids)}))
+    return comparison_figure(rows, shown, path, side)
+
+
 def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Classes, path: Path) -> Path:
     """Draw a confusion matrix, each row in percent of the pixels with this label, into a PNG; return its path.
 
@@ -146,7 +161,7 @@ def confusion_figure(confusion: Confusion | Sequence[Sequence[int]], classes: Cl
     return path
 
 
-def save_figure(figure: Figure, target: Path | IO[Any], dpi: int = DPI, **settings: Any) -> None:
+def save_figure(figure: "Figure", target: Path | IO[Any], dpi: int = DPI, **settings: Any) -> None:
     """Write a figure to a file atomically, whose folder is created, or to an open file, with all text as it is."""
     import matplotlib
     from matplotlib.text import Text

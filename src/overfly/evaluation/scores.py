@@ -143,10 +143,7 @@ def calibration_counts(scores: Tensor, label: Tensor, bins: int = 15) -> Tensor:
     """Count pixels by the probability of the predicted class; counts of several images add up.
 
     Class scores (…, K, H, W) are those before any softmax; `IGNORE` in the label (…, H, W) is not counted. The bins are
-    of equal width, from 0 to 1.
-
-    Returns:
-        (3, bins), float64, on the CPU: pixels, correct pixels, and confidence.
+    of equal width, from 0 to 1. Returns (3, bins), float64, on the CPU: pixels, correct pixels, and confidence.
     """
     confidence, prediction = scores.float().softmax(-3).max(-3)
     valid = label != IGNORE

@@ -110,11 +110,8 @@ def measure_speed(
 
     The side of the image is in pixels, or (height, width). ``warmup`` untimed and ``repeats`` timed passes are taken
     for each batch size, on ``threads`` CPU threads (None: unchanged), in 32 bits or mixed with bf16 or 16.
-    Multiply-accumulates of whole batches are counted for the sizes ``macs_of_batch``.
-
-    Raises:
-        RecipeError: batch size, repeats or threads below 1.
-        OverflyError: a batch does not fit into the device's memory.
+    Multiply-accumulates of whole batches are counted for the sizes ``macs_of_batch``. Raises `RecipeError`: batch size,
+    repeats or threads below 1, and `OverflyError`: a batch does not fit into the device's memory.
     """
     if not batches or min((*batches, *macs_of_batch, repeats, 1 if threads is None else threads)) < 1:
         raise RecipeError("batch sizes, repeats and threads are 1 or more; correct the ones given")

@@ -96,15 +96,9 @@ def export(
     """Export a network; the file is deleted if it does not agree with PyTorch.
 
     ``metadata.fixed`` exports a graph for tiles of the size ``metadata.window`` only. ``name`` has no suffix;
-    ``on_progress`` is called with a message for each phase.
-
-    Returns:
-        The file, and its report, which is also written to ``NAME.json``.
-
-    Raises:
-        ParityError: it does not agree with PyTorch; ``NAME.failed.json`` holds the report.
-        MissingExtraError: a package is not installed.
-        OverflyError: the folder cannot be written.
+    ``on_progress`` is called with a message for each phase. Returns the file, and its report, which is also written to
+    ``NAME.json``. Raises `ParityError`: it does not agree with PyTorch; ``NAME.failed.json`` holds the report, and
+    `MissingExtraError`: a package is not installed, and `OverflyError`: the folder cannot be written.
     """
     if settings.precision == "int8" and settings.format == "torch":
         raise RecipeError("precision int8 needs format onnx or openvino, got torch; set --format, or --precision 16")
@@ -250,10 +244,9 @@ class Tolerance(Spec):
 
 
 TOLERANCES: dict[ExportPrecision, Tolerance] = {
-    "32": Tolerance(agreement=0.9999, miou=0.0005),
-    "16": Tolerance(agreement=0.98, miou=0.005),
+    "32": Tolerance(agreement=0.9999, miou=0.0005), "16": Tolerance(agreement=0.98, miou=0.005),
     "int8": Tolerance(agreement=0.97, miou=0.01),
-}
+}  # fmt: skip
 """Tolerances by precision; 16 bits are float16 or bfloat16."""
 
 

@@ -118,16 +118,12 @@ def deepness_entries(metadata: ModelMetadata) -> dict[str, str]:
     ``resolution`` is left out where the ground sampling distance is unknown.
     """
     values: dict[str, object] = {
-        "model_type": "Segmentor",
-        "class_names": dict(enumerate(metadata.classes.names)),
+        "model_type": "Segmentor", "class_names": dict(enumerate(metadata.classes.names)),
         "tiles_size": metadata.window,
         "tile_size": metadata.window,  # name in the plug-in's reader; the other is in its documentation
-        "tiles_overlap": TILE_OVERLAP,
-        "standardization_mean": [0.0] * metadata.bands,
-        "standardization_std": [1 / 255] * metadata.bands,
-        "seg_thresh": 0.0,
-        "seg_small_segment": 0,
-    }
+        "tiles_overlap": TILE_OVERLAP, "seg_thresh": 0.0, "seg_small_segment": 0,
+        "standardization_mean": [0.0] * metadata.bands, "standardization_std": [1 / 255] * metadata.bands,
+    }  # fmt: skip
     if metadata.gsd is not None:
         values["resolution"] = round(100 * metadata.gsd, 4)
     return {key: json.dumps(value) for key, value in values.items()}

@@ -64,14 +64,9 @@ def _format_mean(values: Sequence[float | None]) -> str:
 def push(export: Path, repository: str, *, private: bool = True, endpoint: str | None = None) -> tuple[list[str], str]:
     """Push an exported file, its weights, report and model card to a model hub, in one commit.
 
-    The arguments are those of `overfly hub push`.
-
-    Returns:
-        Names of the files, and the address of the repository.
-
-    Raises:
-        WeightsError: there is no such export, or it does not match its .json.
-        DownloadError: the hub refuses the upload.
+    The arguments are those of `overfly hub push`. Returns the names of the files, and the address of the repository.
+    Raises `WeightsError`: there is no such export, or it does not match its .json, and `DownloadError`: the hub refuses
+    the upload.
     """
     if export.suffix not in SUFFIXES.values() or not export.is_file():
         raise WeightsError(f"{export} is not an exported file; give a .onnx, .xml or .pt2 that `overfly export` wrote")
@@ -102,14 +97,9 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
 def load(repository: str, out: Path, *, revision: str | None = None, endpoint: str | None = None) -> list[Path]:
     """Load the exported files of a repository; its page is written as the model card of the export.
 
-    The arguments are those of `overfly hub load`.
-
-    Returns:
-        The files, main files first.
-
-    Raises:
-        DownloadError: there is no such repository, it holds no export, or another file of the same name exists.
-        WeightsError: an export does not match its .json, or could run code.
+    The arguments are those of `overfly hub load`. Returns the files, main files first. Raises `DownloadError`: there is
+    no such repository, it holds no export, or another file of the same name exists, and `WeightsError`: an export does
+    not match its .json, or could run code.
     """
     package = _huggingface_hub()
     patterns = [f"*{suffix}" for suffix in (*SUFFIXES.values(), ".bin", ".json", ".md")]

@@ -117,8 +117,7 @@ class Predictor:
     def __call__(self, images: Floats) -> Floats:
         """Return class probabilities (B, K, H, W), float32, of images (B, C, H, W) in the sensor's own range.
 
-        Raises:
-            DataError: the images do not have the bands, or the fixed size, that the network reads.
+        Raises `DataError`: the images do not have the bands, or the fixed size, that the network reads.
         """
         metadata, shape = self.metadata, images.shape
         if len(shape) != 4 or shape[1] != metadata.bands:

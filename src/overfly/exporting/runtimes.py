@@ -35,9 +35,8 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
         device: cpu, or cuda where onnxruntime was built for it.
         threads: CPU threads; None: one per core.
 
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        WeightsError: the file is missing, damaged, not exported by overfly, or its graph differs from its metadata.
+    Raises `MissingExtraError`: onnxruntime is not installed, and `WeightsError`: the file is missing, damaged, not
+    exported by overfly, or its graph differs from its metadata.
     """
     runtime = onnxruntime()
     _check_exists(path)
@@ -92,9 +91,8 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
 def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor:
     """Open a program of torch.export, the .pt2 file that `overfly export` wrote, with PyTorch.
 
-    Raises:
-        WeightsError: the file is missing, damaged, not exported by overfly, could run code, or its graph differs from
-            its metadata.
+    Raises `WeightsError`: it is missing, damaged, not exported by overfly, could run code, or differs from its
+    metadata.
     """
     _check_exists(path)
     device = torch.device(device)
@@ -207,11 +205,7 @@ def export_parts(export: Path) -> list[Path]:
 
 
 def check_export(export: Path) -> bool:
-    """Compare an export with the digest in the .json beside it; return False if there is none.
-
-    Raises:
-        WeightsError: the export or its .json is damaged.
-    """
+    """Compare an export with the digest in its .json, False if there is none; raise `WeightsError` if it is damaged."""
     file = export.with_suffix(".json")
     try:
         report = read_json(file)

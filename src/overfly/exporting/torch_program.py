@@ -54,9 +54,7 @@ FORBIDDEN = frozenset({"guards_code", "use_pickle", "as_graph", "as_custom_obj",
 def write_torch(module: ExportModule, path: Path, properties: Mapping[str, str]) -> Path:
     """Trace a graph and write it as a program of torch.export (.pt2).
 
-    Raises:
-        OverflyError: the network cannot be traced.
-        WeightsError: `clean_archive` rejects the program.
+    Raises `OverflyError`: the network cannot be traced, and `WeightsError`: `clean_archive` rejects the program.
     """
     program = _trace(module)
     program._example_inputs = None  # as large as all weights

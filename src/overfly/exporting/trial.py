@@ -34,8 +34,7 @@ LOOPS = {"Loop", "Scan", "If", "SequenceMap", "TensorIterator"}
 def check_resources(path: Path, backend: str) -> None:
     """Open a file in a child process, and predict one image, unless it was opened before.
 
-    Raises:
-        WeightsError: it cannot be opened, or not within `SECONDS` and `MEMORY`.
+    Raises `WeightsError` if it cannot be opened, or not within `SECONDS` and `MEMORY`.
     """
     record = _record(path, backend)
     if record.exists():

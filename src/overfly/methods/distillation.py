@@ -46,9 +46,8 @@ class Distill(Method[DistillNetworks], name="distill"):
     def networks(self, student: nn.Module) -> DistillNetworks:
         """The student and its teacher.
 
-        Raises:
-            RecipeError: the teacher does not exist, or has other classes, bands or value range than the student.
-            WeightsError: the teacher's file is damaged.
+        Raises `RecipeError`: the teacher does not exist, or has other classes, bands or value range than the student,
+        and `WeightsError`: the teacher's file is damaged.
         """
         path = self.teacher / "checkpoints" / "best.safetensors" if self.teacher.is_dir() else self.teacher
         if not path.is_file():

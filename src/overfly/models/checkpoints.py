@@ -52,11 +52,8 @@ def locate(path: Path | str) -> Path:
     """Locate the weights file that a recipe names: a file, one inside an installed package, or a key of `PRETRAINED`.
 
     One in a package is ``package:NAME/inner/file.pth``. That of a key is in the cache folder, else in an installed
-    package (`PACKAGED`), else downloaded.
-
-    Raises:
-        WeightsError: the file, package or name does not exist.
-        DownloadError: the download of a named file fails.
+    package (`PACKAGED`), else downloaded. Raises `WeightsError`: the file, package or name does not exist, and
+    `DownloadError`: the download of a named file fails.
     """
     text = str(path)
     if text.startswith(PACKAGE_PREFIX):
@@ -176,11 +173,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor], own: tuple[str, ...]) -> dict[
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Description and tensors of a .safetensors file; the description is None in files of other programs.
-
-    Raises:
-        WeightsError: the file is damaged: it cannot be read, or its content differs from its digest.
-    """
+    """Read description (None: of another program) and tensors of .safetensors; raise `WeightsError` if damaged."""
     _check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -197,11 +190,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tenso
 
 
 def weights_sha256(path: Path) -> str:
-    """Digest of a weights file's content: that of its description, which reading verifies, else of the whole file.
-
-    Raises:
-        WeightsError: the file cannot be read.
-    """
+    """Digest of a file's weights: of its description, which reading verifies, else of all; `WeightsError`: damaged."""
     _check_readable(path)
     with suppress(SafetensorError, ValueError, KeyError, TypeError), safe_open(path, framework="pt") as file:
         return str(json.loads((file.metadata() or {})[KEY])["sha256"])

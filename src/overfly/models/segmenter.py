@@ -85,12 +85,10 @@ class Segmenter(nn.Module):
         if below or right:
             normalized = F.pad(normalized, (0, right, 0, below), mode="replicate")
         output = self.network(normalized)
-        return Logits(
-            main=self.upsample(output.main, height, width),
-            aux=tuple(self.upsample(scores, height, width) for scores in output.aux),
-            boundary=None if output.boundary is None else self.upsample(output.boundary, height, width),
-            features=output.features,
-        )
+        main, boundary = self.upsample(output.main, height, width), output.boundary
+        aux = tuple(self.upsample(scores, height, width) for scores in output.aux)
+        boundary = None if boundary is None else self.upsample(boundary, height, width)
+        return Logits(main, aux, boundary, output.features)
 
     def upsample(self, scores: Tensor, height: int, width: int) -> Tensor:
         """Scores (B, K, h, w) of one of the network's heads at the size of the image, H × W."""
@@ -177,11 +175,7 @@ class Segmenter(nn.Module):
 
 
 def read_segmenter_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    """Description and tensors of a file that `Segmenter.save` wrote.
-
-    Raises:
-        WeightsError: the file is missing, damaged, of another format, or not written by `save`.
-    """
+    """Description and tensors of a file of `Segmenter.save`; raise `WeightsError` if it is missing or damaged."""
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; give the path of a .safetensors file")
     try:

@@ -45,9 +45,8 @@ class Criterion(Choice, ABC):
         Returns:
             Scalars by name: ``main``, then ``aux`` and ``boundary`` where the network has these heads.
 
-        Raises:
-            RecipeError: `class_weights` does not have one weight per class.
-            ValueError: scores and label differ in size.
+        Raises `RecipeError`: `class_weights` does not have one weight per class, and `ValueError`: scores and label
+        differ in size.
         """
         terms = self.main(logits, label, weight)
         if logits.aux and self.aux:
@@ -137,8 +136,7 @@ def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None) -> Te
         where: True at pixels that take part, broadcasts to (B, H, W); the others count as ignored. In mixed images
             these are the source's pixels, so that pseudo-labels and paste seams create no boundaries.
 
-    Raises:
-        ValueError: ``width`` is below 1.
+    Raises `ValueError`: ``width`` is below 1.
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")

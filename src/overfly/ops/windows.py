@@ -27,6 +27,11 @@ class Window(NamedTuple):
         """Columns of the image that the window covers."""
         return slice(self.left, self.left + self.width)
 
+    @property
+    def ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns, first and one past the last, as rasterio takes them."""
+        return (self.top, self.top + self.height), (self.left, self.left + self.width)
+
 
 def window_starts(length: int, size: int, overlap: float) -> list[int]:
     """Start positions, ascending from 0, of the windows of ``size`` along an axis of ``length`` pixels.
@@ -91,11 +96,8 @@ def slide_inference(
     Logits are averaged as logits, probabilities as probabilities, as ``predict`` returns them: images (N, C, size,
     size), N at most ``batch``, to class scores (N, K, size, size). It moves its input to the network's device. A
     smaller image is padded by repeating its border. ``overlap`` is the share of a window's side that the next one
-    covers again, 0 to below 1.
-
-    Raises:
-        ValueError: the size is below 1, the overlap outside 0 to below 1, the batch of images empty, or the scores are
-        not of the window's size.
+    covers again, 0 to below 1. Raises `ValueError`: the size is below 1, the overlap outside 0 to below 1, the batch of
+    images empty, or the scores are not of the window's size.
     """
     images = image if image.dim() == 4 else image[None]
     height, width = images.shape[-2:]

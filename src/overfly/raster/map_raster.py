@@ -128,9 +128,8 @@ def map_raster(
 def plan_raster(source: RasterSource, metadata: ModelMetadata, settings: MapSettings, memory: int) -> TilingPlan:
     """Plan the windows of a raster; smaller than the settings' for a smaller raster if the network accepts any size.
 
-    Raises:
-        DataError: the resolution would enlarge the raster too much, or its ground sample distance is unknown.
-        RecipeError: the network has a fixed window, and ``settings.window`` is another.
+    Raises `DataError`: the resolution would enlarge the raster too much, or its ground sample distance is unknown, and
+    `RecipeError`: the network has a fixed window, and ``settings.window`` is another.
     """
     size = settings.window or metadata.window
     if metadata.fixed and size != metadata.window:

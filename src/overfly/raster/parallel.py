@@ -117,13 +117,8 @@ def map_rasters(
 
     ``network`` is the digest of the network's file; ``workers`` and ``scheduler`` are those of `overfly predict`.
     ``on_progress`` is called with each finished raster and its result, or the reason of its failure, in any order.
-
-    Returns:
-        The maps in the order of the rasters, and the failed rasters with their reasons.
-
-    Raises:
-        MissingExtraError: distributed is not installed.
-        DataError: the scheduler does not answer, or has no workers.
+    Returns the maps in the order of the rasters, and the failed rasters with their reasons. Raises `MissingExtraError`:
+    distributed is not installed, and `DataError`: the scheduler does not answer, or has no workers.
     """
     done: dict[str, MapResult] = {}
     failures: dict[str, str] = {}

@@ -1,7 +1,6 @@
 """Outline the areas of a map as polygons: GeoPackage or GeoJSON."""
 
 import math
-import re
 import sqlite3
 import warnings
 from collections.abc import Callable
@@ -20,8 +19,6 @@ from overfly.raster.writer import UnwrittenError, incomplete_file
 
 CHUNK = 20_000
 """Polygons that are written at once."""
-WGS84 = (6_378_137.0, 298.257223563)
-"""Semi-major axis in meters, and inverse flattening."""
 Projection = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Converts coordinates (N, 2) of a raster to meters in a plane (N, 2)."""
 
@@ -33,11 +30,9 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
     below it are filled. Attributes: class_id, class, color, and area in square meters: on the ellipsoid if coordinates
     are degrees, else in the plane of the map's projection; in pixels without a coordinate reference system. GeoJSON is
     written in longitude and latitude (RFC 7946) if the map has a coordinate reference system. The map holds class ids,
-    255 where there is no data; ``out`` ends in .gpkg or .geojson; ``min_area`` is in pixels.
-
-    Raises:
-        MissingExtraError: pyogrio or shapely is not installed.
-        UnwrittenError: the file cannot be written whole, as on a full disk, or the map cannot be read.
+    255 where there is no data; ``out`` ends in .gpkg or .geojson; ``min_area`` is in pixels. Raises
+    `MissingExtraError`: pyogrio or shapely is not installed, and `UnwrittenError`: the file cannot be written whole, as
+    on a full disk, or the map cannot be read.
     """
     try:
         import shapely  # noqa: F401 - checked here, used below
@@ -138,25 +133,18 @@ def _areas(polygons: list[Any], projection: Projection) -> NDArray[np.float64]:
 def _equal_area_projection(dataset: Any) -> Projection:
     """Return the projection of a dataset's coordinates to a plane in meters that keeps areas; identity if unknown.
 
-    Degrees go to the cylindrical equal-area projection of their ellipsoid (Snyder, Map Projections: A Working Manual,
-    1987, equations 3-12, 10-14 and 10-15), in which edges of pixels, along meridians and parallels, stay straight.
+    Degrees go to the cylindrical equal-area projection of their ellipsoid, in which edges of pixels, along meridians
+    and parallels, stay straight.
     """
+    from rasterio import CRS
+    from rasterio.warp import transform
+
     crs = dataset.crs
     if not crs or not crs.is_geographic:
         grid, ground = dataset.transform, ground_distance(dataset)
         factor = 1.0 if ground is None else math.sqrt(ground[0] * ground[1] / abs(grid.determinant))
         return lambda points: points * factor
-    ellipsoid = re.search(r'(?:SPHEROID|ELLIPSOID)\["[^"]*",\s*([\d.]+),\s*([\d.]+)', crs.to_wkt())
-    axis, inverse = (float(ellipsoid[1]), float(ellipsoid[2])) if ellipsoid else WGS84
-    squared = 2 / inverse - 1 / inverse**2 if inverse else 0.0
-    radians = float(crs.units_factor[1])
-
-    def project(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        east, sine = axis * radians * points[:, 0], np.sin(radians * points[:, 1])
-        if not squared:
-            return np.stack([east, axis * sine], axis=1)
-        eccentricity = math.sqrt(squared)
-        authalic = sine / (1 - squared * sine**2) + np.arctanh(eccentricity * sine) / eccentricity
-        return np.stack([east, axis * (1 - squared) / 2 * authalic], axis=1)
-
-    return project
+    shape = [part for part in crs.to_proj4().split() if part.startswith(("+ellps", "+datum", "+a=", "+b=", "+R="))]
+    own, plane = (CRS.from_proj4(" ".join([f"+proj={name}", *shape, "+over"])) for name in ("longlat", "cea"))
+    degrees = math.degrees(crs.units_factor[1])
+    return lambda points: np.stack(transform(own, plane, *(points * degrees).T), axis=1)

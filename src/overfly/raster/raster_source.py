@@ -89,15 +89,11 @@ def inspect_raster(
 def georeference(dataset: Any) -> Georeference:
     """Return the georeference of an open rasterio dataset."""
     gcps, gcps_crs = dataset.gcps
-    transform = dataset.transform
-    return Georeference(
-        crs=dataset.crs.to_wkt() if dataset.crs else "",
-        transform=None if transform.is_identity else tuple(transform.to_gdal()),
-        gcps=tuple((p.col, p.row, p.x, p.y, p.z or 0.0, str(p.id)) for p in gcps),
-        gcps_crs=gcps_crs.to_wkt() if gcps_crs else "",
-        rpcs=tuple(sorted(dataset.tags(ns="RPC").items())),
-        pixel_is_point=dataset.tags().get("AREA_OR_POINT") == "Point",
-    )
+    transform = None if dataset.transform.is_identity else tuple(dataset.transform.to_gdal())
+    points = tuple((p.col, p.row, p.x, p.y, p.z or 0.0, str(p.id)) for p in gcps)
+    rpcs, crs = tuple(sorted(dataset.tags(ns="RPC").items())), dataset.crs.to_wkt() if dataset.crs else ""
+    is_point = dataset.tags().get("AREA_OR_POINT") == "Point"
+    return Georeference(crs, transform, points, gcps_crs.to_wkt() if gcps_crs else "", rpcs, is_point)
 
 
 def resampling_factors(source: RasterSource, resolution: float | None) -> tuple[float, float]:

@@ -1,7 +1,5 @@
 """Draw charts as SVG for light and dark pages, training curves as PNG, and images and class maps for pages."""
 
-from __future__ import annotations
-
 import base64
 import cmath
 import colorsys
@@ -206,7 +204,7 @@ def moving_average(values: Sequence[float], width: int) -> list[float]:
     return [fmean(values[index - radius : index + radius + 1]) for index, radius in enumerate(radii)]
 
 
-def _use_log_scale(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
+def _use_log_scale(axes: "Axes", curves: Mapping[str, Sequence[tuple[int, float]]]) -> bool:
     """Make the vertical axis logarithmic where positive values span more than a factor of 100."""
     values = [value for points in curves.values() for _, value in points]
     logarithmic = min(values) > 0 and max(values) / min(values) > 100
@@ -215,7 +213,7 @@ def _use_log_scale(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]
     return logarithmic
 
 
-def _new_figure(height: float, *, left: float, right: float, bottom: float) -> tuple[Figure, Axes]:
+def _new_figure(height: float, *, left: float, right: float, bottom: float) -> "tuple[Figure, Axes]":
     """Create a figure whose axes have a height and margins in points."""
     from matplotlib.figure import Figure
 
@@ -230,7 +228,7 @@ def _new_figure(height: float, *, left: float, right: float, bottom: float) -> t
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, *, longest: int, columns: int = 1) -> None:
+def _legend(figure: "Figure", axes: "Axes", *, longest: int, columns: int = 1) -> None:
     handles, names = axes.get_legend_handles_labels()
     figure.legend(
         handles, [_shorten(name, longest) for name in names], loc="lower left", bbox_to_anchor=(0.01, 0), ncols=columns,
@@ -243,7 +241,7 @@ def _shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _svg(figure: Figure, title: str) -> Markup:
+def _svg(figure: "Figure", title: str) -> Markup:
     """Convert a figure to inline SVG with presentation attributes, and the page's font and colors."""
     file = io.StringIO()
     save_figure(figure, file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -82,10 +82,8 @@ def collect_samples(
     """Collect the worst and best images of the last network, and its largest gain and loss against the first.
 
     The finished ``runs``, by title, have the same domain in this role. ``labels`` reads those of its val split; each
-    run's scores.json counts them. ``limit`` is the number of images to choose from, evenly sampled.
-
-    Returns:
-        The images; if the domain cannot be read, none and a note of the reason.
+    run's scores.json counts them. ``limit`` is the number of images to choose from, evenly sampled. Returns the images;
+    if the domain cannot be read, none and a note of the reason.
     """
     domain = next(iter(runs.values())).recipe.domain(role)
     try:

@@ -1,7 +1,5 @@
 """Devices, processes and precision of training, by Lightning Fabric."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import os
@@ -227,7 +225,7 @@ def process_counts(config: TrainerConfig) -> tuple[int, int]:
     return local, world // local
 
 
-def launch_fabric(recipe: Recipe, config: TrainerConfig, arithmetic: Arithmetic | None = None) -> Fabric:
+def launch_fabric(recipe: Recipe, config: TrainerConfig, arithmetic: Arithmetic | None = None) -> "Fabric":
     """Start the processes of a run; raise `RecipeError` if the recipe does not fit the devices.
 
     Without ``arithmetic`` it computes in the precision that the recipe names, in 32 bits for ``auto``.
@@ -261,7 +259,7 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig, arithmetic: Arithmetic 
     return fabric
 
 
-def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig, arithmetic: Arithmetic) -> Fabric:
+def recipe_fabric(recipe: Recipe, fabric: "Fabric", config: TrainerConfig, arithmetic: Arithmetic) -> "Fabric":
     """Return a fabric of this precision, with its own loss scale; raise `RecipeError` if processes cannot share it."""
     from lightning_fabric import Fabric
 
@@ -277,7 +275,7 @@ def recipe_fabric(recipe: Recipe, fabric: Fabric, config: TrainerConfig, arithme
     return fabric
 
 
-def run_on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
+def run_on_rank_zero(fabric: "Fabric", work: Callable[[], T]) -> T:
     """Call a function in the first process only; all processes return its picklable result or raise its error."""
     if fabric.world_size == 1:
         return work()
@@ -295,14 +293,14 @@ def run_on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def any_rank(fabric: Fabric, flag: bool) -> bool:
+def any_rank(fabric: "Fabric", flag: bool) -> bool:
     """Return whether the flag is true in any process."""
     if fabric.world_size == 1:
         return flag
     return bool(fabric.all_reduce(torch.tensor(float(flag)), reduce_op="sum"))
 
 
-def optimizer_step(fabric: Fabric, module: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
+def optimizer_step(fabric: "Fabric", module: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
     """Clip the gradients of each optimizer, step all optimizers, and reset the gradients.
 
     In precision 16 all optimizers share one loss scale, which is updated once after all steps, so that each optimizer
@@ -335,7 +333,7 @@ def delayed_signals(stoppable: Callable[[], bool]) -> Iterator[Callable[[], None
     """Delay Ctrl-C and SIGTERM while ``stoppable`` is False, up to a second one; yield a function that raises them."""
     delayed: list[int] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: "FrameType | None") -> None:
         if stoppable() or delayed:
             handlers[number](number, frame)
         delayed.append(number)

@@ -1,7 +1,5 @@
 """Validation during training, and evaluation of a finished run with the number of labels read for it."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +12,7 @@ from overfly.core.atomic_files import json_sha256
 from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
 from overfly.core.progress import print_status
 from overfly.data.domain import Domain, Split, SplitError
+from overfly.data.headers import file_stamp
 from overfly.data.loading import MAX_SIDE
 from overfly.evaluation.images import MetricOptions, unlabeled_images
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, prediction_statistics
@@ -48,12 +47,8 @@ def evaluate_domain(
     in pixels (0: whole images; None: the recipe's), ``overlap`` the share of a window that the next one overlaps, 0 to
     0.9. ``resize`` is the side of the square that images are resized to, masks are not (0: unchanged; None: the
     recipe's). ``workers`` threads read ahead. ``checkpoint`` is the validation step whose weights are scored; None: the
-    final weights.
-
-    Raises:
-        DataError: no image of the split has a label.
-        RecipeError: window, resize or overlap is out of range.
-        RunError: the run is not finished.
+    final weights. Raises `DataError`: no image of the split has a label, and `RecipeError`: window, resize or overlap
+    is out of range, and `RunError`: the run is not finished.
     """
     side = (run.recipe.window if window is None else window) or None
     square = (run.recipe.resize if resize is None else resize) or None
@@ -119,8 +114,8 @@ def _files_sha256(domain: Domain, split: Split) -> str | None:
 
 
 def _stamp(file: object) -> object:
-    """Size and time of a file; of others, which are generated, whether there is one."""
-    return (file.stat().st_size, file.stat().st_mtime_ns) if isinstance(file, Path) else file is not None
+    """Size and time of a file; of others, their own stamp, or whether there is one."""
+    return file_stamp(file) if isinstance(file, Path) else getattr(file, "stamp", file is not None)
 
 
 def has_labels(domain: Domain, split: Split) -> bool:
@@ -143,7 +138,7 @@ def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:
 class Evaluator:
     """Score the networks of a run during training, without changing random state or networks."""
 
-    def __init__(self, recipe: Recipe, nets: Networks, fabric: Fabric) -> None:
+    def __init__(self, recipe: Recipe, nets: Networks, fabric: "Fabric") -> None:
         self.recipe, self.nets, self.fabric = recipe, nets, fabric
 
     def source_miou(self, workers: int = 0) -> float | None:

@@ -1,7 +1,5 @@
 """Prepare training: data streams, initial networks and optimizers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +49,12 @@ class TrainingSetup:
     """File that the initial weights were read from, or ``random``."""
 
 
-def prepare_training(recipe: Recipe, fabric: Fabric, config: TrainerConfig, start: Path | None = None) -> TrainingSetup:
+def prepare_training(
+    recipe: Recipe, fabric: "Fabric", config: TrainerConfig, start: Path | None = None
+) -> TrainingSetup:
     """Open the data and build the networks, without writing files; ``start`` is the weights file of the recipe's start.
 
-    Raises:
-        OverflyError: data, weights and recipe do not fit together.
+    Raises `OverflyError` if data, weights and recipe do not fit together.
     """
     quiet = config.quiet or not fabric.is_global_zero
     print_status("checking the masks of the source", quiet=quiet or recipe.source is None)
@@ -148,11 +147,8 @@ def source_images(stream: BatchStream | None, count: int) -> Iterator[Tensor]:
 def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmenter, str]:
     """Return the initial network with its training heads, and the name of its file of weights or ``random``.
 
-    It is loaded from the weights file ``start`` if given.
-
-    Raises:
-        RecipeError: the network under ``start`` and the domains do not fit together.
-        WeightsError: ``model.weights`` do not fit the network.
+    It is loaded from the weights file ``start`` if given. Raises `RecipeError`: the network under ``start`` and the
+    domains do not fit together, and `WeightsError`: ``model.weights`` do not fit the network.
     """
     domain = recipe.source or recipe.domain("target")
     if start is not None:
@@ -196,9 +192,8 @@ def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Doma
     advice = {
         "classes": "unify them with the folder domain's mapping",
         "model": f"set model: {segmenter.architecture}, or start from another run",
-        "bands": "use the same bands in both",
-        "max_value": "rescale the images to the same range",
-    }
+        "bands": "use the same bands in both", "max_value": "rescale the images to the same range",
+    }  # fmt: skip
     names = (", ".join(segmenter.classes.names), ", ".join(domain.classes.names))
     models = (segmenter.architecture, recipe.model.name)
     bands, ranges = (segmenter.bands, domain.bands), (f"{segmenter.max_value:g}", f"{domain.max_value:g}")

@@ -1,7 +1,5 @@
 """Train a recipe to a finished run, its ``start`` recipe first; finished runs are not trained again."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def train_recipe(recipe: Recipe, out: Path, fabric: Fabric, config: TrainerConfig) -> Run:
+def train_recipe(recipe: Recipe, out: Path, fabric: "Fabric", config: TrainerConfig) -> Run:
     """Train a recipe below ``out``, resume its unfinished run, or return its finished run.
 
     Raises:

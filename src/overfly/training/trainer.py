@@ -1,7 +1,5 @@
 """The training loop and its checkpoint of networks, optimizers, loss scale and step."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys
@@ -52,7 +50,7 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Run, fabric: Fabric, config: TrainerConfig, setup: TrainingSetup, arithmetic: Arithmetic
+        self, run: Run, fabric: "Fabric", config: TrainerConfig, setup: TrainingSetup, arithmetic: Arithmetic
     ) -> None:
         self.run, self.fabric, self.config, self.recipe, self.arithmetic = run, fabric, config, run.recipe, arithmetic
         self.batches, self.nets, self.total_steps = setup.batches, setup.nets, setup.total_steps

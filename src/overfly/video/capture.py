@@ -81,12 +81,8 @@ def open_stream(source: str, *, fps: float | None = None) -> Iterator[VideoStrea
     """Open a video, a camera such as ``/dev/video0`` or its number, an address, or a folder of images.
 
     An address, such as ``rtsp://…`` or ``http://…``, of known length is not live. The images of a folder come in
-    natural order of their names, ``fps`` of them a second.
-
-    Raises:
-        DataError: the source does not exist, or has no frames.
-        RecipeError: ``fps`` for a source with its own speed.
-        MissingExtraError: PyAV is not installed.
+    natural order of their names, ``fps`` of them a second. Raises `DataError`: the source does not exist, or has no
+    frames, and `RecipeError`: ``fps`` for a source with its own speed, and `MissingExtraError`: PyAV is not installed.
     """
     path = Path(source)
     if path.is_dir():
@@ -299,11 +295,8 @@ class _Writer:
 def write_video(path: Path, rate: float) -> Iterator[_Writer]:
     """Write a video (H.264 in MP4, MOV or MKV). The file is renamed to ``path`` when complete.
 
-    ``rate`` is the nominal number of frames per second; each frame is written with its own time.
-
-    Raises:
-        DataError: the file exists, cannot be written, or has another suffix.
-        MissingExtraError: PyAV is not installed.
+    ``rate`` is the nominal number of frames per second; each frame is written with its own time. Raises `DataError`:
+    the file exists, cannot be written, or has another suffix, and `MissingExtraError`: PyAV is not installed.
     """
     check_output(path)
     av = _av()

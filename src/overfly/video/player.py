@@ -120,11 +120,7 @@ class LatestSlot:
             self._changed.notify_all()
 
     def frames(self, stop: threading.Event) -> Iterator[TimedFrame]:
-        """Yield the newest frame repeatedly, until the source ends or ``stop`` is set.
-
-        Raises:
-            BaseException: the error of the reading thread, after the frames before it.
-        """
+        """Yield the newest frame repeatedly, until the source ends, then its error if any, or ``stop`` is set."""
         while True:
             with self._changed:
                 while self._frame is None and not self._closed and not stop.is_set():

@@ -285,10 +285,8 @@ def summarize_map(stored: StoredMap) -> MapSummary:
 def _summarize_prediction(key: str, prediction: Prediction) -> PredictionSummary:
     own, accessible = prediction.classes, accessible_colors(prediction.classes)
     shares = [
-        ClassShare(name=name, color=_hex(color), safe_color=_hex(safe_color), share=share)
-        for name, color, safe_color, share in zip(
-            own.names, own.colors, accessible.colors, prediction.shares, strict=True
-        )
+        ClassShare(name=name, color=_hex(color), safe_color=_hex(safe), share=share)
+        for name, color, safe, share in zip(own.names, own.colors, accessible.colors, prediction.shares, strict=True)
     ]
     return PredictionSummary(network=key, title=prediction.title, classes=shares)
 

@@ -86,9 +86,8 @@ def application(
 
 async def _handle_error(request: Request, error: Exception) -> JSONResponse:
     del request
-    if isinstance(error, RequestTimeoutError):
-        return JSONResponse({"detail": str(error)}, 503, {"retry-after": "5"})
-    return JSONResponse({"detail": str(error)}, 400)
+    timeout = isinstance(error, RequestTimeoutError)
+    return JSONResponse({"detail": str(error)}, 503 if timeout else 400, {"retry-after": "5"} if timeout else None)
 
 
 async def _handle_invalid_request(request: Request, error: Exception) -> JSONResponse:

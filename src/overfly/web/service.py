@@ -231,10 +231,8 @@ def predict_image(network: ServedNetwork, image: UploadedImage, deadline: float,
     """Predict an image of any size, in overlapping windows if it is larger than the network's window.
 
     ``deadline`` is a time of `time.monotonic`; ``gain`` is the factor from the image's values to those of training.
-
-    Raises:
-        NotFiniteError: the network's probabilities are not finite.
-        RequestTimeoutError: the deadline has passed.
+    Raises `NotFiniteError`: the network's probabilities are not finite, and `RequestTimeoutError`: the deadline has
+    passed.
     """
     metadata = network.predictor().metadata
     values = np.ascontiguousarray(image.image.transpose(2, 0, 1), dtype=np.float32)

@@ -38,13 +38,9 @@ RECORD_FILE = "synthetic.json"
 def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple[UInt8, UInt8]:
     """Synthesize scene ``index``, from 0 on, of a split: a deterministic function of the arguments on all machines.
 
-    The side S is in pixels; a larger image shows more ground, not more detail.
-
-    Returns:
-        Image (S, S, 3), 0 to 255, and label (S, S), class ids 0 to 6 in LoveDA's order.
-
-    Raises:
-        DataError: there is no such scene or split, or a number is out of range.
+    The side S is in pixels; a larger image shows more ground, not more detail. Returns image (S, S, 3), 0 to 255, and
+    label (S, S), class ids 0 to 6 in LoveDA's order. Raises `DataError`: there is no such scene or split, or a number
+    is out of range.
     """
     if scene not in SCENES or split not in SPLITS:
         raise DataError(
@@ -129,12 +125,8 @@ def write_synthetic(
     folder with these images is not changed.
 
     The arguments are those of `overfly data synthesize`; several workers need the caller's script to be importable.
-
-    Returns:
-        Number of images in the folder.
-
-    Raises:
-        DataError: the folder has other content or cannot be written, or a number is out of range.
+    Returns the number of images in the folder. Raises `DataError`: the folder has other content or cannot be written,
+    or a number is out of range.
     """
     root = Path(root).expanduser()
     numbers: dict[Split, int] = {"train": train, "val": val, "test": test}
