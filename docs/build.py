@@ -119,7 +119,8 @@ steps: 10000
 ```
 
 - `variant` chooses other bands, labels or classes of the same data set, one or several. To score a run on labels
-  without boundaries: `overfly evaluate runs/NAME --domain target variant=no_boundary`.
+  without boundaries: `overfly evaluate runs/NAME --domain target variant=no_boundary`, and for IRRG images of Potsdam
+  `variant=[irrg,no_boundary]`, since it replaces the variant of the run.
 - `subset` chooses a region, city, department or condition, one or several; each must have images in the splits that
   are read.
 - Every setting of the [folder domain](guides/folders.md) can be given too and replaces that of the sheet. With
