@@ -73,6 +73,9 @@ def test_equal_trainings_of_pairs_are_timed_once(tmp_path: Path) -> None:
     plans = plan([path for path in PAIRS if "vaihingen" in path.stem], out=tmp_path, timed=timed)
     assert len(plans) == 8
     assert len(timed) == 2
+    timed.clear()
+    assert len(plan(PAIRS, out=tmp_path, timed=timed)) == len(PAIRS)
+    assert len(timed) == 4  # source-only and adapted, aerial and street
 
 
 def test_a_missing_split_to_score_is_missing(tmp_path: Path) -> None:
