@@ -67,7 +67,7 @@ class Criterion(Choice, ABC):
             return None
         if len(self.class_weights) != scores.shape[1]:
             raise RecipeError(
-                f"criterion.class_weights must have {scores.shape[1]} numbers, got {len(self.class_weights)}"
+                f"criterion.class_weights needs a number per class ({scores.shape[1]}), got {len(self.class_weights)}"
             )
         return torch.tensor(self.class_weights, dtype=torch.float32).to(scores.device, non_blocking=True)
 
