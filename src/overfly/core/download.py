@@ -44,9 +44,9 @@ ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFE
 
 def cache_folder() -> Path:
     """Folder of downloaded weights and decoded images: ``OVERFLY_CACHE``, else the user's cache folder."""
-    import pooch
+    import platformdirs
 
-    return Path(os.environ.get("OVERFLY_CACHE") or pooch.os_cache("overfly")).expanduser()
+    return Path(os.environ.get("OVERFLY_CACHE") or platformdirs.user_cache_dir("overfly", False)).expanduser()
 
 
 def download_file(
