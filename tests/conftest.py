@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from miniatures import WRITERS
 from overfly import adapt, suggest
 from overfly.adaptation import pipeline
 from overfly.commands.adapt import AdaptResult
@@ -118,3 +119,12 @@ def compared(world: Path) -> AdaptResult:
 def labels(compared: AdaptResult, tmp_path: Path) -> Path:
     """A suggestion of three tiles."""
     return suggest([compared.path], count=3, tile=TILE, out=tmp_path / "labels", device="cpu", quiet=True).path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of miniatures of the public data sets, one for each name."""
+    folder = tmp_path_factory.mktemp("datasets")
+    for name, write in WRITERS.items():
+        write(folder / name)
+    return folder

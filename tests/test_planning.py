@@ -17,15 +17,6 @@ from overfly.recipe import Recipe, load
 PAIRS = sorted((REPOSITORY / "recipes" / "pairs").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of miniatures."""
-    folder = tmp_path_factory.mktemp("datasets")
-    for name, write in WRITERS.items():
-        write(folder / name)
-    return folder
-
-
 def plan(
     recipes: list[Path],
     *overrides: str,

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from overfly.core.atomic_files import write_text
 from overfly.core.errors import RecipeError, render_text
 from overfly.core.optimizers import Optim, Schedule
@@ -114,13 +116,13 @@ class BenchmarkTable(Spec):
 
     seeds: tuple[int, ...]
     """The seeds."""
-    machine: dict[str, Any]
+    machine: dict[str, Any] = Field(default_factory=dict)
     """Machine of the first run."""
-    networks: tuple[BenchmarkNetwork, ...]
+    networks: tuple[BenchmarkNetwork, ...] = ()
     """Size and speed of each network."""
-    rows: tuple[BenchmarkRow, ...]
+    rows: tuple[BenchmarkRow, ...] = ()
     """One row per recipe."""
-    data: tuple[str, ...]
+    data: tuple[str, ...] = ()
     """The domains with their folders."""
     changed: tuple[str, ...] = ()
     """Overrides of all recipes."""
@@ -151,19 +153,19 @@ def expand_recipe_paths(recipes: Sequence[Path | str]) -> list[Path]:
 
 def run_benchmark(
     recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int], *, out: Path, fabric: "Fabric",
-    config: TrainerConfig, split: Split, save_samples: SaveSamples | None = None, workers: int = 0,
+    config: TrainerConfig, split: Split, save_samples: SaveSamples | None = None,
 ) -> dict[Path, list[Run]]:  # fmt: skip
     """Train and score every recipe with every seed, skipping finished runs.
 
     All recipes are read first, so that an error in the last one is raised before training. ``save_samples`` saves
-    sample images of newly scored runs; ``workers`` is the number of threads that read ahead while scoring.
+    sample images of newly scored runs.
     """
     planned = [(path, [load(path, *overrides, f"seed={seed}") for seed in seeds]) for path in recipes]
     done: dict[Path, list[Run]] = {}
     for path, versions in planned:
         for recipe in versions:
             run = train_recipe(recipe, out, fabric, config)
-            run_on_rank_zero(fabric, partial(_score, run, split, fabric, save_samples, workers))
+            run_on_rank_zero(fabric, partial(_score, run, split, fabric, save_samples, config.workers))
             done.setdefault(path, []).append(run)
     return done
 

@@ -76,7 +76,7 @@ def test_classes_of_rasters_may_be_mapped(two: ImageInputs, tmp_path: Path) -> N
         ({"attribute": None}, "--classes missing.*--attribute"),
         ({"attribute": "kind"}, "no attribute kind; its attributes: use"),
         ({"source_masks": Path("masks")}, "--source-masks is for folders"),
-        ({"target_images": "nowhere/b.tif"}, "b.tif is no file.*correct images"),
+        ({"target_images": "nowhere/b.tif"}, "b.tif does not exist.*correct images"),
     ],
 )
 def test_faults_of_options_are_named(two: ImageInputs, change: dict[str, object], words: str) -> None:

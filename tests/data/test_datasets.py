@@ -83,15 +83,6 @@ STREET_16 = [
 ]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of all miniatures."""
-    folder = tmp_path_factory.mktemp("datasets")
-    for name, write in WRITERS.items():
-        write(folder / name)
-    return folder
-
-
 def domain(name: str, root: Path, **settings: Any) -> Dataset:
     value = Domain.model_validate({"name": name, "root": str(root / name), **settings})
     assert isinstance(value, Dataset)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from overfly.adaptation.inputs import ImageInputs, input_domain
+from overfly.adaptation.selection import resolve_checkpoint
 from overfly.core.atomic_files import json_sha256, read_json, write_json
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import AdamW, Poly
@@ -230,7 +231,7 @@ def folder_recipes(
     inputs.check()
     budget = budget or DEFAULT_BUDGET
     seconds = parse_budget(budget)
-    checkpoint = inputs.checkpoint
+    checkpoint = None if inputs.checkpoint is None else resolve_checkpoint(inputs.checkpoint)
     if checkpoint is None:
         settings = {} if inputs.classes is None else read_classes(inputs.classes)
     else:

@@ -39,7 +39,7 @@ class ImageInputs:
     classes: Path | None = None
     checkpoint: Path | None = None
     """Run or weights, in place of source images."""
-    source_labels: str | None = None
+    source_labels: Path | str | None = None
     attribute: str | None = None
 
     @property
@@ -137,7 +137,7 @@ def _split_off_validation(domain: Folder, images: Path) -> Folder:
         seed += 1
 
 
-def raster_domain(settings: Mapping[str, Any], labels: str | None, attribute: str | None) -> Raster:
+def raster_domain(settings: Mapping[str, Any], labels: Path | str | None, attribute: str | None) -> Raster:
     """Create the domain of rasters from its settings, labels, and the attribute of their polygons.
 
     Its bands are those of the rasters, and its classes the values of the attribute if ``settings`` have none. Labeled

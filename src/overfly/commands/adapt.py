@@ -13,7 +13,10 @@ from overfly.core.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from overfly.adaptation.inputs import ImageInputs
     from overfly.adaptation.selection import Selection
+    from overfly.recipe import Recipe
+    from overfly.training.engine import TrainerConfig
 
 
 NOT_ADAPTED = 3
@@ -95,8 +98,7 @@ def adapt(
         classes: YAML file of the classes: names, or names and their colors; or settings of a folder or raster domain.
             Not needed for polygons with an attribute, each value of which is a class then.
         checkpoint: run, comparison or weights file to adapt, without its source's images.
-        labels: folder of a few labeled target tiles, as `overfly suggest` writes it, or with images and masks: they
-            decide, and one more network learns from them.
+        labels: folder of a few labeled target tiles, as `overfly suggest` writes it; they decide and are learned from.
         budget: time for folders or rasters, such as 90s, 10min or 2h; default 30m. The same command again resumes.
         estimate: estimate each candidate's mIoU on the target too, with an interval; takes several times as long.
         gate: a bound of the checks; may be repeated: --gate max_source_loss=0.1 --gate min_classes=0.8
@@ -112,32 +114,36 @@ def adapt(
     Returns:
         The comparison folder and its selection.
     """
-    from overfly.adaptation.auto_recipe import folder_recipes
     from overfly.adaptation.gate import read_gate
     from overfly.adaptation.inputs import ImageInputs
     from overfly.adaptation.pipeline import adapt as adapt_recipes
-    from overfly.adaptation.selection import BASELINE, resolve_checkpoint
-    from overfly.recipe import load
+    from overfly.adaptation.selection import BASELINE
     from overfly.training.engine import TrainerConfig, launch_fabric
 
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
     bounds = read_gate(gate or ())
-    start = None if checkpoint is None else resolve_checkpoint(Path(checkpoint))
-    given = (source_masks, classes, start)
-    masks, file, start = (None if value is None else Path(value) for value in given)
-    polygons = None if source_labels is None else str(source_labels)
-    inputs = ImageInputs(source_images, masks, target_images, file, start, polygons, attribute)
-    recipes, settings = split_entries([*([] if recipe is None else [recipe]), *overrides])
-    if recipes and inputs != ImageInputs():
-        raise RecipeError("adapt takes a recipe or image folders, not both; leave one of them out")
-    if recipes and budget is not None:
-        raise RecipeError(f"--budget {budget} is for image folders; set steps=… for a recipe")
-    values = [load(entry, *settings) for entry in recipes]
-    values = values or folder_recipes(inputs, budget, config, settings, Path(out))
+    paths = (None if value is None else Path(value) for value in (source_masks, classes, checkpoint, labels))
+    masks, file, start, tiles = paths
+    inputs = ImageInputs(source_images, masks, target_images, file, start, source_labels, attribute)
+    values = _recipes([*([] if recipe is None else [recipe]), *overrides], inputs, budget, config, Path(out))
     fabric = launch_fabric(values[0], config)
-    tiles = None if labels is None else Path(labels)
     comparison = adapt_recipes(
         *values, out=Path(out), fabric=fabric, config=config, estimates=estimate, gate=bounds, labels=tiles
     )
     missing = require_adapted and comparison.selection.recommended == BASELINE
     return AdaptResult(comparison.path, comparison.selection, NOT_ADAPTED if missing else 0)
+
+
+def _recipes(
+    entries: list[RecipeLike], inputs: ImageInputs, budget: str | None, config: TrainerConfig, out: Path
+) -> list[Recipe]:
+    """Read the given recipes, or propose some for the given images."""
+    from overfly.adaptation.auto_recipe import folder_recipes
+    from overfly.recipe import load
+
+    recipes, settings = split_entries(entries)
+    if recipes and inputs != type(inputs)():
+        raise RecipeError("adapt takes a recipe or image folders, not both; leave one of them out")
+    if recipes and budget is not None:
+        raise RecipeError(f"--budget {budget} is for image folders; set steps=… for a recipe")
+    return [load(entry, *settings) for entry in recipes] or folder_recipes(inputs, budget, config, settings, out)

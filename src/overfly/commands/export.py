@@ -103,8 +103,8 @@ def export(
     from overfly.exporting.hub import model_card
     from overfly.exporting.predictor import ExportSettings
 
-    check_bounds({"size": (size or 32, 32, MAX_SIDE), "resize": (resize or 32, 32, MAX_SIDE)})
-    check_bounds({"images": (images, 1, 10**4)})
+    sides = {name: (value or 32, 32, MAX_SIDE) for name, value in (("size", size), ("resize", resize))}
+    check_bounds({**sides, "images": (images, 1, 10**4)})
     folder = NetworkFolder.open(run)
     segmenter, metadata = load_network(folder.path)
     recipe = None if folder.run is None else folder.run.recipe
@@ -112,18 +112,15 @@ def export(
     metadata = metadata.model_copy(update={"window": size, "fixed": True}) if size else metadata
     opset = OPSET if format == "onnx" else 0
     settings = ExportSettings(format=format, precision=precision, output=output, resize=resize or None, opset=opset)
-    shown = output if output != "probabilities" else ""
-    stem = name or "-".join(map(str, filter(None, (metadata.architecture, format, precision, shown, size))))
+    parts = (metadata.architecture, format, precision, output if output != "probabilities" else "", size)
+    stem = name or "-".join(map(str, filter(None, parts)))
     if Path(stem).name != stem:
         raise RecipeError(f"--name must be a file name without folders, got {stem}; give the folder as --out")
     compared = export_domain(folder, domain, metadata)
     data = evaluation_data(compared, recipe, settings, metadata.window, images, labels=labels)
     target, status = Path(out or folder.path / "exports"), partial(print_status, quiet=quiet)
     path, report = export_network(segmenter, metadata, settings, data, folder=target, name=stem, on_progress=status)
-    if folder.run is not None and recipe is not None:
-        roles = {"target": recipe.target, "source": recipe.source}
-        role = next((role for role, value in roles.items() if domain in roles and value is compared), domain)
-        record_labels(folder.run, role, report)
+    record_labels(folder.run, domain, compared, report)
     card = path.with_suffix(".md")
     with disk_errors(card, OverflyError):
         write_text(card, model_card(report, card_content(folder)))

@@ -92,10 +92,13 @@ def _images(domain: Domain, split: Split) -> list[Item]:
         return []
 
 
-def record_labels(run: Run, role: str, report: ExportReport) -> None:
-    """Add the labels opened to compare mIoU to the run's counts in scores.json."""
+def record_labels(run: Run | None, name: str, domain: Domain, report: ExportReport) -> None:
+    """Add the labels opened to compare mIoU to the run's counts in scores.json, by role or ``name`` of the domain."""
     opened = max((parity.labels_opened for parity in report.parity), default=0)
-    for _ in range(1 + len(report.parity)) if opened else ():
+    if run is None or not opened:
+        return
+    role = next((role for role in ("target", "source") if getattr(run.recipe, role) is domain), name)
+    for _ in range(1 + len(report.parity)):
         record_opened_labels(run, role, "val", opened)
 
 

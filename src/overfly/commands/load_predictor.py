@@ -28,7 +28,7 @@ def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str =
     """Load the network of a run, comparison, ``.safetensors`` or exported file on a runtime.
 
     ``backend`` auto is the runtime for the file's format; ``device`` is auto, cpu, cuda, cuda:1 or mps. Raises
-    `OverflyError` if there is no such network, or it does not run on this backend or device.
+    `OverflyError` if the network is missing, or does not run on this backend or device.
     """
     path = Path(path)
     suffix = "" if path.is_dir() else path.suffix.lower()
@@ -82,7 +82,7 @@ class NetworkFolder:
 def load_network(path: Path | str) -> tuple[Segmenter, ModelMetadata]:
     """Load the trained network of a run, comparison or ``.safetensors`` file, in evaluation mode, with its metadata.
 
-    Raises `OverflyError` if there is no such network.
+    Raises `OverflyError` if the network is missing.
     """
     path = Path(path)
     if not path.exists():

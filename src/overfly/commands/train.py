@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,13 +144,14 @@ def benchmark(
         cache: where decoded images are cached: memory, disk or off.
         checkpoint_every: steps between two checkpoints.
         quiet: print no progress.
-        dry_run: train nothing; say what would be trained, what is missing on disk, and about how long it takes. The
-            command exits with status 1 if something is missing.
+        dry_run: train nothing; list the trainings, their duration and missing data, which gives exit status 1.
 
     Returns:
         The table.
     """
     from overfly import benchmarking
+    from overfly.adaptation.auto_recipe import time_step
+    from overfly.planning import plan_benchmark
     from overfly.recipe import load
     from overfly.reporting.samples import draw_samples
     from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
@@ -168,18 +170,12 @@ def benchmark(
     config = TrainerConfig(device, devices, workers, checkpoint_every, cache=image_cache(cache), quiet=quiet)
     fabric = launch_fabric(load(files[0], *overrides), config)
     if dry_run:
-        from overfly.adaptation.auto_recipe import time_step
-        from overfly.planning import plan_benchmark
-
-        plan = plan_benchmark(
-            files, overrides, numbers, out=out, split=split, time_step=lambda recipe: time_step(recipe, fabric)
-        )
-        empty = benchmarking.BenchmarkTable(seeds=tuple(numbers), machine={}, networks=(), rows=(), data=())
-        return BenchmarkResult(empty, folder, plan)
+        timed = partial(time_step, fabric=fabric)
+        plan = plan_benchmark(files, overrides, numbers, out=out, split=split, time_step=timed)
+        return BenchmarkResult(benchmarking.BenchmarkTable(seeds=tuple(numbers)), folder, plan)
     done = benchmarking.run_benchmark(
-        files, overrides, numbers, out=out, fabric=fabric, config=config, split=split, save_samples=draw_samples,
-        workers=workers,
-    )  # fmt: skip
+        files, overrides, numbers, out=out, fabric=fabric, config=config, split=split, save_samples=draw_samples
+    )
     result = run_on_rank_zero(
         fabric,
         lambda: benchmarking.tabulate(done, numbers, split, size=size, device=str(fabric.device), changed=overrides),

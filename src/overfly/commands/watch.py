@@ -117,13 +117,11 @@ def watch(
     import numpy as np
 
     from overfly.commands.load_predictor import load_predictor
-    from overfly.video.capture import check_output, open_stream, write_video
+    from overfly.video.capture import open_stream, write_video
     from overfly.video.overlay import OverlayRenderer
     from overfly.video.player import LatestFrame
 
     out = Path(out) if out is not None else None
-    if out is not None:
-        check_output(out)
     style = _check_options(out, serve, fps, seconds, size=size, opacity=opacity, legend=legend, stats=stats)
     frame: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
@@ -187,9 +185,12 @@ def _check_options(
     out: Path | None, serve: int | None, fps: float | None, seconds: float | None, *, size: int | None,
     opacity: float, legend: bool, stats: bool,
 ) -> OverlayStyle:  # fmt: skip
+    from overfly.video.capture import check_output
     from overfly.video.overlay import OverlayStyle
 
-    if out is None and serve is None:
+    if out is not None:
+        check_output(out)
+    elif serve is None:
         raise RecipeError("watch needs --out VIDEO.mp4 to write the overlay, or --serve 8000 to show it on a page")
     check_bounds({"serve": (serve or 0, 0, 65535), "size": (MAX_SIDE if size is None else size, 16, MAX_SIDE)})
     if not 0 <= opacity <= 1:

@@ -258,7 +258,7 @@ def unpack_zip(
                     if progress:
                         progress(done, total)
         except ZIP_ERRORS as error:
-            raise DownloadError(f"{archive} is no intact zip archive ({error}); delete and download it") from error
+            raise DownloadError(f"{archive} is a damaged zip archive ({error}); delete it and try again") from error
         inside = part / folder.name
         unpacked = inside if inside.is_dir() else part
         if check:

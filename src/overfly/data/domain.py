@@ -131,7 +131,7 @@ class Domain(Choice, ABC):
         """Read a random crop, image (size, size, C) and label (size, size), without the rest of the image.
 
         Of ten crops, one whose label ``fits`` is taken if there is one. Without a label, the crop's is 255 where there
-        is no data and 0 elsewhere. None, the default: the whole image is read, and cropped then.
+        has no data and 0 elsewhere. None, the default: the whole image is read, and cropped then.
         """
         return None
 

@@ -258,7 +258,7 @@ class Block:
         return self.read(self.window)[0]
 
     def label(self) -> UInt8:
-        """Read the class ids (H, W), 255 where there is no data."""
+        """Read the class ids (H, W), 255 for no data."""
         label, missing = self.read_label(self.window, self.own_pixels(self.window)), self.missing(self.window)
         if missing is not None:
             label[missing] = IGNORE
@@ -284,7 +284,7 @@ class Block:
         return label
 
     def own_pixels(self, window: Window) -> Mask:
-        """Pixels of a window (H, W) in the block's split; all if there are no splits."""
+        """Pixels of a window (H, W) in the block's split; all without splits."""
         if not self.domain.splits:
             return np.ones((window.height, window.width), np.bool_)
         rows, columns = (np.arange(*limits) for limits in window.ranges)
@@ -307,6 +307,6 @@ def _find(entries: str | tuple[str, ...], setting: str) -> list[str]:
     for entry in (entries,) if isinstance(entries, str) else entries:
         files = [entry] if is_address(entry) else [*listing.match_files(Path(), str(Path(entry).expanduser())).values()]
         if not files:
-            raise DataError(f"{entry} is no file, folder of images or pattern that matches; correct {setting}")
+            raise DataError(f"{entry} does not exist, or matches no file; correct {setting}")
         found |= dict.fromkeys(map(str, files))
     return list(found)

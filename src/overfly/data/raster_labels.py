@@ -268,7 +268,7 @@ def _class_table(domain: "Raster", vector: VectorFile, grid: Grid) -> dict[str |
         shown = unknown.most_common(SHOWN)
         listed = ", ".join(f"{value} ({count / values.total():.1%})" for value, count in shown)
         raise DataError(
-            f"{vector.path} holds values of {domain.attribute} that are no class in "
+            f"{vector.path} holds values of {domain.attribute} that are not a class in "
             f"{unknown.total() / values.total():.1%} of its polygons: {listed}{', …' * (len(unknown) > SHOWN)}; give "
             f"each a class, or null to ignore it: mapping: {{{', '.join(f'{value}: null' for value, _ in shown)}}}"
         )

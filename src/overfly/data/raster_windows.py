@@ -27,7 +27,7 @@ class RasterBands:
         dtype: data type of the stored values.
         nodata: no-data value of each of these bands; None if there is none.
         masked: whether the file has a mask of valid pixels.
-        alpha_band: number of the alpha band, which is 0 where there is no data; None if there is none.
+        alpha_band: number of the alpha band, which is 0 for no data; None if there is none.
     """
 
     source: str

@@ -65,7 +65,7 @@ def push(export: Path, repository: str, *, private: bool = True, endpoint: str |
     """Push an exported file, its weights, report and model card to a model hub, in one commit.
 
     The arguments are those of `overfly hub push`. Returns the names of the files, and the address of the repository.
-    Raises `WeightsError`: there is no such export, or it does not match its .json, and `DownloadError`: the hub refuses
+    Raises `WeightsError`: the export is missing, or does not match its .json, and `DownloadError`: the hub refuses
     the upload.
     """
     if export.suffix not in SUFFIXES.values() or not export.is_file():

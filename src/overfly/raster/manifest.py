@@ -81,7 +81,7 @@ def list_products(classes: int, *, probabilities: bool, uncertainty: bool) -> li
 
 
 def encode(product: Product, sums: Floats, nodata_mask: Mask | None) -> UInt8:
-    """Encode weighted sums of probabilities (K, h, w) as bands (bands, h, w); 255 where there is no data (h, w)."""
+    """Encode weighted sums of probabilities (K, h, w) as bands (bands, h, w); 255 for no data (h, w)."""
     _, height, width = sums.shape
     result = np.empty((product.bands, height, width), np.uint8)
     rows = max(1, CHUNK // max(1, width))

@@ -30,7 +30,7 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
     below it are filled. Attributes: class_id, class, color, and area in square meters: on the ellipsoid if coordinates
     are degrees, else in the plane of the map's projection; in pixels without a coordinate reference system. GeoJSON is
     written in longitude and latitude (RFC 7946) if the map has a coordinate reference system. The map holds class ids,
-    255 where there is no data; ``out`` ends in .gpkg or .geojson; ``min_area`` is in pixels. Raises
+    255 for no data; ``out`` ends in .gpkg or .geojson; ``min_area`` is in pixels. Raises
     `MissingExtraError`: pyogrio or shapely is not installed, and `UnwrittenError`: the file cannot be written whole, as
     on a full disk, or the map cannot be read.
     """

@@ -26,13 +26,13 @@ SIDE = 256
 """Side of a tile in pixels."""
 _BANDS = zip((255, 255, 204, 0), (254, 178, 76, 190), (128, 0, 38, 235), strict=True)
 COLORS = np.stack([np.interp(np.arange(256) % 255, (0, 43, 100), band) for band in _BANDS], axis=1).round().astype("u1")
-"""RGBA of each uncertainty: transparent at 0 and where there is no data, dark red at 100."""
+"""RGBA of each uncertainty: transparent at 0 and for no data, dark red at 100."""
 
 
 class Layer(NamedTuple):
     """A layer of a map: an image (H, W, 3), class ids (H, W) with their classes, or uncertainty (H, W).
 
-    Uncertainty is in percent, 255 where there is no data.
+    Uncertainty is in percent, 255 for no data.
     """
 
     values: UInt8

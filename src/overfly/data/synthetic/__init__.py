@@ -39,7 +39,7 @@ def synthesize(scene: Scene, split: Split, index: int, size: int = 256) -> tuple
     """Synthesize scene ``index``, from 0 on, of a split: a deterministic function of the arguments on all machines.
 
     The side S is in pixels; a larger image shows more ground, not more detail. Returns image (S, S, 3), 0 to 255, and
-    label (S, S), class ids 0 to 6 in LoveDA's order. Raises `DataError`: there is no such scene or split, or a number
+    label (S, S), class ids 0 to 6 in LoveDA's order. Raises `DataError`: the scene or split does not exist, or a number
     is out of range.
     """
     if scene not in SCENES or split not in SPLITS:
