@@ -23,7 +23,7 @@ from polygons import colors, moved, outline, raster, scene, squares, write_polyg
         ({"splits": {"train": 0.8, "val": 0.2}, "block": 1000}, "and block is 1000: 1 block cannot .* 2 splits"),
         ({"attribute": "kind"}, "has no attribute kind; its attributes: use"),
         ({"attribute": None}, "set attribute to one of: use"),
-        ({"classes": ["water", "land"]}, r"no class in \d+.\d% of its polygons: built .* mapping: {built: null}"),
+        ({"classes": ["water", "land"]}, r"not a class in \d+.\d% of its polygons: built .* mapping: {built: null}"),
         ({"layer": "roads"}, "has the layers a; set layer"),
         ({"labels": "missing.gpkg"}, "missing.gpkg"),
         ({"images": "missing*.tif"}, "missing.* correct images"),
