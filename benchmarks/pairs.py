@@ -22,7 +22,7 @@ from PIL import Image
 import overfly
 from overfly.adaptation.auto_recipe import VARIANTS, propose_recipes
 from overfly.adaptation.inputs import with_statistics
-from overfly.data.domain import TURNS, better_turn
+from overfly.data.check import TURNS, better_turn
 from overfly.data.folder import Folder
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, launch_fabric

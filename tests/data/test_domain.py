@@ -7,7 +7,8 @@ import pytest
 
 from overfly.core.classes import Classes
 from overfly.core.records import Array, Item, UInt8
-from overfly.data.domain import TURNS, Domain, Split, better_turn, has_fixed_top, shortest_sides
+from overfly.data.check import TURNS, better_turn
+from overfly.data.domain import Domain, Split, has_fixed_top, shortest_sides
 from overfly.data.synthetic import synthesize
 
 LABEL = np.zeros((30, 20), np.uint8)

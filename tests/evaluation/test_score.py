@@ -190,10 +190,10 @@ def test_samples_are_few_and_distinct() -> None:
     samples = Samples(evenly_spaced=3)
     image = np.zeros((2, 2, 3), np.uint8)
     for index in range(100):
-        samples.add(Sample(f"s{index}", image, image[..., 0], None, index / 100), index, 100)
+        samples(Sample(f"s{index}", image, image[..., 0], None, index / 100), index, 100)
     assert [sample.name for sample in samples] == ["s16", "s50", "s83", "s0", "s99"]
     few = Samples(evenly_spaced=4)
-    few.add(Sample("only", image, image[..., 0]), 0, 1)
+    few(Sample("only", image, image[..., 0]), 0, 1)
     assert len(few) == 1
 
 

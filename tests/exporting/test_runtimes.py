@@ -14,7 +14,7 @@ import pytest
 from overfly.core.choices import ExportOutput
 from overfly.core.errors import WeightsError
 from overfly.exporting import runtimes
-from overfly.exporting.formats import deepness_entries, set_properties, write_onnx
+from overfly.exporting.formats import deepness_entries, write_onnx
 from overfly.exporting.graph import ExportModule
 from overfly.exporting.predictor import (
     EXPORT_KEY,
@@ -68,7 +68,7 @@ def test_metadata_that_differ_from_the_graph_are_refused(
     file = write_onnx(module, tmp_path / "it.onnx", metadata_entries(metadata, settings))
     model = onnx.load(file)
     for entries in wrong(metadata, settings):
-        set_properties(model, entries)
+        onnx.helper.set_model_props(model, entries)
         onnx.save(model, file)
         for opened in (onnx_predictor, openvino_predictor):
             with pytest.raises(WeightsError, match=r"it\.onnx"):

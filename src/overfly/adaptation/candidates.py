@@ -14,16 +14,10 @@ from overfly.adaptation.labels import LEARNED, LabeledTiles, TileScores, confusi
 from overfly.adaptation.reverse_validation import reverse_validation
 from overfly.adaptation.selection import ADAPTED, BASELINE, CandidateReport, Selection, setting_differences
 from overfly.data.domain import Split, SplitError
+from overfly.evaluation import label_free_metrics as unlabeled
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, labeled_images, unlabeled_images
-from overfly.evaluation.label_free_metrics import (
-    LabelFreeMetrics,
-    balanced_miou,
-    consensus,
-    label_free_metrics,
-    predict_probabilities,
-    prediction_statistics,
-)
+from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.evaluation.perturbations import Perturbation, geometric_perturbations
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
@@ -105,8 +99,8 @@ class CandidateComparison:
     def _add(self, name: str, run: Run | Path) -> None:
         """Compute the metrics of a candidate."""
         network = self.networks[name] = load_candidate(run).without_training_heads()
-        predicted = self.predicted[name] = list(predict_probabilities(network, self.images, self.options))
-        statistics = prediction_statistics(
+        predicted = self.predicted[name] = list(unlabeled.predict_probabilities(network, self.images, self.options))
+        statistics = unlabeled.prediction_statistics(
             network, self.images, self.target.max_value, self.options,
             reference=self.predicted[BASELINE], perturbations=self._perturbations(), predicted=predicted,
         )  # fmt: skip
@@ -154,9 +148,9 @@ class CandidateComparison:
 
     def selection(self, runs: Mapping[str, Run | Path], labels_opened: int) -> Selection:
         """Return the result of the last `select`; ``labels_opened`` is stored with it."""
-        agreements = consensus(self.predicted[name] for name in runs)
+        agreements = unlabeled.consensus(self.predicted[name] for name in runs)
         for name, pairs in zip(runs, agreements, strict=True):
-            values = {"consensus": balanced_miou(sum(pairs[1:], pairs[0])) if pairs else None}
+            values = {"consensus": unlabeled.balanced_miou(sum(pairs[1:], pairs[0])) if pairs else None}
             self.metrics[name] = self.metrics[name].model_copy(update=values)
             if self.estimates:
                 options = replace(self.options, limit=ESTIMATE_IMAGES)
@@ -201,7 +195,7 @@ class CandidateComparison:
             return None, None
         source, held_out = self.recipe.domain("source"), self.recipe.validation.split
         baseline = self.networks[BASELINE]
-        metrics = label_free_metrics(
+        metrics = unlabeled.label_free_metrics(
             baseline, source, held_out, self.options,
             reference=baseline, perturbations=self._perturbations(),
         )  # fmt: skip

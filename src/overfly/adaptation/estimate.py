@@ -107,7 +107,7 @@ def calibrate(scores: Tensor, label: Tensor, groups: Tensor | None = None) -> Ca
         return plain
     for fit, test in ((~odd, odd), (odd, ~odd)):
         fitted = [_fit_calibrator(scores[:, fit], label[fit], classwise=classwise) for classwise in (False, True)]
-        loss = [_negative_log_likelihood(calibrator(scores[:, test]), label[test]) for calibrator in fitted]
+        loss = [F.nll_loss(each(scores[:, test]).clamp_min(1e-12).log().T, label[test]) for each in fitted]
         if loss[1] >= loss[0]:
             return plain
     return _fit_calibrator(scores, label, classwise=True)
@@ -249,8 +249,3 @@ def _fit_calibrator(scores: Tensor, label: Tensor, *, classwise: bool) -> Calibr
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     temperature = min(max(math.exp(float(log.detach())), 0.05), 20.0)
     return Calibrator(temperature, bias.detach())
-
-
-def _negative_log_likelihood(probability: Tensor, label: Tensor) -> float:
-    chosen = probability.gather(0, label[None])[0]
-    return float(-chosen.clamp_min(1e-12).log().mean())

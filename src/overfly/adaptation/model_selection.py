@@ -20,7 +20,8 @@ from overfly.evaluation.images import MetricOptions, unlabeled_images
 from overfly.evaluation.label_free_metrics import VALIDATORS, LabelFreeMetrics, Validator
 from overfly.evaluation.perturbations import geometric_perturbations
 from overfly.evaluation.scores import Scores
-from overfly.models.segmenter import Segmenter, read_segmenter_file
+from overfly.models.checkpoints import weights_sha256
+from overfly.models.segmenter import Segmenter
 from overfly.ops.geometry import Dihedral
 from overfly.training.evaluate import evaluate_domain, has_labels, logged_source_miou, stored_scores
 from overfly.training.run import Run
@@ -122,18 +123,13 @@ def list_checkpoints(runs: Sequence[Run]) -> list[Checkpoint]:
     checkpoints = []
     for run in runs:
         stored = [
-            Checkpoint(run, step, final=run.finished and _same_weights(run.weights, file))
+            Checkpoint(run, step, final=run.finished and weights_sha256(run.weights) == weights_sha256(file))
             for step, file in run.validation_weights.items()
         ]
         if run.finished and not any(checkpoint.final for checkpoint in stored):
             stored.append(Checkpoint(run, None, final=True))
         checkpoints += stored
     return checkpoints
-
-
-def _same_weights(path: Path, other_path: Path) -> bool:
-    first, second = (read_segmenter_file(file)[1] for file in (path, other_path))
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def rank(
@@ -148,7 +144,9 @@ def rank(
     the runs have several targets or none, or a validator is unknown, and `DataError`: ``with_labels`` for a target
     without labels.
     """
-    _check_validators(validators)
+    unknown = [name for name in validators if name not in VALIDATORS]
+    if unknown or not validators:
+        raise RecipeError(f"--validators must be of {', '.join(VALIDATORS)}; got {unknown[0] if unknown else 'none'}")
     target = shared_target(runs)
     if with_labels and not has_labels(target, "val"):
         raise DataError(f"the target {target.title} has no labels in val; leave out --with-labels")
@@ -200,12 +198,6 @@ def _sorted_candidates(
         for index, checkpoint in enumerate(checkpoints)
     ]  # fmt: skip
     return sorted(candidates, key=lambda candidate: -candidate.mean_rank)
-
-
-def _check_validators(validators: Sequence[str]) -> None:
-    unknown = [name for name in validators if name not in VALIDATORS]
-    if unknown or not validators:
-        raise RecipeError(f"--validators must be of {', '.join(VALIDATORS)}; got {unknown[0] if unknown else 'none'}")
 
 
 def write_ranking(ranking: Ranking, out: Path) -> Path:

@@ -143,7 +143,8 @@ def adapt(
     if len(runs) > 1:
         print_status(f"comparing {len(runs)} candidates without training", quiet=quiet)
         best = plans[run_on_rank_zero(fabric, lambda: comparison.select(runs))]
-        adapted = {name: _with_start(plan, best) for name, plan in adapted.items()}
+        started = {name: plan for name, plan in adapted.items() if isinstance(plan, Recipe) and plan.start is not None}
+        adapted |= {name: plan.model_copy(update={"start": best}) for name, plan in started.items()}
     runs |= _train_all(adapted, out, fabric, config)
     if tiles is not None and recipe.source is not None and recipe.method.needs_source:
         run_on_rank_zero(fabric, lambda: comparison.choose(runs))
@@ -174,11 +175,6 @@ def _report_short_training(run: Run | Path, *, quiet: bool) -> None:
             f"{percent(max(values[:-1]), 1)} in the last part; more steps, or a longer --budget, make a better start",
             quiet=quiet,
         )
-
-
-def _with_start(plan: Recipe | Path, start: Recipe | Path) -> Recipe | Path:
-    """Return a recipe that starts from the best candidate without training."""
-    return plan.model_copy(update={"start": start}) if isinstance(plan, Recipe) and plan.start is not None else plan
 
 
 def _train_all(

@@ -9,16 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overfly.commands.arguments import (
-    MAX_SIDE,
-    PathLike,
-    PathLikes,
-    RecipeLike,
-    check_bounds,
-    image_cache,
-    is_setting,
-    parse_seeds,
-)
+from overfly.commands import arguments
+from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, RecipeLike, image_cache
 from overfly.core.choices import Cache, Split
 from overfly.core.errors import OverflyError, RecipeError
 
@@ -156,12 +148,12 @@ def benchmark(
     from overfly.reporting.samples import draw_samples
     from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
 
-    overrides = [str(entry) for entry in recipes if is_setting(entry)]
-    files = benchmarking.expand_recipe_paths([entry for entry in recipes if not is_setting(entry)])
+    overrides = [str(entry) for entry in recipes if arguments.is_setting(entry)]
+    files = benchmarking.expand_recipe_paths([entry for entry in recipes if not arguments.is_setting(entry)])
     if not files:
         raise RecipeError("benchmark needs at least one recipe; give YAML files or a folder of them")
-    numbers = parse_seeds(seeds)
-    check_bounds({"size": (size, 8, MAX_SIDE)})
+    numbers = arguments.parse_seeds(seeds)
+    arguments.check_bounds({"size": (size, 8, MAX_SIDE)})
     out = Path(out)
     folder = Path(table or out)
     for path in (out, folder):
@@ -227,7 +219,7 @@ def report(
     from overfly.core.download import disk_errors
     from overfly.reporting.report import collect_report, render
 
-    check_bounds({"images": (images, 0, 10**6), "size": (size, 8, MAX_SIDE)})
+    arguments.check_bounds({"images": (images, 0, 10**6), "size": (size, 8, MAX_SIDE)})
     out = Path(out)
     if out.is_dir() or not out.parent.is_dir():
         raise RecipeError(f"--out {out} must be a file in an existing folder")

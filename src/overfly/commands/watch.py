@@ -52,33 +52,16 @@ class WatchResult:
     as_json: bool = False
 
     def __rich_console__(self, *_: object) -> Iterator[str]:
-        if self.as_json:
-            yield self.to_json()
-            return
-        summary = self.summary
-        limit = "to its end" if self.seconds is None else f"its first {self.seconds:g} s at most"
-        how = "stopped by the user" if summary.stopped else limit
-        yield f"watched: {self.source}, {how}{f' ({self.end_reason})' if self.end_reason else ''}"
-        damaged = f", {self.damaged} damaged" if self.damaged else ""
-        yield f"frames: {summary.read} read, {summary.shown} shown, {summary.dropped} dropped{damaged}"
-        if summary.p50_ms is not None and summary.p95_ms is not None and summary.frames_per_second is not None:
-            yield (
-                f"latency from frame to overlay: p50 {summary.p50_ms:.1f} ms, p95 {summary.p95_ms:.1f} ms; "
-                f"{summary.frames_per_second:.1f} frames/s over {summary.seconds:.1f} s"
-            )
-        frame, size = ("×".join(map(str, pair)) for pair in (self.frame, self.input))
-        yield f"frames of {frame}, network input {size}; {self.network} with {self.backend} on {self.machine}"
-        if summary.dropped and max(self.input) > 256:
-            yield f"to drop fewer frames: --size {max(self.input) // 2 // 32 * 32}"
-        if self.out is not None:
-            yield f"written: {self.out}"
+        from json import dumps
 
-    def to_json(self) -> str:
-        """Return all attributes except the duration limit as JSON."""
-        import json
+        from overfly.core.errors import render_text
 
         values = {name: value for name, value in vars(self).items() if name not in ("seconds", "as_json")}
-        return json.dumps(values | {"summary": self.summary.model_dump()}, indent=2, default=str)
+        if self.as_json:
+            yield dumps(values | {"summary": self.summary.model_dump()}, indent=2, default=str)
+        else:
+            template = Path(__file__).with_name("watch.txt.jinja")
+            yield render_text(template, seconds=self.seconds, **values).rstrip("\n")
 
 
 def watch(

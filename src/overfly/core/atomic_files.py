@@ -48,7 +48,7 @@ def temporary_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """
     remove_stale(path)
     part = path.parent / f".{path.name}.{_host()}.{uuid.uuid4().hex[:12]}.part"
-    with lock(_lock_of(part)):
+    with lock(part.with_name(f"{part.name}.lock")):
         try:
             if folder:
                 part.mkdir()
@@ -64,8 +64,7 @@ def file_sha256(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
@@ -129,7 +128,7 @@ def remove_stale(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}\.[0-9a-f]{{12}}\.part(\.lock)?")
     with suppress(OSError), os.scandir(path.parent) as entries:
         for part in {Path(entry.path.removesuffix(".lock")) for entry in entries if pattern.fullmatch(entry.name)}:
-            with suppress(OSError, Timeout), lock(_lock_of(part), wait=False):
+            with suppress(OSError, Timeout), lock(part.with_name(f"{part.name}.lock"), wait=False):
                 _remove(part)
 
 
@@ -146,10 +145,6 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # still held: a waiting process notices that the file is gone and starts over
-
-
-def _lock_of(part: Path) -> Path:
-    return part.with_name(part.name + ".lock")
 
 
 def _host() -> str:

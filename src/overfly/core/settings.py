@@ -123,10 +123,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
     container: Any = values
     for parent in parents:
         container = _descend(container, parent, key)
-    if isinstance(container, list):
-        container[_index(container, last, key)] = value
-    else:
-        container[last] = value
+    container[_place(container, last, key)] = value
 
 
 def validation_message(error: ValidationError, name: str, spec: type[Spec] | None = None) -> str:
@@ -206,23 +203,22 @@ def _specs_in(annotation: Any) -> list[type[Spec]]:
 
 
 def _descend(container: Any, part: str, key: str) -> Any:
-    if isinstance(container, list):
-        index = _index(container, part, key)
-        if isinstance(container[index], str):
-            container[index] = {"name": container[index]}
-        if not isinstance(container[index], dict | list):
-            raise RecipeError(f"{key}: {part} is a plain value without settings; set {part} itself")
-        return container[index]
-    if part != "name" and isinstance(container.get(part), str):
-        container[part] = {"name": container[part]}
-    if container.get(part) is None:
-        container[part] = {}
-    if not isinstance(container[part], dict | list):
+    """The list or mapping at a part of a dotted key; that of a name, or of nothing in a mapping, is made."""
+    place = _place(container, part, key)
+    value = container.get(part) if isinstance(container, dict) else container[place]
+    if isinstance(value, str) and part != "name":
+        container[place] = {"name": value}
+    elif value is None and isinstance(container, dict):
+        container[place] = {}
+    if not isinstance(container[place], dict | list):
         raise RecipeError(f"{key}: {part} is a plain value without settings; set {part} itself")
-    return container[part]
+    return container[place]
 
 
-def _index(container: list[Any], part: str, key: str) -> int:
+def _place(container: Any, part: str, key: str) -> Any:
+    """Key of a mapping or index of a list."""
+    if isinstance(container, dict):
+        return part
     if not part.isdecimal() or int(part[:9]) >= len(container):
         raise RecipeError(f"{key}: {part!r} must be an index from 0 to {len(container) - 1}")
     return int(part)

@@ -9,15 +9,8 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    model_serializer,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 
 def _not_bool(value: Any) -> Any:
@@ -94,7 +87,7 @@ class Choice(Spec):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _choose(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Any:
+    def _choose(cls, value: Any, handler: pydantic.ModelWrapValidatorHandler[Self]) -> Any:
         if isinstance(value, cls.__pydantic_generic_metadata__["origin"] or cls):
             return value
         if isinstance(value, str):

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
@@ -12,23 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from overfly.core.errors import DataError, OverflyError, RecipeError
+from overfly.core.errors import DataError, OverflyError, RecipeError, render_text
 from overfly.core.records import IGNORE, Array, Item, UInt8
 from overfly.core.spec import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, Spec
 from overfly.data import reading
-from overfly.data.domain import (
-    SPLITS,
-    Domain,
-    Split,
-    SplitError,
-    UnknownCodesError,
-    absent_classes,
-    better_turn,
-    sample_evenly,
-)  # fmt: skip
+from overfly.data.domain import SPLITS, Domain, Split, SplitError, UnknownCodesError, absent_classes, sample_evenly
 from overfly.data.headers import read_header
 
 Float64 = NDArray[np.float64]
+REPORT = Path(__file__).with_name("check_report.txt.jinja")
+TURNS: dict[str, Callable[[UInt8], UInt8]] = {
+    "rotated by 180°": lambda label: label[::-1, ::-1],
+    "upside down": lambda label: label[::-1],
+    "mirrored": lambda label: label[:, ::-1],
+}
+"""Turns of a label that keep its size."""
+TURN_MARGIN = 1.25
+"""Ratio of edge strengths above which a turn is clearly better."""
 MIN_TURNED, MIN_TURNED_SHARE = 3, 0.25
 """Masks, and share of a split's images, from which masks that fit better when turned are a problem."""
 
@@ -70,6 +70,14 @@ class SplitReport(Spec):
     empty: NonNegativeInt = 0
     """Masks in which every pixel is ignored."""
 
+    @property
+    def faults(self) -> list[list[FileProblem]]:
+        """The problems, grouped by messages that differ in paths and numbers only."""
+        alike: dict[str, list[FileProblem]] = {}
+        for problem in self.problems:
+            alike.setdefault(re.sub(r"\S*[/\\]\S+|[-\d.]+", "", problem.message), []).append(problem)
+        return list(alike.values())
+
 
 class DomainReport(Spec):
     """Contents of a domain."""
@@ -90,30 +98,7 @@ class DomainReport(Spec):
 
     def __str__(self) -> str:
         """The report as text, one fact a line."""
-        lines: list[str] = []
-        for split in self.splits:
-            lines += [f"{split.split}: {split.images} images, {split.labeled} with a mask"]
-            for name, counts in (("sizes", split.sizes), ("bands", split.bands), ("types", split.dtypes)):
-                lines += [f"  {name}: " + ", ".join(f"{value} ({count})" for value, count in counts.items())]
-            if split.unread_alpha:
-                lines += [
-                    f"  {split.unread_alpha} images have an alpha band, which is not read; if the band holds "
-                    "measurements, such as near infrared, include it in the domain's bands"
-                ]
-            lines += [f"  {name}: {share:.2%}" for name, share in split.shares.items()]
-            if split.labeled:
-                lines += [f"  ignored: {split.ignored:.2%}"]
-            if split.empty:
-                lines += [f"  {split.empty} masks are ignored in every pixel"]
-            alike: dict[str, list[FileProblem]] = {}
-            for problem in split.problems:  # messages that differ in paths and numbers only are one fault
-                alike.setdefault(re.sub(r"\S*[/\\]\S+|[-\d.]+", "", problem.message), []).append(problem)
-            for first, *others in alike.values():
-                more = f" (and {len(others)} more: {', '.join(other.image for other in others)})" if others else ""
-                lines += [f"  problem: {first.message}{more}"]
-            lines += [f"  note: {note}" for note in split.notes]
-        lines += [f"no {split} split: {reason}" for split, reason in self.absent.items()]
-        return "\n".join(lines)
+        return render_text(REPORT, report=self).rstrip("\n")
 
 
 def check(domain: Domain, splits: Sequence[Split] | None = None) -> DomainReport:
@@ -146,7 +131,7 @@ def check(domain: Domain, splits: Sequence[Split] | None = None) -> DomainReport
 
 def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
     """Count the pixels of each class in an item's label (K,); raise `DataError` if it cannot be read."""
-    return _histogram(domain.read_label(item))[: len(domain.classes)]
+    return np.bincount(domain.read_label(item).ravel(), minlength=256)[: len(domain.classes)]
 
 
 def max_value_error(domain: Domain, item: Item, image: Array) -> str | None:
@@ -163,10 +148,6 @@ def max_value_error(domain: Domain, item: Item, image: Array) -> str | None:
 def item_source(item: Item) -> str:
     """Path of an item's image, or the item's name if the image is generated."""
     return str(item.image) if isinstance(item.image, Path) else item.name
-
-
-def _histogram(label: UInt8) -> NDArray[np.int64]:
-    return np.bincount(label.ravel(), minlength=256).astype(np.int64)
 
 
 def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: dict[str, str]) -> SplitReport:
@@ -207,7 +188,7 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
                 if str(error) not in {problem.message for problem in problems[-1:]}:
                     problems.append(FileProblem(image=item.name, message=str(error)))
             else:
-                counts += _histogram(label)
+                counts += np.bincount(label.ravel(), minlength=256)
                 empty += int((label == IGNORE).all())
                 turn = None if isinstance(image, str) or callable(item.image) else better_turn(image, label)
                 turned.update([turn] if turn else ())
@@ -273,6 +254,24 @@ def _check_image(
     elif image.min() == image.max():
         advice = "remove it, or export it again" if isinstance(item.image, Path) else "if it means no data, set nodata"
         yield f"{item_source(item)} has one value in all pixels, {image.min():g}; {advice}"
+
+
+def better_turn(image: Array, label: UInt8) -> str | None:
+    """Return the turn, a key of `TURNS`, of a label (H, W) whose borders then lie on clearly stronger image edges.
+
+    Images (H, W, C) are often stored with a turn that their masks do not have, or lose the tag that undoes it. None: no
+    turn.
+    """
+    if image.shape[:2] != label.shape or min(label.shape) < 2:
+        return None
+    edges = np.hypot(*np.gradient(image.mean(-1)))[:-1, :-1]
+    strengths = {}
+    for name, turn in {"": lambda array: array, **TURNS}.items():
+        turned = turn(label).astype(np.int16)
+        borders = (np.diff(turned, axis=0)[:, :-1] != 0) | (np.diff(turned, axis=1)[:-1] != 0)
+        strengths[name] = float(edges[borders].mean()) if borders.any() else 0.0
+    best = max(strengths, key=lambda name: strengths[name])
+    return best if best and strengths[best] > TURN_MARGIN * strengths[""] else None
 
 
 class Statistics(Spec):

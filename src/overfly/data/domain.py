@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from pydantic import ConfigDict
 
-from overfly.core.choices import Split
+from overfly.core import choices
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError
 from overfly.core.records import IGNORE, Array, Counts, Item, UInt8
@@ -21,17 +21,10 @@ from overfly.core.spec import Choice
 from overfly.data import reading
 from overfly.data.headers import file_stamp
 
+Split = choices.Split
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SAMPLED_IMAGES = 50
 """Images whose sizes are read, and from which mean and standard deviation are estimated."""
-TURNS: dict[str, Callable[[UInt8], UInt8]] = {
-    "rotated by 180°": lambda label: label[::-1, ::-1],
-    "upside down": lambda label: label[::-1],
-    "mirrored": lambda label: label[:, ::-1],
-}
-"""Turns of a label that keep its size."""
-TURN_MARGIN = 1.25
-"""Ratio of edge strengths above which a turn is clearly better."""
 FIXED_TOP_DIFFERENCE = 0.5
 """Difference of class shares above which images have a fixed top."""
 
@@ -237,27 +230,3 @@ def has_fixed_top(domain: Domain) -> bool:
             counts[index] += np.bincount(part[part != IGNORE], minlength=counts.shape[1])
     upper, lower = counts / np.maximum(1, counts.sum(1, keepdims=True))
     return bool(abs(upper - lower).sum() / 2 > FIXED_TOP_DIFFERENCE)
-
-
-def better_turn(image: Array, label: UInt8) -> str | None:
-    """Return the turn, a key of `TURNS`, of a label (H, W) whose borders then lie on clearly stronger image edges.
-
-    Images (H, W, C) are often stored with a turn that their masks do not have, or lose the tag that undoes it. None: no
-    turn.
-    """
-    if image.shape[:2] != label.shape or min(label.shape) < 2:
-        return None
-    edges = np.hypot(*np.gradient(image.mean(-1)))[:-1, :-1]
-    strengths = {}
-    for name, turn in {"": lambda array: array, **TURNS}.items():
-        turned = turn(label).astype(np.int16)
-        borders = (np.diff(turned, axis=0)[:, :-1] != 0) | (np.diff(turned, axis=1)[:-1] != 0)
-        strengths[name] = float(edges[borders].mean()) if borders.any() else 0.0
-    best = max(strengths, key=lambda name: strengths[name])
-    return best if best and strengths[best] > TURN_MARGIN * strengths[""] else None
-
-
-__all__ = [
-    "SAMPLED_IMAGES", "SPLITS", "TURNS", "Domain", "Split", "SplitError", "better_turn", "has_fixed_top",
-    "sample_evenly", "shortest_sides", "without_labels",
-]  # fmt: skip

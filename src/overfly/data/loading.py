@@ -229,21 +229,10 @@ def open_image(
     cached. Several processes may share a cache folder. ``resize`` is the side in pixels of the square that images are
     resized to. Raises `DataError`: a file cannot be read, or the cache cannot be written.
     """
-
-    def image() -> Array:
-        array = domain.read_image(item)
-        return array if resize is None else resize_image(array, resize)
-
-    def label() -> UInt8:
-        array = domain.read_label(item)
-        return array if resize is None else resize_label(array, resize)
-
-    if cache is None:
-        return image(), None if item.label is None else label()
-    loaded = cached_entry(cache, _key(domain, resize, "image", item.image), image)
+    image = _read(domain, resize, cache, "image", lambda: domain.read_image(item), item.image)
     if item.label is None:
-        return loaded, None
-    return loaded, cached_entry(cache, _key(domain, resize, "label", item.label, item.image), label)
+        return image, None
+    return image, _read(domain, resize, cache, "label", lambda: domain.read_label(item), item.label, item.image)
 
 
 def nodata_label(domain: Domain, item: Item, resize: int | None = None, cache: Path | None = None) -> UInt8 | None:
@@ -254,13 +243,24 @@ def nodata_label(domain: Domain, item: Item, resize: int | None = None, cache: P
 
     def label() -> UInt8:
         nodata_mask = domain.nodata_mask(item)
-        if nodata_mask is None:
-            return np.zeros((0, 0), np.uint8)
-        array = np.where(nodata_mask, IGNORE, 0).astype(np.uint8)
-        return array if resize is None else resize_label(array, resize)
+        return np.zeros((0, 0), np.uint8) if nodata_mask is None else np.where(nodata_mask, IGNORE, 0).astype(np.uint8)
 
-    result = label() if cache is None else cached_entry(cache, _key(domain, resize, "nodata", item.image), label)
+    result = _read(domain, resize, cache, "nodata", label, item.image)
     return result if result.size else None
+
+
+def _read(
+    domain: Domain, side: int | None, cache: Path | None, kind: str, read: Callable[[], Array],
+    *sources: Path | LazyArray,
+) -> Array:  # fmt: skip
+    """Read and resize an image or label, or load it from the cache."""
+
+    def make() -> Array:
+        array = read()
+        resize = resize_image if array.ndim == 3 else resize_label
+        return array if side is None or not array.size else resize(array, side)
+
+    return make() if cache is None else cached_entry(cache, _key(domain, side, kind, *sources), make)
 
 
 def resize_image(image: Array, side: int) -> Array:

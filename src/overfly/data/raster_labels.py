@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from overfly.core.atomic_files import append_digest, atomic_write, has_digest, json_sha256, lock
 from overfly.core.download import cache_folder
-from overfly.core.errors import DataError, MissingExtraError
+from overfly.core.errors import DataError, import_extra
 from overfly.core.progress import Progress
 from overfly.core.records import IGNORE, Counts, UInt8
 from overfly.data import reading
@@ -104,12 +104,9 @@ def open_vector(path: Path, layer: str | None, grids: Sequence[Grid]) -> VectorF
     Raises `MissingExtraError` without pyogrio or shapely, and `DataError`: the file cannot be read, has several layers
     and none is given, lies elsewhere than all rasters, or file or raster lack a coordinate reference system.
     """
-    try:
-        import pyogrio
-        import shapely  # noqa: F401 - checked here, used in `VectorFile.read`
-    except ImportError as error:
-        raise MissingExtraError(str(error.name or "pyogrio"), "vector", f"polygons in {path}") from None
     from rasterio import CRS
+
+    pyogrio, _ = (import_extra(package, "vector", f"polygons in {path}") for package in ("pyogrio", "shapely"))
 
     if not path.is_file():
         raise DataError(f"{path} is not a file; give a GeoPackage, GeoJSON, Shapefile or FlatGeobuf")

@@ -162,13 +162,14 @@ def read_item_label(item: Item, band: int | None = None) -> LabelPixels:
 
     Raises `DataError`: it is missing or damaged, or its size or grid does not fit the image.
     """
-    source = label_source(item)
-    if not isinstance(source, Path):
-        return LabelPixels(source())
-    pixels = read_label_pixels(source, band)
+    if item.label is None:
+        raise DataError(f"{source_name(item.image)} has no mask; remove it, or set the domain's masks")
+    if not isinstance(item.label, Path):
+        return LabelPixels(item.label())
+    pixels = read_label_pixels(item.label, band)
     if not isinstance(item.image, Path):
         return pixels
-    rows, columns = _label_part(source, item.image)
+    rows, columns = _label_part(item.label, item.image)
     masked = None if pixels.masked is None else pixels.masked[rows, columns]
     return pixels._replace(values=pixels.values[rows, columns], masked=masked)
 
@@ -191,13 +192,6 @@ def read_index_label(item: Item, classes: int) -> UInt8:
             f"{list_codes(unknown_codes(pixels.values, label))}; correct the mask"
         )
     return label
-
-
-def label_source(item: Item) -> Path | LazyArray:
-    """Return the source of an item's label; raise `DataError` if the item has no label."""
-    if item.label is None:
-        raise DataError(f"{source_name(item.image)} has no mask; remove it, or set the domain's masks")
-    return item.label
 
 
 def item_header(item: Item) -> ImageHeader | None:

@@ -7,15 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from overfly.ops.color import (
-    ColorJitter,
-    Gamma,
-    Gray,
-    color_moments,
-    low_amplitudes,
-    match_colors,
-    scale_low_frequencies,
-)
+from overfly.ops import color
 from overfly.ops.pseudo_labels import block_mask, fill_mean_color
 
 MASK_SHARE = 0.5
@@ -66,7 +58,7 @@ def scaled(factor: float) -> Perturbation:
 
 def colored(name: str, brightness: float, contrast: float, saturation: float, hue: float) -> Perturbation:
     """Change brightness, contrast, saturation and hue by random amounts up to those given."""
-    jitter = ColorJitter(p=1.0, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+    jitter = color.ColorJitter(p=1.0, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
     return _recolored(name, jitter.recolor)
 
 
@@ -108,7 +100,7 @@ def hazy(share: float) -> Perturbation:
 
 def gamma_corrected(power: float) -> Perturbation:
     """Raise values in 0 to 1 to a power; below 1 brightens."""
-    return _recolored(f"gamma {power:g}", Gamma(p=1.0, low=power, high=power).recolor)
+    return _recolored(f"gamma {power:g}", color.Gamma(p=1.0, low=power, high=power).recolor)
 
 
 def styled(style: Tensor, beta: float | None = None) -> Perturbation:
@@ -120,10 +112,12 @@ def styled(style: Tensor, beta: float | None = None) -> Perturbation:
     def apply(image: Tensor, max_value: float, _generator: Generator) -> Tensor:
         other = style[None].to(image.device)
         if beta is None:
-            return match_colors(image[None], *map(color_moments, (image[None], other)))[0].clamp(0, max_value)
+            own, moments = map(color.color_moments, (image[None], other))
+            return color.match_colors(image[None], own, moments)[0].clamp(0, max_value)
         sized = F.interpolate(other, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        own, amplitudes = (low_amplitudes(each, int(beta * min(image.shape[-2:]))) for each in (image[None], sized))
-        return scale_low_frequencies(image[None], amplitudes / own.clamp_min(1e-6))[0].clamp(0, max_value)
+        cycles = int(beta * min(image.shape[-2:]))
+        own, amplitudes = (color.low_amplitudes(each, cycles) for each in (image[None], sized))
+        return color.scale_low_frequencies(image[None], amplitudes / own.clamp_min(1e-6))[0].clamp(0, max_value)
 
     return Perturbation("colors of the target" if beta is None else f"spectrum of the target {beta:g}", apply)
 
@@ -161,7 +155,7 @@ def domain_shifts(styles: Sequence[Tensor]) -> tuple[Perturbation, ...]:
     The style of the images (C, H, W) in ``styles``, usually of the target, is transferred too.
     """
     none = Perturbation("none", lambda image, max_value, generator: image)  # noqa: ARG005
-    gray = _recolored("gray", Gray(p=1.0).recolor)
+    gray = _recolored("gray", color.Gray(p=1.0).recolor)
     shifts = [none, colored("color", 0.2, 0.2, 0.2, 0.05), colored("strong color", 0.4, 0.4, 0.5, 0.15), gray]
     shifts += [gamma_corrected(0.6), gamma_corrected(1.6), blurred(1.0), blurred(2.0), noisy(0.2), noisy(0.5)]
     shifts += [hazy(0.3), hazy(0.55), scaled(0.5), scaled(0.7), scaled(1.5), scaled(2.0)]

@@ -1,9 +1,9 @@
 """Score a network on the labeled images of a split."""
 
 import contextlib
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -45,11 +45,8 @@ class Sample:
     accuracy: float | None = None
 
 
-class SampleCollector(typing.Protocol):
-    """Receives every image while a split is scored."""
-
-    def add(self, sample: Sample, index: int, total: int) -> None:
-        """Receive a sample, its position in the split from 0, and the number of samples."""
+SampleCollector = Callable[[Sample, int, int], None]
+"""Receives every image while a split is scored: the sample, its position from 0, and the number of samples."""
 
 
 class Samples:
@@ -64,7 +61,7 @@ class Samples:
         self._worst: Sample | None = None
         self._best: Sample | None = None
 
-    def add(self, sample: Sample, index: int, total: int) -> None:
+    def __call__(self, sample: Sample, index: int, total: int) -> None:
         """Keep a sample if it is evenly spaced or of extreme accuracy; see `SampleCollector`."""
         if index in {(2 * part + 1) * total // (2 * self.evenly_spaced) for part in range(self.evenly_spaced)}:
             self._spaced[index] = sample
@@ -126,7 +123,7 @@ def score(
                     ids = prediction.to("cpu", torch.uint8).numpy()
                     accuracy = finite(Confusion(image_counts.confusion).accuracy)
                     sample = Sample(image.item.name, image.image, ids, image.label, accuracy)
-                    samples.add(sample, image.position, len(labeled))
+                    samples(sample, image.position, len(labeled))
     if shard[1] > 1:
         counts = counts.reduce(all_reduce)
     return summarize(counts, domain, split, protocol, unlabeled=len(items) - len(labeled))
@@ -178,14 +175,9 @@ def read_ahead(domain: Domain, entries: Sequence[tuple[int, Item]], workers: int
 
 def _groups(images: Iterator[LabeledImage], batch: int) -> Iterator[list[LabeledImage]]:
     """Group consecutive images of equal size, at most ``batch`` each."""
-    group: list[LabeledImage] = []
-    for entry in images:
-        if group and (len(group) == batch or entry.image.shape != group[0].image.shape):
+    for _, same in groupby(images, key=lambda entry: entry.image.shape):
+        while group := list(islice(same, batch)):
             yield group
-            group = []
-        group.append(entry)
-    if group:
-        yield group
 
 
 def _predict(

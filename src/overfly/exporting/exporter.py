@@ -26,16 +26,9 @@ from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import score
 from overfly.evaluation.speed import Latency, compare_latency
 from overfly.exporting import formats
+from overfly.exporting import predictor as predictors
 from overfly.exporting.graph import ExportModule
-from overfly.exporting.predictor import (
-    ExportSettings,
-    Floats,
-    ModelMetadata,
-    Predictor,
-    metadata_entries,
-    resizing_predictor,
-    segmenter_predictor,
-)
+from overfly.exporting.predictor import ExportSettings, Floats, ModelMetadata, Predictor
 from overfly.exporting.runtimes import export_parts, onnx_predictor, openvino_predictor, torch_predictor
 from overfly.exporting.torch_program import write_torch
 from overfly.exporting.trial import remember
@@ -131,7 +124,7 @@ def _write(
     half_types = {"onnx": torch.float16, "torch": torch.bfloat16, "openvino": torch.float32}
     dtype = half_types[settings.format] if settings.precision == "16" else torch.float32
     module = ExportModule(segmenter, output=settings.output, dtype=dtype, resize=settings.resize, fixed=fixed).eval()
-    properties = metadata_entries(metadata, settings)
+    properties = predictors.metadata_entries(metadata, settings)
     if settings.format == "torch":
         return write_torch(module, path, properties)
     if settings.output == "probabilities" and settings.format == "onnx":
@@ -173,8 +166,8 @@ def _quantize(
 
 def _reference(segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings) -> Predictor:
     """Return the predictor of the original network in PyTorch, float32."""
-    reference = segmenter_predictor(segmenter, metadata)
-    return reference if settings.resize is None else resizing_predictor(reference, settings.resize)
+    reference = predictors.segmenter_predictor(segmenter, metadata)
+    return reference if settings.resize is None else predictors.resizing_predictor(reference, settings.resize)
 
 
 def _measure(

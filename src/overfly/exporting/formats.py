@@ -61,36 +61,16 @@ def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) 
             f"the network cannot be written as ONNX ({first_line(error)}); export it with --format torch"
         ) from error
     model = package.load(path)
-    _write_output_shape(model, module)
+    shape = ["batch", *([] if output == "classes" else [module.classes]), *(module.fixed or ("height", "width"))]
+    kind = model.graph.output[0].type.tensor_type.elem_type
+    model.graph.output[0].CopyFrom(package.helper.make_tensor_value_info(output, kind, shape))
     for node in model.graph.node:
         if node.op_type == "Resize" and node.name == "/Resize":
             node.attribute.append(package.helper.make_attribute("antialias", 1))
-    set_properties(model, properties)
+    package.helper.set_model_props(model, dict(properties))
     package.checker.check_model(model)
     package.save(model, path)
     return path
-
-
-def set_properties(model: Any, properties: Mapping[str, str]) -> None:
-    """Replace the metadata of an ONNX model."""
-    del model.metadata_props[:]
-    for key, value in properties.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value
-
-
-def _write_output_shape(model: Any, module: ExportModule) -> None:
-    """Write all dimensions of an ONNX model's output: classes, and fixed or named sides."""
-    shape = model.graph.output[0].type.tensor_type.shape.dim
-    for index, side in zip((-2, -1), module.fixed or ("height", "width"), strict=True):
-        shape[index].Clear()
-        if isinstance(side, int):
-            shape[index].dim_value = side
-        else:
-            shape[index].dim_param = side
-    if module.output != "classes":
-        shape[1].Clear()
-        shape[1].dim_value = module.classes
 
 
 def write_openvino(source: Path, path: Path, properties: Mapping[str, str], *, half: bool = False) -> Path:
@@ -175,7 +155,7 @@ def quantize_onnx(
         finally:
             prepared.unlink(missing_ok=True)
     model = package.load(path)
-    set_properties(model, properties)
+    package.helper.set_model_props(model, dict(properties))
     package.save(model, path)
     return path
 

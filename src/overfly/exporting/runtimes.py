@@ -10,16 +10,9 @@ import torch
 
 from overfly.core.atomic_files import file_sha256, read_json
 from overfly.core.errors import RecipeError, WeightsError, import_extra
+from overfly.exporting import predictor as predictors
 from overfly.exporting.graph import MIN_SIDE
-from overfly.exporting.predictor import (
-    EXPORT_KEY,
-    MODEL_KEY,
-    ExportSettings,
-    Floats,
-    ModelMetadata,
-    Predictor,
-    read_metadata,
-)
+from overfly.exporting.predictor import EXPORT_KEY, MODEL_KEY, ExportSettings, Floats, ModelMetadata, Predictor
 from overfly.exporting.torch_program import read_program
 from overfly.models.checkpoints import first_line
 
@@ -78,7 +71,7 @@ def openvino_predictor(path: Path, device: str = "cpu", threads: int | None = No
     # at the top level of an .xml file, under ``framework`` of ONNX
     keys = [[*section, key] for section in ([], ["framework"]) for key in (MODEL_KEY, EXPORT_KEY)]
     properties = {key[-1]: str(model.get_rt_info(key).value) for key in keys if model.has_rt_info(key)}
-    settings = read_metadata(properties, path)[1]
+    settings = predictors.read_metadata(properties, path)[1]
     antialias_resize(model)
     request = core.compile_model(model, kind, openvino_options(settings, threads)).create_infer_request()
 
@@ -112,7 +105,7 @@ def torch_predictor(path: Path, device: torch.device | str = "cpu") -> Predictor
 
 def _predictor(path: Path, name: tuple[str, str], graph: Graph, properties: Mapping[str, str]) -> Predictor:
     """Return a predictor of class probabilities for any output of the graph; ``name`` is backend and device."""
-    metadata, settings = read_metadata(properties, path)
+    metadata, settings = predictors.read_metadata(properties, path)
     check_graph(path, graph, metadata, settings)
 
     def run(images: Floats) -> Floats:

@@ -14,17 +14,9 @@ from overfly.core.atomic_files import append_digest
 from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
 from overfly.core.prefetch import background, prefetch
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
+from overfly.raster import manifest as manifests
 from overfly.raster import writer
-from overfly.raster.manifest import (
-    MapSettings,
-    ProductKind,
-    check_outputs,
-    encode,
-    list_products,
-    make_manifest,
-    map_exists,
-    output_files,
-)
+from overfly.raster.manifest import MapSettings, ProductKind
 from overfly.raster.polygons import write_polygons
 from overfly.raster.raster_source import RasterSource, inspect_raster, resampling_factors
 from overfly.raster.tiling import MEMORY, Blend, TilingPlan, plan_windows, scaled
@@ -96,18 +88,19 @@ def map_raster(
         source, predictor.metadata, bands=settings.bands, nodata=settings.nodata, max_value=settings.max_value,
         alpha_band=settings.alpha_band,
     )  # fmt: skip
-    manifest = make_manifest(raster, predictor, settings, network)
-    files = output_files(out, settings)
-    check_outputs(raster, out, files)
-    if map_exists(out, files, manifest, settings):
+    manifest = manifests.make_manifest(raster, predictor, settings, network)
+    files = manifests.output_files(out, settings)
+    manifests.check_outputs(raster, out, files)
+    if manifests.map_exists(out, files, manifest, settings):
         writer.discard_stale(out, manifest)
         return MapResult(source, out, list(files.values()), created=False)
     plan = plan_raster(raster, predictor.metadata, settings, memory)
     notes = _notes(raster, predictor.metadata, settings)
     classes = predictor.metadata.classes
-    products = list_products(len(classes), probabilities=settings.probabilities, uncertainty=settings.uncertainty)
+    more = {"probabilities": settings.probabilities, "uncertainty": settings.uncertainty}
+    products = manifests.list_products(len(classes), **more)
     with writer.lock_unfinished(out) as folder:
-        if map_exists(out, files, manifest, settings):  # finished by another process meanwhile
+        if manifests.map_exists(out, files, manifest, settings):  # finished by another process meanwhile
             writer.discard(folder)
             return MapResult(source, out, list(files.values()), created=False)
         unfinished = UnfinishedMap(
@@ -259,7 +252,7 @@ def _row_writer(
         sums, left = blend.read(item.first, item.last), plan.strips[item.strip].first
         digest = hashlib.sha256()
         for product in unfinished.products if item.first < item.last else ():
-            bands = encode(product, sums, item.nodata_mask)
+            bands = manifests.encode(product, sums, item.nodata_mask)
             unfinished.write(product, bands, item.first, left)
             digest.update(bands.data)
         blend.drop(item.last)

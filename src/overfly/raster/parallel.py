@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from overfly.core.errors import DataError, MissingExtraError, OverflyError, RecipeError
+from overfly.core.errors import DataError, OverflyError, RecipeError, import_extra
 from overfly.data.headers import SUFFIXES
 from overfly.data.listing import is_image_name, natural_key
 from overfly.exporting.predictor import Predictor
@@ -191,11 +191,10 @@ def _outcome(future: Any) -> MapResult | str:
 @contextmanager
 def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
     """Connect to a running scheduler, or start a cluster of local processes that ends with the context."""
-    try:
-        import dask
-        from distributed import Client, LocalCluster
-    except ImportError:
-        raise MissingExtraError("distributed", "cluster", "maps over several workers") from None
+    import_extra("distributed", "cluster", "maps over several workers")
+    import dask
+    from distributed import Client, LocalCluster
+
     if scheduler is None and workers < 1:
         raise RecipeError(f"--workers must be at least 1, got {workers}")
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # failures are reported by raster instead

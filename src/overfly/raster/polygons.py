@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError, MissingExtraError
+from overfly.core.errors import DataError, import_extra
 from overfly.core.records import IGNORE
 from overfly.data.headers import ground_distance, open_raster
 from overfly.raster.writer import UnwrittenError, incomplete_file
@@ -34,12 +34,11 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
     `MissingExtraError`: pyogrio or shapely is not installed, and `UnwrittenError`: the file cannot be written whole, as
     on a full disk, or the map cannot be read.
     """
-    try:
-        import shapely  # noqa: F401 - checked here, used below
-        from pyogrio._err import CPLE_BaseError
-        from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
-    except ImportError as error:
-        raise MissingExtraError(str(error.name or "pyogrio"), "vector", "polygons of a map") from None
+    for package in ("shapely", "pyogrio"):
+        import_extra(package, "vector", "polygons of a map")
+    from pyogrio._err import CPLE_BaseError
+    from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
+
     try:
         crs, projection, polygons, ids = _outline(map_, min_area)
     except DataError as error:  # the map was just written, so the disk has failed

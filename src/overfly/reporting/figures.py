@@ -297,10 +297,8 @@ def thumbnail(image: Array, side: int) -> UInt8:
     """Shrink an image (H, W, C) for display to a longest side of ``side``; class ids (H, W) are not interpolated."""
     ids = image.ndim == 2
     shown = Image.fromarray(image if ids else to_rgb(image))
-    scale = min(1.0, side / max(shown.size))
-    size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
-    result: UInt8 = np.asarray(shown.resize(size, Image.Resampling.NEAREST if ids else Image.Resampling.LANCZOS))
-    return result
+    shown.thumbnail((side, side), Image.Resampling.NEAREST if ids else Image.Resampling.LANCZOS, reducing_gap=None)
+    return np.asarray(shown)
 
 
 def encode_webp(image: UInt8) -> bytes:

@@ -1,7 +1,7 @@
 """Collect the sample images of a report, and draw those of a run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,20 +62,6 @@ class SampleSet:
     note: str = ""
 
 
-@dataclass(eq=False)
-class _Collector:
-    """Store all samples, downscaled."""
-
-    samples: dict[int, Sample] = field(default_factory=dict)
-
-    def add(self, sample: Sample, index: int, total: int) -> None:
-        """Store a sample; see `overfly.evaluation.score.SampleCollector`."""
-        del total
-        label = None if sample.label is None else thumbnail(sample.label, SIDE)
-        image, prediction = thumbnail(sample.image, SIDE), thumbnail(sample.prediction, SIDE)
-        self.samples[index] = Sample(sample.name, image, prediction, label, sample.accuracy)
-
-
 def collect_samples(
     runs: Mapping[str, Run], role: Role, *, labels: bool = True, limit: int = 60, device: torch.device | str = "cpu"
 ) -> SampleSet:
@@ -101,13 +87,18 @@ def _labeled_samples(
     stride = -(-sum(item.label is not None for item in domain.items(SPLIT)) // limit)
     samples: dict[str, dict[int, Sample]] = {}
     for name, run in runs.items():
-        collector = _Collector()
+        downscaled = samples[name] = dict[int, Sample]()
+
+        def store(sample: Sample, index: int, _total: int, into: dict[int, Sample] = downscaled) -> None:
+            label = None if sample.label is None else thumbnail(sample.label, SIDE)
+            image, prediction = thumbnail(sample.image, SIDE), thumbnail(sample.prediction, SIDE)
+            into[index] = Sample(sample.name, image, prediction, label, sample.accuracy)
+
         score(
             run.segmenter(), domain, SPLIT, resize=run.recipe.resize, window=run.recipe.window, device=device,
-            samples=collector, shard=(0, stride), all_reduce=lambda counts: counts,
+            samples=store, shard=(0, stride), all_reduce=lambda counts: counts,
         )  # fmt: skip
-        samples[name] = collector.samples
-        record_opened_labels(run, role, SPLIT, len(collector.samples))
+        record_opened_labels(run, role, SPLIT, len(downscaled))
     accuracy = {name: {index: each.accuracy for index, each in by_index.items()} for name, by_index in samples.items()}
     images = []
     for index, reason in choose_images(accuracy).items():

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, ValidationError
 
 from overfly.core.atomic_files import atomic_write, has_digest, read_json, write_json, write_text
-from overfly.core.errors import MissingExtraError, RecipeError, RunError
+from overfly.core.errors import RecipeError, RunError, import_extra
 from overfly.core.progress import print_status
 from overfly.core.settings import read_mapping, validation_message
 from overfly.core.spec import NonNegativeInt, Spec
@@ -58,10 +58,9 @@ class RunLog:
         self.path = path
         self.writer: Any = None
         if tensorboard is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise MissingExtraError("tensorboard", "tensorboard", "--tensorboard") from None
+            import_extra("tensorboard", "tensorboard", "--tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(str(tensorboard))
 
     def write(self, step: int, **values: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from overfly.core.atomic_files import temporary_path
-from overfly.core.errors import DataError, MissingExtraError, RecipeError
+from overfly.core.errors import DataError, RecipeError, import_extra
 from overfly.core.records import UInt8
 from overfly.data.headers import SUFFIXES, read_header
 from overfly.data.listing import is_image_name, natural_key
@@ -101,12 +101,7 @@ def open_stream(source: str, *, fps: float | None = None) -> Iterator[VideoStrea
             stream.frames.close()  # type: ignore[attr-defined]
 
 
-def _av() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise MissingExtraError("av", "stream", "reading and writing video") from None
-    return av
+_av = partial(import_extra, "av", "stream", "reading and writing video")
 
 
 def _reason(error: BaseException) -> str:

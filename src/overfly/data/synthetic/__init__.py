@@ -24,7 +24,7 @@ from overfly.core.records import Item, UInt8
 from overfly.core.spec import Pixels, PositiveInt
 from overfly.data.domain import SPLITS, Domain, Split
 from overfly.data.loveda import CLASSES
-from overfly.data.synthetic.drawing import Bool, Canvas, Float, Random, clouds, crowns, direction, grain, shadow_mask
+from overfly.data.synthetic.drawing import Canvas, Float, Random, clouds, crowns, direction, grain, shadow_mask
 from overfly.data.synthetic.layout import CLASS_OF, DOMAINS, Material, lay_out_rural, lay_out_urban
 
 SCENES: tuple[Scene, ...] = get_args(Scene)
@@ -59,14 +59,9 @@ _cached_synthesize = lru_cache(maxsize=4)(synthesize)
 """Caches a scene between the reading of its image and of its label."""
 
 
-def draw_image(scene: Scene, split: Split, index: int, size: int) -> UInt8:
-    """The image (S, S, 3) of `synthesize`, 0 to 255."""
-    return _cached_synthesize(scene, split, index, size)[0].copy()
-
-
-def draw_label(scene: Scene, split: Split, index: int, size: int) -> UInt8:
-    """The label (S, S) of `synthesize`, class ids 0 to 6."""
-    return _cached_synthesize(scene, split, index, size)[1].copy()
+def draw(part: int, scene: Scene, split: Split, index: int, size: int) -> UInt8:
+    """The image of `synthesize` if ``part`` is 0, the label if it is 1."""
+    return _cached_synthesize(scene, split, index, size)[part].copy()
 
 
 class Synthetic(Domain, name="synthetic"):
@@ -111,7 +106,7 @@ class Synthetic(Domain, name="synthetic"):
         """Scenes 0 to n - 1 of a split, named like ``Urban_12``."""
         number: int = {"train": self.train, "val": self.val, "test": self.test}[split]
         title, keys = self.scene.capitalize(), [(self.scene, split, index, self.size) for index in range(number)]
-        return [Item(f"{title}_{key[2]}", partial(draw_image, *key), partial(draw_label, *key)) for key in keys]
+        return [Item(f"{title}_{key[2]}", partial(draw, 0, *key), partial(draw, 1, *key)) for key in keys]
 
 
 def write_synthetic(
@@ -242,19 +237,14 @@ def _texture(canvas: Canvas, random: Random) -> Float:
     return light + 5 * clouds(random, size, 100)
 
 
-def _blur_mask(mask: Bool, radius: float) -> Float:
-    """Blur the edges of a mask (S, S); values 0 to 1."""
-    blurred = Image.fromarray(mask.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.GaussianBlur(radius))
-    return np.asarray(blurred, np.float32) / np.float32(255)
-
-
 def _render(canvas: Canvas, random: Random, appearance: Mapping[str, Any]) -> UInt8:
     """Draw the trees and render the image (S, S, 3), 0 to 255, with the domain's light and sensor."""
     size, (to_x, to_y) = canvas.size, direction(random.uniform(*appearance["sun"]))
     away = (-to_x, -to_y)
     _draw_trees(canvas, random, appearance, away)
     slope, highest = random.uniform(*appearance["slope"]), float(canvas.height.max())
-    shadow = _blur_mask(shadow_mask(canvas.height, away, slope, highest), 0.6)
+    hard = Image.fromarray(shadow_mask(canvas.height, away, slope, highest).astype(np.uint8) * np.uint8(255))
+    shadow = np.asarray(hard.filter(ImageFilter.GaussianBlur(0.6)), np.float32) / np.float32(255)
     image = canvas.color + _texture(canvas, random)[..., None]
     image *= 1 - shadow[..., None] * (1 - np.array(appearance["shade"], np.float32))
     gain = np.array(random.tint(appearance["gain"], 0.0, 0.03), np.float32)

@@ -73,12 +73,8 @@ class Random:
     def tint(self, color: Color, tone: float, hue: float = 0.0) -> Color:
         """Return the color, shifted by up to ``tone`` in all bands and by up to ``hue`` in each band."""
         shift = self.uniform(-tone, tone)
-        red, green, blue = color
-        return (
-            red + shift + self.uniform(-hue, hue),
-            green + shift + self.uniform(-hue, hue),
-            blue + shift + self.uniform(-hue, hue),
-        )
+        red, green, blue = (value + shift + self.uniform(-hue, hue) for value in color)
+        return red, green, blue
 
 
 def direction(slope: float) -> Vector:
