@@ -127,5 +127,4 @@ class _Noise(Domain):
 
 
 def _noise(shape: tuple[int, ...], end: int, seed: int = 0) -> UInt8:
-    noise: UInt8 = np.random.default_rng(seed).integers(0, end, shape, np.uint8)
-    return noise
+    return np.random.default_rng(seed).integers(0, end, shape, np.uint8)

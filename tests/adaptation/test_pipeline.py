@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from comparisons import recommend
 from overfly import adapt, train
-from overfly.adaptation import candidates, pipeline
+from overfly.adaptation import pipeline
 from overfly.adaptation.pipeline import RECALIBRATED, plan_candidates
 from overfly.adaptation.selection import Comparison, resolve_checkpoint, setting_differences
 from overfly.commands.export_data import card_content
@@ -209,7 +209,7 @@ def test_source_miou_is_scored_with_the_recipes_window_for_all_candidates(
         windows.append(options.window)
         return predict_probabilities(network, images, options)
 
-    monkeypatch.setattr(candidates, "predict_probabilities", watched)
+    monkeypatch.setattr("overfly.evaluation.label_free_metrics.predict_probabilities", watched)
     before = train(load(tiny["start"]), out=tmp_path / "start", device="cpu", quiet=True).run
     file = before.segmenter().save(tmp_path / "start.safetensors")
     for number, start in enumerate((before.path, file), 1):

@@ -35,15 +35,13 @@ class EvaluateResult:
 
 def scores_table(scores: Mapping[str, Scores]) -> Table:
     """Return IoU of each class and the overall scores, one column a domain."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from overfly.core.progress import percent
 
-    table = Table(title="IoU in percent", title_justify="left")
-    table.add_column("")
     columns = list(scores.values())
-    for key, column in scores.items():
-        table.add_column(f"{key} ({column.images} images)", justify="right")
+    headings = (Column(f"{key} ({column.images} images)", justify="right") for key, column in scores.items())
+    table = Table("", *headings, title="IoU in percent", title_justify="left")
     for name in dict.fromkeys(name for column in columns for name in column.classes):
         ious = [column.classes[name].iou if name in column.classes else None for column in columns]
         table.add_row(name, *map(percent, ious))

@@ -22,12 +22,11 @@ class Catalog:
     """Setting → name → first sentence of its docstring."""
 
     def __rich_console__(self, *_: object) -> "Iterator[str | Table]":
-        from rich.table import Table
+        from rich.table import Column, Table
 
         for group, kinds in self.groups.items():
-            table = Table(title=group, title_justify="left", show_header=False, box=None, padding=(0, 2))
-            table.add_column(no_wrap=True, style="bold")
-            table.add_column()
+            names = Column(no_wrap=True, style="bold")
+            table = Table(names, "", title=group, title_justify="left", show_header=False, box=None, padding=(0, 2))
             for name, sentence in kinds.items():
                 table.add_row(name, sentence)
             yield table

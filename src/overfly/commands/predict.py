@@ -186,7 +186,7 @@ def _failure(source: str, reason: str) -> str:
 
 
 def _one_map(result: MapResult) -> Iterator[str | Table]:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from overfly.core.progress import percent
 
@@ -197,11 +197,10 @@ def _one_map(result: MapResult) -> Iterator[str | Table]:
         yield f"resumed after {result.resumed} rows of windows"
     for file in result.files:
         yield f"written: {file}"
-    table = Table(title="share of the valid pixels", title_justify="left")
-    table.add_column("class")
-    table.add_column("%", justify="right")
-    for name, share in result.shares.items():
-        table.add_row(name, percent(share))
+    share = Column("%", justify="right")
+    table = Table("class", share, title="share of the valid pixels", title_justify="left")
+    for name, value in result.shares.items():
+        table.add_row(name, percent(value))
     yield table
     rate = result.windows / result.seconds if result.seconds else 0.0
     seconds = f"{result.seconds:.1f} s ({rate:.1f} windows/s; the network {result.network_seconds:.1f} s)"

@@ -82,7 +82,7 @@ def _candidates_table(
     candidates: Sequence[Candidate], shown: Sequence[str], validators: Sequence[str], title: str
 ) -> Table:
     """Return the metrics of candidates; with validators, also mean rank, estimate and target mIoU."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from overfly.core.progress import percent
 
@@ -98,10 +98,8 @@ def _candidates_table(
         ]
     if validators and any(candidate.target_miou is not None for candidate in candidates):
         columns["target mIoU"] = [percent(candidate.target_miou) for candidate in candidates]
-    table = Table(title=title, title_justify="left")
-    table.add_column("", justify="right", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", style="bold" if name in bold else None)
+    headings = [Column(name, justify="right", style="bold" if name in bold else "") for name in columns]
+    table = Table(Column("", justify="right", no_wrap=True), *headings, title=title, title_justify="left")
     for number, row in enumerate(zip(*columns.values(), strict=True), 1):
         table.add_row(str(number), *row)
     return table
@@ -109,13 +107,13 @@ def _candidates_table(
 
 def _quality_table(ranking: Ranking) -> Table:
     """Return the quality of each validator, smallest regret first."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from overfly.core.progress import percent
 
-    table = Table(title="validators against target mIoU from labels", title_justify="left")
-    for heading in ("validator", "rank correlation", "regret", "best"):
-        table.add_column(heading, justify="left" if heading in ("validator", "best") else "right")
+    numeric = (Column(heading, justify="right") for heading in ("rank correlation", "regret"))
+    title = "validators against target mIoU from labels"
+    table = Table("validator", *numeric, "best", title=title, title_justify="left")
     numbers = {candidate.title: number for number, candidate in enumerate(ranking.candidates, 1)}
     for name, quality in sorted((ranking.quality or {}).items(), key=lambda entry: entry[1].regret):
         correlation = "–" if quality.correlation is None else f"{quality.correlation:+.2f}"

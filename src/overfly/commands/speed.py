@@ -24,7 +24,7 @@ class SpeedResult:
     as_json: bool = False
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        from rich.table import Table
+        from rich.table import Column, Table
 
         speed = self.speed
         if self.as_json:
@@ -35,9 +35,8 @@ class SpeedResult:
         yield f"one image of {speed.bands}×{height}×{width}: {speed.macs / 1e9:.3f} G multiply-accumulates"
         for batch, macs in speed.macs_of_batch.items():
             yield f"a batch of {batch}: {macs / 1e9:.3f} G multiply-accumulates"
-        table = Table()
-        for heading in ("batch", "p50 ms", "p95 ms", "p99 ms", "mean ± sd ms", "images/s", "peak memory"):
-            table.add_column(heading, justify="right")
+        headings = ("batch", "p50 ms", "p95 ms", "p99 ms", "mean ± sd ms", "images/s", "peak memory")
+        table = Table(*(Column(heading, justify="right") for heading in headings))
         for timing in speed.timings:
             memory = "–" if timing.peak_memory_mb is None else f"{timing.peak_memory_mb:.0f} MB"
             table.add_row(

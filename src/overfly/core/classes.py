@@ -63,8 +63,7 @@ class Classes(Spec):
         """Color a label (H, W) of class ids as an image (H, W, 3); ignored pixels are black."""
         table = np.zeros((256, 3), np.uint8)
         table[: len(self.colors)] = self.colors
-        painted: UInt8 = table[label]
-        return painted
+        return table[label]
 
     def index(self, name: str) -> int:
         """Return the id of a class, from 0; raise `ValueError` for an unknown name."""

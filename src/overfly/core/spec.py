@@ -82,8 +82,7 @@ class Choice(Spec):
             known = ", ".join(sorted(cls.kinds))
             noun = cls.__name__.partition("[")[0].lower()
             raise ValueError(f"no {noun} is called {name!r}; there are: {known}")
-        kind: type[Self] = cls.kinds[name]
-        return kind
+        return cls.kinds[name]
 
     @model_validator(mode="wrap")
     @classmethod

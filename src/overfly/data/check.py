@@ -313,7 +313,7 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit must be at least 1, got {limit}")
     items = sample_evenly(domain.items(split), limit)
-    parts = [moments for moments in (_moments(domain, item) for item in items) if moments[0]]
+    parts = [moments for item in items if (moments := _moments(domain, item)) is not None]
     if not parts:
         raise DataError(f"no pixel of the split {split} has data; check the no-data value of its images")
     number, means, deviations, low, high = (np.array(values) for values in zip(*parts, strict=True))
@@ -325,12 +325,11 @@ def statistics(domain: Domain, split: Split, limit: int | None = None) -> Statis
     )  # fmt: skip
 
 
-def _moments(domain: Domain, item: Item) -> _Moments:
+def _moments(domain: Domain, item: Item) -> _Moments | None:
     image, nodata_mask = domain.read_image(item), domain.nodata_mask(item)
     pixels = image.reshape(-1, image.shape[-1]) if nodata_mask is None else image[~nodata_mask]
     if not len(pixels):
-        zeros = np.zeros(image.shape[-1])
-        return 0, zeros, zeros, zeros, zeros
+        return None
     mean, deviations = np.array([_band_moments(band) for band in pixels.T]).T
     return len(pixels), mean, deviations, pixels.min(axis=0), pixels.max(axis=0)
 

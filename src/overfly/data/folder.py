@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from overfly.core.classes import Classes, Color
 from overfly.core.errors import DataError, RecipeError
@@ -57,22 +57,14 @@ class UserDomain(Domain):
     std: tuple[PositiveFloat, ...] | None = None
     """Standard deviation of each band, in the images' own range."""
 
-    @field_validator("colors", mode="before")
+    @field_validator("colors", "ids", mode="before")
     @classmethod
-    def _several_colors(cls, value: Any) -> Any:
-        """Accept one color in place of a list of colors."""
+    def _several_codes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Accept one color or number in place of a list."""
         if not isinstance(value, Mapping):
             return value
-        single = {name for name, entry in value.items() if isinstance(entry, list | tuple) and _is_color(entry)}
-        return {name: (entry,) if name in single else entry for name, entry in value.items()}
-
-    @field_validator("ids", mode="before")
-    @classmethod
-    def _several_ids(cls, value: Any) -> Any:
-        """Accept one number in place of a list of numbers."""
-        if not isinstance(value, Mapping):
-            return value
-        return {name: (entry,) if isinstance(entry, int) else entry for name, entry in value.items()}
+        is_code = _is_color if info.field_name == "colors" else _is_number
+        return {name: (entry,) if is_code(entry) else entry for name, entry in value.items()}
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
@@ -261,8 +253,11 @@ class Folder(UserDomain, name="folder"):
         if not os.path.isdir(root):  # noqa: PTH112  (pathlib raises for paths that may not be read)
             raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
         has_placeholder = "{split}" in self.images
-        if self.splits or not has_placeholder:
-            self._check_split(split)
+        if (self.splits or not has_placeholder) and split not in (self.splits or ("train",)):
+            raise SplitError(
+                f"the folder {self.root} has no split {split}; name one in the domain's splits, "
+                "such as {train: 0.8, val: 0.2}"
+            )
         text = str(self.splits.get(split, split)) if has_placeholder else ""
         images = self.images.replace("{split}", text)
         masks = self.masks.replace("{split}", text) if self.masks is not None else None
@@ -287,16 +282,13 @@ class Folder(UserDomain, name="folder"):
             label[nodata_mask] = IGNORE
         return label
 
-    def _check_split(self, split: Split) -> None:
-        if split not in (self.splits or ("train",)):
-            raise SplitError(
-                f"the folder {self.root} has no split {split}; name one in the domain's splits, "
-                "such as {train: 0.8, val: 0.2}"
-            )
+
+def _is_number(entry: object) -> bool:
+    return isinstance(entry, int)
 
 
-def _is_color(entry: Sequence[Any]) -> bool:
-    return len(entry) == 3 and all(isinstance(number, int) for number in entry)
+def _is_color(entry: object) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 3 and all(map(_is_number, entry))
 
 
 def read_classes(file: Path) -> dict[str, Any]:

@@ -275,8 +275,7 @@ def nodata_values(values: Array, *nodata: float | None) -> Mask | None:
 
 def _read(dataset: Any, bands: list[int], **part: Any) -> Array:
     """Bands as stored (H, W, C)."""
-    pixels: Array = np.moveaxis(dataset.read(bands, **part), 0, -1)
-    return pixels
+    return np.moveaxis(dataset.read(bands, **part), 0, -1)
 
 
 def pack(colors: UInt8) -> Packed:
@@ -302,8 +301,7 @@ def from_colors(colors: UInt8, class_ids: Mapping[Color, int]) -> UInt8:
 def from_numbers(numbers: Array, class_ids: Mapping[int, int]) -> UInt8:
     """Class ids (H, W) of whole numbers (H, W) of any type; `UNKNOWN` for numbers without a class."""
     if numbers.dtype == np.uint8:
-        ids: UInt8 = _look_up(np.arange(256), class_ids)[numbers]
-        return ids
+        return _look_up(np.arange(256), class_ids)[numbers]
     return _look_up(numbers, class_ids)
 
 

@@ -144,5 +144,4 @@ def crop(
 @lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """The order of ``count`` images in one epoch."""
-    order: NDArray[np.int64] = np.random.default_rng([seed, epoch, 0]).permutation(count)
-    return order
+    return np.random.default_rng([seed, epoch, 0]).permutation(count)

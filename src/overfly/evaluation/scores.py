@@ -170,14 +170,12 @@ def reliability(counts: Tensor) -> Reliability:
 def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol: Protocol, unlabeled: int) -> Scores:
     """Compute the scores of a split from its counts."""
     counts, edges = Confusion(split_counts.confusion), boundary_iou(split_counts.boundary)
-    columns = (counts.iou, counts.f1, counts.precision, counts.recall, edges, counts.labeled)
+    columns = {"iou": counts.iou, "f1": counts.f1, "precision": counts.precision, "accuracy": counts.recall}
+    columns["boundary_iou"] = edges
     classes = {
-        name: ClassScore(
-            iou=finite(iou), f1=finite(f1), precision=finite(precision), accuracy=finite(recall),
-            boundary_iou=finite(edge), pixels=int(pixels),
-        )
-        for name, iou, f1, precision, recall, edge, pixels in zip(domain.classes.names, *columns, strict=True)
-    }  # fmt: skip
+        name: ClassScore(**{key: finite(column[i]) for key, column in columns.items()}, pixels=int(counts.labeled[i]))
+        for i, name in enumerate(domain.classes.names)
+    }
     return Scores(
         domain=domain.model_dump(mode="json"), split=split, images=int(split_counts.images),
         labels_opened=int(split_counts.images), unlabeled=unlabeled, protocol=protocol,

@@ -200,9 +200,12 @@ def count_macs(network: nn.Module, image: Tensor) -> int:
 
 
 def _time(network: nn.Module, images: Tensor, warmup: int, repeats: int) -> Timing:
-    device = images.device
-    _reset_peak(device)
-    seconds = []
+    device, seconds = images.device, []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux: the peak of this process starts again from what it holds now
+            Path("/proc/self/clear_refs").write_text("5")
     try:
         for index in range(warmup + repeats):
             _synchronize(device)
@@ -245,14 +248,6 @@ def limited_threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # Linux: the peak of this process starts again from what it holds now
-            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak(device: torch.device) -> int | None:

@@ -146,8 +146,7 @@ def segmenter_predictor(segmenter: Segmenter, metadata: ModelMetadata, device: t
     def run(images: Floats) -> Floats:
         with torch.inference_mode():
             result = network.scores(torch.from_numpy(images).to(device)).float().softmax(1)
-        probabilities: Floats = result.cpu().numpy()
-        return probabilities
+        return result.cpu().numpy()
 
     return Predictor(metadata, "torch", str(device), run)
 
@@ -160,7 +159,6 @@ def resizing_predictor(predictor: Predictor, side: int) -> Predictor:
         square = F.interpolate(image, (side, side), mode="bilinear", align_corners=False, antialias=True)
         scores = torch.from_numpy(predictor.run(np.ascontiguousarray(square.numpy()))).clamp_min(1e-30).log()
         scores = F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
-        probabilities: Floats = scores.softmax(1).numpy()
-        return probabilities
+        return scores.softmax(1).numpy()
 
     return replace(predictor, run=run)

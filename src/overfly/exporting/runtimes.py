@@ -116,8 +116,7 @@ def _predictor(path: Path, name: tuple[str, str], graph: Graph, properties: Mapp
         if settings.output == "logits":
             odds = np.exp(output - output.max(1, keepdims=True))
             output = odds / odds.sum(1, keepdims=True)
-        probabilities: Floats = np.asarray(output, dtype=np.float32)
-        return probabilities
+        return np.asarray(output, dtype=np.float32)
 
     return Predictor(metadata, *name, run, (settings.format, settings.precision))
 

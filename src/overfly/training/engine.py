@@ -105,8 +105,7 @@ class LossModule(nn.Module):
 
     def forward(self) -> Losses:
         """The method's losses on the batch."""
-        losses: Losses = self.method.losses(self.nets, self.batch)
-        return losses
+        return self.method.losses(self.nets, self.batch)
 
 
 def apply_performance_settings(

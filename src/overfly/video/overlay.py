@@ -78,8 +78,7 @@ class OverlayRenderer:
             _paste(blended, _stats(tuple(lines), width, height), top=True)
         if self.style.legend:
             _paste(blended, legend(self.predictor.metadata.classes, width, height), top=False)
-        overlay: UInt8 = np.asarray(blended)
-        return overlay
+        return np.asarray(blended)
 
 
 def downscale(frame: UInt8, size: int | None) -> UInt8:

@@ -255,5 +255,4 @@ def _render(canvas: Canvas, random: Random, appearance: Mapping[str, Any]) -> UI
     blurred = np.asarray(Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).filter(lens), np.float32)
     noise = random.noise(size, size * 3).astype(np.float32) + random.noise(size, size * 3) - np.float32(255)
     noise *= np.float32(random.uniform(*appearance["noise"]) / 104)  # the standard deviation of the sum of two bytes
-    result: UInt8 = np.clip(blurred + noise.reshape(size, size, 3) + np.float32(0.5), 0, 255).astype(np.uint8)
-    return result
+    return np.clip(blurred + noise.reshape(size, size, 3) + np.float32(0.5), 0, 255).astype(np.uint8)
