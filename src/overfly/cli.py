@@ -79,8 +79,7 @@ def run(arguments: list[str]) -> int:
 def application(arguments: Sequence[str] = ()) -> "App":
     """Build the command line: one command for each function of `overfly.commands`.
 
-    Args:
-        arguments: the command line; if it contains a command, the other commands are not imported.
+    If the ``arguments`` contain a command, the other commands are not imported.
     """
     from cyclopts import App, Parameter
 

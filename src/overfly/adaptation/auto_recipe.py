@@ -75,18 +75,13 @@ def propose_recipes(
     source: Domain | None, target: Domain, methods: Sequence[Method[Any]], overrides: Sequence[str], *,
     checkpoint: Path | None, budget: float, fabric: "Fabric", out: Path | None = None, crop: int | None = None,
 ) -> list[Recipe]:  # fmt: skip
-    """Propose recipes whose trainings fit a time budget on this machine.
+    """Propose recipes whose trainings fit a time budget, seconds in all, on this machine.
 
-    Args:
-        source: labeled images; None if only a network is given.
-        target: images to adapt to.
-        methods: one to three variants; if the budget is short, only the first ones.
-        overrides: settings to change. Steps set by an override are kept.
-        checkpoint: run or weights to start from; None: a source-only network is trained first.
-        budget: seconds in all.
-        fabric: launched; steps are timed on its device.
-        out: folder where proposed steps are stored, so that later calls give the same recipes; None: not stored.
-        crop: largest crop in pixels, smaller if the budget is short for it; None: `choose_crop`.
+    The source, labeled images, is None if only a network is given. ``methods`` are one to three variants; if the budget
+    is short, only the first ones are taken. Steps set by an override are kept. ``checkpoint`` is the run or weights to
+    start from; None: a source-only network is trained first. The fabric is launched; steps are timed on its device.
+    Proposed steps are stored in the folder ``out``, so that later calls give the same recipes; None: not stored.
+    ``crop`` is the largest crop in pixels, smaller if the budget is short for it; None: `choose_crop`.
 
     Raises `RecipeError`: the budget is too short, or a setting is unknown.
     """

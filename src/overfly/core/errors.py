@@ -38,8 +38,7 @@ def render_text(template: Path, **values: object) -> str:
 class OverflyError(Exception):
     """Base of all errors that a user can act on. The command line prints its message and exits with status 2.
 
-    Args:
-        message: printed on one line, without control characters; the middle of a long one is left out.
+    The message is on one line, without control characters; the middle of a long one is left out.
     """
 
     def __init__(self, message: str) -> None:

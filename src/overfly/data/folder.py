@@ -95,11 +95,7 @@ class UserDomain(Domain):
         return None if self.mean is None or self.std is None else (self.mean, self.std)
 
     def decode(self, name: str, pixels: reading.LabelPixels) -> UInt8:
-        """Convert the numbers or colors of a label to class ids (H, W).
-
-        Args:
-            name: the label, in messages.
-            pixels: the label as it is stored.
+        """Convert the numbers or colors of a label, as it is stored, to class ids (H, W); its name is for messages.
 
         Raises `UnknownCodesError`: there are numbers or colors of no class, and `DataError`: the encoding is not that
         of the settings.

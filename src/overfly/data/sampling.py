@@ -41,9 +41,7 @@ class Sampling(Choice, ABC):
     def choose_image(self, slot: SampleSlot, counts: Counts | None) -> tuple[int, int]:
         """Return the index of an image and the class it was chosen for (-1: none).
 
-        Args:
-            slot: position in the stream of batches.
-            counts: labeled pixels of each class in each image, if `needs_counts`.
+        ``counts`` are the labeled pixels of each class in each image, if `needs_counts`.
         """
 
     def fits(self, label: UInt8, class_id: int) -> bool:  # noqa: ARG002
@@ -114,17 +112,10 @@ class Rare(Sampling, name="rare"):
 def crop(
     image: Array, label: UInt8, size: int, random: np.random.Generator, fits: Callable[[UInt8], bool]
 ) -> tuple[Array, UInt8]:
-    """Crop a random square of an image.
+    """Crop a random square of an image (H, W, C) and its label (H, W), of ``size`` pixels a side.
 
-    Args:
-        image: (H, W, C).
-        label: (H, W).
-        size: side of the crop; a smaller image is padded by reflection, its label by 255.
-        random: generator of the position.
-        fits: returns True if the label of a crop is accepted; the tenth crop is always accepted.
-
-    Returns:
-        Image (size, size, C) and label (size, size).
+    A smaller image is padded by reflection, its label by 255. ``fits`` returns True if the label of a crop is accepted;
+    the tenth crop is always accepted.
     """
     height, width = label.shape
     if height < size or width < size:

@@ -21,13 +21,9 @@ Graph = Callable[[Floats], Any]
 
 
 def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) -> Predictor:
-    """Open an ONNX file with ONNX Runtime.
+    """Open an ONNX file that `overfly export` wrote with ONNX Runtime.
 
-    Args:
-        path: a file that `overfly export` wrote.
-        device: cpu, or cuda where onnxruntime was built for it.
-        threads: CPU threads; None: one per core.
-
+    ``device`` is cpu, or cuda where onnxruntime was built for it, ``threads`` the CPU threads; None: one per core.
     Raises `MissingExtraError`: onnxruntime is not installed, and `WeightsError`: the file is missing, damaged, not
     exported by overfly, or its graph differs from its metadata.
     """

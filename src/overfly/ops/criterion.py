@@ -32,18 +32,12 @@ class Criterion(Choice, ABC):
     def terms(
         self, logits: Logits, label: Tensor, weight: Tensor | None = None, *, where: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Weighted terms whose sum is minimized.
+        """Weighted terms of a network whose sum is minimized: ``main``, then ``aux`` and ``boundary`` where it has these heads.
 
-        Args:
-            logits: scores at the label's size.
-            label: class ids (B, H, W) or `IGNORE`.
-            weight: weight of each pixel, broadcasts to (B, H, W); multiplies every term's loss at that pixel.
-            where: True at pixels whose boundaries are known, bool (B, H, W): in mixed images the source's; None: all
-                with a class. The boundary head is not trained within reach of the other pixels, except at boundaries
-                between known pixels.
-
-        Returns:
-            Scalars by name: ``main``, then ``aux`` and ``boundary`` where the network has these heads.
+        Scores have the size of the label, class ids (B, H, W) or `IGNORE`. ``weight``, which broadcasts to (B, H, W),
+        multiplies every term's loss at a pixel. ``where`` is True at pixels whose boundaries are known, bool (B, H, W):
+        in mixed images the source's; None: all with a class. The boundary head is not trained within reach of the other
+        pixels, except at boundaries between known pixels.
 
         Raises `RecipeError`: `class_weights` does not have one weight per class, and `ValueError`: scores and label
         differ in size.
@@ -130,11 +124,9 @@ def boundaries(label: Tensor, width: int = 4, where: Tensor | None = None) -> Te
     side; an odd width has its extra pixel on the lower or right side. Ignored pixels neither are nor create
     boundaries. The published PIDNet code dilates Canny edges of the label with a 4×4 kernel, a band of the same width.
 
-    Args:
-        label: class ids (B, H, W), integers.
-        width: of the band, in pixels, 1 or more.
-        where: True at pixels that take part, broadcasts to (B, H, W); the others count as ignored. In mixed images
-            these are the source's pixels, so that pseudo-labels and paste seams create no boundaries.
+    The label holds class ids (B, H, W), integers. ``where`` is True at pixels that take part, and broadcasts to (B, H,
+    W); the others count as ignored. In mixed images these are the source's pixels, so that pseudo-labels and paste
+    seams create no boundaries.
 
     Raises `ValueError`: ``width`` is below 1.
     """

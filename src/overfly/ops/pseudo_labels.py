@@ -42,9 +42,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float, step: int |
 def pseudo_label(logits: Tensor, nodata_mask: Tensor | None = None) -> PseudoLabels:
     """Most probable class of each pixel of class scores (B, K, H, W), and its probability.
 
-    Args:
-        logits: class scores (B, K, H, W).
-        nodata_mask: True where the image has no data, bool (B, H, W); None: nowhere.
+    ``nodata_mask`` is True where the image has no data, bool (B, H, W); None: nowhere.
     """
     probability, label = logits.float().softmax(1).max(1)
     return mask_nodata(PseudoLabels(label, probability), nodata_mask)
@@ -61,16 +59,10 @@ def mask_nodata(pseudo: PseudoLabels, nodata_mask: Tensor | None) -> PseudoLabel
 def predict_augmented(teacher: nn.Module, image: Tensor, scale: float, *, turns: bool = True) -> Tensor:
     """Class probabilities of rescaled images under one random quarter turn and flip, mapped back to the input.
 
-    The turn and the flip are drawn once for all images, from torch's generator on the CPU.
-
-    Args:
-        teacher: images (B, C, H, W) to `Logits` at their size.
-        image: (B, C, H, W), in the sensor's range; square, so that a quarter turn keeps its shape.
-        scale: factor of height and width; 2 doubles both.
-        turns: False for images with a fixed top: they are flipped horizontally, and not turned.
-
-    Returns:
-        (B, K, H, W), float32.
+    The turn and the flip are drawn once for all images, from torch's generator on the CPU. The teacher maps images (B,
+    C, H, W), in the sensor's range, to `Logits` at their size; they are square, so that a quarter turn keeps their
+    shape. ``scale`` is the factor of height and width; 2 doubles both. Without ``turns``, for images with a fixed top,
+    they are flipped horizontally, and not turned. Returns (B, K, H, W), float32.
     """
     quarters, mirrored = int(torch.randint(4, ())) * turns, bool(torch.randint(2, ()))
     size = (image.shape[-2], image.shape[-1])
@@ -85,11 +77,9 @@ def predict_augmented(teacher: nn.Module, image: Tensor, scale: float, *, turns:
 
 
 def class_shares(label: Tensor, classes: int) -> Tensor:
-    """Share of each class among the labeled pixels of each image (B, K); 1 / K each in an image without labels.
+    """Share of each of K classes among the labeled pixels of each image (B, K); 1 / K each without labels.
 
-    Args:
-        label: class ids (B, H, W) or `IGNORE`.
-        classes: number of classes K.
+    The label holds class ids (B, H, W) or `IGNORE`.
     """
     index = label.masked_fill(label == IGNORE, classes).flatten(1)
     counts = torch.zeros(len(label), classes + 1, device=label.device)
@@ -104,14 +94,9 @@ def align_distribution(probability: Tensor, class_prior: Tensor, reference: Tens
     Distribution alignment (Berthelot et al., 2020, ReMixMatch, arXiv:1911.09785), which has power 1 and the labels'
     class shares as the reference: classes that are predicted more often than there become less probable.
 
-    Args:
-        probability: (B, K, H, W), sums to 1 over K.
-        class_prior: mean probability of each class (K,), such as a moving average over batches.
-        reference: expected share of each class (K,).
-        power: 0 changes nothing; 1 moves the mean to the reference.
-
-    Returns:
-        (B, K, H, W), sums to 1 over K.
+    Probabilities (B, K, H, W), before and after, sum to 1 over K. ``class_prior`` is the mean probability of each class
+    (K,), such as a moving average over batches, ``reference`` the expected share of each class (K,). A power of 0
+    changes nothing; 1 moves the mean to the reference.
     """
     ratio = class_prior.clamp_min(1e-6) / reference.clamp_min(1e-6)
     corrected = probability / ratio.view(1, -1, 1, 1) ** power
@@ -130,20 +115,12 @@ def multiscale_pseudo_labels(
 ) -> tuple[PseudoLabels, Tensor]:  # fmt: skip
     """Pseudo-labels from the mean prediction over several scales, its class shares aligned with a reference.
 
-    Args:
-        teacher: images (B, C, H, W) to `Logits` at their size.
-        image: (B, C, H, W), in the sensor's range.
-        class_prior: moving average of the mean class probabilities of earlier batches (K,), 0 before the first; not
-            changed.
-        reference: expected share of each class (K,); all 0: as predicted.
-        scales: factors of height and width; see `predict_augmented`.
-        power: strength of the alignment; see `align_distribution`.
-        decay: share of ``class_prior`` that the new average keeps, 0 to 1.
-        turns: see `predict_augmented`.
-        nodata_mask: True where the image has no data, bool (B, H, W): no label, no part in the prior; None: nowhere.
-
-    Returns:
-        Pseudo-labels with corrected probabilities, and the new class prior (K,).
+    Teacher, image, scales and turns are those of `predict_augmented`, the power is that of `align_distribution`.
+    ``class_prior`` is the moving average of the mean class probabilities of earlier batches (K,), 0 before the first;
+    it is not changed, and the new average keeps the share ``decay`` of it, 0 to 1. ``reference`` is the expected share
+    of each class (K,); all 0: as predicted. ``nodata_mask`` is True where the image has no data, bool (B, H, W): no
+    label, no part in the prior; None: nowhere. Returns pseudo-labels with corrected probabilities, and the new class
+    prior (K,).
     """
     probability = torch.stack([predict_augmented(teacher, image, scale, turns=turns) for scale in scales]).mean(0)
     known = torch.ones_like(probability[:, 0], dtype=torch.bool) if nodata_mask is None else ~nodata_mask
@@ -169,16 +146,9 @@ def confident_share(pseudo: PseudoLabels, threshold: Tensor | float) -> Tensor:
 def class_thresholds(pseudo: PseudoLabels, share: float | Tensor, classes: int) -> Tensor:
     """Probability threshold of each class that keeps its most confident pixels (Zou et al., 2018, CBST).
 
-    Runs without waiting for the device: one sort by (class, probability), then one lookup per class.
-
-    Args:
-        pseudo: pseudo-labels of any shape.
-        share: share of each class's pixels to keep, 0 to 1: one number, or one per class (K,). At least one pixel of
-            each class is kept.
-        classes: number of classes K.
-
-    Returns:
-        Thresholds (K,); NaN for a class without pixels.
+    Runs without waiting for the device: one sort by (class, probability), then one lookup per class. Pseudo-labels have
+    any shape. ``share`` is the share of each class's pixels to keep, 0 to 1: one number, or one per class (K,). At
+    least one pixel of each class is kept. Returns thresholds (K,); NaN for a class without pixels.
     """
     label, probability = pseudo.label.flatten().long(), pseudo.probability.flatten().float()
     exact = torch.float32 if label.device.type == "mps" else torch.float64  # MPS has no float64
@@ -200,9 +170,7 @@ def linear_ramp(start: float, end: float, steps: int, step: int) -> float:
 def filter_by_threshold(pseudo: PseudoLabels, thresholds: Tensor) -> Tensor:
     """Labels (B, H, W) with `IGNORE` where the probability is below the threshold of the pixel's class.
 
-    Args:
-        pseudo: pseudo-labels (B, H, W).
-        thresholds: one per class (K,), or one per image and class (B, K).
+    Thresholds are one per class (K,), or one per image and class (B, K).
     """
     per_image = thresholds.expand(len(pseudo.label), -1)
     index = pseudo.label.masked_fill(pseudo.label == IGNORE, 0)
@@ -211,12 +179,10 @@ def filter_by_threshold(pseudo: PseudoLabels, thresholds: Tensor) -> Tensor:
 
 
 def ema_thresholds(thresholds: Tensor, batch_thresholds: Tensor, decay: float) -> Tensor:
-    """Moving average of class thresholds (K,) over batches.
+    """Moving average of class thresholds (K,) over batches, which keeps the share ``decay`` of it, 0 to 1.
 
-    Args:
-        thresholds: average so far (K,); 0 for a class without pixels so far, which takes the batch's threshold.
-        batch_thresholds: thresholds of the last batch (K,); NaN keeps the average of the class.
-        decay: share of the average so far that is kept, 0 to 1.
+    The average so far is 0 for a class without pixels so far, which takes the batch's threshold; NaN among those of the
+    last batch (K,) keeps the average of the class.
     """
     blended = torch.where(thresholds > 0, torch.lerp(batch_thresholds, thresholds, decay), batch_thresholds)
     return torch.where(batch_thresholds.isnan(), thresholds, blended)
@@ -228,17 +194,10 @@ def instance_thresholds(
     """Class thresholds of every image, a moving average over images (Mei et al., 2020, IAST).
 
     Each image keeps the most confident ``share * t ** hardness`` of a class's pixels, where t is the average before
-    it: fewer pixels of hard classes, whose thresholds are low.
-
-    Args:
-        pseudo: pseudo-labels (B, H, W).
-        thresholds: average over the images before (K,), above 0.
-        share: share kept of a class whose threshold is 1 (alpha).
-        hardness: exponent of the threshold (gamma).
-        decay: share of the average so far that is kept (beta).
-
-    Returns:
-        (B, K): the average after each image; the last row is the next batch's ``thresholds``.
+    it: fewer pixels of hard classes, whose thresholds are low. ``share`` (alpha) is that of a class whose threshold is
+    1, ``hardness`` is gamma, and ``decay`` (beta) is the share of the average so far that is kept. Pseudo-labels are
+    (B, H, W), thresholds the average over the images before (K,), above 0. Returns the average after each image (B, K);
+    the last row is the next batch's ``thresholds``.
     """
     rows = []
     for label, probability in zip(pseudo.label, pseudo.probability, strict=True):
@@ -251,12 +210,9 @@ def instance_thresholds(
 def class_mask(label: Tensor, share: float = 0.5) -> Tensor:
     """Mask of a random part of each image's classes, bool (B, H, W) (Olsson et al., 2021, ClassMix).
 
-    Random numbers are drawn on the CPU by torch's generator.
-
-    Args:
-        label: class ids (B, H, W) or `IGNORE`, which the mask never covers.
-        share: share of the classes of an image that is chosen, rounded up. An image of one class is covered whole with
-            this probability.
+    Random numbers are drawn on the CPU by torch's generator. The label holds class ids (B, H, W) or `IGNORE`, which the
+    mask never covers. ``share`` is that of the classes of an image that is chosen, rounded up; an image of one class is
+    covered whole with this probability.
     """
     present = torch.zeros(len(label), IGNORE + 1, dtype=torch.bool, device=label.device)
     present.scatter_(1, label.flatten(1).long(), True)
