@@ -13,7 +13,7 @@ from overfly.adaptation.gate import UNSURE, Check, Gate, ImageCounts, familiarit
 from overfly.adaptation.labels import LEARNED, LabeledTiles, TileScores, confusions, tile_scores
 from overfly.adaptation.reverse_validation import reverse_validation
 from overfly.adaptation.selection import ADAPTED, BASELINE, CandidateReport, Selection, setting_differences
-from overfly.data.domain import Split, SplitError
+from overfly.data.domain import Split, split_items
 from overfly.evaluation import label_free_metrics as unlabeled
 from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, labeled_images, unlabeled_images
@@ -191,9 +191,9 @@ class CandidateComparison:
 
     def _check_target(self) -> tuple[float | None, float | None]:
         """Return familiarity and reverse validation of the target; None without held-out images or labels."""
-        if not _has_held_out_images(self.recipe):
+        source, held_out = self.recipe.source, self.recipe.validation.split
+        if source is None or held_out == "train" or not split_items(source, held_out):
             return None, None
-        source, held_out = self.recipe.domain("source"), self.recipe.validation.split
         baseline = self.networks[BASELINE]
         metrics = unlabeled.label_free_metrics(
             baseline, source, held_out, self.options,
@@ -203,15 +203,6 @@ class CandidateComparison:
         if not (has_labels(source, "train") and has_labels(source, held_out)):
             return familiar, None
         return familiar, reverse_validation(baseline, source, self.target, held_out, self.options)
-
-
-def _has_held_out_images(recipe: Recipe) -> bool:
-    """Return True if the source has a validation split with images, other than train."""
-    try:
-        split = recipe.validation.split
-        return recipe.source is not None and split != "train" and bool(recipe.source.items(split))
-    except SplitError:
-        return False
 
 
 def _miou(pairs: Sequence[Confusion]) -> float | None:

@@ -40,11 +40,9 @@ def reverse_validation(
 ) -> float | None:  # fmt: skip
     """MIoU of a forest trained on target predictions, relative to one trained on source labels.
 
-    Both are evaluated on the labels of the source's split ``held_out``; no label of the target's items is read.
-
-    Returns:
-        0 to 1, over the classes in the held-out labels; None for fewer target images than `MIN_IMAGES`, or if color and
-        texture do not separate the classes (`MIN_MIOU`).
+    Both are evaluated on the labels of the source's split ``held_out``; no label of the target's items is read. Returns
+    0 to 1, over the classes in the held-out labels; None for fewer target images than `MIN_IMAGES`, or if color and
+    texture do not separate the classes (`MIN_MIOU`).
 
     Raises `DataError`: a split has no images or, of the source, no labels, and `NotFiniteError`: the network's scores
     are not finite.

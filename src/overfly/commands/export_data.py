@@ -15,9 +15,8 @@ from overfly.commands.arguments import load_domain
 from overfly.commands.load_predictor import NetworkFolder
 from overfly.core.choices import Split
 from overfly.core.errors import DataError, RecipeError, RunError, markdown_text
-from overfly.core.records import Item
 from overfly.data.datasets import Dataset
-from overfly.data.domain import Domain, SplitError, sample_evenly, without_labels
+from overfly.data.domain import Domain, sample_evenly, split_items, without_labels
 from overfly.evaluation.images import to_tensor
 from overfly.evaluation.scores import Scores
 from overfly.exporting.exporter import EvaluationData, ExportReport, LabeledSplit
@@ -54,8 +53,8 @@ def evaluation_data(
 ) -> EvaluationData:
     """Return unlabeled images of a domain, and the labeled split for scoring."""
     resize = None if settings.resize or recipe is None else recipe.resize
-    split: Split = "val" if _images(domain, "val") else "train" if _images(domain, "train") else "test"
-    calibrated: Split = "train" if _images(domain, "train") else split
+    split: Split = "val" if split_items(domain, "val") else "train" if split_items(domain, "train") else "test"
+    calibrated: Split = "train" if split_items(domain, "train") else split
     labeled = labels and has_labels(domain, "val")
     return EvaluationData(
         images=list(patches(domain, split, images, window)),
@@ -66,14 +65,12 @@ def evaluation_data(
 
 
 def patches(domain: Domain, split: Split, limit: int, side: int) -> Iterator[Floats]:
-    """Yield square patches of a split's images, evenly sampled over and within images, without labels.
+    """Yield square patches (1, C, side, side), float32, in the sensor's own range, of a split's images, without labels.
 
-    There are ``limit`` patches; smaller images are padded by repeating their border.
-
-    Yields:
-        (1, C, side, side), float32, in the sensor's own range.
+    There are ``limit`` patches, evenly sampled over and within images; smaller images are padded by repeating their
+    border.
     """
-    items = sample_evenly(_images(domain, split), limit)
+    items = sample_evenly(without_labels(split_items(domain, split)), limit)
     if not items:
         raise DataError(f"the domain {domain.title} has no images to compare on; give another as --domain")
     for index, item in enumerate(items):
@@ -83,13 +80,6 @@ def patches(domain: Domain, split: Split, limit: int, side: int) -> Iterator[Flo
         for number in range(count):
             window = positions[int((number + 0.5) * len(positions) / count)]
             yield np.ascontiguousarray(cut_window(image, window, side)[None].numpy(), np.float32)
-
-
-def _images(domain: Domain, split: Split) -> list[Item]:
-    try:
-        return without_labels(domain.items(split))
-    except SplitError:
-        return []
 
 
 def record_labels(run: Run | None, name: str, domain: Domain, report: ExportReport) -> None:

@@ -141,6 +141,14 @@ class Domain(Choice, ABC):
         return reading.read_index_label(item, classes=len(self.classes))
 
 
+def split_items(domain: Domain, split: Split) -> Sequence[Item]:
+    """Return the items of a split; none if the domain does not have it."""
+    try:
+        return domain.items(split)
+    except SplitError:
+        return ()
+
+
 def without_labels(items: Sequence[Item]) -> list[Item]:
     """Return the items without labels, as training reads a target."""
     return [item._replace(label=None) for item in items]
@@ -160,10 +168,7 @@ def check_masks(domain: Domain, splits: Sequence[Split]) -> None:
     splits whose labels the run reads; splits that the domain does not have are skipped. Raises `DataError`: a split's
     files do not fit together, or masks cannot be decoded; names the first and their number.
     """
-    all_items: list[Item] = []
-    for split in splits:
-        with suppress(SplitError):
-            all_items += domain.items(split)
+    all_items = [item for split in splits for item in split_items(domain, split)]
     counts = domain.known_counts(all_items)
     items = [item for item in all_items if isinstance(item.label, Path)]
     settings = json.dumps([type(domain).__qualname__, domain.model_dump(mode="json")], sort_keys=True)

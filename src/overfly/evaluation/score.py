@@ -102,10 +102,9 @@ def score(
     ``shard`` (rank, ranks) this process scores every ``ranks``-th image; scores are of the sum over ranks, by
     ``all_reduce`` or `torch.distributed`.
 
-    Raises:
-        DataError: the split has no labels, or a label and its image differ in size; the message names the file.
-        RecipeError: the network and the domain have different classes.
-        NotFiniteError: the network's scores are not finite.
+    Raises `DataError`: the split has no labels, or a label and its image differ in size; the message names the file,
+    and `RecipeError`: the network and the domain have different classes, and `NotFiniteError`: the network's scores are
+    not finite.
     """
     protocol = Protocol(resize=resize, window=window, overlap=overlap if window else 0.0, boundary_width=boundary_width)
     items = domain.items(split)

@@ -173,14 +173,11 @@ def compare_latency(
             run()
             cpu = time.process_time() - cpu
             times[name].append((1e3 * (time.perf_counter() - wall), 1e3 * cpu))
-    latencies = {}
-    for name, values in times.items():
-        wall_ms, cpu_ms = zip(*values, strict=True)
-        latencies[name] = Latency(
-            median_ms=float(np.median(wall_ms)), min_ms=min(wall_ms), cpu_ms=float(np.median(cpu_ms)),
-            rounds=len(values),
-        )  # fmt: skip
-    return latencies
+    medians = {name: np.median(values, axis=0).tolist() for name, values in times.items()}
+    return {
+        name: Latency(median_ms=medians[name][0], min_ms=min(values)[0], cpu_ms=medians[name][1], rounds=len(values))
+        for name, values in times.items()
+    }
 
 
 def without_training_heads(network: nn.Module) -> nn.Module:

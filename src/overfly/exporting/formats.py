@@ -30,12 +30,9 @@ TILE_OVERLAP = 25
 def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) -> Path:
     """Write a graph as one ONNX file.
 
-    PyTorch's tracing exporter is used: it names values by their modules, and is faster than torch.export.
-
-    Raises:
-        MissingExtraError: onnx is not installed.
-        OverflyError: ONNX has no operator for a part of the network.
-        OSError: the disk is full.
+    PyTorch's tracing exporter is used: it names values by their modules, and is faster than torch.export. Raises
+    `MissingExtraError`: onnx is not installed, and `OverflyError`: ONNX has no operator for a part of the network, and
+    `OSError`: the disk is full.
     """
     package = onnx()
     output: str = module.output

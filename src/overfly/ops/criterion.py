@@ -32,7 +32,7 @@ class Criterion(Choice, ABC):
     def terms(
         self, logits: Logits, label: Tensor, weight: Tensor | None = None, *, where: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Weighted terms of a network whose sum is minimized: ``main``, then ``aux`` and ``boundary`` where it has these heads.
+        """Weighted terms, by name, whose sum is minimized: ``main``, and ``aux`` and ``boundary`` with such heads.
 
         Scores have the size of the label, class ids (B, H, W) or `IGNORE`. ``weight``, which broadcasts to (B, H, W),
         multiplies every term's loss at a pixel. ``where`` is True at pixels whose boundaries are known, bool (B, H, W):

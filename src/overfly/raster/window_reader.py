@@ -61,10 +61,7 @@ def read_windows(
 
     Windows without any valid pixel are skipped. In the others, pixels without data are 0, as in training. The ``batch``
     windows of a batch are all in one row of windows. After ``start`` finished steps, those of their windows that
-    overlap unfinished rows are read again.
-
-    Yields:
-        Batches, and `FinishedRows` after each unfinished row of windows.
+    overlap unfinished rows are read again. Yields batches, and `FinishedRows` after each unfinished row of windows.
     """
     with open_raster(source.source) as dataset:
         reader = _Reader(dataset, source, plan, batch)

@@ -308,8 +308,7 @@ def encode_webp(image: UInt8) -> bytes:
 
 def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> bytes:
     """Encode class ids (H, W) as a palette PNG; pixels without a class are striped, or ``transparent``."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(classes)] = classes.colors
+    table = classes.paint(np.arange(256).astype(np.uint8))
     table[STRIPE_LIGHT], table[STRIPE_DARK] = STRIPE_COLORS
     shown = np.where(ids < len(classes), ids, IGNORE).astype(np.uint8)
     if not transparent:

@@ -10,7 +10,7 @@ import torch
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RunError
 from overfly.core.records import UInt8
-from overfly.data.domain import Domain, Split, SplitError
+from overfly.data.domain import Domain, Split, split_items
 from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
 from overfly.evaluation.panels import confusion_figure, samples_figure
 from overfly.evaluation.score import Sample, Samples, evaluation_mode, score
@@ -140,10 +140,7 @@ def _unlabeled_samples(
     runs: Mapping[str, Run], role: Role, domain: Domain, device: torch.device | str, note: str
 ) -> SampleSet:
     recipe = next(iter(runs.values())).recipe
-    try:
-        split: Split = SPLIT if domain.items(SPLIT) else "train"
-    except SplitError:
-        split = "train"
+    split: Split = SPLIT if split_items(domain, SPLIT) else "train"
     images = list(unlabeled_images(domain, split, MetricOptions(UNLABELED, crop=1024, resize=recipe.resize)))
     predictions: list[dict[str, UInt8]] = [{} for _ in images]
     for name, run in runs.items():

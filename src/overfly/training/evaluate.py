@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from overfly.core.atomic_files import json_sha256
 from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
 from overfly.core.progress import print_status
-from overfly.data.domain import Domain, Split, SplitError
+from overfly.data.domain import Domain, Split, split_items
 from overfly.data.headers import file_stamp
 from overfly.data.loading import MAX_SIDE
 from overfly.evaluation.images import MetricOptions, unlabeled_images
@@ -120,10 +120,7 @@ def _stamp(file: object) -> object:
 
 def has_labels(domain: Domain, split: Split) -> bool:
     """Return whether a split of a domain has a label."""
-    try:
-        return any(item.label is not None for item in domain.items(split))
-    except SplitError:
-        return False
+    return any(item.label is not None for item in split_items(domain, split))
 
 
 def domain_roles(run: Run, which: str) -> list[tuple[str, Domain]]:

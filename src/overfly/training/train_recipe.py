@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def train_recipe(recipe: Recipe, out: Path, fabric: "Fabric", config: TrainerConfig) -> Run:
     """Train a recipe below ``out``, resume its unfinished run, or return its finished run.
 
-    Raises:
-        OverflyError: recipe, data or weights do not fit together. No folder is created in that case.
-        TrainingError: a loss or a weight is not finite; the last checkpoint is kept.
+    Raises `OverflyError`: recipe, data or weights do not fit together; no folder is created in that case, and
+    `TrainingError`: a loss or a weight is not finite; the last checkpoint is kept.
     """
     quiet = config.quiet or not fabric.is_global_zero
     start: Path | None = None

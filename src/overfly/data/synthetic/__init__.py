@@ -131,16 +131,17 @@ def write_synthetic(
             raise DataError(f"{setting} must be at least {least}, got {value}")
     if not scenes or set(scenes) - set(SCENES):
         raise DataError(f"scenes must be some of {', '.join(SCENES)}, got {', '.join(scenes) or 'none'}")
+    chosen = sorted(set(scenes))
     record: dict[str, object] = {"edition": EDITION, "size": size, "train": train, "val": val, "test": test}
-    record["scenes"] = sorted(set(scenes))
-    count = sum(numbers.values()) * len(set(scenes))
+    record["scenes"] = chosen
+    count = sum(numbers.values()) * len(chosen)
     if _is_written(root, record):
         return count
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with temporary_path(root, folder=True) as part:
             folder = part / "images"
-            _write_all(folder, numbers, sorted(set(scenes)), size, workers)
+            _write_all(folder, numbers, chosen, size, workers)
             (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             if root.is_dir():
                 root.rmdir()
