@@ -30,6 +30,8 @@ CHECKED = ("source mIoU", "nuclear norm", "classes", "consistency", "agreement")
 """Checks of a candidate, each with a column."""
 COLUMNS = (*CHECKED, "own source mIoU", "score", "better", "estimate", "decision")
 """Columns of the candidates' table, after the candidate."""
+FORMAT = 2
+"""Version of ``selection.json``."""
 TEMPLATE = Path(__file__).with_name("selection.md.jinja")
 LEGEND = Path(__file__).with_name("selection_legend.md").read_text(encoding="utf-8").strip()
 """Explanation of the table."""
@@ -202,7 +204,10 @@ class Comparison:
         """The content of ``selection.json``; raises `RunError` if it is damaged or of another format version."""
         file = self.path / "selection.json"
         try:
-            return Selection.model_validate(read_json(file))
+            values = read_json(file)
+            if isinstance(number := values.get("format"), int) and number > FORMAT:
+                raise RunError(f"{file} was written by a newer version of overfly (format {number}); update overfly")
+            return Selection.model_validate(values)
         except (ValueError, OSError):
             raise RunError(
                 f"{file} is damaged or of another version of overfly; delete the folder and run `overfly adapt` again"

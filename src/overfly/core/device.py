@@ -2,13 +2,22 @@
 
 import os
 import platform
+import re
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from overfly.core.errors import RecipeError
+
+SAMENESS = (
+    "type", "device", "processor", "instructions", "threads", "torch", "cuda", "kernels", "libraries", "settings",
+)  # fmt: skip
+"""Keys of `describe_machine` that the bits of trained weights depend on."""
+LIBRARIES = ("numpy", "scipy", "pillow", "rasterio", "kornia", "lightning-fabric")
+KERNEL_SETTINGS = re.compile("ATEN_|CUBLAS_|CUDNN_|DNNL_|KMP_|MKL_|NVIDIA_TF32|OMP_|ONEDNN_")
 
 
 def select_device(name: str = "auto", devices: int = 1) -> torch.device:
@@ -43,11 +52,17 @@ def cpu_name() -> str:
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Device, CPU, cores, threads and versions, as plain values."""
+    """Device, CPU and the instructions that PyTorch uses of it, cores, threads, versions, and kernels' settings."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    kernels = re.findall(
+        r"(Math Kernel Library|MKL-DNN|OpenBLAS|CuDNN) (?:Version )?v?([\d.]+\d)", torch.__config__.show()
+    )
     return {
         "device": name, "type": device.type, "processor": cpu_name(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "system": platform.platform(), "python": platform.python_version(),
-        "torch": torch.__version__, "cuda": torch.version.cuda,
+        "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "system": platform.platform(), "python": platform.python_version(),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "kernels": ", ".join(map(" ".join, kernels)),
+        "libraries": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        "settings": ", ".join(sorted("=".join(each) for each in os.environ.items() if KERNEL_SETTINGS.match(each[0]))),
     }  # fmt: skip

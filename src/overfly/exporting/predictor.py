@@ -88,7 +88,8 @@ def read_metadata(properties: Mapping[str, str], path: Path) -> tuple[ModelMetad
     if export.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
             f"{path} was exported by overfly {export.get('version', 'of an unknown version')} in format "
-            f"{export.get('format_version', 0)}, and this version reads format {FORMAT_VERSION}; export it again"
+            f"{export.get('format_version', 0)}, and this version reads format {FORMAT_VERSION}; export it again, or "
+            "update overfly"
         )
     try:
         return ModelMetadata.model_validate_json(properties[MODEL_KEY]), ExportSettings.model_validate(export)

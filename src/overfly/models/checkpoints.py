@@ -181,9 +181,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tenso
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         description = None if text is None else dict(json.loads(text))
         known = description or {}
+        if isinstance(number := known.get("format"), int) and number > FORMAT:
+            raise WeightsError(f"{path} was written by a newer version of overfly (format {number}); update overfly")
         ours = "sha256" in known or known.get("format") == FORMAT
         if ours and known.pop("sha256", None) != tensors_sha256(known, tensors):
             raise ValueError("its content differs from its digest")
+    except WeightsError:
+        raise
     except Exception as error:  # the library raises many kinds for a file that is damaged
         raise WeightsError(f"{path} is damaged ({first_line(error)}); copy, download or train it again") from error
     return description, tensors

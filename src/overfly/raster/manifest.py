@@ -219,4 +219,5 @@ def map_exists(out: Path, files: Mapping[ProductKind | str, Path], manifest: Man
         differences = f"of another version of {existing.get('raster')}"
     else:
         differences = ", ".join(f"{key} {existing.get(key)} instead of {manifest[key]}" for key in others[:3])
+        differences = differences or "settings that this version of overfly does not have"
     raise DataError(f"{out} was made with other settings ({differences}); choose another --out, or give --overwrite")

@@ -99,14 +99,17 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Open a run folder; raise `RunError` if it is missing, not a run, or written by an older version."""
+        """Open a run folder; raise `RunError` if it is missing, not a run, or of another format."""
         path = Path(path)
         if not path.exists():
             raise RunError(f"{path} does not exist; give the folder of a run, such as one below runs/")
         if not (path / "recipe.yaml").is_file():
             raise RunError(f"{path} is not a run, it has no recipe.yaml; give the folder that `overfly train` printed")
         run = cls(path)
-        if run.machine.get("format") != FORMAT:
+        number = run.machine.get("format")
+        if isinstance(number, int) and number > FORMAT:
+            raise RunError(f"{path} was written by a newer version of overfly (format {number}); update overfly")
+        if number != FORMAT:
             raise RunError(f"{path} was written by an older version of overfly; train it again")
         return run
 

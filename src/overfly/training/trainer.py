@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from overfly.core.atomic_files import append_digest, atomic_write
-from overfly.core.device import describe_machine
+from overfly.core.device import SAMENESS, describe_machine
 from overfly.core.errors import OverflyError, RecipeError, RunError, TrainingError
 from overfly.core.optimizers import set_learning_rate
 from overfly.core.prefetch import prefetch
@@ -87,9 +87,15 @@ class Trainer:
         self.state["processes"] = self.fabric.world_size
         if self.is_rank_zero:
             self.log.rewind(self.state["step"])
-            machine = {"started": utc_now()} | self.run.machine
-            machine |= describe_machine(self.fabric.device) | {"overfly": version("overfly"), "argv": sys.argv}
+            before = self.run.machine
+            machine = {"started": utc_now()} | before | describe_machine(self.fabric.device)
+            machine |= {"overfly": version("overfly"), "argv": sys.argv}
             machine |= {"processes": self.fabric.world_size, "finished": None}
+            changed = [key for key in SAMENESS if before.get(key, machine[key]) != machine[key]]
+            if changed and self.resumed_from:
+                text = ", ".join(f"{key} {machine[key]} instead of {before[key]}" for key in changed)
+                print_status(f"resumed with {text}; weights may differ from an uninterrupted run's in their last digits")
+                self.log.write(self.state["step"], event="machine changed", changes=text)
             machine.setdefault("initial_weights", self.initial_weights)
             machine |= self.arithmetic._asdict()
             self.run.write_json("machine.json", machine)
