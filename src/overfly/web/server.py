@@ -74,9 +74,9 @@ def application(
     app.add_exception_handler(OverflyError, _handle_error)
     app.add_exception_handler(RequestValidationError, _handle_invalid_request)
     app.add_middleware(BodyLimitMiddleware, limits=limits)
-    app.add_middleware(AccessMiddleware, token=token)
     if token is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    app.add_middleware(AccessMiddleware, token=token)
     meter = Instrumentator(
         should_group_status_codes=False, excluded_handlers=["^/stream$"], registry=CollectorRegistry()
     )
@@ -126,7 +126,7 @@ def socket_url(bound: socket.socket) -> str:
 
 
 class Connection(H11Protocol):
-    """A connection, closed if a request's headers are late, and answered 429 if its address has too many."""
+    """A connection, closed if headers are late; answered 429 if its address has too many, 503 if the server has."""
 
     limits = Limits()
     deadline: asyncio.TimerHandle | None = None
@@ -136,11 +136,21 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         host = (self.client or ("",))[0]
         count = sum(isinstance(other, Connection) and (other.client or ("",))[0] == host for other in self.connections)
-        if count > 2 * self.limits.connections_per_address:
+        limits, total = self.limits, len(self.connections)
+        if count > 2 * limits.connections_per_address or total > 4 * limits.connections:
             transport.abort()
-        elif count > self.limits.connections_per_address:
+        elif count > limits.connections_per_address:
             self.app = _refuse(429, "too many connections from this address; close some, or try again later")
+        elif total > limits.connections:
+            self.app = _refuse(503, "the server has too many connections; try again later")
         self._limit_headers()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a malformed request; the application, which may read its body already, sends nothing more."""
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Receive a part of a request."""
@@ -160,7 +170,7 @@ def _server(app: FastAPI, limits: Limits | None = None) -> uvicorn.Server:
     limits = limits or Limits()
     settings: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": 3, "server_header": False}
     http = type("LimitedConnection", (Connection,), {"limits": limits})
-    return uvicorn.Server(uvicorn.Config(app, http=http, limit_concurrency=limits.connections, **settings))
+    return uvicorn.Server(uvicorn.Config(app, http=http, **settings))
 
 
 def run(app: FastAPI, bound: socket.socket, limits: Limits | None = None) -> None:
@@ -306,6 +316,10 @@ class AccessMiddleware:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may see two requests, or one
+            response = _refuse(400, "the request has both content-length and transfer-encoding; send one of them")
+            response.headers["connection"] = "close"
+            return response
         origin = re.sub("^[a-z]+://", "", headers.get("origin", ""))
         if scope["method"] not in ("GET", "HEAD") and origin and origin != headers.get("host"):
             return _refuse(403, "another web site must not send requests to this server")

@@ -61,7 +61,7 @@ class Limits(Spec):
     queue: PositiveInt = 16
     """Images that are processed or wait at the same time; 429 above it."""
     connections: PositiveInt = 256
-    """Open connections, including those of the live page; 503 above it."""
+    """Open connections, including those of the live page; 503 above it, and closed at once above four times as many."""
     connections_per_address: PositiveInt = 64
     """Open connections of one address; 429 above it, and closed at once above twice as many."""
     cache: PositiveInt = 60_000_000
