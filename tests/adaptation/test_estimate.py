@@ -89,7 +89,7 @@ def test_the_estimate_of_a_network_holds_the_truth_and_opens_no_target_label() -
     network, target = ByLevel(0.15), Patches(first=50)
     result = estimate(network, Patches(blind=False), target, MetricOptions(limit=4))
     seeing = Patches(first=50, blind=False)
-    truth = Confusion.empty(3)
+    truth = Confusion(torch.zeros(3, 3, dtype=torch.int64))
     for item in seeing.items("train"):
         image = torch.from_numpy(seeing.read_image(item)).permute(2, 0, 1)[None].float()
         truth = truth + Confusion.from_predictions(

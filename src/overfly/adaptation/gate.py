@@ -78,9 +78,11 @@ class Gate(Spec):
         """The checks of a candidate: metrics of source only, and its own with ``agreement`` on the same images."""
         consistent = before.consistency + self.min_consistency_gain
         loss = 0.0 if before.source_miou is None else self.max_confidence_loss
+        predicted = [now for share, now in zip(before.shares, after.shares, strict=True) if share >= CLASS_SHARE]
+        shared = sum(now >= CLASS_SHARE for now in predicted) / max(1, len(predicted))
         checks = [
             Check(name="nuclear norm", value=after.nuclear_norm, bound=before.nuclear_norm - loss),
-            Check(name="classes", value=_shared_classes(before, after), bound=self.min_classes),
+            Check(name="classes", value=shared, bound=self.min_classes),
             Check(name="consistency", value=after.consistency, bound=consistent, rejects=False),
         ]
         if before.source_statistics_miou is not None and after.source_statistics_miou is not None:
@@ -117,12 +119,6 @@ def read_gate(settings: Sequence[str]) -> Gate:
 def passes(checks: Sequence[Check]) -> bool:
     """Whether no failed check rejects."""
     return all(check.passed for check in checks if check.rejects)
-
-
-def _shared_classes(before: LabelFreeMetrics, after: LabelFreeMetrics) -> float:
-    """Share of the classes predicted before that are predicted after, too."""
-    pairs = [now for share, now in zip(before.shares, after.shares, strict=True) if share >= CLASS_SHARE]
-    return sum(now >= CLASS_SHARE for now in pairs) / max(1, len(pairs))
 
 
 class ImageCounts(NamedTuple):

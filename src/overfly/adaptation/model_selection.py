@@ -171,7 +171,11 @@ def rank(
         source = checkpoint.run.recipe.source
         estimable = estimates and source is not None and has_labels(source, "val")
         estimated.append(estimate(network, source, target, own, split=split) if estimable and source else None)
-        scored.append(_target_scores(checkpoint, target, options.device) if with_labels else None)
+        run, step = checkpoint.run, checkpoint.step
+        stored = stored_scores(run, "target", "val", target, step) if with_labels else None
+        if with_labels and stored is None:  # labels are read once per network
+            stored = evaluate_domain(run, target, "target", "val", device=options.device, checkpoint=step)
+        scored.append(stored)
     if with_labels or "consensus" in validators:
         metrics = _with_consensus(checkpoints, metrics, target, split, options)
     candidates = _sorted_candidates(checkpoints, metrics, estimated, scored, validators)
@@ -289,13 +293,6 @@ def _source_miou(checkpoint: Checkpoint, device: torch.device | str) -> float | 
         return logged_source_miou(list(run.log.rows()), checkpoint.step)
     stored = stored_scores(run, "source", split, source)
     return (stored or evaluate_domain(run, source, "source", split, device=device)).miou
-
-
-def _target_scores(checkpoint: Checkpoint, target: Domain, device: torch.device | str) -> Scores:
-    """Scores on the target's val split; stored ones are reused, so labels are read once per network."""
-    run, step = checkpoint.run, checkpoint.step
-    stored = stored_scores(run, "target", "val", target, step)
-    return stored or evaluate_domain(run, target, "target", "val", device=device, checkpoint=step)
 
 
 def _columns(candidates: Sequence[Candidate]) -> dict[str, list[float | None]]:

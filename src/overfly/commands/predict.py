@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, check_bounds
 from overfly.core.atomic_files import file_sha256
 from overfly.core.choices import Backend
-from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.errors import OverflyError, RecipeError, render_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,14 +37,14 @@ class PredictResult:
         return int(bool(self.failures))
 
     def __rich_console__(self, *_: object) -> Iterator[str | Table]:
-        yield from _one_map(self.maps[0]) if len(self.maps) == 1 and not self.failures else _many_maps(self.maps)
-        for note in dict.fromkeys(note for result in self.maps for note in result.notes):
-            yield f"note: {note}"
-        for source, reason in self.failures.items():
-            yield f"failed: {_failure(source, reason)}"
-        if self.failures:
-            total = len(self.failures) + len(self.maps)
-            yield f"{len(self.failures)} of {total} rasters failed; the same command maps only these again"
+        several = len(self.maps) != 1 or bool(self.failures)
+        if not several:
+            yield from _one_map(self.maps[0])
+        template = Path(__file__).with_name("maps.txt.jinja")
+        failed = [_failure(source, reason) for source, reason in self.failures.items()]
+        text = render_text(template, maps=self.maps, several=several, most=MAX_LISTED, failed=failed)
+        if text:
+            yield text.rstrip("\n")
 
 
 def predict(
@@ -205,12 +205,3 @@ def _one_map(result: MapResult) -> Iterator[str | Table]:
     rate = result.windows / result.seconds if result.seconds else 0.0
     seconds = f"{result.seconds:.1f} s ({rate:.1f} windows/s; the network {result.network_seconds:.1f} s)"
     yield f"{result.windows} windows in {seconds}"
-
-
-def _many_maps(maps: Sequence[MapResult]) -> Iterator[str]:
-    for result in maps[:MAX_LISTED]:
-        yield f"{'written' if result.created else 'exists already'}: {result.out}"
-    if len(maps) > MAX_LISTED:
-        yield f"… and {len(maps) - MAX_LISTED} more in {maps[0].out.parent}"
-    existing = sum(not result.created for result in maps)
-    yield f"maps: {len(maps)}, {existing} of them existed already; {sum(result.windows for result in maps)} windows"

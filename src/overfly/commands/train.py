@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from overfly.commands import arguments
 from overfly.commands.arguments import MAX_SIDE, PathLike, PathLikes, RecipeLike, image_cache
 from overfly.core.choices import Cache, Split
-from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.errors import OverflyError, RecipeError, render_text
 
 if TYPE_CHECKING:
     from overfly.training.run import Run
@@ -101,14 +101,7 @@ class BenchmarkResult:
         from rich.markdown import Markdown
 
         if self.plan:
-            yield from map(str, self.plan)
-            for message in dict.fromkeys(message for training in self.plan for message in training.missing):
-                names = [training.name for training in self.plan if message in training.missing]
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                yield f"missing, for {names[0]}{more}: {message}"
-            known = [training.seconds for training in self.plan if training.seconds is not None]
-            runs = sum(training.runs for training in self.plan)
-            yield f"{runs} runs, about {sum(known) / 3600:.1f} h of training steps without reading and scoring"
+            yield render_text(Path(__file__).with_name("plan.txt.jinja"), plan=self.plan)
             return
         yield Markdown(self.table.markdown()) if console.is_terminal else self.table.markdown()
         yield f"written: {self.folder / 'table.md'}, {self.folder / 'table.json'}"

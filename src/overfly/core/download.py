@@ -170,7 +170,10 @@ class _ResumingDownloader:
             with requests.get(url, headers=headers, stream=True, timeout=self.timeout) as response:
                 _check_response(response, url)
                 start = received if response.status_code == 206 else 0
-                if response.status_code == 416 or (start and not _same_version(response, start, version)):
+                current = [response.headers[name] for name in ("ETag", "Last-Modified") if name in response.headers]
+                continues = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+                same = continues and (not version or not current or version in current)
+                if response.status_code == 416 or (start and not same):
                     self._discard()
                     raise _RetryError("the file on the server has changed")
                 self._receive(url, response, start)
@@ -218,13 +221,6 @@ def _check_response(response: Any, url: str) -> None:
     if status not in (200, 206, 416):
         action = "download the file in a browser" if status in (401, 403) else "check the URL"
         raise DownloadError(f"{_public_part(url)}: HTTP status {status} {response.reason}; {action}")
-
-
-def _same_version(response: Any, start: int, version: str | None) -> bool:
-    """Return True if a partial response starts at byte ``start`` of the same version of the file."""
-    current = [response.headers[name] for name in ("ETag", "Last-Modified") if name in response.headers]
-    continues = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-    return continues and (not version or not current or version in current)
 
 
 def _public_part(url: str) -> str:

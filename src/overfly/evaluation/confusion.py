@@ -25,11 +25,6 @@ class Confusion:
     counts: Tensor
 
     @classmethod
-    def empty(cls, classes: int) -> Self:
-        """Return zero counts for ``classes`` classes."""
-        return cls(torch.zeros(classes, classes, dtype=torch.int64))
-
-    @classmethod
     def from_predictions(cls, prediction: Tensor, label: Tensor, classes: int) -> Self:
         """Count the pixels of predicted class ids 0 to K-1, of any shape, and a label of this shape, without `IGNORE`.
 
@@ -49,11 +44,6 @@ class Confusion:
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.counts + other.counts.to(self.counts.device))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Confusion) and torch.equal(self.counts, other.counts)
-
-    __hash__ = None  # type: ignore[assignment]
 
     @property
     def pixels(self) -> int:
