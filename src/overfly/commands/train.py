@@ -15,6 +15,10 @@ from overfly.core.choices import Cache, Split
 from overfly.core.errors import OverflyError, RecipeError, render_text
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from overfly.benchmarking import BenchmarkTable
+    from overfly.planning import PlannedTraining
     from overfly.training.run import Run
 
 
@@ -75,13 +79,6 @@ def train(
         device, devices, workers, checkpoint_every, log_every, image_cache(cache), tensorboard=tensorboard, quiet=quiet
     )
     return TrainResult(train_recipe(value, Path(out), launch_fabric(value, config), config).path)
-
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
-    from overfly.benchmarking import BenchmarkTable
-    from overfly.planning import PlannedTraining
 
 
 @dataclass(frozen=True)

@@ -146,18 +146,8 @@ def validation_message(error: ValidationError, name: str, spec: type[Spec] | Non
     return f"{name} cannot be used: {'; '.join(dict.fromkeys(problems))}; correct this and try again"
 
 
-PROBLEMS = {
-    "missing": "is missing", "greater_than": "must be greater than {gt}", "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be less than {lt}", "less_than_equal": "must be at most {le}",
-    "literal_error": "must be {expected}", "finite_number": "must be a finite number",
-    "too_short": "must have at least {min_length} entries", "too_long": "must have at most {max_length} entries",
-}  # fmt: skip
-"""Text of each pydantic error type, with the values of its context."""
-TYPES = {
-    "int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list",
-    "list": "a list", "dict": "a mapping", "model": "a mapping of settings", "path": "a path", "mapping": "a mapping",
-}  # fmt: skip
-"""Names of the types in a recipe, by the start of pydantic's error type."""
+MESSAGES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("messages.yaml").read_text("utf-8"))
+PROBLEMS, TYPES = MESSAGES["problems"], MESSAGES["types"]
 
 
 def _problem(entry: Mapping[str, Any]) -> str:

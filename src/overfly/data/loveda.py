@@ -14,7 +14,7 @@ from pydantic import model_validator
 from overfly.core.atomic_files import lock
 from overfly.core.classes import Classes
 from overfly.core.download import OnBytes, disk_errors, download_file, unpack_zip
-from overfly.core.errors import DataError, DownloadError
+from overfly.core.errors import DataError, DownloadError, render_text
 from overfly.data.datasets import Dataset
 from overfly.data.domain import SPLITS, Split
 
@@ -88,12 +88,7 @@ class Downloaded:
 
     def __str__(self) -> str:
         """Splits and license, one a line."""
-        lines = [
-            f"{'downloaded' if part.downloaded else 'complete already'}: {part.folder} ({part.files} images and masks)"
-            + (f"; archive kept: {part.archive}" if part.archive else "")
-            for part in self.splits
-        ]
-        return "\n".join([*lines, f"license: {self.license}"])
+        return render_text(Path(__file__).with_name("downloaded.txt.jinja"), splits=self.splits, license=self.license)
 
     __rich__ = __str__
 

@@ -123,7 +123,7 @@ def map_rasters(
     done: dict[str, MapResult] = {}
     failures: dict[str, str] = {}
     with _client(workers, scheduler) as client:
-        from distributed import as_completed
+        from distributed import KilledWorker, as_completed
 
         threads = max(1, (os.cpu_count() or 1) // workers) if scheduler is None else None
         futures = {
@@ -134,7 +134,12 @@ def map_rasters(
             for source, out in outputs.items()
         }  # fmt: skip
         for future in as_completed(futures):  # type: ignore[no-untyped-call]
-            source, outcome = futures[future], _outcome(future)
+            source, error = futures[future], future.exception()
+            outcome: MapResult | str = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if isinstance(error, KilledWorker):
+                outcome = f"its workers were lost {RETRIES + 1} times, perhaps for lack of memory; lower --batch"
+            elif error is None:
+                outcome = future.result()
             if isinstance(outcome, str):
                 failures[source] = outcome
             else:
@@ -173,19 +178,6 @@ def run_task(
                 time.sleep(1.0)
     except OverflyError as error:
         return str(error)
-
-
-def _outcome(future: Any) -> MapResult | str:
-    """Return the result of a raster, or the reason of its failure."""
-    from distributed import KilledWorker
-
-    error = future.exception()
-    if isinstance(error, KilledWorker):
-        return f"its workers were lost {RETRIES + 1} times, perhaps for lack of memory; lower --batch"
-    if error is not None:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    result: MapResult | str = future.result()
-    return result
 
 
 @contextmanager

@@ -74,10 +74,10 @@ def test_clouds_are_smooth_and_crowns_are_disks() -> None:
     cloud = clouds(Random(3), 128, 32)
     assert np.abs(np.diff(cloud, axis=0)).max() < 0.2
     assert cloud.std() > 0.2
-    tree = crowns(Random(3), 64, 8)
-    np.testing.assert_allclose(tree.square, tree.right**2 + tree.down**2, rtol=1e-5)
-    assert tree.square.max() <= 2
-    assert 30 < len(np.unique(tree.number)) <= 100
+    right, down, square, number = crowns(Random(3), 64, 8)
+    np.testing.assert_allclose(square, right**2 + down**2, rtol=1e-5)
+    assert square.max() <= 2
+    assert 30 < len(np.unique(number)) <= 100
 
 
 def test_random_is_uniform_and_reproducible() -> None:

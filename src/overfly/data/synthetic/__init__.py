@@ -208,22 +208,22 @@ TEXTURE_STRENGTH: Float = np.array([DOMAINS["texture"][material.name.lower()] fo
 def _draw_trees(canvas: Canvas, random: Random, appearance: Mapping[str, Any], away: tuple[float, float]) -> None:
     """Draw tree crowns where the layout allows trees, shaded by the direction of the sun."""
     spacing, size = random.integer(*appearance["spacing"]), canvas.size
-    nearest = crowns(random, size, spacing)
+    right, down, square, number = crowns(random, size, spacing)
     pixel = np.arange(size)
-    rows = np.clip(pixel[:, None] - (nearest.down * np.float32(spacing)).astype(np.intp), 0, size - 1)
-    columns = np.clip(pixel[None, :] - (nearest.right * np.float32(spacing)).astype(np.intp), 0, size - 1)
+    rows = np.clip(pixel[:, None] - (down * np.float32(spacing)).astype(np.intp), 0, size - 1)
+    columns = np.clip(pixel[None, :] - (right * np.float32(spacing)).astype(np.intp), 0, size - 1)
     density = canvas.tree_density[rows, columns]
     reach = np.where(density < 1, np.float32(0.3), np.float32(0.56))
     material = canvas.material
-    has_tree = (nearest.number < density) & (nearest.square < reach) & (material != Material.ROOF)
+    has_tree = (number < density) & (square < reach) & (material != Material.ROOF)
     obstacle = np.isin(material, (Material.ASPHALT, Material.TRACK, Material.WATER))
-    has_tree &= ~obstacle | (nearest.square < np.float32(0.1))
+    has_tree &= ~obstacle | (square < np.float32(0.1))
     first, second = (np.array(random.choice(appearance["leaves"]), np.float32) for _ in range(2))
-    number = nearest.number[has_tree]
+    number = number[has_tree]
     mix, tone = (number * 7 % 1)[:, None], (number * 31 % 1)[:, None]
     canvas.color[has_tree] = first + (second - first) * mix + (tone - np.float32(0.5)) * 26
-    canvas.relief[has_tree] = (nearest.right * away[0] + nearest.down * away[1])[has_tree] * -70
-    canvas.height[has_tree] = (7 - 6 * nearest.square)[has_tree]
+    canvas.relief[has_tree] = (right * away[0] + down * away[1])[has_tree] * -70
+    canvas.height[has_tree] = (7 - 6 * square)[has_tree]
     material[has_tree] = Material.CROWN
 
 

@@ -308,35 +308,26 @@ def shadow_mask(height: Float, away: Vector, slope: float, highest: float) -> Bo
     return shadow
 
 
-class Crowns(NamedTuple):
-    """The crown of the nearest tree at each pixel (S, S).
+def crowns(random: Random, size: int, spacing: int) -> list[Float]:
+    """Draw one tree in every cell of a grid (cellular texture; Worley, 1996); return the nearest one of each pixel.
 
-    Distance of the pixel to the right of the tree and below it, in spacings, its square, and the tree's random number,
-    0 to 1.
+    Four arrays (S, S): the distance of the pixel to the right of the tree and below it, in spacings, the square of the
+    distance, and the tree's random number, 0 to 1.
     """
-
-    right: Float
-    down: Float
-    square: Float
-    number: Float
-
-
-def crowns(random: Random, size: int, spacing: int) -> Crowns:
-    """Draw one tree in every cell of a grid (cellular texture; Worley, 1996)."""
     cells = -(-size // spacing) + 2
     trees = [
         np.repeat(np.repeat(random.noise(cells, cells).astype(np.float32) / np.float32(256), spacing, 0), spacing, 1)
         for _ in range(3)
     ]
     pixel = (np.arange(size) % spacing + np.float32(0.5)) / np.float32(spacing)
-    best = Crowns(*(np.full((size, size), 9, np.float32) for _ in range(4)))
+    best: list[Float] = [np.full((size, size), 9, np.float32) for _ in range(4)]
     for down in (-1, 0, 1):
         for right in (-1, 0, 1):
             top, left = (1 + down) * spacing, (1 + right) * spacing
             x, y, number = (tree[top : top + size, left : left + size] for tree in trees)
             dx, dy = (pixel - right).astype(np.float32) - x, (pixel - down).astype(np.float32)[:, None] - y
             square = dx * dx + dy * dy
-            closer = square < best.square
+            closer = square < best[2]
             for nearest, new in zip(best, (dx, dy, square, number), strict=True):
                 np.copyto(nearest, new, where=closer)
     return best
