@@ -34,6 +34,13 @@ class PlannedTraining(Spec):
     missing: tuple[str, ...] = ()
     """Missing data and weights, and where to get them."""
 
+    def __str__(self) -> str:
+        """Number of runs, steps and duration."""
+        length = "steps that depend on the images" if self.steps is None else f"{self.steps} steps"
+        hours = "duration unknown" if self.seconds is None else f"about {self.seconds / 3600:.1f} h"
+        left = f"{self.runs} runs of {length}, {hours}" if self.runs else "nothing to train"
+        return f"{self.name}: {left}" + (f" ({self.done} finished)" if self.done else "")
+
 
 def plan_benchmark(
     recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int], *, out: Path, split: Split,
