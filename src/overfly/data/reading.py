@@ -90,7 +90,7 @@ def nodata_mask(source: Path | LazyArray, *, bands: int | None, nodata: float | 
 def _decode(path: Path, header: ImageHeader, count: int, nodata: float | None) -> tuple[Array, Mask | None]:
     """Bands as stored (H, W, C), and which of their values lack data (H, W, C); None: none."""
     with open_raster(path) as dataset:
-        pixels = _read(dataset, list(range(1, count + 1)))
+        pixels = np.moveaxis(dataset.read(list(range(1, count + 1))), 0, -1)
         masked = dataset.read_masks(1) == 0 if header.masked else None
         hidden = dataset.read(header.bands) == 0 if count < header.bands else None
     masked = union(masked, hidden)
@@ -129,7 +129,7 @@ def decode_label(
         expected = f"{band} or more bands" if band else "one band of numbers or three of colors"
         raise DataError(f"{path} must have {expected}, got {header.bands}; export it again")
     color = 1 if band else color
-    values = _read(dataset, [band] if band else list(range(1, color + 1)), **part)
+    values = np.moveaxis(dataset.read([band] if band else list(range(1, color + 1)), **part), 0, -1)
     palette = read_palette(dataset) if dataset.colorinterp[0].name == "palette" else None
     masked: Mask | None = dataset.read_masks(1, **part) == 0 if header.masked and header.kind != "png" else None
     if color == 3:
@@ -271,11 +271,6 @@ def nodata_values(values: Array, *nodata: float | None) -> Mask | None:
                 equal = values == (values.dtype.type(value) if is_float else value)
             missing = equal if missing is None else missing | equal
     return missing
-
-
-def _read(dataset: Any, bands: list[int], **part: Any) -> Array:
-    """Bands as stored (H, W, C)."""
-    return np.moveaxis(dataset.read(bands, **part), 0, -1)
 
 
 def pack(colors: UInt8) -> Packed:

@@ -75,7 +75,10 @@ def inspect_raster(
         colors = [dataset.colorinterp[band - 1].name for band in chosen]
         if "palette" in colors and not is_gray(read_palette(dataset)):
             raise DataError(f"{source} stores palette indices instead of intensities; save it as plain bands first")
-        gain = input_gain(source, dtype, metadata, max_value, scale=_scale(dataset, chosen))
+        declared = {(float(dataset.scales[band - 1]), float(dataset.offsets[band - 1])) for band in chosen}
+        scale, offset = min(declared)
+        scaled = len(declared) == 1 and 0 < scale < 1 and not offset
+        gain = input_gain(source, dtype, metadata, max_value, scale=scale if scaled else None)
         _check_complete(source, dataset)
         return RasterSource(
             source, dataset.height, dataset.width, chosen, dtype,
@@ -204,14 +207,6 @@ def _bands(source: str, dataset: Any, metadata: ModelMetadata, bands: str | None
     if min(chosen) < 1 or max(chosen) > dataset.count:
         raise DataError(f"--bands {bands}: {source} has the bands 1 to {dataset.count}; choose from these")
     return chosen
-
-
-def _scale(dataset: Any, bands: tuple[int, ...]) -> float | None:
-    """Return the scale below 1 that the file declares for all bands; None if they differ or have an offset."""
-    scales = {float(dataset.scales[band - 1]) for band in bands}
-    scale = scales.pop()
-    plain = not scales and not any(dataset.offsets[band - 1] for band in bands)
-    return scale if plain and 0 < scale < 1 else None
 
 
 def _check_complete(source: str, dataset: Any) -> None:
