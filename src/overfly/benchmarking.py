@@ -18,7 +18,6 @@ from overfly.data.domain import Domain, Split
 from overfly.evaluation.score import Samples
 from overfly.evaluation.scores import Scores
 from overfly.evaluation.speed import Speed, measure_speed
-from overfly.models.network import build
 from overfly.recipe import Recipe, load
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
 from overfly.training.evaluate import evaluate_domain, has_labels, stored_scores
@@ -178,10 +177,10 @@ def tabulate(
     rows = benchmark_rows(done, split)
     networks = []
     for name in dict.fromkeys(row.model for row in rows):
-        recipe = next(runs[0].recipe for runs in done.values() if runs[0].recipe.model.name == name)
-        domain = recipe.source or recipe.domain("target")
-        full = build(name, len(domain.classes), training_heads=True, bands=domain.bands)
-        speed = measure_speed(full, size=size, bands=domain.bands, device=device)
+        run = next(runs[0] for runs in done.values() if runs[0].recipe.model.architecture == name)
+        segmenter = run.segmenter()
+        full = segmenter.network
+        speed = measure_speed(full, size=size, bands=segmenter.bands, device=device)
         parameters = sum(parameter.numel() for parameter in full.parameters())
         networks.append(BenchmarkNetwork(name=name, parameters_training=parameters, speed=speed))
     first = [runs[0] for runs in done.values()]
@@ -198,7 +197,7 @@ def benchmark_rows(done: Mapping[Path, Sequence[Run]], split: Split) -> list[Ben
     """The rows of a table, with the scores of finished runs and the share of the gap that each recipe closed."""
     rows: list[BenchmarkRow] = []
     for path, runs in done.items():
-        row = _row(path, runs, sum(row.model == runs[0].recipe.model.name for row in rows), split)
+        row = _row(path, runs, sum(row.model == runs[0].recipe.model.architecture for row in rows), split)
         rows.append(row.model_copy(update={"gap_closed": _gap_closed(runs, done.values(), split)}))
     return rows
 
@@ -237,7 +236,7 @@ def _row(path: Path, runs: Sequence[Run], version: int, split: Split) -> Benchma
     origin_source = recipe.source or origin.source
     opened = [run.scores.get("labels_opened", {}).get(f"target/{split}", {}).get("times", 0) for run in runs]
     return BenchmarkRow(
-        recipe=path.stem, version=version, model=recipe.model.name, method=recipe.method.name,
+        recipe=path.stem, version=version, model=recipe.model.architecture, method=recipe.method.name,
         augmentation=", ".join(entry.name for entry in recipe.augment) or "none",
         source=origin_source.title if origin_source else "none", batch=recipe.batch,
         criterion=recipe.method.criterion.name if recipe.method.needs_source else "none",
@@ -255,8 +254,8 @@ def _gap_closed(runs: Sequence[Run], others: Iterable[Sequence[Run]], split: Spl
     baselines = [run for row in others for run in row if run.recipe.method.name == "source_only"]
 
     def trained_on(domain: Domain | None, like: Recipe) -> Run | None:
-        same = (domain, like.model.name, like.seed)
-        runs = [run for run in baselines if (run.recipe.source, run.recipe.model.name, run.recipe.seed) == same]
+        same = (domain, like.model.architecture, like.seed)
+        runs = [run for run in baselines if (run.recipe.source, run.recipe.model.architecture, run.recipe.seed) == same]
         return max(runs, key=lambda run: (run.recipe.epochs or 0, run.recipe.length(0)), default=None)
 
     closed: list[float | None] = []

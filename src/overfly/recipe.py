@@ -18,6 +18,7 @@ from overfly.data.sampling import Sampling, Uniform
 from overfly.methods.method import Method
 from overfly.methods.source_only import SourceOnly
 from overfly.models import names
+from overfly.models.network import CHECKPOINT_BUILDERS
 from overfly.ops.augmentation import Augment
 from overfly.ops.geometry import RandomCrop
 
@@ -27,8 +28,11 @@ class Model(Spec):
 
     name: str = "pidnet_s"
     """Architecture, by its name in `overfly list`."""
+    checkpoint: str | None = None
+    """For ``transformers``: a folder with config.json and model.safetensors, or a name on the Hugging Face hub."""
     weights: str | None = "imagenet"
-    """Weights to start from: ``imagenet``, random where the network's ImageNet weights cannot be had; a file;
+    """Weights to start from: ``imagenet``, random where the network's ImageNet weights cannot be had (of a network of
+    ``transformers``: those of its checkpoint); a file;
     ``package:NAME/FILE`` inside an installed package; or a name of `overfly list`. null: random."""
     sha256: str | None = None
     """SHA-256 of the weights file."""
@@ -43,14 +47,27 @@ class Model(Spec):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        name, _, checkpoint = value.partition(":")
+        return {"name": name, "checkpoint": checkpoint} if checkpoint else {"name": name}
+
+    @property
+    def architecture(self) -> str:
+        """The name that `overfly.models.build` takes: ``name`` or ``name:checkpoint``."""
+        return f"{self.name}:{self.checkpoint}" if self.checkpoint else self.name
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
-        if self.name not in names():
+        if (self.name in CHECKPOINT_BUILDERS) != bool(self.checkpoint):
+            raise ValueError(
+                f"model {self.name} takes no checkpoint; remove it" if self.checkpoint
+                else f"model {self.name} needs a checkpoint; set model.checkpoint to a folder or a name on the hub"
+            )  # fmt: skip
+        if self.checkpoint is None and self.name not in names():
             load_plugins()
-        if self.name not in names():
-            raise ValueError(f"no model is called {self.name!r}; there are: {', '.join(names())}")
+            if self.name not in names():
+                raise ValueError(f"no model is called {self.name!r}; there are: {', '.join(names())}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std must be given together")
         if self.sha256 is not None and self.weights in (None, "imagenet"):

@@ -122,7 +122,9 @@ def propose_recipes(
 
 def _optimizer(model: Model, factor: float = 1.0) -> AdamW:
     """Return the optimizer of an adaptation with ``factor`` times its rate, which is lower for pretrained weights."""
-    pretrained = model.weights not in (None, "imagenet") or (model.weights and build(model.name).imagenet)
+    pretrained = model.weights not in (None, "imagenet") or (
+        model.weights and (model.checkpoint or build(model.name).imagenet)
+    )
     return AdamW(lr=PRETRAINED_RATE * factor, head=10.0) if pretrained else AdamW(lr=LEARNING_RATE * factor)
 
 

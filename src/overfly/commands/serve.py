@@ -173,7 +173,7 @@ def _describe(run: "Run") -> dict[str, str]:
     from overfly.core.progress import percent
 
     recipe = run.recipe
-    about = {"model": recipe.model.name, "method": recipe.method.name}
+    about = {"model": recipe.model.architecture, "method": recipe.method.name}
     domains = {role: domain for role in ("source", "target") if (domain := getattr(recipe, role)) is not None}
     about |= {role: domain.title for role, domain in domains.items()}
     for role in domains:

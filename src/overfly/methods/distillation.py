@@ -1,7 +1,7 @@
 """Distillation: an adapted network of any architecture teaches a light one (Hinton et al., 2015, arXiv:1503.02531)."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,24 @@ from overfly.methods.method import Method, Networks, prefixed
 from overfly.models.segmenter import Segmenter
 from overfly.ops.losses import soft_label_loss
 from overfly.ops.normalization import joint_forward
+
+
+def load_teacher(path: Path, student: nn.Module, *, training_heads: bool | None = None) -> Segmenter:
+    """Load the trained network of a run folder or weights file; ``training_heads`` as for `Segmenter.load`.
+
+    Raises `RecipeError`: it does not exist, or has other classes, bands or value range than the student.
+    """
+    file = path / "checkpoints" / "best.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise RecipeError(f"method.teacher: {file} does not exist; give a finished run or a weights file")
+    own, teacher = cast(Segmenter, student), Segmenter.load(file, training_heads)
+    if (own.classes.names, own.bands, own.max_value) != (teacher.classes.names, teacher.bands, teacher.max_value):
+        raise RecipeError(
+            f"method.teacher: {path} has {teacher.bands} bands up to {teacher.max_value:g} and the classes "
+            f"{', '.join(teacher.classes.names)}, the student {own.bands} up to {own.max_value:g} and "
+            f"{', '.join(own.classes.names)}; give a teacher of the same classes, bands and value range"
+        )
+    return teacher
 
 
 class DistillNetworks(Networks):
@@ -49,18 +67,7 @@ class Distill(Method[DistillNetworks], name="distill"):
         Raises `RecipeError`: the teacher does not exist, or has other classes, bands or value range than the student,
         and `WeightsError`: the teacher's file is damaged.
         """
-        path = self.teacher / "checkpoints" / "best.safetensors" if self.teacher.is_dir() else self.teacher
-        if not path.is_file():
-            raise RecipeError(f"method.teacher: {path} does not exist; give a finished run or a weights file")
-        nets = DistillNetworks(student, Segmenter.load(path, training_heads=False))
-        own, teacher = nets.segmenter, nets.teacher
-        if (own.classes.names, own.bands, own.max_value) != (teacher.classes.names, teacher.bands, teacher.max_value):
-            raise RecipeError(
-                f"method.teacher: {self.teacher} has {teacher.bands} bands up to {teacher.max_value:g} and the classes "
-                f"{', '.join(teacher.classes.names)}, the student {own.bands} up to {own.max_value:g} and "
-                f"{', '.join(own.classes.names)}; give a teacher of the same classes, bands and value range"
-            )
-        return nets
+        return DistillNetworks(student, load_teacher(self.teacher, student, training_heads=False))
 
     def losses(self, nets: DistillNetworks, batch: Batch) -> Losses:
         """Soft-label loss on the target; supervised loss on the source if there is one."""

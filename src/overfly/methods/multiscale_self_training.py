@@ -1,5 +1,6 @@
 """Multi-scale class-balanced self-training, for batch-normalized real-time networks and overhead imagery."""
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -143,6 +144,15 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
 
     def losses(self, nets: MultiscaleNetworks, batch: Batch) -> Losses:
         """Supervised loss on source images and on mixed images."""
+        mixed, mask, confident = self.mix(nets, batch)
+        return {**self.mixed_losses(nets.student, batch.source, mixed, mask), "confident_share": confident}
+
+    @torch.no_grad()
+    def mix(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Labeled, Tensor, Tensor]:
+        """Target images with pseudo-labels and pasted source classes, where these are (B, H, W), and the labeled share.
+
+        Images are color-augmented; the share is that of the pixels of the target with a pseudo-label.
+        """
         source = batch.source
         if self.reference == "source":
             shares = class_shares(source.label, len(nets.reference)).mean(0)
@@ -152,12 +162,22 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
         mask = class_mask(source.label, self.mix_share) if self.mix_share else torch.zeros_like(label, dtype=torch.bool)
         mixed = paste(mask, source, Labeled(target, label))
         view = augment_colors(mixed.image, self.strong_augment, nets.segmenter.max_value)
-        with frozen_statistics(nets.student, active=self.statistics == "frozen"):
-            source_logits, mixed_logits = joint_forward(nets.student, source.image, view)
+        return Labeled(view, mixed.label), mask, (label != IGNORE).float().mean()
+
+    def mixed_losses(
+        self, student: nn.Module, source: Labeled, mixed: Labeled, mask: Tensor,
+        weight: Callable[[Tensor], Tensor] | None = None,
+    ) -> Losses:  # fmt: skip
+        """Supervised loss of a student on source images and on mixed ones, boundaries where ``mask`` is true.
+
+        ``weight`` returns the weight of each pixel (B, H, W) for the scores (B, K, H, W) of mixed images.
+        """
+        with frozen_statistics(student, active=self.statistics == "frozen"):
+            source_logits, mixed_logits = joint_forward(student, source.image, mixed.image)
+        weights = None if weight is None else weight(mixed_logits.main.detach())
         return {
             **prefixed("source", self.supervised(source_logits, source.label)),
-            **prefixed("mixed", self.supervised(mixed_logits, mixed.label, where=mask), self.weight),
-            "confident_share": (label != IGNORE).float().mean(),
+            **prefixed("mixed", self.supervised(mixed_logits, mixed.label, weights, where=mask), self.weight),
         }
 
     def augment_target(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Tensor, Tensor | None]:

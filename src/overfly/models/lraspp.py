@@ -93,19 +93,20 @@ class InvertedResidual(nn.Module):
         return x + out if self.adds else out
 
 
-def mobilenet_v2_features(bands: int) -> nn.Sequential:
-    """MobileNetV2 up to its 320 planes, at output stride 16, without the 1280 planes of its classifier.
+def mobilenet_v2_features(bands: int, width: float = 1.0) -> nn.Sequential:
+    """MobileNetV2 up to its 320 × ``width`` planes, at output stride 16, without the 1280 planes of its classifier.
 
     The first block of a dilated stage is not dilated, since its input is not.
     """
-    blocks: list[nn.Module] = [_bn_relu6(nn.Conv2d(bands, 32, 3, 2, 1, bias=False))]
-    inputs, before = 32, 1
+    inputs, before = int(32 * width), 1
+    blocks: list[nn.Module] = [_bn_relu6(nn.Conv2d(bands, inputs, 3, 2, 1, bias=False))]
     for stage in STAGES:
         for index in range(stage.blocks):
             dilation = before if index == 0 else stage.dilation
             stride = stage.stride if index == 0 else 1
-            blocks.append(InvertedResidual(inputs, stage.planes, stage.expansion, stride, dilation))
-            inputs = stage.planes
+            planes = int(stage.planes * width)
+            blocks.append(InvertedResidual(inputs, planes, stage.expansion, stride, dilation))
+            inputs = planes
         before = stage.dilation
     return nn.Sequential(*blocks)
 
@@ -120,25 +121,28 @@ class LRASPP(Network):
     class_layer = "classifier"
     imagenet = "mobilenet_v2"
 
-    def __init__(self, classes: int, training_heads: bool, bands: int) -> None:
+    def __init__(self, classes: int, training_heads: bool, bands: int, width: float = 1.0) -> None:
         super().__init__()
-        self.features = mobilenet_v2_features(bands)
+        if width != 1:
+            self.imagenet = ""
+        self.features = mobilenet_v2_features(bands, width)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        self.context = nn.Sequential(nn.Conv2d(320, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU())
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(320, 256, 1), nn.Sigmoid())
-        self.at_eighth = _separable(256 + 32, 128)
-        self.at_quarter = _separable(128 + 24, 64)
-        self.auxiliary = nn.Conv2d(256, classes, 1) if training_heads else None
-        self.classifier = nn.Conv2d(64, classes, 1)
+        last, context, eighth, quarter = (int(planes * width) for planes in (320, 256, 128, 64))
+        self.context = nn.Sequential(nn.Conv2d(last, context, 1, bias=False), nn.BatchNorm2d(context), nn.ReLU())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(last, context, 1), nn.Sigmoid())
+        self.at_eighth = _separable(context + int(32 * width), eighth)
+        self.at_quarter = _separable(eighth + int(24 * width), quarter)
+        self.auxiliary = nn.Conv2d(context, classes, 1) if training_heads else None
+        self.classifier = nn.Conv2d(quarter, classes, 1)
 
     def forward(self, image: Tensor) -> Logits:
         """Scores at a 4th of the size, from normalized images (B, C, H, W).
 
         Returns:
-            main (B, K, ⌈H/4⌉, ⌈W/4⌉); with training heads aux (B, K, ⌈H/16⌉, ⌈W/16⌉); features (B, 320, ⌈H/16⌉,
-            ⌈W/16⌉).
+            main (B, K, ⌈H/4⌉, ⌈W/4⌉); with training heads aux (B, K, ⌈H/16⌉, ⌈W/16⌉); features (B, 320 × width,
+            ⌈H/16⌉, ⌈W/16⌉).
         """
         quarter = self.features[: QUARTER + 1](image)
         eighth = self.features[QUARTER + 1 : EIGHTH + 1](quarter)
@@ -155,3 +159,9 @@ class LRASPP(Network):
 def lraspp_mobilenet_v2(classes: int = 7, training_heads: bool = True, bands: int = 3) -> Network:
     """LR-ASPP on MobileNetV2: 2.0 million parameters, for training from ImageNet weights on little data."""
     return LRASPP(classes, training_heads, bands)
+
+
+@register
+def lraspp_mobilenet_v2_half(classes: int = 7, training_heads: bool = True, bands: int = 3) -> Network:
+    """LR-ASPP on MobileNetV2 with half the planes: 0.5 million parameters, to be taught by a larger network."""
+    return LRASPP(classes, training_heads, bands, width=0.5)

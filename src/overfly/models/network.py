@@ -1,6 +1,7 @@
 """The base class of all networks, and their registry: one builder function per variant."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Network(nn.Module):
         class_layer: name of the submodule that maps one feature map to `Logits.main`, which methods with two
             classifiers (MCD, CLAN) need; empty: the network has none.
         imagenet: name of its ImageNet weights in `overfly.models.PRETRAINED`; empty: no address is known.
+        config: what `build` needs beside name, classes, training heads and bands, as JSON; None: nothing.
         count_include_pad: True if average pools count the zeros around a map, as in PIDNet's release.
     """
 
@@ -31,6 +33,7 @@ class Network(nn.Module):
     first_conv: str = ""
     class_layer: str = ""
     imagenet: str = ""
+    config: Mapping[str, Any] | None = None
     count_include_pad: bool = True
     __call__: Callable[..., Logits]
 
@@ -68,6 +71,8 @@ class Network(nn.Module):
 Builder = Callable[[int, bool, int], Network]
 """Function of (classes, training_heads, bands) that returns a network with random weights."""
 _BUILDERS: dict[str, Builder] = {}
+CHECKPOINT_BUILDERS: dict[str, Callable[[str, Mapping[str, Any] | None, int, int], Network]] = {}
+"""Functions of (checkpoint, config, classes, bands), by name: networks whose architecture a checkpoint describes."""
 
 
 def register(builder: Builder) -> Builder:
@@ -84,12 +89,18 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_BUILDERS))
 
 
-def build(name: str, classes: int = 7, training_heads: bool = True, bands: int = 3) -> Network:
+def build(
+    name: str, classes: int = 7, training_heads: bool = True, bands: int = 3, config: Mapping[str, Any] | None = None
+) -> Network:
     """Build a network of `names` or a plug-in, with random weights, for K classes and images of C bands.
 
-    ``training_heads`` adds the auxiliary and boundary heads that only training uses. Raises `RecipeError` if the name
-    is unknown, or a number is below 1.
+    ``transformers:CHECKPOINT`` is the network of a folder or of a name on the Hugging Face hub, or that of ``config``
+    (`Network.config`). ``training_heads`` adds the auxiliary and boundary heads that only training uses. Raises
+    `RecipeError` if the name is unknown, a number is below 1, or the checkpoint cannot be read.
     """
+    kind, _, checkpoint = name.partition(":")
+    if kind in CHECKPOINT_BUILDERS:
+        return CHECKPOINT_BUILDERS[kind](checkpoint, config, classes, bands)
     if name not in _BUILDERS:
         load_plugins()
     if name not in _BUILDERS:

@@ -120,6 +120,7 @@ class Segmenter(nn.Module):
             "format": FORMAT, "architecture": self.architecture, "classes": self.classes.model_dump(mode="json"),
             "bands": self.bands, "max_value": self.max_value, "training_heads": self.network.has_training_heads,
             "count_include_pad": self.network.count_include_pad,
+            **({"config": self.network.config} if self.network.config else {}),
         }  # fmt: skip
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         description["sha256"] = tensors_sha256(description, tensors)
@@ -145,7 +146,8 @@ class Segmenter(nn.Module):
             saved_heads = bool(description["training_heads"])
             with_heads = saved_heads if training_heads is None else training_heads
             classes = Classes.model_validate(description["classes"])
-            network = build(description["architecture"], len(classes), with_heads, description["bands"])
+            parts = (description["architecture"], len(classes), with_heads, description["bands"])
+            network = build(*parts, config=description.get("config"))
             if not description.get("count_include_pad", True):
                 network.set_count_include_pad(False)
             segmenter = cls(

@@ -69,7 +69,13 @@ def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = N
     file = locate(path)
     if sha256 is not None:
         check_digest(file, sha256)
-    state = strip_prefixes(read_tensors(file), tuple(name for name, _ in network.named_children()))
+    return load_tensors(
+        network, file, strip_prefixes(read_tensors(file), tuple(name for name, _ in network.named_children()))
+    )
+
+
+def load_tensors(network: nn.Module, file: Path, state: dict[str, Tensor]) -> LoadReport:
+    """Load tensors by name as `load_weights` does; ``file`` is where they come from, for the report."""
     notes: tuple[str, ...] = ()
     if isinstance(network, Network):
         state, notes = network.convert_checkpoint(state)

@@ -218,11 +218,11 @@ def group_by_recipe(runs: Sequence[Run]) -> dict[Path, list[Run]]:
     order = {"source_only": 0, "recalibrate": 1}
     for run in sorted(runs, key=lambda run: (order.get(run.recipe.method.name, 2), run.path.name)):
         groups.setdefault(json.dumps(with_seed(run.recipe, 0).model_dump(mode="json"), sort_keys=True), []).append(run)
-    several_models = len({run.recipe.model.name for run in runs}) > 1
+    several_models = len({run.recipe.model.architecture for run in runs}) > 1
     result: dict[Path, list[Run]] = {}
     for group in groups.values():
         recipe = group[0].recipe
-        title = f"{recipe_title(recipe)}, {recipe.model.name}" if several_models else recipe_title(recipe)
+        title = f"{recipe_title(recipe)}, {recipe.model.architecture}" if several_models else recipe_title(recipe)
         name, number = title, 1
         while Path(name) in result:
             number += 1
@@ -266,10 +266,10 @@ def collect_report(
 def _speeds(runs: Sequence[Run], size: int, device: torch.device) -> dict[str, Speed]:
     speeds: dict[str, Speed] = {}
     for recipe in (run.recipe for run in runs):
-        if recipe.model.name not in speeds:
+        if recipe.model.architecture not in speeds:
             domain = recipe.source or recipe.domain("target")
-            network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
-            speeds[recipe.model.name] = measure_speed(
+            network = build(recipe.model.architecture, len(domain.classes), training_heads=True, bands=domain.bands)
+            speeds[recipe.model.architecture] = measure_speed(
                 network, size=size, bands=domain.bands, device=device, warmup=3, repeats=15
             )
     return speeds
@@ -331,7 +331,7 @@ def _galleries(groups: Mapping[Path, Sequence[Run]], labels: bool, limit: int, d
             continue
         domain = recipe.target or recipe.source
         origin = recipe.start.source if recipe.source is None and isinstance(recipe.start, Recipe) else recipe.source
-        same = pairs.setdefault(repr((recipe.target is None, domain, origin, recipe.model.name)), {})
+        same = pairs.setdefault(repr((recipe.target is None, domain, origin, recipe.model.architecture)), {})
         baseline = _baseline(run) if recipe.method.name != "source_only" else None
         if baseline is not None and not any(other.recipe.method.name == "source_only" for other in same.values()):
             same[BASELINE] = baseline

@@ -142,13 +142,15 @@ def choose_arithmetic(recipe: Recipe, device: torch.device, processes: int = 1, 
     domain = recipe.source or recipe.domain("target")
     shape = {"classes": len(domain.classes), "bands": domain.bands, "size": recipe.crop, "batch": recipe.batch}
     machine = {key: value for key, value in describe_machine(device).items() if key in ("device", "threads", "torch")}
-    facts = {"network": recipe.model.name, **shape, **machine}
+    facts = {"network": recipe.model.architecture, **shape, **machine}
     file = cache_folder() / "training" / f"{json_sha256(facts)[:16]}.json"
     seconds: Mapping[str, float] = {}
     with suppress(OSError, ValueError, LookupError, AttributeError):
         seconds = {str(each): float(time) for each, time in read_json(file)["seconds"].items()}
     if not seconds.keys() & {str(each) for each in ARITHMETICS}:
-        seconds = {str(one): time for one, time in time_arithmetics(recipe.model.name, **shape, device=device).items()}
+        seconds = {
+            str(one): time for one, time in time_arithmetics(recipe.model.architecture, **shape, device=device).items()
+        }
         with suppress(OSError):  # timed again next time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**facts, "seconds": seconds})

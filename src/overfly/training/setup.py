@@ -18,9 +18,10 @@ from overfly.data.domain import Domain, Split, check_masks, without_labels
 from overfly.data.loading import BatchDataset, BatchStream, estimate_cache_bytes
 from overfly.data.sampling import Uniform
 from overfly.methods.method import Networks
+from overfly.models.hugging_face import TransformersNetwork
 from overfly.models.network import Network, build
 from overfly.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
-from overfly.models.weights import LoadReport, load_weights
+from overfly.models.weights import LoadReport, load_tensors, load_weights
 from overfly.recipe import Model, Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
 
@@ -155,14 +156,19 @@ def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmente
         segmenter, origin = Segmenter.load(start), str(start)
         _check_start(start, segmenter, recipe, domain)
     else:
-        network = build(recipe.model.name, len(domain.classes), training_heads=True, bands=domain.bands)
+        network = build(recipe.model.architecture, len(domain.classes), training_heads=True, bands=domain.bands)
         report = load_initial_weights(recipe.model, network)
         origin = "random" if report is None else str(report.source)
         if report is not None:
             _check_class_layer(recipe, network, report)
         mean, std = normalization(recipe.model, domain, pretrained=report is not None)
         segmenter = Segmenter(
-            network, domain.classes, architecture=recipe.model.name, mean=mean, std=std, max_value=domain.max_value
+            network,
+            domain.classes,
+            architecture=recipe.model.architecture,
+            mean=mean,
+            std=std,
+            max_value=domain.max_value,
         )
     if recipe.model.count_include_pad is not None:
         segmenter.network.set_count_include_pad(recipe.model.count_include_pad)
@@ -174,12 +180,15 @@ def load_initial_weights(model: Model, network: Network) -> LoadReport | None:
     if model.weights is None:
         return None
     try:
-        if model.weights == "imagenet" and not network.imagenet:
+        if model.weights == "imagenet" and not (network.imagenet or model.checkpoint):
             raise WeightsError("no address of its ImageNet weights is known")
-        name = network.imagenet if model.weights == "imagenet" else model.weights
-        report = load_weights(network, name, sha256=model.sha256)
+        if model.weights == "imagenet" and isinstance(network, TransformersNetwork):
+            report = load_tensors(network, Path(str(model.checkpoint)), network.pretrained(str(model.checkpoint)))
+        else:
+            name = network.imagenet if model.weights == "imagenet" else model.weights
+            report = load_weights(network, name, sha256=model.sha256)
     except (WeightsError, DownloadError) as error:
-        if model.weights != "imagenet":
+        if model.weights != "imagenet" or model.checkpoint:
             raise
         print_status(f"{model.name} starts from random weights ({error}); better set model.weights to an ImageNet file")
         return None
@@ -195,7 +204,7 @@ def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Doma
         "bands": "use the same bands in both", "max_value": "rescale the images to the same range",
     }  # fmt: skip
     names = (", ".join(segmenter.classes.names), ", ".join(domain.classes.names))
-    models = (segmenter.architecture, recipe.model.name)
+    models = (segmenter.architecture, recipe.model.architecture)
     bands, ranges = (segmenter.bands, domain.bands), (f"{segmenter.max_value:g}", f"{domain.max_value:g}")
     for (setting, correct), (own, other) in zip(advice.items(), (names, models, bands, ranges), strict=True):
         if own != other:
