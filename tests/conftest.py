@@ -90,6 +90,7 @@ def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
     special: dict[str, Callable[[], dict[str, Any]]] = {
         "daformer": lambda: {"warmup": 1},
         "distill": lambda: {"teacher": str(initial_network(load(small))[0].save(tmp_path / "teacher.safetensors"))},
+        "large_teacher": lambda: {"teacher": str(initial_network(load(small))[0].save(tmp_path / "teacher.safetensors"))},
         "source_free": lambda: {"statistics": "batch"},  # running statistics after three steps are too inaccurate
     }
 

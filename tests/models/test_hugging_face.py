@@ -93,7 +93,14 @@ def test_the_loss_reaches_the_first_layer(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["segformer", "dinov2", "mask2former"])
 def test_round_trip_through_a_folder(kind: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
     source = {"name": "synthetic", "scene": "urban", "size": 64, "train": 4, "val": 2}
-    values = {"source": source, "crop": 64, "window": 64, "batch": 2, "steps": 2, "model": f"transformers:{folder(kind)}"}
+    values = {
+        "source": source,
+        "crop": 64,
+        "window": 64,
+        "batch": 2,
+        "steps": 2,
+        "model": f"transformers:{folder(kind)}",
+    }
     run = train(load(values), out=tmp_path / "runs", quiet=True)
     trained = Run.open(run.path).segmenter()
     assert isinstance(trained.network, TransformersNetwork)

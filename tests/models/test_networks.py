@@ -18,6 +18,7 @@ PARAMETERS = {  # of 7 classes: with training heads, without
     "pidnet_l": (37_308_143, 36_936_487),
     "deeplabv2_resnet101": (43_016_284, 43_016_284),
     "lraspp_mobilenet_v2": (2_030_390, 2_028_591),
+    "lraspp_mobilenet_v2_half": (533_826, 532_923),
 }
 GMACS = {  # of one 3×512×512 image
     "pidnet_s": (6.274, 5.893),
@@ -25,10 +26,12 @@ GMACS = {  # of one 3×512×512 image
     "pidnet_l": (35.872, 34.354),
     "deeplabv2_resnet101": (184.520, 184.520),
     "lraspp_mobilenet_v2": (2.817, 2.815),
+    "lraspp_mobilenet_v2_half": (0.762, 0.761),
 }
 OUTPUTS = {  # on formula-filled weights: mean, deviation, and the scores at two places
     "deeplabv2_resnet101": (-0.37175, 2.36323, -1.64768, -1.91288),
     "lraspp_mobilenet_v2": (-0.00843, 0.82772, 0.21200, -1.00454),
+    "lraspp_mobilenet_v2_half": (-0.04229, 0.96580, 1.84001, 0.25111),
     "pidnet_l": (-0.05042, 0.87192, 0.11798, -0.16847),
     "pidnet_m": (-0.90577, 1.20533, 0.07168, 0.25056),
     "pidnet_s": (-2.03130, 2.43723, -1.21988, 0.83875),

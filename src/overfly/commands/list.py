@@ -50,7 +50,7 @@ def build_catalog() -> Catalog:
     from overfly.models.checkpoints import PRETRAINED
 
     load_plugins()
-    groups = {"model": {name: networks.first_paragraph(name) for name in networks.names()}}
+    groups = {"model": {name: summary(build) for name, build in networks.builders().items()}}
     groups["weights"] = {name: url for name, (url, _) in sorted(PRETRAINED.items())}
     for group, choice in choices().items():
         groups[group] = {name: summary(kind) for name, kind in sorted(choice.kinds.items())}
@@ -73,7 +73,7 @@ def choices() -> "dict[str, type[Choice]]":
     }  # fmt: skip
 
 
-def summary(kind: type[object]) -> str:
+def summary(kind: object) -> str:
     """Return the first paragraph of a docstring, on one line, or the summary of a data sheet."""
     sheet = getattr(kind, "sheet", None)
     return sheet().summary if sheet else " ".join((kind.__doc__ or "").strip().split("\n\n")[0].split())

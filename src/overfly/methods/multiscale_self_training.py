@@ -177,7 +177,7 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
         weights = None if weight is None else weight(mixed_logits.main.detach())
         return {
             **prefixed("source", self.supervised(source_logits, source.label)),
-            **prefixed("mixed", self.supervised(mixed_logits, mixed.label, weights, where=mask), self.weight),
+            **prefixed("mixed", self.supervised(mixed_logits, mixed.label, weight=weights, where=mask), self.weight),
         }
 
     def augment_target(self, nets: MultiscaleNetworks, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -116,6 +117,8 @@ CHECKPOINT_BUILDERS[NAME] = transformers
 
 def _config(checkpoint: str, config: Mapping[str, Any] | None = None) -> Any:
     """Configuration, by default that of a folder or of a name on the hub."""
+    if config is None and checkpoint[0] in "./~" and not Path(checkpoint).is_dir():
+        raise FileNotFoundError("there is no such folder")
     values = _safe(config or _library().PreTrainedConfig.get_config_dict(checkpoint)[0])
     return _library().AutoConfig.for_model(values.pop("model_type"), **values)
 

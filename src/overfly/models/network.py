@@ -98,7 +98,7 @@ def build(
     (`Network.config`). ``training_heads`` adds the auxiliary and boundary heads that only training uses. Raises
     `RecipeError` if the name is unknown, a number is below 1, or the checkpoint cannot be read.
     """
-    kind, _, checkpoint = name.partition(":")
+    kind, _, checkpoint = str(name).partition(":")
     if kind in CHECKPOINT_BUILDERS:
         return CHECKPOINT_BUILDERS[kind](checkpoint, config, classes, bands)
     if name not in _BUILDERS:
@@ -115,6 +115,6 @@ def resize(image: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(image, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def first_paragraph(name: str) -> str:
-    """First paragraph of the docstring of a network's builder, on one line."""
-    return (_BUILDERS[name].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+def builders() -> dict[str, Callable[..., Network]]:
+    """All builders by name, sorted; those of `CHECKPOINT_BUILDERS` too."""
+    return dict(sorted({**_BUILDERS, **CHECKPOINT_BUILDERS}.items()))

@@ -249,7 +249,7 @@ def launch_fabric(recipe: Recipe, config: TrainerConfig, arithmetic: Arithmetic 
     without_source = recipe.method.uses_optional_source and recipe.source is None
     strategy = DDPStrategy(
         process_group_backend="nccl" if device.type == "cuda" else "gloo",
-        find_unused_parameters=recipe.method.has_unused_parameters or without_source,
+        find_unused_parameters=bool(recipe.method.has_unused_parameters or without_source or recipe.model.checkpoint),
     )
     fabric = Fabric(
         accelerator={"cuda": "gpu"}.get(device.type, device.type), devices=devices, num_nodes=machines,
