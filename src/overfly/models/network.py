@@ -117,4 +117,5 @@ def resize(image: Tensor, like: Tensor) -> Tensor:
 
 def builders() -> dict[str, Callable[..., Network]]:
     """All builders by name, sorted; those of `CHECKPOINT_BUILDERS` too."""
-    return dict(sorted({**_BUILDERS, **CHECKPOINT_BUILDERS}.items()))
+    every: dict[str, Callable[..., Network]] = {**_BUILDERS, **CHECKPOINT_BUILDERS}
+    return {name: every[name] for name in sorted(every)}
