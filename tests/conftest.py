@@ -87,10 +87,14 @@ def recipe(small: dict[str, Any]) -> Recipe:
 @pytest.fixture
 def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
     """Make a small recipe of a method, with the start or teacher that it needs."""
+
+    def teacher() -> dict[str, Any]:
+        return {"teacher": str(initial_network(load(small))[0].save(tmp_path / "teacher.safetensors"))}
+
     special: dict[str, Callable[[], dict[str, Any]]] = {
         "daformer": lambda: {"warmup": 1},
-        "distill": lambda: {"teacher": str(initial_network(load(small))[0].save(tmp_path / "teacher.safetensors"))},
-        "large_teacher": lambda: {"teacher": str(initial_network(load(small))[0].save(tmp_path / "teacher.safetensors"))},
+        "distill": teacher,
+        "large_teacher": teacher,
         "source_free": lambda: {"statistics": "batch"},  # running statistics after three steps are too inaccurate
     }
 
