@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -113,9 +112,8 @@ def export(
     metadata = metadata.model_copy(update={"window": size, "fixed": True}) if size else metadata
     opset = OPSET if format == "onnx" else 0
     settings = ExportSettings(format=format, precision=precision, output=output, resize=resize or None, opset=opset)
-    architecture = re.sub(r"[^\w.-]+", "-", metadata.architecture.rpartition("/")[2])
-    parts = (architecture, format, precision, output if output != "probabilities" else "", size)
-    stem = name or "-".join(map(str, filter(None, parts)))
+    parts = (metadata.architecture, format, precision, output if output != "probabilities" else "", size)
+    stem = name or "-".join(map(str, filter(None, parts))).rpartition("/")[2].replace(":", "-")
     if Path(stem).name != stem:
         raise RecipeError(f"--name must be a file name without folders, got {stem}; give the folder as --out")
     compared = export_domain(folder, domain, metadata)
