@@ -28,8 +28,8 @@ from overfly.adaptation.labels import LabeledTiles, confusions, tile_scores
 from overfly.adaptation.selection import BASELINE, Comparison
 from overfly.commands.rank import suggest
 from overfly.data.domain import Domain
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, predict_scores
+from overfly.evaluation.scores import Confusion
 from overfly.methods.source_only import SourceOnly
 from overfly.recipe import load
 from overfly.training.engine import TrainerConfig, launch_fabric

@@ -15,9 +15,9 @@ from overfly.adaptation.estimate import (
     interval,
 )
 from overfly.core.records import IGNORE
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions
 from overfly.evaluation.perturbations import domain_shifts
+from overfly.evaluation.scores import Confusion
 from planted import ByLevel, Constant, Patches
 
 

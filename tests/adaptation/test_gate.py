@@ -13,9 +13,9 @@ from overfly.adaptation.gate import (
     share_better,
 )
 from overfly.core.errors import RecipeError
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics, balanced_miou, label_free_metrics
 from overfly.evaluation.perturbations import GEOMETRIC
+from overfly.evaluation.scores import Confusion
 from planted import ByLevel, Constant, Patches
 
 LEVELS = {"source_miou": 0.5, "source_statistics_miou": 0.6, "agreement": 1.0, "nuclear_norm": 0.75}

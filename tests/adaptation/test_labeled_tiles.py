@@ -18,7 +18,7 @@ from overfly.adaptation.labels import LEARNED, LabeledTiles, _jackknife, tile_sc
 from overfly.adaptation.selection import BASELINE, Comparison, Selection
 from overfly.commands.adapt import AdaptResult
 from overfly.core.errors import DataError, OverflyError, RecipeError
-from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.scores import Confusion
 from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.setup import prepare_training
 from tiles import recipe_for

@@ -23,9 +23,9 @@ from overfly.adaptation.model_selection import rank as rank_runs
 from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic import Synthetic
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, unlabeled_images
 from overfly.evaluation.label_free_metrics import balanced_miou, consensus, predict_probabilities
+from overfly.evaluation.scores import Confusion
 from overfly.recipe import load
 from overfly.training.run import Run
 from planted import ByLevel, Constant, Patches

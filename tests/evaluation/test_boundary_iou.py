@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from overfly.core.records import IGNORE
-from overfly.evaluation.confusion import boundary_counts, boundary_iou
+from overfly.evaluation.scores import boundary_counts, boundary_iou
 
 
 def _square(shift: int = 0, side: int = 32) -> Tensor:

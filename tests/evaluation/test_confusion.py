@@ -11,7 +11,7 @@ from sklearn import metrics
 from torch import Tensor
 
 from overfly.core.records import IGNORE
-from overfly.evaluation.confusion import Confusion
+from overfly.evaluation.scores import Confusion
 
 K = 5
 NOTHING = torch.zeros(K, K, dtype=torch.int64)

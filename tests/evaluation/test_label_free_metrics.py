@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from overfly.adaptation.model_selection import DEFAULT_VALIDATORS, mean_ranks
 from overfly.core.errors import NotFiniteError
 from overfly.core.records import Logits
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, center_crop, unlabeled_images
 from overfly.evaluation.label_free_metrics import (
     VALIDATORS,
@@ -22,6 +21,7 @@ from overfly.evaluation.label_free_metrics import (
     nuclear_norm,
 )
 from overfly.evaluation.perturbations import Perturbation, mild_perturbations, random_mask, rotated
+from overfly.evaluation.scores import Confusion
 from planted import ByLevel, Constant, Patches
 
 

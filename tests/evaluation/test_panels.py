@@ -10,9 +10,9 @@ from PIL import Image
 
 from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.panels import comparison_figure, confusion_figure, samples_figure, to_rgb
 from overfly.evaluation.score import Sample
+from overfly.evaluation.scores import Confusion
 
 CLASSES = Classes(names=("field", "house", "Straße"), colors=((10, 200, 30), (220, 20, 60), (40, 60, 250)))
 

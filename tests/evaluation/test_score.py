@@ -14,9 +14,8 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.score import Sample, Samples, evaluation_mode, score
-from overfly.evaluation.scores import Scores
+from overfly.evaluation.scores import Confusion, Scores
 
 CLASSES = Classes(names=("dark", "gray", "bright", "never"))
 

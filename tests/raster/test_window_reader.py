@@ -11,8 +11,8 @@ import rasterio
 from rasterio.enums import ColorInterp, Resampling
 
 from overfly.core.errors import DataError, NotFiniteError
-from overfly.data import raster_windows
-from overfly.data.raster_windows import read_resampled
+from overfly.data import raster_grid
+from overfly.data.raster_grid import read_resampled
 from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import map_raster
 from overfly.raster.raster_source import inspect_raster
@@ -65,7 +65,7 @@ def test_no_data_has_no_weight_when_resampled(how: str, resolution: float, tmp_p
 def test_valid_pixels_are_averaged_as_by_gdal(
     scale: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raster_windows, "CHUNK", 32)
+    monkeypatch.setattr(raster_grid, "CHUNK", 32)
     pixels = noise(200, 300).astype(np.float32)
     source = write(tmp_path / "scene.tif", pixels)
     scene = inspect_raster(str(source), pointwise().metadata, bands=None, nodata=None, max_value=255)

@@ -15,10 +15,10 @@ from overfly.adaptation.reverse_validation import reverse_validation
 from overfly.adaptation.selection import ADAPTED, BASELINE, CandidateReport, Selection, setting_differences
 from overfly.data.domain import Split, split_items
 from overfly.evaluation import label_free_metrics as unlabeled
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, labeled_images, unlabeled_images
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
 from overfly.evaluation.perturbations import Perturbation, geometric_perturbations
+from overfly.evaluation.scores import Confusion
 from overfly.methods.recalibrate import Recalibrate
 from overfly.methods.source_only import SourceOnly
 from overfly.models.checkpoints import weights_sha256

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from overfly.core.records import IGNORE
 from overfly.core.spec import NonNegativeInt, PositiveFloat, Share, Spec
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, labeled_images, predict_scores, random_pixels, unlabeled_images
 from overfly.evaluation.label_free_metrics import seeded
 from overfly.evaluation.perturbations import domain_shifts
 from overfly.evaluation.score import evaluation_mode
+from overfly.evaluation.scores import Confusion
 
 PIXELS = 2048
 """Random pixels per source image that the calibration is fitted on."""

@@ -18,8 +18,8 @@ from overfly.core.errors import RecipeError
 from overfly.core.progress import percent
 from overfly.core.settings import set_value, validation_message
 from overfly.core.spec import Share, Spec
-from overfly.evaluation.confusion import Confusion, kappa
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics
+from overfly.evaluation.scores import Confusion, kappa
 
 CLASS_SHARE = 1e-3
 """Least share of the pixels for a class to count as predicted."""

@@ -18,9 +18,9 @@ from overfly.core.records import IGNORE
 from overfly.core.settings import validation_message
 from overfly.core.spec import Share, Spec
 from overfly.data.folder import DOMAIN_SETTINGS, Folder, read_classes
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, labeled_images
 from overfly.evaluation.label_free_metrics import predict_probabilities
+from overfly.evaluation.scores import Confusion
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Labels, Recipe, load
 from overfly.training.setup import files_sha256

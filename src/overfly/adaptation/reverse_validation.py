@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from overfly.core.records import IGNORE
 from overfly.data.domain import Domain, Split, sample_evenly
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, labeled_images, predict_scores, random_pixels, unlabeled_images
 from overfly.evaluation.score import evaluation_mode
+from overfly.evaluation.scores import Confusion
 
 PIXELS = 512
 """Random pixels per image for training and evaluation."""

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import rasterio
 import torch
 from numpy.typing import NDArray
+from rasterio import CRS, Affine
+from rasterio.transform import xy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -242,28 +245,19 @@ def _write_tile(pick: Pick, domain: Domain, folder: Path) -> str:
 
 def _grid(tile: Tile) -> dict[str, Any]:
     """Transform of a tile's pixels, and coordinate reference system if known, as rasterio takes them; else empty."""
-    from rasterio import CRS, Affine
-
     header = item_header(tile.item)
     if header is None or header.transform is None:
         return {}
-    left, top = _at(header.transform, tile.window.left, tile.window.top)
-    transform = Affine.from_gdal(left, *header.transform[1:3], top, *header.transform[4:])
+    whole = Affine.from_gdal(*header.transform)
+    left, top = map(float, xy(whole, tile.window.top, tile.window.left, offset="ul"))
+    transform = Affine(whole.a, whole.b, left, whole.d, whole.e, top)
     return {"transform": transform, "crs": CRS.from_wkt(header.crs) if header.crs else None}
-
-
-def _at(transform: Sequence[float], column: float, row: float) -> tuple[float, float]:
-    """Coordinates of a position in pixels, by a transform in GDAL's order."""
-    x, right, skew, y, tilt, down = transform
-    return x + right * column + skew * row, y + tilt * column + down * row
 
 
 def _write_raster(
     path: Path, bands: Array, grid: Mapping[str, Any], classes: Classes | None = None, nodata_mask: Mask | None = None
 ) -> None:
     """Write bands (C, H, W) as PNG or GeoTIFF, by the suffix; of ``classes`` with their colors, empty where 255."""
-    import rasterio
-
     options = dict(grid) if path.suffix == ".png" else {**grid, "compress": "deflate"}
     options |= {"nodata": IGNORE} if grid and classes else {}
     count, height, width = bands.shape
@@ -291,10 +285,10 @@ def _write_outlines(path: Path, picks: Sequence[Pick], rows: Sequence[Mapping[st
     layers: dict[str | None, list[tuple[Any, Mapping[str, Any]]]] = {}
     for pick, row in zip(picks, rows, strict=True):
         grid, (top, left, height, width) = _grid(pick.tile), pick.tile.window
-        transform = grid["transform"].to_gdal() if grid else (left, 1, 0, -top, 0, -1)
-        placed = [_at(transform, *corner) for corner in ((0, 0), (width, 0), (width, height), (0, height))]
+        transform = grid.get("transform", Affine(1, 0, left, 0, -1, -top))
+        xs, ys = xy(transform, [0, 0, height, height], [0, width, width, 0], offset="ul")
         crs = grid["crs"].to_wkt() if grid.get("crs") else None
-        layers.setdefault(crs, []).append((shapely.polygons(placed), row))
+        layers.setdefault(crs, []).append((shapely.polygons(np.stack([xs, ys], axis=1)), row))
     types = {"rank": np.int32, "tile": object, "image": object, "reason": object, "disagreement": float, "area": float}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # no coordinate reference system

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
 from overfly.commands.arguments import AddressLike, PathLike, RecipeLike, image_cache, split_entries
 from overfly.core.choices import Cache
 from overfly.core.errors import RecipeError
+from overfly.core.progress import percent
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
     from overfly.adaptation.inputs import ImageInputs
     from overfly.adaptation.selection import Selection
     from overfly.recipe import Recipe
@@ -47,10 +49,7 @@ class AdaptResult:
         return self.path / "recommended.safetensors"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-
         from overfly.adaptation.selection import COLUMNS
-        from overfly.core.progress import percent
 
         table = Table(title="candidates, in percent", title_justify="left", box=None, pad_edge=False)
         rows = self.selection.rows()[:-1]  # without the bounds: reasons name those that a candidate fails

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from overfly.commands.arguments import PathLike
+from overfly.commands.arguments import PathLike, load_domain, load_domains
 from overfly.core.choices import Scene, Split
 from overfly.core.errors import RecipeError
+from overfly.core.progress import Progress
 
 if TYPE_CHECKING:
     from overfly.data.check import DomainReport, Statistics
@@ -115,7 +116,6 @@ def data_fetch(
     Returns:
         The folders, and the license of the dataset.
     """
-    from overfly.core.progress import Progress
     from overfly.data.domain import SPLITS
     from overfly.data.loveda import download_loveda
 
@@ -138,7 +138,6 @@ def data_stats(domain: PathLike, *overrides: str, split: Split = "train", limit:
     Returns:
         Mean, standard deviation, minimum and maximum of each band.
     """
-    from overfly.commands.arguments import load_domain
     from overfly.data.check import statistics
 
     return statistics(load_domain(str(domain), overrides), split, limit=limit)
@@ -160,7 +159,6 @@ def data_check(
     Returns:
         The reports. The command exits with status 1 if a file has a problem.
     """
-    from overfly.commands.arguments import load_domains
     from overfly.data.check import check
     from overfly.data.raster import Raster
     from overfly.evaluation.panels import splits_figure

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from overfly.commands.arguments import MAX_SIDE, PathLike, check_bounds
 from overfly.core.choices import ExportFormat, ExportOutput, ExportPrecision
 from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.progress import print_status
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from overfly.exporting.exporter import ExportReport
 
 
@@ -27,8 +28,6 @@ class ExportResult:
     report: ExportReport
 
     def __rich_console__(self, *_: object) -> Iterator[str | Table]:
-        from rich.table import Table
-
         report = self.report
         table = Table(title=f"{self.path.name} against PyTorch, on {report.images}", title_justify="left")
         time = f"ms an image of {report.latency_side}×{report.latency_side}"
@@ -97,7 +96,6 @@ def export(
     from overfly.commands.load_predictor import NetworkFolder, load_network
     from overfly.core.atomic_files import write_text
     from overfly.core.download import disk_errors
-    from overfly.core.progress import print_status
     from overfly.exporting.exporter import export as export_network
     from overfly.exporting.formats import OPSET
     from overfly.exporting.hub import model_card

@@ -11,8 +11,8 @@ from overfly.core.device import select_device
 from overfly.core.errors import RecipeError, RunError
 from overfly.core.progress import print_status
 from overfly.exporting.predictor import ModelMetadata, Predictor, model_metadata, segmenter_predictor
-from overfly.exporting.runtimes import check_export, onnx_predictor, openvino_predictor, torch_predictor
-from overfly.exporting.trial import check_resources
+from overfly.exporting.runtimes import check_export
+from overfly.exporting.trial import PREDICTORS, check_resources
 from overfly.models.segmenter import Segmenter
 from overfly.training.run import Run
 
@@ -44,10 +44,8 @@ def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str =
     runtime = backend if backend != "auto" else [*installed, *runtimes][0]
     if runtime in installed and path.is_file():
         check_resources(path, runtime)
-    if runtime == "torch":
-        return torch_predictor(path, select_device(device))
-    open_with = {"onnxruntime": onnx_predictor, "openvino": openvino_predictor}[runtime]
-    return open_with(path, "cpu" if device == "auto" else str(select_device(device)))
+    place = "cpu" if device == "auto" and runtime != "torch" else str(select_device(device))
+    return PREDICTORS[runtime](path, place)
 
 
 @dataclass(frozen=True)

@@ -134,15 +134,12 @@ def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
     return np.bincount(domain.read_label(item).ravel(), minlength=256)[: len(domain.classes)]
 
 
-def max_value_error(domain: Domain, item: Item, image: Array) -> str | None:
-    """Error message for an image (H, W, C) with values above the domain's ``max_value``; None if there are none."""
-    if image.dtype.kind == "u" and np.iinfo(image.dtype).max <= domain.max_value:
-        return None
-    highest = image.max()
-    if highest <= domain.max_value:
-        return None
-    above = f"{highest:g}, above the domain's max_value {domain.max_value:g}"
-    return f"{item_source(item)} holds {above}; correct max_value or the file"
+def check_max_value(domain: Domain, item: Item, image: Array) -> None:
+    """Raise `DataError` if an image (H, W, C) has values above the domain's ``max_value``."""
+    within = image.dtype.kind == "u" and np.iinfo(image.dtype).max <= domain.max_value
+    if not (within or (highest := image.max()) <= domain.max_value):
+        above = f"{highest:g}, above the domain's max_value {domain.max_value:g}"
+        raise DataError(f"{item_source(item)} holds {above}; correct max_value or the file")
 
 
 def item_source(item: Item) -> str:
@@ -157,20 +154,20 @@ def _check_split(domain: Domain, split: Split, items: Sequence[Item], digests: d
         if count > 1
     ]
     counts = np.zeros(256, np.int64)
-    sizes: Counter[str] = Counter()
-    bands: Counter[int] = Counter()
-    dtypes: Counter[str] = Counter()
+    sizes, bands, dtypes, turned = Counter[str](), Counter[int](), Counter[str](), Counter[str]()
     empty = unread_alpha = 0
     ranges: list[tuple[Array, Array]] = []
     unknown: list[UnknownCodesError] = []
     copies: list[str] = []
-    turned: Counter[str] = Counter()
     for item in items:
         image: str | Array = ""
-        for image in _check_image(domain, item, sizes, bands, dtypes):
+        for image in _check_image(domain, item):
             if isinstance(image, str):
                 problems.append(FileProblem(image=item.name, message=image))
                 continue
+            sizes[f"{image.shape[1]}×{image.shape[0]}"] += 1
+            bands[image.shape[2]] += 1
+            dtypes[str(image.dtype)] += 1
             ranges.append((image.min((0, 1)), image.max((0, 1))))
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
             other = digests.setdefault(digest, f"{split}: {item.name}")
@@ -235,23 +232,16 @@ def _split_faults(
         yield f"{unknown[0]}{everywhere}, such as ignore: [{paste}]"
 
 
-def _check_image(
-    domain: Domain, item: Item, sizes: Counter[str], bands: Counter[int], dtypes: Counter[str]
-) -> Iterator[str | Array]:
-    """Count an image's size, bands and type; yield it and its problems."""
+def _check_image(domain: Domain, item: Item) -> Iterator[str | Array]:
+    """Yield an image and its problems."""
     try:
         image = domain.read_image(item)
+        yield image
+        check_max_value(domain, item, image)
     except DataError as error:
         yield str(error)
         return
-    sizes[f"{image.shape[1]}×{image.shape[0]}"] += 1
-    bands[image.shape[2]] += 1
-    dtypes[str(image.dtype)] += 1
-    yield image
-    too_bright = max_value_error(domain, item, image)
-    if too_bright is not None:
-        yield too_bright
-    elif image.min() == image.max():
+    if image.min() == image.max():
         advice = "remove it, or export it again" if isinstance(item.image, Path) else "if it means no data, set nodata"
         yield f"{item_source(item)} has one value in all pixels, {image.min():g}; {advice}"
 

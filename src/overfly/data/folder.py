@@ -1,7 +1,7 @@
 """Dataset of the user's own images, with or without masks: any naming, class encoding and split."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -115,12 +115,9 @@ class UserDomain(Domain):
         if encoding == "index":
             ids = self.ids or {name: (number,) for number, name in enumerate(names)}
             numbers = self._table(ids, self._ignored_numbers(), "number")
-            if (
-                pixels.nodata is not None
-                and pixels.nodata.is_integer()
-                and not (self.ids and int(pixels.nodata) in numbers)
-            ):
-                numbers[int(pixels.nodata)] = IGNORE
+            nodata = pixels.nodata
+            if nodata is not None and nodata.is_integer() and not (self.ids and int(nodata) in numbers):
+                numbers[int(nodata)] = IGNORE
             return from_numbers(pixels.values, numbers)
         shown = {name: (color,) for name, color in zip(names, self.classes.colors, strict=True)}
         colors = self._table(self.colors or shown, self._ignored_colors(), "color")
@@ -249,11 +246,8 @@ class Folder(UserDomain, name="folder"):
         if not os.path.isdir(root):  # noqa: PTH112  (pathlib raises for paths that may not be read)
             raise DataError(f"{root} is not a folder; set the domain's root to the folder that holds {self.images}")
         has_placeholder = "{split}" in self.images
-        if (self.splits or not has_placeholder) and split not in (self.splits or ("train",)):
-            raise SplitError(
-                f"the folder {self.root} has no split {split}; name one in the domain's splits, "
-                "such as {train: 0.8, val: 0.2}"
-            )
+        if self.splits or not has_placeholder:
+            check_split(split, self.splits, f"folder {self.root}")
         text = str(self.splits.get(split, split)) if has_placeholder else ""
         images = self.images.replace("{split}", text)
         masks = self.masks.replace("{split}", text) if self.masks is not None else None
@@ -285,6 +279,14 @@ def _is_number(entry: object) -> bool:
 
 def _is_color(entry: object) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 3 and all(map(_is_number, entry))
+
+
+def check_split(split: Split, splits: Collection[Split], domain: str) -> None:
+    """Raise `SplitError` if a domain does not define a split; one without ``splits`` has train alone."""
+    if split not in (splits or ("train",)):
+        raise SplitError(
+            f"the {domain} has no split {split}; name one in the domain's splits, such as {{train: 0.8, val: 0.2}}"
+        )
 
 
 def read_classes(file: Path) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import rasterio
 from PIL import Image, TiffImagePlugin
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
+from rasterio.io import MemoryFile
+from rasterio.transform import xy
+from rasterio.warp import transform as project
 
 from overfly.core.errors import DataError
 from overfly.core.records import Array, UInt8
@@ -40,6 +46,8 @@ CACHE = 96 * 2**20
 """Bytes of decoded blocks that GDAL may cache; its default is a share of the machine's memory."""
 OPTIONS = {"GDAL_CACHEMAX": CACHE, "GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 """Options of GDAL; without the last two, truncated JPEG and PNG files are read as if the rest were black or gray."""
+GDAL_ERRORS = (RasterioError, CPLE_BaseError)
+"""Errors of rasterio, and those of GDAL that it passes on."""
 MAX_OPEN = 16
 """Rasters that a thread keeps open."""
 SAME_GRID = 0.005
@@ -84,8 +92,6 @@ class ImageHeader(NamedTuple):
 @contextmanager
 def open_raster(source: Path | str) -> Iterator[Any]:
     """Open a file or an address as a dataset of rasterio, upright; raise `DataError` if it is missing or damaged."""
-    import rasterio
-
     with gdal_errors(source), rasterio.Env(**_options(source)), _open(source) as dataset:
         yield dataset
 
@@ -93,8 +99,6 @@ def open_raster(source: Path | str) -> Iterator[Any]:
 @contextmanager
 def keep_raster(source: Path | str) -> Iterator[Any]:
     """Open a raster as `open_raster` does, and keep it open for the thread's next call: opening takes milliseconds."""
-    import rasterio
-
     with gdal_errors(source), rasterio.Env(**_options(source)):
         key = (os.getpid(), str(source), *file_stamp(source))  # a forked process would share the position in the file
         kept: dict[object, tuple[ExitStack, Any]] = _OPEN.__dict__.setdefault("kept", {})
@@ -123,8 +127,6 @@ def _options(source: Path | str) -> dict[str, object]:
 
 @contextmanager
 def _open(source: Path | str) -> Iterator[Any]:
-    import rasterio
-
     driver = None if is_address(source) else FORMATS[image_format(Path(source))][0]
     if driver == "VRT":
         _check_vrt(Path(source))
@@ -165,10 +167,7 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def gdal_errors(source: Path | str) -> Iterator[None]:
     """Convert all errors of GDAL, rasterio and the system to a `DataError` that names the file."""
-    from rasterio._err import CPLE_BaseError
-    from rasterio.errors import RasterioError
-
-    known = (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError)
+    known = (*GDAL_ERRORS, OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError)
     try:
         yield
     except (*known, MemoryError, struct.error) as error:
@@ -294,7 +293,6 @@ def _orientation(source: Path | str, dataset: Any) -> int:
 @contextmanager
 def _turned(source: Path | str, dataset: Any, turn: int) -> Iterator[Any]:
     """A copy of a dataset in memory, turned by an orientation."""
-    from rasterio.io import MemoryFile
 
     def upright(pixels: Array) -> Array:
         turned = pixels.swapaxes(-1, -2) if turn >= 5 else pixels
@@ -339,9 +337,6 @@ def ground_distance(dataset: Any) -> tuple[float, float] | None:
     It is measured on the ellipsoid, so that the projection's scale counts: a pixel of Web Mercator at 60° north is half
     as long as its grid says. Scales within `SAME_GRID` of 1, as in the zones of UTM, are taken as 1.
     """
-    from rasterio.transform import xy
-    from rasterio.warp import transform as project
-
     crs, grid = dataset.crs, dataset.transform
     if not crs or grid.is_identity:
         return None

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from overfly.core.atomic_files import TRAILER_BYTES, append_digest, atomic_write, has_digest, json_sha256
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.core.records import IGNORE, Array, Batch, Counts, Item, Labeled, LazyArray, UInt8
-from overfly.data.check import class_counts, item_source, max_value_error
+from overfly.data.check import check_max_value, class_counts, item_source
 from overfly.data.domain import Domain
 from overfly.data.headers import file_stamp, read_header
 from overfly.data.sampling import SampleSlot, Sampling, crop
@@ -109,7 +109,7 @@ class BatchStream:
 
         An item without a label is `IGNORE` everywhere.
         """
-        batch = self._read(step, slots)
+        batch = self._read_crops(step, slots)
         without = [index for index, (item, _) in enumerate(self.select(step, slots)) if item.label is None]
         batch.label[without] = IGNORE
         return batch
@@ -118,30 +118,26 @@ class BatchStream:
         """Read images (B, C, crop, crop) and no-data masks (B, crop, crop); raise `ValueError` if one has a label."""
         if any(item.label is not None for item, _ in self.select(step, slots)):
             raise ValueError("the target's items have labels; remove them by without_labels")
-        batch = self._read(step, slots)
+        batch = self._read_crops(step, slots)
         return batch.image, batch.label == IGNORE
 
-    def _read(self, step: int, slots: Sequence[int]) -> Labeled:
+    def _read_crops(self, step: int, slots: Sequence[int]) -> Labeled:
+        images, labels = [], []
         try:
-            return self._read_crops(step, slots)
+            for slot, (item, class_id) in zip(slots, self.select(step, slots), strict=True):
+                random = np.random.default_rng([self.seed, self.key, step, slot])
+                fits = partial(self.sampling.fits, class_id=class_id)
+                part = None if self.resize else self.domain.read_crop(item, self.crop, random, fits)
+                image, label = self._crop(item, random, fits) if part is None else part
+                if part is not None:
+                    check_max_value(self.domain, item, image)
+                images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
+                labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
+            return Labeled(torch.stack(images), torch.stack(labels))
         except MemoryError:
             raise RecipeError(
                 f"images of batch {self.batch} and crop {self.crop} do not fit into memory; make one of them smaller"
             ) from None
-
-    def _read_crops(self, step: int, slots: Sequence[int]) -> Labeled:
-        images, labels = [], []
-        for slot, (item, class_id) in zip(slots, self.select(step, slots), strict=True):
-            random = np.random.default_rng([self.seed, self.key, step, slot])
-            fits = partial(self.sampling.fits, class_id=class_id)
-            part = None if self.resize else self.domain.read_crop(item, self.crop, random, fits)
-            image, label = self._crop(item, random, fits) if part is None else part
-            error = None if part is None else max_value_error(self.domain, item, image)
-            if error is not None:
-                raise DataError(error)
-            images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)))
-            labels.append(torch.from_numpy(np.ascontiguousarray(label, np.int64)))
-        return Labeled(torch.stack(images), torch.stack(labels))
 
     def _crop(self, item: Item, random: np.random.Generator, fits: Callable[[UInt8], bool]) -> tuple[Array, UInt8]:
         image, label = self._open(item)
@@ -160,9 +156,7 @@ class BatchStream:
         folder = Path(self.cache) if self.cache not in (None, "memory") else None
         image, label = open_image(self.domain, item, self.resize, folder)
         if item.name not in self._checked:
-            error = max_value_error(self.domain, item, image)
-            if error is not None:
-                raise DataError(error)
+            check_max_value(self.domain, item, image)
             self._checked.add(item.name)
         if label is None:
             label = nodata_label(self.domain, item, self.resize, folder)

@@ -13,12 +13,11 @@ from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Array, Counts, Item, UInt8
 from overfly.core.spec import Meters, NonNegativeInt, Pixels
 from overfly.data import listing, reading
-from overfly.data.domain import SPLITS, Split, SplitError
-from overfly.data.folder import SplitShare, UserDomain
+from overfly.data.domain import SPLITS, Split
+from overfly.data.folder import SplitShare, UserDomain, check_split
 from overfly.data.headers import ImageHeader, file_stamp, is_address, keep_raster, read_raster_header
-from overfly.data.raster_grid import Assignment, Grid, assign_splits, open_grid, split_pixels
+from overfly.data.raster_grid import Assignment, Grid, assign_splits, may_lack_data, open_grid, split_pixels
 from overfly.data.raster_labels import VECTOR_FORMATS, VectorFile, converted_labels, labels_key, open_vector
-from overfly.data.raster_windows import may_lack_data
 from overfly.data.reading import Mask
 from overfly.data.sampling import crop
 from overfly.ops.windows import Window
@@ -139,10 +138,7 @@ class Raster(UserDomain, name="raster"):
         Raises `SplitError`: the settings do not define the split, and `DataError`: a raster or the area cannot be read,
         or no block has data.
         """
-        if split not in (self.splits or ("train",)):
-            raise SplitError(
-                f"the raster {self.title} has no split {split}; name one in splits, such as {{train: 0.8, val: 0.2}}"
-            )
+        check_split(split, self.splits, f"raster {self.title}")
         items, number, area = [], SPLITS.index(split), self.open_area()
         for index, (grid, assigned) in enumerate(self.assignments()):
             key = "" if self.labels is None else labels_key(self, grid)

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
+from rasterio import CRS, Affine, warp
+from rasterio.features import rasterize
+from rasterio.vrt import WarpedVRT
 
 from overfly.core.atomic_files import append_digest, atomic_write, has_digest, json_sha256, lock
 from overfly.core.download import cache_folder
@@ -60,14 +64,13 @@ class VectorFile(NamedTuple):
         """
         import pyogrio
         import shapely
-        from rasterio.warp import transform, transform_bounds
 
         if attribute not in (None, *self.attributes):
             known = ", ".join(self.attributes) or "none"
             raise DataError(f"{self.path} has no attribute {attribute}; its attributes: {known}")
         box, same = grid.bounds(window), self.crs in ("", grid.crs)
         with _vector_errors(self.path):
-            box = box if same else transform_bounds(grid.crs, self.crs, *box, densify_pts=101)
+            box = box if same else warp.transform_bounds(grid.crs, self.crs, *box, densify_pts=101)
             _, ids, geometry, fields = pyogrio.raw.read(
                 self.path, layer=self.layer, columns=[attribute] if attribute else [], bbox=box, force_2d=True,
                 read_geometry=shapes, return_fids=True,
@@ -76,7 +79,7 @@ class VectorFile(NamedTuple):
             polygons = shapely.from_wkb(geometry[order]) if shapes else np.empty(len(ids), object)
             if shapes and not same:
                 polygons = shapely.transform(
-                    polygons, lambda points: np.stack(transform(self.crs, grid.crs, *points.T.tolist()), axis=1)
+                    polygons, lambda points: np.stack(warp.transform(self.crs, grid.crs, *points.T.tolist()), axis=1)
                 )
         other = {str(shape.geom_type) for shape in polygons if shape is not None} - {"Polygon", "MultiPolygon"}
         if other:
@@ -131,8 +134,6 @@ def check_overlap(path: Path | str, crs: str, bounds: Bounds, grids: Sequence[Gr
 
     Raises `DataError`: it or a raster has no coordinate reference system, or it overlaps none and it is ``needed``.
     """
-    from rasterio.warp import transform_bounds
-
     own = place = bounds
     for grid in grids:
         if bool(crs) != bool(grid.crs):
@@ -142,7 +143,7 @@ def check_overlap(path: Path | str, crs: str, bounds: Bounds, grids: Sequence[Gr
                 "with gdal_edit -a_srs EPSG:32633 for a raster or ogr2ogr -a_srs EPSG:32633 for polygons"
             )
         with gdal_errors(path):
-            own = bounds if crs == grid.crs else transform_bounds(crs, grid.crs, *bounds, densify_pts=101)
+            own = bounds if crs == grid.crs else warp.transform_bounds(crs, grid.crs, *bounds, densify_pts=101)
         place = grid.bounds()
         if own[0] < place[2] and own[2] > place[0] and own[1] < place[3] and own[3] > place[1]:
             return True
@@ -188,9 +189,6 @@ def converted_labels(domain: "Raster", grid: Grid, key: str) -> tuple[Path, Coun
 
 def _convert(domain: "Raster", grid: Grid, path: Path, key: str) -> Counts:
     """Write the class ids of all pixels, and count them by block; raise `DataError` for values of no class."""
-    import rasterio
-    from rasterio import Affine
-
     area, unknown = domain.open_area(), Counter[reading.Code]()
     counts: Counts = np.zeros((*grid.shape, 256), np.int64)
     profile = {"driver": "GTiff", "width": grid.width, "height": grid.height, "count": 1, "dtype": "uint8"}
@@ -303,9 +301,6 @@ def _raster_rows(domain: "Raster", grid: Grid, stack: ExitStack) -> Iterator[Bur
 
 def _aligned(label: Grid, grid: Grid, stack: ExitStack) -> Any:
     """Open a raster of labels on another grid, by nearest neighbor; its last band is 0 where it has no label."""
-    from rasterio import CRS, Affine
-    from rasterio.vrt import WarpedVRT
-
     dataset = stack.enter_context(keep_raster(label.source))
     if label.transform is None or grid.transform is None:
         if (label.height, label.width, label.transform) != (grid.height, grid.width, grid.transform):
@@ -326,9 +321,6 @@ def _burn(
     pairs: Sequence[tuple[Any, int]], at: Sequence[float], shape: tuple[int, int], fill: int, *, all_touched: bool
 ) -> UInt8:
     """Burn polygons into an array, each over those before it; ``at`` is the array's transform in GDAL's order."""
-    from rasterio import Affine
-    from rasterio.features import rasterize
-
     pairs = [(polygon, value) for polygon, value in pairs if polygon is not None and not polygon.is_empty]
     burned: UInt8 = np.full(shape, fill, np.uint8)
     place = Affine.from_gdal(*at)

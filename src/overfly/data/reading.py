@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio import CRS
 
 from overfly.core.classes import Color
 from overfly.core.errors import DataError
@@ -59,10 +60,15 @@ def read_image(source: Path | LazyArray, *, bands: int | None, nodata: float | N
     values that stand for no data and are not declared.
     """
     if not isinstance(source, Path):
-        return _generate(source, bands)
+        image = source()
+        image = image[..., None] if image.ndim == 2 else image
+        if bands not in (None, image.shape[-1]):
+            message = f"the synthetic image has {image.shape[-1]} bands, expected {bands}"
+            raise DataError(f"{message}; correct the domain's bands")
+        return image
     header = read_header(source)
     pixels, missing = _decode(source, header, image_bands(source, header, bands), nodata)
-    image: Array = np.array(pixels, header.dtype, order="C")
+    image = np.array(pixels, header.dtype, order="C")
     if missing is not None:
         image[missing] = 0
     check_declared(source, image)
@@ -204,18 +210,8 @@ def source_name(source: Path | LazyArray | None) -> str:
     return getattr(source, "name", "a synthetic image") if callable(source) else str(source)
 
 
-def _generate(source: LazyArray, bands: int | None) -> Array:
-    image = source()
-    image = image[..., None] if image.ndim == 2 else image
-    if bands in (None, image.shape[-1]):
-        return image
-    raise DataError(f"the synthetic image has {image.shape[-1]} bands, expected {bands}; correct the domain's bands")
-
-
 def _label_part(label_path: Path, image_path: Path) -> tuple[slice, slice]:
     """Rows and columns of a label that lie under its image; flipped where one grid runs the other way."""
-    from rasterio import CRS
-
     label, image = read_header(label_path), read_header(image_path)
     if label.transform is None or image.transform is None:
         if (label.height, label.width) == (image.height, image.width):

@@ -17,11 +17,10 @@ from torch import Generator, Tensor, nn
 
 from overfly.core.spec import NonNegativeInt, Share, Spec
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.images import MetricOptions, predict_scores, random_pixels, unlabeled_images
 from overfly.evaluation.perturbations import GEOMETRIC, Perturbation, mild_perturbations, random_mask
 from overfly.evaluation.score import evaluation_mode
-from overfly.evaluation.scores import finite
+from overfly.evaluation.scores import Confusion, finite
 from overfly.ops.losses import distribution_entropy
 
 Validator = Literal[

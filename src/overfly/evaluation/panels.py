@@ -12,8 +12,8 @@ from overfly.core.classes import Classes
 from overfly.core.records import IGNORE, Array, UInt8
 from overfly.data.domain import SPLITS
 from overfly.data.raster import Raster
-from overfly.evaluation.confusion import Confusion
 from overfly.evaluation.score import Sample
+from overfly.evaluation.scores import Confusion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,8 +16,7 @@ from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeE
 from overfly.core.prefetch import map_ahead
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
-from overfly.evaluation.confusion import Confusion, sum_over_ranks
-from overfly.evaluation.scores import Protocol, Scores, SplitCounts, finite, summarize
+from overfly.evaluation.scores import Confusion, Protocol, Scores, SplitCounts, finite, sum_over_ranks, summarize
 from overfly.ops.normalization import restored_modes
 from overfly.ops.windows import slide_inference
 

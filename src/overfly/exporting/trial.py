@@ -24,7 +24,7 @@ PATIENCE = 5
 """Times as many seconds after which the child process is ended on a machine with other work."""
 MEMORY = 8 * 2**30
 """Most bytes of memory that it takes."""
-PREDICTORS: dict[str, Callable[[Path], Predictor]] = {
+PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "onnxruntime": onnx_predictor, "openvino": openvino_predictor, "torch": torch_predictor,
 }  # fmt: skip
 LOOPS = {"Loop", "Scan", "If", "SequenceMap", "TensorIterator"}

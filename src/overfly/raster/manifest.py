@@ -130,10 +130,8 @@ def _entropy(sums: Floats, nodata_mask: Mask | None) -> UInt8:
 def output_files(out: Path, settings: MapSettings) -> dict[ProductKind | str, Path]:
     """The files of a map by what they hold; the class ids first."""
     files: dict[ProductKind | str, Path] = {"classes": out}
-    if settings.probabilities:
-        files["probabilities"] = out.with_name(f"{out.stem}_probabilities.tif")
-    if settings.uncertainty:
-        files["uncertainty"] = out.with_name(f"{out.stem}_uncertainty.tif")
+    kinds = {"probabilities": settings.probabilities, "uncertainty": settings.uncertainty}
+    files |= {kind: out.with_name(f"{out.stem}_{kind}.tif") for kind, wanted in kinds.items() if wanted}
     if settings.polygons:
         files["polygons"] = out.with_suffix(f".{settings.polygons}")
     return files

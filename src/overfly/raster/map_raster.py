@@ -13,6 +13,7 @@ import numpy as np
 from overfly.core.atomic_files import append_digest
 from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
 from overfly.core.prefetch import background, prefetch
+from overfly.data.headers import GDAL_ERRORS
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.raster import manifest as manifests
 from overfly.raster import writer
@@ -192,12 +193,9 @@ def _finish(
 @contextmanager
 def _write_errors(out: Path) -> Iterator[None]:
     """Convert errors of the system or of GDAL while writing to `UnwrittenError`."""
-    from rasterio._err import CPLE_BaseError
-    from rasterio.errors import RasterioError
-
     try:
         yield
-    except (OSError, RasterioError, CPLE_BaseError) as error:
+    except (OSError, *GDAL_ERRORS) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UnwrittenError(
             f"{out} cannot be written ({reason}); correct this and give the same command again: it resumes"

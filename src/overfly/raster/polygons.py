@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio import CRS, warp
+from rasterio.features import shapes
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, import_extra
@@ -65,7 +67,6 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
 def _outline(map_: Path, min_area: int) -> tuple[str | None, Projection, list[Any], list[int]]:
     """Return coordinate reference system, equal-area projection, polygons and class ids of a map."""
     import shapely
-    from rasterio.features import shapes
 
     polygons: list[Any] = []
     ids: list[int] = []
@@ -135,9 +136,6 @@ def _equal_area_projection(dataset: Any) -> Projection:
     Degrees go to the cylindrical equal-area projection of their ellipsoid, in which edges of pixels, along meridians
     and parallels, stay straight.
     """
-    from rasterio import CRS
-    from rasterio.warp import transform
-
     crs = dataset.crs
     if not crs or not crs.is_geographic:
         grid, ground = dataset.transform, ground_distance(dataset)
@@ -146,4 +144,4 @@ def _equal_area_projection(dataset: Any) -> Projection:
     shape = [part for part in crs.to_proj4().split() if part.startswith(("+ellps", "+datum", "+a=", "+b=", "+R="))]
     own, plane = (CRS.from_proj4(" ".join([f"+proj={name}", *shape, "+over"])) for name in ("longlat", "cea"))
     degrees = math.degrees(crs.units_factor[1])
-    return lambda points: np.stack(transform(own, plane, *(points * degrees).T), axis=1)
+    return lambda points: np.stack(warp.transform(own, plane, *(points * degrees).T), axis=1)

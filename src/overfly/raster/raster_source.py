@@ -8,7 +8,7 @@ import numpy as np
 
 from overfly.core.errors import DataError
 from overfly.data.headers import band_nodata, ground_distance, has_mask, is_gray, open_raster, read_palette
-from overfly.data.raster_windows import RasterBands
+from overfly.data.raster_grid import RasterBands
 from overfly.exporting.predictor import ModelMetadata
 
 MAX_FRACTION = 16.0
@@ -176,12 +176,10 @@ def _unread_alpha_band(
 
 def _varies(dataset: Any, number: int) -> bool:
     """Return whether a band has no frequent value above 0, unlike an alpha band, which is mostly opaque."""
-    from rasterio.windows import Window
-
     height, width = min(ALPHA_SIDE, dataset.height), min(ALPHA_SIDE, dataset.width)
     grids = ([int(at) for at in np.linspace(0, max(0, side - ALPHA_SIDE), ALPHA_SAMPLES)] for side in dataset.shape)
     tops, lefts = (sorted(set(grid)) for grid in grids)
-    windows = [Window(left, top, width, height) for top in tops for left in lefts]
+    windows = [((top, top + height), (left, left + width)) for top in tops for left in lefts]
     values = np.concatenate([dataset.read(number, window=window).ravel() for window in windows])
     _, counts = np.unique(values[values > 0], return_counts=True)
     return bool(counts.size and counts.max() < ALPHA_MODE_SHARE * counts.sum())

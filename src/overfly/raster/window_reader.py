@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from overfly.data.headers import open_raster
-from overfly.data.raster_windows import may_lack_data, read_bands
+from overfly.data.raster_grid import may_lack_data, read_bands
 from overfly.data.reading import Mask
 from overfly.exporting.predictor import Floats
 from overfly.ops.windows import Window, cut_window

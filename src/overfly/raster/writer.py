@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rasterio
+import rasterio.shutil
 from filelock import FileLock, Timeout
 from jinja2 import Environment
+from rasterio import CRS, Affine
+from rasterio.control import GroundControlPoint
+from rasterio.enums import ColorInterp
+from rasterio.io import MemoryFile
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, UInt8
-from overfly.data.headers import CACHE
+from overfly.data.headers import CACHE, GDAL_ERRORS
+from overfly.ops.windows import Window
 from overfly.raster.manifest import TAG, Manifest, Product, equal_json, is_unfinished, unfinished_folder
 from overfly.raster.raster_source import Georeference
 
@@ -77,10 +84,8 @@ class UnfinishedMap:
 
     def write(self, product: Product, bands: UInt8, top: int, left: int) -> None:
         """Write bands (bands, h, w) at a row and a column, and flush them to the disk."""
-        from rasterio.windows import Window
-
         with _open(self.path(product), "r+") as dataset:
-            dataset.write(bands, window=Window(left, top, bands.shape[2], bands.shape[1]))
+            dataset.write(bands, window=Window(top, left, *bands.shape[1:]).ranges)
         _sync(self.path(product))
 
     def advance(self, done: int, rows: tuple[int, int, int, int], sha256: str) -> None:
@@ -106,8 +111,6 @@ class UnfinishedMap:
 
     def intact_steps(self, done: int) -> int:
         """Number of the finished steps before the first whose rows differ from their digest."""
-        from rasterio.windows import Window
-
         lines = (self.folder / "rows.jsonl").read_bytes().splitlines(keepends=True)[:done]
         with ExitStack() as stack:
             files = [stack.enter_context(_open(self.path(product))) for product in self.products]
@@ -117,7 +120,7 @@ class UnfinishedMap:
                     inside = 0 <= top <= bottom <= self.height and 0 <= left < right <= self.width
                     digest = hashlib.sha256()
                     for file in files if inside and top < bottom else ():
-                        digest.update(file.read(window=Window(left, top, right - left, bottom - top)))
+                        digest.update(file.read(window=((top, bottom), (left, right))))
                 except (ValueError, TypeError):
                     return step
                 if not inside or digest.hexdigest() != expected:
@@ -126,13 +129,11 @@ class UnfinishedMap:
 
     def class_shares(self) -> dict[str, float]:
         """Share of each class in the valid pixels."""
-        from rasterio.windows import Window
-
         counts = np.zeros(256, np.int64)
         with _open(self.path(self.products[0])) as dataset:
             for top in range(0, self.height, BLOCK):
-                rows = Window(0, top, self.width, min(BLOCK, self.height - top))
-                counts += np.bincount(dataset.read(1, window=rows).ravel(), minlength=256)
+                rows = dataset.read(1, window=((top, min(top + BLOCK, self.height)), (0, self.width)))
+                counts += np.bincount(rows.ravel(), minlength=256)
         total = max(1, int(counts[:IGNORE].sum()))
         return {name: int(counts[index]) / total for index, name in enumerate(self.classes.names)}
 
@@ -166,9 +167,6 @@ class UnfinishedMap:
 
 def write_georeference(dataset: Any, georeference: Georeference) -> None:
     """Write a georeference into a new dataset of rasterio."""
-    from rasterio import CRS, Affine
-    from rasterio.control import GroundControlPoint
-
     if georeference.pixel_is_point:
         dataset.update_tags(AREA_OR_POINT="Point")
     if georeference.gcps:
@@ -189,10 +187,6 @@ def _control_point_offset() -> tuple[float, float]:
 
     GDAL 3.10 shifts such points by half a pixel in the same direction when it writes and when it reads.
     """
-    from rasterio import CRS
-    from rasterio.control import GroundControlPoint
-    from rasterio.io import MemoryFile
-
     with MemoryFile() as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with memory.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8") as file:
@@ -204,8 +198,6 @@ def _control_point_offset() -> tuple[float, float]:
 
 def _describe(dataset: Any, product: Product, classes: Classes) -> None:
     """Set names, units and colors of the bands."""
-    from rasterio.enums import ColorInterp
-
     if product.kind == "classes":
         describe_classes(dataset, classes)
         return
@@ -233,11 +225,6 @@ def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
     Blocks of 512, compressed without loss (deflate), with overviews: of class ids by the mode, of others by the mean.
     A sidecar ``.aux.xml`` beside the class ids holds category names and the attribute table.
     """
-    import rasterio
-    import rasterio.shutil
-    from rasterio._err import CPLE_BaseError
-    from rasterio.errors import RasterioError
-
     result = unfinished.folder / f"{product.kind}.tif"
     if product.kind == "classes":
         template = Environment(autoescape=True).from_string(CATEGORIES.read_text(encoding="utf-8"))
@@ -252,7 +239,7 @@ def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
                 NUM_THREADS="ALL_CPUS",
             )  # fmt: skip
             reason = _damage(unfinished, product, result)
-    except (RasterioError, CPLE_BaseError, OSError) as caught:
+    except (*GDAL_ERRORS, OSError) as caught:
         reason = " ".join(str(caught).split()) or type(caught).__name__
     if reason:
         error = incomplete_file(result, reason)
@@ -288,39 +275,35 @@ def _damage(unfinished: UnfinishedMap, product: Product, path: Path) -> str:
         if not levels and max(written.shape) > BLOCK:
             return "its overviews are missing"
         for window in _windows(written):
-            if not np.array_equal(written.read(window=window), original.read(window=window)):
+            if not np.array_equal(written.read(window=window.ranges), original.read(window=window.ranges)):
                 return "its pixels differ"
     for level in range(levels):
         with _open(path, OVERVIEW_LEVEL=level, NUM_THREADS="ALL_CPUS") as overview:
             for window in _windows(overview):
-                columns = range(window.col_off // BLOCK, -(-(window.col_off + window.width) // BLOCK))
-                row = window.row_off // BLOCK
+                columns = range(window.left // BLOCK, -(-(window.left + window.width) // BLOCK))
+                row = window.top // BLOCK
                 # a block that was never written has no offset, and reads as no data
                 if not all(overview.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=1) for column in columns):
                     return "blocks of its overviews are missing"
-                overview.read(window=window)
+                overview.read(window=window.ranges)
     return ""
 
 
 @contextmanager
 def _open(path: Path, mode: str = "r", **options: Any) -> Iterator[Any]:
     """Open a file with rasterio, with a small block cache and without warnings."""
-    import rasterio
-
     with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE):
         warnings.simplefilter("ignore")
         with rasterio.open(path, mode, **options) as dataset:
             yield dataset
 
 
-def _windows(dataset: Any) -> Iterator[Any]:
+def _windows(dataset: Any) -> Iterator[Window]:
     """Yield windows of whole blocks that cover a dataset, of at most `CHECKED_BYTES`."""
-    from rasterio.windows import Window
-
     width = max(1, CHECKED_BYTES // (BLOCK * BLOCK * dataset.count)) * BLOCK
     for top in range(0, dataset.height, BLOCK):
         for left in range(0, dataset.width, width):
-            yield Window(left, top, min(width, dataset.width - left), min(BLOCK, dataset.height - top))
+            yield Window(top, left, min(BLOCK, dataset.height - top), min(width, dataset.width - left))
 
 
 @contextmanager
