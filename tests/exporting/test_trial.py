@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -82,3 +83,43 @@ def test_a_file_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         check_resources(file, "openvino")
     remember(file, "openvino")
     check_resources(file, "openvino")
+
+
+NOISY = """
+import os
+
+class SessionOptions: ...
+
+def get_available_providers():
+    return ["CPUExecutionProvider"]
+
+def InferenceSession(*_, **__):
+    os.write(1, b"a line of the runtime\\n")
+    os.write(2, b"another\\n")
+    raise RuntimeError("damaged")
+"""
+
+
+def test_lines_of_a_runtime_are_no_part_of_the_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text(NOISY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    file = tmp_path / "net.onnx"
+    file.write_bytes(SEED.read_bytes())
+    with pytest.raises(WeightsError) as caught:
+        check_resources(file, "onnxruntime")
+    assert str(caught.value) == f"{file} cannot be opened by onnxruntime (damaged); export it again"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_damaged_onnx_files_give_one_sentence_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, file = SEED.read_bytes(), tmp_path / "net.onnx"
+    for number, cut in enumerate((0, len(data) // 3, len(data) - 40)):
+        file.write_bytes(data[:cut] if number else b"")
+        with pytest.raises(WeightsError) as caught:
+            check_resources(file, "onnxruntime")
+        assert "\n" not in str(caught.value)
+        assert capfd.readouterr() == ("", "")

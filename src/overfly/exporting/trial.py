@@ -3,6 +3,7 @@
 A file that was opened, or exported, is remembered in the cache folder by its digest, and not tried again.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -108,4 +109,6 @@ def main(path: Path, backend: str) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # runtimes write lines of their own to standard output
     sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
