@@ -31,8 +31,14 @@ import numpy as np
 import torch
 
 import small_network  # noqa: F401 - registers the network
-from overfly import train
+from fake_hub import FakeHub, fake_hub
+from overfly import adapt, benchmark, train
+from overfly.adaptation import pipeline
+from overfly.adaptation.selection import Comparison
+from overfly.core.atomic_files import TRAILER, TRAILER_BYTES
 from overfly.core.errors import OverflyError
+from overfly.data import loading
+from overfly.data.domain import Domain
 from overfly.data.synthetic import write_synthetic
 from overfly.exporting import exporter, hub
 from overfly.exporting.predictor import ExportSettings, model_metadata
@@ -56,6 +62,7 @@ FAULTS = {
 
 
 IMPORTED = (
+    "huggingface_hub.hf_api", "huggingface_hub.repocard",
     "kornia", "lightning_fabric.strategies.ddp", "matplotlib.figure", "overfly.reporting.report",
     "overfly.training.trainer", "overfly.training.train_recipe", "torch.export.passes", "torch._dynamo",
     "torch._inductor.compile_fx",
@@ -164,6 +171,61 @@ def prepare_hub(folder: Path) -> None:
     export(folder / "downloaded")
 
 
+def push_to_hub(folder: Path) -> bytes:
+    """Push an export; its card is written to a temporary folder first."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    tempfile.tempdir = str(folder / "tmp")
+    with fake_hub() as address:
+        try:
+            hub.push(folder / "downloaded" / "net.pt2", "me/net", endpoint=address)
+        except OverflyError:
+            assert not FakeHub.files  # one commit holds all files
+            raise
+        return b"".join(name.encode() + data for name, data in sorted(FakeHub.files.items()))
+
+
+def fill_cache(folder: Path) -> bytes:
+    """Decoded images and masks, by way of a cache folder."""
+    domain = Domain.model_validate({"name": "loveda", "root": str(folder / "world"), "scene": "urban"})
+    loading._VERIFIED.clear()  # as in a new process
+    arrays = [loading.open_image(domain, item, None, folder / "cache") for item in domain.items("train")]
+    return b"".join(np.asarray(array).tobytes() for pair in arrays for array in pair)
+
+
+def check_cache(folder: Path) -> None:
+    for file in folder.glob("cache/**/*.npy"):
+        assert file.read_bytes()[-TRAILER_BYTES:].startswith(TRAILER)
+
+
+def adapt_run(folder: Path) -> bytes:
+    target = {**WORLD, "scene": "rural"}
+    recipe = load({**RECIPE, "target": target, "start": {**RECIPE, "steps": 2}}, "method=multiscale_self_training")
+    path = adapt(recipe, "steps=2", out=folder, device="cpu", quiet=True, checkpoint_every=1).path
+    comparison = Comparison(path)
+    tensors = Segmenter.load(comparison.weights).state_dict().values()
+    return comparison.selection.recommended.encode() + b"".join(tensor.numpy().tobytes() for tensor in tensors)
+
+
+def check_comparisons(folder: Path) -> None:
+    check_runs(folder)
+    for comparison in Comparison.find_all(folder):
+        assert comparison.selection.candidates
+    for file in folder.glob("*_comparison*/*.safetensors"):
+        Segmenter.load(file)
+
+
+def benchmark_run(folder: Path) -> bytes:
+    load(RECIPE, "steps=2").save(folder / "benchmark.yaml")
+    table = benchmark([folder / "benchmark.yaml"], seeds="1", out=folder, size=64, device="cpu", quiet=True).table
+    return table.model_dump_json(include={"seeds": True, "rows": {0: {"miou": True}}}).encode()
+
+
+def check_benchmark(folder: Path) -> None:
+    check_runs(folder)
+    if (folder / "table.json").exists():
+        assert json.loads((folder / "table.json").read_text())["rows"]
+
+
 def write_carelessly(folder: Path) -> bytes:
     """Leave a torn file behind, and fail with a traceback on a full disk."""
     try:
@@ -191,6 +253,12 @@ SCENARIOS = {
     "report": Scenario(train_run, report, check_report),
     "synthesize": Scenario(lambda _: None, synthesize, lambda _: None),
     "hub": Scenario(prepare_hub, move_from_hub, check_hub),
+    "push": Scenario(prepare_hub, push_to_hub, lambda folder: check_export(folder / "downloaded" / "net.pt2")),
+    "cache": Scenario(
+        lambda folder: write_synthetic(folder / "world", size=16, train=2, val=1, test=1), fill_cache, check_cache
+    ),
+    "adapt": Scenario(lambda _: None, adapt_run, check_comparisons),
+    "benchmark": Scenario(lambda _: None, benchmark_run, check_benchmark),
     "careless": Scenario(lambda _: None, write_carelessly, check_careless),
 }
 
@@ -206,7 +274,7 @@ def in_child(work: Callable[[], bytes]) -> tuple[str, str]:
     if not child:
         os.close(receive)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        signal.alarm(120)
+        signal.alarm(300)
         try:
             outcome, text = "done", hashlib.sha256(work()).hexdigest()
         except (OverflyError, OSError) as error:
@@ -308,6 +376,7 @@ def main() -> int:
     for name in IMPORTED:
         importlib.import_module(name)
     exporter.SECONDS, exporter.ROUNDS = 0.0, 1
+    pipeline.RECALIBRATION = {"batch": 2, "steps": 1}
     failed = 0
     for name in settings.scenarios or [name for name in SCENARIOS if name != "careless"]:
         result = run_scenario(name, settings.most, settings.fault or list(FAULTS))

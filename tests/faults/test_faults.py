@@ -13,7 +13,17 @@ import pytest
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-MOST = {"weights": 2, "training": 1, "export": 1, "map": 2, "report": 1, "synthesize": 2, "hub": 1}
+MOST = {
+    "weights": 2,
+    "training": 1,
+    "export": 1,
+    "map": 2,
+    "report": 1,
+    "synthesize": 2,
+    "hub": 1,
+    "cache": 1,
+    "push": 1,
+}
 """Cases of each fault and call, by scenario."""
 
 
