@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from filelock import Timeout
+from filelock import FileLock, Timeout
 
 from overfly.core.atomic_files import atomic_write, lock, remove_stale, temporary_path
 
@@ -140,3 +141,21 @@ def test_lock_admits_one_at_a_time(tmp_path: Path) -> None:
 def test_lock_of_another_holder_without_waiting(tmp_path: Path) -> None:
     with lock(tmp_path / "a.lock"), pytest.raises(Timeout), lock(tmp_path / "a.lock", wait=False):
         pass
+
+
+def test_a_lock_that_cannot_be_opened_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: FileLock) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path, other = tmp_path / "new.lock", tmp_path / "other.lock"
+    other.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(FileLock, "acquire", fail)
+        for file in (path, other):
+            with pytest.raises(OSError, match="No space"), lock(file):
+                pass
+    assert not path.exists()
+    assert other.exists()  # another process may hold it
+    with lock(path), pytest.raises(Timeout), lock(path, wait=False):
+        pass
+    assert not path.exists()

@@ -139,12 +139,20 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     Raises `Timeout`: another thread or process holds it, and ``wait`` is False, and `OSError`: the lock file cannot be
     created.
     """
+    created = not path.exists()
     path.touch()  # `filelock` waits forever where a folder such as /proc takes no files
-    with FileLock(path, timeout=-1 if wait else 0):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # still held: a waiting process notices that the file is gone and starts over
+    held = FileLock(path, timeout=-1 if wait else 0)
+    try:
+        held.acquire()
+    except OSError as error:  # such as a full disk; `Timeout` is one too
+        if created and not isinstance(error, Timeout):
+            path.unlink(missing_ok=True)
+        raise
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # still held: a waiting process notices that the file is gone and starts over
+        held.release()
 
 
 def _host() -> str:
