@@ -350,10 +350,13 @@ def test_a_comparison_folder_means_its_recommended_network_and_a_run_folder_its_
     assert card_content(NetworkFolder.open(path)).title == path.name
 
 
-def test_a_damaged_selection_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"format": 2}', r"selection\.json .*overfly adapt"), ('{"format": 99}', "newer version")]
+)
+def test_a_damaged_or_newer_selection_is_named(tmp_path: Path, content: str, message: str) -> None:
     folder = tmp_path / "2026_a-b_comparison"
     folder.mkdir()
-    (folder / "selection.json").write_text('{"format": 99}')
+    (folder / "selection.json").write_text(content)
     (found,) = Comparison.find_all(tmp_path)
-    with pytest.raises(RunError, match=r"selection\.json .*overfly adapt"):
+    with pytest.raises(RunError, match=message):
         _ = found.selection
