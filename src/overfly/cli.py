@@ -160,11 +160,10 @@ def check_settings(command: Callable[..., Any], arguments: Sequence[Any]) -> Non
         key, equals, value = str(entry).partition("=")
         name = key.replace("-", "_")
         if equals and name in options:
-            option = name.replace("_", "-")
+            option = f"{name.replace('_', '-')} {value}"
             if isinstance(options[name].default, bool):
-                no = "no-" if value.lower() in ("false", "no", "off", "0") else ""
-                raise RecipeError(f"{key} is an option, not a setting of a recipe; write --{no}{option}")
-            raise RecipeError(f"{key} is an option, not a setting of a recipe; write --{option} {value}")
+                option = ("no-" if value.lower() in ("false", "no", "off", "0") else "") + name.replace("_", "-")
+            raise RecipeError(f"{key} is an option, not a setting of a recipe; write --{option}")
 
 
 def usage_message(error: "CycloptsError") -> str:

@@ -193,7 +193,7 @@ def test_samples_are_few_and_distinct() -> None:
     assert [sample.name for sample in samples] == ["s16", "s50", "s83", "s0", "s99"]
     few = Samples(evenly_spaced=4)
     few(Sample("only", image, image[..., 0]), 0, 1)
-    assert len(few) == 1
+    assert len(list(few)) == 1
 
 
 class Broken(Memory):

@@ -86,13 +86,10 @@ def _statistics_crop(recipe: Recipe) -> int:
 
 def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
     """Raise `RecipeError` unless a recipe shares source, target, seed, resize, window and start with the first."""
-    shared = ("source", "target", "seed", "resize", "window")
-    first, second = (
-        flatten_settings(
-            {key: candidate.model_dump(mode="json")[key] for key in shared} | {"start": _start_values(candidate)}
-        )
-        for candidate in (recipe, other)
-    )
+    started = (each.model_copy(update={"start": _baseline(each)}) for each in (recipe, other))
+    shared = ("source", "target", "seed", "resize", "window", "start")
+    values = (each.model_dump(mode="json") for each in started)
+    first, second = (flatten_settings({key: each[key] for key in shared}) for each in values)
     for key in dict.fromkeys([*first, *second]):
         if first.get(key) != second.get(key):
             advice = "recipes of one comparison share source, target, seed, resize, window and start"
@@ -102,11 +99,6 @@ def _check_shared_settings(recipe: Recipe, other: Recipe, number: int) -> None:
                 f"recipe {number} sets {key} to {value_text(second.get(key))}, the first to "
                 f"{value_text(first.get(key))}; {advice}"
             )
-
-
-def _start_values(recipe: Recipe) -> object:
-    baseline = _baseline(recipe)
-    return baseline.model_dump(mode="json") if isinstance(baseline, Recipe) else str(baseline)
 
 
 def _baseline(recipe: Recipe) -> Recipe | Path:

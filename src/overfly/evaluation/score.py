@@ -78,9 +78,6 @@ class Samples:
                 samples.append(extreme)
         return iter(samples)
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
 
 def score(
     segmenter: nn.Module, domain: Domain, split: Split, *, resize: int | None = None, window: int | None = None,

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
@@ -133,7 +134,7 @@ def quantize_onnx(
 
     path.parent.mkdir(exist_ok=True)
     averaging = {"CalibMovingAverage": True, "CalibMovingAverageConstant": 1 / max(2, len(images))}
-    prepared = path.with_suffix(".prepared.onnx")
+    prepared, inputs = path.with_suffix(".prepared.onnx"), ({"image": image} for image in images)
     with quiet():
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         try:
@@ -143,7 +144,7 @@ def quantize_onnx(
             ]
             floats += grouped_convolutions(prepared)
             quantize_static(
-                str(prepared), str(path), _Images(images),
+                str(prepared), str(path), SimpleNamespace(get_next=partial(next, inputs, None)),
                 quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=list(INTEGER_OPERATORS),
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=floats,
                 calibrate_method=CalibrationMethod.MinMax,
@@ -167,17 +168,6 @@ def grouped_convolutions(source: Path) -> list[str]:
         if node.op_type == "Conv" and groups > 1 and planes.get(node.input[1], 1) > 1:
             names.append(node.name)
     return names
-
-
-class _Images:
-    """Data reader for ONNX Runtime's calibration."""
-
-    def __init__(self, images: Sequence[Floats]) -> None:
-        self.images: Iterator[Floats] = iter(images)
-
-    def get_next(self) -> dict[str, Floats] | None:
-        image = next(self.images, None)
-        return None if image is None else {"image": image}
 
 
 def quantize_openvino(

@@ -97,18 +97,14 @@ def _next_rows(reader: _Reader, strip: ColumnStrip, row: int, rows: _Rows | None
     plan = reader.plan
     top, columns = plan.tops[row], (strip.left, strip.right)
     bottom = min(top + plan.size, plan.working_size[0])
-    if rows is None or rows.top + rows.pixels.shape[1] <= top:
-        return _Rows(top, *read_bands(reader.dataset, reader.source, plan.scale, (top, bottom), columns))
-    pixels, nodata_mask = read_bands(
-        reader.dataset, reader.source, reader.plan.scale, (rows.top + rows.pixels.shape[1], bottom), columns
-    )
-    above = slice(top - rows.top, None)
-    masked = rows.nodata_mask is not None and nodata_mask is not None
-    return _Rows(
-        top,
-        np.concatenate([rows.pixels[:, above], pixels], axis=1),
-        np.concatenate([rows.nodata_mask[above], nodata_mask]) if masked else None,  # type: ignore[index]
-    )
+    first = top if rows is None else max(top, rows.top + rows.pixels.shape[1])
+    new = _Rows(top, *read_bands(reader.dataset, reader.source, plan.scale, (first, bottom), columns))
+    if rows is None or first == top:
+        return new
+    above, nodata_mask = slice(top - rows.top, None), None
+    if rows.nodata_mask is not None and new.nodata_mask is not None:
+        nodata_mask = np.concatenate([rows.nodata_mask[above], new.nodata_mask])
+    return _Rows(top, np.concatenate([rows.pixels[:, above], new.pixels], axis=1), nodata_mask)
 
 
 def _batches(reader: _Reader, index: int, rows: _Rows) -> Iterator[WindowBatch]:
