@@ -4,6 +4,7 @@ The library is imported when such a network is built. Weights are read from safe
 is never run.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -132,10 +133,8 @@ def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _errors(checkpoint: str, kind: Callable[[str], Exception]) -> Iterator[None]:
     """Raise the library's many errors as one of overfly's, without its warnings."""
-    logger = _library().utils.logging
-    level = logger.get_verbosity()
-    logger.set_verbosity_error()
-    logger.disable_progress_bar()
+    _library().utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # of the library, and of its connections to the hub
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -148,4 +147,4 @@ def _errors(checkpoint: str, kind: Callable[[str], Exception]) -> Iterator[None]
             "config.json and model.safetensors, or a name on the Hugging Face hub"
         ) from error
     finally:
-        logger.set_verbosity(level)
+        logging.disable(logging.NOTSET)
