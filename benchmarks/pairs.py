@@ -107,20 +107,31 @@ def recipes(values: tuple[dict[str, Any], dict[str, Any]], fabric: Fabric, *sett
     return propose_recipes(source, target, VARIANTS, settings, checkpoint=None, budget=LONG, fabric=fabric)
 
 
+def command_line(description: str, out: Path, pairs: str, **options: str) -> tuple[Any, list[str], Any, Fabric]:
+    """Parse DATA, --pairs, --seeds, --out and ``options`` with their defaults.
+
+    Returns the arguments, with pairs as a list; the settings of recipes; the domains of every direction; and a fabric.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=out)
+    for name, default in {"pairs": pairs, **options}.items():
+        parser.add_argument(f"--{name}", default=default)
+    given, settings = parser.parse_known_args()
+    directions = domains(given.data.resolve(), given.out.resolve())
+    given.pairs = given.pairs.split(",") if given.pairs else list(directions)
+    recipe = Recipe.model_validate({"source": directions[given.pairs[0]][0]})
+    return given, settings, directions, launch_fabric(recipe, TrainerConfig())
+
+
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--pairs", default="")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--variants", default="equal,source,plain")
-    parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
-    arguments, settings = parser.parse_known_args()
-    pairs = domains(arguments.data.resolve(), arguments.out.resolve())
-    names = arguments.pairs.split(",") if arguments.pairs else list(pairs)
-    fabric = launch_fabric(Recipe.model_validate({"source": pairs[names[0]][0]}), TrainerConfig())
+    variants = "equal,source,plain"
+    arguments, settings, pairs, fabric = command_line(
+        __doc__ or "", Path("runs/pairs"), "", seeds="0", variants=variants
+    )
     for seed in map(int, arguments.seeds.split(",")):
-        for name in names:
+        for name in arguments.pairs:
             proposed = recipes(pairs[name], fabric, f"seed={seed}", *settings)
             every = dict(zip(("equal", "source", "plain"), proposed, strict=True))
             chosen = [every[variant] for variant in arguments.variants.split(",")]

@@ -12,13 +12,12 @@ the large one adapts itself and is distilled into the small one on source and ta
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from pairs import domains, recipes
+from pairs import command_line, recipes
 
 import overfly
 from overfly.methods.distillation import Distill
@@ -26,7 +25,6 @@ from overfly.methods.large_teacher import LargeTeacher
 from overfly.methods.method import Method
 from overfly.methods.multiscale_self_training import MultiscaleSelfTraining
 from overfly.recipe import Recipe
-from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.evaluate import evaluate_domain, stored_scores
 from overfly.training.run import Run
 
@@ -67,19 +65,13 @@ def compare(large: Recipe, small: Recipe, out: Path) -> dict[str, float]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--pairs", default="dubai-city,dubai-coast")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--students", default="lraspp_mobilenet_v2_half,pidnet_s")
-    parser.add_argument("--large", default="lraspp_mobilenet_v2")
-    parser.add_argument("--out", type=Path, default=Path("runs/teachers"))
-    given, settings = parser.parse_known_args()
-    pairs = domains(given.data.resolve(), given.out.resolve())
-    fabric = launch_fabric(Recipe.model_validate({"source": next(iter(pairs.values()))[0]}), TrainerConfig())
+    given, settings, pairs, fabric = command_line(
+        __doc__ or "", Path("runs/teachers"), "dubai-city,dubai-coast", seeds="0,1,2",
+        students="lraspp_mobilenet_v2_half,pidnet_s", large="lraspp_mobilenet_v2",
+    )  # fmt: skip
     rows: list[dict[str, Any]] = []
     for seed in map(int, given.seeds.split(",")):
-        for pair in given.pairs.split(","):
+        for pair in given.pairs:
             for name in given.students.split(","):
                 large, small = (
                     recipes(pairs[pair], fabric, f"model={network}", f"seed={seed}", *settings)[0]

@@ -57,6 +57,11 @@ class Model(Spec):
         """The name that `overfly.models.build` takes: ``name`` or ``name:checkpoint``."""
         return f"{self.name}:{self.checkpoint}" if self.checkpoint else self.name
 
+    @property
+    def title(self) -> str:
+        """The architecture as weights files name it: with the last part of the checkpoint's path alone."""
+        return f"{self.name}:{Path(self.checkpoint).name}" if self.checkpoint else self.name
+
     @model_validator(mode="after")
     def _check_model(self) -> Self:
         if (self.name in CHECKPOINT_BUILDERS) != bool(self.checkpoint):

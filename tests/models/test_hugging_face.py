@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import REPOSITORY
-from overfly import train
+from overfly import adapt, report, train
 from overfly.core.errors import RecipeError, WeightsError
 from overfly.models import build
 from overfly.models.hugging_face import TransformersNetwork
@@ -109,6 +111,35 @@ def test_round_trip_through_a_folder(kind: str, folder: Callable[[str], Path], t
     assert torch.equal(again.scores(image), trained.scores(image))
 
 
+def test_a_trained_network_needs_no_checkpoint(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    path, settings = folder("segformer"), ["crop=64", "window=64", "batch=2", "steps=2"]
+    source = {"name": "synthetic", "scene": "urban", "size": 64, "train": 4, "val": 2}
+    run = train(load({"source": source, "model": f"transformers:{path}"}, *settings), out=tmp_path / "runs", quiet=True)
+    weights = Path(shutil.copy(run.run.weights, tmp_path / "network.safetensors"))
+    assert str(tmp_path).encode() not in weights.read_bytes()
+    shutil.rmtree(path)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(4):
+        Image.fromarray(torch.randint(256, (96, 96, 3), dtype=torch.uint8).numpy()).save(images / f"{number}.png")
+    for checkpoint in (weights, run.path):
+        adapted = adapt(*settings, checkpoint=checkpoint, target_images=images, out=tmp_path / "adapted", quiet=True)
+        assert adapted.selection.recommended in adapted.selection.candidates
+    assert report([run.path], out=tmp_path / "report.html").path.is_file()
+
+
+def test_a_backbone_of_another_repository_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    config = {"model_type": "upernet", "backbone": "someone/backbone", "use_pretrained_backbone": True}
+    with pytest.raises(RecipeError, match="another repository, someone/backbone"):
+        build("transformers:small", config=config)
+    with pytest.raises(RecipeError, match="another repository, someone/backbone"):
+        build("transformers:small", config={"model_type": "maskformer", "backbone_config": config})
+
+
 def test_weights_of_a_checkpoint(folder: Callable[[str], Path]) -> None:
     from overfly.training.setup import load_initial_weights
 
@@ -150,7 +181,7 @@ def test_export(folder: Callable[[str], Path], tmp_path: Path) -> None:
     # a process of its own: in this one the library's tracing would close the captured error stream
     command = [sys.executable, "-m", "overfly", "export", str(run.path), "--size", "64", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
-    assert (tmp_path / "segformer-onnx-32-64.onnx").is_file()
+    assert (tmp_path / "transformers-segformer-onnx-32-64.onnx").is_file()
 
 
 @pytest.mark.parametrize(

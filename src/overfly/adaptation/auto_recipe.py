@@ -200,7 +200,7 @@ def time_step(recipe: Recipe, fabric: "Fabric", repeats: int = 3) -> float:
     start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
     setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
     device = fabric.device
-    arithmetic = run_on_rank_zero(fabric, lambda: choose_arithmetic(recipe, device, fabric.world_size))
+    arithmetic = run_on_rank_zero(fabric, lambda: choose_arithmetic(recipe, device, fabric.world_size, start=start))
     step = plain_step(recipe.method, setup.nets, arithmetic, device)
     seconds: list[float] = []
     for number in range(repeats + 1):

@@ -111,7 +111,7 @@ def export(
     opset = OPSET if format == "onnx" else 0
     settings = ExportSettings(format=format, precision=precision, output=output, resize=resize or None, opset=opset)
     parts = (metadata.architecture, format, precision, output if output != "probabilities" else "", size)
-    stem = name or "-".join(map(str, filter(None, parts))).rpartition("/")[2].replace(":", "-")
+    stem = name or "-".join(map(str, filter(None, parts))).replace(":", "-")
     if Path(stem).name != stem:
         raise RecipeError(f"--name must be a file name without folders, got {stem}; give the folder as --out")
     compared = export_domain(folder, domain, metadata)

@@ -78,7 +78,10 @@ class TransformersNetwork(Network):
         self.first_conv = next(convolutions, "")
 
     def forward(self, image: Tensor) -> Logits:
-        """Class scores of normalized images (B, C, H, W) at the network's own size, and its last feature map."""
+        """Class scores (B, K, h, w) of normalized images (B, C, H, W) at the network's own stride.
+
+        With a backbone, ``features`` are its feature maps (B, F, h, w).
+        """
         pixels = image if self.fixed is None else F.interpolate(image, size=(self.fixed, self.fixed), mode="bilinear")
         output = self.model(pixel_values=pixels)
         if self.head is not None:
@@ -93,6 +96,7 @@ class TransformersNetwork(Network):
 
     def pretrained(self, checkpoint: str) -> dict[str, Tensor]:
         """Tensors of a checkpoint, by this network's names; raise `WeightsError` if they cannot be had or read."""
+        checkpoint = _expanded(checkpoint)
         with _errors(checkpoint, WeightsError):
             own, report = cast(Any, type(self.model)).from_pretrained(
                 checkpoint, config=_config(checkpoint), use_safetensors=True, output_loading_info=True
@@ -109,6 +113,7 @@ def transformers(checkpoint: str, config: Mapping[str, Any] | None, classes: int
     """
     if not checkpoint:
         raise RecipeError(f"{NAME} needs a checkpoint; set model.checkpoint to a folder or a name on the hub")
+    checkpoint = _expanded(checkpoint)
     with _errors(checkpoint, RecipeError):
         return TransformersNetwork(_config(checkpoint, config), classes, bands)
 
@@ -116,16 +121,26 @@ def transformers(checkpoint: str, config: Mapping[str, Any] | None, classes: int
 CHECKPOINT_BUILDERS[NAME] = transformers
 
 
+def _expanded(checkpoint: str) -> str:
+    """Replace a leading ``~`` by the home folder."""
+    return str(Path(checkpoint).expanduser()) if checkpoint.startswith("~") else checkpoint
+
+
 def _config(checkpoint: str, config: Mapping[str, Any] | None = None) -> Any:
     """Configuration, by default that of a folder or of a name on the hub."""
-    if config is None and checkpoint[0] in "./~" and not Path(checkpoint).is_dir():
-        raise FileNotFoundError("there is no such folder")
+    if config is None and checkpoint[0] in "./" and not Path(checkpoint).is_dir():
+        raise FileNotFoundError("the folder does not exist")
     values = _safe(config or _library().PreTrainedConfig.get_config_dict(checkpoint)[0])
     return _library().AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out of a configuration, and of those inside it, what would load code or other files."""
+    """Leave out of a configuration, and of those inside it, what would load code or other files.
+
+    Raises `ValueError`: its backbone is the name of another repository, which would be downloaded.
+    """
+    if isinstance(config.get("backbone"), str):
+        raise ValueError(f"its backbone is another repository, {config['backbone']}")
     kept = {key: value for key, value in config.items() if key not in UNSAFE and "attn_implementation" not in str(key)}
     return {key: _safe(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
@@ -134,6 +149,7 @@ def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
 def _errors(checkpoint: str, kind: Callable[[str], Exception]) -> Iterator[None]:
     """Raise the library's many errors as one of overfly's, without its warnings."""
     _library().utils.logging.disable_progress_bar()
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of the library, and of its connections to the hub
     try:
         with warnings.catch_warnings():
@@ -147,4 +163,4 @@ def _errors(checkpoint: str, kind: Callable[[str], Exception]) -> Iterator[None]
             "config.json and model.safetensors, or a name on the Hugging Face hub"
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(level)

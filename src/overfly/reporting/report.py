@@ -265,13 +265,11 @@ def collect_report(
 
 def _speeds(runs: Sequence[Run], size: int, device: torch.device) -> dict[str, Speed]:
     speeds: dict[str, Speed] = {}
-    for recipe in (run.recipe for run in runs):
-        if recipe.model.architecture not in speeds:
-            domain = recipe.source or recipe.domain("target")
-            network = build(recipe.model.architecture, len(domain.classes), training_heads=True, bands=domain.bands)
-            speeds[recipe.model.architecture] = measure_speed(
-                network, size=size, bands=domain.bands, device=device, warmup=3, repeats=15
-            )
+    for run in runs:
+        name, domain = run.recipe.model.architecture, run.recipe.source or run.recipe.domain("target")
+        if name not in speeds:
+            network = run.segmenter().network if run.finished else build(name, len(domain.classes), bands=domain.bands)
+            speeds[name] = measure_speed(network, size=size, bands=domain.bands, device=device, warmup=3, repeats=15)
     return speeds
 
 

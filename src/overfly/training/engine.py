@@ -27,7 +27,7 @@ from overfly.core.records import Batch, Labeled, Losses
 from overfly.evaluation.speed import Latency, compare_latency
 from overfly.methods.method import Method, Networks
 from overfly.methods.source_only import SourceOnly
-from overfly.models.network import build
+from overfly.models.network import Network, build
 from overfly.models.segmenter import Segmenter
 from overfly.recipe import Recipe
 
@@ -132,10 +132,13 @@ def named_arithmetic(precision: str, device: torch.device) -> Arithmetic:
     return Arithmetic("32" if emulated or precision == "auto" else precision, precision in ("bf16", "16"))
 
 
-def choose_arithmetic(recipe: Recipe, device: torch.device, processes: int = 1, *, quiet: bool = True) -> Arithmetic:
+def choose_arithmetic(
+    recipe: Recipe, device: torch.device, processes: int = 1, *, start: Path | None = None, quiet: bool = True
+) -> Arithmetic:
     """Return the arithmetic of a recipe; with precision ``auto`` that of the fastest step in one process.
 
-    The times are kept in the cache folder, by machine, threads, version of PyTorch, network, crop and batch.
+    The times are kept in the cache folder, by machine, threads, version of PyTorch, network, crop and batch. A network
+    with a checkpoint is read from the weights file ``start`` if there is one: the checkpoint may be gone.
     """
     if recipe.precision != "auto" or processes > 1 or device.type == "mps":
         return named_arithmetic(recipe.precision, device)
@@ -148,9 +151,9 @@ def choose_arithmetic(recipe: Recipe, device: torch.device, processes: int = 1, 
     with suppress(OSError, ValueError, LookupError, AttributeError):
         seconds = {str(each): float(time) for each, time in read_json(file)["seconds"].items()}
     if not seconds.keys() & {str(each) for each in ARITHMETICS}:
-        seconds = {
-            str(one): time for one, time in time_arithmetics(recipe.model.architecture, **shape, device=device).items()
-        }
+        network = recipe.model.architecture
+        timed_network = Segmenter.load(start).network if start and recipe.model.checkpoint else network
+        seconds = {str(one): time for one, time in time_arithmetics(timed_network, **shape, device=device).items()}
         with suppress(OSError):  # timed again next time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**facts, "seconds": seconds})
@@ -162,15 +165,15 @@ def choose_arithmetic(recipe: Recipe, device: torch.device, processes: int = 1, 
 
 
 def time_arithmetics(
-    network: str, *, classes: int, bands: int, size: int, batch: int, device: torch.device
+    network: str | Network, *, classes: int, bands: int, size: int, batch: int, device: torch.device
 ) -> dict[Arithmetic, float]:
     """Measure the seconds of a source-only training step in each of `ARITHMETICS`, in turn, without those too `SLOW`.
 
-    The network gets random weights and a batch of random images, ``size`` pixels a side.
+    The network, or one of this name with random weights, gets a batch of random images, ``size`` pixels a side.
     """
     names = Classes(names=tuple(f"class {number}" for number in range(classes)))
-    built = build(network, classes, training_heads=True, bands=bands)
-    segmenter = Segmenter(built, names, architecture=network, mean=[127.0] * bands, std=[64.0] * bands)
+    built = build(network, classes, training_heads=True, bands=bands) if isinstance(network, str) else network
+    segmenter = Segmenter(built, names, architecture="", mean=[127.0] * bands, std=[64.0] * bands)
 
     def steps(side: int, images: int, candidates: Iterable[Arithmetic]) -> dict[str, Callable[[], None]]:
         label = torch.randint(classes, (images, side, side), device=device)

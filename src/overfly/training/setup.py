@@ -162,13 +162,9 @@ def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmente
         if report is not None:
             _check_class_layer(recipe, network, report)
         mean, std = normalization(recipe.model, domain, pretrained=report is not None)
+        architecture, max_value = recipe.model.title, domain.max_value
         segmenter = Segmenter(
-            network,
-            domain.classes,
-            architecture=recipe.model.architecture,
-            mean=mean,
-            std=std,
-            max_value=domain.max_value,
+            network, domain.classes, architecture=architecture, mean=mean, std=std, max_value=max_value
         )
     if recipe.model.count_include_pad is not None:
         segmenter.network.set_count_include_pad(recipe.model.count_include_pad)
@@ -204,7 +200,7 @@ def _check_start(start: Path, segmenter: Segmenter, recipe: Recipe, domain: Doma
         "bands": "use the same bands in both", "max_value": "rescale the images to the same range",
     }  # fmt: skip
     names = (", ".join(segmenter.classes.names), ", ".join(domain.classes.names))
-    models = (segmenter.architecture, recipe.model.architecture)
+    models = (segmenter.architecture, recipe.model.title)
     bands, ranges = (segmenter.bands, domain.bands), (f"{segmenter.max_value:g}", f"{domain.max_value:g}")
     for (setting, correct), (own, other) in zip(advice.items(), (names, models, bands, ranges), strict=True):
         if own != other:

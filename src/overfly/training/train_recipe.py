@@ -41,7 +41,9 @@ def train_recipe(recipe: Recipe, out: Path, fabric: "Fabric", config: TrainerCon
         print_status(f"{finished.name}: already trained", quiet=quiet)
         return Run(finished)
     device, processes = fabric.device, fabric.world_size
-    arithmetic = begun or run_on_rank_zero(fabric, lambda: choose_arithmetic(recipe, device, processes, quiet=quiet))
+    arithmetic = begun or run_on_rank_zero(
+        fabric, lambda: choose_arithmetic(recipe, device, processes, start=start, quiet=quiet)
+    )
     fabric = recipe_fabric(recipe, fabric, config, arithmetic)
     setup = prepare_training(recipe, fabric, config, start)
     run = Run(run_on_rank_zero(fabric, lambda: Run.open_or_create(out, recipe, digest).path))
