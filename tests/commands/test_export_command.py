@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from fake_hub import fake_hub
 from overfly import cli
 from overfly.commands import export_data
 from overfly.commands.load_predictor import load_predictor
+from overfly.core.atomic_files import read_json, write_json
 from overfly.exporting import exporter as exporting
+from overfly.exporting.predictor import Predictor
 from overfly.recipe import load
 from overfly.training.run import Run
+from rasters import noise, write
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,41 @@ def test_export_reports_parity(
     assert load_predictor(file).metadata.title == trained.name
     sizes = onnx.load(file).graph.input[0].type.tensor_type.shape.dim
     assert [size.dim_param for size in sizes] == ["batch", "", "height", "width"]
+
+
+def test_a_run_is_opened_as_its_fastest_export(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("exports"))
+    assert overfly("export", run, "--no-labels", "--quiet", "--images", "1") == 0
+    file = run / "exports" / "small_network-onnx-32.onnx"
+    report = read_json(file.with_suffix(".json"))
+
+    def opened(milliseconds: float = 1.0, **changes: Any) -> Predictor:
+        runtimes = {"onnxruntime": milliseconds, "openvino": milliseconds + 1, "torch eager": 3.0}
+        latency = {name: report["latency"][name] | {"median_ms": value} for name, value in runtimes.items()}
+        write_json(file.with_suffix(".json"), report | {"latency": latency} | changes)
+        return load_predictor(run)
+
+    fast = opened()
+    assert fast.backend == "onnxruntime"
+    assert f"using {file.name} with onnxruntime" in capsys.readouterr().err
+    image = np.random.default_rng(0).uniform(0, 255, (1, 3, 70, 90)).astype(np.float32)
+    np.testing.assert_allclose(fast(image), load_predictor(run, backend="torch")(image), atol=2e-4)
+    scene, out = write(tmp_path / "scene.tif", noise(70, 90)), tmp_path / "map.tif"
+    assert overfly("predict", run, scene, "--out", out) == 0
+    assert overfly("predict", run, scene, "--out", out, "--backend", "torch") == 2  # another network's map
+    assert opened(latency={}).backend == "torch"
+    assert opened(4.0).backend == "torch"
+    assert opened(weights_sha256="0" * 64).backend == "torch"
+    assert opened(machine=report["machine"] | {"processor": "another"}).backend == "torch"
+    assert opened(settings=report["settings"] | {"output": "classes"}).backend == "torch"
+    worse = [parity | {"agreement": 0.5} for parity in report["parity"]]
+    assert opened(parity=[worse[0], report["parity"][1]]).backend == "openvino"
+    capsys.readouterr()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert opened().backend == "torch"
+    assert "differs from the digest" in capsys.readouterr().err
 
 
 def test_model_card(trained: Path) -> None:

@@ -100,11 +100,11 @@ def export(
     from overfly.exporting.formats import OPSET
     from overfly.exporting.hub import model_card
     from overfly.exporting.predictor import ExportSettings
+    from overfly.models.checkpoints import weights_sha256
 
     sides = {name: (value or 32, 32, MAX_SIDE) for name, value in (("size", size), ("resize", resize))}
     check_bounds({**sides, "images": (images, 1, 10**4)})
-    folder = NetworkFolder.open(run)
-    segmenter, metadata = load_network(folder.path)
+    folder, (segmenter, metadata) = NetworkFolder.open(run), load_network(run)
     recipe = None if folder.run is None else folder.run.recipe
     resize = recipe.resize if resize is None and recipe else resize
     metadata = metadata.model_copy(update={"window": size, "fixed": True}) if size else metadata
@@ -116,11 +116,12 @@ def export(
         raise RecipeError(f"--name must be a file name without folders, got {stem}; give the folder as --out")
     compared = export_domain(folder, domain, metadata)
     data = evaluation_data(compared, recipe, settings, metadata.window, images, labels=labels)
-    target, status = Path(out or folder.path / "exports"), partial(print_status, quiet=quiet)
-    path, report = export_network(segmenter, metadata, settings, data, folder=target, name=stem, on_progress=status)
+    path, report = export_network(
+        segmenter, metadata, settings, data, folder=Path(out or folder.path / "exports"), name=stem,
+        on_progress=partial(print_status, quiet=quiet), weights_sha256=weights_sha256(folder.weights),
+    )  # fmt: skip
     record_labels(folder.run, domain, compared, report)
-    card = path.with_suffix(".md")
-    with disk_errors(card, OverflyError):
+    with disk_errors(card := path.with_suffix(".md"), OverflyError):
         write_text(card, model_card(report, card_content(folder)))
     return ExportResult(path, card, report)
 

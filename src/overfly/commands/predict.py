@@ -77,7 +77,7 @@ def predict(
         window: side of the windows in pixels; by default the network's.
         overlap: share of a window that the next one covers again.
         batch: windows per batch of the network.
-        backend: auto, torch, onnxruntime or openvino.
+        backend: torch, onnxruntime or openvino; auto: the file's own; for a run, PyTorch or its fastest export.
         device: auto, cpu, cuda, cuda:1 or mps.
         workers: processes of this machine that share the rasters (extra: cluster); 0 maps one after the other.
         scheduler: address of a running dask scheduler whose workers share the rasters, such as tcp://10.0.0.1:8786.
@@ -87,12 +87,13 @@ def predict(
     Returns:
         The maps, and the failed rasters. The command's exit status is 1 if one of several rasters failed.
     """
-    from overfly.commands.load_predictor import load_predictor
+    from overfly.commands.load_predictor import fastest_file, load_predictor
     from overfly.raster.manifest import MapSettings, output_files
     from overfly.raster.parallel import check_distinct_outputs, list_rasters
 
     sizes = {"window": (window or 32, 32, MAX_SIDE), "batch": (batch, 1, 4096)}
     check_bounds(sizes | {"min-area": (min_area, 1, 10**9), "workers": (workers, 0, 256)})
+    network, backend = fastest_file(network, backend, device)
     predictor = load_predictor(network, backend=backend, device=device)
     settings = MapSettings(
         window=window, overlap=overlap, batch=batch, bands=bands, nodata=nodata, alpha_band=alpha_band,
@@ -102,11 +103,10 @@ def predict(
     )  # fmt: skip
     outputs = list_rasters([str(raster) for raster in rasters], Path(out))
     check_distinct_outputs({source: output_files(path, settings).values() for source, path in outputs.items()})
-    digest = network_digest(Path(network))
+    opener = partial(load_predictor, network.absolute(), backend=backend, device=device)
     if workers or scheduler is not None:
-        opener = partial(load_predictor, Path(network).absolute(), backend=backend, device=device)
-        return _map_in_parallel(opener, outputs, settings, digest, workers, scheduler, quiet=quiet)
-    return _map_in_turn(predictor, outputs, settings, digest, quiet=quiet)
+        return _map_in_parallel(opener, outputs, settings, network_digest(network), workers, scheduler, quiet=quiet)
+    return _map_in_turn(predictor, outputs, settings, network_digest(network), quiet=quiet)
 
 
 def _map_in_turn(

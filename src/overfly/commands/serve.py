@@ -45,7 +45,7 @@ def serve(
         port: 0 selects a free port.
         token: required from clients, at least 12 characters; or set the environment variable OVERFLY_TOKEN, which other
             users of the machine cannot read.
-        backend: torch, onnxruntime or openvino; auto: the first one that runs the file.
+        backend: torch, onnxruntime or openvino; auto: the file's own; for a run, PyTorch or its fastest export.
         device: auto, cpu, cuda, cuda:1 or mps.
         upload: megabytes of a request; beyond them 413.
         megapixels: million pixels of an image; beyond them 400.

@@ -89,7 +89,7 @@ def watch(
         stats: draw latency and frame rate.
         fps: frames per second of a folder; 10 by default.
         seconds: end after this time of the stream.
-        backend: torch, onnxruntime or openvino; auto: that of the file's format.
+        backend: torch, onnxruntime or openvino; auto: the file's own; for a run, PyTorch or its fastest export.
         device: auto, cpu, cuda, cuda:1 or mps.
         json: print JSON instead of text.
         quiet: print no progress.

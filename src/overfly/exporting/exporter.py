@@ -64,6 +64,8 @@ class ExportReport(Spec):
     """Its size, weights included."""
     sha256: str
     """SHA-256 of the file; for OpenVINO of the .xml followed by the .bin."""
+    weights_sha256: str = ""
+    """Digest of the weights that were exported; empty if unknown."""
     settings: ExportSettings
     """Settings of the export."""
     metadata: ModelMetadata
@@ -84,14 +86,15 @@ class ExportReport(Spec):
 
 def export(
     segmenter: Segmenter, metadata: ModelMetadata, settings: ExportSettings, data: EvaluationData, *,
-    folder: Path, name: str, on_progress: Callable[[str], None] = print,
+    folder: Path, name: str, on_progress: Callable[[str], None] = print, weights_sha256: str = "",
 ) -> tuple[Path, ExportReport]:  # fmt: skip
     """Export a network; the file is deleted if it does not agree with PyTorch.
 
     ``metadata.fixed`` exports a graph for tiles of the size ``metadata.window`` only. ``name`` has no suffix;
     ``on_progress`` is called with a message for each phase. Returns the file, and its report, which is also written to
-    ``NAME.json``. Raises `ParityError`: it does not agree with PyTorch; ``NAME.failed.json`` holds the report, and
-    `MissingExtraError`: a package is not installed, and `OverflyError`: the folder cannot be written.
+    ``NAME.json`` and names the exported weights by ``weights_sha256``. Raises `ParityError`: it does not agree with
+    PyTorch; ``NAME.failed.json`` holds the report, and `MissingExtraError`: a package is not installed, and
+    `OverflyError`: the folder cannot be written.
     """
     if settings.precision == "int8" and settings.format == "torch":
         raise RecipeError("precision int8 needs format onnx or openvino, got torch; set --format, or --precision 16")
@@ -108,6 +111,7 @@ def export(
             file = _write(segmenter, metadata, settings, data, temporary / final.name)
         on_progress(f"comparing it with PyTorch on {len(data.images)} images of {data.title}")
         report = _measure(file, segmenter, metadata, settings, data)
+        report = report.model_copy(update={"weights_sha256": weights_sha256})
         with disk_errors(final, OverflyError):
             _raise_if_different(report, folder / f"{name}.failed.json")
             write_json(temporary / f"{name}.json", json.loads(report.model_dump_json()))
