@@ -83,6 +83,17 @@ def test_predict_geotiff_keeps_coordinates_and_no_data(client: TestClient, tmp_p
     np.testing.assert_array_equal(ids[20:, 20:], image[0, 20:, 20:] > 127)
 
 
+def finished(client: TestClient, result: Any) -> Any:
+    """The summary of a new map, when it is finished or has failed."""
+    assert result.status_code == 201, result.text
+    summary = result.json()
+    until = time.monotonic() + 60
+    while summary["state"] == "running" and time.monotonic() < until:
+        time.sleep(0.02)
+        summary = client.get(f"/maps/{summary['key']}").json()
+    return summary
+
+
 def tiff(path: Path, image: Array, **settings: Any) -> bytes:
     """An image (H, W, C) as the bytes of a GeoTIFF."""
     rasterio = pytest.importorskip("rasterio")
@@ -140,9 +151,8 @@ def test_predict_geotiff_keeps_mask_and_control_points(client: TestClient, tmp_p
 
 def test_maps_are_stored_tiled_and_downloaded(client: TestClient) -> None:
     files = {"image": ("x", encoded(ramp(300, 400)))}
-    result = client.post("/maps", files=files, data={"network": "0", "other": "1"})
-    assert result.status_code == 201
-    summary = result.json()
+    summary = finished(client, client.post("/maps", files=files, data={"network": "0", "other": "1"}))
+    assert (summary["state"], summary["progress"], summary["detail"]) == ("finished", 1.0, "")
     assert (summary["width"], summary["height"], summary["max_zoom"]) == (400, 300, 1)
     assert [each["network"] for each in summary["predictions"]] == ["0", "1"]
     key = summary["key"]
@@ -164,7 +174,7 @@ def test_least_recently_used_maps_are_evicted() -> None:
         keys = []
         for _ in range(5):
             result = client.post("/maps", files={"image": ("x", encoded(ramp(10, 10)))})
-            keys.append(result.json()["key"])
+            keys.append(finished(client, result)["key"])
         there = [client.get(f"/maps/{key}").status_code for key in keys]
     assert there == [404, 404, 200, 200, 200]
 
@@ -188,7 +198,7 @@ def _bomb(side: int) -> bytes:
         (b"", "empty"),
         (b"hello", "text"),
         (encoded(ramp())[:100], "truncated"),
-        (encoded(ramp()[..., 0]), "1 bands"),
+        (encoded(ramp()[..., 0]), "1 band, the network reads 3"),
     ],
 )
 def test_invalid_images_are_refused_without_their_path(client: TestClient, image: bytes, words: str) -> None:
@@ -261,7 +271,8 @@ def test_scenes_are_listed_by_number(tmp_path: Path) -> None:
     (tmp_path / "scene <1>.png").write_bytes(encoded(ramp()))
     with make_client(scenes=[tmp_path / "scene <1>.png"]) as client:
         assert "scene &lt;1&gt;.png" in client.get("/").text
-        assert client.post("/scenes/0", params={"other": "1"}).status_code == 201
+        assert client.get("/scenes").json() == ["scene <1>.png"]
+        assert client.post("/scenes/0", data={"other": "1"}).status_code == 201
         assert client.post("/scenes/1").status_code == 404
 
 
@@ -336,13 +347,12 @@ def test_networks_read_their_own_bands(order: str, tmp_path: Path) -> None:
     infrared = (tmp_path / "infrared.tif").read_bytes()
     both = {"network": order[0], "other": order[1]}
     with make_client(networks=networks) as client:
-        result = client.post("/maps", files={"image": ("x", encoded(clear))}, data=both)
-        assert result.status_code == 201, result.text
-        shares = {each["network"]: [one["share"] for one in each["classes"]] for each in result.json()["predictions"]}
+        summary = finished(client, client.post("/maps", files={"image": ("x", encoded(clear))}, data=both))
+        shares = {each["network"]: [one["share"] for one in each["classes"]] for each in summary["predictions"]}
         assert shares == {"0": [1.0, 0.0], "1": [0.0, 1.0]}
         for image, words in (
-            (encoded(ramp()), "3 bands and network 1 reads 4"),
-            (infrared, "4 bands and network 0 reads 3"),
+            (encoded(ramp()), "3 bands, network 1 reads 4"),
+            (infrared, "4 bands, network 0 reads 3"),
         ):
             response = client.post("/maps", files={"image": ("x", image)}, data=both)
             assert response.status_code == 400

@@ -37,7 +37,8 @@ def serve(
 
     Args:
         networks: runs, folders of runs, weights files (.safetensors) or exported files.
-        scenes: images on this machine that the page lists, or folders of them; may be repeated: --scenes A --scenes B.
+        scenes: images of any size on this machine that the page lists, or folders of them; may be repeated: --scenes A
+            --scenes B. Their maps are kept in the cache folder.
         watch: a video, a camera, an address or a folder of images, shown live with the predictions of the first network
             (extra: stream).
         watch_size: longest side in pixels to which its frames are shrunk for the network.
@@ -48,8 +49,8 @@ def serve(
         backend: torch, onnxruntime or openvino; auto: the file's own; for a run, PyTorch or its fastest export.
         device: auto, cpu, cuda, cuda:1 or mps.
         upload: megabytes of a request; beyond them 413.
-        megapixels: million pixels of an image; beyond them 400.
-        seconds: time to receive a request, and to process it.
+        megapixels: million pixels of an image that is sent; beyond them 400.
+        seconds: time to receive a request, and to predict an image; maps of the page take any time.
         queue: images that are processed or wait at the same time; beyond them 429.
 
     Returns:
@@ -67,7 +68,7 @@ def serve(
 
     limits = Limits(upload=upload * 10**6, pixels=round(megapixels * 1e6), seconds=seconds, queue=queue)
     served = served_networks(networks, backend, device)
-    images = _list_scenes([Path(scene) for scene in scenes or ()], limits.pixels)
+    images = _list_scenes([Path(scene) for scene in scenes or ()])
     with (
         live_stream(watch, served[0].load, watch_size) as latest_frame,
         contextlib.closing(server.bind(host, port)) as bound,
@@ -137,6 +138,7 @@ def served_networks(
     """
     from overfly.adaptation.selection import is_comparison
     from overfly.commands.load_predictor import NetworkFolder, load_predictor
+    from overfly.commands.predict import network_digest
     from overfly.reporting.report import find_runs, recipe_title
     from overfly.web.service import ServedNetwork
 
@@ -148,8 +150,8 @@ def served_networks(
                 about = {"model": predictor.metadata.architecture, "folder": path.resolve().parent.name}
                 about |= dict(zip(("format", "precision"), predictor.export or (), strict=False))
                 about["runtime"] = predictor.backend
-                load = partial(lambda loaded: loaded, predictor)
-                result[path.resolve()] = ServedNetwork(str(len(result)), path.name, load, None, about)
+                load, digest = partial(lambda loaded: loaded, predictor), partial(network_digest, path)
+                result[path.resolve()] = ServedNetwork(str(len(result)), path.name, load, None, about, digest)
             continue
         folders = [path] if is_comparison(path) else [run.path for run in find_runs([path]) if run.finished]
         if not folders:
@@ -157,10 +159,11 @@ def served_networks(
         for folder in folders:
             if folder.resolve() not in result:
                 load = partial(load_predictor, folder, backend=backend, device=device)
+                digest = partial(network_digest, folder)
                 run = NetworkFolder.open(folder).run
                 title = folder.name if run is None else f"{recipe_title(run.recipe)}, seed {run.recipe.seed}"
                 about = {"folder": folder.name} if run is None else _describe(run) | {"folder": folder.name}
-                result[folder.resolve()] = ServedNetwork(str(len(result)), title, load, run, about)
+                result[folder.resolve()] = ServedNetwork(str(len(result)), title, load, run, about, digest)
     _make_titles_unique(result)
     for network in result.values():
         network.title = printable(network.title)
@@ -210,10 +213,10 @@ def _check_token(host: str, token: str | None) -> str | None:
     return token
 
 
-def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
+def _list_scenes(paths: Sequence[Path]) -> list[Path]:
     """List the images of files and folders, name unreadable ones on stderr; raise `DataError` for a missing path."""
+    from overfly.data.headers import read_raster_header
     from overfly.data.listing import check_name, is_image_name
-    from overfly.web.images import check_header
 
     result: list[Path] = []
     reasons: list[str] = []
@@ -224,7 +227,7 @@ def _list_scenes(paths: Sequence[Path], pixels: int) -> list[Path]:
         for file in (file for file in files if file == path or is_image_name(file)):
             try:
                 check_name(file)
-                check_header(file, pixels=pixels)
+                read_raster_header(file)
                 result.append(file)
             except OverflyError as error:
                 reasons.append(str(error))

@@ -17,7 +17,7 @@ from overfly.data.reading import Mask
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.raster.raster_source import RasterSource
 
-ProductKind = Literal["classes", "probabilities", "uncertainty"]
+ProductKind = Literal["classes", "probabilities", "uncertainty", "confidence"]
 Manifest = Mapping[str, Any]
 """Raster, network and settings of a map, as JSON values."""
 TAG = "OVERFLY_MANIFEST"
@@ -29,6 +29,8 @@ CHUNK = 1 << 16
 @dataclass(frozen=True)
 class MapSettings:
     """Settings of maps: the options of `overfly predict` of the same names; overlap is 0 to 0.9.
+
+    ``confidence`` writes MAP_confidence.tif too, the probability of the class in percent; the server sets it.
 
     None stands for the network's window, all bands, the no-data value and alpha band that the file declares, the
     network's value range, a raster that is not resampled, and no polygons.
@@ -44,6 +46,7 @@ class MapSettings:
     resolution: float | None = None
     probabilities: bool = False
     uncertainty: bool = False
+    confidence: bool = False
     polygons: str | None = None
     min_area: int = 10
     overwrite: bool = False
@@ -70,13 +73,15 @@ class Product:
     encode: Callable[[Floats, Mask | None], UInt8]
 
 
-def list_products(classes: int, *, probabilities: bool, uncertainty: bool) -> list[Product]:
-    """List the files of a map: class ids, and optionally probabilities and entropy in percent."""
+def list_products(classes: int, settings: MapSettings) -> list[Product]:
+    """List the files of a map: class ids, and optionally in percent probabilities, entropy and confidence."""
     result = [Product("classes", 1, _class_ids)]
-    if probabilities:
+    if settings.probabilities:
         result.append(Product("probabilities", classes, _percentages))
-    if uncertainty:
+    if settings.uncertainty:
         result.append(Product("uncertainty", 1, _entropy))
+    if settings.confidence:
+        result.append(Product("confidence", 1, lambda sums, mask: _percentages(sums, mask).max(0, keepdims=True)))
     return result
 
 
@@ -130,8 +135,8 @@ def _entropy(sums: Floats, nodata_mask: Mask | None) -> UInt8:
 def output_files(out: Path, settings: MapSettings) -> dict[ProductKind | str, Path]:
     """The files of a map by what they hold; the class ids first."""
     files: dict[ProductKind | str, Path] = {"classes": out}
-    kinds = {"probabilities": settings.probabilities, "uncertainty": settings.uncertainty}
-    files |= {kind: out.with_name(f"{out.stem}_{kind}.tif") for kind, wanted in kinds.items() if wanted}
+    kinds = ("probabilities", "uncertainty", "confidence")
+    files |= {kind: out.with_name(f"{out.stem}_{kind}.tif") for kind in kinds if getattr(settings, kind)}
     if settings.polygons:
         files["polygons"] = out.with_suffix(f".{settings.polygons}")
     return files
@@ -161,7 +166,7 @@ def make_manifest(source: RasterSource, predictor: Predictor, settings: MapSetti
     path = Path(source.source)
     stat = path.stat() if path.is_file() else None
     values = asdict(settings)
-    for key in ("batch", "overwrite"):  # they do not change the pixels
+    for key in ("batch", "overwrite", *(() if settings.confidence else ("confidence",))):  # do not change the pixels
         del values[key]
     return {
         "raster": path.name if stat else source.source, "bytes": stat.st_size if stat else None,

@@ -98,8 +98,7 @@ def map_raster(
     plan = plan_raster(raster, predictor.metadata, settings, memory)
     notes = _notes(raster, predictor.metadata, settings)
     classes = predictor.metadata.classes
-    more = {"probabilities": settings.probabilities, "uncertainty": settings.uncertainty}
-    products = manifests.list_products(len(classes), **more)
+    products = manifests.list_products(len(classes), settings)
     with writer.lock_unfinished(out) as folder:
         if manifests.map_exists(out, files, manifest, settings):  # finished by another process meanwhile
             writer.discard(folder)
@@ -180,7 +179,8 @@ def _finish(
             windows, seconds = _predict(job, settings.batch, on_progress)
             if job.unfinished.intact_steps(job.plan.steps) < job.plan.steps:
                 raise UnwrittenError(f"{out}: finished rows changed on the disk; the same command resumes")
-            shares = job.unfinished.class_shares()
+            unfinished = job.unfinished
+            shares = writer.class_shares(unfinished.path(unfinished.products[0]), unfinished.classes)
             _publish(job, files, settings)
     except OverflyError as error:
         if not isinstance(error, UnwrittenError):

@@ -127,16 +127,6 @@ class UnfinishedMap:
                     return step
         return len(lines)
 
-    def class_shares(self) -> dict[str, float]:
-        """Share of each class in the valid pixels."""
-        counts = np.zeros(256, np.int64)
-        with _open(self.path(self.products[0])) as dataset:
-            for top in range(0, self.height, BLOCK):
-                rows = dataset.read(1, window=((top, min(top + BLOCK, self.height)), (0, self.width)))
-                counts += np.bincount(rows.ravel(), minlength=256)
-        total = max(1, int(counts[:IGNORE].sum()))
-        return {name: int(counts[index]) / total for index, name in enumerate(self.classes.names)}
-
     def _state(self) -> tuple[int, bool]:
         try:
             progress = json.loads((self.folder / "progress.json").read_text())
@@ -163,6 +153,16 @@ class UnfinishedMap:
             write_georeference(dataset, self.georeference)
             _describe(dataset, product, self.classes)
         _sync(path)
+
+
+def class_shares(map_: Path, classes: Classes) -> dict[str, float]:
+    """Return the share of each class in the valid pixels of a file of class ids, 255 for no data."""
+    counts = np.zeros(256, np.int64)
+    with _open(map_) as dataset:
+        for window in _windows(dataset):
+            counts += np.bincount(dataset.read(1, window=window).ravel(), minlength=256)
+    total = max(1, int(counts[:IGNORE].sum()))
+    return {name: int(counts[index]) / total for index, name in enumerate(classes.names)}
 
 
 def write_georeference(dataset: Any, georeference: Georeference) -> None:
@@ -202,7 +202,9 @@ def _describe(dataset: Any, product: Product, classes: Classes) -> None:
         describe_classes(dataset, classes)
         return
     dataset.units = ("%",) * product.bands
-    if product.kind == "uncertainty":
+    if product.kind == "confidence":
+        dataset.descriptions = ("confidence: probability of the class",)
+    elif product.kind == "uncertainty":
         dataset.descriptions = ("uncertainty: entropy, as a share of the largest",)
     else:
         dataset.descriptions = tuple(f"{name}: probability" for name in classes.names)

@@ -1,24 +1,28 @@
-"""Images of the server: uploads, PNG tiles of images and class maps, and class maps as GeoTIFF."""
+"""Images of the server: uploads, PNG tiles read from rasters and maps of any size, and class maps as GeoTIFF."""
 
 import io
 import math
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
-from overfly.core.records import IGNORE, Array, UInt8
-from overfly.data.headers import ImageHeader, open_raster, read_header
-from overfly.data.reading import Mask, nodata_mask, read_image
-from overfly.raster.raster_source import Georeference, georeference
+from overfly.core.records import IGNORE, UInt8
+from overfly.data.headers import ImageHeader, gdal_errors, open_raster, read_raster_header
+from overfly.data.raster_windows import read_part
+from overfly.exporting.predictor import ModelMetadata
+from overfly.raster.manifest import MapSettings
+from overfly.raster.raster_source import Georeference, RasterSource, inspect_raster
 from overfly.raster.writer import describe_classes, write_georeference
 from overfly.reporting.figures import encode_png
 
@@ -27,16 +31,17 @@ SIDE = 256
 _BANDS = zip((255, 255, 204, 0), (254, 178, 76, 190), (128, 0, 38, 235), strict=True)
 COLORS = np.stack([np.interp(np.arange(256) % 255, (0, 43, 100), band) for band in _BANDS], axis=1).round().astype("u1")
 """RGBA of each uncertainty: transparent at 0 and for no data, dark red at 100."""
+OPTIONS = {"--no-alpha-band": "alpha_band=false", "--alpha-band": "alpha_band=true"}
+"""Form fields that replace options of `overfly predict` in messages, beside those of the same names."""
+MAX_SAMPLE = 1024
+"""Longest side of the sample from which contrast and largest value of an image are estimated, in pixels."""
 
 
-class Layer(NamedTuple):
-    """A layer of a map: an image (H, W, 3), class ids (H, W) with their classes, or uncertainty (H, W).
+class TilePart(NamedTuple):
+    """The window of a raster under a tile, and the rows and columns that it has there; keywords of rasterio's read."""
 
-    Uncertainty is in percent, 255 for no data.
-    """
-
-    values: UInt8
-    classes: Classes | None = None
+    window: Any
+    out_shape: tuple[int, int]
 
 
 def max_zoom(height: int, width: int) -> int:
@@ -44,29 +49,82 @@ def max_zoom(height: int, width: int) -> int:
     return max(0, math.ceil(math.log2(max(height, width) / SIDE)))
 
 
-def render_tile(layer: Layer, zoom: int, column: int, row: int) -> bytes | None:
-    """Render a tile as PNG, transparent beyond the image's border; None outside the image.
+def tile_part(height: int, width: int, zoom: int, column: int, row: int) -> TilePart | None:
+    """Return the part of a raster under a tile; None outside of it.
 
-    ``zoom`` is 0 for the whole image, up to `max_zoom` for full resolution; column and row count from the top left.
+    ``zoom`` is 0 for the whole raster, up to `max_zoom` for full resolution; column and row count from the top left.
     """
-    height, width = layer.values.shape[:2]
+    from rasterio.windows import Window
+
     full_zoom = max_zoom(height, width)
     step = 2 ** (full_zoom - zoom) if 0 <= zoom <= full_zoom else 0
     extent = SIDE * step
     if not step or column < 0 or row < 0 or column * extent >= width or row * extent >= height:
         return None
-    part = layer.values[row * extent : (row + 1) * extent, column * extent : (column + 1) * extent]
-    if layer.classes is not None:
-        ids = np.full((SIDE, SIDE), IGNORE, np.uint8)
-        sampled = part[step // 2 :: step, step // 2 :: step]
-        ids[: sampled.shape[0], : sampled.shape[1]] = sampled
-        return encode_png(ids, layer.classes, transparent=True)
-    image = Image.fromarray(COLORS[part] if part.ndim == 2 else part).convert("RGBA")
-    small = image.resize((math.ceil(part.shape[1] / step), math.ceil(part.shape[0] / step)), Image.Resampling.BOX)
-    whole = Image.new("RGBA", (SIDE, SIDE))
-    whole.paste(small, (0, 0))
+    wide, high = min(extent, width - column * extent), min(extent, height - row * extent)
+    return TilePart(Window(column * extent, row * extent, wide, high), (-(-high // step), -(-wide // step)))
+
+
+def read_display(source: RasterSource, **part: Any) -> tuple[NDArray[Any], UInt8]:
+    """Read a part of the bands that are shown, averaged: values (3, h, w), and opacity (h, w), 0 for no data."""
+    from rasterio.enums import Resampling
+
+    with gdal_errors(source.source), open_raster(source.source) as dataset:
+        pixels, missing = read_part(dataset, source, resampling=Resampling.average, **part)
+    opacity = np.full(pixels.shape[1:], 255, np.uint8)
+    if missing is not None:
+        opacity[missing] = 0
+    return pixels[[0, 1, 2] if len(pixels) > 2 else [0, 0, 0]], opacity
+
+
+def display_range(source: RasterSource) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the values (3, 1, 1) shown as black and as white: the 2nd and 98th percentile, 0 and 255 of 8 bits."""
+    if source.dtype == "uint8":
+        return np.zeros((3, 1, 1), np.float32), np.full((3, 1, 1), 255, np.float32)
+    step = max(1.0, max(source.height, source.width) / MAX_SAMPLE)
+    pixels, opacity = read_display(source, out_shape=(math.ceil(source.height / step), math.ceil(source.width / step)))
+    valid = pixels[:, opacity > 0]
+    if not valid.size:
+        return np.zeros((3, 1, 1), np.float32), np.ones((3, 1, 1), np.float32)
+    low, high = np.percentile(valid.astype(np.float64), (2, 98), axis=1)[..., None, None]
+    return low, np.maximum(high, low + 1e-6)
+
+
+def render_image(source: RasterSource, limits: tuple[NDArray[Any], NDArray[Any]], part: TilePart) -> bytes:
+    """Render a tile of an image as PNG, transparent without data and beyond the image's border."""
+    pixels, opacity = read_display(source, **part._asdict())
+    low, high = limits
+    tile = np.zeros((SIDE, SIDE, 4), np.uint8)
+    rows, columns = opacity.shape
+    scaled = ((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1)
+    tile[:rows, :columns, :3] = np.moveaxis(np.rint(255 * np.nan_to_num(scaled)), 0, -1)
+    tile[:rows, :columns, 3] = opacity
+    return _encode(tile)
+
+
+def render_classes(path: Path, part: TilePart, classes: Classes, hidden: Sequence[int] = ()) -> bytes:
+    """Render a tile of a file of class ids as PNG, without the ``hidden`` ones."""
+    ids = _read_tile(path, part)
+    ids[np.isin(ids, hidden)] = IGNORE
+    return encode_png(ids, classes, transparent=True)
+
+
+def render_uncertainty(path: Path, part: TilePart) -> bytes:
+    """Render a tile of a file of uncertainty in percent, 255 for no data, as PNG."""
+    return _encode(COLORS[_read_tile(path, part)])
+
+
+def _read_tile(path: Path, part: TilePart) -> UInt8:
+    """Read a tile (256, 256) of a map's only band; 255 beyond its border."""
+    tile = np.full((SIDE, SIDE), IGNORE, np.uint8)
+    with gdal_errors(path), open_raster(path) as dataset:
+        tile[: part.out_shape[0], : part.out_shape[1]] = dataset.read(1, **part._asdict())
+    return tile
+
+
+def _encode(tile: UInt8) -> bytes:
     file = io.BytesIO()
-    whole.save(file, "PNG", compress_level=3)
+    Image.fromarray(tile).save(file, "PNG", compress_level=3)
     return file.getvalue()
 
 
@@ -91,12 +149,17 @@ def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | No
         return bytes(memory.read())
 
 
-class UploadedImage(NamedTuple):
-    """A decoded image (H, W, C), in its own type and range, and the mask (H, W) of pixels without data, or None."""
-
-    image: Array
-    nodata_mask: Mask | None
-    georeference: Georeference | None
+@contextmanager
+def field_errors(path: Path, name: str = "the image") -> Iterator[None]:
+    """Let errors within the context name an image instead of its path, and form fields instead of options."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error).replace(str(path), name)
+        for option, field in OPTIONS.items():
+            text = text.replace(option, field)
+        text = re.sub("--(bands|max-value|nodata) ?", lambda found: found[1].replace("-", "_") + "=", text)
+        raise DataError(text) from None
 
 
 @contextmanager
@@ -106,30 +169,52 @@ def stored_upload(file: BinaryIO) -> Iterator[Path]:
         path = Path(folder) / "upload"
         with path.open("wb") as copy:
             shutil.copyfileobj(file, copy)
-        try:
+        with field_errors(path):
             yield path
-        except DataError as error:
-            raise DataError(str(error).replace(str(path), "the image")) from None
 
 
-def check_header(path: Path, *, pixels: int, bands: int | None = None, network: str = "the network") -> ImageHeader:
-    """Read the header of an image; raise `DataError` if it has too many pixels or, if given, other bands."""
-    header = read_header(path)
+def check_header(path: Path, *, pixels: int) -> ImageHeader:
+    """Read the header of an image; raise `DataError` if it has too many pixels."""
+    header = read_raster_header(path)
     if header.height * header.width > pixels:
         raise DataError(
             f"{path} has {header.height * header.width / 1e6:.1f} million pixels, more than the {pixels / 1e6:g} "
-            "million that this server accepts; send a part of it, or use overfly predict"
+            "million that this server accepts; send a part of it, or serve its folder with --scenes"
         )
-    if bands not in (None, header.bands, header.bands - header.alpha):
-        raise DataError(f"{path} has {header.bands} bands and {network} reads {bands}; send an image with these bands")
     return header
 
 
-def read_upload(path: Path, header: ImageHeader, bands: int) -> UploadedImage:
-    """Decode an image after `check_header`."""
-    coordinates: Georeference | None = None
-    if header.kind in ("tiff", "jp2"):
-        with open_raster(path) as dataset:
-            place = georeference(dataset)
-        coordinates = place if place.crs or place.transform is not None or place.gcps or place.rpcs else None
-    return UploadedImage(read_image(path, bands=bands), nodata_mask(path, bands=bands), coordinates)
+def inspect_image(path: Path, metadata: ModelMetadata, settings: MapSettings) -> RasterSource:
+    """Check that an image fits a network with the bands, value range and no data of settings; see `inspect_raster`."""
+    return inspect_raster(
+        str(path), metadata, bands=settings.bands, nodata=settings.nodata, max_value=settings.max_value,
+        alpha_band=settings.alpha_band,
+    )  # fmt: skip
+
+
+def suggest_fields(path: Path, metadata: ModelMetadata) -> dict[str, str]:
+    """Suggest the form fields of an image: bands, max_value, nodata; ``problem`` is what does not fit without them."""
+    header, max_value = read_raster_header(path), metadata.max_value
+    bands = tuple(range(1, metadata.bands + 1)) if metadata.bands <= header.bands - header.alpha else ()
+    nodata = next((f"{value:.12g}" for value in header.nodata if value is not None), "")
+    problem = ""
+    try:
+        source = inspect_image(path, metadata, MapSettings())
+        bands, max_value = source.bands, metadata.max_value / source.gain
+    except DataError as error:
+        problem = str(error)
+        try:  # with these bands it may fit
+            inspect_image(path, metadata, MapSettings(bands=",".join(map(str, bands)) or None))
+        except DataError:
+            max_value = 255.0 if header.stored == "uint8" else _largest_value(path) or max_value
+    texts = {"bands": ",".join(map(str, bands)), "max_value": f"{max_value:.6g}", "nodata": nodata}
+    return texts | {"problem": problem}
+
+
+def _largest_value(path: Path) -> float:
+    """Return the largest value of a sample of an image's pixels, at least 0."""
+    with gdal_errors(path), open_raster(path) as dataset:
+        shape = [min(MAX_SAMPLE, length) for length in dataset.shape]
+        sample = dataset.read(dataset.indexes[:4], out_shape=(min(4, dataset.count), *shape), masked=True)
+    largest = np.ma.masked_invalid(np.real(sample)).max()
+    return 0.0 if largest is np.ma.masked else max(0.0, float(largest))

@@ -15,13 +15,14 @@ from overfly.reporting.figures import grouped_bars
 from overfly.reporting.report import environment
 from overfly.training.run import Run
 from overfly.video.player import LatestFrame
+from overfly.web.maps import MapStore
 from overfly.web.service import InferenceService, ServedNetwork
 
 METRICS = (("mIoU", "miou"), ("pixel accuracy", "accuracy"), ("boundary mIoU", "boundary_miou"))
 """Metrics of a comparison: title and attribute of `Scores`."""
 
 
-def page_router(service: InferenceService, latest_frame: LatestFrame | None) -> APIRouter:
+def page_router(service: InferenceService, store: MapStore, latest_frame: LatestFrame | None) -> APIRouter:
     """Return the routes of all pages; ``latest_frame`` is None without a live stream."""
     routes = APIRouter(default_response_class=HTMLResponse)
     templates = environment(Path(__file__).parent / "templates")
@@ -45,7 +46,7 @@ def page_router(service: InferenceService, latest_frame: LatestFrame | None) -> 
 
     @routes.get("/map/{key}")
     def show_map(key: str) -> HTMLResponse:
-        return page("map", key=key) if service.stored_map(key) is not None else page("map_not_found", 404)
+        return page("map", key=key) if store.get(key) is not None else page("map_not_found", 404)
 
     @routes.get("/compare")
     def compare(one: Annotated[str, Query(max_length=64)], other: Annotated[str, Query(max_length=64)]) -> HTMLResponse:

@@ -1,75 +1,30 @@
-"""Routes of the HTTP API: predictions, maps and their tiles, networks, health, and the live stream."""
+"""Routes of the HTTP API: predictions, images, maps and their tiles, networks, health, and the live stream."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, File, Form, HTTPException, Query, UploadFile
 from fastapi import Path as InPath
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
-from overfly.raster.raster_source import Georeference
+from overfly.core.errors import DataError, printable
+from overfly.data.headers import gdal_errors, open_raster
 from overfly.reporting.figures import accessible_colors, encode_png
 from overfly.video.player import LatestFrame
-from overfly.web.images import Layer, encode_geotiff, max_zoom, render_tile
-from overfly.web.service import InferenceService, Prediction, ServedNetwork, StoredMap
+from overfly.web import images
+from overfly.web import schemas as api
+from overfly.web.maps import MapStore, ServedMap
+from overfly.web.service import InferenceService, ServedNetwork, predict_image
 
-OutputFormat = Literal["png", "tiff", "json"]
-MapKey = Annotated[str, InPath(max_length=64, description="Key from the response of `POST /maps`.")]
-NetworkKey = Annotated[str | None, Form(max_length=64, description="Key of a network; default: the first.")]
-MaxValue = Annotated[
-    float | None,
-    Form(gt=0, allow_inf_nan=False, description="Value of full brightness in the image; default: the network's."),
-]
-LayerName = Literal["image", "classes", "uncertainty"]
+WAIT = 1.0
+"""Seconds for which a request for a new map waits for it to be finished."""
 RESEND_SECONDS = 1.0
 """Interval in seconds at which an unchanged frame is sent again, to detect closed connections."""
-IMAGE = "PNG, JPEG, TIFF or GeoTIFF."
 NO_STREAM = "there is no live stream; overfly serve --watch starts one"
-
-
-class Problem(BaseModel):
-    """An error: what is wrong, and what to do."""
-
-    detail: str
-
-
-class ClassShare(BaseModel):
-    """A class, its colors, and its share of an image."""
-
-    name: str
-    color: str
-    safe_color: str
-    share: float
-
-
-class NetworkSummary(BaseModel):
-    """A network of this server."""
-
-    key: str
-    title: str
-    about: dict[str, Any]
-
-
-class PredictionSummary(BaseModel):
-    """The prediction of a network: its classes with their shares of the image."""
-
-    network: str
-    title: str
-    classes: list[ClassShare]
-
-
-class MapSummary(BaseModel):
-    """A map in memory; tiles at `max_zoom` have full resolution."""
-
-    key: str
-    width: int
-    height: int
-    max_zoom: int
-    georeferenced: bool
-    predictions: list[PredictionSummary]
 
 
 class StreamState(BaseModel):
@@ -87,42 +42,25 @@ class Health(BaseModel):
     networks: int
 
 
-def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Return the error responses of a route for the API description."""
-    return {code: {"model": Problem, "description": "What is wrong, and what to do."} for code in codes}
-
-
-def _binary(*kinds: str) -> dict[int | str, dict[str, Any]]:
-    """Return the file response of a route for the API description."""
-    content: dict[str, Any] = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}
-    if "application/json" in content:
-        schema = PredictionSummary.model_json_schema(ref_template="#/components/schemas/{model}")
-        content["application/json"] = {"schema": schema}
-    return {200: {"content": content, "description": "The result."}}
-
-
-UPLOAD_PROBLEMS = _problems(400, 401, 403, 404, 408, 413, 422, 429, 503)
-MAP_PROBLEMS = _problems(401, 403, 404, 422)
-
-
-def api_router(service: InferenceService, latest_frame: LatestFrame | None) -> APIRouter:
+def api_router(service: InferenceService, store: MapStore, latest_frame: LatestFrame | None) -> APIRouter:
     """Return the routes of the API; without networks or a stream, those that need one are left out."""
     routes = APIRouter()
     if service.networks:
         _add_predict_routes(routes, service)
-        _add_map_routes(routes, service)
+        _add_new_map_routes(routes, service, store)
+        _add_map_routes(routes, service, store)
     _add_stream_routes(routes, latest_frame, service.limits.viewers)
 
-    @routes.get("/networks", responses=_problems(401, 403))
-    def networks() -> list[NetworkSummary]:
+    @routes.get("/networks", responses=api.problems(401, 403))
+    def networks() -> list[api.NetworkSummary]:
         """List the networks of this server."""
         return [
-            NetworkSummary(key=network.key, title=network.title, about=dict(network.about))
+            api.NetworkSummary(key=network.key, title=network.title, about=dict(network.about))
             for network in service.networks.values()
         ]
 
     @routes.head("/health", include_in_schema=False)
-    @routes.get("/health", responses=_problems(400, 403))
+    @routes.get("/health", responses=api.problems(400, 403))
     def health() -> Health:
         """Return the health of the server; needs no token."""
         return Health(status="ok", networks=len(service.networks))
@@ -131,99 +69,178 @@ def api_router(service: InferenceService, latest_frame: LatestFrame | None) -> A
 
 
 def _add_predict_routes(routes: APIRouter, service: InferenceService) -> None:
-    kinds = _binary("image/png", "image/tiff", "application/json")
+    kinds = api.binary("image/png", "image/tiff", "application/json")
 
-    @routes.post("/predict", response_class=Response, responses=UPLOAD_PROBLEMS | kinds)
+    @routes.post("/predict", response_class=Response, responses=api.UPLOAD_PROBLEMS | kinds)
     async def predict(
-        image: Annotated[UploadFile, File(description=IMAGE)],
-        network: NetworkKey = None,
-        output: Annotated[OutputFormat, Form(description="A palette PNG, a GeoTIFF, or the classes' shares.")] = "png",
-        max_value: MaxValue = None,
+        image: Annotated[UploadFile, File(description=api.IMAGE)],
+        settings: api.Settings,
+        network: api.NetworkKey = None,
+        output: Annotated[
+            api.OutputFormat, Form(description="A palette PNG, a GeoTIFF, or the classes' shares.")
+        ] = "png",
     ) -> Response:
         """Predict the class ids of an image, 255 for no data: as PNG or GeoTIFF with colors and names, or as shares."""
         chosen = _network(service, network)
 
         def task(deadline: float) -> Response:
-            upload, predictions = service.predict_upload(image.file, [chosen], deadline, max_value)
-            prediction = predictions[chosen.key]
+            with images.stored_upload(image.file) as path:
+                images.check_header(path, pixels=service.limits.pixels)
+                result = predict_image(chosen, path, deadline, settings)
             if output == "json":
-                summary = _summarize_prediction(chosen.key, prediction)
+                summary = api.summarize_prediction(chosen, result.classes, result.shares)
                 return Response(summary.model_dump_json(), media_type="application/json")
-            return _map_file(prediction, upload.georeference, output)
+            if output == "tiff":
+                data, name = images.encode_geotiff(result.ids, result.classes, result.georeference), "map.tif"
+            else:
+                data, name = encode_png(result.ids, result.classes, transparent=True), "map.png"
+            headers = {"content-disposition": f'attachment; filename="{name}"'}
+            return Response(data, media_type=f"image/{output}", headers=headers)
 
         return await service.run(task)
 
-    @routes.post("/maps", status_code=201, responses=UPLOAD_PROBLEMS)
-    async def create_map(
-        image: Annotated[UploadFile, File(description=IMAGE)],
-        network: NetworkKey = None,
-        other: Annotated[str | None, Form(max_length=64, description="Key of a second network to compare.")] = None,
-        max_value: MaxValue = None,
-    ) -> MapSummary:
-        """Predict an image and keep the maps in memory for display and download."""
-        chosen = _networks(service, network, other)
+    @routes.post("/images", responses=api.UPLOAD_PROBLEMS)
+    async def describe_image(
+        image: Annotated[UploadFile, File(description=api.IMAGE)], network: api.NetworkKey = None
+    ) -> api.ImageSummary:
+        """Describe an image, and suggest form fields by which a network reads it."""
+        chosen = _network(service, network)
 
-        def task(deadline: float) -> MapSummary:
-            return summarize_map(service.store(*service.predict_upload(image.file, chosen, deadline, max_value)))
+        def task(deadline: float) -> api.ImageSummary:
+            del deadline
+            with images.stored_upload(image.file) as path:
+                return api.summarize_image(path, chosen)
 
         return await service.run(task)
 
-    @routes.post("/scenes/{number}", status_code=201, responses=UPLOAD_PROBLEMS)
-    async def create_map_of_scene(
-        number: Annotated[int, InPath(ge=0, le=10**6, description="Number in the server's list of scenes, from 0.")],
-        network: Annotated[str | None, Query(max_length=64)] = None,
-        other: Annotated[str | None, Query(max_length=64)] = None,
-        max_value: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
-    ) -> MapSummary:
-        """Predict an image on the server's machine and keep the maps in memory."""
+
+def _add_new_map_routes(routes: APIRouter, service: InferenceService, store: MapStore) -> None:
+    async def create(add: Callable[[], ServedMap]) -> api.MapSummary:
+        stored = await service.run(lambda _: add())
+        if stored.future is not None:
+            await asyncio.wait([asyncio.wrap_future(stored.future)], timeout=WAIT)
+        return api.summarize_map(stored)
+
+    def scene(number: int) -> Path:
         if number >= len(service.scenes):
-            raise HTTPException(404, "unknown scene; the first page lists the scenes")
-        chosen, path = _networks(service, network, other), service.scenes[number]
+            raise HTTPException(404, "unknown scene; /scenes lists them")
+        return service.scenes[number]
 
-        def task(deadline: float) -> MapSummary:
-            return summarize_map(service.store(*service.predict_file(path, chosen, deadline, max_value)))
+    @routes.post("/maps", status_code=201, responses=api.UPLOAD_PROBLEMS)
+    async def create_map(
+        image: Annotated[UploadFile, File(description=api.IMAGE)],
+        settings: api.Settings,
+        network: api.NetworkKey = None,
+        other: api.OtherKey = None,
+    ) -> api.MapSummary:
+        """Begin the map of an image; `GET /maps/{key}` tells its progress."""
+        chosen = _networks(service, network, other)
+        return await create(lambda: store.add_upload(image.file, chosen, settings))
 
-        return await service.run(task)
+    @routes.get("/scenes", responses=api.problems(401, 403))
+    def scenes() -> list[str]:
+        """List the names of the images on the server's machine."""
+        return [printable(path.name) for path in service.scenes]
+
+    @routes.get("/scenes/{number}", responses=api.MAP_PROBLEMS)
+    def describe_scene(
+        number: api.Number, network: Annotated[str | None, Query(max_length=64)] = None
+    ) -> api.ImageSummary:
+        """Describe an image on the server's machine, and suggest form fields by which a network reads it."""
+        path = scene(number)
+        with images.field_errors(path, path.name):
+            return api.summarize_image(path, _network(service, network))
+
+    @routes.post("/scenes/{number}", status_code=201, responses=api.UPLOAD_PROBLEMS)
+    async def create_map_of_scene(
+        number: api.Number, settings: api.Settings, network: api.NetworkKey = None, other: api.OtherKey = None
+    ) -> api.MapSummary:
+        """Begin, resume or find the map of an image on the server's machine; `GET /maps/{key}` tells its progress."""
+        path, chosen = scene(number), _networks(service, network, other)
+        return await create(lambda: store.add_scene(path, chosen, settings))
 
 
-def _add_map_routes(routes: APIRouter, service: InferenceService) -> None:
-    @routes.get("/maps/{key}", responses=MAP_PROBLEMS)
-    def get_map(key: MapKey) -> MapSummary:
-        """Describe a map."""
-        return summarize_map(_stored_map(service, key))
+def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStore) -> None:
+    @routes.get("/maps/{key}", responses=api.MAP_PROBLEMS)
+    def get_map(key: api.MapKey) -> api.MapSummary:
+        """Describe a map, and its progress."""
+        return api.summarize_map(_stored_map(store, key))
 
     @routes.get(
-        "/maps/{key}/file", response_class=Response, responses=MAP_PROBLEMS | _problems(400) | _binary("image/png")
+        "/maps/{key}/file",
+        response_class=Response,
+        responses=api.UPLOAD_PROBLEMS | api.binary("image/png", "image/tiff", "application/geopackage+sqlite3"),
     )
-    def get_file(
-        key: MapKey, network: Annotated[str, Query(max_length=64)], output: Literal["png", "tiff"] = "tiff"
+    async def get_file(
+        key: api.MapKey,
+        network: Annotated[str, Query(max_length=64)],
+        output: Literal["png", "tiff", "gpkg"] = "tiff",
     ) -> Response:
-        """Download the prediction of a network."""
-        stored = _stored_map(service, key)
-        return _map_file(_prediction(stored, network), stored.georeference, output)
+        """Download the prediction of a network: a GeoTIFF, areas as GeoPackage, or a PNG of a small map."""
+        stored = _finished_map(store, key)
+        index = _index(stored, network)
+
+        def task(deadline: float) -> Response:
+            del deadline
+            if output != "png":
+                path = stored.file(index) if output == "tiff" else stored.polygons(index)
+                kind = "image/tiff" if output == "tiff" else "application/geopackage+sqlite3"
+                return FileResponse(path, media_type=kind, filename=f"map{path.suffix}")
+            with gdal_errors("the map"), open_raster(stored.file(index)) as dataset:
+                if dataset.height * dataset.width > service.limits.pixels:
+                    raise DataError("the map is too large for a PNG; download it as GeoTIFF")
+                data = encode_png(dataset.read(1), stored.classes(index), transparent=True)
+            headers = {"content-disposition": 'attachment; filename="map.png"'}
+            return Response(data, media_type="image/png", headers=headers)
+
+        return await service.run(task)
 
     @routes.get(
         "/maps/{key}/tiles/{layer}/{zoom}/{column}/{row}",
         response_class=Response,
-        responses=MAP_PROBLEMS | _binary("image/png"),
+        responses=api.MAP_PROBLEMS | api.binary("image/png"),
     )
     def get_tile(
-        *, key: MapKey, layer: LayerName, zoom: Annotated[int, InPath(ge=0, le=30)],
+        *, key: api.MapKey, layer: api.LayerName, zoom: Annotated[int, InPath(ge=0, le=30)],
         column: Annotated[int, InPath(ge=0, le=10**6)], row: Annotated[int, InPath(ge=0, le=10**6)],
-        network: Annotated[str | None, Query(max_length=64)] = None,
+        network: api.NetworkQuery = None,
         own_colors: Annotated[bool, Query(description="The classes' own colors instead of accessible ones.")] = False,
+        hidden: Annotated[str, Query(pattern="^[0-9,]*$", max_length=800, description="Class ids left out.")] = "",
     ) -> Response:  # fmt: skip
         """Return a tile of 256×256 pixels of the image, of its classes, or of the uncertainty."""
-        stored = _stored_map(service, key)
-        shown = Layer(stored.image)
-        if layer != "image":
-            prediction = _prediction(stored, network or next(iter(stored.predictions)))
-            colors = prediction.classes if own_colors else accessible_colors(prediction.classes)
-            shown = Layer(prediction.ids, colors) if layer == "classes" else Layer(prediction.uncertainty)
-        tile = render_tile(shown, zoom, column, row)
-        if tile is None:
+        stored = _stored_map(store, key) if layer == "image" else _finished_map(store, key)
+        if stored.shown is None:
+            raise HTTPException(404, "the image is being prepared; try again later")
+        part = images.tile_part(stored.sources[0].height, stored.sources[0].width, zoom, column, row)
+        if part is None:
             raise HTTPException(404, "the tile lies outside the image")
+        index = 0 if network is None else _index(stored, network)
+        with images.field_errors(stored.path, stored.name):
+            if layer == "image":
+                tile = images.render_image(*stored.shown, part)
+            elif layer == "uncertainty":
+                tile = images.render_uncertainty(stored.file(index, layer), part)
+            else:
+                classes = stored.classes(index) if own_colors else accessible_colors(stored.classes(index))
+                left_out = [int(number) for number in hidden.split(",") if number]
+                tile = images.render_classes(stored.file(index), part, classes, left_out)
         return Response(tile, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
+
+    @routes.get("/maps/{key}/pixels/{column}/{row}", responses=api.MAP_PROBLEMS)
+    def get_pixel(key: api.MapKey, column: api.PixelIndex, row: api.PixelIndex) -> api.PixelSummary:
+        """Return the coordinates of a pixel, and its class and probability by each network."""
+        stored = _finished_map(store, key)
+        if column >= stored.sources[0].width or row >= stored.sources[0].height:
+            raise HTTPException(404, "the pixel lies outside the image")
+        predictions = []
+        for index, each in enumerate(stored.networks):
+            number, probability, uncertainty = stored.pixel(index, column, row)
+            name = None if number is None else stored.classes(index).names[number]
+            predictions.append(api.PixelPrediction(
+                network=each.key, name=name, probability=probability, uncertainty=uncertainty
+            ))  # fmt: skip
+        coordinates, degrees = stored.coordinates(column, row)
+        return api.PixelSummary(coordinates=coordinates, degrees=degrees, predictions=predictions)
 
 
 def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limit: int) -> None:
@@ -232,7 +249,7 @@ def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limi
     @routes.get(
         "/stream",
         response_class=Response,
-        responses=_problems(401, 403, 404, 429) | _binary("multipart/x-mixed-replace", "image/jpeg"),
+        responses=api.problems(401, 403, 404, 429) | api.binary("multipart/x-mixed-replace", "image/jpeg"),
     )
     async def stream() -> Response:
         """Stream the live frames for an `<img>` element; after the end of the stream, return its last frame as JPEG."""
@@ -245,7 +262,7 @@ def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limi
             raise HTTPException(429, "the stream has too many viewers; try again later", {"retry-after": "10"})
         return StreamingResponse(_frames(latest_frame, viewers), media_type="multipart/x-mixed-replace; boundary=frame")
 
-    @routes.get("/stream/state", responses=_problems(401, 403, 404))
+    @routes.get("/stream/state", responses=api.problems(401, 403, 404))
     def state() -> StreamState:
         """Return whether the live stream runs, its number of frames, and the reason of its end."""
         if latest_frame is None:
@@ -272,29 +289,6 @@ async def _frames(latest_frame: LatestFrame, viewers: asyncio.Semaphore) -> Asyn
             yield header.encode("ascii") + frame.jpeg + b"\r\n--frame\r\n"
 
 
-def summarize_map(stored: StoredMap) -> MapSummary:
-    """Describe a map for JSON."""
-    height, width = stored.image.shape[:2]
-    return MapSummary(
-        key=stored.key, width=width, height=height, max_zoom=max_zoom(height, width),
-        georeferenced=stored.georeference is not None,
-        predictions=[_summarize_prediction(key, prediction) for key, prediction in stored.predictions.items()],
-    )  # fmt: skip
-
-
-def _summarize_prediction(key: str, prediction: Prediction) -> PredictionSummary:
-    own, accessible = prediction.classes, accessible_colors(prediction.classes)
-    shares = [
-        ClassShare(name=name, color=_hex(color), safe_color=_hex(safe), share=share)
-        for name, color, safe, share in zip(own.names, own.colors, accessible.colors, prediction.shares, strict=True)
-    ]
-    return PredictionSummary(network=key, title=prediction.title, classes=shares)
-
-
-def _hex(color: Sequence[int]) -> str:
-    return "#" + "".join(f"{value:02x}" for value in color)
-
-
 def _network(service: InferenceService, key: str | None) -> ServedNetwork:
     if key in (None, ""):
         return next(iter(service.networks.values()))
@@ -311,24 +305,23 @@ def _networks(service: InferenceService, network: str | None, other: str | None)
     return chosen
 
 
-def _stored_map(service: InferenceService, key: str) -> StoredMap:
-    stored = service.stored_map(key)
+def _stored_map(store: MapStore, key: str) -> ServedMap:
+    stored = store.get(key)
     if stored is None:
-        raise HTTPException(404, "the map is no longer in memory; send the image again")
+        raise HTTPException(404, "the map was deleted; send the image again")
     return stored
 
 
-def _prediction(stored: StoredMap, network: str) -> Prediction:
-    if network not in stored.predictions:
-        raise HTTPException(404, "the map has no prediction of this network")
-    return stored.predictions[network]
+def _finished_map(store: MapStore, key: str) -> ServedMap:
+    stored = _stored_map(store, key)
+    if stored.state != "finished":
+        raise HTTPException(404, "the map is not finished; /maps/KEY tells its progress")
+    return stored
 
 
-def _map_file(prediction: Prediction, georeference: Georeference | None, output: Literal["png", "tiff"]) -> Response:
-    """Return a class map as a download."""
-    if output == "tiff":
-        data, name = encode_geotiff(prediction.ids, prediction.classes, georeference), "map.tif"
-    else:
-        data, name = encode_png(prediction.ids, prediction.classes, transparent=True), "map.png"
-    headers = {"content-disposition": f'attachment; filename="{name}"'}
-    return Response(data, media_type=f"image/{output}", headers=headers)
+def _index(stored: ServedMap, network: str) -> int:
+    """Return the position of a network in a map."""
+    for index, each in enumerate(stored.networks):
+        if each.key == network:
+            return index
+    raise HTTPException(404, "the map has no prediction of this network")

@@ -31,6 +31,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from overfly import __version__
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.video.player import LatestFrame
+from overfly.web.maps import MapStore
 from overfly.web.pages import page_router
 from overfly.web.routes import api_router
 from overfly.web.service import GRACE, InferenceService, Limits, RequestTimeoutError, ServedNetwork
@@ -56,20 +57,21 @@ def application(
     the page lists.
     """
     limits = limits or Limits()
-    service = InferenceService(networks, limits, scenes)
+    service, store = InferenceService(networks, limits, scenes), MapStore(limits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         yield
+        await asyncio.to_thread(store.close)
         service.close()
 
     app = FastAPI(
         title="overfly", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None,
         lifespan=lifespan,
     )  # fmt: skip
-    app.include_router(api_router(service, latest_frame), tags=["api"])
-    app.include_router(page_router(service, latest_frame), include_in_schema=False)
+    app.include_router(api_router(service, store, latest_frame), tags=["api"])
+    app.include_router(page_router(service, store, latest_frame), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(OverflyError, _handle_error)
     app.add_exception_handler(RequestValidationError, _handle_invalid_request)

@@ -3,6 +3,7 @@
 const base = `/maps/${encodeURIComponent(document.querySelector(".maplayout").dataset.key)}`;
 const swipe = document.getElementById("swipe");
 const line = document.getElementById("line");
+const hidden = new Set();  // names of classes that are switched off
 
 function element(name, text) {
   const created = document.createElement(name);
@@ -23,7 +24,7 @@ function percent(share) {
   return share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)} %`;
 }
 
-function updateLegend(info, ownColors) {
+function updateLegend(info, ownColors, update) {
   const table = document.getElementById("legend");
   table.replaceChildren();
   const head = table.createTHead().insertRow();
@@ -38,7 +39,14 @@ function updateLegend(info, ownColors) {
     const cell = row.insertCell();
     cell.className = "swatch";
     cell.append(swatch(ownColors ? first.color : first.safe_color));
-    row.insertCell().textContent = name;
+    const box = element("input");
+    box.type = "checkbox";
+    box.checked = !hidden.has(name);
+    row.classList.toggle("off", !box.checked);
+    box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](name); row.classList.toggle("off", !box.checked); update(); });
+    const label = element("label");
+    label.append(box, name);
+    row.insertCell().append(label);
     for (const entry of shares) {
       const shareCell = row.insertCell();
       shareCell.className = "number";
@@ -51,7 +59,8 @@ function addDownloads(info) {
   const container = document.getElementById("files");
   info.predictions.forEach((prediction, index) => {
     const suffix = info.predictions.length > 1 ? ` of ${"AB"[index]}` : "";
-    for (const [kind, name] of [["tiff", info.georeferenced ? "GeoTIFF" : "TIFF"], ["png", "PNG"]]) {
+    for (const [kind, name] of [["tiff", info.georeferenced ? "GeoTIFF" : "TIFF"], ["gpkg", "GeoPackage"], ["png", "PNG"]]) {
+      if (kind === "png" && info.width * info.height > 9e6) continue;
       const link = element("a", `Download ${name}${suffix}`);
       link.className = "button";
       link.href = `${base}/file?${new URLSearchParams({ network: prediction.network, output: kind })}`;
@@ -63,8 +72,11 @@ function addDownloads(info) {
 }
 
 function showMap(info) {
-  const map = L.map("map", { crs: L.CRS.Simple, minZoom: -2, maxZoom: info.max_zoom + 4, zoomSnap: 0.25, attributionControl: true });
+  const meters = (info.meters_per_pixel || 1) * 2 ** info.max_zoom;
+  const crs = L.extend({}, L.CRS.Simple, { distance: (from, to) => meters * L.CRS.Simple.distance(from, to) });
+  const map = L.map("map", { crs, minZoom: -2, maxZoom: info.max_zoom + 4, zoomSnap: 0.25, attributionControl: true });
   map.attributionControl.setPrefix("Leaflet 1.9.4");
+  if (info.meters_per_pixel) L.control.scale({ imperial: false, position: "topright" }).addTo(map);
   const corner = (x, y) => map.unproject([x, y], info.max_zoom);
   const bounds = L.latLngBounds(corner(0, info.height), corner(info.width, 0));
   const settings = { bounds, noWrap: true, tileSize: 256, minNativeZoom: 0, maxNativeZoom: info.max_zoom, minZoom: -2, maxZoom: info.max_zoom + 4 };
@@ -99,9 +111,9 @@ function showMap(info) {
     const layerName = document.querySelector("input[name=layer]:checked").value;
     const ownColors = document.getElementById("own-colors").checked;
     for (const layer of shown) layer.remove();
-    shown = layerName === "image" ? [] : info.predictions.map((prediction, index) => tiles(layerName, { network: prediction.network, own_colors: ownColors }, `prediction-${index}`));
+    const off = (prediction) => prediction.classes.flatMap(({ name }, number) => (hidden.has(name) ? [number] : [])).join(",");
+    shown = layerName === "image" ? [] : info.predictions.map((prediction, index) => tiles(layerName, { network: prediction.network, own_colors: ownColors, hidden: off(prediction) }, `prediction-${index}`));
     for (const layer of shown) layer.addTo(map);
-    updateLegend(info, ownColors);
     document.getElementById("hint").textContent = layerName === "uncertainty"
       ? "Uncertainty is the entropy of each pixel's class probabilities: transparent at 0, dark red at its maximum."
       : info.predictions.map((prediction, index) => `${info.predictions.length > 1 ? `${"AB"[index]}: ` : ""}${prediction.title}`).join(" · ");
@@ -114,15 +126,75 @@ function showMap(info) {
     for (const layer of shown) layer.setOpacity(document.getElementById("opacity").value / 100);
   }
 
+  const updateColors = () => updateLegend(info, document.getElementById("own-colors").checked, updateLayers);
   document.getElementById("show").addEventListener("change", updateLayers);
+  document.getElementById("own-colors").addEventListener("change", updateColors);
   document.getElementById("opacity").addEventListener("input", updateOpacity);
   swipe.addEventListener("input", updateSwipe);
   map.on("move zoom viewreset resize", updateSwipe);
+  map.on("mousemove click", ({ latlng }) => {
+    const point = map.project(latlng, info.max_zoom).floor();
+    if (point.x >= 0 && point.y >= 0 && point.x < info.width && point.y < info.height) readPixel(info, point);
+  });
   addDownloads(info);
+  updateColors();
   updateLayers();
 }
 
-fetch(base)
-  .then((response) => (response.ok ? response.json() : Promise.reject(new Error(`HTTP status ${response.status}`))))
-  .then(showMap)
-  .catch((error) => { document.getElementById("hint").textContent = `The map cannot be shown: ${error.message}`; });
+let reading = false;
+let next = null;
+
+// One request at a time; while it runs, only the newest position is kept.
+async function readPixel(info, point) {
+  next = point;
+  if (reading) return;
+  reading = true;
+  while (next) {
+    const { x, y } = next;
+    next = null;
+    const response = await fetch(`${base}/pixels/${x}/${y}`).catch(() => null);
+    if (response && response.ok) showPixel(info, x, y, await response.json());
+  }
+  reading = false;
+}
+
+function showPixel(info, x, y, pixel) {
+  const parts = [`column ${x}, row ${y}`];
+  if (pixel.coordinates) parts.push(`x ${pixel.coordinates[0].toFixed(2)}, y ${pixel.coordinates[1].toFixed(2)}`);
+  if (pixel.degrees) parts.push(`${Math.abs(pixel.degrees[1]).toFixed(6)}° ${pixel.degrees[1] < 0 ? "S" : "N"}, ${Math.abs(pixel.degrees[0]).toFixed(6)}° ${pixel.degrees[0] < 0 ? "W" : "E"}`);
+  pixel.predictions.forEach(({ name, probability }, index) => {
+    parts.push(`${info.predictions.length > 1 ? `${"AB"[index]}: ` : ""}${name === null ? "no data" : `${name}, ${probability} %`}`);
+  });
+  document.getElementById("pixel").textContent = parts.join(" · ");
+}
+
+function duration(seconds) {
+  return seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
+}
+
+// Show the progress of an unfinished map until it is finished.
+async function load() {
+  const job = document.getElementById("job");
+  const layout = document.querySelector(".maplayout");
+  for (;;) {
+    const response = await fetch(base, { cache: "no-store" });
+    const info = await response.json().catch(() => ({}));
+    if (!response.ok) throw new Error(info.detail || `HTTP status ${response.status}`);
+    if (info.state === "failed") throw new Error(info.detail);
+    job.hidden = info.state === "finished";
+    layout.hidden = !job.hidden;
+    if (info.state === "finished") return showMap(info);
+    document.getElementById("progress").value = info.progress;
+    const left = info.seconds_left === null ? "" : `, about ${duration(info.seconds_left)} left`;
+    document.getElementById("jobtext").textContent = `The map of ${info.name} (${info.width}×${info.height} pixels) is being made: ${Math.floor(100 * info.progress)} %${left}. You may close this page; the server continues.`;
+    await new Promise((resolve) => { setTimeout(resolve, 1000); });
+  }
+}
+
+load().catch((error) => {
+  document.querySelector(".maplayout").hidden = true;
+  document.getElementById("job").hidden = false;
+  document.getElementById("progress").hidden = true;
+  document.getElementById("jobtext").className = "warn";
+  document.getElementById("jobtext").textContent = `The map cannot be shown: ${error.message}`;
+});
