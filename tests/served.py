@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -46,3 +47,14 @@ def encoded(image: Array, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind)
     return file.getvalue()
+
+
+def finished(client: Any, result: Any) -> dict[str, Any]:
+    """The summary of a new map, when it is finished or has failed."""
+    assert result.status_code == 201, result.text
+    summary: dict[str, Any] = result.json()
+    until = time.monotonic() + 60
+    while summary["state"] == "running" and time.monotonic() < until:
+        time.sleep(0.02)
+        summary = client.get(f"/maps/{summary['key']}").json()
+    return summary

@@ -24,7 +24,7 @@ from overfly.exporting.predictor import Floats
 from overfly.video.player import LatestFrame
 from overfly.web.server import application, serve_stream, start
 from overfly.web.service import Limits
-from served import CLASSES, bright, encoded, inverted, network, ramp
+from served import CLASSES, bright, encoded, finished, inverted, network, ramp
 
 BASE = "http://127.0.0.1:8000"
 
@@ -81,17 +81,6 @@ def test_predict_geotiff_keeps_coordinates_and_no_data(client: TestClient, tmp_p
         ids = file.read(1)
     assert (ids[:10, :10] == 255).all()
     np.testing.assert_array_equal(ids[20:, 20:], image[0, 20:, 20:] > 127)
-
-
-def finished(client: TestClient, result: Any) -> Any:
-    """The summary of a new map, when it is finished or has failed."""
-    assert result.status_code == 201, result.text
-    summary = result.json()
-    until = time.monotonic() + 60
-    while summary["state"] == "running" and time.monotonic() < until:
-        time.sleep(0.02)
-        summary = client.get(f"/maps/{summary['key']}").json()
-    return summary
 
 
 def tiff(path: Path, image: Array, **settings: Any) -> bytes:

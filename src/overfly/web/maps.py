@@ -78,7 +78,7 @@ class ServedMap:
                 self._make()
             state = "finished"
         except (OverflyError, OSError) as error:
-            self.detail = str(error)
+            self.detail = str(error).replace(str(self.folder), "the folder of maps")
         except CancelledError:
             self.detail = "the server was stopped; open the image again, and its map resumes"
         except BaseException:
@@ -152,9 +152,8 @@ class ServedMap:
         path = self.folder / f"{index}.gpkg"
         with self._lock:
             if not path.exists():
-                write_polygons(self.file(index), path.with_name(f"{index}.part.gpkg"), self.classes(index)).replace(
-                    path
-                )
+                part = write_polygons(self.file(index), path.with_name(f"{index}.part.gpkg"), self.classes(index))
+                part.replace(path)
         return path
 
     def pixel(self, index: int, column: int, row: int) -> list[int | None]:

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, File, Form, HTTPException, Query, UploadFile
+from fastapi import APIRouter, File, HTTPException, Query, UploadFile
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
 from overfly.core.errors import DataError, printable
-from overfly.data.headers import gdal_errors, open_raster
+from overfly.data.headers import open_raster
 from overfly.reporting.figures import accessible_colors, encode_png
 from overfly.video.player import LatestFrame
 from overfly.web import images
@@ -76,9 +76,7 @@ def _add_predict_routes(routes: APIRouter, service: InferenceService) -> None:
         image: Annotated[UploadFile, File(description=api.IMAGE)],
         settings: api.Settings,
         network: api.NetworkKey = None,
-        output: Annotated[
-            api.OutputFormat, Form(description="A palette PNG, a GeoTIFF, or the classes' shares.")
-        ] = "png",
+        output: api.Output = "png",
     ) -> Response:
         """Predict the class ids of an image, 255 for no data: as PNG or GeoTIFF with colors and names, or as shares."""
         chosen = _network(service, network)
@@ -91,11 +89,8 @@ def _add_predict_routes(routes: APIRouter, service: InferenceService) -> None:
                 summary = api.summarize_prediction(chosen, result.classes, result.shares)
                 return Response(summary.model_dump_json(), media_type="application/json")
             if output == "tiff":
-                data, name = images.encode_geotiff(result.ids, result.classes, result.georeference), "map.tif"
-            else:
-                data, name = encode_png(result.ids, result.classes, transparent=True), "map.png"
-            headers = {"content-disposition": f'attachment; filename="{name}"'}
-            return Response(data, media_type=f"image/{output}", headers=headers)
+                return _attachment(images.encode_geotiff(result.ids, result.classes, result.georeference), "tiff")
+            return _attachment(encode_png(result.ids, result.classes, transparent=True), "png")
 
         return await service.run(task)
 
@@ -179,21 +174,7 @@ def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStor
         """Download the prediction of a network: a GeoTIFF, areas as GeoPackage, or a PNG of a small map."""
         stored = _finished_map(store, key)
         index = _index(stored, network)
-
-        def task(deadline: float) -> Response:
-            del deadline
-            if output != "png":
-                path = stored.file(index) if output == "tiff" else stored.polygons(index)
-                kind = "image/tiff" if output == "tiff" else "application/geopackage+sqlite3"
-                return FileResponse(path, media_type=kind, filename=f"map{path.suffix}")
-            with gdal_errors("the map"), open_raster(stored.file(index)) as dataset:
-                if dataset.height * dataset.width > service.limits.pixels:
-                    raise DataError("the map is too large for a PNG; download it as GeoTIFF")
-                data = encode_png(dataset.read(1), stored.classes(index), transparent=True)
-            headers = {"content-disposition": 'attachment; filename="map.png"'}
-            return Response(data, media_type="image/png", headers=headers)
-
-        return await service.run(task)
+        return await service.run(lambda _: _map_file(stored, index, output, service.limits.pixels))
 
     @routes.get(
         "/maps/{key}/tiles/{layer}/{zoom}/{column}/{row}",
@@ -232,15 +213,7 @@ def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStor
         stored = _finished_map(store, key)
         if column >= stored.sources[0].width or row >= stored.sources[0].height:
             raise HTTPException(404, "the pixel lies outside the image")
-        predictions = []
-        for index, each in enumerate(stored.networks):
-            number, probability, uncertainty = stored.pixel(index, column, row)
-            name = None if number is None else stored.classes(index).names[number]
-            predictions.append(api.PixelPrediction(
-                network=each.key, name=name, probability=probability, uncertainty=uncertainty
-            ))  # fmt: skip
-        coordinates, degrees = stored.coordinates(column, row)
-        return api.PixelSummary(coordinates=coordinates, degrees=degrees, predictions=predictions)
+        return api.summarize_pixel(stored, column, row)
 
 
 def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limit: int) -> None:
@@ -325,3 +298,22 @@ def _index(stored: ServedMap, network: str) -> int:
         if each.key == network:
             return index
     raise HTTPException(404, "the map has no prediction of this network")
+
+
+def _map_file(stored: ServedMap, index: int, output: Literal["png", "tiff", "gpkg"], pixels: int) -> Response:
+    """Return a class map as a download; a PNG only up to a number of pixels."""
+    if output != "png":
+        path = stored.file(index) if output == "tiff" else stored.polygons(index)
+        kind = "image/tiff" if output == "tiff" else "application/geopackage+sqlite3"
+        return FileResponse(path, media_type=kind, filename=f"map{path.suffix}")
+    with open_raster(stored.file(index)) as dataset:
+        if dataset.height * dataset.width > pixels:
+            raise DataError("the map is too large for a PNG; download it as GeoTIFF")
+        return _attachment(encode_png(dataset.read(1), stored.classes(index), transparent=True), "png")
+
+
+def _attachment(data: bytes, kind: Literal["png", "tiff"]) -> Response:
+    name = "map.png" if kind == "png" else "map.tif"
+    return Response(
+        data, media_type=f"image/{kind}", headers={"content-disposition": f'attachment; filename="{name}"'}
+    )  # fmt: skip

@@ -168,6 +168,19 @@ def summarize_map(stored: ServedMap) -> MapSummary:
     )  # fmt: skip
 
 
+def summarize_pixel(stored: ServedMap, column: int, row: int) -> PixelSummary:
+    """Describe a pixel of a finished map for JSON."""
+    predictions = []
+    for index, network in enumerate(stored.networks):
+        number, probability, uncertainty = stored.pixel(index, column, row)
+        name = None if number is None else stored.classes(index).names[number]
+        predictions.append(
+            PixelPrediction(network=network.key, name=name, probability=probability, uncertainty=uncertainty)
+        )
+    coordinates, degrees = stored.coordinates(column, row)
+    return PixelSummary(coordinates=coordinates, degrees=degrees, predictions=predictions)
+
+
 def summarize_image(path: Path, network: ServedNetwork) -> ImageSummary:
     """Describe an image for JSON."""
     header, metadata = read_raster_header(path), network.predictor().metadata
