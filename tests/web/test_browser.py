@@ -15,6 +15,7 @@ from PIL import Image
 
 from overfly.video.player import LatestFrame
 from overfly.web.server import BackgroundServer, application, serve_stream, start
+from rasters import write
 from served import encoded, inverted, network
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -213,3 +214,34 @@ def test_serve_stream_shows_the_end_of_the_stream(wide: Any) -> None:
     wide.wait_for_selector("#stream.ended")
     assert "1 frame" in wide.inner_text("#state")
     assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_deep_scene_is_mapped_with_fields_and_its_pixels_are_read(wide: Any, tmp_path: Path) -> None:
+    image = np.full((4, 300, 400), 2000, np.uint16)
+    image[:, :, :200] = 10_000
+    four = network("0", bands=4, mean=(0.0,) * 4, std=(1.0,) * 4)
+    running = start(application([four], scenes=[write(tmp_path / "scene.tif", image)]))
+    try:
+        wide.goto(running.address)
+        wide.click("[data-scene]")
+        wide.wait_for_selector("#message.warn")
+        assert "uint16" in wide.inner_text("#message")
+        fields = {name: wide.input_value(f"[name={name}]") for name in ("bands", "max_value", "nodata")}
+        assert fields == {"bands": "1,2,3,4", "max_value": "10000", "nodata": ""}
+        assert "400×300 pixels, 4 bands, uint16" in wide.inner_text("#about")
+        wide.click("#make")
+        wide.wait_for_url("**/map/*")
+        wide.wait_for_selector("img.leaflet-tile-loaded")
+        assert wide.locator(".leaflet-control-scale-line").inner_text().endswith(" m")
+        box = wide.locator("#map").bounding_box()
+        wide.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])
+        wide.wait_for_function("document.getElementById('pixel').textContent.includes('100 %')")
+        assert "<b>bright</b>, 100 %" in wide.inner_text("#pixel")
+        assert "° N" in wide.inner_text("#pixel")
+        wide.locator("#legend input").nth(1).uncheck()
+        wide.wait_for_selector("img.leaflet-tile-loaded[src*='hidden=1']")
+        assert wide.locator("#legend tr.off").count() == 1
+        assert wide.locator("text=Download GeoPackage").is_visible()
+        assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        running.stop()
