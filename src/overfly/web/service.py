@@ -19,7 +19,7 @@ from overfly.core.errors import NotFiniteError, OverflyError
 from overfly.core.records import UInt8
 from overfly.core.spec import PositiveFloat, PositiveInt, Spec
 from overfly.data.headers import gdal_errors, open_raster
-from overfly.data.raster_windows import read_part
+from overfly.data.raster_grid import read_part
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.ops.windows import slide_inference
 from overfly.raster.manifest import MapSettings, encode, list_products
