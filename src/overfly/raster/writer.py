@@ -160,7 +160,7 @@ def class_shares(map_: Path, classes: Classes) -> dict[str, float]:
     counts = np.zeros(256, np.int64)
     with _open(map_) as dataset:
         for window in _windows(dataset):
-            counts += np.bincount(dataset.read(1, window=window).ravel(), minlength=256)
+            counts += np.bincount(dataset.read(1, window=window.ranges).ravel(), minlength=256)
     total = max(1, int(counts[:IGNORE].sum()))
     return {name: int(counts[index]) / total for index, name in enumerate(classes.names)}
 
