@@ -140,18 +140,27 @@ def test_georeferences_of_every_kind_are_preserved(tmp_path: Path) -> None:
         "points": {"crs": "EPSG:4326", "transform": None, "gcps": points},
         "centers": {"crs": "EPSG:4326", "transform": None, "gcps": points},
         "own": {"crs": "+proj=laea +lat_0=31 +lon_0=12 +x_0=5 +y_0=6 +ellps=GRS80 +units=m"},
+        "grid_of_centers": {},
+        "rational": {"crs": None, "transform": None},
     }
+    parts = [f"{axis}_{what}" for axis in ("LINE", "SAMP", "LAT", "LONG", "HEIGHT") for what in ("OFF", "SCALE")]
+    rational = dict.fromkeys(parts, "10")
+    rational |= {f"{way}_{part}_COEFF": " ".join("1" * 20) for way in ("LINE", "SAMP") for part in ("NUM", "DEN")}
     for name, georeference in kinds.items():
         source = write(tmp_path / f"{name}.tif", pixels, **georeference)
-        if name == "centers":
-            with rasterio.open(source, "r+") as dataset:
+        with rasterio.open(source, "r+") as dataset:
+            if "centers" in name:
                 dataset.update_tags(AREA_OR_POINT="Point")
+            if name == "rational":
+                dataset.update_tags(ns="RPC", **rational)
         make_map(source, tmp_path / f"{name}_map.tif")
         with rasterio.open(source) as image, rasterio.open(tmp_path / f"{name}_map.tif") as result:
             assert (result.crs, result.transform) == (image.crs, image.transform), name
             assert [p.asdict() for p in result.gcps[0]] == [p.asdict() for p in image.gcps[0]], name
             assert result.gcps[1] == image.gcps[1]
-            assert (result.tags().get("AREA_OR_POINT") == "Point") == (name == "centers")
+            assert (result.tags().get("AREA_OR_POINT") == "Point") == ("centers" in name)
+            assert result.tags(ns="RPC") == image.tags(ns="RPC"), name
+            assert bool(image.tags(ns="RPC")) == (name == "rational")
 
 
 def test_png_jpeg_and_world_file(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,17 @@ from PIL import Image
 
 from overfly.core.records import IGNORE, UInt8
 from overfly.raster.manifest import MapSettings
-from overfly.raster.raster_source import Georeference, RasterSource, georeference, inspect_raster
+from overfly.raster.raster_source import RasterSource, inspect_raster
 from overfly.web.images import (
     SIDE,
     TilePart,
+    describe_image,
     display_range,
-    encode_geotiff,
     inspect_image,
     max_zoom,
     render_classes,
     render_image,
     render_uncertainty,
-    suggest_fields,
     tile_part,
 )
 from rasters import CLASSES, metadata, write
@@ -115,56 +113,8 @@ def test_fields_are_suggested_from_file_and_network(
     image = np.full((bands, 40, 50), 9, dtype)
     image[0, 20, 20] = 4000 if dtype != "uint8" else 200
     path = write(tmp_path / "a.tif", image, nodata=nodata, tiled=False)
-    found = suggest_fields(path, metadata())
-    assert (found["bands"], found["max_value"], found["nodata"], not found["problem"]) == expected
-    if found["bands"]:  # the suggestion fits
-        settings = MapSettings(bands=found["bands"], max_value=float(found["max_value"]))
+    found = describe_image(path, metadata())
+    assert (found.bands, found.max_value, found.nodata, not found.problem) == expected
+    if found.bands:  # the suggestion fits
+        settings = MapSettings(bands=found.bands, max_value=float(found.max_value))
         assert inspect_image(path, metadata(), settings).bands == (1, 2, 3)
-
-
-def test_geotiff_has_coordinates_colors_and_names() -> None:
-    rasterio = pytest.importorskip("rasterio")
-    ids = np.random.default_rng(0).integers(0, 2, (300, 310), dtype=np.uint8)
-    ids[0, 0] = IGNORE
-    crs = rasterio.CRS.from_epsg(32650).to_wkt()
-    data = encode_geotiff(ids, CLASSES, Georeference(crs, (500000.0, 0.3, 0.0, 3500000.0, 0.0, -0.3)))
-    with rasterio.MemoryFile(data) as memory, memory.open() as file:
-        assert file.crs.to_epsg() == 32650
-        assert tuple(file.transform)[:6] == (0.3, 0.0, 500000.0, 0.0, -0.3, 3500000.0)
-        assert file.nodata == IGNORE
-        assert file.colormap(1)[1] == (120, 130, 140, 255)
-        assert json.loads(file.tags()["CLASS_NAMES"])["1"] == CLASSES.names[1]
-        np.testing.assert_array_equal(file.read(1), ids)
-
-
-@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
-@pytest.mark.parametrize("kind", ["nothing", "point", "points", "both", "transform", "turned", "rational"])
-def test_geotiff_keeps_every_kind_of_georeference(kind: str) -> None:
-    rasterio = pytest.importorskip("rasterio")
-    crs = rasterio.CRS.from_epsg(32650).to_wkt()
-    points = tuple((5.0 * i, 7.0 * (i % 2), 500000.0 + 2 * i, 3500000.0 - 3 * i, 10.0, str(i)) for i in range(1, 5))
-    numbers = " ".join(["1", *["0"] * 19])
-    rational = {f"{way}_{part}_COEFF": numbers for way in ("LINE", "SAMP") for part in ("NUM", "DEN")}
-    rational |= {
-        f"{name}_{what}": "10" for name in ("LINE", "SAMP", "LAT", "LONG", "HEIGHT") for what in ("OFF", "SCALE")
-    }
-    place = {
-        "nothing": Georeference(),
-        "point": Georeference(crs, (500000.0, 0.5, 0.0, 3500000.0, 0.0, -0.5), pixel_is_point=True),
-        "points": Georeference(gcps=points, gcps_crs=crs),
-        "both": Georeference(gcps=points, gcps_crs=crs, pixel_is_point=True),
-        "transform": Georeference(transform=(5.0, 0.5, 0.0, 9.0, 0.0, -0.5)),
-        "turned": Georeference(crs, (500000.0, 0.4, 0.3, 3500000.0, 0.3, -0.4)),
-        "rational": Georeference(rpcs=tuple(sorted(rational.items()))),
-    }[kind]
-    data = encode_geotiff(np.zeros((20, 30), np.uint8), CLASSES, place)
-    with rasterio.MemoryFile(data) as memory, memory.open() as file:
-        result = georeference(file)
-        assert (result.crs, result.gcps_crs) == (place.crs, place.gcps_crs)
-        assert result.pixel_is_point == place.pixel_is_point
-        assert result.gcps == place.gcps
-        assert result.transform == (None if place.transform is None else pytest.approx(place.transform))
-        tags = {key: value.split() for key, value in result.rpcs}
-        assert {key: [float(each) for each in tags[key]] for key, _ in place.rpcs} == {
-            key: [float(each) for each in value.split()] for key, value in place.rpcs
-        }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from overfly.core.atomic_files import has_digest
+from overfly.core.classes import Classes
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, UInt8
 from overfly.data.headers import open_raster
@@ -30,7 +31,8 @@ CHUNK = 1 << 16
 class MapSettings:
     """Settings of maps: the options of `overfly predict` of the same names; overlap is 0 to 0.9.
 
-    ``confidence`` writes MAP_confidence.tif too, the probability of the class in percent; the server sets it.
+    The server sets ``confidence``, which writes MAP_confidence.tif too, the probability of the class in percent, and
+    ``temporary``, with which files are not flushed to the disk.
 
     None stands for the network's window, all bands, the no-data value and alpha band that the file declares, the
     network's value range, a raster that is not resampled, and no polygons.
@@ -47,6 +49,7 @@ class MapSettings:
     probabilities: bool = False
     uncertainty: bool = False
     confidence: bool = False
+    temporary: bool = False
     polygons: str | None = None
     min_area: int = 10
     overwrite: bool = False
@@ -63,32 +66,32 @@ class MapSettings:
 
 @dataclass(frozen=True)
 class Product:
-    """A file of a map: the content of its bands, and their number.
+    """A file of a map, and the descriptions of its bands.
 
     ``encode`` converts weighted sums of probabilities (K, h, w) and the no-data mask (h, w) to bands (bands, h, w).
     """
 
     kind: ProductKind
-    bands: int
+    bands: tuple[str, ...]
     encode: Callable[[Floats, Mask | None], UInt8]
 
 
-def list_products(classes: int, settings: MapSettings) -> list[Product]:
+def list_products(classes: Classes, settings: MapSettings) -> list[Product]:
     """List the files of a map: class ids, and optionally in percent probabilities, entropy and confidence."""
-    result = [Product("classes", 1, _class_ids)]
+    result = [Product("classes", ("class",), _class_ids)]
     if settings.probabilities:
-        result.append(Product("probabilities", classes, _percentages))
+        result.append(Product("probabilities", tuple(f"{name}: probability" for name in classes.names), _percentages))
     if settings.uncertainty:
-        result.append(Product("uncertainty", 1, _entropy))
+        result.append(Product("uncertainty", ("uncertainty: entropy, as a share of the largest",), _entropy))
     if settings.confidence:
-        result.append(Product("confidence", 1, lambda sums, mask: _percentages(sums, mask).max(0, keepdims=True)))
+        result.append(Product("confidence", ("confidence: probability of the class",), _confidence))
     return result
 
 
 def encode(product: Product, sums: Floats, nodata_mask: Mask | None) -> UInt8:
     """Encode weighted sums of probabilities (K, h, w) as bands (bands, h, w); 255 for no data (h, w)."""
     _, height, width = sums.shape
-    result = np.empty((product.bands, height, width), np.uint8)
+    result = np.empty((len(product.bands), height, width), np.uint8)
     rows = max(1, CHUNK // max(1, width))
     for begin in range(0, height, rows):
         part = slice(begin, min(begin + rows, height))
@@ -122,6 +125,10 @@ def _percentages(sums: Floats, nodata_mask: Mask | None) -> UInt8:
     result: UInt8 = np.rint(100 * means).astype(np.uint8)
     result[:, empty] = IGNORE
     return result
+
+
+def _confidence(sums: Floats, nodata_mask: Mask | None) -> UInt8:
+    return np.asarray(_percentages(sums, nodata_mask).max(0, keepdims=True))
 
 
 def _entropy(sums: Floats, nodata_mask: Mask | None) -> UInt8:
@@ -166,8 +173,10 @@ def make_manifest(source: RasterSource, predictor: Predictor, settings: MapSetti
     path = Path(source.source)
     stat = path.stat() if path.is_file() else None
     values = asdict(settings)
-    for key in ("batch", "overwrite", *(() if settings.confidence else ("confidence",))):  # do not change the pixels
+    for key in ("batch", "overwrite", "temporary"):  # they do not change the pixels
         del values[key]
+    if not settings.confidence:  # maps of earlier versions do not name it
+        del values["confidence"]
     return {
         "raster": path.name if stat else source.source, "bytes": stat.st_size if stat else None,
         "modified": stat.st_mtime_ns if stat else None, "network": network, "title": predictor.metadata.title,

@@ -98,14 +98,12 @@ def map_raster(
     plan = plan_raster(raster, predictor.metadata, settings, memory)
     notes = _notes(raster, predictor.metadata, settings)
     classes = predictor.metadata.classes
-    products = manifests.list_products(len(classes), settings)
+    products = manifests.list_products(classes, settings)
     with writer.lock_unfinished(out) as folder:
         if manifests.map_exists(out, files, manifest, settings):  # finished by another process meanwhile
             writer.discard(folder)
             return MapResult(source, out, list(files.values()), created=False)
-        unfinished = UnfinishedMap(
-            folder, raster.height, raster.width, raster.georeference, classes, products, manifest
-        )
+        unfinished = UnfinishedMap(folder, raster, classes, products, manifest, settings.temporary)
         with _write_errors(out):
             done, discarded = unfinished.begin()
         if out.exists() and not settings.overwrite:
@@ -279,7 +277,8 @@ def _publish(job: _Job, files: Mapping[ProductKind | str, Path], settings: MapSe
         with file.open("r+b") as stream:
             if file.suffix == ".tif":
                 append_digest(stream)
-            os.fsync(stream.fileno())
+            if not settings.temporary:
+                os.fsync(stream.fileno())
     for kind in written:
         Path(f"{files[kind]}.aux.xml").unlink(missing_ok=True)  # of a replaced map
     for file, target in ready:

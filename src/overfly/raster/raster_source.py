@@ -1,4 +1,4 @@
-"""Open a raster and decide how it is read: bands, value range, no data, alpha band, georeference."""
+"""Open a raster and decide how it is read: bands, value range, no data, alpha band."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,37 +22,16 @@ ALPHA_MODE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Georeference:
-    """Location of a raster on the ground.
-
-    Attributes:
-        crs: coordinate reference system as WKT; empty if unknown.
-        transform: affine transform from pixel to coordinate in GDAL's order; None if unknown.
-        gcps: ground control points (column, row, x, y, z, id).
-        gcps_crs: their coordinate reference system as WKT.
-        rpcs: rational polynomial coefficients (RPC), as the file's text.
-        pixel_is_point: whether coordinates are those of pixel centers (AREA_OR_POINT=Point).
-    """
-
-    crs: str = ""
-    transform: tuple[float, ...] | None = None
-    gcps: tuple[tuple[float, float, float, float, float, str], ...] = ()
-    gcps_crs: str = ""
-    rpcs: tuple[tuple[str, str], ...] = ()
-    pixel_is_point: bool = False
-
-
-@dataclass(frozen=True)
 class RasterSource(RasterBands):
     """A raster and its reading options.
 
     ``gain`` is the factor from stored values to those of the training images, ``gsd`` the ground sample distance (y, x)
-    in meters, None if unknown.
+    in meters, None if unknown; a raster may be ``georeferenced`` without one.
     """
 
     gain: float
     gsd: tuple[float, float] | None
-    georeference: Georeference
+    georeferenced: bool
 
 
 def inspect_raster(
@@ -85,18 +64,9 @@ def inspect_raster(
             nodata=tuple(band_nodata(dataset)[band - 1] if nodata is None else nodata for band in chosen),
             masked=has_mask(dataset),
             alpha_band=_unread_alpha_band(source, dataset, chosen, alpha, alpha_band),
-            gain=gain, gsd=ground_distance(dataset), georeference=georeference(dataset),
+            gain=gain, gsd=ground_distance(dataset),
+            georeferenced=bool(dataset.crs or dataset.gcps[0] or not dataset.transform.is_identity),
         )  # fmt: skip
-
-
-def georeference(dataset: Any) -> Georeference:
-    """Return the georeference of an open rasterio dataset."""
-    gcps, gcps_crs = dataset.gcps
-    transform = None if dataset.transform.is_identity else tuple(dataset.transform.to_gdal())
-    points = tuple((p.col, p.row, p.x, p.y, p.z or 0.0, str(p.id)) for p in gcps)
-    rpcs, crs = tuple(sorted(dataset.tags(ns="RPC").items())), dataset.crs.to_wkt() if dataset.crs else ""
-    is_point = dataset.tags().get("AREA_OR_POINT") == "Point"
-    return Georeference(crs, transform, points, gcps_crs.to_wkt() if gcps_crs else "", rpcs, is_point)
 
 
 def resampling_factors(source: RasterSource, resolution: float | None) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import rasterio
 import rasterio.shutil
 from filelock import FileLock, Timeout
 from jinja2 import Environment
-from rasterio import CRS, Affine
+from rasterio import CRS
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.io import MemoryFile
@@ -25,10 +25,10 @@ from rasterio.io import MemoryFile
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, UInt8
-from overfly.data.headers import CACHE, GDAL_ERRORS
+from overfly.data.headers import CACHE, GDAL_ERRORS, open_raster
 from overfly.ops.windows import Window
 from overfly.raster.manifest import TAG, Manifest, Product, equal_json, is_unfinished, unfinished_folder
-from overfly.raster.raster_source import Georeference
+from overfly.raster.raster_source import RasterSource
 
 CATEGORIES = Path(__file__).with_name("categories.aux.xml.jinja")
 """GDAL's sidecar with category names and raster attribute table, which rasterio cannot write."""
@@ -51,12 +51,11 @@ class UnfinishedMap:
     """An unfinished map: uncompressed GeoTIFFs in a hidden folder, one a product, and the number of finished steps."""
 
     folder: Path
-    height: int
-    width: int
-    georeference: Georeference
+    source: RasterSource
     classes: Classes
     products: Sequence[Product]
     manifest: Manifest
+    temporary: bool = False
 
     def path(self, product: Product) -> Path:
         """The unfinished file of a product."""
@@ -67,7 +66,7 @@ class UnfinishedMap:
         done, discarded = self._state()
         if done:
             return done, False
-        need = sum(product.bands for product in self.products) * self.height * self.width
+        need = sum(len(product.bands) for product in self.products) * self.source.height * self.source.width
         free = shutil.disk_usage(self.folder).free
         if need > free:
             discard(self.folder)
@@ -86,7 +85,7 @@ class UnfinishedMap:
         """Write bands (bands, h, w) at a row and a column, and flush them to the disk."""
         with _open(self.path(product), "r+") as dataset:
             dataset.write(bands, window=Window(top, left, *bands.shape[1:]).ranges)
-        _sync(self.path(product))
+        self._flush(product)
 
     def advance(self, done: int, rows: tuple[int, int, int, int], sha256: str) -> None:
         """Record the number of finished steps, whose rows are on the disk, and the digest of the last one's window.
@@ -103,7 +102,7 @@ class UnfinishedMap:
         """Digests of the files' bytes before their blocks, which hold georeference, names and colors."""
         digests = []
         for product in self.products:
-            blocks = product.bands * -(-self.height // BLOCK) * -(-self.width // BLOCK)
+            blocks = len(product.bands) * -(-self.source.height // BLOCK) * -(-self.source.width // BLOCK)
             with self.path(product).open("rb") as file:
                 header = file.read(max(0, os.fstat(file.fileno()).st_size - blocks * BLOCK * BLOCK))
             digests.append(hashlib.sha256(header).hexdigest())
@@ -117,7 +116,7 @@ class UnfinishedMap:
             for step, line in enumerate(lines):
                 try:
                     top, bottom, left, right, expected = json.loads(line)
-                    inside = 0 <= top <= bottom <= self.height and 0 <= left < right <= self.width
+                    inside = 0 <= top <= bottom <= self.source.height and 0 <= left < right <= self.source.width
                     digest = hashlib.sha256()
                     for file in files if inside and top < bottom else ():
                         digest.update(file.read(window=((top, bottom), (left, right))))
@@ -142,17 +141,21 @@ class UnfinishedMap:
 
     def _create(self, product: Product) -> None:
         """Create a file with all blocks allocated, so that an interrupted write damages no other block."""
-        path = self.path(product)
         tags = {TAG: json.dumps(self.manifest), "CLASS_NAMES": json.dumps(dict(enumerate(self.classes.names)))}
-        with _open(
-            path, "w", driver="GTiff", dtype="uint8", count=product.bands, height=self.height, width=self.width,
-            nodata=IGNORE, tiled=True, blockxsize=BLOCK, blockysize=BLOCK,
-            interleave="band", bigtiff="IF_SAFER",
-        ) as dataset:  # fmt: skip
+        settings: dict[str, Any] = {"driver": "GTiff", "dtype": "uint8", "nodata": IGNORE, "bigtiff": "IF_SAFER"}
+        settings |= {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK, "interleave": "band"}
+        settings |= {"height": self.source.height, "width": self.source.width, "count": len(product.bands)}
+        with open_raster(self.source.source) as source, _open(self.path(product), "w", **settings) as dataset:
             dataset.update_tags(**tags)
-            write_georeference(dataset, self.georeference)
+            copy_georeference(source, dataset)
             _describe(dataset, product, self.classes)
-        _sync(path)
+        self._flush(product)
+
+    def _flush(self, product: Product) -> None:
+        """Flush an unfinished file to the disk, so that a stopped job resumes."""
+        if not self.temporary:
+            with self.path(product).open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def class_shares(map_: Path, classes: Classes) -> dict[str, float]:
@@ -165,20 +168,21 @@ def class_shares(map_: Path, classes: Classes) -> dict[str, float]:
     return {name: int(counts[index]) / total for index, name in enumerate(classes.names)}
 
 
-def write_georeference(dataset: Any, georeference: Georeference) -> None:
-    """Write a georeference into a new dataset of rasterio."""
-    if georeference.pixel_is_point:
-        dataset.update_tags(AREA_OR_POINT="Point")
-    if georeference.gcps:
-        right, down = _control_point_offset() if georeference.pixel_is_point else (0.0, 0.0)
-        points = [GroundControlPoint(y - down, x - right, *at) for x, y, *at in georeference.gcps]
-        dataset.gcps = (points, CRS.from_wkt(georeference.gcps_crs) if georeference.gcps_crs else CRS())
-    if georeference.crs:
-        dataset.crs = CRS.from_wkt(georeference.crs)
-    if georeference.transform is not None:
-        dataset.transform = Affine.from_gdal(*georeference.transform)
-    if georeference.rpcs:
-        dataset.update_tags(ns="RPC", **dict(georeference.rpcs))
+def copy_georeference(source: Any, target: Any) -> None:
+    """Copy the georeference of an open dataset of rasterio to a new one: coordinates, control points, RPC."""
+    is_point = source.tags().get("AREA_OR_POINT") == "Point"
+    if is_point:
+        target.update_tags(AREA_OR_POINT="Point")
+    points, crs = source.gcps
+    if points:
+        right, down = _control_point_offset() if is_point else (0.0, 0.0)
+        moved = [GroundControlPoint(p.row - down, p.col - right, p.x, p.y, p.z or 0.0, p.id) for p in points]
+        target.gcps = (moved, crs or CRS())
+    if source.crs:
+        target.crs = source.crs
+    if not source.transform.is_identity:
+        target.transform = source.transform
+    target.update_tags(ns="RPC", **source.tags(ns="RPC"))
 
 
 @cache
@@ -198,27 +202,15 @@ def _control_point_offset() -> tuple[float, float]:
 
 def _describe(dataset: Any, product: Product, classes: Classes) -> None:
     """Set names, units and colors of the bands."""
-    if product.kind == "classes":
-        describe_classes(dataset, classes)
+    dataset.descriptions = product.bands
+    if product.kind != "classes":
+        dataset.units = ("%",) * len(product.bands)
+        if len(product.bands) > 1:
+            dataset.colorinterp = (ColorInterp.undefined,) * len(product.bands)
         return
-    dataset.units = ("%",) * product.bands
-    if product.kind == "confidence":
-        dataset.descriptions = ("confidence: probability of the class",)
-    elif product.kind == "uncertainty":
-        dataset.descriptions = ("uncertainty: entropy, as a share of the largest",)
-    else:
-        dataset.descriptions = tuple(f"{name}: probability" for name in classes.names)
-    if product.bands > 1:
-        dataset.colorinterp = (ColorInterp.undefined,) * product.bands
-
-
-def describe_classes(dataset: Any, classes: Classes) -> None:
-    """Set names and colors of a band of class ids in a new dataset of rasterio."""
     colors = dict.fromkeys(range(256), (0, 0, 0, 0))
     dataset.write_colormap(1, colors | {index: (*color, 255) for index, color in enumerate(classes.colors)})
     dataset.update_tags(1, **{f"CLASS_{index}": name for index, name in enumerate(classes.names)})
-    dataset.update_tags(CLASS_NAMES=json.dumps(dict(enumerate(classes.names))))
-    dataset.descriptions = ("class",)
 
 
 def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
@@ -337,9 +329,3 @@ def discard_stale(out: Path, manifest: Manifest) -> None:
     if folder.is_dir() and (not (folder / "progress.json").exists() or is_unfinished(out, manifest)):
         with suppress(DataError), lock_unfinished(out) as locked:
             discard(locked)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

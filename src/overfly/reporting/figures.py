@@ -303,7 +303,7 @@ def thumbnail(image: Array, side: int) -> UInt8:
 
 def encode_webp(image: UInt8) -> bytes:
     """Encode an image (H, W, 3) as WebP."""
-    return _encode(Image.fromarray(image), "WEBP", quality=78, method=4)
+    return encode_image(Image.fromarray(image), "WEBP", quality=78, method=4)
 
 
 def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> bytes:
@@ -316,7 +316,7 @@ def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> by
         shown = np.where((shown == IGNORE) & (((across + down) // 4) % 2 == 0), STRIPE_LIGHT, shown).astype(np.uint8)
     image = Image.frombytes("P", (ids.shape[1], ids.shape[0]), np.ascontiguousarray(shown).tobytes())
     image.putpalette(table.tobytes())
-    return _encode(image, "PNG", optimize=True, **({"transparency": IGNORE} if transparent else {}))
+    return encode_image(image, "PNG", optimize=True, **({"transparency": IGNORE} if transparent else {}))
 
 
 def data_uri(data: bytes) -> str:
@@ -325,7 +325,8 @@ def data_uri(data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _encode(image: Image.Image, kind: str, **settings: object) -> bytes:
+def encode_image(image: Image.Image, kind: str, **settings: object) -> bytes:
+    """Encode an image of Pillow in a format such as PNG, with settings of its encoder."""
     file = io.BytesIO()
     image.save(file, kind, **settings)
     return file.getvalue()

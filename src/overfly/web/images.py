@@ -1,11 +1,9 @@
-"""Images of the server: uploads, PNG tiles read from rasters and maps of any size, and class maps as GeoTIFF."""
+"""Images of the server: uploads, and PNG tiles read from rasters and maps of any size."""
 
-import io
 import math
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +12,19 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rasterio.enums import Resampling
+from rasterio.windows import Window
 
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError
+from overfly.core.errors import DataError, NotFiniteError
 from overfly.core.records import IGNORE, UInt8
-from overfly.data.headers import ImageHeader, gdal_errors, open_raster, read_raster_header
+from overfly.data.headers import ImageHeader, open_raster, read_raster_header
 from overfly.data.raster_grid import read_part
 from overfly.exporting.predictor import ModelMetadata
 from overfly.raster.manifest import MapSettings
-from overfly.raster.raster_source import Georeference, RasterSource, inspect_raster
-from overfly.raster.writer import describe_classes, write_georeference
-from overfly.reporting.figures import encode_png
+from overfly.raster.raster_source import RasterSource, inspect_raster
+from overfly.reporting.figures import encode_image, encode_png
+from overfly.web.schemas import ImageSummary
 
 SIDE = 256
 """Side of a tile in pixels."""
@@ -54,8 +54,6 @@ def tile_part(height: int, width: int, zoom: int, column: int, row: int) -> Tile
 
     ``zoom`` is 0 for the whole raster, up to `max_zoom` for full resolution; column and row count from the top left.
     """
-    from rasterio.windows import Window
-
     full_zoom = max_zoom(height, width)
     step = 2 ** (full_zoom - zoom) if 0 <= zoom <= full_zoom else 0
     extent = SIDE * step
@@ -67,9 +65,7 @@ def tile_part(height: int, width: int, zoom: int, column: int, row: int) -> Tile
 
 def read_display(source: RasterSource, **part: Any) -> tuple[NDArray[Any], UInt8]:
     """Read a part of the bands that are shown, averaged: values (3, h, w), and opacity (h, w), 0 for no data."""
-    from rasterio.enums import Resampling
-
-    with gdal_errors(source.source), open_raster(source.source) as dataset:
+    with open_raster(source.source) as dataset:
         pixels, missing = read_part(dataset, source, resampling=Resampling.average, **part)
     opacity = np.full(pixels.shape[1:], 255, np.uint8)
     if missing is not None:
@@ -99,7 +95,7 @@ def render_image(source: RasterSource, limits: tuple[NDArray[Any], NDArray[Any]]
     scaled = ((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1)
     tile[:rows, :columns, :3] = np.moveaxis(np.rint(255 * np.nan_to_num(scaled)), 0, -1)
     tile[:rows, :columns, 3] = opacity
-    return _encode(tile)
+    return encode_image(Image.fromarray(tile), "PNG", compress_level=3)
 
 
 def render_classes(path: Path, part: TilePart, classes: Classes, hidden: Sequence[int] = ()) -> bytes:
@@ -111,42 +107,15 @@ def render_classes(path: Path, part: TilePart, classes: Classes, hidden: Sequenc
 
 def render_uncertainty(path: Path, part: TilePart) -> bytes:
     """Render a tile of a file of uncertainty in percent, 255 for no data, as PNG."""
-    return _encode(COLORS[_read_tile(path, part)])
+    return encode_image(Image.fromarray(COLORS[_read_tile(path, part)]), "PNG", compress_level=3)
 
 
 def _read_tile(path: Path, part: TilePart) -> UInt8:
     """Read a tile (256, 256) of a map's only band; 255 beyond its border."""
     tile = np.full((SIDE, SIDE), IGNORE, np.uint8)
-    with gdal_errors(path), open_raster(path) as dataset:
+    with open_raster(path) as dataset:
         tile[: part.out_shape[0], : part.out_shape[1]] = dataset.read(1, **part._asdict())
     return tile
-
-
-def _encode(tile: UInt8) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(tile).save(file, "PNG", compress_level=3)
-    return file.getvalue()
-
-
-def encode_geotiff(ids: UInt8, classes: Classes, georeference: Georeference | None) -> bytes:
-    """Encode class ids (H, W), 255 for no data, as GeoTIFF with colors, names and georeference."""
-    import rasterio
-    from rasterio.io import MemoryFile
-
-    height, width = ids.shape
-    settings: dict[str, Any] = {"compress": "deflate", "nodata": IGNORE}
-    if height >= SIDE and width >= SIDE:
-        settings |= {"tiled": True, "blockxsize": SIDE, "blockysize": SIDE}
-    with MemoryFile() as memory:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            with memory.open(driver="GTiff", height=height, width=width, count=1, dtype="uint8", **settings) as file:
-                if georeference is not None:
-                    write_georeference(file, georeference)
-                file.write(ids, 1)
-                describe_classes(file, classes)
-        memory.seek(0)
-        return bytes(memory.read())
 
 
 @contextmanager
@@ -154,11 +123,12 @@ def field_errors(path: Path, name: str = "the image") -> Iterator[None]:
     """Let errors within the context name an image instead of its path, and form fields instead of options."""
     try:
         yield
-    except DataError as error:
+    except (DataError, NotFiniteError) as error:
         text = str(error).replace(str(path), name)
         for option, field in OPTIONS.items():
             text = text.replace(option, field)
-        text = re.sub("--(bands|max-value|nodata) ?", lambda found: found[1].replace("-", "_") + "=", text)
+        option = r"--(bands|max-value|nodata)( (?=\d))?"
+        text = re.sub(option, lambda found: found[1].replace("-", "_") + "=" * bool(found[2]), text)
         raise DataError(text) from None
 
 
@@ -169,7 +139,7 @@ def stored_upload(file: BinaryIO) -> Iterator[Path]:
         path = Path(folder) / "upload"
         with path.open("wb") as copy:
             shutil.copyfileobj(file, copy)
-        with field_errors(path):
+        with field_errors(Path(folder), "the folder of maps"), field_errors(path):
             yield path
 
 
@@ -192,8 +162,8 @@ def inspect_image(path: Path, metadata: ModelMetadata, settings: MapSettings) ->
     )  # fmt: skip
 
 
-def suggest_fields(path: Path, metadata: ModelMetadata) -> dict[str, str]:
-    """Suggest the form fields of an image: bands, max_value, nodata; ``problem`` is what does not fit without them."""
+def describe_image(path: Path, metadata: ModelMetadata) -> ImageSummary:
+    """Describe an image, and suggest values of the form fields by which a network reads it."""
     header, max_value = read_raster_header(path), metadata.max_value
     bands = tuple(range(1, metadata.bands + 1)) if metadata.bands <= header.bands - header.alpha else ()
     nodata = next((f"{value:.12g}" for value in header.nodata if value is not None), "")
@@ -207,13 +177,16 @@ def suggest_fields(path: Path, metadata: ModelMetadata) -> dict[str, str]:
             inspect_image(path, metadata, MapSettings(bands=",".join(map(str, bands)) or None))
         except DataError:
             max_value = 255.0 if header.stored == "uint8" else _largest_value(path) or max_value
-    texts = {"bands": ",".join(map(str, bands)), "max_value": f"{max_value:.6g}", "nodata": nodata}
-    return texts | {"problem": problem}
+    return ImageSummary(
+        width=header.width, height=header.height, image_bands=header.bands, dtype=header.stored,
+        network_bands=metadata.bands, network_max_value=metadata.max_value, bands=",".join(map(str, bands)),
+        max_value=f"{max_value:.6g}", nodata=nodata, problem=problem,
+    )  # fmt: skip
 
 
 def _largest_value(path: Path) -> float:
     """Return the largest value of a sample of an image's pixels, at least 0."""
-    with gdal_errors(path), open_raster(path) as dataset:
+    with open_raster(path) as dataset:
         shape = [min(MAX_SAMPLE, length) for length in dataset.shape]
         sample = dataset.read(dataset.indexes[:4], out_shape=(min(4, dataset.count), *shape), masked=True)
     largest = np.ma.masked_invalid(np.real(sample)).max()

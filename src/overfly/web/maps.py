@@ -6,31 +6,35 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
+import rasterio
+import rasterio.shutil
+import rasterio.warp
 from cachetools import LRUCache
 from fastapi import HTTPException
 
 from overfly import __version__
-from overfly.core.atomic_files import json_sha256
+from overfly.core.atomic_files import atomic_write, json_sha256
 from overfly.core.classes import Classes
 from overfly.core.download import cache_folder
-from overfly.core.errors import DataError, OverflyError
+from overfly.core.errors import DataError, OverflyError, printable
 from overfly.core.records import IGNORE
-from overfly.data.headers import file_stamp, gdal_errors, open_raster
+from overfly.data.headers import CACHE, file_stamp, open_raster
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.raster.manifest import MapSettings, output_files
 from overfly.raster.map_raster import map_raster
 from overfly.raster.polygons import write_polygons
 from overfly.raster.raster_source import RasterSource
 from overfly.raster.writer import class_shares
-from overfly.web.images import check_header, display_range, field_errors, inspect_image
+from overfly.web.images import check_header, display_range, field_errors, inspect_image, max_zoom
+from overfly.web.schemas import MapSummary, PixelPrediction, PixelSummary, summarize_prediction
 from overfly.web.service import WORKERS, Limits, ServedNetwork
 
 MAX_SCENE_MAPS = 64
@@ -47,23 +51,17 @@ PREDICTED = 0.95
 class ServedMap:
     """A map of an image by one or two networks, in files of its folder.
 
-    ``sources`` tell how each network reads the image, ``size`` is the map's share of `Limits.cache`, ``detail`` is the
-    error of a failed one, ``shares`` are those of the classes by name, for each network, and ``shown`` is the image for
-    display, with the values of black and white.
+    ``sources`` tell how each network reads the image, ``size`` is the map's share of `Limits.cache`, and ``shown`` is
+    the image for display, with the values of black and white.
     """
 
-    key: str
-    name: str
+    summary: MapSummary
     path: Path
     folder: Path
     networks: Sequence[ServedNetwork]
     sources: Sequence[RasterSource]
     settings: MapSettings
     size: float
-    state: Literal["running", "finished", "failed"] = "running"
-    detail: str = ""
-    progress: float = 0.0
-    shares: list[Mapping[str, float]] = field(default_factory=list)
     cancelled: bool = False
     shown: tuple[RasterSource, tuple[Any, Any]] | None = None
     future: "Future[None] | None" = None
@@ -72,38 +70,36 @@ class ServedMap:
 
     def make(self) -> None:
         """Make the files; what is there of a stopped job is resumed."""
-        state: Literal["finished", "failed"] = "failed"
+        detail = "the server failed; its log has the reason"
         try:
-            with field_errors(self.path, self.name):
+            with field_errors(self.path, self.summary.name):
                 self._make()
-            state = "finished"
+            detail = ""
         except (OverflyError, OSError) as error:
-            self.detail = str(error).replace(str(self.folder), "the folder of maps")
+            detail = str(error).replace(str(self.folder), "the folder of maps")
         except CancelledError:
-            self.detail = "the server was stopped; open the image again, and its map resumes"
-        except BaseException:
-            self.detail = "the server failed; its log has the reason"
-            raise
+            detail = "the server was stopped; open the image again, and its map resumes"
         finally:
-            self.state = state
+            self.summary.detail = detail
+            self.summary.state = "failed" if detail else "finished"
 
     def _make(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         first = self.sources[0]
         source = replace(first, source=str(self._displayed()), bands=first.bands[:3], nodata=first.nodata[:3])
         self.shown = source, display_range(source)
+        predictions = []
         for index, network in enumerate(self.networks):
             map_raster(
                 self._predictor(network), str(self.path), self.file(index), self.settings, network=network.digest(),
                 on_progress=partial(self._advance, index),
             )  # fmt: skip
-            self.shares.append(class_shares(self.file(index), self.classes(index)))
+            shares = class_shares(self.file(index), self.classes(index))
+            predictions.append(summarize_prediction(network, shares))
+        self.summary.predictions, self.summary.progress, self.summary.seconds_left = predictions, 1.0, None
 
     def _displayed(self) -> Path:
         """Return the image, or a copy with overviews where it has none or cannot be read by windows."""
-        import rasterio
-        from rasterio.shutil import copy
-
         with open_raster(self.path) as dataset:
             levels = (dataset.overviews(1) or [1]) if dataset.driver in ("GTiff", "JP2OpenJPEG") else [1]
             turned = "ORIENTATION" in dataset.tags(ns="OVERFLY")
@@ -111,11 +107,11 @@ class ServedMap:
                 return self.path
             target = self.folder / "image.tif"
             if not target.exists():
-                part = target.with_name("image.part.tif")
-                with rasterio.Env(GDAL_CACHEMAX=96 * 2**20), gdal_errors(self.path):
-                    copy(dataset, str(part), driver="COG", COMPRESS="DEFLATE", LEVEL=1, BIGTIFF="IF_SAFER",
-                         OVERVIEW_RESAMPLING="AVERAGE", NUM_THREADS="ALL_CPUS")  # fmt: skip
-                part.replace(target)
+                with atomic_write(target) as part, rasterio.Env(GDAL_CACHEMAX=CACHE):
+                    rasterio.shutil.copy(
+                        dataset, str(part), driver="COG", COMPRESS="DEFLATE", LEVEL=1, BIGTIFF="IF_SAFER",
+                        OVERVIEW_RESAMPLING="AVERAGE", NUM_THREADS="ALL_CPUS",
+                    )  # fmt: skip
             return target
 
     def _predictor(self, network: ServedNetwork) -> Predictor:
@@ -128,16 +124,12 @@ class ServedMap:
         return replace(network.predictor(), run=run)
 
     def _advance(self, index: int, done: int, total: int) -> None:
-        self.progress = (index + PREDICTED * done / max(1, total)) / len(self.networks)
-        self._begin = self._begin or (time.monotonic(), self.progress)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Remaining time, from the progress since the start; None before there is any."""
-        start, before = self._begin or (0.0, 1.0)
-        if self.state != "running" or self.progress <= before:
-            return None
-        return (time.monotonic() - start) * (1 - self.progress) / (self.progress - before)
+        """Update the progress, and the remaining time from the progress since the start."""
+        progress = (index + PREDICTED * done / max(1, total)) / len(self.networks)
+        start, before = self._begin = self._begin or (time.monotonic(), progress)
+        if progress > before:
+            self.summary.seconds_left = (time.monotonic() - start) * (1 - progress) / (progress - before)
+        self.summary.progress = progress
 
     def classes(self, index: int) -> Classes:
         """Classes of a network."""
@@ -156,31 +148,32 @@ class ServedMap:
                 part.replace(path)
         return path
 
-    def pixel(self, index: int, column: int, row: int) -> list[int | None]:
-        """Read a network's class id of a pixel, its probability and uncertainty in percent; None without data."""
-        from rasterio.windows import Window
+    def pixel(self, column: int, row: int) -> PixelSummary:
+        """Read the coordinates of a pixel of a finished map, and each network's prediction."""
+        predictions = []
+        for index, network in enumerate(self.networks):
+            values: list[int | None] = []
+            for kind in ("classes", "confidence", "uncertainty"):
+                with open_raster(self.file(index, kind)) as dataset:
+                    value = int(dataset.read(1, window=((row, row + 1), (column, column + 1)))[0, 0])
+                values.append(None if value == IGNORE else value)
+            name = None if values[0] is None else self.classes(index).names[values[0]]
+            predictions.append(
+                PixelPrediction(network=network.key, name=name, probability=values[1], uncertainty=values[2])
+            )
+        coordinates = degrees = None
+        with open_raster(self.file(0)) as dataset:
+            if not dataset.transform.is_identity:
+                coordinates = dataset.xy(row, column)
+                with suppress(Exception):  # rasterio has its own errors for a local system
+                    place = rasterio.warp.transform(dataset.crs, "EPSG:4326", *([each] for each in coordinates))
+                    degrees = (place[0][0], place[1][0])
+        return PixelSummary(coordinates=_finite(coordinates), degrees=_finite(degrees), predictions=predictions)
 
-        values = []
-        for kind in ("classes", "confidence", "uncertainty"):
-            with gdal_errors(self.name), open_raster(self.file(index, kind)) as dataset:
-                value = int(dataset.read(1, window=Window(column, row, 1, 1))[0, 0])
-            values.append(None if value == IGNORE else value)
-        return values
 
-    def coordinates(self, column: int, row: int) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-        """Return the coordinates (x, y) of a pixel's center, and its longitude and latitude; None if unknown."""
-        from rasterio import CRS, Affine
-        from rasterio.warp import transform
-
-        place = self.sources[0].georeference
-        if place.transform is None:
-            return None, None
-        x, y = Affine.from_gdal(*place.transform) @ (column + 0.5, row + 0.5)
-        degrees: tuple[float, float] | None = None
-        with suppress(Exception):  # rasterio has its own errors for a local system
-            (longitude,), (latitude,) = transform(CRS.from_wkt(place.crs), "EPSG:4326", [x], [y])
-            degrees = (longitude, latitude) if math.isfinite(longitude + latitude) else None
-        return (x, y) if math.isfinite(x + y) else None, degrees
+def _finite(place: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return coordinates, or None if they are not finite, which JSON cannot hold."""
+    return place if place is not None and math.isfinite(sum(place)) else None
 
 
 class _Maps(LRUCache[str, ServedMap]):
@@ -217,8 +210,7 @@ class MapStore:
         """Store an upload, and begin its map; raise `DataError` if it does not fit a network."""
         with self._lock:
             self._uploads = self._uploads or tempfile.TemporaryDirectory(prefix="overfly-", ignore_cleanup_errors=True)
-        key = secrets.token_urlsafe(12)
-        folder = Path(self._uploads.name) / key
+        folder = Path(self._uploads.name) / secrets.token_urlsafe(12)
         folder.mkdir()
         path = folder / "upload"
         try:
@@ -227,9 +219,7 @@ class MapStore:
             with field_errors(path):
                 header = check_header(path, pixels=self._limits.pixels)
                 size = header.height * header.width * (1 + len(networks))
-                return self._add(ServedMap(
-                    key, "the image", path, folder, networks, _inspect(path, networks, settings), settings, size
-                ))  # fmt: skip
+                return self._add(path, folder, networks, settings, name="the image", size=size)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -237,23 +227,34 @@ class MapStore:
     def add_scene(self, path: Path, networks: Sequence[ServedNetwork], settings: MapSettings) -> ServedMap:
         """Begin, resume or find the map of a scene; raise `DataError` if the scene does not fit a network."""
         with field_errors(path, path.name):
-            sources = _inspect(path, networks, settings)
             facts = [str(path.absolute()), file_stamp(path), [network.digest() for network in networks]]
-            key = json_sha256([*facts, asdict(settings), __version__])[:16]
-            folder, size = cache_folder() / "maps" / key, self._maps.maxsize / MAX_SCENE_MAPS
-            return self._add(ServedMap(key, path.name, path, folder, networks, sources, settings, size))
+            folder = cache_folder() / "maps" / json_sha256([*facts, asdict(settings), __version__])[:16]
+            size = self._maps.maxsize / MAX_SCENE_MAPS
+            return self._add(path, folder, networks, settings, name=path.name, size=size)
 
-    def _add(self, stored: ServedMap) -> ServedMap:
+    def _add(
+        self, path: Path, folder: Path, networks: Sequence[ServedNetwork], settings: MapSettings, *, name: str,
+        size: float,
+    ) -> ServedMap:  # fmt: skip
+        """Begin a map, whose key is the name of its folder, unless it is there."""
+        settings = replace(settings, uncertainty=True, confidence=True)
+        sources = _inspect(path, networks, settings)
+        first = sources[0]
+        summary = MapSummary(
+            key=folder.name, name=printable(name), width=first.width, height=first.height,
+            max_zoom=max_zoom(first.height, first.width), georeferenced=first.georeferenced,
+            meters_per_pixel=None if first.gsd is None else math.sqrt(first.gsd[0] * first.gsd[1]),
+        )  # fmt: skip
+        stored = ServedMap(summary, path, folder, networks, sources, settings, size)
         with self._lock:
-            existing = self._maps.get(stored.key)
-            if existing is not None and existing.state != "failed":
+            existing = self._maps.get(folder.name)
+            if existing is not None and existing.summary.state != "failed":
                 return existing
-            if sum(other.state == "running" for other in self._maps.values()) >= self._limits.queue:
+            if sum(other.summary.state == "running" for other in self._maps.values()) >= self._limits.queue:
                 raise HTTPException(429, "the server is busy; try again later", {"retry-after": "10"})
-            self._maps.pop(stored.key, None)
-            self._maps[stored.key] = stored
-            source = stored.sources[0]
-            large = source.height * source.width > self._limits.pixels  # a small one does not wait for them
+            self._maps.pop(folder.name, None)
+            self._maps[folder.name] = stored
+            large = first.height * first.width > self._limits.pixels  # a small one does not wait for them
             if large not in self._pools:
                 self._pools[large] = ThreadPoolExecutor(1 if large else WORKERS, thread_name_prefix="maps")
             stored.future = self._pools[large].submit(stored.make)

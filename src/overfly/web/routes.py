@@ -3,28 +3,33 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, File, HTTPException, Query, UploadFile
+from fastapi import APIRouter, HTTPException, Query
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
+from overfly.core.classes import Classes
 from overfly.core.errors import DataError, printable
 from overfly.data.headers import open_raster
+from overfly.raster.map_raster import map_raster
 from overfly.reporting.figures import accessible_colors, encode_png
 from overfly.video.player import LatestFrame
 from overfly.web import images
 from overfly.web import schemas as api
 from overfly.web.maps import MapStore, ServedMap
-from overfly.web.service import InferenceService, ServedNetwork, predict_image
+from overfly.web.service import InferenceService, ServedNetwork
 
 WAIT = 1.0
 """Seconds for which a request for a new map waits for it to be finished."""
 RESEND_SECONDS = 1.0
 """Interval in seconds at which an unchanged frame is sent again, to detect closed connections."""
 NO_STREAM = "there is no live stream; overfly serve --watch starts one"
+KINDS = {"png": "image/png", "tiff": "image/tiff", "gpkg": "application/geopackage+sqlite3"}
+"""Media types of downloads."""
 
 
 class StreamState(BaseModel):
@@ -51,13 +56,10 @@ def api_router(service: InferenceService, store: MapStore, latest_frame: LatestF
         _add_map_routes(routes, service, store)
     _add_stream_routes(routes, latest_frame, service.limits.viewers)
 
-    @routes.get("/networks", responses=api.problems(401, 403))
-    def networks() -> list[api.NetworkSummary]:
+    @routes.get("/networks", response_model=list[api.NetworkSummary], responses=api.problems(401, 403))
+    def networks() -> list[ServedNetwork]:
         """List the networks of this server."""
-        return [
-            api.NetworkSummary(key=network.key, title=network.title, about=dict(network.about))
-            for network in service.networks.values()
-        ]
+        return list(service.networks.values())
 
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health", responses=api.problems(400, 403))
@@ -73,10 +75,7 @@ def _add_predict_routes(routes: APIRouter, service: InferenceService) -> None:
 
     @routes.post("/predict", response_class=Response, responses=api.UPLOAD_PROBLEMS | kinds)
     async def predict(
-        image: Annotated[UploadFile, File(description=api.IMAGE)],
-        settings: api.Settings,
-        network: api.NetworkKey = None,
-        output: api.Output = "png",
+        image: api.Upload, settings: api.Settings, network: api.NetworkKey = None, output: api.Output = "png"
     ) -> Response:
         """Predict the class ids of an image, 255 for no data: as PNG or GeoTIFF with colors and names, or as shares."""
         chosen = _network(service, network)
@@ -84,27 +83,27 @@ def _add_predict_routes(routes: APIRouter, service: InferenceService) -> None:
         def task(deadline: float) -> Response:
             with images.stored_upload(image.file) as path:
                 images.check_header(path, pixels=service.limits.pixels)
-                result = predict_image(chosen, path, deadline, settings)
-            if output == "json":
-                summary = api.summarize_prediction(chosen, result.classes, result.shares)
-                return Response(summary.model_dump_json(), media_type="application/json")
-            if output == "tiff":
-                return _attachment(images.encode_geotiff(result.ids, result.classes, result.georeference), "tiff")
-            return _attachment(encode_png(result.ids, result.classes, transparent=True), "png")
+                out = path.with_name("map.tif")
+                temporary = replace(settings, temporary=True)
+                result = map_raster(chosen.limited(deadline), str(path), out, temporary, network="")
+                if output == "json":
+                    summary = api.summarize_prediction(chosen, result.shares)
+                    return Response(summary.model_dump_json(), media_type="application/json")
+                if output == "tiff":
+                    return _attachment(out.read_bytes(), "tiff")
+                return _map_as_png(out, chosen.predictor().metadata.classes, service.limits.pixels)
 
         return await service.run(task)
 
     @routes.post("/images", responses=api.UPLOAD_PROBLEMS)
-    async def describe_image(
-        image: Annotated[UploadFile, File(description=api.IMAGE)], network: api.NetworkKey = None
-    ) -> api.ImageSummary:
+    async def describe_image(image: api.Upload, network: api.NetworkKey = None) -> api.ImageSummary:
         """Describe an image, and suggest form fields by which a network reads it."""
         chosen = _network(service, network)
 
         def task(deadline: float) -> api.ImageSummary:
             del deadline
             with images.stored_upload(image.file) as path:
-                return api.summarize_image(path, chosen)
+                return images.describe_image(path, chosen.predictor().metadata)
 
         return await service.run(task)
 
@@ -114,7 +113,7 @@ def _add_new_map_routes(routes: APIRouter, service: InferenceService, store: Map
         stored = await service.run(lambda _: add())
         if stored.future is not None:
             await asyncio.wait([asyncio.wrap_future(stored.future)], timeout=WAIT)
-        return api.summarize_map(stored)
+        return stored.summary
 
     def scene(number: int) -> Path:
         if number >= len(service.scenes):
@@ -123,10 +122,7 @@ def _add_new_map_routes(routes: APIRouter, service: InferenceService, store: Map
 
     @routes.post("/maps", status_code=201, responses=api.UPLOAD_PROBLEMS)
     async def create_map(
-        image: Annotated[UploadFile, File(description=api.IMAGE)],
-        settings: api.Settings,
-        network: api.NetworkKey = None,
-        other: api.OtherKey = None,
+        image: api.Upload, settings: api.Settings, network: api.NetworkKey = None, other: api.OtherKey = None
     ) -> api.MapSummary:
         """Begin the map of an image; `GET /maps/{key}` tells its progress."""
         chosen = _networks(service, network, other)
@@ -138,13 +134,11 @@ def _add_new_map_routes(routes: APIRouter, service: InferenceService, store: Map
         return [printable(path.name) for path in service.scenes]
 
     @routes.get("/scenes/{number}", responses=api.MAP_PROBLEMS)
-    def describe_scene(
-        number: api.Number, network: Annotated[str | None, Query(max_length=64)] = None
-    ) -> api.ImageSummary:
+    def describe_scene(number: api.Number, network: api.NetworkQuery = None) -> api.ImageSummary:
         """Describe an image on the server's machine, and suggest form fields by which a network reads it."""
         path = scene(number)
         with images.field_errors(path, path.name):
-            return api.summarize_image(path, _network(service, network))
+            return images.describe_image(path, _network(service, network).predictor().metadata)
 
     @routes.post("/scenes/{number}", status_code=201, responses=api.UPLOAD_PROBLEMS)
     async def create_map_of_scene(
@@ -159,12 +153,12 @@ def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStor
     @routes.get("/maps/{key}", responses=api.MAP_PROBLEMS)
     def get_map(key: api.MapKey) -> api.MapSummary:
         """Describe a map, and its progress."""
-        return api.summarize_map(_stored_map(store, key))
+        return _stored_map(store, key).summary
 
     @routes.get(
         "/maps/{key}/file",
         response_class=Response,
-        responses=api.UPLOAD_PROBLEMS | api.binary("image/png", "image/tiff", "application/geopackage+sqlite3"),
+        responses=api.UPLOAD_PROBLEMS | api.binary(*KINDS.values()),
     )
     async def get_file(
         key: api.MapKey,
@@ -182,9 +176,8 @@ def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStor
         responses=api.MAP_PROBLEMS | api.binary("image/png"),
     )
     def get_tile(
-        *, key: api.MapKey, layer: api.LayerName, zoom: Annotated[int, InPath(ge=0, le=30)],
-        column: Annotated[int, InPath(ge=0, le=10**6)], row: Annotated[int, InPath(ge=0, le=10**6)],
-        network: api.NetworkQuery = None,
+        *, key: api.MapKey, layer: api.LayerName, zoom: Annotated[int, InPath(ge=0, le=30)], column: api.TileIndex,
+        row: api.TileIndex, network: api.NetworkQuery = None,
         own_colors: Annotated[bool, Query(description="The classes' own colors instead of accessible ones.")] = False,
         hidden: Annotated[str, Query(pattern="^[0-9,]*$", max_length=800, description="Class ids left out.")] = "",
     ) -> Response:  # fmt: skip
@@ -192,11 +185,11 @@ def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStor
         stored = _stored_map(store, key) if layer == "image" else _finished_map(store, key)
         if stored.shown is None:
             raise HTTPException(404, "the image is being prepared; try again later")
-        part = images.tile_part(stored.sources[0].height, stored.sources[0].width, zoom, column, row)
+        part = images.tile_part(stored.summary.height, stored.summary.width, zoom, column, row)
         if part is None:
             raise HTTPException(404, "the tile lies outside the image")
         index = 0 if network is None else _index(stored, network)
-        with images.field_errors(stored.path, stored.name):
+        with images.field_errors(stored.path, stored.summary.name):
             if layer == "image":
                 tile = images.render_image(*stored.shown, part)
             elif layer == "uncertainty":
@@ -211,9 +204,9 @@ def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStor
     def get_pixel(key: api.MapKey, column: api.PixelIndex, row: api.PixelIndex) -> api.PixelSummary:
         """Return the coordinates of a pixel, and its class and probability by each network."""
         stored = _finished_map(store, key)
-        if column >= stored.sources[0].width or row >= stored.sources[0].height:
+        if column >= stored.summary.width or row >= stored.summary.height:
             raise HTTPException(404, "the pixel lies outside the image")
-        return api.summarize_pixel(stored, column, row)
+        return stored.pixel(column, row)
 
 
 def _add_stream_routes(routes: APIRouter, latest_frame: LatestFrame | None, limit: int) -> None:
@@ -287,7 +280,7 @@ def _stored_map(store: MapStore, key: str) -> ServedMap:
 
 def _finished_map(store: MapStore, key: str) -> ServedMap:
     stored = _stored_map(store, key)
-    if stored.state != "finished":
+    if stored.summary.state != "finished":
         raise HTTPException(404, "the map is not finished; /maps/KEY tells its progress")
     return stored
 
@@ -302,18 +295,20 @@ def _index(stored: ServedMap, network: str) -> int:
 
 def _map_file(stored: ServedMap, index: int, output: Literal["png", "tiff", "gpkg"], pixels: int) -> Response:
     """Return a class map as a download; a PNG only up to a number of pixels."""
-    if output != "png":
-        path = stored.file(index) if output == "tiff" else stored.polygons(index)
-        kind = "image/tiff" if output == "tiff" else "application/geopackage+sqlite3"
-        return FileResponse(path, media_type=kind, filename=f"map{path.suffix}")
-    with open_raster(stored.file(index)) as dataset:
+    if output == "png":
+        return _map_as_png(stored.file(index), stored.classes(index), pixels)
+    path = stored.file(index) if output == "tiff" else stored.polygons(index)
+    return FileResponse(path, media_type=KINDS[output], filename=f"map{path.suffix}")
+
+
+def _map_as_png(path: Path, classes: Classes, pixels: int) -> Response:
+    """Return a file of class ids as PNG; raise `DataError` if it has more than a number of pixels."""
+    with open_raster(path) as dataset:
         if dataset.height * dataset.width > pixels:
             raise DataError("the map is too large for a PNG; download it as GeoTIFF")
-        return _attachment(encode_png(dataset.read(1), stored.classes(index), transparent=True), "png")
+        return _attachment(encode_png(dataset.read(1), classes, transparent=True), "png")
 
 
 def _attachment(data: bytes, kind: Literal["png", "tiff"]) -> Response:
     name = "map.png" if kind == "png" else "map.tif"
-    return Response(
-        data, media_type=f"image/{kind}", headers={"content-disposition": f'attachment; filename="{name}"'}
-    )  # fmt: skip
+    return Response(data, media_type=KINDS[kind], headers={"content-disposition": f'attachment; filename="{name}"'})

@@ -1,22 +1,17 @@
 """Requests and responses of the HTTP API: form fields, JSON, and errors."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Form, Query
+from fastapi import Depends, File, Form, Query, UploadFile
 from fastapi import Path as InPath
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-from overfly.core.classes import Classes
-from overfly.core.errors import printable
-from overfly.data.headers import read_raster_header
 from overfly.raster.manifest import MapSettings
 from overfly.reporting.figures import accessible_colors
-from overfly.web import images
-from overfly.web.maps import ServedMap
 from overfly.web.service import ServedNetwork
 
+Upload = Annotated[UploadFile, File(description="PNG, JPEG, TIFF or GeoTIFF.")]
 Output = Annotated[
     Literal["png", "tiff", "json"], Form(description="A palette PNG, a GeoTIFF, or the classes' shares.")
 ]
@@ -24,10 +19,10 @@ NetworkQuery = Annotated[str | None, Query(max_length=64)]
 MapKey = Annotated[str, InPath(max_length=64, description="Key from the response of `POST /maps`.")]
 NetworkKey = Annotated[str | None, Form(max_length=64, description="Key of a network; default: the first.")]
 OtherKey = Annotated[str | None, Form(max_length=64, description="Key of a second network to compare.")]
+TileIndex = Annotated[int, InPath(ge=0, le=10**6)]
 PixelIndex = Annotated[int, InPath(ge=0, le=10**7)]
 LayerName = Literal["image", "classes", "uncertainty"]
 Number = Annotated[int, InPath(ge=0, le=10**6, description="Number in the server's list of scenes, from 0.")]
-IMAGE = "PNG, JPEG, TIFF or GeoTIFF."
 
 
 class Problem(BaseModel):
@@ -48,9 +43,11 @@ class ClassShare(BaseModel):
 class NetworkSummary(BaseModel):
     """A network of this server."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     key: str
     title: str
-    about: dict[str, Any]
+    about: Mapping[str, Any]
 
 
 class ImageSummary(BaseModel):
@@ -92,11 +89,11 @@ class MapSummary(BaseModel):
     max_zoom: int
     georeferenced: bool
     meters_per_pixel: float | None
-    state: Literal["running", "finished", "failed"]
-    detail: str
-    progress: float
-    seconds_left: float | None
-    predictions: list[PredictionSummary]
+    state: Literal["running", "finished", "failed"] = "running"
+    detail: str = ""
+    progress: float = 0.0
+    seconds_left: float | None = None
+    predictions: list[PredictionSummary] = []
 
 
 class PixelPrediction(BaseModel):
@@ -143,63 +140,19 @@ def map_settings(
     alpha_band: Annotated[bool | None, Form(description="Whether the last band is an alpha band.")] = None,
 ) -> MapSettings:
     """Return the settings of a map from form fields."""
-    return MapSettings(
-        bands=bands, max_value=max_value, nodata=nodata, alpha_band=alpha_band, uncertainty=True, confidence=True
-    )
+    return MapSettings(bands=bands, max_value=max_value, nodata=nodata, alpha_band=alpha_band)
 
 
 Settings = Annotated[MapSettings, Depends(map_settings)]
+to_hex = "#{:02x}{:02x}{:02x}".format
 
 
-def summarize_map(stored: ServedMap) -> MapSummary:
-    """Describe a map for JSON."""
-    source, finished = stored.sources[0], stored.state == "finished"
-    predictions = [
-        summarize_prediction(network, stored.classes(index), stored.shares[index])
-        for index, network in enumerate(stored.networks if finished else ())
-    ]
-    return MapSummary(
-        key=stored.key, name=printable(stored.name), width=source.width, height=source.height,
-        max_zoom=images.max_zoom(source.height, source.width),
-        georeferenced=bool(source.georeference.crs or source.georeference.transform or source.georeference.gcps),
-        meters_per_pixel=None if source.gsd is None else (source.gsd[0] * source.gsd[1]) ** 0.5,
-        state=stored.state, detail=stored.detail, progress=1.0 if finished else stored.progress,
-        seconds_left=stored.seconds_left, predictions=predictions,
-    )  # fmt: skip
-
-
-def summarize_pixel(stored: ServedMap, column: int, row: int) -> PixelSummary:
-    """Describe a pixel of a finished map for JSON."""
-    predictions = []
-    for index, network in enumerate(stored.networks):
-        number, probability, uncertainty = stored.pixel(index, column, row)
-        name = None if number is None else stored.classes(index).names[number]
-        predictions.append(
-            PixelPrediction(network=network.key, name=name, probability=probability, uncertainty=uncertainty)
-        )
-    coordinates, degrees = stored.coordinates(column, row)
-    return PixelSummary(coordinates=coordinates, degrees=degrees, predictions=predictions)
-
-
-def summarize_image(path: Path, network: ServedNetwork) -> ImageSummary:
-    """Describe an image for JSON."""
-    header, metadata = read_raster_header(path), network.predictor().metadata
-    return ImageSummary(
-        width=header.width, height=header.height, image_bands=header.bands, dtype=header.stored,
-        network_bands=metadata.bands, network_max_value=metadata.max_value,
-        **images.suggest_fields(path, metadata),
-    )  # fmt: skip
-
-
-def summarize_prediction(network: ServedNetwork, own: Classes, shares: Mapping[str, float]) -> PredictionSummary:
-    """Describe a prediction for JSON."""
-    safe = accessible_colors(own)
+def summarize_prediction(network: ServedNetwork, shares: Mapping[str, float]) -> PredictionSummary:
+    """Describe a network's prediction with the ``shares`` of its classes, by name."""
+    own = network.predictor().metadata.classes
+    colors = zip(own.names, own.colors, accessible_colors(own).colors, strict=True)
     classes = [
-        ClassShare(name=name, color=_hex(color), safe_color=_hex(safe_color), share=shares[name])
-        for name, color, safe_color in zip(own.names, own.colors, safe.colors, strict=True)
+        ClassShare(name=name, color=to_hex(*color), safe_color=to_hex(*safe), share=shares[name])
+        for name, color, safe in colors
     ]
     return PredictionSummary(network=network.key, title=network.title, classes=classes)
-
-
-def _hex(color: Sequence[int]) -> str:
-    return "#" + "".join(f"{value:02x}" for value in color)

@@ -1,37 +1,22 @@
-"""The networks and limits of a server, and predictions of single images in memory."""
+"""The networks and limits of a server, and the threads of its requests."""
 
 import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from fastapi import HTTPException
-from torch import Tensor
 
-from overfly.core.classes import Classes
-from overfly.core.errors import NotFiniteError, OverflyError
-from overfly.core.records import UInt8
+from overfly.core.errors import OverflyError
 from overfly.core.spec import PositiveFloat, PositiveInt, Spec
-from overfly.data.headers import gdal_errors, open_raster
-from overfly.data.raster_grid import read_part
 from overfly.exporting.predictor import Floats, Predictor
-from overfly.ops.windows import slide_inference
-from overfly.raster.manifest import MapSettings, encode, list_products
-from overfly.raster.raster_source import Georeference
 from overfly.training.run import Run
-from overfly.web.images import inspect_image
 
 T = TypeVar("T")
-MIN_SIDE = 32
-"""Side in pixels that smaller images are padded to."""
-WINDOWS = 4
-"""Windows of an image in one batch."""
 GRACE = 10.0
 """Seconds in which the first line and headers of a request must arrive, and after which a body must not be slow."""
 WORKERS = 2
@@ -91,6 +76,10 @@ class ServedNetwork:
                 self.loaded = self.loaded or self.load()
         return self.loaded
 
+    def limited(self, deadline: float) -> Predictor:
+        """Return the network with `probabilities` before a time ``deadline``, which other calls may come before."""
+        return replace(self.predictor(), run=lambda images: self.probabilities(images, deadline))
+
     def probabilities(self, images: Floats, deadline: float) -> Floats:
         """Return class probabilities (N, K, H, W) of images (N, C, H, W), float32, one call at a time.
 
@@ -106,15 +95,6 @@ class ServedNetwork:
             return predictor(images)
         finally:
             self._lock.release()
-
-
-class Prediction(NamedTuple):
-    """Class ids (H, W) of an image, 255 without data, classes, shares by name, and the image's georeference."""
-
-    classes: Classes
-    ids: UInt8
-    shares: Mapping[str, float]
-    georeference: Georeference
 
 
 class InferenceService:
@@ -158,37 +138,3 @@ class InferenceService:
             pool.shutdown(cancel_futures=True)
         for network in self.networks.values():
             network.loaded = None
-
-
-def predict_image(network: ServedNetwork, path: Path, deadline: float, settings: MapSettings) -> Prediction:
-    """Predict an image in memory, in overlapping windows if it is larger than the network's window.
-
-    ``deadline`` is a time of `time.monotonic`; ``settings`` are bands, largest value and no data of the image. Raises
-    `DataError`: the image does not fit, `NotFiniteError`: the network's probabilities are not finite, and
-    `RequestTimeoutError`: the deadline has passed.
-    """
-    metadata = network.predictor().metadata
-    source = inspect_image(path, metadata, settings)
-    with gdal_errors(path), open_raster(path) as dataset:
-        pixels, nodata_mask = read_part(dataset, source)
-    values = np.ascontiguousarray(pixels, dtype=np.float32)
-    if source.gain != 1:
-        values = values * np.float32(source.gain)
-    height, width = values.shape[1:]
-
-    def predict_batch(windows: Tensor) -> Tensor:
-        return torch.from_numpy(network.probabilities(windows.contiguous().numpy(), deadline))
-
-    if metadata.fixed or max(height, width) > metadata.window:
-        probabilities = slide_inference(predict_batch, torch.from_numpy(values), metadata.window, batch=WINDOWS).numpy()
-    else:
-        below, right = max(0, MIN_SIDE - height), max(0, MIN_SIDE - width)
-        padded = np.pad(values, ((0, 0), (0, below), (0, right)), mode="edge") if below or right else values
-        probabilities = network.probabilities(padded[None], deadline)[0, :, :height, :width]
-    if not np.isfinite(probabilities.sum()):
-        raise NotFiniteError("the network's class probabilities are not finite; train it again or use another one")
-    (product,) = list_products(len(probabilities), MapSettings())
-    ids = encode(product, probabilities, nodata_mask)[0]
-    counts = np.bincount(ids.ravel(), minlength=256)[: len(metadata.classes)]
-    shares = dict(zip(metadata.classes.names, (counts / max(int(counts.sum()), 1)).tolist(), strict=True))
-    return Prediction(metadata.classes, ids, shares, source.georeference)
