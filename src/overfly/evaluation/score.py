@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeE
 from overfly.core.prefetch import map_ahead
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
 from overfly.data.domain import Domain, Split
+from overfly.evaluation.images import resized, to_tensor
 from overfly.evaluation.scores import Confusion, Protocol, Scores, SplitCounts, finite, sum_over_ranks, summarize
 from overfly.ops.normalization import restored_modes
 from overfly.ops.windows import slide_inference
@@ -92,9 +92,9 @@ def score(
 
     ``resize`` is the side of the square that images are resized to before the network; labels are never resized, scores
     are resized to the label. ``window`` is the side of overlapping windows, in pixels after ``resize`` (None: whole
-    images), ``overlap`` a share of it. ``batch`` counts windows, or whole images of equal size, per forward pass;
-    ``boundary_width`` is the width of the band of Boundary IoU, in pixels of the label. ``samples`` receives every
-    image with its prediction, such as `Samples`. ``workers`` threads read ahead; 0 reads in the calling thread. With a
+    images), ``overlap`` a share of it, ``batch`` the number of windows in a forward pass; ``boundary_width`` is the
+    width of the band of Boundary IoU, in pixels of the label. ``samples`` receives every image with its prediction,
+    such as `Samples`. ``workers`` threads read ahead; 0 reads in the calling thread. With a
     ``shard`` (rank, ranks) this process scores every ``ranks``-th image; scores are of the sum over ranks, by
     ``all_reduce`` or `torch.distributed`.
 
@@ -109,16 +109,15 @@ def score(
     counts = SplitCounts.empty(len(domain.classes), protocol)
     all_reduce = all_reduce or sum_over_ranks
     with evaluation_mode(segmenter.to(device)), torch.inference_mode(), _shared_errors(shard[1], all_reduce):
-        for group in _groups(read_ahead(domain, entries, workers), 1 if window else batch):
-            predicted = _predict(segmenter, group, protocol, torch.device(device), batch)
-            for image, scores in zip(group, predicted, strict=True):
-                prediction, image_counts = _count(scores, image, domain, protocol)
-                counts = counts.plus(image_counts)
-                if samples is not None:
-                    ids = prediction.to("cpu", torch.uint8).numpy()
-                    accuracy = finite(Confusion(image_counts.confusion).accuracy)
-                    sample = Sample(image.item.name, image.image, ids, image.label, accuracy)
-                    samples(sample, image.position, len(labeled))
+        for image in read_ahead(domain, entries, workers):
+            scores = _predict(segmenter, image, protocol, device, batch)
+            prediction, image_counts = _count(scores, image, domain, protocol)
+            counts = counts.plus(image_counts)
+            if samples is not None:
+                ids = prediction.to("cpu", torch.uint8).numpy()
+                accuracy = finite(Confusion(image_counts.confusion).accuracy)
+                sample = Sample(image.item.name, image.image, ids, image.label, accuracy)
+                samples(sample, image.position, len(labeled))
     if shard[1] > 1:
         counts = counts.reduce(all_reduce)
     return summarize(counts, domain, split, protocol, unlabeled=len(items) - len(labeled))
@@ -168,33 +167,21 @@ def read_ahead(domain: Domain, entries: Sequence[tuple[int, Item]], workers: int
     yield from map_ahead(read, entries, workers=workers) if workers else map(read, entries)
 
 
-def _groups(images: Iterator[LabeledImage], batch: int) -> Iterator[list[LabeledImage]]:
-    """Group consecutive images of equal size, at most ``batch`` each."""
-    for _, same in groupby(images, key=lambda entry: entry.image.shape):
-        while group := list(islice(same, batch)):
-            yield group
-
-
 def _predict(
-    segmenter: nn.Module, group: list[LabeledImage], protocol: Protocol, device: torch.device, batch: int
+    segmenter: nn.Module, entry: LabeledImage, protocol: Protocol, device: torch.device | str, batch: int
 ) -> Tensor:
-    """Class scores (B, K, H, W), float32, at the labels' own size."""
-    stack = np.stack([np.ascontiguousarray(entry.image, dtype=np.float32) for entry in group])
-    image = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous().to(device)
-    size = image.shape[-2:]
-    if protocol.resize is not None and size != (protocol.resize, protocol.resize):
-        square = (protocol.resize, protocol.resize)
-        image = F.interpolate(image, square, mode="bilinear", align_corners=False, antialias=True)
+    """Class scores (K, H, W), float32, at the label's own size."""
+    image = resized(to_tensor(entry.image).to(device), protocol.resize)[None]
 
     def run(patch: Tensor) -> Tensor:
         logits: Logits = segmenter(patch)
         return logits.main.float()
 
-    side = protocol.window
+    side, size = protocol.window, entry.image.shape[:2]
     scores = run(image) if side is None else slide_inference(run, image, side, protocol.overlap, batch)
     if scores.shape[-2:] != size:
         scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
-    return scores
+    return scores[0]
 
 
 def _count(scores: Tensor, image: LabeledImage, domain: Domain, protocol: Protocol) -> tuple[Tensor, SplitCounts]:

@@ -83,15 +83,14 @@ def resampling_factors(source: RasterSource, resolution: float | None) -> tuple[
 
 
 def input_gain(
-    source: object, dtype: str, metadata: ModelMetadata, max_value: float | None, *, scale: float | None = None,
-    option: str = "--max-value ",
-) -> float:  # fmt: skip
+    source: object, dtype: str, metadata: ModelMetadata, max_value: float | None, *, scale: float | None = None
+) -> float:
     """Return the factor from a raster's values to the value range of the network's training images.
 
     ``dtype`` is that of the stored values, ``max_value`` the value of the brightest pixel (None: the network's), and
-    ``scale`` the file's own from integers to fractions, if it declares one. ``source`` and ``option`` are the names of
-    the raster and of the option max_value in messages. Raises `DataError`: the values are complex, or have another
-    range and neither ``max_value`` nor ``scale`` is given.
+    ``scale`` the file's own from integers to fractions, if it declares one. ``source`` is the name of the raster in
+    messages. Raises `DataError`: the values are complex, or have another range and neither ``max_value`` nor ``scale``
+    is given.
     """
     if "complex" in dtype:
         raise DataError(f"{source} stores complex numbers; save it as plain bands first")
@@ -104,7 +103,7 @@ def input_gain(
         example = "255" if dtype == "uint8" else "10000" if integers else "1"
         raise DataError(
             f"{source} holds {dtype}, and the network was trained on values up to {metadata.max_value:g}; give the "
-            f"value of its brightest pixel, such as {option}{example}, and it is scaled"
+            f"value of its brightest pixel, such as --max-value {example}, and it is scaled"
         )
     return 1.0
 
