@@ -40,7 +40,7 @@ from overfly.exporting.predictor import ModelMetadata, Predictor
 from overfly.raster.manifest import MapSettings
 from overfly.raster.map_raster import map_raster, plan_raster
 from overfly.raster.raster_source import inspect_raster
-from overfly.raster.window_reader import FinishedRows, read_windows
+from overfly.raster.tiling import FinishedRows, read_windows
 from overfly.recipe import load
 from overfly.training.setup import initial_network
 

@@ -20,8 +20,7 @@ from overfly.data.sampling import Rare, Uniform
 from overfly.evaluation.score import score
 from overfly.exporting.predictor import ModelMetadata
 from overfly.raster.raster_source import inspect_raster, resampling_factors
-from overfly.raster.tiling import plan_windows
-from overfly.raster.window_reader import WindowBatch, read_windows
+from overfly.raster.tiling import WindowBatch, plan_windows, read_windows
 from overfly.recipe import Recipe
 from polygons import NAMES, colors, moved, outline, raster, scene, squares, write_polygons, write_raster
 

@@ -24,8 +24,7 @@ from overfly.core.records import Array
 from overfly.data.reading import Mask, nodata_mask, read_image, read_label_pixels
 from overfly.exporting.predictor import ModelMetadata
 from overfly.raster.raster_source import inspect_raster
-from overfly.raster.tiling import ColumnStrip, TilingPlan
-from overfly.raster.window_reader import FinishedRows, WindowBatch, read_windows
+from overfly.raster.tiling import ColumnStrip, FinishedRows, TilingPlan, WindowBatch, read_windows
 
 VARIANTS = int(os.environ.get("OVERFLY_READING_VARIANTS", "300"))
 GROUPS = 20

@@ -159,8 +159,7 @@ def _check_vrt(path: Path, depth: int = 0) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Ignore warnings; other threads wait, since they share Python's filters."""
-    with _OPENING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _OPENING, warnings.catch_warnings(action="ignore"):
         yield
 
 

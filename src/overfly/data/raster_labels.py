@@ -332,8 +332,7 @@ def _vector_errors(path: Path) -> Iterator[None]:
     """Convert all errors of pyogrio and shapely as `gdal_errors`, and ignore warnings."""
     import shapely
 
-    with gdal_errors(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with gdal_errors(path), warnings.catch_warnings(action="ignore"):
         try:
             yield
         except (RuntimeError, shapely.errors.ShapelyError) as error:

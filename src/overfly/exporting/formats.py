@@ -45,8 +45,7 @@ def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) 
         1, module.bands, *(module.fixed or (side, side)), generator=torch.Generator().manual_seed(0)
     )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sizes traced as constants, and a deprecation
+        with warnings.catch_warnings(action="ignore"):  # sizes traced as constants, and a deprecation
             torch.onnx.export(
                 module, (example,), path, dynamo=False, opset_version=OPSET, do_constant_folding=True,
                 input_names=["image"], output_names=[output],
@@ -179,8 +178,7 @@ def quantize_openvino(
     """
     core = openvino_core()
     path.parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of dependencies
+    with warnings.catch_warnings(action="ignore"):  # of dependencies
         os.environ.setdefault("NNCF_CI", "1")  # disables NNCF's telemetry
         nncf = import_extra("nncf", "openvino", "export in 8-bit integers for OpenVINO")
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Estimators

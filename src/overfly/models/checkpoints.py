@@ -215,8 +215,7 @@ def _read_torch(path: Path) -> Any:
     _check_readable(path)
     _check_zip(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds for invalid bytes
         raise WeightsError(

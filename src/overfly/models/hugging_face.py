@@ -152,8 +152,7 @@ def _errors(checkpoint: str, kind: Callable[[str], Exception]) -> Iterator[None]
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of the library, and of its connections to the hub
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     except (RecipeError, WeightsError):
         raise

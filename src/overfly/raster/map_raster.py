@@ -16,12 +16,11 @@ from overfly.core.prefetch import background, prefetch
 from overfly.data.headers import GDAL_ERRORS
 from overfly.exporting.predictor import Floats, ModelMetadata, Predictor
 from overfly.raster import manifest as manifests
-from overfly.raster import writer
+from overfly.raster import tiling, writer
 from overfly.raster.manifest import MapSettings, ProductKind
 from overfly.raster.polygons import write_polygons
 from overfly.raster.raster_source import RasterSource, inspect_raster, resampling_factors
-from overfly.raster.tiling import MEMORY, Blend, TilingPlan, plan_windows, scaled
-from overfly.raster.window_reader import FinishedRows, WindowBatch, read_windows
+from overfly.raster.tiling import MEMORY, Blend, FinishedRows, TilingPlan, WindowBatch
 from overfly.raster.writer import UnfinishedMap, UnwrittenError, write_cog
 
 QUEUE_SIZE = 3
@@ -133,9 +132,9 @@ def plan_raster(source: RasterSource, metadata: ModelMetadata, settings: MapSett
             "more, or leave out --resolution and --match-gsd"
         )
     if not metadata.fixed:
-        longest = max(scaled(source.height, scale[0]), scaled(source.width, scale[1]))
+        longest = max(tiling.scaled(source.height, scale[0]), tiling.scaled(source.width, scale[1]))
         size = min(size, -(-longest // SIZE_MULTIPLE) * SIZE_MULTIPLE)
-    return plan_windows(
+    return tiling.plan_windows(
         source.height, source.width, classes=len(metadata.classes), size=size, overlap=settings.overlap, scale=scale,
         memory=memory,
     )  # fmt: skip
@@ -205,7 +204,7 @@ def _predict(job: _Job, batch: int, on_progress: OnProgress | None) -> tuple[int
     count, seconds = 0, 0.0
     if on_progress is not None:
         on_progress(job.done, job.plan.steps)
-    items = read_windows(job.source, job.plan, batch, job.done)
+    items = tiling.read_windows(job.source, job.plan, batch, job.done)
     with background(_row_writer(job, on_progress), QUEUE_SIZE) as put, prefetch(items, QUEUE_SIZE) as read:
         for item in read:
             if isinstance(item, FinishedRows):

@@ -195,8 +195,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
         "distributed.comm.timeouts.connect": f"{CONNECT_TIMEOUT}s",
         "distributed.worker.daemon": True,
     }
-    with warnings.catch_warnings(), dask.config.set(options):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), dask.config.set(options):
         if scheduler is not None:
             try:
                 client = Client(scheduler, timeout=CONNECT_TIMEOUT)  # type: ignore[no-untyped-call]

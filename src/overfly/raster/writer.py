@@ -191,8 +191,7 @@ def _control_point_offset() -> tuple[float, float]:
 
     GDAL 3.10 shifts such points by half a pixel in the same direction when it writes and when it reads.
     """
-    with MemoryFile() as memory, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with MemoryFile() as memory, warnings.catch_warnings(action="ignore"):
         with memory.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8") as file:
             file.update_tags(AREA_OR_POINT="Point")
             file.gcps = ([GroundControlPoint(8, 8, 0, 0, 0)] * 4, CRS.from_epsg(4326))
@@ -225,8 +224,7 @@ def write_cog(unfinished: UnfinishedMap, product: Product) -> Path:
         sidecar = template.render(classes=unfinished.classes)
         Path(f"{unfinished.path(product)}.aux.xml").write_text(sidecar, encoding="utf-8")
     try:
-        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), rasterio.Env(GDAL_CACHEMAX=CACHE):
             rasterio.shutil.copy(
                 str(unfinished.path(product)), str(result), driver="COG", COMPRESS="DEFLATE", BLOCKSIZE=BLOCK,
                 OVERVIEW_RESAMPLING="MODE" if product.kind == "classes" else "AVERAGE", BIGTIFF="IF_SAFER",
@@ -286,10 +284,9 @@ def _damage(unfinished: UnfinishedMap, product: Product, path: Path) -> str:
 @contextmanager
 def _open(path: Path, mode: str = "r", **options: Any) -> Iterator[Any]:
     """Open a file with rasterio, with a small block cache and without warnings."""
-    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE):
-        warnings.simplefilter("ignore")
-        with rasterio.open(path, mode, **options) as dataset:
-            yield dataset
+    quiet, env = warnings.catch_warnings(action="ignore"), rasterio.Env(GDAL_CACHEMAX=CACHE)
+    with quiet, env, rasterio.open(path, mode, **options) as dataset:
+        yield dataset
 
 
 def _windows(dataset: Any) -> Iterator[Window]:
