@@ -2,13 +2,11 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import ValidationError
 
 from overfly.adaptation.selection import Selection
 from overfly.commands.arguments import load_domain
@@ -18,7 +16,7 @@ from overfly.core.errors import DataError, RecipeError, RunError, markdown_text
 from overfly.data.datasets import Dataset
 from overfly.data.domain import Domain, sample_evenly, split_items, without_labels
 from overfly.evaluation.images import to_tensor
-from overfly.evaluation.scores import Scores
+from overfly.evaluation.scores import valid_scores
 from overfly.exporting.exporter import EvaluationData, ExportReport, LabeledSplit
 from overfly.exporting.hub import CardContent
 from overfly.exporting.predictor import ExportSettings, Floats, ModelMetadata
@@ -125,14 +123,12 @@ def _scores_of_seeds(run: Run) -> dict[str, dict[int, dict[str, float | None]]]:
             recipe = sibling.recipe
             if file.parent != run.path and _without_seeds(recipe.model_dump(mode="json")) != reference:
                 continue
-            scores = sibling.scores
+            scores = valid_scores(sibling.scores)
         except RunError:
             continue
-        for key, value in scores.items():
-            with suppress(ValidationError):  # other parts of the file, and other formats
-                scored = Scores.model_validate(value)
-                classes = {name: score.iou for name, score in scored.classes.items()}
-                result.setdefault(key, {})[recipe.seed] = {"mIoU": scored.miou, **classes}
+        for key, scored in scores.items():
+            classes = {name: score.iou for name, score in scored.classes.items()}
+            result.setdefault(key, {})[recipe.seed] = {"mIoU": scored.miou, **classes}
     return result
 
 

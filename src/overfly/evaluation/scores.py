@@ -6,11 +6,13 @@ and pixels without a label are left out.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, distributed
 
 from overfly.core.records import IGNORE
@@ -321,6 +323,15 @@ def summarize(split_counts: SplitCounts, domain: Domain, split: Split, protocol:
         classes=classes, calibration=reliability(split_counts.calibration),
         confusion=tuple(tuple(int(value) for value in row) for row in counts.counts),
     )  # fmt: skip
+
+
+def valid_scores(stored: Mapping[str, Any]) -> dict[str, Scores]:
+    """Return the scores of a run by role and split, without entries of its file of other kinds and formats."""
+    result = {}
+    for key, values in stored.items():
+        with suppress(ValidationError):
+            result[key] = Scores.model_validate(values)
+    return result
 
 
 def finite(value: float | Tensor) -> float | None:

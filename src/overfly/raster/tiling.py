@@ -84,15 +84,11 @@ class TilingPlan:
         """Windows of all strips."""
         return len(self.tops) * sum(len(strip.lefts) for strip in self.strips)
 
-    def complete_rows(self, row: int) -> int:
-        """Number of working rows that are complete after a row of windows."""
-        return self.tops[row + 1] if row + 1 < len(self.tops) else self.working_size[0]
-
     def finished_rows(self, row: int) -> int:
         """Number of map rows that can be written after a row of windows; 0 before the first (-1)."""
         if row < 0:
             return 0
-        complete = self.complete_rows(row)
+        complete = self.tops[row + 1] if row + 1 < len(self.tops) else self.working_size[0]
         if not self.resampled or complete == self.working_size[0]:
             return min(complete, self.height) if not self.resampled else self.height
         # the last map row y whose lower neighbor, floor((y + 0.5) s - 0.5) + 1, lies above `complete`

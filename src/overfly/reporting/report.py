@@ -154,13 +154,10 @@ def environment(folder: Path = TEMPLATES) -> Environment:
     return Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=True,
-        finalize=lambda value: value if not isinstance(value, str) or value.isascii() else _encodable(value),
+        # escape what stands for bytes of a file name that is not UTF-8; HTML stays HTML
+        finalize=lambda value: type(value)(value.encode(errors="backslashreplace").decode())
+        if isinstance(value, str) else value,
     )  # fmt: skip
-
-
-def _encodable(text: str) -> str:
-    """Escape the characters that stand for bytes of a file name that is not UTF-8; HTML stays HTML."""
-    return type(text)(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _embed(samples: SampleSet, side: int, *, own_colors: bool) -> dict[str, Any]:

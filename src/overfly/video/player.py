@@ -6,10 +6,11 @@ frame old.
 """
 
 import io
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from PIL import Image
@@ -100,38 +101,33 @@ class LatestSlot:
     def __init__(self) -> None:
         self.read = self.dropped = 0
         self.abandoned = False
-        self._frame: TimedFrame | None = None
-        self._closed = False
-        self._error: BaseException | None = None
-        self._changed = threading.Condition()
+        self._queue: queue.SimpleQueue[TimedFrame | BaseException | None] = queue.SimpleQueue()
 
     def put(self, frame: TimedFrame) -> None:
         """Store a frame; an unread frame is dropped."""
-        with self._changed:
-            self.read += 1
-            self.dropped += self._frame is not None
-            self._frame = frame
-            self._changed.notify_all()
+        self.read += 1
+        self._drop()
+        self._queue.put(frame)
 
     def close(self, error: BaseException | None = None) -> None:
         """End the frames, with an error or without."""
-        with self._changed:
-            self._closed, self._error = True, error
-            self._changed.notify_all()
+        self._queue.put(error)
 
     def frames(self, stop: threading.Event) -> Iterator[TimedFrame]:
         """Yield the newest frame repeatedly, until the source ends, then its error if any, or ``stop`` is set."""
-        while True:
-            with self._changed:
-                while self._frame is None and not self._closed and not stop.is_set():
-                    self._changed.wait(0.1)
-                frame, self._frame = self._frame, None
-                if frame is None or stop.is_set():
-                    self.dropped += frame is not None
-                    break
-            yield frame
-        if self._error is not None and not stop.is_set():
-            raise self._error
+        while not stop.is_set():
+            with suppress(queue.Empty):
+                item = self._queue.get(timeout=0.1)
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        self._drop()
+
+    def _drop(self) -> None:
+        with suppress(queue.Empty):
+            self.dropped += isinstance(self._queue.get_nowait(), TimedFrame)
 
 
 class JpegFrame(NamedTuple):

@@ -27,7 +27,6 @@ from overfly.core.download import cache_folder
 from overfly.core.errors import DataError, OverflyError, printable
 from overfly.core.records import IGNORE
 from overfly.data.headers import CACHE, file_stamp, open_raster
-from overfly.exporting.predictor import Floats, Predictor
 from overfly.raster.manifest import MapSettings, output_files
 from overfly.raster.map_raster import map_raster
 from overfly.raster.polygons import write_polygons
@@ -41,8 +40,6 @@ MAX_SCENE_MAPS = 64
 """Maps of scenes that are kept; the least recently used one is deleted."""
 MAX_OVERVIEW = 2048
 """Longest side of the smallest overview from which an image is shown; without such a one it is copied first."""
-PATIENCE = 1e6
-"""Seconds for which a map waits for its network."""
 PREDICTED = 0.95
 """Share of a map's progress at which its rows are predicted, and its files are written."""
 
@@ -62,7 +59,7 @@ class ServedMap:
     sources: Sequence[RasterSource]
     settings: MapSettings
     size: float
-    cancelled: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
     shown: tuple[RasterSource, tuple[Any, Any]] | None = None
     future: "Future[None] | None" = None
     _begin: tuple[float, float] | None = None
@@ -91,8 +88,8 @@ class ServedMap:
         predictions = []
         for index, network in enumerate(self.networks):
             map_raster(
-                self._predictor(network), str(self.path), self.file(index), self.settings, network=network.digest(),
-                on_progress=partial(self._advance, index),
+                network.limited(stop=self.stop), str(self.path), self.file(index), self.settings,
+                network=network.digest(), on_progress=partial(self._advance, index),
             )  # fmt: skip
             shares = class_shares(self.file(index), self.classes(index))
             predictions.append(summarize_prediction(network, shares))
@@ -113,15 +110,6 @@ class ServedMap:
                         OVERVIEW_RESAMPLING="AVERAGE", NUM_THREADS="ALL_CPUS",
                     )  # fmt: skip
             return target
-
-    def _predictor(self, network: ServedNetwork) -> Predictor:
-        def run(images: Floats) -> Floats:
-            if self.cancelled:
-                raise CancelledError
-            time.sleep(0.001)  # a waiting request has the network first
-            return network.probabilities(images, time.monotonic() + PATIENCE)
-
-        return replace(network.predictor(), run=run)
 
     def _advance(self, index: int, done: int, total: int) -> None:
         """Update the progress, and the remaining time from the progress since the start."""
@@ -182,7 +170,7 @@ class _Maps(LRUCache[str, ServedMap]):
     def popitem(self) -> tuple[str, ServedMap]:
         """Remove the least recently used map."""
         key, evicted = super().popitem()
-        evicted.cancelled = True
+        evicted.stop.set()
         shutil.rmtree(evicted.folder, ignore_errors=True)
         return key, evicted
 
@@ -198,8 +186,8 @@ class MapStore:
     def _open(self) -> None:
         size = max(self._limits.cache, 3 * self._limits.pixels)  # the largest map, with two predictions, fits
         self._maps = _Maps(size, getsizeof=lambda stored: stored.size)
-        self._uploads: tempfile.TemporaryDirectory[str] | None = None
-        self._pools: dict[bool, ThreadPoolExecutor] = {}
+        self._uploads = tempfile.TemporaryDirectory(prefix="overfly-", ignore_cleanup_errors=True)
+        self._pools = {large: ThreadPoolExecutor(1 if large else WORKERS, "maps") for large in (False, True)}
 
     def get(self, key: str) -> ServedMap | None:
         """Return a map, or None if it was evicted."""
@@ -208,8 +196,6 @@ class MapStore:
 
     def add_upload(self, file: BinaryIO, networks: Sequence[ServedNetwork], settings: MapSettings) -> ServedMap:
         """Store an upload, and begin its map; raise `DataError` if it does not fit a network."""
-        with self._lock:
-            self._uploads = self._uploads or tempfile.TemporaryDirectory(prefix="overfly-", ignore_cleanup_errors=True)
         folder = Path(self._uploads.name) / secrets.token_urlsafe(12)
         folder.mkdir()
         path = folder / "upload"
@@ -255,8 +241,6 @@ class MapStore:
             self._maps.pop(folder.name, None)
             self._maps[folder.name] = stored
             large = first.height * first.width > self._limits.pixels  # a small one does not wait for them
-            if large not in self._pools:
-                self._pools[large] = ThreadPoolExecutor(1 if large else WORKERS, thread_name_prefix="maps")
             stored.future = self._pools[large].submit(stored.make)
         return stored
 
@@ -264,11 +248,10 @@ class MapStore:
         """Stop unfinished maps, which resume later if they are of scenes, and delete uploads and their maps."""
         with self._lock:
             for stored in self._maps.values():
-                stored.cancelled = True
+                stored.stop.set()
             for pool in self._pools.values():
                 pool.shutdown(wait=True, cancel_futures=True)
-            if self._uploads is not None:
-                self._uploads.cleanup()
+            self._uploads.cleanup()
             self._open()
 
 

@@ -10,10 +10,9 @@ from markupsafe import Markup
 from overfly.adaptation.selection import flatten_settings
 from overfly.core.errors import OverflyError
 from overfly.core.progress import percent
-from overfly.evaluation.scores import Scores
+from overfly.evaluation.scores import valid_scores
 from overfly.reporting.figures import grouped_bars
 from overfly.reporting.report import environment
-from overfly.training.run import Run
 from overfly.video.player import LatestFrame
 from overfly.web.maps import MapStore
 from overfly.web.service import InferenceService, ServedNetwork
@@ -84,7 +83,7 @@ def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tu
     Returns:
         Domain and split, a chart of the IoU of each class, and rows of metrics in percent.
     """
-    scores = [_scores(network.run) for network in pair]
+    scores = [valid_scores(network.run.scores if network.run is not None else {}) for network in pair]
     titles = [f"{letter}: {network.title}" for letter, network in zip("AB", pair, strict=True)]
     result = []
     for key in dict.fromkeys(key for by_key in scores for key in by_key):
@@ -94,18 +93,6 @@ def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tu
         rows = {name: [by_name[name].iou if name in by_name else None for by_name in classes] for name in names}
         metrics = [(title, [percent(getattr(value, name, None), 2) for value in both]) for title, name in METRICS]
         result.append((key, grouped_bars(rows, titles, f"IoU of each class, {key}"), metrics))
-    return result
-
-
-def _scores(run: Run | None) -> dict[str, Scores]:
-    """Return the scores of a run by role and split, without entries of other formats."""
-    result: dict[str, Scores] = {}
-    for key, values in (run.scores if run is not None else {}).items():
-        if "/" in key and isinstance(values, dict):
-            try:
-                result[key] = Scores.model_validate(values)
-            except ValueError:
-                continue
     return result
 
 

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,9 +76,18 @@ class ServedNetwork:
                 self.loaded = self.loaded or self.load()
         return self.loaded
 
-    def limited(self, deadline: float) -> Predictor:
-        """Return the network with `probabilities` before a time ``deadline``, which other calls may come before."""
-        return replace(self.predictor(), run=lambda images: self.probabilities(images, deadline))
+    def limited(self, deadline: float | None = None, stop: threading.Event | None = None) -> Predictor:
+        """Return the network with `probabilities` before a time; without one, after waiting requests, until ``stop``.
+
+        It raises `RequestTimeoutError` after ``deadline``, and `CancelledError` when ``stop`` is set.
+        """
+
+        def run(images: Floats) -> Floats:
+            if stop is not None and stop.wait(0.001):  # a waiting request has the network first
+                raise CancelledError
+            return self.probabilities(images, time.monotonic() + 1e6 if deadline is None else deadline)
+
+        return replace(self.predictor(), run=run)
 
     def probabilities(self, images: Floats, deadline: float) -> Floats:
         """Return class probabilities (N, K, H, W) of images (N, C, H, W), float32, one call at a time.
