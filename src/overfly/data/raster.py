@@ -16,9 +16,9 @@ from overfly.data import listing, reading
 from overfly.data.domain import SPLITS, Split
 from overfly.data.folder import SplitShare, UserDomain, check_split
 from overfly.data.headers import ImageHeader, file_stamp, is_address, keep_raster, read_raster_header
-from overfly.data.raster_grid import Assignment, Grid, assign_splits, may_lack_data, open_grid, split_pixels
+from overfly.data.raster_grid import Assignment, Grid, assign_splits, open_grid, split_pixels
 from overfly.data.raster_labels import VECTOR_FORMATS, VectorFile, converted_labels, labels_key, open_vector
-from overfly.data.reading import Mask
+from overfly.data.reading import Mask, may_lack_data, raster_bands
 from overfly.data.sampling import crop
 from overfly.ops.windows import Window
 
@@ -268,7 +268,7 @@ class Block:
 
     def missing(self, window: Window) -> Mask | None:
         """Pixels of a window without data or outside the area (H, W); None: none."""
-        if self.area or may_lack_data(self.grid.raster_bands(self.domain.bands, self.domain.nodata)):
+        if self.area or may_lack_data(raster_bands(self.grid.source, self.domain.bands, self.domain.nodata)):
             return self.read(window)[1]
         return None
 

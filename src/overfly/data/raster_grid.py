@@ -19,7 +19,17 @@ from overfly.core.errors import DataError
 from overfly.core.records import Array
 from overfly.data.domain import SPLITS, Split
 from overfly.data.headers import ground_distance, keep_raster, open_raster, read_raster_header
-from overfly.data.reading import Mask, check_declared, image_bands, nodata_values, union
+from overfly.data.reading import (
+    Mask,
+    RasterBands,
+    check_declared,
+    masked_pixels,
+    may_lack_data,
+    nodata_values,
+    raster_bands,
+    read_part,
+    union,
+)
 from overfly.ops.windows import Window
 
 if TYPE_CHECKING:
@@ -34,30 +44,6 @@ Assignment = NDArray[np.int8]
 """Number of the split of each block (rows, columns), in the order of `SPLITS`; -1: none."""
 CELLS = 8
 """A block is searched for data in this many rows and columns of cells."""
-
-
-@dataclass(frozen=True)
-class RasterBands:
-    """Bands of a raster, and what tells their pixels without data.
-
-    Attributes:
-        source: path or address, as rasterio opens it.
-        height, width: in pixels.
-        bands: numbers of the bands to read, from 1, in the network's order.
-        dtype: data type of the stored values.
-        nodata: no-data value of each of these bands; None if there is none.
-        masked: whether the file has a mask of valid pixels.
-        alpha_band: number of the alpha band, which is 0 for no data; None if there is none.
-    """
-
-    source: str
-    height: int
-    width: int
-    bands: tuple[int, ...]
-    dtype: str
-    nodata: tuple[float | None, ...]
-    masked: bool
-    alpha_band: int | None
 
 
 def read_bands(
@@ -79,35 +65,6 @@ def read_bands(
         list(source.bands), window=part, out_shape=(len(source.bands), height, width), resampling=method
     )
     return resampled, None
-
-
-def read_part(dataset: Any, source: RasterBands, **part: Any) -> tuple[NDArray[Any], Mask | None]:
-    """Read the pixels (C, h, w) of a part, 0 for pixels without data, and the mask (h, w) of these pixels.
-
-    ``part`` is a window, or a shape that the raster is read at by nearest neighbor.
-    """
-    pixels: NDArray[Any] = dataset.read(list(source.bands), **part)
-    masked, in_all = _masked(dataset, source, **part), None
-    for index, (band, nodata) in enumerate(zip(pixels, source.nodata, strict=True)):
-        nodata_mask = union(nodata_values(band, nodata), masked)
-        if nodata_mask is not None:
-            band[nodata_mask] = 0
-            in_all = nodata_mask if index == 0 else None if in_all is None else in_all & nodata_mask
-        check_declared(source.source, band)
-    return pixels, in_all
-
-
-def may_lack_data(source: RasterBands) -> bool:
-    """Whether pixels of a raster may have no data."""
-    by_value = any(value is not None for value in source.nodata) or np.dtype(source.dtype).kind != "u"
-    return by_value or source.masked or source.alpha_band is not None
-
-
-def _masked(dataset: Any, source: RasterBands, **part: Any) -> Mask | None:
-    """Return which pixels of a part (h, w) the file's mask excludes or the alpha band hides; None without them."""
-    masked = dataset.read_masks(source.bands[0], **part) == 0 if source.masked else None
-    hidden = None if source.alpha_band is None else dataset.read(source.alpha_band, **part) == 0
-    return union(masked, hidden)
 
 
 def read_resampled(
@@ -139,7 +96,7 @@ def _average(
     dtype = np.result_type(source.dtype, np.float32)
     axes = [_weights(*axis) for axis in zip(area, scale, (dataset.height, dataset.width), strict=True)]
     (vertical, y), (horizontal, x) = ((weights.astype(dtype), pixels) for weights, pixels in axes)
-    masked, means, known = _masked(dataset, source, window=(y, x)), [], []
+    masked, means, known = masked_pixels(dataset, source, window=(y, x)), [], []
     for band, nodata in zip(dataset.read(list(source.bands), window=(y, x)), source.nodata, strict=True):
         nodata_mask = union(nodata_values(band, nodata), masked)
         values, valid = band.astype(dtype), np.ones(band.shape, dtype)
@@ -224,16 +181,6 @@ class Grid:
         top, left = self.rows[row], self.columns[column]
         return Window(top, left, self.rows[row + 1] - top, self.columns[column + 1] - left)
 
-    def raster_bands(self, bands: int, nodata: float | None) -> RasterBands:
-        """Describe the first ``bands`` bands; ``nodata`` counts where the file declares none."""
-        header = read_raster_header(self.source)
-        count = image_bands(self.source, header, bands)
-        values = tuple(nodata if value is None else value for value in header.nodata[:count])
-        return RasterBands(
-            self.source, header.height, header.width, tuple(range(1, count + 1)), header.stored, values,
-            header.masked, header.bands if count < header.bands else None,
-        )  # fmt: skip
-
     def read(
         self, window: Window | None, bands: int, nodata: float | None, shape: tuple[int, int] | None = None
     ) -> tuple[Array, Mask | None]:
@@ -241,7 +188,7 @@ class Grid:
 
         Without a window, the whole raster is read at ``shape`` by nearest neighbor, from overviews where there are any.
         """
-        source = self.raster_bands(bands, nodata)
+        source = raster_bands(self.source, bands, nodata)
         with keep_raster(self.source) as dataset:
             if window is None:
                 pixels, missing = read_part(dataset, source, out_shape=shape)
@@ -253,7 +200,7 @@ class Grid:
         """Blocks (rows, columns) that have data in the area."""
         rows, columns = self.shape
         usable = np.ones((rows * CELLS, columns * CELLS), np.bool_)
-        if may_lack_data(self.raster_bands(bands, nodata)):
+        if may_lack_data(raster_bands(self.source, bands, nodata)):
             missing = self.read(None, bands, nodata, usable.shape)[1]
             usable &= True if missing is None else ~missing
         if area is not None:

@@ -16,6 +16,7 @@ The same rules hold everywhere:
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from rasterio import CRS
 from overfly.core.classes import Color
 from overfly.core.errors import DataError
 from overfly.core.records import IGNORE, Array, Item, LazyArray, UInt8
-from overfly.data.headers import ImageHeader, open_raster, read_header, read_palette
+from overfly.data.headers import ImageHeader, open_raster, read_header, read_palette, read_raster_header
 
 Mask = NDArray[np.bool_]
 UNDECLARED = (-999, -9999, -32767, -32768, -99999, -999999, -(2**31))
@@ -66,13 +67,9 @@ def read_image(source: Path | LazyArray, *, bands: int | None, nodata: float | N
             message = f"the synthetic image has {image.shape[-1]} bands, expected {bands}"
             raise DataError(f"{message}; correct the domain's bands")
         return image
-    header = read_header(source)
-    pixels, missing = _decode(source, header, image_bands(source, header, bands), nodata)
-    image = np.array(pixels, header.dtype, order="C")
-    if missing is not None:
-        image[missing] = 0
-    check_declared(source, image)
-    return image
+    header, described = read_header(source), raster_bands(source, bands, nodata)
+    with open_raster(source) as dataset:
+        return np.array(np.moveaxis(read_part(dataset, described)[0], 0, -1), header.dtype, order="C")
 
 
 def nodata_mask(source: Path | LazyArray, *, bands: int | None, nodata: float | None = None) -> Mask | None:
@@ -81,29 +78,75 @@ def nodata_mask(source: Path | LazyArray, *, bands: int | None, nodata: float | 
     Decodes only files that may hold such pixels: with an alpha band, a mask, a no-data value, or floats. Raises
     `DataError`: as `read_image`.
     """
-    if not isinstance(source, Path):
+    if not isinstance(source, Path) or not may_lack_data(described := raster_bands(source, bands, nodata)):
         return None
-    header = read_header(source)
+    with open_raster(source) as dataset:
+        missing = read_part(dataset, described)[1]
+    return missing if missing is not None and missing.any() else None
+
+
+@dataclass(frozen=True)
+class RasterBands:
+    """Bands of a raster, and what tells their pixels without data.
+
+    Attributes:
+        source: path or address, as rasterio opens it.
+        height, width: in pixels.
+        bands: numbers of the bands to read, from 1, in the network's order.
+        dtype: data type of the stored values.
+        nodata: no-data value of each of these bands; None if there is none.
+        masked: whether the file has a mask of valid pixels.
+        alpha_band: number of the alpha band, which is 0 for no data; None if there is none.
+    """
+
+    source: str
+    height: int
+    width: int
+    bands: tuple[int, ...]
+    dtype: str
+    nodata: tuple[float | None, ...]
+    masked: bool
+    alpha_band: int | None
+
+
+def raster_bands(source: Path | str, bands: int | None, nodata: float | None) -> RasterBands:
+    """Describe the first ``bands`` bands of a raster, None: all; ``nodata`` counts where the file declares none."""
+    header = read_raster_header(source)
     count = image_bands(source, header, bands)
-    plain = header.bands == count and not header.masked and {*header.nodata, nodata} == {None}
-    if plain and header.dtype != "float32":
-        return None
-    missing = _decode(source, header, count, nodata)[1]
-    mask = None if missing is None else np.asarray(missing.all(axis=-1), np.bool_)
-    return mask if mask is not None and mask.any() else None
+    return RasterBands(
+        str(source), header.height, header.width, tuple(range(1, count + 1)), header.stored,
+        nodata=tuple(nodata if value is None else value for value in header.nodata[:count]), masked=header.masked,
+        alpha_band=header.bands if count < header.bands else None,
+    )  # fmt: skip
 
 
-def _decode(path: Path, header: ImageHeader, count: int, nodata: float | None) -> tuple[Array, Mask | None]:
-    """Bands as stored (H, W, C), and which of their values lack data (H, W, C); None: none."""
-    with open_raster(path) as dataset:
-        pixels = np.moveaxis(dataset.read(list(range(1, count + 1))), 0, -1)
-        masked = dataset.read_masks(1) == 0 if header.masked else None
-        hidden = dataset.read(header.bands) == 0 if count < header.bands else None
-    masked = union(masked, hidden)
-    bands = [union(masked, nodata_values(pixels[..., band], header.nodata[band], nodata)) for band in range(count)]
-    if not any(band is not None for band in bands):
-        return pixels, None
-    return pixels, np.stack([np.zeros(pixels.shape[:2], np.bool_) if band is None else band for band in bands], axis=-1)
+def read_part(dataset: Any, source: RasterBands, **part: Any) -> tuple[NDArray[Any], Mask | None]:
+    """Read the pixels (C, h, w) of a part, 0 for pixels without data, and the mask (h, w) of these pixels.
+
+    ``part`` is a window, or a shape that the raster is read at by nearest neighbor.
+    """
+    pixels: NDArray[Any] = dataset.read(list(source.bands), **part)
+    masked, in_all = masked_pixels(dataset, source, **part), None
+    for index, (band, nodata) in enumerate(zip(pixels, source.nodata, strict=True)):
+        nodata_mask = union(nodata_values(band, nodata), masked)
+        if nodata_mask is not None:
+            band[nodata_mask] = 0
+            in_all = nodata_mask if index == 0 else None if in_all is None else in_all & nodata_mask
+        check_declared(source.source, band)
+    return pixels, in_all
+
+
+def may_lack_data(source: RasterBands) -> bool:
+    """Whether pixels of a raster may have no data."""
+    by_value = any(value is not None for value in source.nodata) or np.dtype(source.dtype).kind != "u"
+    return by_value or source.masked or source.alpha_band is not None
+
+
+def masked_pixels(dataset: Any, source: RasterBands, **part: Any) -> Mask | None:
+    """Return which pixels of a part (h, w) the file's mask excludes or the alpha band hides; None without them."""
+    masked = dataset.read_masks(source.bands[0], **part) == 0 if source.masked else None
+    hidden = None if source.alpha_band is None else dataset.read(source.alpha_band, **part) == 0
+    return union(masked, hidden)
 
 
 def union(first: Mask | None, second: Mask | None) -> Mask | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from overfly.core.errors import DataError
 from overfly.data.headers import band_nodata, ground_distance, has_mask, is_gray, open_raster, read_palette
-from overfly.data.raster_grid import RasterBands
+from overfly.data.reading import RasterBands
 from overfly.exporting.predictor import ModelMetadata
 
 MAX_FRACTION = 16.0

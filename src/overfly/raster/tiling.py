@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from overfly.data.headers import open_raster
-from overfly.data.raster_grid import may_lack_data, read_bands
-from overfly.data.reading import Mask
+from overfly.data.raster_grid import read_bands
+from overfly.data.reading import Mask, may_lack_data
 from overfly.exporting.predictor import Floats
 from overfly.ops.windows import Window, blend_weights, cut_window, window_starts
 from overfly.raster.raster_source import RasterSource

@@ -19,7 +19,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, NotFiniteError
 from overfly.core.records import IGNORE, UInt8
 from overfly.data.headers import ImageHeader, open_raster, read_raster_header
-from overfly.data.raster_grid import read_part
+from overfly.data.reading import read_part
 from overfly.exporting.predictor import ModelMetadata
 from overfly.raster.manifest import MapSettings
 from overfly.raster.raster_source import RasterSource, inspect_raster
