@@ -55,7 +55,7 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
             fields = [np.array(ids, np.int32), names, colors, _areas(polygons, projection)]
             _write(out, crs, polygons, fields, out.suffix == ".geojson")
         reason = _damage(out, len(polygons))
-    except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, OSError) as error:
+    except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, sqlite3.Error, OSError) as error:
         reason = " ".join(str(error).split())
     if reason:
         failure = incomplete_file(out, reason)
@@ -101,24 +101,15 @@ def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], g
 
 def _damage(out: Path, count: int) -> str:
     """Return the defect of a written file, or an empty text. GDAL does not report errors on closing a file."""
-    if not out.is_file():
-        return "it does not exist"
+    import pyogrio.raw
+
     if out.suffix == ".gpkg":
-        try:
-            with closing(sqlite3.connect(out)) as base:
-                state = base.execute("PRAGMA integrity_check(1)").fetchone()[0]
-                written = base.execute("SELECT count(*) FROM map").fetchone()[0]
-        except sqlite3.Error as error:
-            return str(error)
-        return "it is incomplete" if state != "ok" or written != count else ""
-    written, last = 0, b""
-    with out.open("rb") as file:
-        for line in file:
-            written += line.startswith(b'{ "type": "Feature",')
-            if b"\0" in line:
-                return "it has holes"
-            last = line.strip() or last
-    return "it is truncated" if written != count or last != b"}" else ""
+        with closing(sqlite3.connect(out)) as base:
+            state = base.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if state != "ok":
+            return str(state)
+    written = pyogrio.raw.read(out, columns=[], return_fids=True)[1]
+    return "" if len(written) == count else "it is incomplete"
 
 
 def _areas(polygons: list[Any], projection: Projection) -> NDArray[np.float64]:
