@@ -17,19 +17,10 @@ from rasterio.windows import Window as Part
 
 from overfly.core.errors import DataError
 from overfly.core.records import Array
+from overfly.data import reading
 from overfly.data.domain import SPLITS, Split
 from overfly.data.headers import ground_distance, keep_raster, open_raster, read_raster_header
-from overfly.data.reading import (
-    Mask,
-    RasterBands,
-    check_declared,
-    masked_pixels,
-    may_lack_data,
-    nodata_values,
-    raster_bands,
-    read_part,
-    union,
-)
+from overfly.data.reading import Mask, RasterBands, may_lack_data, raster_bands, read_part
 from overfly.ops.windows import Window
 
 if TYPE_CHECKING:
@@ -96,13 +87,13 @@ def _average(
     dtype = np.result_type(source.dtype, np.float32)
     axes = [_weights(*axis) for axis in zip(area, scale, (dataset.height, dataset.width), strict=True)]
     (vertical, y), (horizontal, x) = ((weights.astype(dtype), pixels) for weights, pixels in axes)
-    masked, means, known = masked_pixels(dataset, source, window=(y, x)), [], []
+    masked, means, known = reading.masked_pixels(dataset, source, window=(y, x)), [], []
     for band, nodata in zip(dataset.read(list(source.bands), window=(y, x)), source.nodata, strict=True):
-        nodata_mask = union(nodata_values(band, nodata), masked)
+        nodata_mask = reading.union(reading.nodata_values(band, nodata), masked)
         values, valid = band.astype(dtype), np.ones(band.shape, dtype)
         if nodata_mask is not None:
             values[nodata_mask] = valid[nodata_mask] = 0
-        check_declared(source.source, values)
+        reading.check_declared(source.source, values)
         weights = vertical @ valid @ horizontal.T
         known.append(weights > 1e-5)
         sums = vertical @ values @ horizontal.T
