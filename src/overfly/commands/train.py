@@ -17,8 +17,7 @@ from overfly.core.errors import OverflyError, RecipeError, render_text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from overfly.benchmarking import BenchmarkTable
-    from overfly.planning import PlannedTraining
+    from overfly.benchmarking import BenchmarkTable, PlannedTraining
     from overfly.training.run import Run
 
 
@@ -133,7 +132,7 @@ def benchmark(
     """
     from overfly import benchmarking
     from overfly.adaptation.auto_recipe import time_step
-    from overfly.planning import plan_benchmark
+    from overfly.benchmarking import plan_benchmark
     from overfly.recipe import load
     from overfly.reporting.samples import draw_samples
     from overfly.training.engine import TrainerConfig, launch_fabric, run_on_rank_zero
