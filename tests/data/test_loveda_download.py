@@ -14,7 +14,7 @@ from fileserver import FileServer, Served, md5, serving
 from overfly.core.errors import DataError, DownloadError
 from overfly.data import loveda
 from overfly.data.domain import Split
-from overfly.data.loveda import LOVEDA, Archive, download_loveda
+from overfly.data.loveda import LOVEDA, Archive, LoveDA, download_loveda
 
 FOLDERS: dict[Split, str] = {"train": "Train", "val": "Val", "test": "Test"}
 
@@ -66,7 +66,7 @@ def test_archives_match_the_zenodo_record() -> None:
     assert LOVEDA["train"] == Archive("Train.zip", "de2b196043ed9b4af1690b3f9a7d558f", 5044)
     assert LOVEDA["val"] == Archive("Val.zip", "84cae2577468ff0b5386758bb386d31d", 3338)
     assert LOVEDA["test"] == Archive("Test.zip", "a489be0090465e01fb067795d24e6b47", 1796, masks=False)
-    assert loveda.LOVEDA_URL == "https://zenodo.org/records/5706578/files"
+    assert LoveDA.sheet().download["url"] == "https://zenodo.org/records/5706578/files"
 
 
 @pytest.mark.usefixtures("bodies")

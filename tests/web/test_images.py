@@ -11,15 +11,16 @@ from overfly.core.records import IGNORE, UInt8
 from overfly.raster.manifest import MapSettings
 from overfly.raster.raster_source import RasterSource, inspect_raster
 from overfly.web.images import (
+    COLORS,
     SIDE,
     TilePart,
+    class_colors,
     describe_image,
     display_range,
     inspect_image,
     max_zoom,
-    render_classes,
     render_image,
-    render_uncertainty,
+    render_table,
     tile_part,
 )
 from rasters import CLASSES, metadata, write
@@ -73,11 +74,11 @@ def test_class_tiles_are_not_interpolated_and_hide_classes(tmp_path: Path) -> No
     ids[:, :, 300:] = 1
     ids[:, 500:] = IGNORE
     path, part = write(tmp_path / "a.tif", ids), _part((0, 0, 0), 600, 600)
-    result = _opened(render_classes(path, part, CLASSES))
+    result = _opened(render_table(path, part, class_colors(CLASSES)))
     colors = {tuple(color) for color in result.reshape(-1, 4)}
     assert {color for color in colors if color[3]} == {(*color, 255) for color in CLASSES.colors[:2]}
     assert result[140, 10, 3] == 0
-    result = _opened(render_classes(path, part, CLASSES, [0, 7]))
+    result = _opened(render_table(path, part, class_colors(CLASSES, [0, 7])))
     assert {tuple(color) for color in result.reshape(-1, 4) if color[3]} == {(*CLASSES.colors[1], 255)}
 
 
@@ -86,7 +87,7 @@ def test_uncertainty_is_transparent_at_zero(tmp_path: Path) -> None:
     uncertainty[:, :, 5:] = 100
     uncertainty[:, :, 8:] = 255  # no data
     path = write(tmp_path / "a.tif", uncertainty, tiled=False)
-    result = _opened(render_uncertainty(path, _part((0, 0, 0), 10, 10)))
+    result = _opened(render_table(path, _part((0, 0, 0), 10, 10), COLORS))
     assert result[5, 2, 3] == 0
     assert result[5, 7, 3] > 200
     assert result[5, 9, 3] == 0

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from overfly.adaptation.selection import Selection
 from overfly.commands.arguments import load_domain
 from overfly.commands.load_predictor import NetworkFolder
 from overfly.core.choices import Split
-from overfly.core.errors import DataError, RecipeError, RunError, markdown_text
+from overfly.core.errors import DataError, RecipeError, RunError
 from overfly.data.datasets import Dataset
 from overfly.data.domain import Domain, sample_evenly, split_items, without_labels
 from overfly.evaluation.images import to_tensor
@@ -92,7 +91,7 @@ def record_labels(run: Run | None, name: str, domain: Domain, report: ExportRepo
 
 def card_content(folder: NetworkFolder) -> CardContent:
     """Return the content of a model card: domains, scores of the run and of its other seeds, and the selection."""
-    selection, run = _selection_text(folder.selection), folder.run
+    selection, run = folder.selection, folder.run
     if run is None:
         method = "unknown; the run of the recommended network was deleted"
         return CardContent(folder.path.name, method, [], selection=selection)
@@ -138,15 +137,6 @@ def _without_seeds(values: Any) -> Any:
         pairs = [(key, value) for key, value in values.items() if key not in ("seed", "weights")]
         return {key: _without_seeds(value) if key == "start" else value for key, value in pairs}
     return None if isinstance(values, str) else values
-
-
-def _selection_text(selection: Selection | None) -> str:
-    if selection is None:
-        return ""
-    summary = markdown_text(selection.summary[0].upper() + selection.summary[1:])
-    summary += f". Target labels opened: {selection.labels_opened}."
-    differences = "\n".join(f"- {markdown_text(line)}" for line in selection.differences)
-    return "\n\n".join(filter(None, [summary, selection.table(), differences]))
 
 
 def _without_paths(values: Any) -> Any:

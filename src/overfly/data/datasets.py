@@ -52,11 +52,14 @@ class Sheet(Spec):
     """Whether list files may name images that are not there."""
     binarize: bool = False
     """Whether each value of a label's color is taken as 0 below `THRESHOLD`, else as 255."""
+    download: dict[str, Any] = Field(default_factory=dict)
+    """What ``overfly data fetch`` downloads: the url of the archives, their names, digests and files, the license."""
 
     @property
     def sha256(self) -> str:
         """Digest of what decides how files are read."""
-        return json_sha256(self.model_dump(mode="json", exclude={"title", "summary", "facts", "get", "layout"}))
+        others = {"title", "summary", "facts", "get", "layout", "download"}
+        return json_sha256(self.model_dump(mode="json", exclude=others))
 
 
 @cache

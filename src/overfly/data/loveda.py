@@ -37,13 +37,6 @@ class LoveDA(Dataset, name="loveda"):
 
 CLASSES = Classes.model_validate(LoveDA.sheet().settings["classes"])
 """The label set of LoveDA, with its official colors."""
-LOVEDA_URL = "https://zenodo.org/records/5706578/files"
-"""Base URL of LoveDA's archives (DOI 10.5281/zenodo.5706578); ``OVERFLY_LOVEDA_URL`` overrides it."""
-LOVEDA_LICENSE = (
-    "LoveDA is licensed CC BY-NC-SA 4.0, and its images are subject to the terms of Google Earth: academic use only, "
-    "no commercial use of the images or of networks trained on them; cite Wang et al. (2021), "
-    "doi 10.5281/zenodo.5706578"
-)
 SCENES = ("Urban", "Rural")
 RECEIPT = ".overfly.json"
 """File in an unpacked split that names its archive and its number of files."""
@@ -60,11 +53,8 @@ class Archive(NamedTuple):
     masks: bool = True
 
 
-LOVEDA: Mapping[Split, Archive] = {
-    "train": Archive("Train.zip", "de2b196043ed9b4af1690b3f9a7d558f", 2 * 2522),
-    "val": Archive("Val.zip", "84cae2577468ff0b5386758bb386d31d", 2 * 1669),
-    "test": Archive("Test.zip", "a489be0090465e01fb067795d24e6b47", 1796, masks=False),
-}
+DOWNLOAD = LoveDA.sheet().download
+LOVEDA: Mapping[Split, Archive] = {split: Archive(**entry) for split, entry in DOWNLOAD["archives"].items()}
 """LoveDA's archives; 2522 + 1669 + 1796 = 5987 images."""
 
 
@@ -102,12 +92,12 @@ def download_loveda(
     Complete splits are skipped, interrupted downloads resume, and incomplete or foreign folders are an error. A split
     appears when it is complete. An archive that exists in ``root`` with the right checksum is used and kept.
 
-    The arguments are those of `overfly data fetch`. ``base`` is by default ``OVERFLY_LOVEDA_URL``, else `LOVEDA_URL`;
+    The arguments are those of `overfly data fetch`. ``base`` is by default ``OVERFLY_LOVEDA_URL``, else the sheet's;
     ``progress`` is called as bytes are downloaded and unpacked. The masks of ``test`` are not public. Returns the
     splits and the license, which the caller must show. Raises `DataError`: a split's folder exists and is incomplete or
     another dataset, and `DownloadError`: the download fails, does not match its checksum, or does not unpack.
     """
-    base = (base or os.environ.get("OVERFLY_LOVEDA_URL") or LOVEDA_URL).rstrip("/")
+    base = (base or os.environ.get("OVERFLY_LOVEDA_URL") or DOWNLOAD["url"]).rstrip("/")
     chosen = tuple(dict.fromkeys(splits))
     unknown = [name for name in chosen if name not in LOVEDA]
     if unknown:
@@ -115,7 +105,7 @@ def download_loveda(
     for split in chosen:  # before gigabytes are downloaded
         _complete_files(root, split)
     done = tuple(_download_split(root, split, base, progress, keep_archives) for split in chosen)
-    return Downloaded(root=root, splits=done, license=LOVEDA_LICENSE)
+    return Downloaded(root=root, splits=done, license=DOWNLOAD["license"])
 
 
 def _download_split(
@@ -163,16 +153,17 @@ def _complete_files(root: Path, split: Split) -> int:
 
 
 def _count_files(folder: Path) -> int:
-    return sum(
-        len(list((folder / scene / kind).glob("*.png"))) for scene in SCENES for kind in ("images_png", "masks_png")
-    )
+    return sum(len(_names(folder, scene, kind)) for scene in SCENES for kind in ("images_png", "masks_png"))
+
+
+def _names(folder: Path, scene: str, kind: str) -> set[str]:
+    return {path.name for path in (folder / scene / kind).glob("*.png")}
 
 
 def _check_layout(folder: Path, archive: Archive) -> None:
     """Check that an unpacked archive has LoveDA's layout and a mask for each image, and write the receipt."""
     for scene in SCENES:
-        images = {path.name for path in (folder / scene / "images_png").glob("*.png")}
-        masks = {path.name for path in (folder / scene / "masks_png").glob("*.png")}
+        images, masks = (_names(folder, scene, kind) for kind in ("images_png", "masks_png"))
         if not images or (archive.masks and images != masks):
             raise DownloadError(
                 f"{archive.name} does not have LoveDA's layout: {len(images)} images and {len(masks)} masks in "

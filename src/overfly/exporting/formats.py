@@ -70,19 +70,16 @@ def write_onnx(module: ExportModule, path: Path, properties: Mapping[str, str]) 
     return path
 
 
-def write_openvino(source: Path, path: Path, properties: Mapping[str, str], *, half: bool = False) -> Path:
-    """Convert an ONNX file to OpenVINO's .xml, and the .bin beside it; with ``half`` the weights are float16."""
-    model = openvino_core().read_model(source)
-    antialias_resize(model)
-    save_openvino(model, path, properties, half=half)
-    return path
-
-
-def save_openvino(model: Any, path: Path, properties: Mapping[str, str], *, half: bool = False) -> None:
-    """Save a model of OpenVINO with metadata."""
+def write_openvino(source: Any, path: Path, properties: Mapping[str, str], *, half: bool = False) -> Path:
+    """Write a model of OpenVINO, or an ONNX file, as .xml with a .bin beside it; with ``half`` in float16."""
+    model = source
+    if isinstance(source, Path):
+        model = openvino_core().read_model(source)
+        antialias_resize(model)
     for key, value in properties.items():
         model.set_rt_info(value, key)
     openvino().save_model(model, str(path), compress_to_fp16=half)
+    return path
 
 
 def deepness_entries(metadata: ModelMetadata) -> dict[str, str]:
@@ -199,8 +196,7 @@ def quantize_openvino(
                     names=grouped_convolutions(source), patterns=[f"{HEAD}.*"], types=["AvgPool"], validate=False
                 ),
             )
-    save_openvino(quantized, path, properties)
-    return path
+    return write_openvino(quantized, path, properties)
 
 
 class _SignalStack(ctypes.Structure):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from overfly.core.atomic_files import temporary_path
 from overfly.core.download import disk_errors
@@ -30,7 +31,7 @@ class CardContent:
     Attributes:
         domains: titles of the domains, each with its role in training and its data sheet.
         scores: mIoU and IoU by class, by domain and split, by seed, of this run and of those that differ in the seed.
-        selection: label-free metrics of the candidates as Markdown; empty if the run was not adapted.
+        selection: the choice among the candidates (`Selection`); None if the run was not adapted.
         recipe: the recipe as YAML.
     """
 
@@ -38,7 +39,7 @@ class CardContent:
     method: str
     domains: Sequence[tuple[str, str]]
     scores: Mapping[str, Mapping[int, Mapping[str, float | None]]] = field(default_factory=dict)
-    selection: str = ""
+    selection: Any = None
     recipe: str = ""
 
 

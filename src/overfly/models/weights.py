@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from overfly.core.errors import WeightsError
+from overfly.core.errors import WeightsError, render_text
 from overfly.models.checkpoints import check_digest, check_values, locate, read_tensors, strip_prefixes
 from overfly.models.network import Network
 from overfly.models.segmenter import Segmenter
 
 Shape = tuple[int, ...]
+REPORT = Path(__file__).with_name("load_report.txt.jinja")
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,13 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        sentences = [f"{self.source.name}: {len(self.loaded)} of the network's {total} tensors loaded."]
-        if self.mismatched:
-            shapes = [
-                f"{name} ({_shape(file)} in the file, {_shape(own)} in the network)"
-                for name, file, own in self.mismatched
-            ]
-            sentences.append(f"Random because of another shape: {_some(shapes)}.")
-        if self.missing:
-            sentences.append(f"Random because not in the file: {_some(_groups(self.missing, self.loaded))}.")
-        if self.unexpected:
-            sentences.append(f"Not used: {_some(_groups(self.unexpected, self.loaded))}.")
-        sentences += [f"{note[0].upper()}{note[1:]}." for note in self.notes]
-        return " ".join(sentences)
+        missing, unexpected = (_some(_groups(names, self.loaded)) for names in (self.missing, self.unexpected))
+        shapes = [
+            f"{name} ({_shape(file)} in the file, {_shape(own)} in the network)" for name, file, own in self.mismatched
+        ]
+        return render_text(
+            REPORT, report=self, missing=missing, unexpected=unexpected, mismatched=_some(shapes)
+        ).strip()
 
 
 def load_weights(network: nn.Module, path: Path | str, *, sha256: str | None = None) -> LoadReport:

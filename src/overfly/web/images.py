@@ -23,7 +23,7 @@ from overfly.data.reading import read_part
 from overfly.exporting.predictor import ModelMetadata
 from overfly.raster.manifest import MapSettings
 from overfly.raster.raster_source import RasterSource, inspect_raster
-from overfly.reporting.figures import encode_image, encode_png
+from overfly.reporting.figures import encode_image
 from overfly.web.schemas import ImageSummary
 
 SIDE = 256
@@ -98,24 +98,18 @@ def render_image(source: RasterSource, limits: tuple[NDArray[Any], NDArray[Any]]
     return encode_image(Image.fromarray(tile), "PNG", compress_level=3)
 
 
-def render_classes(path: Path, part: TilePart, classes: Classes, hidden: Sequence[int] = ()) -> bytes:
-    """Render a tile of a file of class ids as PNG, without the ``hidden`` ones."""
-    ids = _read_tile(path, part)
-    ids[np.isin(ids, hidden)] = IGNORE
-    return encode_png(ids, classes, transparent=True)
+def class_colors(classes: Classes, hidden: Sequence[int] = ()) -> UInt8:
+    """RGBA (256, 4) of each class id; ``hidden`` ones, and ids of no class, are transparent."""
+    shown = [255 * (number < len(classes) and number not in hidden) for number in range(256)]
+    return np.column_stack([classes.paint(np.arange(256).astype(np.uint8)), np.array(shown, np.uint8)])
 
 
-def render_uncertainty(path: Path, part: TilePart) -> bytes:
-    """Render a tile of a file of uncertainty in percent, 255 for no data, as PNG."""
-    return encode_image(Image.fromarray(COLORS[_read_tile(path, part)]), "PNG", compress_level=3)
-
-
-def _read_tile(path: Path, part: TilePart) -> UInt8:
-    """Read a tile (256, 256) of a map's only band; 255 beyond its border."""
+def render_table(path: Path, part: TilePart, colors: UInt8) -> bytes:
+    """Render a tile of a map's only band as PNG, by the ``colors`` (256, 4) of its values; 255 beyond its border."""
     tile = np.full((SIDE, SIDE), IGNORE, np.uint8)
     with open_raster(path) as dataset:
         tile[: part.out_shape[0], : part.out_shape[1]] = dataset.read(1, **part._asdict())
-    return tile
+    return encode_image(Image.fromarray(colors[tile]), "PNG", compress_level=3)
 
 
 @contextmanager

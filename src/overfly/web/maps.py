@@ -5,7 +5,6 @@ import secrets
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -62,7 +61,6 @@ class ServedMap:
     stop: threading.Event = field(default_factory=threading.Event)
     shown: tuple[RasterSource, tuple[Any, Any]] | None = None
     future: "Future[None] | None" = None
-    _begin: tuple[float, float] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def make(self) -> None:
@@ -93,7 +91,7 @@ class ServedMap:
             )  # fmt: skip
             shares = class_shares(self.file(index), self.classes(index))
             predictions.append(summarize_prediction(network, shares))
-        self.summary.predictions, self.summary.progress, self.summary.seconds_left = predictions, 1.0, None
+        self.summary.predictions, self.summary.progress = predictions, 1.0
 
     def _displayed(self) -> Path:
         """Return the image, or a copy with overviews where it has none or cannot be read by windows."""
@@ -112,12 +110,7 @@ class ServedMap:
             return target
 
     def _advance(self, index: int, done: int, total: int) -> None:
-        """Update the progress, and the remaining time from the progress since the start."""
-        progress = (index + PREDICTED * done / max(1, total)) / len(self.networks)
-        start, before = self._begin = self._begin or (time.monotonic(), progress)
-        if progress > before:
-            self.summary.seconds_left = (time.monotonic() - start) * (1 - progress) / (progress - before)
-        self.summary.progress = progress
+        self.summary.progress = (index + PREDICTED * done / max(1, total)) / len(self.networks)
 
     def classes(self, index: int) -> Classes:
         """Classes of a network."""

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from markupsafe import Markup
 
 from overfly.adaptation.selection import flatten_settings
 from overfly.core.errors import OverflyError
@@ -28,7 +27,7 @@ def page_router(service: InferenceService, store: MapStore, latest_frame: Latest
 
     def page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
         text = templates.get_template(f"{name}.html.jinja").render(
-            stream=latest_frame is not None, networks=list(service.networks.values()), **values
+            stream=latest_frame is not None, networks=list(service.networks.values()), percent=percent, **values
         )
         return HTMLResponse(text, status)
 
@@ -52,7 +51,9 @@ def page_router(service: InferenceService, store: MapStore, latest_frame: Latest
         if one not in service.networks or other not in service.networks:
             raise HTTPException(404, "unknown network; /networks lists the keys")
         pair = [service.networks[one], service.networks[other]]
-        return page("compare", pair=pair, comparisons=compare_scores(pair), differences=compare_recipes(pair))
+        scores = [valid_scores(network.run.scores if network.run is not None else {}) for network in pair]
+        settings = [_settings(network) for network in pair]
+        return page("compare", pair=pair, scores=scores, settings=settings, metrics=METRICS, bars=grouped_bars)
 
     @routes.get("/live")
     def live() -> HTMLResponse:
@@ -75,32 +76,6 @@ def default_networks(networks: list[ServedNetwork]) -> tuple[str, str]:
 
 def _method(network: ServedNetwork) -> str:
     return network.run.recipe.method.name if network.run is not None else ""
-
-
-def compare_scores(pair: list[ServedNetwork]) -> list[tuple[str, Markup, list[tuple[str, list[str]]]]]:
-    """Compare two networks on every domain and split on which either was scored.
-
-    Returns:
-        Domain and split, a chart of the IoU of each class, and rows of metrics in percent.
-    """
-    scores = [valid_scores(network.run.scores if network.run is not None else {}) for network in pair]
-    titles = [f"{letter}: {network.title}" for letter, network in zip("AB", pair, strict=True)]
-    result = []
-    for key in dict.fromkeys(key for by_key in scores for key in by_key):
-        both = [by_key.get(key) for by_key in scores]
-        classes = [{} if value is None else value.classes for value in both]
-        names = dict.fromkeys(name for by_name in classes for name in by_name)
-        rows = {name: [by_name[name].iou if name in by_name else None for by_name in classes] for name in names}
-        metrics = [(title, [percent(getattr(value, name, None), 2) for value in both]) for title, name in METRICS]
-        result.append((key, grouped_bars(rows, titles, f"IoU of each class, {key}"), metrics))
-    return result
-
-
-def compare_recipes(pair: list[ServedNetwork]) -> list[tuple[str, str, str]]:
-    """Return the settings in which two recipes differ: dotted name and both values."""
-    first, second = (_settings(network) for network in pair)
-    names = dict.fromkeys([*first, *second])
-    return [(key, first.get(key, "–"), second.get(key, "–")) for key in names if first.get(key) != second.get(key)]
 
 
 def _settings(network: ServedNetwork) -> dict[str, str]:

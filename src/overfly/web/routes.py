@@ -192,12 +192,11 @@ def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStor
         with images.field_errors(stored.path, stored.summary.name):
             if layer == "image":
                 tile = images.render_image(*stored.shown, part)
-            elif layer == "uncertainty":
-                tile = images.render_uncertainty(stored.file(index, layer), part)
             else:
                 classes = stored.classes(index) if own_colors else accessible_colors(stored.classes(index))
                 left_out = [int(number) for number in hidden.split(",") if number]
-                tile = images.render_classes(stored.file(index), part, classes, left_out)
+                colors = images.COLORS if layer == "uncertainty" else images.class_colors(classes, left_out)
+                tile = images.render_table(stored.file(index, layer), part, colors)
         return Response(tile, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
 
     @routes.get("/maps/{key}/pixels/{column}/{row}", responses=api.MAP_PROBLEMS)

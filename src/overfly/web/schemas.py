@@ -79,7 +79,7 @@ class PredictionSummary(BaseModel):
 class MapSummary(BaseModel):
     """A map; tiles at `max_zoom` have full resolution. Without an error, `detail` is empty.
 
-    Of a running one, `progress` is the finished share, and `seconds_left` the remaining time; predictions are empty.
+    Of a running one, `progress` is the finished share, and predictions are empty.
     """
 
     key: str
@@ -92,7 +92,6 @@ class MapSummary(BaseModel):
     state: Literal["running", "finished", "failed"] = "running"
     detail: str = ""
     progress: float = 0.0
-    seconds_left: float | None = None
     predictions: list[PredictionSummary] = []
 
 

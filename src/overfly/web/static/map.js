@@ -176,6 +176,7 @@ function duration(seconds) {
 async function load() {
   const job = document.getElementById("job");
   const layout = document.querySelector(".maplayout");
+  let begun = null;  // time and progress at which the remaining time is measured from
   for (;;) {
     const response = await fetch(base, { cache: "no-store" });
     const info = await response.json().catch(() => ({}));
@@ -185,7 +186,9 @@ async function load() {
     layout.hidden = !job.hidden;
     if (info.state === "finished") return showMap(info);
     document.getElementById("progress").value = info.progress;
-    const left = info.seconds_left === null ? "" : `, about ${duration(info.seconds_left)} left`;
+    const [now, done] = [performance.now(), info.progress];
+    if (begun === null && done > 0) begun = [now, done];
+    const left = begun && done > begun[1] ? `, about ${duration((now - begun[0]) / 1000 * (1 - done) / (done - begun[1]))} left` : "";
     document.getElementById("jobtext").textContent = `The map of ${info.name} (${info.width}×${info.height} pixels) is being made: ${Math.floor(100 * info.progress)} %${left}. You may close this page; the server continues.`;
     await new Promise((resolve) => { setTimeout(resolve, 1000); });
   }
