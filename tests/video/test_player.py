@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,10 +71,10 @@ def live(count: int, fps: float, takes: Callable[[int], float]) -> tuple[StreamS
 
     def frames() -> Iterator[TimedFrame]:
         taken = slot.frames(stop)
-        while clock.due or not slot._queue.empty():
-            if slot._queue.empty():  # time passes until the next frame
+        while clock.due or not slot._closed or slot._frame is not None:
+            if slot._frame is None:  # time passes until the next frame
                 clock.advance(max(0.0, clock.due[0][0] - clock()))
-            yield from itertools.islice(taken, 1)
+            yield next(taken)
 
     renderer = OverlayRenderer(rule_model(Slow(clock, takes)), PLAIN)
     return render_frames(renderer, frames(), [sink], slot=slot, now=clock), times, latencies, clock

@@ -262,6 +262,10 @@ def _peak(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+Summary = tuple[float | None, float | None, float | None]
+"""Overlays per second, and median and 95th percentile of the latencies in seconds; None before the first frame."""
+
+
 class Latencies:
     """Latencies and frame rate of a stream, in constant memory.
 
@@ -285,30 +289,20 @@ class Latencies:
         self._last_ready = ready
         self.count += 1
 
-    def recent(self, share: float) -> float | None:
-        """Percentile of the last frames' latencies, in seconds; None before the first."""
-        latencies = [latency for latency, _ in self._recent]
-        return float(np.quantile(latencies, share, method="inverted_cdf")) if latencies else None
+    def recent(self) -> Summary:
+        """Rate and latencies of the last frames; the rate is None before the second."""
+        if not self._recent:
+            return None, None, None
+        seconds, count = self._recent[-1][1] - self._recent[0][1], len(self._recent) - 1
+        values = [latency for latency, _ in self._recent]
+        median, high = np.quantile(values, (0.5, 0.95), method="inverted_cdf").tolist()
+        return count / seconds if seconds > 0 else None, median, high
 
-    def overall(self, share: float) -> float | None:
-        """Percentile of all latencies, in seconds; None before the first."""
-        rest = max(1, math.ceil(share * self.count))
-        for index in sorted(self._bins):
-            rest -= self._bins[index]
-            if rest <= 0:
-                return SHORTEST * float(RATIO ** (index + 0.5))
-        return None
-
-    @property
-    def recent_rate(self) -> float | None:
-        """Overlays per second over the last frames; None before the second."""
-        if len(self._recent) < 2:
-            return None
-        seconds = self._recent[-1][1] - self._recent[0][1]
-        return (len(self._recent) - 1) / seconds if seconds > 0 else None
-
-    @property
-    def overall_rate(self) -> float | None:
-        """Overlays per second, from the first frame decoded to the last overlay ready; None before the first."""
+    def overall(self) -> Summary:
+        """Rate from the first frame decoded to the last overlay ready, and latencies, of all frames."""
+        bins = sorted(self._bins)
+        counts = np.cumsum([self._bins[index] for index in bins])
+        places = [np.searchsorted(counts, math.ceil(share * self.count)) for share in (0.5, 0.95)] if bins else []
+        median, high = [SHORTEST * RATIO ** (bins[at] + 0.5) for at in places] or (None, None)
         seconds = self._last_ready - self._first_began
-        return self.count / seconds if seconds > 0 else None
+        return self.count / seconds if seconds > 0 else None, median, high

@@ -95,33 +95,6 @@ class Report:
         """Titles of all scored domains."""
         return list(dict.fromkeys(domain for entry in self.entries for domain in entry.row.miou))
 
-    @property
-    def gap_chart(self) -> Markup | None:
-        """Chart of the gap closed; None if no entry has it."""
-        result = [
-            figures.Bar(entry.name, gap.mean, gap.deviation, gap.values)
-            for entry in self.entries
-            if (gap := entry.row.gap_closed) and gap.mean is not None
-        ]
-        title = "Share of the gap between source only and oracle that was closed"
-        return figures.bars(result, title) if result else None
-
-    @property
-    def class_charts(self) -> list[tuple[str, Markup]]:
-        """Charts of the IoU of each class by domain, each with at most as many entries as colors."""
-        charts = []
-        for domain in self.domains:
-            for names in dict.fromkeys(
-                tuple(entry.row.classes[domain]) for entry in self.entries if domain in entry.row.classes
-            ):
-                same = [entry for entry in self.entries if tuple(entry.row.classes.get(domain, ())) == names]
-                for first in range(0, len(same), len(figures.SERIES)):
-                    part = same[first : first + len(figures.SERIES)]
-                    rows = {name: [entry.row.classes[domain][name].mean for entry in part] for name in names}
-                    title = f"IoU of each class in {domain}, percent"
-                    charts.append((domain, figures.grouped_bars(rows, [entry.name for entry in part], title)))
-        return charts
-
 
 def render(report: Report) -> str:
     """Render a report as HTML with the largest images that fit into `MAX_BYTES`; raise `OverflyError` if none fit."""
@@ -129,7 +102,7 @@ def render(report: Report) -> str:
     style = Markup((TEMPLATES.parent / "web" / "static" / "theme.css").read_text(encoding="utf-8"))  # noqa: S704
     shared = {
         "report": report, "columns": COLUMNS[:-1], "legend": LEGEND.replace("*", ""), "style": style,
-        "gap_chart": report.gap_chart, "class_charts": report.class_charts,
+        "figures": figures,
         "curves": [
             (figures.line_chart(entry.losses, f"{entry.name}: losses over the steps"),
              figures.line_chart(entry.metrics, f"{entry.name}: validation metrics over the steps", smoothing=0.0))

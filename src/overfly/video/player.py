@@ -6,11 +6,10 @@ frame old.
 """
 
 import io
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from PIL import Image
@@ -77,7 +76,7 @@ class StreamStats(NamedTuple):
 
     def lines(self, *, live: bool) -> list[str]:
         """Format frame rate, latency and dropped frames as lines of text."""
-        rate, median, high = self.latencies.recent_rate, self.latencies.recent(0.5), self.latencies.recent(0.95)
+        rate, median, high = self.latencies.recent()
         speed = "– frames/s" if rate is None else f"{rate:.1f} frames/s"
         ms = ["–" if seconds is None else f"{1000 * seconds:.0f}" for seconds in (median, high)]
         dropped = [f"dropped {self.dropped} of {self.read}"] if live else []
@@ -85,11 +84,10 @@ class StreamStats(NamedTuple):
 
     def summary(self, *, stopped: bool = False) -> StreamSummary:
         """Summarize all frames."""
-        latencies = self.latencies
-        median, high, rate = latencies.overall(0.5), latencies.overall(0.95), latencies.overall_rate
+        (rate, median, high), count = self.latencies.overall(), self.latencies.count
         return StreamSummary(
-            read=self.read, shown=latencies.count, dropped=self.dropped,
-            seconds=latencies.count / rate if rate else 0.0, frames_per_second=rate,
+            read=self.read, shown=count, dropped=self.dropped, seconds=count / rate if rate else 0.0,
+            frames_per_second=rate,
             p50_ms=None if median is None else 1000 * median, p95_ms=None if high is None else 1000 * high,
             stopped=stopped,
         )  # fmt: skip
@@ -101,33 +99,38 @@ class LatestSlot:
     def __init__(self) -> None:
         self.read = self.dropped = 0
         self.abandoned = False
-        self._queue: queue.SimpleQueue[TimedFrame | BaseException | None] = queue.SimpleQueue()
+        self._frame: TimedFrame | None = None
+        self._closed = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
 
     def put(self, frame: TimedFrame) -> None:
         """Store a frame; an unread frame is dropped."""
-        self.read += 1
-        self._drop()
-        self._queue.put(frame)
+        with self._changed:
+            self.read += 1
+            self.dropped += self._frame is not None
+            self._frame = frame
+            self._changed.notify_all()
 
     def close(self, error: BaseException | None = None) -> None:
         """End the frames, with an error or without."""
-        self._queue.put(error)
+        with self._changed:
+            self._closed, self._error = True, error
+            self._changed.notify_all()
 
     def frames(self, stop: threading.Event) -> Iterator[TimedFrame]:
         """Yield the newest frame repeatedly, until the source ends, then its error if any, or ``stop`` is set."""
-        while not stop.is_set():
-            with suppress(queue.Empty):
-                item = self._queue.get(timeout=0.1)
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        self._drop()
-
-    def _drop(self) -> None:
-        with suppress(queue.Empty):
-            self.dropped += isinstance(self._queue.get_nowait(), TimedFrame)
+        while True:
+            with self._changed:
+                while self._frame is None and not self._closed and not stop.is_set():
+                    self._changed.wait(0.1)
+                frame, self._frame = self._frame, None
+                if frame is None or stop.is_set():
+                    self.dropped += frame is not None
+                    break
+            yield frame
+        if self._error is not None and not stop.is_set():
+            raise self._error
 
 
 class JpegFrame(NamedTuple):
