@@ -28,10 +28,11 @@ def _entry(name: str = UNSAFE, **changes: Any) -> RecipeResults:
         gap_closed=SeedStatistics.from_values([0.4, -0.1]),
     )  # fmt: skip
     run = SimpleNamespace(
-        recipe=SimpleNamespace(seed=0), machine=changes.pop("machine", {UNSAFE: UNSAFE, "argv": [UNSAFE, "x"]})
-    )
+        recipe=SimpleNamespace(seed=0), machine=changes.pop("machine", {UNSAFE: UNSAFE, "argv": [UNSAFE, "x"]}),
+        scores={"labels_opened": {"target/val": {"times": 2, "images": 80}, "source/val": {"times": 1, "images": 9}}},
+    )  # fmt: skip
     values: dict[str, Any] = {
-        "name": name, "row": row.model_copy(update=changes.pop("row", {})), "runs": [run], "labels_opened": "",
+        "name": name, "row": row.model_copy(update=changes.pop("row", {})), "runs": [run],
         "confusions": [ConfusionTable(UNSAFE, CLASSES.names, [[30, 10], [0, 0]], True)],
         "losses": {UNSAFE: [(10, 1.0), (20, 0.5)]}, "metrics": {}, "recipe": f"title: {UNSAFE}",
     }  # fmt: skip
@@ -89,6 +90,7 @@ def test_report_escapes_text_and_loads_nothing() -> None:
     assert all(link.startswith(("#", "data:image/")) for link in page.links), page.links
     assert page.text.count(UNSAFE) > 10
     assert "default-src 'none'" in text
+    assert "<td>val: 2 × (80 images)</td>" in text
     style = text.split("<style>")[1].split("</style>")[0]
     assert "url(" not in style
     assert "@import" not in style
@@ -114,9 +116,10 @@ def test_report_of_a_run_without_scores() -> None:
 
 
 def test_confusion_rows_are_shares_of_the_labels() -> None:
-    (name, share, cells), (_, none, empty) = ConfusionTable("t", ("a", "b"), [[30, 10], [0, 0]]).rows
-    assert (name, share, cells) == ("a", 1.0, [0.75, 0.25])
-    assert (none, empty) == (0.0, [None, None])
+    matrix = ConfusionTable("t", ("a", "b"), [[30, 10], [0, 0]])
+    text = re.sub("<[^>]*>", " ", render(_report(entries=[_entry("x", confusions=[matrix])])).split('class="heat"')[1])
+    words = " ".join(text.split())
+    assert "a 100.0 % of pixels 75 25 b 0.0 % of pixels – –" in words
 
 
 def test_images_shrink_to_the_limit_on_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,7 +235,7 @@ def test_a_deep_scene_is_mapped_with_fields_and_its_pixels_are_read(wide: Any, t
         assert wide.locator(".leaflet-control-scale-line").inner_text().endswith(" m")
         box = wide.locator("#map").bounding_box()
         wide.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])
-        wide.wait_for_function("document.getElementById('pixel').textContent.includes('100 %')")
+        wide.locator("#pixel", has_text="100 %").wait_for()
         assert "<b>bright</b>, 100 %" in wide.inner_text("#pixel")
         assert "° N" in wide.inner_text("#pixel")
         wide.locator("#legend input").nth(1).uncheck()

