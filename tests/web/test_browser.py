@@ -108,6 +108,8 @@ def test_dropped_image_opens_its_map(page: Any, running: BackgroundServer, tmp_p
     page.wait_for_url("**/map/*")
     page.wait_for_selector("img.leaflet-tile-loaded")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    map_, bar, text = (page.locator(name).bounding_box() for name in ("#map", "#swipe", "#pixel"))
+    assert bar["y"] + bar["height"] < map_["y"] + map_["height"] <= text["y"], "they do not overlap"
     rows = page.locator("#legend tbody tr")
     assert rows.count() == 2
     assert "<b>bright</b>" in rows.nth(1).inner_text()
