@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from overfly.commands.list import CATALOG, build_catalog, choices, summary
+from overfly.commands.data import CATALOG, build_catalog, choices, summary
 from overfly.data.datasets import SHEETS, Dataset, Sheet, read_sheet
 from overfly.data.domain import Domain
 from overfly.data.folder import Folder

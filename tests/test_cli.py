@@ -20,7 +20,7 @@ from PIL import Image
 import overfly as package
 from overfly import cli
 from overfly.commands import MODULES
-from overfly.commands.list import CATALOG
+from overfly.commands.data import CATALOG
 from overfly.recipe import load
 
 
@@ -181,7 +181,7 @@ def test_a_signal_ends_a_command_with_one_line(
             raise
 
     before = signal.getsignal(number)
-    monkeypatch.setattr("overfly.commands.list.list_kinds", interrupted)
+    monkeypatch.setattr("overfly.commands.data.list_kinds", interrupted)
     assert overfly("list") == status
     shown = capsys.readouterr().err
     assert "stopped" in shown
@@ -227,7 +227,7 @@ def test_help_and_list_import_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_the_catalog_file_equals_the_registries() -> None:
-    code = "import json; from overfly.commands.list import build_catalog; print(json.dumps(build_catalog().groups))"
+    code = "import json; from overfly.commands.data import build_catalog; print(json.dumps(build_catalog().groups))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600)
     assert json.loads(CATALOG.read_text(encoding="utf-8")) == json.loads(done.stdout), "run `make docs`"
 

@@ -1,8 +1,7 @@
 from .commands.adapt import adapt
-from .commands.data import data_check, data_fetch, data_list, data_stats, data_synthesize
+from .commands.data import data_check, data_fetch, data_list, data_stats, data_synthesize, list_kinds
 from .commands.evaluate import evaluate, speed
 from .commands.export import export, hub_load, hub_push
-from .commands.list import list_kinds
 from .commands.predict import predict
 from .commands.rank import rank, suggest
 from .commands.serve import serve

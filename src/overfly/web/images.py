@@ -24,7 +24,7 @@ from overfly.exporting.predictor import ModelMetadata
 from overfly.raster.manifest import MapSettings
 from overfly.raster.raster_source import RasterSource, inspect_raster
 from overfly.reporting.figures import encode_image
-from overfly.web.schemas import ImageSummary
+from overfly.web.service import ImageSummary
 
 SIDE = 256
 """Side of a tile in pixels."""

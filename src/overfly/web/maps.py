@@ -31,9 +31,9 @@ from overfly.raster.map_raster import map_raster
 from overfly.raster.polygons import write_polygons
 from overfly.raster.raster_source import RasterSource
 from overfly.raster.writer import class_shares
+from overfly.web import service as api
 from overfly.web.images import check_header, display_range, field_errors, inspect_image, max_zoom
-from overfly.web.schemas import MapSummary, PixelPrediction, PixelSummary, summarize_prediction
-from overfly.web.service import WORKERS, Limits, ServedNetwork
+from overfly.web.service import WORKERS, Limits, MapSummary, PixelSummary, ServedNetwork
 
 MAX_SCENE_MAPS = 64
 """Maps of scenes that are kept; the least recently used one is deleted."""
@@ -90,7 +90,7 @@ class ServedMap:
                 network=network.digest(), on_progress=partial(self._advance, index),
             )  # fmt: skip
             shares = class_shares(self.file(index), self.classes(index))
-            predictions.append(summarize_prediction(network, shares))
+            predictions.append(api.summarize_prediction(network, shares))
         self.summary.predictions, self.summary.progress = predictions, 1.0
 
     def _displayed(self) -> Path:
@@ -140,7 +140,7 @@ class ServedMap:
                 values.append(None if value == IGNORE else value)
             name = None if values[0] is None else self.classes(index).names[values[0]]
             predictions.append(
-                PixelPrediction(network=network.key, name=name, probability=values[1], uncertainty=values[2])
+                api.PixelPrediction(network=network.key, name=name, probability=values[1], uncertainty=values[2])
             )
         coordinates = degrees = None
         with open_raster(self.file(0)) as dataset:

@@ -1,25 +1,29 @@
-"""Routes of the HTTP API: predictions, images, maps and their tiles, networks, health, and the live stream."""
+"""Routes of the HTTP API (predictions, images, maps and tiles, networks, health, live stream), and HTML pages."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query
 from fastapi import Path as InPath
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
+from overfly.adaptation.selection import flatten_settings
 from overfly.core.classes import Classes
-from overfly.core.errors import DataError, printable
+from overfly.core.errors import DataError, OverflyError, printable
+from overfly.core.progress import percent
 from overfly.data.headers import open_raster
+from overfly.evaluation.scores import valid_scores
 from overfly.raster.map_raster import map_raster
-from overfly.reporting.figures import accessible_colors, encode_png
+from overfly.reporting.figures import accessible_colors, encode_png, grouped_bars
+from overfly.reporting.report import environment
 from overfly.video.player import LatestFrame
 from overfly.web import images
-from overfly.web import schemas as api
+from overfly.web import service as api
 from overfly.web.maps import MapStore, ServedMap
 from overfly.web.service import InferenceService, ServedNetwork
 
@@ -30,6 +34,8 @@ RESEND_SECONDS = 1.0
 NO_STREAM = "there is no live stream; overfly serve --watch starts one"
 KINDS = {"png": "image/png", "tiff": "image/tiff", "gpkg": "application/geopackage+sqlite3"}
 """Media types of downloads."""
+METRICS = (("mIoU", "miou"), ("pixel accuracy", "accuracy"), ("boundary mIoU", "boundary_miou"))
+"""Metrics of a comparison: title and attribute of `Scores`."""
 
 
 class StreamState(BaseModel):
@@ -311,3 +317,58 @@ def _map_as_png(path: Path, classes: Classes, pixels: int) -> Response:
 def _attachment(data: bytes, kind: Literal["png", "tiff"]) -> Response:
     name = "map.png" if kind == "png" else "map.tif"
     return Response(data, media_type=KINDS[kind], headers={"content-disposition": f'attachment; filename="{name}"'})
+
+
+def page_router(service: InferenceService, store: MapStore, latest_frame: LatestFrame | None) -> APIRouter:
+    """Return the routes of all pages; ``latest_frame`` is None without a live stream."""
+    routes = APIRouter(default_response_class=HTMLResponse)
+    templates = environment(Path(__file__).parent / "templates")
+
+    def page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
+        text = templates.get_template(f"{name}.html.jinja").render(
+            stream=latest_frame is not None, networks=list(service.networks.values()), percent=percent, **values
+        )
+        return HTMLResponse(text, status)
+
+    @routes.head("/")
+    @routes.get("/")
+    def networks_page() -> Response:
+        networks = list(service.networks.values())
+        if not networks:
+            return RedirectResponse("/live")
+        columns = list(dict.fromkeys(name for network in networks for name in network.about))
+        scenes = [path.name for path in service.scenes]
+        return page("networks", columns=columns, limits=service.limits, scenes=scenes)
+
+    @routes.get("/map/{key}")
+    def show_map(key: str) -> HTMLResponse:
+        return page("map", key=key) if store.get(key) is not None else page("map_not_found", 404)
+
+    @routes.get("/compare")
+    def compare(one: Annotated[str, Query(max_length=64)], other: Annotated[str, Query(max_length=64)]) -> HTMLResponse:
+        if one not in service.networks or other not in service.networks:
+            raise HTTPException(404, "unknown network; /networks lists the keys")
+        pair = [service.networks[one], service.networks[other]]
+        scores = [valid_scores(network.run.scores if network.run is not None else {}) for network in pair]
+        settings = [_settings(network) for network in pair]
+        return page("compare", pair=pair, scores=scores, settings=settings, metrics=METRICS, bars=grouped_bars)
+
+    @routes.get("/live")
+    def live() -> HTMLResponse:
+        closed = latest_frame is not None and latest_frame.closed
+        return page("live", ended=closed, reason=latest_frame.end_reason if latest_frame is not None else "")
+
+    @routes.get("/docs")
+    def api() -> HTMLResponse:
+        return page("api")
+
+    return routes
+
+
+def _settings(network: ServedNetwork) -> dict[str, str]:
+    try:
+        values = network.run.recipe.model_dump(mode="json") if network.run is not None else {}
+    except OverflyError:
+        return {}
+    values |= {"start": "a recipe"} if isinstance(values.get("start"), dict) else {}
+    return {name: "none" if value is None else str(value) for name, value in flatten_settings(values).items()}

@@ -32,8 +32,7 @@ from overfly import __version__
 from overfly.core.errors import OverflyError, RecipeError
 from overfly.video.player import LatestFrame
 from overfly.web.maps import MapStore
-from overfly.web.pages import page_router
-from overfly.web.routes import api_router
+from overfly.web.routes import api_router, page_router
 from overfly.web.service import GRACE, InferenceService, Limits, RequestTimeoutError, ServedNetwork
 
 STATIC = Path(__file__).parent / "static"
