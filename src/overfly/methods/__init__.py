@@ -3,8 +3,8 @@
 from importlib import import_module
 
 BUILT_IN = (
-    "adversarial", "dacs", "distillation", "domain_norms", "fda", "large_teacher", "multiscale_self_training",
-    "recalibrate", "self_training", "source_free", "source_only", "two_classifiers",
+    "adversarial", "average_weights", "dacs", "distillation", "domain_norms", "fda", "large_teacher",
+    "multiscale_self_training", "recalibrate", "self_training", "source_free", "source_only", "two_classifiers",
 )  # fmt: skip
 """Modules of the built-in methods."""
 

@@ -15,18 +15,22 @@ from overfly.ops.losses import soft_label_loss
 from overfly.ops.normalization import joint_forward
 
 
-def load_teacher(path: Path, student: nn.Module, *, training_heads: bool | None = None) -> Segmenter:
+def load_teacher(
+    path: Path, student: nn.Module, *, training_heads: bool | None = None, setting: str = "method.teacher"
+) -> Segmenter:
     """Load the trained network of a run folder or weights file; ``training_heads`` as for `Segmenter.load`.
+
+    Errors name the ``setting`` with its path.
 
     Raises `RecipeError`: it does not exist, or has other classes, bands or value range than the student.
     """
     file = path / "checkpoints" / "best.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise RecipeError(f"method.teacher: {file} does not exist; give a finished run or a weights file")
+        raise RecipeError(f"{setting}: {file} does not exist; give a finished run or a weights file")
     own, teacher = cast(Segmenter, student), Segmenter.load(file, training_heads)
     if (own.classes.names, own.bands, own.max_value) != (teacher.classes.names, teacher.bands, teacher.max_value):
         raise RecipeError(
-            f"method.teacher: {path} has {teacher.bands} bands up to {teacher.max_value:g} and the classes "
+            f"{setting}: {path} has {teacher.bands} bands up to {teacher.max_value:g} and the classes "
             f"{', '.join(teacher.classes.names)}, the student {own.bands} up to {own.max_value:g} and "
             f"{', '.join(own.classes.names)}; give a teacher of the same classes, bands and value range"
         )
