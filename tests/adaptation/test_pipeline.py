@@ -169,6 +169,34 @@ def test_one_of_several_recipes_is_recommended_without_labels(tiny: dict[str, An
     assert not list(found.path.glob("recipe.yaml"))
 
 
+def test_accepted_adapted_networks_are_averaged(tiny: dict[str, Any], tmp_path: Path) -> None:
+    methods = [{"name": "multiscale_self_training", "mix_share": share} for share in (0.5, 0.0, 1.0)]
+    recipes = [load({**tiny, "method": method}) for method in methods]
+    loose = ["max_source_loss=1", "max_confidence_loss=1", "min_classes=0"]
+    path, selection = adapted(*recipes, out=tmp_path, gate=loose)
+    runs = {name: Run.open(report["run"]) for name, report in selection["candidates"].items()}
+    assert list(runs) == ["source only", "recalibrated", "adapted 1", "adapted 2", "adapted 3", "averaged"]
+    states = [load_file(runs[f"adapted {number}"].weights) for number in (1, 2, 3)]
+    for name, value in load_file(runs["averaged"].weights).items():
+        if value.is_floating_point():
+            mean = torch.stack([state[name].double() for state in states]).mean(0)
+            torch.testing.assert_close(value.double(), mean, rtol=0, atol=1e-6)
+    assert selection["candidates"]["averaged"]["metrics"]["consistency"] > 0
+    again, _ = adapted(*recipes, out=tmp_path, gate=loose)
+    assert again == path
+    assert len(list(tmp_path.glob("*average_weights*"))) == 1
+    strict = adapted(
+        *recipes, out=tmp_path / "strict", gate=["max_source_loss=0", "min_classes=1", "max_confidence_loss=0"]
+    )
+    accepted = [
+        report
+        for name, report in strict[1]["candidates"].items()
+        if name.startswith("adapted")
+        and all(check["value"] >= check["bound"] for check in report["checks"] if check["rejects"])
+    ]
+    assert ("averaged" in strict[1]["candidates"]) == (len(accepted) > 1)
+
+
 def test_source_only_raises(small: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="does not adapt"):
         plan_candidates(load(small))

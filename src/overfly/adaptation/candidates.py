@@ -74,6 +74,11 @@ class CandidateComparison:
         self.recommended = max(self.passing, key=lambda name: self.metrics[name].score)
         return self.recommended
 
+    def accepted(self, runs: Mapping[str, Run | Path], names: Iterable[str]) -> list[str]:
+        """Return those of some candidates that no check rejects; ``runs`` are all candidates so far."""
+        self.select(runs)
+        return [name for name in names if name in self.passing]
+
     def choose(self, runs: Mapping[str, Run | Path]) -> str:
         """Return the best candidate by mIoU on the labeled tiles, or without such tiles as `select`.
 

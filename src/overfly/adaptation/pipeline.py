@@ -23,6 +23,7 @@ from overfly.data.domain import check_masks, shortest_sides
 from overfly.evaluation.images import MetricOptions, predict_scores, unlabeled_images
 from overfly.evaluation.panels import comparison_figure
 from overfly.evaluation.score import Sample, evaluation_mode
+from overfly.methods.average_weights import AverageWeights
 from overfly.methods.recalibrate import Recalibrate, RecalibrateByClass
 from overfly.methods.source_only import SourceOnly
 from overfly.recipe import Recipe
@@ -41,6 +42,8 @@ RECALIBRATED: dict[str, Recalibrate] = {
     "class-weighted": RecalibrateByClass(share=0.5),
 }
 """Candidates that change statistics alone, by name: the best of them differs between pairs (docs/results/choice.md)."""
+AVERAGED = "averaged"
+"""Name of the candidate with the mean weights of the adapted ones that pass the checks."""
 RECALIBRATION = {"batch": 8, "steps": 10}
 """Batch size and steps of these candidates."""
 STILL_RISING = 0.01
@@ -138,6 +141,8 @@ def adapt(
         started = {name: plan for name, plan in adapted.items() if isinstance(plan, Recipe) and plan.start is not None}
         adapted |= {name: plan.model_copy(update={"start": best}) for name, plan in started.items()}
     runs |= _train_all(adapted, out, fabric, config)
+    passing = run_on_rank_zero(fabric, lambda: comparison.accepted(runs, adapted)) if len(adapted) > 1 else []
+    runs |= _train_average([adapted[name] for name in passing], [runs[name] for name in passing], out, fabric, config)
     if tiles is not None and recipe.source is not None and recipe.method.needs_source:
         run_on_rank_zero(fabric, lambda: comparison.choose(runs))
         plan = adapted[run_on_rank_zero(fabric, lambda: comparison.best_of(adapted))]
@@ -155,6 +160,24 @@ def adapt(
         return written.path
 
     return Comparison(run_on_rank_zero(fabric, compare))
+
+
+def _train_average(
+    plans: Sequence[Recipe | Path], runs: Sequence[Run | Path], out: Path, fabric: "Fabric", config: TrainerConfig
+) -> dict[str, Run | Path]:
+    """Average the weights of several adapted networks that started from the same one."""
+    recipe = plans[0] if len(plans) > 1 else None
+    if not isinstance(recipe, Recipe) or recipe.start is None:
+        return {}
+    shared = {key: getattr(recipe, key) for key in ("source", "target", "model", "start", "window", "resize", "seed")}
+    method = AverageWeights(runs=tuple(run.path if isinstance(run, Run) else run for run in runs))
+    try:
+        return _train_all(
+            {AVERAGED: Recipe(method=method, crop=recipe.crop, batch=2, steps=1, **shared)}, out, fabric, config
+        )
+    except RecipeError as error:  # a method that changes the network
+        print_status(f"not averaged: {error}", quiet=config.quiet or not fabric.is_global_zero)
+        return {}
 
 
 def _report_short_training(run: Run | Path, *, quiet: bool) -> None:
