@@ -92,6 +92,7 @@ def recipe_of(small: dict[str, Any], tmp_path: Path) -> Callable[..., Recipe]:
         return {"teacher": str(initial_network(load(small))[0].save(tmp_path / "teacher.safetensors"))}
 
     special: dict[str, Callable[[], dict[str, Any]]] = {
+        "average_weights": lambda: {"runs": [teacher()["teacher"]]},
         "daformer": lambda: {"warmup": 1},
         "distill": teacher,
         "large_teacher": teacher,
