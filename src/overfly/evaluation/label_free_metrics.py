@@ -238,24 +238,18 @@ def nuclear_norm(probability: Tensor) -> float:
     return min(1.0, float(torch.linalg.matrix_norm(probability.double(), "nuc")) / bound)
 
 
-def neighborhood_density(probability: Tensor, chunk: int = 1024) -> float:
+def neighborhood_density(probability: Tensor) -> float:
     """Soft neighborhood density of rows (N, F), 0 to 1: how many similar rows each has (Saito et al., ICCV 2021).
 
     The mean entropy of softmax(cosine similarity to all other rows / 0.05), over ln(N - 1); NaN for fewer than 3 rows.
-    Rows may be probabilities or features. It is 1 if all rows are equal: density alone does not detect collapse. The
-    similarities of ``chunk`` rows are held at once.
+    Rows may be probabilities or features. It is 1 if all rows are equal: density alone does not detect collapse. Memory
+    grows as N².
     """
-    count = len(probability)
-    if count < 3:
+    if len(probability) < 3:
         return math.nan
     unit = torch.nn.functional.normalize(probability.float(), dim=1)
-    total = 0.0
-    for first in range(0, count, chunk):
-        similar = unit[first : first + chunk] @ unit.T / 0.05
-        own = torch.arange(len(similar))
-        similar[own, own + first] = -torch.inf
-        total += float(distribution_entropy(similar.softmax(1)).double().sum())
-    return total / count / math.log(count - 1)
+    similar = (unit @ unit.T / 0.05).fill_diagonal_(-torch.inf)
+    return float(distribution_entropy(similar.softmax(1)).double().mean()) / math.log(len(unit) - 1)
 
 
 def consensus(predicted: Iterable[Iterable[Tensor]]) -> list[list[Confusion]]:

@@ -64,16 +64,7 @@ def colored(name: str, brightness: float, contrast: float, saturation: float, hu
 
 def blurred(sigma: float) -> Perturbation:
     """Gaussian blur with a standard deviation of ``sigma`` pixels."""
-
-    def apply(image: Tensor, _max_value: float, _generator: Generator) -> Tensor:
-        radius = min(int(3 * sigma) + 1, min(image.shape[-2:]) - 1)
-        if radius < 1:
-            return image
-        from kornia.filters import gaussian_blur2d
-
-        return torch.as_tensor(gaussian_blur2d(image[None], 2 * radius + 1, (sigma, sigma)))[0]
-
-    return Perturbation(f"blur {sigma:g}", apply)
+    return _recolored(f"blur {sigma:g}", color.GaussianBlur(p=1.0, low=sigma, high=sigma).recolor)
 
 
 def noisy(share: float) -> Perturbation:
