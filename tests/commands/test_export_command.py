@@ -19,6 +19,8 @@ from fake_hub import fake_hub
 from overfly import cli
 from overfly.commands import export_data
 from overfly.commands.load_predictor import load_predictor
+from overfly.commands.predict import network_digest
+from overfly.commands.serve import served_networks
 from overfly.core.atomic_files import read_json, write_json
 from overfly.exporting import exporter as exporting
 from overfly.exporting.predictor import Predictor
@@ -103,6 +105,9 @@ def test_a_run_is_opened_as_its_fastest_export(
     fast = opened()
     assert fast.backend == "onnxruntime"
     assert f"using {file.name} with onnxruntime" in capsys.readouterr().err
+    (served,) = served_networks([run])
+    assert served.predictor().backend == "onnxruntime"
+    assert served.digest() == network_digest(file) != network_digest(run)
     image = np.random.default_rng(0).uniform(0, 255, (1, 3, 70, 90)).astype(np.float32)
     np.testing.assert_allclose(fast(image), load_predictor(run, backend="torch")(image), atol=2e-4)
     scene, out = write(tmp_path / "scene.tif", noise(70, 90)), tmp_path / "map.tif"

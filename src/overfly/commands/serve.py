@@ -137,7 +137,7 @@ def served_networks(
     Raises `OverflyError` if a path contains no network, or a file cannot be loaded.
     """
     from overfly.adaptation.selection import is_comparison
-    from overfly.commands.load_predictor import NetworkFolder, load_predictor
+    from overfly.commands.load_predictor import NetworkFolder, fastest_file, load_predictor
     from overfly.commands.predict import network_digest
     from overfly.reporting.report import find_runs, recipe_title
     from overfly.web.service import ServedNetwork
@@ -158,8 +158,9 @@ def served_networks(
             raise RunError(f"{path} contains no finished run; finish one with overfly train, or give another folder")
         for folder in folders:
             if folder.resolve() not in result:
-                load = partial(load_predictor, folder, backend=backend, device=device)
-                digest = partial(network_digest, folder)
+                file, runtime = fastest_file(folder, backend, device)
+                load = partial(load_predictor, file, backend=runtime, device=device)
+                digest = partial(network_digest, file)
                 run = NetworkFolder.open(folder).run
                 title = folder.name if run is None else f"{recipe_title(run.recipe)}, seed {run.recipe.seed}"
                 about = {"folder": folder.name} if run is None else _describe(run) | {"folder": folder.name}
