@@ -126,7 +126,9 @@ def test_with_labels_each_validator_gets_correlation_and_regret(runs: Path) -> N
     assert max(len(line) for line in narrow.splitlines() if line.startswith(("┃", "│"))) <= 80
     for number, each in enumerate(ranking.candidates, 1):
         assert f"{number:>3}  {each.title}\n" in narrow
-        assert f"{100 * each.metrics.nuclear_norm:.2f}" in narrow
+        assert f"{100 * each.metrics.score:.2f}" in narrow
+        assert f"{100 * each.metrics.nuclear_norm:.2f}" in text
+    assert "other metrics: --json" in narrow
 
 
 def test_estimates_and_agreement_are_computed_on_request(runs: Path) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from overfly.core.errors import RecipeError
 from overfly.core.optimizers import SGD
 from overfly.core.records import Batch, Logits
-from overfly.methods.adversarial import FADA, AdaptSegNet, Advent, MinEnt, student_outputs
+from overfly.methods.adversarial import FADA, AdaptSegNet, Advent, MinEnt
 from overfly.methods.method import Method
 from overfly.methods.two_classifiers import CLAN, MCD
 from overfly.models import Network
 from overfly.ops.losses import entropy
-from overfly.ops.normalization import joint_forward
+from overfly.ops.normalization import joint_forward, probe_outputs
 
 Scores = Callable[[Tensor], Tensor]
 
@@ -146,7 +146,7 @@ def test_student_outputs_leaves_modes_and_statistics_unchanged() -> None:
     net.get_submodule("network.encoder").eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     modes = [part.training for part in net.modules()]
-    result = student_outputs(net)
+    result = probe_outputs(net)
     assert result.main.shape[1] == 3
     assert len(result.aux) == 1
     assert modes == [part.training for part in net.modules()]

@@ -69,7 +69,7 @@ def test_parts_are_replaced_at_any_depth_but_for_those_to_skip() -> None:
 def test_only_the_boundary_head_is_frozen_and_nothing_else_changes() -> None:
     network = build("pidnet_s", 3).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    freeze_unused(network, 3, lambda logits: (logits.main, *logits.aux))
+    freeze_unused(network, lambda logits: (logits.main, *logits.aux))
     frozen = {name for name, weight in network.named_parameters() if not weight.requires_grad}
     assert frozen == {name for name, _ in network.named_parameters() if name.startswith("seghead_d.")}
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

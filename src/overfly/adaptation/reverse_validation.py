@@ -9,10 +9,10 @@ would carry over what it learned on the source.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from overfly.core.records import IGNORE
 from overfly.data.domain import Domain, Split, sample_evenly
@@ -72,19 +72,15 @@ def pixel_features(image: Tensor, max_value: float) -> Tensor:
     The image (C, H, W) is in the sensor's range, 0 to ``max_value``; values that are not finite count as 0. The
     features (C + 4 (C + 1), H, W) are 0 to 1.
     """
+    from kornia.filters import box_blur
+
     bands = (image.nan_to_num() / max_value)[None]
     gray = bands.mean(1, keepdim=True)
 
-    def window_mean(values: Tensor, side: int) -> Tensor:
-        for height, width in ((side, 1), (1, side)):  # separable: side / 2 times faster
-            size, pad = (height, width), (height // 2, width // 2)
-            values = F.avg_pool2d(values, size, 1, pad, count_include_pad=False)
-        return values
-
     features = [bands]
     for side in SIDES:
-        deviation = (window_mean(gray.square(), side) - window_mean(gray, side).square()).clamp_min(0).sqrt()
-        features += [window_mean(bands, side), deviation]
+        mean = partial(box_blur, kernel_size=(side, side), border_type="replicate", separable=True)
+        features += [mean(bands), (mean(gray.square()) - mean(gray).square()).clamp_min(0).sqrt()]
     return torch.cat(features, 1)[0]
 
 

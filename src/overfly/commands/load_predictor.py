@@ -26,8 +26,6 @@ RUNTIMES: dict[str, tuple[Backend, ...]] = {
     ".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",), ".pt2": ("torch",),
 }  # fmt: skip
 """Runtimes of exported files by suffix; the first is the default."""
-TIMED = ("processor", "threads")
-"""Keys of `describe_machine` that must be equal for the times of an export to count."""
 
 
 def load_predictor(path: Path | str, *, backend: Backend = "auto", device: str = "auto") -> Predictor:
@@ -64,12 +62,13 @@ def fastest_file(path: Path | str, backend: Backend = "auto", device: str = "aut
     path, best = Path(path), (Path(path), backend)
     if backend != "auto" or not path.is_dir() or select_device(device).type != "cpu":
         return best
-    digest, machine, least = weights_sha256(NetworkFolder.open(path).weights), describe_machine(), math.inf
+    digest, least = weights_sha256(NetworkFolder.open(path).weights), math.inf
+    machine = {key: value for key, value in describe_machine().items() if key in ("processor", "threads")}
     for file in sorted((path / "exports").glob("*.json")):
         try:
             report = ExportReport.model_validate(read_json(file))
             metadata, settings, export = report.metadata, report.settings, file.with_name(report.file)
-            same = report.weights_sha256 == digest and all(report.machine.get(key) == machine[key] for key in TIMED)
+            same = report.weights_sha256 == digest and machine.items() <= report.machine.items()
             if not same or settings.output != "probabilities" or settings.resize or metadata.fixed:
                 continue
             for runtime in RUNTIMES[export.suffix]:

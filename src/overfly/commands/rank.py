@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,8 +37,9 @@ class RankResult:
         if self.as_json:
             yield ranking.model_dump_json(indent=2)
             return
-        yield from _candidates_tables(ranking.candidates, ranking.validators, options.max_width)
-        yield ""
+        wide = options.max_width >= WIDE_TERMINAL
+        yield _candidates_table(ranking.candidates, ranking.validators, others=wide)
+        yield "" if wide else f"other metrics: --json, or a terminal of {WIDE_TERMINAL} characters"
         for number, candidate in enumerate(ranking.candidates, 1):
             yield Text(f"{number:>3}  {candidate.title}", no_wrap=True, overflow="ignore")
         yield ""
@@ -59,46 +60,30 @@ COLUMNS = {
 }  # fmt: skip
 """Column headings of the validators, in order."""
 WIDE_TERMINAL = 120
-"""Smallest terminal width, in characters, for a single table."""
-NARROW_COLUMNS = 5
-"""Columns of a table on a narrower terminal."""
+"""Smallest terminal width, in characters, for all metrics; a narrower one shows those of the ranking."""
 
 
-def _candidates_tables(candidates: Sequence[Candidate], validators: Sequence[str], width: int) -> Iterator[Table]:
-    """Yield the tables of metrics; on a narrow terminal, ranking validators and others are separate tables."""
-    metrics = [candidate.metrics.by_validator() for candidate in candidates]
-    shown = [name for name in COLUMNS if any(values.get(name) is not None for values in metrics)]
-    if width >= WIDE_TERMINAL:
-        yield _candidates_table(candidates, shown, validators, "label-free metrics in percent, higher is better")
-        return
-    ranking = [name for name in shown if name in validators]
-    yield _candidates_table(candidates, ranking, validators, "ranking metrics in percent, higher is better")
-    others = [name for name in shown if name not in validators]
-    for first in range(0, len(others), NARROW_COLUMNS):
-        yield _candidates_table(candidates, others[first : first + NARROW_COLUMNS], (), "other metrics")
-
-
-def _candidates_table(
-    candidates: Sequence[Candidate], shown: Sequence[str], validators: Sequence[str], title: str
-) -> Table:
-    """Return the metrics of candidates; with validators, also mean rank, estimate and target mIoU."""
+def _candidates_table(candidates: Sequence[Candidate], validators: Sequence[str], *, others: bool) -> Table:
+    """Return validators of candidates, other metrics if asked for, mean rank, estimate and target mIoU."""
     from rich.table import Column, Table
 
     from overfly.core.progress import percent
 
     metrics = [candidate.metrics.by_validator() for candidate in candidates]
+    known = [name for name in COLUMNS if any(values.get(name) is not None for values in metrics)]
+    shown = [name for name in known if others or name in validators]
     columns = {COLUMNS[name]: [percent(values[name]) for values in metrics] for name in shown}
     bold = {COLUMNS[name] for name in validators}
-    if validators:
-        columns["mean rank"] = [percent(candidate.mean_rank) for candidate in candidates]
-    if validators and any(candidate.estimate for candidate in candidates):
+    columns["mean rank"] = [percent(candidate.mean_rank) for candidate in candidates]
+    if any(candidate.estimate for candidate in candidates):
         columns["estimated mIoU"] = [
             f"{percent(value.miou)} ({percent(value.low)} to {percent(value.high)})" if value else "–"
             for value in (candidate.estimate for candidate in candidates)
         ]
-    if validators and any(candidate.target_miou is not None for candidate in candidates):
+    if any(candidate.target_miou is not None for candidate in candidates):
         columns["target mIoU"] = [percent(candidate.target_miou) for candidate in candidates]
     headings = [Column(name, justify="right", style="bold" if name in bold else "") for name in columns]
+    title = "label-free metrics in percent, higher is better"
     table = Table(Column("", justify="right", no_wrap=True), *headings, title=title, title_justify="left")
     for number, row in enumerate(zip(*columns.values(), strict=True), 1):
         table.add_row(str(number), *row)

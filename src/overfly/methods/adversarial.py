@@ -51,12 +51,6 @@ class Adversarial(Method[C], Generic[C]):
         return [*super().optimizers(nets, optim), self.critic.optimizer(nets.critic)]
 
 
-@torch.no_grad()
-def student_outputs(student: nn.Module) -> Logits:
-    """Return the output of a student for one empty image, to read numbers of classes, heads and features."""
-    return probe_outputs(student, int(getattr(student, "bands", 3)))
-
-
 def level_scores(logits: Logits, levels: Levels) -> list[Tensor]:
     """The scores (B, K, H, W) of each level: main, and with ``multi`` auxiliary."""
     return [logits.main] if levels == "single" else [logits.main, logits.aux[0]]
@@ -64,7 +58,7 @@ def level_scores(logits: Logits, levels: Levels) -> list[Tensor]:
 
 def check_levels(student: nn.Module, levels: Levels) -> None:
     """Raise `RecipeError` unless the student has the outputs of ``levels``."""
-    if levels == "multi" and not student_outputs(student).aux:
+    if levels == "multi" and not probe_outputs(student).aux:
         name = getattr(student, "architecture", "this network")
         raise RecipeError(f"method.levels=multi needs an auxiliary head, and {name} has none; set single")
 
@@ -72,7 +66,7 @@ def check_levels(student: nn.Module, levels: Levels) -> None:
 def level_critics(student: nn.Module, levels: Levels) -> nn.ModuleList:
     """One critic of maps of K channels per level."""
     check_levels(student, levels)
-    classes = student_outputs(student).main.shape[1]
+    classes = probe_outputs(student).main.shape[1]
     return nn.ModuleList(Critic(classes) for _ in range(1 if levels == "single" else 2))
 
 
@@ -252,7 +246,7 @@ class FADA(Adversarial[StudentCritic], name="fada"):
 
     def networks(self, student: nn.Module) -> StudentCritic:
         """The student and a critic of its features; raise `RecipeError` if the network returns no features."""
-        outputs = student_outputs(student)
+        outputs = probe_outputs(student)
         if outputs.features is None:
             name = getattr(student, "architecture", "this network")
             raise RecipeError(f"method fada needs a network that returns features, and {name} returns none")

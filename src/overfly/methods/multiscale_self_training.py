@@ -11,22 +11,12 @@ from overfly.core.records import IGNORE, Batch, Labeled, Losses
 from overfly.core.spec import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from overfly.methods.method import SelfTraining, prefixed
 from overfly.methods.self_training import ThresholdNetworks
+from overfly.ops import pseudo_labels as labeling
 from overfly.ops.augmentation import augment
 from overfly.ops.color import ColorAugments, GaussianBlur, Illumination, augment_colors
 from overfly.ops.criterion import Criterion, CrossEntropy
 from overfly.ops.geometry import Dihedral, HorizontalFlip
 from overfly.ops.normalization import frozen_statistics, joint_forward
-from overfly.ops.pseudo_labels import (
-    class_mask,
-    class_shares,
-    class_thresholds,
-    ema_thresholds,
-    filter_by_threshold,
-    linear_ramp,
-    moving_average,
-    multiscale_pseudo_labels,
-    paste,
-)
 
 ILLUMINATION: ColorAugments = (Illumination(p=0.8), GaussianBlur(p=0.5, low=0.15, high=1.15))
 """Changes of illumination and sharpness that keep hues, which tell classes apart in overhead imagery."""
@@ -97,7 +87,7 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
         Updates the predicted class shares and, with decay ``threshold_ema``, the thresholds. ``nodata_mask`` is true
         where the images (B, C, H, W) have no data.
         """
-        pseudo, class_prior = multiscale_pseudo_labels(
+        pseudo, class_prior = labeling.multiscale_pseudo_labels(
             nets.teacher, target, nets.class_prior, nets.reference,
             scales=self.step_scales(nets.step), power=self.class_prior_power, decay=BATCH_EMA, turns=self.turns,
             nodata_mask=nodata_mask,
@@ -105,9 +95,9 @@ class MultiscaleTeacher(SelfTraining[MultiscaleNetworks]):
         nets.class_prior.copy_(class_prior)
         if self.reference == "source" and not self.needs_source and nets.step < REFERENCE_STEPS:
             nets.reference.copy_(class_prior)
-        thresholds = class_thresholds(pseudo, share, len(nets.thresholds))
-        nets.thresholds.copy_(ema_thresholds(nets.thresholds, thresholds, threshold_ema))
-        return filter_by_threshold(pseudo, nets.thresholds)
+        thresholds = labeling.class_thresholds(pseudo, share, len(nets.thresholds))
+        nets.thresholds.copy_(labeling.ema_thresholds(nets.thresholds, thresholds, threshold_ema))
+        return labeling.filter_by_threshold(pseudo, nets.thresholds)
 
 
 class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training"):
@@ -155,12 +145,16 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
         """
         source = batch.source
         if self.reference == "source":
-            shares = class_shares(source.label, len(nets.reference)).mean(0)
-            nets.reference.copy_(moving_average(nets.reference, shares, BATCH_EMA))
+            shares = labeling.class_shares(source.label, len(nets.reference)).mean(0)
+            nets.reference.copy_(labeling.moving_average(nets.reference, shares, BATCH_EMA))
         target, nodata_mask = self.augment_target(nets, batch)
         label = self.pseudo_labels(nets, target, nodata_mask)
-        mask = class_mask(source.label, self.mix_share) if self.mix_share else torch.zeros_like(label, dtype=torch.bool)
-        mixed = paste(mask, source, Labeled(target, label))
+        mask = (
+            labeling.class_mask(source.label, self.mix_share)
+            if self.mix_share
+            else torch.zeros_like(label, dtype=torch.bool)
+        )
+        mixed = labeling.paste(mask, source, Labeled(target, label))
         view = augment_colors(mixed.image, self.strong_augment, nets.segmenter.max_value)
         return Labeled(view, mixed.label), mask, (label != IGNORE).float().mean()
 
@@ -192,5 +186,5 @@ class MultiscaleSelfTraining(MultiscaleTeacher, name="multiscale_self_training")
 
     def pseudo_labels(self, nets: MultiscaleNetworks, target: Tensor, nodata_mask: Tensor | None = None) -> Tensor:
         """Pseudo-labels of target images (B, H, W), `IGNORE` where not confident or without data."""
-        share = linear_ramp(self.initial_share, self.share, self.ramp_steps, nets.step)
+        share = labeling.linear_ramp(self.initial_share, self.share, self.ramp_steps, nets.step)
         return self.label_target(nets, target, nodata_mask, share=share, threshold_ema=BATCH_EMA)

@@ -37,9 +37,7 @@ class SourceFree(MultiscaleTeacher, name="source_free"):
 
     def networks(self, student: nn.Module) -> MultiscaleNetworks:
         nets = super().networks(student)
-        freeze_unused(
-            student, nets.segmenter.bands, lambda logits: (logits.main, *(logits.aux if self.criterion.aux else ()))
-        )
+        freeze_unused(student, lambda logits: (logits.main, *(logits.aux if self.criterion.aux else ())))
         return nets
 
     def losses(self, nets: MultiscaleNetworks, batch: Batch) -> Losses:
@@ -69,7 +67,7 @@ class Tent(Method[Networks], name="tent"):
         for norm in batch_norms(student):
             norm.requires_grad_(True)
         nets = Networks(student)
-        freeze_unused(student, nets.segmenter.bands, lambda logits: (logits.main,))
+        freeze_unused(student, lambda logits: (logits.main,))
         return nets
 
     def losses(self, nets: Networks, batch: Batch) -> Losses:

@@ -12,20 +12,12 @@ from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim
 from overfly.core.records import Batch, Logits, Losses
 from overfly.core.spec import NonNegativeFloat, NonNegativeInt, PositiveInt
-from overfly.methods.adversarial import (
-    Adversarial,
-    Critic,
-    StudentCritic,
-    adversarial_loss,
-    critic_loss,
-    forward_detached,
-    forward_frozen,
-    student_outputs,
-)
+from overfly.methods import adversarial
+from overfly.methods.adversarial import Adversarial, StudentCritic
 from overfly.methods.method import Method, Networks, prefixed
 from overfly.models.segmenter import Segmenter
 from overfly.ops.losses import probabilities
-from overfly.ops.normalization import split_logits
+from overfly.ops.normalization import probe_outputs, split_logits
 
 NOISE = 0.1
 """Noise of the second class layer, without which both would get the same gradients and stay the same."""
@@ -76,14 +68,14 @@ class MCD(Method[TwoClassifiers], name="mcd"):
             terms |= self.supervised(source.logits, label)
             terms |= prefixed("second", self.supervised(Logits(source.second), label))
         if "B" in steps:
-            first, second = (forward_detached(layer, features) for layer in layers)
+            first, second = (adversarial.forward_detached(layer, features) for layer in layers)
             terms["maximize"] = -self.classifier_weight * discrepancy(first[targets], second[targets])
             if "A" not in steps:
                 first, second = (upsample(nets.student, scores, batch.target)[sources] for scores in (first, second))
                 terms |= self.supervised(Logits(first), label)
                 terms |= prefixed("second", self.supervised(Logits(second), label))
         if "C" in steps:
-            first, second = (forward_frozen(layer, features)[targets] for layer in layers)
+            first, second = (adversarial.forward_frozen(layer, features)[targets] for layer in layers)
             terms["minimize"] = self.feature_weight * discrepancy(first, second)
         return terms
 
@@ -175,7 +167,7 @@ class TwoClassifiersCritic(StudentCritic):
     """A student, a second class layer, and a critic of their ensemble."""
 
     def __init__(self, student: nn.Module) -> None:
-        super().__init__(student, Critic(student_outputs(student).main.shape[1]))
+        super().__init__(student, adversarial.Critic(probe_outputs(student).main.shape[1]))
         self.second = second_class_layer(student)
 
 
@@ -214,8 +206,8 @@ class CLAN(Adversarial[TwoClassifiersCritic], name="clan"):
             **self.supervised(source.logits, batch.source.label),
             **prefixed("second", self.supervised(Logits(source.second), batch.source.label)),
             "discrepancy": self.discrepancy_weight * alignment(class_layer(nets.student), nets.second),
-            "adversarial": self.weight * adversarial_loss(nets.critic, ensemble(target), weight),
-            "critic": critic_loss(nets.critic, ensemble(source), ensemble(target), weight),
+            "adversarial": self.weight * adversarial.adversarial_loss(nets.critic, ensemble(target), weight),
+            "critic": adversarial.critic_loss(nets.critic, ensemble(source), ensemble(target), weight),
         }
 
     def optimizers(self, nets: TwoClassifiersCritic, optim: Optim) -> list[Optimizer]:

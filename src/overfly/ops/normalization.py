@@ -148,18 +148,18 @@ def split_logits(logits: Logits, sizes: list[int]) -> list[Logits]:
     return [logits.select(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
 
-def probe_outputs(student: nn.Module, bands: int) -> Logits:
+def probe_outputs(student: nn.Module) -> Logits:
     """Output of a student in evaluation mode for one empty image of 64 pixels; modes and statistics stay unchanged."""
-    like = next(student.parameters())
+    like, bands = next(student.parameters()), int(getattr(student, "bands", 3))
     with restored_modes(student):
         logits: Logits = student.eval()(torch.zeros(1, bands, 64, 64, dtype=like.dtype, device=like.device))
     return logits
 
 
-def freeze_unused(student: nn.Module, bands: int, read: Callable[[Logits], tuple[Tensor, ...]]) -> None:
+def freeze_unused(student: nn.Module, read: Callable[[Logits], tuple[Tensor, ...]]) -> None:
     """Freeze, in place, the trainable weights that a method's losses, which ``read`` some outputs, do not depend on."""
     with torch.enable_grad():
-        outputs = read(probe_outputs(student, bands))
+        outputs = read(probe_outputs(student))
         weights = [weight for weight in student.parameters() if weight.requires_grad]
         gradients = torch.autograd.grad(torch.stack([out.sum() for out in outputs]).sum(), weights, allow_unused=True)
     for weight, gradient in zip(weights, gradients, strict=True):
