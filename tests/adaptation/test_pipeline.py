@@ -366,7 +366,7 @@ def test_a_comparison_folder_means_its_recommended_network_and_a_run_folder_its_
     assert resolve_checkpoint(run.path) == run.path
     content = card_content(NetworkFolder.open(path))
     assert (content.title, content.method.split(":")[0]) == (before.path.name, "`source_only`")
-    assert "source only" in content.selection
+    assert content.selection == selection
     assert card_content(NetworkFolder.open(run.path)).method.startswith("`dacs`")
     (network,) = served_networks([str(path)])
     assert network.title == "source only, Urban to Rural, seed 0"
