@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 import overfly
 from overfly import cli
@@ -16,6 +18,7 @@ from overfly.core.errors import DataError, MissingExtraError
 from overfly.exporting.predictor import Predictor
 from overfly.recipe import load
 from overfly.training.run import Run
+from overfly.web.server import application
 from streams import numbered_frame, rule_model
 
 
@@ -48,6 +51,28 @@ def test_networks_are_described_with_one_column_a_split(runs: Path) -> None:
     assert served.load().metadata.classes.names[0] == "background"
     (weights,) = served_networks([str(served.run.path / "checkpoints" / "best.safetensors")])
     assert weights.about["model"] == "lraspp_mobilenet_v2"
+
+
+def test_two_networks_are_compared(runs: Path, tmp_path: Path) -> None:
+    (first,) = served_networks([str(runs)])
+    assert first.run is not None
+    other = shutil.copytree(first.run.path, tmp_path / "other")
+    shutil.copy(first.run.path / "checkpoints" / "best.safetensors", tmp_path / "weights.safetensors")
+    (other / "scores.json").unlink()
+    networks = served_networks([str(runs), str(other), str(tmp_path / "weights.safetensors")])
+    with TestClient(application(networks), base_url="http://127.0.0.1") as client:
+        page = client.get("/compare?one=0&other=1").text
+        miou = 100 * first.run.scores["target/val"]["miou"]
+        assert f'<td>mIoU</td><td class="number">{miou:.2f}</td><td class="number">–</td>' in page
+        assert page.count('aria-label="IoU of each class, target/') == 2
+        assert "None: the same recipe" in page
+        page = client.get("/compare?one=1&other=2").text
+        assert "Neither network has scores" in page
+        assert "<td><code>optim.lr</code></td><td>0.01</td><td>–</td>" in page
+        page = client.get("/").text
+        assert 'name="network" value="0" aria-label="A: source only, Urban to Rural, seed 0' in page
+        assert len(re.findall(r'name="network" value="0"[^>]* checked', page)) == 1
+        assert len(re.findall(r'name="other" value="2"[^>]* checked', page)) == 1
 
 
 def test_titles_of_equal_file_names_are_made_unique(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,9 @@ def test_tiles_at_max_zoom_equal_the_image(tmp_path: Path) -> None:
 def test_deep_images_are_stretched_between_percentiles(tmp_path: Path, dtype: str) -> None:
     image = np.broadcast_to(np.linspace(0, 10_000, 200), (4, 200, 200)).astype(dtype)
     source = _source(write(tmp_path / "a.tif", image), bands=4)
-    low, high = display_range(source)
+    limits = display_range(source)
+    assert limits is not None
+    low, high = limits
     np.testing.assert_allclose([low.ravel(), high.ravel()], [[200] * 3, [9800] * 3], atol=60)
     tile = _opened(render_image(source, (low, high), _part((0, 0, 0), 200, 200)))
     assert tile[0, 0].tolist() == [0, 0, 0, 255]

@@ -23,26 +23,32 @@ SPLIT_COLORS = ((0, 80, 255), (255, 0, 190), (255, 255, 0))
 """Colors of train, val and test, unlike those of `Classes`."""
 STRIPE_COLORS = ((70, 70, 70), (0, 0, 0))
 """The two grays of the stripes that mark pixels without a label."""
+ValueRange = tuple[Array, Array]
+"""Values (C,) of the bands that are shown as black and as white."""
 
 
-def to_rgb(image: Array) -> UInt8:
+def value_range(image: Array) -> ValueRange:
+    """Return the 2nd and 98th percentile of each band of an image (H, W, C), without values that are not finite."""
+    values = np.where(np.isfinite(image), image, np.nan).astype(np.float64)
+    if np.isnan(values).all():
+        return np.zeros(values.shape[-1]), np.ones(values.shape[-1])
+    low, high = np.nanpercentile(values, (2, 98), axis=(0, 1))
+    return low, np.maximum(high, low + 1e-6)
+
+
+def to_rgb(image: Array, limits: ValueRange | None = None) -> UInt8:
     """Convert an image (H, W, C) or (H, W) of any sensor to 8-bit RGB (H, W, 3): its first three bands, or the first.
 
-    Eight-bit bands stay as they are. Others are stretched from their 2nd to their 98th percentile; values that are not
-    finite are left out.
+    Eight-bit bands stay as they are. Others are stretched between ``limits``, default: their `value_range`; values that
+    are not finite are 0.
     """
     cube = image[..., None] if image.ndim == 2 else image
     shown = cube[..., [0, 1, 2] if cube.shape[-1] >= 3 else [0, 0, 0]]
     if shown.dtype == np.uint8:
         return np.ascontiguousarray(shown)
-    values = shown.astype(np.float32)
-    values[~np.isfinite(values)] = np.nan
-    if np.isnan(values).all():
-        return np.zeros(values.shape, np.uint8)
-    low, high = np.nanpercentile(values, (2, 98), axis=(0, 1))
-    stretched = np.nan_to_num((values - low) / np.maximum(high - low, 1e-6))
-    rounded: UInt8 = (stretched.clip(0, 1) * 255).round().astype(np.uint8)
-    return rounded
+    low, high = limits or value_range(shown)
+    stretched = np.where(np.isfinite(shown), (shown - low) / (high - low), 0)
+    return np.asarray((stretched.clip(0, 1) * 255).round(), np.uint8)
 
 
 def samples_figure(samples: Iterable[Sample], classes: Classes, path: Path, side: int = 320) -> Path:

@@ -45,14 +45,7 @@ class CardContent:
 
 def model_card(report: ExportReport, content: CardContent) -> str:
     """Return the model card of an export as Markdown (Mitchell et al., 2019)."""
-    by_domain = content.scores.values()
-    seeds = sorted({seed for by_seed in by_domain for seed in by_seed})
-    names = dict.fromkeys(name for by_seed in by_domain for scores in by_seed.values() for name in scores)
-    rows = {
-        name: [_format_mean([scores.get(name) for scores in by_seed.values()]) for by_seed in by_domain]
-        for name in names
-    }
-    return render_text(TEMPLATE, report=report, content=content, seeds=seeds, rows=rows)
+    return render_text(TEMPLATE, report=report, content=content, mean=_format_mean)
 
 
 def _format_mean(values: Sequence[float | None]) -> str:

@@ -20,6 +20,7 @@ from overfly.core.errors import DataError, NotFiniteError
 from overfly.core.records import IGNORE, UInt8
 from overfly.data.headers import ImageHeader, open_raster, read_raster_header
 from overfly.data.reading import read_part
+from overfly.evaluation.panels import ValueRange, to_rgb, value_range
 from overfly.exporting.predictor import ModelMetadata
 from overfly.raster.manifest import MapSettings
 from overfly.raster.raster_source import RasterSource, inspect_raster
@@ -64,37 +65,29 @@ def tile_part(height: int, width: int, zoom: int, column: int, row: int) -> Tile
 
 
 def read_display(source: RasterSource, **part: Any) -> tuple[NDArray[Any], UInt8]:
-    """Read a part of the bands that are shown, averaged: values (3, h, w), and opacity (h, w), 0 for no data."""
+    """Read a part of the bands that are shown, averaged: values (h, w, 3), and opacity (h, w), 0 for no data."""
     with open_raster(source.source) as dataset:
         pixels, missing = read_part(dataset, source, resampling=Resampling.average, **part)
     opacity = np.full(pixels.shape[1:], 255, np.uint8)
     if missing is not None:
         opacity[missing] = 0
-    return pixels[[0, 1, 2] if len(pixels) > 2 else [0, 0, 0]], opacity
+    return np.moveaxis(pixels[[0, 1, 2] if len(pixels) > 2 else [0, 0, 0]], 0, -1), opacity
 
 
-def display_range(source: RasterSource) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the values (3, 1, 1) shown as black and as white: the 2nd and 98th percentile, 0 and 255 of 8 bits."""
+def display_range(source: RasterSource) -> ValueRange | None:
+    """Return the `value_range` of a sample of an image; None for 8 bits, which are shown as they are."""
     if source.dtype == "uint8":
-        return np.zeros((3, 1, 1), np.float32), np.full((3, 1, 1), 255, np.float32)
+        return None
     step = max(1.0, max(source.height, source.width) / MAX_SAMPLE)
     pixels, opacity = read_display(source, out_shape=(math.ceil(source.height / step), math.ceil(source.width / step)))
-    valid = pixels[:, opacity > 0]
-    if not valid.size:
-        return np.zeros((3, 1, 1), np.float32), np.ones((3, 1, 1), np.float32)
-    low, high = np.percentile(valid.astype(np.float64), (2, 98), axis=1)[..., None, None]
-    return low, np.maximum(high, low + 1e-6)
+    return value_range(np.where(opacity[..., None] > 0, pixels, np.nan))
 
 
-def render_image(source: RasterSource, limits: tuple[NDArray[Any], NDArray[Any]], part: TilePart) -> bytes:
+def render_image(source: RasterSource, limits: ValueRange | None, part: TilePart) -> bytes:
     """Render a tile of an image as PNG, transparent without data and beyond the image's border."""
     pixels, opacity = read_display(source, **part._asdict())
-    low, high = limits
     tile = np.zeros((SIDE, SIDE, 4), np.uint8)
-    rows, columns = opacity.shape
-    scaled = ((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1)
-    tile[:rows, :columns, :3] = np.moveaxis(np.rint(255 * np.nan_to_num(scaled)), 0, -1)
-    tile[:rows, :columns, 3] = opacity
+    tile[: opacity.shape[0], : opacity.shape[1]] = np.dstack([to_rgb(pixels, limits), opacity])
     return encode_image(Image.fromarray(tile), "PNG", compress_level=3)
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import rasterio
 import rasterio.shutil
@@ -26,6 +26,7 @@ from overfly.core.download import cache_folder
 from overfly.core.errors import DataError, OverflyError, printable
 from overfly.core.records import IGNORE
 from overfly.data.headers import CACHE, file_stamp, open_raster
+from overfly.evaluation.panels import ValueRange
 from overfly.raster.manifest import MapSettings, output_files
 from overfly.raster.map_raster import map_raster
 from overfly.raster.polygons import write_polygons
@@ -59,7 +60,7 @@ class ServedMap:
     settings: MapSettings
     size: float
     stop: threading.Event = field(default_factory=threading.Event)
-    shown: tuple[RasterSource, tuple[Any, Any]] | None = None
+    shown: tuple[RasterSource, ValueRange | None] | None = None
     future: "Future[None] | None" = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
