@@ -13,7 +13,7 @@ import torch
 from miniatures import WRITERS
 from overfly import adapt, suggest
 from overfly.adaptation import pipeline
-from overfly.commands.adapt import AdaptResult
+from overfly.commands.train import AdaptResult
 from overfly.core.errors import WeightsError
 from overfly.methods.method import Method
 from overfly.models import PRETRAINED, LoadReport, Network, load_weights

@@ -1,11 +1,10 @@
-from .commands.adapt import adapt
 from .commands.data import data_check, data_fetch, data_list, data_stats, data_synthesize, list_kinds
 from .commands.evaluate import evaluate, speed
 from .commands.export import export, hub_load, hub_push
 from .commands.predict import predict
 from .commands.rank import rank, suggest
 from .commands.serve import serve
-from .commands.train import benchmark, report, train
+from .commands.train import adapt, benchmark, report, train
 from .commands.watch import watch
 from .core.classes import Classes
 from .core.errors import OverflyError

@@ -14,7 +14,7 @@ from overfly.adaptation import candidates, pipeline
 from overfly.adaptation.candidates import CandidateComparison
 from overfly.adaptation.gate import Check, Gate
 from overfly.adaptation.selection import Comparison, Selection
-from overfly.commands.adapt import AdaptResult
+from overfly.commands.train import AdaptResult
 from overfly.core.records import Item, UInt8
 from overfly.data.synthetic import Synthetic
 from overfly.evaluation.label_free_metrics import LabelFreeMetrics

@@ -16,7 +16,7 @@ from overfly import adapt
 from overfly.adaptation import pipeline
 from overfly.adaptation.labels import LEARNED, LabeledTiles, _jackknife, tile_scores
 from overfly.adaptation.selection import BASELINE, Comparison, Selection
-from overfly.commands.adapt import AdaptResult
+from overfly.commands.train import AdaptResult
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.evaluation.scores import Confusion
 from overfly.training.engine import TrainerConfig, launch_fabric

@@ -16,7 +16,7 @@ import torch
 from overfly import cli, suggest, train
 from overfly.adaptation.selection import Comparison
 from overfly.adaptation.suggestion import disagreement, facility_location, similarity
-from overfly.commands.adapt import AdaptResult
+from overfly.commands.train import AdaptResult
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import UInt8
 from overfly.data.reading import read_label_pixels

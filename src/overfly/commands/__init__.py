@@ -7,8 +7,8 @@ other imports are inside functions or under TYPE_CHECKING. cyclopts resolves the
 runtime. Paths are annotated `PathLike` and converted with ``Path(…)`` inside.
 """
 
-MODULES = {key: key for key in ("adapt", "evaluate", "export", "predict", "rank", "serve", "train", "watch")}
-MODULES |= {"benchmark": "train", "report": "train", "list_kinds": "data", "speed": "evaluate", "suggest": "rank"}
+MODULES = {key: key for key in ("evaluate", "export", "predict", "rank", "serve", "train", "watch")}
+MODULES |= dict.fromkeys(("adapt", "benchmark", "report"), "train")
 MODULES |= dict.fromkeys(("data_check", "data_fetch", "data_list", "data_stats", "data_synthesize"), "data")
-MODULES |= dict.fromkeys(("hub_load", "hub_push"), "export")
+MODULES |= {"hub_load": "export", "hub_push": "export", "list_kinds": "data", "speed": "evaluate", "suggest": "rank"}
 """Module of each command. ``data_check`` is ``overfly data check`` on the command line, ``list_kinds`` is ``list``."""
