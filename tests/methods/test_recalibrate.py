@@ -3,10 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from overfly import train
+from overfly import adapt, train
+from overfly.core.errors import RecipeError
 from overfly.ops.normalization import batch_norms, reset_statistics, updating_statistics
 from overfly.recipe import load
 from overfly.training.run import Run
@@ -63,3 +65,13 @@ def test_target_items_carry_no_labels(small: dict[str, Any]) -> None:
     _, target = training_streams(load({"start": small, "target": small["target"], "method": "recalibrate", "crop": 64}))
     assert target is not None
     assert all(item.label is None for item in target.items)
+
+
+def test_networks_without_batch_normalization_are_refused(small: dict[str, Any], tmp_path: Path) -> None:
+    plain = {**small, "model": "small_group_norm"}
+    with pytest.raises(RecipeError, match=r"recalibrate needs batch normalization, and small_group_norm has none"):
+        train(load({**plain, "start": plain, "method": "recalibrate"}), out=tmp_path, device="cpu", quiet=True)
+    assert not list(tmp_path.glob("*recalibrate*"))
+    recipe = load({**plain, "start": plain, "method": {"name": "multiscale_self_training"}})
+    found = adapt(recipe, out=tmp_path, device="cpu", quiet=True)
+    assert list(found.selection.candidates) == ["source only", "adapted"]

@@ -26,6 +26,7 @@ from overfly.evaluation.score import Sample, evaluation_mode
 from overfly.methods.average_weights import AverageWeights
 from overfly.methods.recalibrate import Recalibrate, RecalibrateByClass
 from overfly.methods.source_only import SourceOnly
+from overfly.ops.normalization import batch_norms
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
 from overfly.training.evaluate import has_labels
@@ -128,7 +129,8 @@ def adapt(
     """
     recipes = [recipe, *others]
     plans = plan_candidates(*recipes)
-    _check_inputs(recipes, fabric)
+    if not _check_inputs(recipes, fabric):
+        plans = {name: plan for name, plan in plans.items() if name not in RECALIBRATED}
     tiles = None if labels is None else LabeledTiles.open(labels, recipe)
     comparison = CandidateComparison(recipes, gate or Gate(), fabric.device, estimates=estimates, tiles=tiles)
     quiet = config.quiet or not fabric.is_global_zero
@@ -214,17 +216,23 @@ def _train_all(
     return runs
 
 
-def _check_inputs(recipes: Sequence[Recipe], fabric: "Fabric") -> None:
-    """Raise `OverflyError` if data, weights or teachers of a recipe are missing or do not fit, before any training."""
+def _check_inputs(recipes: Sequence[Recipe], fabric: "Fabric") -> bool:
+    """Raise `OverflyError` if data, weights or teachers of a recipe are missing or do not fit, before any training.
+
+    Returns whether the networks have batch normalization, whose statistics candidates change.
+    """
+    normalized = True
     for number, recipe in enumerate(recipes, start=1):
         try:
             run_on_rank_zero(fabric, partial(_check_compared_masks, recipe))
             start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
-            prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
+            setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
+            normalized = normalized and bool(batch_norms(setup.nets.student))
         except OverflyError as error:
             if len(recipes) == 1:
                 raise
             raise RecipeError(f"recipe {number}: {error}") from error
+    return normalized
 
 
 def _check_compared_masks(recipe: Recipe) -> None:

@@ -7,12 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from overfly.core.errors import RecipeError
 from overfly.core.optimizers import Optim
 from overfly.core.records import IGNORE, Batch, Losses
 from overfly.core.spec import Share
 from overfly.methods.method import Method, Networks
 from overfly.models.segmenter import Segmenter
-from overfly.ops.normalization import blend_statistics, reset_statistics, updating_statistics, weighted_statistics
+from overfly.ops.normalization import (
+    batch_norms,
+    blend_statistics,
+    reset_statistics,
+    updating_statistics,
+    weighted_statistics,
+)
 
 MAX_RATIO = 20.0
 """Largest weight of a class, and the inverse of the smallest."""
@@ -58,7 +65,10 @@ class Recalibrate(Method[RecalibrateNetworks], name="recalibrate"):
     """Share of the target's statistics; the rest is that of the starting network."""
 
     def networks(self, student: nn.Module) -> RecalibrateNetworks:
-        """The student with reset statistics, and the starting network."""
+        """The student with reset statistics, and the starting network; `RecipeError` without batch normalization."""
+        if not batch_norms(student):
+            name = getattr(student, "architecture", "this network")
+            raise RecipeError(f"method {self.name} needs batch normalization, and {name} has none; set another method")
         return RecalibrateNetworks(student.requires_grad_(False))
 
     @torch.no_grad()
