@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from overfly.adaptation.pipeline import AVERAGED
 from overfly.adaptation.selection import ADAPTED, BASELINE, Comparison, Selection
 from overfly.core.progress import percent
 from overfly.data.domain import Split
@@ -30,7 +31,7 @@ from overfly.evaluation.scores import Scores
 from overfly.training.evaluate import Role, evaluate_domain, stored_scores
 from overfly.training.run import Run
 
-CANDIDATES = (BASELINE, "recalibrated", "half recalibrated", "class-weighted", ADAPTED)
+CANDIDATES = (BASELINE, "recalibrated", "half recalibrated", "class-weighted", ADAPTED, AVERAGED)
 """Candidates that a rule may always select; of several adapted ones the last."""
 HARM = 0.01
 """Largest accepted loss of mIoU of a recommended network."""

@@ -176,6 +176,7 @@ def test_accepted_adapted_networks_are_averaged(tiny: dict[str, Any], tmp_path: 
     path, selection = adapted(*recipes, out=tmp_path, gate=loose)
     runs = {name: Run.open(report["run"]) for name, report in selection["candidates"].items()}
     assert list(runs) == ["source only", "recalibrated", "adapted 1", "adapted 2", "adapted 3", "averaged"]
+    assert runs["averaged"].recipe.batch == recipes[0].batch  # which the devices of a run can share
     states = [load_file(runs[f"adapted {number}"].weights) for number in (1, 2, 3)]
     for name, value in load_file(runs["averaged"].weights).items():
         if value.is_floating_point():

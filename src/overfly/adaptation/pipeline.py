@@ -171,12 +171,11 @@ def _train_average(
     recipe = plans[0] if len(plans) > 1 else None
     if not isinstance(recipe, Recipe) or recipe.start is None:
         return {}
-    shared = {key: getattr(recipe, key) for key in ("source", "target", "model", "start", "window", "resize", "seed")}
     method = AverageWeights(runs=tuple(run.path if isinstance(run, Run) else run for run in runs))
+    keys = ("source", "target", "model", "start", "window", "resize", "seed", "crop", "batch", "precision")
+    plan = Recipe(method=method, steps=1, **{key: getattr(recipe, key) for key in keys})
     try:
-        return _train_all(
-            {AVERAGED: Recipe(method=method, crop=recipe.crop, batch=2, steps=1, **shared)}, out, fabric, config
-        )
+        return _train_all({AVERAGED: plan}, out, fabric, config)
     except RecipeError as error:  # a method that changes the network
         print_status(f"not averaged: {error}", quiet=config.quiet or not fabric.is_global_zero)
         return {}

@@ -288,8 +288,8 @@ def adapt(
     """Adapt to images without labels, and recommend the adapted network or the one before adaptation.
 
     Candidates are compared without target labels: source only, the same with batch-normalization statistics of the
-    target, and networks trained further from the best of these. Give a recipe, or several with the same start; or
-    image folders or rasters, the source with masks or polygons and the target without; or a trained network
+    target, networks trained further from the best of these, and their average. Give a recipe, or several with the same
+    start; or image folders or rasters, the source with masks or polygons and the target without; or a trained network
     (--checkpoint) and the target.
 
     Args:
