@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import rasterio
@@ -18,6 +19,8 @@ from rasterio import Affine
 from starlette.testclient import TestClient
 
 from overfly.exporting.predictor import Floats
+from overfly.raster.polygons import write_polygons
+from overfly.web import server
 from overfly.web.server import application
 from overfly.web.service import Limits, ServedNetwork
 from rasters import write
@@ -60,6 +63,8 @@ def test_scenes_of_every_type_are_mapped(tmp_path: Path, grid: str, dtype: str, 
         described = client.get("/scenes/0").json()
         assert (described["width"], described["image_bands"], described["dtype"]) == (400, bands, dtype)
         assert described["bands"] == "1,2,3,4"
+        assert "--" not in described["problem"]
+        assert str(tmp_path) not in described["problem"]
         assert bool(described["problem"]) == (dtype != "uint8" or bands != 4)
         assert float(described["max_value"]) == top
         fields = {name: described[name] for name in ("bands", "max_value", "nodata")}
@@ -198,6 +203,27 @@ def test_downloads_of_a_map(tmp_path: Path) -> None:
         assert result.headers["content-disposition"] == 'attachment; filename="map.gpkg"'
         (tmp_path / "map.gpkg").write_bytes(result.content)
         assert sorted(pyogrio.raw.read(tmp_path / "map.gpkg")[3][1]) == ["<b>bright</b>", "dark"]
+
+
+def test_a_download_that_is_slow_to_begin_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "GRACE", 0.2)
+
+    def write_slowly(*given: Any) -> Path:
+        time.sleep(1)
+        return write_polygons(*given)
+
+    monkeypatch.setattr("overfly.web.maps.write_polygons", write_slowly)
+    path = write(tmp_path / "scene.tif", left_bright(4, "uint8", 255, None))
+    running = server.start(application([deep()], scenes=[path]))
+    try:
+        with httpx.Client(base_url=running.address) as client:
+            key = finished(client, client.post("/scenes/0"))["key"]
+            slow, again = (client.get(f"/maps/{key}/file?network=0&output=gpkg", timeout=30) for _ in range(2))
+            assert slow.status_code == 200
+            assert slow.content.startswith(b"SQLite format 3")
+            assert slow.content == again.content
+    finally:
+        running.stop()
 
 
 def test_damaged_and_vanished_scenes_fail_with_a_sentence(tmp_path: Path) -> None:

@@ -149,14 +149,15 @@ def inspect_image(path: Path, metadata: ModelMetadata, settings: MapSettings) ->
     )  # fmt: skip
 
 
-def describe_image(path: Path, metadata: ModelMetadata) -> ImageSummary:
-    """Describe an image, and suggest values of the form fields by which a network reads it."""
+def describe_image(path: Path, metadata: ModelMetadata, name: str = "the image") -> ImageSummary:
+    """Describe an image, called ``name``, and suggest values of the form fields by which a network reads it."""
     header, max_value = read_raster_header(path), metadata.max_value
     bands = tuple(range(1, metadata.bands + 1)) if metadata.bands <= header.bands - header.alpha else ()
     nodata = next((f"{value:.12g}" for value in header.nodata if value is not None), "")
     problem = ""
     try:
-        source = inspect_image(path, metadata, MapSettings())
+        with field_errors(path, name):
+            source = inspect_image(path, metadata, MapSettings())
         bands, max_value = source.bands, metadata.max_value / source.gain
     except DataError as error:
         problem = str(error)

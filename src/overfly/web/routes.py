@@ -144,7 +144,7 @@ def _add_new_map_routes(routes: APIRouter, service: InferenceService, store: Map
         """Describe an image on the server's machine, and suggest form fields by which a network reads it."""
         path = scene(number)
         with images.field_errors(path, path.name):
-            return images.describe_image(path, _network(service, network).predictor().metadata)
+            return images.describe_image(path, _network(service, network).predictor().metadata, path.name)
 
     @routes.post("/scenes/{number}", status_code=201, responses=api.UPLOAD_PROBLEMS)
     async def create_map_of_scene(

@@ -250,10 +250,11 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
         refusal = self._too_large() if length.isdecimal() and int(length) > self.limits.upload else None
         started = time.monotonic()
-        size, complete = 0, False
+        size, complete = 0, not length and "transfer-encoding" not in headers  # without both there is no body
 
         async def bounded_receive() -> Message:
             nonlocal size, complete, refusal
