@@ -81,7 +81,13 @@ def test_palette_needs_a_label_format(tmp_path: Path) -> None:
     assert label(folder(root=tmp_path, classes=classes, label_format="rgb")) == [[2, 1], [0, 0]]
     assert label(folder(root=tmp_path, classes=classes, ids={"a": [0, 1], "d": [2, 3]})) == [[0, 0], [3, 3]]
     with pytest.raises(DataError, match=r"a\.png .*label_format .*index .*rgb"):
-        label(folder(root=tmp_path, classes=classes))
+        label(folder(root=tmp_path, classes={**classes, "c": [7, 7, 7]}))
+
+
+def test_a_palette_of_the_classes_colors_gives_colors(tmp_path: Path) -> None:
+    pair(tmp_path, palette((9, 9, 9), (2, 2, 2), (1, 1, 1), (1, 1, 1)))
+    classes = {"a": [1, 1, 1], "b": [2, 2, 2], "c": [9, 9, 9], "d": [3, 3, 3]}
+    assert label(folder(root=tmp_path, classes=classes)) == [[2, 1], [0, 0]]
 
 
 def test_mapping_unites_two_label_sets(tmp_path: Path) -> None:

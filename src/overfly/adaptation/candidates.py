@@ -10,7 +10,7 @@ from torch import Tensor
 
 from overfly.adaptation.estimate import Estimate, estimate
 from overfly.adaptation.gate import UNSURE, Check, Gate, ImageCounts, familiarity, passes, share_better
-from overfly.adaptation.labels import LEARNED, LabeledTiles, TileScores, confusions, tile_scores
+from overfly.adaptation.labels import LEARNED, LabeledTiles, confusions, tile_scores
 from overfly.adaptation.reverse_validation import reverse_validation
 from overfly.adaptation.selection import ADAPTED, BASELINE, CandidateReport, Selection, setting_differences
 from overfly.data.domain import Split, split_items
@@ -169,7 +169,10 @@ class CandidateComparison:
                 run=str(run.path if isinstance(run, Run) else run),
                 weights_sha256=weights_sha256(run.weights if isinstance(run, Run) else run),
                 metrics=self.metrics[name], settings=settings.get(name, {}), checks=self._checks(name),
-                better=self._share_better(name), estimate=self.estimated.get(name), tiles=self._tile_scores(name),
+                better=self._share_better(name), estimate=self.estimated.get(name),
+                tiles=None if self.tiles is None or name == LEARNED else tile_scores(
+                    self.tile_counts[name], None if name == BASELINE else self.tile_counts[BASELINE]
+                ),
             )
             for name, run in runs.items()
         }  # fmt: skip
@@ -187,12 +190,6 @@ class CandidateComparison:
         if name == than or name not in self.passing:
             return None
         return share_better(self.counts[than], self.counts[name])
-
-    def _tile_scores(self, name: str) -> TileScores | None:
-        """See `CandidateReport.tiles`."""
-        if self.tiles is None or name == LEARNED:
-            return None
-        return tile_scores(self.tile_counts[name], None if name == BASELINE else self.tile_counts[BASELINE])
 
     def _check_target(self) -> tuple[float | None, float | None]:
         """Return familiarity and reverse validation of the target; None without held-out images or labels."""

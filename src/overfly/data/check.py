@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from pydantic import Field
 from overfly.core.errors import DataError, OverflyError, RecipeError, render_text
 from overfly.core.records import IGNORE, Array, Item, UInt8
 from overfly.core.spec import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, Spec
-from overfly.data import reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError, UnknownCodesError, absent_classes, sample_evenly
 from overfly.data.headers import read_header
 
@@ -226,10 +224,7 @@ def _split_faults(
         if count >= max(MIN_TURNED, MIN_TURNED_SHARE * images):
             yield f"{count} masks fit their images better {turn}; turn these images or masks"
     if unknown:
-        codes = reduce(Counter[reading.Code].__add__, (error.codes for error in unknown))
-        everywhere = f"; {len(unknown)} masks hold such values: {reading.list_codes(codes)}" if len(unknown) > 1 else ""
-        paste = ", ".join(str(list(code) if isinstance(code, tuple) else code) for code, _ in codes.most_common(9))
-        yield f"{unknown[0]}{everywhere}, such as ignore: [{paste}]"
+        yield UnknownCodesError.message(unknown)
 
 
 def _check_image(domain: Domain, item: Item) -> Iterator[str | Array]:

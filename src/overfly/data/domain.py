@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +45,13 @@ class UnknownCodesError(DataError):
     def __init__(self, message: str, codes: Counter[reading.Code]) -> None:
         super().__init__(message)
         self.codes = codes
+
+    @staticmethod
+    def message(errors: "Sequence[UnknownCodesError]") -> str:
+        """Message of several masks: the first error, the values of all, and a setting to paste."""
+        codes = reduce(Counter[reading.Code].__add__, (error.codes for error in errors))
+        everywhere = f"; {len(errors)} masks hold such values: {reading.list_codes(codes)}" if len(errors) > 1 else ""
+        return f"{errors[0]}{everywhere}; for example, ignore: {json.dumps([code for code, _ in codes.most_common(9)])}"
 
 
 if TYPE_CHECKING:
@@ -186,6 +194,8 @@ def check_masks(domain: Domain, splits: Sequence[Split]) -> None:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(pool.map(check, items))
     failed = [result for result in results if isinstance(result, Exception)]
+    if unknown := [error for error in failed if isinstance(error, UnknownCodesError)]:
+        raise DataError(UnknownCodesError.message(unknown)) from unknown[0]
     if failed:
         more = f" ({len(failed)} of {len(items)} masks have problems; list them with: overfly data check)"
         raise DataError(str(failed[0]) + (more if len(failed) > 1 else "")) from failed[0]
@@ -226,7 +236,9 @@ def has_fixed_top(domain: Domain) -> bool:
 
     The class shares of the upper and of the lower third of up to `SAMPLED_IMAGES` labels differ by more than half
     (total variation): by 0.93 or more in street scenes, by 0.13 or less in overhead imagery (docs/results/choice.md).
+    Raises `DataError`; see `check_masks`.
     """
+    check_masks(domain, ["train"])  # its error names the unknown values of all masks
     counts = np.zeros((2, len(domain.classes)))
     for item in sample_evenly([item for item in domain.items("train") if item.label is not None], SAMPLED_IMAGES):
         label = domain.read_label(item)

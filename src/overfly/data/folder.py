@@ -35,7 +35,8 @@ class UserDomain(Domain):
     of a recipe: those of the source."""
     label_format: Literal["auto", "index", "rgb"] = "auto"
     """Encoding of the masks: class numbers (``index``) or colors (``rgb``); a palette image can be read either way.
-    ``auto`` decides by the number of bands, and for a palette by which of ``colors`` and ``ids`` is given."""
+    ``auto`` decides by the number of bands, and for a palette by which of ``colors`` and ``ids`` is given, or whether
+    all colors of a mask are those of classes."""
     colors: dict[str, tuple[Color, ...]] = Field(default_factory=dict)
     """Colors of each class in the masks, one or several; default: the display colors of ``classes``."""
     ids: dict[str, tuple[Number, ...]] = Field(default_factory=dict)
@@ -141,6 +142,8 @@ class UserDomain(Domain):
         if is_gray(pixels.palette) and not self.colors:
             return "index"
         if bool(self.colors) == bool(self.ids):
+            if not (self._decode_label(pixels, "rgb") == UNKNOWN).any():
+                return "rgb"
             raise DataError(
                 f"{name} is a palette image; set label_format to index if its numbers are the classes, "
                 "or to rgb if its colors are"

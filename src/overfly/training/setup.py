@@ -63,7 +63,7 @@ def prepare_training(
     print_status("reading the data", quiet=quiet)
     source, target = training_streams(recipe, config.cache, quiet=quiet)
     torch.manual_seed(recipe.seed)
-    segmenter, initial_weights = initial_network(recipe, start)
+    segmenter, initial_weights = initial_network(recipe, start, quiet=quiet)
     nets = recipe.method.networks(segmenter)
     nets.trained = start is not None
     optimizers: list[Optimizer] = recipe.method.optimizers(nets, recipe.optim)
@@ -145,7 +145,7 @@ def source_images(stream: BatchStream | None, count: int) -> Iterator[Tensor]:
             yield stream.read(step, list(range(stream.batch))).image
 
 
-def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmenter, str]:
+def initial_network(recipe: Recipe, start: Path | None = None, *, quiet: bool = False) -> tuple[Segmenter, str]:
     """Return the initial network with its training heads, and the name of its file of weights or ``random``.
 
     It is loaded from the weights file ``start`` if given. Raises `RecipeError`: the network under ``start`` and the
@@ -157,7 +157,7 @@ def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmente
         _check_start(start, segmenter, recipe, domain)
     else:
         network = build(recipe.model.architecture, len(domain.classes), training_heads=True, bands=domain.bands)
-        report = load_initial_weights(recipe.model, network)
+        report = load_initial_weights(recipe.model, network, quiet=quiet)
         origin = "random" if report is None else str(report.source)
         if report is not None:
             _check_class_layer(recipe, network, report)
@@ -171,7 +171,7 @@ def initial_network(recipe: Recipe, start: Path | None = None) -> tuple[Segmente
     return segmenter, origin
 
 
-def load_initial_weights(model: Model, network: Network) -> LoadReport | None:
+def load_initial_weights(model: Model, network: Network, *, quiet: bool = False) -> LoadReport | None:
     """Load ``model.weights``, print what matched; None for random weights. Raise `WeightsError` if they do not fit."""
     if model.weights is None:
         return None
@@ -186,9 +186,9 @@ def load_initial_weights(model: Model, network: Network) -> LoadReport | None:
     except (WeightsError, DownloadError) as error:
         if model.weights != "imagenet" or model.checkpoint:
             raise
-        print_status(f"{model.name} starts from random weights ({error}); better set model.weights to an ImageNet file")
-        return None
-    print_status(str(report))
+        report = None
+        failure = f"{model.name} starts from random weights ({error}); better set model.weights to an ImageNet file"
+    print_status(str(report or failure), quiet=quiet)
     return report
 
 
