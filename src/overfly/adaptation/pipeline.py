@@ -29,7 +29,6 @@ from overfly.methods.source_only import SourceOnly
 from overfly.ops.normalization import batch_norms
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
-from overfly.training.evaluate import has_labels
 from overfly.training.run import Run, new_folder
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start, train_recipe
@@ -223,7 +222,9 @@ def _check_inputs(recipes: Sequence[Recipe], fabric: "Fabric") -> bool:
     normalized = True
     for number, recipe in enumerate(recipes, start=1):
         try:
-            run_on_rank_zero(fabric, partial(_check_compared_masks, recipe))
+            if recipe.source is not None:  # the masks that the comparison reads
+                splits = (recipe.validation.split, ESTIMATE_SPLIT)
+                run_on_rank_zero(fabric, partial(check_masks, recipe.source, splits))
             start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
             setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
             normalized = normalized and bool(batch_norms(setup.nets.student))
@@ -232,13 +233,6 @@ def _check_inputs(recipes: Sequence[Recipe], fabric: "Fabric") -> bool:
                 raise
             raise RecipeError(f"recipe {number}: {error}") from error
     return normalized
-
-
-def _check_compared_masks(recipe: Recipe) -> None:
-    """Check the masks of the source that the comparison reads."""
-    if recipe.source is not None:
-        splits = dict.fromkeys((recipe.validation.split, ESTIMATE_SPLIT))
-        check_masks(recipe.source, [split for split in splits if has_labels(recipe.source, split)])
 
 
 def _shared_images(recipe: Recipe) -> int:

@@ -7,13 +7,23 @@ from contextlib import contextmanager
 from itertools import islice, repeat
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
+def use_one_thread() -> None:
+    """Let PyTorch use one thread in the current one; with more, OpenMP's threads outnumber the cores and stall."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(1) as other:  # sets the default of threads that start later
+        other.submit(torch.set_num_threads, count)
+
+
 def map_ahead(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
     """Apply a function in threads and yield the results in order, at most two per thread ahead of the consumer."""
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=use_one_thread) as pool:
         yield from _map_in_order(pool, function, items, 2 * workers)
 
 
@@ -24,7 +34,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
     An error of the iteration is raised where its item is consumed. On leaving, a generator is closed in its own thread.
     """
     source, end = iter(items), object()
-    with ThreadPoolExecutor(1, "prefetch") as pool:
+    with ThreadPoolExecutor(1, "prefetch", use_one_thread) as pool:
 
         def results() -> Generator[T, None, None]:
             for item in _map_in_order(pool, lambda _: next(source, end), repeat(None), depth):
@@ -74,7 +84,7 @@ def background(function: Callable[[T], None], depth: int) -> Iterator[Callable[[
             failed = True
             raise
 
-    with ThreadPoolExecutor(1, "background") as pool:
+    with ThreadPoolExecutor(1, "background", use_one_thread) as pool:
 
         def put(item: T) -> None:
             while pending and (failed or len(pending) >= depth or pending[0].done()):

@@ -230,10 +230,8 @@ def _images(batch: int, bands: int, shape: tuple[int, int], device: torch.device
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @contextlib.contextmanager

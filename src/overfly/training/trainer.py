@@ -94,9 +94,7 @@ class Trainer:
             changed = [key for key in SAMENESS if before.get(key, machine[key]) != machine[key]]
             if changed and self.resumed_from:
                 text = ", ".join(f"{key} {machine[key]} instead of {before[key]}" for key in changed)
-                print_status(
-                    f"resumed with {text}; weights may differ from an uninterrupted run's in their last digits"
-                )
+                print_status(f"resumed with {text}; weights may differ from an uninterrupted run's in the last digits")
                 self.log.write(self.state["step"], event="machine changed", changes=text)
             machine.setdefault("initial_weights", self.initial_weights)
             machine |= self.arithmetic._asdict()

@@ -24,6 +24,7 @@ from overfly.core.atomic_files import atomic_write, json_sha256
 from overfly.core.classes import Classes
 from overfly.core.download import cache_folder
 from overfly.core.errors import DataError, OverflyError, printable
+from overfly.core.prefetch import use_one_thread
 from overfly.core.records import IGNORE
 from overfly.data.headers import CACHE, file_stamp, open_raster
 from overfly.evaluation.panels import ValueRange
@@ -181,7 +182,8 @@ class MapStore:
         size = max(self._limits.cache, 3 * self._limits.pixels)  # the largest map, with two predictions, fits
         self._maps = _Maps(size, getsizeof=lambda stored: stored.size)
         self._uploads = tempfile.TemporaryDirectory(prefix="overfly-", ignore_cleanup_errors=True)
-        self._pools = {large: ThreadPoolExecutor(1 if large else WORKERS, "maps") for large in (False, True)}
+        threads = {False: WORKERS, True: 1}
+        self._pools = {large: ThreadPoolExecutor(count, "maps", use_one_thread) for large, count in threads.items()}
 
     def get(self, key: str) -> ServedMap | None:
         """Return a map, or None if it was evicted."""

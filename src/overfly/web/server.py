@@ -204,9 +204,7 @@ class BackgroundServer:
         self._socket.close()
 
 
-def start(
-    app: FastAPI, host: str = "127.0.0.1", port: int = 0, limits: Limits | None = None
-) -> BackgroundServer:  # fmt: skip
+def start(app: FastAPI, host: str = "127.0.0.1", port: int = 0, limits: Limits | None = None) -> BackgroundServer:
     """Serve in a background thread; port 0 selects a free port."""
     return BackgroundServer(app, bind(host, port), limits)
 

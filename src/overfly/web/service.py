@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,6 +15,7 @@ from fastapi import Path as InPath
 from pydantic import BaseModel, ConfigDict
 
 from overfly.core.errors import OverflyError
+from overfly.core.prefetch import use_one_thread
 from overfly.core.spec import PositiveFloat, PositiveInt, Spec
 from overfly.exporting.predictor import Floats, Predictor
 from overfly.raster.manifest import MapSettings
@@ -71,6 +73,7 @@ class ServedNetwork:
     about: Mapping[str, Any] = field(default_factory=dict)
     digest: Callable[[], str] = str
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "network"))
     loaded: Predictor | None = None
 
     def predictor(self) -> Predictor:
@@ -96,18 +99,15 @@ class ServedNetwork:
     def probabilities(self, images: Floats, deadline: float) -> Floats:
         """Return class probabilities (N, K, H, W) of images (N, C, H, W), float32, one call at a time.
 
-        After the time ``deadline`` of `time.monotonic` the network is not called. Raises `RequestTimeoutError`: the
-        network was not free before the deadline.
+        After the time ``deadline`` of `time.monotonic` the network is not called; raises `RequestTimeoutError` then.
         """
-        predictor = self.predictor()
-        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise RequestTimeoutError
-        try:
+
+        def call() -> Floats:
             if time.monotonic() > deadline:
                 raise RequestTimeoutError
-            return predictor(images)
-        finally:
-            self._lock.release()
+            return self.predictor()(images)
+
+        return self._thread.submit(call).result()
 
 
 class InferenceService:
@@ -129,7 +129,7 @@ class InferenceService:
         """
         if self._active >= self.limits.queue:
             raise HTTPException(429, "the server is busy; try again in a few seconds", {"retry-after": "2"})
-        self._pool = self._pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="requests")
+        self._pool = self._pool or ThreadPoolExecutor(WORKERS, "requests", use_one_thread)
         deadline = time.monotonic() + self.limits.seconds
         future = asyncio.get_running_loop().run_in_executor(self._pool, task, deadline)
         self._active += 1
