@@ -1,7 +1,6 @@
 """Adapt between pairs of data sets with `overfly adapt`, for the study of its choice.
 
-    python benchmarks/pairs.py DATA [--pairs camvid-day,roads-gray] [--seeds 0,1,2] [--variants equal,source]
-        [--out runs/pairs] [SETTING=VALUE …]
+    python benchmarks/pairs.py DATA [--pairs camvid-day,roads-gray] [--seeds 0,1,2] [--out runs/pairs] [SETTING=VALUE …]
 
 DATA is a folder with `camvid`, `roads` and `carrotweed` (each with `source`, `source_test`, `target` and `target_test`,
 which hold `images` and index `masks`) and `dubai`. Every pair runs in both directions, with the recipes that `adapt`
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,6 @@ from overfly.adaptation.auto_recipe import VARIANTS, propose_recipes
 from overfly.adaptation.inputs import with_statistics
 from overfly.data.check import TURNS, better_turn
 from overfly.data.folder import Folder
-from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, launch_fabric
 
@@ -35,11 +32,6 @@ if TYPE_CHECKING:
 
 LONG = 1e6
 """Time budget in seconds, for steps that are set."""
-METHODS = {
-    **dict(zip(("equal", "source"), VARIANTS, strict=True)),
-    "plain": MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION),
-}
-"""The variants that `overfly adapt` trains, and self-training without pasted source classes."""
 STREET = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
 DUBAI = {
     "building": [60, 16, 152], "land": [132, 41, 246], "road": [110, 193, 228], "vegetation": [254, 221, 58],
@@ -105,19 +97,14 @@ def domains(data: Path, out: Path) -> dict[str, tuple[dict[str, Any], dict[str, 
     }
 
 
-def recipes(
-    values: tuple[dict[str, Any], dict[str, Any]], fabric: Fabric, *settings: str, variants: Sequence[str] = ("equal",)
-) -> list[Recipe]:
+def recipes(values: tuple[dict[str, Any], dict[str, Any]], fabric: Fabric, *settings: str) -> list[Recipe]:
     """The recipes that `overfly adapt` proposes for a source and a target, with the steps of ``settings``."""
     both = Recipe.model_validate(dict(zip(("source", "target"), values, strict=True)))
     source, target = (
         with_statistics(domain) if isinstance(domain, Folder) else domain
         for domain in (both.domain("source"), both.domain("target"))
     )
-    return [
-        propose_recipes(source, target, [METHODS[name]], settings, checkpoint=None, budget=LONG, fabric=fabric)[0]
-        for name in variants
-    ]
+    return propose_recipes(source, target, VARIANTS, settings, checkpoint=None, budget=LONG, fabric=fabric)
 
 
 def command_line(description: str, out: Path, pairs: str, **options: str) -> tuple[Any, list[str], Any, Fabric]:
@@ -139,13 +126,15 @@ def command_line(description: str, out: Path, pairs: str, **options: str) -> tup
 
 def main() -> None:
     """Run the command line."""
+    variants = "equal,source,plain"
     arguments, settings, pairs, fabric = command_line(
-        __doc__ or "", Path("runs/pairs"), "", seeds="0", variants="equal,source"
+        __doc__ or "", Path("runs/pairs"), "", seeds="0", variants=variants
     )
-    variants = arguments.variants.split(",")
     for seed in map(int, arguments.seeds.split(",")):
         for name in arguments.pairs:
-            chosen = recipes(pairs[name], fabric, f"seed={seed}", *settings, variants=variants)
+            proposed = recipes(pairs[name], fabric, f"seed={seed}", *settings)
+            every = dict(zip(("equal", "source", "plain"), proposed, strict=True))
+            chosen = [every[variant] for variant in arguments.variants.split(",")]
             print(name, seed, overfly.adapt(*chosen, out=arguments.out, estimate=False).selection.summary, flush=True)
 
 

@@ -75,8 +75,8 @@ def test_steps_fit_the_budget(own: ImageInputs, monkeypatch: pytest.MonkeyPatch)
     assert recipe.optim == aligned.optim == AdamW(lr=1.5e-4, head=10.0)
     differences = [each.method.model_dump() for each in (recipe, aligned)]
     assert [(way["reference"], way["ramp_steps"]) for way in differences] == [("equal", 52), ("source", 52)]
-    (only,) = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True))
-    assert (only.method.model_dump()["reference"], only.steps) == ("equal", 204)
+    three = folder_recipes(own, "16m", TrainerConfig("cpu", quiet=True))
+    assert [(each.steps, each.method.model_dump()["mix_share"]) for each in three] == [(163, 0.5), (163, 0.5), (163, 0)]
     assert differences[0]["ema"] == pytest.approx(1 - 6 / 158)
     assert recipe.crop == 96
     assert recipe.target is not None
@@ -115,9 +115,10 @@ def test_given_settings_hold_for_all_recipes(own: ImageInputs, monkeypatch: pyte
 
     monkeypatch.setattr(auto_recipe, "time_step", time_step)
     changes = ["model=lraspp_mobilenet_v2", "steps=60", "start.steps=40"]
-    one, two = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), changes)
+    one, two, three = folder_recipes(own, "10m", TrainerConfig("cpu", quiet=True), changes)
     assert isinstance(one.start, Recipe)
     assert (one.model.name, one.start.model.name) == ("lraspp_mobilenet_v2",) * 2
+    assert three.steps == 60
     assert (one.steps, two.steps, one.start.steps, one.schedule.warmup) == (60, 60, 40, 6)
     assert one.method.model_dump()["ramp_steps"] == 20
     assert not timed
@@ -135,10 +136,10 @@ def test_the_same_proposal_again_has_the_same_steps(
     first = folder_recipes(own, "10m", config, out=out)
     monkeypatch.setattr(auto_recipe, "time_step", lambda *_: 0.4)
     assert folder_recipes(own, "10m", config, out=out) == first
-    assert folder_recipes(own, "30m", config, out=out)[0].steps == 990
+    assert folder_recipes(own, "30m", config, out=out)[0].steps == 765
     (note,) = [file for file in out.iterdir() if json.loads(file.read_text())["adapted"] == first[0].steps][:1]
     note.write_text("{")
-    assert folder_recipes(own, "10m", config, out=out)[0].steps == 330
+    assert folder_recipes(own, "10m", config, out=out)[0].steps == 255
 
 
 def test_a_short_budget_trains_one_variant(own: ImageInputs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from overfly.core.settings import parse_budget
 from overfly.data.domain import Domain, has_fixed_top, shortest_sides
 from overfly.data.folder import read_classes
 from overfly.methods.method import Method
-from overfly.methods.multiscale_self_training import MultiscaleSelfTraining
+from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
 from overfly.methods.source_free import SourceFree
 from overfly.methods.source_only import SourceOnly
 from overfly.models.network import build
@@ -47,16 +47,21 @@ MIN_STEPS_OF_SEVERAL = 150
 """With fewer steps for each of several variants, fewer are trained."""
 TIMING_SECONDS = 3.0
 """Time after which no further step is timed."""
-BUDGET_SHARES = {1: {"source": 0.42, "adapted": 0.34}, 2: {"source": 0.32, "adapted": 0.22}}
-"""Shares of the budget for source only and for each of one or two adaptations; the rest is for the comparison."""
+BUDGET_SHARES = {
+    1: {"source": 0.42, "adapted": 0.34}, 2: {"source": 0.32, "adapted": 0.22}, 3: {"source": 0.26, "adapted": 0.17},
+}  # fmt: skip
+"""Shares of the budget for source only and for each of one to three adaptations; the rest is for the comparison."""
 VALIDATIONS, PATIENCE = 5, 2
 """Validations of source only, and those without a new best after which it stops."""
 MODEL = "lraspp_mobilenet_v2"  # the real-time network whose ImageNet weights can be had everywhere
 LEARNING_RATE, PRETRAINED_RATE = 1e-3, 1.5e-4
 """Of adaptations from random and from ImageNet weights; source only has twice the rate, other networks half of it."""
-VARIANTS = (MultiscaleSelfTraining(), MultiscaleSelfTraining(reference="source"))
-"""Class shares corrected towards equal ones and towards the source's: each is better on some pair, by up to 20 points
-(docs/results/choice.md)."""
+VARIANTS = (
+    MultiscaleSelfTraining(), MultiscaleSelfTraining(reference="source"),
+    MultiscaleSelfTraining(mix_share=0.0, strong_augment=ILLUMINATION),
+)  # fmt: skip
+"""Class shares corrected towards equal and the source's, and without pasted source classes: each is the best of them
+on some pair, by up to 20 points (docs/results/choice.md)."""
 
 
 def choose_crop(domains: list[Domain], device: torch.device) -> int:
@@ -72,7 +77,7 @@ def propose_recipes(
 ) -> list[Recipe]:  # fmt: skip
     """Propose recipes whose trainings fit a time budget, seconds in all, on this machine.
 
-    The source, labeled images, is None if only a network is given. ``methods`` are one or two variants; if the budget
+    The source, labeled images, is None if only a network is given. ``methods`` are one to three variants; if the budget
     is short, only the first ones are taken. Steps set by an override are kept. ``checkpoint`` is the run or weights to
     start from; None: a source-only network is trained first. The fabric is launched; steps are timed on its device.
     Proposed steps are stored in the folder ``out``, so that later calls give the same recipes; None: not stored.
