@@ -83,6 +83,16 @@ def test_metadata_that_differ_from_the_graph_are_refused(
             torch_predictor(program)
 
 
+def test_metadata_that_are_not_text_are_refused(segmenter: Segmenter, metadata: ModelMetadata, tmp_path: Path) -> None:
+    entries = metadata_entries(metadata, ExportSettings())
+    file = write_onnx(ExportModule(segmenter, fixed=(SIDE, SIDE)).eval(), tmp_path / "it.onnx", entries)
+    content = file.read_bytes()
+    place = content.index(b"format_version")
+    file.write_bytes(content[:place] + b"\xf4" + content[place + 1 :])
+    with pytest.raises(WeightsError, match=r"it\.onnx cannot be opened"):
+        onnx_predictor(file)
+
+
 def test_class_ids_beyond_the_metadata_are_refused(metadata: ModelMetadata) -> None:
     settings, ids = ExportSettings(output="classes"), np.full((1, SIDE, SIDE), 6, np.uint8)
     check_output(Path("it.onnx"), ids, metadata, settings)

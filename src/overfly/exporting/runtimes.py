@@ -39,6 +39,7 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
         options.intra_op_num_threads = threads
     try:
         session = runtime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
+        properties = session.get_modelmeta().custom_metadata_map
     except Exception as error:  # the library has no common error class
         raise WeightsError(f"{path} cannot be opened by onnxruntime ({first_line(error)}); export it again") from error
     name = session.get_inputs()[0].name
@@ -46,7 +47,6 @@ def onnx_predictor(path: Path, device: str = "cpu", threads: int | None = None) 
     def graph(images: Floats) -> Any:
         return session.run(None, {name: images})[0]
 
-    properties = session.get_modelmeta().custom_metadata_map
     return _predictor(path, ("onnxruntime", kind), graph, properties)
 
 
