@@ -48,7 +48,7 @@ docs: $(READY)  ## Generate the reference, the method pages and the catalog
 	$(BIN)/python docs/methods.py
 	$(BIN)/python docs/licenses.py
 
-fuzz: $(READY)  ## Feed 100,000 damaged files to the readers (half an hour)
+fuzz: $(READY)  ## Feed 100,000 damaged files to the readers (ten minutes)
 	PYTHONPATH=src:tests $(BIN)/python tests/fuzzing.py --inputs 100000
 
 faults: $(READY)  ## Make every write, rename and fsync fail (hours; needs gcc)
