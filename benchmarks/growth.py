@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,18 @@ def cost(*command: str | Path) -> dict[str, float]:
     return {"cpu": usage.ru_utime + usage.ru_stime, "mb": usage.ru_maxrss / 1024}
 
 
+@cache
+def scene(number: int, side: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A synthetic image (H, W, 3) and its class ids (H, W)."""
+    return synthesize("urban", "train", number, side)
+
+
 def write_images(folder: Path, count: int, classes: int = 7, side: int = 256) -> Path:
     """Images and masks of a folder domain with its settings; classes beyond the synthetic seven are drawn at random."""
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
     for number in range(count):
-        image, label = synthesize("urban", "train", number % 10, side)
+        image, label = scene(number % 10, side)
         if classes > 7:
             label = np.random.default_rng(number).integers(0, classes, (side // 16,) * 2, np.uint8).repeat(16, 0)
             label = label.repeat(16, 1)
