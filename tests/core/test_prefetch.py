@@ -3,8 +3,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from overfly.core.prefetch import background, map_ahead, prefetch
 
@@ -106,3 +108,17 @@ def test_background_skips_items_after_an_error() -> None:
 
 def test_map_ahead_keeps_the_order() -> None:
     assert list(map_ahead(lambda number: number * 2, range(20), workers=3)) == [2 * number for number in range(20)]
+
+
+def test_helping_threads_use_one_thread_and_leave_the_number_of_others() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with prefetch((torch.get_num_threads() for _ in range(2)), 1) as numbers:
+            assert list(numbers) == [1, 1]
+        assert list(map_ahead(lambda _: torch.get_num_threads(), range(3), workers=2)) == [1, 1, 1]
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
