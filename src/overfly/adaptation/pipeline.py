@@ -223,8 +223,7 @@ def _check_inputs(recipes: Sequence[Recipe], fabric: "Fabric") -> bool:
     for number, recipe in enumerate(recipes, start=1):
         try:
             if recipe.source is not None:  # the masks that the comparison reads
-                splits = (recipe.validation.split, ESTIMATE_SPLIT)
-                run_on_rank_zero(fabric, partial(check_masks, recipe.source, splits))
+                run_on_rank_zero(fabric, partial(check_masks, recipe.source, (recipe.validation.split, ESTIMATE_SPLIT)))
             start = resolve_start(recipe.start) if isinstance(recipe.start, Path) else None
             setup = prepare_training(recipe, fabric, TrainerConfig(quiet=True), start)
             normalized = normalized and bool(batch_norms(setup.nets.student))

@@ -5,20 +5,22 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice, repeat
+from threading import Lock
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+_SETTING = Lock()
 
 
 def use_one_thread() -> None:
     """Let PyTorch use one thread in the current one; with more, OpenMP's threads outnumber the cores and stall."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ThreadPoolExecutor(1) as other:  # sets the default of threads that start later
-        other.submit(torch.set_num_threads, count)
+    with _SETTING, ThreadPoolExecutor(1) as other:
+        count = torch.get_num_threads()
+        torch.set_num_threads(1)
+        other.submit(torch.set_num_threads, count)  # the default of threads that start later
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:

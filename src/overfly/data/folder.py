@@ -141,14 +141,13 @@ class UserDomain(Domain):
             return self.label_format
         if is_gray(pixels.palette) and not self.colors:
             return "index"
-        if bool(self.colors) == bool(self.ids):
-            if not (self._decode_label(pixels, "rgb") == UNKNOWN).any():
-                return "rgb"
+        undecided = bool(self.colors) == bool(self.ids)
+        if undecided and (self._decode_label(pixels, "rgb") == UNKNOWN).any():
             raise DataError(
                 f"{name} is a palette image; set label_format to index if its numbers are the classes, "
                 "or to rgb if its colors are"
             )
-        return "rgb" if self.colors else "index"
+        return "rgb" if self.colors or undecided else "index"
 
     def _replace_unknown(self, name: str, pixels: reading.LabelPixels, label: UInt8, encoding: str) -> None:
         unknown = label == UNKNOWN

@@ -162,8 +162,7 @@ def run_task(
 
     ``network`` is the digest of the network's file; ``threads`` sets PyTorch's CPU threads unless None.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())
     try:
         if network not in _OPENED:
             _OPENED.clear()

@@ -182,8 +182,7 @@ class MapStore:
         size = max(self._limits.cache, 3 * self._limits.pixels)  # the largest map, with two predictions, fits
         self._maps = _Maps(size, getsizeof=lambda stored: stored.size)
         self._uploads = tempfile.TemporaryDirectory(prefix="overfly-", ignore_cleanup_errors=True)
-        threads = {False: WORKERS, True: 1}
-        self._pools = {large: ThreadPoolExecutor(count, "maps", use_one_thread) for large, count in threads.items()}
+        self._pools = [ThreadPoolExecutor(count, "maps", use_one_thread) for count in (WORKERS, 1)]
 
     def get(self, key: str) -> ServedMap | None:
         """Return a map, or None if it was evicted."""
@@ -245,7 +244,7 @@ class MapStore:
         with self._lock:
             for stored in self._maps.values():
                 stored.stop.set()
-            for pool in self._pools.values():
+            for pool in self._pools:
                 pool.shutdown(wait=True, cancel_futures=True)
             self._uploads.cleanup()
             self._open()

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from fastapi import Depends, File, Form, HTTPException, Query, UploadFile
 from fastapi import Path as InPath
 from pydantic import BaseModel, ConfigDict
@@ -73,7 +73,9 @@ class ServedNetwork:
     about: Mapping[str, Any] = field(default_factory=dict)
     digest: Callable[[], str] = str
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "network"))
+    _thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "network", torch.set_num_threads, (torch.get_num_threads(),))
+    )
     loaded: Predictor | None = None
 
     def predictor(self) -> Predictor:
