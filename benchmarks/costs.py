@@ -136,8 +136,8 @@ def step_ratios(network: str, crop: int, precision: str, rounds: int, folder: Pa
 def waits(images: Path | None, folder: Path) -> dict[str, float]:
     """Share of the time that steps wait for images, in the first epoch and after it; and what reading costs a step.
 
-    That is the ratio of the seconds of a step with its images, while a thread reads the next ones, to those of a step
-    on a fixed batch, while it has nothing to read.
+    That is the ratio of the seconds of a step, while a thread reads the next images, to those of one on a fixed batch
+    before there is such a thread, and after it has ended.
     """
     domain: dict[str, Any] = {"name": "synthetic", "scene": "urban", "train": 24}
     if images is not None:
@@ -151,23 +151,25 @@ def waits(images: Path | None, folder: Path) -> dict[str, float]:
     recipe = load({"source": domain}, "model=lraspp_mobilenet_v2", "crop=256", "batch=4", "precision=auto", "steps=84")
     trainer = trainer_of(recipe, folder)
     shares, steps = {}, iter(range(84))
-    reading, fixed = [], []
+    batch = trainer.batches[0]
+
+    def step(batch: Any) -> float:
+        started = time.perf_counter()
+        trainer.train_step(next(steps), iter([batch]))
+        return time.perf_counter() - started
+
+    fixed = [step(batch) for _ in range(18)][FEW:]
     with prefetch(batch_loader(trainer.batches, 0, 48, workers=0, pin=False), READ_AHEAD) as batches:
         for name, count in (("first", 12), ("later", 36)):
-            waited = total = 0.0
+            waited, reading = 0.0, []
             for _ in range(count):
                 started = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - started
-                trainer.train_step(next(steps), iter([batch]))
-                total += time.perf_counter() - started
-                if name == "later":
-                    reading.append(time.perf_counter() - started)
-                    started = time.perf_counter()
-                    trainer.train_step(next(steps), iter([batch]))
-                    fixed.append(time.perf_counter() - started)
-            shares[name] = waited / total
-    return {**shares, "step": ratio(reading, fixed)}
+                reading.append(step(batch))
+            shares[name] = waited / (waited + sum(reading))
+    fixed += [step(batch) for _ in range(18)][FEW:]
+    return {**shares, "step": statistics.median(reading) / statistics.median(fixed)}
 
 
 def write_images(folder: Path, count: int = 24, side: int = 1024) -> Path:
