@@ -30,7 +30,6 @@ from overfly.core.device import describe_machine
 from overfly.data.synthetic import synthesize
 
 AMOUNTS = (1, 3, 10)
-NETWORK = "lraspp_mobilenet_v2"
 SETTINGS = ("model=lraspp_mobilenet_v2", "crop=128", "window=128", "batch=4", "precision=32", "validation.every=0")
 
 

@@ -16,7 +16,7 @@ from overfly.core.errors import RecipeError
 from overfly.core.optimizers import AdamW, Poly
 from overfly.core.progress import print_status
 from overfly.core.settings import parse_budget
-from overfly.data.domain import Domain, has_fixed_top, shortest_sides
+from overfly.data.domain import Domain, check_masks, has_fixed_top, shortest_sides
 from overfly.data.folder import read_classes
 from overfly.methods.method import Method
 from overfly.methods.multiscale_self_training import ILLUMINATION, MultiscaleSelfTraining
@@ -237,6 +237,7 @@ def folder_recipes(
     print_status("reading images", quiet=config.quiet)
     source = input_domain("source", inputs, settings) if inputs.source_images is not None else None
     if source is not None:
+        check_masks(source, ["train"])  # before a few are read, to name the unknown values of all
         settings = {**settings, "classes": source.classes, "bands": source.bands}
     target = input_domain("target", inputs, settings)
     methods: Sequence[Method[Any]] = VARIANTS if source is not None else (SourceFree(),)

@@ -16,7 +16,7 @@ _SETTING = Lock()
 
 
 def use_one_thread() -> None:
-    """Let PyTorch use one thread in the current one; with more, OpenMP's threads outnumber the cores and stall."""
+    """Let PyTorch use one thread in the current one; more of them slow those of the network (docs/results/costs.md)."""
     with _SETTING, ThreadPoolExecutor(1) as other:
         count = torch.get_num_threads()
         torch.set_num_threads(1)

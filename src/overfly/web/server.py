@@ -252,7 +252,7 @@ class BodyLimitMiddleware:
         length = headers.get("content-length", "")
         refusal = self._too_large() if length.isdecimal() and int(length) > self.limits.upload else None
         started = time.monotonic()
-        size, complete = 0, not length and "transfer-encoding" not in headers  # without both there is no body
+        size, complete = 0, not length and "transfer-encoding" not in headers  # HTTP: without both, the body is empty
 
         async def bounded_receive() -> Message:
             nonlocal size, complete, refusal
