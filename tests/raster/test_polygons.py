@@ -10,6 +10,7 @@ import pytest
 import shapely
 from rasterio import Affine
 
+from overfly.raster import polygons
 from overfly.raster.polygons import write_polygons
 from rasters import CLASSES, write
 
@@ -32,7 +33,11 @@ def areas(table: tuple[Any, ...]) -> dict[str, list[float]]:
     return result
 
 
-def test_areas_are_outlined_and_small_ones_merged(class_map: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", [1, 2, 20_000])
+def test_areas_are_outlined_and_small_ones_merged(
+    class_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(polygons, "CHUNK", chunk)
     table = pyogrio.raw.read(write_polygons(class_map, tmp_path / "a.gpkg", CLASSES, min_area=10))
     assert areas(table) == {"dark": [40 * 30 - 16 - 200], "middle": [16], "bright": [40 * 30]}
     assert table[0]["crs"] == "EPSG:32640"

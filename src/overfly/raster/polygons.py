@@ -3,8 +3,9 @@
 import math
 import sqlite3
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,14 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
     from pyogrio._err import CPLE_BaseError
     from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
 
-    try:
-        crs, projection, polygons, ids = _outline(map_, min_area)
-    except DataError as error:  # the map was just written, so the disk has failed
-        raise UnwrittenError(f"{error}, by giving the same command again") from error
-    names = np.array([classes.names[number] for number in ids], object)
-    colors = np.array(["#{:02x}{:02x}{:02x}".format(*classes.colors[number]) for number in ids], object)
     for part in out.parent.glob(f"{out.name}*"):  # of a failed attempt
         part.unlink()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # maps without a coordinate reference system
-            fields = [np.array(ids, np.int32), names, colors, _areas(polygons, projection)]
-            _write(out, crs, polygons, fields, out.suffix == ".geojson")
-        reason = _damage(out, len(polygons))
+            reason = _damage(out, _write(map_, out, classes, min_area))
+    except DataError as error:  # the map was just written, so the disk has failed
+        raise UnwrittenError(f"{error}, by giving the same command again") from error
     except (DataSourceError, DataLayerError, FeatureError, CPLE_BaseError, sqlite3.Error, OSError) as error:
         reason = " ".join(str(error).split())
     if reason:
@@ -64,39 +59,44 @@ def write_polygons(map_: Path, out: Path, classes: Classes, *, min_area: int = 1
     return out
 
 
-def _outline(map_: Path, min_area: int) -> tuple[str | None, Projection, list[Any], list[int]]:
-    """Return coordinate reference system, equal-area projection, polygons and class ids of a map."""
-    import shapely
-
-    polygons: list[Any] = []
-    ids: list[int] = []
-    with open_raster(str(map_)) as dataset:
-        transform = dataset.transform
-        least = min_area * abs(transform.determinant) * (1 - 1e-6)  # a square's area is rounded
-        band = dataset.read(1)
-        for shape, number in shapes(band, mask=band != IGNORE, transform=transform):
-            outer, *holes = shape["coordinates"]
-            if shapely.area(shapely.polygons(outer)) >= least:
-                large = [hole for hole in holes if shapely.area(shapely.polygons(hole)) >= least]
-                polygons.append(shapely.polygons(outer, [shapely.linearrings(hole) for hole in large] or None))
-                ids.append(int(number))
-        crs = dataset.crs.to_wkt() if dataset.crs else None
-        return crs, _equal_area_projection(dataset), polygons, ids
-
-
-def _write(out: Path, crs: str | None, polygons: list[Any], fields: list[Any], geojson: bool) -> None:
+def _write(map_: Path, out: Path, classes: Classes, min_area: int) -> int:
+    """Write the polygons of a map, and return their number. GeoJSON cannot be appended to: all are written at once."""
     import pyogrio.raw
     import shapely
 
-    options: dict[str, Any] = {"RFC7946": "YES"} if geojson and crs else {}
-    step = max(1, len(polygons)) if geojson else CHUNK
-    for begin in range(0, max(1, len(polygons)), step):
-        part = slice(begin, begin + step)
-        values = [field[part] for field in fields]
-        pyogrio.raw.write(
-            str(out), shapely.to_wkb(polygons[part]), values, ["class_id", "class", "color", "area"], layer="map",
-            crs=crs, geometry_type="Polygon", driver="GeoJSON" if geojson else "GPKG", append=begin > 0, **options,
-        )  # fmt: skip
+    written, begun = 0, False
+    with open_raster(str(map_)) as dataset:
+        crs, projection = dataset.crs.to_wkt() if dataset.crs else None, _equal_area_projection(dataset)
+        geojson = out.suffix == ".geojson"
+        options: dict[str, Any] = {"RFC7946": "YES"} if geojson and crs else {}
+        outlines = _outlines(dataset, min_area)
+        while (part := list(islice(outlines, None if geojson else CHUNK))) or not begun:
+            polygons = np.array([polygon for polygon, _ in part], object)
+            ids = np.array([number for _, number in part], np.int32)
+            names = np.array([classes.names[number] for number in ids], object)
+            colors = np.array(["#{:02x}{:02x}{:02x}".format(*classes.colors[number]) for number in ids], object)
+            areas = shapely.area(shapely.transform(polygons, projection))
+            pyogrio.raw.write(
+                str(out), shapely.to_wkb(polygons), [ids, names, colors, areas], ["class_id", "class", "color", "area"],
+                layer="map", crs=crs, geometry_type="Polygon", driver="GeoJSON" if geojson else "GPKG",
+                append=begun, **options,
+            )  # fmt: skip
+            written, begun = written + len(part), True
+    return written
+
+
+def _outlines(dataset: Any, min_area: int) -> Iterator[tuple[Any, int]]:
+    """Yield polygon and class id of each area of a map."""
+    import shapely
+
+    transform = dataset.transform
+    least = min_area * abs(transform.determinant) * (1 - 1e-6)  # a square's area is rounded
+    band = dataset.read(1)
+    for shape, number in shapes(band, mask=band != IGNORE, transform=transform):
+        outer, *holes = shape["coordinates"]
+        if shapely.area(shapely.polygons(outer)) >= least:
+            large = [hole for hole in holes if shapely.area(shapely.polygons(hole)) >= least]
+            yield shapely.polygons(outer, [shapely.linearrings(hole) for hole in large] or None), int(number)
 
 
 def _damage(out: Path, count: int) -> str:
@@ -108,17 +108,8 @@ def _damage(out: Path, count: int) -> str:
             state = base.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if state != "ok":
             return str(state)
-    written = pyogrio.raw.read(out, columns=[], return_fids=True)[1]
+    written = pyogrio.raw.read(out, columns=[], return_fids=True, read_geometry=False)[1]
     return "" if len(written) == count else "it is incomplete"
-
-
-def _areas(polygons: list[Any], projection: Projection) -> NDArray[np.float64]:
-    """Return the area of each polygon, in square meters."""
-    import shapely
-
-    chunks = (polygons[begin : begin + CHUNK] for begin in range(0, len(polygons), CHUNK))
-    areas = [shapely.area(shapely.transform(np.array(chunk, object), projection)) for chunk in chunks]
-    return np.concatenate([np.zeros(0), *areas])
 
 
 def _equal_area_projection(dataset: Any) -> Projection:
