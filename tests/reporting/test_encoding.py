@@ -10,7 +10,7 @@ from PIL import Image
 from overfly.core.classes import PALETTE, Classes
 from overfly.core.records import IGNORE
 from overfly.data.loveda import LoveDA
-from overfly.reporting.figures import accessible_colors, data_uri, encode_png, encode_webp, thumbnail
+from overfly.reporting.figures import accessible_colors, data_uri, encode_image, encode_png, thumbnail
 
 DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))
 PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
@@ -75,4 +75,4 @@ def test_thumbnails_are_never_enlarged() -> None:
     assert thumbnail(np.zeros((100, 50), np.uint8), 20).shape == (20, 10)
     assert thumbnail(np.zeros((10, 8, 3), np.uint8), 20).shape == (10, 8, 3)
     assert thumbnail(np.zeros((30, 300, 5), np.uint16), 20).shape == (2, 20, 3)
-    assert data_uri(encode_webp(np.zeros((4, 4, 3), np.uint8))).startswith("data:image/webp;base64,")
+    assert data_uri(encode_image(Image.new("RGB", (4, 4)), "WEBP")).startswith("data:image/webp;base64,")

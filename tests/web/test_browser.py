@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rasterio.warp
 from PIL import Image
+from rasterio import Affine
 
 from overfly.video.player import LatestFrame
 from overfly.web.server import BackgroundServer, application, serve_stream, start
@@ -247,3 +251,65 @@ def test_a_deep_scene_is_mapped_with_fields_and_its_pixels_are_read(wide: Any, t
         assert wide.evaluate("document.documentElement.scrollWidth <= innerWidth")
     finally:
         running.stop()
+
+
+def _checkerboard(x: Any, y: Any) -> Any:
+    """0 and 255 in squares of 100 meters of Web Mercator."""
+    return ((np.floor(x / 100) + np.floor(y / 100)) % 2 * 255).astype(np.uint8)
+
+
+class Tiles(BaseHTTPRequestHandler):
+    """Tiles of a base map that shows the checkerboard."""
+
+    def do_GET(self) -> None:
+        zoom, column, row = map(int, self.path.removesuffix(".png").strip("/").split("/"))
+        world = 2 * np.pi * 6378137
+        at = (np.arange(256) + 0.5) / 256
+        x, y = ((position + at) * world / 2**zoom - world / 2 for position in (column, row))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(encoded(np.repeat(_checkerboard(x[None], -y[:, None])[..., None], 3, -1)))
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_a_base_map_fits_the_image(wide: Any, tmp_path: Path) -> None:
+    grid = Affine(1.5, 0, 270_000, 0, -1.5, 5_600_000)  # turned by 2.4 degrees against Web Mercator
+    centers = rasterio.transform.xy(grid, *np.indices((500, 600)).reshape(2, -1))
+    x, y = rasterio.warp.transform("EPSG:32633", "EPSG:3857", *centers)
+    image = np.repeat(_checkerboard(np.array(x), np.array(y)).reshape(1, 500, 600), 3, 0)
+    scene = write(tmp_path / "scene.tif", image, crs="EPSG:32633", transform=grid)
+    tiles = ThreadingHTTPServer(("127.0.0.1", 0), Tiles)
+    threading.Thread(target=tiles.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{tiles.server_port}"
+    running = start(application([network()], scenes=[scene], base_map=f"{address}/{{z}}/{{x}}/{{y}}.png"))
+    contacted: list[str] = []
+    wide.on("request", lambda request: contacted.append(request.url))
+    try:
+        wide.goto(running.address)
+        wide.click("[data-scene]")
+        wide.wait_for_url("**/map/*")
+        wide.wait_for_selector("img.leaflet-tile-loaded")
+        wide.check("[value=image]")
+        wide.wait_for_load_state("networkidle")
+
+        def shown() -> Any:
+            pixels = np.asarray(Image.open(io.BytesIO(wide.locator("#map").screenshot())).convert("L")) > 127
+            top, left = pixels.shape[0] // 2 - 80, pixels.shape[1] // 2 - 100
+            return pixels[top : top + 160, left : left + 200]
+
+        own = shown()
+        assert not any(url.startswith(address) for url in contacted), "it is off at first"
+        wide.check("#base-map")
+        wide.uncheck("#image")
+        wide.wait_for_selector("canvas.leaflet-tile-loaded")
+        wide.wait_for_load_state("networkidle")
+        wide.wait_for_timeout(500)  # tiles fade in
+        assert 0.2 < own.mean() < 0.8
+        assert (shown() == own).mean() > 0.95
+        assert address.removeprefix("http://") in wide.inner_text(".leaflet-control-attribution")
+    finally:
+        running.stop()
+        tiles.shutdown()
+        tiles.server_close()

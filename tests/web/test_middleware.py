@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from overfly.core.errors import RecipeError
 from overfly.web import server
 from overfly.web.server import AccessMiddleware, BodyLimitMiddleware, application
 from overfly.web.service import Limits
@@ -210,3 +211,18 @@ def test_many_requests_at_once_are_answered_or_refused(running: tuple[str, int])
     assert set(statuses) <= {200, 429, 503}
     assert statuses[200]
     assert httpx.get(f"http://127.0.0.1:{running[1]}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "address", ["a.org/{z}/{x}/{y}", "https://a.org/{z}/{x}", "ftp://a/{z}/{x}/{y}", "https://a b/{z}/{x}/{y}",
+                "https://a;script-src */{z}/{x}/{y}"],
+)  # fmt: skip
+def test_a_base_map_is_an_address_of_tiles(address: str) -> None:
+    with pytest.raises(RecipeError, match=r"--base-map must be an address like https://.*\{y\}\.png, got"):
+        application([], base_map=address)
+
+
+def test_images_of_the_base_map_alone_are_permitted() -> None:
+    for base_map, images in ((None, " "), ("https://a.org:81/{z}/{x}/{y}?key=1", " https://a.org:81")):
+        headers = TestClient(application([], base_map=base_map), base_url="http://127.0.0.1").get("/health").headers
+        assert f"img-src 'self' data: blob:{images};" in headers["content-security-policy"]

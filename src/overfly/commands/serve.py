@@ -26,9 +26,10 @@ MAX_REASONS = 3
 
 
 def serve(
-    networks: PathLikes, *, scenes: PathLikes | None = None, watch: str | None = None, watch_size: int | None = None,
-    host: str = "127.0.0.1", port: int = 8000, token: str | None = None, backend: Backend = "auto",
-    device: str = "auto", upload: int = 64, megapixels: float = 9.0, seconds: float = 60.0, queue: int = 16,
+    networks: PathLikes, *, scenes: PathLikes | None = None, base_map: str | None = None, watch: str | None = None,
+    watch_size: int | None = None, host: str = "127.0.0.1", port: int = 8000, token: str | None = None,
+    backend: Backend = "auto", device: str = "auto", upload: int = 64, megapixels: float = 9.0, seconds: float = 60.0,
+    queue: int = 16,
 ) -> str:  # fmt: skip
     """Serve networks in a browser and over HTTP, until Ctrl-C.
 
@@ -39,6 +40,7 @@ def serve(
         networks: runs, folders of runs, weights files (.safetensors) or exported files.
         scenes: images of any size on this machine that the page lists, or folders of them; may be repeated: --scenes A
             --scenes B. Their maps are kept in the cache folder.
+        base_map: address of tiles in Web Mercator, with {z}, {x} and {y}, which the page offers as a background.
         watch: a video, a camera, an address or a folder of images, shown live with the predictions of the first network
             (extra: stream).
         watch_size: longest side in pixels to which its frames are shrunk for the network.
@@ -70,10 +72,12 @@ def serve(
     served = served_networks(networks, backend, device)
     images = _list_scenes([Path(scene) for scene in scenes or ()])
     with (
-        live_stream(watch, served[0].load, watch_size) as latest_frame,
+        live_stream(watch, served[0].load, watch_size) as frame,
         contextlib.closing(server.bind(host, port)) as bound,
     ):
-        app = server.application(served, limits=limits, token=token, latest_frame=latest_frame, scenes=images)
+        app = server.application(
+            served, limits=limits, token=token, latest_frame=frame, scenes=images, base_map=base_map
+        )
         address: str = server.socket_url(bound)
         print(f"overfly: {len(served)} network(s) at {address}; Ctrl-C stops it", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -301,11 +301,6 @@ def thumbnail(image: Array, side: int) -> UInt8:
     return np.asarray(shown)
 
 
-def encode_webp(image: UInt8) -> bytes:
-    """Encode an image (H, W, 3) as WebP."""
-    return encode_image(Image.fromarray(image), "WEBP", quality=78, method=4)
-
-
 def encode_png(ids: UInt8, classes: Classes, *, transparent: bool = False) -> bytes:
     """Encode class ids (H, W) as a palette PNG; pixels without a class are striped, or ``transparent``."""
     table = classes.paint(np.arange(256).astype(np.uint8))

@@ -1,6 +1,7 @@
 """Collect a report from run folders, and render it as a self-contained HTML file of at most 5 MB."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,6 +12,7 @@ import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from overfly.adaptation.selection import BASELINE, COLUMNS, LEGEND, Comparison, Selection, is_comparison
 from overfly.benchmarking import BenchmarkRow, benchmark_rows
@@ -18,7 +20,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import OverflyError, RunError
 from overfly.core.progress import percent
 from overfly.core.records import UInt8
-from overfly.data.domain import SPLITS, Split
+from overfly.data.domain import Split
 from overfly.evaluation.speed import Speed, measure_speed
 from overfly.models.network import build
 from overfly.recipe import Recipe, with_seed
@@ -131,7 +133,8 @@ def _embed(samples: SampleSet, side: int, *, own_colors: bool) -> dict[str, Any]
 
     images = []
     for sample in samples.images:
-        tiles = [("image", figures.data_uri(figures.encode_webp(figures.thumbnail(sample.image, side))), "")]
+        image = Image.fromarray(figures.thumbnail(sample.image, side))
+        tiles = [("image", figures.data_uri(figures.encode_image(image, "WEBP", quality=78, method=4)), "")]
         if sample.label is not None:
             tiles.append(tile("label", sample.label))
         for name, ids in sample.predictions.items():
@@ -195,12 +198,6 @@ def recipe_title(recipe: Recipe) -> str:
     return f"{recipe.method.name.replace('_', ' ')}, {domains}"
 
 
-def scored_split(runs: Sequence[Run]) -> Split:
-    """Return the split on which most runs were scored; val if none was."""
-    counts = {split: sum(f"{role}/{split}" in run.scores for run in runs for role in ROLES) for split in SPLITS}
-    return max(("val", "test", "train"), key=lambda split: counts[split])
-
-
 def collect_report(
     paths: Sequence[Path | str], *, title: str, split: Split | None, labels: bool, limit: int, speed: bool, size: int,
     device: torch.device, own_colors: bool,
@@ -208,7 +205,9 @@ def collect_report(
     """Collect the content of a report; the options are those of `overfly report`."""
     runs = find_runs(paths)
     groups = group_by_recipe(runs)
-    split = split or scored_split(runs)
+    counts = Counter(key.partition("/")[2] for run in runs for key in run.scores)
+    by_count: list[Split] = sorted(("val", "test", "train"), key=lambda name: -counts[name])
+    split = split or by_count[0]
     galleries = _galleries(groups, labels, limit, device) if limit else []
     rows = dict(zip(groups, benchmark_rows(groups, split), strict=True))
     adapted = [name for name, group in groups.items() if group[0].recipe.method.name != "source_only"]

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import rasterio
 import rasterio.shutil
 import rasterio.warp
@@ -43,6 +44,7 @@ MAX_OVERVIEW = 2048
 """Longest side of the smallest overview from which an image is shown; without such a one it is copied first."""
 PREDICTED = 0.95
 """Share of a map's progress at which its rows are predicted, and its files are written."""
+Place = tuple[float, float]
 
 
 @dataclass(eq=False)
@@ -93,6 +95,10 @@ class ServedMap:
             )  # fmt: skip
             shares = class_shares(self.file(index), self.classes(index))
             predictions.append(api.summarize_prediction(network, shares))
+        with open_raster(self.file(0)) as dataset:
+            rows, columns = (np.linspace(0, side, 9) for side in dataset.shape)
+            points = [(row, column) for row in rows for column in columns]
+            self.summary.mercator = _transformed(dataset, points, "EPSG:3857")
         self.summary.predictions, self.summary.progress = predictions, 1.0
 
     def _displayed(self) -> Path:
@@ -144,19 +150,20 @@ class ServedMap:
             predictions.append(
                 api.PixelPrediction(network=network.key, name=name, probability=values[1], uncertainty=values[2])
             )
-        coordinates = degrees = None
         with open_raster(self.file(0)) as dataset:
-            if not dataset.transform.is_identity:
-                coordinates = dataset.xy(row, column)
-                with suppress(Exception):  # rasterio has its own errors for a local system
-                    place = rasterio.warp.transform(dataset.crs, "EPSG:4326", *([each] for each in coordinates))
-                    degrees = (place[0][0], place[1][0])
-        return PixelSummary(coordinates=_finite(coordinates), degrees=_finite(degrees), predictions=predictions)
+            own, degrees = (_transformed(dataset, [(row + 0.5, column + 0.5)], crs) for crs in ("", "EPSG:4326"))
+        return PixelSummary(coordinates=own and own[0], degrees=degrees and degrees[0], predictions=predictions)
 
 
-def _finite(place: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return coordinates, or None if they are not finite, which JSON cannot hold."""
-    return place if place is not None and math.isfinite(sum(place)) else None
+def _transformed(dataset: rasterio.DatasetReader, points: list[Place], crs: str) -> list[Place] | None:
+    """Return coordinates of pixel positions (row, column), in the dataset's system or in ``crs``; None if unknown."""
+    if dataset.transform.is_identity:
+        return None
+    with suppress(Exception):  # rasterio has its own errors for a local system
+        own = dataset.xy(*zip(*points, strict=True), offset="ul")
+        places = rasterio.warp.transform(dataset.crs, crs, *own) if crs else own
+        return list(zip(*places, strict=True)) if np.isfinite(places).all() else None  # JSON holds finite numbers
+    return None
 
 
 class _Maps(LRUCache[str, ServedMap]):

@@ -162,14 +162,10 @@ def _add_map_routes(routes: APIRouter, service: InferenceService, store: MapStor
         return _stored_map(store, key).summary
 
     @routes.get(
-        "/maps/{key}/file",
-        response_class=Response,
-        responses=api.UPLOAD_PROBLEMS | api.binary(*KINDS.values()),
+        "/maps/{key}/file", response_class=Response, responses=api.UPLOAD_PROBLEMS | api.binary(*KINDS.values())
     )
     async def get_file(
-        key: api.MapKey,
-        network: Annotated[str, Query(max_length=64)],
-        output: Literal["png", "tiff", "gpkg"] = "tiff",
+        key: api.MapKey, network: Annotated[str, Query(max_length=64)], output: Literal["png", "tiff", "gpkg"] = "tiff"
     ) -> Response:
         """Download the prediction of a network: a GeoTIFF, areas as GeoPackage, or a PNG of a small map."""
         stored = _finished_map(store, key)
@@ -319,7 +315,9 @@ def _attachment(data: bytes, kind: Literal["png", "tiff"]) -> Response:
     return Response(data, media_type=KINDS[kind], headers={"content-disposition": f'attachment; filename="{name}"'})
 
 
-def page_router(service: InferenceService, store: MapStore, latest_frame: LatestFrame | None) -> APIRouter:
+def page_router(
+    service: InferenceService, store: MapStore, latest_frame: LatestFrame | None, base_map: str | None
+) -> APIRouter:
     """Return the routes of all pages; ``latest_frame`` is None without a live stream."""
     routes = APIRouter(default_response_class=HTMLResponse)
     templates = environment(Path(__file__).parent / "templates")
@@ -342,7 +340,7 @@ def page_router(service: InferenceService, store: MapStore, latest_frame: Latest
 
     @routes.get("/map/{key}")
     def show_map(key: str) -> HTMLResponse:
-        return page("map", key=key) if store.get(key) is not None else page("map_not_found", 404)
+        return page("map", key=key, base_map=base_map) if store.get(key) is not None else page("map_not_found", 404)
 
     @routes.get("/compare")
     def compare(one: Annotated[str, Query(max_length=64)], other: Annotated[str, Query(max_length=64)]) -> HTMLResponse:

@@ -29,13 +29,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from overfly import __version__
-from overfly.core.errors import OverflyError, RecipeError
+from overfly.core.errors import OverflyError, RecipeError, printable
 from overfly.video.player import LatestFrame
 from overfly.web.maps import MapStore
 from overfly.web.routes import api_router, page_router
 from overfly.web.service import GRACE, InferenceService, Limits, RequestTimeoutError, ServedNetwork
 
 STATIC = Path(__file__).parent / "static"
+BASE_MAP = r"https?://[\w.:\[\]-]+/(?=.*\{z\})(?=.*\{x\})(?=.*\{y\})\S+"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 REQUEST_PARTS = {"body": "form field", "query": "parameter", "path": "part of the address", "header": "header"}
 DESCRIPTION = """
@@ -46,15 +47,18 @@ Semantic segmentation of aerial imagery. Send an image to **/predict** for its m
 
 def application(
     networks: Sequence[ServedNetwork], *, limits: Limits | None = None, token: str | None = None,
-    latest_frame: LatestFrame | None = None, scenes: Sequence[Path] = (),
+    latest_frame: LatestFrame | None = None, scenes: Sequence[Path] = (), base_map: str | None = None,
 ) -> FastAPI:  # fmt: skip
     """Build the server as an ASGI application.
 
     The first network is the default; without any, only the pages of the stream are served. ``limits`` None are the
     defaults of `Limits`. A ``token`` is required from clients; without one, only the host names 127.0.0.1 and localhost
     are accepted. ``latest_frame`` is the newest overlay of the live stream, ``scenes`` are images on this machine that
-    the page lists.
+    the page lists, ``base_map`` is the address of tiles in Web Mercator, as of `overfly serve`.
     """
+    if base_map is not None and not re.fullmatch(BASE_MAP, base_map, re.ASCII):
+        example = "https://tiles.example.org/{z}/{x}/{y}.png"
+        raise RecipeError(f"--base-map must be an address like {example}, got {printable(base_map)}")
     limits = limits or Limits()
     service, store = InferenceService(networks, limits, scenes), MapStore(limits)
 
@@ -70,14 +74,14 @@ def application(
         lifespan=lifespan,
     )  # fmt: skip
     app.include_router(api_router(service, store, latest_frame), tags=["api"])
-    app.include_router(page_router(service, store, latest_frame), include_in_schema=False)
+    app.include_router(page_router(service, store, latest_frame, base_map), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(OverflyError, _handle_error)
     app.add_exception_handler(RequestValidationError, _handle_invalid_request)
     app.add_middleware(BodyLimitMiddleware, limits=limits)
     if token is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
-    app.add_middleware(AccessMiddleware, token=token)
+    app.add_middleware(AccessMiddleware, token=token, base_map=base_map)
     meter = Instrumentator(
         should_group_status_codes=False, excluded_handlers=["^/stream$"], registry=CollectorRegistry()
     )
@@ -228,8 +232,8 @@ COOKIE = "overfly"
 PUBLIC_PATHS = ("/health",)
 """Paths without a token."""
 SECURITY_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob: "
+    "{}; connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -291,9 +295,10 @@ class BodyLimitMiddleware:
 
 
 class AccessMiddleware:
-    """Check origin and token of every request, and set security headers; ``token`` None requires no token."""
+    """Check origin and token (None: any) of requests; set security headers, which permit images of ``base_map``."""
 
-    def __init__(self, app: ASGIApp, token: str | None = None) -> None:
+    def __init__(self, app: ASGIApp, token: str | None = None, base_map: str | None = None) -> None:
+        self.image_origin = "/".join((base_map or "").split("/")[:3])
         self.app = app
         self.token = token
         self.session = hmac.new(secrets.token_bytes(32), b"session", hashlib.sha256).hexdigest()
@@ -308,7 +313,7 @@ class AccessMiddleware:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
-                    headers[name] = value
+                    headers[name] = value.format(self.image_origin)
                 headers.setdefault("cache-control", "no-store")
             await send(message)
 

@@ -223,7 +223,8 @@ class PredictionSummary(BaseModel):
 class MapSummary(BaseModel):
     """A map; tiles at `max_zoom` have full resolution. Without an error, `detail` is empty.
 
-    Of a running one, `progress` is the finished share, and predictions are empty.
+    Of a running one, `progress` is the finished share, and predictions are empty. `mercator` has the coordinates in Web
+    Mercator of a grid of 9 × 9 points, row by row, from corner to corner; null if they are unknown.
     """
 
     key: str
@@ -233,6 +234,7 @@ class MapSummary(BaseModel):
     max_zoom: int
     georeferenced: bool
     meters_per_pixel: float | None
+    mercator: list[tuple[float, float]] | None = None
     state: Literal["running", "finished", "failed"] = "running"
     detail: str = ""
     progress: float = 0.0

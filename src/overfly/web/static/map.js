@@ -1,6 +1,7 @@
 "use strict";
 // The map page: image, classes and uncertainty of one or two networks with a swipe control, class shares and downloads.
-const base = `/maps/${encodeURIComponent(document.querySelector(".maplayout").dataset.key)}`;
+const { key, baseMap } = document.querySelector(".maplayout").dataset;
+const base = `/maps/${encodeURIComponent(key)}`;
 const swipe = document.getElementById("swipe");
 const line = document.getElementById("line");
 const hidden = new Set();  // names of classes that are switched off
@@ -71,6 +72,81 @@ function addDownloads(info) {
   });
 }
 
+// Web Mercator, as shares of the world's width from its top left corner, of a position in the image's pixels; beyond the
+// image, its outermost parts are continued.
+function worldPosition(info, x, y) {
+  const parts = 8;
+  const cell = (value) => Math.min(parts - 1, Math.max(0, Math.floor(value)));
+  const [column, row] = [(x / info.width) * parts, (y / info.height) * parts];
+  const [left, top] = [cell(column), cell(row)];
+  const [right, down] = [column - left, row - top];
+  const point = (i, j) => info.mercator[(top + j) * (parts + 1) + left + i];
+  const blend = (k) => (1 - down) * ((1 - right) * point(0, 0)[k] + right * point(1, 0)[k]) + down * ((1 - right) * point(0, 1)[k] + right * point(1, 1)[k]);
+  const world = 2 * Math.PI * 6378137;
+  return [0.5 + blend(0) / world, 0.5 - blend(1) / world];
+}
+
+// A layer of tiles from elsewhere, drawn into the grid of the image's pixels.
+function addBaseMap(map, info, image) {
+  const host = new URL(baseMap).host;
+  const images = new Map();
+  const load = (z, x, y) => {
+    const address = baseMap.replaceAll("{z}", z).replaceAll("{x}", x).replaceAll("{y}", y);
+    if (!images.has(address)) {
+      images.set(address, new Promise((resolve) => {
+        const tile = new Image();
+        tile.referrerPolicy = "origin";
+        tile.onload = () => resolve(tile);
+        tile.onerror = () => { images.delete(address); resolve(null); };
+        tile.src = address;
+      }));
+    }
+    return images.get(address);
+  };
+  const draw = async (canvas, coords) => {
+    const side = 256 * 2 ** (info.max_zoom - coords.z);
+    const at = (i, j) => worldPosition(info, (coords.x + i) * side, (coords.y + j) * side);
+    const [origin, alongX, alongY] = [at(0, 0), at(1, 0), at(0, 1)];
+    const extent = Math.max(Math.hypot(alongX[0] - origin[0], alongX[1] - origin[1]), Math.hypot(alongY[0] - origin[0], alongY[1] - origin[1]));
+    const zoom = Math.min(19, Math.max(0, Math.round(Math.log2(1 / extent))));
+    const count = 2 ** zoom;
+    const scaled = (point) => point.map((value) => value * count);
+    const [o, u, v] = [origin, alongX, alongY].map(scaled);
+    const corners = [o, u, v, [u[0] + v[0] - o[0], u[1] + v[1] - o[1]]];
+    const range = (k) => [Math.floor(Math.min(...corners.map((corner) => corner[k]))), Math.floor(Math.max(...corners.map((corner) => corner[k])))];
+    const [[west, east], [north, south]] = [range(0), range(1)];
+    const context = canvas.getContext("2d");
+    const shape = new DOMMatrix([(u[0] - o[0]) / 256, (u[1] - o[1]) / 256, (v[0] - o[0]) / 256, (v[1] - o[1]) / 256, o[0] - west, o[1] - north]).inverse();
+    const places = [];
+    for (let y = Math.max(0, north); y <= Math.min(count - 1, south); y += 1) {
+      for (let x = west; x <= east && places.length < 64; x += 1) places.push([x, y]);
+    }
+    const loaded = await Promise.all(places.map(([x, y]) => load(zoom, ((x % count) + count) % count, y)));
+    context.setTransform(shape);
+    loaded.forEach((tile, index) => {
+      if (tile) context.drawImage(tile, places[index][0] - west, places[index][1] - north, 1 + 1 / 256, 1 + 1 / 256);
+    });
+    if (places.length && !loaded.some(Boolean)) throw new Error(`the base map of ${host} cannot be loaded`);
+  };
+  const Layer = L.GridLayer.extend({
+    createTile(coords, done) {
+      const canvas = L.DomUtil.create("canvas");
+      canvas.width = canvas.height = 256;
+      draw(canvas, coords).then(() => done(null, canvas), (error) => done(error, canvas));
+      return canvas;
+    },
+  });
+  map.createPane("base").style.zIndex = 150;
+  const corner = (x, y) => map.unproject([x * info.width, y * info.height], info.max_zoom);
+  const bounds = L.latLngBounds(corner(-1, 2), corner(2, -1));
+  const layer = new Layer({ bounds, noWrap: true, minZoom: -2, maxZoom: info.max_zoom + 4, pane: "base", attribution: `Base map: ${host}` });
+  layer.on("tileerror", ({ error }) => { document.getElementById("hint").textContent = `${error.message}.`; });
+  const connect = (id, shown) => document.getElementById(id).addEventListener("change", ({ target }) => { if (target.checked) shown.addTo(map); else shown.remove(); });
+  connect("image", image);
+  connect("base-map", layer);
+  document.getElementById("background").hidden = false;
+}
+
 function showMap(info) {
   const meters = (info.meters_per_pixel || 1) * 2 ** info.max_zoom;
   const crs = L.extend({}, L.CRS.Simple, { distance: (from, to) => meters * L.CRS.Simple.distance(from, to) });
@@ -81,7 +157,8 @@ function showMap(info) {
   const bounds = L.latLngBounds(corner(0, info.height), corner(info.width, 0));
   const settings = { bounds, noWrap: true, tileSize: 256, minNativeZoom: 0, maxNativeZoom: info.max_zoom, minZoom: -2, maxZoom: info.max_zoom + 4 };
   const tiles = (layer, query, pane) => L.tileLayer(`${base}/tiles/${layer}/{z}/{x}/{y}?${new URLSearchParams(query)}`, { ...settings, pane });
-  tiles("image", {}, "tilePane").addTo(map);
+  const image = tiles("image", {}, "tilePane").addTo(map);
+  if (baseMap && info.mercator) addBaseMap(map, info, image);
   const panes = info.predictions.map((_, index) => {
     const pane = map.createPane(`prediction-${index}`);
     pane.style.zIndex = 250 + index;
