@@ -48,8 +48,10 @@ docs: $(READY)  ## Generate the reference, the method pages and the catalog
 	$(BIN)/python docs/methods.py
 	$(BIN)/python docs/licenses.py
 
-fuzz: $(READY)  ## Feed 100,000 damaged files to the readers (ten minutes)
+fuzz: $(READY)  ## Feed 100,000 damaged files to the readers, then inputs that reach new code (half an hour)
 	PYTHONPATH=src:tests $(BIN)/python tests/fuzzing.py --inputs 100000
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	PYTHONPATH=src:tests $(BIN)/python tests/coverage_fuzzing.py
 
 faults: $(READY)  ## Make every write, rename and fsync fail (hours; needs gcc)
 	mkdir -p .pytest_cache

@@ -1,11 +1,13 @@
-"""A small file server on 127.0.0.1 that can be as unreliable as real ones, for tests."""
+"""A small file server on 127.0.0.1 that can be as unreliable as real ones, and archives in LoveDA's layout."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from overfly.core import download
+from overfly.data import loveda
+from overfly.data.domain import Split
+from overfly.data.loveda import LOVEDA
 
 PIECE = 4096
+FOLDERS: dict[Split, str] = {"train": "Train", "val": "Val", "test": "Test"}
 
 
 @dataclass
@@ -89,6 +95,26 @@ def md5(body: bytes) -> str:
 
 def sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
+
+
+def archive_of(split: Split, *, urban: int = 3, rural: int = 2, masks: bool = True) -> bytes:
+    """A zip as LoveDA's, with files that are images in name only."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for scene, count in (("Urban", urban), ("Rural", rural)):
+            for number in range(count):
+                name = f"{FOLDERS[split]}/{scene}/{{}}/{number}.png"
+                archive.writestr(name.format("images_png"), f"{split} {scene} {number}" * 200)
+                if masks and split != "test":
+                    archive.writestr(name.format("masks_png"), b"mask")
+    return packed.getvalue()
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, server: FileServer, made: dict[Split, bytes]) -> None:
+    known = {split: old._replace(md5=md5(made[split])) if split in made else old for split, old in LOVEDA.items()}
+    monkeypatch.setattr(loveda, "LOVEDA", known)
+    for split, body in made.items():
+        server.add(f"{FOLDERS[split]}.zip", body)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -10,30 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from fileserver import FileServer, Served, md5, serving
+from fileserver import FOLDERS, FileServer, Served, archive_of, md5, publish, serving
 from overfly.core.errors import DataError, DownloadError
 from overfly.data import loveda
 from overfly.data.domain import Split
 from overfly.data.loveda import LOVEDA, Archive, LoveDA, download_loveda
 
-FOLDERS: dict[Split, str] = {"train": "Train", "val": "Val", "test": "Test"}
-
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def archive_of(split: Split, *, urban: int = 3, rural: int = 2, masks: bool = True) -> bytes:
-    """A zip as LoveDA's, with files that are images in name only."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for scene, count in (("Urban", urban), ("Rural", rural)):
-            for number in range(count):
-                name = f"{FOLDERS[split]}/{scene}/{{}}/{number}.png"
-                archive.writestr(name.format("images_png"), f"{split} {scene} {number}" * 200)
-                if masks and split != "test":
-                    archive.writestr(name.format("masks_png"), b"mask")
-    return packed.getvalue()
 
 
 @pytest.fixture
@@ -49,13 +34,6 @@ def bodies(file_server: FileServer, monkeypatch: pytest.MonkeyPatch) -> dict[Spl
     monkeypatch.setenv("OVERFLY_LOVEDA_URL", f"{file_server.address}/")
     publish(monkeypatch, file_server, made)
     return made
-
-
-def publish(monkeypatch: pytest.MonkeyPatch, server: FileServer, made: dict[Split, bytes]) -> None:
-    known = {split: old._replace(md5=md5(made[split])) if split in made else old for split, old in LOVEDA.items()}
-    monkeypatch.setattr(loveda, "LOVEDA", known)
-    for split, body in made.items():
-        server.add(f"{FOLDERS[split]}.zip", body)
 
 
 def requested(server: FileServer) -> list[str]:

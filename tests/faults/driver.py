@@ -2,6 +2,7 @@
 
     gcc -shared -fPIC -o shim.so tests/faults/shim.c -ldl
     LD_PRELOAD=$PWD/shim.so PYTHONPATH=src:tests:tests/faults python tests/faults/driver.py [SCENARIO …] [--most 1000]
+    PYTHONPATH=src:tests:tests/faults python tests/faults/driver.py [SCENARIO …] --random 20
 
 Every case runs in a forked child, in a copy of the scenario's folder. It must succeed, be killed, or raise an error
 that the command line prints as one sentence. Then its files are whole or absent, and the same work done again without a
@@ -17,39 +18,26 @@ import hashlib
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
+from scenarios import SCENARIOS, Scenario
 
 import small_network  # noqa: F401 - registers the network
-from fake_hub import FakeHub, fake_hub
-from overfly import adapt, benchmark, train
 from overfly.adaptation import pipeline
-from overfly.adaptation.selection import Comparison
-from overfly.core.atomic_files import TRAILER, TRAILER_BYTES
 from overfly.core.errors import OverflyError
-from overfly.data import loading
-from overfly.data.domain import Domain
-from overfly.data.synthetic import write_synthetic
-from overfly.exporting import exporter, hub
-from overfly.exporting.predictor import ExportSettings, model_metadata
-from overfly.exporting.runtimes import check_export
-from overfly.models.segmenter import Segmenter
-from overfly.raster.manifest import MapSettings
-from overfly.raster.map_raster import map_raster
-from overfly.recipe import load
-from overfly.training.run import Run
-from random_networks import random_network
-from rasters import ids, noise, pointwise, write
+from overfly.exporting import exporter
 
 CALLS = {"write": 1, "rename": 2, "fsync": 4, "create": 8}
 KILL, SHORT = -1, -2
@@ -59,8 +47,6 @@ FAULTS = {
     "EACCES": (errno.EACCES, ("create", "rename")), "short write": (SHORT, ("write",)),
 }  # fmt: skip
 """Faults, and the calls that they befall."""
-
-
 IMPORTED = (
     "huggingface_hub.hf_api", "huggingface_hub.repocard",
     "kornia", "lightning_fabric.strategies.ddp", "matplotlib.figure", "overfly.reporting.report",
@@ -68,199 +54,6 @@ IMPORTED = (
     "torch._inductor.compile_fx",
 )  # fmt: skip
 """Modules that the work imports late, imported once for all children."""
-
-
-class Scenario(NamedTuple):
-    """Work in a folder.
-
-    Attributes:
-        prepare: writes what the work needs.
-        act: does the work, and returns its content.
-        check: raises unless every file of the work is whole or absent.
-    """
-
-    prepare: Callable[[Path], object]
-    act: Callable[[Path], bytes]
-    check: Callable[[Path], object]
-
-
-def save_weights(folder: Path) -> bytes:
-    network = random_network("small_network")
-    network.mean += 1
-    return network.save(folder / "w.safetensors").read_bytes()
-
-
-WORLD: dict[str, Any] = {"name": "synthetic", "scene": "urban", "size": 64, "train": 4, "val": 2, "test": 2}
-RECIPE = {"source": WORLD, "model": "small_network", "optim": {"name": "sgd", "lr": 0.01}, "crop": 64, "batch": 2}
-
-
-def train_run(folder: Path) -> bytes:
-    run = train(load(RECIPE, "steps=3"), out=folder, device="cpu", quiet=True, checkpoint_every=1).run
-    return b"".join(tensor.numpy().tobytes() for tensor in run.segmenter().state_dict().values())
-
-
-def check_runs(folder: Path) -> None:
-    for file in folder.glob("*/recipe.yaml"):
-        run = Run.open(file.parent)
-        assert run.recipe
-        assert list(run.log.rows()) or not run.scores
-        run.whole_checkpoint()
-        if run.weights.exists():
-            Segmenter.load(run.weights)
-
-
-def export(folder: Path) -> bytes:
-    segmenter, image = random_network("small_network"), np.full((1, 3, 64, 64), 100, np.float32)
-    metadata = model_metadata(segmenter, window=64)
-    data = exporter.EvaluationData([image], [image], None, "gray")
-    file, report = exporter.export(
-        segmenter, metadata, ExportSettings(format="torch"), data, folder=folder, name="net", on_progress=lambda _: None
-    )
-    assert check_export(file)
-    return str(report.parity[0].agreement).encode()
-
-
-def check_exports(folder: Path) -> None:
-    if (folder / "net.pt2").exists():
-        assert check_export(folder / "net.pt2")
-
-
-def make_map(folder: Path) -> bytes:
-    settings = MapSettings(window=64, uncertainty=True)
-    map_raster(pointwise(), str(folder / "scene.tif"), folder / "map.tif", settings, network="none")
-    return ids(folder / "map.tif").tobytes() + ids(folder / "map_uncertainty.tif").tobytes()
-
-
-def check_map(folder: Path) -> None:
-    for name in ("map.tif", "map_uncertainty.tif"):
-        if (folder / name).exists():
-            assert ids(folder / name).shape == (200, 150)
-
-
-def report(folder: Path) -> bytes:
-    from overfly.commands.train import report as write_report
-
-    write_report([next(folder.glob("*/recipe.yaml")).parent], out=folder / "report.html", images=0, speed=False)
-    check_report(folder)
-    return b"written"
-
-
-def check_report(folder: Path) -> None:
-    if (folder / "report.html").exists():
-        assert (folder / "report.html").read_text().rstrip().endswith("</html>")
-
-
-def synthesize(folder: Path) -> bytes:
-    write_synthetic(folder / "world", size=16, train=1, val=1, test=1)
-    return b"".join(file.read_bytes() for file in sorted((folder / "world").rglob("*.png")))
-
-
-def move_from_hub(folder: Path) -> bytes:
-    """The part of `hub load` after the download."""
-    shutil.copytree(folder / "downloaded", folder / "copy", dirs_exist_ok=True)
-    files = hub._move_exports(folder / "copy", folder / "out", "me/net")
-    return files[0].read_bytes()
-
-
-def check_hub(folder: Path) -> None:
-    check_exports(folder / "out")
-
-
-def prepare_hub(folder: Path) -> None:
-    (folder / "downloaded").mkdir()
-    export(folder / "downloaded")
-
-
-def push_to_hub(folder: Path) -> bytes:
-    """Push an export; its card is written to a temporary folder first."""
-    (folder / "tmp").mkdir(exist_ok=True)
-    tempfile.tempdir = str(folder / "tmp")
-    with fake_hub() as address:
-        try:
-            hub.push(folder / "downloaded" / "net.pt2", "me/net", endpoint=address)
-        except OverflyError:
-            assert not FakeHub.files  # one commit holds all files
-            raise
-        return b"".join(name.encode() + data for name, data in sorted(FakeHub.files.items()))
-
-
-def fill_cache(folder: Path) -> bytes:
-    """Decoded images and masks, by way of a cache folder."""
-    domain = Domain.model_validate({"name": "loveda", "root": str(folder / "world"), "scene": "urban"})
-    loading._VERIFIED.clear()  # as in a new process
-    arrays = [loading.open_image(domain, item, None, folder / "cache") for item in domain.items("train")]
-    return b"".join(np.asarray(array).tobytes() for pair in arrays for array in pair)
-
-
-def check_cache(folder: Path) -> None:
-    for file in folder.glob("cache/**/*.npy"):
-        assert file.read_bytes()[-TRAILER_BYTES:].startswith(TRAILER)
-
-
-def adapt_run(folder: Path) -> bytes:
-    target = {**WORLD, "scene": "rural"}
-    recipe = load({**RECIPE, "target": target, "start": {**RECIPE, "steps": 2}}, "method=multiscale_self_training")
-    path = adapt(recipe, "steps=2", out=folder, device="cpu", quiet=True, checkpoint_every=1).path
-    comparison = Comparison(path)
-    tensors = Segmenter.load(comparison.weights).state_dict().values()
-    return comparison.selection.recommended.encode() + b"".join(tensor.numpy().tobytes() for tensor in tensors)
-
-
-def check_comparisons(folder: Path) -> None:
-    check_runs(folder)
-    for comparison in Comparison.find_all(folder):
-        assert comparison.selection.candidates
-    for file in folder.glob("*_comparison*/*.safetensors"):
-        Segmenter.load(file)
-
-
-def benchmark_run(folder: Path) -> bytes:
-    load(RECIPE, "steps=2").save(folder / "benchmark.yaml")
-    table = benchmark([folder / "benchmark.yaml"], seeds="1", out=folder, size=64, device="cpu", quiet=True).table
-    return table.model_dump_json(include={"seeds": True, "rows": {0: {"miou": True}}}).encode()
-
-
-def check_benchmark(folder: Path) -> None:
-    check_runs(folder)
-    if (folder / "table.json").exists():
-        assert json.loads((folder / "table.json").read_text())["rows"]
-
-
-def write_carelessly(folder: Path) -> bytes:
-    """Leave a torn file behind, and fail with a traceback on a full disk."""
-    try:
-        with (folder / "a").open("wb", buffering=0) as file:
-            for _ in range(4):
-                file.write(b"12345678")
-    except OSError:
-        return bytes(1 // 0)
-    return (folder / "a").read_bytes()
-
-
-def check_careless(folder: Path) -> None:
-    assert not (folder / "a").exists() or (folder / "a").stat().st_size == 32
-
-
-SCENARIOS = {
-    "weights": Scenario(
-        lambda folder: random_network("small_network").save(folder / "w.safetensors"),
-        save_weights,
-        lambda folder: Segmenter.load(folder / "w.safetensors"),
-    ),
-    "training": Scenario(lambda _: None, train_run, check_runs),
-    "export": Scenario(lambda _: None, export, check_exports),
-    "map": Scenario(lambda folder: write(folder / "scene.tif", noise(200, 150)), make_map, check_map),
-    "report": Scenario(train_run, report, check_report),
-    "synthesize": Scenario(lambda _: None, synthesize, lambda _: None),
-    "hub": Scenario(prepare_hub, move_from_hub, check_hub),
-    "push": Scenario(prepare_hub, push_to_hub, lambda folder: check_export(folder / "downloaded" / "net.pt2")),
-    "cache": Scenario(
-        lambda folder: write_synthetic(folder / "world", size=16, train=2, val=1, test=1), fill_cache, check_cache
-    ),
-    "adapt": Scenario(lambda _: None, adapt_run, check_comparisons),
-    "benchmark": Scenario(lambda _: None, benchmark_run, check_benchmark),
-    "careless": Scenario(lambda _: None, write_carelessly, check_careless),
-}
 
 
 def in_child(work: Callable[[], bytes]) -> tuple[str, str]:
@@ -294,21 +87,24 @@ def in_child(work: Callable[[], bytes]) -> tuple[str, str]:
     return outcome, text
 
 
-def run_case(scenario: Scenario, prepared: Path, folder: Path, fault: tuple[int, int, int]) -> tuple[str, str]:
-    """Do the work with a fault (calls, number, action), look at its files, do it again."""
+def with_fault(fault: tuple[int, int, int], folder: Path, act: Callable[[Path], bytes]) -> bytes:
+    """Do work in a folder with a fault: calls, number, action."""
+    ctypes.CDLL(None).fault_arm(os.fsencode(folder), *fault)
+    return act(folder)
+
+
+def run_case(
+    scenario: Scenario, prepared: Path, folder: Path, disturb: Callable[[Path, Callable[[Path], bytes]], bytes]
+) -> tuple[str, str]:
+    """Do the work, disturbed; look at its files; do it again."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(prepared, folder)
-    shim = ctypes.CDLL(None)
-
-    def with_fault() -> bytes:
-        shim.fault_arm(os.fsencode(folder), *fault)
-        return scenario.act(folder)
 
     def look() -> bytes:
         scenario.check(folder)
         return b""
 
-    first, text = in_child(with_fault)
+    first, text = in_child(lambda: disturb(folder, scenario.act))
     if first == "failed":
         return "failed", text
     looked, problem = in_child(look)
@@ -326,6 +122,43 @@ def run_case(scenario: Scenario, prepared: Path, folder: Path, fault: tuple[int,
     return first, digest
 
 
+def with_kill(seconds: float, folder: Path, act: Callable[[Path], bytes]) -> bytes:
+    """Do work in a folder, killed by another process after a time unless it is done by then."""
+    worker, killer = os.getpid(), os.fork()
+    if not killer:
+        time.sleep(seconds)
+        os.kill(worker, signal.SIGKILL)
+        os._exit(0)
+    content = act(folder)
+    os.kill(killer, signal.SIGKILL)
+    os.waitpid(killer, 0)
+    return content
+
+
+def kill_at_random(name: str, times: int) -> dict[str, Any]:
+    """Kill a scenario's work at random times within the duration of an undisturbed one."""
+    scenario = SCENARIOS[name]
+    counts: Counter[str] = Counter()
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="overfly-faults-") as root:
+        prepared, folder = Path(root).resolve() / "prepared", Path(root).resolve() / "case"
+        prepared.mkdir()
+        in_child(lambda: str(scenario.prepare(prepared)).encode())
+        shutil.copytree(prepared, folder)
+        started = time.monotonic()
+        outcome, expected = in_child(lambda: scenario.act(folder))
+        duration = time.monotonic() - started
+        for number in range(times):
+            seconds = random.Random(number).uniform(0, duration)
+            outcome, text = run_case(scenario, prepared, folder, partial(with_kill, seconds))
+            if outcome != "failed" and text != expected:
+                outcome, text = "failed", f"other content after {outcome}: {text}"
+            counts[outcome] += 1
+            if outcome == "failed":
+                problems.append(f"kill after {seconds:.3f} s: {text}")
+    return {"scenario": name, "seconds": round(duration, 1), **counts, "problems": problems}
+
+
 def run_scenario(name: str, most: int, faults: list[str]) -> dict[str, Any]:
     """All cases of a scenario, or ``most`` evenly spaced ones of each fault and call."""
     scenario = SCENARIOS[name]
@@ -335,19 +168,17 @@ def run_scenario(name: str, most: int, faults: list[str]) -> dict[str, Any]:
         prepared, folder = Path(root).resolve() / "prepared", Path(root).resolve() / "case"
         prepared.mkdir()
         in_child(lambda: str(scenario.prepare(prepared)).encode())
-        outcome, expected = run_case(scenario, prepared, folder, (0, 0, 0))
+        outcome, expected = run_case(scenario, prepared, folder, partial(with_fault, (0, 0, 0)))
         if outcome != "done":
             return {"scenario": name, "problems": [expected]}
         totals = {}
         for call, mask in CALLS.items():
 
             def count(mask: int = mask) -> bytes:
-                shim = ctypes.CDLL(None)
                 shutil.rmtree(folder)
                 shutil.copytree(prepared, folder)
-                shim.fault_arm(os.fsencode(folder), mask, 0, 0)
-                scenario.act(folder)
-                (Path(root) / "count").write_text(str(shim.fault_count()))
+                with_fault((mask, 0, 0), folder, scenario.act)
+                (Path(root) / "count").write_text(str(ctypes.CDLL(None).fault_count()))
                 return b""
 
             in_child(count)
@@ -356,7 +187,8 @@ def run_scenario(name: str, most: int, faults: list[str]) -> dict[str, Any]:
             for call in calls:
                 step = max(1, -(-totals[call] // most))
                 for number in range(1 + (len(fault) * 7) % step, totals[call] + 1, step):
-                    outcome, text = run_case(scenario, prepared, folder, (CALLS[call], number, action))
+                    disturb = partial(with_fault, (CALLS[call], number, action))
+                    outcome, text = run_case(scenario, prepared, folder, disturb)
                     if outcome != "failed" and text != expected:
                         outcome, text = "failed", f"other content after {outcome}: {text}"
                     counts[outcome] += 1
@@ -365,21 +197,30 @@ def run_scenario(name: str, most: int, faults: list[str]) -> dict[str, Any]:
     return {"scenario": name, "calls": totals, **counts, "problems": problems}
 
 
-def main() -> int:
-    """Run scenarios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenarios", nargs="*", default=[])
-    parser.add_argument("--most", type=int, default=1000)
-    parser.add_argument("--fault", choices=FAULTS, action="append")
-    settings = parser.parse_args()
+def set_up() -> None:
+    """Import what children need, and make the work short."""
     torch.set_num_threads(1)
     for name in IMPORTED:
         importlib.import_module(name)
     exporter.SECONDS, exporter.ROUNDS = 0.0, 1
     pipeline.RECALIBRATION = {"batch": 2, "steps": 1}
+
+
+def main() -> int:
+    """Run scenarios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", default=[])
+    parser.add_argument("--most", type=int, default=1000)
+    parser.add_argument("--random", type=int, default=0, help="kills at random times instead; needs no shim")
+    parser.add_argument("--fault", choices=FAULTS, action="append")
+    settings = parser.parse_args()
+    set_up()
     failed = 0
     for name in settings.scenarios or [name for name in SCENARIOS if name != "careless"]:
-        result = run_scenario(name, settings.most, settings.fault or list(FAULTS))
+        if settings.random:
+            result = kill_at_random(name, settings.random)
+        else:
+            result = run_scenario(name, settings.most, settings.fault or list(FAULTS))
         failed += len(result["problems"])
         print(json.dumps(result), flush=True)
     return int(failed > 0)
