@@ -148,7 +148,7 @@ def read_description(folder: Path) -> object:
 
     tensors = load((SEEDS / "weights" / "small.safetensors").read_bytes())
     text = (folder / "x").read_text(errors="surrogateescape")
-    with contextlib.suppress(ValueError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         described = dict(json.loads(text))
         described.pop("sha256", None)
         text = json.dumps({**described, "sha256": tensors_sha256(described, tensors)})

@@ -115,6 +115,7 @@ def test_messages_are_short_and_printable(capsys: pytest.CaptureFixture[str]) ->
     assert str(OverflyError("a\x1b[31m\udcff\n  b  c")) == r"a\x1b[31m\udcff b  c"
     assert cli.handle(OSError(5, "bad", "\x1b]0;title\x07" + "y" * 400_000)) == 2
     assert cli.handle(UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates")) == 2
+    assert cli.handle(RuntimeError("[pair.cc, gloo/transport] Read error: Connection reset by peer")) == 2
     shown = capsys.readouterr().err
     assert len(shown) < 2 * MAX_MESSAGE
     assert "\x1b" not in shown

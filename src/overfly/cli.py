@@ -135,6 +135,8 @@ def handle(error: BaseException) -> int:
             message = f"{error.object!r} is not valid UTF-8; rename the file, or write the name again"
         case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or "memory" in str(error):
             message = "out of memory; lower batch, crop or size, or use a larger machine"
+        case RuntimeError() if "gloo" in str(error) or type(error).__name__ == "DistBackendError":
+            message = "another process of this training ended or stalls; the same command resumes from its checkpoint"
         case _:
             raise error
     return fail(message)

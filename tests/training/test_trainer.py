@@ -107,6 +107,19 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(small: dict[str, Any], 
     assert equal(runs[0][0], runs[1][0])
 
 
+def test_a_killed_process_ends_the_other_one(small: dict[str, Any], tmp_path: Path) -> None:
+    load(small, "steps=100000", "batch=4").save(tmp_path / "recipe.yaml")
+    command = ("train", tmp_path / "recipe.yaml", "--checkpoint-every", "1", "--log-every", "1")
+    first, second = processes.start(*command, out=tmp_path / "cut", world=2)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "cut").glob("*/checkpoints/last*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second.kill()
+    first.join(60)
+    assert first.exitcode == 2, "a sentence, not a traceback"
+    assert Run.open(next((tmp_path / "cut").glob("*/recipe.yaml")).parent).whole_checkpoint() is not None
+
+
 class NonFiniteLoss(SourceOnly, name="poisoned"):
     """Source-only training with a loss that is not finite at a step."""
 

@@ -136,7 +136,8 @@ class Trainer:
                         self.write_log(step, progress)
                     stop = self.validate(step)
                 except (OverflyError, KeyboardInterrupt):
-                    self.save_after_error()
+                    if self.between_steps and self.non_finite_loss() is None and self.non_finite_weight() is None:
+                        self.write_checkpoint()  # after an error between two steps, such as a damaged mask
                     raise
                 except (RuntimeError, ValueError):
                     if (report := self.non_finite_loss()) is not None:  # it is the cause
@@ -296,11 +297,6 @@ class Trainer:
         self.check_weights()
         self.write_checkpoint()
         self.fabric.barrier()
-
-    def save_after_error(self) -> None:
-        """Write a checkpoint after an error between two steps, such as a damaged mask."""
-        if self.between_steps and self.non_finite_loss() is None and self.non_finite_weight() is None:
-            self.write_checkpoint()
 
     def write_checkpoint(self) -> None:
         """Write the checkpoint atomically in the first process; raise `RunError` if that fails."""
