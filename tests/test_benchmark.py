@@ -54,6 +54,10 @@ def test_benchmark_trains_and_reads_labels_once(small: dict[str, Any], tmp_path:
     again = benchmark([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "augment=[]"], **settings)
     assert [row.labels_opened for row in again.table.rows] == [2, 2]
     assert [row.miou for row in again.table.rows] == [row.miou for row in first.table.rows]
+    panels = sorted(runs.glob("*/samples/*-val.png"))
+    panels[0].unlink()  # as by a process that was killed before it drew them
+    benchmark([str(tmp_path / "a.yaml"), "augment=[]"], **settings)
+    assert sorted(runs.glob("*/samples/*-val.png")) == panels
 
 
 def test_invalid_last_recipe_is_reported_before_training(small: dict[str, Any], tmp_path: Path) -> None:

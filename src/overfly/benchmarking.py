@@ -216,7 +216,8 @@ def write(table: BenchmarkTable, out: Path) -> None:
 
 def _score(run: Run, split: Split, fabric: "Fabric", save_samples: SaveSamples | None, workers: int) -> None:
     for key, domain in (("source", run.recipe.source), ("target", run.recipe.target)):
-        if domain is not None and stored_scores(run, key, split, domain) is None and has_labels(domain, split):
+        drawn = save_samples is None or (run.path / "samples" / f"{key}-{split}.png").exists()
+        if domain is not None and not (drawn and stored_scores(run, key, split, domain)) and has_labels(domain, split):
             samples = Samples()
             scores = evaluate_domain(run, domain, key, split, device=fabric.device, samples=samples, workers=workers)
             if save_samples is not None:

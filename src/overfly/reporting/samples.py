@@ -167,13 +167,13 @@ def samples_folder(run: Run) -> Path:
 
 
 def draw_samples(run: Run, name: str, domain: Domain, scores: Scores, samples: Samples) -> list[Path]:
-    """Draw panels, the confusion matrix and the training curves into a run's folder.
+    """Draw the training curves, the confusion matrix and, last, panels into a run's folder.
 
     ``name`` is the stem of the files, such as target-val.
     """
     folder = samples_folder(run)
     return [
-        samples_figure(samples, domain.classes, folder / f"{name}.png"),
-        confusion_figure(scores.confusion, domain.classes, folder / f"{name}-confusion.png"),
         draw_curves(list(run.log.rows()), folder / "curves.png"),
+        confusion_figure(scores.confusion, domain.classes, folder / f"{name}-confusion.png"),
+        samples_figure(samples, domain.classes, folder / f"{name}.png"),
     ]

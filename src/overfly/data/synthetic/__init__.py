@@ -16,7 +16,7 @@ from typing import Any, get_args
 import numpy as np
 from PIL import Image, ImageFilter
 
-from overfly.core.atomic_files import temporary_path
+from overfly.core.atomic_files import remove_stale, temporary_path
 from overfly.core.choices import Scene
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError
@@ -135,6 +135,7 @@ def write_synthetic(
     record: dict[str, object] = {"edition": EDITION, "size": size, "train": train, "val": val, "test": test}
     record["scenes"] = chosen
     count = sum(numbers.values()) * len(chosen)
+    remove_stale(root)
     if _is_written(root, record):
         return count
     try:
