@@ -357,10 +357,7 @@ def _missing(recipe: Recipe, split: Split) -> Iterator[str]:
 
 
 def _time(recipe: Recipe, times: dict[str, float | None], time_step: Callable[[Recipe], float]) -> float | None:
-    """Seconds of a step on generated images, from random weights; None if a file of the method is missing.
-
-    Recipes that differ in their data alone are timed once: the number of classes changes little.
-    """
+    """Seconds of a step on generated images, once for recipes that differ in data alone; None if a file is missing."""
     update: dict[str, Any] = {"start": None, "labels": None, "seed": 0, "steps": 1, "epochs": None}
     update["model"] = recipe.model.model_copy(update={"weights": None})
     for role, domain in (("source", recipe.source), ("target", recipe.target)):

@@ -90,6 +90,28 @@ def test_a_palette_of_the_classes_colors_gives_colors(tmp_path: Path) -> None:
     assert label(folder(root=tmp_path, classes=classes)) == [[2, 1], [0, 0]]
 
 
+@pytest.mark.parametrize("kind", ["gray", "one bit", "palette", "black and white palette", "color"])
+def test_masks_of_one_band_have_the_colors_of_gray_classes(tmp_path: Path, kind: str) -> None:
+    white = np.array([[0, 255], [255, 0]], np.uint8)
+    images = {
+        "gray": Image.fromarray(white), "one bit": Image.fromarray(white).convert("1"),
+        "palette": palette((0, 0, 0), (255, 255, 255), (255, 255, 255), (0, 0, 0)),
+        "black and white palette": Image.fromarray(white).convert("1").convert("P"),
+        "color": Image.fromarray(np.repeat(white[..., None], 3, -1)),
+    }  # fmt: skip
+    pair(tmp_path, images[kind])
+    classes = {"building": [255, 255, 255], "background": [0, 0, 0]}
+    assert label(folder(root=tmp_path, classes=classes)) == [[1, 0], [0, 1]]
+
+
+def test_numbers_that_are_no_gray_of_a_class_are_named(tmp_path: Path) -> None:
+    pair(tmp_path, np.array([[0, 1], [1, 0]], np.uint8))
+    classes = {"building": [255, 255, 255], "background": [0, 0, 0]}
+    with pytest.raises(DataError, match=r"colors of no class: 1,1,1"):
+        label(folder(root=tmp_path, classes=classes))
+    assert label(folder(root=tmp_path, classes=classes, label_format="index")) == [[0, 1], [1, 0]]
+
+
 def test_mapping_unites_two_label_sets(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from overfly.core.errors import DataError, RecipeError
 from overfly.core.records import IGNORE, Batch, UInt8
+from overfly.data.check import check_max_value
 from overfly.data.domain import Domain, without_labels
 from overfly.data.folder import Folder
 from overfly.data.loading import BatchDataset, BatchStream, batch_loader
@@ -176,6 +177,14 @@ def test_label_check_reads_the_first_mask_only(tmp_path: Path) -> None:
 def test_images_above_max_value_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\.png .*300.* max_value 255"):
         folder_stream(folder(tmp_path, None, image=300)).read(0, [0])
+
+
+@pytest.mark.parametrize(("dtype", "most", "right"), [(np.uint8, 10_000.0, 255), (np.float32, 255.0, 1)])
+def test_images_far_below_max_value_are_an_error(tmp_path: Path, dtype: Any, most: float, right: int) -> None:
+    domain = folder(tmp_path, None).model_copy(update={"max_value": most})
+    with pytest.raises(DataError, match=rf"up to 1, and max_value is .*; set max_value to {right}"):
+        check_max_value(domain, domain.items("train")[0], np.ones((2, 2, 1), dtype))
+    check_max_value(domain, domain.items("train")[0], np.full((2, 2, 1), 200, np.float32))
 
 
 def test_largest_crop_and_resize(tmp_path: Path) -> None:

@@ -351,3 +351,29 @@ def test_fields_of_geometry_are_not_needed_by_the_reader(image: Path) -> None:
             [np.array(["built", "land"], object)], ["use"], crs="EPSG:32633", geometry_type="Polygon", driver="GPKG",
         )  # fmt: skip
     assert (labels(image) == 2).sum() == 2500
+
+
+def test_images_without_a_georeference_have_their_own_labels(tmp_path: Path) -> None:
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    for number in range(3):
+        ids = squares(128, 128, seed=number)
+        write_raster(tmp_path / "images" / f"{number}.tif", colors(ids), crs=None, grid=None)
+        write_raster(tmp_path / "labels" / f"{number}.tif", ids, crs=None, grid=None)
+    paths = {"images": str(tmp_path / "images"), "labels": str(tmp_path / "labels")}
+    domain = raster(tmp_path, **paths, attribute=None, block=128, gap=0)
+    for item in domain.items("train"):
+        number = int(Path(str(item.name)).name[0])
+        np.testing.assert_array_equal(domain.read_label(item), squares(128, 128, seed=number))
+    (tmp_path / "labels" / "2.tif").rename(tmp_path / "labels" / "2_mask.tif")
+    with pytest.raises(DataError, match=r"2\.tif has no georeference, and 0 of 3 label files have its name"):
+        [domain.read_label(item) for item in raster(tmp_path, **paths, attribute=None, block=128).items("train")]
+
+
+def test_polygons_do_not_lie_in_several_images_without_a_georeference(tmp_path: Path) -> None:
+    for number in range(2):
+        write_raster(tmp_path / f"{number}.tif", colors(squares(64, 64)), crs=None, grid=None)
+    write_polygons(tmp_path / "a.gpkg", [box(0, 0, 30, 30)], ["built"], crs=None)
+    domain = raster(tmp_path, images=str(tmp_path / "*.tif"), block=64)
+    with pytest.raises(DataError, match="no georeference to place polygons by"):
+        domain.known_counts(domain.items("train"))

@@ -32,6 +32,13 @@ def test_scores_follow_the_recipe_and_count_opened_labels(small: dict[str, Any],
     assert [row["event"] for row in run.log.rows() if "event" in row] == ["scored"] * 3
 
 
+def test_evaluate_refuses_another_range(small: dict[str, Any], tmp_path: Path) -> None:
+    run = train(load(small, "optim.lr=1e-5"), out=tmp_path, device="cpu", quiet=True).run
+    other = run.recipe.domain("target").model_copy(update={"max_value": 10_000.0})
+    with pytest.raises(RecipeError, match=r"values up to 255, and domain .* has max_value 10000"):
+        evaluate_domain(run, other, "other", "val")
+
+
 def test_evaluate_refuses_unfinished_runs_and_missing_domains(recipe: Recipe, tmp_path: Path) -> None:
     run = Run.open_or_create(tmp_path, load(recipe, "target=null"))
     with pytest.raises(RunError, match=run.path.name):

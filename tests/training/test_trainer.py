@@ -216,6 +216,29 @@ def test_masks_of_a_later_validation_are_checked_before_the_first_step(small: di
     assert not (tmp_path / "runs").exists()
 
 
+def test_changed_masks_make_a_new_run(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 64), (number, 9, 90)).save(tmp_path / "images" / f"{number}.png")
+        Image.new("L", (64, 64), number % 2).save(tmp_path / "masks" / f"{number}.png")
+    source = {"name": "folder", "root": str(tmp_path), "classes": ["a", "b"], "masks": "masks"}
+    recipe = load({**small, "source": source, "target": None}, "steps=2")
+    first = trained(recipe, tmp_path / "runs")
+    assert trained(recipe, tmp_path / "runs").path == first.path
+    for number in range(4):
+        Image.new("L", (64, 64), (number + 1) % 2).save(tmp_path / "masks" / f"{number}.png")
+    second = trained(recipe, tmp_path / "runs")
+    assert second.path != first.path
+    assert f"{first.path.name}: its images or masks have changed since" in capsys.readouterr().err
+    assert not equal(first, second)
+    assert trained(recipe, tmp_path / "runs").path == second.path
+    with pytest.raises(RunError, match="images or masks"):
+        trained(recipe, first.path)
+
+
 def test_changed_start_weights_make_a_new_run(small: dict[str, Any], tmp_path: Path) -> None:
     start = tmp_path / "start.safetensors"
     recipe = load(small, "method=recalibrate", f"start={start}", "steps=2")

@@ -1,9 +1,9 @@
 """Estimate the mIoU on unlabeled images, with an interval, from confidence calibrated on the source.
 
-With calibrated probabilities p, a pixel predicted as class j is of class k with probability p_k, so sums of
-probabilities by predicted class are an expected confusion matrix (confidence-based performance estimation). Under
-domain shift the network is mostly overconfident. The error is measured on held-out source images under many synthetic
-shifts, some towards the style of the target. New objects and other class distributions are not among these shifts.
+With calibrated probabilities p, a pixel predicted as class j is of class k with probability p_k; sums of probabilities
+by predicted class are an expected confusion matrix (confidence-based performance estimation). The error is measured on
+held-out source images under many synthetic shifts, some towards the style of the target; new objects and other class
+distributions are not among them.
 """
 
 import math

@@ -135,19 +135,13 @@ def tile_scores(tiles: Sequence[Confusion], baseline: Sequence[Confusion] | None
 
 
 def _mious(samples: NDArray[np.int64], tiles: Sequence[Confusion]) -> NDArray[np.float64]:
-    """Mean IoU of samples (S, N) of N tiles, over the classes that their labels hold.
-
-    Predictions of a class that the target has, but none of a few tiles, would otherwise decide.
-    """
+    """Mean IoU of samples (S, N) of N tiles, over the classes of their labels; others would decide by chance."""
     counts = sampled_counts(samples, tiles)
     return np.asarray(ious(counts).where(counts.sum(-1) > 0, torch.nan).nanmean(1))
 
 
 def _jackknife(values: NDArray[np.float64], least: float = -1.0) -> Interval:
-    """Interval of the jackknife with Student's t; bootstrap percentiles cover too little (docs/results/labels.md).
-
-    ``values`` (1 + N,) are of all N tiles, and without each of them, and at least ``least``.
-    """
+    """Jackknife interval with Student's t, at least ``least``, of values (1 + N,): of all tiles, and without each."""
     from scipy.stats import t
 
     value, without = float(values[0]), values[1:]

@@ -29,6 +29,7 @@ from overfly.methods.source_only import SourceOnly
 from overfly.ops.normalization import batch_norms
 from overfly.recipe import Recipe
 from overfly.training.engine import TrainerConfig, run_on_rank_zero
+from overfly.training.evaluate import training_files_sha256
 from overfly.training.run import Run, new_folder
 from overfly.training.setup import prepare_training
 from overfly.training.train_recipe import resolve_start, train_recipe
@@ -199,7 +200,9 @@ def _train_all(
     quiet = config.quiet or not fabric.is_global_zero
     recipes = {name: plan for name, plan in plans.items() if isinstance(plan, Recipe)}
     existing = {name: Run.find(out, plan) for name, plan in recipes.items()}
-    finished = [name for name, run in existing.items() if run is not None and run.finished]
+    done = {name: run for name, run in existing.items() if run is not None and run.finished}
+    files = {name: run_on_rank_zero(fabric, partial(training_files_sha256, recipes[name])) for name in done}
+    finished = [name for name, run in done.items() if run.fits(run.machine.get("start_sha256"), files[name])]
     if finished:
         print_status(f"already trained: {', '.join(finished)}", quiet=quiet)
     pending = [name for name in recipes if name not in finished]
@@ -215,10 +218,7 @@ def _train_all(
 
 
 def _check_inputs(recipes: Sequence[Recipe], fabric: "Fabric") -> bool:
-    """Raise `OverflyError` if data, weights or teachers of a recipe are missing or do not fit, before any training.
-
-    Returns whether the networks have batch normalization, whose statistics candidates change.
-    """
+    """Check data, weights and teachers before any training; return whether networks have batch normalization."""
     normalized = True
     for number, recipe in enumerate(recipes, start=1):
         try:
@@ -235,10 +235,7 @@ def _check_inputs(recipes: Sequence[Recipe], fabric: "Fabric") -> bool:
 
 
 def _shared_images(recipe: Recipe) -> int:
-    """Count target images that are labeled source images too, of this recipe or the recipes it starts from.
-
-    Starts that do not exist any more are not counted.
-    """
+    """Count target images that are labeled source images too, of this recipe or of existing starts."""
     source_images: set[object] = set()
     current: Recipe | Path | None = recipe
     while current is not None:

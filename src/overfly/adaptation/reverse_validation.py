@@ -1,11 +1,8 @@
 """Reverse validation: accuracy on the source of a classifier trained on a network's target predictions.
 
-If the target shows the same classes, a classifier trained on target images with the network's predictions also
-classifies the source. If the target shows other objects, it does not. Only source labels are needed.
-
-Source: E. Zhong et al., "Cross validation framework to choose amongst models and datasets for transfer learning", 2010,
-with a forest (P. Geurts et al., "Extremely randomized trees", 2006) on color and texture as the classifier: a network
-would carry over what it learned on the source.
+It is high if the target shows the same classes as the source, and needs source labels only. Source: E. Zhong et al.,
+"Cross validation framework to choose amongst models and datasets for transfer learning", 2010, with a forest (P. Geurts
+et al., "Extremely randomized trees", 2006) on color and texture: a network would carry over what it learned.
 """
 
 from collections.abc import Iterable, Iterator

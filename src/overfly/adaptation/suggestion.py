@@ -1,9 +1,9 @@
 """Suggest target tiles to label: where candidates disagree, much of the target looks alike, and spread over it.
 
-The tiles S maximize Σ_i a_i · max_{j ∈ S} √d_j · s_ij, a facility-location function (Wei, Iyer and Bilmes, ICML 2015,
-Submodularity in data subset selection and active learning). a_i is the area of tile i, d_j the disagreement of the
-candidates on tile j (query by committee, Seung et al., 1992), s_ij the similarity of two tiles. One tile after the
-other is picked, each with the largest gain, which reaches 1 - 1/e of the maximum (Nemhauser et al., 1978).
+The tiles S maximize Σ_i a_i · max_{j ∈ S} √d_j · s_ij, a facility-location function (Wei, Iyer and Bilmes, ICML 2015):
+a_i is the area of tile i, d_j the disagreement of the candidates on tile j (query by committee, Seung et al., 1992),
+s_ij the similarity of two tiles. Tiles are picked one by one, each with the largest gain, which reaches 1 - 1/e of the
+maximum (Nemhauser et al., 1978).
 """
 
 import shutil
@@ -275,10 +275,7 @@ def _write_raster(
 
 
 def _write_outlines(path: Path, picks: Sequence[Pick], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the tiles' outlines as GeoPackage, a layer for each coordinate reference system.
-
-    Without a georeference coordinates are column and minus row of the image, as QGIS shows such images.
-    """
+    """Write outlines as GeoPackage, a layer for each system; without one in columns and minus rows, as in QGIS."""
     import pyogrio.raw
     import shapely
 

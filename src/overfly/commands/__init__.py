@@ -1,10 +1,9 @@
 """The commands: ``overfly train a.yaml --out runs`` is ``overfly.train("a.yaml", out="runs")``.
 
 Each file has a function whose signature and docstring are the command's options and help, and the class of its result,
-which rich prints (``__rich_console__``). Command files import only the standard library, cyclopts,
-`overfly.core.errors`, `overfly.core.choices` and `overfly.commands.arguments` at the top, so that ``--help`` is fast;
-other imports are inside functions or under TYPE_CHECKING. cyclopts resolves the annotations of arguments and result at
-runtime. Paths are annotated `PathLike` and converted with ``Path(…)`` inside.
+which rich prints. At the top, command files import only the standard library, cyclopts, `overfly.core.errors`,
+`overfly.core.choices` and `overfly.commands.arguments`, so that ``--help`` is fast. cyclopts resolves the annotations
+of arguments and result at runtime. Paths are annotated `PathLike` and converted with ``Path(…)`` inside.
 """
 
 MODULES = {key: key for key in ("evaluate", "export", "predict", "rank", "serve", "train", "watch")}

@@ -18,6 +18,8 @@ from overfly.data.domain import SPLITS, Domain, Split, SplitError, UnknownCodesE
 from overfly.data.headers import read_header
 
 Float64 = NDArray[np.float64]
+MAX_FRACTION = 16.0
+"""Maximum value below which a network was trained on fractions, such as reflectances of 0 to 1."""
 REPORT = Path(__file__).with_name("check_report.txt.jinja")
 TURNS: dict[str, Callable[[UInt8], UInt8]] = {
     "rotated by 180°": lambda label: label[::-1, ::-1],
@@ -133,7 +135,11 @@ def class_counts(domain: Domain, item: Item) -> NDArray[np.int64]:
 
 
 def check_max_value(domain: Domain, item: Item, image: Array) -> None:
-    """Raise `DataError` if an image (H, W, C) has values above the domain's ``max_value``."""
+    """Raise `DataError` if an image (H, W, C) has values above the domain's ``max_value``, or far below it."""
+    fractions = image.dtype.kind == "f" and domain.max_value > MAX_FRACTION and 0 < image.max() <= 1
+    if fractions or (image.dtype == np.uint8 and domain.max_value > 255):
+        found = f"{image.dtype} up to {image.max():g}, and max_value is {domain.max_value:g}"
+        raise DataError(f"{item_source(item)} holds {found}; set max_value to {1 if fractions else 255}")
     within = image.dtype.kind == "u" and np.iinfo(image.dtype).max <= domain.max_value
     if not (within or (highest := image.max()) <= domain.max_value):
         above = f"{highest:g}, above the domain's max_value {domain.max_value:g}"

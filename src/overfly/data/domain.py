@@ -17,6 +17,7 @@ from pydantic import ConfigDict
 from overfly.core import choices
 from overfly.core.classes import Classes
 from overfly.core.errors import DataError, OverflyError
+from overfly.core.progress import print_status
 from overfly.core.records import IGNORE, Array, Counts, Item, UInt8
 from overfly.core.spec import Choice
 from overfly.data import reading
@@ -203,6 +204,10 @@ def check_masks(domain: Domain, splits: Sequence[Split]) -> None:
     present = frozenset(known).union(*(result for result in results if isinstance(result, frozenset))) - {IGNORE}
     if len(present) == 1 < len(domain.classes):
         raise DataError(absent_classes(domain, items, present))
+    absent = [name for number, name in enumerate(domain.classes.names) if number not in present]
+    if absent and "train" in splits and (settings, *absent) not in _CHECKED:
+        _CHECKED[settings, *absent] = frozenset()  # said once
+        print_status(f"{domain.title}: no mask contains {', '.join(absent)}: not learned; correct ids, or the classes")
 
 
 def absent_classes(domain: Domain, items: Sequence[Item], present: Collection[int]) -> str:
@@ -222,7 +227,7 @@ def absent_classes(domain: Domain, items: Sequence[Item], present: Collection[in
     if len(absent) > 1 or not share or IGNORE in ids.values():
         return f"{message}; correct the masks or the domain's ids or colors, or remove the class"
     shown = ", ".join(f"{name}: {number}" for name, number in (ids | {absent[0]: IGNORE}).items())
-    return f"{message}; {share:.0%} of pixels are 255, which is ignored: set ids: {{{shown}}}"
+    return f"{message}; {share:.0%} of pixels are 255, which is ignored: if they are {absent[0]}, set ids: {{{shown}}}"
 
 
 def shortest_sides(domain: Domain) -> list[int]:

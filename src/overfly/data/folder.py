@@ -16,7 +16,7 @@ from overfly.core.spec import Meters, PositiveFloat, PositiveInt
 from overfly.data import listing, reading
 from overfly.data.domain import SPLITS, Domain, Split, SplitError, UnknownCodesError
 from overfly.data.headers import is_gray
-from overfly.data.reading import UNKNOWN, from_colors, from_numbers, from_palette, list_codes, unknown_codes
+from overfly.data.reading import GRAYS, UNKNOWN, from_colors, from_numbers, from_palette, list_codes, unknown_codes
 
 Number = Annotated[int, Field(ge=-(2**31), lt=2**32)]
 """A number that a mask may store."""
@@ -36,7 +36,8 @@ class UserDomain(Domain):
     label_format: Literal["auto", "index", "rgb"] = "auto"
     """Encoding of the masks: class numbers (``index``) or colors (``rgb``); a palette image can be read either way.
     ``auto`` decides by the number of bands, and for a palette by which of ``colors`` and ``ids`` is given, or whether
-    all colors of a mask are those of classes."""
+    all colors of a mask are those of classes. Masks of one band are read by colors if those of all classes are grays,
+    such as black and white."""
     colors: dict[str, tuple[Color, ...]] = Field(default_factory=dict)
     """Colors of each class in the masks, one or several; default: the display colors of ``classes``."""
     ids: dict[str, tuple[Number, ...]] = Field(default_factory=dict)
@@ -101,6 +102,8 @@ class UserDomain(Domain):
         Raises `UnknownCodesError`: there are numbers or colors of no class, and `DataError`: the encoding is not that
         of the settings.
         """
+        if pixels.values.ndim == 2 and pixels.palette is None and self._has_gray_classes():
+            pixels = pixels._replace(palette=GRAYS)
         encoding = self._detect_encoding(name, pixels)
         try:
             label = self._decode_label(pixels, encoding)
@@ -140,7 +143,7 @@ class UserDomain(Domain):
         if self.label_format != "auto":
             return self.label_format
         if is_gray(pixels.palette) and not self.colors:
-            return "index"
+            return "rgb" if self._has_gray_classes() else "index"
         undecided = bool(self.colors) == bool(self.ids)
         if undecided and (self._decode_label(pixels, "rgb") == UNKNOWN).any():
             raise DataError(
@@ -148,6 +151,11 @@ class UserDomain(Domain):
                 "or to rgb if its colors are"
             )
         return "rgb" if self.colors or undecided else "index"
+
+    def _has_gray_classes(self) -> bool:
+        """Whether the colors of all classes are grays, by which masks of one band are read too."""
+        colors = [color for colors in self.colors.values() for color in colors] or self.classes.colors
+        return self.label_format != "index" and not self.ids and all(len(set(color)) == 1 for color in colors)
 
     def _replace_unknown(self, name: str, pixels: reading.LabelPixels, label: UInt8, encoding: str) -> None:
         unknown = label == UNKNOWN

@@ -105,10 +105,7 @@ def _average(
 
 
 def _weights(area: Range, scale: float, length: int) -> tuple[NDArray[Any], Range]:
-    """Return the weights (working, input) of the input pixels that a range of working pixels needs, and their range.
-
-    The weights of a working pixel sum to 1.
-    """
+    """Return weights (working, input), of sum 1, of the input pixels of a range of working pixels, and their range."""
     at = np.arange(*area)[:, None]
     if scale <= 1:
         low, high = min(math.floor(area[0] / scale), length - 1), min(math.ceil(area[1] / scale), length)

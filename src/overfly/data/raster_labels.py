@@ -37,7 +37,7 @@ VECTOR_FORMATS = {
 """File name suffixes of vector files, and their first bytes."""
 TILE = 512
 """Side of the tiles of converted labels, in pixels."""
-VERSION = 1
+VERSION = 2
 """Version of converted labels; those of other versions are made again."""
 SHOWN = 8
 """Most values that a message lists."""
@@ -162,6 +162,8 @@ def labels_key(domain: "Raster", grid: Grid) -> str:
     stamps = [(path, file_stamp(path)) for path in map(str, filter(None, (*domain.label_files(), domain.area)))]
     unused = {"title", "images", "splits", "seed", "gap", "mean", "std", "bands", "max_value", "nodata"}
     settings = {name: value for name, value in domain.model_dump(mode="json").items() if name not in unused}
+    if grid.transform is None:  # the labels are then those of this image alone
+        stamps.append((str(grid.source), file_stamp(grid.source)))
     return json_sha256([VERSION, settings, stamps, grid.crs, grid.geotransform(), grid.rows, grid.columns])
 
 
@@ -228,6 +230,8 @@ def _polygon_rows(domain: "Raster", grid: Grid) -> Iterator[Burn]:
     """Yield the conversion of each row of blocks; its polygons are read together."""
     import shapely
 
+    if grid.transform is None and len(domain.grids()) > 1:
+        raise DataError(f"{grid.source} has no georeference to place polygons by; give it one, or give one such image")
     vector = open_vector(Path(domain.label_files()[0]), domain.layer, domain.grids())
     table = _class_table(domain, vector, grid)
     fill = IGNORE if domain.background is None else domain.classes.index(domain.background)
@@ -273,8 +277,14 @@ def _class_table(domain: "Raster", vector: VectorFile, grid: Grid) -> dict[str |
 def _raster_rows(domain: "Raster", grid: Grid, stack: ExitStack) -> Iterator[Burn]:
     """Yield the conversion of labels in rasters, the same for each row of blocks; the first that has a class counts."""
     files = domain.label_files()
-    if grid.transform is None and len(files) > 1:
-        files = [path for path in files if Path(path).stem == Path(grid.source).stem] or files
+    if grid.transform is None and (len(files) > 1 or len(domain.grids()) > 1):
+        found = [path for path in files if Path(path).stem == Path(grid.source).stem]
+        if len(found) != 1:
+            raise DataError(
+                f"{grid.source} has no georeference, and {len(found)} of {len(files)} label files have its name; give "
+                "each such image one label file of the same name, or georeference both"
+            )
+        files = found
     labels = [open_grid(path, file_stamp(path), grid.height, None) for path in files]
     if len(labels) == 1:
         check_overlap(files[0], labels[0].crs, labels[0].bounds(), domain.grids())

@@ -41,6 +41,8 @@ Code = int | Color
 """A number or a color of a mask."""
 MAX_SHIFT = 0.5
 """Largest shift, in pixels, at which the grids of an image and its label count as one."""
+GRAYS: UInt8 = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+"""Palette of the grays 0, 1, 2 …"""
 
 
 class LabelPixels(NamedTuple):
@@ -179,7 +181,10 @@ def decode_label(
         raise DataError(f"{path} must have {expected}, got {header.bands}; export it again")
     color = 1 if band else color
     values = np.moveaxis(dataset.read([band] if band else list(range(1, color + 1)), **part), 0, -1)
-    palette = read_palette(dataset) if dataset.colorinterp[0].name == "palette" else None
+    bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
+    palette = (
+        read_palette(dataset) if dataset.colorinterp[0].name == "palette" else GRAYS[::255] if bits == "1" else None
+    )
     masked: Mask | None = dataset.read_masks(1, **part) == 0 if header.masked and header.kind != "png" else None
     if color == 3:
         if values.dtype != np.uint8:

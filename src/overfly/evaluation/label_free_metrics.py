@@ -1,10 +1,9 @@
 """Label-free metrics of a network on unlabeled images, for model selection without target labels.
 
-Higher is better for every metric, but no single metric is sufficient. A collapsed network, which predicts
-one class everywhere with full confidence, has the highest entropy metric (0), the highest pixel agreement under
-perturbations (1) and the highest soft neighborhood density. Its information is 0, its nuclear norm 1/√K, its diversity
-0, and its class-balanced consistency 1/K, since a class that is never predicted counts as 0. Exchanged classes change
-none of these: only the source mIoU and the agreement with a reference network detect them.
+Higher is better; none is sufficient. A collapsed network, which predicts one class everywhere with full confidence, has
+the highest entropy metric (0), pixel agreement under perturbations (1) and soft neighborhood density, but information
+0, nuclear norm 1/√K, diversity 0 and class-balanced consistency 1/K. Exchanged classes change none of these: only the
+source mIoU and the agreement with a reference network detect them.
 """
 
 import math

@@ -14,6 +14,7 @@ from overfly.core.classes import Classes
 from overfly.core.errors import DataError, NotFiniteError, OverflyError, RecipeError
 from overfly.core.prefetch import map_ahead
 from overfly.core.records import IGNORE, Array, Item, Logits, UInt8
+from overfly.data.check import check_max_value
 from overfly.data.domain import Domain, Split
 from overfly.evaluation.images import resized, to_tensor
 from overfly.evaluation.scores import Confusion, Protocol, Scores, SplitCounts, finite, sum_over_ranks, summarize
@@ -110,6 +111,7 @@ def score(
     all_reduce = all_reduce or sum_over_ranks
     with evaluation_mode(segmenter.to(device)), torch.inference_mode(), _shared_errors(shard[1], all_reduce):
         for image in read_ahead(domain, entries, workers):
+            check_max_value(domain, image.item, image.image)
             scores = _predict(segmenter, image, protocol, device, batch)
             prediction, image_counts = _count(scores, image, domain, protocol)
             counts = counts.plus(image_counts)
@@ -215,6 +217,9 @@ def _labeled_items(items: Sequence[Item], segmenter: nn.Module, domain: Domain, 
             f"the network has the classes {', '.join(own.names)}, and domain {domain.name} has "
             f"{', '.join(domain.classes.names)}; use a domain with the network's classes, or map its labels onto them"
         )
+    if (trained := getattr(segmenter, "max_value", domain.max_value)) != domain.max_value:
+        values = f"values up to {trained:g}, and domain {domain.name} has max_value {domain.max_value:g}"
+        raise RecipeError(f"the network was trained on {values}; rescale the images to one range, and set max_value")
     labeled = [item for item in items if item.label is not None]
     if not labeled:
         raise DataError(f"split {split} of domain {domain.name} has no labels; choose another split")

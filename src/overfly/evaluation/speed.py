@@ -1,8 +1,4 @@
-"""Parameters, multiply-accumulates and latency of a network.
-
-Multiply-accumulates are of one image. Latency is measured after warm-up with the device synchronized before and after,
-without the heads that only training uses.
-"""
+"""Parameters, multiply-accumulates of one image, and latency without training heads, after warm-up."""
 
 import contextlib
 import copy

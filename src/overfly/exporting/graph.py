@@ -1,8 +1,4 @@
-"""The exported graph: from an image in the sensor's own range to probabilities, logits or class ids.
-
-Training heads are dropped, and batch normalization and the division by the standard deviation are folded into the
-convolutions.
-"""
+"""The exported graph: from images in the sensor's range to predictions, with normalization in the convolutions."""
 
 import copy
 
@@ -66,10 +62,7 @@ class ExportModule(nn.Module):
         return result
 
     def _padded(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, int], bool]:
-        """Pad images to multiples of the stride by repeating the last pixels; return images, size, and whether padded.
-
-        A graph without a fixed size always pads, possibly by 0 pixels, because it has no branches.
-        """
+        """Pad images to multiples of the stride by their last pixels; without a fixed size always, without a branch."""
         known = self.fixed is not None or self.resize is not None
         stride = self.stride
         size = ((rows + stride - 1) // stride * stride, (columns + stride - 1) // stride * stride)

@@ -1,8 +1,7 @@
 """Write programs of torch.export as .pt2 files, and read them without running code of the file.
 
-`torch.export.load` evaluates expressions, imports names and unpickles objects of the file that it reads. Therefore
-`clean_archive` parses a .pt2 file first, rejects content that overfly does not export, and copies the rest into a new
-archive, which PyTorch reads instead of the file.
+`torch.export.load` evaluates expressions, imports names and unpickles objects of the file. `clean_archive` parses it
+first, rejects content that overfly does not export, and copies the rest into a new archive, which PyTorch reads.
 """
 
 import ast

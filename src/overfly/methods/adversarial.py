@@ -1,10 +1,8 @@
 """Adversarial methods: critics (discriminators), losses, base class, and the methods with a critic of one output.
 
 AdaptSegNet (Tsai et al., CVPR 2018, arXiv:1802.10349); ADVENT, MinEnt (Vu et al., CVPR 2019, arXiv:1811.12833); FADA
-(Wang et al., ECCV 2020, arXiv:2007.09222).
-
-Student and critic are trained in one step, without a second loop: the student's loss uses the critic with detached
-weights, the critic's loss uses detached maps. The gradients of the sum equal those of the classic two-phase update.
+(Wang et al., ECCV 2020, arXiv:2007.09222). Student and critic are trained in one step: the student's loss uses the
+critic with detached weights, the critic's loss detached maps; the gradients of the sum equal those of two phases.
 """
 
 import itertools

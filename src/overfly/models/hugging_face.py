@@ -1,8 +1,4 @@
-"""Segmentation networks and backbones of the library transformers, from a folder or the Hugging Face hub.
-
-The library is imported when such a network is built. Weights are read from safetensors alone, and code in a repository
-is never run.
-"""
+"""Networks and backbones of transformers, from a folder or the hub: safetensors alone, and no code is run."""
 
 import logging
 import warnings
@@ -135,10 +131,7 @@ def _config(checkpoint: str, config: Mapping[str, Any] | None = None) -> Any:
 
 
 def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out of a configuration, and of those inside it, what would load code or other files.
-
-    Raises `ValueError`: its backbone is the name of another repository, which would be downloaded.
-    """
+    """Leave out of a configuration what loads code or files; raise `ValueError` if a backbone would be downloaded."""
     if isinstance(config.get("backbone"), str):
         raise ValueError(f"its backbone is another repository, {config['backbone']}")
     kept = {key: value for key, value in config.items() if key not in UNSAFE and "attn_implementation" not in str(key)}

@@ -1,7 +1,4 @@
-"""PIDNet: three branches for detail (P), context (I) and boundaries (D) (Xu, Xiong and Bhattacharyya, CVPR 2023).
-
-Structure and submodule names are those of the authors' release, so that its checkpoints load.
-"""
+"""PIDNet: branches for detail, context and boundaries (Xu et al., CVPR 2023), with the names of its release."""
 
 import torch
 import torch.nn.functional as F

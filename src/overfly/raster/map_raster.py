@@ -167,10 +167,7 @@ def _notes(source: RasterSource, metadata: ModelMetadata, settings: MapSettings)
 def _finish(
     job: _Job, out: Path, files: Mapping[ProductKind | str, Path], settings: MapSettings, on_progress: OnProgress | None
 ) -> tuple[int, float, dict[str, float]]:
-    """Finish and publish a map; return predicted windows, the network's seconds, and the classes' shares.
-
-    After a write error the unfinished map is kept for resuming; after other errors it is deleted.
-    """
+    """Finish and publish a map; after a write error keep it for resuming. Return windows, network's seconds, shares."""
     try:
         with _write_errors(out):
             windows, seconds = _predict(job, settings.batch, on_progress)

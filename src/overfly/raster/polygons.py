@@ -113,11 +113,7 @@ def _damage(out: Path, count: int) -> str:
 
 
 def _equal_area_projection(dataset: Any) -> Projection:
-    """Return the projection of a dataset's coordinates to a plane in meters that keeps areas; identity if unknown.
-
-    Degrees go to the cylindrical equal-area projection of their ellipsoid, in which edges of pixels, along meridians
-    and parallels, stay straight.
-    """
+    """Return the projection to a plane in meters that keeps areas: of degrees cylindrical; identity if unknown."""
     crs = dataset.crs
     if not crs or not crs.is_geographic:
         grid, ground = dataset.transform, ground_distance(dataset)

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from overfly.core.errors import DataError
+from overfly.data.check import MAX_FRACTION
 from overfly.data.headers import band_nodata, ground_distance, has_mask, is_gray, open_raster, read_palette
 from overfly.data.reading import RasterBands
 from overfly.exporting.predictor import ModelMetadata
 
-MAX_FRACTION = 16.0
-"""Maximum value below which a network was trained on fractions, such as reflectances of 0 to 1."""
 SAME_SCALE = 0.02
 """Relative difference of ground resolution below which rasters are not resampled."""
 ALPHA_SAMPLES, ALPHA_SIDE = 5, 64
@@ -109,11 +108,7 @@ def input_gain(
 
 
 def _find_alpha_band(source: str, dataset: Any, option: bool | None) -> int | None:
-    """Return the number of the alpha band, from 1, or None.
-
-    It is the last band if ``option`` is True, and the band that the file marks if ``option`` is None. Many
-    writers mark the fourth of four 8-bit bands by default.
-    """
+    """Number of the alpha band, from 1: the last if ``option`` is True, the marked one if None; None without one."""
     if option is False:
         return None
     if option:

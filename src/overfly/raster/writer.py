@@ -187,10 +187,7 @@ def copy_georeference(source: Any, target: Any) -> None:
 
 @cache
 def _control_point_offset() -> tuple[float, float]:
-    """Return the offset (columns, rows) that GDAL adds to control points at pixel centers.
-
-    GDAL 3.10 shifts such points by half a pixel in the same direction when it writes and when it reads.
-    """
+    """Offset (columns, rows) by which GDAL 3.10 shifts control points at pixel centers as it writes and reads."""
     with MemoryFile() as memory, warnings.catch_warnings(action="ignore"):
         with memory.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8") as file:
             file.update_tags(AREA_OR_POINT="Point")
@@ -252,10 +249,7 @@ def incomplete_file(path: Path, reason: str) -> UnwrittenError:
 
 
 def _damage(unfinished: UnfinishedMap, product: Product, path: Path) -> str:
-    """Return the difference of a written file from the unfinished map; empty if equal and with all overviews.
-
-    GDAL does not report write errors on closing a file, so every block is decoded once.
-    """
+    """Difference of a written file from the unfinished map; GDAL reports no write errors on closing."""
     sidecar = Path(f"{path}.aux.xml")
     if sidecar.exists() and not sidecar.read_bytes().rstrip().endswith(b"</PAMDataset>"):
         return f"{sidecar.name} is truncated"

@@ -113,6 +113,13 @@ def _files_sha256(domain: Domain, split: Split) -> str | None:
         return None
 
 
+def training_files_sha256(recipe: Recipe) -> str | None:
+    """Return the digest of the images and masks that a recipe trains on, as `Run.fits` compares it."""
+    domains = [recipe.source, recipe.target if recipe.method.needs_target else None]
+    digests = [_files_sha256(domain, "train") for domain in domains if domain is not None]
+    return None if None in digests else json_sha256(digests)
+
+
 def _stamp(file: object) -> object:
     """Size and time of a file; of others, their own stamp, or whether there is one."""
     return file_stamp(file) if isinstance(file, Path) else getattr(file, "stamp", file is not None)

@@ -114,29 +114,33 @@ class Run:
         return run
 
     @classmethod
-    def open_or_create(cls, out: Path | str, recipe: Recipe, start_sha256: str | None = None) -> Self:
+    def open_or_create(
+        cls, out: Path | str, recipe: Recipe, start_sha256: str | None = None, files_sha256: str | None = None
+    ) -> Self:
         """Return the run of a recipe in or below ``out``, finished or not, or create it.
 
-        ``start_sha256`` is the SHA-256 of the weights file that the recipe's ``start`` resolves to. Raises `RunError`:
-        ``out`` is the run of another recipe or of other initial weights, or cannot be written.
+        ``start_sha256`` is the SHA-256 of the weights file that the recipe's ``start`` resolves to, ``files_sha256``
+        that of `training_files_sha256`. Raises `RunError`: ``out`` is the run of another recipe, of other initial
+        weights, images or masks, or cannot be written.
         """
         out = Path(out)
         if (out / "recipe.yaml").is_file():
             run = cls.open(out)
             if run.recipe != recipe:
                 raise RunError(f"{out} holds the run of another recipe, which is not overwritten; change --out")
-            if run.machine.get("start_sha256") != start_sha256:
-                raise RunError(f"{out} was trained from other weights than start has now; change --out")
+            if not run.fits(start_sha256, files_sha256):
+                raise RunError(f"{out} was trained from other initial weights, images or masks than now; change --out")
             return run
         for run in cls.find_all(out, recipe):
-            if run.machine.get("start_sha256") == start_sha256:
+            if run.fits(start_sha256, files_sha256):
                 return run
         path = None
         try:
             domains = "-".join(domain.title.lower() for domain in (recipe.source, recipe.target) if domain)
             path = new_folder(out, f"{domains[:80]}_{recipe.model.name}_{recipe.method.name}_{recipe.seed}")
             run = cls(path)
-            run.write_json("machine.json", {"format": FORMAT, "start_sha256": start_sha256})
+            inputs = {"start_sha256": start_sha256, "files_sha256": files_sha256}
+            run.write_json("machine.json", {"format": FORMAT, **inputs})
             with atomic_write(path / "recipe.yaml") as part:
                 recipe.save(part)
         except OSError as error:
@@ -144,6 +148,11 @@ class Run:
                 shutil.rmtree(path, ignore_errors=True)
             raise RunError(f"{out} cannot be written ({error.strerror}); change --out") from None
         return run
+
+    def fits(self, start_sha256: object, files_sha256: str | None) -> bool:
+        """Whether the run has these initial weights, and these images and masks if both are known."""
+        same = files_sha256 is None or self.machine.get("files_sha256") in (None, files_sha256)
+        return same and self.machine.get("start_sha256") == start_sha256
 
     @classmethod
     def find(cls, out: Path | str, recipe: Recipe) -> Self | None:

@@ -10,6 +10,7 @@ from overfly.core.errors import RecipeError
 from overfly.core.progress import print_status
 from overfly.recipe import Recipe
 from overfly.training.engine import Arithmetic, TrainerConfig, choose_arithmetic, recipe_fabric, run_on_rank_zero
+from overfly.training.evaluate import training_files_sha256
 from overfly.training.run import Run
 from overfly.training.setup import prepare_training
 from overfly.training.trainer import Trainer
@@ -36,7 +37,10 @@ def train_recipe(recipe: Recipe, out: Path, fabric: "Fabric", config: TrainerCon
     elif recipe.start is not None:
         start = resolve_start(recipe.start)
     digest = run_on_rank_zero(fabric, lambda: None if start is None else file_sha256(start))
-    finished, begun = run_on_rank_zero(fabric, lambda: _existing_runs(out, recipe, digest))
+    files = run_on_rank_zero(fabric, lambda: training_files_sha256(recipe))
+    finished, begun, changed = run_on_rank_zero(fabric, lambda: _existing_runs(out, recipe, digest, files))
+    if changed is not None:
+        print_status(f"{changed}: its images or masks have changed since; the recipe is trained again", quiet=False)
     if finished is not None:
         print_status(f"{finished.name}: already trained", quiet=quiet)
         return Run(finished)
@@ -46,7 +50,7 @@ def train_recipe(recipe: Recipe, out: Path, fabric: "Fabric", config: TrainerCon
     )
     fabric = recipe_fabric(recipe, fabric, config, arithmetic)
     setup = prepare_training(recipe, fabric, config, start)
-    run = Run(run_on_rank_zero(fabric, lambda: Run.open_or_create(out, recipe, digest).path))
+    run = Run(run_on_rank_zero(fabric, lambda: Run.open_or_create(out, recipe, digest, files).path))
     with run.lock() if fabric.is_global_zero else nullcontext():
         trainer = Trainer(run, fabric, config, setup, arithmetic)
         trainer.resume()
@@ -55,15 +59,22 @@ def train_recipe(recipe: Recipe, out: Path, fabric: "Fabric", config: TrainerCon
     return run
 
 
-def _existing_runs(out: Path, recipe: Recipe, start_sha256: str | None) -> tuple[Path | None, Arithmetic | None]:
-    """Return the finished run of a recipe and initial weights in or below a folder, and the arithmetic of one begun."""
-    found = [Run.open(out)] if (out / "recipe.yaml").is_file() else Run.find_all(out, recipe)
-    runs = [run for run in found if run.recipe == recipe and run.machine.get("start_sha256") == start_sha256]
+def _existing_runs(
+    out: Path, recipe: Recipe, start_sha256: str | None, files_sha256: str | None
+) -> tuple[Path | None, Arithmetic | None, str | None]:
+    """Return the finished run of a recipe, weights and files in or below a folder, the arithmetic of one begun.
+
+    Third, the name of the newest run whose files have changed if there is none.
+    """
+    found = [Run.open(out)] if (out / "recipe.yaml").is_file() else list(Run.find_all(out, recipe))
+    runs = [run for run in found if run.recipe == recipe and run.fits(start_sha256, files_sha256)]
+    changed = next((run.path.name for run in found if not runs and run.fits(start_sha256, None)), None)
     finished = next((run.path for run in runs if run.finished), None)
     machine = runs[0].machine if runs else {}
     if "precision" not in machine:
-        return finished, None
-    return finished, Arithmetic(machine["precision"], machine.get("channels_last", recipe.precision != "32"))
+        return finished, None, changed
+    arithmetic = Arithmetic(machine["precision"], machine.get("channels_last", recipe.precision != "32"))
+    return finished, arithmetic, changed
 
 
 def resolve_start(start: Path) -> Path:

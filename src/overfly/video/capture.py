@@ -222,10 +222,7 @@ def _decode(source: str, stream: _Container, rate: float, errors: StreamErrors) 
 
 
 def _missing_seconds(stream: _Container, seconds: float) -> float:
-    """Return the seconds that a file is shorter than its declared length; 0 if unknown.
-
-    Only the declared length of a container with a single stream and without a frame count is checked.
-    """
+    """Seconds that a single-stream file without frame count is shorter than declared; 0 if unknown."""
     container = stream.container
     if stream.live or stream.video.frames or container.duration is None or len(container.streams) > 1:
         return 0.0

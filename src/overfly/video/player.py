@@ -1,8 +1,7 @@
 """Process a stream: every frame in order, or the newest frame without lag.
 
-Frames of a file are processed in order. Frames of a live source, or of a file in real-time playback, pass through a
-slot that holds only the newest; replaced frames are dropped and counted. An overlay is at most one prediction and one
-frame old.
+Frames of a live source, or of a file in real-time playback, pass through a slot that holds only the newest; replaced
+frames are dropped and counted. An overlay is at most one prediction and one frame old.
 """
 
 import io
