@@ -84,7 +84,7 @@ def test_faults_of_a_split_are_named_once(tmp_path: Path) -> None:
 
 
 def test_mixed_types_and_negative_values(tmp_path: Path) -> None:
-    domain = write(tmp_path, bands=1, max_value=300.0)
+    domain = write(tmp_path, bands=1)
     for number in range(4):
         values = np.full((16, 16), 7, np.float32) - np.eye(16, dtype=np.float32) * 9
         (tmp_path / "images" / f"{number}.png").unlink()

@@ -17,7 +17,7 @@ from overfly.core.progress import percent
 from overfly.core.records import IGNORE
 from overfly.core.settings import validation_message
 from overfly.core.spec import Share, Spec
-from overfly.data.folder import DOMAIN_SETTINGS, Folder, read_classes
+from overfly.data.folder import DOMAIN_SETTINGS, Folder, UserDomain, read_classes
 from overfly.evaluation.images import MetricOptions, labeled_images
 from overfly.evaluation.label_free_metrics import predict_probabilities
 from overfly.evaluation.scores import Confusion
@@ -102,8 +102,9 @@ def _folder(folder: Path, recipe: Recipe) -> Folder:
     values: dict[str, Any] = {"classes": target.classes}
     if file.is_file():
         values = read_classes(file)
-    elif isinstance(recipe.source, Folder):
-        values = recipe.source.model_dump(exclude={*DOMAIN_SETTINGS, "name", "mean", "std"})
+    elif isinstance(recipe.source, UserDomain) and not getattr(recipe.source, "has_polygons", False):
+        codes = {*UserDomain.model_fields} - {*DOMAIN_SETTINGS, "name", "mean", "std"}
+        values = recipe.source.model_dump(include=codes)
     values |= {"bands": target.bands, "max_value": target.max_value, "nodata": target.nodata, "gsd": target.gsd}
     try:
         domain = Folder(root=folder, title="labels", masks="masks", **values)

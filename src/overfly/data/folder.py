@@ -164,6 +164,8 @@ class UserDomain(Domain):
         if self.unknown == "error":
             codes = unknown_codes(pixels.values, label, pixels.palette if encoding == "rgb" else None)
             what, where = ("numbers", "ids") if encoding == "index" else ("colors", "colors")
+            if pixels.palette is not None and is_gray(pixels.palette) and encoding == "rgb":
+                where += " (or set label_format to index)"
             raise UnknownCodesError(
                 f"{name} holds {what} of no class: {list_codes(codes)}; add them to {where} or ignore, or set unknown "
                 "to ignore",

@@ -118,7 +118,7 @@ def open_vector(path: Path, layer: str | None, grids: Sequence[Grid]) -> VectorF
     if not start.startswith(VECTOR_FORMATS.get(path.suffix.lower(), b"no format")):
         raise DataError(f"{path} is not a GeoPackage, GeoJSON, Shapefile or FlatGeobuf of that suffix; export it again")
     with _vector_errors(path):
-        layers = [str(name) for name in pyogrio.list_layers(path)[:, 0]]
+        layers = [str(name) for name, geometry in pyogrio.list_layers(path) if geometry]
         if layer not in (layers if layer or len(layers) > 1 else [None]):
             raise DataError(f"{path} has the layers {', '.join(layers)}; set layer to one of them")
         info = pyogrio.read_info(path, layer=layer, force_feature_count=True, force_total_bounds=True)
