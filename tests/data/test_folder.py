@@ -107,7 +107,7 @@ def test_masks_of_one_band_have_the_colors_of_gray_classes(tmp_path: Path, kind:
 def test_numbers_that_are_no_gray_of_a_class_are_named(tmp_path: Path) -> None:
     pair(tmp_path, np.array([[0, 1], [1, 0]], np.uint8))
     classes = {"building": [255, 255, 255], "background": [0, 0, 0]}
-    with pytest.raises(DataError, match=r"colors of no class: 1,1,1 .* or set label_format to index"):
+    with pytest.raises(DataError, match=r"colors of no class: 1,1,1 .*\(or set label_format to index\)"):
         label(folder(root=tmp_path, classes=classes))
     assert label(folder(root=tmp_path, classes=classes, label_format="index")) == [[0, 1], [1, 0]]
 
