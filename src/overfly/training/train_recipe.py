@@ -39,8 +39,8 @@ def train_recipe(recipe: Recipe, out: Path, fabric: "Fabric", config: TrainerCon
     digest = run_on_rank_zero(fabric, lambda: None if start is None else file_sha256(start))
     files = run_on_rank_zero(fabric, lambda: training_files_sha256(recipe))
     finished, begun, changed = run_on_rank_zero(fabric, lambda: _existing_runs(out, recipe, digest, files))
-    if changed is not None:
-        print_status(f"{changed}: its images or masks have changed since; the recipe is trained again", quiet=False)
+    if changed is not None and fabric.is_global_zero:
+        print_status(f"{changed}: its images or masks have changed since; the recipe is trained again")
     if finished is not None:
         print_status(f"{finished.name}: already trained", quiet=quiet)
         return Run(finished)
