@@ -14,11 +14,12 @@ from scipy import stats
 
 from overfly import adapt
 from overfly.adaptation import pipeline
-from overfly.adaptation.labels import LEARNED, LabeledTiles, _jackknife, tile_scores
+from overfly.adaptation.labels import LEARNED, LabeledTiles, _folder, _jackknife, tile_scores
 from overfly.adaptation.selection import BASELINE, Comparison, Selection
 from overfly.commands.train import AdaptResult
 from overfly.core.errors import DataError, OverflyError, RecipeError
 from overfly.evaluation.scores import Confusion
+from overfly.recipe import load
 from overfly.training.engine import TrainerConfig, launch_fabric
 from overfly.training.setup import prepare_training
 from tiles import recipe_for
@@ -139,3 +140,14 @@ def test_labels_need_a_source_and_a_larger_batch(world: Path, compared: AdaptRes
     assert [tiles.labels.count(batch) for batch in (2, 3, 8)] == [1, 2, 4]
     with pytest.raises(RecipeError, match="batch above 1"):
         tiles.extend(recipe.model_copy(update={"batch": 1}))
+
+
+def test_own_tiles_have_the_codes_of_a_raster_source(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    codes = {"classes": ["a", "b"], "ids": {"a": 1, "b": 2}, "bands": 4, "max_value": 10_000}
+    source = {"name": "raster", "images": "a.tif", "labels": "b.tif", **codes}
+    target = {"name": "raster", "images": "c.tif", "bands": 4, "max_value": 10_000}
+    domain = _folder(tmp_path, load({"source": source, "target": target, "method": "dacs"}))
+    assert domain.ids == {"a": (1,), "b": (2,)}
+    assert (domain.bands, domain.max_value, domain.title) == (4, 10_000, "labels")

@@ -103,8 +103,8 @@ def _folder(folder: Path, recipe: Recipe) -> Folder:
     if file.is_file():
         values = read_classes(file)
     elif isinstance(recipe.source, UserDomain) and not getattr(recipe.source, "has_polygons", False):
-        codes = {*UserDomain.model_fields} - {*DOMAIN_SETTINGS, "name", "mean", "std"}
-        values = recipe.source.model_dump(include=codes)
+        own = {*type(recipe.source).model_fields} - {*DOMAIN_SETTINGS, "name", "mean", "std"}
+        values = {name: getattr(recipe.source, name) for name in own & {*Folder.model_fields}}
     values |= {"bands": target.bands, "max_value": target.max_value, "nodata": target.nodata, "gsd": target.gsd}
     try:
         domain = Folder(root=folder, title="labels", masks="masks", **values)
