@@ -377,3 +377,10 @@ def test_polygons_do_not_lie_in_several_images_without_a_georeference(tmp_path: 
     domain = raster(tmp_path, images=str(tmp_path / "*.tif"), block=64)
     with pytest.raises(DataError, match="no georeference to place polygons by"):
         domain.known_counts(domain.items("train"))
+
+
+def test_a_table_of_styles_is_not_a_layer(image: Path) -> None:
+    path = write_polygons(image / "a.gpkg", [box(0, 0, 100, 100)], ["built"])
+    fields = [np.array(["style"], object)]
+    pyogrio.raw.write(str(path), None, fields, ["name"], layer="layer_styles", geometry_type=None, append=True)
+    assert (labels(image)[:100, :100] == 2).all()

@@ -26,7 +26,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,15 +138,22 @@ def with_kill(seconds: float, folder: Path, act: Callable[[Path], bytes]) -> byt
     return content
 
 
+@contextmanager
+def folders(scenario: Scenario) -> Iterator[tuple[Path, Path]]:
+    """Yield the prepared folder of a scenario, and the path of that of a case."""
+    with tempfile.TemporaryDirectory(prefix="overfly-faults-") as root:
+        prepared = Path(root).resolve() / "prepared"
+        prepared.mkdir()
+        in_child(lambda: str(scenario.prepare(prepared)).encode())
+        yield prepared, prepared.with_name("case")
+
+
 def kill_at_random(name: str, times: int) -> dict[str, Any]:
     """Kill a scenario's work at random times within the duration of an undisturbed one."""
     scenario = SCENARIOS[name]
     counts: Counter[str] = Counter()
     problems: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="overfly-faults-") as root:
-        prepared, folder = Path(root).resolve() / "prepared", Path(root).resolve() / "case"
-        prepared.mkdir()
-        in_child(lambda: str(scenario.prepare(prepared)).encode())
+    with folders(scenario) as (prepared, folder):
         shutil.copytree(prepared, folder)
         started = time.monotonic()
         outcome, expected = in_child(lambda: scenario.act(folder))
@@ -166,10 +174,7 @@ def run_scenario(name: str, most: int, faults: list[str]) -> dict[str, Any]:
     scenario = SCENARIOS[name]
     counts: Counter[str] = Counter()
     problems: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="overfly-faults-") as root:
-        prepared, folder = Path(root).resolve() / "prepared", Path(root).resolve() / "case"
-        prepared.mkdir()
-        in_child(lambda: str(scenario.prepare(prepared)).encode())
+    with folders(scenario) as (prepared, folder):
         outcome, expected = run_case(scenario, prepared, folder, partial(with_fault, (0, 0, 0)))
         if outcome != "done":
             return {"scenario": name, "problems": [expected]}
@@ -180,11 +185,11 @@ def run_scenario(name: str, most: int, faults: list[str]) -> dict[str, Any]:
                 shutil.rmtree(folder)
                 shutil.copytree(prepared, folder)
                 with_fault((mask, 0, 0), folder, scenario.act)
-                (Path(root) / "count").write_text(str(ctypes.CDLL(None).fault_count()))
+                folder.with_name("count").write_text(str(ctypes.CDLL(None).fault_count()))
                 return b""
 
             in_child(count)
-            totals[call] = int((Path(root) / "count").read_text())
+            totals[call] = int(folder.with_name("count").read_text())
         for fault, (action, calls) in [(fault, FAULTS[fault]) for fault in faults]:
             for call in calls:
                 step = max(1, -(-totals[call] // most))

@@ -207,7 +207,7 @@ def check_masks(domain: Domain, splits: Sequence[Split]) -> None:
     absent = [name for number, name in enumerate(domain.classes.names) if number not in present]
     if absent and "train" in splits and (settings, *absent) not in _CHECKED:
         _CHECKED[settings, *absent] = frozenset()  # said once
-        print_status(f"{domain.title}: no mask contains {', '.join(absent)}: not learned; correct ids, or the classes")
+        print_status(f"{domain.title}: no mask contains {', '.join(absent)}; correct ids or colors, or the classes")
 
 
 def absent_classes(domain: Domain, items: Sequence[Item], present: Collection[int]) -> str:

@@ -205,7 +205,7 @@ def collect_report(
     """Collect the content of a report; the options are those of `overfly report`."""
     runs = find_runs(paths)
     groups = group_by_recipe(runs)
-    counts = Counter(key.partition("/")[2] for run in runs for key in run.scores)
+    counts = Counter(key.partition("/")[2] for run in runs for key in run.scores if key.partition("/")[0] in ROLES)
     by_count: list[Split] = sorted(("val", "test", "train"), key=lambda name: -counts[name])
     split = split or by_count[0]
     galleries = _galleries(groups, labels, limit, device) if limit else []
