@@ -98,6 +98,16 @@ def test_mixed_types_and_negative_values(tmp_path: Path) -> None:
     assert any("-2" in note and "nodata" in note for note in report.splits[0].notes)
 
 
+def test_training_names_classes_of_no_mask_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = [np.repeat(np.array([0, 1], np.uint8), 128).reshape(16, 16)] * 4
+    domain = write(tmp_path, masks, splits={"train": 0.5, "val": 0.5})
+    check_masks(domain, ["val"])
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        check_masks(domain, ["train", "val"])
+    assert capsys.readouterr().err == "Folder: no mask contains c; correct ids or colors, or the classes\n"
+
+
 def test_images_of_source_and_target_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
